@@ -1,0 +1,61 @@
+"""Mini-batch trimming for PyTorch: spend training on the samples that still teach something.
+
+In the loop you have, two lines change::
+
+    trim = batchtrim.Trimmer(batchtrim.linear(1.0, 0.2), total=epochs)
+    ...
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    loss = trim(losses)        # was: losses.mean()
+    ...
+    trim.step()                # once an epoch, like a learning-rate scheduler
+
+Schedules say how much to keep, selection rules say which, a :class:`Trimmer` puts them together.
+"""
+
+from batchtrim.losses import Losses, focal, per_sample, superloss, token_losses
+from batchtrim.reduction import reduce
+from batchtrim.schedules import by_accuracy, constant, cosine, join, linear, piecewise, step
+from batchtrim.selection import (
+    Selection,
+    above,
+    between,
+    easiest,
+    hardest,
+    keep_count,
+    percentile,
+    percentile_topk,
+    superquantile,
+    uniform,
+)
+from batchtrim.stats import KeepStats
+from batchtrim.trimmer import Trimmer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KeepStats",
+    "Losses",
+    "Selection",
+    "Trimmer",
+    "above",
+    "between",
+    "by_accuracy",
+    "constant",
+    "cosine",
+    "easiest",
+    "focal",
+    "hardest",
+    "join",
+    "keep_count",
+    "linear",
+    "per_sample",
+    "percentile",
+    "percentile_topk",
+    "piecewise",
+    "reduce",
+    "step",
+    "superloss",
+    "superquantile",
+    "token_losses",
+    "uniform",
+]

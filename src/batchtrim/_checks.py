@@ -1,0 +1,145 @@
+"""Argument checks. The only place where the sentences of error messages are built.
+
+Every message reads ``expected <argument> <what was required>, got <what arrived>. <likeliest cause or cure>``.
+Checks read shapes, dtypes and Python values, never the contents of a tensor: that would force a device sync.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRange
+
+
+def describe(value: object) -> str:
+    """What arrived, in a few words: shape and dtype of a tensor, otherwise the value itself."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: Any, hint: str = "") -> float:
+    if not is_number(value):
+        raise TypeError(f"expected `{name}` to be a number, got {describe(value)}.{_space(hint)}")
+    return float(value)
+
+
+def check_keep(name: str, value: Any) -> float:
+    """A keep fraction, in (0, 1]."""
+    hint = "It is a fraction of the batch, not a percentage or a count."
+    value = check_number(name, value, hint)
+    if not 0.0 < value <= 1.0:  # NaN fails this too
+        raise ValueError(f"expected `{name}` in (0, 1], got {value:g}. {hint}")
+    return value
+
+
+def check_fraction(name: str, value: Any, hint: str = "") -> float:
+    """A fraction in [0, 1)."""
+    value = check_number(name, value, hint)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"expected `{name}` in [0, 1), got {value:g}.{_space(hint)}")
+    return value
+
+
+def check_progress(name: str, value: Any) -> float:
+    value = check_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"expected `{name}` in [0, 1], got {value:g}. Progress is the part of training done.")
+    return value
+
+
+def check_positive(name: str, value: Any, hint: str = "") -> float:
+    value = check_number(name, value, hint)
+    if not (value > 0.0 and math.isfinite(value)):
+        raise ValueError(f"expected `{name}` to be positive and finite, got {value:g}.{_space(hint)}")
+    return value
+
+
+def check_count(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected `{name}` to be an int, got {describe(value)}.{_space(hint)}")
+    if value < minimum:
+        raise ValueError(f"expected `{name}` to be at least {minimum}, got {value}.{_space(hint)}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    choices = list(choices)
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"expected `{name}` to be one of {listed}, got {describe(value)}.")
+    return value
+
+
+def check_schedule_output(schedule: object, at: str, value: Any) -> float:
+    """What a schedule returned, as a keep fraction; ``at`` names the point, as in ``progress 0.5``."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not is_number(value) or not 0.0 < value <= 1.0:
+        raise ScheduleOutOfRange(
+            f"expected the keep schedule to return a fraction in (0, 1], got {describe(value)} at {at} "
+            f"from {describe(schedule)}. It is asked with a number in [0, 1] and returns the part of the batch to keep."
+        )
+    return float(value)
+
+
+def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False) -> None:
+    """Un-reduced losses: a floating-point tensor whose first dimension is the batch."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"expected `{name}` to be a tensor, got {describe(losses)}.")
+    if losses.ndim == 0:
+        raise PassUnreducedLosses(
+            f"expected `{name}` to have shape (B,), one loss per sample, got (). "
+            "Did the loss function average already? Pass reduction='none'."
+        )
+    if not losses.dtype.is_floating_point:
+        raise TypeError(
+            f"expected `{name}` to be floating point, got dtype {losses.dtype}. "
+            "Are these labels or counts? Losses come from a criterion with reduction='none'."
+        )
+    if losses.numel() == 0 and not allow_empty:
+        raise ValueError(
+            f"expected `{name}` to hold at least one sample, got shape {tuple(losses.shape)}. "
+            "Skip empty batches, or filter them out in the data loader."
+        )
+
+
+def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None = None) -> None:
+    """A tensor that travels beside the losses: same shape, and the given dtype where one is asked for."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected `{name}` to be a tensor, got {describe(value)}.")
+    if value.shape != losses.shape:
+        raise ValueError(
+            f"expected `{name}` to have the shape of `losses`, {tuple(losses.shape)}, got {tuple(value.shape)}."
+        )
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"expected `{name}` to have dtype {dtype}, got {value.dtype}.")
+
+
+def import_extra(module: str, extra: str, wanted_by: str) -> ModuleType:
+    """Import an optional library, or say which extra of batchtrim brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        root = module.partition(".")[0]
+        if error.name is not None and error.name.partition(".")[0] != root:
+            raise  # the library is there but broken: its own message says more than ours would
+        raise InstallExtra(
+            f"{wanted_by} needs `{root}`, which is not installed. Run: pip install 'batchtrim[{extra}]'"
+        ) from error
+
+
+def _space(hint: str) -> str:
+    return f" {hint}" if hint else ""

@@ -1,0 +1,25 @@
+"""Errors raised by batchtrim: each is a builtin error, named after what the reader should do about it."""
+
+from __future__ import annotations
+
+__all__ = ["EngineRefused", "InstallExtra", "PassUnreducedLosses", "RanksDisagree", "ScheduleOutOfRange"]
+
+
+class PassUnreducedLosses(ValueError):
+    """The loss arrived already averaged, where one loss per sample is needed."""
+
+
+class ScheduleOutOfRange(ValueError):
+    """A keep schedule returned something that is no fraction in (0, 1]."""
+
+
+class InstallExtra(ImportError):
+    """An optional library is needed and not installed; the message holds the command that installs it."""
+
+
+class EngineRefused(RuntimeError):
+    """An engine cannot compute the right gradient for this model; the message names the module and the reason."""
+
+
+class RanksDisagree(RuntimeError):
+    """Processes of one group entered a collective selection with settings that do not fit together."""

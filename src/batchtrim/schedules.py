@@ -1,0 +1,265 @@
+"""Keep schedules: how large a part of each batch is kept, as training goes on.
+
+A schedule is a plain callable from a number in [0, 1] to a keep fraction in (0, 1]. All but one are asked with
+``progress``, the part of training that is done; :class:`by_accuracy` is asked with the running training accuracy
+and says so by ``reads = "accuracy"``. Schedules hold no state: the clock lives in :class:`batchtrim.Trimmer`.
+
+They are small frozen dataclasses with lower-case names, so that what ``repr`` prints is what one types.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from batchtrim._checks import check_keep, check_progress, describe, is_number
+
+__all__ = ["Schedule", "as_schedule", "by_accuracy", "constant", "cosine", "join", "linear", "piecewise", "step"]
+
+
+class Schedule:
+    """Base of the schedules here. Any callable of progress serves as well; this class adds what it reads."""
+
+    reads: ClassVar[str] = "progress"  # or "accuracy"
+    needs_total: ClassVar[bool] = True  # False where progress plays no part
+
+    def __call__(self, progress: float, /) -> float:
+        """The keep fraction, in (0, 1], at ``progress`` in [0, 1]."""
+        raise TypeError(f"{type(self).__name__} is an abstract schedule; use one of {', '.join(__all__[2:])}.")
+
+
+@dataclass(frozen=True)
+class constant(Schedule):
+    """The same keep fraction from start to end: ``q(p) = keep``.
+
+    The author's code keeps ``0.5 * (a * b)`` of the batch under this name; here it is the number that was given.
+
+    Args:
+        keep: fraction of the batch, in (0, 1].
+
+    Example:
+        >>> constant(0.5)(0.9)
+        0.5
+    """
+
+    keep: float
+    needs_total: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep("keep", self.keep))
+
+    def __call__(self, progress: float, /) -> float:
+        return self.keep
+
+
+@dataclass(frozen=True)
+class linear(Schedule):
+    """A straight line: ``q(p) = start + (end - start) * p``. The paper's schedule, and its values, by default.
+
+    Source: Fassold, arXiv 2110.13058. With E epochs numbered 0..E-1 and ``p = e / (E - 1)`` the first epoch trains
+    on everything and the last one on the hardest fifth.
+
+    Args:
+        start: fraction kept at the start of training, in (0, 1].
+        end: fraction kept at the end, in (0, 1].
+
+    Example:
+        >>> schedule = linear(1.0, 0.2)
+        >>> schedule(0.0), schedule(0.5), schedule(1.0)
+        (1.0, 0.6, 0.2)
+    """
+
+    start: float = 1.0
+    end: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_ends(self)
+
+    def __call__(self, progress: float, /) -> float:
+        return _lerp(self.start, self.end, progress)
+
+
+@dataclass(frozen=True)
+class cosine(Schedule):
+    """Half a cosine: ``q(p) = end + (start - end) * (1 + cos(pi * p)) / 2``. Slow at both ends, fast in the middle.
+
+    Args:
+        start: fraction kept at the start of training, in (0, 1].
+        end: fraction kept at the end, in (0, 1].
+
+    Example:
+        >>> round(cosine(1.0, 0.2)(0.5), 6)
+        0.6
+    """
+
+    start: float = 1.0
+    end: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_ends(self)
+
+    def __call__(self, progress: float, /) -> float:
+        return _lerp(self.start, self.end, (1.0 - math.cos(math.pi * progress)) / 2.0)
+
+
+@dataclass(frozen=True)
+class step(Schedule):
+    """Steps: ``start`` until the first boundary, then the keep fraction of the last boundary passed.
+
+    Args:
+        boundaries: progress in [0, 1] -> keep fraction from there on.
+        start: fraction kept before the first boundary.
+
+    Example:
+        >>> schedule = step({0.5: 0.6, 0.75: 0.3})
+        >>> schedule(0.49), schedule(0.5), schedule(1.0)
+        (1.0, 0.6, 0.3)
+    """
+
+    boundaries: Mapping[float, float]
+    start: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "boundaries", _check_points("boundaries", self.boundaries))
+        object.__setattr__(self, "start", check_keep("start", self.start))
+
+    def __call__(self, progress: float, /) -> float:
+        return _last_passed(self.boundaries, self.start, progress)
+
+
+@dataclass(frozen=True)
+class piecewise(Schedule):
+    """Straight lines through given points; level before the first and after the last.
+
+    Args:
+        points: progress in [0, 1] -> keep fraction at that point.
+
+    Example:
+        >>> schedule = piecewise({0.0: 1.0, 0.5: 0.8, 1.0: 0.2})
+        >>> schedule(0.25), schedule(0.75)
+        (0.9, 0.5)
+    """
+
+    points: Mapping[float, float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", _check_points("points", self.points))
+
+    def __call__(self, progress: float, /) -> float:
+        places, keeps = list(self.points), list(self.points.values())
+        after = bisect_right(places, progress)
+        if after in (0, len(places)):
+            return keeps[0] if after == 0 else keeps[-1]
+        left, right = places[after - 1], places[after]
+        return _lerp(keeps[after - 1], keeps[after], (progress - left) / (right - left))
+
+
+@dataclass(frozen=True)
+class join(Schedule):
+    """One schedule after the other; each one sees its own part of training as progress 0 to 1.
+
+    Args:
+        schedules: two or more schedules of progress.
+        at: the progress at which the next one takes over; rising, one fewer than ``schedules``.
+
+    Example:
+        >>> schedule = join([constant(1.0), linear(1.0, 0.2)], at=[0.5])
+        >>> schedule(0.25), schedule(0.75), schedule(1.0)
+        (1.0, 0.6, 0.2)
+    """
+
+    schedules: Sequence[Callable[[float], float]]
+    at: Sequence[float]
+    _edges: tuple[float, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        schedules = tuple(as_schedule(schedule, "schedules") for schedule in self.schedules)
+        at = tuple(check_progress("at", place) for place in self.at)
+        if len(schedules) < 2 or len(at) != len(schedules) - 1:
+            raise ValueError(
+                f"expected `at` to hold one place fewer than `schedules`, of which two or more, "
+                f"got {len(at)} places for {len(schedules)} schedules."
+            )
+        edges = (0.0, *at, 1.0)
+        if any(left >= right for left, right in zip(edges, edges[1:], strict=False)):
+            raise ValueError(f"expected `at` to rise strictly between 0 and 1, got {list(at)}.")
+        if any(getattr(schedule, "reads", "progress") != "progress" for schedule in schedules):
+            raise ValueError("expected `schedules` to be schedules of progress, got one driven by accuracy.")
+        object.__setattr__(self, "schedules", schedules)
+        object.__setattr__(self, "at", at)
+        object.__setattr__(self, "_edges", edges)
+
+    def __call__(self, progress: float, /) -> float:
+        part = bisect_right(self.at, progress)
+        left, right = self._edges[part], self._edges[part + 1]
+        return self.schedules[part]((progress - left) / (right - left))
+
+
+@dataclass(frozen=True)
+class by_accuracy(Schedule):
+    """Keep less as training accuracy rises: ``start``, then the fraction of the highest level reached.
+
+    Source: Ordered SGD, arXiv 1907.04371, whose levels are the default: everything, a half from 80 % training
+    accuracy on, a quarter from 90 %, an eighth from 95 %, a sixteenth from 99.5 %. Its scripts also decay the
+    learning rate once at 99.5 %; that is left to the caller. Report the accuracy with ``trim.step(accuracy=...)``.
+
+    Args:
+        levels: running training accuracy in [0, 1] -> keep fraction from there on.
+        start: fraction kept below the first level.
+
+    Example:
+        >>> schedule = by_accuracy()
+        >>> schedule(0.5), schedule(0.8), schedule(0.996)
+        (1.0, 0.5, 0.0625)
+    """
+
+    levels: Mapping[float, float] = field(default_factory=lambda: {0.8: 1 / 2, 0.9: 1 / 4, 0.95: 1 / 8, 0.995: 1 / 16})
+    start: float = 1.0
+    reads: ClassVar[str] = "accuracy"
+    needs_total: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", _check_points("levels", self.levels))
+        object.__setattr__(self, "start", check_keep("start", self.start))
+
+    def __call__(self, accuracy: float, /) -> float:
+        return _last_passed(self.levels, self.start, accuracy)
+
+
+def as_schedule(keep: Any, name: str = "keep") -> Callable[[float], float]:
+    """``keep`` as a schedule: a schedule or any callable of progress as it is, a number as :class:`constant`."""
+    if is_number(keep):
+        return constant(check_keep(name, keep))
+    if callable(keep) and not isinstance(keep, type):
+        return keep
+    raise TypeError(
+        f"expected `{name}` to be a schedule, a number in (0, 1] or a callable of progress, got {describe(keep)}. "
+        "For the paper's schedule pass batchtrim.linear(1.0, 0.2)."
+    )
+
+
+def _lerp(start: float, end: float, part: float) -> float:
+    # Written from the nearer end, so that both ends come out exactly: 1.0 + (0.2 - 1.0) is 0.19999999999999996.
+    return start + (end - start) * part if part <= 0.5 else end - (end - start) * (1.0 - part)
+
+
+def _last_passed(points: Mapping[float, float], start: float, place: float) -> float:
+    passed = bisect_right(list(points), place)
+    return list(points.values())[passed - 1] if passed else start
+
+
+def _check_ends(schedule: linear | cosine) -> None:
+    object.__setattr__(schedule, "start", check_keep("start", schedule.start))
+    object.__setattr__(schedule, "end", check_keep("end", schedule.end))
+
+
+def _check_points(name: str, points: Any) -> dict[float, float]:
+    if not isinstance(points, Mapping) or not points:
+        raise TypeError(
+            f"expected `{name}` to be a mapping such as {{0.5: 0.6, 0.75: 0.3}}, got {describe(points)}."
+        )
+    checked = {check_progress(f"{name} key", place): check_keep(f"{name}[{place}]", keep) for place, keep in points.items()}
+    return dict(sorted(checked.items()))

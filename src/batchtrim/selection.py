@@ -1,0 +1,352 @@
+"""Selection rules: which samples of a batch are kept.
+
+A rule is a callable ``rule(losses, keep, generator=None) -> Selection``: it reads a vector of detached losses and a keep
+fraction and returns rows and, where the rule has them, weights. Rules are small objects that pickle and print as typed.
+No gradient flows through a choice.
+
+Legend: n samples to choose from, k kept. Ties: of equal losses the lower index counts as the harder one, so results
+repeat. NaN counts as the largest loss (as in ``torch.sort``), so a NaN loss is kept and the step is NaN, as it would be
+in plain training; gradient scalers rely on that. inf likewise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from batchtrim._checks import check_count, check_fraction, check_keep, check_number
+
+__all__ = [
+    "Rule",
+    "Selection",
+    "above",
+    "between",
+    "easiest",
+    "hardest",
+    "keep_count",
+    "percentile",
+    "percentile_topk",
+    "superquantile",
+    "uniform",
+]
+
+# From here on a full sort on the CPU costs more than a partial one and a look for ties.
+_SORT_UP_TO = 2048
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a rule chose from a batch.
+
+    Attributes:
+        indices: int64 (k,), the kept rows in rising order.
+        size: B, the length of the vector that was chosen from.
+        candidates: how many of these could be chosen; less than ``size`` where a mask left some out.
+        weights: (k,), or None where every kept sample counts the same.
+        normalizer: the number the weighted sum is divided by; k where it is None.
+    """
+
+    indices: Tensor
+    size: int
+    candidates: int
+    weights: Tensor | None = None
+    normalizer: float | None = None
+
+    @property
+    def k(self) -> int:
+        """How many samples are kept."""
+        return self.indices.shape[0]
+
+    @property
+    def everything(self) -> bool:
+        """Whether the selection is the whole vector, each entry counting the same."""
+        return self.k == self.size and self.weights is None
+
+    def mask(self) -> Tensor:
+        """bool (B,), True where kept."""
+        mask = torch.zeros(self.size, dtype=torch.bool, device=self.indices.device)
+        return mask.index_fill_(0, self.indices, True)
+
+
+class Rule(Protocol):
+    """A selection rule. Any callable of this form can be given to :class:`batchtrim.Trimmer`."""
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        """Choose from ``losses`` (n,), n >= 1, detached; ``keep`` in (0, 1]."""
+        ...
+
+
+def keep_count(keep: float, n: int) -> int:
+    """How many of n samples a keep fraction keeps: ``k = max(1, round(keep * n))``, and 0 of 0.
+
+    The one place that owns the rounding: Python's ``round``, half to even, as in the author's code.
+
+    Example:
+        >>> keep_count(0.2, 128), keep_count(0.25, 10), keep_count(0.2, 1)
+        (26, 2, 1)
+    """
+    return min(n, max(1, round(keep * n)))
+
+
+def top_indices(scores: Tensor, k: int) -> Tensor:
+    """Rows of the k largest ``scores`` (n,), in rising order of row. Ties: lower row first. NaN is largest."""
+    n = scores.shape[0]
+    if k >= n:
+        return torch.arange(n, device=scores.device)
+    if n <= _SORT_UP_TO or scores.device.type != "cpu":
+        return torch.sort(torch.sort(scores, descending=True, stable=True).indices[:k]).values
+    # A partial sort finds the same values, but among equal values at the edge it takes any: put those right.
+    values, rows = torch.topk(scores, k, sorted=False)
+    edge = values.min() if not values.isnan().any() else _edge_with_nan(values)
+    at_edge = scores.isnan() if edge.isnan() else scores == edge
+    inside = at_edge[rows]
+    wanted = int(inside.sum())
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[rows] = True
+    if wanted < int(at_edge.sum()):
+        mask &= ~at_edge
+        mask[at_edge.nonzero().squeeze(1)[:wanted]] = True
+    return mask.nonzero().squeeze(1)
+
+
+def _edge_with_nan(values: Tensor) -> Tensor:
+    numbers = values[~values.isnan()]
+    return numbers.min() if numbers.numel() else values[0]
+
+
+def rank_mask(scores: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
+    """bool (n,), True for the k largest: :func:`top_indices` with a tensor ``k`` and fixed shapes, for torch.compile."""
+    n = scores.shape[0]
+    order = torch.argsort(scores, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=scores.device))
+    return ranks < k if skip is None else (ranks >= skip) & (ranks < skip + k)
+
+
+def keep_count_tensor(keep: Tensor, n: Tensor | int) -> Tensor:
+    """:func:`keep_count` on tensors; ``torch.round`` rounds half to even too."""
+    return torch.round(keep * n).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class hardest:
+    """Keep the k largest losses, ``k = max(1, round(keep * n))``: mini-batch trimming.
+
+    Source: Fassold, arXiv 2110.13058; the same choice as Ordered SGD, arXiv 1907.04371.
+
+    Example:
+        >>> hardest()(torch.tensor([0.1, 3.0, 2.0, 0.5]), 0.5).indices
+        tensor([1, 2])
+    """
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        return Selection(top_indices(losses, keep_count(keep, n)), n, n)
+
+    def compiled_mask(self, losses: Tensor, keep: Tensor, n: Tensor | int) -> Tensor:
+        return rank_mask(losses, keep_count_tensor(keep, n))
+
+
+@dataclass(frozen=True)
+class easiest:
+    """Keep the k smallest losses: small-loss selection against label noise. NaN counts as largest, so it goes first.
+
+    Source: Co-teaching, arXiv 1804.06872, with one network; schedule there: from 1 down to 1 - noise rate.
+
+    Example:
+        >>> easiest()(torch.tensor([0.1, 3.0, 2.0, 0.5]), 0.5).indices
+        tensor([0, 3])
+    """
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        order = torch.sort(losses, stable=True).indices[: keep_count(keep, n)]
+        return Selection(torch.sort(order).values, n, n)
+
+
+@dataclass(frozen=True)
+class between:
+    """Two-sided trimming: drop the hardest part ``skip``, keep the next ``keep``.
+
+    ``s = min(round(skip * n), n - 1)`` samples of largest loss are dropped, then the ``min(k, n - s)`` next hardest are
+    kept. A cure for label noise: wrong labels gather among the very largest losses, and a small keep fraction
+    multiplies their share. Where ``keep`` is 1 the hardest ``skip`` is dropped all the same.
+
+    Args:
+        skip: fraction dropped from the hard end, in [0, 1); about the noise rate.
+
+    Example:
+        >>> between(skip=0.25)(torch.tensor([0.1, 9.0, 2.0, 0.5]), 0.5).indices
+        tensor([2, 3])
+    """
+
+    skip: float = 0.1
+
+    def __post_init__(self) -> None:
+        skip = check_fraction("skip", self.skip, "It is the part of the batch dropped from the hard end.")
+        object.__setattr__(self, "skip", skip)
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        skipped = min(round(self.skip * n), n - 1)
+        order = torch.sort(losses, descending=True, stable=True).indices[skipped : skipped + keep_count(keep, n)]
+        return Selection(torch.sort(order).values, n, n)
+
+    def compiled_mask(self, losses: Tensor, keep: Tensor, n: Tensor | int) -> Tensor:
+        skipped = torch.minimum(torch.round(torch.ones_like(keep) * self.skip * n), torch.ones_like(keep) * n - 1)
+        return rank_mask(losses, keep_count_tensor(keep, n), skipped.clamp(min=0))
+
+
+@dataclass(frozen=True)
+class uniform:
+    """Keep k samples drawn uniformly without replacement: the control that tells selection from smaller batches.
+
+    Source: as a strong baseline, arXiv 2111.12621. The draw comes from ``generator``, never from the global one.
+    """
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        drawn = torch.randperm(n, generator=generator)[: keep_count(keep, n)]
+        return Selection(torch.sort(drawn).values.to(losses.device), n, n)
+
+
+@dataclass(frozen=True)
+class above:
+    """Keep every loss above a threshold, and the ``min_keep`` hardest at least: online hard example mining.
+
+    Source: arXiv 1604.03540 and the threshold form in common use for segmentation. The keep fraction plays no part.
+    How many are kept depends on the values, so this rule syncs the device.
+
+    Args:
+        threshold: in units of the loss.
+        min_keep: least number kept.
+
+    Example:
+        >>> above(1.0)(torch.tensor([0.1, 3.0, 2.0, 0.5]), 1.0).indices
+        tensor([1, 2])
+    """
+
+    threshold: float
+    min_keep: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
+        check_count("min_keep", self.min_keep)
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        # not <=, so that a NaN loss counts as above
+        over = int((~(losses <= self.threshold)).sum())
+        return Selection(top_indices(losses, min(n, max(over, self.min_keep))), n, n)
+
+
+@dataclass(frozen=True)
+class superquantile:
+    """The mean above the (1 - keep) quantile, with the boundary sample weighted in by its fraction (CVaR).
+
+    With ``t = keep * n`` and ``m = floor(t)``: weight 1 for the m hardest, ``t - m`` for the next one, sum divided by t.
+    No weight is ever negative. Equals :class:`hardest` where t is whole.
+
+    Example:
+        >>> selection = superquantile()(torch.tensor([0.1, 3.0, 2.0, 0.5]), 0.375)
+        >>> selection.indices, selection.weights, selection.normalizer
+        (tensor([1, 2]), tensor([1.0000, 0.5000]), 1.5)
+    """
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        tail = keep * n
+        whole = int(tail)
+        if whole == tail:
+            return Selection(top_indices(losses, whole), n, n)
+        indices = top_indices(losses, whole + 1)
+        weights = torch.ones(whole + 1, dtype=losses.dtype, device=losses.device)
+        # of equal losses the higher row is the easier one: it stands at the boundary
+        kept = losses[indices]
+        boundary = whole - int(torch.sort(kept.flip(0), stable=True).indices[0])
+        weights[boundary] = tail - whole
+        return Selection(indices, n, n, weights, tail)
+
+
+@dataclass
+class percentile:
+    """Keep each sample with probability ``(percentile among recent losses) ** beta``, independently.
+
+    Source: Selective-Backprop, arXiv 1910.00762 (its script: beta 3, history 1024). There, kept samples are gathered
+    until a batch is full; here a batch gives what it gives, and the hardest sample where the draw leaves none. The keep
+    fraction plays no part. The percentile of l is the part of the history, this batch included, that is <= l.
+
+    Args:
+        beta: exponent, >= 0; larger is choosier. The expected part kept is 1 / (beta + 1).
+        history: how many recent losses the percentile is taken over.
+    """
+
+    beta: float = 2.0
+    history: int = 1024
+    _recent: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.beta = check_number("beta", self.beta)
+        if not self.beta >= 0:
+            raise ValueError(f"expected `beta` to be at least 0, got {self.beta:g}. 0 keeps everything.")
+        check_count("history", self.history)
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        batch = losses.detach().float()
+        recent = batch if self._recent is None else torch.cat([self._recent.to(batch.device), batch])
+        self._recent = recent[-self.history :].clone()
+        ordered = torch.sort(self._recent).values
+        chance = torch.searchsorted(ordered, batch, right=True).to(batch.dtype) / ordered.shape[0]
+        draw = torch.rand(n, generator=generator).to(batch.device)
+        indices = (draw < chance**self.beta).nonzero().squeeze(1)
+        return Selection(indices if indices.shape[0] else top_indices(losses, 1), n, n)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": None if self._recent is None else self._recent.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        recent = state["recent"]
+        self._recent = None if recent is None else recent.clone()
+
+
+@dataclass(frozen=True)
+class percentile_topk:
+    """Draw k samples without replacement, with chance proportional to ``percentile ** (1 / keep - 1)``.
+
+    Source: the variant of Selective-Backprop in MosaicML's Composer, where the percentile of rank i of n (0 the
+    easiest) is ``(i + 0.5) / n`` and k is rounded down; here k follows :func:`keep_count`. Composer keeps 0.5 from
+    50 % to 90 % of training, on every second step: that part belongs to the schedule.
+    """
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        k = keep_count(check_keep("keep", keep), n)
+        if k == n:
+            return Selection(torch.arange(n, device=losses.device), n, n)
+        order = torch.argsort(losses, stable=True).cpu()
+        chance = torch.empty(n, dtype=torch.float64)
+        chance[order] = ((torch.arange(n, dtype=torch.float64) + 0.5) / n) ** (1.0 / keep - 1.0)
+        drawn = torch.multinomial(chance, k, replacement=False, generator=generator)
+        return Selection(torch.sort(drawn).values.to(losses.device), n, n)
+
+
+def select_valid(
+    rule: Rule, losses: Tensor, keep: float, mask: Tensor | None, generator: torch.Generator | None = None
+) -> Selection:
+    """Apply ``rule`` to the entries of ``losses`` (n,) where ``mask`` is True; indices refer to all n.
+
+    Entries left out (padding, ignored labels) count neither in the ranking nor in k. With nothing left the selection
+    is empty. A mask syncs the device, since k depends on how many entries it leaves.
+    """
+    if mask is None:
+        return rule(losses, keep, generator)
+    valid = mask.nonzero().squeeze(1)
+    if valid.shape[0] == 0:
+        return Selection(valid, losses.shape[0], 0)
+    chosen = rule(losses[valid], keep, generator)
+    return Selection(
+        valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, chosen.normalizer
+    )

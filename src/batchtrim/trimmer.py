@@ -1,0 +1,293 @@
+"""The trimmer: schedule, selection rule and clock in one object, called where the mean of the losses used to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchtrim._checks import (
+    check_choice,
+    check_count,
+    check_like,
+    check_losses,
+    check_progress,
+    check_schedule_output,
+    describe,
+)
+from batchtrim.losses import UNITS, Losses, flatten
+from batchtrim.reduction import SCALES, reduce, reduce_mask
+from batchtrim.schedules import as_schedule, linear
+from batchtrim.selection import Rule, Selection, hardest, select_valid
+from batchtrim.stats import KeepStats
+
+__all__ = ["Trimmer"]
+
+_STATE_VERSION = 1
+# A schedule is asked at up to this many points when the trimmer is made: a fault late in training is found at its start.
+_PROBE_POINTS = 1001
+
+
+class Trimmer:
+    """Mini-batch trimming: keep the hardest samples of each batch, fewer as training goes on.
+
+    At progress p keep ``k = max(1, round(q(p) * B))`` of B samples, those of largest loss, and step on their mean,
+    ``L = (1/k) * sum of the k largest l_i``. Defaults are the paper's: q falls on a line from 1.0 to 0.2.
+
+    Source: Fassold, arXiv 2110.13058. Differences from the author's code: progress is clamped at the end of training
+    instead of running on below the last keep fraction; a run of one epoch and a batch of one sample work; losses with more than one
+    dimension are averaged per sample first (``unit``).
+
+    Args:
+        keep: a schedule, a number in (0, 1], or a callable from progress in [0, 1] to such a number.
+        total: how many times :meth:`step` is called in the whole training: epochs, if it is called once an epoch,
+            or batches. Progress is ``min(1, steps / (total - 1))``, so the first of ``total`` runs at 0, the last at 1.
+            Needed wherever progress is.
+        select: which samples to keep, :class:`batchtrim.hardest` by default.
+        scale: "kept" divides by the number kept (the paper); "batch" divides by the batch size, which leaves a
+            sample's weight what it is in plain training. The mean of the hardest k has a larger gradient than the mean
+            of all: ``stats`` reports the ratio of the losses.
+        unit: "sample" averages losses of shape (B, ...) over all but the batch first, "element" chooses among all
+            entries (tokens, pixels).
+        seed: for rules that draw. The generator is the trimmer's own and part of :meth:`state_dict`.
+
+    Raises:
+        ScheduleOutOfRange: the schedule leaves (0, 1] somewhere.
+
+    Example:
+        >>> trim = Trimmer(linear(1.0, 0.2), total=3)
+        >>> losses = torch.tensor([0.5, 3.0, 1.0, 0.1, 2.0])
+        >>> trim(losses)                  # epoch 0 of 3: the plain mean
+        tensor(1.3200)
+        >>> trim.step(); trim(losses)     # epoch 1: keep 0.6, the mean of 3.0, 2.0 and 1.0
+        tensor(2.)
+        >>> trim.step(); trim
+        Trimmer(keep=linear(start=1.0, end=0.2), total=3, select=hardest(), at step 2, keeping 0.2)
+    """
+
+    def __init__(
+        self,
+        keep: Callable[[float], float] | float = linear(1.0, 0.2),  # noqa: B008  (frozen)
+        *,
+        total: int | None = None,
+        select: Rule = hardest(),  # noqa: B008  (frozen)
+        scale: str = "kept",
+        unit: str = "sample",
+        seed: int = 0,
+    ) -> None:
+        self.schedule = as_schedule(keep)
+        if total is None and getattr(self.schedule, "needs_total", True):
+            raise ValueError(
+                "expected `total`, the number of times step() will be called, got None. "
+                "Pass the number of epochs (and call step() once an epoch) or of batches (once a batch); "
+                "if it is not known, pass a constant keep."
+            )
+        if not callable(select) or isinstance(select, type):
+            raise TypeError(
+                f"expected `select` to be a selection rule such as batchtrim.hardest(), got {describe(select)}."
+            )
+        hint = "If the length of training is unknown (-1), count batches instead, or pass a constant keep."
+        self.total = None if total is None else check_count("total", total, hint=hint)
+        self.rule = select
+        self.scale = check_choice("scale", scale, SCALES)
+        self.unit = check_choice("unit", unit, UNITS)
+        self.seed = check_count("seed", seed, minimum=0)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.stats = KeepStats()
+        self.last_selection: Selection | None = None
+        self._steps = 0
+        self._accuracy = 0.0
+        # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
+        self._keep_tensor = torch.ones((), dtype=torch.float64)
+        self._probe()
+        self._set_keep()
+
+    def __call__(
+        self,
+        losses: Tensor | Losses,
+        *,
+        rank_by: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The trimmed loss of a batch: in place of ``losses.mean()``.
+
+        Args:
+            losses: (B,) or (B, ...), one loss per sample or entry, floating point, not reduced. Gradient is not
+                needed: a validation loop may call this too. Or what :class:`batchtrim.per_sample` returned.
+            rank_by: shape of ``losses``: rank by these and train on ``losses``. For label smoothing, mixup and class
+                weights, which all change the ranking.
+            mask: bool, shape of ``losses``: False where an entry does not count (padding, ignored labels).
+
+        Returns:
+            0-d. With keep 1 the plain mean, bit for bit. Where nothing counts, an attached 0.
+
+        Raises:
+            PassUnreducedLosses, TypeError, ValueError: the losses are no vector of losses.
+
+        Notes:
+            Of equal losses the lower index is kept. A NaN or inf loss counts as largest and is kept, so the step is
+            NaN as in plain training and a gradient scaler skips it. No gradient flows through the choice.
+            No device sync, unless a mask is given or the rule's k depends on the losses. A drop-in for one full
+            graph: dropped samples still cost their backward; :class:`batchtrim.TrimmedForward` saves that.
+        """
+        values, scores, mask, weights = self._flatten(losses, rank_by, mask)
+        if torch.compiler.is_compiling() and hasattr(self.rule, "compiled_mask"):
+            return self._compiled(values, scores, mask, weights)
+        selection = self._choose(values, scores, mask)
+        return reduce(values, selection, self.scale, weights)
+
+    def select(
+        self, losses: Tensor | Losses, *, rank_by: Tensor | None = None, mask: Tensor | None = None
+    ) -> Selection:
+        """Only choose, as :meth:`__call__` would; the batch is counted in ``stats``. :func:`batchtrim.reduce` does the rest."""
+        values, scores, mask, _ = self._flatten(losses, rank_by, mask)
+        return self._choose(values, scores, mask)
+
+    def step(self, n: int = 1, *, accuracy: float | None = None) -> None:
+        """Advance the clock, like a learning-rate scheduler: once an epoch or once a batch, as ``total`` counts.
+
+        Past the end the schedule stays where it ended.
+
+        Args:
+            n: by how many. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
+        """
+        self._steps += check_count("n", n, minimum=0)
+        if accuracy is not None:
+            self._accuracy = check_progress("accuracy", accuracy)
+        elif self._reads_accuracy:
+            raise ValueError("expected `accuracy`, which this schedule is driven by, got None. Call step(accuracy=...).")
+        self._set_keep()
+
+    @property
+    def steps(self) -> int:
+        """How often :meth:`step` has been called."""
+        return self._steps
+
+    @property
+    def progress(self) -> float:
+        """The part of training that is done, in [0, 1]; 0 where ``total`` is 1 or unknown."""
+        return self._progress_at(self._steps)
+
+    @property
+    def keep(self) -> float:
+        """The keep fraction in force, in (0, 1]."""
+        return self._keep
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clock, generator, statistics, and the rule's own state where it has one.
+
+        Holds tensors, numbers and strings only, so ``torch.load(weights_only=True)`` reads it. A run that loads it goes
+        on exactly as an uninterrupted one.
+        """
+        state: dict[str, Any] = {
+            "version": _STATE_VERSION,
+            "steps": self._steps,
+            "total": self.total,
+            "accuracy": self._accuracy,
+            "generator": self.generator.get_state(),
+            "stats": self.stats.state_dict(),
+        }
+        if hasattr(self.rule, "state_dict"):
+            state["rule"] = self.rule.state_dict()  # type: ignore[attr-defined]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state is of a trimmer with another ``total``, so progress would jump.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"expected `state` of version {_STATE_VERSION}, got {describe(state.get('version'))}. "
+                "It was saved by something else, or by another release of batchtrim."
+            )
+        if state["total"] != self.total:
+            raise ValueError(
+                f"expected `state` of a trimmer with total={self.total}, got total={state['total']}. Progress would "
+                "jump: make the trimmer with the saved total, or a fresh one and step() it to where it should start."
+            )
+        if "rule" in state:
+            self.rule.load_state_dict(state["rule"])  # type: ignore[attr-defined]
+        self._steps = int(state["steps"])
+        self._accuracy = float(state["accuracy"])
+        self.generator.set_state(state["generator"].cpu())
+        self.stats.load_state_dict(state["stats"])
+        self._set_keep()
+
+    def __repr__(self) -> str:
+        parts = [f"keep={self.schedule!r}", f"total={self.total}", f"select={self.rule!r}"]
+        parts += [f"scale={self.scale!r}"] if self.scale != "kept" else []
+        parts += [f"unit={self.unit!r}"] if self.unit != "sample" else []
+        return f"Trimmer({', '.join(parts)}, at step {self._steps}, keeping {self._keep:.4g})"
+
+    @property
+    def _reads_accuracy(self) -> bool:
+        return getattr(self.schedule, "reads", "progress") == "accuracy"
+
+    def _progress_at(self, steps: int) -> float:
+        if self.total is None or self.total == 1:
+            return 0.0
+        return min(1.0, steps / (self.total - 1))
+
+    def _probe(self) -> None:
+        points = min(self.total or _PROBE_POINTS, _PROBE_POINTS)
+        for i in range(points):
+            self._ask(i / (points - 1) if points > 1 else 0.0)
+
+    def _ask(self, at: float) -> float:
+        name = "accuracy" if self._reads_accuracy else "progress"
+        return check_schedule_output(self.schedule, f"{name} {at:.4g}", self.schedule(at))
+
+    def _set_keep(self) -> None:
+        self._keep = self._ask(self._accuracy if self._reads_accuracy else self.progress)
+        self._keep_tensor.fill_(self._keep)
+
+    def _flatten(
+        self, losses: Tensor | Losses, rank_by: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Values, scores to rank by, mask and weights, each a vector of what there is to choose from."""
+        weights = None
+        if isinstance(losses, Losses):
+            mask = _both(losses.mask, mask)
+            losses, _, weights = losses
+        check_losses(losses)
+        if mask is not None:
+            check_like("mask", mask, losses, torch.bool)
+        if rank_by is not None:
+            check_losses(rank_by, "rank_by")
+            check_like("rank_by", rank_by, losses)
+        if losses.ndim == 1:
+            return losses, (losses if rank_by is None else rank_by).detach(), mask, weights
+        flat = flatten(Losses(losses, mask, weights), self.unit)
+        ranked = flat if rank_by is None else flatten(Losses(rank_by, mask, weights), self.unit)
+        return flat.values, ranked.values.detach(), flat.mask, flat.weights
+
+    def _choose(self, values: Tensor, scores: Tensor, mask: Tensor | None) -> Selection:
+        selection = select_valid(self.rule, scores, self._keep, mask, self.generator)
+        self.last_selection = selection
+        self.stats.record(values.detach(), selection, mask)
+        return selection
+
+    def _compiled(
+        self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        """The same loss with fixed shapes. Statistics are not recorded in a compiled step."""
+        n: Tensor | int = values.shape[0]
+        if mask is not None:
+            n = mask.sum()
+            scores = torch.where(mask, scores, float("-inf"))
+        kept = self.rule.compiled_mask(scores, self._keep_tensor, n)  # type: ignore[attr-defined]
+        if mask is not None:
+            kept &= mask
+        count = kept.sum().clamp(min=1) if self.scale == "kept" else torch.as_tensor(n).clamp(min=1)
+        return reduce_mask(values, kept, count, weights if self.scale == "kept" else None)
+
+
+def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if mask is None or other is None:
+        return other if mask is None else mask
+    check_like("mask", other, mask, torch.bool)
+    return mask & other
