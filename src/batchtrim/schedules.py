@@ -13,6 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from batchtrim._checks import check_keep, check_progress, describe, is_number
@@ -184,7 +185,7 @@ class join(Schedule):
                 f"got {len(at)} places for {len(schedules)} schedules."
             )
         edges = (0.0, *at, 1.0)
-        if any(left >= right for left, right in zip(edges, edges[1:], strict=False)):
+        if any(left >= right for left, right in pairwise(edges)):
             raise ValueError(f"expected `at` to rise strictly between 0 and 1, got {list(at)}.")
         if any(getattr(schedule, "reads", "progress") != "progress" for schedule in schedules):
             raise ValueError("expected `schedules` to be schedules of progress, got one driven by accuracy.")
@@ -234,7 +235,7 @@ def as_schedule(keep: Any, name: str = "keep") -> Callable[[float], float]:
     if is_number(keep):
         return constant(check_keep(name, keep))
     if callable(keep) and not isinstance(keep, type):
-        return keep
+        return keep  # pyright: ignore[reportReturnType]
     raise TypeError(
         f"expected `{name}` to be a schedule, a number in (0, 1] or a callable of progress, got {describe(keep)}. "
         "For the paper's schedule pass batchtrim.linear(1.0, 0.2)."
@@ -258,8 +259,7 @@ def _check_ends(schedule: linear | cosine) -> None:
 
 def _check_points(name: str, points: Any) -> dict[float, float]:
     if not isinstance(points, Mapping) or not points:
-        raise TypeError(
-            f"expected `{name}` to be a mapping such as {{0.5: 0.6, 0.75: 0.3}}, got {describe(points)}."
-        )
-    checked = {check_progress(f"{name} key", place): check_keep(f"{name}[{place}]", keep) for place, keep in points.items()}
-    return dict(sorted(checked.items()))
+        raise TypeError(f"expected `{name}` to be a mapping such as {{0.5: 0.6, 0.75: 0.3}}, got {describe(points)}.")
+    keys = [check_progress(f"{name} key", place) for place in points]
+    keeps = [check_keep(f"{name}[{place}]", keep) for place, keep in points.items()]
+    return dict(sorted(zip(keys, keeps, strict=True)))

@@ -1,8 +1,8 @@
 """Selection rules: which samples of a batch are kept.
 
-A rule is a callable ``rule(losses, keep, generator=None) -> Selection``: it reads a vector of detached losses and a keep
-fraction and returns rows and, where the rule has them, weights. Rules are small objects that pickle and print as typed.
-No gradient flows through a choice.
+A rule is a callable ``rule(losses, keep, generator=None) -> Selection``: it reads a vector of detached losses and a
+keep fraction and returns rows and, where the rule has them, weights. Rules are small objects that pickle and print as
+typed. No gradient flows through a choice.
 
 Legend: n samples to choose from, k kept. Ties: of equal losses the lower index counts as the harder one, so results
 repeat. NaN counts as the largest loss (as in ``torch.sort``), so a NaN loss is kept and the step is NaN, as it would be
@@ -11,7 +11,7 @@ in plain training; gradient scalers rely on that. inf likewise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -33,16 +33,13 @@ __all__ = [
     "uniform",
 ]
 
-# From here on a full sort on the CPU costs more than a partial one and a look for ties.
-_SORT_UP_TO = 2048
-
 
 @dataclass(frozen=True)
 class Selection:
     """What a rule chose from a batch.
 
     Attributes:
-        indices: int64 (k,), the kept rows in rising order.
+        indices: int64 (k,), the kept rows, in no particular order; see :meth:`rising`.
         size: B, the length of the vector that was chosen from.
         candidates: how many of these could be chosen; less than ``size`` where a mask left some out.
         weights: (k,), or None where every kept sample counts the same.
@@ -64,6 +61,11 @@ class Selection:
     def everything(self) -> bool:
         """Whether the selection is the whole vector, each entry counting the same."""
         return self.k == self.size and self.weights is None
+
+    def rising(self) -> Selection:
+        """The same selection with its rows in rising order: cheaper to slice by."""
+        indices, order = torch.sort(self.indices)
+        return replace(self, indices=indices, weights=None if self.weights is None else self.weights[order])
 
     def mask(self) -> Tensor:
         """bool (B,), True where kept."""
@@ -92,33 +94,23 @@ def keep_count(keep: float, n: int) -> int:
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Rows of the k largest ``scores`` (n,), in rising order of row. Ties: lower row first. NaN is largest."""
+    """Rows of the k largest ``scores`` (n,). Ties at the edge: lower row first. NaN is largest."""
     n = scores.shape[0]
     if k >= n:
         return torch.arange(n, device=scores.device)
-    if n <= _SORT_UP_TO or scores.device.type != "cpu":
-        return torch.sort(torch.sort(scores, descending=True, stable=True).indices[:k]).values
-    # A partial sort finds the same values, but among equal values at the edge it takes any: put those right.
-    values, rows = torch.topk(scores, k, sorted=False)
-    edge = values.min() if not values.isnan().any() else _edge_with_nan(values)
-    at_edge = scores.isnan() if edge.isnan() else scores == edge
-    inside = at_edge[rows]
-    wanted = int(inside.sum())
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[rows] = True
-    if wanted < int(at_edge.sum()):
-        mask &= ~at_edge
-        mask[at_edge.nonzero().squeeze(1)[:wanted]] = True
-    return mask.nonzero().squeeze(1)
-
-
-def _edge_with_nan(values: Tensor) -> Tensor:
-    numbers = values[~values.isnan()]
-    return numbers.min() if numbers.numel() else values[0]
+    if not scores.is_cpu:
+        return torch.sort(scores, descending=True, stable=True).indices[:k]
+    # A partial sort is several times cheaper than a stable one, but of equal values at the edge it takes any.
+    # One value more shows whether the edge is tied; ties away from the edge do not change what is kept.
+    values, rows = torch.topk(scores, k + 1)
+    last, after = (values if k < 256 else values[-2:]).tolist()[-2:]
+    if last != after and after == after:
+        return rows.resize_(k)  # in place: the last row goes, for less than a view costs
+    return torch.sort(scores, descending=True, stable=True).indices[:k]
 
 
 def rank_mask(scores: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
-    """bool (n,), True for the k largest: :func:`top_indices` with a tensor ``k`` and fixed shapes, for torch.compile."""
+    """bool (n,), True for the k largest: :func:`top_indices` with tensor ``k``, fixed shapes, for torch.compile."""
     n = scores.shape[0]
     order = torch.argsort(scores, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=scores.device))
@@ -162,8 +154,7 @@ class easiest:
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = losses.shape[0]
-        order = torch.sort(losses, stable=True).indices[: keep_count(keep, n)]
-        return Selection(torch.sort(order).values, n, n)
+        return Selection(torch.sort(losses, stable=True).indices[: keep_count(keep, n)], n, n)
 
 
 @dataclass(frozen=True)
@@ -192,7 +183,7 @@ class between:
         n = losses.shape[0]
         skipped = min(round(self.skip * n), n - 1)
         order = torch.sort(losses, descending=True, stable=True).indices[skipped : skipped + keep_count(keep, n)]
-        return Selection(torch.sort(order).values, n, n)
+        return Selection(order, n, n)
 
     def compiled_mask(self, losses: Tensor, keep: Tensor, n: Tensor | int) -> Tensor:
         skipped = torch.minimum(torch.round(torch.ones_like(keep) * self.skip * n), torch.ones_like(keep) * n - 1)
@@ -209,7 +200,7 @@ class uniform:
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = losses.shape[0]
         drawn = torch.randperm(n, generator=generator)[: keep_count(keep, n)]
-        return Selection(torch.sort(drawn).values.to(losses.device), n, n)
+        return Selection(drawn.to(losses.device), n, n)
 
 
 @dataclass(frozen=True)
@@ -246,7 +237,7 @@ class above:
 class superquantile:
     """The mean above the (1 - keep) quantile, with the boundary sample weighted in by its fraction (CVaR).
 
-    With ``t = keep * n`` and ``m = floor(t)``: weight 1 for the m hardest, ``t - m`` for the next one, sum divided by t.
+    With ``t = keep * n`` and ``m = floor(t)``: weight 1 for the m hardest, ``t - m`` for the next, sum divided by t.
     No weight is ever negative. Equals :class:`hardest` where t is whole.
 
     Example:
@@ -261,12 +252,9 @@ class superquantile:
         whole = int(tail)
         if whole == tail:
             return Selection(top_indices(losses, whole), n, n)
-        indices = top_indices(losses, whole + 1)
+        indices = torch.sort(losses, descending=True, stable=True).indices[: whole + 1]
         weights = torch.ones(whole + 1, dtype=losses.dtype, device=losses.device)
-        # of equal losses the higher row is the easier one: it stands at the boundary
-        kept = losses[indices]
-        boundary = whole - int(torch.sort(kept.flip(0), stable=True).indices[0])
-        weights[boundary] = tail - whole
+        weights[-1] = tail - whole
         return Selection(indices, n, n, weights, tail)
 
 
@@ -330,7 +318,7 @@ class percentile_topk:
         chance = torch.empty(n, dtype=torch.float64)
         chance[order] = ((torch.arange(n, dtype=torch.float64) + 0.5) / n) ** (1.0 / keep - 1.0)
         drawn = torch.multinomial(chance, k, replacement=False, generator=generator)
-        return Selection(torch.sort(drawn).values.to(losses.device), n, n)
+        return Selection(drawn.to(losses.device), n, n)
 
 
 def select_valid(
@@ -347,6 +335,4 @@ def select_valid(
     if valid.shape[0] == 0:
         return Selection(valid, losses.shape[0], 0)
     chosen = rule(losses[valid], keep, generator)
-    return Selection(
-        valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, chosen.normalizer
-    )
+    return Selection(valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, chosen.normalizer)

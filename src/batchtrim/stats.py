@@ -12,14 +12,15 @@ from batchtrim.selection import Selection
 __all__ = ["KeepStats"]
 
 # Batches held before they are summed up: one stacked sum a while costs less than small sums every batch.
-_FLUSH_EVERY = 64
-_FLUSH_NUMBERS = 1 << 20
+_FLUSH_EVERY = 256
+_FLUSH_LARGE = 1 << 14
+_SUM_DTYPE = torch.float64
 
 
 class KeepStats:
     """Running sums over the batches since the last :meth:`reset`.
 
-    Recording costs one sum over the batch and no device sync; :meth:`compute` syncs.
+    Recording costs a copy of the losses and no device sync; :meth:`compute` syncs.
     """
 
     def __init__(self) -> None:
@@ -30,22 +31,17 @@ class KeepStats:
         self._counts = {"batches": 0, "seen": 0, "kept": 0}
         # sums of: all losses, kept losses, smallest kept loss of a batch
         self._sums: Tensor | None = None
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self._pending_numbers = 0
+        self._pending: list[tuple[Tensor, Tensor, int]] = []
 
     def record(self, losses: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
         """Add a batch: detached ``losses`` (B,) and what was chosen of them."""
-        if selection.k == 0:
+        if selection.candidates == 0:
             return
-        counts = self._counts
-        counts["batches"] += 1
-        counts["seen"] += selection.candidates
-        counts["kept"] += selection.k
-        whole = losses if mask is None else torch.where(mask, losses, 0.0)
-        kept = losses.clone() if selection.k == selection.size else losses.index_select(0, selection.indices)
-        self._pending.append((whole.sum(dtype=_sum_dtype(losses)), kept))
-        self._pending_numbers += selection.k
-        if len(self._pending) >= _FLUSH_EVERY or self._pending_numbers > _FLUSH_NUMBERS:
+        # a copy, since the caller is free to change the losses in place afterwards
+        losses = losses.clone() if mask is None else torch.where(mask, losses, 0.0)
+        pending = self._pending
+        pending.append((losses, selection.indices, selection.candidates))
+        if len(pending) >= _FLUSH_EVERY or selection.size > _FLUSH_LARGE:
             self._flush()
 
     def compute(self) -> dict[str, float]:
@@ -86,18 +82,22 @@ class KeepStats:
     def _flush(self) -> None:
         if not self._pending:
             return
-        wholes = torch.stack([whole for whole, _ in self._pending])
-        dtype = wholes.dtype
-        kept = torch.cat([kept for _, kept in self._pending])
-        lows = torch.stack([kept.min() for _, kept in self._pending])
-        sums = torch.stack([wholes.sum(), kept.sum(dtype=dtype), lows.sum(dtype=dtype)]).to(torch.float64)
+        counts = self._counts
+        counts["batches"] += len(self._pending)
+        counts["seen"] += sum(candidates for _, _, candidates in self._pending)
+        counts["kept"] += sum(indices.shape[0] for _, indices, _ in self._pending)
+        losses = torch.cat([losses for losses, _, _ in self._pending])
+        batches = torch.arange(len(self._pending))
+        sizes = torch.tensor([losses.shape[0] for losses, _, _ in self._pending])
+        ks = torch.tensor([indices.shape[0] for _, indices, _ in self._pending])
+        batch_of = batches.repeat_interleave(ks).to(losses.device)
+        starts = (sizes.cumsum(0) - sizes).to(losses.device)
+        kept = losses[torch.cat([indices for _, indices, _ in self._pending]) + starts[batch_of]]
+        lows = kept.new_full((len(self._pending),), float("inf")).scatter_reduce_(0, batch_of, kept, "amin")
+        sums = torch.stack([part.sum(dtype=_SUM_DTYPE) for part in (losses, kept, lows)])
         self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
-        self._pending, self._pending_numbers = [], 0
+        self._pending = []
 
     def __repr__(self) -> str:
+        self._flush()
         return f"KeepStats(batches={self._counts['batches']}, kept={self._counts['kept']} of {self._counts['seen']})"
-
-
-def _sum_dtype(losses: Tensor) -> torch.dtype:
-    """Half-precision losses are summed in fp32, as a mean of them is."""
-    return torch.float32 if losses.dtype in (torch.float16, torch.bfloat16) else losses.dtype

@@ -26,7 +26,7 @@ from batchtrim.stats import KeepStats
 __all__ = ["Trimmer"]
 
 _STATE_VERSION = 1
-# A schedule is asked at up to this many points when the trimmer is made: a fault late in training is found at its start.
+# A schedule is asked at up to this many points when the trimmer is made, so that a fault is found before training.
 _PROBE_POINTS = 1001
 
 
@@ -37,8 +37,8 @@ class Trimmer:
     ``L = (1/k) * sum of the k largest l_i``. Defaults are the paper's: q falls on a line from 1.0 to 0.2.
 
     Source: Fassold, arXiv 2110.13058. Differences from the author's code: progress is clamped at the end of training
-    instead of running on below the last keep fraction; a run of one epoch and a batch of one sample work; losses with more than one
-    dimension are averaged per sample first (``unit``).
+    instead of running on below the last keep fraction; a run of one epoch and a batch of one sample work; losses with
+    more than one dimension are averaged per sample first (``unit``).
 
     Args:
         keep: a schedule, a number in (0, 1], or a callable from progress in [0, 1] to such a number.
@@ -141,7 +141,7 @@ class Trimmer:
     def select(
         self, losses: Tensor | Losses, *, rank_by: Tensor | None = None, mask: Tensor | None = None
     ) -> Selection:
-        """Only choose, as :meth:`__call__` would; the batch is counted in ``stats``. :func:`batchtrim.reduce` does the rest."""
+        """Only choose, as :meth:`__call__` would, and count it in ``stats``. :func:`batchtrim.reduce` does the rest."""
         values, scores, mask, _ = self._flatten(losses, rank_by, mask)
         return self._choose(values, scores, mask)
 
@@ -157,7 +157,7 @@ class Trimmer:
         if accuracy is not None:
             self._accuracy = check_progress("accuracy", accuracy)
         elif self._reads_accuracy:
-            raise ValueError("expected `accuracy`, which this schedule is driven by, got None. Call step(accuracy=...).")
+            raise ValueError("expected `accuracy`, which drives this schedule, got None. Call step(accuracy=...).")
         self._set_keep()
 
     @property
@@ -271,9 +271,7 @@ class Trimmer:
         self.stats.record(values.detach(), selection, mask)
         return selection
 
-    def _compiled(
-        self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None
-    ) -> Tensor:
+    def _compiled(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
         """The same loss with fixed shapes. Statistics are not recorded in a compiled step."""
         n: Tensor | int = values.shape[0]
         if mask is not None:
