@@ -102,7 +102,9 @@ class RunConfig:
         if self.train_size is not None:
             check_count("train_size", self.train_size, minimum=spec.classes, hint="At least one picture a class.")
         if check_number("imbalance", self.imbalance) < 1.0:
-            raise ValueError(f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest.")
+            raise ValueError(
+                f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest."
+            )
         lr, weight_decay = OPTIMIZER_DEFAULTS[self.optimizer]
         lr = lr if self.lr is None else check_positive("lr", self.lr)
         weight_decay = weight_decay if self.weight_decay is None else check_number("weight_decay", self.weight_decay)

@@ -418,9 +418,7 @@ _ROWS = (
         "selective_backprop",
         "each sample kept with probability (percentile among recent losses) ^ beta",
         "arXiv 1910.00762",
-        lambda s, p: Method(
-            Trimmer(1.0, select=batchtrim.percentile(p["beta"], p["history"]), seed=s.seed), s.epochs
-        ),
+        lambda s, p: Method(Trimmer(1.0, select=batchtrim.percentile(p["beta"], p["history"]), seed=s.seed), s.epochs),
         {
             "beta": Param(2.0, _check_beta, "exponent; 1 / (beta + 1) of the samples are kept"),
             "history": Param(1024, check_count, "recent losses the percentile is taken over"),

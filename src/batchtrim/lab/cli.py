@@ -1,0 +1,336 @@
+"""The command line: ``batchtrim compare``, ``sweep``, ``train``, ``demo``, ``report``, ``methods``. Thin.
+
+Commands that run something share one table of settings, ``_SETTINGS``; their signatures, which typer reads, are put
+together from it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="batchtrim",
+    help="Train the same network with mini-batch trimming and its relatives, and see honestly whether it helped.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 130},
+)
+
+# What a wrong option, file or folder raises. --debug shows where.
+USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+
+
+def _option(kind: Any, help: str, *names: str, default: Any = None) -> Any:
+    return Annotated[kind, typer.Option(*names, help=help, show_default=False)], default
+
+
+_SETTINGS = {
+    "dataset": _option(str | None, "data sets, by comma: digits, fashion_mnist, cifar10, cifar100, svhn [digits]"),
+    "model": _option(str | None, "networks, by comma: mlp, cnn, vit, resnet8 .. resnet34 [mlp]"),
+    "epochs": _option(int | None, "epochs of each run [10]"),
+    "optimizer": _option(str | None, "optimizers, by comma: adam, adamw, sgd, nesterov [adam]"),
+    "lr": _option(float | None, "peak learning rate [adam and adamw 0.001, sgd and nesterov 0.1]"),
+    "lr_schedule": _option(str | None, "learning rate over training: constant, step, cosine, onecycle [cosine]"),
+    "weight_decay": _option(float | None, "weight decay [adam 0, adamw 0.05, sgd and nesterov 0.0005]"),
+    "momentum": _option(float | None, "momentum of sgd and nesterov [0.9]"),
+    "batch_size": _option(int | None, "pictures in a batch [128]"),
+    "width": _option(int | None, "channels of the network's first stage [by network]"),
+    "norm": _option(str | None, "normalisation layers: batch, group [batch]"),
+    "augment": _option(str | None, "augmentation: none, crop, flip, crop+flip [by data set]"),
+    "train_size": _option(int | None, "train on so many pictures, the same part of every class [all]"),
+    "label_noise": _option(str | None, "wrong labels: none, symmetric:RATE, asymmetric:RATE, human:WHICH [none]"),
+    "imbalance": _option(float | None, "size of the largest class over that of the smallest [1]"),
+    "keep_start": _option(str | None, "parts of a batch kept at the start, by comma [1.0]"),
+    "keep_end": _option(str | None, "parts of a batch kept at the end, by comma [0.2]"),
+    "schedule": _option(str | None, "ways from start to end, by comma: linear, cosine, step, constant [linear]"),
+    "engine": _option(str | None, "what dropped samples cost: exact, two_pass, shared, auto [exact]"),
+    "precision": _option(str | None, "number format: 32-true, bf16-mixed, 16-mixed, bf16-true, 64-true [32-true]"),
+    "device": _option(str | None, "where to train: auto, cpu, cuda, mps [auto]"),
+    "threads": _option(int | None, "threads of each run [cores / workers]"),
+    "param": _option(list[str] | None, "a method's parameter, as small_loss.noise_rate=0.1; may be repeated"),
+}
+_MANY = {
+    "grid": (Annotated[Path | None, typer.Argument(help="TOML file with settings; options go before it")], None),
+    "methods": _option(str | None, "methods, by comma; `batchtrim methods` lists them [full,trim]"),
+    "seeds": _option(str | None, "how many seeds, or which, by comma [5]"),
+}
+_ONE = {
+    "method": _option(str | None, "method; `batchtrim methods` lists them [trim]"),
+    "seed": _option(int | None, "seed of everything drawn [0]"),
+}
+_PLACE = {
+    "out": _option(Path | None, "folder for runs.jsonl and the report [under runs/]"),
+    "data_dir": _option(str | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
+    "checkpoint_seconds": _option(float, "save a run between epochs when so much time has passed [60]", default=60.0),
+    "tensorboard": _option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
+}
+_SCALE = {
+    "workers": _option(int, "processes that share this machine's cores [1]", default=1),
+    "ray": _option(str | None, "send the runs to a Ray cluster: auto, or its address"),
+    "retries": _option(int, "how often a run whose worker died is done again [2]", default=2),
+}
+_TALK = {
+    "as_json": _option(bool, "print the result as JSON, and nothing else on standard output", "--json", default=False),
+    "quiet": _option(bool, "no progress on standard error", "--quiet", "-q", default=False),
+    "debug": _option(bool, "show the traceback of an error", "--debug", default=False),
+}
+
+_BY_COMMA: dict[str, Callable[[str], Any]] = {
+    "dataset": str,
+    "model": str,
+    "methods": str,
+    "optimizer": str,
+    "lr_schedule": str,
+    "schedule": str,
+    "keep_start": float,
+    "keep_end": float,
+}
+
+
+def _command(name: str, *tables: dict[str, Any]) -> Callable[[Callable[[dict[str, Any]], None]], Any]:
+    """Register a function of one dict as a command whose options are those of ``tables``."""
+
+    def register(function: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            _guard(lambda: function(given), given.get("debug", False))
+
+        parameters = {key: value for table in tables for key, value in table.items()}
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+                for key, (kind, default) in parameters.items()
+            ]
+        )
+        command.__annotations__ = {key: kind for key, (kind, _) in parameters.items()}
+        command.__doc__ = function.__doc__
+        return app.command(name)(command)
+
+    return register
+
+
+@_command("compare", _MANY, _SETTINGS, _PLACE, _SCALE, _TALK)
+def compare(given: dict[str, Any]) -> None:
+    """Train with several methods on the same data and seeds.
+
+    The same command goes on where it stopped.
+    """
+    settings = {"methods": ["full", "trim"], "seeds": 5, **_settings(given)}
+    _run_and_report(settings, given)
+
+
+@_command("sweep", _MANY, _SETTINGS, _PLACE, _SCALE, _TALK)
+def sweep(given: dict[str, Any]) -> None:
+    """Compare over keep schedules and keep ends, or a grid.
+
+    By default three schedules by three keep ends; or what a TOML file says.
+    """
+    settings = _settings(given)
+    if given["grid"] is None:
+        axes = {"schedule": ["linear", "cosine", "step"], "keep_end": [0.1, 0.2, 0.5]}
+        settings = {"methods": ["full", "trim", "random"], "seeds": 5, **axes, **settings}
+    _run_and_report(settings, given)
+
+
+@_command("train", _ONE, _SETTINGS, _PLACE, _TALK)
+def train(given: dict[str, Any]) -> None:
+    """Do one run, with checkpoints.
+
+    The same command goes on from the last checkpoint.
+    """
+    settings = {"method": "trim", "seed": 0, **_settings(given)}
+    _run_and_report(settings, given)
+
+
+@_command("demo", {"out": _PLACE["out"], "workers": _SCALE["workers"]}, _TALK)
+def demo(given: dict[str, Any]) -> None:
+    """Digits, full against trim, five seeds, in a minute or two.
+
+    The pictures come with scikit-learn; nothing is downloaded.
+    """
+    settings = {"dataset": "digits", "model": "cnn", "methods": ["full", "trim"], "seeds": 5, "epochs": 30}
+    _run_and_report(settings, {**given, "out": given["out"] or Path("runs/demo")})
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="folder with runs.jsonl")],
+    out: Annotated[
+        Path | None, typer.Option(help="where the report goes [the same folder]", show_default=False)
+    ] = None,
+    baseline: Annotated[str, typer.Option(help="method the others are compared with")] = "full",
+    as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON and write nothing")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Write the report on the runs in a folder.
+
+    report.html is self-contained; report.md and report.csv lie beside it.
+    """
+
+    def work() -> None:
+        from batchtrim.lab import records
+
+        _report(records.read(folder), out or folder, baseline, as_json)
+
+    _guard(work, debug)
+
+
+@app.command("methods")
+def methods_command(
+    as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
+) -> None:
+    """List the methods and their parameters."""
+    from batchtrim.lab.methods import METHODS
+
+    if as_json:
+        rows = {
+            row.name: {
+                "summary": row.summary,
+                "source": row.source,
+                "params": {name: param.default for name, param in row.params.items()},
+            }
+            for row in METHODS.values()
+        }
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for row in METHODS.values():
+        typer.echo(f"{row.name}: {row.summary} ({row.source})")
+        for name, param in row.params.items():
+            typer.echo(f"    {row.name}.{name}={param.default}  {param.help}")
+
+
+def main() -> None:
+    """The ``batchtrim`` command."""
+    app()
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the TOML file, if there is one, under those given as options."""
+    from batchtrim.lab import grid
+
+    settings = grid.load_toml(given["grid"]) if given.get("grid") else {}
+    options = {name: given[name] for name in (*_MANY, *_ONE, *_SETTINGS) if given.get(name) is not None}
+    options.pop("grid", None)
+    if options.keys() & {"methods", "seeds"}:  # a file may say `method` or `seed` instead
+        settings = {name: value for name, value in settings.items() if f"{name}s" not in options}
+    for name, kind in _BY_COMMA.items():
+        if name in options:
+            options[name] = _list(name, options[name], kind)
+    if "seeds" in options:
+        text = options["seeds"]
+        options["seeds"] = _list("seeds", text, int) if "," in text else _list("seeds", text, int)[0]
+    params = options.pop("param", [])
+    if params:
+        settings["params"] = _params(params, settings.get("params", {}))
+    return {**settings, **options}
+
+
+def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"expected `{name}` to be {what} by comma, got {text!r}.") from None
+
+
+def _params(texts: Iterable[str], base: dict[str, Any]) -> dict[str, Any]:
+    """``method.name=value`` texts as tables; a value by comma is an axis."""
+    tables = {method: dict(table) for method, table in base.items()}
+    for text in texts:
+        place, equals, value = text.partition("=")
+        method, dot, name = place.partition(".")
+        if not (equals and dot and value):
+            raise ValueError(f"expected `param` to look like small_loss.noise_rate=0.1, got {text!r}.")
+        values = [_number(part) for part in value.split(",")]
+        tables.setdefault(method, {})[name] = values if len(values) > 1 else values[0]
+    return tables
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    from batchtrim.lab import grid, progress, records, sweep
+
+    workers = given.get("workers", 1)
+    settings.setdefault("threads", sweep.default_threads(max(1, workers)))
+    configs = grid.expand(settings)
+    out = given["out"] or _default_out(settings, configs)
+    place = sweep.Workplace(
+        out, given.get("data_dir"), None, given.get("checkpoint_seconds", 60.0), given.get("tensorboard", False)
+    )
+    try:
+        with progress.Quiet() if given["quiet"] else progress.Live() as watcher:
+            failed = sweep.run_all(
+                configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2)
+            )
+    except KeyboardInterrupt:
+        done = len(records.Records(out).rows())
+        typer.echo(f"\nstopped; {done} runs are recorded in {out}. The same command goes on from there.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    _report(records.read(out), out, "full", given["as_json"], [config.method for config in configs])
+    for row in failed:
+        typer.echo(f"failed: {row['config']['method']} seed {row['config']['seed']}: {row.get('error')}", err=True)
+    if failed:
+        typer.echo(f"{len(failed)} runs failed; the same command tries them again.", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _default_out(settings: dict[str, Any], configs: list[Any]) -> Path:
+    """A folder named after what the runs share, so that the same command finds it again."""
+    names = [sorted({str(getattr(config, name)) for config in configs}) for name in ("dataset", "model", "optimizer")]
+    epochs = sorted({config.epochs for config in configs})
+    parts = ["+".join(values) for values in names] + ["+".join(map(str, epochs)) + "ep"]
+    return Path("runs") / "-".join(parts)
+
+
+def _report(
+    rows: list[dict[str, Any]], out: Path, baseline: str, as_json: bool, methods: Iterable[str] | None = None
+) -> None:
+    """Print the table, or the numbers as JSON, and write the report."""
+    from batchtrim.lab import report, stats
+
+    methods = list(methods or (row["config"]["method"] for row in rows))
+    if baseline not in methods and baseline == "full":
+        baseline = methods[0]
+    summary = stats.summarize(rows, baseline=baseline)
+    page = report.write_report(rows, out)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(summary)))
+        return
+    from rich.console import Console
+
+    Console().print(report.console_table(summary))
+    typer.echo(f"report: {page}")
+
+
+def _guard(work: Callable[[], None], debug: bool) -> None:
+    """Turn a user's mistake into one line on standard error and exit code 2."""
+    try:
+        work()
+    except USER_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            typer.echo(f"error: {error}", err=True)
+        sys.exit(MISTAKE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The same grid on a Ray cluster: each run is a task, and the driver alone keeps the record.
+
+Every node needs batchtrim with its lab extra, and the data set: in a folder at the same path, or from the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from batchtrim._checks import import_extra
+from batchtrim.lab import train
+from batchtrim.lab.config import RunConfig
+from batchtrim.lab.records import Records, Row
+from batchtrim.lab.sweep import Tally, Workplace, do_run
+
+
+def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, retries: int) -> None:
+    """Do what is left of ``tally`` as Ray tasks, each with as many CPUs as its run has threads.
+
+    A task whose worker or node is lost is done again by Ray, ``retries`` times; then its run is recorded as failed.
+
+    Raises:
+        ConnectionError: there is no cluster at ``address``.
+    """
+    ray = import_extra("ray", "ray", "--ray")
+    try:
+        ray.init(address=address, log_to_driver=False, ignore_reinit_error=True, logging_level="error")
+    except (ConnectionError, ValueError) as error:
+        raise ConnectionError(
+            f"expected a Ray cluster at {address!r}, got none ({str(error).splitlines()[0][:120]}). "
+            "Start one with: ray start --head"
+        ) from error
+    task = ray.remote(_task).options(max_retries=retries)
+    with contextlib.ExitStack() as all_claims:
+        claims: dict[Any, tuple[RunConfig, contextlib.ExitStack]] = {}
+        window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # a few waiting runs keep every node busy
+        while tally.left or claims:
+            while tally.left and len(claims) < window:
+                config = tally.left.popleft()
+                claim = all_claims.enter_context(contextlib.ExitStack())
+                if not claim.enter_context(records.claim(config.key)):
+                    claim.close()
+                    tally.watcher.note(f"{config.label}: left to the process that is at it")
+                    tally.settle(config, None)
+                    continue
+                gpus = 1 if config.device == "cuda" else 0
+                wanted = {"num_cpus": config.threads, "num_gpus": gpus, "name": config.label}
+                claims[task.options(**wanted).remote(config, place)] = config, claim
+            for done in ray.wait(list(claims), num_returns=1)[0] if claims else []:
+                config, claim = claims.pop(done)
+                row = _result(ray, done, config)
+                records.append(row)
+                claim.close()
+                tally.settle(config, row)
+
+
+def _task(config: RunConfig, place: Workplace) -> Row:
+    """Runs on a node; the checkpoint helps where the output folder is one that all nodes see."""
+    row = do_run(config, place)
+    with contextlib.suppress(OSError):
+        Path(place.checkpoint(config)).unlink(missing_ok=True)
+    return row
+
+
+def _result(ray: Any, reference: Any, config: RunConfig) -> Row:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return train.failed_row(config, error)

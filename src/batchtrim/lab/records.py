@@ -1,0 +1,224 @@
+"""runs.jsonl: every finished run is one line, appended whole or not at all, whoever dies when.
+
+A line is written by one ``write`` to a file opened for appending, then synced, under a file lock. Should a machine go
+down in the middle of it, the piece without a newline at the end is no finished run: readers skip it and the next
+writer cuts it off. A run in the works is claimed by a lock that the kernel frees when its holder dies, so two processes
+on one folder share the work and never do a run twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+SCHEMA = 1
+DONE = ("finished", "diverged")
+
+Row = dict[str, Any]
+
+
+class UseAnotherFolder(ValueError):
+    """The folder holds runs of another experiment; the message names the difference."""
+
+
+class ReplaceRecords(ValueError):
+    """A line of the record file is damaged; the message names it."""
+
+
+class Records:
+    """The runs in a folder.
+
+    Args:
+        folder: made if missing; holds ``runs.jsonl``, and while runs are in the works their locks in ``.claims``.
+
+    Raises:
+        PermissionError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.path = self.folder / "runs.jsonl"
+        try:
+            (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
+            writable = os.access(self.folder, os.W_OK)
+        except FileExistsError as error:
+            raise FileExistsError(
+                f"expected `out` to be a folder, got {folder}, where a file is in the way."
+            ) from error
+        except OSError as error:
+            raise PermissionError(_not_writable(self.folder, error.strerror)) from error
+        if not writable:
+            raise PermissionError(_not_writable(self.folder, "permission denied"))
+        self._rows: dict[str, Row] = {}
+        self._offset = 0
+
+    def rows(self) -> list[Row]:
+        """The runs recorded so far, by anyone: one per key, the last one recorded."""
+        self._refresh()
+        return list(self._rows.values())
+
+    def is_done(self, key: str) -> bool:
+        """Whether the run of that key finished or diverged; one that failed is tried again."""
+        self._refresh()
+        return self._rows.get(key, {}).get("status") in DONE
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Record a run: when this returns, the line is on the disk.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written; nothing of the row is left in it.
+        """
+        line = (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
+        with self._lock("append"):
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                whole = _end_of_last_line(file)
+                if whole < os.fstat(file).st_size:
+                    os.ftruncate(file, whole)
+                try:
+                    if os.write(file, line) != len(line):
+                        raise OSError(f"cannot append a whole row to {self.path}. Is the disk full?")
+                    os.fsync(file)
+                except OSError:
+                    os.ftruncate(file, whole)
+                    raise
+            finally:
+                os.close(file)
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Hold the run of that key for this process: True, or False where another holds it or it is done.
+
+        The claim ends with the block, and with the process, however it ends.
+        """
+        lock = self._lock(key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield not self.is_done(key)
+        finally:
+            if self.is_done(key):  # nobody who still opens the old lock does the run again: it is recorded
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def settle(self, cells: list[Row]) -> None:
+        """Say which experiment this folder holds, or check that it is still the same one.
+
+        Args:
+            cells: for each part of a grid, the settings its runs share (all but method, schedule and seed).
+
+        Raises:
+            UseAnotherFolder: the folder's experiment neither contains these cells nor is contained in them.
+        """
+        path = self.folder / "grid.json"
+        with self._lock("settle"):
+            there: list[Row] = json.loads(path.read_text()) if path.exists() else []
+            ours = [cell for cell in cells if cell not in there]
+            gone = [cell for cell in there if cell not in cells]
+            if ours and gone:
+                raise UseAnotherFolder(_difference(self.folder, gone, ours))
+            if ours:
+                part = path.with_suffix(".part")
+                part.write_text(json.dumps(there + ours, indent=1) + "\n")
+                os.replace(part, path)
+
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self.folder / ".claims" / f"{name}.lock")
+
+    def _refresh(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            row = _parse(line, self.path)
+            self._rows.pop(row["key"], None)
+            self._rows[row["key"]] = row
+        self._offset += len(whole)
+
+
+def read(path: str | Path) -> list[Row]:
+    """The runs in a folder or in a ``runs.jsonl``: one per key, the last one recorded. Writes nothing."""
+    path = Path(path)
+    path = path / "runs.jsonl" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"expected runs in {path}, got nothing there. Has the first run finished?")
+    rows: dict[str, Row] = {}
+    text = path.read_bytes()
+    for line in text[: text.rfind(b"\n") + 1].splitlines():
+        row = _parse(line, path)
+        rows.pop(row["key"], None)
+        rows[row["key"]] = row
+    return list(rows.values())
+
+
+def _parse(line: bytes, path: Path) -> Row:
+    try:
+        row = json.loads(line)
+        if row["schema"] != SCHEMA:
+            raise ReplaceRecords(
+                f"expected rows of schema {SCHEMA} in {path}, got {row['schema']}. Another release of batchtrim made it."
+            )
+        row["key"], row["config"], row["status"]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ReplaceRecords):
+            raise
+        start = line[:60].decode(errors="replace")
+        raise ReplaceRecords(
+            f"expected a run on each line of {path}, got {start!r}. The file was changed by hand, or damaged: "
+            "remove that line, and its run is done again."
+        ) from error
+    return row
+
+
+def _end_of_last_line(file: int) -> int:
+    """The offset just behind the last newline."""
+    end = os.fstat(file).st_size
+    while end > 0:
+        start = max(0, end - 65536)
+        found = os.pread(file, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN or infinity: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+def _difference(folder: Path, there: list[Row], here: list[Row]) -> str:
+    """Names what differs between the two cells that differ least."""
+
+    def differing(pair: tuple[Row, Row]) -> list[str]:
+        return [name for name in sorted(pair[0] | pair[1]) if pair[0].get(name) != pair[1].get(name)]
+
+    nearest = min(((old, new) for old in there for new in here), key=lambda pair: len(differing(pair)))
+    parts = [f"{name} {nearest[0].get(name)} there and {nearest[1].get(name)} here" for name in differing(nearest)]
+    return (
+        f"expected the configuration that {folder} already holds runs of, got another: {'; '.join(parts)}. "
+        "Pass another --out, or the old settings to go on."
+    )
+
+
+def _not_writable(folder: Path, reason: str | None) -> str:
+    return f"expected `out` to be a folder that can be written, got {folder} ({reason}). Pass another --out."
