@@ -1,0 +1,314 @@
+"""Small charts as inline SVG: lines with bands, paired differences, cost against error.
+
+Written by hand rather than with a plotting library so that a page of them is light, sharp at any size, follows the
+reader's light or dark scheme through CSS variables, and is searchable text. Colours are classes ``s0`` (the baseline)
+to ``s8``; from ``s9`` on they repeat with dashes. Every label is escaped here.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 480, 290
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
+COLOURS = 8  # besides the baseline's
+MOST_POINTS = 150  # of a line: more cannot be seen at this size
+
+Format = Callable[[float], str]
+_ids = itertools.count()
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: ``style`` picks the colour, ``low`` and ``high`` a band around it."""
+
+    label: str
+    style: int
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Differences:
+    """A row of the paired plot: one dot a seed, the mean with its interval, and what could not have been seen."""
+
+    label: str
+    style: int
+    seeds: Sequence[int]
+    values: Sequence[float]
+    mean: float
+    interval: tuple[float, float] | None
+    detectable: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method in the cost plot, with an interval of its error."""
+
+    label: str
+    style: int
+    x: float
+    y: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A straight map from data to picture."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def esc(value: object) -> str:
+    """Safe as text and inside a quoted attribute."""
+    return html.escape(str(value), quote=True)
+
+
+def style_class(style: int) -> str:
+    """CSS classes of a series: its colour, and dashes where the colours have run out."""
+    if style == 0:
+        return "s0"
+    return f"s{1 + (style - 1) % COLOURS}" + (f" d{(style - 1) // COLOURS}" if style > COLOURS else "")
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers that span ``low`` to ``high``: multiples of 1, 2 or 5 times a power of ten."""
+    span = high - low
+    if not span > 0:
+        return [low]
+    step = 10.0 ** math.floor(math.log10(span / most))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= most)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def lines(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    fmt: Format,
+    y_range: tuple[float, float] | None = None,
+    title: str = "",
+) -> str:
+    """Lines with bands over a common x axis; the pointer reads the values where the page's script runs."""
+    drawn = [_thin(each) for each in series if len(each.x)]
+    xs = [x for each in drawn for x in each.x]
+    if not xs:
+        return '<p class="note">No curve was recorded.</p>'
+    low, high = y_range or data_range(
+        [y for each in drawn for part in (each.y, each.low, each.high) for y in part or ()]
+    )
+    x = Scale(*_widen(min(xs), max(xs)), LEFT, WIDTH - RIGHT)
+    y = Scale(low, high, HEIGHT - BOTTOM, TOP)
+    clip = f"clip{next(_ids)}"
+    parts = [
+        f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP - 2}" width="{WIDTH - LEFT - RIGHT}"'
+        f' height="{HEIGHT - TOP - BOTTOM + 4}"/></clipPath>',
+        _axes(x, y, x_label, y_label, str, fmt, whole=True),
+        f'<g clip-path="url(#{clip})">',
+        *(_band(each, x, y) for each in drawn),
+        *(_line(each, x, y) for each in drawn),
+        "</g>",
+    ]
+    known = {
+        "plot": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
+        "x": [x.low, x.high],
+        "series": [
+            {"label": each.label, "css": style_class(each.style), "x": list(each.x), "y": [fmt(v) for v in each.y]}
+            for each in drawn
+        ],
+    }
+    return _svg("".join(parts), title, HEIGHT, f' class="chart lines" data-read="{esc(json.dumps(known))}"')
+
+
+def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title: str = "") -> str:
+    """One row a method: dots for seeds, a bar for the interval, a shade for what could not have been seen."""
+    values = [value for row in rows for value in (*row.values, *(row.interval or ()), 0.0)]
+    low, high = data_range(values)
+    step, top = 58, 8
+    height = top + step * len(rows) + BOTTOM
+    x = Scale(low, high, 16, WIDTH - 16)
+    zero, floor = x(0.0), height - BOTTOM
+    parts = []
+    for tick in ticks(low, high, 6):
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{floor}"/>')
+        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{floor + 16}" text-anchor="middle">{fmt(tick)}</text>')
+    parts.append(f'<text class="axis" x="{WIDTH / 2}" y="{height - 8}" text-anchor="middle">{esc(x_label)}</text>')
+    for number, row in enumerate(rows):
+        base = top + step * number
+        middle = base + 38
+        if row.detectable:
+            left, right = (min(max(x(edge), 16), WIDTH - 16) for edge in (-row.detectable, row.detectable))
+            parts.append(
+                f'<rect class="blind" x="{left:.1f}" y="{middle - 13}" width="{right - left:.1f}" height="26"/>'
+            )
+        parts.append(f'<g class="{style_class(row.style)}">')
+        parts.append(f'<text class="name" x="16" y="{base + 17}">{esc(row.label)}</text>')
+        parts.append(f'<text class="tick" x="{WIDTH - 16}" y="{base + 17}" text-anchor="end">{esc(row.text)}</text>')
+        if row.interval:
+            start, end = (x(edge) for edge in row.interval)
+            parts.append(f'<line class="bar" x1="{start:.1f}" x2="{end:.1f}" y1="{middle}" y2="{middle}"/>')
+        for seed, value in zip(row.seeds, row.values, strict=True):
+            parts.append(
+                f'<circle class="dot" cx="{x(value):.1f}" cy="{middle}" r="4.5">'
+                f"<title>seed {seed}: {fmt(value)}</title></circle>"
+            )
+        centre = x(row.mean)
+        parts.append(
+            f'<line class="mean" x1="{centre:.1f}" x2="{centre:.1f}" y1="{middle - 11}" y2="{middle + 11}"/></g>'
+        )
+    parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="{top}" y2="{floor}"/>')
+    return _svg("".join(parts), title, height, ' class="chart"')
+
+
+def scatter(points: Sequence[Point], *, x_label: str, y_label: str, x_fmt: Format, fmt: Format, title: str = "") -> str:
+    """Cost on x from zero, error on y with its interval; each point has its name beside it."""
+    if not points:
+        return '<p class="note">No run finished.</p>'
+    x = Scale(0.0, max(point.x for point in points) * 1.08 or 1.0, LEFT, WIDTH - RIGHT)
+    y = Scale(*data_range([v for point in points for v in (point.y, *(point.interval or ()))]), HEIGHT - BOTTOM, TOP)
+    parts = [_axes(x, y, x_label, y_label, x_fmt, fmt)]
+    for point in points:
+        centre, middle = x(point.x), y(point.y)
+        parts.append(f'<g class="{style_class(point.style)}">')
+        if point.interval:
+            ends = [y(edge) for edge in point.interval]
+            parts.append(
+                f'<line class="whisker" x1="{centre:.1f}" x2="{centre:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
+            )
+        parts.append(
+            f'<circle class="big" cx="{centre:.1f}" cy="{middle:.1f}" r="5.5">'
+            f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}</title></circle></g>"
+        )
+    parts += _labels(points, x, y)
+    return _svg("".join(parts), title, HEIGHT, ' class="chart"')
+
+
+def legend(entries: Sequence[tuple[str, int]]) -> str:
+    """Names with a stroke of their colour; pointing at one brings its lines forward."""
+    items = "".join(
+        f'<li class="{style_class(style)}" data-series="{esc(label)}"><svg width="26" height="10" aria-hidden="true">'
+        f'<line class="line" x1="1" x2="25" y1="5" y2="5"/></svg>{esc(label)}</li>'
+        for label, style in entries
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[str]:
+    """Names beside their points, moved up or down until none covers another."""
+    placed: list[tuple[float, float, float]] = []
+    parts = []
+    for point in sorted(points, key=lambda each: y(each.y)):
+        width = 7.2 * len(point.label)
+        right = x(point.x) + 10 + width < WIDTH
+        start = x(point.x) + 10 if right else max(LEFT, x(point.x) - 10 - width)
+        level = y(point.y) + 4
+        while any(abs(level - other) < 13 and start < end and begin < start + width for begin, end, other in placed):
+            level += 2
+        placed.append((start, start + width, level))
+        at, anchor = (start, "start") if right else (x(point.x) - 10, "end")
+        parts.append(
+            f'<text class="name {style_class(point.style)}" x="{at:.1f}" y="{level:.1f}" text-anchor="{anchor}">'
+            f"{esc(point.label)}</text>"
+        )
+    return parts
+
+
+def _svg(body: str, title: str, height: int, attributes: str) -> str:
+    return (
+        f'<svg{attributes} viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{esc(title)}" '
+        f'xmlns="http://www.w3.org/2000/svg">{body}</svg>'
+    )
+
+
+def _axes(x: Scale, y: Scale, x_label: str, y_label: str, x_fmt: Format, fmt: Format, whole: bool = False) -> str:
+    floor = HEIGHT - BOTTOM
+    parts = []
+    for tick in ticks(y.low, y.high):
+        at = y(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{fmt(tick)}</text>')
+    for tick in ticks(x.low, x.high, 6):
+        if whole and tick != int(tick):
+            continue
+        label = str(int(tick)) if whole else x_fmt(tick)
+        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{floor + 16}" text-anchor="middle">{label}</text>')
+    parts.append(f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
+    centre = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="axis" x="{centre}" y="{HEIGHT - 8}" text-anchor="middle">{esc(x_label)}</text>')
+    middle = (TOP + floor) / 2
+    parts.append(
+        f'<text class="axis" x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">'
+        f"{esc(y_label)}</text>"
+    )
+    return "".join(parts)
+
+
+def _line(series: Series, x: Scale, y: Scale) -> str:
+    dash = " dashed" if series.dashed else ""
+    data = f'data-series="{esc(series.label)}"'
+    if len(series.x) == 1:
+        return (
+            f'<g class="{style_class(series.style)}" {data}>'
+            f'<circle class="dot" cx="{x(series.x[0]):.1f}" cy="{y(series.y[0]):.1f}" r="3.5"/></g>'
+        )
+    return (
+        f'<g class="{style_class(series.style)}" {data}>'
+        f'<polyline class="line{dash}" points="{_path(series.x, series.y, x, y)}"/></g>'
+    )
+
+
+def _band(series: Series, x: Scale, y: Scale) -> str:
+    if series.low is None or series.high is None or len(series.x) < 2:
+        return ""
+    up, down = _path(series.x, series.high, x, y), _path(series.x[::-1], series.low[::-1], x, y)
+    return (
+        f'<g class="{style_class(series.style)}" data-series="{esc(series.label)}">'
+        f'<polygon class="band" points="{up} {down}"/></g>'
+    )
+
+
+def _path(xs: Sequence[float], ys: Sequence[float], x: Scale, y: Scale) -> str:
+    return " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys, strict=True))
+
+
+def _thin(series: Series) -> Series:
+    """Every n-th point of a long line, the last one always."""
+    n = len(series.x)
+    if n <= MOST_POINTS:
+        return series
+    rows = sorted({*range(0, n, math.ceil(n / MOST_POINTS)), n - 1})
+    x, y = ([values[i] for i in rows] for values in (series.x, series.y))
+    low, high = (None if values is None else [values[i] for i in rows] for values in (series.low, series.high))
+    return Series(series.label, series.style, x, y, low, high, series.dashed)
+
+
+def data_range(values: Sequence[float]) -> tuple[float, float]:
+    """From the least to the largest, with a little air."""
+    low, high = _widen(min(values), max(values))
+    air = 0.06 * (high - low)
+    return low - air if low < 0 or low - air > 0 else 0.0, high + air
+
+
+def _widen(low: float, high: float) -> tuple[float, float]:
+    """A range that is never a single point."""
+    if high > low:
+        return low, high
+    air = abs(low) * 0.1 or 0.01
+    return low - air, high + air
