@@ -12,6 +12,7 @@ In the loop you have, two lines change::
 Schedules say how much to keep, selection rules say which, a :class:`Trimmer` puts them together.
 """
 
+from batchtrim.engine import TrimmedForward
 from batchtrim.losses import Losses, focal, per_sample, superloss, token_losses
 from batchtrim.reduction import reduce
 from batchtrim.schedules import by_accuracy, constant, cosine, join, linear, piecewise, step
@@ -36,6 +37,7 @@ __all__ = [
     "KeepStats",
     "Losses",
     "Selection",
+    "TrimmedForward",
     "Trimmer",
     "above",
     "between",

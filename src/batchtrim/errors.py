@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["EngineRefused", "InstallExtra", "PassUnreducedLosses", "RanksDisagree", "ScheduleOutOfRange"]
+from typing import Any
+
+__all__ = [
+    "EngineFallback",
+    "EngineRefused",
+    "InstallExtra",
+    "PassUnreducedLosses",
+    "RanksDisagree",
+    "ScheduleOutOfRange",
+]
 
 
 class PassUnreducedLosses(ValueError):
@@ -18,7 +27,19 @@ class InstallExtra(ImportError):
 
 
 class EngineRefused(RuntimeError):
-    """An engine cannot compute the right gradient for this model; the message names the module and the reason."""
+    """An engine cannot compute the right gradient for this model; the message names the module and the reason.
+
+    Attributes:
+        selection: the choice already made from the batch at hand, for another engine to go on with; or None.
+    """
+
+    def __init__(self, message: str, selection: Any = None) -> None:
+        super().__init__(message)
+        self.selection = selection
+
+
+class EngineFallback(UserWarning):
+    """Another engine took over; the message names the module and the reason. Given once."""
 
 
 class RanksDisagree(RuntimeError):

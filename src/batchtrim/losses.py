@@ -37,6 +37,10 @@ class Losses(NamedTuple):
     mask: Tensor | None = None
     weights: Tensor | None = None
 
+    def detach(self) -> Losses:
+        """The same without a graph."""
+        return Losses(*(None if part is None else part.detach() for part in self))  # type: ignore[arg-type]
+
 
 class per_sample:
     """Any criterion, without its reduction: ``per_sample(criterion)(outputs, targets) -> Losses``.

@@ -1,0 +1,59 @@
+"""Pick the cheapest engine that is right for the model, and say so where that is not the shared one."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.exact import ExactEngine
+from batchtrim.engine.shared import SharedEngine, is_compiled
+from batchtrim.engine.two_pass import TwoPassEngine
+from batchtrim.errors import EngineFallback, EngineRefused
+from batchtrim.selection import Selection
+from batchtrim.trimmer import Trimmer
+
+__all__ = ["AutoEngine"]
+
+# Above these keep fractions the plain graph is at least as fast: (1 + 2q) / 3 and (1 + 3q) / 3 plus what the engine
+# itself costs reach 1. Measured by `make bench`.
+_SHARED_BELOW = 0.87
+_TWO_PASS_BELOW = 0.6
+
+
+class AutoEngine:
+    """Shared where it pays and is right, two-pass for compiled models where it pays, exact otherwise.
+
+    A model whose samples interact (a contrastive loss, attention over the batch) goes to exact: dropping rows before
+    the forward, as two-pass does, would change what it computes.
+    """
+
+    name = "auto"
+
+    def __init__(self, forward: Forward, trim: Trimmer) -> None:
+        self.trim = trim
+        self.exact = ExactEngine(forward, trim)
+        self.saving: SharedEngine | TwoPassEngine | None = None
+        self.below = _SHARED_BELOW
+        try:
+            self.saving = SharedEngine(forward, trim)
+        except EngineRefused as refused:
+            self._hand_on(forward, refused)
+
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+        """One step; ``selection`` is given where the choice was made already."""
+        if self.saving is None or self.trim.keep > self.below:
+            return self.exact(x, y, selection)
+        try:
+            return self.saving(x, y, selection)
+        except EngineRefused as refused:
+            self._hand_on(self.exact.forward, refused)
+            return self.exact(x, y, refused.selection)
+
+    def _hand_on(self, forward: Forward, refused: EngineRefused) -> None:
+        """The next engine, for good; one warning."""
+        compiled = self.trim.unit == "sample" and any(is_compiled(module) for module in forward.model.modules())
+        self.saving = TwoPassEngine(forward, self.trim) if compiled else None
+        self.below = _TWO_PASS_BELOW
+        name = "two_pass" if compiled else "exact"
+        warnings.warn(f"{refused}. Going on with engine={name!r}.", EngineFallback, stacklevel=4)

@@ -1,0 +1,41 @@
+"""The obvious engine: one forward with a graph, then the kept losses. It defines what the right gradient is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from batchtrim.engine.batch import Forward, Step, map_tensors
+from batchtrim.reduction import reduce_kept
+from batchtrim.selection import Selection
+from batchtrim.trimmer import Trimmer
+
+__all__ = ["ExactEngine", "is_training_step"]
+
+
+class ExactEngine:
+    """Forward and backward over the whole batch; a dropped sample is a row of zeros in backward. Cost: 1."""
+
+    name = "exact"
+
+    def __init__(self, forward: Forward, trim: Trimmer) -> None:
+        self.forward = forward
+        self.trim = trim
+
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+        """One step; ``selection`` is given where the choice was made already."""
+        losses, outputs = self.forward(x, y)
+        if selection is None:
+            selection = self.trim.select(losses.detach(), rank_by=self.forward.scores(outputs, y)).rising()
+        kept, weights = losses.values, losses.weights
+        if not selection.everything:
+            kept = kept.index_select(0, selection.indices)
+            weights = None if weights is None else weights.index_select(0, selection.indices)
+        loss = reduce_kept(kept, selection, self.trim.scale, weights)
+        return Step(loss, losses.values.detach(), map_tensors(torch.Tensor.detach, outputs), selection)
+
+
+def is_training_step() -> bool:
+    """Whether a backward may follow. Where none may, all engines are one forward."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -1,0 +1,103 @@
+"""The public face of the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from batchtrim._checks import check_choice, check_count, describe
+from batchtrim.engine.auto import AutoEngine
+from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.exact import ExactEngine
+from batchtrim.engine.shared import SharedEngine
+from batchtrim.engine.two_pass import TwoPassEngine
+from batchtrim.losses import Losses, per_sample
+from batchtrim.trimmer import Trimmer
+
+__all__ = ["ENGINES", "TrimmedForward"]
+
+ENGINES: dict[str, Callable[[Forward, Trimmer], Any]] = {
+    "auto": AutoEngine,
+    "exact": ExactEngine,
+    "shared": SharedEngine,
+    "two_pass": TwoPassEngine,
+}
+
+
+class TrimmedForward:
+    """Forward, choose, and a loss whose backward costs the kept rows only.
+
+    ::
+
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), trim)
+        loss = step(x, y)
+        loss.backward()
+
+    Args:
+        model: an unmodified module; wrapped in DistributedDataParallel where there are several processes.
+        per_sample_loss: ``(outputs, y) -> losses``, a tensor (B,) or (B, ...) or :class:`batchtrim.Losses`. A loss
+            module with a ``reduction`` (``nn.CrossEntropyLoss()``) is taken without its reduction.
+        trim: the trimmer that chooses. Its clock is still yours to step.
+        engine: "auto", "exact", "two_pass" or "shared"; see :mod:`batchtrim.engine`.
+        rank_by: ``(outputs, y) -> losses`` to rank by, where that is not the loss trained on.
+        batch_dim: the dimension of the tensors in ``x`` that holds the batch; 1 for time-major inputs.
+
+    Raises:
+        EngineRefused: engine "shared" cannot run this model exactly. "auto" warns once and goes on with another.
+
+    Notes:
+        Two passes run the model's Python twice: forward hooks and plain attributes see the second, smaller batch too.
+        Buffers, running statistics and random generators end up as after one forward. Inside ``torch.no_grad()`` every
+        engine is one plain forward.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> step = TrimmedForward(model, nn.CrossEntropyLoss(), Trimmer(0.5))
+        >>> loss = step(torch.randn(8, 3), torch.randint(0, 2, (8,)))
+        >>> loss.backward(); step.last.selection.k
+        4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        per_sample_loss: Callable[[Any, Any], Tensor | Losses],
+        trim: Trimmer,
+        engine: str = "auto",
+        *,
+        rank_by: Callable[[Any, Any], Tensor | Losses] | None = None,
+        batch_dim: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected `model` to be a torch.nn.Module, got {describe(model)}.")
+        if not isinstance(trim, Trimmer):
+            raise TypeError(f"expected `trim` to be a batchtrim.Trimmer, got {describe(trim)}.")
+        if not callable(per_sample_loss):
+            raise TypeError(f"expected `per_sample_loss` to be callable, got {describe(per_sample_loss)}.")
+        check_choice("engine", engine, ENGINES)
+        if isinstance(per_sample_loss, nn.Module) and hasattr(per_sample_loss, "reduction"):
+            per_sample_loss = per_sample(per_sample_loss)
+        self.forward = Forward(model, per_sample_loss, rank_by, check_count("batch_dim", batch_dim, minimum=0))
+        self.trim = trim
+        self.engine = ENGINES[engine](self.forward, trim)
+        self.last: Step | None = None
+
+    def __call__(self, x: Any, y: Any = None) -> Tensor:
+        """The trimmed loss of a batch, with a graph.
+
+        Args:
+            x: what the model takes: a tensor, a tuple or list of them (``model(*x)``), or a mapping (``model(**x)``).
+            y: targets, in any form ``per_sample_loss`` takes.
+
+        Returns:
+            0-d. :attr:`last` holds all losses, the outputs and the selection, detached, until the next call.
+        """
+        self.last = None  # free the last batch's outputs first
+        step = self.engine(x, y)
+        self.last = step._replace(loss=step.loss.detach())
+        return step.loss
+
+    def __repr__(self) -> str:
+        return f"TrimmedForward({type(self.forward.model).__name__}, engine={self.engine.name!r}, {self.trim!r})"

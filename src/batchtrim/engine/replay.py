@@ -1,0 +1,417 @@
+"""Two passes over one model: the first remembers what costly operators gave, the second hands out the kept rows of it.
+
+Both are dispatch modes, below autograd: in the second pass every node of the graph is built for k rows, while a
+convolution or a matrix product is not computed but taken from memory. Cheap operators run again on k rows.
+
+Which rows of a remembered tensor belong to which sample is never guessed. The first time (and now and then after) the
+second pass is a *calibration*: every operator is computed for the kept rows too, and a :class:`Layout` is accepted only
+if it is the one layout that gives just these values. An operator with none, or with more than one, is computed again
+from then on.
+
+Legend: B batch, k kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from batchtrim.engine.guard import Guard, storage_of
+from batchtrim.engine.layouts import WHOLE, Layout, candidates, close, take
+from batchtrim.engine.operators import Facts, Kind, argument, dropout_inside, facts, written_tensors
+
+__all__ = ["Diverged", "Plan", "Recorder", "Refused", "Replayer", "no_graph"]
+
+
+class Diverged(Exception):
+    """The two passes did not run alike; the step has to be done again, another way."""
+
+
+class Refused(Exception):
+    """The model does something of which no exact rows can be taken."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the second pass does at one remembered operator."""
+
+    func: Any
+    layouts: tuple[Layout, ...] | None  # one for each output; None: compute it again
+    shapes: tuple[Any, ...]  # of the outputs for B rows
+    where: str = ""
+
+
+@dataclass
+class Plan:
+    """What a calibration found, valid while the first pass gives the same operators and shapes."""
+
+    steps: list[Step] = field(default_factory=list)
+    undecided: int = 0  # operators more than one layout fitted
+    unmatched: list[str] = field(default_factory=list)  # operators no layout fitted
+    used: int = 0
+
+
+@dataclass(slots=True)
+class _Memory:
+    func: Any
+    outs: list[Any] | None
+    where: str = ""
+    witness: Tensor | None = None
+
+
+def no_graph() -> saved_tensors_hooks:
+    """Run with gradients on but save nothing for backward.
+
+    Operators decompose differently where gradients are off; so they stay on in the first pass, whose graph nobody uses.
+    """
+    return saved_tensors_hooks(_drop, _never)
+
+
+def _drop(tensor: Tensor) -> None:
+    return None
+
+
+def _never(packed: None) -> Tensor:
+    raise RuntimeError("the first pass of the shared engine has no graph to go backward through")
+
+
+def _inside_checkpoint() -> bool:
+    """Whether the code running now will be run again in backward, outside our sight (activation checkpointing)."""
+    if not torch.is_grad_enabled():
+        return True
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return top is not None and top[0] is not _drop
+
+
+class _Pass(TorchDispatchMode):
+    """What both passes share: the memory, and where random tensors come from."""
+
+    def __init__(self, guard: Guard, memory: list[_Memory], calibrating: bool) -> None:
+        super().__init__()
+        self.guard = guard
+        self.memory = memory
+        self.calibrating = calibrating
+        self._sources: dict[int, tuple[Tensor, int]] = {}
+
+    def _note_source(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        """``empty_like(x).bernoulli_()``: the noise lies as x does. Noise itself cannot show how it lies."""
+        if func._schema.name in ("aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like"):
+            self._sources[storage_of(out)] = (args[0], args[0]._version)
+
+    def _witness(self, args: tuple[Any, ...], shape: torch.Size) -> Tensor | None:
+        """A tensor that lies as a random operator's output does and whose values tell samples apart."""
+        for value in args:
+            if isinstance(value, Tensor) and value.shape == shape:
+                source = self._sources.get(storage_of(value))
+                if source is None:
+                    return value
+                return source[0] if source[0]._version == source[1] else None
+        return None
+
+
+class Recorder(_Pass):
+    """The first pass, on B rows."""
+
+    def __init__(self, guard: Guard, plan: Plan | None, where: Callable[[], str]) -> None:
+        super().__init__(guard, [], calibrating=plan is None)
+        self.plan = plan
+        self.where = where
+        self._owners: dict[int, list[_Memory]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = facts(func)
+        if known.writes:
+            for tensor in written_tensors(known, args, kwargs):
+                self.guard.before_write(tensor)
+                self._copy_before_write(tensor)
+        if known.kind is Kind.PLAIN:
+            out = func(*args, **kwargs)
+            if self.calibrating and isinstance(out, Tensor):
+                self._note_source(func, args, out)
+            return out
+        if known.kind is Kind.BATCH_NORM:
+            return self._batch_norm(func, args, kwargs)
+        self._check(func, known, args, kwargs)
+        witness = None
+        if self.calibrating and known.kind is Kind.RANDOM:
+            like = args[0].shape if args and isinstance(args[0], Tensor) else None
+            witness = None if like is None else self._witness(args, like)
+            witness = witness.clone() if witness is not None else None
+        out = func(*args, **kwargs)
+        if known.kind is not Kind.RECURRENT:
+            kept = out.clone() if known.writes else out
+            self._remember(func, list(kept) if isinstance(kept, (tuple, list)) else [kept], witness)
+        return out
+
+    def _batch_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if not argument(func, args, kwargs, "training"):
+            return func(*args, **kwargs)
+        if _inside_checkpoint():
+            raise Refused("BatchNorm inside activation checkpointing, or inside no_grad, runs again out of sight")
+        for name in ("running_mean", "running_var"):
+            statistic = argument(func, args, kwargs, name)
+            if statistic is not None:
+                self.guard.before_write(statistic, read_again=False)
+        out = func(*args, **kwargs)
+        self._remember(func, [out[1], out[2]])
+        return out
+
+    def _check(self, func: Any, known: Facts, args: Any, kwargs: Any) -> None:
+        name = func._schema.name
+        if known.kind is Kind.COLLECTIVE:
+            raise Refused(f"{name} talks to other processes inside the forward (SyncBatchNorm, sharded parameters)")
+        if known.kind in (Kind.ATTENTION, Kind.RECURRENT) and dropout_inside(func, args, kwargs):
+            raise Refused(
+                f"{name} draws its dropout inside a fused kernel, where it cannot be drawn again for some rows"
+            )
+        if known.kind is Kind.RANDOM and _inside_checkpoint():
+            raise Refused(
+                f"{name} draws inside activation checkpointing, or inside no_grad, and is drawn again out of sight"
+            )
+
+    def _remember(self, func: Any, outs: list[Any], witness: Tensor | None = None) -> None:
+        shapes = _shapes(outs)
+        if self.plan is not None:
+            place = len(self.memory)
+            step = self.plan.steps[place] if place < len(self.plan.steps) else None
+            if step is None or step.func is not func or step.shapes != shapes:
+                raise Diverged(f"operator {place} is {func} giving {shapes}, unlike at calibration")
+            if step.layouts is None:
+                self.memory.append(_Memory(func, None))
+                return
+        entry = _Memory(func, outs, self.where(), witness)
+        self.memory.append(entry)
+        for out in outs:
+            if isinstance(out, Tensor):
+                self._owners.setdefault(storage_of(out), []).append(entry)
+
+    def _copy_before_write(self, tensor: Tensor) -> None:
+        key = storage_of(tensor)
+        for entry in self._owners.pop(key, ()):
+            if entry.outs is not None:
+                entry.outs = [
+                    out.clone() if isinstance(out, Tensor) and storage_of(out) == key else out for out in entry.outs
+                ]
+
+    def finish(self) -> list[_Memory]:
+        """The memory, once the pass is over."""
+        if self.plan is not None and len(self.memory) != len(self.plan.steps):
+            raise Diverged(f"{len(self.memory)} operators ran, {len(self.plan.steps)} at calibration")
+        self._owners.clear()
+        self._sources.clear()
+        return self.memory
+
+
+class Replayer(_Pass):
+    """The second pass, on the given rows. Without a plan it calibrates, and :attr:`plan` is what it found."""
+
+    def __init__(self, guard: Guard, memory: list[_Memory], plan: Plan | None, rows: Tensor, batch: int) -> None:
+        super().__init__(guard, memory, calibrating=plan is None)
+        self.plan = Plan() if plan is None else plan
+        self.rows = rows
+        self.batch = batch
+        self.k = rows.shape[0]
+        self._next = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = facts(func)
+        kind = known.kind
+        if kind is Kind.PLAIN:
+            out = func(*args, **kwargs)
+            if self.calibrating and isinstance(out, Tensor):
+                self._note_source(func, args, out)
+            return out
+        if kind is Kind.BATCH_NORM:
+            if not argument(func, args, kwargs, "training"):
+                return func(*args, **kwargs)
+            return self._batch_norm(func, args, kwargs)
+        if kind is Kind.RECURRENT:
+            return func(*args, **kwargs)
+        entry = self._recall(func)
+        if kind is Kind.NUMBER:
+            self._decide(entry, (WHOLE,))
+            return entry.outs[0] if entry.outs else func(*args, **kwargs)
+        if kind is Kind.RANDOM:
+            return self._random(entry, func, known, args, kwargs)
+        return self._calibrate(entry, func, args, kwargs) if self.calibrating else self._take(entry, func, args, kwargs)
+
+    def _recall(self, func: Any) -> _Memory:
+        if self._next >= len(self.memory):
+            raise Diverged(f"the second pass runs {func}, which the first did not")
+        entry = self.memory[self._next]
+        same = entry.func is func or (facts(entry.func).kind is Kind.BATCH_NORM is facts(func).kind)
+        if not same:
+            raise Diverged(f"the second pass runs {func} where the first ran {entry.func}")
+        self._next += 1
+        return entry
+
+    def _step(self) -> Step:
+        return self.plan.steps[self._next - 1]
+
+    def _decide(self, entry: _Memory, layouts: tuple[Layout, ...] | None) -> None:
+        if self.calibrating:
+            self.plan.steps.append(Step(entry.func, layouts, _shapes(entry.outs or []), entry.where))
+
+    def _take(self, entry: _Memory, func: Any, args: Any, kwargs: Any) -> Any:
+        layouts = self._step().layouts
+        if layouts is None or entry.outs is None:
+            return func(*args, **kwargs)
+        taken = [
+            take(out, layout, self.rows) if isinstance(out, Tensor) else out
+            for out, layout in zip(entry.outs, layouts, strict=True)
+        ]
+        entry.outs = None  # free it: the graph for k rows grows as the memory of B rows shrinks
+        return tuple(taken) if len(func._schema.returns) > 1 else taken[0]
+
+    def _calibrate(self, entry: _Memory, func: Any, args: Any, kwargs: Any) -> Any:
+        real = func(*args, **kwargs)
+        parts = list(real) if isinstance(real, (tuple, list)) else [real]
+        found: list[Layout] | None = []
+        for full, part in zip(entry.outs or [], parts, strict=True):
+            if not isinstance(full, Tensor) or (
+                found and not part.dtype.is_floating_point and full.shape == part.shape
+            ):
+                found.append(WHOLE)  # seeds and sizes that travel beside an attention's output
+                continue
+            fitting = [
+                layout
+                for layout in candidates(full.shape, part.shape, self.batch, self.k)
+                if close(part, take(full, layout, self.rows))
+            ]
+            if len(fitting) != 1:
+                name = f"{func._schema.name} in {entry.where or 'the model'}"
+                self.plan.undecided += len(fitting) > 1
+                self.plan.unmatched += [] if fitting else [name]
+                found = None
+                break
+            found.append(fitting[0])
+        self._decide(entry, None if found is None else tuple(found))
+        entry.outs = entry.witness = None
+        return real
+
+    def _random(self, entry: _Memory, func: Any, known: Facts, args: Any, kwargs: Any) -> Any:
+        if self.calibrating:
+            with _restored_generators(self.guard.device, kwargs.get("generator")):
+                # only its shape is wanted: the draw itself is the first pass's
+                real = func(*args, **kwargs)
+            parts = list(real) if isinstance(real, (tuple, list)) else [real]
+            self._decide(entry, self._random_layouts(entry, func, args, parts))
+        layouts = self._step().layouts
+        if layouts is None or entry.outs is None:
+            raise Diverged(f"{func} was not remembered")
+        drawn = [take(out, layout, self.rows) for out, layout in zip(entry.outs, layouts, strict=True)]
+        entry.outs = entry.witness = None
+        if known.writes:
+            return args[0].copy_(drawn[0])
+        return tuple(drawn) if len(func._schema.returns) > 1 else drawn[0]
+
+    def _random_layouts(self, entry: _Memory, func: Any, args: Any, parts: list[Any]) -> tuple[Layout, ...]:
+        name = f"{func._schema.name} in {entry.where or 'the model'}"
+        layouts: list[Layout] = []
+        for full, part in zip(entry.outs or [], parts, strict=True):
+            fitting = candidates(full.shape, part.shape, self.batch, self.k)
+            if fitting and fitting != [WHOLE] and not full.dtype.is_floating_point and full.dtype is not torch.bool:
+                raise Refused(f"{name} draws one number for each sample, which may be an index into the batch")
+            if len(fitting) > 1:
+                mine, whole = self._witness(args, part.shape), entry.witness
+                if mine is None or whole is None or whole.shape != full.shape:
+                    raise Refused(f"{name} draws for batch and another dimension merged into one")
+                fitting = [layout for layout in fitting if close(mine, take(whole, layout, self.rows))]
+                if len(fitting) > 1:
+                    raise Diverged(f"{name}: more than one layout fits the values it is applied to")
+            if not fitting:
+                raise Refused(f"{name} draws for pairs of samples, or in an order that changes with the batch")
+            layouts.append(fitting[0])
+        return tuple(layouts)
+
+    def _batch_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Normalise k rows by the whole batch's statistics; backward takes its means over the k rows.
+
+        The node autograd has made for this operator is given (output, mean, 1/deviation), which is all its backward
+        uses: ``dx = w / s * (g - mean(g) - xhat * mean(g * xhat))``. Running statistics were moved by the first pass.
+        """
+        entry = self._recall(func)
+        if not self.calibrating and self._step().layouts is None:
+            return self._own_statistics(func, args, kwargs)
+        mean, inverse = entry.outs or (None, None)
+        x = args[0]
+        if mean is None or inverse is None or x.shape[1] != mean.shape[0]:
+            # statistics of each sample (InstanceNorm runs this operator with samples as channels)
+            self._decide(entry, None)
+            return self._own_statistics(func, args, kwargs)
+        self._decide(entry, (WHOLE, WHOLE))
+        weight, bias = args[1], args[2]
+        eps = argument(func, args, kwargs, "eps", 1e-5)
+        variance = inverse.double().pow(-2).sub(eps).clamp(min=0).to(inverse.dtype)
+        out = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+        return out, mean, inverse
+
+    def _own_statistics(self, func: Any, args: Any, kwargs: Any) -> Any:
+        args = list(args)
+        for place in (3, 4):
+            if place < len(args) and isinstance(args[place], Tensor):
+                args[place] = args[place].clone()
+        return func(*args, **kwargs)
+
+    def finish(self) -> Plan:
+        """The plan, once the pass is over."""
+        if self._next != len(self.memory):
+            raise Diverged(f"the second pass ran {self._next} of {len(self.memory)} operators")
+        return self.plan
+
+
+class NativeBatchNorm(TorchFunctionMode):
+    """On an accelerator: no vendor kernel for batch norm, whose reserve buffers hold B rows nobody can take k of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.batch_norm:
+            with torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def module_names(model: nn.Module) -> Iterator[Callable[[], str]]:
+    """Within it, the function given tells the name of the module whose forward is running."""
+    names = {id(module): name for name, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(f"{names.get(id(module)) or 'model'} ({type(module).__name__})")
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        stack.pop()
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield lambda: stack[-1] if stack else ""
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _restored_generators(device: torch.device, generator: torch.Generator | None) -> Iterator[None]:
+    own = None if generator is None else generator.get_state()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+    if generator is not None and own is not None:
+        generator.set_state(own)
+
+
+def _shapes(outs: list[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(out.shape) if isinstance(out, Tensor) else None for out in outs)

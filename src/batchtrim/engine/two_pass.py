@@ -1,0 +1,72 @@
+"""Choose in a forward without a graph, then forward and backward on the kept rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.exact import ExactEngine, is_training_step
+from batchtrim.engine.guard import GeneratorStates
+from batchtrim.losses import Losses
+from batchtrim.reduction import reduce_kept
+from batchtrim.selection import Selection
+from batchtrim.trimmer import Trimmer
+
+__all__ = ["TwoPassEngine", "padded_rows"]
+
+
+class TwoPassEngine:
+    """What peers do, without their side effects. Cost: (1 + 3q) / 3 of a plain step, below 1 where q < 2/3.
+
+    Buffers are those of the first forward, over the whole batch: running statistics stay right. Two things are not
+    exact, and why the shared engine exists: dropout is drawn anew for the kept rows, and BatchNorm normalises them by
+    their own statistics.
+    """
+
+    name = "two_pass"
+
+    def __init__(self, forward: Forward, trim: Trimmer) -> None:
+        self.forward = forward
+        self.trim = trim
+        self.exact = ExactEngine(forward, trim)
+
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+        """One step; ``selection`` is given where the choice was made already."""
+        if self.trim.keep == 1.0 or not is_training_step():
+            return self.exact(x, y, selection)
+        inner = self.forward.inner
+        with torch.no_grad():
+            losses, outputs = self.forward(x, y, model=inner)
+        batch = losses.values.shape[0]
+        if selection is None:
+            selection = self.trim.select(losses, rank_by=self.forward.scores(outputs, y)).rising()
+        buffers = [(buffer, buffer.clone()) for buffer in inner.buffers()]
+        generators = GeneratorStates(losses.values.device)
+        kept, _ = self.forward(*self.forward.rows(x, y, padded_rows(selection), batch))
+        generators.restore()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
+
+
+def padded_rows(selection: Selection) -> Tensor:
+    """The kept rows, in rising order, and one more where there is one or none: a batch of one is a special case to
+    BatchNorm and to ``squeeze``. What it adds is left out of the loss again by :func:`kept_loss`."""
+    rows = selection.indices
+    if selection.k >= 2 or selection.size < 2:
+        return rows
+    others = (row for row in range(selection.size) if row not in rows.tolist())
+    return torch.cat([rows, torch.tensor([next(others) for _ in range(2 - selection.k)], device=rows.device)])
+
+
+def kept_loss(kept: Losses, selection: Selection, trim: Trimmer) -> Tensor:
+    """The loss from a forward over :func:`padded_rows`."""
+    weights = kept.weights
+    values = kept.values
+    if values.shape[0] != selection.k:
+        values, weights = values[: selection.k], None if weights is None else weights[: selection.k]
+    return reduce_kept(values, selection, trim.scale, weights)

@@ -1,0 +1,280 @@
+"""Small networks of every kind the engine must get right, and some that break naive slicing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Residual(nn.Module):
+    """Convolutions, a norm, in-place activations and an in-place residual add on a remembered output."""
+
+    def __init__(self, norm: Callable[[int], nn.Module], width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.conv1, self.norm1 = nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        out = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        out = self.norm2(self.conv2(out))
+        out += x
+        out.relu_()
+        return self.head(out.mean((2, 3)))
+
+
+class AddOnConvolution(nn.Module):
+    """An in-place add straight onto a convolution's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y += self.b(x)
+        y.relu_()
+        return self.head(y.mean((2, 3)))
+
+
+class Encoder(nn.Module):
+    """A transformer encoder, batch-first or time-major inside."""
+
+    def __init__(self, batch_first: bool, dropout: float = 0.0, layers: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.batch_first = batch_first
+        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=dropout, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        h = self.encoder(h) if self.batch_first else self.encoder(h.transpose(0, 1)).transpose(0, 1)
+        return self.head(h.mean(1))
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention with its weights asked for: (B * heads, T, T) products and dropout on them."""
+
+    def __init__(self, dropout: float, batch_first: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.attention = nn.MultiheadAttention(16, 4, dropout=dropout, batch_first=batch_first)
+        self.batch_first = batch_first
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        h = h if self.batch_first else h.transpose(0, 1)
+        out, _ = self.attention(h, h, h)
+        return self.head(out.mean(1 if self.batch_first else 0))
+
+
+class Mlp(nn.Sequential):
+    """A hidden width equal to the batch size, or to a divisor of it."""
+
+    def __init__(self, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__(nn.Linear(8, hidden), nn.Tanh(), nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.Tanh(),
+                         nn.Linear(hidden, 5))
+
+
+class StochasticDepth(nn.Module):
+    """Drops a branch for single samples, by a mask of shape (B, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        mask = x.new_empty((x.shape[0], 1)).bernoulli_(0.5)
+        x = x + torch.tanh(self.b(x)) * mask / 0.5
+        return self.head(x)
+
+
+class LayerDrop(nn.Module):
+    """Drops whole layers by Python's and by torch's generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            draw = random.random() if i % 2 else torch.rand(1).item()
+            if draw < 0.5:
+                x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the whole batch's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.b(x) if x.mean() > 0 else torch.tanh(self.c(x))
+        return self.head(x)
+
+
+class Tied(nn.Module):
+    """One weight used twice, once transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.mix = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.mix(self.embed(x))).mean(1)
+        return h @ self.embed.weight.t()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool, dropout: float = 0.0, norm: bool = False) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8) if norm else nn.Tanh(), nn.Dropout(dropout))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        return self.head(checkpoint(self.block, h, use_reentrant=self.use_reentrant))
+
+
+class WindowShift(nn.Module):
+    """Windows folded in front of the batch, as neither plain batch-major nor time-major: (w, B, h) in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = x.shape[0]
+        h = x.view(b, 2, 3, 4).permute(1, 0, 2, 3).reshape(2 * b * 3, 4)
+        h = torch.tanh(self.mix(h)).view(2, b, 3, 4).permute(1, 0, 2, 3)
+        return self.head(h.mean((1, 2)))
+
+
+class ZeroInit(nn.Module):
+    """A branch that gives zeros at first: nothing to tell layouts apart by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.branch, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+        nn.init.zeros_(self.branch.weight)
+        nn.init.zeros_(self.branch.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x).transpose(0, 1)
+        h = h + self.branch(h)
+        return self.head(h.mean(0))
+
+
+class Counter(nn.Module):
+    """A buffer moved in place, one assigned anew, and a power iteration as in spectral normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("assigned", torch.zeros(()))
+        self.register_buffer("u", F.normalize(torch.ones(8), dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.assigned = self.assigned + 1
+        weight = self.first.weight
+        with torch.no_grad():
+            v = F.normalize(weight.t() @ self.u, dim=0)
+            self.u.copy_(F.normalize(weight @ v, dim=0))
+        return self.head(torch.tanh(F.linear(x, weight / (self.u @ weight @ v), self.first.bias)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.lstm = nn.LSTM(16, 12, num_layers=2, batch_first=True, dropout=dropout)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(x))[0][:, -1])
+
+
+class BatchAttention(nn.Module):
+    """Samples attend to one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        return self.head((q @ q.t()).softmax(1) @ self.v(x))
+
+
+class BatchMean(nn.Module):
+    """The batch's mean goes through a layer and back to every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.head(torch.tanh(x + self.b(x.mean(0, keepdim=True))))
+
+
+class Shuffled(nn.Module):
+    """Mixes each sample with a random other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.head(torch.tanh(x + 0.5 * x[torch.randperm(x.shape[0])]))
+
+
+class HardCoded(nn.Module):
+    """Written for one batch size."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch, self.head = batch, nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.view(self.batch, 8))
+
+
+def contrastive(outputs: Tensor, _: Tensor) -> Tensor:
+    """A loss of each sample against all others."""
+    z = F.normalize(outputs, dim=1)
+    return F.cross_entropy(z @ z.t(), torch.arange(len(z)), reduction="none")
+
+
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 8, 8)
+
+
+def vectors(batch: int, size: int = 8) -> Tensor:
+    return torch.randn(batch, size)
+
+
+def tokens(batch: int, length: int = 6) -> Tensor:
+    return torch.randint(0, 11, (batch, length))
