@@ -149,6 +149,7 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
     for tick in ticks(low, high, 6):
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{floor}"/>')
         parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{floor + 16}" text-anchor="middle">{fmt(tick)}</text>')
+    parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="{top}" y2="{floor}"/>')
     parts.append(f'<text class="axis" x="{WIDTH / 2}" y="{height - 8}" text-anchor="middle">{esc(x_label)}</text>')
     for number, row in enumerate(rows):
         base = top + step * number
@@ -173,7 +174,6 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
         parts.append(
             f'<line class="mean" x1="{centre:.1f}" x2="{centre:.1f}" y1="{middle - 11}" y2="{middle + 11}"/></g>'
         )
-    parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="{top}" y2="{floor}"/>')
     return _svg("".join(parts), title, height, ' class="chart"')
 
 

@@ -16,6 +16,7 @@ from batchtrim.lab import charts, words
 from batchtrim.lab.charts import Series, esc, style_class
 from batchtrim.lab.stats import Arm, Group, Summary, View, points
 
+MOST_BANDS = 4  # methods; bands of more than these cover one another
 OPEN_GROUPS = 3  # more groups than this start folded
 MARKS = {"lower": "▼ ", "higher": "▲ ", "same": "≈ ", "none": ""}
 
@@ -62,6 +63,11 @@ def definitions(values: dict[str, str]) -> str:
     return f"<dl>{''.join(f'<dt>{esc(name)}</dt><dd>{esc(value)}</dd>' for name, value in values.items())}</dl>"
 
 
+def breakable(text: str) -> str:
+    """Escaped, and free to go on in the next line after an underscore."""
+    return esc(text).replace("_", "_<wbr>")
+
+
 def _headline(summary: Summary) -> str:
     kinds = {words.kind(arm.paired.verdict) for group in summary.groups for arm in group.arms if arm.paired}
     kind = kinds.pop() if len(kinds) == 1 else "none"
@@ -104,7 +110,8 @@ def _group(group: Group) -> str:
         [
             _tiles(group),
             _table(group.arms, group, styles),
-            f"<p class=\"note\">{esc(words.LEGEND)} Intervals are Student's t; report.csv has the bootstrap's.</p>",
+            f'<p class="note">{esc(words.LEGEND)} Small print: 95 % intervals (Student\'s t, not corrected; report.csv '
+            "has the bootstrap's too) and shares of the baseline's cost.</p>",
             _differences(group, styles),
             f"<h2>Over training</h2>{legend}",
             f'<div class="grid2">{_curves(group, styles)}</div>',
@@ -148,27 +155,35 @@ def _tiles(group: Group) -> str:
 
 def _table(arms: Sequence[Arm], group: Group, styles: dict[str, int], cost: bool = True) -> str:
     base = next((arm for arm in arms if arm.label == group.baseline), None)
-    heads = ["method", "runs", "test error %", "95 % interval", "difference<br>points", "95 % interval", "p<br>(Holm)"]
-    heads += ["p<br>(Wilcoxon)"] + (["training<br>s", "samples<br>backward"] if cost else []) + ["verdict"]
+    heads = ["method", "runs", "test error %", "difference<br>points", "p, Holm"]
+    heads += (["training<br>seconds", "samples<br>backward"] if cost else []) + ["verdict"]
     rows = []
     for arm in arms:
         paired = arm.paired
-        cells = [words.runs(arm), words.error(arm), words.interval(arm.moments.t), words.difference(paired)]
-        cells += [words.signed_interval(paired.moments.t) if paired else ""]
-        cells += [words.p_value(paired.p_holm), words.p_value(paired.p_wilcoxon)] if paired else ["", ""]
+        cells = [words.runs(arm), words.error(arm) + _small(words.interval(arm.moments.t))]
+        if paired:
+            cells += [words.difference(paired) + _small(words.signed_interval(paired.moments.t))]
+            cells += [esc(words.p_value(paired.p_holm)) + _small(f"Wilcoxon {words.p_value(paired.p_wilcoxon)}")]
+        else:
+            cells += ["", ""]
         if cost:
             for name in ("seconds", "samples_backward"):
-                part = "" if arm is base else f"<small>{words.share(arm, base, name)}</small>" if base else ""
-                cells.append(words.cost(arm, name) + part)
+                cells.append(words.cost(arm, name) + (_small(words.share(arm, base, name)) if base else ""))
         kind = words.kind(paired.verdict) if paired else ""
-        said = MARKS[kind] + esc(paired.verdict) if paired else "baseline" if arm is base else ""
+        finding, _, rest = paired.verdict.partition("; ") if paired else ("", "", "")
+        said = MARKS[kind] + esc(finding) + _small(rest) if paired else "baseline" if arm is base else ""
         rows.append(
-            f'<tr><th><span class="key {style_class(styles[arm.label])}"></span>{esc(arm.label)}</th>'
+            f'<tr><th><span class="key {style_class(styles[arm.label])}"></span>{breakable(arm.label)}</th>'
             + "".join(f"<td>{cell}</td>" for cell in cells)
             + f'<td class="words {kind}">{said}</td></tr>'
         )
     head = "".join(f"<th{' class=words' if name == 'verdict' else ''}>{name}</th>" for name in heads)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _small(text: str) -> str:
+    """A second, quieter line in a cell."""
+    return f"<small>{esc(text)}</small>" if text else ""
 
 
 def _differences(group: Group, styles: dict[str, int]) -> str:
@@ -196,25 +211,27 @@ def _differences(group: Group, styles: dict[str, int]) -> str:
         f"<h2>Seed by seed, against {esc(group.baseline)}</h2>"
         '<p class="note">A dot is one seed, the upright line their mean, the coloured bar its 95 % interval. In the '
         "grey zone a true difference would be missed more than one time in five with this many seeds.</p>"
-        f'<div class="card">{picture}</div>'
+        f'<div class="card narrow">{picture}</div>'
     )
 
 
 def _curves(group: Group, styles: dict[str, int]) -> str:
-    error = _series(group, styles, "test_error")
+    banded = len(group.arms) <= MOST_BANDS
+    error = _series(group, styles, "test_error", band=banded)
     shown, cut = _error_range(error)
     note = f" The axis ends at {points(shown[1], 0)} %; the first epochs lie above it." if cut and shown else ""
+    spread = "; the band is one standard deviation to either side" if banded else ""
     loss = [
         *(_series(group, styles, "kept_loss", band=False)),
         *(_series(group, styles, "mean_loss", band=False, dashed=True)),
     ]
     keep = _series(group, styles, "keep", band=False)
     cards = [
-        ("Test error", f"Mean over seeds; the band is one standard deviation to either side.{note}",
+        ("Test error", f"Mean over seeds{spread}.{note}",
          charts.lines(error, x_label="epoch", y_label="test error %", fmt=_axis_percent, y_range=shown,
                       title="Test error over epochs")),
         ("Training error", "Of the samples as they were trained on, while the network changed.",
-         charts.lines(_series(group, styles, "train_error"), x_label="epoch", y_label="training error %",
+         charts.lines(_series(group, styles, "train_error", band=banded), x_label="epoch", y_label="training error %",
                       fmt=_axis_percent, title="Training error over epochs")),
         ("Part of the samples kept", "What went backward, as a part of the training set.",
          charts.lines(keep, x_label="epoch", y_label="kept %", fmt=lambda v: f"{100 * v:.0f}", y_range=(0.0, 1.05),

@@ -53,7 +53,7 @@ def console_table(summary: Summary) -> RenderableType:
             paired = arm.paired
             table.add_row(
                 Text(arm.label),
-                words.runs(arm),
+                words.short_runs(arm),
                 words.error(arm),
                 words.difference(paired),
                 words.signed_interval(paired.moments.t) if paired else "",
@@ -98,7 +98,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 def to_markdown(summary: Summary) -> str:
     """The report in Markdown: verdict, tables, equal-budget views, settings, environment, how to run it again."""
-    lines = ["# batchtrim comparison", "", words.sentence(summary.verdict), "", words.counts(summary), ""]
+    lines = ["# batchtrim comparison", "", _cell(words.sentence(summary.verdict)), "", words.counts(summary), ""]
     for group in summary.groups:
         lines += [f"## {_cell(group.title)}", "", *_markdown_table(group, group.arms), ""]
         for arm in group.arms:

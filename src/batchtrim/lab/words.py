@@ -65,6 +65,12 @@ def runs(arm: Arm) -> str:
     return ", ".join([str(arm.moments.n), *lost])
 
 
+def short_runs(arm: Arm) -> str:
+    """How many runs finished, of how many where some did not: 4/5."""
+    tried = arm.moments.n + len(arm.diverged) + len(arm.failed)
+    return str(tried) if tried == arm.moments.n else f"{arm.moments.n}/{tried}"
+
+
 def difference(paired: Paired | None) -> str:
     """Mean paired difference in points."""
     return signed(paired.moments.mean) if paired else ""
