@@ -13,6 +13,7 @@ Schedules say how much to keep, selection rules say which, a :class:`Trimmer` pu
 """
 
 from batchtrim.engine import TrimmedForward
+from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.losses import Losses, focal, per_sample, superloss, token_losses
 from batchtrim.reduction import reduce
 from batchtrim.schedules import by_accuracy, constant, cosine, join, linear, piecewise, step
@@ -34,6 +35,7 @@ from batchtrim.trimmer import Trimmer
 __version__ = "0.1.0"
 
 __all__ = [
+    "KeepLog",
     "KeepStats",
     "Losses",
     "Selection",
@@ -58,6 +60,7 @@ __all__ = [
     "step",
     "superloss",
     "superquantile",
+    "suspects",
     "token_losses",
     "uniform",
 ]

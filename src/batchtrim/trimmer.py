@@ -17,6 +17,7 @@ from batchtrim._checks import (
     check_schedule_output,
     describe,
 )
+from batchtrim.keeplog import KeepLog
 from batchtrim.losses import UNITS, Losses, flatten
 from batchtrim.reduction import SCALES, reduce, reduce_mask
 from batchtrim.schedules import as_schedule, linear
@@ -52,6 +53,7 @@ class Trimmer:
         unit: "sample" averages losses of shape (B, ...) over all but the batch first, "element" chooses among all
             entries (tokens, pixels).
         seed: for rules that draw. The generator is the trimmer's own and part of :meth:`state_dict`.
+        log: records every sample's losses and whether it was kept; every call then needs the samples' ``ids``.
 
     Raises:
         ScheduleOutOfRange: the schedule leaves (0, 1] somewhere.
@@ -76,6 +78,7 @@ class Trimmer:
         scale: str = "kept",
         unit: str = "sample",
         seed: int = 0,
+        log: KeepLog | None = None,
     ) -> None:
         self.schedule = as_schedule(keep)
         if total is None and getattr(self.schedule, "needs_total", True):
@@ -95,6 +98,9 @@ class Trimmer:
         self.unit = check_choice("unit", unit, UNITS)
         self.seed = check_count("seed", seed, minimum=0)
         self.generator = torch.Generator().manual_seed(seed)
+        if log is not None and self.unit != "sample":
+            raise ValueError("expected `unit` 'sample' with a `log`, got 'element'. A KeepLog counts whole samples.")
+        self.log = log
         self.stats = KeepStats()
         self.last_selection: Selection | None = None
         self._steps = 0
@@ -110,6 +116,9 @@ class Trimmer:
         *,
         rank_by: Tensor | None = None,
         mask: Tensor | None = None,
+        ids: Tensor | None = None,
+        outputs: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """The trimmed loss of a batch: in place of ``losses.mean()``.
 
@@ -119,6 +128,8 @@ class Trimmer:
             rank_by: shape of ``losses``: rank by these and train on ``losses``. For label smoothing, mixup and class
                 weights, which all change the ranking.
             mask: bool, shape of ``losses``: False where an entry does not count (padding, ignored labels).
+            ids: integers (B,), which samples of the data set these are; ``outputs``: (B, C) logits and ``labels``:
+                integers (B,), both optional. For the log, see :class:`batchtrim.KeepLog`.
 
         Returns:
             0-d. With keep 1 the plain mean, bit for bit. Where nothing counts, an attached 0.
@@ -136,14 +147,24 @@ class Trimmer:
         if torch.compiler.is_compiling() and hasattr(self.rule, "compiled_mask"):
             return self._compiled(values, scores, mask, weights)
         selection = self._choose(values, scores, mask)
+        self._log(values, selection, mask, ids, outputs, labels)
         return reduce(values, selection, self.scale, weights)
 
     def select(
-        self, losses: Tensor | Losses, *, rank_by: Tensor | None = None, mask: Tensor | None = None
+        self,
+        losses: Tensor | Losses,
+        *,
+        rank_by: Tensor | None = None,
+        mask: Tensor | None = None,
+        ids: Tensor | None = None,
+        outputs: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Selection:
         """Only choose, as :meth:`__call__` would, and count it in ``stats``. :func:`batchtrim.reduce` does the rest."""
         values, scores, mask, _ = self._flatten(losses, rank_by, mask)
-        return self._choose(values, scores, mask)
+        selection = self._choose(values, scores, mask)
+        self._log(values, selection, mask, ids, outputs, labels)
+        return selection
 
     def step(self, n: int = 1, *, accuracy: float | None = None) -> None:
         """Advance the clock, like a learning-rate scheduler: once an epoch or once a batch, as ``total`` counts.
@@ -191,6 +212,8 @@ class Trimmer:
         }
         if hasattr(self.rule, "state_dict"):
             state["rule"] = self.rule.state_dict()  # type: ignore[attr-defined]
+        if self.log is not None:
+            state["log"] = self.log.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -211,6 +234,8 @@ class Trimmer:
             )
         if "rule" in state:
             self.rule.load_state_dict(state["rule"])  # type: ignore[attr-defined]
+        if self.log is not None and "log" in state:
+            self.log.load_state_dict(state["log"])
         self._steps = int(state["steps"])
         self._accuracy = float(state["accuracy"])
         self.generator.set_state(state["generator"].cpu())
@@ -270,6 +295,24 @@ class Trimmer:
         self.last_selection = selection
         self.stats.record(values.detach(), selection, mask)
         return selection
+
+    def _log(
+        self,
+        values: Tensor,
+        selection: Selection,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        outputs: Tensor | None,
+        labels: Tensor | None,
+    ) -> None:
+        if self.log is None:
+            return
+        if ids is None:
+            raise ValueError(
+                "expected `ids`, the samples' row numbers in the data set, which the log needs, got None. "
+                "Let the data set return its index, or use a trimmer without a log here."
+            )
+        self.log.record(ids, values.detach(), selection, mask=mask, outputs=outputs, labels=labels)
 
     def _compiled(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
         """The same loss with fixed shapes. Statistics are not recorded in a compiled step."""

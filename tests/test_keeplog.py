@@ -1,0 +1,239 @@
+"""The keep log against a plain oracle that loops over batches and samples."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+
+import batchtrim
+from batchtrim import keeplog
+from batchtrim.keeplog import KeepLog
+from batchtrim.selection import Selection
+
+
+def _choice(rows, size):
+    return Selection(indices=torch.tensor(rows, dtype=torch.int64), size=size, candidates=size)
+
+
+def _batches(n, count, size, seed=0, duplicates=True):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        if duplicates:
+            ids = torch.randint(n, (size,), generator=generator)
+        else:
+            ids = torch.randperm(n, generator=generator)[:size]
+        losses = torch.rand(size, generator=generator) * 3
+        yield ids, losses, batchtrim.hardest()(losses, 0.4)
+
+
+class _Oracle:
+    """The same record as lists, kept one sample at a time."""
+
+    def __init__(self, n):
+        self.losses = [[] for _ in range(n)]
+        self.kept = [0] * n
+        self.last_dropped = [-1] * n
+        self.steps = 0
+
+    def record(self, ids, losses, selection):
+        kept = set(selection.indices.tolist())
+        for row, (sample, loss) in enumerate(zip(ids.tolist(), losses.tolist(), strict=True)):
+            self.losses[sample].append(loss)
+            if row in kept:
+                self.kept[sample] += 1
+            else:
+                self.last_dropped[sample] = self.steps
+        self.steps += 1
+
+    def check(self, table):
+        for sample, losses in enumerate(self.losses):
+            row = {name: column[sample].item() for name, column in table.items()}
+            assert row["seen"] == len(losses)
+            assert row["kept"] == self.kept[sample]
+            assert row["last_dropped"] == self.last_dropped[sample]
+            if not losses:
+                assert all(math.isnan(row[name]) for name in ("first", "last", "mean", "variance", "keep_rate"))
+                continue
+            mean = sum(losses) / len(losses)
+            assert row["first"] == pytest.approx(losses[0])
+            assert row["last"] == pytest.approx(losses[-1])
+            assert row["mean"] == pytest.approx(mean, rel=1e-5)
+            assert row["variance"] == pytest.approx(sum((x - mean) ** 2 for x in losses) / len(losses), abs=1e-5)
+            assert row["keep_rate"] == pytest.approx(self.kept[sample] / len(losses))
+
+
+@pytest.mark.parametrize(
+    ("n", "count", "size"), [(50, 10, 16), (7, 200, 5), (1000, 70, 128), (3, 65, 1), (5, 2, 40000)]
+)
+def test_table_equals_a_plain_loop(n, count, size):
+    log, oracle = KeepLog(n), _Oracle(n)
+    for batch in _batches(n, count, size):
+        log.record(*batch)
+        oracle.record(*batch)
+    oracle.check(log.table())
+
+
+def test_by_hand():
+    log = KeepLog(3)
+    log.record(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]), _choice([1], 2))
+    log.record(torch.tensor([0, 0]), torch.tensor([2.0, 6.0]), _choice([1], 2))
+    table = log.table()
+    assert table["seen"].tolist() == [3, 1, 0]
+    assert table["kept"].tolist() == [1, 1, 0]
+    assert table["last_dropped"].tolist() == [1, -1, -1]
+    assert table["mean"][0] == 3.0
+    assert table["variance"][0] == pytest.approx((4 + 1 + 9) / 3)
+    assert (table["first"][0], table["last"][0]) == (1.0, 6.0)
+
+
+def test_reading_midway_changes_nothing():
+    read, unread = KeepLog(30), KeepLog(30)
+    for i, batch in enumerate(_batches(30, 40, 8)):
+        read.record(*batch)
+        unread.record(*batch)
+        if i % 7 == 0:
+            read.table()
+    for name, column in unread.table().items():
+        torch.testing.assert_close(read.table()[name], column, equal_nan=True)
+
+
+def test_thirty_two_bytes_a_sample():
+    assert sum(dtype.itemsize for dtype, _ in keeplog._COLUMNS.values()) <= 32
+    log = KeepLog(1_000_000)
+    assert sum(column.untyped_storage().nbytes() for column in log._columns.values()) < 64 * 2**20
+
+
+def test_losses_may_be_changed_in_place_afterwards():
+    log = KeepLog(2)
+    ids, losses = torch.tensor([0, 1]), torch.tensor([1.0, 2.0])
+    log.record(ids, losses, _choice([1], 2))
+    ids.zero_()
+    losses.zero_()
+    assert log.table()["last"].tolist() == [1.0, 2.0]
+
+
+def test_mask_leaves_samples_out():
+    log = KeepLog(3)
+    ids, losses = torch.tensor([0, 2, -1]), torch.tensor([1.0, 2.0, 9.0])
+    log.record(ids, losses, _choice([1], 3), mask=torch.tensor([True, True, False]))
+    assert log.table()["seen"].tolist() == [1, 0, 1]
+    assert log.end_epoch()["seen"] == 2
+
+
+def test_last_prediction_and_its_confidence():
+    log = KeepLog(3)
+    outputs = torch.log(torch.tensor([[0.1, 0.9], [0.75, 0.25]]))
+    log.record(torch.tensor([0, 1]), torch.ones(2), _choice([0], 2), outputs=outputs)
+    log.record(torch.tensor([1]), torch.ones(1), _choice([0], 1))
+    table = log.table()
+    assert table["predicted"].tolist() == [1, 0, -1]
+    assert table["confidence"][:2].tolist() == pytest.approx([0.9, 0.75], abs=1e-3)
+
+
+def test_epoch_line_counts_by_class():
+    log = KeepLog(4, classes=3)
+    labels = torch.tensor([0, 0, 2, 2])
+    log.record(torch.arange(4), torch.arange(4.0), _choice([1, 2, 3], 4), labels=labels)
+    line = log.end_epoch()
+    assert (line["seen"], line["kept"], line["keep"], line["steps"]) == (4, 3, 0.75, 1)
+    assert line["class_seen"] == [2, 0, 2]
+    assert line["class_kept"] == [1, 0, 2]
+    log.record(torch.arange(1), torch.ones(1), _choice([0], 1), labels=labels[:1])
+    assert log.end_epoch()["class_seen"] == [1, 0, 0]
+
+
+def test_doubt_is_a_confident_prediction_against_the_label():
+    log = KeepLog(4)
+    outputs = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.1, 0.0], [0.0, 9.0]])
+    labels = torch.tensor([0, 1, 1, 1])  # only the second is contradicted, and confidently
+    log.record(torch.arange(4), torch.tensor([0.0, 9.0, 0.7, 0.0]), _choice([1, 2], 4), outputs=outputs, labels=labels)
+    line = log.end_epoch()
+    assert (line["doubt"], line["doubt_kept"]) == (0.25, 0.5)
+
+
+def test_merge_is_as_if_recorded_one_after_the_other():
+    batches = list(_batches(40, 30, 12))
+    whole, first, second = KeepLog(40), KeepLog(40), KeepLog(40)
+    for i, batch in enumerate(batches):
+        whole.record(*batch)
+        (first if i < 17 else second).record(*batch)
+    first.merge(second)
+    assert first.steps == whole.steps
+    for name, column in whole.table().items():
+        torch.testing.assert_close(first.table()[name], column, equal_nan=True)
+
+
+def test_resumed_log_goes_on_as_an_uninterrupted_one(tmp_path):
+    whole, part = KeepLog(40, classes=2), KeepLog(40, classes=2)
+    for i, (ids, losses, selection) in enumerate(_batches(40, 30, 12)):
+        if i == 11:
+            torch.save(part.state_dict(), tmp_path / "log.pt")
+            part = KeepLog(40, classes=2)
+            part.load_state_dict(torch.load(tmp_path / "log.pt", weights_only=True))
+        for log in (whole, part):
+            log.record(ids, losses, selection, labels=ids % 2)
+    assert part.end_epoch() == whole.end_epoch()
+    for name, column in whole.table().items():
+        torch.testing.assert_close(part.table()[name], column, equal_nan=True)
+    with pytest.raises(ValueError, match="log with n=41, got n=40"):
+        KeepLog(41, classes=2).load_state_dict(whole.state_dict())
+
+
+def test_parquet_round_trip(tmp_path):
+    pytest.importorskip("pyarrow")
+    log = KeepLog(40, classes=2)
+    for ids, losses, selection in _batches(40, 9, 12):
+        log.record(ids, losses, selection, labels=ids % 2, outputs=torch.rand(12, 2))
+    log.end_epoch()
+    log.to_parquet(tmp_path / "log.parquet", label=[i % 2 for i in range(40)])
+    found = KeepLog.from_parquet(tmp_path / "log.parquet")
+    assert (found.steps, found.history, found.classes) == (log.steps, log.history, 2)
+    for name, column in log.table().items():
+        torch.testing.assert_close(found.table()[name], column, equal_nan=True)
+    import pyarrow.parquet
+
+    assert "label" in pyarrow.parquet.read_table(tmp_path / "log.parquet").column_names
+
+
+def test_parquet_without_pyarrow_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install 'batchtrim\[lab\]'"):
+        KeepLog(3).to_parquet(tmp_path / "log.parquet")
+
+
+def test_trimmer_records_what_it_keeps():
+    log = KeepLog(10)
+    trim = batchtrim.Trimmer(0.5, log=log)
+    losses = torch.tensor([0.1, 4.0, 3.0, 0.2], requires_grad=True)
+    loss = trim(losses, ids=torch.tensor([9, 8, 7, 6]))
+    assert loss.item() == 3.5
+    assert log.table()["kept"].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0]
+    trim.select(losses, ids=torch.tensor([9, 8, 7, 6]))
+    assert log.table()["seen"][6:].tolist() == [2, 2, 2, 2]
+    other = batchtrim.Trimmer(0.5, log=KeepLog(10))
+    other.load_state_dict(trim.state_dict())
+    assert other.log.table()["kept"].tolist() == [0, 0, 0, 0, 0, 0, 0, 2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: KeepLog(0), "expected `n` to be at least 1"),
+        (lambda: batchtrim.Trimmer(0.5, log=KeepLog(3))(torch.ones(2)), "expected `ids`"),
+        (lambda: batchtrim.Trimmer(0.5, unit="element", log=KeepLog(3)), "expected `unit` 'sample' with a `log`"),
+        (lambda: KeepLog(3).record(torch.tensor([0, 3]), torch.ones(2), _choice([0], 2)), "expected `ids` from 0 to 2"),
+        (
+            lambda: KeepLog(3).record(torch.tensor([0, -1]), torch.ones(2), _choice([0], 2)),
+            "expected `ids` from 0 to 2",
+        ),
+        (lambda: KeepLog(3).record(torch.tensor([0.0, 1.0]), torch.ones(2), _choice([0], 2)), "`ids` to be integers"),
+        (lambda: KeepLog(3).record(torch.tensor([0]), torch.ones(2), _choice([0], 2)), "one per sample"),
+        (lambda: KeepLog(3).merge(KeepLog(4)), "expected a log of 3 samples, got one of 4"),
+    ],
+)
+def test_errors_say_what_was_expected(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
