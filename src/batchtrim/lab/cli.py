@@ -11,6 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +77,7 @@ _PLACE = {
     "tensorboard": _option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
 }
 _SCALE = {
-    "workers": _option(int, "processes that share this machine's cores [1]", default=1),
+    "workers": _option(int | None, "processes on this machine [one a core, up to 8]"),
     "ray": _option(str | None, "send the runs to a Ray cluster: auto, or its address"),
     "retries": _option(int, "how often a run whose worker died is done again [2]", default=2),
 }
@@ -268,9 +269,10 @@ def _number(text: str) -> Any:
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     from batchtrim.lab import grid, progress, records, sweep
 
-    workers = given.get("workers", 1)
-    settings.setdefault("threads", sweep.default_threads(max(1, workers)))
     configs = grid.expand(settings)
+    workers, threads = sweep.share_cores(len(configs), given.get("workers"))
+    if "threads" not in settings:
+        configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
     out = given["out"] or _default_out(settings, configs)
     place = sweep.Workplace(
         out, given.get("data_dir"), None, given.get("checkpoint_seconds", 60.0), given.get("tensorboard", False)

@@ -32,7 +32,7 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
             f"expected a Ray cluster at {address!r}, got none ({str(error).splitlines()[0][:120]}). "
             "Start one with: ray start --head"
         ) from error
-    task = ray.remote(_task).options(max_retries=retries)
+    task = ray.remote(_task)
     with contextlib.ExitStack() as all_claims:
         claims: dict[Any, tuple[RunConfig, contextlib.ExitStack]] = {}
         window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # a few waiting runs keep every node busy
@@ -46,8 +46,8 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
                     tally.settle(config, None)
                     continue
                 gpus = 1 if config.device == "cuda" else 0
-                wanted = {"num_cpus": config.threads, "num_gpus": gpus, "name": config.label}
-                claims[task.options(**wanted).remote(config, place)] = config, claim
+                here = task.options(num_cpus=config.threads, num_gpus=gpus, max_retries=retries, name=config.label)
+                claims[here.remote(config, place)] = config, claim
             for done in ray.wait(list(claims), num_returns=1)[0] if claims else []:
                 config, claim = claims.pop(done)
                 row = _result(ray, done, config)

@@ -96,12 +96,12 @@ def _expand_part(settings: Settings) -> list[RunConfig]:
         raise ValueError(
             f"expected parameters of methods that are run ({', '.join(methods)}), got [params.{unused[0]}]."
         )
-    configs = []
-    for choice in _product(values):
-        config = RunConfig.from_dict(choice)
-        for chosen in _product(_as_lists(params.get(config.method, {}))):
-            configs.append(replace(config, method_params=chosen).resolved())
-    return configs
+    chosen = [RunConfig.from_dict(choice) for choice in _product(values)]
+    return [
+        replace(config, method_params=method_params).resolved()
+        for config in chosen
+        for method_params in _product(_as_lists(params.get(config.method, {})))
+    ]
 
 
 def _as_lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -107,8 +107,6 @@ class Records:
         try:
             yield not self.is_done(key)
         finally:
-            if self.is_done(key):  # nobody who still opens the old lock does the run again: it is recorded
-                Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
     def settle(self, cells: list[Row]) -> None:
@@ -167,19 +165,17 @@ def read(path: str | Path) -> list[Row]:
 def _parse(line: bytes, path: Path) -> Row:
     try:
         row = json.loads(line)
-        if row["schema"] != SCHEMA:
-            raise ReplaceRecords(
-                f"expected rows of schema {SCHEMA} in {path}, got {row['schema']}. Another release of batchtrim made it."
-            )
-        row["key"], row["config"], row["status"]
+        schema, _ = row["schema"], (row["key"], row["config"], row["status"])
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ReplaceRecords):
-            raise
         start = line[:60].decode(errors="replace")
         raise ReplaceRecords(
             f"expected a run on each line of {path}, got {start!r}. The file was changed by hand, or damaged: "
             "remove that line, and its run is done again."
         ) from error
+    if schema != SCHEMA:
+        raise ReplaceRecords(
+            f"expected rows of schema {SCHEMA} in {path}, got {schema}. Another release of batchtrim made it."
+        )
     return row
 
 

@@ -65,8 +65,7 @@ def lr_factor(schedule: str, progress: float) -> float:
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """The configured optimizer over all parameters."""
-    assert config.lr is not None and config.weight_decay is not None
-    parameters, lr, decay = model.parameters(), config.lr, config.weight_decay
+    parameters, lr, decay = model.parameters(), config.lr or 0.0, config.weight_decay or 0.0
     if config.optimizer == "adam":
         return torch.optim.Adam(parameters, lr, weight_decay=decay)
     if config.optimizer == "adamw":

@@ -1,0 +1,240 @@
+"""The command line as a person types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from batchtrim.lab import cli, records
+
+TINY = ["--epochs", "2", "--train-size", "200", "--seeds", "2", "--workers", "1", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BATCHTRIM_DATA", raising=False)
+
+
+def batchtrim(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def mistake(*words: str) -> str:
+    """What is said on standard error about a wrong command; it must be short and end with code 2."""
+    done = batchtrim(*words)
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_compare_writes_table_report_and_records(tmp_path: Path) -> None:
+    done = batchtrim("compare", "--out", "here", *TINY)
+    assert done.exit_code == 0, done.output
+    assert "trim" in done.stdout
+    assert "full" in done.stdout
+    assert "report: here/report.html" in done.stdout
+    assert "4/4 runs" in done.stderr
+    assert len(records.read("here")) == 4
+    for name in ("report.html", "report.md", "report.csv"):
+        assert (tmp_path / "here" / name).stat().st_size > 100
+
+
+def test_the_same_command_goes_on() -> None:
+    batchtrim("compare", *TINY, "-q")
+    done = batchtrim("compare", *TINY)
+    assert done.exit_code == 0
+    assert "4 of 4 runs are recorded already" in done.stderr
+
+
+def test_json_is_alone_on_standard_output() -> None:
+    done = batchtrim("compare", *TINY, "--json")
+    assert done.exit_code == 0
+    assert isinstance(json.loads(done.stdout), dict)
+    assert "4/4 runs" in done.stderr
+
+
+def test_quiet_says_nothing_on_standard_error() -> None:
+    done = batchtrim("compare", *TINY, "--quiet", "--json")
+    assert done.stderr == ""
+    json.loads(done.stdout)
+
+
+def test_another_configuration_in_the_same_folder_is_refused() -> None:
+    batchtrim("compare", "--out", "here", *TINY, "-q")
+    said = mistake("compare", "--out", "here", *TINY, "--lr", "0.1")
+    assert "lr 0.001 there and 0.1 here" in said
+    assert "Pass another --out" in said
+
+
+def test_sweep_takes_axes(tmp_path: Path) -> None:
+    done = batchtrim(
+        "sweep", *TINY, "--methods", "full,trim", "--schedule", "linear,step", "--keep-end", "0.2,0.5", "-q"
+    )
+    assert done.exit_code == 0, done.output
+    rows = records.read(next((tmp_path / "runs").iterdir()))
+    arms = {(row["config"]["method"], row["config"]["schedule"], row["config"]["keep_end"]) for row in rows}
+    assert len(arms) == 5
+    assert len(rows) == 10
+
+
+def test_a_toml_file_gives_the_settings_and_options_go_before_it(tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text(
+        'methods = ["small_loss"]\nseeds = [3]\nepochs = 9\ntrain_size = 100\n[params.small_loss]\nnoise_rate = 0.4\n'
+    )
+    done = batchtrim(
+        "compare", "grid.toml", "--epochs", "1", "--out", "here", "--param", "small_loss.ramp_epochs=2", "-q"
+    )
+    assert done.exit_code == 0, done.output
+    (row,) = records.read("here")
+    assert row["config"]["epochs"] == 1
+    assert row["config"]["seed"] == 3
+    assert row["config"]["method_params"] == {"noise_rate": 0.4, "ramp_epochs": 2}
+
+
+def test_train_does_one_run() -> None:
+    done = batchtrim("train", "--method", "random", "--seed", "4", "--epochs", "1", "--out", "here", "-q")
+    assert done.exit_code == 0, done.output
+    (row,) = records.read("here")
+    assert (row["config"]["method"], row["config"]["seed"]) == ("random", 4)
+
+
+def test_report_reads_a_folder(tmp_path: Path) -> None:
+    batchtrim("compare", "--out", "here", *TINY, "-q")
+    done = batchtrim("report", "here", "--out", "there", "--baseline", "trim")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "there" / "report.html").exists()
+    assert json.loads(batchtrim("report", "here", "--json").stdout)
+    assert "got nothing there" in mistake("report", "nowhere")
+
+
+def test_methods_are_listed() -> None:
+    done = batchtrim("methods")
+    assert "trim: the hardest q of the batch" in done.stdout
+    assert "small_loss.noise_rate=0.2" in done.stdout
+    assert len(json.loads(batchtrim("methods", "--json").stdout)) == 15
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "digit"], "Did you mean 'digits'?"),
+        (["--model", "resnet9"], "Did you mean 'resnet"),
+        (["--methods", "full,trimm"], "Did you mean 'trim'?"),
+        (["--optimizer", "rmsprop"], "expected `optimizer` to be one of"),
+        (["--keep-end", "20"], "got 20. It is a fraction of the batch"),
+        (["--keep-end", "20%"], "expected `keep_end` to be numbers by comma, got '20%'"),
+        (["--seeds", "many"], "expected `seeds` to be whole numbers"),
+        (["--workers", "0"], "expected `workers` to be at least 1"),
+        (["--param", "noise_rate=1"], "to look like small_loss.noise_rate=0.1"),
+        (["--param", "small_loss.noise_rate=1"], "got [params.small_loss]"),
+        (["--dataset", "cifar10", "--model", "cnn", "--data-dir", "nowhere"], "nowhere/cifar10/train-*.parquet"),
+        (["no.toml"], "expected a TOML file no.toml"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(words: list[str], message: str) -> None:
+    said = mistake("compare", *words)
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_no_permission_to_write_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "expected `out` to be a folder that can be written, got here" in mistake("compare", *TINY, "--out", "here")
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = batchtrim("compare", "--dataset", "digit", "--debug")
+    assert done.exit_code == 2
+    assert "Traceback" in done.stderr
+
+
+def test_failed_runs_give_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchtrim.lab import train
+
+    run = train.run
+
+    def fails_for_trim(config: Any, **options: Any) -> Any:
+        if config.method == "trim":
+            raise MemoryError("no room")
+        return run(config, **options)
+
+    monkeypatch.setattr(train, "run", fails_for_trim)
+    done = batchtrim("compare", *TINY, "-q")
+    assert done.exit_code == 1
+    assert "failed: trim seed 0: MemoryError: no room" in done.stderr
+    assert "the same command tries them again" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep", "train", "demo", "report", "methods"])
+def test_help_has_a_line_for_every_option(command: str) -> None:
+    done = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "130", "TERMINAL_WIDTH": "130"})
+    assert done.exit_code == 0
+    options = done.stdout.partition("Options:")[2].strip("\n").splitlines()
+    assert options
+    for line in options:
+        assert line.strip().startswith("-"), f"more than a line: {line!r}"
+        assert len(line.split("  ")[-1]) > 5, f"no help: {line!r}"
+
+
+def test_help_is_quick_and_needs_no_lab_library() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from batchtrim.lab import cli\n"
+        "assert CliRunner().invoke(cli.app, ['compare', '--help']).exit_code == 0\n"
+        "heavy = {'datasets', 'sklearn', 'scipy', 'matplotlib', 'lightning_fabric', 'pyarrow', 'ray', 'pandas'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, workers: str) -> None:
+    words = [sys.executable, "-m", "batchtrim.lab.cli", "compare", "--seeds", "4", "--epochs", "60", "--out", "here"]
+    words += ["--threads", "1"]
+    process = subprocess.Popen(
+        [*words, "--workers", workers],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    path, begun = tmp_path / "here" / "runs.jsonl", time.monotonic()
+    while not path.exists() and time.monotonic() - begun < 100:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    output, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output == ""
+    assert "Traceback" not in said
+    assert "The same command goes on from there" in said
+    done = len(records.read("here"))
+    assert 1 <= done < 8
+    assert f"{done} runs are recorded in here" in said
+    again = subprocess.run([*words, "--workers", "2", "--json"], capture_output=True, text=True, check=True)
+    assert f"{done} of 8 runs are recorded already" in again.stderr
+    json.loads(again.stdout)
+    assert len(records.read("here")) == 8
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "batchtrim.lab.cli", "demo"], capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - begun < 180
+    assert "full" in done.stdout
+    assert len(records.read("runs/demo")) == 10
+    assert (tmp_path / "runs" / "demo" / "report.html").exists()
