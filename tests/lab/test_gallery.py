@@ -1,0 +1,174 @@
+"""The gallery holds what the log says, escapes what it is given, and works in a browser without a network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from batchtrim import KeepLog, hardest
+from batchtrim.lab import gallery
+
+NASTY = '</script><b>"x"&'
+
+
+def _log(n, classes, epochs=4, batch=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    log = KeepLog(n, classes=classes)
+    hard = torch.rand(n, generator=generator) ** 3 * 4
+    for epoch in range(epochs):
+        for rows in torch.randperm(n, generator=generator).split(batch):
+            losses = hard[rows] * (0.8 + 0.4 * torch.rand(len(rows), generator=generator))
+            wrong = hard[rows] > 2.5
+            predicted = (labels[rows] + wrong) % classes
+            outputs = torch.nn.functional.one_hot(predicted, classes) * 4.0
+            log.record(rows, losses, hardest()(losses, 1 - 0.2 * epoch), outputs=outputs, labels=labels[rows])
+        log.end_epoch()
+    return log, labels, hard
+
+
+def _data(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def _column(data, name, dtype):
+    return np.frombuffer(base64.b64decode(data["columns"][name]["data"]), dtype=dtype)
+
+
+@pytest.fixture
+def pictures():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8, generator=generator)
+
+
+def test_page_holds_the_log(tmp_path, pictures):
+    log, labels, _ = _log(300, 3)
+    samples = gallery.Samples(labels, ["a", "b", NASTY], pictures=pictures, title=NASTY)
+    page = gallery.write(log, samples, tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+    assert page.count("</script>") == 2
+    assert "<b>&quot;" not in page.replace("&lt;b&gt;", "")
+    data, table = _data(page), log.table()
+    assert data["classes"][2] == NASTY
+    ids = _column(data, "id", "<u4")
+    assert sorted(ids) == list(range(300))
+    torch.testing.assert_close(torch.from_numpy(_column(data, "mean", "<f4").copy()), table["mean"][ids.astype(int)])
+    assert (_column(data, "keep", "u1") == (table["keep_rate"][ids.astype(int)] * 200).round().numpy()).all()
+
+
+def test_hardest_of_every_class_are_shown():
+    log, labels, _ = _log(3000, 3)
+    columns = gallery._columns(log, gallery.Samples(labels, "abc", rows=["x"] * 3000))
+    shown = set(columns["id"][gallery._shown(columns, 3)].tolist())
+    mean = log.table()["mean"]
+    for label in range(3):
+        members = torch.nonzero(labels == label).flatten()
+        hardest_ids = members[mean[members].argsort(descending=True)][: gallery.PER_CLASS]
+        assert shown.issuperset(hardest_ids.tolist())
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 100, 200)])
+def test_sheets_hold_the_pictures(shape):
+    pictures = torch.zeros(410, *shape, dtype=torch.uint8)
+    pictures[405] = 255
+    sheets, thumb = gallery._sheets(pictures)
+    assert len(sheets) == 2
+    assert max(thumb["width"], thumb["height"]) <= gallery.THUMB
+    sheet = Image.open(io.BytesIO(base64.b64decode(sheets[1].partition(",")[2]))).convert("L")
+    found = np.asarray(sheet).reshape(1, thumb["height"], thumb["side"], thumb["width"]).mean((1, 3))[0]
+    assert found.argmax() == 5
+    assert found[5] > 200
+
+
+def test_text_and_tables_are_rows(tmp_path):
+    log, labels, _ = _log(40, 2)
+    rows = [{"age": i, "note": NASTY * 100} if i % 2 else "a plain text" for i in range(40)]
+    page = gallery.write(log, gallery.Samples(labels, ["no", "yes"], rows=rows), tmp_path / "page.html")
+    data = _data(page.read_text(encoding="utf-8"))
+    assert [["", "a plain text"]] in data["rows"]
+    assert any(fields[0][0] == "age" and fields[1][1].endswith("…") for fields in data["rows"])
+
+
+@pytest.mark.parametrize("bad", ["length", "neither", "both"])
+def test_samples_that_do_not_fit_are_refused(tmp_path, pictures, bad):
+    log, labels, _ = _log(300, 3)
+    samples = {
+        "length": gallery.Samples(labels[:9], "abc", pictures=pictures),
+        "neither": gallery.Samples(labels, "abc"),
+        "both": gallery.Samples(labels, "abc", pictures=pictures, rows=["x"] * 300),
+    }[bad]
+    with pytest.raises(ValueError, match=r"expected (300 labels|either `pictures` or `rows`)"):
+        gallery.write(log, samples, tmp_path / "page.html")
+
+
+def test_a_log_without_predictions_or_classes_makes_a_page(tmp_path):
+    log = KeepLog(5)
+    log.record(torch.arange(4), torch.rand(4), hardest()(torch.rand(4), 0.5))
+    page = gallery.write(
+        log, gallery.Samples(torch.zeros(5, dtype=torch.int64), ["a"], rows=list("abcde")), tmp_path / "p"
+    )
+    text = page.read_text(encoding="utf-8")
+    assert "was not recorded" in text
+    assert _data(text)["n"] == 4
+
+
+def test_fifty_thousand_pictures(tmp_path):
+    log, labels, _ = _log(50_000, 10, epochs=2, batch=512)
+    pictures = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)  # noise: what compresses worst
+    start = time.perf_counter()
+    page = gallery.write(log, gallery.Samples(labels, list("abcdefghij"), pictures=pictures), tmp_path / "page.html")
+    assert time.perf_counter() - start < 60
+    assert page.stat().st_size < 20e6
+
+
+def _browse(page, address, profile):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    done = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom",
+            page.as_uri() + address,
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_page_works_in_a_browser(tmp_path, pictures):
+    log, labels, hard = _log(300, 3)
+    page = gallery.write(log, gallery.Samples(labels, ["ant", "bee", "cow"], pictures=pictures), tmp_path / "page.html")
+    dom = _browse(page, "", tmp_path / "profile")
+    assert 'data-sheets="1"' in dom, "the sprite sheet did not decode"
+    assert dom.count('class="thumb t0"') == 48
+    assert "300 samples match" in dom
+    filtered = _browse(page, "#label=1&wrong=1", tmp_path / "profile")
+    expected = int(((labels == 1) & (hard > 2.5)).sum())
+    assert expected > 3
+    assert f"{expected} samples match" in filtered
+    shown = re.findall(r'<article class="sample" data-id="(\d+)"', filtered)
+    assert len(shown) == min(48, expected)
+    assert all(int(i) % 3 == 1 for i in shown)
+
+
+@pytest.mark.slow
+def test_rows_work_in_a_browser(tmp_path):
+    log, labels, _ = _log(90, 3)
+    rows = [{"text": f"sample {i}", "html": NASTY} for i in range(90)]
+    page = gallery.write(log, gallery.Samples(labels, ["ant", "bee", "cow"], rows=rows), tmp_path / "page.html")
+    dom = _browse(page, "", tmp_path / "profile")
+    assert dom.count("<article") == 48
+    assert "&lt;/script&gt;&lt;b&gt;" in dom
