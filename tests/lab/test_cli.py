@@ -178,7 +178,7 @@ def test_failed_runs_give_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("command", ["compare", "sweep", "train", "demo", "report", "methods"])
 def test_help_has_a_line_for_every_option(command: str) -> None:
-    done = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "130", "TERMINAL_WIDTH": "130"})
+    done = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=120)
     assert done.exit_code == 0
     options = done.stdout.partition("Options:")[2].strip("\n").splitlines()
     assert options

@@ -119,7 +119,7 @@ def test_no_runs_is_said(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(OSError, match="Pass another --out|a file is in the way"):
+    with pytest.raises(OSError, match=r"Pass another --out|a file is in the way"):
         Records(tmp_path / "out")
 
 
@@ -173,7 +173,7 @@ def _claim_many(folder: Path, keys: list[str], pause: float) -> None:
                 kept.append(row(key, by=os.getpid(), bulk=BULK))
 
 
-def _start(target: Callable[..., None], *args: object) -> multiprocessing.Process:
+def _start(target: Callable[..., None], *args: object) -> Any:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     process = context.Process(target=target, args=args)
     process.start()

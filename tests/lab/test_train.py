@@ -229,6 +229,21 @@ def test_a_setting_of_no_run_gets_a_suggestion() -> None:
         RunConfig.from_dict({"optimiser": "adam"})
 
 
+@pytest.mark.parametrize("engine", ["two_pass", "shared", "auto"])
+@pytest.mark.parametrize("model", ["mlp", "resnet8"])
+def test_engines_train_on_the_samples_that_exact_trains_on(engine: str, model: str) -> None:
+    settings = replace(SMALL, model=model, width=8)
+    exact, other = train.run(settings), train.run(replace(settings, engine=engine))
+    assert other["samples_backward"] == exact["samples_backward"]
+    assert other["curve"]["mean_loss"][0] == pytest.approx(exact["curve"]["mean_loss"][0], rel=1e-4)
+    assert other["curve"]["train_error"][0] == pytest.approx(exact["curve"]["train_error"][0], abs=0.01)
+    if model == "mlp":  # no batch statistics: the very same steps
+        assert other["curve"]["kept_loss"] == pytest.approx(exact["curve"]["kept_loss"], rel=1e-3)
+    # a second forward of what is kept, in all epochs but the first, which keeps everything
+    extra = other["samples_backward"] - 300 if engine == "two_pass" else 0
+    assert other["samples_forward"] == exact["samples_forward"] + extra
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_other_number_formats_train(precision: str) -> None:
     assert train.run(replace(SMALL, precision=precision))["test_error"] < 0.8

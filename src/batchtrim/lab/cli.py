@@ -59,7 +59,7 @@ _SETTINGS = {
     "precision": _option(str | None, "number format: 32-true, bf16-mixed, 16-mixed, bf16-true, 64-true [32-true]"),
     "device": _option(str | None, "where to train: auto, cpu, cuda, mps [auto]"),
     "threads": _option(int | None, "threads of each run [cores / workers]"),
-    "param": _option(list[str] | None, "a method's parameter, as small_loss.noise_rate=0.1; may be repeated"),
+    "param": _option(list[str] | None, "a method's parameter, as small_loss.noise_rate=0.1; repeatable"),
 }
 _MANY = {
     "grid": (Annotated[Path | None, typer.Argument(help="TOML file with settings; options go before it")], None),

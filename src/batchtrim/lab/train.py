@@ -99,9 +99,13 @@ class Criterion:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Losses (B,) of ``outputs`` (B, classes) for ``targets`` (B,)."""
-        self.seen += len(targets)
-        self.wrong += (outputs.detach().argmax(1) != targets).sum()
+        self.count(outputs.detach(), targets)
         return F.cross_entropy(outputs, targets, reduction="none")
+
+    def count(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch's errors."""
+        self.seen += len(targets)
+        self.wrong += (outputs.argmax(1) != targets).sum()
 
     def error(self) -> float:
         """Part of the samples since the reset whose largest output was another class."""
@@ -138,6 +142,9 @@ class Training:
         self.method = find_method(config.method).build(setting, dict(config.method_params))
         self.epochs = math.ceil(self.method.epochs)
         self.criterion = Criterion(self.device)
+        self.forward = None
+        if config.engine != "exact":
+            self.forward = batchtrim.TrimmedForward(self.model, nn.CrossEntropyLoss(), self.method.trim, config.engine)
         self.curve: dict[str, list[Any]] = {name: [] for name in CURVES}
 
     def _network(self, config: RunConfig) -> tuple[Any, Any]:
@@ -205,7 +212,15 @@ class Training:
         }
 
     def _loss(self, inputs: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        return self.method.loss(self.criterion(self.model(inputs), targets), rows)
+        if self.forward is None:
+            return self.method.loss(self.criterion(self.model(inputs), targets), rows)
+        loss = self.forward(inputs, targets)
+        last = self.forward.last
+        assert last is not None
+        self.criterion.count(last.outputs, targets)
+        if self.config.engine == "two_pass" and self.method.trim.keep < 1.0:
+            self.counts.samples_forward += last.selection.k
+        return loss
 
     @torch.inference_mode()
     def evaluate(self) -> float:
