@@ -82,8 +82,14 @@ class Mlp(nn.Sequential):
     """A hidden width equal to the batch size, or to a divisor of it."""
 
     def __init__(self, hidden: int, dropout: float = 0.0) -> None:
-        super().__init__(nn.Linear(8, hidden), nn.Tanh(), nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.Tanh(),
-                         nn.Linear(hidden, 5))
+        super().__init__(
+            nn.Linear(8, hidden),
+            nn.Tanh(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, 5),
+        )
 
 
 class StochasticDepth(nn.Module):
@@ -278,3 +284,80 @@ def vectors(batch: int, size: int = 8) -> Tensor:
 
 def tokens(batch: int, length: int = 6) -> Tensor:
     return torch.randint(0, 11, (batch, length))
+
+
+def images_channels_last(batch: int) -> Tensor:
+    return images(batch).to(memory_format=torch.channels_last)
+
+
+def spectral() -> nn.Module:
+    """torch's own spectral normalisation: power iteration on buffers in every forward."""
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+    return nn.Sequential(first, nn.Tanh(), nn.Linear(8, 5))
+
+
+class Autocast(nn.Module):
+    """A network under bf16 autocast."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return self.inner(x).float()
+
+
+class TwoInputs(nn.Module):
+    """Tokens of every sample, and a number that belongs to no sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 16), nn.Linear(16, 5)
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> Tensor:
+        return self.head(self.embed(tokens).mean(1) * scale)
+
+
+class TimeMajor(nn.Module):
+    """Takes (T, B, D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(x)).mean(0))
+
+
+class Alternating(nn.Module):
+    """Runs other operators in every other step, by a counter that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.register_buffer("number", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.number += 1
+        x = self.a(x)
+        if int(self.number) % 2:
+            x = torch.tanh(self.b(x))
+        return self.head(x)
+
+
+class Failing(nn.Module):
+    """Raises in the n-th forward from now, after its norm and its dropout have run."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.a, self.norm, self.drop, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 5)
+        self.error = error
+        self.fail_in = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.norm(self.a(x)))
+        self.fail_in -= 1
+        if self.fail_in == 0:
+            raise self.error("planted")
+        return self.head(x)

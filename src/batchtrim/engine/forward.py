@@ -53,6 +53,7 @@ class TrimmedForward:
         engine is one plain forward.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(3, 2)
         >>> step = TrimmedForward(model, nn.CrossEntropyLoss(), Trimmer(0.5))
         >>> loss = step(torch.randn(8, 3), torch.randint(0, 2, (8,)))

@@ -58,6 +58,11 @@ class Plan:
     unmatched: list[str] = field(default_factory=list)  # operators no layout fitted
     used: int = 0
 
+    def provable(self) -> list[int]:
+        """Places of the operators whose rows are taken and could be computed instead."""
+        kinds = (Kind.COSTLY, Kind.ATTENTION)
+        return [i for i, step in enumerate(self.steps) if step.layouts and facts(step.func).kind in kinds]
+
 
 @dataclass(slots=True)
 class _Memory:
@@ -214,9 +219,12 @@ class Recorder(_Pass):
 class Replayer(_Pass):
     """The second pass, on the given rows. Without a plan it calibrates, and :attr:`plan` is what it found."""
 
-    def __init__(self, guard: Guard, memory: list[_Memory], plan: Plan | None, rows: Tensor, batch: int) -> None:
+    def __init__(
+        self, guard: Guard, memory: list[_Memory], plan: Plan | None, rows: Tensor, batch: int, prove: int = -1
+    ) -> None:
         super().__init__(guard, memory, calibrating=plan is None)
         self.plan = Plan() if plan is None else plan
+        self.prove = prove  # the operator to compute for real in passing and compare
         self.rows = rows
         self.batch = batch
         self.k = rows.shape[0]
@@ -271,7 +279,16 @@ class Replayer(_Pass):
             for out, layout in zip(entry.outs, layouts, strict=True)
         ]
         entry.outs = None  # free it: the graph for k rows grows as the memory of B rows shrinks
+        if self._next - 1 == self.prove:
+            self._prove(func, func(*args, **kwargs), taken)
         return tuple(taken) if len(func._schema.returns) > 1 else taken[0]
+
+    def _prove(self, func: Any, real: Any, taken: list[Any]) -> None:
+        parts = list(real) if isinstance(real, (tuple, list)) else [real]
+        for part, rows in zip(parts, taken, strict=True):
+            floating = isinstance(part, Tensor) and part.dtype.is_floating_point
+            if floating and bool(part.isfinite().all()) and not close(part, rows):
+                raise Diverged(f"the rows taken from {func} are not those of the kept samples")
 
     def _calibrate(self, entry: _Memory, func: Any, args: Any, kwargs: Any) -> Any:
         real = func(*args, **kwargs)

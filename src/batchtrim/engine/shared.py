@@ -31,6 +31,7 @@ from batchtrim.trimmer import Trimmer
 __all__ = ["SharedEngine"]
 
 _VERIFY_EVERY = 500  # steps of one shape between two calibrations
+_PROVE_EVERY = 4  # steps between two in which one operator, each in turn, is computed for real and compared
 _LOOK_AGAIN = (
     1,
     4,
@@ -44,9 +45,9 @@ _PLANS = 256  # batch shapes remembered
 class SharedEngine:
     """One forward of B rows, backward of k. Cost: (1 + 2q) / 3 of a plain step.
 
-    The first step of every batch shape calibrates (cost of two passes), and every ``verify_every``-th after it. A step
-    that does not run like the calibrated one is done again exactly; nothing is returned that was not checked: the
-    losses of the kept rows are compared with those of the first pass in every step.
+    The first step of every batch shape calibrates (cost of two passes), and every ``verify_every``-th after it. In
+    between, every ``prove_every``-th step computes one operator for real, each in its turn, and compares. A step that
+    does not run like the calibrated one is done again exactly.
 
     Raises:
         EngineRefused: this model cannot be run so; the message names the operator, its module and the reason.
@@ -54,13 +55,16 @@ class SharedEngine:
 
     name = "shared"
 
-    def __init__(self, forward: Forward, trim: Trimmer, verify_every: int = _VERIFY_EVERY) -> None:
+    def __init__(
+        self, forward: Forward, trim: Trimmer, verify_every: int = _VERIFY_EVERY, prove_every: int = _PROVE_EVERY
+    ) -> None:
         reason = refusal(forward, trim)
         if reason is not None:
             raise EngineRefused(reason)
         self.forward = forward
         self.trim = trim
         self.verify_every = verify_every
+        self.prove_every = prove_every
         self.exact = ExactEngine(forward, trim)
         self.guard = Guard(forward.inner)
         self.plans: dict[Any, Plan] = {}
@@ -109,7 +113,9 @@ class SharedEngine:
         rows = padded_rows(selection)
         if selection.k == 0 or rows.shape[0] >= batch:
             raise _NothingToSave
-        replayer = Replayer(guard, recorder.finish(), plan, rows, batch)
+        if plan is None and not losses.values.isfinite().all():
+            raise _NothingToSave  # NaN equals nothing: calibrate another time
+        replayer = Replayer(guard, recorder.finish(), plan, rows, batch, self._operator_to_prove(plan))
         kept = self._second_pass(replayer, x, y, batch)
         found = replayer.finish()
         if not guard.end():
@@ -118,6 +124,12 @@ class SharedEngine:
         if plan is None:
             self._adopt(key, found)
         return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
+
+    def _operator_to_prove(self, plan: Plan | None) -> int:
+        if plan is None or plan.used % self.prove_every:
+            return -1
+        provable = plan.provable()
+        return provable[plan.used // self.prove_every % len(provable)] if provable else -1
 
     def _second_pass(self, replayer: Replayer, x: Any, y: Any, batch: int) -> Losses:
         vendor_free = NativeBatchNorm() if self.guard.device.type == "cuda" else nullcontext()

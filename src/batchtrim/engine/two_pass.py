@@ -47,9 +47,8 @@ class TwoPassEngine:
         generators = GeneratorStates(losses.values.device)
         kept, _ = self.forward(*self.forward.rows(x, y, padded_rows(selection), batch))
         generators.restore()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        for buffer, value in buffers:
+            buffer.data.copy_(value)  # past autograd, which has saved the buffer but not for its value
         return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
 
 

@@ -1,0 +1,210 @@
+"""Step time, gradient and peak memory of every engine beside plain training.
+
+    python -m benchmarks.bench_engine [--models resnet18-group,vit] [--rounds 15] [--json out.json]
+
+Every step is forward, choice and backward on one batch; selection is inside the clock. "author" is the published rule:
+the mean of ``topk`` on the full graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import batchtrim
+from batchtrim.lab import models
+from benchmarks.timing import interleaved, ratio, save
+
+BATCH = 128
+KEEPS = (0.2, 0.4, 0.6, 0.8)
+ENGINES = ("author", "exact", "two_pass", "shared", "auto")
+
+
+class Vit(nn.Module):
+    """Six layers of width 256 over the 16 patches of 8 x 8 pixels of a 32 x 32 picture."""
+
+    def __init__(self, attention: str, width: int = 256, layers: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 8, stride=8)
+        self.position = nn.Parameter(torch.randn(1, 16, width) * 0.02)
+        self.batch_first = attention == "batch_first"
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=self.batch_first, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x).flatten(2).transpose(1, 2) + self.position
+        h = self.encoder(h) if self.batch_first else self.encoder(h.transpose(0, 1)).transpose(0, 1)
+        return self.head(h.mean(1))
+
+
+def resnet18(norm: str) -> nn.Module:
+    return models.build("resnet18", (3, 32, 32), 10, width=32, norm=norm)
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        vocab_size=4096,
+        num_labels=10,
+    )
+    return BertForSequenceClassification(config)
+
+
+def pictures() -> Any:
+    return torch.randn(BATCH, 3, 32, 32)
+
+
+def sentences() -> Any:
+    return {"input_ids": torch.randint(0, 4096, (BATCH, 64)), "attention_mask": torch.ones(BATCH, 64, dtype=torch.long)}
+
+
+def classify(outputs: Any, y: Tensor) -> Tensor:
+    return F.cross_entropy(getattr(outputs, "logits", outputs), y, reduction="none")
+
+
+# network, inputs, and how far above (1 + 2q) / 3 its shared step may be
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], float]] = {
+    "resnet18-group": (lambda: resnet18("group"), pictures, 0.06),
+    "resnet18-batch": (lambda: resnet18("batch"), pictures, 0.06),
+    "vit": (lambda: Vit("batch_first"), pictures, 0.08),
+    "vit-mha": (lambda: Vit("time_major"), pictures, 0.08),
+    "bert": (bert, sentences, 0.08),
+}
+
+
+def make_step(name: str, model: nn.Module, x: Any, y: Tensor, keep: float) -> Callable[[], Tensor]:
+    """One step of an engine: the loss, after its backward."""
+    trim = batchtrim.Trimmer(keep)
+    k = batchtrim.keep_count(keep, BATCH)
+
+    def forward() -> Tensor:
+        return classify(model(**x) if isinstance(x, dict) else model(x), y)
+
+    engine = None if name in ("plain", "author") else batchtrim.TrimmedForward(model, classify, trim, name)
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        if engine is not None:
+            loss = engine(x, y)
+        else:
+            losses = forward()
+            loss = losses.mean() if name == "plain" else losses.topk(k).values.mean()
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def gradients(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def warm_up(model: nn.Module, x: Any, steps: int = 5) -> None:
+    """A few steps of training, so that gradients and statistics are those of a network at work."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(steps):
+        y = torch.randint(0, 10, (BATCH,))
+        loss = classify(model(**x) if isinstance(x, dict) else model(x), y).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def agreement(model: nn.Module, x: Any, y: Tensor, keep: float) -> dict[str, float]:
+    """Gradient of two_pass and shared against exact: relative error and cosine over all parameters together."""
+    found = {}
+    for name in ("exact", "two_pass", "shared"):
+        own = copy.deepcopy(model)
+        torch.manual_seed(1)
+        make_step(name, own, x, y, keep)()
+        found[name] = gradients(own).double()
+    exact = found.pop("exact")
+    result = {}
+    for name, gradient in found.items():
+        result[f"{name}_error"] = float((gradient - exact).norm() / exact.norm())
+        result[f"{name}_cosine"] = float(F.cosine_similarity(gradient, exact, dim=0))
+    return result
+
+
+def peak_memory(step: Callable[[], Any]) -> float:
+    """Peak resident memory of one step above what was held before it, in MiB; on a GPU, of its allocator."""
+    step()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return max(_allocated_peak(step) for _ in range(2))
+
+
+def _allocated_peak(step: Callable[[], Any]) -> float:
+    """Peak of bytes allocated by tensors, from the profiler's own allocation records: resident size lags behind."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
+
+
+def measure(name: str, keeps: tuple[float, ...], rounds: int) -> dict[str, Any]:
+    build, inputs, allowance = CASES[name]
+    torch.manual_seed(0)
+    model, x, y = build().train(), inputs(), torch.randint(0, 10, (BATCH,))
+    warm_up(model, x)
+    rows = []
+    for keep in keeps:
+        steps = {engine: make_step(engine, model, x, y, keep) for engine in ("plain", *ENGINES)}
+        times = interleaved(steps, rounds)
+        row: dict[str, Any] = {"keep": keep, "limit": (1 + 2 * keep) / 3 + allowance}
+        row["plain_ms"] = 1e3 * statistics.median(times["plain"])
+        row.update({engine: ratio(times, engine, "plain") for engine in ENGINES})
+        row.update(agreement(model, x, y, keep))
+        row["memory"] = {engine: peak_memory(steps[engine]) for engine in ("exact", "two_pass", "shared")}
+        rows.append(row)
+        print(
+            f"{name:15s} q={keep:.1f} plain {row['plain_ms']:6.0f} ms | "
+            + " ".join(f"{engine} {row[engine]:.3f}" for engine in ENGINES)
+            + f" (limit {row['limit']:.3f}) | error {row['shared_error']:.1e} cosine {row['shared_cosine']:.4f}"
+            + f" two_pass {row['two_pass_cosine']:.4f} | MiB "
+            + " ".join(f"{engine} {value:.0f}" for engine, value in row["memory"].items()),
+            flush=True,
+        )
+    return {"model": name, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(CASES), help="comma-separated, of: " + ", ".join(CASES))
+    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="keep fractions")
+    parser.add_argument("--rounds", type=int, default=15, help="paired rounds per keep fraction")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="write the result here")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    keeps = tuple(float(keep) for keep in options.keeps.split(","))
+    results = [measure(name, keeps, options.rounds) for name in options.models.split(",")]
+    save(options.json, {"engines": results, "batch": BATCH, "rounds": options.rounds})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What every engine test shares: one way to run a few steps of training and note what came out."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchtrim
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+BATCH = 12
+
+
+@dataclass
+class Run:
+    step: batchtrim.TrimmedForward
+    losses: list[Tensor] = field(default_factory=list)
+    chosen: list[list[int]] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    buffers: list[list[Tensor]] = field(default_factory=list)
+    generators: list[Tensor] = field(default_factory=list)
+    python: list[Any] = field(default_factory=list)
+
+    @property
+    def sliced(self) -> int:
+        """Operators taken from memory instead of being computed, over all plans."""
+        plans = self.step.engine.plans.values()
+        return sum(step.layouts is not None for plan in plans for step in plan.steps)
+
+
+def train(
+    make: Callable[[], nn.Module],
+    data: Callable[[int], Any],
+    engine: str,
+    *,
+    keep: float = 0.4,
+    steps: int = 3,
+    loss: Any = None,
+    lr: float = 0.1,
+    batch: int = BATCH,
+    **options: Any,
+) -> Run:
+    """Train for a few steps from a fixed seed, noting everything two engines are to agree in."""
+    torch.manual_seed(0)
+    random.seed(0)
+    model = make().train()
+    run = Run(
+        batchtrim.TrimmedForward(model, loss or nn.CrossEntropyLoss(), batchtrim.Trimmer(keep), engine, **options)
+    )
+    for number in range(steps):
+        torch.manual_seed(100 + number)
+        x, y = data(batch), torch.randint(0, 5, (batch,))
+        model.zero_grad(set_to_none=True)
+        value = run.step(x, y)
+        value.backward()
+        run.losses.append(value.detach())
+        run.chosen.append(run.step.trim.last_selection.rising().indices.tolist())
+        run.gradients.append(gradient(model))
+        run.buffers.append([buffer.clone() for buffer in model.buffers()])
+        run.generators.append(torch.get_rng_state())
+        run.python.append(random.getstate())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= lr * parameter.grad
+    return run
+
+
+def gradient(model: nn.Module) -> Tensor:
+    """All gradients in one vector, zeros where there is none."""
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in model.parameters()]
+    )
+
+
+def error(exact: Tensor, other: Tensor) -> float:
+    return float((exact - other).norm() / exact.norm())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
