@@ -42,8 +42,16 @@ def test_one_kept_sample_does_not_break_batch_norm() -> None:
         assert step.last.selection.k == 1
 
 
-def test_auto_takes_the_plain_graph_near_keep_one() -> None:
+def test_auto_takes_the_plain_graph_where_little_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    data = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+    small = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.2), "auto")
+    for _ in range(3):
+        small(*data).backward()
+    (plan,) = small.engine.saving.plans.values()
+    assert plan.used == 0, "a network this small is faster on the plain graph"
+    assert plan.flops == 2 * BATCH * (8 * 8 + 8 * 8 + 8 * 5)
+    monkeypatch.setattr("batchtrim.engine.replay._SECONDS_PER_OPERATOR", 0.0)
     rows: list[int] = []
     model = zoo.Mlp(8)
     model[3].register_full_backward_hook(lambda _, __, grad: rows.append(grad[0].shape[0]))

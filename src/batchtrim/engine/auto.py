@@ -24,6 +24,8 @@ _TWO_PASS_BELOW = 0.6
 class AutoEngine:
     """Shared where it pays and is right, two-pass for compiled models where it pays, exact otherwise.
 
+    What pays is decided by the keep fraction and by a count of operations, not by a clock, so that runs repeat.
+
     A model whose samples interact (a contrastive loss, attention over the batch) goes to exact: dropping rows before
     the forward, as two-pass does, would change what it computes.
     """
@@ -43,6 +45,8 @@ class AutoEngine:
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
         """One step; ``selection`` is given where the choice was made already."""
         if self.saving is None or self.trim.keep > self.below:
+            return self.exact(x, y, selection)
+        if isinstance(self.saving, SharedEngine) and not self.saving.pays(x, y):
             return self.exact(x, y, selection)
         try:
             return self.saving(x, y, selection)

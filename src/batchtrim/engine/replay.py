@@ -23,10 +23,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from batchtrim.engine.guard import Guard, storage_of
 from batchtrim.engine.layouts import WHOLE, Layout, candidates, close, take
 from batchtrim.engine.operators import Facts, Kind, argument, dropout_inside, facts, written_tensors
+
+# For Plan.pays: a fast core, a fast accelerator, and what our Python costs an operator in both passes together.
+_FLOPS_PER_SECOND = {"cpu": 5e10, "cuda": 2e13}
+_SECONDS_PER_OPERATOR = 2e-5
 
 __all__ = ["Diverged", "Plan", "Recorder", "Refused", "Replayer", "no_graph"]
 
@@ -57,6 +62,17 @@ class Plan:
     undecided: int = 0  # operators more than one layout fitted
     unmatched: list[str] = field(default_factory=list)  # operators no layout fitted
     used: int = 0
+    operators: int = 0  # run in the first pass
+    flops: int = 0  # of these, for B rows
+
+    def pays(self, keep: float, device: str) -> bool:
+        """Whether what a backward over the kept rows saves is more than what two dispatch modes cost.
+
+        A count, not a clock: the same model on the same kind of device is always decided in the same way, so that a
+        run repeats.
+        """
+        saved = 2.0 * (1.0 - keep) * self.flops / _FLOPS_PER_SECOND.get(device, _FLOPS_PER_SECOND["cuda"])
+        return saved > self.operators * _SECONDS_PER_OPERATOR
 
     def provable(self) -> list[int]:
         """Places of the operators whose rows are taken and could be computed instead."""
@@ -129,11 +145,14 @@ class Recorder(_Pass):
         super().__init__(guard, [], calibrating=plan is None)
         self.plan = plan
         self.where = where
+        self.operators = 0
+        self.flops = 0
         self._owners: dict[int, list[_Memory]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = facts(func)
+        self.operators += 1
         if known.writes:
             for tensor in written_tensors(known, args, kwargs):
                 self.guard.before_write(tensor)
@@ -152,6 +171,8 @@ class Recorder(_Pass):
             witness = None if like is None else self._witness(args, like)
             witness = witness.clone() if witness is not None else None
         out = func(*args, **kwargs)
+        if self.calibrating and func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         if known.kind is not Kind.RECURRENT:
             kept = out.clone() if known.writes else out
             self._remember(func, list(kept) if isinstance(kept, (tuple, list)) else [kept], witness)

@@ -97,6 +97,11 @@ class SharedEngine:
             raise
         return self.exact(x, y, self._selection)
 
+    def pays(self, x: Any, y: Any) -> bool:
+        """Whether a step on a batch like this is worth it, as far as known: unknown before the first of its shape."""
+        plan = self.plans.get(self._key(x, y))
+        return plan is None or plan.pays(self.trim.keep, self.guard.device.type)
+
     def _two_passes(self, x: Any, y: Any, key: Any, plan: Plan | None) -> Step:
         forward, guard = self.forward, self.guard
         with module_names(forward.inner) if plan is None else nullcontext(str) as where:
@@ -122,6 +127,7 @@ class SharedEngine:
             raise Refused("something in it draws random numbers in a way torch's operators do not show")
         self._check_losses(losses.values[rows], kept.values.detach(), found)
         if plan is None:
+            found.operators, found.flops = recorder.operators, recorder.flops
             self._adopt(key, found)
         return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
 
