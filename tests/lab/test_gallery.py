@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from batchtrim import KeepLog, hardest
-from batchtrim.lab import gallery
+from batchtrim.lab import gallery, progress, records, sweep, train
+from batchtrim.lab.config import RunConfig
 
 NASTY = '</script><b>"x"&'
 
@@ -128,6 +129,58 @@ def test_fifty_thousand_pictures(tmp_path):
     page = gallery.write(log, gallery.Samples(labels, list("abcdefghij"), pictures=pictures), tmp_path / "page.html")
     assert time.perf_counter() - start < 60
     assert page.stat().st_size < 20e6
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Two tiny runs with their logs, as ``batchtrim compare --keep-log`` leaves them."""
+    configs = [
+        RunConfig(method=method, epochs=3, train_size=200, model="mlp").resolved() for method in ("trim", "full")
+    ]
+    place = sweep.Workplace(tmp_path, keep_log=True)
+    sweep.run_all(configs, place, progress.Quiet())
+    return tmp_path, configs
+
+
+def test_build_shows_the_run_that_trimmed(run_folder):
+    folder, (trim, full) = run_folder
+    page = gallery.build(folder)
+    assert page == folder / "keep" / f"{trim.key}.html"
+    data, log = _data(page.read_text(encoding="utf-8")), KeepLog.from_parquet(folder / "keep" / f"{trim.key}.parquet")
+    assert data["n"] == 200
+    assert int(log.table()["seen"].sum()) == 600
+    assert [line["seen"] for line in log.history] == [200, 200, 200]
+    assert int(log.table()["kept"].sum()) == next(
+        row["samples_backward"] for row in records.read(folder) if row["key"] == trim.key
+    )
+    assert gallery.build(folder, folder / "other.html", key=full.key[:5]) == folder / "other.html"
+    with pytest.raises(ValueError, match="expected a run with a keep log, got 'zzz'"):
+        gallery.build(folder, key="zzz")
+
+
+def test_build_without_a_log_says_how_to_get_one(tmp_path):
+    (tmp_path / "runs.jsonl").write_text("")
+    with pytest.raises(ValueError, match="--keep-log"):
+        gallery.build(tmp_path)
+
+
+def test_a_resumed_run_keeps_its_log():
+    config = RunConfig(method="trim", epochs=4, train_size=200, model="mlp").resolved()
+    pictures = train.load_pictures(config)
+    whole = train.Training(config, pictures, log=KeepLog(200, classes=10))
+    for _ in range(4):
+        whole.train_epoch()
+    first = train.Training(config, pictures, log=KeepLog(200, classes=10))
+    first.train_epoch()
+    resumed = train.Training(config, pictures, log=KeepLog(200, classes=10))
+    resumed.load_state_dict(first.state_dict())
+    for _ in range(3):
+        resumed.train_epoch()
+    assert resumed.log.history == whole.log.history
+    for name, column in whole.log.table().items():
+        assert column.equal(resumed.log.table()[name]), name
+    with pytest.raises(ValueError, match="keeps a log"):
+        train.Training(config, pictures).load_state_dict(first.state_dict())
 
 
 def _browse(page, address, profile):

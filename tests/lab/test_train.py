@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from batchtrim.lab import models, train
+from batchtrim.lab import models, records, train
 from batchtrim.lab.config import RunConfig
 
 SMALL = RunConfig(method="trim", epochs=3, train_size=300, batch_size=64, lr=0.003)
@@ -61,12 +64,14 @@ def test_a_row_has_what_readers_rely_on() -> None:
     assert row["test_error"] == row["curve"]["test_error"][-1]
     assert set(row["curve"]) == {
         "epoch", "test_error", "train_error", "keep", "kept_loss", "mean_loss", "lr", "seconds",
+        "samples_backward",
     }  # fmt: skip
     assert {len(values) for values in row["curve"].values()} == {3}
     assert row["curve"]["epoch"] == [0, 1, 2]
     assert row["samples_forward"] == 900
     # batches of 64 and one of 44: round(0.6 * 64) = 38, round(0.6 * 44) = 26; round(0.2 * 64) = 13, round(8.8) = 9
     assert row["samples_backward"] == 300 + 4 * 38 + 26 + 4 * 13 + 9
+    assert row["curve"]["samples_backward"] == [300, 300 + 4 * 38 + 26, row["samples_backward"]]
     assert row["steps"] == 15
     assert row["params"] == 64 * 128 + 128 + 128 * 128 + 128 + 1290
     assert set(row["environment"]) >= {"torch", "python", "batchtrim", "platform", "cpu", "threads", "device", "commit"}
@@ -247,3 +252,26 @@ def test_engines_train_on_the_samples_that_exact_trains_on(engine: str, model: s
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_other_number_formats_train(precision: str) -> None:
     assert train.run(replace(SMALL, precision=precision))["test_error"] < 0.8
+
+
+@pytest.mark.slow
+def test_two_processes_do_one_run(tmp_path: Path) -> None:
+    """With torchrun; where everything is kept the steps are those of one process, up to the order of sums."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "batchtrim.lab.cli", "train", "--epochs", "3", "--out", str(tmp_path), "--threads", "1",
+        "--augment", "crop+flip", "--batch-size", "64",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for method in ("full", "trim"):
+        done = subprocess.run([*command, "--method", method], capture_output=True, text=True, env=environment, timeout=200)
+        assert done.returncode == 0, done.stderr
+    full, trim = records.read(tmp_path)
+    assert full["environment"]["processes"] == 2
+    alone = train.run(RunConfig.from_dict(full["config"]))
+    assert full["curve"]["mean_loss"] == pytest.approx(alone["curve"]["mean_loss"], rel=1e-3)
+    assert full["curve"]["train_error"] == pytest.approx(alone["curve"]["train_error"], abs=0.005)
+    assert full["curve"]["test_error"] == pytest.approx(alone["curve"]["test_error"], abs=0.02)
+    assert full["samples_backward"] == 3 * 1201
+    # 18 batches of 64, each process keeping round(0.2 * 32) = 6 of its half, and 49 in the last: 5 of 25, 5 of 24
+    assert trim["curve"]["keep"][-1] == pytest.approx((18 * 12 + 10) / 1201)

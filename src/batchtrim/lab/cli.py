@@ -1,4 +1,4 @@
-"""The command line: ``batchtrim compare``, ``sweep``, ``train``, ``demo``, ``report``, ``methods``. Thin.
+"""The command line: ``batchtrim compare``, ``sweep``, ``train``, ``demo``, ``report``, ``show``, ``methods``. Thin.
 
 Commands that run something share one table of settings, ``_SETTINGS``; their signatures, which typer reads, are put
 together from it.
@@ -75,6 +75,7 @@ _PLACE = {
     "data_dir": _option(str | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
     "checkpoint_seconds": _option(float, "save a run between epochs when so much time has passed [60]", default=60.0),
     "tensorboard": _option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
+    "keep_log": _option(bool, "record what is kept of every sample, for `batchtrim show`", "--keep-log", default=False),
 }
 _SCALE = {
     "workers": _option(int | None, "processes on this machine [one a core, up to 8]"),
@@ -186,6 +187,29 @@ def report_command(
     _guard(work, debug)
 
 
+@app.command("show")
+def show_command(
+    run: Annotated[Path, typer.Argument(help="folder of runs made with --keep-log")],
+    key: Annotated[str | None, typer.Option(help="which run, by its key [the last]", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="the page [keep/KEY.html in the folder]", show_default=False)] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Write a page with the samples that stayed hard: pictures, a map, confusions, classes over time.
+
+    For runs made with --keep-log. The page is self-contained and opens offline.
+    """
+
+    def work() -> None:
+        from batchtrim.lab import gallery
+
+        typer.echo(f"gallery: {gallery.build(run, out, key=key, data_dir=data_dir)}")
+
+    _guard(work, debug)
+
+
 @app.command("methods")
 def methods_command(
     as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
@@ -268,17 +292,24 @@ def _number(text: str) -> Any:
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     from batchtrim.lab import grid, progress, records, sweep
+    from batchtrim.lab.ranks import Ranks
 
     configs = grid.expand(settings)
-    workers, threads = sweep.share_cores(len(configs), given.get("workers"))
+    ranks = Ranks.from_environment()
+    workers, threads = sweep.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
+    workers = workers if ranks.world == 1 else 1
     if "threads" not in settings:
         configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
     out = given["out"] or _default_out(settings, configs)
     place = sweep.Workplace(
-        out, given.get("data_dir"), None, given.get("checkpoint_seconds", 60.0), given.get("tensorboard", False)
+        out,
+        given.get("data_dir"),
+        checkpoint_seconds=given.get("checkpoint_seconds", 60.0),
+        tensorboard=given.get("tensorboard", False),
+        keep_log=given.get("keep_log", False),
     )
     try:
-        with progress.Quiet() if given["quiet"] else progress.Live() as watcher:
+        with progress.Quiet() if given["quiet"] or ranks.rank > 0 else progress.Live() as watcher:
             failed = sweep.run_all(
                 configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2)
             )
@@ -286,7 +317,8 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         done = len(records.Records(out).rows())
         typer.echo(f"\nstopped; {done} runs are recorded in {out}. The same command goes on from there.", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    _report(records.read(out), out, "full", given["as_json"], [config.method for config in configs])
+    if ranks.rank == 0:
+        _report(records.read(out), out, "full", given["as_json"], [config.method for config in configs])
     for row in failed:
         typer.echo(f"failed: {row['config']['method']} seed {row['config']['seed']}: {row.get('error')}", err=True)
     if failed:
@@ -312,7 +344,7 @@ def _report(
     if baseline not in methods and baseline == "full":
         baseline = methods[0]
     summary = stats.summarize(rows, baseline=baseline)
-    page = report.write_report(rows, out)
+    page = report.write_report(rows, out, baseline)
     if as_json:
         typer.echo(json.dumps(report.to_json(summary)))
         return

@@ -80,7 +80,9 @@ def build(
     folder = Path(run)
     logged = [row for row in records.read(folder) if (folder / "keep" / f"{row['key']}.parquet").exists()]
     if not logged:
-        raise ValueError(f"expected a keep log in {folder / 'keep'}, found none. Train with --keep-log first.")
+        raise ValueError(
+            f"expected a keep log in {folder / 'keep'}, found none. Train with --keep-log, into a new folder."
+        )
     found = [row for row in logged if key is None or row["key"].startswith(key)]
     if not found:
         raise ValueError(

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from batchtrim._checks import check_count
 from batchtrim.lab import grid, train
 from batchtrim.lab.config import RunConfig
+from batchtrim.lab.ranks import Ranks
 from batchtrim.lab.records import Records, Row
 
 # How long to wait before asking again for runs that another process has claimed, in seconds.
@@ -47,6 +48,7 @@ class Workplace:
         out: the folder of records. data_dir, cache_dir: see :func:`batchtrim.lab.data.load`.
         checkpoint_seconds: runs longer than this save a checkpoint as often.
         tensorboard: whether each run writes event files under ``out/tensorboard``.
+        keep_log: whether each run writes what it kept to ``out/keep``.
     """
 
     out: Path
@@ -54,6 +56,7 @@ class Workplace:
     cache_dir: str | None = None
     checkpoint_seconds: float = 60.0
     tensorboard: bool = False
+    keep_log: bool = False
 
     def checkpoint(self, config: RunConfig) -> Path:
         """The file a run goes on from."""
@@ -124,6 +127,8 @@ def run_all(
     tally = Tally(left, watcher)
     if not left:
         return []
+    if Ranks.from_environment().rank > 0:  # a run on several processes: the first of them keeps the record
+        return [row for config in left if (row := do_run(config, place))["status"] == "failed"]
     if ray:
         from batchtrim.lab.cluster import run_on_ray
 
@@ -166,6 +171,7 @@ def do_run(config: RunConfig, place: Workplace, on_epoch: train.OnEpoch | None =
                 checkpoint=place.checkpoint(config),
                 checkpoint_seconds=place.checkpoint_seconds,
                 on_epoch=_both(log, on_epoch),
+                keep_log=place.out / "keep" / f"{config.key}.parquet" if place.keep_log else None,
             )
     except Exception as error:  # whatever it was, it goes into the record, and the other runs go on
         return train.failed_row(config, error)

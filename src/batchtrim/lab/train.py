@@ -27,13 +27,17 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import batchtrim
+from batchtrim import KeepLog
 from batchtrim.lab import conditions, data, models
 from batchtrim.lab.augment import Batches
 from batchtrim.lab.config import RunConfig
 from batchtrim.lab.methods import Setting, find_method, make_schedule
+from batchtrim.lab.ranks import Ranks
 from batchtrim.lab.records import SCHEMA
 
-CURVES = ("epoch", "test_error", "train_error", "keep", "kept_loss", "mean_loss", "lr", "seconds")
+CURVES = (
+    "epoch", "test_error", "train_error", "keep", "kept_loss", "mean_loss", "lr", "seconds", "samples_backward",
+)  # fmt: skip
 EVALUATION_BATCH = 500
 REFERENCE_SEED = 1_000_003  # held-out networks start from weights no run starts from
 
@@ -94,7 +98,6 @@ class Criterion:
 
     def reset(self) -> None:
         """Start an epoch."""
-        self.seen = 0
         self.wrong = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -104,12 +107,7 @@ class Criterion:
 
     def count(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch's errors."""
-        self.seen += len(targets)
         self.wrong += (outputs.argmax(1) != targets).sum()
-
-    def error(self) -> float:
-        """Part of the samples since the reset whose largest output was another class."""
-        return self.wrong.item() / self.seen
 
 
 @dataclass
@@ -125,10 +123,12 @@ class Training:
     pictures: data.PictureData
     counts: Counts = field(default_factory=Counts)
     epoch: int = 0
+    log: KeepLog | None = None
 
     def __post_init__(self) -> None:
         config = self.config
-        self.fabric = _fabric(config)
+        self.ranks = Ranks.from_environment()
+        self.fabric = _fabric(config, self.ranks)
         self.device = self.fabric.device
         torch.manual_seed(config.seed)
         self.model, self.optimizer = self._network(config)
@@ -171,6 +171,7 @@ class Training:
         with self._clock("seconds_eval"):
             point["test_error"] = self.evaluate() if math.isfinite(point["mean_loss"]) else math.nan
         point["seconds"] = self.counts.seconds
+        point["samples_backward"] = self.counts.samples_backward
         for name in CURVES:
             self.curve[name].append(point[name])
         if math.isnan(point["test_error"]):
@@ -179,27 +180,29 @@ class Training:
 
     def train_epoch(self) -> dict[str, Any]:
         """One epoch of training; returns what the curves hold of it, but for the test error and the clock."""
-        method, counts, size = self.method, self.counts, self.config.batch_size
+        method, counts, size, share = self.method, self.counts, self.config.batch_size, self.ranks.share
         method.trim.stats.reset()
         with self._clock("seconds"):
             visited = method.rows(torch.randperm(len(self.labels), generator=self.order), self.epoch)
             part = min(1.0, method.epochs - self.epoch)  # of this epoch; less than 1 only in a shortened run's last
-            steps = math.ceil(len(visited) / size)
+            batches = self.ranks.batches(visited.to(self.device), size)
             rate = 0.0
             self.criterion.reset()
             self.model.train()
-            for step, rows in enumerate(visited.to(self.device).split(size)):
-                rate = self._set_rate((self.epoch + part * step / steps) / method.epochs)
-                loss = self._loss(self.batches(rows), self.labels[rows], rows)
+            for step, rows in enumerate(batches):
+                rate = self._set_rate((self.epoch + part * step / len(batches)) / method.epochs)
+                mine = rows[share]
+                loss = self._loss(self.batches(rows, share), self.labels[mine], mine)
                 self.optimizer.zero_grad()
                 self.fabric.backward(loss)
                 self.optimizer.step()
                 method.after_batch()
-            train_error = self.criterion.error()
-            stats = method.trim.stats.compute()
+            train_error, stats = self._over_all_ranks()
             method.after_epoch(1.0 - train_error)
-        counts.steps += steps
-        counts.samples_forward += len(visited)
+            if self.log is not None:
+                self.log.end_epoch()
+        counts.steps += len(batches)
+        counts.samples_forward += sum(map(len, batches))
         counts.samples_backward += int(stats["kept"])
         self.epoch += 1
         return {
@@ -211,15 +214,34 @@ class Training:
             "lr": rate,
         }
 
+    def _over_all_ranks(self) -> tuple[float, dict[str, float]]:
+        """Training error and kept-sample statistics of the epoch, over all processes."""
+        stats = self.method.trim.stats.compute()
+        wrong, seen, kept, mean_sum, kept_sum = self.ranks.sum(
+            self.criterion.wrong.item(),
+            stats["seen"],
+            stats["kept"],
+            stats["mean_loss"] * stats["seen"],
+            stats["kept_loss"] * stats["kept"],
+            device=self.device,
+        )
+        return wrong / seen, {"kept": kept, "mean_loss": mean_sum / seen, "kept_loss": kept_sum / kept}
+
     def _loss(self, inputs: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         if self.forward is None:
-            return self.method.loss(self.criterion(self.model(inputs), targets), rows)
-        loss = self.forward(inputs, targets)
-        last = self.forward.last
-        assert last is not None
-        self.criterion.count(last.outputs, targets)
-        if self.config.engine == "two_pass" and self.method.trim.keep < 1.0:
-            self.counts.samples_forward += last.selection.k
+            outputs = self.model(inputs)
+            losses = self.criterion(outputs, targets)
+            loss = self.method.loss(losses, rows)
+            selection = self.method.trim.last_selection
+        else:
+            loss = self.forward(inputs, targets)
+            assert self.forward.last is not None
+            _, losses, outputs, selection = self.forward.last
+            self.criterion.count(outputs, targets)
+            if self.config.engine == "two_pass" and self.method.trim.keep < 1.0:
+                self.counts.samples_forward += selection.k
+        if self.log is not None and selection is not None:
+            self.log.record(rows, losses, selection, outputs=outputs, labels=targets)
         return loss
 
     @torch.inference_mode()
@@ -227,12 +249,13 @@ class Training:
         """Error on the test split in [0, 1]; NaN where the network gives numbers no more."""
         self.model.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for rows in torch.arange(len(self.test_labels), device=self.device).split(EVALUATION_BATCH):
+        broken = torch.zeros((), dtype=torch.int64, device=self.device)
+        for rows in torch.arange(len(self.test_labels), device=self.device)[self.ranks.share].split(EVALUATION_BATCH):
             outputs = self.model(self.test_batches(rows))
             wrong += (outputs.argmax(1) != self.test_labels[rows]).sum()
-            finite &= outputs.isfinite().all()
-        return wrong.item() / len(self.test_labels) if finite else math.nan
+            broken += (~outputs.isfinite()).any()
+        all_wrong, all_broken = self.ranks.sum(wrong.item(), broken.item(), device=self.device)
+        return math.nan if all_broken else all_wrong / len(self.test_labels)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on bit for bit; tensors, numbers and strings only."""
@@ -246,6 +269,7 @@ class Training:
             "order": self.order.get_state(),
             "counts": vars(self.counts).copy(),
             "curve": {name: list(values) for name, values in self.curve.items()},
+            **({"log": self.log.state_dict()} if self.log is not None else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -255,6 +279,13 @@ class Training:
                 f"expected a checkpoint of run {self.config.key}, got one of {state['key']}. "
                 "Its settings differ: remove it, or pass the settings it was made with."
             )
+        if (self.log is None) != ("log" not in state):
+            raise ValueError(
+                "expected a checkpoint of a run that keeps a log exactly where this one does, got the other kind. "
+                "Pass --keep-log as before, or remove the checkpoint."
+            )
+        if self.log is not None:
+            self.log.load_state_dict(state["log"])
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -308,6 +339,7 @@ def run(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     on_epoch: OnEpoch | None = None,
+    keep_log: Path | None = None,
 ) -> dict[str, Any]:
     """Do one run and return its row for ``runs.jsonl``.
 
@@ -317,6 +349,7 @@ def run(
         checkpoint: a file to go on from, if it is there, and to save to between epochs; the caller removes it.
         checkpoint_seconds: save when at least so long has passed since the last time.
         on_epoch: called after every epoch.
+        keep_log: a Parquet file to write what happened to every training sample to.
     """
     config = config.resolved()
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -324,10 +357,16 @@ def run(
     torch.set_num_threads(config.threads)
     try:
         with torch.random.fork_rng(devices=[]):
-            training = Training(config, load_pictures(config, data_dir, cache_dir))
+            pictures = load_pictures(config, data_dir, cache_dir)
+            log = KeepLog(len(pictures.train_labels), classes=pictures.classes) if keep_log else None
+            training = Training(config, pictures, log=log)
             status, error = _to_the_end(training, checkpoint, checkpoint_seconds, on_epoch)
+            if log is not None and keep_log is not None:
+                keep_log.parent.mkdir(parents=True, exist_ok=True)
+                log.to_parquet(keep_log, label=pictures.train_labels.numpy())
     finally:
         torch.set_num_threads(threads)
+        Ranks.from_environment().leave()
     return {
         "schema": SCHEMA,
         "key": config.key,
@@ -376,7 +415,12 @@ def load_pictures(
 
 def environment(config: RunConfig) -> dict[str, Any]:
     """Versions and hardware a run's numbers belong to."""
-    return {**_machine(), "threads": config.threads, "device": _device_name(config.device)}
+    return {
+        **_machine(),
+        "threads": config.threads,
+        "processes": Ranks.from_environment().world,
+        "device": _device_name(config.device),
+    }
 
 
 def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_epoch: OnEpoch | None) -> tuple[str, str]:
@@ -393,7 +437,7 @@ def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_ep
             return "diverged", str(error)
         if on_epoch:
             on_epoch({**point, "epochs": training.epochs})
-        if checkpoint and time.monotonic() - saved >= every:
+        if checkpoint and training.ranks.rank == 0 and time.monotonic() - saved >= every:
             save_checkpoint(training.state_dict(), checkpoint)
             saved = time.monotonic()
     return "finished", ""
@@ -412,11 +456,26 @@ def _load_once(name: str, data_dir: str | Path | None, cache_dir: str | Path | N
     return data.load(name, data_dir, cache_dir)
 
 
-def _fabric(config: RunConfig) -> Any:
+def _fabric(config: RunConfig, ranks: Ranks) -> Any:
     from batchtrim._checks import import_extra
 
     fabric = import_extra("lightning_fabric", "lab", "the training loop")
-    return fabric.Fabric(accelerator=config.device, devices=1, precision=config.precision)
+    if ranks.world == 1:
+        return fabric.Fabric(accelerator=config.device, devices=1, precision=config.precision)
+    if config.engine != "exact" or not find_method(config.method).any_engine:
+        raise ValueError(
+            f"expected a method that chooses within a batch, with engine 'exact', under torchrun, "
+            f"got '{config.method}' with '{config.engine}'. Others need all of the run in one process."
+        )
+    launched = fabric.Fabric(
+        accelerator=config.device,
+        devices=ranks.local,
+        num_nodes=ranks.world // ranks.local,
+        strategy="ddp",
+        precision=config.precision,
+    )
+    launched.launch()
+    return launched
 
 
 @functools.cache
