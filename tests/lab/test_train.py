@@ -264,7 +264,9 @@ def test_two_processes_do_one_run(tmp_path: Path) -> None:
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for method in ("full", "trim"):
-        done = subprocess.run([*command, "--method", method], capture_output=True, text=True, env=environment, timeout=200)
+        done = subprocess.run(
+            [*command, "--method", method], capture_output=True, text=True, env=environment, timeout=200
+        )
         assert done.returncode == 0, done.stderr
     full, trim = records.read(tmp_path)
     assert full["environment"]["processes"] == 2

@@ -51,16 +51,19 @@ class Batches:
         self.scale = 1.0 / torch.tensor(std, device=self.device).view(1, -1, 1, 1)
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """The pictures of ``rows`` int64 (B,), augmented and normalised."""
-        count = len(rows)
+    def __call__(self, rows: Tensor, share: slice = slice(None)) -> Tensor:
+        """The pictures of ``rows`` int64 (B,), augmented and normalised; or only of a ``share`` of them.
+
+        Draws are made for all rows either way, so generators of processes that share batches stay alike.
+        """
+        mine = rows[share]
         if self.margin:
-            offsets = self._draw(2 * self.margin + 1, 2, count)
-            pixels = self.cuts[rows, :, offsets[0], offsets[1]]
+            offsets = self._draw(2 * self.margin + 1, 2, len(rows))[:, share]
+            pixels = self.cuts[mine, :, offsets[0], offsets[1]]
         else:
-            pixels = self.cuts[rows, :, 0, 0]
+            pixels = self.cuts[mine, :, 0, 0]
         if self.flip:
-            mirrored = self._draw(2, count).bool().view(-1, 1, 1, 1)
+            mirrored = self._draw(2, len(rows))[share].bool().view(-1, 1, 1, 1)
             pixels = torch.where(mirrored, pixels.flip(3), pixels)
         return (pixels.float() - self.mean) * self.scale
 
