@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import batchtrim
+from batchtrim.engine.replay import NativeBatchNorm
 from batchtrim.errors import EngineFallback, EngineRefused
 
 GROUP = lambda width: nn.GroupNorm(2, width)  # noqa: E731
@@ -74,6 +75,38 @@ def test_equals_exact(name: str) -> None:
     for ours, theirs in zip(shared.generators, exact.generators, strict=True):
         assert torch.equal(ours, theirs)
     assert shared.python == exact.python
+
+
+def test_an_output_changed_in_place_is_remembered_as_it_was() -> None:
+    shared = train(zoo.AddOnConvolution, zoo.images, "shared")
+    assert shared.sliced == 3, "an operator whose remembered output was overwritten cannot be matched"
+
+
+def test_dropout_on_values_that_tell_nothing_waits_until_they_do() -> None:
+    exact, shared = (train(zoo.ZeroInitDropout, zoo.tokens, engine, steps=4) for engine in ("exact", "shared"))
+    assert shared.sliced > 0
+    for ours, theirs in zip(shared.gradients, exact.gradients, strict=True):
+        assert error(theirs, ours) <= 1e-5
+
+
+def test_batch_norm_takes_no_vendor_kernel_in_the_kept_graph() -> None:
+    seen: list[bool] = []
+    norm = nn.BatchNorm1d(4)
+    original = torch.batch_norm
+
+    class Spy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
+            if func in (original, F.batch_norm):
+                seen.append(torch.backends.cudnn.enabled)
+            return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+    before = torch.backends.cudnn.enabled
+    with Spy(), NativeBatchNorm():
+        norm(torch.randn(6, 4))
+    assert seen == [False]
+    assert torch.backends.cudnn.enabled == before
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -361,3 +361,19 @@ class Failing(nn.Module):
         if self.fail_in == 0:
             raise self.error("planted")
         return self.head(x)
+
+
+class ZeroInitDropout(nn.Module):
+    """Dropout on time-major activations, batch and time merged, that are all zero at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.branch, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+        nn.init.zeros_(self.branch.weight)
+        nn.init.zeros_(self.branch.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x).transpose(0, 1).reshape(-1, 16)
+        h = h + F.dropout(self.branch(h), 0.5)
+        return self.head(h.view(x.shape[1], x.shape[0], 16).mean(0))

@@ -412,7 +412,7 @@ class NativeBatchNorm(TorchFunctionMode):
     """On an accelerator: no vendor kernel for batch norm, whose reserve buffers hold B rows nobody can take k of."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.batch_norm:
+        if func in (torch.batch_norm, nn.functional.batch_norm):  # the latter is seen first, and calls the former
             with torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
