@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -145,13 +147,64 @@ def test_epoch_line_counts_by_class():
     assert log.end_epoch()["class_seen"] == [1, 0, 0]
 
 
-def test_doubt_is_a_confident_prediction_against_the_label():
-    log = KeepLog(4)
-    outputs = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.1, 0.0], [0.0, 9.0]])
-    labels = torch.tensor([0, 1, 1, 1])  # only the second is contradicted, and confidently
-    log.record(torch.arange(4), torch.tensor([0.0, 9.0, 0.7, 0.0]), _choice([1, 2], 4), outputs=outputs, labels=labels)
+def test_doubt_is_a_sure_prediction_against_the_label():
+    log = KeepLog(8)
+    sure = torch.tensor([9.0, 8.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])  # the first two are the surest quarter, for class 0
+    outputs = torch.stack([sure, torch.zeros(8)], 1)
+    labels = torch.tensor([0, 1, 1, 1, 0, 0, 0, 0])  # of the surest, one is contradicted; of the others, two
+    log.record(torch.arange(8), torch.rand(8), _choice([1, 2], 8), outputs=outputs, labels=labels)
     line = log.end_epoch()
-    assert (line["doubt"], line["doubt_kept"]) == (0.25, 0.5)
+    assert (line["doubt"], line["doubt_kept"]) == (1 / 8, 1 / 2)
+
+
+def _history(keeps, doubts, kept=1000):
+    return [{"keep": keep, "kept": kept, "doubt_kept": doubt} for keep, doubt in zip(keeps, doubts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("keeps", "doubts", "kept", "amplified"),
+    [
+        ([1.0, 0.6, 0.2], [0.06, 0.04, 0.10], 1000, True),
+        ([1.0, 0.6, 0.2], [0.06, 0.04, 0.055], 1000, False),  # has not risen half as much again
+        ([1.0, 0.6, 0.2], [0.15, 0.09, 0.06], 1000, False),  # a network that learns little, on clean data
+        ([1.0, 0.6, 0.2], [0.02, 0.002, 0.01], 1000, False),  # rises, but next to nothing is in doubt
+        ([1.0, 1.0, 1.0], [0.06, 0.04, 0.10], 1000, False),  # nothing is dropped
+        ([1.0, 0.6, 0.2], [0.06, 0.04, 0.10], 100, False),  # ten samples
+        ([1.0, 0.6, 0.2], [None, None, None], 1000, False),
+        ([0.2], [0.3], 1000, False),
+    ],
+)
+def test_when_noise_is_amplified(keeps, doubts, kept, amplified):
+    assert keeplog.noise_amplified(_history(keeps, doubts, kept)) is amplified
+
+
+def _train(noise, method):
+    """Digits with part of the labels wrong, trimmed; returns the warnings and the log."""
+    lab = pytest.importorskip("batchtrim.lab.train")
+    from batchtrim.lab.config import RunConfig
+
+    config = RunConfig(method=method, epochs=20, label_noise=noise, seed=1).resolved()
+    pictures = lab.load_pictures(config)
+    log = KeepLog(len(pictures.train_labels), classes=10)
+    training = lab.Training(config, pictures, log=log)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", keeplog.NoiseAmplified)
+        for _ in range(20):
+            training.train_epoch()
+    clean = lab.load_pictures(RunConfig(seed=1).resolved()).train_labels
+    return [each for each in caught if each.category is keeplog.NoiseAmplified], log, clean != pictures.train_labels
+
+
+def test_warning_is_right_on_noisy_and_silent_on_clean_data():
+    warned, log, wrong = _train("symmetric:0.2", "trim")
+    assert len(warned) == 1, [line["doubt_kept"] for line in log.history]
+    assert "two_sided" in str(warned[0].message)
+    ids, scores = batchtrim.suspects(log, top=int(wrong.sum()))
+    assert wrong[ids].float().mean() > 0.9
+    assert scores[0] == 1.0
+    assert (scores.diff() <= 0).all()
+    assert not _train("none", "trim")[0]
+    assert not _train("symmetric:0.2", "full")[0], "without trimming there is nothing to amplify"
 
 
 def test_merge_is_as_if_recorded_one_after_the_other():
@@ -216,6 +269,49 @@ def test_trimmer_records_what_it_keeps():
     other = batchtrim.Trimmer(0.5, log=KeepLog(10))
     other.load_state_dict(trim.state_dict())
     assert other.log.table()["kept"].tolist() == [0, 0, 0, 0, 0, 0, 0, 2, 2, 0]
+
+
+_RANK = """
+import sys, torch
+import torch.distributed as dist
+import batchtrim
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+log = batchtrim.KeepLog(40, classes=2, distributed=True)
+for step in range(70):  # more than a log holds back, and batches of unequal size
+    ids, losses = torch.load(f"{folder}/{step}-{rank}.pt")
+    log.record(ids, losses, batchtrim.hardest()(losses, 0.5), labels=ids % 2, outputs=torch.stack([losses, -losses], 1))
+try:
+    log.table()
+except RuntimeError as error:
+    assert "Call end_epoch() on every rank" in str(error)
+log.end_epoch()
+torch.save((log.table(), log.history), f"{folder}/out-{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_the_log_of_one(tmp_path):
+    """Each rank ends with what one process would have recorded from both ranks' batches in turn."""
+    generator = torch.Generator().manual_seed(0)
+    one = KeepLog(40, classes=2)
+    for step in range(70):
+        for rank in range(2):
+            ids = torch.randint(40, (8 - 3 * rank * (step % 2),), generator=generator)
+            losses = torch.rand(len(ids), generator=generator)
+            torch.save((ids, losses), tmp_path / f"{step}-{rank}.pt")
+            selection = batchtrim.hardest()(losses, 0.5)
+            one.record(ids, losses, selection, labels=ids % 2, outputs=torch.stack([losses, -losses], 1))
+    line, table = one.end_epoch(), one.table()
+    ranks = [subprocess.Popen([sys.executable, "-c", _RANK, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    for rank in range(2):
+        found, history = torch.load(tmp_path / f"out-{rank}.pt")
+        assert history[0]["class_kept"] == line["class_kept"]
+        assert (history[0]["steps"], line["steps"]) == (70, 140)
+        for name in ("seen", "kept", "first", "last", "mean", "variance", "predicted", "confidence"):
+            torch.testing.assert_close(found[name], table[name], equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,12 @@ _COLUMNS: dict[str, tuple[torch.dtype, float]] = {
     "predicted": (torch.int16, -1),
     "confidence": (torch.float16, float("nan")),
 }
-# A prediction is confident from here on. A label is in doubt where a confident prediction says otherwise.
-CONFIDENT = 0.9
+# A prediction is confident if it is in the surest quarter. Relative, because a network that trains on the hardest
+# samples is unsure of everything. A label is in doubt where such a prediction contradicts it.
+CONFIDENT_PART = 0.25
+# Noise is amplified when so large a part of the kept samples is in doubt, so many times what it was at its least.
+DOUBT_AT_LEAST, DOUBT_RISES = 0.05, 1.5
+DOUBT_SAMPLES = 20  # fewer than these in an epoch are no evidence
 
 
 class NoiseAmplified(UserWarning):
@@ -128,8 +132,9 @@ class KeepLog:
 
         Returns:
             The line: ``steps`` so far; ``seen``, ``kept`` in the epoch; ``keep``: their ratio; ``doubt``,
-            ``doubt_kept``: part of all samples and of the kept ones whose label a confident prediction contradicts
-            (None without outputs and labels); ``class_seen``, ``class_kept``: lists of C counts, where asked for.
+            ``doubt_kept``: part of all samples and of the kept ones whose label is contradicted by one of the surest
+            quarter of the predictions (None without outputs and labels); ``class_seen``, ``class_kept``: lists of C
+            counts, where asked for.
 
         Raises:
             ValueError: an id was out of range on a device where looking at once would have stalled it.
@@ -344,7 +349,7 @@ class KeepLog:
         """Sums of the epoch; entries that a mask left out do not count."""
         kept = kept & counts
         judged = counts & (predicted >= 0) & (labels >= 0)
-        doubt = judged & (predicted != labels) & (confidence >= CONFIDENT)
+        doubt = judged & (predicted != labels) & _surest(confidence, judged)
         parts = [counts, kept, judged, judged & kept, doubt, doubt & kept, outside]
         sums = torch.stack([part.sum() for part in parts])
         if self.classes:
@@ -393,21 +398,55 @@ class KeepLog:
         )
 
 
-def suspects(log: KeepLog, *, labels: Tensor | None = None, top: int | None = None) -> tuple[Tensor, Tensor]:
-    """Samples by how likely their label is wrong, judged by how they were kept.
+def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
+    """Samples by how likely their label is wrong, judged by how hard they stayed and how often they were kept.
+
+    ``score = keep_rate * mean_loss``, given as its rank among all samples. Where nothing was ever dropped that is the
+    order of the mean loss over training, the area under the loss curve.
+
+    Args:
+        top: only so many.
 
     Returns:
-        ids int64 and scores in [0, 1], most suspect first. Samples never seen are left out.
+        ids int64 and scores in [0, 1], most suspect first. Samples never seen are left out; a NaN loss comes first.
+
+    Notes:
+        A high score says hard, and rare or ambiguous samples are hard as well: look before you drop. How it compares
+        with other scores on real label noise is measured in ``benchmarks/label_errors.py``.
+
+    Example:
+        >>> log = KeepLog(3)
+        >>> log.record(torch.arange(3), torch.tensor([0.1, 2.0, 0.4]), Selection(torch.tensor([1, 2]), 3, 3))
+        >>> suspects(log, top=2)
+        (tensor([1, 2]), tensor([1.0000, 0.5000]))
     """
     table = log.table()
     ids = torch.nonzero(table["seen"] > 0).flatten()
-    score = (_ranks(table["keep_rate"][ids]) + _ranks(table["mean"][ids])) / 2
+    score = _ranks(table["keep_rate"][ids] * table["mean"][ids])
     order = torch.argsort(score, descending=True, stable=True)[:top]
     return ids[order], score[order]
 
 
 def noise_amplified(history: Sequence[dict[str, Any]]) -> bool:
-    return False
+    """Whether, as less is kept, more and more of it is in doubt; ``history`` is a log's, the last epoch the question.
+
+    On clean data the doubtful part of the kept samples falls as the network learns, also in a network that learns
+    little; with wrong labels it falls first and then rises while keep falls.
+    """
+    line, before = history[-1], [each for each in history[:-1] if each["doubt_kept"] is not None]
+    if not before or line["doubt_kept"] is None or line["keep"] >= max(each["keep"] for each in before):
+        return False
+    least = min(each["doubt_kept"] for each in before)
+    enough = line["doubt_kept"] * line["kept"] >= DOUBT_SAMPLES
+    return enough and line["doubt_kept"] >= max(DOUBT_AT_LEAST, DOUBT_RISES * least)
+
+
+def _surest(confidence: Tensor, judged: Tensor) -> Tensor:
+    """bool (P,), True for the most confident part of the predictions there are; the cut is found on the device."""
+    values = torch.where(judged, confidence, -1.0)
+    last = (judged.sum() * CONFIDENT_PART).ceil().long().clamp(min=1) - 1
+    cut = torch.sort(values, descending=True).values.gather(0, last.view(1))
+    return judged & (values >= cut)
 
 
 def _empty(n: int, device: torch.device) -> dict[str, Tensor]:
