@@ -25,7 +25,7 @@ NASTY = '</script><b>"x"&'
 def _log(n, classes, epochs=4, batch=64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
-    log = KeepLog(n, classes=classes)
+    log = KeepLog(n, classes=classes, warn=False)  # its samples are all noise
     hard = torch.rand(n, generator=generator) ** 3 * 4
     for epoch in range(epochs):
         for rows in torch.randperm(n, generator=generator).split(batch):
@@ -64,6 +64,23 @@ def test_page_holds_the_log(tmp_path, pictures):
     assert sorted(ids) == list(range(300))
     torch.testing.assert_close(torch.from_numpy(_column(data, "mean", "<f4").copy()), table["mean"][ids.astype(int)])
     assert (_column(data, "keep", "u1") == (table["keep_rate"][ids.astype(int)] * 200).round().numpy()).all()
+
+
+def test_each_sample_has_its_own_picture(tmp_path):
+    log, labels, _ = _log(700, 3)
+    pictures = (torch.arange(700) % 251).to(torch.uint8)[:, None, None, None].expand(700, 1, 8, 8)
+    text = gallery.write(log, gallery.Samples(labels, "abc", pictures=pictures), tmp_path / "page.html").read_text()
+    data = _data(text)
+    shown = np.frombuffer(base64.b64decode(data["shown"]["data"]), "<u4")
+    ids = _column(data, "id", "<u4")[shown]
+    found = []
+    for sheet in range(data["sheets"]):
+        address = re.search(rf"\.t{sheet}{{background-image:url\(data:image/webp;base64,(.*?)\)}}", text)
+        assert address is not None
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(address[1]))).convert("L"), dtype=float)
+        rows = len(pixels) // 8
+        found += pixels.reshape(rows, 8, gallery.SHEET_SIDE, 8).mean((1, 3)).flatten().tolist()
+    np.testing.assert_allclose(found[: len(ids)], ids % 251, atol=12)  # lossy
 
 
 def test_hardest_of_every_class_are_shown():
