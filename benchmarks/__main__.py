@@ -1,0 +1,11 @@
+"""All benchmarks, one after the other: ``python -m benchmarks [FOLDER]`` writes each result there as JSON too."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import bench_core, bench_engine
+
+for name, bench in {"core": bench_core, "engine": bench_engine}.items():
+    print(f"\n{name}: {(bench.__doc__ or '').splitlines()[0]}", flush=True)
+    bench.main(["--json", f"{sys.argv[1]}/{name}.json"] if len(sys.argv) > 1 else [])

@@ -1,0 +1,88 @@
+"""What the trimmer call costs: against a bare topk, against a training step, and at import.
+
+python -m benchmarks.bench_core [--rounds 40] [--json out.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import batchtrim
+from batchtrim.lab import models
+from benchmarks.timing import interleaved, ratio, save
+
+KEEP = 0.2
+
+
+def against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
+    """Forward and backward of ``trim(losses)`` over those of ``losses.topk(k).values.mean()``."""
+    losses = torch.rand(batch, requires_grad=True)
+    k = batchtrim.keep_count(KEEP, batch)
+    trim = batchtrim.Trimmer(KEEP)
+    functions = {
+        "topk": lambda: losses.topk(k).values.mean().backward(),
+        "trim": lambda: trim(losses).backward(),
+    }
+    times = interleaved(functions, rounds, inner)
+    row = {"batch": batch, "ratio": ratio(times, "trim", "topk"), "limit": 1.5}
+    row["topk_us"], row["trim_us"] = (1e6 * statistics.median(times[name]) for name in ("topk", "trim"))
+    print(
+        f"B={batch:6d}  topk {row['topk_us']:7.1f} us  trim {row['trim_us']:7.1f} us  ratio {row['ratio']:.2f} (limit 1.5)"
+    )
+    return row
+
+
+def against_a_step(rounds: int) -> dict[str, Any]:
+    """The call's own time as a part of a resnet8 step at B = 128."""
+    model = models.build("resnet8", (3, 32, 32), 10)
+    x, y = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
+    losses = torch.rand(128, requires_grad=True)
+    trim = batchtrim.Trimmer(KEEP)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(x), y).backward()
+
+    times = interleaved({"step": step}, max(5, rounds // 4))
+    calls = interleaved(
+        {"mean": lambda: losses.mean().backward(), "trim": lambda: trim(losses).backward()}, rounds, 100
+    )
+    extra = statistics.median(a - b for a, b in zip(calls["trim"], calls["mean"], strict=True))
+    row = {"step_ms": 1e3 * statistics.median(times["step"]), "extra_us": 1e6 * extra, "limit": 0.01}
+    row["share"] = row["extra_us"] / row["step_ms"] / 1e3
+    print(
+        f"resnet8 step {row['step_ms']:.0f} ms, trim instead of mean adds {row['extra_us']:.0f} us: {row['share']:.3%} (limit 1 %)"
+    )
+    return row
+
+
+def import_time(runs: int = 5) -> dict[str, float]:
+    """Milliseconds that ``import batchtrim`` adds to ``import torch``; the least of some runs."""
+    code = "import time, torch; start = time.perf_counter(); import batchtrim; print(time.perf_counter() - start)"
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(runs)
+    ]
+    print(f"import adds {1e3 * min(times):.0f} ms, median {1e3 * statistics.median(times):.0f} ms (limit 50 ms)")
+    return {"least_ms": 1e3 * min(times), "median_ms": 1e3 * statistics.median(times), "limit_ms": 50.0}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="write the result here")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    rows = [against_topk(128, options.rounds, 200), against_topk(65_536, options.rounds, 5)]
+    save(options.json, {"call": rows, "step": against_a_step(options.rounds), "import": import_time()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""What every test shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder of real data sets, in the Hugging Face layout."""
+    folder = os.environ.get("BATCHTRIM_DATA")
+    if not folder:
+        pytest.skip("BATCHTRIM_DATA names no folder of data sets")
+    return Path(folder)

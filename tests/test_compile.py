@@ -1,0 +1,49 @@
+"""The loss side under torch.compile: one graph, whatever keep is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import batchtrim
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [batchtrim.hardest(), batchtrim.between(0.1)])
+@pytest.mark.parametrize("scale", ["kept", "batch"])
+def test_twenty_keeps_compile_at_most_twice(rule: object, scale: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = batchtrim.Trimmer(total=20, select=rule, scale=scale)  # type: ignore[arg-type]
+    eager = batchtrim.Trimmer(total=20, select=rule, scale=scale)  # type: ignore[arg-type]
+    step = torch.compile(lambda losses: compiled(losses * 2.0), backend=counter, fullgraph=True)
+    for _ in range(20):
+        losses = torch.rand(64)
+        ours, theirs = losses.clone().requires_grad_(), losses.clone().requires_grad_()
+        loss, expected = step(ours), eager(theirs * 2.0)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        compiled.step()
+        eager.step()
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.slow
+def test_masked_losses_compile() -> None:
+    torch._dynamo.reset()
+    trim = batchtrim.Trimmer(0.5)
+    step = torch.compile(lambda losses, mask: trim(losses, mask=mask), backend="eager", fullgraph=True)
+    losses, mask = torch.rand(12), torch.rand(12) > 0.3
+    torch.testing.assert_close(step(losses, mask), trim(losses, mask=mask))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside its compiler
+def test_inductor_gives_the_same() -> None:
+    torch._dynamo.reset()
+    trim = batchtrim.Trimmer(0.3)
+    losses = torch.rand(50)
+    torch.testing.assert_close(torch.compile(lambda x: trim(x * 1.0), fullgraph=True)(losses), trim(losses))
