@@ -58,7 +58,8 @@ def against_a_step(rounds: int) -> dict[str, Any]:
     row = {"step_ms": 1e3 * statistics.median(times["step"]), "extra_us": 1e6 * extra, "limit": 0.01}
     row["share"] = row["extra_us"] / row["step_ms"] / 1e3
     print(
-        f"resnet8 step {row['step_ms']:.0f} ms, trim instead of mean adds {row['extra_us']:.0f} us: {row['share']:.3%} (limit 1 %)"
+        f"resnet8 step {row['step_ms']:.0f} ms, trim instead of mean adds {row['extra_us']:.0f} us:"
+        f" {row['share']:.3%} (limit 1 %)"
     )
     return row
 
