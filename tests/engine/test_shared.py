@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from conftest import BATCH, error, train
+from harness import BATCH, error, train
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from conftest import BATCH, error, train
+from harness import BATCH, error, train
 from torch import nn
 
 import batchtrim

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import batchtrim
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 BATCH = 12
 
@@ -84,8 +79,3 @@ def gradient(model: nn.Module) -> Tensor:
 
 def error(exact: Tensor, other: Tensor) -> float:
     return float((exact - other).norm() / exact.norm())
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)

@@ -1,0 +1,36 @@
+"""One process of the DDP test: train a few steps with each engine and write gradients and buffers to a file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import zoo
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import batchtrim
+
+
+def main(rank: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    result = {}
+    for engine in ("exact", "shared", "two_pass"):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(zoo.Residual(lambda width: nn.GroupNorm(2, width)))
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), engine)
+        for number in range(3):
+            torch.manual_seed(10 * number + rank)
+            model.zero_grad(set_to_none=True)
+            step(zoo.images(8), torch.randint(0, 5, (8,))).backward()
+        result[engine] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.save(result, Path(out) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
