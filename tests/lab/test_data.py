@@ -190,7 +190,7 @@ def test_human_labels_are_as_wrong_as_published(data_dir: Path) -> None:
     for which, rate in (("aggre", 0.0903), ("worse", 0.4021)):
         noisy = conditions.apply(clean, label_noise=f"human:{which}", data_dir=data_dir)
         wrong = (noisy.train_labels != clean.train_labels).float().mean().item()
-        assert wrong == pytest.approx(rate, abs=1e-4)
+        assert wrong == pytest.approx(rate, abs=5e-4)
 
 
 def test_human_labels_of_another_order_are_refused(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_symmetric_noise_has_its_rate_and_spreads_over_all_other_classes() -> No
     digits = data.load("digits")
     noisy = conditions.apply(digits, label_noise="symmetric:0.4", seed=3)
     wrong = noisy.train_labels != digits.train_labels
-    assert wrong.float().mean().item() == pytest.approx(0.4, abs=0.04)
+    assert wrong.float().mean().item() == pytest.approx(0.4, abs=0.02)
     shift = (noisy.train_labels - digits.train_labels)[wrong] % 10
     assert sorted(shift.unique().tolist()) == list(range(1, 10))
     assert noisy.test_labels is digits.test_labels
@@ -268,8 +268,9 @@ def test_each_picture_has_a_crop_and_a_flip_of_its_own() -> None:
     images = pictures_with_numbers(side=16)  # margin 2
     batches = augment.Batches(images, (0.0,) * 3, (1.0,) * 3, "crop+flip", seed=1)
     padded = torch.nn.functional.pad(images, [2] * 4)
-    seen = set()
+    seen, within = set(), set()
     for _ in range(40):
+        batch = []
         for row, picture in zip(range(6), batches(torch.arange(6)), strict=True):
             found = [
                 (y, x, flip)
@@ -279,9 +280,12 @@ def test_each_picture_has_a_crop_and_a_flip_of_its_own() -> None:
                 if padded[row, :, y : y + 16, x : x + 16].float().equal(turned)
             ]
             assert found
-            seen.update(found)
+            batch.append(found[0])
+        seen.update(batch)
+        within.add(len(set(batch)))
     assert {y for y, _, _ in seen} == {x for _, x, _ in seen} == set(range(5))
     assert {flip for *_, flip in seen} == {0, 1}
+    assert min(within) > 1  # not one draw for the whole batch
 
 
 def test_augmentation_goes_on_from_its_state() -> None:

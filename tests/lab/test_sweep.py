@@ -222,6 +222,7 @@ def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- in several processes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_workers_do_every_run_once_with_the_same_results(tmp_path: Path) -> None:
     spy = go(tmp_path / "two", workers=2)
     go(tmp_path / "one")

@@ -100,17 +100,18 @@ def test_threads_are_set_for_the_run_alone() -> None:
 def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     """Stopped after the second epoch; what goes on trains one more and gives the row of a run never stopped."""
     file = tmp_path / "checkpoints" / "run.pt"
+    config = replace(SMALL, augment="crop+flip", optimizer="nesterov", lr=0.01)
 
     def stop_after_two(point: dict[str, Any]) -> None:
         if point["epoch"] == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train.run(SMALL, checkpoint=file, checkpoint_seconds=0.0, on_epoch=stop_after_two)
+        train.run(config, checkpoint=file, checkpoint_seconds=0.0, on_epoch=stop_after_two)
     epochs = []
-    resumed = train.run(SMALL, checkpoint=file, on_epoch=lambda point: epochs.append(point["epoch"]))
+    resumed = train.run(config, checkpoint=file, on_epoch=lambda point: epochs.append(point["epoch"]))
     assert epochs == [2]
-    assert comparable(resumed) == comparable(train.run(SMALL))
+    assert comparable(resumed) == comparable(train.run(config))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
