@@ -209,6 +209,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, workers: str) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )
     path, begun = tmp_path / "here" / "runs.jsonl", time.monotonic()
     while not path.exists() and time.monotonic() - begun < 100:
