@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import bench_core, bench_engine
+from benchmarks import bench_core, bench_engine, bench_keeplog, bench_lab
 
-for name, bench in {"core": bench_core, "engine": bench_engine}.items():
+for name, bench in {"core": bench_core, "engine": bench_engine, "keeplog": bench_keeplog, "lab": bench_lab}.items():
     print(f"\n{name}: {(bench.__doc__ or '').splitlines()[0]}", flush=True)
     bench.main(["--json", f"{sys.argv[1]}/{name}.json"] if len(sys.argv) > 1 else [])

@@ -7,6 +7,7 @@ with i < a and j < c. ``a = c = 1`` is the plain case; ``a = 1`` is batch-major 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,12 +54,20 @@ def take(tensor: Tensor, layout: Layout, rows: Tensor) -> Tensor:
     """The given samples of ``tensor``, in its own order of strides (channels_last stays so); all of it for WHOLE."""
     if layout is WHOLE:
         return tensor.detach()
-    dim = layout.dim
-    if layout.outer == 1 and layout.inner == 1:
-        return _index_select(tensor, dim, rows)
-    batch = tensor.shape[dim] // (layout.outer * layout.inner)
-    split = tensor.unflatten(dim, (layout.outer, batch, layout.inner))
-    return _index_select(split, dim + 1, rows).flatten(dim, dim + 2)
+    dim, sizes = layout.dim, list(tensor.shape)
+    batch = sizes[dim] // (layout.outer * layout.inner)
+    sizes[dim] = layout.outer * rows.shape[0] * layout.inner
+    order = list(range(tensor.ndim))
+    if not tensor.is_contiguous():
+        order.sort(key=lambda i: -tensor.stride(i))
+        tensor = tensor.permute(order).contiguous()
+    # As rows of a matrix: taking whole rows of memory is several times faster than indexing an inner dimension.
+    before = math.prod(tensor.shape[: order.index(dim)]) * layout.outer
+    if before > 1:
+        starts = torch.arange(0, before * batch, batch, device=rows.device)
+        rows = (starts.unsqueeze(1) + rows).flatten()
+    taken = tensor.view(before * batch, -1).index_select(0, rows).view([sizes[i] for i in order])
+    return taken if order == sorted(order) else taken.permute([order.index(i) for i in range(len(order))])
 
 
 def close(real: Tensor, guess: Tensor) -> bool:
@@ -72,14 +81,3 @@ def close(real: Tensor, guess: Tensor) -> bool:
     tolerance = _TOLERANCE.get(real.dtype, 6e-2)
     difference = (real - guess).abs().amax()
     return bool(difference <= tolerance * real.abs().amax())
-
-
-def _index_select(tensor: Tensor, dim: int, rows: Tensor) -> Tensor:
-    if tensor.is_contiguous():
-        return tensor.index_select(dim, rows)
-    order = sorted(range(tensor.ndim), key=lambda i: -tensor.stride(i))
-    dense = tensor.permute(order)
-    if not dense.is_contiguous():
-        return tensor.index_select(dim, rows)
-    back = [order.index(i) for i in range(tensor.ndim)]
-    return dense.index_select(order.index(dim), rows).permute(back)

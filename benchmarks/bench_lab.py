@@ -1,0 +1,97 @@
+"""What the lab costs: its loop beside a bare one, a sweep's overhead a run, two workers against one.
+
+python -m benchmarks.bench_lab [--runs 200] [--json out.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from batchtrim.lab import grid, models, progress, records, sweep, train
+from batchtrim.lab.config import RunConfig
+from benchmarks.timing import interleaved, ratio, save
+
+SIZE, BATCH = 3200, 128
+
+
+def loop(method: str, rounds: int) -> dict[str, Any]:
+    """An epoch of resnet8 in the lab, with its augmentation and records, over one written by hand without either."""
+    dataset = "cifar10" if os.environ.get("BATCHTRIM_DATA") else "digits"
+    settings: dict[str, Any] = {"keep_start": 0.6, "keep_end": 0.6} if method == "trim" else {}
+    size = SIZE if dataset == "cifar10" else 1200
+    config = RunConfig(
+        dataset=dataset, model="resnet8", method=method, epochs=100, train_size=size, threads=1, **settings
+    ).resolved()
+    pictures = train.load_pictures(config, None, None)
+    training = train.Training(config, pictures)
+    mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in (pictures.mean, pictures.std))
+    x, y = (pictures.train_images.float() - mean) / std, pictures.train_labels
+    model = models.build("resnet8", pictures.shape, pictures.classes)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+
+    def bare() -> None:
+        model.train()
+        for rows in torch.randperm(len(y)).split(BATCH):
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def fetch() -> None:
+        for rows in torch.randperm(len(y)).split(BATCH):
+            training.batches(rows)
+
+    times = interleaved({"bare": bare, "lab": training.train_epoch, "fetch": fetch}, rounds)
+    row = {"method": method, "dataset": dataset, "ratio": ratio(times, "lab", "bare"), "limit": 1.03}
+    row["fetch_share"] = ratio(times, "fetch", "lab")
+    print(
+        f"{dataset} resnet8 {method}: lab / bare {row['ratio']:.3f} (limit 1.03), "
+        f"pipeline {row['fetch_share']:.1%} of an epoch (limit 5 %)",
+        flush=True,
+    )
+    return row
+
+
+def overhead(runs: int, workers: int) -> dict[str, Any]:
+    """Milliseconds a run that a sweep of digits runs adds to the training itself, and runs a second."""
+    wanted = {"methods": ["full", "trim"], "seeds": runs // 2, "epochs": 10, "threads": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        start = time.perf_counter()
+        sweep.run_all(grid.expand(wanted), sweep.Workplace(out), progress.Quiet(), workers=workers)
+        wall = time.perf_counter() - start
+        seconds = sum(row["seconds"] + row["seconds_eval"] for row in records.read(out))
+    row = {"runs": runs, "workers": workers, "wall": wall, "training": seconds, "runs_per_second": runs / wall}
+    row["overhead_ms"] = (wall * workers - seconds) / runs * 1e3
+    print(
+        f"{runs} digits runs, {workers} workers: {wall:.1f} s, {row['runs_per_second']:.2f} runs/s, "
+        f"{row['overhead_ms']:.1f} ms a run over the training itself (limit 50 ms)",
+        flush=True,
+    )
+    return row
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", help="write the result here")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    loops = [loop(method, options.rounds) for method in ("full", "trim")]
+    sweeps = [overhead(options.runs, workers) for workers in (1, 2)]
+    gain = sweeps[1]["runs_per_second"] / sweeps[0]["runs_per_second"]
+    print(f"2 workers run {gain:.2f} times as many a second as 1")
+    save(options.json, {"loop": loops, "sweep": sweeps, "workers_gain": gain})
+
+
+if __name__ == "__main__":
+    main()
