@@ -76,18 +76,18 @@ def _record(log: batchtrim.KeepLog, losses: torch.Tensor, selection: Any, extra:
     log.record(torch.randint(SAMPLES, (BATCH,)), losses, selection, **extra)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print the numbers, and save them where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--json", help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=30)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     result = {"resnet8, batch 128": step_cost(given.rounds), "memory": memory()}
     for name, values in result.items():
         print(name)
         for what, value in values.items():
             print(f"  {what}: {value}")
-    timing.save(given.out, result)
+    timing.save(given.json, result)
 
 
 if __name__ == "__main__":
