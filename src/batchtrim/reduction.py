@@ -33,7 +33,10 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
         0-d, dtype of ``losses``. With everything kept and no weights: ``losses.mean()``, bit for bit.
     """
     if weights is None and selection.weights is None and _dot_is_exact(losses) and 0 < selection.k < selection.size:
-        divisor = selection.candidates if scale == "batch" else selection.normalizer or selection.k
+        if scale == "batch":
+            divisor = selection.batch_normalizer or selection.candidates
+        else:
+            divisor = selection.normalizer or selection.k
         shares = torch.zeros(selection.size, dtype=losses.dtype).index_fill_(0, selection.indices, 1.0 / divisor)
         loss = losses.dot(shares)
         # 0 * inf is NaN: where a dropped loss is not finite, or a kept one is NaN, take the way below
@@ -62,7 +65,7 @@ def reduce_kept(kept: Tensor, selection: Selection, scale: str = "kept", weights
         kept = kept * selection.weights
         weights = selection.weights if weights is None else weights * selection.weights
     if scale == "batch":
-        return kept.sum() / selection.candidates
+        return kept.sum() / (selection.batch_normalizer or selection.candidates)
     if selection.normalizer is not None:
         return kept.sum() / selection.normalizer
     if weights is not None:

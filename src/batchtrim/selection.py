@@ -44,6 +44,7 @@ class Selection:
         candidates: how many of these could be chosen; less than ``size`` where a mask left some out.
         weights: (k,), or None where every kept sample counts the same.
         normalizer: the number the weighted sum is divided by; k where it is None.
+        batch_normalizer: the same for scale "batch"; ``candidates`` where it is None.
     """
 
     indices: Tensor
@@ -51,6 +52,7 @@ class Selection:
     candidates: int
     weights: Tensor | None = None
     normalizer: float | None = None
+    batch_normalizer: float | None = None
 
     @property
     def k(self) -> int:

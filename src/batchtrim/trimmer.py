@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from batchtrim._checks import (
     check_choice,
@@ -17,6 +18,7 @@ from batchtrim._checks import (
     check_schedule_output,
     describe,
 )
+from batchtrim.distributed import select_over_ranks, world_size
 from batchtrim.keeplog import KeepLog
 from batchtrim.losses import UNITS, Losses, flatten
 from batchtrim.reduction import SCALES, reduce, reduce_mask
@@ -27,6 +29,7 @@ from batchtrim.stats import KeepStats
 __all__ = ["Trimmer"]
 
 _STATE_VERSION = 1
+SCOPES = ("local", "global")
 # A schedule is asked at up to this many points when the trimmer is made, so that a fault is found before training.
 _PROBE_POINTS = 1001
 
@@ -52,6 +55,10 @@ class Trimmer:
             of all: ``stats`` reports the ratio of the losses.
         unit: "sample" averages losses of shape (B, ...) over all but the batch first, "element" chooses among all
             entries (tokens, pixels).
+        scope: "local" trims what this process holds; "global" chooses from the joined batch of all ranks, with their
+            loss and gradient under DDP and FSDP; see :mod:`batchtrim.distributed`. Statistics are then those of the
+            joined batch, and a rank without samples calls with losses of shape (0,).
+        process_group: the ranks that average gradients together, with scope "global"; all of them by default.
         seed: for rules that draw. The generator is the trimmer's own and part of :meth:`state_dict`.
         log: records every sample's losses and whether it was kept; every call then needs the samples' ``ids``.
 
@@ -77,6 +84,8 @@ class Trimmer:
         select: Rule = hardest(),  # noqa: B008  (frozen)
         scale: str = "kept",
         unit: str = "sample",
+        scope: str = "local",
+        process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         log: KeepLog | None = None,
     ) -> None:
@@ -96,6 +105,10 @@ class Trimmer:
         self.rule = select
         self.scale = check_choice("scale", scale, SCALES)
         self.unit = check_choice("unit", unit, UNITS)
+        self.scope = check_choice("scope", scope, SCOPES)
+        if process_group is not None and self.scope != "global":
+            raise ValueError("expected `scope` 'global' with a `process_group`, got 'local'. Local asks no other rank.")
+        self.process_group = process_group
         self.seed = check_count("seed", seed, minimum=0)
         self.generator = torch.Generator().manual_seed(seed)
         if log is not None and self.unit != "sample":
@@ -144,9 +157,9 @@ class Trimmer:
             graph: dropped samples still cost their backward; :class:`batchtrim.TrimmedForward` saves that.
         """
         values, scores, mask, weights = self._flatten(losses, rank_by, mask)
-        if torch.compiler.is_compiling() and hasattr(self.rule, "compiled_mask"):
+        if torch.compiler.is_compiling() and self.scope == "local" and hasattr(self.rule, "compiled_mask"):
             return self._compiled(values, scores, mask, weights)
-        selection = self._choose(values, scores, mask)
+        selection = self._choose(values, scores, mask, weights)
         self._log(values, selection, mask, ids, outputs, labels)
         return reduce(values, selection, self.scale, weights)
 
@@ -161,8 +174,8 @@ class Trimmer:
         labels: Tensor | None = None,
     ) -> Selection:
         """Only choose, as :meth:`__call__` would, and count it in ``stats``. :func:`batchtrim.reduce` does the rest."""
-        values, scores, mask, _ = self._flatten(losses, rank_by, mask)
-        selection = self._choose(values, scores, mask)
+        values, scores, mask, weights = self._flatten(losses, rank_by, mask)
+        selection = self._choose(values, scores, mask, weights)
         self._log(values, selection, mask, ids, outputs, labels)
         return selection
 
@@ -246,6 +259,7 @@ class Trimmer:
         parts = [f"keep={self.schedule!r}", f"total={self.total}", f"select={self.rule!r}"]
         parts += [f"scale={self.scale!r}"] if self.scale != "kept" else []
         parts += [f"unit={self.unit!r}"] if self.unit != "sample" else []
+        parts += [f"scope={self.scope!r}"] if self.scope != "local" else []
         return f"Trimmer({', '.join(parts)}, at step {self._steps}, keeping {self._keep:.4g})"
 
     @property
@@ -278,11 +292,12 @@ class Trimmer:
         if isinstance(losses, Losses):
             mask = _both(losses.mask, mask)
             losses, _, weights = losses
-        check_losses(losses)
+        joint = self.scope == "global"
+        check_losses(losses, allow_empty=joint)
         if mask is not None:
             check_like("mask", mask, losses, torch.bool)
         if rank_by is not None:
-            check_losses(rank_by, "rank_by")
+            check_losses(rank_by, "rank_by", allow_empty=joint)
             check_like("rank_by", rank_by, losses)
         if losses.ndim == 1:
             return losses, (losses if rank_by is None else rank_by).detach(), mask, weights
@@ -290,11 +305,30 @@ class Trimmer:
         ranked = flat if rank_by is None else flatten(Losses(rank_by, mask, weights), self.unit)
         return flat.values, ranked.values.detach(), flat.mask, flat.weights
 
-    def _choose(self, values: Tensor, scores: Tensor, mask: Tensor | None) -> Selection:
+    def _choose(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Selection:
+        if self.scope == "global" and world_size(self.process_group) > 1:
+            return self._choose_jointly(values, scores, mask, weights)
         selection = select_valid(self.rule, scores, self._keep, mask, self.generator)
         self.last_selection = selection
         self.stats.record(values.detach(), selection, mask)
         return selection
+
+    def _choose_jointly(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Selection:
+        joined = select_over_ranks(
+            self.rule,
+            values,
+            scores,
+            self._keep,
+            mask=mask,
+            weights=weights,
+            generator=self.generator,
+            settings=(repr(self.schedule), self.total, self.scale, self.unit),
+            steps=self._steps,
+            group=self.process_group,
+        )
+        self.last_selection = joined.selection
+        self.stats.record(joined.values, joined.chosen)
+        return joined.selection
 
     def _log(
         self,

@@ -1,0 +1,30 @@
+"""Selection over all ranks, by real processes over gloo. The cases are in scope_worker.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launch import run_ranks
+
+import batchtrim
+
+WORKER = Path(__file__).parent / "scope_worker.py"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_as_one_process_with_the_joined_batch(ranks: int, tmp_path: Path) -> None:
+    run_ranks(WORKER, ranks, tmp_path)
+
+
+def test_without_a_process_group_it_is_the_local_choice() -> None:
+    losses = torch.tensor([1.0, 3.0, 2.0, 0.0])
+    assert batchtrim.Trimmer(0.5, scope="global")(losses).item() == 2.5
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match="expected `scope` to be one of 'local', 'global', got 'all'"):
+        batchtrim.Trimmer(0.5, scope="all")
+    with pytest.raises(ValueError, match="expected `scope` 'global' with a `process_group`"):
+        batchtrim.Trimmer(0.5, process_group=object())  # type: ignore[arg-type]

@@ -1,0 +1,35 @@
+"""Start real processes over gloo and wait for all of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, limit: float = 120.0) -> list[str]:
+    """Run ``script RANK RANKS STORE *arguments`` once a rank; fail with its output where one fails or does not end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    store = folder / f"store{ranks}{''.join(arguments)[-20:].replace('/', '_')}"
+    logs = [folder / f"rank{rank}of{ranks}.log" for rank in range(ranks)]
+    processes = []
+    for rank, log in enumerate(logs):
+        command = [sys.executable, str(script), str(rank), str(ranks), str(store), *arguments]
+        with log.open("w") as file:
+            processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
+    end = time.monotonic() + limit
+    try:
+        codes = [process.wait(timeout=max(0.1, end - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    texts = [log.read_text() for log in logs]
+    if any(code != 0 for code in codes):
+        pytest.fail("\n".join(f"--- rank {rank}: {code}\n{text[-3000:]}" for rank, (code, text) in enumerate(zip(codes, texts, strict=True))))  # fmt: skip
+    return texts
