@@ -30,6 +30,7 @@ def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, limit: fl
         for process in processes:
             process.kill()
     texts = [log.read_text() for log in logs]
+    outputs = zip(codes, texts, strict=True)
     if any(code != 0 for code in codes):
-        pytest.fail("\n".join(f"--- rank {rank}: {code}\n{text[-3000:]}" for rank, (code, text) in enumerate(zip(codes, texts, strict=True))))  # fmt: skip
+        pytest.fail("\n".join(f"--- rank {rank}: {code}\n{text[-3000:]}" for rank, (code, text) in enumerate(outputs)))
     return texts

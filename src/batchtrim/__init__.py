@@ -12,6 +12,7 @@ In the loop you have, two lines change::
 Schedules say how much to keep, selection rules say which, a :class:`Trimmer` puts them together.
 """
 
+from batchtrim.accumulation import accumulate
 from batchtrim.engine import TrimmedForward
 from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.losses import Losses, focal, per_sample, superloss, token_losses
@@ -42,6 +43,7 @@ __all__ = [
     "TrimmedForward",
     "Trimmer",
     "above",
+    "accumulate",
     "between",
     "by_accuracy",
     "constant",

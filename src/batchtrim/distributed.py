@@ -1,18 +1,18 @@
 """Selection over all ranks: the samples one process would keep of the joined batch.
 
-With ``scope="local"`` each rank trims its own part. DDP averages gradients over ranks, so that equals trimming the joined
-batch only where each rank's hardest samples happen to be the joint ones. With ``scope="global"`` every rank sends its
-detached losses to every other, all choose from the same joined vector, and rank r steps on
+With ``scope="local"`` each rank trims its own part. DDP averages gradients over ranks, so that equals trimming the
+joined batch only where each rank's hardest samples happen to be the joint ones. With ``scope="global"`` every rank
+sends its detached losses to every other, all choose from the same joined vector, and rank r steps on
 
     ``L_r = R * sum(kept losses on r) / (kept samples on all ranks)``
 
-whose mean over the R ranks, and so the gradient DDP and FSDP make of it, is the loss of the joined batch. A rank that
-keeps nothing, or has no samples, gives an attached 0. Joined means in the order of ranks and then of rows: of equal
-losses the lower (rank, row) is kept. Losses travel as float64, so no bit is lost; indices do not travel at all.
+whose mean over the R ranks, and so the gradient DDP and FSDP make of it, is that of the joined batch. A rank that keeps
+nothing, or has no samples, gives an attached 0. Joined means in the order of ranks and then of rows: of equal losses
+the lower (rank, row) is kept. Losses travel as float64, so no bit is lost; indices do not travel at all.
 
-Two collectives a call, entered by every rank whatever it holds: a header of fixed size, then losses padded to the longest
-rank. Settings that differ show in the header, and every rank raises. A rank that never comes ends the wait at the time
-limit of the process group, ``init_process_group(timeout=...)``.
+Two collectives a call, entered by every rank whatever it holds: a header of fixed size, then losses padded to the
+longest rank. Settings that differ show in the header, and every rank raises. A rank that never comes ends the wait at
+the time limit of the process group, ``init_process_group(timeout=...)``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._compile import _disable_dynamo
 
 from batchtrim.errors import RanksDisagree
+from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Rule, Selection
 
 __all__ = ["Joined", "select_over_ranks", "world_size"]
@@ -64,6 +66,7 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+@_disable_dynamo  # torch.compiler.disable, but without importing the compiler for those who do not compile
 def select_over_ranks(
     rule: Rule,
     values: Tensor,
@@ -95,7 +98,7 @@ def select_over_ranks(
         RanksDisagree: on every rank where settings differ, and where a rank does not come before the time limit.
 
     Notes:
-        Syncs the device: how much to gather has to be known.
+        Syncs the device: how much to gather has to be known. In a compiled function it is a graph break.
     """
     ranks = world_size(group)
     valid = None if mask is None else mask.nonzero().squeeze(1)
@@ -107,7 +110,7 @@ def select_over_ranks(
         _fingerprint(rule, *settings),
         steps,
         *struct.unpack("<q", struct.pack("<d", keep)),
-        0 if generator is None else zlib.crc32(generator.get_state().numpy()),
+        0 if generator is None else zlib.crc32(bytes(generator.get_state().numpy())),
         _DTYPES.index(values.dtype),
         int(weights is not None),
         own,
@@ -134,20 +137,10 @@ def select_over_ranks(
         values.shape[0],
         own,
         None if chosen.weights is None else chosen.weights[mine],
-        _divisor(chosen, joined[2] if weights is not None else None) / ranks,
+        kept_divisor(chosen, joined[2] if weights is not None else None) / ranks,
         total / ranks,
     )
     return Joined(selection, chosen, joined[1].to(values.dtype))
-
-
-def _divisor(chosen: Selection, weights: Tensor | None) -> float:
-    """What :func:`batchtrim.reduce` would divide the joined kept sum by."""
-    if chosen.normalizer is not None:
-        return chosen.normalizer
-    if weights is None:
-        return chosen.k if chosen.weights is None else float(chosen.weights.sum())
-    kept = weights[chosen.indices]
-    return float((kept if chosen.weights is None else kept * chosen.weights).sum())
 
 
 def _gather(tensor: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchtrim.selection import Selection
 
-__all__ = ["SCALES", "reduce", "reduce_kept", "reduce_mask"]
+__all__ = ["SCALES", "kept_divisor", "reduce", "reduce_kept", "reduce_mask"]
 
 SCALES = ("kept", "batch")
 
@@ -71,6 +71,20 @@ def reduce_kept(kept: Tensor, selection: Selection, scale: str = "kept", weights
     if weights is not None:
         return kept.sum() / weights.sum()
     return kept.mean()
+
+
+def kept_divisor(selection: Selection, weights: Tensor | None = None) -> float:
+    """What :func:`reduce` with scale "kept" divides the weighted kept sum by. Syncs the device where there are weights.
+
+    Args:
+        weights: (B,), as in :func:`reduce`.
+    """
+    if selection.normalizer is not None:
+        return selection.normalizer
+    if weights is None:
+        return selection.k if selection.weights is None else float(selection.weights.sum())
+    kept = weights[selection.indices]
+    return float((kept if selection.weights is None else kept * selection.weights).sum())
 
 
 def reduce_mask(losses: Tensor, mask: Tensor, count: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -37,19 +37,22 @@ class TwoPassEngine:
         """One step; ``selection`` is given where the choice was made already."""
         if self.trim.keep == 1.0 or not is_training_step():
             return self.exact(x, y, selection)
-        inner = self.forward.inner
         with torch.no_grad():
-            losses, outputs = self.forward(x, y, model=inner)
-        batch = losses.values.shape[0]
+            losses, outputs = self.forward(x, y, model=self.forward.inner)
         if selection is None:
             selection = self.trim.select(losses, rank_by=self.forward.scores(outputs, y)).rising()
+        return Step(self.train_on_kept(x, y, selection), losses.values, outputs, selection)
+
+    def train_on_kept(self, x: Any, y: Any, selection: Selection) -> Tensor:
+        """The second pass alone: the loss of the kept rows, with a graph. Buffers and generators stay as they are."""
+        inner = self.forward.inner
         buffers = [(buffer, buffer.clone()) for buffer in inner.buffers()]
-        generators = GeneratorStates(losses.values.device)
-        kept, _ = self.forward(*self.forward.rows(x, y, padded_rows(selection), batch))
+        generators = GeneratorStates(selection.indices.device)
+        kept, _ = self.forward(*self.forward.rows(x, y, padded_rows(selection), selection.size))
         generators.restore()
         for buffer, value in buffers:
             buffer.data.copy_(value)  # past autograd, which has saved the buffer but not for its value
-        return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
+        return kept_loss(kept, selection, self.trim)
 
 
 def padded_rows(selection: Selection) -> Tensor:

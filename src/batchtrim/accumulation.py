@@ -1,0 +1,154 @@
+"""Gradient accumulation: trim the whole window of micro-batches, or each micro-batch, scaled right both ways.
+
+Legend: M micro-batches in a window (one optimizer step), n_m samples in micro-batch m, N their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from batchtrim._checks import check_choice
+from batchtrim.distributed import world_size
+from batchtrim.engine import TrimmedForward
+from batchtrim.engine.batch import map_tensors
+from batchtrim.engine.guard import GeneratorStates
+from batchtrim.engine.two_pass import TwoPassEngine
+from batchtrim.losses import Losses
+from batchtrim.reduction import kept_divisor
+from batchtrim.selection import Selection
+from batchtrim.trimmer import Trimmer
+
+__all__ = ["OVER", "accumulate", "join_losses", "select_window", "split"]
+
+OVER = ("window", "micro")
+
+
+def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: str = "window") -> Iterator[Tensor]:
+    """The losses of one optimizer step's micro-batches, to call backward on one after the other.
+
+    ::
+
+        for loss in batchtrim.accumulate(step, [(x1, y1), (x2, y2)]):
+            loss.backward()
+        optimizer.step()
+
+    window: ``L = (1/k) * sum of the k largest of all N losses``, k = keep_count(keep, N). What one large batch would
+            give. A first pass without a graph stores the losses of every micro-batch, then all is chosen at once.
+    micro:  ``L = sum_m (n_m / N) * L_m``, each micro-batch trimmed by itself: what equal micro-batches' mean is.
+
+    The losses add up to L, so nothing is left to divide by M: give a trainer that divides (Accelerate, Lightning) an
+    accumulation of 1. In DistributedDataParallel gradients are exchanged with the last micro-batch only.
+
+    Args:
+        step: the model, its per-sample loss, the trimmer and the engine.
+        batches: (x, y) of each micro-batch, of any sizes.
+        over: "window" or "micro".
+
+    Yields:
+        0-d losses with a graph, as many as there are micro-batches.
+
+    Notes:
+        Cost of "window": one forward without a graph more than "micro". Engine "two_pass" then trains on the kept rows
+        alone, with fresh dropout; "exact" and "shared" repeat the forward with the same dropout, so a window gives the
+        gradient of one large batch (up to BatchNorm, which normalises micro-batches). Buffers and generators end up as
+        after plain accumulation. With ``scope="global"`` windows of all ranks are joined; "micro" needs the same M
+        on every rank.
+    """
+    check_choice("over", over, OVER)
+    trim, model = step.trim, step.forward.model
+    if over == "window":
+        selections, states = _first_pass(step, batches)
+    else:
+        shares = _shares(step, batches)
+    for m, (x, y) in enumerate(batches):
+        last = m == len(batches) - 1
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+            if over == "micro":
+                yield step(x, y) * shares[m]
+            elif isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0:
+                yield step.engine.train_on_kept(x, y, selections[m].rising())
+            else:
+                states[m].restore()
+                yield step.engine(x, y, selections[m].rising()).loss
+
+
+def _first_pass(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> tuple[list[Selection], list[Any]]:
+    """What is kept of each micro-batch, and the state of the generators before it."""
+    forward, trim = step.forward, step.trim
+    buffers = [(buffer, buffer.clone()) for buffer in forward.inner.buffers()]
+    parts, scores, states = [], [], []
+    with torch.no_grad():
+        for x, y in batches:
+            device = next((parameter.device for parameter in forward.inner.parameters()), torch.device("cpu"))
+            states.append(GeneratorStates(device))
+            losses, outputs = forward(x, y, model=forward.inner)
+            parts.append(losses)
+            scores.append(forward.scores(outputs, y))
+        if not isinstance(step.engine, TwoPassEngine) or trim.keep == 1.0:
+            for buffer, value in buffers:  # the second pass updates them
+                buffer.copy_(value)
+    return select_window(trim, parts, scores), states
+
+
+def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | None] = ()) -> list[Selection]:
+    """Choose from the losses of all micro-batches together: what is kept of each, with the window's divisors."""
+    window = join_losses(parts)
+    ranked = [score for score in scores if score is not None]
+    selection = trim.select(window, rank_by=torch.cat(ranked) if ranked else None)
+    return split(selection, [len(part.values) for part in parts], window.weights)
+
+
+def join_losses(parts: Sequence[Losses]) -> Losses:
+    """One after the other; a missing mask or weight counts as all True or 1 where another part has one."""
+    values = torch.cat([part.values.detach() for part in parts])
+    masks, weights = None, None
+    if any(part.mask is not None for part in parts):
+        masks = torch.cat([torch.ones_like(p.values, dtype=torch.bool) if p.mask is None else p.mask for p in parts])
+    if any(part.weights is not None for part in parts):
+        weights = torch.cat([torch.ones_like(p.values) if p.weights is None else p.weights for p in parts])
+    return Losses(values, masks, weights)
+
+
+def split(selection: Selection, sizes: Sequence[int], weights: Tensor | None = None) -> list[Selection]:
+    """A selection from a joined vector as selections from its parts, each divided by what the whole is divided by.
+
+    Example:
+        >>> whole = Selection(torch.tensor([4, 0]), size=5, candidates=5)
+        >>> [(part.indices.tolist(), part.normalizer) for part in split(whole, [2, 3])]
+        [([0], 2), ([2], 2)]
+    """
+    normalizer = kept_divisor(selection, weights)
+    batch_normalizer = selection.batch_normalizer or selection.candidates
+    parts, start = [], 0
+    for size in sizes:
+        own = (selection.indices >= start) & (selection.indices < start + size)
+        chosen = None if selection.weights is None else selection.weights[own]
+        part = Selection(selection.indices[own] - start, size, size, chosen)
+        parts.append(replace(part, normalizer=normalizer, batch_normalizer=batch_normalizer))
+        start += size
+    return parts
+
+
+def _shares(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> list[float]:
+    """n_m / N; with scope "global" of all ranks' samples."""
+    sizes = torch.tensor([_samples(x, step.forward.batch_dim) for x, _ in batches], dtype=torch.int64)
+    trim = step.trim
+    if trim.scope == "global" and world_size(trim.process_group) > 1:
+        parameter = next(step.forward.inner.parameters(), sizes)
+        sizes = sizes.to(parameter.device)
+        dist.all_reduce(sizes, group=trim.process_group)
+    return (sizes.double() / sizes.sum()).tolist()
+
+
+def _samples(x: Any, batch_dim: int) -> int:
+    found: list[int] = []
+    map_tensors(lambda t: found.append(t.shape[batch_dim]) or t if t.ndim > batch_dim else t, x)
+    return found[0]

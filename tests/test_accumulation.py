@@ -1,0 +1,134 @@
+"""Accumulation: a window trimmed as one large batch, or micro-batch by micro-batch, and what either is scaled by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import batchtrim
+from batchtrim.engine import ENGINES
+
+SIZES = (4, 4, 3)  # the last micro-batch is smaller
+KEEP = 0.4
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def window(sizes: tuple[int, ...] = SIZES) -> list[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(3)
+    return [(torch.randn(n, 6, generator=draw), torch.randint(0, 3, (n,), generator=draw)) for n in sizes]
+
+
+def gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def run(model: nn.Module, over: str, engine: str = "exact", criterion: Callable = F.cross_entropy, **options) -> float:
+    trim = batchtrim.Trimmer(KEEP, **options)
+    step = batchtrim.TrimmedForward(model, batchtrim.per_sample(criterion), trim, engine)
+    total = 0.0
+    for loss in batchtrim.accumulate(step, window(), over):
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@pytest.mark.parametrize("engine", sorted(set(ENGINES) - {"auto"}))
+@pytest.mark.parametrize("scale", ["kept", "batch"])
+def test_a_window_is_one_large_batch(engine: str, scale: str) -> None:
+    whole = mlp()
+    x, y = (torch.cat(parts) for parts in zip(*window(), strict=True))
+    losses = F.cross_entropy(whole(x), y, reduction="none")
+    rows = losses.topk(4).indices  # round(0.4 * 11) = 4
+    expected = losses[rows].sum() / (4 if scale == "kept" else 11)
+    expected.backward()
+    model = mlp()
+    assert run(model, "window", engine, scale=scale) == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient(model), gradient(whole), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["kept", "batch"])
+def test_micro_batches_weigh_by_their_samples(scale: str) -> None:
+    whole = mlp()
+    expected = torch.zeros(())
+    for (x, y), k in zip(window(), (2, 2, 1), strict=True):  # round(0.4 * 4) = 2, round(0.4 * 3) = 1
+        losses = F.cross_entropy(whole(x), y, reduction="none")
+        kept = losses.topk(k).values.sum() / (k if scale == "kept" else len(y))
+        expected = expected + len(y) / 11 * kept
+    expected.backward()
+    model = mlp()
+    assert run(model, "micro", scale=scale) == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient(model), gradient(whole), rtol=1e-5, atol=1e-7)
+
+
+def test_class_weights_are_summed_over_the_window() -> None:
+    weight = torch.tensor([1.0, 5.0, 0.2])
+    x, y = (torch.cat(parts) for parts in zip(*window(), strict=True))
+    losses = F.cross_entropy(mlp()(x), y, weight=weight, reduction="none")
+    rows = losses.topk(4).indices
+    expected = losses[rows].sum() / weight[y[rows]].sum()
+    assert run(mlp(), "window", criterion=nn.CrossEntropyLoss(weight=weight)) == pytest.approx(
+        expected.item(), rel=1e-6
+    )
+
+
+class Noisy(nn.Module):
+    """Dropout and BatchNorm: both notice a second forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("engine", ["exact", "two_pass"])
+def test_generators_and_running_statistics_end_as_after_plain_accumulation(engine: str) -> None:
+    plain, trimmed = Noisy(), Noisy()
+    torch.manual_seed(1)
+    for x, y in window():
+        F.cross_entropy(plain(x), y)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    run(trimmed, "window", engine)
+    assert torch.equal(torch.get_rng_state(), after)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, dict(trimmed.named_buffers())[name]), name
+
+
+def test_a_window_trains_under_the_dropout_it_chose_under() -> None:
+    """Against all graphs kept in memory at once, which is what the two passes stand for."""
+    whole = Noisy()
+    torch.manual_seed(1)
+    losses = torch.cat([F.cross_entropy(whole(x), y, reduction="none") for x, y in window()])
+    losses.topk(4).values.mean().backward()
+    model = Noisy()
+    torch.manual_seed(1)
+    run(model, "window")
+    torch.testing.assert_close(gradient(model), gradient(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_everything_kept_is_the_plain_mean() -> None:
+    for over in ("window", "micro"):
+        whole, model = mlp(), mlp()
+        x, y = (torch.cat(parts) for parts in zip(*window(), strict=True))
+        F.cross_entropy(whole(x), y).backward()
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(1.0))
+        for loss in batchtrim.accumulate(step, window(), over):
+            loss.backward()
+        torch.testing.assert_close(gradient(model), gradient(whole))
+
+
+def test_only_the_two_names() -> None:
+    step = batchtrim.TrimmedForward(mlp(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5))
+    with pytest.raises(ValueError, match="expected `over` to be one of 'window', 'micro', got 'batch'"):
+        next(batchtrim.accumulate(step, window(), "batch"))
