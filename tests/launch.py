@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,13 @@ def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, limit: fl
     store = folder / f"store{ranks}{''.join(arguments)[-20:].replace('/', '_')}"
     logs = [folder / f"rank{rank}of{ranks}.log" for rank in range(ranks)]
     processes = []
+    with socket.socket() as probe:  # for trainers, which meet by address and port and not by a file
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    environment |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo"}
     for rank, log in enumerate(logs):
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, str(script), str(rank), str(ranks), str(store), *arguments]
         with log.open("w") as file:
             processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))

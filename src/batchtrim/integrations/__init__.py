@@ -1,0 +1,64 @@
+"""Trimming in the trainer you have: Lightning, Hugging Face Trainer, Accelerate. Each needs its own extra.
+
+A trainer knows how long training is, which epoch or step it is at, and when it logs and saves. What all integrations
+make of that is here; nothing here imports a trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchtrim._checks import check_choice
+from batchtrim.trimmer import Trimmer
+
+__all__ = ["CLOCKS", "build", "follow", "log_values", "total_of"]
+
+CLOCKS = ("epoch", "step")
+
+
+def build(keep: Callable[[float], float] | float, total: int | None, options: Mapping[str, Any]) -> Trimmer:
+    """A trimmer whose clock the trainer drives."""
+    trim = Trimmer(keep, total=total, **options)
+    if getattr(trim.schedule, "reads", "progress") == "accuracy":
+        raise ValueError(
+            f"expected `keep` to read progress, got {trim.schedule!r}. A trainer does not know the training accuracy: "
+            "make the Trimmer yourself, call it in your loss and step it with trim.step(accuracy=...)."
+        )
+    return trim
+
+
+def total_of(clock: str, epochs: float | None, steps: float | None) -> int | None:
+    """What a trimmer's clock counts up to; None where the trainer does not know."""
+    total = {"epoch": epochs, "step": steps}[check_choice("clock", clock, CLOCKS)]
+    return None if total is None or total < 1 or math.isinf(total) else math.ceil(total)
+
+
+def follow(trim: Trimmer, now: int) -> None:
+    """Set the clock to the trainer's, which a resumed run restores by itself."""
+    if now > trim.steps:
+        trim.step(now - trim.steps)
+
+
+def log_values(trim: Trimmer, mean: Callable[[Tensor], Any] | None = None) -> dict[str, float]:
+    """What was kept since the last call, to log: nothing where no batch was seen. Syncs the device.
+
+    Args:
+        mean: of a vector over the ranks. Every rank calls it, whether it has seen batches or not.
+
+    Returns:
+        trim/keep: keep fraction in force. trim/kept: samples (or tokens) kept, mean over batches. trim/threshold:
+        smallest kept loss. trim/kept_loss, trim/mean_loss: mean over the kept and over all. trim/ratio: of these two.
+    """
+    found = trim.stats.compute()
+    trim.stats.reset()
+    values = {"keep": trim.keep, "kept": found["kept"] / max(1, found["batches"])}
+    values |= {name: found[name] for name in ("threshold", "kept_loss", "mean_loss", "ratio")}
+    row = [1.0, *values.values()] if found["batches"] else [0.0] * (1 + len(values))
+    if mean is not None:
+        row = mean(torch.tensor(row, dtype=torch.float64)).tolist()
+    return {f"trim/{name}": value / row[0] for name, value in zip(values, row[1:], strict=True)} if row[0] else {}

@@ -1,0 +1,46 @@
+"""Accelerate: a trimmer in the checkpoint, and its numbers in the trackers. The rest is the plain loop.
+
+::
+
+    trim = register(accelerator, batchtrim.Trimmer(batchtrim.linear(1.0, 0.2), total=epochs))
+    ...
+    with accelerator.accumulate(model):
+        loss = trim(F.cross_entropy(model(x), y, reduction="none"))
+        accelerator.backward(loss)
+
+``accelerator.backward`` divides by the accumulation steps and DDP averages over ranks: each micro-batch is trimmed
+alone. To trim a whole window leave ``gradient_accumulation_steps`` at 1 and use :func:`batchtrim.accumulate`. With
+``even_batches``, Accelerate's default, the last batch of an epoch is filled up with samples from the first.
+"""
+
+from __future__ import annotations
+
+from batchtrim._checks import import_extra
+from batchtrim.integrations import log_values
+from batchtrim.trimmer import Trimmer
+
+import_extra("accelerate", "accelerate", "the Accelerate integration")
+
+from accelerate import Accelerator  # noqa: E402
+
+__all__ = ["log", "register"]
+
+
+def register(accelerator: Accelerator, trim: Trimmer) -> Trimmer:
+    """Save and restore ``trim`` with ``accelerator.save_state`` and ``load_state``. Returns it.
+
+    The state saved is that of the main process.
+    """
+    accelerator.register_for_checkpointing(trim)
+    return trim
+
+
+def log(accelerator: Accelerator, trim: Trimmer, step: int | None = None) -> dict[str, float]:
+    """Log what was kept since the last call, averaged over ranks, with ``accelerator.log``. Every rank calls it.
+
+    Returns:
+        What was logged; see :func:`batchtrim.integrations.log_values`.
+    """
+    values = log_values(trim, lambda numbers: accelerator.reduce(numbers.to(accelerator.device), reduction="mean"))
+    accelerator.log(values, step=step)
+    return values

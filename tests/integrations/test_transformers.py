@@ -1,0 +1,199 @@
+"""TrimmedTrainer: gradients worked out by hand, padding, clock, logs, resuming."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+
+from hf_cases import CASES, Recording, arguments, check, data, new_model
+from transformers import Trainer, TrainerCallback
+
+import batchtrim
+from batchtrim.integrations.labels import count_labels, per_sample_loss
+from batchtrim.integrations.transformers import TrimmedTrainer
+from launch import run_ranks
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(("task", "options"), CASES)
+def test_gradient_is_the_hand_computed_one(
+    task: str, options: dict[str, Any], accumulation: int, tmp_path: Path
+) -> None:
+    check(task, accumulation, str(tmp_path), **options)
+
+
+def test_gradient_on_two_ranks(tmp_path: Path) -> None:
+    run_ranks(HERE / "hf_cases.py", 2, tmp_path)
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    """The same batches with more padding: the same step."""
+    weights = []
+    for extra in (0, 4):
+        rows = data("causal", 20)
+        for row in rows:
+            for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+                row[name] = F.pad(row[name], (0, extra), value=value)
+        args = arguments(str(tmp_path), learning_rate=0.1, max_steps=3, optim="sgd")
+        trainer = TrimmedTrainer(
+            model=new_model("causal"), args=args, train_dataset=rows, keep=0.3, trim_options={"unit": "element"}
+        )
+        trainer.train()
+        weights.append(trainer.model.state_dict())  # type: ignore[union-attr]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+class Watch(TrainerCallback):
+    """The keep fraction each step ran with."""
+
+    def __init__(self) -> None:
+        self.keeps: list[float] = []
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        assert self.trainer.trim is not None
+        self.keeps.append(round(self.trainer.trim.keep, 6))
+
+    trainer: TrimmedTrainer
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_steps": 5}, [1.0, 0.8, 0.6, 0.4, 0.2]),
+        ({"max_steps": -1, "num_train_epochs": 3}, [1.0, 1.0, 0.6, 0.6, 0.2, 0.2]),
+        ({"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}, [1.0, 0.6, 0.2]),
+    ],
+)
+@pytest.mark.parametrize("over", ["micro", "window"])
+def test_clock(options: dict[str, Any], expected: list[float], over: str, tmp_path: Path) -> None:
+    watch = Watch()
+    args = arguments(str(tmp_path), **options)
+    watch.trainer = TrimmedTrainer(
+        model=new_model("sequence"), args=args, train_dataset=data("sequence", 10), callbacks=[watch], over=over
+    )
+    watch.trainer.train()
+    assert watch.keeps == expected
+
+
+def test_logs(tmp_path: Path) -> None:
+    trainer = Recording(
+        model=new_model("sequence"), args=arguments(str(tmp_path)), train_dataset=data("sequence", 5), keep=0.4
+    )
+    model = copy.deepcopy(new_model("sequence"))
+    trainer.train()
+    batch = trainer.seen[0]
+    losses = F.cross_entropy(model(**{**batch, "labels": None}).logits, batch["labels"], reduction="none")
+    kept = losses.topk(2).values
+    found = trainer.state.log_history[0]
+    assert found["trim/kept"] == 2
+    for name, value in {
+        "trim/threshold": kept.min(), "trim/kept_loss": kept.mean(), "trim/mean_loss": losses.mean(),
+        "trim/ratio": kept.mean() / losses.mean(), "loss": kept.mean(),
+    }.items():  # fmt: skip
+        assert found[name] == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_evaluation_is_the_plain_mean(tmp_path: Path) -> None:
+    rows = data("causal", 5)
+    trainer = TrimmedTrainer(
+        model=new_model("causal"), args=arguments(str(tmp_path)), train_dataset=rows, eval_dataset=rows, keep=0.2
+    )
+    trainer.train()
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    labels = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        plain = trainer.model.eval()(**{**batch, "labels": labels}).loss.item()  # type: ignore[union-attr]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain, rel=1e-5)
+    assert trainer.trim is not None
+    assert trainer.trim.stats.compute()["batches"] == 0, "evaluation is not counted"
+
+
+@pytest.mark.parametrize("over", ["micro", "window"])
+def test_resuming_equals_an_uninterrupted_run(over: str, tmp_path: Path) -> None:
+    """With dropout, a rule that draws, and a checkpoint in the middle of an epoch."""
+
+    def trainer(folder: str, **options: Any) -> TrimmedTrainer:
+        args = arguments(
+            str(tmp_path / folder), max_steps=-1, num_train_epochs=2, learning_rate=0.01, save_strategy="steps",
+            save_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=3, **options,
+        )  # fmt: skip
+        return TrimmedTrainer(
+            model=new_model("sequence", dropout=0.2), args=args, train_dataset=data("sequence", 18), over=over,
+            keep=batchtrim.linear(0.8, 0.3), trim_options={"select": batchtrim.percentile_topk()},
+        )  # fmt: skip
+
+    whole = trainer("whole")
+    whole.train()
+    assert whole.state.global_step == 6
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for name, tensor in whole.model.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name  # type: ignore[union-attr]
+    assert whole.trim is not None
+    assert resumed.trim is not None
+    assert torch.equal(whole.trim.generator.get_state(), resumed.trim.generator.get_state())
+
+
+@pytest.mark.parametrize("over", ["micro", "window"])
+def test_keeping_everything_is_the_plain_trainer(over: str, tmp_path: Path) -> None:
+    """With dropout: a window's two passes draw what the plain Trainer's one pass draws."""
+    args = arguments(str(tmp_path), max_steps=3, learning_rate=0.1, gradient_accumulation_steps=2, optim="sgd")
+    model, rows = new_model("sequence", dropout=0.3), data("sequence", 30)
+    plain = Trainer(model=copy.deepcopy(model), args=args, train_dataset=rows)
+    trimmed = TrimmedTrainer(model=copy.deepcopy(model), args=args, train_dataset=rows, keep=1.0, over=over)
+    for trainer in (plain, trimmed):
+        torch.manual_seed(0)
+        trainer.train()
+    for name, tensor in plain.model.state_dict().items():  # type: ignore[union-attr]
+        torch.testing.assert_close(trimmed.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_without_a_trimmer_warns(tmp_path: Path) -> None:
+    def trainer() -> TrimmedTrainer:
+        args = arguments(str(tmp_path), max_steps=2, save_strategy="steps", save_steps=1)
+        return TrimmedTrainer(model=new_model("sequence"), args=args, train_dataset=data("sequence", 10))
+
+    trainer().train()
+    (tmp_path / "checkpoint-1" / "trimmer_0.pt").unlink()
+    with pytest.warns(UserWarning, match=r"trimmer_0.pt is missing: only the clock goes on"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    model, rows = new_model("sequence"), data("sequence", 5)
+    with pytest.raises(ValueError, match="expected no label smoothing by the Trainer"):
+        TrimmedTrainer(model=model, args=arguments(str(tmp_path), label_smoothing_factor=0.1), train_dataset=rows)
+    with pytest.raises(ValueError, match="expected `over` to be one of"):
+        TrimmedTrainer(model=model, args=arguments(str(tmp_path)), over="batch")
+    with pytest.raises(ValueError, match="A trainer does not know the training accuracy"):
+        TrimmedTrainer(model=model, args=arguments(str(tmp_path)), keep=batchtrim.by_accuracy({0.0: 1.0, 0.8: 0.5}))
+    with pytest.raises(ValueError, match="expected batches with a tensor `labels`"):
+        count_labels({"input_ids": torch.zeros(2)}, "sample")
+
+
+def test_losses_by_the_form_of_the_labels() -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, generator=draw)
+    several = torch.randint(0, 2, (4, 3), generator=draw).float()
+    found = per_sample_loss({"logits": logits}, several).values
+    torch.testing.assert_close(found.mean(), F.binary_cross_entropy_with_logits(logits, several))
+    found = per_sample_loss((logits[:, :1],), several[:, 0]).values
+    torch.testing.assert_close(found, (logits[:, 0] - several[:, 0]) ** 2)
+    labels = torch.tensor([0, -100, 2, 1])
+    found = per_sample_loss({"logits": logits}, labels)
+    assert found.mask is not None
+    torch.testing.assert_close(found.values[found.mask].mean(), F.cross_entropy(logits, labels))
+    assert count_labels({"labels": labels}, "sample") == 3
+    tokens = torch.tensor([[1, -100, -100], [1, 2, -100]])
+    assert [int(count_labels({"labels": tokens}, unit, shift=True)) for unit in ("sample", "element")] == [1, 1]
+    assert [int(count_labels({"labels": tokens}, unit)) for unit in ("sample", "element")] == [2, 3]
