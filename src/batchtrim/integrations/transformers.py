@@ -1,13 +1,12 @@
-"""Hugging Face Trainer (transformers 5): a Trainer whose loss is trimmed, with no model patched.
+"""Hugging Face Trainer (transformers 5) with a trimmed loss, and no model patched.
 
 ::
 
     trainer = TrimmedTrainer(model=model, args=args, train_dataset=data, keep=batchtrim.linear(1.0, 0.2))
 
-The Trainer takes a loss from ``compute_loss_func`` for one that is normalised over the accumulation window and all
-ranks already, and multiplies it by their number: a plain mean of the kept would come out (accumulation x ranks) times
-too large, with no error. Here micro-batch m of rank r, trimmed to the loss L_rm of n_rm samples (or tokens), counts by
-its share of the N in the window of all ranks:
+The Trainer takes what ``compute_loss_func`` returns as normalised over the accumulation window and all ranks already:
+a mean of the kept would come out (accumulation x ranks) times too large, with no error. Here micro-batch m of rank r,
+trimmed to the loss L_rm of n_rm samples (or tokens), counts by its share of the N in the window of all ranks:
 
     ``L = sum_rm (n_rm / N) * L_rm``
 
