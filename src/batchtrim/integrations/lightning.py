@@ -35,8 +35,8 @@ __all__ = ["TrimmingCallback"]
 class TrimmingCallback(Callback):
     """Mini-batch trimming in a LightningModule: ``self.trim(losses)`` in place of their mean.
 
-    Makes a :class:`batchtrim.Trimmer` when fitting starts and sets it on the module as ``trim``; a
-    :class:`batchtrim.TrimmedForward` can be made with it in the module's ``on_fit_start``.
+    Makes a :class:`batchtrim.Trimmer` when training starts and sets it on the module as ``trim``; a
+    :class:`batchtrim.TrimmedForward` can be made with it in the module's ``on_train_start``.
 
     Args:
         keep: the schedule.
@@ -47,7 +47,7 @@ class TrimmingCallback(Callback):
         options: what else :class:`batchtrim.Trimmer` takes: ``select``, ``scale``, ``unit``, ``scope``, ``seed``.
 
     Raises:
-        ValueError: at the start of fitting, where the length of training is unknown and the schedule needs it.
+        ValueError: when training starts, where the length of training is unknown and the schedule needs it.
 
     Notes:
         A checkpoint holds the trimmer's state, rank 0's where there are several; with ``scope="local"`` and a rule that
@@ -71,7 +71,8 @@ class TrimmingCallback(Callback):
         self._restored: dict[str, Any] | None = None
         self._logged_at = 0
 
-    def on_fit_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+    # Not on_fit_start: to ask for the number of steps there would set up the loader before its state is restored.
+    def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         if self.clock is None:
             self.clock = "step" if trainer.max_steps > 0 else "epoch"
         steps = trainer.estimated_stepping_batches if self.clock == "step" else None
@@ -104,7 +105,7 @@ class TrimmingCallback(Callback):
             return
         strategy, device = trainer.strategy, pl_module.device
         values = log_values(self.trim, lambda numbers: strategy.reduce(numbers.to(device), reduce_op="mean"))
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if values else ():
             logger.log_metrics(values, step=trainer.global_step)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
@@ -114,7 +115,7 @@ class TrimmingCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
-        if self.trim is not None:  # some strategies restore after on_fit_start
+        if self.trim is not None:  # restored in the middle
             self.trim.load_state_dict(state_dict)
         else:
             self._restored = state_dict
