@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import run_ranks
 
 import batchtrim
+from launch import run_ranks
 
 WORKER = Path(__file__).parent / "scope_worker.py"
 
