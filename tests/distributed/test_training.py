@@ -11,5 +11,6 @@ from launch import run_ranks
 pytest.importorskip("accelerate")
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_joined_batch(tmp_path: Path) -> None:
     run_ranks(Path(__file__).parent / "train_worker.py", 2, tmp_path)

@@ -88,6 +88,7 @@ def main(rank: int, ranks: int) -> None:
             print(over, scope, "fsdp", flush=True)
             torch.testing.assert_close(trained(fsdp(mesh), rank, over, scope, "exact"), expected, rtol=1e-7, atol=1e-9)
     with_accelerate(rank)
+    dist.barrier()
     dist.destroy_process_group()
 
 

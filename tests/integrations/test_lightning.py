@@ -150,7 +150,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     endless = trainer(tmp_path, TrimmingCallback(), max_epochs=-1)
     with pytest.raises(ValueError, match="expected `total`"):
         endless.fit(Module(), loader())
-    constant = trainer(tmp_path, TrimmingCallback(0.5), max_epochs=-1, max_time={"seconds": 1})
+    constant = trainer(tmp_path, TrimmingCallback(0.5), max_epochs=-1, max_time={"milliseconds": 1})
     constant.should_stop = True
     constant.fit(Module(), loader())
 
@@ -168,6 +168,7 @@ def test_several_losses_of_a_sample(tmp_path: Path) -> None:
     assert fit.callback_metrics["trim/kept"] == BATCH * 3 / 2
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_on_the_joined_batch(tmp_path: Path) -> None:
     run_ranks(HERE / "lightning_cases.py", 2, tmp_path, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

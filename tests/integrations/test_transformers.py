@@ -31,6 +31,7 @@ def test_gradient_is_the_hand_computed_one(
     check(task, accumulation, str(tmp_path), **options)
 
 
+@pytest.mark.slow
 def test_gradient_on_two_ranks(tmp_path: Path) -> None:
     run_ranks(HERE / "hf_cases.py", 2, tmp_path)
 

@@ -1,0 +1,51 @@
+"""Small real data for the examples: handwritten digits, and questions to classify where BATCHTRIM_DATA has them."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+VOCABULARY = 2000
+
+
+def digits(train: bool = True, rows: int | None = None) -> TensorDataset:
+    """1,797 pictures of 8 x 8 pixels as float vectors of 64, and their class; every fifth is for testing."""
+    from sklearn.datasets import load_digits
+
+    pictures = load_digits()
+    x = torch.tensor(pictures.data, dtype=torch.float32) / 16.0
+    y = torch.tensor(pictures.target, dtype=torch.int64)
+    chosen = (torch.arange(len(y)) % 5 == 0) != train
+    return TensorDataset(x[chosen][:rows], y[chosen][:rows])
+
+
+def questions(train: bool = True, rows: int | None = None, length: int = 16) -> list[dict[str, Tensor]]:
+    """TREC's questions and their kind (6), or where there are none, digits (10) as sequences of 16 tokens.
+
+    As a Hugging Face data set gives them: ``input_ids``, ``attention_mask``, ``labels``.
+    """
+    folder = Path(os.environ.get("BATCHTRIM_DATA", "")) / "trec"
+    if folder.is_dir():
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(next(folder.glob("train-*" if train else "test-*"))).slice(0, rows)
+        words = [text.lower().split()[:length] for text in table["text"].to_pylist()]
+        found = [[2 + zlib.crc32(word.encode()) % (VOCABULARY - 2) for word in line] for line in words]
+        labels = table["coarse_label"].to_pylist()
+    else:
+        x, y = digits(train, rows).tensors
+        found = (2 + (x.view(-1, 16, 4).mean(2) * 100).long()).tolist()
+        labels = y.tolist()
+    return [
+        {
+            "input_ids": torch.tensor(ids + [0] * (length - len(ids))),
+            "attention_mask": torch.tensor([1] * len(ids) + [0] * (length - len(ids))),
+            "labels": torch.tensor(label),
+        }
+        for ids, label in zip(found, labels, strict=True)
+    ]

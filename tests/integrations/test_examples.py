@@ -1,0 +1,93 @@
+"""Every file in examples/, run. Digits, and TREC's questions where BATCHTRIM_DATA has them."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BACKEND = {"backend": "aot_eager"}
+# arguments, and what the returned accuracy (a fall in loss for the language model) must reach
+RUNS: dict[str, tuple[dict[str, Any], float]] = {
+    "01_plain_loop": ({"epochs": 4}, 0.85),
+    "04_accumulation": ({"epochs": 4}, 0.85),
+    "05_lightning": ({"epochs": 4}, 0.85),
+    "06_huggingface_classification": ({"epochs": 2, "rows": 1000}, 0.4),
+    "07_causal_lm_tokens": ({"epochs": 2, "rows": 400}, 0.5),
+    "08_accelerate": ({"epochs": 4}, 0.85),
+    "09_compile": ({"epochs": 4, **BACKEND}, 0.85),
+}
+TORCHRUN = ("02_ddp", "03_fsdp2")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    # Accelerate's default, on a machine without an accelerator
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+]
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_example_learns(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options, least = RUNS[name]
+    assert load(name, monkeypatch)["main"](**options) >= least
+
+
+def test_lightning_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load("05_lightning", monkeypatch)
+    assert example["main"](4, example["FasterDigits"]) >= 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_example_under_torchrun(name: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    path = str(EXAMPLES / f"{name}.py")
+    done = subprocess.run([*command, path], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split()[-1]) >= 0.9
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("[0-9]*.py")} == {*RUNS, *TORCHRUN, "10_resume"}
+
+
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load("10_resume", monkeypatch)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    expected = example["main"](tmp_path / "whole").state_dict()
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(EXAMPLES / "10_resume.py"), str(tmp_path / "killed"), "0.1"]
+    process = subprocess.Popen(command, env=environment)
+    state = tmp_path / "killed" / "state.pt"
+    end = time.monotonic() + 60
+    while not (state.exists() and torch.load(state, weights_only=True)["done"] >= 13):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = torch.load(state, weights_only=True)["done"]
+    assert 13 <= done < 30, "in the middle of the second epoch or the third"
+    assert done % 10, "and of an epoch"
+
+    found = example["main"](tmp_path / "killed")
+    for name, tensor in expected.items():
+        assert torch.equal(found.state_dict()[name], tensor), name
