@@ -21,7 +21,7 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "01_plain_loop": ({"epochs": 4}, 0.85),
     "04_accumulation": ({"epochs": 4}, 0.85),
     "05_lightning": ({"epochs": 4}, 0.85),
-    "06_huggingface_classification": ({"epochs": 2, "rows": 1000}, 0.4),
+    "06_huggingface_classification": ({"epochs": 8, "rows": 1000}, 0.4),
     "07_causal_lm_tokens": ({"epochs": 2, "rows": 400}, 0.5),
     "08_accelerate": ({"epochs": 4}, 0.85),
     "09_compile": ({"epochs": 4, **BACKEND}, 0.85),
