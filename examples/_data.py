@@ -39,7 +39,7 @@ def questions(train: bool = True, rows: int | None = None, length: int = 16) -> 
         labels = table["coarse_label"].to_pylist()
     else:
         x, y = digits(train, rows).tensors
-        found = (2 + (x.view(-1, 16, 4).mean(2) * 8).long()).tolist()
+        found = (2 + (x.view(-1, 16, 4).mean(2) * 100).long()).tolist()
         labels = y.tolist()
     return [
         {
