@@ -20,6 +20,7 @@ from batchtrim.lab import grid, progress, records, sweep, train
 from batchtrim.lab.config import RunConfig
 from batchtrim.lab.records import UseAnotherFolder
 
+ROOT = Path(__file__).parents[2]
 TINY = {"methods": ["full", "trim"], "seeds": 2, "epochs": 2, "train_size": 200, "batch_size": 64}
 
 
@@ -93,11 +94,13 @@ def test_wrong_grids_are_refused(settings: dict[str, Any], message: str) -> None
         grid.expand(settings)
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples" / "grids").glob("*.toml")), ids=str)
-def test_the_example_grids_are_right(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("examples/grids/*.toml"), *ROOT.glob("records/*/config.toml")]), ids=str
+)
+def test_the_grids_of_examples_and_records_are_right(path: Path) -> None:
     configs = grid.expand(grid.load_toml(path))
     assert {"full", "random"} <= {config.method for config in configs}
-    assert len({config.seed for config in configs}) >= 5
+    assert len({config.seed for config in configs}) >= (3 if path.name == "config.toml" else 5)
 
 
 def test_a_grid_that_is_no_toml_is_refused(tmp_path: Path) -> None:
