@@ -1,4 +1,5 @@
-"""The command line: ``batchtrim compare``, ``sweep``, ``train``, ``demo``, ``report``, ``show``, ``methods``. Thin.
+"""The command line: ``batchtrim compare``, ``sweep``, ``train``, ``demo``, ``report``, ``claims``, ``show``,
+``methods``. Thin.
 
 Commands that run something share one table of settings, ``_SETTINGS``; their signatures, which typer reads, are put
 together from it.
@@ -183,6 +184,33 @@ def report_command(
         from batchtrim.lab import records
 
         _report(records.read(folder), out or folder, baseline, as_json)
+
+    _guard(work, debug)
+
+
+@app.command("claims")
+def claims_command(
+    folder: Annotated[Path, typer.Argument(help="folder of records: folders with claims.toml and runs.jsonl")],
+    out: Annotated[Path | None, typer.Option(help="Markdown page to write [printed]", show_default=False)] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Judge the claims written down beside recorded runs: supported, not supported, or not decidable.
+
+    claims.toml says which method is to have a lower, higher or the same error as which other.
+    """
+
+    def work() -> None:
+        from batchtrim.lab import claims
+
+        found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
+        if not found:
+            raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
+        text = claims.page(found)
+        if out is None:
+            typer.echo(text, nl=False)
+        else:
+            out.write_text(text, encoding="utf-8")
+            typer.echo(f"results: {out}")
 
     _guard(work, debug)
 

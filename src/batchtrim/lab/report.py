@@ -98,22 +98,22 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 def to_markdown(summary: Summary) -> str:
     """The report in Markdown: verdict, tables, equal-budget views, settings, environment, how to run it again."""
-    lines = ["# batchtrim comparison", "", _cell(words.sentence(summary.verdict)), "", words.counts(summary), ""]
+    lines = ["# batchtrim comparison", "", cell(words.sentence(summary.verdict)), "", words.counts(summary), ""]
     for group in summary.groups:
-        lines += [f"## {_cell(group.title)}", "", *_markdown_table(group, group.arms), ""]
+        lines += [f"## {cell(group.title)}", "", *markdown_table(group, group.arms), ""]
         for arm in group.arms:
             if arm.paired:
-                lines.append(f"* **{_cell(arm.label)}**: {_cell(arm.paired.verdict)}")
+                lines.append(f"* **{cell(arm.label)}**: {cell(arm.paired.verdict)}")
         lines += ["", words.LEGEND, ""]
         for view in group.views:
             lines += [f"### {view.title}", "", view.note, ""]
             if view.budget is not None:
-                lines += [*_markdown_table(group, view.arms, cost=False), ""]
+                lines += [*markdown_table(group, view.arms, cost=False), ""]
         lines += ["### Settings", ""]
-        lines += [f"* {name}: {_cell(value)}" for name, value in group.settings.items()]
+        lines += [f"* {name}: {cell(value)}" for name, value in group.settings.items()]
         lines += ["", "Run it again:", "", "```", words.command(group), "```", ""]
     lines += ["## Environment", ""]
-    lines += [f"* {name}: {_cell(value)}" for name, value in words.environment(summary).items()]
+    lines += [f"* {name}: {cell(value)}" for name, value in words.environment(summary).items()]
     return "\n".join(lines) + "\n"
 
 
@@ -179,13 +179,13 @@ def _ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | 
     return {f"{name}_low": interval and interval[0], f"{name}_high": interval and interval[1]}
 
 
-def _markdown_table(group: Group, arms: Iterable[Arm], cost: bool = True) -> list[str]:
+def markdown_table(group: Group, arms: Iterable[Arm], cost: bool = True) -> list[str]:
     heads = ["method", "runs", "test error %", "difference, points", "95 % interval", "p (Holm)", "p (Wilcoxon)"]
     heads += ["train s", "backward"] if cost else []
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     for arm in arms:
         paired = arm.paired
-        cells = [_cell(arm.label), words.runs(arm), words.error(arm), words.difference(paired)]
+        cells = [cell(arm.label), words.runs(arm), words.error(arm), words.difference(paired)]
         cells += [words.signed_interval(paired.moments.t) if paired else ""]
         cells += [words.p_value(paired.p_holm), words.p_value(paired.p_wilcoxon)] if paired else ["", ""]
         cells += [words.cost(arm, "seconds"), words.backward(arm, group)] if cost else []
@@ -193,7 +193,7 @@ def _markdown_table(group: Group, arms: Iterable[Arm], cost: bool = True) -> lis
     return lines
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     """Text that cannot break a Markdown table or turn into markup."""
     text = str(value).replace("\n", " ")
     for mark in "\\|<>*_`[]":
