@@ -3,6 +3,7 @@
 A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written before the runs are done::
 
     title = "Digits, every method"
+    note = "What a reader has to know."
     effect = 0.2                     # the smallest difference of interest, in points of test error
 
     [[claim]]
@@ -34,16 +35,14 @@ SUPPORTED, NOT_SUPPORTED, NOT_DECIDABLE = "supported", "not supported", "not dec
 _INTRODUCTION = """\
 # Results
 
-Each claim below was written into the `claims.toml` of its record together with the difference that matters, and is judged
-from the runs beside it, paired by seed.
+Each claim below was written into the `claims.toml` of its record together with the difference that matters, and is
+judged from the runs beside it, paired by seed.
 
-* *Supported*: the difference claimed is there (paired t-test, p < 0.05 after Holm's correction over a record's claims).
-* *Not supported*: it is there the other way round, or the 95 % interval rules out a difference of the size that matters.
+* *Supported*: the difference claimed is there (paired t-test, p < 0.05 after Holm's correction over the claims).
+* *Not supported*: it is there the other way round, or the 95 % interval rules out a difference
+  of the size that matters.
 * *Not decidable*: neither, with this many seeds. The smallest difference that the design could have seen (with 80 %
   power) stands beside it.
-
-The paper's own table could not be read: these runs test its claim and are compared with none of its numbers. Training
-times in the tables below were taken with other programs running; what time trimming saves is measured by itself.
 
 Made by `batchtrim claims records --out docs/results.md`.
 """
@@ -82,10 +81,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Record:
-    """A folder of records, read: its title, the effect of interest in [0, 1], tables and findings."""
+    """A folder of records, read: its title and note, the effect of interest in [0, 1], tables and findings."""
 
     folder: Path
     title: str
+    note: str
     effect: float
     groups: tuple[Group, ...]
     findings: tuple[Finding, ...]
@@ -98,7 +98,7 @@ def read(folder: str | Path) -> Record:
         ValueError, TypeError: claims.toml is not what the module says. FileNotFoundError: a file is missing.
     """
     folder = Path(folder)
-    title, effect, claims = _load(folder / "claims.toml")
+    title, note, effect, claims = _load(folder / "claims.toml")
     groups = stats.summarize(records.read(folder)).groups
     findings = [found for group in groups for found in _judge_group(claims, group, effect)]
     for claim in claims:
@@ -107,7 +107,7 @@ def read(folder: str | Path) -> Record:
                 f"expected runs of {claim.method!r} and {claim.against!r} in {folder}, got none of one of them for "
                 f"the claim {claim.text!r}."
             )
-    return Record(folder, title, effect, groups, tuple(findings))
+    return Record(folder, title, note, effect, groups, tuple(findings))
 
 
 def judge(says: str, difference: Moments, p: float | None, effect: float) -> str:
@@ -139,7 +139,8 @@ def page(folders: Sequence[str | Path]) -> str:
     for record in found:
         name = record.folder.name
         lines += [f"## {record.title}", ""]
-        lines += [f"`records/{name}`; a difference of {stats.points(record.effect)} points matters here."]
+        matters = f"`records/{name}`; a difference of {stats.points(record.effect)} points matters here."
+        lines += [f"{matters} {record.note}".rstrip()]
         lines += ["", *_findings_table(record), ""]
         for group in record.groups:
             lines += [f"### {group.title} ({name[11:]})", "", *report.markdown_table(group, group.arms), ""]
@@ -168,7 +169,7 @@ def _claim_words(claim: Claim) -> str:
     return f"{report.cell(claim.text)} {arms[0]} against {arms[1]}: {claim.says}"
 
 
-def _load(path: Path) -> tuple[str, float, list[Claim]]:
+def _load(path: Path) -> tuple[str, str, float, list[Claim]]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -180,7 +181,7 @@ def _load(path: Path) -> tuple[str, float, list[Claim]]:
             f"expected `claim` to be tables, each under a line [[claim]], got {describe(tables)} in {path}."
         )
     claims = [claim for table in tables for claim in _claims(table, path)]
-    return str(values.get("title", path.parent.name)), effect, claims
+    return str(values.get("title", path.parent.name)), str(values.get("note", "")), effect, claims
 
 
 def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:
