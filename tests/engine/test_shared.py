@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import batchtrim
-from batchtrim.engine.replay import NativeBatchNorm
+from batchtrim.engine.batch_norm import KeptBatchNorm
+from batchtrim.engine.two_pass import padded_rows
 from batchtrim.errors import EngineFallback, EngineRefused
 
 GROUP = lambda width: nn.GroupNorm(2, width)  # noqa: E731
@@ -89,24 +91,37 @@ def test_dropout_on_values_that_tell_nothing_waits_until_they_do() -> None:
         assert error(theirs, ours) <= 1e-5
 
 
-def test_batch_norm_takes_no_vendor_kernel_in_the_kept_graph() -> None:
-    seen: list[bool] = []
-    norm = nn.BatchNorm1d(4)
-    original = torch.batch_norm
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(6, 4), (5, 4, 3), (3, 4, 2, 2)])
+def test_batch_norm_of_all_rows_is_batch_norm(shape: tuple[int, ...], affine: bool) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    gradient = torch.randn(shape, dtype=torch.float64)
+    found = []
+    for mode in (nullcontext(), KeptBatchNorm()):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(4, affine=affine) if len(shape) == 4 else nn.BatchNorm1d(4, affine=affine)
+        norm.double()
+        if affine:
+            nn.init.normal_(norm.weight)
+        leaf = x.clone().requires_grad_()
+        with mode:
+            out = norm(leaf)
+            seen = norm.eval()(x)
+        out.backward(gradient)
+        found.append([out, seen, leaf.grad, norm.running_mean, norm.running_var, *(p.grad for p in norm.parameters())])
+    torch.testing.assert_close(found[1], found[0])
+    with KeptBatchNorm():
+        plain = torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, torch.backends.cudnn.enabled)
+    torch.testing.assert_close(plain, F.batch_norm(x, None, None, training=True))
 
-    class Spy(torch.overrides.TorchFunctionMode):
-        def __torch_function__(
-            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
-        ) -> object:
-            if func in (original, F.batch_norm):
-                seen.append(torch.backends.cudnn.enabled)
-            return func(*args, **(kwargs or {}))  # type: ignore[operator]
 
-    before = torch.backends.cudnn.enabled
-    with Spy(), NativeBatchNorm():
-        norm(torch.randn(6, 4))
-    assert seen == [False]
-    assert torch.backends.cudnn.enabled == before
+def test_a_channel_that_is_constant_over_the_kept_rows_has_a_finite_gradient() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    nn.init.constant_(model[1].bias, -9.0)
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.25), "shared")
+    for _ in range(3):
+        step(torch.randn(16, 3), torch.randint(0, 2, (16,))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -168,22 +183,31 @@ def test_batch_norm_keeps_statistics_and_direction() -> None:
         assert cosine >= float(F.cosine_similarity(peers, theirs, dim=0))
 
 
-def test_batch_norm_backward_is_the_usual_formula_over_kept_rows() -> None:
-    # dx = weight / s * (g - mean(g) - xhat * mean(g * xhat)), means over the kept rows, statistics of all rows
+@pytest.mark.parametrize("keep", [0.6, 0.25])
+def test_batch_norm_backward_centres_and_scales_by_the_kept_rows(keep: float) -> None:
+    # dx = weight / S * (g - mean(g) - u * mean(g * u)), u the rows that go backward, centred and scaled by their own
     torch.manual_seed(3)
-    x = torch.randn(6, 2, dtype=torch.float64)
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2)).double()
+    batch = 64
+    x = torch.randn(batch, 2, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2, eps=1e-12)).double()
     nn.init.eye_(model[0].weight)
     scale = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
     losses = lambda out, _: (out * scale).sum(1) ** 2  # noqa: E731
-    trim = batchtrim.Trimmer(0.5)
+    trim = batchtrim.Trimmer(keep)
     batchtrim.TrimmedForward(model, losses, trim, "shared")(x).backward()
-    rows = trim.last_selection.indices
-    mean, deviation = x.mean(0), (x.var(0, unbiased=False) + 1e-5).sqrt()
-    normal = ((x - mean) / deviation)[rows]
-    g = 2 * (normal * scale).sum(1, keepdim=True) * scale / 3
-    dx = (g - g.mean(0) - normal * (g * normal).mean(0)) / deviation
+    kept = trim.last_selection.rising()
+    rows = padded_rows(kept, 2 if keep < 0.5 else 0)
+    assert len(rows) == kept.k + (2 if keep < 0.5 else 0)
+    normal = ((x - x.mean(0)) / x.std(0, unbiased=False))[rows]
+    g = 2 * (normal * scale).sum(1, keepdim=True) * scale / kept.k
+    g[kept.k :] = 0  # companions have no loss
+    own = (x[rows] - x[rows].mean(0)) / x[rows].std(0, unbiased=False)
+    dx = (g - g.mean(0) - own * (g * own).mean(0)) / x.std(0, unbiased=False)
+    torch.testing.assert_close(dx.sum(0), torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close((dx * x[rows]).sum(0), torch.zeros(2, dtype=torch.float64))
     torch.testing.assert_close(model[0].weight.grad, dx.t() @ x[rows])
+    torch.testing.assert_close(model[1].weight.grad, (g * normal).sum(0))
+    torch.testing.assert_close(model[1].bias.grad, g.sum(0))
 
 
 def test_autocast_and_grad_scaler_dtype() -> None:

@@ -9,6 +9,7 @@ from harness import BATCH, error, train
 from torch import nn
 
 import batchtrim
+from batchtrim.engine.two_pass import padded_rows
 
 CASES = {
     "group_norm": (lambda: zoo.Residual(lambda width: nn.GroupNorm(2, width)), zoo.images),
@@ -80,3 +81,21 @@ def test_wrong_engine_and_averaged_loss() -> None:
     step = batchtrim.TrimmedForward(nn.Linear(8, 5), nn.functional.cross_entropy, batchtrim.Trimmer(0.5))
     with pytest.raises(ValueError, match="reduction='none'"):
         step(zoo.vectors(4), torch.randint(0, 5, (4,)))
+
+
+@pytest.mark.parametrize(
+    ("kept", "companions", "expected"),
+    [
+        ([0, 3], 0, [0, 3]),
+        ([3], 0, [3, 0]),
+        ([], 0, [0, 3]),
+        ([1, 4], 2, [1, 4, 0, 3]),
+        ([0, 1, 2, 3, 4], 4, [0, 1, 2, 3, 4, 5]),
+        ([0, 1, 2, 3, 4, 5], 4, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_companions_are_dropped_samples_spread_over_the_batch(
+    kept: list[int], companions: int, expected: list[int]
+) -> None:
+    selection = batchtrim.Selection(indices=torch.tensor(kept, dtype=torch.int64), size=6, candidates=6)
+    assert padded_rows(selection, companions).tolist() == expected

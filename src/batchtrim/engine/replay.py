@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -373,10 +372,10 @@ class Replayer(_Pass):
         return tuple(layouts)
 
     def _batch_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Normalise k rows by the whole batch's statistics; backward takes its means over the k rows.
+        """Normalise k rows by the whole batch's statistics. Running statistics were moved by the first pass.
 
-        The node autograd has made for this operator is given (output, mean, 1/deviation), which is all its backward
-        uses: ``dx = w / s * (g - mean(g) - xhat * mean(g * xhat))``. Running statistics were moved by the first pass.
+        Gives (output, mean, 1/deviation) of the whole batch, which is what backward works from: see
+        :mod:`batchtrim.engine.batch_norm`.
         """
         entry = self._recall(func)
         if not self.calibrating and self._step().layouts is None:
@@ -406,16 +405,6 @@ class Replayer(_Pass):
         if self._next != len(self.memory):
             raise Diverged(f"the second pass ran {self._next} of {len(self.memory)} operators")
         return self.plan
-
-
-class NativeBatchNorm(TorchFunctionMode):
-    """On an accelerator: no vendor kernel for batch norm, whose reserve buffers hold B rows nobody can take k of."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.batch_norm, nn.functional.batch_norm):  # the latter is seen first, and calls the former
-            with torch.backends.cudnn.flags(enabled=False):
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

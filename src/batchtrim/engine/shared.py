@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine import batch_norm
 from batchtrim.engine.batch import Forward, Step, map_tensors, tensor_shapes
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.guard import Guard
 from batchtrim.engine.layouts import close
 from batchtrim.engine.replay import (
     Diverged,
-    NativeBatchNorm,
     Plan,
     Recorder,
     Refused,
@@ -115,13 +115,14 @@ class SharedEngine:
         if self._selection is None:
             self._selection = self.trim.select(losses, rank_by=scores).rising()
         selection, batch = self._selection, losses.values.shape[0]
-        rows = padded_rows(selection)
+        normed = batch_norm.has_batch_norm(guard.modules)
+        rows = padded_rows(selection, batch // batch_norm.COMPANIONS if normed and 2 * selection.k < batch else 0)
         if selection.k == 0 or rows.shape[0] >= batch:
             raise _NothingToSave
         if plan is None and not losses.values.isfinite().all():
             raise _NothingToSave  # NaN equals nothing: calibrate another time
         replayer = Replayer(guard, recorder.finish(), plan, rows, batch, self._operator_to_prove(plan))
-        kept = self._second_pass(replayer, x, y, batch)
+        kept = self._second_pass(replayer, x, y, batch, normed)
         found = replayer.finish()
         if not guard.end():
             raise Refused("something in it draws random numbers in a way torch's operators do not show")
@@ -137,10 +138,10 @@ class SharedEngine:
         provable = plan.provable()
         return provable[plan.used // self.prove_every % len(provable)] if provable else -1
 
-    def _second_pass(self, replayer: Replayer, x: Any, y: Any, batch: int) -> Losses:
-        vendor_free = NativeBatchNorm() if self.guard.device.type == "cuda" else nullcontext()
+    def _second_pass(self, replayer: Replayer, x: Any, y: Any, batch: int, normed: bool) -> Losses:
+        norms = batch_norm.KeptBatchNorm() if normed or self.guard.device.type == "cuda" else nullcontext()
         try:
-            with vendor_free, replayer:
+            with norms, replayer:
                 kept, _ = self.forward(*self.forward.rows(x, y, replayer.rows, batch))
         except (Diverged, Refused, torch.OutOfMemoryError):
             raise

@@ -55,14 +55,19 @@ class TwoPassEngine:
         return kept_loss(kept, selection, self.trim)
 
 
-def padded_rows(selection: Selection) -> Tensor:
-    """The kept rows, in rising order, and one more where there is one or none: a batch of one is a special case to
-    BatchNorm and to ``squeeze``. What it adds is left out of the loss again by :func:`kept_loss`."""
+def padded_rows(selection: Selection, companions: int = 0) -> Tensor:
+    """The kept rows, in rising order, and behind them ``companions`` dropped ones, spread over the batch.
+
+    At least one goes along where a single row or none is kept: a batch of one is a special case to BatchNorm and to
+    ``squeeze``. What they add is left out of the loss again by :func:`kept_loss`.
+    """
     rows = selection.indices
-    if selection.k >= 2 or selection.size < 2:
+    wanted = min(max(companions, 2 - selection.k), selection.size - selection.k)
+    if wanted <= 0:
         return rows
-    others = (row for row in range(selection.size) if row not in rows.tolist())
-    return torch.cat([rows, torch.tensor([next(others) for _ in range(2 - selection.k)], device=rows.device)])
+    dropped = torch.ones(selection.size, dtype=torch.int8, device=rows.device).index_fill_(0, rows, 0)
+    others = dropped.argsort(descending=True, stable=True)[: selection.size - selection.k]
+    return torch.cat([rows, others[:: len(others) // wanted][:wanted]])
 
 
 def kept_loss(kept: Losses, selection: Selection, trim: Trimmer) -> Tensor:

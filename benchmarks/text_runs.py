@@ -1,0 +1,172 @@
+"""Does trimming help on text: TREC's question kinds, a small transformer, through the Hugging Face Trainer.
+
+    python -m benchmarks.text_runs records/2026-11-24-trec/config.toml --out runs/trec [--data-dir DIR]
+
+Writes rows as the lab does, so that ``batchtrim report`` and ``batchtrim claims`` read them. The same command goes on
+where it stopped; started twice at once, the two share the work. ``full`` is the Trainer itself, with nothing of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+import batchtrim
+from batchtrim.integrations.transformers import TrimmedTrainer
+from batchtrim.lab import records, train
+from batchtrim.lab.config import RunConfig
+
+PADDING, UNKNOWN, WORDS = 0, 1, 2
+
+
+@cache
+def texts(folder: str, split: str) -> tuple[list[list[str]], list[int]]:
+    """Words and kinds (6) of the questions of a split."""
+    (path,) = Path(folder, "trec").glob(f"{split}-*.parquet")
+    table = pyarrow.parquet.read_table(path)
+    return [re.findall(r"\w+|[^\w\s]", text.lower()) for text in table["text"].to_pylist()], table[
+        "coarse_label"
+    ].to_pylist()
+
+
+@cache
+def vocabulary(folder: str) -> dict[str, int]:
+    """Words that the training questions use at least twice."""
+    counts = Counter(word for words in texts(folder, "train")[0] for word in words)
+    return {word: WORDS + row for row, word in enumerate(sorted(word for word, n in counts.items() if n > 1))}
+
+
+def questions(folder: str, split: str, length: int) -> list[dict[str, Tensor]]:
+    """As a Hugging Face data set gives them: ``input_ids``, ``attention_mask`` (length,), ``labels`` ()."""
+    words, labels = texts(folder, split)
+    known = vocabulary(folder)
+    rows = []
+    for line, label in zip(words, labels, strict=True):
+        ids = [known.get(word, UNKNOWN) for word in line[:length]]
+        padding = length - len(ids)
+        rows.append(
+            {
+                "input_ids": torch.tensor(ids + [PADDING] * padding),
+                "attention_mask": torch.tensor([1] * len(ids) + [0] * padding),
+                "labels": torch.tensor(label),
+            }
+        )
+    return rows
+
+
+def trainer_for(method: str, settings: dict[str, Any], common: dict[str, Any]) -> Trainer:
+    """The Trainer of a method: transformers' own, or ours with a schedule and a rule."""
+    if method in ("full", "full_equal_compute"):
+        return Trainer(**common)
+    rule = {"trim": batchtrim.hardest(), "random": batchtrim.uniform(), "two_sided": batchtrim.between(skip=0.1)}[
+        method
+    ]
+    keep = batchtrim.linear(1.0, settings["keep_end"])
+    return TrimmedTrainer(**common, keep=keep, trim_options={"select": rule, "seed": settings["seed"]})
+
+
+def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, Any]:
+    """One run; its row for ``runs.jsonl``."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    torch.manual_seed(config.seed)
+    size, length = settings["size"], settings["length"]
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=WORDS + len(vocabulary(folder)), hidden_size=size, num_hidden_layers=settings["layers"],
+            num_attention_heads=4, intermediate_size=4 * size, max_position_embeddings=length, num_labels=6,
+        )
+    )  # fmt: skip
+    learn = questions(folder, "train", length)
+    keeps = (1.0 + settings["keep_end"]) / 2 if config.method != "full" else 1.0
+    epochs = config.epochs * (keeps if config.method == "full_equal_compute" else 1.0)
+    with tempfile.TemporaryDirectory() as out:
+        arguments = TrainingArguments(
+            out, num_train_epochs=epochs, per_device_train_batch_size=config.batch_size, learning_rate=config.lr or 0.0,
+            weight_decay=config.weight_decay or 0.0, lr_scheduler_type="cosine", seed=config.seed, report_to=[],
+            save_strategy="no", logging_steps=1000, disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        common = {"model": model, "args": arguments, "train_dataset": learn}
+        trainer = trainer_for(config.method, settings | {"seed": config.seed}, common)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        found = trainer.predict(questions(folder, "test", length))
+    error = float((found.predictions.argmax(1) != found.label_ids).mean())
+    forward = trainer.state.global_step * config.batch_size
+    return {
+        "schema": records.SCHEMA,
+        "key": config.key,
+        "config": config.to_dict() | {"model": f"bert-{settings['layers']}x{size}"},
+        "status": "finished",
+        "test_error": error,
+        "seconds": seconds,
+        "seconds_eval": time.perf_counter() - start - seconds,
+        "samples_forward": forward,
+        "samples_backward": round(forward * (keeps if config.method != "full_equal_compute" else 1.0)),
+        "steps": trainer.state.global_step,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "curve": {"epoch": [config.epochs - 1], "test_error": [error]},
+        "environment": train.environment(config),
+        "started": started,
+    }
+
+
+def configs(settings: dict[str, Any]) -> list[RunConfig]:
+    """The runs, seeds varying slowest."""
+    keep = {"keep_start": 1.0, "keep_end": settings["keep_end"], "schedule": "linear"}
+    shared = {"dataset": "trec", "model": "bert", "optimizer": "adamw", "weight_decay": 0.01, "momentum": 0.0}
+    shared |= {"lr_schedule": "cosine", "augment": "none", "device": "cpu"}
+    shared |= {name: settings[name] for name in ("lr", "epochs", "batch_size")}
+    return [
+        RunConfig(
+            **shared,
+            **(dict.fromkeys(keep) if method.startswith("full") else keep),
+            method=method,
+            method_params={"skip": 0.1} if method == "two_sided" else {},
+            seed=seed,
+        )
+        for seed in range(settings["seeds"])
+        for method in settings["methods"]
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", type=Path, help="TOML file with the settings of the runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs.jsonl")
+    parser.add_argument(
+        "--data-dir", default=os.environ.get("BATCHTRIM_DATA"), help="folder with trec [BATCHTRIM_DATA]"
+    )
+    given = parser.parse_args()
+    if not given.data_dir or not Path(given.data_dir, "trec").is_dir():
+        parser.error(f"expected --data-dir with a folder trec in it, got {given.data_dir}.")
+    settings = tomllib.loads(given.settings.read_text())
+    torch.set_num_threads(1)
+    kept = records.Records(given.out)
+    for config in configs(settings):
+        with kept.claim(config.key) as mine:
+            if mine:
+                row = run(config, settings, given.data_dir)
+                kept.append(row)
+                print(
+                    f"{config.method} seed {config.seed}: error {row['test_error']:.3f}, {row['seconds']:.0f} s",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
