@@ -35,6 +35,14 @@ def test_rows_come_back_in_order(tmp_path: Path) -> None:
     assert records.read(kept.path) == kept.rows()
 
 
+def test_curves_are_kept_to_six_figures_and_results_in_full(tmp_path: Path) -> None:
+    kept = Records(tmp_path)
+    kept.append(row("a", test_error=0.123456789, curve={"epoch": [0, 1], "test_error": [0.987654321, 0.123456789]}))
+    (back,) = kept.rows()
+    assert back["test_error"] == 0.123456789
+    assert back["curve"] == {"epoch": [0, 1], "test_error": [0.987654, 0.123457]}
+
+
 def test_another_process_s_rows_are_seen(tmp_path: Path) -> None:
     first, second = Records(tmp_path), Records(tmp_path)
     first.append(row("a"))

@@ -379,6 +379,7 @@ def test_a_cluster_that_loses_a_node_does_every_run_once(tmp_path: Path) -> None
         assert failed == []
         keys = [json.loads(line)["key"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
         assert sorted(keys) == sorted(config.key for config in grid.expand(settings))
+        assert len(set(spy.epochs)) > 3, "epochs are told while runs go on"
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -392,5 +393,10 @@ def test_events_for_tensorboard_need_tensorboard(tmp_path: Path) -> None:
     except ImportError:
         assert "needs `tensorboard`" in sweep.do_run(config, place)["error"]
     else:
-        assert sweep.do_run(config, place)["status"] == "finished"
-        assert list((tmp_path / "tensorboard").rglob("events.*"))
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        row = sweep.do_run(config, place)
+        assert row["status"] == "finished"
+        (events,) = (tmp_path / "tensorboard").rglob("events.*")
+        written = EventAccumulator(str(events)).Reload()
+        assert [event.value for event in written.Scalars("test_error")] == pytest.approx(row["curve"]["test_error"])

@@ -70,12 +70,13 @@ class Records:
         return self._rows.get(key, {}).get("status") in DONE
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Record a run: when this returns, the line is on the disk.
+        """Record a run: when this returns, the line is on the disk. Curves are kept to six figures.
 
         Raises:
             OSError: the disk is full, or the file cannot be written; nothing of the row is left in it.
         """
-        line = (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
+        short = {**row, "curve": _six_figures(row["curve"])} if "curve" in row else row
+        line = (json.dumps(_plain(short), allow_nan=False, separators=(",", ":")) + "\n").encode()
         with self._lock("append"):
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
@@ -200,6 +201,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return value
+
+
+def _six_figures(value: Any) -> Any:
+    """A run of many epochs is mostly curves, and nobody reads more of them than this."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {name: _six_figures(each) for name, each in value.items()}
+    return [_six_figures(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _difference(folder: Path, there: list[Row], here: list[Row]) -> str:
