@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-import batchtrim
-from _data import digits
+import batchtrim  # +
+from _data import command_line, digits
 
 
 def main(epochs: int = 20) -> float:
@@ -29,4 +29,4 @@ def main(epochs: int = 20) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

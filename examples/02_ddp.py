@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-import batchtrim
-from _data import digits
+import batchtrim  # +
+from _data import command_line, digits
 
 
 def main(epochs: int = 10) -> float:
+    if not dist.is_torchelastic_launched():
+        raise SystemExit("start it with: torchrun --nproc-per-node 2 examples/02_ddp.py")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     torch.manual_seed(0)
     device = torch.device("cuda", dist.get_rank()) if torch.cuda.is_available() else torch.device("cpu")
@@ -28,8 +30,9 @@ def main(epochs: int = 10) -> float:
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         for x, y in DataLoader(digits(), 32, sampler=sampler):
-            losses = F.cross_entropy(model(x.to(device)), y.to(device), reduction="none")
-            trim(losses).backward()  # was: losses.mean().backward()
+            x, y = x.to(device), y.to(device)
+            loss = trim(F.cross_entropy(model(x), y, reduction="none"))  # was: F.cross_entropy(model(x), y)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         trim.step()  # +
@@ -44,4 +47,4 @@ def main(epochs: int = 10) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

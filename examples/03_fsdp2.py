@@ -11,11 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
-import batchtrim
-from _data import digits
+import batchtrim  # +
+from _data import command_line, digits
 
 
 def main(epochs: int = 10) -> float:
+    if not dist.is_torchelastic_launched():
+        raise SystemExit("start it with: torchrun --nproc-per-node 2 examples/03_fsdp2.py")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     device = torch.device(kind, dist.get_rank() if kind == "cuda" else 0)
@@ -25,12 +27,13 @@ def main(epochs: int = 10) -> float:
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     trim = batchtrim.Trimmer(batchtrim.linear(1.0, 0.2), total=epochs, scope="global")  # +
+    sampler: DistributedSampler = DistributedSampler(digits())
     for epoch in range(epochs):
-        sampler: DistributedSampler = DistributedSampler(digits())
         sampler.set_epoch(epoch)
         for x, y in DataLoader(digits(), 32, sampler=sampler):
-            losses = F.cross_entropy(model(x.to(device)), y.to(device), reduction="none")
-            trim(losses).backward()  # was: losses.mean().backward()
+            x, y = x.to(device), y.to(device)
+            loss = trim(F.cross_entropy(model(x), y, reduction="none"))  # was: F.cross_entropy(model(x), y)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         trim.step()  # +
@@ -46,4 +49,4 @@ def main(epochs: int = 10) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

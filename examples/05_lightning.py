@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import batchtrim
-from _data import digits
+import batchtrim  # +
+from _data import command_line, digits
 from batchtrim.integrations.lightning import TrimmingCallback  # +
 
 
@@ -52,4 +52,4 @@ def main(epochs: int = 10, module: type[Digits] = Digits) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -5,8 +5,8 @@ import tempfile
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-import batchtrim
-from _data import VOCABULARY, questions
+import batchtrim  # +
+from _data import VOCABULARY, command_line, questions
 from batchtrim.integrations.transformers import TrimmedTrainer  # was: from transformers import Trainer
 
 
@@ -36,4 +36,4 @@ def main(epochs: int = 3, rows: int | None = 2000) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -5,8 +5,7 @@ import tempfile
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-import batchtrim
-from _data import VOCABULARY, questions
+from _data import VOCABULARY, command_line, questions
 from batchtrim.integrations.transformers import TrimmedTrainer  # was: from transformers import Trainer
 
 
@@ -29,7 +28,7 @@ def main(epochs: int = 3, rows: int | None = 1000) -> float:
             args=args,
             train_dataset=data[:-100],
             eval_dataset=data[-100:],
-            keep=batchtrim.linear(1.0, 0.5),  # +
+            keep=0.6,  # +
             trim_options={"unit": "element"},  # + tokens, not sequences
         )
         before = trainer.evaluate()["eval_loss"]
@@ -40,4 +39,4 @@ def main(epochs: int = 3, rows: int | None = 1000) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -8,9 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-import batchtrim
-from _data import digits
-from batchtrim.integrations.accelerate import log, register  # +
+import batchtrim.integrations.accelerate  # +
+from _data import command_line, digits
 
 
 def main(epochs: int = 10) -> float:
@@ -19,14 +18,15 @@ def main(epochs: int = 10) -> float:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(digits(), 32, shuffle=True))
-    trim = register(accelerator, batchtrim.Trimmer(batchtrim.linear(1.0, 0.2), total=epochs))  # +
+    trim = batchtrim.integrations.accelerate.register(accelerator, batchtrim.Trimmer(total=epochs))  # +
     for epoch in range(epochs):
         for x, y in loader:
             with accelerator.accumulate(model):
-                accelerator.backward(trim(F.cross_entropy(model(x), y, reduction="none")))  # was: without trim
+                loss = trim(F.cross_entropy(model(x), y, reduction="none"))  # was: F.cross_entropy(model(x), y)
+                accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-        log(accelerator, trim, step=epoch)
+        batchtrim.integrations.accelerate.log(accelerator, trim, step=epoch)  # what was kept, to the trackers
         trim.step()  # +
     with tempfile.TemporaryDirectory() as folder:
         accelerator.save_state(folder)  # the trimmer with it
@@ -38,4 +38,4 @@ def main(epochs: int = 10) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

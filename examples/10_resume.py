@@ -7,7 +7,6 @@ generator, statistics) and torch's generator, which dropout draws from. The orde
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -16,16 +15,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import batchtrim
-from _data import digits
+from _data import command_line, digits
+
+EPOCHS = 3
 
 
-def main(folder: Path, epochs: int = 3, pause: float = 0.0) -> nn.Module:
+def main(folder: Path, pause: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
     x, y = digits(rows=640).tensors
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     steps = len(x) // 64
-    trim = batchtrim.Trimmer(total=epochs * steps, select=batchtrim.percentile())  # a rule that draws and remembers
+    trim = batchtrim.Trimmer(total=EPOCHS * steps, select=batchtrim.percentile())  # a rule that draws and remembers
+    folder.mkdir(parents=True, exist_ok=True)
     done, path = 0, folder / "state.pt"
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -35,7 +37,7 @@ def main(folder: Path, epochs: int = 3, pause: float = 0.0) -> nn.Module:
         torch.set_rng_state(state["generator"])
         done = state["done"]
 
-    for step in range(done, epochs * steps):
+    for step in range(done, EPOCHS * steps):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(step // steps))
         rows = order[step % steps * 64 :][:64]
         trim(F.cross_entropy(model(x[rows]), y[rows], reduction="none")).backward()
@@ -49,9 +51,9 @@ def main(folder: Path, epochs: int = 3, pause: float = 0.0) -> nn.Module:
         torch.save(state, folder / "state.new")
         os.replace(folder / "state.new", path)
         time.sleep(pause)
-    print(f"{epochs * steps} steps, {trim.stats}")
+    print(f"{EPOCHS * steps} steps, {trim.stats}")
     return model
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), pause=float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    command_line(main)

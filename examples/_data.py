@@ -1,10 +1,16 @@
-"""Small real data for the examples: handwritten digits, and questions to classify where BATCHTRIM_DATA has them."""
+"""What the examples share: small real data (handwritten digits, and questions to classify where BATCHTRIM_DATA has
+them), and their arguments on the command line."""
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
+import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +35,9 @@ def questions(train: bool = True, rows: int | None = None, length: int = 16) -> 
 
     As a Hugging Face data set gives them: ``input_ids``, ``attention_mask``, ``labels``.
     """
-    folder = Path(os.environ.get("BATCHTRIM_DATA", "")) / "trec"
-    if folder.is_dir():
+    root = os.environ.get("BATCHTRIM_DATA")
+    folder = Path(root or "") / "trec"
+    if root and folder.is_dir():
         import pyarrow.parquet
 
         table = pyarrow.parquet.read_table(next(folder.glob("train-*" if train else "test-*"))).slice(0, rows)
@@ -38,6 +45,8 @@ def questions(train: bool = True, rows: int | None = None, length: int = 16) -> 
         found = [[2 + zlib.crc32(word.encode()) % (VOCABULARY - 2) for word in line] for line in words]
         labels = table["coarse_label"].to_pylist()
     else:
+        if root and train:
+            print(f"BATCHTRIM_DATA={root} has no trec: digits in place of questions", file=sys.stderr)
         x, y = digits(train, rows).tensors
         found = (2 + (x.view(-1, 16, 4).mean(2) * 100).long()).tolist()
         labels = y.tolist()
@@ -49,3 +58,30 @@ def questions(train: bool = True, rows: int | None = None, length: int = 16) -> 
         }
         for ids, label in zip(found, labels, strict=True)
     ]
+
+
+def command_line(main: Callable[..., Any]) -> None:
+    """Call ``main`` with what was typed: ``--NAME VALUE`` for each number or word it has a default for."""
+    parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules["__main__"]))
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for name, parameter in inspect.signature(main).parameters.items():
+        default = parameter.default
+        if default is parameter.empty:
+            parser.add_argument(name, type=_folder, metavar=name.upper())
+        elif isinstance(default, (int, float, str)):
+            parser.add_argument(
+                f"--{name}", type=_count if isinstance(default, int) else type(default), default=default
+            )
+    main(**vars(parser.parse_args()))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}.")
+    return int(text)
+
+
+def _folder(text: str) -> Path:
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}.")
+    return Path(text)

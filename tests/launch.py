@@ -36,6 +36,7 @@ def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, limit: fl
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     texts = [log.read_text() for log in logs]
     outputs = zip(codes, texts, strict=True)
     if any(code != 0 for code in codes):

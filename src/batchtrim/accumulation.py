@@ -5,18 +5,17 @@ Legend: M micro-batches in a window (one optimizer step), n_m samples in micro-b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch import distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchtrim._checks import check_choice
-from batchtrim.distributed import world_size
+from batchtrim.distributed import sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.guard import GeneratorStates
@@ -26,9 +25,11 @@ from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["OVER", "accumulate", "join_losses", "select_window", "split"]
+__all__ = ["OVER", "accumulate", "first_pass", "join_losses", "select_window", "split"]
 
 OVER = ("window", "micro")
+Batch = TypeVar("Batch")
+Found = TypeVar("Found")
 
 
 def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: str = "window") -> Iterator[Tensor]:
@@ -55,17 +56,22 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
     Yields:
         0-d losses with a graph, as many as there are micro-batches.
 
+    Raises:
+        ValueError: no micro-batch. RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`.
+
     Notes:
         Cost of "window": one forward without a graph more than "micro". Engine "two_pass" then trains on the kept rows
         alone, with fresh dropout; "exact" and "shared" repeat the forward with the same dropout, so a window gives the
         gradient of one large batch (up to BatchNorm, which normalises micro-batches). Buffers and generators end up as
-        after plain accumulation. With ``scope="global"`` windows of all ranks are joined; "micro" needs the same M
-        on every rank.
+        after plain accumulation. With ``scope="global"`` windows of all ranks are joined, whatever their M; "micro"
+        needs the same M on every rank. A rank that has run out of data gives micro-batches of no rows.
     """
     check_choice("over", over, OVER)
+    if not batches:
+        raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")
     trim, model = step.trim, step.forward.model
     if over == "window":
-        selections, states = _first_pass(step, batches)
+        selections, states = _choose(step, batches)
     else:
         shares = _shares(step, batches)
     for m, (x, y) in enumerate(batches):
@@ -80,22 +86,37 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
                 yield step.engine(x, y, selections[m].rising()).loss
 
 
-def _first_pass(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> tuple[list[Selection], list[Any]]:
+def first_pass(
+    model: nn.Module, batches: Sequence[Batch], forward: Callable[[Batch], Found], *, undo_buffers: bool = True
+) -> tuple[list[Found], list[GeneratorStates]]:
+    """``forward(batch)`` of each micro-batch without a graph, and the state of the generators before it.
+
+    Args:
+        undo_buffers: leave the model's buffers as they were found, for a second pass to update.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if undo_buffers else []
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    found, states = [], []
+    with torch.no_grad():
+        for batch in batches:
+            states.append(GeneratorStates(device))
+            found.append(forward(batch))
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    return found, states
+
+
+def _choose(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> tuple[list[Selection], list[GeneratorStates]]:
     """What is kept of each micro-batch, and the state of the generators before it."""
     forward, trim = step.forward, step.trim
-    buffers = [(buffer, buffer.clone()) for buffer in forward.inner.buffers()]
-    parts, scores, states = [], [], []
-    with torch.no_grad():
-        for x, y in batches:
-            device = next((parameter.device for parameter in forward.inner.parameters()), torch.device("cpu"))
-            states.append(GeneratorStates(device))
-            losses, outputs = forward(x, y, model=forward.inner)
-            parts.append(losses)
-            scores.append(forward.scores(outputs, y))
-        if not isinstance(step.engine, TwoPassEngine) or trim.keep == 1.0:
-            for buffer, value in buffers:  # the second pass updates them
-                buffer.copy_(value)
-    return select_window(trim, parts, scores), states
+
+    def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
+        losses, outputs = forward(*batch, model=forward.inner)
+        return losses, forward.scores(outputs, batch[1])
+
+    once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
+    found, states = first_pass(forward.inner, batches, score, undo_buffers=not once)
+    return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states
 
 
 def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | None] = ()) -> list[Selection]:
@@ -141,10 +162,9 @@ def _shares(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> list[fl
     """n_m / N; with scope "global" of all ranks' samples."""
     sizes = torch.tensor([_samples(x, step.forward.batch_dim) for x, _ in batches], dtype=torch.int64)
     trim = step.trim
-    if trim.scope == "global" and world_size(trim.process_group) > 1:
+    if trim.scope == "global":
         parameter = next(step.forward.inner.parameters(), sizes)
-        sizes = sizes.to(parameter.device)
-        dist.all_reduce(sizes, group=trim.process_group)
+        sizes = sum_over_ranks(sizes.to(parameter.device), "number of micro-batches", trim.process_group)
     return (sizes.double() / sizes.sum()).tolist()
 
 

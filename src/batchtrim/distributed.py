@@ -32,7 +32,7 @@ from batchtrim.errors import RanksDisagree
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Rule, Selection
 
-__all__ = ["Joined", "select_over_ranks", "world_size"]
+__all__ = ["Joined", "select_over_ranks", "sum_over_ranks", "world_size"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What must be the same on every rank, in the order of the header; the number of losses follows.
@@ -143,6 +143,23 @@ def select_over_ranks(
     return Joined(selection, chosen, joined[1].to(values.dtype))
 
 
+def sum_over_ranks(numbers: Tensor, what: str, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum of a vector over the ranks, which must all hold one of the same length.
+
+    Args:
+        numbers: (M,), int64. what: what M is, for the message.
+
+    Raises:
+        RanksDisagree: on every rank where M differs, and where a rank does not come before the time limit.
+    """
+    ranks = world_size(group)
+    if ranks == 1:
+        return numbers
+    lengths = _gather(torch.tensor([numbers.shape[0]], device=numbers.device), ranks, group).flatten().tolist()
+    _check_same(what, lengths, lengths, "Give every rank as many; one that has run out of data gives empty ones.")
+    return _gather(numbers, ranks, group).sum(0)
+
+
 def _gather(tensor: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tensor:
     """(R, ...): every rank's tensor of the same shape."""
     parts = [torch.empty_like(tensor) for _ in range(ranks)]
@@ -160,11 +177,15 @@ def _gather(tensor: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tens
 def _check_agreement(headers: list[list[int]]) -> None:
     for position, name in enumerate(_HEADER):
         found = [header[position] for header in headers]
-        if len(set(found)) > 1:
-            raise RanksDisagree(
-                f"expected the same {name} on every rank, got {_readable(name, found)} for ranks 0 to "
-                f"{len(found) - 1}. Make the trimmer with the same arguments and step it as often everywhere."
-            )
+        cure = "Make the trimmer with the same arguments and step it as often everywhere."
+        _check_same(name, found, _readable(name, found), cure)
+
+
+def _check_same(what: str, found: list[int], readable: object, cure: str) -> None:
+    if len(set(found)) > 1:
+        raise RanksDisagree(
+            f"expected the same {what} on every rank, got {readable} for ranks 0 to {len(found) - 1}. {cure}"
+        )
 
 
 def _readable(name: str, found: list[int]) -> str:

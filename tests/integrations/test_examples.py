@@ -27,6 +27,7 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "07_causal_lm_tokens": ({"epochs": 2, "rows": 400}, 0.5),
     "08_accelerate": ({"epochs": 4}, 0.85),
     "09_compile": ({"epochs": 4, **BACKEND}, 0.85),
+    "14_mixed_precision": ({"epochs": 4}, 0.85),
 }
 TORCHRUN = ("02_ddp", "03_fsdp2")
 pytestmark = [
@@ -69,14 +70,34 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("[0-9]*.py")} == {*RUNS, *TORCHRUN, "10_resume"}
 
 
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        (["01_plain_loop.py", "--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got '0'."),
+        (["01_plain_loop.py", "--epoch-s", "3"], "unrecognized arguments: --epoch-s 3"),
+        (["02_ddp.py"], "start it with: torchrun --nproc-per-node 2 examples/02_ddp.py"),
+        (["03_fsdp2.py"], "start it with: torchrun --nproc-per-node 2 examples/03_fsdp2.py"),
+        (["10_resume.py"], "the following arguments are required: FOLDER"),
+        (["10_resume.py", __file__], "expected a folder, got the file"),
+    ],
+)
+def test_what_is_typed_wrong_is_answered_in_a_sentence(
+    typed: list[str], answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", typed)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / typed[0]), run_name="__main__")
+    assert stop.value.code != 0
+    assert answer in f"{stop.value.code} {capsys.readouterr().err}"
+
+
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = load("10_resume", monkeypatch)
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
     expected = example["main"](tmp_path / "whole").state_dict()
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(EXAMPLES / "10_resume.py"), str(tmp_path / "killed"), "0.1"]
+    command = [sys.executable, str(EXAMPLES / "10_resume.py"), str(tmp_path / "killed"), "--pause", "0.1"]
     process = subprocess.Popen(command, env=environment)
     state = tmp_path / "killed" / "state.pt"
     end = time.monotonic() + 60

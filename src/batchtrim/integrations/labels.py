@@ -1,6 +1,6 @@
-"""What a Hugging Face batch trains on, told by the form of its labels: one loss per sample or token, and their number.
+"""What a Hugging Face batch trains on, told by the form of its labels, and what it weighs in an optimizer step.
 
-Legend: B batch, T tokens, C classes.
+Legend: B batch, T tokens, C classes, M micro-batches in a window (one optimizer step), R ranks.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchtrim.losses import Losses, token_losses
+from batchtrim.distributed import sum_over_ranks, world_size
+from batchtrim.losses import Losses, flatten, token_losses
 
-__all__ = ["count_labels", "per_sample_loss"]
+__all__ = ["count_labels", "per_sample_loss", "plain_mean", "shares"]
 
 _IGNORED = -100
 
@@ -37,6 +38,12 @@ def per_sample_loss(outputs: Any, labels: Tensor, *, shift: bool = False) -> Los
     return Losses(F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=_IGNORED), labels != _IGNORED)
 
 
+def plain_mean(losses: Losses) -> Tensor:
+    """0-d: the mean over all samples or tokens that count, and 0 where none does."""
+    values, mask, _ = flatten(losses, "element")
+    return values.mean() if mask is None else values[mask].sum() / mask.sum().clamp(min=1)
+
+
 def count_labels(batch: Any, unit: str, *, shift: bool = False) -> Tensor:
     """0-d int64: how many samples or tokens of a batch there are to choose from."""
     labels = batch["labels"] if "labels" in batch else None  # noqa: SIM401  (a BatchEncoding's get is no dict's)
@@ -46,3 +53,27 @@ def count_labels(batch: Any, unit: str, *, shift: bool = False) -> Tensor:
         return torch.tensor(len(labels))
     counted = (labels[..., 1:] if shift else labels) != _IGNORED
     return (counted.flatten(1).any(1) if labels.ndim > 1 and unit == "sample" else counted).sum()
+
+
+def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:
+    """What the loss of each micro-batch is multiplied by: the Trainer adds them up and averages over R ranks.
+
+    ``R * n_m / N``, n_m of N in the windows of all ranks; with scope "global", whose loss is that of all ranks already,
+    ``sum_r(n_rm) / N``; and where the whole window is chosen from, its sum in place of n_m.
+
+    Args:
+        counts: (M,), n_m: what :func:`count_labels` says of this rank's micro-batches. over: "micro" or "window".
+        across: False where a rank is to weigh the same whatever it holds: N is its own then, and R is 1.
+
+    Raises:
+        RanksDisagree: ranks chosen from together have another M, or a rank does not come.
+    """
+    micro_batches = len(counts)
+    if over == "window":
+        counts = counts.sum()[None]
+    if scope == "global":
+        counts = sum_over_ranks(counts, "number of micro-batches")
+    total, ranks = counts.sum()[None], 1
+    if scope == "local" and across:
+        total, ranks = sum_over_ranks(total, "number of totals"), world_size()
+    return list((ranks * counts / total.clamp(min=1)).expand(micro_batches))  # nothing to train on: 0, not NaN

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim._checks import check_choice, import_extra
-from batchtrim.accumulation import OVER, select_window
+from batchtrim.accumulation import OVER, first_pass, select_window
 from batchtrim.engine.guard import GeneratorStates
 from batchtrim.integrations import CLOCKS, build, follow, log_values, total_of
-from batchtrim.integrations.labels import count_labels, per_sample_loss
+from batchtrim.integrations.labels import count_labels, per_sample_loss, plain_mean, shares
 from batchtrim.losses import Losses, flatten
 from batchtrim.reduction import reduce
 from batchtrim.schedules import linear
@@ -102,16 +102,8 @@ class TrimmedTrainer(Trainer):
         if self.trim is not None and batches:
             follow(self.trim, self.state.global_step if self.clock == "step" else int(self.state.epoch or 0))
             counts = torch.stack([count_labels(each, self.trim.unit, shift=self._shift) for each in batches])
-            counts, ranks = counts.to(self.args.device), self.accelerator.num_processes
-            across = self.args.average_tokens_across_devices or self.trim.scope == "global"
-            every = self.accelerator.gather(counts[None]) if ranks > 1 and across else counts[None]
-            if self.trim.scope == "global":  # the loss of all ranks together, in each of them
-                counts, ranks = every.sum(0), 1  # type: ignore[union-attr]
-            elif not across:
-                ranks = 1
-            if self.over == "window":
-                counts = counts.sum().expand(len(batches))
-            self._shares = list(ranks * counts / every.sum())  # type: ignore[union-attr]
+            across = self.args.average_tokens_across_devices
+            self._shares = shares(counts.to(self.args.device), self.over, self.trim.scope, across)
             self._batches = batches if self.over == "window" else []
         return found
 
@@ -141,8 +133,7 @@ class TrimmedTrainer(Trainer):
     def _trimmed_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         losses = self._unreduced(outputs, labels)
         if self.trim is None or not torch.is_grad_enabled():
-            values, mask, _ = flatten(losses, "element")
-            loss = values.mean() if mask is None else values[mask].sum() / mask.sum().clamp(min=1)
+            loss = plain_mean(losses)
         else:
             if self._window:
                 flat = flatten(losses, self.trim.unit)
@@ -154,20 +145,19 @@ class TrimmedTrainer(Trainer):
         return loss / self.accelerator.num_processes if multiplied else loss
 
     def _choose_window(self, model: nn.Module) -> None:
-        """Score the window's micro-batches without a graph; buffers end up as before, generators are put back later."""
-        assert self.trim is not None
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        parts, states = [], []
-        for batch in self._batches:
-            states.append(GeneratorStates(self.args.device))
+        """From all of the window's micro-batches; what they are trained under is what they were scored under."""
+        trim = self.trim
+        assert trim is not None
+
+        def score(batch: Any) -> Losses:
             inputs = self._prepare_inputs(batch)
             labels = inputs["labels"]
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with self.compute_loss_context_manager():
                 outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-                parts.append(flatten(self._unreduced(outputs, labels), self.trim.unit))
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        self._window = list(zip(select_window(self.trim, parts), states, strict=True))
+            return flatten(self._unreduced(outputs, labels), trim.unit)
+
+        parts, states = first_pass(model, self._batches, score)
+        self._window = list(zip(select_window(trim, parts), states, strict=True))
         self._batches = []
 
 
