@@ -1,0 +1,199 @@
+"""The documentation: its programs run, its commands parse, its names exist, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import csv
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import batchtrim
+from batchtrim.lab import cli
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+BLOCK = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.M | re.S)
+COMMAND = re.compile(r"^(?:    )?(?:\.venv/bin/)?batchtrim ([a-z]+\b[^#\n]*)", re.M)
+# what a browser fetches by itself, from another host
+FETCHED = re.compile(
+    r"""<(?:script|img|iframe)\b[^>]*\ssrc=["']?(?:https?:)?//"""
+    r"""|<link\b(?=[^>]*\srel=["']?(?:stylesheet|preload|preconnect|icon))[^>]*\shref=["']?(?:https?:)?//"""
+    r"""|@import[^;]*//|url\(["']?(?:https?:)?//"""
+)
+PUBLIC = (
+    "batchtrim",
+    "batchtrim.errors",
+    "batchtrim.testing",
+    "batchtrim.integrations",
+    "batchtrim.integrations.accelerate",
+    "batchtrim.integrations.labels",
+    "batchtrim.integrations.lightning",
+    "batchtrim.integrations.transformers",
+)
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """The fenced code blocks of a page, without the indentation of a tab or a note."""
+    return [
+        re.sub(f"(?m)^{indent}", "", code) for indent, language, code in BLOCK.findall(text) if language in languages
+    ]
+
+
+def unknown_names(code: str) -> set[str]:
+    """Names a block uses and does not set, and ``...`` where it leaves something out."""
+    nodes = list(ast.walk(ast.parse(code)))
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    used |= {"..." for node in nodes if isinstance(node, ast.Constant) and node.value is ...}
+    return used - names_set(code) - set(dir(builtins))
+
+
+def names_set(code: str) -> set[str]:
+    """Names that a block binds, in whatever way."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+    return found
+
+
+def programs(text: str) -> list[str]:
+    """The python blocks that run: those that use no names but their own and those of the programs before them.
+
+    The others show a line to change in a loop of the reader's.
+    """
+    found, known = [], set()
+    for code in blocks(text, "python"):
+        if "--8<--" not in code and not unknown_names(code) - known:  # a snippet is a file of examples/, tested there
+            found.append(code)
+            known |= names_set(code)
+    return found
+
+
+def title(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+RUNNABLE = [page for page in PAGES if programs(page.read_text())]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=title)
+def test_its_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for code in programs(page.read_text()):
+        exec(compile(code, title(page), "exec"), names)
+
+
+def test_programs_are_told_from_fragments() -> None:
+    codes = ["model(x)\n", "import math\nx = math.pi\n", "print(x)\n", "...\n"]
+    assert programs("".join(f"```python\n{code}```\n" for code in codes)) == codes[1:3]
+    counts = {title(page): len(programs(page.read_text())) for page in RUNNABLE}
+    expected = {"docs/start.md": 2, "docs/schedules.md": 2, "docs/engines.md": 1, "docs/guides/see-what-was-kept.md": 3}
+    assert {name: counts.get(name, 0) for name in expected} == expected, (
+        "a program has become a fragment, or the reverse"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_its_code_names_what_there_is(page: Path) -> None:
+    text = page.read_text()
+    after = [re.sub(r"(?m)^-.*\n|^[ +]", "", code) for code in blocks(text, "diff")]
+    for code in [*blocks(text, "python"), *after]:
+        if "--8<--" in code:
+            continue
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "batchtrim":
+                assert hasattr(batchtrim, node.attr), f"batchtrim.{node.attr}"
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "batchtrim":
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, each.name) for each in node.names), ast.unparse(node)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if COMMAND.search(page.read_text())], ids=title)
+def test_its_commands_parse(page: Path) -> None:
+    commands = typer_commands()
+    for line in COMMAND.findall(page.read_text()):
+        command, *options = shlex.split(line)
+        assert command in commands, line
+        commands[command].make_context(command, [option for option in options if option != "--help"])
+
+
+def typer_commands() -> dict[str, Any]:
+    import typer.main
+
+    return typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+def test_every_public_name_has_an_api_entry() -> None:
+    entries = {name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"(?m)^::: (\S+)", page.read_text())}
+    expected = {f"{module}.{name}" for module in PUBLIC for name in public_names(module)}
+    assert sorted(expected - entries) == []
+
+
+def public_names(module: str) -> list[str]:
+    """``__all__``, read without importing: a trainer need not be installed."""
+    path = ROOT / "src" / module.replace(".", "/")
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+    return next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    )
+
+
+def test_public_modules_are_all_here() -> None:
+    integrations = {
+        f"batchtrim.integrations.{path.stem}" for path in (ROOT / "src/batchtrim/integrations").glob("[!_]*.py")
+    }
+    assert integrations <= set(PUBLIC)
+
+
+def test_every_example_is_shown() -> None:
+    text = (DOCS / "examples.md").read_text()
+    for path in [*(ROOT / "examples").glob("[0-9]*.py"), *(DOCS / "notebooks").glob("*.ipynb")]:
+        assert f"{path.parent.name}/{path.name}" in text
+
+
+def test_the_golden_numbers_are_those_of_the_tests() -> None:
+    text = (DOCS / "schedules.md").read_text()
+    with (ROOT / "tests/golden/linear_1.0_0.2.csv").open() as file:
+        for row in csv.DictReader(file):
+            assert "| " + " | ".join(row.values()) + " |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trimming", "schedules"])
+def test_the_drawings_can_be_drawn(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS / "drawings")
+    paths = importlib.import_module(name).main(tmp_path)
+    assert {path.name for path in paths} == {f"{name}-light.svg", f"{name}-dark.svg"}
+    for path in paths:
+        drawn, committed = (
+            re.findall(r"<text[^>]*>(.*?)</text>", text.read_text()) for text in (path, DOCS / "drawings" / path.name)
+        )
+        assert drawn == committed, "draw it again"
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="mkdocs-material is not installed: make docs brings it")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.css")]:
+        assert not FETCHED.findall(page.read_text()), page.name
