@@ -53,7 +53,7 @@ class AutoEngine:
         except EngineRefused as refused:
             self._hand_on(self.exact.forward, refused)
             selection = refused.selection
-        # Not while the error lives: it holds the frames of the model, and older checkpointing undoes its hooks with them.
+        # Not while the error lives: it holds the model's frames, and older checkpointing undoes its hooks with them.
         return self.exact(x, y, selection)
 
     def _hand_on(self, forward: Forward, refused: EngineRefused) -> None:

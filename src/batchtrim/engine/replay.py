@@ -36,7 +36,8 @@ _FLOPS_PER_SECOND = {"cpu": 5e10, "cuda": 2e13}
 _SECONDS_PER_OPERATOR = 2e-5
 
 # torch before 2.7 does not tell which hooks are in force; there, the frames are searched for torch's own checkpointing.
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+_top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
 __all__ = ["Diverged", "Plan", "Recorder", "Refused", "Replayer", "no_graph"]
 
