@@ -59,6 +59,12 @@ def test_superquantile_against_the_oracle(values: list[float], keep: float) -> N
     assert selection.weights is None or bool((selection.weights >= 0).all()), "no sample is ever pushed up"
 
 
+@pytest.mark.parametrize("keep", [0.1, 1e-30, 1e-300])
+def test_superquantile_below_one_sample_is_the_largest_loss(keep: float) -> None:
+    losses = torch.tensor([1.0, 3.0, 2.0])
+    assert reduce(losses, superquantile()(losses, keep)).item() == 3.0
+
+
 def test_superquantile_where_a_peer_gives_a_negative_weight() -> None:
     losses = torch.arange(64.0)
     selection = superquantile()(losses, 0.2)  # 12.8 samples

@@ -242,6 +242,16 @@ def as_schedule(keep: Any, name: str = "keep") -> Callable[[float], float]:
     )
 
 
+def progress_at(steps: int, total: int | None) -> float:
+    """From a count of steps (epochs or batches) to progress: ``min(1, steps / (total - 1))``, and 0 of one or unknown.
+
+    Example:
+        >>> progress_at(0, 5), progress_at(2, 5), progress_at(9, 5), progress_at(0, 1)
+        (0.0, 0.5, 1.0, 0.0)
+    """
+    return 0.0 if total is None or total == 1 else min(1.0, steps / (total - 1))
+
+
 def _lerp(start: float, end: float, part: float) -> float:
     # Written from the nearer end, so that both ends come out exactly: 1.0 + (0.2 - 1.0) is 0.19999999999999996.
     return start + (end - start) * part if part <= 0.5 else end - (end - start) * (1.0 - part)

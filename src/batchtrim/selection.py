@@ -252,8 +252,8 @@ class superquantile:
         n = losses.shape[0]
         tail = keep * n
         whole = int(tail)
-        if whole == tail:
-            return Selection(top_indices(losses, whole), n, n)
+        if whole in (0, tail):  # below one sample the mean is the largest loss, whatever its fraction
+            return Selection(top_indices(losses, max(1, whole)), n, n)
         indices = torch.sort(losses, descending=True, stable=True).indices[: whole + 1]
         weights = torch.ones(whole + 1, dtype=losses.dtype, device=losses.device)
         weights[-1] = tail - whole

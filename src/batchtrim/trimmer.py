@@ -22,7 +22,7 @@ from batchtrim.distributed import select_over_ranks, world_size
 from batchtrim.keeplog import KeepLog
 from batchtrim.losses import UNITS, Losses, flatten
 from batchtrim.reduction import SCALES, reduce, reduce_mask
-from batchtrim.schedules import as_schedule, linear
+from batchtrim.schedules import as_schedule, linear, progress_at
 from batchtrim.selection import Rule, Selection, hardest, select_valid
 from batchtrim.stats import KeepStats
 
@@ -202,7 +202,7 @@ class Trimmer:
     @property
     def progress(self) -> float:
         """The part of training that is done, in [0, 1]; 0 where ``total`` is 1 or unknown."""
-        return self._progress_at(self._steps)
+        return progress_at(self._steps, self.total)
 
     @property
     def keep(self) -> float:
@@ -265,11 +265,6 @@ class Trimmer:
     @property
     def _reads_accuracy(self) -> bool:
         return getattr(self.schedule, "reads", "progress") == "accuracy"
-
-    def _progress_at(self, steps: int) -> float:
-        if self.total is None or self.total == 1:
-            return 0.0
-        return min(1.0, steps / (self.total - 1))
 
     def _probe(self) -> None:
         points = min(self.total or _PROBE_POINTS, _PROBE_POINTS)

@@ -137,7 +137,7 @@ def test_auto_goes_on_exactly_with_one_warning(name: str) -> None:
     exact = train(make, data, "exact")
     with pytest.warns(EngineFallback, match=reason) as caught:
         auto = train(make, data, "auto")
-    assert len(caught) == 1
+    assert sum(issubclass(each.category, EngineFallback) for each in caught) == 1
     assert auto.chosen == exact.chosen
     torch.testing.assert_close(auto.losses, exact.losses, rtol=0, atol=0)
     torch.testing.assert_close(auto.gradients, exact.gradients, rtol=0, atol=0)

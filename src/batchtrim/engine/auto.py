@@ -52,7 +52,9 @@ class AutoEngine:
             return self.saving(x, y, selection)
         except EngineRefused as refused:
             self._hand_on(self.exact.forward, refused)
-            return self.exact(x, y, refused.selection)
+            selection = refused.selection
+        # Not while the error lives: it holds the model's frames, and older checkpointing undoes its hooks with them.
+        return self.exact(x, y, selection)
 
     def _hand_on(self, forward: Forward, refused: EngineRefused) -> None:
         """The next engine, for good; one warning."""

@@ -13,6 +13,7 @@ Legend: B batch, k kept.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -31,6 +33,10 @@ from batchtrim.engine.operators import Facts, Kind, argument, dropout_inside, fa
 # For Plan.pays: a fast core, a fast accelerator, and what our Python costs an operator in both passes together.
 _FLOPS_PER_SECOND = {"cpu": 5e10, "cuda": 2e13}
 _SECONDS_PER_OPERATOR = 2e-5
+
+# torch before 2.7 does not tell which hooks are in force; there, the frames are searched for torch's own checkpointing.
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+_top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
 __all__ = ["Diverged", "Plan", "Recorder", "Refused", "Replayer", "no_graph"]
 
@@ -107,7 +113,12 @@ def _inside_checkpoint() -> bool:
     """Whether the code running now will be run again in backward, outside our sight (activation checkpointing)."""
     if not torch.is_grad_enabled():
         return True
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    if _top_hooks is None:
+        frame = sys._getframe()
+        while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+            frame = frame.f_back
+        return frame is not None
+    top = _top_hooks(True)
     return top is not None and top[0] is not _drop
 
 

@@ -130,7 +130,8 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         assert samples.rows is not None
         data["rows"] = [_fields(samples.rows[int(i)]) for i in columns["id"][shown]]
     script = resources.files("batchtrim.lab").joinpath("gallery.js").read_text(encoding="utf-8")
-    packed = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")  # no closing tag inside the script
+    # no tag inside the script: neither </script> nor <!--<script>, after which a browser looks past the closing tag
+    packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     body = _body(log, samples, columns, len(shown)) + f'<script type="application/json" id="data">{packed}</script>'
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)

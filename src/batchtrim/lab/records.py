@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from filelock import FileLock, Timeout
 
 SCHEMA = 1
 DONE = ("finished", "diverged")
+# Keys name files (checkpoints, keep logs), so one from a file made elsewhere must not lead out of the folder.
+_KEY = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 Row = dict[str, Any]
 
@@ -166,7 +169,9 @@ def read(path: str | Path) -> list[Row]:
 def _parse(line: bytes, path: Path) -> Row:
     try:
         row = json.loads(line)
-        schema, _ = row["schema"], (row["key"], row["config"], row["status"])
+        schema, _ = row["schema"], (row["config"]["method"], row["status"])
+        if not _KEY.fullmatch(row["key"]):
+            raise ValueError("no key that this package makes")
     except (ValueError, KeyError, TypeError) as error:
         start = line[:60].decode(errors="replace")
         raise ReplaceRecords(

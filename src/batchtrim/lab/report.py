@@ -110,10 +110,11 @@ def to_markdown(summary: Summary) -> str:
             if view.budget is not None:
                 lines += [*markdown_table(group, view.arms, cost=False), ""]
         lines += ["### Settings", ""]
-        lines += [f"* {name}: {cell(value)}" for name, value in group.settings.items()]
-        lines += ["", "Run it again:", "", "```", words.command(group), "```", ""]
+        lines += [f"* {cell(name)}: {cell(value)}" for name, value in group.settings.items()]
+        command = " ".join(words.command(group).splitlines())  # one line cannot close the block it stands in
+        lines += ["", "Run it again:", "", "```", command, "```", ""]
     lines += ["## Environment", ""]
-    lines += [f"* {name}: {cell(value)}" for name, value in words.environment(summary).items()]
+    lines += [f"* {cell(name)}: {cell(value)}" for name, value in words.environment(summary).items()]
     return "\n".join(lines) + "\n"
 
 
