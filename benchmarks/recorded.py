@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
     the training error of each epoch (E,). Where ``cache`` holds the run it is read from there.
     """
     config = config.resolved()
-    path = cache and cache / f"{hashlib.sha256(repr(config.to_dict()).encode()).hexdigest()[:16]}.npz"
+    path = (
+        cache and cache / f"{hashlib.sha256(repr({**config.to_dict(), 'threads': None}).encode()).hexdigest()[:16]}.npz"
+    )
     if path and path.exists():
         with np.load(path) as found:
             return dict(found)
@@ -69,14 +72,15 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
     return run
 
 
-def fill(log: batchtrim.KeepLog, run: dict[str, np.ndarray], batch: int = 128) -> None:
-    """Give ``log`` the batches of a recorded run, epoch by epoch."""
+def epochs(log: batchtrim.KeepLog, run: dict[str, np.ndarray], batch: int) -> Iterator[int]:
+    """Give ``log`` the batches of a recorded run; stops after every epoch, for the caller to close it."""
     labels = torch.from_numpy(run["labels"])
-    for epoch in zip(run["ids"], run["losses"], run["kept"], run["outputs"], strict=True):
-        for rows, losses, kept, outputs in zip(*(torch.from_numpy(each).split(batch) for each in epoch), strict=True):
+    for epoch in range(len(run["ids"])):
+        parts = [torch.from_numpy(run[name][epoch]).split(batch) for name in ("ids", "losses", "kept", "outputs")]
+        for ids, losses, kept, outputs in zip(*parts, strict=True):
             choice = Selection(indices=torch.nonzero(kept).flatten(), size=len(kept), candidates=len(kept))
-            log.record(rows.long(), losses, choice, outputs=outputs, labels=labels[rows.long()])
-        log.end_epoch()
+            log.record(ids.long(), losses, choice, outputs=outputs, labels=labels[ids.long()])
+        yield epoch
 
 
 def wrong_labels(config: RunConfig, data_dir: str | None) -> Tensor:

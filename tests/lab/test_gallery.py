@@ -228,9 +228,7 @@ def test_a_killed_run_that_goes_on_writes_the_same_log(tmp_path):
     assert 0 < len(torch.load(checkpoint)["log"]["history"]) < 60
     assert not (tmp_path / "killed" / "keep").exists()
     subprocess.run(go, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(
-        [sys.executable, "-m", *_command(tmp_path / "whole", *words)], check=True, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([sys.executable, "-m", *_command(tmp_path / "whole", *words)], check=True, stdout=subprocess.DEVNULL)
     resumed, whole = (parquet.read_table(_only_log(tmp_path / name)) for name in ("killed", "whole"))
     assert resumed.schema.equals(whole.schema, check_metadata=True)
     assert resumed.to_pandas().equals(whole.to_pandas())

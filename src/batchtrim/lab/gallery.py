@@ -237,8 +237,8 @@ def _body(log: KeepLog, samples: Samples, columns: dict[str, np.ndarray], shown:
             "</div>",
             "<section><h2>Hardest samples</h2>",
             f'<p class="note">The {shown:,} hardest by mean loss and most suspect, in every class. '
-            "Under a picture stand its label, what was predicted and how surely, and the keep rate, how often it stayed "
-            "in the batch when it was seen.</p>",
+            "Below each stand its label, what was predicted and how surely, and the keep rate: how often it stayed in "
+            "the batch when it was seen.</p>",
             _controls(samples.classes),
             '<p class="note" id="count" aria-live="polite"></p><div id="cards"></div>'
             '<button id="more" hidden>Show more</button></section>',
