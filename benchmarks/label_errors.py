@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 print(f"  {name:26s} {statistics.mean(values):.3f} ± {spread:.3f}", flush=True)
             result["cells"].append({"noise": noise, "method": method, "average precision": found})
-            timing.save(given.out, result)
+            timing.save(given.json, result)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import batchtrim
-from batchtrim.keeplog import NoiseAmplified
 from batchtrim.lab.config import RunConfig
+from batchtrim.noise import NoiseAmplified
 from benchmarks import recorded, timing
 
 # data set, network, its width, label noise

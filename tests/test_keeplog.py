@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import batchtrim
-from batchtrim import keeplog
+from batchtrim import keeplog, noise
 from batchtrim.keeplog import KeepLog
 from batchtrim.selection import Selection
 
@@ -174,8 +174,8 @@ def _history(keeps, doubts, kept=1000):
         ([0.2], [0.3], 1000, False),
     ],
 )
-def test_when_noise_is_amplified(keeps, doubts, kept, amplified):
-    assert keeplog.noise_amplified(_history(keeps, doubts, kept)) is amplified
+def test_when_doubt_rises(keeps, doubts, kept, amplified):
+    assert noise.doubt_rises(_history(keeps, doubts, kept)) is amplified
 
 
 def _train(noise, method):
