@@ -166,10 +166,7 @@ class KeepLog:
         Losses of samples never seen are NaN; ``last_dropped`` is the number of the batch, -1 for never; ``predicted``
         is -1 and ``confidence`` NaN where no outputs were given. ``variance`` divides by the times seen.
         """
-        if self.distributed and self._pending:
-            raise RuntimeError(
-                "expected nothing held back when a distributed log is read. Call end_epoch() on every rank."
-            )
+        self._check_nothing_apart()
         self._flush()
         columns = {name: column[: self.n].cpu() for name, column in self._columns.items()}
         seen = columns["seen"]
@@ -209,13 +206,14 @@ class KeepLog:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything; tensors, numbers and strings only. A run that loads it goes on as if it had never stopped."""
-        self._flush()
+        self._check_nothing_apart()
         return {
             "version": _STATE_VERSION,
             "n": self.n,
             "classes": self.classes,
             "steps": self.steps,
             "columns": {name: column.cpu() for name, column in self._columns.items()},
+            "pending": [[part.cpu() for part in batch] for batch in self._pending],
             "epoch": self._epoch.cpu(),
             "history": [dict(line) for line in self.history],
             "warned": self._warned,
@@ -237,7 +235,8 @@ class KeepLog:
                     f"expected `state` of a log with {name}={getattr(self, name)}, got {name}={state[name]}. "
                     "Make the log with the saved number."
                 )
-        self._pending, self._entries = [], 0
+        self._pending = [tuple(batch) for batch in state["pending"]]
+        self._entries = sum(len(batch[0]) for batch in self._pending)
         self.steps = int(state["steps"])
         self._columns = {name: column.clone() for name, column in state["columns"].items()}
         self._epoch = state["epoch"].clone()
@@ -279,6 +278,12 @@ class KeepLog:
     def __repr__(self) -> str:
         return f"KeepLog(n={self.n}, {self.steps} batches in {len(self.history)} epochs)"
 
+    def _check_nothing_apart(self) -> None:
+        if self.distributed and self._pending:
+            raise RuntimeError(
+                "expected nothing held back when a distributed log is read. Call end_epoch() on every rank."
+            )
+
     def _check_ids(self, ids: Tensor) -> None:
         if not len(ids):
             return
@@ -297,8 +302,9 @@ class KeepLog:
         """Enter all batches held back. No data-dependent shape, so no wait for the device."""
         if not self._pending:
             return
+        device = self._pending[-1][0].device  # batches of a loaded state lie on the CPU
         rows, losses, kept, steps, predicted, confidence, labels = self._gathered(
-            tuple(torch.cat(parts) for parts in zip(*self._pending, strict=True))
+            tuple(torch.cat([part.to(device) for part in parts]) for parts in zip(*self._pending, strict=True))
         )
         self._pending, self._entries = [], 0
         if self._columns["seen"].device != rows.device:
