@@ -13,78 +13,69 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 import batchtrim
-from batchtrim.lab import conditions, data, train
 from batchtrim.lab.config import RunConfig
-from benchmarks import timing
+from benchmarks import recorded, timing
 
 
-def wrong_labels(config: RunConfig, data_dir: str | None) -> Tensor:
-    """bool (n,): where the run's training label is not the data set's own."""
-    clean = data.load(config.dataset, data_dir)
-    # row numbers go through the run's conditions in the place of the pictures, so that each is found again
-    numbered = clean.with_train(torch.arange(len(clean.train_labels)), clean.train_labels)
-    noisy = conditions.apply(
-        numbered,
-        label_noise=config.label_noise,
-        imbalance=config.imbalance,
-        train_size=config.train_size,
-        seed=config.seed,
-        data_dir=data_dir,
-    )
-    return noisy.train_labels != clean.train_labels[noisy.train_images]
-
-
-def scores(config: RunConfig, data_dir: str | None) -> dict[str, Tensor]:
-    """Train once; each score (n,), larger where a label is more likely wrong."""
-    pictures = train.load_pictures(config, data_dir)
-    n = len(pictures.train_labels)
-    log = batchtrim.KeepLog(n, classes=pictures.classes, warn=False)
-    training = train.Training(config, pictures, log=log)
-    training.prepare()
-    for _ in range(training.epochs):
-        training.train_epoch()
+def scores(run: dict[str, np.ndarray], batch: int) -> dict[str, Tensor]:
+    """Of one recorded run, each score (n,), larger where a label is more likely wrong."""
+    n, classes = run["probabilities"].shape
+    log = batchtrim.KeepLog(n, classes=classes, warn=False)
+    for _ in recorded.epochs(log, run, batch):
+        log.end_epoch()
     table = log.table()
     ids, suspicion = batchtrim.suspects(log)
     found = {
         "keep history (suspects)": torch.zeros(n).index_put((ids,), suspicion.float()),
         "keep rate": table["keep_rate"],
         "mean loss": table["mean"],
+        "mean margin (AUM)": -_mean_margin(run),
         "last-epoch loss": table["last"],
     }
-    confident = _confident_learning(training, pictures.train_labels)
+    confident = _confident_learning(run)
     return found if confident is None else {**found, "confident learning": confident}
 
 
-@torch.inference_mode()
-def _confident_learning(training: Any, labels: Tensor) -> Tensor | None:
+def _mean_margin(run: dict[str, np.ndarray]) -> Tensor:
+    """Logit of the label minus the largest other, mean over epochs (Pleiss et al. 2020); (n,)."""
+    labels = torch.from_numpy(run["labels"])
+    total = torch.zeros(len(labels))
+    for rows, outputs in zip(torch.from_numpy(run["ids"]).long(), torch.from_numpy(run["outputs"]), strict=True):
+        own = labels[rows, None]
+        others = outputs.float().scatter(1, own, -torch.inf).amax(1)
+        total[rows] += outputs.float().gather(1, own)[:, 0] - others
+    return total / len(run["ids"])
+
+
+def _confident_learning(run: dict[str, np.ndarray]) -> Tensor | None:
     """cleanlab: samples it calls label issues first, then the others, each by the probability of their label."""
     try:
         from cleanlab.filter import find_label_issues
         from cleanlab.rank import get_label_quality_scores
     except ImportError:
         return None
-    training.model.eval()
-    rows = torch.arange(len(labels), device=training.device).split(train.EVALUATION_BATCH)
-    batches = training._batches(training.pictures.train_images, "none", 0)
-    probabilities = torch.cat([training.model(batches(part)).float().softmax(1).cpu() for part in rows]).numpy()
-    quality = get_label_quality_scores(labels.numpy(), probabilities, method="self_confidence")
-    issues = find_label_issues(labels.numpy(), probabilities, n_jobs=1)
+    labels, probabilities = run["labels"], run["probabilities"]
+    quality = get_label_quality_scores(labels, probabilities, method="self_confidence")
+    issues = find_label_issues(labels, probabilities, n_jobs=1)
     return torch.from_numpy(issues.astype(float) + 1.0 - quality)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Train, score, and print a table of mean and standard deviation over seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="folder with cifar10 and cifar10n [BATCHTRIM_DATA]")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--model", default="resnet8")
+    parser.add_argument("--width", type=int, help="channels of the first stage [the network's own]")
     parser.add_argument(
         "--noise", default="human:aggre,human:worse,symmetric:0.2", help="kinds of label noise, by comma"
     )
@@ -93,30 +84,32 @@ def main() -> None:
     parser.add_argument("--train-size", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", help="JSON file to write")
-    given = parser.parse_args()
-    result: dict[str, Any] = {"arguments": vars(given), "cells": []}
+    parser.add_argument("--cache", type=Path, help="folder to store the runs' predictions in")
+    parser.add_argument("--json", help="JSON file to write")
+    given = parser.parse_args(arguments)
+    result: dict[str, Any] = {"arguments": {**vars(given), "cache": None}, "cells": []}
     for noise in given.noise.split(","):
         for method in given.methods.split(","):
             found: dict[str, list[float]] = {}
             for seed in range(given.seeds):
                 config = RunConfig(
-                    dataset=given.dataset, model=given.model, method=method, epochs=given.epochs, seed=seed,
-                    label_noise=noise, train_size=given.train_size, device=given.device,
+                    dataset=given.dataset, model=given.model, width=given.width, method=method, epochs=given.epochs,
+                    seed=seed, label_noise=noise, train_size=given.train_size, device=given.device,
                     threads=torch.get_num_threads(),
                 ).resolved()  # fmt: skip
-                wrong = wrong_labels(config, given.data_dir)
-                for name, score in scores(config, given.data_dir).items():
+                run = recorded.recorded(config, given.data_dir, given.cache)
+                for name, score in scores(run, config.batch_size).items():
                     # a sample that no score is known of, or whose loss is no number, comes first: it wants a look
                     ranked = score.double().nan_to_num(nan=score.nan_to_num().max().item() + 1.0)
-                    found.setdefault(name, []).append(float(average_precision_score(wrong.numpy(), ranked.numpy())))
-                found.setdefault("part of wrong labels", []).append(wrong.float().mean().item())
+                    found.setdefault(name, []).append(float(average_precision_score(run["wrong"], ranked.numpy())))
+                found.setdefault("part of wrong labels", []).append(float(run["wrong"].mean()))
+                found.setdefault("training error at the end", []).append(float(run["errors"][-1]))
             print(f"\n{noise}, trained with {method}")
             for name, values in found.items():
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 print(f"  {name:26s} {statistics.mean(values):.3f} ± {spread:.3f}", flush=True)
             result["cells"].append({"noise": noise, "method": method, "average precision": found})
-            timing.save(given.out, result)
+            timing.save(given.json, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import batchtrim
-from batchtrim import keeplog
+from batchtrim import keeplog, noise
 from batchtrim.keeplog import KeepLog
 from batchtrim.selection import Selection
 
@@ -174,8 +174,101 @@ def _history(keeps, doubts, kept=1000):
         ([0.2], [0.3], 1000, False),
     ],
 )
-def test_when_noise_is_amplified(keeps, doubts, kept, amplified):
-    assert keeplog.noise_amplified(_history(keeps, doubts, kept)) is amplified
+def test_when_doubt_rises(keeps, doubts, kept, amplified):
+    assert noise.doubt_rises(_history(keeps, doubts, kept)) is amplified
+
+
+def _lines(keeps, excess, compared=500, hard_kept=1.0):
+    return [
+        {
+            "keep": keep,
+            "doubt_kept": 0.1,
+            "compared": compared,
+            "stay_hard": 0.5 + excess,
+            "stay_easy": 0.5,
+            "hard_kept": hard_kept,
+        }
+        for keep in keeps
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "stay"),
+    [
+        (_lines([1.0, 0.5, 0.45, 0.4], 0.2), True),
+        (_lines([1.0, 0.5, 0.45, 0.4], 0.1), False),  # as on clean data
+        (_lines([1.0, 0.5, 0.45, 0.41], 0.2), False),  # too much is kept to judge
+        (_lines([1.0, 0.5, 0.45, 0.4], 0.2, compared=100), False),
+        (_lines([1.0, 0.9, 0.7, 0.4], 0.2), False),  # one epoch below 0.6 is 500 samples
+        (_lines([0.4, 0.4, 0.4, 0.4], 0.2), False),  # keep does not fall
+        (_lines([1.0, 0.5, 0.45, 0.4], 0.2, hard_kept=0.5), False),  # half of the hardest is left out
+        ([{**line, "doubt_kept": None} for line in _lines([1.0, 0.5, 0.45, 0.4], 0.2)], False),
+        ([{**line, "compared": 0, "stay_hard": None} for line in _lines([1.0, 0.5, 0.45, 0.4], 0.2)], False),
+    ],
+)
+def test_when_the_hardest_stay(lines, stay):
+    assert noise.hardest_stay(lines) is stay
+
+
+def _stay_by_sorting(before, now, kept):
+    """As noise.stays says it, with the losses of samples that have both; no ties."""
+    k = math.ceil(len(now) * noise.EXTREME_PART)
+    order = [sorted(range(len(now)), key=losses.__getitem__) for losses in (before.tolist(), now.tolist())]
+    hard, easy = [set(each[-k:]) for each in order], [set(each[:k]) for each in order]
+    return [k, len(hard[0] & hard[1]), k, len(easy[0] & easy[1]), k, len(hard[1] & set(kept))]
+
+
+@pytest.mark.parametrize("n", [1, 7, 10, 300])
+def test_stays_counts_the_extremes(n):
+    generator = torch.Generator().manual_seed(n)
+    before = torch.rand(n, generator=generator)
+    now = before + 0.3 * torch.rand(n, generator=generator)
+    kept = batchtrim.hardest()(now, 0.05).indices.tolist()
+    expected = _stay_by_sorting(before, now, kept)
+    rows = torch.randperm(2 * n, generator=generator)  # among as many that have no earlier loss
+    at = rows[:n]
+    mixed = [torch.full((2 * n,), math.nan), torch.rand(2 * n, generator=generator) * 9 - 3]
+    mixed[0][at], mixed[1][at] = before, now
+    compared, mask = torch.zeros(2 * n, dtype=torch.bool), torch.zeros(2 * n, dtype=torch.bool)
+    compared[at] = True
+    mask[at[kept]] = True
+    assert noise.stays(*mixed, compared, mask).tolist() == expected
+
+
+def test_epoch_line_says_who_stayed():
+    log = KeepLog(100)
+    losses = torch.arange(100.0)
+    log.record(torch.arange(100), losses, _choice(range(100), 100))
+    first = log.end_epoch()
+    assert (first["compared"], first["stay_hard"]) == (0, None)
+    moved = losses.clone()
+    moved[:5] += 50  # five of the easiest go to the middle; the hardest stay
+    log.record(torch.arange(100), moved, _choice(range(92, 100), 100))
+    line = log.end_epoch()
+    assert (line["compared"], line["stay_hard"], line["stay_easy"], line["hard_kept"]) == (10, 1.0, 0.5, 0.8)
+
+
+@pytest.mark.parametrize("stubborn", [True, False])
+@pytest.mark.parametrize("select", [batchtrim.hardest(), batchtrim.between(skip=0.1), batchtrim.uniform()])
+def test_warning_where_the_hardest_stay_however_often_kept(stubborn, select):
+    """Losses of a made-up training: each sample's is new in every epoch, but for a stubborn tenth."""
+    generator = torch.Generator().manual_seed(0)
+    n = 6000
+    log, labels = KeepLog(n), torch.zeros(n, dtype=torch.int64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for keep in (1.0, 0.8, 0.6, 0.5, 0.45, 0.4):
+            for rows in torch.randperm(n, generator=generator).split(500):
+                losses = torch.rand(len(rows), generator=generator) + (stubborn & (rows < n // 20))
+                outputs = torch.tensor([1.0, 0.0]).expand(len(rows), 2)  # contradicts no label
+                log.record(rows, losses, select(losses, keep), outputs=outputs, labels=labels[rows])
+            log.end_epoch()
+    warned = [each for each in caught if each.category is keeplog.NoiseAmplified]
+    if stubborn and select == batchtrim.hardest():
+        assert "stay the hardest" in str(warned[0].message)
+        assert "two_sided" in str(warned[0].message)
+    else:
+        assert not warned
 
 
 def _train(noise, method):
@@ -227,12 +320,14 @@ def test_resumed_log_goes_on_as_an_uninterrupted_one(tmp_path):
             part = KeepLog(40, classes=2)
             part.load_state_dict(torch.load(tmp_path / "log.pt", weights_only=True))
         for log in (whole, part):
-            log.record(ids, losses, selection, labels=ids % 2)
+            log.record(ids, losses, selection, labels=ids % 2, outputs=torch.stack([losses, 1.5 - losses], 1))
     assert part.end_epoch() == whole.end_epoch()
     for name, column in whole.table().items():
         torch.testing.assert_close(part.table()[name], column, equal_nan=True)
     with pytest.raises(ValueError, match="log with n=41, got n=40"):
         KeepLog(41, classes=2).load_state_dict(whole.state_dict())
+    with pytest.raises(ValueError, match="of version 2, got 1"):
+        KeepLog(40, classes=2).load_state_dict({**whole.state_dict(), "version": 1})
 
 
 def test_parquet_round_trip(tmp_path):

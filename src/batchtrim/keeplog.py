@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from batchtrim import noise
 from batchtrim._checks import check_count, check_losses, describe, import_extra
+from batchtrim.noise import NoiseAmplified
 from batchtrim.selection import Selection
 
 __all__ = ["KeepLog", "NoiseAmplified", "suspects"]
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _FLUSH_BATCHES = 64
 _FLUSH_ENTRIES = 1 << 15
+# of an epoch: seen, kept, judged, judged and kept, in doubt, in doubt and kept, out of range; what noise.stays gives
+_SUMS = 7 + 6
 # name: dtype and value of a sample never seen; 32 bytes in all
 _COLUMNS: dict[str, tuple[torch.dtype, float]] = {
     "seen": (torch.int32, 0),
@@ -38,16 +41,6 @@ _COLUMNS: dict[str, tuple[torch.dtype, float]] = {
     "predicted": (torch.int16, -1),
     "confidence": (torch.float16, float("nan")),
 }
-# A prediction is confident if it is in the surest quarter. Relative, because a network that trains on the hardest
-# samples is unsure of everything. A label is in doubt where such a prediction contradicts it.
-CONFIDENT_PART = 0.25
-# Noise is amplified when so large a part of the kept samples is in doubt, so many times what it was at its least.
-DOUBT_AT_LEAST, DOUBT_RISES = 0.05, 1.5
-DOUBT_SAMPLES = 20  # fewer than these in an epoch are no evidence
-
-
-class NoiseAmplified(UserWarning):
-    """The samples that are kept are more and more those whose label the model confidently contradicts."""
 
 
 class KeepLog:
@@ -133,8 +126,10 @@ class KeepLog:
         Returns:
             The line: ``steps`` so far; ``seen``, ``kept`` in the epoch; ``keep``: their ratio; ``doubt``,
             ``doubt_kept``: part of all samples and of the kept ones whose label is contradicted by one of the surest
-            quarter of the predictions (None without outputs and labels); ``class_seen``, ``class_kept``: lists of C
-            counts, where asked for.
+            quarter of the predictions (None without outputs and labels); ``stay_hard``, ``stay_easy``: parts of the
+            hardest and easiest tenth, by each sample's loss before, that are so again (None in the first epoch);
+            ``compared``: how many that hardest tenth was; ``hard_kept``: part of the hardest tenth that is kept;
+            ``class_seen``, ``class_kept``: lists of C counts, where asked for.
 
         Raises:
             ValueError: an id was out of range on a device where looking at once would have stalled it.
@@ -142,6 +137,7 @@ class KeepLog:
         self._flush()
         sums = self._epoch.tolist()
         seen, kept, judged, judged_kept, doubt, doubt_kept, outside = sums[:7]
+        hard_before, hard_again, easy_before, easy_again, hard, hard_kept = sums[7:_SUMS]
         if outside:
             raise ValueError(f"expected `ids` from 0 to {self.n - 1}, got {outside} others since the last epoch.")
         line: dict[str, Any] = {
@@ -151,9 +147,13 @@ class KeepLog:
             "keep": _ratio(kept, seen),
             "doubt": _ratio(doubt, judged),
             "doubt_kept": _ratio(doubt_kept, judged_kept),
+            "stay_hard": _ratio(hard_again, hard_before),
+            "stay_easy": _ratio(easy_again, easy_before),
+            "compared": hard_before,
+            "hard_kept": _ratio(hard_kept, hard),
         }
         if self.classes:
-            counts = sums[7:]
+            counts = sums[_SUMS:]
             line |= {"class_seen": counts[: self.classes], "class_kept": counts[self.classes :]}
         self.history.append(line)
         self._epoch.zero_()
@@ -166,10 +166,7 @@ class KeepLog:
         Losses of samples never seen are NaN; ``last_dropped`` is the number of the batch, -1 for never; ``predicted``
         is -1 and ``confidence`` NaN where no outputs were given. ``variance`` divides by the times seen.
         """
-        if self.distributed and self._pending:
-            raise RuntimeError(
-                "expected nothing held back when a distributed log is read. Call end_epoch() on every rank."
-            )
+        self._check_nothing_apart()
         self._flush()
         columns = {name: column[: self.n].cpu() for name, column in self._columns.items()}
         seen = columns["seen"]
@@ -209,13 +206,14 @@ class KeepLog:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything; tensors, numbers and strings only. A run that loads it goes on as if it had never stopped."""
-        self._flush()
+        self._check_nothing_apart()
         return {
             "version": _STATE_VERSION,
             "n": self.n,
             "classes": self.classes,
             "steps": self.steps,
             "columns": {name: column.cpu() for name, column in self._columns.items()},
+            "pending": [[part.cpu() for part in batch] for batch in self._pending],
             "epoch": self._epoch.cpu(),
             "history": [dict(line) for line in self.history],
             "warned": self._warned,
@@ -225,15 +223,20 @@ class KeepLog:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: the state is of a log with another n or other classes.
+            ValueError: the state is of a log with another n or other classes, or of another version.
         """
+        if state["version"] != _STATE_VERSION:
+            raise ValueError(
+                f"expected `state` of version {_STATE_VERSION}, got {state['version']}. Another batchtrim saved it."
+            )
         for name in ("n", "classes"):
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"expected `state` of a log with {name}={getattr(self, name)}, got {name}={state[name]}. "
                     "Make the log with the saved number."
                 )
-        self._pending, self._entries = [], 0
+        self._pending = [tuple(batch) for batch in state["pending"]]
+        self._entries = sum(len(batch[0]) for batch in self._pending)
         self.steps = int(state["steps"])
         self._columns = {name: column.clone() for name, column in state["columns"].items()}
         self._epoch = state["epoch"].clone()
@@ -275,6 +278,12 @@ class KeepLog:
     def __repr__(self) -> str:
         return f"KeepLog(n={self.n}, {self.steps} batches in {len(self.history)} epochs)"
 
+    def _check_nothing_apart(self) -> None:
+        if self.distributed and self._pending:
+            raise RuntimeError(
+                "expected nothing held back when a distributed log is read. Call end_epoch() on every rank."
+            )
+
     def _check_ids(self, ids: Tensor) -> None:
         if not len(ids):
             return
@@ -287,15 +296,15 @@ class KeepLog:
 
     @property
     def _epoch_size(self) -> int:
-        # seen, kept, judged, judged and kept, in doubt, in doubt and kept, out of range; then both counts by class
-        return 7 + 2 * (self.classes or 0)
+        return _SUMS + 2 * (self.classes or 0)  # then both counts by class
 
     def _flush(self) -> None:
         """Enter all batches held back. No data-dependent shape, so no wait for the device."""
         if not self._pending:
             return
+        device = self._pending[-1][0].device  # batches of a loaded state lie on the CPU
         rows, losses, kept, steps, predicted, confidence, labels = self._gathered(
-            tuple(torch.cat(parts) for parts in zip(*self._pending, strict=True))
+            tuple(torch.cat([part.to(device) for part in parts]) for parts in zip(*self._pending, strict=True))
         )
         self._pending, self._entries = [], 0
         if self._columns["seen"].device != rows.device:
@@ -328,6 +337,8 @@ class KeepLog:
         judged = largest(torch.where(predicted >= 0, place, -1))
         dropped = largest(torch.where(kept, -1, steps))
         mine = {name: column[rows] for name, column in self._columns.items()}
+        compared = (mine["seen"] > 0) & (rows < self.n)
+        self._epoch[7:_SUMS] += noise.stays(mine["last"], losses, compared, kept)
         mean, m2 = _combine(mine, count, mean, m2)
         new = {
             "seen": mine["seen"] + count,
@@ -349,16 +360,15 @@ class KeepLog:
         """Sums of the epoch; entries that a mask left out do not count."""
         kept = kept & counts
         judged = counts & (predicted >= 0) & (labels >= 0)
-        doubt = judged & (predicted != labels) & _surest(confidence, judged)
+        doubt = judged & (predicted != labels) & noise.surest(confidence, judged)
         parts = [counts, kept, judged, judged & kept, doubt, doubt & kept, outside]
-        sums = torch.stack([part.sum() for part in parts])
+        self._epoch[: len(parts)] += torch.stack([part.sum() for part in parts])
         if self.classes:
             by_class = self._epoch.new_zeros(2, self.classes + 1)
             slot = torch.where(counts & (labels >= 0) & (labels < self.classes), labels, self.classes).long()
             by_class[0].index_add_(0, slot, counts.long())
             by_class[1].index_add_(0, slot, kept.long())
-            sums = torch.cat([sums, by_class[:, :-1].flatten()])
-        self._epoch += sums
+            self._epoch[_SUMS:] += by_class[:, :-1].flatten()
 
     def _gathered(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The entries of all ranks, in the order of steps and then of ranks."""
@@ -384,15 +394,26 @@ class KeepLog:
         return tuple(part[order] for part in whole)
 
     def _warn_of_noise(self) -> None:
-        if not self.warn or self._warned or not noise_amplified(self.history):
+        if not self.warn or self._warned:
+            return
+        line = self.history[-1]
+        if noise.doubt_rises(self.history):
+            sign = (
+                f"of the samples kept in this epoch {line['doubt_kept']:.0%} carry a label that the model confidently "
+                f"contradicts, against {line['doubt']:.0%} of all"
+            )
+        elif noise.hardest_stay(self.history):
+            sign = (
+                f"the hardest tenth of the samples stay the hardest ({line['stay_hard']:.0%} in this epoch) more than "
+                f"the easiest stay the easiest ({line['stay_easy']:.0%}), however often they are trained on"
+            )
+        else:
             return
         self._warned = True
-        line = self.history[-1]
         warnings.warn(
-            f"of the samples kept in this epoch {line['doubt_kept']:.0%} carry a label that the model confidently "
-            f"contradicts, against {line['doubt']:.0%} of all: with keep at {line['keep']:.2g} trimming trains ever "
-            "more on what look like wrong labels. Look at them with batchtrim.suspects(log), and leave out the very "
-            "hardest with Trimmer(select=batchtrim.between(skip=...)), which is two_sided in the lab.",
+            f"{sign}: with keep at {line['keep']:.2g} trimming trains ever more on what look like wrong labels. Look "
+            "at them with batchtrim.suspects(log), and leave out the very hardest with "
+            "Trimmer(select=batchtrim.between(skip=...)), which is two_sided in the lab.",
             NoiseAmplified,
             stacklevel=3,
         )
@@ -425,28 +446,6 @@ def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
     score = _ranks(table["keep_rate"][ids] * table["mean"][ids])
     order = torch.argsort(score, descending=True, stable=True)[:top]
     return ids[order], score[order]
-
-
-def noise_amplified(history: Sequence[dict[str, Any]]) -> bool:
-    """Whether, as less is kept, more and more of it is in doubt; ``history`` is a log's, the last epoch the question.
-
-    On clean data the doubtful part of the kept samples falls as the network learns, also in a network that learns
-    little; with wrong labels it falls first and then rises while keep falls.
-    """
-    line, before = history[-1], [each for each in history[:-1] if each["doubt_kept"] is not None]
-    if not before or line["doubt_kept"] is None or line["keep"] >= max(each["keep"] for each in before):
-        return False
-    least = min(each["doubt_kept"] for each in before)
-    enough = line["doubt_kept"] * line["kept"] >= DOUBT_SAMPLES
-    return enough and line["doubt_kept"] >= max(DOUBT_AT_LEAST, DOUBT_RISES * least)
-
-
-def _surest(confidence: Tensor, judged: Tensor) -> Tensor:
-    """bool (P,), True for the most confident part of the predictions there are; the cut is found on the device."""
-    values = torch.where(judged, confidence, -1.0)
-    last = (judged.sum() * CONFIDENT_PART).ceil().long().clamp(min=1) - 1
-    cut = torch.sort(values, descending=True).values.gather(0, last.view(1))
-    return judged & (values >= cut)
 
 
 def _empty(n: int, device: torch.device) -> dict[str, Tensor]:

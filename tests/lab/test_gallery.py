@@ -8,9 +8,11 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
@@ -200,6 +202,49 @@ def test_a_resumed_run_keeps_its_log():
         train.Training(config, pictures).load_state_dict(first.state_dict())
 
 
+def _command(folder, *words):
+    return [
+        "batchtrim.lab.cli", "train", "--out", str(folder), "--keep-log", "--checkpoint-seconds", "0",
+        "--threads", "1", "--quiet", *words,
+    ]  # fmt: skip
+
+
+def _only_log(folder):
+    (path,) = (folder / "keep").glob("*.parquet")
+    return path
+
+
+@pytest.mark.slow
+def test_a_killed_run_that_goes_on_writes_the_same_log(tmp_path):
+    words = ("--epochs", "60", "--train-size", "600")
+    go = [sys.executable, "-m", *_command(tmp_path / "killed", *words)]
+    process = subprocess.Popen(go)
+    begun = time.monotonic()
+    while not list((tmp_path / "killed").glob("checkpoints/*.pt")) and time.monotonic() - begun < 100:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    (checkpoint,) = (tmp_path / "killed").glob("checkpoints/*.pt")
+    assert 0 < len(torch.load(checkpoint)["log"]["history"]) < 60
+    assert not (tmp_path / "killed" / "keep").exists()
+    subprocess.run(go, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", *_command(tmp_path / "whole", *words)], check=True, stdout=subprocess.DEVNULL)
+    resumed, whole = (parquet.read_table(_only_log(tmp_path / name)) for name in ("killed", "whole"))
+    assert resumed.schema.equals(whole.schema, check_metadata=True)
+    assert resumed.to_pandas().equals(whole.to_pandas())
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_log_of_all_samples(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*torchrun, *_command(tmp_path, "--epochs", "3", "--batch-size", "64")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    table = KeepLog.from_parquet(_only_log(tmp_path)).table()
+    assert table["seen"].unique().tolist() == [3]
+    assert int(table["kept"].sum()) == records.read(tmp_path)[0]["samples_backward"]
+
+
 def _browse(page, address, profile):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
@@ -223,8 +268,19 @@ def test_page_works_in_a_browser(tmp_path, pictures):
     page = gallery.write(log, gallery.Samples(labels, ["ant", "bee", "cow"], pictures=pictures), tmp_path / "page.html")
     dom = _browse(page, "", tmp_path / "profile")
     assert 'data-sheets="1"' in dom, "the sprite sheet did not decode"
-    assert dom.count('class="thumb t0"') == 48
-    assert "300 samples match" in dom
+    assert dom.count('class="thumb t0"') == 24, "eight of each class"
+    mean = log.table()["mean"]
+    for label, name in enumerate(("ant", "bee", "cow")):
+        of_class = re.search(rf"<h3>{name}<button>all 100</button></h3>(.*?)(<h3>|</div><button)", dom, re.DOTALL)
+        assert of_class is not None
+        members = torch.nonzero(labels == label).flatten()
+        hardest_ids = members[mean[members].argsort(descending=True)][:8]
+        assert [int(i) for i in re.findall(r'data-id="(\d+)"', of_class[1])] == hardest_ids.tolist()
+    wrong = int(((labels == 0) & (hard > 2.5)).sum())
+    assert f"<span>ant → bee</span><b>{wrong}<small> of {wrong}</small></b>" in dom
+    mixed = _browse(page, "#label=&sort=spread", tmp_path / "profile")
+    assert mixed.count('class="thumb t0"') == 48
+    assert "300 samples match" in mixed
     filtered = _browse(page, "#label=1&wrong=1", tmp_path / "profile")
     expected = int(((labels == 1) & (hard > 2.5)).sum())
     assert expected > 3
@@ -240,5 +296,5 @@ def test_rows_work_in_a_browser(tmp_path):
     rows = [{"text": f"sample {i}", "html": NASTY} for i in range(90)]
     page = gallery.write(log, gallery.Samples(labels, ["ant", "bee", "cow"], rows=rows), tmp_path / "page.html")
     dom = _browse(page, "", tmp_path / "profile")
-    assert dom.count("<article") == 48
+    assert dom.count("<article") == 24
     assert "&lt;/script&gt;&lt;b&gt;" in dom

@@ -5,7 +5,7 @@
   const col = Object.fromEntries(Object.entries(data.columns).map(([name, packed]) => [name, unpack(packed)]));
   const shown = unpack(data.shown);
   const slot = new Map(Array.from(shown, (sample, i) => [sample, i]));
-  const STEP = 48, UNKNOWN = 255;
+  const STEP = 48, EACH = 8, UNKNOWN = 255; // cards drawn at a time, cards of a class where every class is shown
   const by = id => document.getElementById(id);
   const make = (tag, css, text) => {
     const node = document.createElement(tag);
@@ -15,10 +15,12 @@
   };
   const name = c => data.classes[c] ?? String(c);
   const differs = i => col.predicted[i] >= 0 && col.predicted[i] !== col.label[i];
-  const state = {label: "", predicted: "", sort: "mean", wrong: false, always: false};
+  const START = {label: "each", predicted: "", sort: "mean", wrong: false, always: false};
+  const state = {...START};
+  const oneLabel = () => state.label !== "" && state.label !== "each";
 
   function matches(i) {
-    return (state.label === "" || col.label[i] === +state.label)
+    return (!oneLabel() || col.label[i] === +state.label)
       && (state.predicted === "" || col.predicted[i] === +state.predicted)
       && (!state.wrong || differs(i)) && (!state.always || col.keep[i] === 200);
   }
@@ -47,22 +49,38 @@
     }
     node.append(make("div", "", name(col.label[i])));
     if (col.predicted[i] >= 0) {
-      const sure = col.confidence[i] === UNKNOWN ? "" : " " + Math.round(col.confidence[i] / 2) + " %";
-      node.append(make("div", "said" + (differs(i) ? " wrong" : ""), "→ " + name(col.predicted[i]) + sure));
+      const said = make("div", "pair said" + (differs(i) ? " wrong" : ""));
+      said.append(make("span", "", "→ " + name(col.predicted[i])));
+      if (col.confidence[i] !== UNKNOWN) said.append(make("i", "", Math.round(col.confidence[i] / 2) + " %"));
+      said.title = name(col.predicted[i]);
+      node.append(said);
     }
-    const rate = make("div", "rate"), bar = make("i");
+    const rate = make("div", "pair"), track = make("span", "rate"), bar = make("b");
     bar.style.width = col.keep[i] / 2 + "%";
-    rate.append(bar);
+    track.append(bar);
+    rate.append(track, make("i", "", Math.round(col.keep[i] / 2) + " %"));
     rate.title = "kept " + col.keep[i] / 2 + " % of " + col.seen[i] + " times";
     node.append(rate, make("small", "", "#" + col.id[i] + " · loss " + col.mean[i].toPrecision(2)));
     node.dataset.id = col.id[i];
     return node;
   }
 
-  let found = [], drawn = 0;
+  let found = [], drawn = 0, matching = new Map();
   function more() {
-    by("cards").append(...found.slice(drawn, drawn += STEP).map(i => card(i, data.thumb ? 96 : 0)));
+    for (const end = Math.min(found.length, drawn + STEP); drawn < end; drawn++) {
+      const i = found[drawn];
+      const first = drawn === 0 || col.label[found[drawn - 1]] !== col.label[i];
+      if (first && state.label === "each") by("cards").append(heading(col.label[i]));
+      by("cards").append(card(i, data.thumb ? 96 : 0));
+    }
     by("more").hidden = drawn >= found.length;
+  }
+
+  function heading(c) {
+    const node = make("h3", "", name(c)), all = make("button", "", "all " + matching.get(c).length);
+    all.addEventListener("click", () => { state.label = String(c); refresh(); });
+    node.append(all);
+    return node;
   }
 
   function refresh() {
@@ -70,14 +88,20 @@
     for (const id of ["wrong", "always"]) by(id).checked = state[id];
     const values = col[state.sort];
     found = Array.from(shown).filter(matches).sort((a, b) => values[b] - values[a] || col.mean[b] - col.mean[a]);
+    const looked = found.length;
+    if (state.label === "each") {
+      matching = new Map(Array.from(new Set(found.map(i => col.label[i]))).sort((a, b) => a - b).map(c => [c, []]));
+      for (const i of found) matching.get(col.label[i]).push(i);
+      found = [...matching.values()].flatMap(group => group.slice(0, EACH));
+    }
     drawn = 0;
     by("cards").replaceChildren();
     by("cards").className = data.rows ? "rows" : "";
     more();
     let all = 0;
     for (let i = 0; i < data.n; i++) all += matches(i);
-    by("count").textContent = all.toLocaleString() + " samples match, " + found.length.toLocaleString() + " of them to look at.";
-    const used = Object.entries(state).filter(([key, value]) => value && !(key === "sort" && value === "mean"));
+    by("count").textContent = all.toLocaleString() + " samples match, " + looked.toLocaleString() + " of them to look at.";
+    const used = Object.entries(state).filter(([key, value]) => value !== START[key]);
     history.replaceState(null, "", "#" + new URLSearchParams(used.map(([key, value]) => [key, value === true ? 1 : value])));
     paint();
   }
@@ -96,7 +120,7 @@
     canvas.height = height * ratio;
     const pen = canvas.getContext("2d"), ink = getComputedStyle(document.body).getPropertyValue("--ink-2");
     pen.scale(ratio, ratio);
-    const all = !state.wrong && !state.always && state.label === "" && state.predicted === "";
+    const all = !state.wrong && !state.always && !oneLabel() && state.predicted === "";
     for (const turn of all ? [1] : [0, 1])
       for (let i = data.n - 1; i >= 0; i--) {
         const match = all || matches(i);
@@ -143,13 +167,18 @@
   addEventListener("resize", paint);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 
+  // Pairs by how many of the samples to look at, the hard ones, they hold; beside it, of all samples.
   const counts = new Map();
   for (let i = 0; i < data.n; i++)
-    if (differs(i)) counts.set(col.label[i] + "," + col.predicted[i], 1 + (counts.get(col.label[i] + "," + col.predicted[i]) || 0));
-  const pairs = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 24);
-  for (const [pair, count] of pairs) {
-    const [label, predicted] = pair.split(","), button = make("button");
-    button.append(make("span", "", name(label) + " → " + name(predicted)), make("b", "", count.toLocaleString()));
+    if (differs(i)) {
+      const key = col.label[i] + "," + col.predicted[i], count = counts.get(key) || [0, 0];
+      counts.set(key, [count[0] + slot.has(i), count[1] + 1]);
+    }
+  const pairs = [...counts].sort(([, a], [, b]) => b[0] - a[0] || b[1] - a[1]).slice(0, 24);
+  for (const [pair, [hard, all]] of pairs) {
+    const [label, predicted] = pair.split(","), button = make("button"), tally = make("b", "", hard.toLocaleString());
+    tally.append(make("small", "", " of " + all.toLocaleString()));
+    button.append(make("span", "", name(label) + " → " + name(predicted)), tally);
     button.addEventListener("click", () => {
       Object.assign(state, {label, predicted, wrong: false});
       refresh();
@@ -161,11 +190,12 @@
 
   for (const id of ["label", "predicted", "sort"]) by(id).addEventListener("change", () => { state[id] = by(id).value; refresh(); });
   for (const id of ["wrong", "always"]) by(id).addEventListener("change", () => { state[id] = by(id).checked; refresh(); });
-  by("reset").addEventListener("click", () => { Object.assign(state, {label: "", predicted: "", sort: "mean", wrong: false, always: false}); refresh(); });
+  by("reset").addEventListener("click", () => { Object.assign(state, START); refresh(); });
   by("more").addEventListener("click", more);
   const read = () => {
     const given = new URLSearchParams(location.hash.slice(1));
-    for (const key of Object.keys(state)) if (given.has(key)) state[key] = typeof state[key] === "boolean" ? given.get(key) === "1" : given.get(key);
+    for (const [key, start] of Object.entries(START))
+      state[key] = !given.has(key) ? start : typeof start === "boolean" ? given.get(key) === "1" : given.get(key);
   };
   read();
   refresh();

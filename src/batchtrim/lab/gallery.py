@@ -238,7 +238,8 @@ def _body(log: KeepLog, samples: Samples, columns: dict[str, np.ndarray], shown:
             "</div>",
             "<section><h2>Hardest samples</h2>",
             f'<p class="note">The {shown:,} hardest by mean loss and most suspect, in every class. '
-            "The bar is the keep rate: how often a sample stayed in the batch when it was seen.</p>",
+            "Below each stand its label, what was predicted and how surely, and the keep rate: how often it stayed in "
+            "the batch when it was seen.</p>",
             _controls(samples.classes),
             '<p class="note" id="count" aria-live="polite"></p><div id="cards"></div>'
             '<button id="more" hidden>Show more</button></section>',
@@ -248,8 +249,8 @@ def _body(log: KeepLog, samples: Samples, columns: dict[str, np.ndarray], shown:
             "the keep rate, yellow for seldom kept to blue for always. The filters above dim the "
             "rest; point at a dot to see what it is.</p>",
             '<div class="card map"><canvas id="map"></canvas><div id="dot"></div></div></section>',
-            '<section><h2>Confused with</h2><p class="note">Label, and what was predicted instead when last seen; '
-            "press a pair to see its samples.</p>"
+            '<section><h2>Confused with</h2><p class="note">Label, and what was predicted instead when last seen: '
+            "how many of the hard samples above, of how many in all. Press a pair to see its samples.</p>"
             '<div id="pairs"></div></section>',
             _class_history(log, samples.classes),
             "<h2>Settings</h2>" + f'<div class="card">{html.definitions(dict(samples.facts))}</div>'
@@ -268,10 +269,11 @@ def _controls(classes: Sequence[str]) -> str:
         ("spread", "spread"),
         ("keep", "keep rate"),
     )
+    groups = '<option value="each">each class</option><option value="">all mixed</option>'
     sort = "".join(f'<option value="{name}">{text}</option>' for name, text in orders)
     return (
         '<div class="controls">'
-        f'<label>label <select id="label"><option value="">all</option>{options}</select></label>'
+        f'<label>label <select id="label">{groups}{options}</select></label>'
         f'<label>predicted <select id="predicted"><option value="">any</option>{options}</select></label>'
         f'<label>sort by <select id="sort">{sort}</select></label>'
         '<label><input type="checkbox" id="wrong"> label and prediction differ</label>'

@@ -358,10 +358,12 @@ def run(
     try:
         with torch.random.fork_rng(devices=[]):
             pictures = load_pictures(config, data_dir, cache_dir)
-            log = KeepLog(len(pictures.train_labels), classes=pictures.classes) if keep_log else None
+            several = Ranks.from_environment().world > 1
+            n, classes = len(pictures.train_labels), pictures.classes
+            log = KeepLog(n, classes=classes, distributed=several) if keep_log else None
             training = Training(config, pictures, log=log)
             status, error = _to_the_end(training, checkpoint, checkpoint_seconds, on_epoch)
-            if log is not None and keep_log is not None:
+            if log is not None and keep_log is not None and training.ranks.rank == 0:
                 keep_log.parent.mkdir(parents=True, exist_ok=True)
                 log.to_parquet(keep_log, label=pictures.train_labels.numpy())
     finally:

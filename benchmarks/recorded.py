@@ -1,0 +1,108 @@
+"""Runs whose every prediction is stored, so that scores and rules can be tried on them without training again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import batchtrim
+from batchtrim import Selection
+from batchtrim.lab import conditions, data, train
+from batchtrim.lab.config import RunConfig
+
+
+class Recorder(batchtrim.KeepLog):
+    """A keep log that also stores what it is given."""
+
+    def __init__(self, n: int, **options: Any) -> None:
+        super().__init__(n, warn=False, **options)
+        self.given: list[list[tuple[Tensor, ...]]] = [[]]
+
+    def record(self, ids: Tensor, losses: Tensor, selection: Selection, **more: Any) -> None:
+        """Store, and record."""
+        parts = (ids.int(), losses.detach(), selection.mask(), more["outputs"].detach())
+        self.given[-1].append(tuple(part.cpu().clone() for part in parts))
+        super().record(ids, losses, selection, **more)
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Close an epoch of both."""
+        self.given.append([])
+        return super().end_epoch()
+
+
+def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dict[str, np.ndarray]:
+    """What the log of a run is given: ids, losses and kept (E, n), outputs (E, n, C), in the order of training.
+
+    And labels (n,), whether each is wrong (n,), the trained network's probabilities (n, C) for the same samples, and
+    the training error of each epoch (E,). Where ``cache`` holds the run it is read from there.
+    """
+    config = config.resolved()
+    path = (
+        cache and cache / f"{hashlib.sha256(repr({**config.to_dict(), 'threads': None}).encode()).hexdigest()[:16]}.npz"
+    )
+    if path and path.exists():
+        with np.load(path) as found:
+            return dict(found)
+    pictures = train.load_pictures(config, data_dir)
+    log = Recorder(len(pictures.train_labels), classes=pictures.classes)
+    training = train.Training(config, pictures, log=log)
+    training.prepare()
+    errors = [training.train_epoch()["train_error"] for _ in range(training.epochs)]
+    epochs = [[torch.cat(parts).numpy() for parts in zip(*epoch, strict=True)] for epoch in log.given if epoch]
+    ids, losses, kept, outputs = (np.stack(parts) for parts in zip(*epochs, strict=True))
+    run = {
+        "ids": ids,
+        "losses": losses,
+        "kept": kept,
+        "outputs": outputs,
+        "labels": pictures.train_labels.numpy(),
+        "wrong": wrong_labels(config, data_dir).numpy(),
+        "probabilities": _probabilities(training).numpy(),
+        "errors": np.array(errors),
+    }
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **run)
+    return run
+
+
+def epochs(log: batchtrim.KeepLog, run: dict[str, np.ndarray], batch: int) -> Iterator[int]:
+    """Give ``log`` the batches of a recorded run; stops after every epoch, for the caller to close it."""
+    labels = torch.from_numpy(run["labels"])
+    for epoch in range(len(run["ids"])):
+        parts = [torch.from_numpy(run[name][epoch]).split(batch) for name in ("ids", "losses", "kept", "outputs")]
+        for ids, losses, kept, outputs in zip(*parts, strict=True):
+            choice = Selection(indices=torch.nonzero(kept).flatten(), size=len(kept), candidates=len(kept))
+            log.record(ids.long(), losses, choice, outputs=outputs, labels=labels[ids.long()])
+        yield epoch
+
+
+def wrong_labels(config: RunConfig, data_dir: str | None) -> Tensor:
+    """bool (n,): where the run's training label is not the data set's own."""
+    clean = data.load(config.dataset, data_dir)
+    # row numbers go through the run's conditions in the place of the pictures, so that each is found again
+    numbered = clean.with_train(torch.arange(len(clean.train_labels)), clean.train_labels)
+    noisy = conditions.apply(
+        numbered,
+        label_noise=config.label_noise,
+        imbalance=config.imbalance,
+        train_size=config.train_size,
+        seed=config.seed,
+        data_dir=data_dir,
+    )
+    return noisy.train_labels != clean.train_labels[noisy.train_images]
+
+
+@torch.inference_mode()
+def _probabilities(training: train.Training) -> Tensor:
+    """Of every class for every training picture (n, C), in evaluation mode, without augmentation."""
+    training.model.eval()
+    rows = torch.arange(len(training.labels), device=training.device).split(train.EVALUATION_BATCH)
+    batches = training._batches(training.pictures.train_images, "none", 0)
+    return torch.cat([training.model(batches(part)).float().softmax(1).cpu() for part in rows])

@@ -1,0 +1,91 @@
+"""Whether trimming trains ever more on wrong labels: what a keep log counts of each epoch, and the rule that reads it.
+
+Two signs are looked for. Random wrong labels are contradicted by the network's surest predictions; people's mistakes,
+made where a picture is hard to tell, rarely are. But both stay the hardest however often they are trained on, while on
+clean data training on the hardest samples makes others the hardest. The numbers below were chosen on runs with seeds 0
+and 1 and tried on others: ``benchmarks/noise_warning.py``.
+
+Legend: P entries of a log that are entered together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["NoiseAmplified"]
+
+# A prediction is confident if it is in the surest quarter. Relative, because a network that trains on the hardest
+# samples is unsure of everything. A label is in doubt where such a prediction contradicts it.
+CONFIDENT_PART = 0.25
+# The first sign: so large a part of the kept samples is in doubt, so many times what it was at its least.
+DOUBT_AT_LEAST, DOUBT_RISES = 0.05, 1.5
+DOUBT_SAMPLES = 20  # fewer than these in an epoch are no evidence
+# The second: of the hardest tenth of the epoch before so much more is the hardest again than of the easiest tenth is
+# the easiest again, over all epochs that kept less than STAY_BELOW; judged once no more than STAY_JUDGED is kept.
+EXTREME_PART = 0.1
+STAY_EXCESS = 0.115
+STAY_BELOW, STAY_JUDGED = 0.6, 0.4
+STAY_SAMPLES = 1500  # fewer than these and chance alone may do it
+HARD_KEPT = 0.8  # as many of the hardest must be kept: a rule that leaves them out, or draws, amplifies nothing
+
+
+class NoiseAmplified(UserWarning):
+    """The samples that are kept are more and more those whose labels look wrong."""
+
+
+def surest(confidence: Tensor, judged: Tensor) -> Tensor:
+    """bool (P,), True for the most confident part of the predictions there are; the cut is found on the device."""
+    values = torch.where(judged, confidence, -1.0)
+    last = (judged.sum() * CONFIDENT_PART).ceil().long().clamp(min=1) - 1
+    cut = torch.sort(values, descending=True).values.gather(0, last.view(1))
+    return judged & (values >= cut)
+
+
+def stays(before: Tensor, now: Tensor, compared: Tensor, kept: Tensor) -> Tensor:
+    """int64 (6,): of losses ``before`` and ``now`` (P,), how many were the hardest, and are again; the same for the
+    easiest; how many are the hardest, and are kept. ``compared``: bool (P,), which have both."""  # fmt: skip
+    count = compared.sum()
+    k = (count * EXTREME_PART).ceil().long().clamp(min=1)
+    hard, easy = [], []
+    for losses in (before, now):
+        rising = torch.sort(torch.where(compared, losses, torch.inf)).values
+        hard.append(compared & (losses >= rising.gather(0, (count - k).clamp(min=0).view(1))))
+        easy.append(compared & (losses <= rising.gather(0, (k - 1).view(1))))
+    parts = [hard[0], hard[0] & hard[1], easy[0], easy[0] & easy[1], hard[1], hard[1] & kept]
+    return torch.stack([part.sum() for part in parts])
+
+
+def doubt_rises(history: Sequence[dict[str, Any]]) -> bool:
+    """Whether more and more of the kept samples is in doubt; ``history`` is a log's, the last epoch the question.
+
+    On clean data the doubtful part of the kept samples falls as the network learns; with random wrong labels it falls
+    first and then rises while keep falls.
+    """
+    if not _falls(history):
+        return False
+    line = history[-1]
+    least = min(each["doubt_kept"] for each in history[:-1] if each["doubt_kept"] is not None)
+    enough = line["doubt_kept"] * line["kept"] >= DOUBT_SAMPLES
+    return enough and line["doubt_kept"] >= max(DOUBT_AT_LEAST, DOUBT_RISES * least)
+
+
+def hardest_stay(history: Sequence[dict[str, Any]]) -> bool:
+    """Whether the hardest samples stay the hardest more than the easiest stay the easiest, as keep falls."""
+    if not _falls(history) or history[-1]["keep"] > STAY_JUDGED:
+        return False
+    lines = [line for line in history if line["keep"] < STAY_BELOW and line.get("compared")]
+    samples = sum(line["compared"] for line in lines)
+    if samples < STAY_SAMPLES or min(line["hard_kept"] for line in lines) < HARD_KEPT:
+        return False
+    excess = sum(line["compared"] * (line["stay_hard"] - line["stay_easy"]) for line in lines)
+    return excess >= STAY_EXCESS * samples
+
+
+def _falls(history: Sequence[dict[str, Any]]) -> bool:
+    """Whether less is kept than before, with predictions and labels to judge by."""
+    before = [line["keep"] for line in history[:-1] if line["doubt_kept"] is not None]
+    return bool(before) and history[-1]["doubt_kept"] is not None and history[-1]["keep"] < max(before)
