@@ -50,8 +50,8 @@ def main(epochs: int = 20) -> float:
         print(f"{select}: test accuracy {reached[-1]:.3f}, wrong labels {part:.0%} of the kept, {WRONG:.0%} of all")
         for warning in caught:
             print(f"  {warning.category.__name__}: {warning.message}")
-        # A label's score is its keep rate times its mean loss, and between() seldom keeps what it is to leave out: look for
-        # wrong labels in the run that keeps the hardest.
+        # A label's score is its keep rate times its mean loss, and between() seldom keeps what it is to leave out:
+        # look for wrong labels in the run that keeps the hardest.
         ids, _ = batchtrim.suspects(log, top=int(wrong.sum()))
         print(f"  of the {len(ids)} most suspect labels {wrong[ids].float().mean():.0%} are wrong")
     return reached[1] - reached[0]
