@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from batchtrim.lab import charts, report, stats, words
+from batchtrim.lab import charts, comparison, report, words
 
 NASTY = '<script>alert("x")</script>&\'|'
 VOID = {"meta", "link", "br", "wbr", "img", "input"}
@@ -98,7 +98,7 @@ def test_markdown_and_csv_hold_the_numbers(rows, tmp_path):
 
 
 def test_json_is_plain_and_complete(rows):
-    found = json.loads(json.dumps(report.to_json(stats.summarize(rows)), allow_nan=False))
+    found = json.loads(json.dumps(report.to_json(comparison.summarize(rows)), allow_nan=False))
     trim = found["groups"][0]["methods"][1]
     assert trim["label"] == "trim"
     assert trim["paired"]["moments"]["mean"] == pytest.approx(-0.0096)
@@ -108,7 +108,7 @@ def test_json_is_plain_and_complete(rows):
 
 def test_console_table_names_findings_and_losses(rows):
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.console_table(stats.summarize(rows)))
+    console.print(report.console_table(comparison.summarize(rows)))
     text = console.export_text()
     assert "trim: lower error by 0.96 points" in text
     assert "4/5" in text
@@ -135,7 +135,7 @@ def test_degenerate_records_make_a_page_without_warnings(make_row, tmp_path, err
     ]
     page = _Page(report.write_report(rows, tmp_path).read_text(encoding="utf-8"))
     assert not re.search(r"\bnan\b|\binf\b", page.text)
-    Console(file=io.StringIO()).print(report.console_table(stats.summarize(rows)))
+    Console(file=io.StringIO()).print(report.console_table(comparison.summarize(rows)))
 
 
 def test_rows_without_curves_make_a_page(make_row, tmp_path):
@@ -149,7 +149,7 @@ def test_command_runs_the_same_settings_again(rows):
 
     from batchtrim.lab import cli
 
-    said = words.command(stats.summarize(rows).groups[0])
+    said = words.command(comparison.summarize(rows).groups[0])
     command = typer.main.get_command(cli.app)
     name, *rest = said.split()[1:]
     given = command.commands[name].make_context("compare", rest).params  # type: ignore[attr-defined]

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import check_choice, check_positive, describe
-from batchtrim.lab import records, report, stats, words
-from batchtrim.lab.stats import Arm, Group, Moments
+from batchtrim.lab import comparison, records, report, stats, words
+from batchtrim.lab.comparison import Arm, Group
+from batchtrim.lab.stats import Moments
 
 __all__ = ["Claim", "Finding", "Record", "page", "read"]
 
@@ -99,7 +100,7 @@ def read(folder: str | Path) -> Record:
     """
     folder = Path(folder)
     title, note, effect, claims = _load(folder / "claims.toml")
-    groups = stats.summarize(records.read(folder)).groups
+    groups = comparison.summarize(records.read(folder)).groups
     findings = [found for group in groups for found in _judge_group(claims, group, effect)]
     for claim in claims:
         if not any(found.claim == claim for found in findings):

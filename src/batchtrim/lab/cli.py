@@ -366,12 +366,12 @@ def _report(
     rows: list[dict[str, Any]], out: Path, baseline: str, as_json: bool, methods: Iterable[str] | None = None
 ) -> None:
     """Print the table, or the numbers as JSON, and write the report."""
-    from batchtrim.lab import report, stats
+    from batchtrim.lab import comparison, report
 
     methods = list(methods or (row["config"]["method"] for row in rows))
     if baseline not in methods and baseline == "full":
         baseline = methods[0]
-    summary = stats.summarize(rows, baseline=baseline)
+    summary = comparison.summarize(rows, baseline=baseline)
     page = report.write_report(rows, out, baseline)
     if as_json:
         typer.echo(json.dumps(report.to_json(summary)))

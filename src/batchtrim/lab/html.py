@@ -14,7 +14,8 @@ import numpy as np
 
 from batchtrim.lab import charts, words
 from batchtrim.lab.charts import Series, esc, style_class
-from batchtrim.lab.stats import Arm, Group, Summary, View, points
+from batchtrim.lab.comparison import Arm, Group, Summary, View
+from batchtrim.lab.stats import points
 
 MOST_BANDS = 4  # methods; bands of more than these cover one another
 OPEN_GROUPS = 3  # more groups than this start folded

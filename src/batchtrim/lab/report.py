@@ -1,6 +1,6 @@
 """A comparison as something to show: one self-contained HTML page, Markdown and CSV beside it, a table for the console.
 
-The numbers come from :mod:`batchtrim.lab.stats`; this file only words them. The page is put together in
+The numbers come from :mod:`batchtrim.lab.comparison`; this file only words them. The page is put together in
 :mod:`batchtrim.lab.html`.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchtrim.lab import html, words
-from batchtrim.lab.stats import Arm, Group, Row, Summary, View, summarize
+from batchtrim.lab.comparison import Arm, Group, Row, Summary, View, summarize
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

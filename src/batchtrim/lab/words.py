@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from batchtrim.lab.stats import Arm, Group, Paired, Summary, points
+from batchtrim.lab.comparison import Arm, Group, Paired, Summary
+from batchtrim.lab.stats import points
 
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
