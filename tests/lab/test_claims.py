@@ -31,8 +31,9 @@ def write(folder: Path, errors: dict[str, Sequence[float]], text: str = CLAIMS, 
     for name, values in errors.items():
         method, _, engine = name.partition("/")
         for seed, value in enumerate(values):
+            key = hashlib.sha256(f"{name}{seed}{config}".encode()).hexdigest()[:12]
             run = {
-                "schema": 1, "key": hashlib.sha256(f"{name}{seed}{config}".encode()).hexdigest()[:12], "status": "finished", "test_error": value / 100,
+                "schema": 1, "key": key, "status": "finished", "test_error": value / 100,
                 "config": {"dataset": "d", "method": method, "seed": seed, "engine": engine or "exact", **config},
                 "seconds": 1.0, "seconds_eval": 0.1, "samples_forward": 10, "samples_backward": 10, "steps": 1,
             }  # fmt: skip

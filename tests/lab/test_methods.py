@@ -15,7 +15,8 @@ import torch
 import batchtrim
 from batchtrim.lab import train
 from batchtrim.lab.config import RunConfig
-from batchtrim.lab.methods import METHODS, InfoBatch, Setting, find_method, make_schedule
+from batchtrim.lab.methods import METHODS, find_method, make_schedule
+from batchtrim.lab.rules import InfoBatch, Setting
 
 ISSUE = {
     "full", "trim", "random", "ordered_sgd", "superquantile", "ohem", "selective_backprop", "selective_backprop_topk",
