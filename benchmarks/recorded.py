@@ -66,7 +66,7 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
     }
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **run)
+        np.savez(path, **run)  # type: ignore[arg-type]
     return run
 
 
