@@ -43,9 +43,7 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
     the training error of each epoch (E,). Where ``cache`` holds the run it is read from there.
     """
     config = config.resolved()
-    path = (
-        cache and cache / f"{hashlib.sha256(repr({**config.to_dict(), 'threads': None}).encode()).hexdigest()[:16]}.npz"
-    )
+    path = cache and stored(config, cache)
     if path and path.exists():
         with np.load(path) as found:
             return dict(found)
@@ -68,8 +66,14 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
     }
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **run)
+        np.savez(path, **run)  # type: ignore[arg-type]
     return run
+
+
+def stored(config: RunConfig, cache: Path) -> Path:
+    """The file that holds the run, if it was done."""
+    settings = repr({**config.resolved().to_dict(), "threads": None})
+    return cache / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.npz"
 
 
 def epochs(log: batchtrim.KeepLog, run: dict[str, np.ndarray], batch: int) -> Iterator[int]:

@@ -51,7 +51,8 @@ class KeepLog:
         classes: C, for the keep rate of each class over time; needs ``labels`` with every batch.
         distributed: gather what all ranks record, so that each rank holds the whole log. Every rank must then record
             the same number of batches, as under DDP, and call :meth:`end_epoch` together.
-        warn: warn when trimming amplifies label noise (:class:`NoiseAmplified`); needs ``outputs`` and ``labels``.
+        warn: warn when trimming seems to amplify label noise (:class:`NoiseAmplified`; ``batchtrim/noise.py`` has the
+            two signs); needs ``outputs`` and ``labels``.
 
     Example:
         >>> log = KeepLog(4)

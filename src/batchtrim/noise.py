@@ -77,12 +77,20 @@ def hardest_stay(history: Sequence[dict[str, Any]]) -> bool:
     """Whether the hardest samples stay the hardest more than the easiest stay the easiest, as keep falls."""
     if not _falls(history) or history[-1]["keep"] > STAY_JUDGED:
         return False
+    samples, excess = stay_excess(history)
+    return samples >= STAY_SAMPLES and excess >= STAY_EXCESS
+
+
+def stay_excess(history: Sequence[dict[str, Any]]) -> tuple[int, float]:
+    """By how much the part of the hardest that stay exceeds that of the easiest, over the epochs that kept little.
+
+    And over how many samples; none where a rule leaves the hardest out.
+    """
     lines = [line for line in history if line["keep"] < STAY_BELOW and line.get("compared")]
     samples = sum(line["compared"] for line in lines)
-    if samples < STAY_SAMPLES or min(line["hard_kept"] for line in lines) < HARD_KEPT:
-        return False
-    excess = sum(line["compared"] * (line["stay_hard"] - line["stay_easy"]) for line in lines)
-    return excess >= STAY_EXCESS * samples
+    if not samples or min(line["hard_kept"] for line in lines) < HARD_KEPT:
+        return 0, 0.0
+    return samples, sum(line["compared"] * (line["stay_hard"] - line["stay_easy"]) for line in lines) / samples
 
 
 def _falls(history: Sequence[dict[str, Any]]) -> bool:
