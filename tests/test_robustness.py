@@ -49,6 +49,13 @@ def test_a_state_that_is_not_one_leaves_the_trimmer_as_it_was(name: str, value: 
     assert trim.stats.compute() == before
 
 
+def test_a_step_that_is_refused_is_no_step() -> None:
+    trim = Trimmer(linear(1.0, 0.5), total=2)
+    with pytest.raises(ValueError, match="expected `accuracy` in"):
+        trim.step(accuracy=2.0)
+    assert (trim.steps, trim.keep) == (0, 1.0)
+
+
 def test_a_state_of_another_rule_is_refused() -> None:
     plain, drawing = Trimmer(0.5), Trimmer(0.5, select=percentile())
     for trim, other in ((plain, drawing), (drawing, plain)):
@@ -80,6 +87,13 @@ def test_suspects_of_losses_that_are_not_finite_have_scores() -> None:
     ids, scores = suspects(log)
     assert sorted(ids.tolist()) == [0, 1, 2, 3]
     assert bool(((scores >= 0) & (scores <= 1)).all())
+
+
+@pytest.mark.parametrize("value", [None, 5, 0.1, ["none"]])
+def test_label_noise_that_is_no_text(value: Any) -> None:
+    conditions = pytest.importorskip("batchtrim.lab.conditions")
+    with pytest.raises(ValueError, match="expected `label_noise` to be none"):
+        conditions.parse_label_noise(value)
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "other"])

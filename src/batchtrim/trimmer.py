@@ -188,11 +188,12 @@ class Trimmer:
         Args:
             n: by how many. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
         """
-        self._steps += check_count("n", n, minimum=0)
+        n = check_count("n", n, minimum=0)
         if accuracy is not None:
             self._accuracy = check_progress("accuracy", accuracy)
         elif self._reads_accuracy:
             raise ValueError("expected `accuracy`, which drives this schedule, got None. Call step(accuracy=...).")
+        self._steps += n
         self._set_keep()
 
     @property
