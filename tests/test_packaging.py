@@ -98,10 +98,11 @@ def test_the_source_distribution_builds_the_same_wheel(built: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_the_wheel_works_in_an_environment_of_its_own(built: Path, tmp_path: Path) -> None:
     """A fresh environment with the wheel; torch and pytest are this one's, by a .pth file that comes after it."""
-    venv.create(tmp_path / "venv", with_pip=True)
+    venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     wheel = only(built, "*.whl")
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=tmp_path).strip())
     here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (site / "torch-and-pytest.pth").write_text("\n".join(here) + "\n")
