@@ -9,7 +9,14 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow test-all check docs bench constraints clean
+OLDEST := .venv-oldest
+OLD_WARNINGS := -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::PendingDeprecationWarning
+# What the licence of anything that batchtrim needs may be; GPL in any form may not be part of one.
+LICENCES := MIT;BSD;Apache;ISC;Python Software Foundation;PSF;Mozilla;MPL
+# Core tests: what needs torch and numpy alone
+CORE := tests/test_*.py tests/engine/test_*.py tests/distributed/test_scope.py src/batchtrim/*.py src/batchtrim/engine/*.py
+
+.PHONY: demo test test-slow test-all check licences audit matrix fuzz docs bench constraints clean
 
 demo: $(VENV)/.lab  ## train full and trim on handwritten digits, 5 seeds each, and write a report under runs/
 	$(BIN)/batchtrim demo $(ARGS)
@@ -27,6 +34,25 @@ check: $(VENV)/.dev  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+licences: $(VENV)/.dev  ## the licences of all that the package and its extras need
+	$(BIN)/pip-licenses --from=mixed --partial-match --allow-only="$(LICENCES)" \
+	  --packages $$($(BIN)/python .ci/runtime.py) > /dev/null
+	$(BIN)/pip-licenses --from=mixed --partial-match --fail-on="GPL;General Public" --format=plain \
+	  --packages $$($(BIN)/python .ci/runtime.py)
+
+audit: $(VENV)/.dev  ## known vulnerabilities of the pinned versions; asks an advisory service, so it needs a network
+	$(PIP) pip-audit
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
+matrix: test  ## the core tests once more, with the oldest versions that pyproject.toml allows (downloads gigabytes)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $$($(BIN)/python .ci/oldest.py)
+	# warnings of old libraries about new ones say nothing about batchtrim
+	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -n 2 -m "not slow" $(OLD_WARNINGS) $(CORE) tests/lab
+
+fuzz: $(VENV)/.dev  ## look for inputs that break out of the documented errors, for about 20 minutes
+	BATCHTRIM_FUZZ=$${BATCHTRIM_FUZZ:-4000} $(BIN)/python -m pytest -n 2 --timeout 3600 tests/fuzz
+
 docs: $(VENV)/.docs  ## the documentation site, into site/
 	$(BIN)/mkdocs build --strict --quiet
 
@@ -34,11 +60,12 @@ bench: $(VENV)/.dev  ## every number the documentation states about cost; run it
 	$(BIN)/python -m benchmarks $(ARGS)
 
 constraints: $(VENV)/.dev $(VENV)/.docs  ## write what is installed now into constraints.txt
+	$(PIP) pip-audit
 	{ head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' | sort -f; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -52,9 +79,10 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lab
-	$(PIP) -e '.[all]' hypothesis 'pyright[nodejs]' pytest pytest-timeout pytest-xdist ruff cleanlab
+	$(PIP) -e '.[all]' build hatchling hypothesis ipykernel nbclient pip-licenses 'pyright[nodejs]' pytest pytest-timeout \
+	  pytest-xdist ruff cleanlab
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.dev
-	$(PIP) mkdocs-material 'mkdocstrings[python]' nbclient ipykernel
+	$(PIP) mkdocs-material 'mkdocstrings[python]'
 	@touch $@

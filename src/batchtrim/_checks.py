@@ -33,7 +33,10 @@ def is_number(value: object) -> bool:
 def check_number(name: str, value: Any, hint: str = "") -> float:
     if not is_number(value):
         raise TypeError(f"expected `{name}` to be a number, got {describe(value)}.{_space(hint)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"expected `{name}` below 1e308, got an integer beyond it.{_space(hint)}") from None
 
 
 def check_keep(name: str, value: Any) -> float:
@@ -72,6 +75,8 @@ def check_count(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
         raise TypeError(f"expected `{name}` to be an int, got {describe(value)}.{_space(hint)}")
     if value < minimum:
         raise ValueError(f"expected `{name}` to be at least {minimum}, got {value}.{_space(hint)}")
+    if value >= 2**63:
+        raise ValueError(f"expected `{name}` to fit in 64 bits, got {describe(value)}.{_space(hint)}")
     return value
 
 
@@ -126,6 +131,14 @@ def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None 
         )
     if dtype is not None and value.dtype != dtype:
         raise TypeError(f"expected `{name}` to have dtype {dtype}, got {value.dtype}.")
+
+
+def check_state(state: Any, names: Iterable[str], what: str) -> None:
+    """A state to go on from: a dict that holds at least these entries."""
+    missing = [name for name in names if not isinstance(state, dict) or name not in state]
+    if missing:
+        got = f"one without '{missing[0]}'" if isinstance(state, dict) else describe(state)
+        raise ValueError(f"expected the state of {what}, got {got}. It was saved by something else, or is damaged.")
 
 
 def import_extra(module: str, extra: str, wanted_by: str) -> ModuleType:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from batchtrim import noise
-from batchtrim._checks import check_count, check_losses, describe, import_extra
+from batchtrim._checks import check_count, check_like, check_losses, check_state, describe, import_extra
 from batchtrim.noise import NoiseAmplified
 from batchtrim.selection import Selection
 
@@ -101,6 +101,12 @@ class KeepLog:
                     f"expected `{name}` to be integers of shape {tuple(losses.shape)}, one per sample, "
                     f"got {describe(value)}."
                 )
+        if mask is not None:
+            check_like("mask", mask, losses, torch.bool)
+        if outputs is not None:
+            check_losses(outputs, "outputs", allow_empty=True)
+            if outputs.ndim != 2 or outputs.shape[0] != len(losses) or not outputs.shape[1]:
+                raise ValueError(f"expected `outputs` to have shape ({len(losses)}, C), got {tuple(outputs.shape)}.")
         device = losses.device
         rows = ids.to(device, torch.int64, copy=True)
         if rows.is_cpu:  # elsewhere looking would stall the device: end_epoch looks
@@ -226,10 +232,14 @@ class KeepLog:
         Raises:
             ValueError: the state is of a log with another n or other classes, or of another version.
         """
+        check_state(state, ("version",), "a KeepLog")
         if state["version"] != _STATE_VERSION:
             raise ValueError(
                 f"expected `state` of version {_STATE_VERSION}, got {state['version']}. Another batchtrim saved it."
             )
+        names = ("n", "classes", "steps", "columns", "pending", "epoch", "history", "warned")
+        check_state(state, names, "a KeepLog")
+        check_state(state["columns"], _COLUMNS, "a KeepLog's columns")
         for name in ("n", "classes"):
             if state[name] != getattr(self, name):
                 raise ValueError(
@@ -260,20 +270,29 @@ class KeepLog:
 
     @classmethod
     def from_parquet(cls, path: str | Path) -> KeepLog:
-        """Read what :meth:`to_parquet` wrote, all but the added columns."""
+        """Read what :meth:`to_parquet` wrote, all but the added columns.
+
+        Raises:
+            ValueError: the file is of another kind, or damaged. InstallExtra: pyarrow is missing.
+        """
         parquet = import_extra("pyarrow.parquet", "lab", "KeepLog.from_parquet")
-        found = parquet.read_table(path)
-        metadata = found.schema.metadata or {}
-        if b"batchtrim" not in metadata:
-            raise ValueError(f"expected a file that KeepLog.to_parquet wrote, got {str(path)!r}.")
-        known = json.loads(metadata[b"batchtrim"])
-        log = cls(found.num_rows, classes=known["classes"])
-        log.steps, log.history = known["steps"], known["history"]
-        table = {name: torch.from_numpy(found[name].to_numpy().copy()) for name in found.column_names if name in _READ}
-        table["m2"] = torch.nan_to_num(table.pop("variance") * table["seen"])
-        table["mean"] = torch.where(table["seen"] > 0, table["mean"], 0.0)
-        for name, (dtype, _) in _COLUMNS.items():
-            log._columns[name][: log.n] = table[name].to(dtype)
+        try:
+            found = parquet.read_table(path)
+            known = json.loads(found.schema.metadata[b"batchtrim"])
+            log = cls(found.num_rows, classes=known["classes"])
+            log.steps = check_count("steps", known["steps"], minimum=0)
+            log.history = [dict(line) for line in known["history"]]
+            table = {name: torch.from_numpy(found[name].to_numpy().copy()) for name in _READ}
+            table["m2"] = torch.nan_to_num(table.pop("variance") * table["seen"])
+            table["mean"] = torch.where(table["seen"] > 0, table["mean"], 0.0)
+            for name, (dtype, _) in _COLUMNS.items():
+                log._columns[name][: log.n] = table[name].to(dtype)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # what a damaged file raises depends on where it is damaged
+            raise ValueError(
+                f"expected a file that KeepLog.to_parquet wrote, got {str(path)!r} ({type(error).__name__}: {error})."
+            ) from error
         return log
 
     def __repr__(self) -> str:
@@ -466,6 +485,7 @@ def _combine(mine: dict[str, Tensor], count: Tensor, mean: Tensor, m2: Tensor) -
 
 def _ranks(values: Tensor) -> Tensor:
     """Each value's rank in [0, 1], ties at their mean rank; NaN ranks highest."""
+    values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     ordered = torch.sort(values).values
     low = torch.searchsorted(ordered, values)
     high = torch.searchsorted(ordered, values, right=True) - 1

@@ -176,6 +176,7 @@ def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:
         tensor([0.])
     """
     check_losses(losses, allow_empty=True)
+    tau = tau if isinstance(tau, Tensor) else check_number("tau", tau)
     check_positive("lam", lam)
     with torch.no_grad():
         ratio = ((losses.double() - tau) / lam).clamp(min=-2.0 / torch.e) / 2.0

@@ -177,6 +177,9 @@ class join(Schedule):
     _edges: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("schedules", "at"):
+            if not isinstance(getattr(self, name), Sequence):
+                raise TypeError(f"expected `{name}` to be a list, got {describe(getattr(self, name))}.")
         schedules = tuple(as_schedule(schedule, "schedules") for schedule in self.schedules)
         at = tuple(check_progress("at", place) for place in self.at)
         if len(schedules) < 2 or len(at) != len(schedules) - 1:

@@ -318,7 +318,9 @@ class percentile_topk:
             return Selection(torch.arange(n, device=losses.device), n, n)
         order = torch.argsort(losses, stable=True).cpu()
         chance = torch.empty(n, dtype=torch.float64)
-        chance[order] = ((torch.arange(n, dtype=torch.float64) + 0.5) / n) ** (1.0 / keep - 1.0)
+        # over the hardest one's, in logarithms: a small keep makes a power that is 0 for all
+        rank = torch.arange(n, dtype=torch.float64) + 0.5
+        chance[order] = torch.exp(min(1.0 / keep - 1.0, 1e300) * torch.log(rank / (n - 0.5)))
         drawn = torch.multinomial(chance, k, replacement=False, generator=generator)
         return Selection(drawn.to(losses.device), n, n)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchtrim._checks import check_count, check_state, describe
 from batchtrim.selection import Selection
 
 __all__ = ["KeepStats"]
@@ -74,10 +75,19 @@ class KeepStats:
         return {**self._counts, "sums": None if self._sums is None else self._sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError, TypeError: the state is of another kind.
+        """
+        check_state(state, (*self._counts, "sums"), "KeepStats")
+        counts = {name: check_count(f"state['{name}']", state[name], minimum=0) for name in self._counts}
+        sums = state["sums"]
+        if sums is not None and not (isinstance(sums, Tensor) and sums.shape == (3,)):
+            raise ValueError(f"expected `state['sums']` to be a tensor of shape (3,), got {describe(sums)}.")
         self.reset()
-        self._counts = {name: int(state[name]) for name in self._counts}
-        self._sums = None if state["sums"] is None else state["sums"].clone()
+        self._counts = counts
+        self._sums = None if sums is None else sums.clone()
 
     def _flush(self) -> None:
         if not self._pending:

@@ -16,6 +16,7 @@ from batchtrim._checks import (
     check_losses,
     check_progress,
     check_schedule_output,
+    check_state,
     describe,
 )
 from batchtrim.distributed import select_over_ranks, world_size
@@ -187,11 +188,12 @@ class Trimmer:
         Args:
             n: by how many. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
         """
-        self._steps += check_count("n", n, minimum=0)
+        n = check_count("n", n, minimum=0)
         if accuracy is not None:
             self._accuracy = check_progress("accuracy", accuracy)
         elif self._reads_accuracy:
             raise ValueError("expected `accuracy`, which drives this schedule, got None. Call step(accuracy=...).")
+        self._steps += n
         self._set_keep()
 
     @property
@@ -233,11 +235,13 @@ class Trimmer:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: the state is of a trimmer with another ``total``, so progress would jump.
+            ValueError, TypeError: the state is of a trimmer with another ``total``, so that progress would jump, or of
+                something else. The trimmer is then as before.
         """
-        if state.get("version") != _STATE_VERSION:
+        check_state(state, ("version", "steps", "total", "accuracy", "generator", "stats"), "a Trimmer")
+        if state["version"] != _STATE_VERSION:
             raise ValueError(
-                f"expected `state` of version {_STATE_VERSION}, got {describe(state.get('version'))}. "
+                f"expected `state` of version {_STATE_VERSION}, got {describe(state['version'])}. "
                 "It was saved by something else, or by another release of batchtrim."
             )
         if state["total"] != self.total:
@@ -245,14 +249,24 @@ class Trimmer:
                 f"expected `state` of a trimmer with total={self.total}, got total={state['total']}. Progress would "
                 "jump: make the trimmer with the saved total, or a fresh one and step() it to where it should start."
             )
+        steps = check_count("state['steps']", state["steps"], minimum=0)
+        accuracy = check_progress("state['accuracy']", state["accuracy"])
+        drawn = state["generator"]
+        if not (
+            isinstance(drawn, Tensor) and drawn.dtype == torch.uint8 and drawn.shape == self.generator.get_state().shape
+        ):
+            raise ValueError(f"expected `state['generator']` to be a torch.Generator's state, got {describe(drawn)}.")
+        if ("rule" in state) != hasattr(self.rule, "state_dict"):
+            raise ValueError(
+                f"expected `state` of a trimmer with {self.rule!r}, got one of a trimmer with another rule."
+            )
+        self.stats.load_state_dict(state["stats"])
         if "rule" in state:
             self.rule.load_state_dict(state["rule"])  # type: ignore[attr-defined]
         if self.log is not None and "log" in state:
             self.log.load_state_dict(state["log"])
-        self._steps = int(state["steps"])
-        self._accuracy = float(state["accuracy"])
-        self.generator.set_state(state["generator"].cpu())
-        self.stats.load_state_dict(state["stats"])
+        self._steps, self._accuracy = steps, accuracy
+        self.generator.set_state(drawn.cpu())
         self._set_keep()
 
     def __repr__(self) -> str:

@@ -35,7 +35,7 @@ def mistake(*words: str) -> str:
     assert done.exit_code == 2, done.output
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    return done.stderr
+    return done.stderr.lstrip("\n")  # older releases of rich end an empty display with a newline
 
 
 def test_compare_writes_table_report_and_records(tmp_path: Path) -> None:

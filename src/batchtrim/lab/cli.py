@@ -7,11 +7,12 @@ together from it.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -233,7 +234,9 @@ def show_command(
     def work() -> None:
         from batchtrim.lab import gallery
 
-        typer.echo(f"gallery: {gallery.build(run, out, key=key, data_dir=data_dir)}")
+        with _fitting("the records and the keep log"):
+            page = gallery.build(run, out, key=key, data_dir=data_dir)
+        typer.echo(f"gallery: {page}")
 
     _guard(work, debug)
 
@@ -369,10 +372,11 @@ def _report(
     from batchtrim.lab import comparison, report
 
     methods = list(methods or (row["config"]["method"] for row in rows))
-    if baseline not in methods and baseline == "full":
+    if baseline not in methods and baseline == "full" and methods:
         baseline = methods[0]
-    summary = comparison.summarize(rows, baseline=baseline)
-    page = report.write_report(rows, out, baseline)
+    with _fitting("the records"):
+        summary = comparison.summarize(rows, baseline=baseline)
+        page = report.write_report(rows, out, baseline)
     if as_json:
         typer.echo(json.dumps(report.to_json(summary)))
         return
@@ -380,6 +384,18 @@ def _report(
 
     Console().print(report.console_table(summary))
     typer.echo(f"report: {page}")
+
+
+@contextlib.contextmanager
+def _fitting(what: str) -> Iterator[None]:
+    """Files that another program wrote or a person changed may lack a field, or hold a word where a number belongs."""
+    try:
+        yield
+    except (LookupError, AttributeError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"expected {what} to be as batchtrim writes them, got {type(error).__name__}: {error}. "
+            "Was a file changed by hand, or made by another release? --debug shows where."
+        ) from error
 
 
 def _guard(work: Callable[[], None], debug: bool) -> None:

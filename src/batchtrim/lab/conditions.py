@@ -27,7 +27,7 @@ CIFAR10_CONFUSED = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
 
 def parse_label_noise(text: str) -> tuple[str, str]:
     """Split ``none``, ``symmetric:RATE``, ``asymmetric:RATE`` or ``human:WHICH`` into kind and value, checked."""
-    kind, _, value = text.partition(":")
+    kind, _, value = text.partition(":") if isinstance(text, str) else ("", "", "")
     if kind == "none" and not value:
         return kind, value
     if kind in ("symmetric", "asymmetric"):

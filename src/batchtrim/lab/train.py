@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import platform
 import subprocess
 import time
@@ -28,6 +27,7 @@ from torch import Generator, Tensor, nn
 
 import batchtrim
 from batchtrim import KeepLog
+from batchtrim.lab import checkpoint as checkpoints
 from batchtrim.lab import conditions, data, models
 from batchtrim.lab.augment import Batches
 from batchtrim.lab.config import RunConfig
@@ -401,7 +401,7 @@ def environment(config: RunConfig) -> dict[str, Any]:
 def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_epoch: OnEpoch | None) -> tuple[str, str]:
     """Train what is left; returns the status and, if it diverged, the reason."""
     if checkpoint and checkpoint.exists():
-        training.load_state_dict(torch.load(checkpoint, map_location=training.device, weights_only=True))
+        checkpoints.load(training, checkpoint, training.device)
     else:
         training.prepare()
     saved = time.monotonic()
@@ -413,17 +413,9 @@ def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_ep
         if on_epoch:
             on_epoch({**point, "epochs": training.epochs})
         if checkpoint and training.ranks.rank == 0 and time.monotonic() - saved >= every:
-            save_checkpoint(training.state_dict(), checkpoint)
+            checkpoints.save(training.state_dict(), checkpoint)
             saved = time.monotonic()
     return "finished", ""
-
-
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write beside it and rename: a checkpoint is the old one or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
 
 
 @functools.lru_cache(maxsize=2)

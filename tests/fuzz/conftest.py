@@ -1,0 +1,15 @@
+"""How long to look: 60 examples a test by default, as many as BATCHTRIM_FUZZ says otherwise."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "fuzz",
+    max_examples=int(os.environ.get("BATCHTRIM_FUZZ", "60")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+    print_blob=True,
+)

@@ -1,0 +1,126 @@
+"""What fuzzing found (tests/fuzz): each input that once broke out of the documented errors, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import batchtrim
+from batchtrim import KeepLog, Trimmer, hardest, join, linear, percentile, percentile_topk, suspects
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: linear(HUGE), "expected `start` below 1e308"),
+        (lambda: Trimmer(total=HUGE), "expected `total` to fit in 64 bits"),
+        (lambda: KeepLog(HUGE), "expected `n` to fit in 64 bits"),
+        (lambda: join(0.5, [0.5]), "expected `schedules` to be a list, got 0.5"),  # type: ignore[arg-type]
+        (lambda: join([0.5, 0.4], at=0.5), "expected `at` to be a list, got 0.5"),  # type: ignore[arg-type]
+        (lambda: batchtrim.superloss(torch.rand(2), tau=None), "expected `tau` to be a number"),  # type: ignore[arg-type]
+    ],
+)
+def test_numbers_and_lists(make: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_a_tiny_keep_draws_the_hardest() -> None:
+    losses = torch.tensor([1.0, 3.0, 2.0])
+    assert percentile_topk()(losses, 5e-324, torch.Generator().manual_seed(0)).indices.tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [{}, -1, float("nan"), float("inf"), "2", None])
+@pytest.mark.parametrize("name", ["version", "steps", "total", "accuracy", "generator", "stats"])
+def test_a_state_that_is_not_one_leaves_the_trimmer_as_it_was(name: str, value: Any) -> None:
+    trim = Trimmer(total=5)
+    trim.step(2)
+    trim(torch.tensor([1.0, 2.0]))
+    before = trim.stats.compute()
+    for state in ({**trim.state_dict(), name: value}, {k: v for k, v in trim.state_dict().items() if k != name}):
+        with pytest.raises((ValueError, TypeError), match=r"^expected "):
+            trim.load_state_dict(state)
+    assert trim.steps == 2
+    assert trim.stats.compute() == before
+
+
+def test_a_step_that_is_refused_is_no_step() -> None:
+    trim = Trimmer(linear(1.0, 0.5), total=2)
+    with pytest.raises(ValueError, match="expected `accuracy` in"):
+        trim.step(accuracy=2.0)
+    assert (trim.steps, trim.keep) == (0, 1.0)
+
+
+def test_a_state_of_another_rule_is_refused() -> None:
+    plain, drawing = Trimmer(0.5), Trimmer(0.5, select=percentile())
+    for trim, other in ((plain, drawing), (drawing, plain)):
+        with pytest.raises(ValueError, match="got one of a trimmer with another rule"):
+            trim.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mask": torch.ones(3, dtype=torch.int64)}, "expected `mask` to have dtype torch.bool"),
+        ({"mask": torch.ones(2, dtype=torch.bool)}, r"expected `mask` to have the shape of `losses`, \(3,\)"),
+        ({"outputs": torch.rand(3)}, r"expected `outputs` to have shape \(3, C\), got \(3,\)"),
+        ({"outputs": torch.rand(2, 4)}, r"expected `outputs` to have shape \(3, C\), got \(2, 4\)"),
+        ({"outputs": torch.rand(3, 0)}, r"expected `outputs` to have shape \(3, C\), got \(3, 0\)"),
+        ({"outputs": torch.ones(3, 2, dtype=torch.int64)}, "expected `outputs` to be floating point"),
+    ],
+)
+def test_a_keep_log_checks_what_travels_beside_the_losses(given: dict[str, Any], message: str) -> None:
+    losses = torch.rand(3)
+    with pytest.raises((ValueError, TypeError), match=message):
+        KeepLog(3).record(torch.arange(3), losses, hardest()(losses, 0.5), **given)
+
+
+def test_suspects_of_losses_that_are_not_finite_have_scores() -> None:
+    log = KeepLog(4)
+    losses = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0])
+    log.record(torch.arange(4), losses, hardest()(losses, 0.5))
+    ids, scores = suspects(log)
+    assert sorted(ids.tolist()) == [0, 1, 2, 3]
+    assert bool(((scores >= 0) & (scores <= 1)).all())
+
+
+@pytest.mark.parametrize("value", [None, 5, 0.1, ["none"]])
+def test_label_noise_that_is_no_text(value: Any) -> None:
+    conditions = pytest.importorskip("batchtrim.lab.conditions")
+    with pytest.raises(ValueError, match="expected `label_noise` to be none"):
+        conditions.parse_label_noise(value)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "other"])
+def test_a_keep_log_that_is_none(tmp_path: Path, damage: str) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "log.parquet"
+    KeepLog(3).to_parquet(path)
+    if damage == "other":
+        parquet.write_table(parquet.read_table(path).select(["id"]), path)
+    else:
+        path.write_bytes(b"no parquet" if damage == "text" else path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"expected a file that KeepLog.to_parquet wrote, got '.*log.parquet'"):
+        KeepLog.from_parquet(path)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no checkpoint", "cut", "other"])
+def test_a_checkpoint_that_is_none_is_named(tmp_path: Path, damage: Any) -> None:
+    checkpoint = pytest.importorskip("batchtrim.lab.checkpoint")
+    path = tmp_path / "abc.pt"
+    trim = Trimmer(total=3)
+    checkpoint.save({"model": torch.rand(9)} if damage == "other" else trim.state_dict(), path)
+    if damage != "other":
+        path.write_bytes(path.read_bytes()[:200] if damage == "cut" else damage)
+
+    class Run:
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            torch.nn.Linear(2, 2).load_state_dict(state["model"])
+
+    with pytest.raises(OSError, match=r"expected a checkpoint of this run in .*abc.pt, got a file that does not fit"):
+        checkpoint.load(Run(), path, torch.device("cpu"))
