@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 
-def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, limit: float = 120.0) -> list[str]:
+def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, limit: float = 240.0) -> list[str]:
     """Run ``script RANK RANKS STORE *arguments`` once a rank; fail with its output where one fails or does not end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     store = folder / f"store{ranks}{''.join(arguments)[-20:].replace('/', '_')}"

@@ -128,7 +128,34 @@ def test_everything_kept_is_the_plain_mean() -> None:
         torch.testing.assert_close(gradient(model), gradient(whole))
 
 
-def test_only_the_two_names() -> None:
+@pytest.mark.parametrize("over", ["window", "micro"])
+@pytest.mark.parametrize("engine", ["exact", "two_pass", "shared"])
+def test_under_autocast_and_a_scaler(engine: str, over: str) -> None:
+    """What a first pass without a graph casts is not what the second one trains: autocast may not hand it on."""
+    whole, model = mlp(), mlp()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [F.cross_entropy(whole(x), y, reduction="none") for x, y in window()]
+        if over == "window":
+            expected = torch.cat(parts).topk(4).values.mean()
+        else:
+            expected = sum(  # type: ignore[assignment]
+                len(part) / 11 * part.topk(batchtrim.keep_count(KEEP, len(part))).values.mean() for part in parts
+            )
+    expected.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(KEEP), engine)
+    with torch.autocast("cpu", torch.bfloat16):
+        for loss in batchtrim.accumulate(step, window(), over):
+            scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(gradient(model), gradient(whole), rtol=2e-2, atol=2e-3)
+
+
+def test_only_the_two_names_and_no_empty_window() -> None:
     step = batchtrim.TrimmedForward(mlp(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5))
+    for over in ("window", "micro"):
+        with pytest.raises(ValueError, match="expected `batches` to hold at least one micro-batch, got none"):
+            next(batchtrim.accumulate(step, [], over))
     with pytest.raises(ValueError, match="expected `over` to be one of 'window', 'micro', got 'batch'"):
         next(batchtrim.accumulate(step, window(), "batch"))

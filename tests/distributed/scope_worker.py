@@ -233,6 +233,21 @@ def disagreements(me: Rank) -> None:
     batchtrim.Trimmer(lambda progress: 1.0 - progress / 2, total=3, scope="global")(losses)
 
 
+def another_number_of_micro_batches(me: Rank) -> None:
+    """Each by itself, in step with those of the other ranks: as many of them everywhere, empty ones among them."""
+    step = batchtrim.TrimmedForward(new_model(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5, scope="global"), "exact")
+    x, y = batch_of((4, 4, 4))[me.rank]
+    with pytest.raises(RanksDisagree, match=r"same number of micro-batches on every rank, got \[2, 1"):
+        next(batchtrim.accumulate(step, [(x[:2], y[:2]), (x[2:], y[2:])][: 1 if me.rank else 2], "micro"))
+    sizes = [len(x), 0] if me.rank == 0 else [1, 3]
+    for over in ("micro", "window"):
+        total = sum(
+            me.mean(loss)
+            for loss in batchtrim.accumulate(step, list(zip(x.split(sizes), y.split(sizes), strict=True)), over)
+        )
+        assert total > 0.0
+
+
 def compiled(me: Rank) -> None:
     """In a compiled function the choice is a graph break, and nothing else changes."""
     eager, traced = (batchtrim.Trimmer(batchtrim.linear(), total=4, scope="global") for _ in range(2))
@@ -255,6 +270,16 @@ def absent(me: Rank) -> None:
             batchtrim.Trimmer(0.5, scope="global", process_group=group)(torch.rand(4))
 
 
+def elsewhere(me: Rank, group: dist.ProcessGroup) -> None:
+    """A rank in another collective gets an error at its time limit; when it ends, so does the one that waits."""
+    if me.rank == 0:
+        with pytest.raises(RanksDisagree, match="no fitting answer"):
+            batchtrim.Trimmer(0.5, scope="global", process_group=group)(torch.rand(4))
+    else:
+        with pytest.raises(RuntimeError):
+            dist.barrier(group)
+
+
 def main(rank: int, ranks: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -275,10 +300,13 @@ def main(rank: int, ranks: int, store: str) -> None:
     subgroup(me)
     engines(me)
     disagreements(me)
+    another_number_of_micro_batches(me)
     if ranks > 2:
         compiled(me)  # takes longer than all of the above
+    later = dist.new_group(timeout=timedelta(seconds=2))
     dist.barrier()
     absent(me)
+    elsewhere(me, later)
 
 
 if __name__ == "__main__":

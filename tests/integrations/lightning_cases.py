@@ -81,18 +81,19 @@ def trainer(folder: Path, callback: TrimmingCallback, **options: Any) -> pl.Trai
     return pl.Trainer(callbacks=[callback], **{**defaults, **options})
 
 
-def on_a_rank(rank: int, ranks: int, folder: Path) -> None:
-    """Global selection under DDP. The sampler deals rows out in turn: a step sees as many successive rows in all."""
-    module = Module()
-    callback = TrimmingCallback(0.3, scope="global", select=batchtrim.hardest())
+def on_a_rank(rank: int, ranks: int, folder: Path, scope: str, engine: str | None) -> None:
+    """Under DDP. The sampler deals rows out in turn: a step sees as many successive rows in all."""
+    module = Module(engine)
+    callback = TrimmingCallback(0.3, scope=scope, select=batchtrim.hardest())
     fit = trainer(folder, callback, strategy="ddp", devices=ranks, max_epochs=2, use_distributed_sampler=False)
     fit.fit(module, DataLoader(data(), BATCH // ranks, sampler=DistributedSampler(data(), ranks, rank, shuffle=False)))
     torch.save(
         {"weights": module.model.state_dict(), "logged": {k: float(v) for k, v in fit.callback_metrics.items()}},
-        folder / f"rank{rank}.pt",
+        folder / f"{scope}_{engine}_{rank}.pt",
     )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    on_a_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4]))
+    for each_scope, each_engine in (("global", None), ("global", "two_pass"), ("local", None)):
+        on_a_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4]), each_scope, each_engine)

@@ -39,17 +39,19 @@ def assert_same(first: nn.Module, second: nn.Module, exactly: bool = True) -> No
         assert torch.equal(tensor, other) if exactly else torch.allclose(tensor, other, rtol=1e-5, atol=1e-7), name
 
 
-def by_hand(keeps: list[float], accumulation: int = 1) -> nn.Module:
-    """Plain SGD on the means of the largest losses."""
+def by_hand(keeps: list[float], accumulation: int = 1, parts: int = 1, bf16: bool = False) -> nn.Module:
+    """Plain SGD on the means of the largest losses; of each rank's part, dealt out in turn, where there are several."""
     model = new_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     xs, ys = data().tensors
     for step, keep in enumerate(keeps):
         rows = torch.arange(BATCH) + step * BATCH
         rows %= SAMPLES
-        losses = F.cross_entropy(model(xs[rows]), ys[rows], reduction="none")
-        k = batchtrim.keep_count(keep, BATCH)
-        (losses.topk(k).values.mean() / accumulation).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses = F.cross_entropy(model(xs[rows]), ys[rows], reduction="none")
+        k = batchtrim.keep_count(keep, BATCH // parts)
+        kept = torch.stack([losses[part::parts].topk(k).values.mean() for part in range(parts)])
+        (kept.mean() / accumulation).backward()
         if (step + 1) % accumulation == 0:
             optimizer.step()
             optimizer.zero_grad()
@@ -89,6 +91,24 @@ def test_bf16(precision: Any, tmp_path: Path) -> None:
     fit.fit(module, loader())
     assert fit.callback_metrics["trim/kept"] == 2
     assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
+    if precision == "bf16-mixed":
+        assert_same(module.model, by_hand([0.25] * 4, bf16=True), exactly=False)
+
+
+def test_a_window_by_manual_optimization(tmp_path: Path) -> None:
+    class Manual(Module):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, index: int) -> None:
+            x, y = batch
+            for loss in batchtrim.accumulate(self.step, list(zip(x.split(4), y.split(4), strict=True))):
+                self.manual_backward(loss)
+            self.optimizers().step()  # type: ignore[union-attr]
+            self.optimizers().zero_grad()  # type: ignore[union-attr]
+
+    module = Manual("exact")
+    trainer(tmp_path, TrimmingCallback(clock="step"), max_epochs=1).fit(module, loader())
+    assert_same(module.model, by_hand([1.0, 0.733333, 0.466667, 0.2]), exactly=False)
 
 
 def test_logs(tmp_path: Path) -> None:
@@ -171,10 +191,11 @@ def test_several_losses_of_a_sample(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_train_as_one_on_the_joined_batch(tmp_path: Path) -> None:
     run_ranks(HERE / "lightning_cases.py", 2, tmp_path, str(tmp_path))
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    expected = by_hand([0.3] * 8).state_dict()
-    for rank in ranks:
-        for name, tensor in expected.items():
-            torch.testing.assert_close(rank["weights"][name], tensor, rtol=1e-5, atol=1e-6)
-        assert rank["logged"]["trim/kept"] == 2, "of the joined batch of 8"
-    assert ranks[0]["logged"] == ranks[1]["logged"]
+    for case, kept, parts in (("global_None", 2, 1), ("global_two_pass", 2, 1), ("local_None", 1, 2)):
+        ranks = [torch.load(tmp_path / f"{case}_{rank}.pt", weights_only=True) for rank in range(2)]
+        expected = by_hand([0.3] * 8, parts=parts).state_dict()
+        for rank in ranks:
+            for name, tensor in expected.items():
+                torch.testing.assert_close(rank["weights"][name], tensor, rtol=1e-5, atol=1e-6)
+            assert rank["logged"]["trim/kept"] == kept, "of the joined batch of 8, or of 4 each"
+        assert ranks[0]["logged"] == ranks[1]["logged"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 
-from hf_cases import CASES, Recording, arguments, check, data, new_model
+from hf_cases import CASES, Gradient, Recording, arguments, check, data, new_model
 from transformers import Trainer, TrainerCallback
 
 import batchtrim
@@ -143,6 +143,37 @@ def test_resuming_equals_an_uninterrupted_run(over: str, tmp_path: Path) -> None
     assert whole.trim is not None
     assert resumed.trim is not None
     assert torch.equal(whole.trim.generator.get_state(), resumed.trim.generator.get_state())
+
+
+def test_a_window_without_labels_changes_nothing(tmp_path: Path) -> None:
+    """Nothing to choose from is a loss of 0, not of 0 / 0."""
+    rows = data("token", 4)
+    for row in rows:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    args = arguments(str(tmp_path), learning_rate=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    for unit, over in (("sample", "micro"), ("element", "window")):
+        trainer = TrimmedTrainer(
+            model=new_model("token"), args=args, train_dataset=rows, keep=0.5, over=over, trim_options={"unit": unit}
+        )
+        trainer.train()
+        for name, tensor in new_model("token").state_dict().items():
+            assert torch.equal(trainer.model.state_dict()[name], tensor), name  # type: ignore[union-attr]
+
+
+def test_bf16(tmp_path: Path) -> None:
+    """Autocast in the scoring pass as in training: near the gradient in fp32, at accumulation 2."""
+    found = []
+    for bf16 in (False, True):
+        gradient = Gradient()
+        args = arguments(str(tmp_path), bf16=bf16, gradient_accumulation_steps=2)
+        model, rows = new_model("causal"), data("causal", 10)
+        TrimmedTrainer(
+            model=model, args=args, train_dataset=rows, keep=0.9, over="window", callbacks=[gradient]
+        ).train()
+        found.append(gradient.value)
+    assert not torch.equal(*found)
+    assert F.cosine_similarity(*found, dim=0) > 0.999
+    torch.testing.assert_close(found[1].norm(), found[0].norm(), rtol=0.02, atol=0.0)
 
 
 def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:

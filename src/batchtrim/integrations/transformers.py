@@ -176,6 +176,7 @@ class _StateKeeper(TrainerCallback):
         total = total_of(trainer.clock, None if endless else state.num_train_epochs, state.max_steps)
         trainer.trim = build(trainer.keep, total, trainer.trim_options)
         trainer._window, trainer._batches, trainer._shares = [], [], []
+        trainer.accelerator.gradient_accumulation_steps = 1  # transformers 5.3 has it divide what is divided already
         if trainer._checkpoint is None:
             return
         path = self._path(trainer._checkpoint)
