@@ -30,6 +30,7 @@ FETCHED = re.compile(
 )
 PUBLIC = (
     "batchtrim",
+    "batchtrim.compat",
     "batchtrim.errors",
     "batchtrim.testing",
     "batchtrim.integrations",

@@ -101,7 +101,7 @@ class Live(Quiet):
 @contextlib.contextmanager
 def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
     """Write each epoch's numbers as TensorBoard events into ``folder``."""
-    import_extra("tensorboard", "lab", "--tensorboard")
+    import_extra("tensorboard", "tensorboard", "--tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder))
