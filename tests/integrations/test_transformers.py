@@ -16,7 +16,7 @@ from hf_cases import CASES, Gradient, Recording, arguments, check, data, new_mod
 from transformers import Trainer, TrainerCallback
 
 import batchtrim
-from batchtrim.integrations.labels import count_labels, per_sample_loss
+from batchtrim.integrations.labels import count_labels, per_sample_loss, shares
 from batchtrim.integrations.transformers import TrimmedTrainer
 from launch import run_ranks
 
@@ -147,6 +147,9 @@ def test_resuming_equals_an_uninterrupted_run(over: str, tmp_path: Path) -> None
 
 def test_a_window_without_labels_changes_nothing(tmp_path: Path) -> None:
     """Nothing to choose from is a loss of 0, not of 0 / 0."""
+    for over in ("micro", "window"):
+        weights = shares(torch.zeros(2, dtype=torch.int64), over, "local", True)
+        assert [weight.item() for weight in weights] == [0.0, 0.0]
     rows = data("token", 4)
     for row in rows:
         row["labels"] = torch.full_like(row["labels"], -100)
