@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+collect_ignore = ["typed_usage.py"]  # for the type checker: --doctest-modules would run it
+
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:

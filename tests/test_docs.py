@@ -118,18 +118,27 @@ def test_programs_are_told_from_fragments() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=title)
 def test_its_code_names_what_there_is(page: Path) -> None:
     text = page.read_text()
-    after = [re.sub(r"(?m)^-.*\n|^[ +]", "", code) for code in blocks(text, "diff")]
-    for code in [*blocks(text, "python"), *after]:
+    for code in blocks(text, "python"):
         if "--8<--" in code:
             continue
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "batchtrim":
                 assert hasattr(batchtrim, node.attr), f"batchtrim.{node.attr}"
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "batchtrim":
-                module = node.module or ""
-                submodules = ROOT / "src" / module.replace(".", "/")
-                for each in node.names:
-                    assert (submodules / f"{each.name}.py").exists() or each.name in public_names(module), each.name
+                assert_importable(node.module or "", [each.name for each in node.names])
+    for code in blocks(text, "diff"):  # excerpts, which need not parse
+        lines = "\n".join(line[1:] for line in code.splitlines() if not line.startswith("-"))
+        for name in re.findall(r"(?<![\w.])batchtrim\.(\w+)(?! import)", re.sub(r"(?m)^ *(from|import) .*", "", lines)):
+            assert hasattr(batchtrim, name) or (ROOT / "src" / "batchtrim" / name).is_dir(), f"batchtrim.{name}"
+        for module, names in re.findall(r"(?m)^ *from (batchtrim[\w.]*) import ([\w, ]+)", lines):
+            assert_importable(module, [name.split(" as ")[0].strip() for name in names.split(",")])
+
+
+def assert_importable(module: str, names: list[str]) -> None:
+    """Each is a submodule or a public name of the module, which need not be importable here."""
+    submodules = ROOT / "src" / module.replace(".", "/")
+    for name in names:
+        assert (submodules / f"{name}.py").exists() or name in public_names(module), f"{module}.{name}"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if COMMAND.search(page.read_text())], ids=title)
