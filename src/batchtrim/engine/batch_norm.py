@@ -80,24 +80,47 @@ class _KeptRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, whole_mean, whole_inverse = ctx.saved_tensors
-        dims = [dim for dim in range(x.ndim) if dim != 1]
-        variance, mean = torch.var_mean(x.to(whole_mean.dtype), dims, correction=0)
-        inverse = torch.rsqrt(variance + ctx.eps)
-        ratio = whole_inverse / inverse
-        wanted = [ctx.needs_input_grad[0], True, True]
-        dx, along, constant = torch.ops.aten.native_batch_norm_backward(
-            gradients[0],
-            x,
-            ratio if weight is None else weight * ratio,
-            None,
-            None,
-            mean,
-            inverse,
-            True,
-            ctx.eps,
-            wanted,
-        )
-        d_weight = None
-        if weight is not None:  # from (x - mean) * inverse to (x - whole_mean) * whole_inverse
-            d_weight = ratio * along + (mean - whole_mean) * whole_inverse * constant
-        return dx, d_weight, constant if ctx.needs_input_grad[2] else None, None, None, None, None
+        rows = (x, gradients[0])
+        if x.dtype != whole_mean.dtype:  # half precision: sums of squares would not survive in it
+            rows = tuple(each.to(whole_mean.dtype) for each in rows)
+        x_rows, g_rows = (_rows(each, x) for each in rows)
+        n = x.numel() // x.shape[1]
+        mean, along, constant = _sums(x_rows) / n, _sums(g_rows, x_rows), _sums(g_rows)
+        variance = (_sums(x_rows, x_rows) / n - mean**2).clamp(min=0)
+        whole_mean, scale = whole_mean.double(), whole_inverse.double()
+        d_weight = None if weight is None else ((along - whole_mean * constant) * scale).to(weight.dtype)
+        if weight is not None:
+            scale = scale * weight
+        # dx = scale * g + by_x * x + rest, channel by channel: the formula above, its brackets multiplied out
+        by_x = -scale * (along - mean * constant) / (variance + ctx.eps) / n
+        rest = -scale * constant / n - by_x * mean
+        dx = None
+        if ctx.needs_input_grad[0]:
+            shape = [1, -1] + [1] * (x.ndim - 2)
+            per_channel = [each.to(rows[0].dtype).view(shape) for each in (scale, by_x, rest)]
+            dx = (rows[0] * per_channel[1]).add_(per_channel[2]).addcmul_(rows[1], per_channel[0]).to(x.dtype)
+        d_bias = constant.to(whole_inverse.dtype) if ctx.needs_input_grad[2] else None
+        return dx, d_weight, d_bias, None, None, None, None
+
+
+def _rows(tensor: Tensor, like: Tensor) -> Tensor:
+    """As a matrix whose columns are channels, or (k, channels, positions), as ``like`` lies in memory: no copy then."""
+    if like.ndim == 2 or like.is_contiguous():
+        return tensor.contiguous().flatten(2) if like.ndim > 2 else tensor
+    return tensor.movedim(1, -1).reshape(-1, like.shape[1])  # channels last
+
+
+def _sums(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """float64 (channels,): the sum of a, or of a * b, over everything else.
+
+    As matrix products, which are an order of magnitude faster on a CPU than a reduction over the outer dimensions.
+    """
+    if a.ndim == 2:
+        a = a if b is None else a * b
+        return (a.new_ones(1, a.shape[0]) @ a)[0].double()
+    if b is None:
+        return a.sum(2).double().sum(0)
+    k, channels, positions = a.shape
+    left, right = (each.reshape(k * channels, 1, positions) for each in (a, b))
+    products = torch.bmm(left, right.transpose(1, 2))  # transposed, not reshaped: several times faster
+    return products.view(k, channels).double().sum(0)
