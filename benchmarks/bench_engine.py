@@ -183,9 +183,9 @@ def _allocated_peak(step: Callable[[], Any]) -> float:
     return peak / 2**20
 
 
-def measure(name: str, keeps: tuple[float, ...], rounds: int) -> dict[str, Any]:
+def measure(name: str, keeps: tuple[float, ...], rounds: int, seed: int = 0) -> dict[str, Any]:
     build, inputs, allowance = CASES[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = build().train()
     warm_up(model, inputs, steps=60 if name == "resnet18-batch" else 5)
     x, y = inputs()
@@ -207,7 +207,7 @@ def measure(name: str, keeps: tuple[float, ...], rounds: int) -> dict[str, Any]:
             + " ".join(f"{engine} {value:.0f}" for engine, value in row["memory"].items()),
             flush=True,
         )
-    return {"model": name, "rows": rows}
+    return {"model": name, "seed": seed, "rows": rows}
 
 
 def whole_run(steps: int, names: tuple[str, ...], norm: str = "group") -> dict[str, Any]:
@@ -253,6 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", default=",".join(CASES), help="comma-separated, of: " + ", ".join(CASES))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="keep fractions")
     parser.add_argument("--rounds", type=int, default=15, help="paired rounds per keep fraction")
+    parser.add_argument("--seed", type=int, default=0, help="of the networks' weights and the batches")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run-steps", type=int, default=60, help="steps of the whole run; 0 leaves it out")
     parser.add_argument("--run-engines", default="exact,two_pass,shared,auto", help="engines of the whole runs")
@@ -260,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     keeps = tuple(float(keep) for keep in options.keeps.split(","))
-    results = [measure(name, keeps, options.rounds) for name in options.models.split(",") if name]
+    results = [measure(name, keeps, options.rounds, options.seed) for name in options.models.split(",") if name]
     engines = tuple(options.run_engines.split(","))
     runs = [whole_run(options.run_steps, engines, norm) for norm in ("group", "batch")] if options.run_steps else []
     near = near_one(options.rounds) if options.run_steps else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import zoo
@@ -60,6 +62,16 @@ def test_auto_takes_the_plain_graph_where_little_is_saved(monkeypatch: pytest.Mo
         step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(keep), "auto")
         step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
     assert rows == [12, 12, 6]
+
+
+@pytest.mark.parametrize(
+    ("norm", "engine"), [(nn.BatchNorm2d, "exact"), (lambda width: nn.GroupNorm(2, width), "shared")]
+)
+def test_auto_wants_more_dropped_under_batch_norm(norm: Any, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchtrim.engine.replay._SECONDS_PER_OPERATOR", 0.0)
+    step = batchtrim.TrimmedForward(zoo.Residual(norm).train(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.8), "auto")
+    step(zoo.images(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+    assert bool(step.engine.saving.plans) == (engine == "shared")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.engine.shared import SharedEngine, is_compiled
 from batchtrim.engine.two_pass import TwoPassEngine
@@ -18,6 +19,7 @@ __all__ = ["AutoEngine"]
 # Above these keep fractions the plain graph is at least as fast: (1 + 2q) / 3 and (1 + 3q) / 3 plus what the engine
 # itself costs reach 1. Measured by `make bench`.
 _SHARED_BELOW = 0.87
+_SHARED_BELOW_WITH_BATCH_NORM = 0.78  # its forward is slow in training mode, and saves nothing
 _TWO_PASS_BELOW = 0.6
 
 
@@ -36,7 +38,8 @@ class AutoEngine:
         self.trim = trim
         self.exact = ExactEngine(forward, trim)
         self.saving: SharedEngine | TwoPassEngine | None = None
-        self.below = _SHARED_BELOW
+        normed = has_batch_norm(list(forward.inner.modules()))
+        self.below = _SHARED_BELOW_WITH_BATCH_NORM if normed else _SHARED_BELOW
         try:
             self.saving = SharedEngine(forward, trim)
         except EngineRefused as refused:
