@@ -151,14 +151,14 @@ def page(folders: Sequence[str | Path]) -> str:
 
 def _findings_table(record: Record) -> list[str]:
     several = len(record.groups) > 1
-    heads = ["claim", *(["where"] if several else []), "seeds", "difference, points", "95 % interval", "p"]
-    heads += ["could have seen", "status"]
+    heads = ["status", "claim", *(["where"] if several else []), "seeds", "difference, points (95 % interval)", "p"]
+    heads += ["could have seen"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for found in record.findings:
-        cells = [_claim_words(found.claim), *([report.cell(found.group)] if several else [])]
-        cells += [str(found.difference.n), words.signed(found.difference.mean)]
-        cells += [words.signed_interval(found.difference.t), words.p_value(found.p)]
-        cells += [words.percent(found.detectable), f"**{found.status}**"]
+        cells = [f"**{found.status}**", _claim_words(found.claim), *([report.cell(found.group)] if several else [])]
+        cells += [str(found.difference.n)]
+        cells += [f"{words.signed(found.difference.mean)} ({words.signed_interval(found.difference.t)})"]
+        cells += [words.p_value(found.p), words.percent(found.detectable)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -347,12 +347,12 @@ def _view(name: str, arms: Sequence[Arm], reference: Arm | None) -> View:
 
 
 def _titles(settings: list[dict[str, Any]]) -> list[str]:
-    """Data set, model and optimizer, and whatever else differs between groups."""
+    """Data set, model and optimizer, and what else tells groups apart that have these in common."""
     named = ("dataset", "model", "optimizer")
-    varying = _varying(settings, exclude=named)
     titles = []
     for each in settings:
-        extra = [f"{name} {each[name]}" for name in varying if each.get(name) is not None]
+        alike = [other for other in settings if all(other.get(name) == each.get(name) for name in named)]
+        extra = [f"{name} {each[name]}" for name in _varying(alike, exclude=named) if each.get(name) is not None]
         titles.append(", ".join([*(str(each[name]) for name in named if name in each), *extra]))
     return titles
 
