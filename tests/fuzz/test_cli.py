@@ -132,8 +132,9 @@ def test_keep_logs(data: st.DataObject) -> None:
             table = table.drop_columns([name])
         else:
             kind = data.draw(st.sampled_from([pyarrow.string(), pyarrow.float64(), pyarrow.int8(), pyarrow.null()]))
-            column = pyarrow.nulls(len(table), kind) if data.draw(st.booleans()) else table[name].cast(kind, safe=False)
-            table = table.set_column(table.column_names.index(name), name, column) if kind != pyarrow.null() else table
+            empty = kind == pyarrow.null() or data.draw(st.booleans())
+            column = pyarrow.nulls(len(table), kind) if empty else table[name].cast(kind, safe=False)
+            table = table.set_column(table.column_names.index(name), name, column)
         parquet.write_table(table.replace_schema_metadata({"batchtrim": json.dumps(known)}), path)
         if not data.draw(st.integers(0, 3)):
             whole = bytearray(path.read_bytes())

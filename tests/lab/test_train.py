@@ -260,4 +260,4 @@ def test_two_processes_do_one_run(tmp_path: Path) -> None:
     assert full["curve"]["test_error"] == pytest.approx(alone["curve"]["test_error"], abs=0.02)
     assert full["samples_backward"] == 3 * 1201
     # 18 batches of 64, each process keeping round(0.2 * 32) = 6 of its half, and 49 in the last: 5 of 25, 5 of 24
-    assert trim["curve"]["keep"][-1] == pytest.approx((18 * 12 + 10) / 1201)
+    assert trim["curve"]["keep"][-1] == pytest.approx((18 * 12 + 10) / 1201, rel=1e-5)  # written to six figures

@@ -26,6 +26,8 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Facts:
+    """What is known of one operator."""
+
     kind: Kind
     writes: tuple[tuple[int, str], ...]  # position and name of the arguments it changes in place
     draws: bool  # tagged as drawing random numbers
