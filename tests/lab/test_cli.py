@@ -118,6 +118,21 @@ def test_report_reads_a_folder(tmp_path: Path) -> None:
     assert "got nothing there" in mistake("report", "nowhere")
 
 
+def test_claims_are_judged(tmp_path: Path) -> None:
+    batchtrim("compare", "--out", "records/here", *TINY, "-q")
+    assert "expected claims.toml beside runs.jsonl in or under records" in mistake("claims", "records")
+    claim = 'effect = 0.5\n[[claim]]\ntext = "It helps."\nmethod = "trim"\nagainst = "full"\nsays = "lower"\n'
+    (tmp_path / "records" / "here" / "claims.toml").write_text(claim)
+    done = batchtrim("claims", "records")
+    assert done.exit_code == 0, done.output
+    assert "| **not decidable** | It helps. `trim` against `full`: lower | 2 |" in done.stdout
+    assert batchtrim("claims", "records", "--out", "results.md").stdout == "results: results.md\n"
+    assert (tmp_path / "results.md").read_text() == done.stdout
+    rows = (tmp_path / "records" / "here" / "runs.jsonl").read_text()
+    (tmp_path / "records" / "here" / "runs.jsonl").write_text(rows.replace('"seconds":', '"second":'))
+    assert "expected the records to be as batchtrim writes them" in mistake("claims", "records")
+
+
 def test_methods_are_listed() -> None:
     done = batchtrim("methods")
     assert "trim: the hardest q of the batch" in done.stdout
@@ -176,7 +191,7 @@ def test_failed_runs_give_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the same command tries them again" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["compare", "sweep", "train", "demo", "report", "methods"])
+@pytest.mark.parametrize("command", ["compare", "sweep", "train", "demo", "report", "claims", "methods"])
 def test_help_has_a_line_for_every_option(command: str) -> None:
     done = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=120)
     assert done.exit_code == 0

@@ -206,7 +206,8 @@ def claims_command(
         found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not found:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
-        text = claims.page(found)
+        with _fitting("the records"):
+            text = claims.page(found)
         if out is None:
             typer.echo(text, nl=False)
         else:
