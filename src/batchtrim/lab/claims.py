@@ -18,14 +18,14 @@ settings but method and seed, paired by seed; p-values are Holm-corrected over t
 
 from __future__ import annotations
 
-import tomllib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import check_choice, check_positive, describe
-from batchtrim.lab import comparison, records, report, stats, words
+from batchtrim.lab import comparison, grid, records, report, stats, words
 from batchtrim.lab.comparison import Arm, Group
 from batchtrim.lab.stats import Moments
 
@@ -139,12 +139,13 @@ def page(folders: Sequence[str | Path]) -> str:
     lines = [_INTRODUCTION]
     for record in found:
         name = record.folder.name
+        topic = re.sub(r"^\d{4}-\d\d-\d\d-", "", name)  # a record is named by its date first
         lines += [f"## {record.title}", ""]
         matters = f"`records/{name}`; a difference of {stats.points(record.effect)} points matters here."
         lines += [f"{matters} {record.note}".rstrip()]
         lines += ["", *_findings_table(record), ""]
         for group in record.groups:
-            lines += [f"### {group.title} ({name[11:]})", "", *report.markdown_table(group, group.arms), ""]
+            lines += [f"### {group.title} ({topic})", "", *report.markdown_table(group, group.arms), ""]
         lines += [words.LEGEND, ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -171,10 +172,7 @@ def _claim_words(claim: Claim) -> str:
 
 
 def _load(path: Path) -> tuple[str, str, float, list[Claim]]:
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"expected {path} to be TOML, got a line that is not: {error}.") from error
+    values = grid.load_toml(path)
     effect = check_positive("effect", values.get("effect"), "The smallest difference of interest, in points.") / 100
     tables = values.get("claim")
     if not isinstance(tables, list) or not tables:
@@ -206,8 +204,9 @@ def _judge_group(claims: Sequence[Claim], group: Group, effect: float) -> list[F
             continue
         values = [mine.errors[seed] - other.errors[seed] for seed in mine.errors if seed in other.errors]
         spread = stats.moments(values)
-        seen = stats.detectable_effect(spread.n) * spread.std if spread.n >= stats.MIN_PAIRS and spread.std else None
-        found.append(Finding(claim, group.title, NOT_DECIDABLE, spread, stats.paired_t(values), seen))
+        found.append(
+            Finding(claim, group.title, NOT_DECIDABLE, spread, stats.paired_t(values), stats.detectable(spread))
+        )
     corrected = stats.holm([each.p for each in found])
     return [
         replace(each, p=p, status=judge(each.claim.says, each.difference, p, effect))

@@ -21,7 +21,7 @@ from batchtrim.lab.stats import (
     MIN_PAIRS,
     NO_SPREAD,
     Moments,
-    detectable_effect,
+    detectable,
     holm,
     moments,
     paired_t,
@@ -247,8 +247,7 @@ def _compare(arms: Sequence[Arm], reference: Arm | None) -> tuple[Arm, ...]:
     compared = {}
     for arm, seeds, values, p_t, p_holm in zip(others, shared, differences, raw, holm(raw), strict=True):
         spread = moments(values)
-        detectable = detectable_effect(spread.n) * spread.std if spread.n >= MIN_PAIRS and spread.std else None
-        paired = Paired(tuple(seeds), tuple(values), spread, p_t, wilcoxon(values), p_holm, detectable, "")
+        paired = Paired(tuple(seeds), tuple(values), spread, p_t, wilcoxon(values), p_holm, detectable(spread), "")
         compared[arm.label] = replace(paired, verdict=_verdict(arm, paired, reference))
     return tuple(replace(arm, paired=compared.get(arm.label)) for arm in arms)
 

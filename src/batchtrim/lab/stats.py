@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["Moments", "detectable_effect", "holm", "moments", "paired_t", "points", "wilcoxon"]
+__all__ = ["Moments", "detectable", "detectable_effect", "holm", "moments", "paired_t", "points", "wilcoxon"]
 
 ALPHA = 0.05
 POWER = 0.80
@@ -104,6 +104,13 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (p_values[i] or 0.0) * (len(order) - position)))
         corrected[i] = largest
     return corrected
+
+
+def detectable(differences: Moments) -> float | None:
+    """The smallest mean difference that so many pairs with this spread could have seen; None where that is unknown."""
+    if differences.n < MIN_PAIRS or not differences.std:
+        return None
+    return detectable_effect(differences.n) * differences.std
 
 
 @lru_cache(maxsize=1024)
