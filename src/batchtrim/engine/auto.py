@@ -38,8 +38,6 @@ class AutoEngine:
         self.trim = trim
         self.exact = ExactEngine(forward, trim)
         self.saving: SharedEngine | TwoPassEngine | None = None
-        normed = has_batch_norm(list(forward.inner.modules()))
-        self.below = _SHARED_BELOW_WITH_BATCH_NORM if normed else _SHARED_BELOW
         try:
             self.saving = SharedEngine(forward, trim)
         except EngineRefused as refused:
@@ -47,9 +45,7 @@ class AutoEngine:
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
         """One step; ``selection`` is given where the choice was made already."""
-        if self.saving is None or self.trim.keep > self.below:
-            return self.exact(x, y, selection)
-        if isinstance(self.saving, SharedEngine) and not self.saving.pays(x, y):
+        if self.saving is None or not self._pays(self.saving, x, y):
             return self.exact(x, y, selection)
         try:
             return self.saving(x, y, selection)
@@ -59,10 +55,16 @@ class AutoEngine:
         # Not while the error lives: it holds the model's frames, and older checkpointing undoes its hooks with them.
         return self.exact(x, y, selection)
 
+    def _pays(self, saving: SharedEngine | TwoPassEngine, x: Any, y: Any) -> bool:
+        if isinstance(saving, TwoPassEngine):
+            return self.trim.keep <= _TWO_PASS_BELOW
+        normed = has_batch_norm(saving.guard.modules)  # of those in training mode now
+        below = _SHARED_BELOW_WITH_BATCH_NORM if normed else _SHARED_BELOW
+        return self.trim.keep <= below and saving.pays(x, y)
+
     def _hand_on(self, forward: Forward, refused: EngineRefused) -> None:
         """The next engine, for good; one warning."""
         compiled = self.trim.unit == "sample" and any(is_compiled(module) for module in forward.model.modules())
         self.saving = TwoPassEngine(forward, self.trim) if compiled else None
-        self.below = _TWO_PASS_BELOW
         name = "two_pass" if compiled else "exact"
         warnings.warn(f"{refused}. Going on with engine={name!r}.", EngineFallback, stacklevel=4)

@@ -80,27 +80,34 @@ class _KeptRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, whole_mean, whole_inverse = ctx.saved_tensors
-        rows = (x, gradients[0])
-        if x.dtype != whole_mean.dtype:  # half precision: sums of squares would not survive in it
-            rows = tuple(each.to(whole_mean.dtype) for each in rows)
-        x_rows, g_rows = (_rows(each, x) for each in rows)
-        n = x.numel() // x.shape[1]
-        mean, along, constant = _sums(x_rows) / n, _sums(g_rows, x_rows), _sums(g_rows)
-        variance = (_sums(x_rows, x_rows) / n - mean**2).clamp(min=0)
-        whole_mean, scale = whole_mean.double(), whole_inverse.double()
-        d_weight = None if weight is None else ((along - whole_mean * constant) * scale).to(weight.dtype)
-        if weight is not None:
-            scale = scale * weight
-        # dx = scale * g + by_x * x + rest, channel by channel: the formula above, its brackets multiplied out
-        by_x = -scale * (along - mean * constant) / (variance + ctx.eps) / n
-        rest = -scale * constant / n - by_x * mean
-        dx = None
-        if ctx.needs_input_grad[0]:
-            shape = [1, -1] + [1] * (x.ndim - 2)
-            per_channel = [each.to(rows[0].dtype).view(shape) for each in (scale, by_x, rest)]
-            dx = (rows[0] * per_channel[1]).add_(per_channel[2]).addcmul_(rows[1], per_channel[0]).to(x.dtype)
-        d_bias = constant.to(whole_inverse.dtype) if ctx.needs_input_grad[2] else None
-        return dx, d_weight, d_bias, None, None, None, None
+        mean, deviation = _statistics(x, ctx.eps)
+        # torch's own backward, given the kept rows' statistics and a weight that turns its 1 / s into 1 / S
+        stretch = deviation * whole_inverse
+        dx, along, d_bias = torch.ops.aten.native_batch_norm_backward(
+            gradients[0],
+            x,
+            (stretch if weight is None else stretch * weight).to(whole_mean.dtype),
+            None,
+            None,
+            mean.to(whole_mean.dtype),
+            (1 / deviation).to(whole_mean.dtype),
+            True,
+            ctx.eps,
+            [ctx.needs_input_grad[0], weight is not None, weight is not None or ctx.needs_input_grad[2]],
+        )
+        d_weight = None
+        if weight is not None:  # the sum of g * (x - M) / S, from that of g * (x - m) / s
+            d_weight = (along * stretch + (mean - whole_mean) * whole_inverse * d_bias).to(weight.dtype)
+        d_bias = d_bias.to(whole_mean.dtype) if ctx.needs_input_grad[2] else None
+        return (dx if ctx.needs_input_grad[0] else None), d_weight, d_bias, None, None, None, None
+
+
+def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """float64 (channels,): mean and deviation of x."""
+    rows = _rows(x.to(torch.promote_types(x.dtype, torch.float32)), x)  # sums of squares would not survive in half
+    n = x.numel() // x.shape[1]
+    mean = _sums(rows) / n
+    return mean, (_sums(rows, rows) / n - mean**2).clamp(min=0).add(eps).sqrt()
 
 
 def _rows(tensor: Tensor, like: Tensor) -> Tensor:

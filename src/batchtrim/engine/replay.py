@@ -184,7 +184,7 @@ class Recorder(_Pass):
         if self.calibrating and func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         if known.kind is not Kind.RECURRENT:
-            kept = out.clone() if known.writes else out
+            kept = _copy_of_draw(func, out) if known.writes else out
             self._remember(func, list(kept) if isinstance(kept, (tuple, list)) else [kept], witness)
         return out
 
@@ -449,6 +449,11 @@ def _restored_generators(device: torch.device, generator: torch.Generator | None
         yield
     if generator is not None and own is not None:
         generator.set_state(own)
+
+
+def _copy_of_draw(func: Any, out: Tensor) -> Tensor:
+    """What was drawn in place, before the code that asked for it goes on to change it; coin tosses in a byte each."""
+    return out.to(torch.bool) if func._schema.name == "aten::bernoulli_" else out.clone()
 
 
 def _shapes(outs: list[Any]) -> tuple[Any, ...]:
