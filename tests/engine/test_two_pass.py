@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import zoo
@@ -11,6 +9,7 @@ from harness import BATCH, error, train
 from torch import nn
 
 import batchtrim
+from batchtrim.engine import replay
 from batchtrim.engine.two_pass import padded_rows
 
 CASES = {
@@ -55,6 +54,7 @@ def test_auto_takes_the_plain_graph_where_little_is_saved(monkeypatch: pytest.Mo
     assert plan.used == 0, "a network this small is faster on the plain graph"
     assert plan.flops == 2 * BATCH * (8 * 8 + 8 * 8 + 8 * 5)
     monkeypatch.setattr("batchtrim.engine.replay._SECONDS_PER_OPERATOR", 0.0)
+    monkeypatch.setattr("batchtrim.engine.replay._BYTES_PER_SECOND", {"cpu": 1e15})
     rows: list[int] = []
     model = zoo.Mlp(8)
     model[3].register_full_backward_hook(lambda _, __, grad: rows.append(grad[0].shape[0]))
@@ -64,14 +64,18 @@ def test_auto_takes_the_plain_graph_where_little_is_saved(monkeypatch: pytest.Mo
     assert rows == [12, 12, 6]
 
 
-@pytest.mark.parametrize(
-    ("norm", "engine"), [(nn.BatchNorm2d, "exact"), (lambda width: nn.GroupNorm(2, width), "shared")]
-)
-def test_auto_wants_more_dropped_under_batch_norm(norm: Any, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_counts_what_the_second_pass_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+    (plan,) = step.engine.plans.values()
+    assert plan.remembered == BATCH * (8 + 8 + 5) * 4
+    assert plan.written > plan.remembered / BATCH  # what is taken, and what is computed again
     monkeypatch.setattr("batchtrim.engine.replay._SECONDS_PER_OPERATOR", 0.0)
-    step = batchtrim.TrimmedForward(zoo.Residual(norm).train(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.8), "auto")
-    step(zoo.images(BATCH), torch.randint(0, 5, (BATCH,))).backward()
-    assert bool(step.engine.saving.plans) == (engine == "shared")
+    monkeypatch.setattr("batchtrim.engine.replay._BYTES_PER_SECOND", {"cpu": 1e9})
+    monkeypatch.setattr("batchtrim.engine.replay._FLOPS_PER_SECOND", {"cpu": 1e9})
+    plan = replay.Plan(flops=10**9, remembered=5 * 10**8, written=125e6, batch=8)  # 2 (1 - q) against 0.5 + q
+    assert plan.pays(0.49, "cpu")
+    assert not plan.pays(0.51, "cpu")
 
 
 @pytest.mark.parametrize(

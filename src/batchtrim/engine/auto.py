@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 from batchtrim.engine.batch import Forward, Step
-from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.engine.shared import SharedEngine, is_compiled
 from batchtrim.engine.two_pass import TwoPassEngine
@@ -16,17 +15,16 @@ from batchtrim.trimmer import Trimmer
 
 __all__ = ["AutoEngine"]
 
-# Above these keep fractions the plain graph is at least as fast: (1 + 2q) / 3 and (1 + 3q) / 3 plus what the engine
-# itself costs reach 1. Measured by `make bench`.
-_SHARED_BELOW = 0.87
-_SHARED_BELOW_WITH_BATCH_NORM = 0.78  # its forward is slow in training mode, and saves nothing
+# Above these keep fractions the plain graph is as fast, or too little slower to leave it: (1 + 2q) / 3 and (1 + 3q) / 3
+# plus what the engine itself costs. Measured by `make bench`.
+_SHARED_BELOW = 0.78
 _TWO_PASS_BELOW = 0.6
 
 
 class AutoEngine:
     """Shared where it pays and is right, two-pass for compiled models where it pays, exact otherwise.
 
-    What pays is decided by the keep fraction and by a count of operations, not by a clock, so that runs repeat.
+    What pays is decided by the keep fraction and a count of operations and bytes, not by a clock, so that runs repeat.
 
     A model whose samples interact (a contrastive loss, attention over the batch) goes to exact: dropping rows before
     the forward, as two-pass does, would change what it computes.
@@ -58,9 +56,7 @@ class AutoEngine:
     def _pays(self, saving: SharedEngine | TwoPassEngine, x: Any, y: Any) -> bool:
         if isinstance(saving, TwoPassEngine):
             return self.trim.keep <= _TWO_PASS_BELOW
-        normed = has_batch_norm(saving.guard.modules)  # of those in training mode now
-        below = _SHARED_BELOW_WITH_BATCH_NORM if normed else _SHARED_BELOW
-        return self.trim.keep <= below and saving.pays(x, y)
+        return self.trim.keep <= _SHARED_BELOW and saving.pays(x, y)
 
     def _hand_on(self, forward: Forward, refused: EngineRefused) -> None:
         """The next engine, for good; one warning."""

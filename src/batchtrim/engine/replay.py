@@ -30,8 +30,11 @@ from batchtrim.engine.guard import Guard, storage_of
 from batchtrim.engine.layouts import WHOLE, Layout, candidates, close, take
 from batchtrim.engine.operators import Facts, Kind, argument, dropout_inside, facts, written_tensors
 
-# For Plan.pays: a fast core, a fast accelerator, and what our Python costs an operator in both passes together.
-_FLOPS_PER_SECOND = {"cpu": 5e10, "cuda": 2e13}
+# For Plan.pays, of one core or one accelerator: arithmetic in a backward, bytes of results written (with what is read
+# for them, and memory taken afresh); and what our Python costs an operator in both passes together. The core's are
+# fitted to bench_engine, the accelerator's are a guess.
+_FLOPS_PER_SECOND = {"cpu": 7.5e10, "cuda": 2e13}
+_BYTES_PER_SECOND = {"cpu": 5e9, "cuda": 1e12}
 _SECONDS_PER_OPERATOR = 2e-5
 
 # torch before 2.7 does not tell which hooks are in force; there, the frames are searched for torch's own checkpointing.
@@ -69,15 +72,21 @@ class Plan:
     used: int = 0
     operators: int = 0  # run in the first pass
     flops: int = 0  # of these, for B rows
+    remembered: int = 0  # bytes, for B rows
+    written: float = 0.0  # bytes that the second pass writes for one kept row
+    batch: int = 0
 
     def pays(self, keep: float, device: str) -> bool:
-        """Whether what a backward over the kept rows saves is more than what two dispatch modes cost.
+        """Whether what a backward over the kept rows saves is more than what remembering and the second pass cost.
 
-        A count, not a clock: the same model on the same kind of device is always decided in the same way, so that a
-        run repeats.
+        A count, not a clock: the same model on the same kind of device, with as many threads, is always decided in the
+        same way, so that a run repeats.
         """
-        saved = 2.0 * (1.0 - keep) * self.flops / _FLOPS_PER_SECOND.get(device, _FLOPS_PER_SECOND["cuda"])
-        return saved > self.operators * _SECONDS_PER_OPERATOR
+        kind = device if device in _FLOPS_PER_SECOND else "cuda"
+        width = torch.get_num_threads() if kind == "cpu" else 1
+        saved = 2.0 * (1.0 - keep) * self.flops / (width * _FLOPS_PER_SECOND[kind])
+        moved = self.remembered + keep * self.batch * self.written
+        return saved > self.operators * _SECONDS_PER_OPERATOR + moved / (width * _BYTES_PER_SECOND[kind])
 
     def provable(self) -> list[int]:
         """Places of the operators whose rows are taken and could be computed instead."""
@@ -157,6 +166,7 @@ class Recorder(_Pass):
         self.where = where
         self.operators = 0
         self.flops = 0
+        self.remembered = 0
         self._owners: dict[int, list[_Memory]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -216,6 +226,8 @@ class Recorder(_Pass):
 
     def _remember(self, func: Any, outs: list[Any], witness: Tensor | None = None) -> None:
         shapes = _shapes(outs)
+        if self.calibrating:
+            self.remembered += sum(out.nbytes for out in outs if isinstance(out, Tensor))
         if self.plan is not None:
             place = len(self.memory)
             step = self.plan.steps[place] if place < len(self.plan.steps) else None
@@ -262,7 +274,12 @@ class Replayer(_Pass):
         self._next = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        out = self._run(func, args, kwargs or {})
+        if self.calibrating:
+            self.plan.written += _written(func, out) / self.k
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         known = facts(func)
         kind = known.kind
         if kind is Kind.PLAIN:
@@ -449,6 +466,14 @@ def _restored_generators(device: torch.device, generator: torch.Generator | None
         yield
     if generator is not None and own is not None:
         generator.set_state(own)
+
+
+def _written(func: Any, out: Any) -> int:
+    """Bytes of an operator's results, but for those that are views."""
+    parts = out if isinstance(out, (tuple, list)) else [out]
+    if func.is_view:
+        return 0
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
 def _copy_of_draw(func: Any, out: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ class SharedEngine:
             raise Refused("something in it draws random numbers in a way torch's operators do not show")
         self._check_losses(losses.values[rows], kept.values.detach(), found)
         if plan is None:
-            found.operators, found.flops = recorder.operators, recorder.flops
+            found.operators, found.flops, found.remembered = recorder.operators, recorder.flops, recorder.remembered
+            found.batch = batch
             self._adopt(key, found)
         return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
 
