@@ -18,7 +18,7 @@ from batchtrim._checks import check_choice
 from batchtrim.distributed import sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
-from batchtrim.engine.guard import GeneratorStates
+from batchtrim.engine.guard import GeneratorStates, without_graph
 from batchtrim.engine.two_pass import TwoPassEngine
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
@@ -97,7 +97,7 @@ def first_pass(
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if undo_buffers else []
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found, states = [], []
-    with torch.no_grad():
+    with without_graph():
         for batch in batches:
             states.append(GeneratorStates(device))
             found.append(forward(batch))

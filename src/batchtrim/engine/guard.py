@@ -9,12 +9,29 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GeneratorStates", "Guard", "storage_of"]
+__all__ = ["GeneratorStates", "Guard", "storage_of", "without_graph"]
+
+
+@contextmanager
+def without_graph() -> Iterator[None]:
+    """Run without a graph, and leave no weights that autocast has cast.
+
+    A later pass with a graph would find them, and on torch 2.4 no gradient would reach the weights behind them.
+    """
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(caching)
 
 
 def storage_of(tensor: Tensor) -> int:

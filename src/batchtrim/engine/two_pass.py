@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchtrim.engine.batch import Forward, Step
 from batchtrim.engine.exact import ExactEngine, is_training_step
-from batchtrim.engine.guard import GeneratorStates
+from batchtrim.engine.guard import GeneratorStates, without_graph
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
@@ -37,7 +37,7 @@ class TwoPassEngine:
         """One step; ``selection`` is given where the choice was made already."""
         if self.trim.keep == 1.0 or not is_training_step():
             return self.exact(x, y, selection)
-        with torch.no_grad():
+        with without_graph():
             losses, outputs = self.forward(x, y, model=self.forward.inner)
         if selection is None:
             selection = self.trim.select(losses, rank_by=self.forward.scores(outputs, y)).rising()
