@@ -1,4 +1,4 @@
-"""Print what the core, the lab and their tests need; with --oldest in the lowest versions that pyproject.toml allows."""
+"""Print what the core, the lab and their tests need; with --oldest in the lowest versions pyproject.toml allows."""
 
 import re
 import sys
