@@ -1,0 +1,11 @@
+"""Exit with 0 where the service that `make audit` asks can be reached, as it cannot behind a mirror."""
+
+import json
+import sys
+import urllib.request
+
+try:
+    with urllib.request.urlopen("https://pypi.org/pypi/pip/25.0/json", timeout=10) as answer:
+        sys.exit("vulnerabilities" not in json.load(answer))
+except (OSError, ValueError):
+    sys.exit(1)
