@@ -421,6 +421,11 @@ def test_two_ranks_hold_the_log_of_one(tmp_path):
             "expected `ids` from 0 to 2",
         ),
         (lambda: KeepLog(3).record(torch.tensor([0.0, 1.0]), torch.ones(2), _choice([0], 2)), "`ids` to be integers"),
+        (
+            lambda: KeepLog(3).record(torch.tensor([True, False]), torch.ones(2), _choice([0], 2)),
+            "got a tensor of shape",
+        ),
+        (lambda: KeepLog(3).record(torch.ones(2) * 1j, torch.ones(2), _choice([0], 2)), "`ids` to be integers"),
         (lambda: KeepLog(3).record(torch.tensor([0]), torch.ones(2), _choice([0], 2)), "one per sample"),
         (lambda: KeepLog(3).merge(KeepLog(4)), "expected a log of 3 samples, got one of 4"),
     ],

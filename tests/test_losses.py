@@ -142,6 +142,16 @@ def test_superloss_weighs_hard_samples_down_and_its_gradient_is_sigma() -> None:
     torch.testing.assert_close((up - down) / (2 * step), sigma, rtol=1e-5, atol=1e-7)
 
 
+def test_numbers_that_half_precision_cannot_hold() -> None:
+    losses = torch.zeros(1, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"expected `gamma` within torch.float16, up to 65504, got 65505"):
+        focal(losses, 65505.0)
+    for name, arguments in (("tau", (1e5, 1.0)), ("lam", (0.0, 1e5))):
+        with pytest.raises(ValueError, match=f"expected `{name}` within torch.float16"):
+            superloss(losses, *arguments)
+    assert superloss(losses.float(), 1e5, 1e5).isfinite().all()
+
+
 def test_losses_detach() -> None:
     losses = Losses(torch.rand(3, requires_grad=True) * 2, torch.ones(3, dtype=torch.bool))
     assert not losses.detach().values.requires_grad

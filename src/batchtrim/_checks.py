@@ -39,6 +39,15 @@ def check_number(name: str, value: Any, hint: str = "") -> float:
         raise ValueError(f"expected `{name}` below 1e308, got an integer beyond it.{_space(hint)}") from None
 
 
+def check_within(name: str, value: float, dtype: torch.dtype) -> None:
+    """A number that the losses' dtype can hold: float16 ends at 65504."""
+    largest = torch.finfo(dtype).max
+    if math.isfinite(value) and abs(value) > largest:
+        raise ValueError(
+            f"expected `{name}` within {dtype}, up to {largest:g}, got {value:g}. Give losses in float32 for more."
+        )
+
+
 def check_keep(name: str, value: Any) -> float:
     """A keep fraction, in (0, 1]."""
     hint = "It is a fraction of the batch, not a percentage or a count."
@@ -98,6 +107,11 @@ def check_schedule_output(schedule: object, at: str, value: Any) -> float:
             f"from {describe(schedule)}. It is asked with a number in [0, 1] and returns the part of the batch to keep."
         )
     return float(value)
+
+
+def holds_integers(tensor: Tensor) -> bool:
+    """Whether a tensor's dtype is an integer's: no bool, which is a mask."""
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype is torch.bool)
 
 
 def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False) -> None:

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from batchtrim import noise
-from batchtrim._checks import check_count, check_like, check_losses, check_state, describe, import_extra
+from batchtrim._checks import (
+    check_count,
+    check_like,
+    check_losses,
+    check_state,
+    describe,
+    holds_integers,
+    import_extra,
+)
 from batchtrim.noise import NoiseAmplified
 from batchtrim.selection import Selection
 
@@ -96,7 +104,7 @@ class KeepLog:
         """
         check_losses(losses, allow_empty=True)
         for name, value in (("ids", ids), ("labels", labels)):
-            if value is not None and (value.shape != losses.shape or value.dtype.is_floating_point):
+            if value is not None and (value.shape != losses.shape or not holds_integers(value)):
                 raise ValueError(
                     f"expected `{name}` to be integers of shape {tuple(losses.shape)}, one per sample, "
                     f"got {describe(value)}."

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchtrim._checks import check_choice, check_losses, check_number, check_positive, describe
+from batchtrim._checks import check_choice, check_losses, check_number, check_positive, check_within, describe
 from batchtrim.errors import PassUnreducedLosses
 
 __all__ = ["UNITS", "Losses", "flatten", "focal", "per_sample", "superloss", "token_losses"]
@@ -158,6 +158,7 @@ def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
     check_losses(losses, allow_empty=True)
     if check_number("gamma", gamma) < 0:
         raise ValueError(f"expected `gamma` to be at least 0, got {gamma:g}. 0 is plain cross-entropy.")
+    check_within("gamma", gamma, losses.dtype)
     return (-torch.expm1(-losses)) ** gamma * losses if gamma else losses
 
 
@@ -176,8 +177,11 @@ def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:
         tensor([0.])
     """
     check_losses(losses, allow_empty=True)
-    tau = tau if isinstance(tau, Tensor) else check_number("tau", tau)
+    if not isinstance(tau, Tensor):
+        tau = check_number("tau", tau)
+        check_within("tau", tau, losses.dtype)
     check_positive("lam", lam)
+    check_within("lam", lam, losses.dtype)
     with torch.no_grad():
         ratio = ((losses.double() - tau) / lam).clamp(min=-2.0 / torch.e) / 2.0
         sigma = torch.exp(-lambert_w(ratio)).to(losses.dtype)

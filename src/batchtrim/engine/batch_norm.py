@@ -103,31 +103,23 @@ class _KeptRows(torch.autograd.Function):
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """float64 (channels,): mean and deviation of x."""
-    rows = _rows(x.to(torch.promote_types(x.dtype, torch.float32)), x)  # sums of squares would not survive in half
-    n = x.numel() // x.shape[1]
-    mean = _sums(rows) / n
-    return mean, (_sums(rows, rows) / n - mean**2).clamp(min=0).add(eps).sqrt()
+    """(channels,): mean and deviation of x, in float64 on a CPU.
 
-
-def _rows(tensor: Tensor, like: Tensor) -> Tensor:
-    """As a matrix whose columns are channels, or (k, channels, positions), as ``like`` lies in memory: no copy then."""
-    if like.ndim == 2 or like.is_contiguous():
-        return tensor.contiguous().flatten(2) if like.ndim > 2 else tensor
-    return tensor.movedim(1, -1).reshape(-1, like.shape[1])  # channels last
-
-
-def _sums(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """float64 (channels,): the sum of a, or of a * b, over everything else.
-
-    As matrix products, which are an order of magnitude faster on a CPU than a reduction over the outer dimensions.
+    There, sums as matrix products are an order of magnitude faster than ``torch.var_mean`` over the outer dimensions.
     """
-    if a.ndim == 2:
-        a = a if b is None else a * b
-        return (a.new_ones(1, a.shape[0]) @ a)[0].double()
-    if b is None:
-        return a.sum(2).double().sum(0)
-    k, channels, positions = a.shape
-    left, right = (each.reshape(k * channels, 1, positions) for each in (a, b))
-    products = torch.bmm(left, right.transpose(1, 2))  # transposed, not reshaped: several times faster
-    return products.view(k, channels).double().sum(0)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums of squares would not survive in half precision
+    channels = x.shape[1]
+    n = x.numel() // channels
+    if not x.is_cpu:
+        variance, mean = torch.var_mean(wide, [dim for dim in range(x.ndim) if dim != 1], correction=0)
+        return mean, variance.add(eps).sqrt()
+    if x.ndim > 2 and x.is_contiguous():
+        rows = wide.reshape(x.shape[0] * channels, 1, -1)
+        squares = torch.bmm(rows, rows.transpose(1, 2))  # transposed, not reshaped: several times faster
+        total, squares = (each.view(-1, channels).double().sum(0) for each in (rows.sum(2), squares))
+    else:  # channels last, or no positions at all: a matrix whose columns are channels
+        rows = wide.movedim(1, -1).reshape(n, channels)
+        ones = rows.new_ones(1, n)
+        total, squares = ((ones @ each)[0].double() for each in (rows, rows**2))
+    mean = total / n
+    return mean, (squares / n - mean**2).clamp(min=0).add(eps).sqrt()
