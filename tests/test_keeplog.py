@@ -427,9 +427,22 @@ def test_two_ranks_hold_the_log_of_one(tmp_path):
         ),
         (lambda: KeepLog(3).record(torch.ones(2) * 1j, torch.ones(2), _choice([0], 2)), "`ids` to be integers"),
         (lambda: KeepLog(3).record(torch.tensor([0]), torch.ones(2), _choice([0], 2)), "one per sample"),
+        (
+            lambda: KeepLog(3, classes=2).record(
+                torch.arange(3), torch.ones(3), _choice([0], 3), labels=torch.tensor([0, 1, 2])
+            ),
+            "expected `labels` from 0 to 1, got 2",
+        ),
         (lambda: KeepLog(3).merge(KeepLog(4)), "expected a log of 3 samples, got one of 4"),
     ],
 )
 def test_errors_say_what_was_expected(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+@pytest.mark.parametrize("name", ["ids", "labels", "outputs"])
+def test_lists_are_no_tensors(name):
+    given = {"ids": torch.arange(2), "labels": torch.arange(2), "outputs": torch.ones(2, 2), name: [0, 1]}
+    with pytest.raises(TypeError, match=rf"expected `{name}` to be a tensor, got \[0, 1\]"):
+        batchtrim.Trimmer(0.5, log=KeepLog(3))(torch.ones(2), **given)

@@ -36,6 +36,13 @@ def test_the_test_above_can_fail() -> None:
     assert "scipy" in brought_in("import batchtrim, scipy.special")
 
 
+def test_submodules_come_when_asked_for() -> None:
+    code = "import sys, batchtrim; print('batchtrim.testing' in sys.modules, batchtrim.testing.check_engine.__name__, "
+    assert python(code + "batchtrim.compat.__name__)") == "False check_engine batchtrim.compat"
+    with pytest.raises(AttributeError, match="module 'batchtrim' has no attribute 'nothing'"):
+        batchtrim.nothing
+
+
 def test_all_is_sorted_and_complete() -> None:
     assert batchtrim.__all__ == sorted(batchtrim.__all__)
     for name in batchtrim.__all__:

@@ -12,6 +12,8 @@ In the loop you have, two lines change::
 Schedules say how much to keep, selection rules say which, a :class:`Trimmer` puts them together.
 """
 
+import importlib
+
 from batchtrim.accumulation import accumulate
 from batchtrim.engine import TrimmedForward
 from batchtrim.keeplog import KeepLog, suspects
@@ -34,6 +36,15 @@ from batchtrim.stats import KeepStats
 from batchtrim.trimmer import Trimmer
 
 __version__ = "0.1.0"
+
+_SUBMODULES = ("compat", "testing")  # imported when first asked for
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"batchtrim.{name}")
+    raise AttributeError(f"module 'batchtrim' has no attribute {name!r}")
+
 
 __all__ = [
     "KeepLog",

@@ -121,7 +121,7 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
     if losses.ndim == 0:
         raise PassUnreducedLosses(
             f"expected `{name}` to have shape (B,), one loss per sample, got (). "
-            "Did the loss function average already? Pass reduction='none'."
+            "Did the loss function average already? Pass reduction='none', or wrap it in batchtrim.per_sample."
         )
     if not losses.dtype.is_floating_point:
         raise TypeError(

@@ -103,6 +103,9 @@ class KeepLog:
                 of each sample and its confidence. ``labels``: integers (B,).
         """
         check_losses(losses, allow_empty=True)
+        for name, value in (("ids", ids), ("labels", labels), ("outputs", outputs)):
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"expected `{name}` to be a tensor, got {describe(value)}.")
         for name, value in (("ids", ids), ("labels", labels)):
             if value is not None and (value.shape != losses.shape or not holds_integers(value)):
                 raise ValueError(
@@ -119,6 +122,7 @@ class KeepLog:
         rows = ids.to(device, torch.int64, copy=True)
         if rows.is_cpu:  # elsewhere looking would stall the device: end_epoch looks
             self._check_ids(rows if mask is None else rows[mask])
+            self._check_labels(labels if mask is None or labels is None else labels[mask])
         if mask is not None:
             rows = torch.where(mask, rows, self.n)
         nothing = torch.full_like(rows, -1, dtype=torch.int16)
@@ -320,6 +324,16 @@ class KeepLog:
             raise ValueError(
                 f"expected `ids` from 0 to {self.n - 1}, got some from {low} to {high}. "
                 "They are row numbers of the data set the log was made for."
+            )
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        if labels is None or not self.classes or not len(labels):
+            return
+        largest = int(labels.max())  # one below 0 is no label
+        if largest >= self.classes:
+            raise ValueError(
+                f"expected `labels` from 0 to {self.classes - 1}, got {largest}. "
+                f"The log was made with classes={self.classes}."
             )
 
     @property

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -367,8 +370,58 @@ def test_compiled_models_and_elements_are_handed_on() -> None:
     with pytest.warns(EngineFallback, match="two_pass"):
         step = batchtrim.TrimmedForward(compiled, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "auto")
     assert step.engine.saving.name == "two_pass"
-    with pytest.raises(EngineRefused, match="elements"):
-        batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5, unit="element"), "shared")
+    for engine in ("shared", "two_pass"):
+        with pytest.raises(EngineRefused, match="elements"):
+            batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5, unit="element"), engine)
+
+
+class _FunctionalDropout(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    "noisy", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(8), lambda: _FunctionalDropout(8, 8)]
+)
+def test_a_compiled_model_whose_second_pass_would_differ_goes_to_exact(noisy: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), noisy(), nn.Linear(8, 5))
+    twin = copy.deepcopy(model)
+    x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+    compiled = torch.compile(model, backend="eager")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        step = batchtrim.TrimmedForward(compiled, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.3), "auto")
+        torch.manual_seed(1)
+        step(x, y).backward()
+    said = [str(each.message) for each in told if each.category is EngineFallback]
+    assert said[-1].endswith("Going on with engine='exact'.")
+    assert step.engine.saving is None
+    torch.manual_seed(1)
+    batchtrim.TrimmedForward(twin, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.3), "exact")(x, y).backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_elements_are_chosen_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 5, 1)
+    x, y = torch.randn(4, 3, 4, 4), torch.randint(5, (4, 4, 4))
+    y[0] = 3
+    trim = batchtrim.Trimmer(0.25, unit="element")
+    with pytest.warns(EngineFallback, match="exact"):
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(ignore_index=3), trim, "auto")
+    loss = step(x, y)
+    values = nn.functional.cross_entropy(model(x), y, reduction="none")[y != 3]
+    k = batchtrim.keep_count(0.25, len(values))
+    assert step.last.selection.k == k
+    torch.testing.assert_close(loss, values.topk(k).values.mean())
+    with pytest.raises(ValueError, match="expected `per_sample_loss` and `trim` to have one unit"):
+        batchtrim.TrimmedForward(
+            model, batchtrim.per_sample(nn.CrossEntropyLoss(), unit="element"), batchtrim.Trimmer(1)
+        )
 
 
 def test_without_gradients_it_is_one_plain_forward() -> None:

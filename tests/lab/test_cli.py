@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from batchtrim import __version__
 from batchtrim.lab import cli, records
 
 TINY = ["--epochs", "2", "--train-size", "200", "--seeds", "2", "--workers", "1", "--threads", "1"]
@@ -115,7 +116,50 @@ def test_report_reads_a_folder(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert (tmp_path / "there" / "report.html").exists()
     assert json.loads(batchtrim("report", "here", "--json").stdout)
-    assert "got nothing there" in mistake("report", "nowhere")
+    assert "got nowhere, which does not exist. There are runs in: here." in mistake("report", "nowhere")
+    assert "expected runs in there/runs.jsonl, got nothing there" in mistake("report", "there")
+    assert "or its runs.jsonl, got there/report.html" in mistake("report", "there/report.html")
+    before = (tmp_path / "here" / "report.md").read_text()
+    assert "expected `baseline` to be one of 'full', 'trim', got 'trimm'" in mistake(
+        "report", "here", "--baseline", "trimm"
+    )
+    assert (tmp_path / "here" / "report.md").read_text() == before
+
+
+def test_a_refused_command_leaves_the_folder_free() -> None:
+    assert "`train_size` of at most" in mistake("compare", *TINY, "--train-size", "999999", "-q")
+    done = batchtrim("compare", *TINY, "-q")
+    assert done.exit_code == 0, done.output
+
+
+def test_without_full_there_is_no_share_of_it() -> None:
+    done = batchtrim("train", *TINY[:4], "--out", "here", "--threads", "1", "-q")
+    assert done.exit_code == 0, done.output
+    assert "100 %" not in done.stdout
+    told = json.loads(batchtrim("report", "here", "--json").stdout)
+    assert told["verdict"] == "runs of 'trim' alone, so nothing to compare with"
+
+
+def test_full_stays_the_baseline_of_a_folder_that_holds_it() -> None:
+    batchtrim("compare", "--out", "here", *TINY, "-q")
+    done = batchtrim("compare", "--methods", "trim", "--keep-end", "0.5", "--out", "here", *TINY, "-q", "--json")
+    assert [group["baseline"] for group in json.loads(done.stdout)["groups"]] == ["full"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "--keep-end", "0.2,0.3"], "expected one run, got several values of `keep_end`"),
+        (["train", "--checkpoint-seconds", "-1"], "expected `checkpoint_seconds` to be at least 0, got -1"),
+        (["compare", "--retries", "-1"], "expected `retries` to be at least 0, got -1"),
+    ],
+)
+def test_values_that_make_no_sense(words: list[str], says: str) -> None:
+    assert says in mistake(*words)
+
+
+def test_version() -> None:
+    assert batchtrim("--version").stdout == f"batchtrim {__version__}\n"
 
 
 def test_claims_are_judged(tmp_path: Path) -> None:

@@ -118,15 +118,17 @@ def test_text_and_tables_are_rows(tmp_path):
     assert any(fields[0][0] == "age" and fields[1][1].endswith("…") for fields in data["rows"])
 
 
-@pytest.mark.parametrize("bad", ["length", "neither", "both"])
+@pytest.mark.parametrize("bad", ["length", "neither", "both", "rows", "classes"])
 def test_samples_that_do_not_fit_are_refused(tmp_path, pictures, bad):
     log, labels, _ = _log(300, 3)
     samples = {
         "length": gallery.Samples(labels[:9], "abc", pictures=pictures),
         "neither": gallery.Samples(labels, "abc"),
         "both": gallery.Samples(labels, "abc", pictures=pictures, rows=["x"] * 300),
+        "rows": gallery.Samples(labels, "abc", rows=["x"] * 299),
+        "classes": gallery.Samples(labels, "ab", pictures=pictures),
     }[bad]
-    with pytest.raises(ValueError, match=r"expected (300 labels|either `pictures` or `rows`)"):
+    with pytest.raises(ValueError, match=r"expected (300 labels|either `pictures` or `rows`|`rows` of 300|a name in)"):
         gallery.write(log, samples, tmp_path / "page.html")
 
 

@@ -150,7 +150,11 @@ def test_a_claim_is_held_once_and_freed(tmp_path: Path) -> None:
 
 def test_another_experiment_is_refused_and_the_difference_named(tmp_path: Path) -> None:
     kept = Records(tmp_path)
+    kept.settle([{"dataset": "digits", "epochs": 99}])  # nothing came of it
     kept.settle([{"dataset": "digits", "epochs": 10}])
+    with kept.claim("a"), pytest.raises(UseAnotherFolder):
+        Records(tmp_path).settle([{"dataset": "digits", "epochs": 20}])
+    kept.append(row("a"))
     kept.settle([{"dataset": "digits", "epochs": 10}])
     with pytest.raises(UseAnotherFolder, match=r"got another: epochs 10 there and 20 here\. Pass another --out"):
         kept.settle([{"dataset": "digits", "epochs": 20}])

@@ -8,7 +8,7 @@ from typing import Any
 from batchtrim.engine.batch import Forward, Step
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.engine.shared import SharedEngine, is_compiled
-from batchtrim.engine.two_pass import TwoPassEngine
+from batchtrim.engine.two_pass import TwoPassEngine, redrawn
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
@@ -61,6 +61,9 @@ class AutoEngine:
     def _hand_on(self, forward: Forward, refused: EngineRefused) -> None:
         """The next engine, for good; one warning."""
         compiled = self.trim.unit == "sample" and any(is_compiled(module) for module in forward.model.modules())
-        self.saving = TwoPassEngine(forward, self.trim) if compiled else None
-        name = "two_pass" if compiled else "exact"
-        warnings.warn(f"{refused}. Going on with engine={name!r}.", EngineFallback, stacklevel=4)
+        reason = redrawn(forward) if compiled else None
+        two_pass = compiled and reason is None and not isinstance(self.saving, TwoPassEngine)
+        self.saving = TwoPassEngine(forward, self.trim, approximate=False) if two_pass else None
+        also = f", and {reason}" if reason else ""
+        going_on = "two_pass" if two_pass else "exact"
+        warnings.warn(f"{refused}{also}. Going on with engine={going_on!r}.", EngineFallback, stacklevel=4)

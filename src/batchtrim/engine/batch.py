@@ -41,12 +41,14 @@ class Forward:
         per_sample_loss: ``(outputs, y) -> losses``, a tensor (B,) or (B, ...), or :class:`batchtrim.Losses`.
         rank_by: ``(outputs, y) -> losses`` to rank by, where that is not the loss trained on.
         batch_dim: the dimension of the tensors in ``x`` that holds the batch.
+        unit: what is chosen, "sample" or "element".
     """
 
     model: nn.Module
     per_sample_loss: Callable[[Any, Any], Tensor | Losses]
     rank_by: Callable[[Any, Any], Tensor | Losses] | None = None
     batch_dim: int = 0
+    unit: str = "sample"
 
     @property
     def inner(self) -> nn.Module:
@@ -55,7 +57,7 @@ class Forward:
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def __call__(self, x: Any, y: Any, model: nn.Module | None = None) -> tuple[Losses, Any]:
-        """Losses of one value a sample (with mask and weights where there are any), and the model's outputs."""
+        """Losses of one value a sample or element (with mask and weights, if any), and the model's outputs."""
         model = self.model if model is None else model
         if isinstance(x, Mapping):
             outputs = model(**x)
@@ -63,14 +65,14 @@ class Forward:
             outputs = model(*x)
         else:
             outputs = model(x)
-        return as_losses(self.per_sample_loss(outputs, y)), outputs
+        return as_losses(self.per_sample_loss(outputs, y), self.unit), outputs
 
     def scores(self, outputs: Any, y: Any) -> Tensor | None:
         """What to rank by, detached, or None where it is the loss itself."""
         if self.rank_by is None:
             return None
         with torch.no_grad():
-            return as_losses(self.rank_by(outputs, y)).values.detach()
+            return as_losses(self.rank_by(outputs, y), self.unit).values.detach()
 
     def rows(self, x: Any, y: Any, rows: Tensor, batch: int) -> tuple[Any, Any]:
         """The given samples of inputs and targets. Tensors that do not hold the batch stay whole."""
@@ -85,13 +87,13 @@ class Forward:
         return map_tensors(pick(self.batch_dim), x), map_tensors(pick(0), y)
 
 
-def as_losses(losses: Tensor | Losses) -> Losses:
-    """Whatever a per-sample loss function returned, as one value a sample."""
+def as_losses(losses: Tensor | Losses, unit: str) -> Losses:
+    """Whatever a per-sample loss function returned, as one value a sample or element."""
     if not isinstance(losses, Losses):
         # whether an empty batch is one too few is for the trimmer to say: with scope="global" it is not
         check_losses(losses, "per_sample_loss(outputs, y)", allow_empty=True)
         losses = Losses(losses)
-    return flatten(losses, "sample")
+    return flatten(losses, unit)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

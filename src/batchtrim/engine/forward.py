@@ -38,7 +38,8 @@ class TrimmedForward:
     Args:
         model: an unmodified module; wrapped in DistributedDataParallel where there are several processes.
         per_sample_loss: ``(outputs, y) -> losses``, a tensor (B,) or (B, ...) or :class:`batchtrim.Losses`. A loss
-            module with a ``reduction`` (``nn.CrossEntropyLoss()``) is taken without its reduction.
+            module with a ``reduction`` (``nn.CrossEntropyLoss()``) is taken without its reduction; of a function
+            make one with ``batchtrim.per_sample(F.cross_entropy)``.
         trim: the trimmer that chooses. Its clock is still yours to step.
         engine: "auto", "exact", "two_pass" or "shared"; see :mod:`batchtrim.engine`.
         rank_by: ``(outputs, y) -> losses`` to rank by, where that is not the loss trained on.
@@ -79,8 +80,15 @@ class TrimmedForward:
             raise TypeError(f"expected `per_sample_loss` to be callable, got {describe(per_sample_loss)}.")
         check_choice("engine", engine, ENGINES)
         if isinstance(per_sample_loss, nn.Module) and hasattr(per_sample_loss, "reduction"):
-            per_sample_loss = per_sample(per_sample_loss)
-        self.forward = Forward(model, per_sample_loss, rank_by, check_count("batch_dim", batch_dim, minimum=0))
+            per_sample_loss = per_sample(per_sample_loss, unit=trim.unit)
+        if isinstance(per_sample_loss, per_sample) and per_sample_loss.unit != trim.unit:
+            raise ValueError(
+                f"expected `per_sample_loss` and `trim` to have one unit, got {per_sample_loss.unit!r} and "
+                f"{trim.unit!r}. "
+                "It is what is to be chosen: give both the same."
+            )
+        batch_dim = check_count("batch_dim", batch_dim, minimum=0)
+        self.forward = Forward(model, per_sample_loss, rank_by, batch_dim, trim.unit)
         self.trim = trim
         self.engine = ENGINES[engine](self.forward, trim)
         self.last: Step | None = None

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.guard import GeneratorStates, without_graph
+from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["TwoPassEngine", "padded_rows"]
+__all__ = ["TwoPassEngine", "padded_rows", "redrawn"]
 
 
 class TwoPassEngine:
@@ -23,25 +25,55 @@ class TwoPassEngine:
 
     Buffers are those of the first forward, over the whole batch: running statistics stay right. Two things are not
     exact, and why the shared engine exists: dropout is drawn anew for the kept rows, and BatchNorm normalises them by
-    their own statistics.
+    their own statistics. With ``approximate=False`` it refuses both.
+
+    Raises:
+        EngineRefused: the trimmer chooses among elements; or, with ``approximate=False``, the second pass would not
+            compute what the first one did.
     """
 
     name = "two_pass"
 
-    def __init__(self, forward: Forward, trim: Trimmer) -> None:
+    def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
+        if trim.unit != "sample":
+            raise EngineRefused("it drops samples, and this trimmer chooses among elements (unit='element')")
         self.forward = forward
         self.trim = trim
+        self.approximate = approximate
         self.exact = ExactEngine(forward, trim)
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
         """One step; ``selection`` is given where the choice was made already."""
         if self.trim.keep == 1.0 or not is_training_step():
             return self.exact(x, y, selection)
+        before = None if self.approximate else self._state_unless_redrawn()
         with without_graph():
             losses, outputs = self.forward(x, y, model=self.forward.inner)
         if selection is None:
             selection = self.trim.select(losses, rank_by=self.forward.scores(outputs, y)).rising()
+        if before is not None:
+            self._refuse_what_is_redrawn(*before, selection)
         return Step(self.train_on_kept(x, y, selection), losses.values, outputs, selection)
+
+    def _state_unless_redrawn(self) -> tuple[GeneratorStates, list[tuple[Tensor, Tensor]]]:
+        reason = redrawn(self.forward)
+        if reason is not None:
+            raise EngineRefused(f"the two-pass engine cannot run this model: {reason}")
+        buffers = [(buffer, buffer.clone()) for buffer in self.forward.inner.buffers()]
+        device = next((parameter.device for parameter in self.forward.inner.parameters()), torch.device("cpu"))
+        return GeneratorStates(device), buffers
+
+    def _refuse_what_is_redrawn(
+        self, generators: GeneratorStates, buffers: list[tuple[Tensor, Tensor]], selection: Selection
+    ) -> None:
+        """Take the first pass back where it drew random numbers, which a second one would draw anew."""
+        if generators.same_torch_state(GeneratorStates(generators.device)):
+            return
+        generators.restore()
+        for buffer, value in buffers:
+            buffer.data.copy_(value)
+        reason = "it draws random numbers (dropout), which a second pass would draw anew"
+        raise EngineRefused(f"the two-pass engine cannot run this model: {reason}", selection)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection) -> Tensor:
         """The second pass alone: the loss of the kept rows, with a graph. Buffers and generators stay as they are."""
@@ -53,6 +85,16 @@ class TwoPassEngine:
         for buffer, value in buffers:
             buffer.data.copy_(value)  # past autograd, which has saved the buffer but not for its value
         return kept_loss(kept, selection, self.trim)
+
+
+def redrawn(forward: Forward) -> str | None:
+    """Why a second pass would not compute what the first one did, as far as looking at the modules tells."""
+    training = [module for module in forward.inner.modules() if module.training]
+    if has_batch_norm(training):
+        return "BatchNorm would take its statistics from the kept samples alone"
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in training):
+        return "a second pass would draw dropout anew"
+    return None
 
 
 def padded_rows(selection: Selection, companions: int = 0) -> Tensor:

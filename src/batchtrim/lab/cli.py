@@ -19,6 +19,9 @@ from typing import Annotated, Any
 
 import typer
 
+from batchtrim import __version__
+from batchtrim._checks import check_choice
+
 app = typer.Typer(
     name="batchtrim",
     help="Train the same network with mini-batch trimming and its relatives, and see honestly whether it helped.",
@@ -123,6 +126,20 @@ def _command(name: str, *tables: dict[str, Any]) -> Callable[[Callable[[dict[str
     return register
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"batchtrim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version and exit", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
 @_command("compare", _MANY, _SETTINGS, _PLACE, _SCALE, _TALK)
 def compare(given: dict[str, Any]) -> None:
     """Train with several methods on the same data and seeds.
@@ -153,6 +170,9 @@ def train(given: dict[str, Any]) -> None:
     The same command goes on from the last checkpoint.
     """
     settings = {"method": "trim", "seed": 0, **_settings(given)}
+    lists = [name for name in _BY_COMMA if isinstance(settings.get(name), list) and len(settings[name]) > 1]
+    if lists:
+        raise ValueError(f"expected one run, got several values of `{lists[0]}`. `batchtrim compare` does many.")
     _run_and_report(settings, given)
 
 
@@ -184,7 +204,12 @@ def report_command(
     def work() -> None:
         from batchtrim.lab import records
 
-        _report(records.read(folder), out or folder, baseline, as_json)
+        rows = records.read(folder)
+        with _fitting("the records"):
+            methods = sorted({row["config"]["method"] for row in rows})
+        if baseline != "full":  # which gives way to another where there is none
+            check_choice("baseline", baseline, methods)
+        _report(rows, out or folder, baseline, as_json)
 
     _guard(work, debug)
 
@@ -327,6 +352,9 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     from batchtrim.lab.ranks import Ranks
 
     configs = grid.expand(settings)
+    for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
+        if given.get(name, least) < least:
+            raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
     ranks = Ranks.from_environment()
     workers, threads = sweep.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
     workers = workers if ranks.world == 1 else 1
@@ -372,9 +400,9 @@ def _report(
     """Print the table, or the numbers as JSON, and write the report."""
     from batchtrim.lab import comparison, report
 
-    methods = list(methods or (row["config"]["method"] for row in rows))
-    if baseline not in methods and baseline == "full" and methods:
-        baseline = methods[0]
+    there = [row["config"]["method"] for row in rows]
+    if baseline == "full" and "full" not in there:
+        baseline = next(iter([*(methods or ()), *there]), baseline)
     with _fitting("the records"):
         summary = comparison.summarize(rows, baseline=baseline)
         page = report.write_report(rows, out, baseline)

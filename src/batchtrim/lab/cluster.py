@@ -31,8 +31,7 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
         ray.init(address=address, log_to_driver=False, ignore_reinit_error=True, logging_level="error")
     except (ConnectionError, ValueError) as error:
         raise ConnectionError(
-            f"expected a Ray cluster at {address!r}, got none ({str(error).splitlines()[0][:120]}). "
-            "Start one with: ray start --head"
+            f"expected a Ray cluster at {address!r}, got none ({_sentence(error)}). Start one with: ray start --head"
         ) from error
     task = ray.remote(_task)
     mailbox = ray.remote(_Mailbox).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
@@ -62,6 +61,11 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
                 records.append(row)
                 claim.close()
                 tally.settle(config, row)
+
+
+def _sentence(error: Exception) -> str:
+    """The first sentence of an error, whole."""
+    return str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 class _Mailbox:

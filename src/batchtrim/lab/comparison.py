@@ -289,7 +289,7 @@ def _finding(paired: Paired) -> str:
 def _group_verdict(arms: Sequence[Arm], baseline: str) -> str:
     compared = [arm for arm in arms if arm.paired is not None]
     if not compared:
-        return f"no runs of the baseline '{baseline}', so nothing to compare with"
+        return _nothing_compared([arm.settings["method"] for arm in arms], baseline)
     if len(compared) == 1:
         return f"{compared[0].label}: {compared[0].paired.verdict}"  # type: ignore[union-attr]
     kinds: dict[str, list[str]] = {"lower error": [], "higher error": [], "no difference seen": [], "no verdict": []}
@@ -298,6 +298,12 @@ def _group_verdict(arms: Sequence[Arm], baseline: str) -> str:
         kind = next((kind for kind in kinds if kind in arm.paired.verdict), "no verdict")
         kinds[kind].append(arm.label + (" (some diverged)" if arm.diverged and arm.errors else ""))
     return "; ".join(f"{kind}: {', '.join(labels)}" for kind, labels in kinds.items() if labels)
+
+
+def _nothing_compared(methods: Sequence[Any], baseline: str) -> str:
+    if baseline in methods:
+        return f"runs of '{baseline}' alone, so nothing to compare with"
+    return f"no runs of the baseline '{baseline}', so nothing to compare with"
 
 
 def _headline(groups: Sequence[Group], baseline: str) -> str:
@@ -312,7 +318,7 @@ def _headline(groups: Sequence[Group], baseline: str) -> str:
                 tally = counts.setdefault(str(arm.settings["method"]), {})
                 tally[kind] = tally.get(kind, 0) + 1
     if not counts:
-        return f"no runs of the baseline '{baseline}', so nothing to compare with"
+        return _nothing_compared([arm.settings["method"] for group in groups for arm in group.arms], baseline)
     lines = [
         f"{method}: {', '.join(f'{kind} in {count} of {sum(tally.values())}' for kind, count in tally.items())}"
         for method, tally in counts.items()

@@ -112,6 +112,13 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         raise ValueError(f"expected {log.n} labels, one per sample of the log, got {len(samples.labels)}.")
     if (samples.pictures is None) == (samples.rows is None):
         raise ValueError("expected either `pictures` or `rows` of the samples, got both or neither.")
+    for name in ("pictures", "rows", "predicted", "confidence"):
+        value = getattr(samples, name)
+        if value is not None and len(value) != log.n:
+            raise ValueError(f"expected `{name}` of {log.n} samples, got {len(value)}.")
+    largest = int(samples.labels.max())
+    if largest >= len(samples.classes):
+        raise ValueError(f"expected a name in `classes` for every label up to {largest}, got {len(samples.classes)}.")
     columns = _columns(log, samples)
     shown = _shown(columns, len(samples.classes))
     data: dict[str, Any] = {

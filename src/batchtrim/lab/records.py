@@ -124,7 +124,7 @@ class Records:
         """
         path = self.folder / "grid.json"
         with self._lock("settle"):
-            there: list[Row] = json.loads(path.read_text()) if path.exists() else []
+            there: list[Row] = json.loads(path.read_text()) if path.exists() and self._begun() else []
             ours = [cell for cell in cells if cell not in there]
             gone = [cell for cell in there if cell not in cells]
             if ours and gone:
@@ -133,6 +133,23 @@ class Records:
                 part = path.with_suffix(".part")
                 part.write_text(json.dumps(there + ours, indent=1) + "\n")
                 os.replace(part, path)
+
+    def _begun(self) -> bool:
+        """Whether anything of the experiment is here: a recorded run, a checkpoint, or a run in the works.
+
+        A first run that failed for a wrong setting leaves none.
+        """
+        if self.rows() or any((self.folder / "checkpoints").glob("*")):
+            return True
+        for lock in (self.folder / ".claims").glob("*.lock"):
+            if lock.stem in ("settle", "append"):
+                continue
+            try:
+                with FileLock(lock, timeout=0):
+                    pass
+            except Timeout:
+                return True
+        return False
 
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / ".claims" / f"{name}.lock")
@@ -154,9 +171,15 @@ class Records:
 def read(path: str | Path) -> list[Row]:
     """The runs in a folder or in a ``runs.jsonl``: one per key, the last one recorded. Writes nothing."""
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"expected a folder of runs, got {path}, which does not exist.{_folders_near(path)}")
     path = path / "runs.jsonl" if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"expected runs in {path}, got nothing there. Has the first run finished?")
+        raise FileNotFoundError(
+            f"expected runs in {path}, got nothing there. Has the first run finished?{_folders_near(path.parent)}"
+        )
+    if path.suffix != ".jsonl":
+        raise ValueError(f"expected a folder of runs, or its runs.jsonl, got {path}.")
     rows: dict[str, Row] = {}
     text = path.read_bytes()
     for line in text[: text.rfind(b"\n") + 1].splitlines():
@@ -164,6 +187,14 @@ def read(path: str | Path) -> list[Row]:
         rows.pop(row["key"], None)
         rows[row["key"]] = row
     return list(rows.values())
+
+
+def _folders_near(path: Path) -> str:
+    """Names folders of runs under a folder, or under the nearest one there is of a wrong path."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    found = sorted(str(each.parent) for each in path.glob("*/runs.jsonl")) if path.is_dir() else []
+    return f" There are runs in: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}." if found else ""
 
 
 def _parse(line: bytes, path: Path) -> Row:

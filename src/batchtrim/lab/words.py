@@ -108,8 +108,10 @@ def cost(arm: Arm, name: str) -> str:
 
 
 def backward(arm: Arm, group: Group) -> str:
-    """Samples that went backward, as a share of the baseline's where there is one."""
+    """Samples that went backward, as a share of plain training's where that is the baseline."""
     reference = next((each for each in group.arms if each.label == group.baseline), None)
+    if reference is not None and reference.settings["method"] != "full":
+        reference = None
     return share(arm, reference, "samples_backward")
 
 
