@@ -144,7 +144,7 @@ def assert_importable(module: str, names: list[str]) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if COMMAND.search(page.read_text())], ids=title)
 def test_its_commands_parse(page: Path) -> None:
     commands = typer_commands()
-    for line in COMMAND.findall(page.read_text()):
+    for line in COMMAND.findall(page.read_text().replace("\\\n", " ")):
         command, *options = shlex.split(line)
         assert command in commands, line
         commands[command].make_context(command, [option for option in options if option != "--help"])
