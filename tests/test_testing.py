@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchtrim import Losses, Selection, Trimmer
+from batchtrim import Losses, Selection, TrimmedForward, Trimmer
 from batchtrim.engine import shared
 from batchtrim.testing import check_engine
 
@@ -71,3 +71,11 @@ def test_batch_norm_is_judged_by_its_direction() -> None:
     assert report.batch_norm
     assert report.ok
     assert "BatchNorm couples samples" in str(report)
+
+
+def test_arguments_the_other_way_round() -> None:
+    batch = torch.randn(8, 3), torch.randint(2, (8,))
+    with pytest.raises(TypeError, match=r"expected `batch` to be \(x, y\), got CrossEntropyLoss\(\)"):
+        check_engine(nn.Linear(3, 2), nn.CrossEntropyLoss(), batch)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"callable, got a tuple of a tensor of shape \(8, 3\) and dtype"):
+        TrimmedForward(nn.Linear(3, 2), batch, Trimmer(0.5))  # type: ignore[arg-type]

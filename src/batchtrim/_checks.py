@@ -22,6 +22,8 @@ def describe(value: object) -> str:
     """What arrived, in a few words: shape and dtype of a tensor, otherwise the value itself."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, (tuple, list)) and any(isinstance(each, Tensor) for each in value):
+        return f"a {type(value).__name__} of {', '.join(describe(each) for each in value[:4])}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim._checks import describe
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.errors import EngineFallback, EngineRefused
@@ -103,6 +104,10 @@ def check_engine(
         >>> check_engine(model, batch, nn.CrossEntropyLoss(), verbose=False).ok
         True
     """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(
+            f"expected `batch` to be (x, y), got {describe(batch)}. The order is check_engine(model, batch, loss)."
+        )
     runs = {}
     report = None
     for name in ("exact", engine):
