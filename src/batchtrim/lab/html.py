@@ -145,7 +145,7 @@ def _tiles(group: Group) -> str:
             f"difference, 95 % {words.signed_interval(arm.paired.moments.t)}",
             kind if kind in ("lower", "higher") else "",
         ),
-        (words.backward(arm, group), f"samples backward, of {base.label}'s", ""),
+        (words.share(arm, base, "samples_backward"), f"samples backward, of {base.label}'s", ""),
     ]
     inner = "".join(
         f'<div class="card tile"><b class="{kind}">{esc(value)}</b><p class="note">{esc(text)}</p></div>'
