@@ -310,7 +310,8 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
             options[name] = _list(name, options[name], kind)
     if "seeds" in options:
         text = options["seeds"]
-        options["seeds"] = _list("seeds", text, int) if "," in text else _list("seeds", text, int)[0]
+        seeds = _list("seeds", text, int)
+        options["seeds"] = seeds if "," in text or not seeds else seeds[0]
     params = options.pop("param", [])
     if params:
         settings["params"] = _params(params, settings.get("params", {}))

@@ -18,6 +18,7 @@ width = 32
 from __future__ import annotations
 
 import itertools
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +30,8 @@ from batchtrim.lab.config import RunConfig
 
 # What runs of one experiment may differ in: the things that are compared, the seed, and the number of threads.
 COMPARED = ("method", "method_params", "seed", "keep_start", "keep_end", "schedule", "engine", "threads")
+
+MOST_RUNS = 100_000  # more are a slip of the hand, and would fill the memory before the first starts
 
 Settings = dict[str, Any]
 
@@ -85,11 +88,12 @@ def _expand_part(settings: Settings) -> list[RunConfig]:
         if plural in axes:
             axes[name] = axes.pop(plural)
             if plural == "seeds" and not isinstance(axes[name], list):
-                axes[name] = list(range(check_count("seeds", axes[name])))
+                axes[name] = list(range(_few_enough(check_count("seeds", axes[name]))))
     values = _as_lists(axes)
     for name, value in values.items():
         if not value:
             raise ValueError(f"expected `{name}` to have at least one value, got an empty list.")
+    _few_enough(math.prod(len(value) for value in values.values()))
     methods = values.get("method", ["full"])
     unused = [name for name in params if name not in methods]
     if unused:
@@ -102,6 +106,12 @@ def _expand_part(settings: Settings) -> list[RunConfig]:
         for config in chosen
         for method_params in _product(_as_lists(params.get(config.method, {})))
     ]
+
+
+def _few_enough(runs: int) -> int:
+    if runs > MOST_RUNS:
+        raise ValueError(f"expected at most {MOST_RUNS} runs, got {float(min(runs, 10**300)):g}. Take fewer seeds.")
+    return runs
 
 
 def _as_lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:
