@@ -111,11 +111,6 @@ def check_schedule_output(schedule: object, at: str, value: Any) -> float:
     return float(value)
 
 
-def holds_integers(tensor: Tensor) -> bool:
-    """Whether a tensor's dtype is an integer's: no bool, which is a mask."""
-    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype is torch.bool)
-
-
 def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False) -> None:
     """Un-reduced losses: a floating-point tensor whose first dimension is the batch."""
     if not isinstance(losses, Tensor):
@@ -147,6 +142,17 @@ def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None 
         )
     if dtype is not None and value.dtype != dtype:
         raise TypeError(f"expected `{name}` to have dtype {dtype}, got {value.dtype}.")
+
+
+def check_integers(name: str, value: Any, losses: Tensor) -> None:
+    """A tensor of one integer per loss; bools are a mask, and no integers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected `{name}` to be a tensor, got {describe(value)}.")
+    whole = not (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype is torch.bool)
+    if value.shape != losses.shape or not whole:
+        raise ValueError(
+            f"expected `{name}` to be integers of shape {tuple(losses.shape)}, one per sample, got {describe(value)}."
+        )
 
 
 def check_state(state: Any, names: Iterable[str], what: str) -> None:

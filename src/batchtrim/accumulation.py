@@ -18,7 +18,7 @@ from batchtrim._checks import check_choice
 from batchtrim.distributed import sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
-from batchtrim.engine.guard import GeneratorStates, without_graph
+from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of, without_graph
 from batchtrim.engine.two_pass import TwoPassEngine
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
@@ -94,15 +94,15 @@ def first_pass(
     Args:
         undo_buffers: leave the model's buffers as they were found, for a second pass to update.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if undo_buffers else []
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    buffers = BufferValues(model) if undo_buffers else None
+    device = device_of(model)
     found, states = [], []
     with without_graph():
         for batch in batches:
             states.append(GeneratorStates(device))
             found.append(forward(batch))
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    if buffers is not None:
+        buffers.restore()
     return found, states
 
 

@@ -18,15 +18,7 @@ import torch
 from torch import Tensor
 
 from batchtrim import noise
-from batchtrim._checks import (
-    check_count,
-    check_like,
-    check_losses,
-    check_state,
-    describe,
-    holds_integers,
-    import_extra,
-)
+from batchtrim._checks import check_count, check_integers, check_like, check_losses, check_state, import_extra
 from batchtrim.noise import NoiseAmplified
 from batchtrim.selection import Selection
 
@@ -103,15 +95,9 @@ class KeepLog:
                 of each sample and its confidence. ``labels``: integers (B,).
         """
         check_losses(losses, allow_empty=True)
-        for name, value in (("ids", ids), ("labels", labels), ("outputs", outputs)):
-            if value is not None and not isinstance(value, Tensor):
-                raise TypeError(f"expected `{name}` to be a tensor, got {describe(value)}.")
-        for name, value in (("ids", ids), ("labels", labels)):
-            if value is not None and (value.shape != losses.shape or not holds_integers(value)):
-                raise ValueError(
-                    f"expected `{name}` to be integers of shape {tuple(losses.shape)}, one per sample, "
-                    f"got {describe(value)}."
-                )
+        check_integers("ids", ids, losses)
+        if labels is not None:
+            check_integers("labels", labels, losses)
         if mask is not None:
             check_like("mask", mask, losses, torch.bool)
         if outputs is not None:
@@ -436,24 +422,13 @@ class KeepLog:
         return tuple(part[order] for part in whole)
 
     def _warn_of_noise(self) -> None:
-        if not self.warn or self._warned:
-            return
-        line = self.history[-1]
-        if noise.doubt_rises(self.history):
-            sign = (
-                f"of the samples kept in this epoch {line['doubt_kept']:.0%} carry a label that the model confidently "
-                f"contradicts, against {line['doubt']:.0%} of all"
-            )
-        elif noise.hardest_stay(self.history):
-            sign = (
-                f"the hardest tenth of the samples stay the hardest ({line['stay_hard']:.0%} in this epoch) more than "
-                f"the easiest stay the easiest ({line['stay_easy']:.0%}), however often they are trained on"
-            )
-        else:
+        sign = noise.sign(self.history) if self.warn and not self._warned else None
+        if sign is None:
             return
         self._warned = True
+        keep = self.history[-1]["keep"]
         warnings.warn(
-            f"{sign}: with keep at {line['keep']:.2g} trimming trains ever more on what look like wrong labels. Look "
+            f"{sign}: with keep at {keep:.2g} trimming trains ever more on what look like wrong labels. Look "
             "at them with batchtrim.suspects(log), and leave out the very hardest with "
             "Trimmer(select=batchtrim.between(skip=...)), which is two_sided in the lab.",
             NoiseAmplified,

@@ -59,6 +59,22 @@ def stays(before: Tensor, now: Tensor, compared: Tensor, kept: Tensor) -> Tensor
     return torch.stack([part.sum() for part in parts])
 
 
+def sign(history: Sequence[dict[str, Any]]) -> str | None:
+    """What in the last epoch of a log's history speaks for wrong labels, in words; None where nothing does."""
+    line = history[-1]
+    if doubt_rises(history):
+        return (
+            f"of the samples kept in this epoch {line['doubt_kept']:.0%} carry a label that the model confidently "
+            f"contradicts, against {line['doubt']:.0%} of all"
+        )
+    if hardest_stay(history):
+        return (
+            f"the hardest tenth of the samples stay the hardest ({line['stay_hard']:.0%} in this epoch) more than "
+            f"the easiest stay the easiest ({line['stay_easy']:.0%}), however often they are trained on"
+        )
+    return None
+
+
 def doubt_rises(history: Sequence[dict[str, Any]]) -> bool:
     """Whether more and more of the kept samples is in doubt; ``history`` is a log's, the last epoch the question.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from batchtrim._checks import describe
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
+from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.trimmer import Trimmer
@@ -115,7 +116,9 @@ def check_engine(
             runs[name] = _run(model, batch, per_sample_loss, name, keep, steps, batch_dim)
         except EngineRefused as refused:
             nan = float("nan")
-            report = EngineReport(engine, str(refused), False, nan, nan, nan, nan, False, 0, _has_batch_norm(model))
+            report = EngineReport(
+                engine, str(refused), False, nan, nan, nan, nan, False, 0, has_batch_norm(list(model.modules()))
+            )
     if report is None:
         report = _compare(model, runs["exact"], runs[engine], steps)
     if verbose:
@@ -172,13 +175,8 @@ def _compare(model: nn.Module, exact: _Run, other: _Run, steps: int) -> EngineRe
         buffer_error=max((_relative(a, b) for a, b in zip(exact.buffers, other.buffers, strict=True)), default=0.0),
         same_generators=all(torch.equal(a, b) for a, b in zip(exact.generators, other.generators, strict=True)),
         steps=steps,
-        batch_norm=_has_batch_norm(model),
+        batch_norm=has_batch_norm(list(model.modules())),
     )
-
-
-def _has_batch_norm(model: nn.Module) -> bool:
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return any(isinstance(module, kinds) and module.training for module in model.modules())
 
 
 def _flat(tensors: Any) -> Tensor:

@@ -7,6 +7,7 @@ counters), and that a forward can be taken back altogether.
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GeneratorStates", "Guard", "storage_of", "without_graph"]
+__all__ = ["BufferValues", "GeneratorStates", "Guard", "device_of", "storage_of", "without_graph"]
 
 
 @contextmanager
@@ -32,6 +33,12 @@ def without_graph() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(caching)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters lie, or its buffers where it has none."""
+    held = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if held is None else held.device
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -68,6 +75,17 @@ class GeneratorStates:
         return torch.equal(self.cpu, other.cpu)
 
 
+class BufferValues:
+    """What a model's buffers hold now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def restore(self) -> None:
+        for buffer, value in self._values:
+            buffer.data.copy_(value)  # past autograd, which may have saved the buffer but not for its value
+
+
 class Guard:
     """Watches one model. :meth:`begin` starts a step; :meth:`rollback` takes it back."""
 
@@ -89,8 +107,7 @@ class Guard:
         ]
         tensors = [buffer for _, _, buffer in self._buffers] + list(self.model.parameters())
         self._storages = {storage_of(tensor) for tensor in tensors}
-        parameter = next(iter(tensors), None)
-        self.device = torch.device("cpu") if parameter is None else parameter.device
+        self.device = device_of(self.model)
 
     def begin(self) -> None:
         """Note the state before the first pass."""

@@ -22,7 +22,7 @@ from batchtrim.engine.replay import (
     module_names,
     no_graph,
 )
-from batchtrim.engine.two_pass import kept_loss, padded_rows
+from batchtrim.engine.two_pass import NOT_ELEMENTS, kept_loss, padded_rows
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.selection import Selection
@@ -200,7 +200,7 @@ class _NothingToSave(Exception):
 def refusal(forward: Forward, trim: Trimmer) -> str | None:
     """Why the engine cannot run a model, as far as looking at it tells; None where nothing speaks against it."""
     if trim.unit != "sample":
-        return "it drops samples, and this trimmer chooses among elements (unit='element')"
+        return NOT_ELEMENTS
     for name, module in forward.model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if is_compiled(module):

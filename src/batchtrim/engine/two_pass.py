@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from batchtrim.engine.batch import Forward, Step
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
-from batchtrim.engine.guard import GeneratorStates, without_graph
+from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of, without_graph
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["TwoPassEngine", "padded_rows", "redrawn"]
+__all__ = ["NOT_ELEMENTS", "TwoPassEngine", "padded_rows", "redrawn"]
+
+NOT_ELEMENTS = "it drops samples, and this trimmer chooses among elements (unit='element')"
 
 
 class TwoPassEngine:
@@ -36,7 +38,7 @@ class TwoPassEngine:
 
     def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
         if trim.unit != "sample":
-            raise EngineRefused("it drops samples, and this trimmer chooses among elements (unit='element')")
+            raise EngineRefused(NOT_ELEMENTS)
         self.forward = forward
         self.trim = trim
         self.approximate = approximate
@@ -55,35 +57,29 @@ class TwoPassEngine:
             self._refuse_what_is_redrawn(*before, selection)
         return Step(self.train_on_kept(x, y, selection), losses.values, outputs, selection)
 
-    def _state_unless_redrawn(self) -> tuple[GeneratorStates, list[tuple[Tensor, Tensor]]]:
+    def _state_unless_redrawn(self) -> tuple[GeneratorStates, BufferValues]:
         reason = redrawn(self.forward)
         if reason is not None:
             raise EngineRefused(f"the two-pass engine cannot run this model: {reason}")
-        buffers = [(buffer, buffer.clone()) for buffer in self.forward.inner.buffers()]
-        device = next((parameter.device for parameter in self.forward.inner.parameters()), torch.device("cpu"))
-        return GeneratorStates(device), buffers
+        inner = self.forward.inner
+        return GeneratorStates(device_of(inner)), BufferValues(inner)
 
-    def _refuse_what_is_redrawn(
-        self, generators: GeneratorStates, buffers: list[tuple[Tensor, Tensor]], selection: Selection
-    ) -> None:
+    def _refuse_what_is_redrawn(self, generators: GeneratorStates, buffers: BufferValues, selection: Selection) -> None:
         """Take the first pass back where it drew random numbers, which a second one would draw anew."""
         if generators.same_torch_state(GeneratorStates(generators.device)):
             return
         generators.restore()
-        for buffer, value in buffers:
-            buffer.data.copy_(value)
+        buffers.restore()
         reason = "it draws random numbers (dropout), which a second pass would draw anew"
         raise EngineRefused(f"the two-pass engine cannot run this model: {reason}", selection)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection) -> Tensor:
         """The second pass alone: the loss of the kept rows, with a graph. Buffers and generators stay as they are."""
-        inner = self.forward.inner
-        buffers = [(buffer, buffer.clone()) for buffer in inner.buffers()]
+        buffers = BufferValues(self.forward.inner)
         generators = GeneratorStates(selection.indices.device)
         kept, _ = self.forward(*self.forward.rows(x, y, padded_rows(selection), selection.size))
         generators.restore()
-        for buffer, value in buffers:
-            buffer.data.copy_(value)  # past autograd, which has saved the buffer but not for its value
+        buffers.restore()
         return kept_loss(kept, selection, self.trim)
 
 

@@ -142,13 +142,10 @@ class Records:
         if self.rows() or any((self.folder / "checkpoints").glob("*")):
             return True
         for lock in (self.folder / ".claims").glob("*.lock"):
-            if lock.stem in ("settle", "append"):
-                continue
-            try:
-                with FileLock(lock, timeout=0):
-                    pass
-            except Timeout:
-                return True
+            if lock.stem not in ("settle", "append"):
+                with self.claim(lock.stem) as free:
+                    if not free:
+                        return True
         return False
 
     def _lock(self, name: str) -> FileLock:
