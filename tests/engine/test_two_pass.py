@@ -53,8 +53,8 @@ def test_auto_takes_the_plain_graph_where_little_is_saved(monkeypatch: pytest.Mo
     (plan,) = small.engine.saving.plans.values()
     assert plan.used == 0, "a network this small is faster on the plain graph"
     assert plan.flops == 2 * BATCH * (8 * 8 + 8 * 8 + 8 * 5)
-    monkeypatch.setattr("batchtrim.engine.replay._SECONDS_PER_OPERATOR", 0.0)
-    monkeypatch.setattr("batchtrim.engine.replay._BYTES_PER_SECOND", {"cpu": 1e15})
+    monkeypatch.setattr("batchtrim.engine.plan._SECONDS_PER_OPERATOR", 0.0)
+    monkeypatch.setattr("batchtrim.engine.plan._BYTES_PER_SECOND", {"cpu": 1e15})
     rows: list[int] = []
     model = zoo.Mlp(8)
     model[3].register_full_backward_hook(lambda _, __, grad: rows.append(grad[0].shape[0]))
@@ -70,9 +70,9 @@ def test_auto_counts_what_the_second_pass_moves(monkeypatch: pytest.MonkeyPatch)
     (plan,) = step.engine.plans.values()
     assert plan.remembered == BATCH * (8 + 8 + 5) * 4
     assert plan.written > plan.remembered / BATCH  # what is taken, and what is computed again
-    monkeypatch.setattr("batchtrim.engine.replay._SECONDS_PER_OPERATOR", 0.0)
-    monkeypatch.setattr("batchtrim.engine.replay._BYTES_PER_SECOND", {"cpu": 1e9})
-    monkeypatch.setattr("batchtrim.engine.replay._FLOPS_PER_SECOND", {"cpu": 1e9})
+    monkeypatch.setattr("batchtrim.engine.plan._SECONDS_PER_OPERATOR", 0.0)
+    monkeypatch.setattr("batchtrim.engine.plan._BYTES_PER_SECOND", {"cpu": 1e9})
+    monkeypatch.setattr("batchtrim.engine.plan._FLOPS_PER_SECOND", {"cpu": 1e9})
     plan = replay.Plan(flops=10**9, remembered=5 * 10**8, written=125e6, batch=8)  # 2 (1 - q) against 0.5 + q
     assert plan.pays(0.49, "cpu")
     assert not plan.pays(0.51, "cpu")

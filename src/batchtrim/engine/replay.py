@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,72 +26,17 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from batchtrim.engine.chains import Awaited, Uses
 from batchtrim.engine.guard import Guard, storage_of
 from batchtrim.engine.layouts import WHOLE, Layout, candidates, close, take
 from batchtrim.engine.operators import Facts, Kind, argument, dropout_inside, facts, written_tensors
-
-# For Plan.pays, of one core or one accelerator: arithmetic in a backward, bytes of results written (with what is read
-# for them, and memory taken afresh); and what our Python costs an operator in both passes together. The core's are
-# fitted to bench_engine, the accelerator's are a guess.
-_FLOPS_PER_SECOND = {"cpu": 7.5e10, "cuda": 2e13}
-_BYTES_PER_SECOND = {"cpu": 5e9, "cuda": 1e12}
-_SECONDS_PER_OPERATOR = 2e-5
+from batchtrim.engine.plan import Chain, Diverged, Plan, Refused, Step
 
 # torch before 2.7 does not tell which hooks are in force; there, the frames are searched for torch's own checkpointing.
 _autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 _top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
-__all__ = ["Diverged", "Plan", "Recorder", "Refused", "Replayer", "no_graph"]
-
-
-class Diverged(Exception):
-    """The two passes did not run alike; the step has to be done again, another way."""
-
-
-class Refused(Exception):
-    """The model does something of which no exact rows can be taken."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the second pass does at one remembered operator."""
-
-    func: Any
-    layouts: tuple[Layout, ...] | None  # one for each output; None: compute it again
-    shapes: tuple[Any, ...]  # of the outputs for B rows
-    where: str = ""
-
-
-@dataclass
-class Plan:
-    """What a calibration found, valid while the first pass gives the same operators and shapes."""
-
-    steps: list[Step] = field(default_factory=list)
-    undecided: int = 0  # operators more than one layout fitted
-    unmatched: list[str] = field(default_factory=list)  # operators no layout fitted
-    used: int = 0
-    operators: int = 0  # run in the first pass
-    flops: int = 0  # of these, for B rows
-    remembered: int = 0  # bytes, for B rows
-    written: float = 0.0  # bytes that the second pass writes for one kept row
-    batch: int = 0
-
-    def pays(self, keep: float, device: str) -> bool:
-        """Whether what a backward over the kept rows saves is more than what remembering and the second pass cost.
-
-        A count, not a clock: the same model on the same kind of device, with as many threads, is always decided in the
-        same way, so that a run repeats.
-        """
-        kind = device if device in _FLOPS_PER_SECOND else "cuda"
-        width = torch.get_num_threads() if kind == "cpu" else 1
-        saved = 2.0 * (1.0 - keep) * self.flops / (width * _FLOPS_PER_SECOND[kind])
-        moved = self.remembered + keep * self.batch * self.written
-        return saved > self.operators * _SECONDS_PER_OPERATOR + moved / (width * _BYTES_PER_SECOND[kind])
-
-    def provable(self) -> list[int]:
-        """Places of the operators whose rows are taken and could be computed instead."""
-        kinds = (Kind.COSTLY, Kind.ATTENTION)
-        return [i for i, step in enumerate(self.steps) if step.layouts and facts(step.func).kind in kinds]
+__all__ = ["Recorder", "Replayer", "module_names", "no_graph"]
 
 
 @dataclass(slots=True)
@@ -100,6 +45,9 @@ class _Memory:
     outs: list[Any] | None
     where: str = ""
     witness: Tensor | None = None
+    place: int = 0
+    chain: Chain | None = None
+    links: tuple[Any, ...] = ()  # of the chain, those yet to come
 
 
 def no_graph() -> saved_tensors_hooks:
@@ -140,6 +88,7 @@ class _Pass(TorchDispatchMode):
         self.memory = memory
         self.calibrating = calibrating
         self._sources: dict[int, tuple[Tensor, int]] = {}
+        self._awaited = Awaited()
 
     def _note_source(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         """``empty_like(x).bernoulli_()``: the noise lies as x does. Noise itself cannot show how it lies."""
@@ -160,9 +109,10 @@ class _Pass(TorchDispatchMode):
 class Recorder(_Pass):
     """The first pass, on B rows."""
 
-    def __init__(self, guard: Guard, plan: Plan | None, where: Callable[[], str]) -> None:
+    def __init__(self, guard: Guard, plan: Plan | None, where: Callable[[], str], chains: dict[int, Chain]) -> None:
         super().__init__(guard, [], calibrating=plan is None)
         self.plan = plan
+        self.chains = chains if plan is None else {i: step.chain for i, step in enumerate(plan.steps) if step.chain}
         self.where = where
         self.operators = 0
         self.flops = 0
@@ -178,7 +128,11 @@ class Recorder(_Pass):
                 self.guard.before_write(tensor)
                 self._copy_before_write(tensor)
         if known.kind is Kind.PLAIN:
+            chained = self._awaited.next(func, args, kwargs) if self._awaited else None
             out = func(*args, **kwargs)
+            if chained is not None:
+                entry = chained[0]
+                self._awaited.add(entry, out) if entry.links else self._fill(entry, [out])
             if self.calibrating and isinstance(out, Tensor):
                 self._note_source(func, args, out)
             return out
@@ -225,19 +179,28 @@ class Recorder(_Pass):
             )
 
     def _remember(self, func: Any, outs: list[Any], witness: Tensor | None = None) -> None:
-        shapes = _shapes(outs)
+        place = len(self.memory)
+        entry = _Memory(func, None, self.where(), witness, place)
+        self.memory.append(entry)
+        if self.plan is not None and (place >= len(self.plan.steps) or self.plan.steps[place].func is not func):
+            raise Diverged(f"operator {place} is {func}, unlike at calibration")
+        chain = self.chains.get(place)
+        if chain is None or chain.func is not func or (chain.shape,) != _shapes(outs):
+            self._fill(entry, outs)
+        else:
+            entry.chain, entry.links = chain, chain.links
+            self._awaited.add(entry, outs[0])
+
+    def _fill(self, entry: _Memory, outs: list[Any]) -> None:
         if self.calibrating:
             self.remembered += sum(out.nbytes for out in outs if isinstance(out, Tensor))
         if self.plan is not None:
-            place = len(self.memory)
-            step = self.plan.steps[place] if place < len(self.plan.steps) else None
-            if step is None or step.func is not func or step.shapes != shapes:
-                raise Diverged(f"operator {place} is {func} giving {shapes}, unlike at calibration")
+            step = self.plan.steps[entry.place]
+            if step.shapes != _shapes(outs):
+                raise Diverged(f"operator {entry.place}, {entry.func}, gives {_shapes(outs)}, unlike at calibration")
             if step.layouts is None:
-                self.memory.append(_Memory(func, None))
                 return
-        entry = _Memory(func, outs, self.where(), witness)
-        self.memory.append(entry)
+        entry.outs = outs
         for out in outs:
             if isinstance(out, Tensor):
                 self._owners.setdefault(storage_of(out), []).append(entry)
@@ -254,6 +217,7 @@ class Recorder(_Pass):
         """The memory, once the pass is over."""
         if self.plan is not None and len(self.memory) != len(self.plan.steps):
             raise Diverged(f"{len(self.memory)} operators ran, {len(self.plan.steps)} at calibration")
+        self._awaited.check_over()
         self._owners.clear()
         self._sources.clear()
         return self.memory
@@ -272,16 +236,34 @@ class Replayer(_Pass):
         self.batch = batch
         self.k = rows.shape[0]
         self._next = 0
+        self._uses = Uses()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._run(func, args, kwargs or {})
-        if self.calibrating:
+        kwargs = kwargs or {}
+        if not self.calibrating:
+            return self._run(func, args, kwargs)
+        before = len(self.plan.steps)
+        out = self._run(func, args, kwargs)
+        known = facts(func)
+        self._uses.operator(func, args, kwargs, out, known.kind is Kind.PLAIN and not known.writes)
+        place = self._next - 1
+        if len(self.plan.steps) > before and known.kind is Kind.COSTLY and isinstance(out, Tensor):
+            step, chain = self.plan.steps[place], self.memory[place].chain
+            if chain is not None:
+                self._uses.product(place, func, chain.shape, chain.layout, out)
+            elif step.layouts is not None:
+                self._uses.product(place, func, step.shapes[0], step.layouts[0], out)
+        if not self._awaited.holds(out):
             self.plan.written += _written(func, out) / self.k
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         known = facts(func)
         kind = known.kind
+        self._awaited.forget_the_gone()
+        chained = self._awaited.next(func, args, kwargs) if self._awaited else None
+        if chained is not None:
+            return self._link(*chained, func, args, kwargs)
         if kind is Kind.PLAIN:
             out = func(*args, **kwargs)
             if self.calibrating and isinstance(out, Tensor):
@@ -318,10 +300,38 @@ class Replayer(_Pass):
         if self.calibrating:
             self.plan.steps.append(Step(entry.func, layouts, _shapes(entry.outs or []), entry.where))
 
+    def _pass_on(self, entry: _Memory, room: Tensor, real: Tensor | None) -> Tensor:
+        return self._awaited.add_void(entry, room) if real is None else self._awaited.add(entry, real)
+
+    def _link(self, entry: _Memory, value: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """A cheap operator of a chain: made up, or, at its end, taken from memory."""
+        real = func(*args, **kwargs) if self.calibrating or entry.place == self.prove else None
+        if entry.links:
+            return self._pass_on(entry, torch.empty_like(value), real)
+        if self.calibrating:
+            layouts = self._fitting(entry, [real])
+            chain = None if layouts is None else entry.chain
+            self.plan.steps[entry.place] = Step(entry.func, layouts, _shapes(entry.outs or []), entry.where, chain)
+            entry.outs = None
+            return real  # type: ignore[return-value]
+        layouts = self.plan.steps[entry.place].layouts
+        assert layouts is not None
+        assert entry.outs is not None
+        taken = take(entry.outs[0], layouts[0], self.rows)
+        entry.outs = None
+        if real is not None:
+            self._prove(func, real, [taken])
+        return taken
+
     def _take(self, entry: _Memory, func: Any, args: Any, kwargs: Any) -> Any:
-        layouts = self._step().layouts
+        layouts, chain = self._step().layouts, self._step().chain
         if layouts is None or entry.outs is None:
             return func(*args, **kwargs)
+        if chain is not None:
+            entry.links = chain.links
+            proving = self._next - 1 == self.prove
+            room = chain.room(self.k, self.rows.device)
+            return self._pass_on(entry, room, func(*args, **kwargs) if proving else None)
         taken = [
             take(out, layout, self.rows) if isinstance(out, Tensor) else out
             for out, layout in zip(entry.outs, layouts, strict=True)
@@ -340,8 +350,17 @@ class Replayer(_Pass):
 
     def _calibrate(self, entry: _Memory, func: Any, args: Any, kwargs: Any) -> Any:
         real = func(*args, **kwargs)
-        parts = list(real) if isinstance(real, (tuple, list)) else [real]
-        found: list[Layout] | None = []
+        if entry.chain is not None:
+            self._decide(entry, None)  # until the chain's end
+            entry.links = entry.chain.links
+            return self._awaited.add(entry, real)
+        self._decide(entry, self._fitting(entry, list(real) if isinstance(real, (tuple, list)) else [real]))
+        entry.outs = entry.witness = None
+        return real
+
+    def _fitting(self, entry: _Memory, parts: list[Any]) -> tuple[Layout, ...] | None:
+        """For each of an operator's outputs the one layout that gives these rows of it; None where one has not one."""
+        found: list[Layout] = []
         for full, part in zip(entry.outs or [], parts, strict=True):
             if not isinstance(full, Tensor) or (
                 found and not part.dtype.is_floating_point and full.shape == part.shape
@@ -354,15 +373,11 @@ class Replayer(_Pass):
                 if close(part, take(full, layout, self.rows))
             ]
             if len(fitting) != 1:
-                name = f"{func._schema.name} in {entry.where or 'the model'}"
                 self.plan.undecided += len(fitting) > 1
-                self.plan.unmatched += [] if fitting else [name]
-                found = None
-                break
+                self.plan.unmatched += [] if fitting else [f"{entry.func._schema.name} in {entry.where or 'the model'}"]
+                return None
             found.append(fitting[0])
-        self._decide(entry, None if found is None else tuple(found))
-        entry.outs = entry.witness = None
-        return real
+        return tuple(found)
 
     def _random(self, entry: _Memory, func: Any, known: Facts, args: Any, kwargs: Any) -> Any:
         if self.calibrating:
@@ -432,6 +447,10 @@ class Replayer(_Pass):
         """The plan, once the pass is over."""
         if self._next != len(self.memory):
             raise Diverged(f"the second pass ran {self._next} of {len(self.memory)} operators")
+        self._awaited.check_over()
+        self._sources.clear()
+        if self.calibrating:
+            self.plan.chains = self._uses.chains()
         return self.plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,15 +14,8 @@ from batchtrim.engine.batch import Forward, Step, map_tensors, tensor_shapes
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.guard import Guard
 from batchtrim.engine.layouts import close
-from batchtrim.engine.replay import (
-    Diverged,
-    Plan,
-    Recorder,
-    Refused,
-    Replayer,
-    module_names,
-    no_graph,
-)
+from batchtrim.engine.plan import Chain, Diverged, Plan, Refused, Unchained
+from batchtrim.engine.replay import Recorder, Replayer, module_names, no_graph
 from batchtrim.engine.two_pass import NOT_ELEMENTS, kept_loss, padded_rows
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -32,12 +26,9 @@ __all__ = ["SharedEngine"]
 
 _VERIFY_EVERY = 500  # steps of one shape between two calibrations
 _PROVE_EVERY = 4  # steps between two in which one operator, each in turn, is computed for real and compared
-_LOOK_AGAIN = (
-    1,
-    4,
-    16,
-    64,
-)  # uses after which a plan with undecided operators (all-zero outputs, say) is looked at again
+# uses after which a plan is looked at again that has chains to be tried, or undecided operators (all-zero outputs, say)
+_LOOK_AGAIN = (1, 4, 16, 64)
+_TRIES_OF_CHAINS = 2  # steps of one shape that may read what nobody did before, until all its products are remembered
 _TRIES = 4  # steps that may run unlike their calibration before the engine gives up
 _PLANS = 256  # batch shapes remembered
 
@@ -69,6 +60,7 @@ class SharedEngine:
         self.guard = Guard(forward.inner)
         self.plans: dict[Any, Plan] = {}
         self._failures: dict[Any, int] = {}
+        self._unchained: Counter[Any] = Counter()
         self._selection: Selection | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
@@ -76,16 +68,21 @@ class SharedEngine:
             return self.exact(x, y, selection)
         key = self._key(x, y)
         plan = self.plans.get(key)
+        chains = {} if plan is None else plan.chains
         if plan is not None:
             plan.used += 1
-            if plan.used % self.verify_every == 0 or (plan.undecided and plan.used in _LOOK_AGAIN):
+            if plan.used % self.verify_every == 0 or (plan.unsettled and plan.used in _LOOK_AGAIN):
                 plan = None
         self.guard.begin()
         self._selection = selection
         try:
-            return self._two_passes(x, y, key, plan)
+            return self._two_passes(x, y, key, plan, chains)
         except _NothingToSave:
             self.guard.rollback()
+        except Unchained:
+            self.guard.rollback()
+            del self.plans[key]
+            self._unchained[key] += 1
         except Diverged as diverged:
             self.guard.rollback()
             self._count_failure(key, str(diverged))
@@ -102,10 +99,10 @@ class SharedEngine:
         plan = self.plans.get(self._key(x, y))
         return plan is None or plan.pays(self.trim.keep, self.guard.device.type)
 
-    def _two_passes(self, x: Any, y: Any, key: Any, plan: Plan | None) -> Step:
+    def _two_passes(self, x: Any, y: Any, key: Any, plan: Plan | None, chains: dict[int, Chain]) -> Step:
         forward, guard = self.forward, self.guard
         with module_names(forward.inner) if plan is None else nullcontext(str) as where:
-            recorder = Recorder(guard, plan, where)
+            recorder = Recorder(guard, plan, where, chains)
             with no_graph(), recorder:
                 losses, outputs = forward(x, y, model=forward.inner)
             scores = forward.scores(outputs, y)
@@ -176,6 +173,8 @@ class SharedEngine:
                     raise Refused(f"{before.func} in {now.where} no longer lies as it did")
         if len(self.plans) >= _PLANS:
             del self.plans[next(iter(self.plans))]
+        if self._unchained[key] >= _TRIES_OF_CHAINS:
+            found.chains = {}
         self.plans[key] = found
         self._failures.pop(key, None)
 
