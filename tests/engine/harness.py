@@ -24,12 +24,11 @@ class Run:
     buffers: list[list[Tensor]] = field(default_factory=list)
     generators: list[Tensor] = field(default_factory=list)
     python: list[Any] = field(default_factory=list)
+    sliced: int = 0  # most operators that were to be taken from memory instead of being computed, over all plans
 
-    @property
-    def sliced(self) -> int:
-        """Operators taken from memory instead of being computed, over all plans."""
-        plans = self.step.engine.plans.values()
-        return sum(step.layouts is not None for plan in plans for step in plan.steps)
+    def count_sliced(self) -> None:
+        plans = getattr(self.step.engine, "plans", {}).values()
+        self.sliced = max(self.sliced, sum(step.layouts is not None for plan in plans for step in plan.steps))
 
 
 def train(
@@ -57,6 +56,7 @@ def train(
         model.zero_grad(set_to_none=True)
         value = run.step(x, y)
         value.backward()
+        run.count_sliced()
         run.losses.append(value.detach())
         run.chosen.append(run.step.trim.last_selection.rising().indices.tolist())
         run.gradients.append(gradient(model))
