@@ -30,7 +30,7 @@ def test_right_engines_pass(engine: str, capsys: pytest.CaptureFixture[str]) -> 
     assert torch.equal(before, torch.get_rng_state())
     assert report.ok
     assert report.gradient_error < 1e-6
-    assert "against 'exact', 3 steps: ok" in capsys.readouterr().out
+    assert "against 'exact', 6 steps: ok" in capsys.readouterr().out
     assert all(parameter.grad is None for parameter in network.parameters())
 
 

@@ -36,7 +36,7 @@ class EngineReport:
         gradient_cosine: cosine between the two.
         buffer_error: largest difference of a buffer, relative to the buffer's largest value.
         same_generators: whether torch's generators ended in the same state.
-        steps: how many steps were compared; the first calibrates.
+        steps: how many steps were compared; the first calibrates, for some models the second too.
         batch_norm: whether the model has a BatchNorm in training mode, for which no cheap gradient is exact.
     """
 
@@ -83,7 +83,7 @@ def check_engine(
     *,
     engine: str = "shared",
     keep: float = 0.5,
-    steps: int = 3,
+    steps: int = 6,
     batch_dim: int = 0,
     verbose: bool = True,
 ) -> EngineReport:
@@ -93,7 +93,8 @@ def check_engine(
         model: left as it is; two copies are made.
         batch: ``(x, y)`` as they would be given to :class:`batchtrim.TrimmedForward`.
         per_sample_loss: as there.
-        engine: which one to check. keep: fraction kept. steps: how many; the first calibrates, the others slice.
+        engine: which one to check. keep: fraction kept.
+        steps: how many; the first calibrates, for some models the second too, the others slice.
         verbose: print the report too.
 
     Returns:

@@ -345,7 +345,7 @@ class Replayer(_Pass):
         parts = list(real) if isinstance(real, (tuple, list)) else [real]
         for part, rows in zip(parts, taken, strict=True):
             floating = isinstance(part, Tensor) and part.dtype.is_floating_point
-            if floating and bool(part.isfinite().all()) and not close(part, rows):
+            if floating and not close(part, rows) and bool(part.isfinite().all()):  # NaN is close to nothing
                 raise Diverged(f"the rows taken from {func} are not those of the kept samples")
 
     def _calibrate(self, entry: _Memory, func: Any, args: Any, kwargs: Any) -> Any:
