@@ -1,14 +1,10 @@
 """Step time, gradient and peak memory of every engine beside plain training.
 
     python -m benchmarks.bench_engine [--models resnet18-group,vit] [--rounds 15] [--json out.json]
-    python -m benchmarks.bench_engine --alone [--models resnet18-group,vit] [--rounds 3] [--json out.json]
 
 Every step is forward, choice and backward on one batch; selection is inside the clock. "author" is the published rule:
 the mean of ``topk`` on the full graph. "floor" is what a step costs at least that looks at the whole batch once: with
 f the share of a forward without a graph in a plain step, f + (1 - f) q. It is (1 + 2q) / 3 where f is a third.
-
-With ``--alone`` plain training and the shared engine run in processes of their own, which take turns: what memory one
-gives back does not decide what the other finds.
 """
 
 from __future__ import annotations
@@ -19,8 +15,6 @@ import functools
 import gc
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -233,43 +227,6 @@ def measure(name: str, keeps: tuple[float, ...], rounds: int, seed: int = 0) -> 
     return {"model": name, "seed": seed, "rows": rows}
 
 
-def alone(name: str, keeps: tuple[float, ...], rounds: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Shared over plain, each in a process of its own. ``rounds`` times over all keeps."""
-    limits = {keep: (1 + 2 * keep) / 3 + CASES[name][2] for keep in keeps}
-    ratios: dict[float, list[float]] = {keep: [] for keep in keeps}
-    seconds = []
-    for _ in range(rounds):
-        plain = _in_process(name, "plain", 1.0, options)
-        seconds.append(plain)
-        for keep in keeps:
-            ratios[keep].append(_in_process(name, "shared", keep, options) / plain)
-    rows = [
-        {"keep": keep, "shared": statistics.median(found), "ratios": found, "limit": limits[keep]}
-        for keep, found in ratios.items()
-    ]
-    told = ", ".join(f"{row['keep']}: {row['shared']:.3f} (limit {row['limit']:.3f})" for row in rows)
-    print(f"{name:15s} alone, plain {1e3 * statistics.median(seconds):.0f} ms | {told}", flush=True)
-    return {"model": name, "seed": options.seed, "plain_ms": 1e3 * statistics.median(seconds), "rows": rows}
-
-
-def _in_process(name: str, engine: str, keep: float, options: argparse.Namespace) -> float:
-    words = ["-m", "benchmarks.bench_engine", "--one", name, engine, str(keep)]
-    words += ["--threads", str(options.threads), "--seed", str(options.seed)]
-    return float(subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True).stdout)
-
-
-def one(name: str, engine: str, keep: float, seed: int) -> float:
-    """Median seconds of one engine's step."""
-    build, inputs, _ = CASES[name]
-    torch.manual_seed(seed)
-    model = build().train()
-    warm_up(model, inputs, steps=5)
-    step = make_step(engine, model, *inputs(), keep)
-    for _ in range(4):
-        step()
-    return statistics.median(interleaved({"step": step}, rounds=16)["step"])
-
-
 def whole_run(steps: int, names: tuple[str, ...], norm: str = "group") -> dict[str, Any]:
     """Plain training and trim on the paper's schedule with each engine, step by step in turn, optimizer included."""
     torch.manual_seed(0)
@@ -317,20 +274,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run-steps", type=int, default=60, help="steps of the whole run; 0 leaves it out")
     parser.add_argument("--run-engines", default="exact,two_pass,shared,auto", help="engines of the whole runs")
-    parser.add_argument("--alone", action="store_true", help="plain and shared only, each in a process of its own")
-    parser.add_argument("--one", nargs=3, metavar=("MODEL", "ENGINE", "KEEP"), help="print one engine's seconds a step")
     parser.add_argument("--json", help="write the result here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    if options.one:
-        name, engine, keep = options.one
-        print(one(name, engine, float(keep), options.seed))
-        return
     keeps = tuple(float(keep) for keep in options.keeps.split(","))
-    if options.alone:
-        rows = [alone(name, keeps, options.rounds, options) for name in options.models.split(",")]
-        save(options.json, {"alone": rows, "batch": BATCH, "rounds": options.rounds})
-        return
     results = [measure(name, keeps, options.rounds, options.seed) for name in options.models.split(",") if name]
     engines = tuple(options.run_engines.split(","))
     runs = [whole_run(options.run_steps, engines, norm) for norm in ("group", "batch")] if options.run_steps else []

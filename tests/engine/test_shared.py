@@ -45,6 +45,7 @@ EXACT = {
     "stochastic_depth": (zoo.StochasticDepth, zoo.vectors),
     "layer_drop": (zoo.LayerDrop, zoo.vectors),
     "branching": (zoo.Branching, zoo.vectors),
+    "sparse": (zoo.Sparse, zoo.vectors),
     "tied": (zoo.Tied, zoo.tokens),
     "checkpoint_reentrant": (lambda: zoo.Checkpointed(True), zoo.vectors),
     "checkpoint": (lambda: zoo.Checkpointed(False), zoo.vectors),

@@ -122,6 +122,19 @@ class LayerDrop(nn.Module):
         return self.head(x)
 
 
+class Sparse(nn.Module):
+    """Features mixed by a sparse matrix, which has no memory in one piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.mix = torch.eye(8).roll(1, 0).to_sparse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x)
+        return self.head(x + torch.sparse.mm(self.mix, torch.tanh(x).t()).t())
+
+
 class Branching(nn.Module):
     """Control flow that depends on the whole batch's values."""
 

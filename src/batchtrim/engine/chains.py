@@ -62,7 +62,7 @@ class Uses:
             return
         inputs = [value for value in _reads(args, kwargs) if storage_of(value) in self._tracks]
         made = None
-        if isinstance(out, Tensor) and all(storage_of(out) != storage_of(value) for value in inputs):
+        if _is_dense(out) and all(storage_of(out) != storage_of(value) for value in inputs):
             made = self._tracks[storage_of(out)] = _Track(StorageWeakRef(out.untyped_storage()), _form(out))
         link = made if cheap and made is not None and out.dtype.is_floating_point else None
         for value in inputs:
@@ -171,8 +171,13 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 def _reads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     found: list[Tensor] = []
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
+        if isinstance(value, (list, tuple)):
+            found.extend(item for item in value if _is_dense(item))
+        elif _is_dense(value):
             found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found.extend(item for item in value if isinstance(item, Tensor))
     return found
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether it is a tensor with memory of its own to speak of; a sparse one has none."""
+    return isinstance(value, Tensor) and value.layout is torch.strided
