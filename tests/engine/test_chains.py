@@ -93,6 +93,13 @@ def test_seen_then_tried_then_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not shared.engine._failures
 
 
+def test_they_can_be_left_alone() -> None:
+    exact, shared = both(Block)
+    shared.engine.follow_chains = False
+    assert max(compare(exact, shared) for _ in range(3)) <= 1e-6
+    assert followed(shared) == []
+
+
 def test_the_second_pass_writes_less() -> None:
     exact, shared = both(Block)
     compare(exact, shared)

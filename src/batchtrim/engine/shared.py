@@ -56,6 +56,7 @@ class SharedEngine:
         self.trim = trim
         self.verify_every = verify_every
         self.prove_every = prove_every
+        self.follow_chains = True  # False: remember every product, whatever becomes of it
         self.exact = ExactEngine(forward, trim)
         self.guard = Guard(forward.inner)
         self.plans: dict[Any, Plan] = {}
@@ -173,7 +174,7 @@ class SharedEngine:
                     raise Refused(f"{before.func} in {now.where} no longer lies as it did")
         if len(self.plans) >= _PLANS:
             del self.plans[next(iter(self.plans))]
-        if self._unchained[key] >= _TRIES_OF_CHAINS:
+        if not self.follow_chains or self._unchained[key] >= _TRIES_OF_CHAINS:
             found.chains = {}
         self.plans[key] = found
         self._failures.pop(key, None)
