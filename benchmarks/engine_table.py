@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def main(paths: list[str]) -> None:
-    print("| network | q | plain ms | author | two_pass | products | shared | limit | floor | auto | gradient error |", end="")
-    print(" cosine: shared, two_pass | peak MiB: exact, shared |\n|" + 13 * "---|")
+    print("| network | q | plain ms | author | two_pass | products | shared | limit | floor | auto |", end="")
+    print(" gradient error | cosine: shared, two_pass | peak MiB: exact, shared |\n|" + 13 * "---|")
     for path in paths:
         for model in json.loads(Path(path).read_text(encoding="utf-8"))["engines"]:
             for row in model["rows"]:

@@ -1,7 +1,8 @@
 """Two passes over one model: the first remembers what costly operators gave, the second hands out the kept rows of it.
 
 Both are dispatch modes, below autograd: in the second pass every node of the graph is built for k rows, while a
-convolution or a matrix product is not computed but taken from memory. Cheap operators run again on k rows.
+convolution or a matrix product is not computed but taken from memory. Cheap operators run again on k rows, but for
+those that are taken in place of the product they read: see :mod:`batchtrim.engine.chains`.
 
 Which rows of a remembered tensor belong to which sample is never guessed. The first time (and now and then after) the
 second pass is a *calibration*: every operator is computed for the kept rows too, and a :class:`Layout` is accepted only
