@@ -1,4 +1,4 @@
-"""Side effects of a forward: seen, undone, and not repeated.
+"""Side effects of a forward: seen, undone, and not repeated; and what is running meanwhile.
 
 The model's Python runs twice in a step that drops samples. A :class:`Guard` sees to it that the second run starts from
 the same buffers and generators as the first, that both end up as the first run left them (running statistics,
@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BufferValues", "GeneratorStates", "Guard", "device_of", "storage_of", "without_graph"]
+__all__ = ["BufferValues", "GeneratorStates", "Guard", "device_of", "module_names", "storage_of", "without_graph"]
 
 
 @contextmanager
@@ -44,6 +44,29 @@ def device_of(model: nn.Module) -> torch.device:
 def storage_of(tensor: Tensor) -> int:
     """A key that tensors sharing memory share, valid while one of them lives."""
     return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def module_names(model: nn.Module) -> Iterator[Callable[[], str]]:
+    """Within it, the function given tells the name of the module whose forward is running."""
+    names = {id(module): name for name, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(f"{names.get(id(module)) or 'model'} ({type(module).__name__})")
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        stack.pop()
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield lambda: stack[-1] if stack else ""
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class GeneratorStates:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +37,7 @@ from batchtrim.engine.plan import Chain, Diverged, Plan, Refused, Step
 _autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 _top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
-__all__ = ["Recorder", "Replayer", "module_names", "no_graph"]
+__all__ = ["Recorder", "Replayer", "no_graph"]
 
 
 @dataclass(slots=True)
@@ -453,29 +453,6 @@ class Replayer(_Pass):
         if self.calibrating:
             self.plan.chains = self._uses.chains()
         return self.plan
-
-
-@contextmanager
-def module_names(model: nn.Module) -> Iterator[Callable[[], str]]:
-    """Within it, the function given tells the name of the module whose forward is running."""
-    names = {id(module): name for name, module in model.named_modules()}
-    stack: list[str] = []
-
-    def enter(module: nn.Module, _: Any) -> None:
-        stack.append(f"{names.get(id(module)) or 'model'} ({type(module).__name__})")
-
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        stack.pop()
-
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield lambda: stack[-1] if stack else ""
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from batchtrim.engine import batch_norm
 from batchtrim.engine.batch import Forward, Step, map_tensors, tensor_shapes
 from batchtrim.engine.exact import ExactEngine, is_training_step
-from batchtrim.engine.guard import Guard
+from batchtrim.engine.guard import Guard, module_names
 from batchtrim.engine.layouts import close
 from batchtrim.engine.plan import Chain, Diverged, Plan, Refused, Unchained
-from batchtrim.engine.replay import Recorder, Replayer, module_names, no_graph
+from batchtrim.engine.replay import Recorder, Replayer, no_graph
 from batchtrim.engine.two_pass import NOT_ELEMENTS, kept_loss, padded_rows
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
