@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from harness import BATCH, error, train
+from harness import BATCH, error, prove_all, train
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -280,11 +280,7 @@ def test_a_planted_wrong_layout_is_caught_before_its_backward() -> None:
             for layout in planned.layouts or ()
         )
         plan.steps[place] = type(planned)(planned.func, layouts, planned.shapes)
-    step.engine.prove_every = 1
-    for _ in plan.provable():
-        loss = step(x, y)
-        if step.engine._failures:
-            break
+    loss = prove_all(step, x, y)
     assert step.engine._failures, "a wrong layout went unnoticed"
     torch.testing.assert_close(loss, exact(x, y), rtol=0, atol=0)
 

@@ -9,7 +9,7 @@ from harness import BATCH, error, train
 from torch import nn
 
 import batchtrim
-from batchtrim.engine import replay
+from batchtrim.engine.plan import Plan
 from batchtrim.engine.two_pass import padded_rows
 
 CASES = {
@@ -73,7 +73,7 @@ def test_auto_counts_what_the_second_pass_moves(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("batchtrim.engine.plan._SECONDS_PER_OPERATOR", 0.0)
     monkeypatch.setattr("batchtrim.engine.plan._BYTES_PER_SECOND", {"cpu": 1e9})
     monkeypatch.setattr("batchtrim.engine.plan._FLOPS_PER_SECOND", {"cpu": 1e9})
-    plan = replay.Plan(flops=10**9, remembered=5 * 10**8, written=125e6, batch=8)  # 2 (1 - q) against 0.5 + q
+    plan = Plan(flops=10**9, remembered=5 * 10**8, written=125e6, batch=8)  # 2 (1 - q) against 0.5 + q
     assert plan.pays(0.49, "cpu")
     assert not plan.pays(0.51, "cpu")
 

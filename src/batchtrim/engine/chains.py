@@ -21,18 +21,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from batchtrim.engine.guard import storage_of
-from batchtrim.engine.layouts import Layout
+from batchtrim.engine.operators import facts, tensors_in
 from batchtrim.engine.plan import Chain, Unchained
 
 __all__ = ["Awaited", "Uses"]
 
 _LEAST = 2**18  # bytes of rows that are worth it
-_VIEWS = {"aten::_unsafe_view"}  # beside those torch calls views
-_OF_THE_FORM = {
-    f"aten::{name}"
-    for kind in ("empty", "zeros", "ones", "full")
-    for name in (f"{kind}_like", f"new_{kind}", f"new_{kind}_strided")
-} | {"aten::rand_like", "aten::randn_like"}
 
 
 @dataclass
@@ -58,9 +52,9 @@ class Uses:
 
     def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, cheap: bool) -> None:
         """An operator ran; ``cheap``: one that is computed in both passes and changes nothing in place."""
-        if _reads_nothing(func):
+        if not facts(func).reads:
             return
-        inputs = [value for value in _reads(args, kwargs) if storage_of(value) in self._tracks]
+        inputs = [value for value in _dense(args, kwargs) if storage_of(value) in self._tracks]
         made = None
         if _is_dense(out) and all(storage_of(out) != storage_of(value) for value in inputs):
             made = self._tracks[storage_of(out)] = _Track(StorageWeakRef(out.untyped_storage()), _form(out))
@@ -69,10 +63,10 @@ class Uses:
             like = torch.empty_like(value, device="meta")
             self._tracks[storage_of(value)].readers.append(_Reader(func, _form(like), link))
 
-    def product(self, place: int, func: Any, shape: tuple[int, ...], layout: Layout, out: Tensor) -> None:
-        """What ran last was a remembered operator: ``out`` are the rows of something of the given shape."""
-        if out.nbytes >= _LEAST and out.is_contiguous() and out.dtype.is_floating_point and layout.dim >= 0:
-            self._products[place] = self._tracks[storage_of(out)], Chain(func, shape, out.dtype, layout, ())
+    def product(self, place: int, chain: Chain, out: Tensor) -> None:
+        """What ran last was the remembered operator of ``chain``, whose links are yet to be found; it gave ``out``."""
+        if out.nbytes >= _LEAST and out.is_contiguous() and out.dtype.is_floating_point and chain.layout.dim >= 0:
+            self._products[place] = self._tracks[storage_of(out)], chain
 
     def chains(self) -> dict[int, Chain]:
         """Once the pass is over and its graph is all that is left of it: the chains, by the place of their product."""
@@ -133,9 +127,9 @@ class Awaited:
         Raises:
             Unchained: it reads what at calibration another operator read, or nobody.
         """
-        if _reads_nothing(func):
+        if not facts(func).reads:
             return None
-        for value in _reads(args, kwargs):
+        for value in _dense(args, kwargs):
             key = storage_of(value)
             entry, _ = self._entries.pop(key, (None, None))
             unlike = key in self._voids if entry is None else entry.links[0] is not func
@@ -158,24 +152,12 @@ class Awaited:
             raise Unchained("somebody keeps what nobody kept at calibration")
 
 
-def _reads_nothing(func: Any) -> bool:
-    """Whether an operator looks at no values; but who asks for ``detach`` is going to."""
-    name = func._schema.name
-    return (func.is_view and name != "aten::detach") or name in _VIEWS or name in _OF_THE_FORM
-
-
 def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride()
 
 
-def _reads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, (list, tuple)):
-            found.extend(item for item in value if _is_dense(item))
-        elif _is_dense(value):
-            found.append(value)
-    return found
+def _dense(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [value for value in tensors_in((*args, *kwargs.values())) if _is_dense(value)]
 
 
 def _is_dense(value: Any) -> bool:

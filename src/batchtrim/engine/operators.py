@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Facts", "Kind", "dropout_inside", "facts", "written_tensors"]
+__all__ = ["LIKE", "Facts", "Kind", "dropout_inside", "facts", "tensors_in", "written_tensors"]
 
 
 class Kind(enum.Enum):
@@ -31,6 +32,7 @@ class Facts:
     kind: Kind
     writes: tuple[tuple[int, str], ...]  # position and name of the arguments it changes in place
     draws: bool  # tagged as drawing random numbers
+    reads: bool  # looks at its arguments' values, not only at their memory or form
 
 
 _KINDS = {
@@ -60,6 +62,11 @@ _KINDS = {
 }
 _BY_NAME = {name: kind for kind, names in _KINDS.items() for name in names}
 
+# A tensor of an argument's form, and operators that take no more than the form.
+LIKE = {f"aten::{kind}_like" for kind in ("empty", "zeros", "ones", "full")}
+_OF_THE_FORM = LIKE | {"aten::rand_like", "aten::randn_like", "aten::new_empty_strided"}
+_OF_THE_FORM |= {f"aten::new_{kind}" for kind in ("empty", "zeros", "ones", "full")}
+
 
 @functools.cache
 def facts(func: Any) -> Facts:
@@ -74,19 +81,25 @@ def facts(func: Any) -> Facts:
     kind = _BY_NAME.get(schema.name)
     if kind is None:
         kind = Kind.COLLECTIVE if "c10d" in func.namespace else Kind.RANDOM if draws else Kind.PLAIN
-    return Facts(kind, writes, draws)
+    # who asks for `detach` is going to look; torch does not call `_unsafe_view` a view
+    view = (func.is_view and schema.name != "aten::detach") or schema.name == "aten::_unsafe_view"
+    return Facts(kind, writes, draws, not view and schema.name not in _OF_THE_FORM)
 
 
-def written_tensors(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among the arguments that the operator changes in place."""
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an operator's arguments, and in its lists of them."""
     found: list[Tensor] = []
-    for position, name in known.writes:
-        value = args[position] if position < len(args) else kwargs.get(name)
+    for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
             found.extend(item for item in value if isinstance(item, Tensor))
     return found
+
+
+def written_tensors(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments that the operator changes in place."""
+    return tensors_in(args[position] if position < len(args) else kwargs.get(name) for position, name in known.writes)
 
 
 def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, default: Any = None) -> Any:

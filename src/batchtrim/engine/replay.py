@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from batchtrim.engine.chains import Awaited, Uses
 from batchtrim.engine.guard import Guard, storage_of
 from batchtrim.engine.layouts import WHOLE, Layout, candidates, close, take
-from batchtrim.engine.operators import Facts, Kind, argument, dropout_inside, facts, written_tensors
+from batchtrim.engine.operators import LIKE, Facts, Kind, argument, dropout_inside, facts, written_tensors
 from batchtrim.engine.plan import Chain, Diverged, Plan, Refused, Step
 
 # torch before 2.7 does not tell which hooks are in force; there, the frames are searched for torch's own checkpointing.
@@ -93,7 +93,7 @@ class _Pass(TorchDispatchMode):
 
     def _note_source(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         """``empty_like(x).bernoulli_()``: the noise lies as x does. Noise itself cannot show how it lies."""
-        if func._schema.name in ("aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like"):
+        if func._schema.name in LIKE:
             self._sources[storage_of(out)] = (args[0], args[0]._version)
 
     def _witness(self, args: tuple[Any, ...], shape: torch.Size) -> Tensor | None:
@@ -113,7 +113,7 @@ class Recorder(_Pass):
     def __init__(self, guard: Guard, plan: Plan | None, where: Callable[[], str], chains: dict[int, Chain]) -> None:
         super().__init__(guard, [], calibrating=plan is None)
         self.plan = plan
-        self.chains = chains if plan is None else {i: step.chain for i, step in enumerate(plan.steps) if step.chain}
+        self.chains = chains  # to be tried by a calibration
         self.where = where
         self.operators = 0
         self.flops = 0
@@ -185,7 +185,7 @@ class Recorder(_Pass):
         self.memory.append(entry)
         if self.plan is not None and (place >= len(self.plan.steps) or self.plan.steps[place].func is not func):
             raise Diverged(f"operator {place} is {func}, unlike at calibration")
-        chain = self.chains.get(place)
+        chain = self.chains.get(place) if self.plan is None else self.plan.steps[place].chain
         if chain is None or chain.func is not func or (chain.shape,) != _shapes(outs):
             self._fill(entry, outs)
         else:
@@ -243,17 +243,16 @@ class Replayer(_Pass):
         kwargs = kwargs or {}
         if not self.calibrating:
             return self._run(func, args, kwargs)
-        before = len(self.plan.steps)
         out = self._run(func, args, kwargs)
         known = facts(func)
         self._uses.operator(func, args, kwargs, out, known.kind is Kind.PLAIN and not known.writes)
-        place = self._next - 1
-        if len(self.plan.steps) > before and known.kind is Kind.COSTLY and isinstance(out, Tensor):
-            step, chain = self.plan.steps[place], self.memory[place].chain
+        if known.kind is Kind.COSTLY and isinstance(out, Tensor):
+            entry = self.memory[self._next - 1]
+            step, chain = self._step(entry), entry.chain
+            if chain is None and step.layouts is not None:
+                chain = Chain(func, step.shapes[0], out.dtype, step.layouts[0], ())
             if chain is not None:
-                self._uses.product(place, func, chain.shape, chain.layout, out)
-            elif step.layouts is not None:
-                self._uses.product(place, func, step.shapes[0], step.layouts[0], out)
+                self._uses.product(entry.place, chain, out)
         if not self._awaited.holds(out):
             self.plan.written += _written(func, out) / self.k
         return out
@@ -294,28 +293,27 @@ class Replayer(_Pass):
         self._next += 1
         return entry
 
-    def _step(self) -> Step:
-        return self.plan.steps[self._next - 1]
+    def _step(self, entry: _Memory) -> Step:
+        return self.plan.steps[entry.place]
 
     def _decide(self, entry: _Memory, layouts: tuple[Layout, ...] | None) -> None:
         if self.calibrating:
             self.plan.steps.append(Step(entry.func, layouts, _shapes(entry.outs or []), entry.where))
 
-    def _pass_on(self, entry: _Memory, room: Tensor, real: Tensor | None) -> Tensor:
-        return self._awaited.add_void(entry, room) if real is None else self._awaited.add(entry, real)
-
     def _link(self, entry: _Memory, value: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
         """A cheap operator of a chain: made up, or, at its end, taken from memory."""
-        real = func(*args, **kwargs) if self.calibrating or entry.place == self.prove else None
+        real: Any = func(*args, **kwargs) if self.calibrating or entry.place == self.prove else None
+        if entry.links and real is None:
+            return self._awaited.add_void(entry, torch.empty_like(value))
         if entry.links:
-            return self._pass_on(entry, torch.empty_like(value), real)
+            return self._awaited.add(entry, real)
         if self.calibrating:
             layouts = self._fitting(entry, [real])
             chain = None if layouts is None else entry.chain
             self.plan.steps[entry.place] = Step(entry.func, layouts, _shapes(entry.outs or []), entry.where, chain)
             entry.outs = None
-            return real  # type: ignore[return-value]
-        layouts = self.plan.steps[entry.place].layouts
+            return real
+        layouts = self._step(entry).layouts
         assert layouts is not None
         assert entry.outs is not None
         taken = take(entry.outs[0], layouts[0], self.rows)
@@ -325,20 +323,20 @@ class Replayer(_Pass):
         return taken
 
     def _take(self, entry: _Memory, func: Any, args: Any, kwargs: Any) -> Any:
-        layouts, chain = self._step().layouts, self._step().chain
+        layouts, chain = self._step(entry).layouts, self._step(entry).chain
         if layouts is None or entry.outs is None:
             return func(*args, **kwargs)
         if chain is not None:
             entry.links = chain.links
-            proving = self._next - 1 == self.prove
-            room = chain.room(self.k, self.rows.device)
-            return self._pass_on(entry, room, func(*args, **kwargs) if proving else None)
+            if entry.place == self.prove:
+                return self._awaited.add(entry, func(*args, **kwargs))
+            return self._awaited.add_void(entry, chain.room(self.k, self.rows.device))
         taken = [
             take(out, layout, self.rows) if isinstance(out, Tensor) else out
             for out, layout in zip(entry.outs, layouts, strict=True)
         ]
         entry.outs = None  # free it: the graph for k rows grows as the memory of B rows shrinks
-        if self._next - 1 == self.prove:
+        if entry.place == self.prove:
             self._prove(func, func(*args, **kwargs), taken)
         return tuple(taken) if len(func._schema.returns) > 1 else taken[0]
 
@@ -387,7 +385,7 @@ class Replayer(_Pass):
                 real = func(*args, **kwargs)
             parts = list(real) if isinstance(real, (tuple, list)) else [real]
             self._decide(entry, self._random_layouts(entry, func, args, parts))
-        layouts = self._step().layouts
+        layouts = self._step(entry).layouts
         if layouts is None or entry.outs is None:
             raise Diverged(f"{func} was not remembered")
         drawn = [take(out, layout, self.rows) for out, layout in zip(entry.outs, layouts, strict=True)]
@@ -422,7 +420,7 @@ class Replayer(_Pass):
         :mod:`batchtrim.engine.batch_norm`.
         """
         entry = self._recall(func)
-        if not self.calibrating and self._step().layouts is None:
+        if not self.calibrating and self._step(entry).layouts is None:
             return self._own_statistics(func, args, kwargs)
         mean, inverse = entry.outs or (None, None)
         x = args[0]

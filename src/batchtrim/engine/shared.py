@@ -14,7 +14,7 @@ from batchtrim.engine.batch import Forward, Step, map_tensors, tensor_shapes
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.guard import Guard, module_names
 from batchtrim.engine.layouts import close
-from batchtrim.engine.plan import Chain, Diverged, Plan, Refused, Unchained
+from batchtrim.engine.plan import Diverged, Plan, Refused, Unchained
 from batchtrim.engine.replay import Recorder, Replayer, no_graph
 from batchtrim.engine.two_pass import NOT_ELEMENTS, kept_loss, padded_rows
 from batchtrim.errors import EngineRefused
@@ -60,7 +60,7 @@ class SharedEngine:
         self.exact = ExactEngine(forward, trim)
         self.guard = Guard(forward.inner)
         self.plans: dict[Any, Plan] = {}
-        self._failures: dict[Any, int] = {}
+        self._failures: Counter[Any] = Counter()
         self._unchained: Counter[Any] = Counter()
         self._selection: Selection | None = None
 
@@ -69,7 +69,6 @@ class SharedEngine:
             return self.exact(x, y, selection)
         key = self._key(x, y)
         plan = self.plans.get(key)
-        chains = {} if plan is None else plan.chains
         if plan is not None:
             plan.used += 1
             if plan.used % self.verify_every == 0 or (plan.unsettled and plan.used in _LOOK_AGAIN):
@@ -77,7 +76,7 @@ class SharedEngine:
         self.guard.begin()
         self._selection = selection
         try:
-            return self._two_passes(x, y, key, plan, chains)
+            return self._two_passes(x, y, key, plan)
         except _NothingToSave:
             self.guard.rollback()
         except Unchained:
@@ -100,8 +99,9 @@ class SharedEngine:
         plan = self.plans.get(self._key(x, y))
         return plan is None or plan.pays(self.trim.keep, self.guard.device.type)
 
-    def _two_passes(self, x: Any, y: Any, key: Any, plan: Plan | None, chains: dict[int, Chain]) -> Step:
+    def _two_passes(self, x: Any, y: Any, key: Any, plan: Plan | None) -> Step:
         forward, guard = self.forward, self.guard
+        chains = self.plans[key].chains if key in self.plans else {}
         with module_names(forward.inner) if plan is None else nullcontext(str) as where:
             recorder = Recorder(guard, plan, where, chains)
             with no_graph(), recorder:
@@ -181,8 +181,8 @@ class SharedEngine:
 
     def _count_failure(self, key: Any, reason: str) -> None:
         self.plans.pop(key, None)
-        self._failures[key] = self._failures.get(key, 0) + 1
-        if sum(self._failures.values()) >= _TRIES:
+        self._failures[key] += 1
+        if self._failures.total() >= _TRIES:
             raise EngineRefused(f"the shared engine cannot run this model: {reason}", self._selection)
 
     def _key(self, x: Any, y: Any) -> Any:
