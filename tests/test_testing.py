@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +51,22 @@ def test_a_broken_engine_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     report = check_engine(model(), batch(), nn.CrossEntropyLoss(), verbose=False)
     assert not report.ok
     assert report.gradient_error == pytest.approx(0.5, rel=1e-4)  # half of the samples kept, divided by all
+
+
+def test_one_that_breaks_later_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_loss, calls = shared.kept_loss, []
+
+    def later_nan(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return kept_loss(*given) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(shared, "kept_loss", later_nan)
+    report = check_engine(model(), batch(), nn.CrossEntropyLoss(), verbose=False)
+    assert len(calls) == report.steps
+    assert not report.ok
+    assert math.isnan(report.gradient_error)
+    with pytest.raises(ValueError, match="expected `steps` to be at least 1, got 0"):
+        check_engine(model(), batch(), nn.CrossEntropyLoss(), steps=0)
 
 
 def test_refusal_is_reported() -> None:

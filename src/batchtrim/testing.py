@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from batchtrim._checks import describe
+from batchtrim._checks import check_count, describe
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.batch_norm import has_batch_norm
@@ -110,6 +110,7 @@ def check_engine(
         raise TypeError(
             f"expected `batch` to be (x, y), got {describe(batch)}. The order is check_engine(model, batch, loss)."
         )
+    check_count("steps", steps)
     runs = {}
     report = None
     for name in ("exact", engine):
@@ -170,14 +171,19 @@ def _compare(model: nn.Module, exact: _Run, other: _Run, steps: int) -> EngineRe
         engine=other.engine,
         refused=None,
         same_samples=exact.chosen == other.chosen,
-        loss_error=max(_relative(a, b) for a, b in zip(exact.losses, other.losses, strict=True)),
-        gradient_error=max(_relative(a, b) for a, b in pairs),
-        gradient_cosine=min(_cosine(a, b) for a, b in pairs),
-        buffer_error=max((_relative(a, b) for a, b in zip(exact.buffers, other.buffers, strict=True)), default=0.0),
+        loss_error=_largest(_relative(a, b) for a, b in zip(exact.losses, other.losses, strict=True)),
+        gradient_error=_largest(_relative(a, b) for a, b in pairs),
+        gradient_cosine=-_largest(-_cosine(a, b) for a, b in pairs),
+        buffer_error=_largest([0.0, *(_relative(a, b) for a, b in zip(exact.buffers, other.buffers, strict=True))]),
         same_generators=all(torch.equal(a, b) for a, b in zip(exact.generators, other.generators, strict=True)),
         steps=steps,
         batch_norm=has_batch_norm(list(model.modules())),
     )
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest value, NaN where one is NaN: Python's ``max`` passes over a NaN that is not the first."""
+    return float(torch.tensor(list(values), dtype=torch.float64).amax())
 
 
 def _flat(tensors: Any) -> Tensor:
