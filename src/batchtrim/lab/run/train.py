@@ -26,9 +26,20 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import batchtrim
+<<<<<<< HEAD:src/batchtrim/lab/run/train.py
 from batchtrim import KeepLog
 from batchtrim.lab.methods.rules import Setting
 from batchtrim.lab.methods.table import find_method, make_schedule
+=======
+from batchtrim import Choice, KeepLog
+from batchtrim.lab import checkpoint as checkpoints
+from batchtrim.lab import conditions, data, models
+from batchtrim.lab.augment import Batches
+from batchtrim.lab.config import RunConfig
+from batchtrim.lab.methods import find_method, make_schedule
+from batchtrim.lab.optimizers import lr_factor, make_optimizer
+from batchtrim.lab.ranks import Ranks
+>>>>>>> ranks:src/batchtrim/lab/train.py
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
 from batchtrim.lab.run.config import RunConfig
@@ -209,12 +220,14 @@ class Training:
         else:
             loss = self.forward(inputs, targets)
             assert self.forward.last is not None
-            _, losses, outputs, selection = self.forward.last
+            last = self.forward.last
+            losses, outputs, selection = last.losses, last.outputs, last.selection
             self.criterion.count(outputs, targets)
             if self.config.engine == "two_pass" and self.method.trim.keep < 1.0:
                 self.counts.samples_forward += selection.k
         if self.log is not None and selection is not None:
-            self.log.record(rows, losses, selection, outputs=outputs, labels=targets)
+            chosen = Choice(losses.detach(), selection)
+            self.log.record(chosen, ids=rows, outputs=outputs, labels=targets)
         return loss
 
     @torch.inference_mode()
