@@ -17,18 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-<<<<<<< HEAD:tests/lab/present/test_gallery.py
-from batchtrim import KeepLog, hardest
+from batchtrim import Choice, KeepLog, hardest
 from batchtrim.lab import records
 from batchtrim.lab.execute import progress, scheduler
 from batchtrim.lab.present import gallery
 from batchtrim.lab.run import train
 from batchtrim.lab.run.config import RunConfig
-=======
-from batchtrim import Choice, KeepLog, hardest
-from batchtrim.lab import gallery, progress, records, sweep, train
-from batchtrim.lab.config import RunConfig
->>>>>>> ranks:tests/lab/test_gallery.py
 
 NASTY = '</script><b>"x"&'
 

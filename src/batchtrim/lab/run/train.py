@@ -26,20 +26,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import batchtrim
-<<<<<<< HEAD:src/batchtrim/lab/run/train.py
-from batchtrim import KeepLog
+from batchtrim import Choice, KeepLog
 from batchtrim.lab.methods.rules import Setting
 from batchtrim.lab.methods.table import find_method, make_schedule
-=======
-from batchtrim import Choice, KeepLog
-from batchtrim.lab import checkpoint as checkpoints
-from batchtrim.lab import conditions, data, models
-from batchtrim.lab.augment import Batches
-from batchtrim.lab.config import RunConfig
-from batchtrim.lab.methods import find_method, make_schedule
-from batchtrim.lab.optimizers import lr_factor, make_optimizer
-from batchtrim.lab.ranks import Ranks
->>>>>>> ranks:src/batchtrim/lab/train.py
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
 from batchtrim.lab.run.config import RunConfig
