@@ -22,7 +22,8 @@ from batchtrim._checks import check_count
 from batchtrim.lab.execute import grid
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run import train
-from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.own import AnyConfig, TaskConfig
+from batchtrim.lab.run.perform import check_task, perform
 from batchtrim.lab.run.ranks import Ranks
 
 # How long to wait before asking again for runs that another process has claimed, in seconds.
@@ -32,11 +33,11 @@ ASK_AGAIN = 0.5
 class Watcher(Protocol):
     """Told what happens, as it happens; see :mod:`batchtrim.lab.execute.progress`."""
 
-    def begin(self, configs: list[RunConfig], done: int) -> None: ...
+    def begin(self, configs: list[AnyConfig], done: int) -> None: ...
 
-    def epoch(self, config: RunConfig, point: dict[str, Any]) -> None: ...
+    def epoch(self, config: AnyConfig, point: dict[str, Any]) -> None: ...
 
-    def finished(self, config: RunConfig, row: Row | None) -> None: ...
+    def finished(self, config: AnyConfig, row: Row | None) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -59,11 +60,11 @@ class Workplace:
     tensorboard: bool = False
     keep_log: bool = False
 
-    def checkpoint(self, config: RunConfig) -> Path:
+    def checkpoint(self, config: AnyConfig) -> Path:
         """The file a run goes on from."""
         return self.out / "checkpoints" / f"{config.key}.pt"
 
-    def log(self, config: RunConfig) -> contextlib.AbstractContextManager[train.OnEpoch | None]:
+    def log(self, config: AnyConfig) -> contextlib.AbstractContextManager[train.OnEpoch | None]:
         """What writes a run's TensorBoard events, if that is asked for."""
         if not self.tensorboard:
             return contextlib.nullcontext()
@@ -76,16 +77,19 @@ class Workplace:
 class Tally:
     """What is left to do, and what came of the rest."""
 
-    left: collections.deque[RunConfig]
+    left: collections.deque[AnyConfig]
     watcher: Watcher
     failed: list[Row] = field(default_factory=list)
     lost: collections.Counter[str] = field(default_factory=collections.Counter)
 
-    def settle(self, config: RunConfig, row: Row | None) -> None:
+    def settle(self, config: AnyConfig, row: Row | None) -> None:
         """A run is over; None where another process recorded it."""
         if row is not None and row["status"] == "failed":
             self.failed.append(row)
         self.watcher.finished(config, row)
+        if row is not None and row.get("mistake") and self.left:
+            self.watcher.note(f"stopped: the {len(self.left)} runs that are left would end the same way")
+            self.left.clear()
 
 
 def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
@@ -100,13 +104,14 @@ def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
 
 
 def run_all(
-    configs: list[RunConfig],
+    configs: list[AnyConfig],
     place: Workplace,
     watcher: Watcher,
     *,
     workers: int = 1,
     ray: str | None = None,
     retries: int = 2,
+    isolated: bool = False,
 ) -> list[Row]:
     """Do all runs that are not yet recorded in ``place.out``; returns the rows of the runs that failed.
 
@@ -115,6 +120,8 @@ def run_all(
         workers: processes on this machine; 1 works in this one.
         ray: address of a Ray cluster, or "auto", instead of processes here.
         retries: how often a run whose worker died is given to another.
+        isolated: work in a process of its own where ``workers`` is 1 too, so that code of the reader's that exits or
+            prints leaves this one alone.
 
     Raises:
         UseAnotherFolder: the folder holds another experiment.
@@ -135,9 +142,9 @@ def run_all(
 
         run_on_ray(tally, records, place, ray, retries)
         return tally.failed
-    for config in _one_per_data_set(left):  # a fault in the data is found, and pictures are decoded, before any run
-        train.load_pictures(config, place.data_dir, place.cache_dir)
-    if workers == 1:
+    for config in _one_per_data_set(left):  # a fault in the data or the task is found before any run
+        prepare(config, place)
+    if workers == 1 and not isolated:
         _run_here(tally, records, place)
     else:
         _run_in_processes(tally, records, place, min(workers, len(left)), retries)
@@ -145,7 +152,7 @@ def run_all(
 
 
 def attempt(
-    config: RunConfig, records: Records, place: Workplace, on_epoch: train.OnEpoch | None = None
+    config: AnyConfig, records: Records, place: Workplace, on_epoch: train.OnEpoch | None = None
 ) -> tuple[bool, Row | None]:
     """Claim a run, do it, record it.
 
@@ -161,10 +168,20 @@ def attempt(
     return True, row
 
 
-def do_run(config: RunConfig, place: Workplace, on_epoch: train.OnEpoch | None = None) -> Row:
+def prepare(config: AnyConfig, place: Workplace) -> None:
+    """Whatever runs of this kind need, once: pictures are decoded, a task's file is loaded."""
+    if isinstance(config, TaskConfig):
+        check_task(config)
+    else:
+        train.load_pictures(config, place.data_dir, place.cache_dir)
+
+
+def do_run(config: AnyConfig, place: Workplace, on_epoch: train.OnEpoch | None = None) -> Row:
     """The run's row, whatever happens in it."""
     try:
         with place.log(config) as log:
+            if isinstance(config, TaskConfig):
+                return perform(config, place.out, _both(log, on_epoch))
             return train.run(
                 config,
                 data_dir=place.data_dir,
@@ -187,7 +204,7 @@ def _run_here(tally: Tally, records: Records, place: Workplace) -> None:
             tally.left.append(config)
 
 
-def _until_over(tally: Tally) -> Iterator[RunConfig]:
+def _until_over(tally: Tally) -> Iterator[AnyConfig]:
     """What is left, again and again; with a pause once all of it has been found claimed elsewhere."""
     refused = 0
     while tally.left:
@@ -207,11 +224,11 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.line, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, place), daemon=True)
-        self.config: RunConfig | None = None
+        self.config: AnyConfig | None = None
         self.process.start()
         other.close()
 
-    def give(self, config: RunConfig) -> None:
+    def give(self, config: AnyConfig) -> None:
         self.config = config
         self.line.send(config)
 
@@ -223,6 +240,7 @@ class _Worker:
 
 def _work(line: Connection, place: Workplace) -> None:
     """The life of a worker process: it ends with its parent, whose end of the line closes then."""
+    os.dup2(2, 1)  # what a task prints is for people: standard output is the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     records = Records(place.out)
 
@@ -293,11 +311,16 @@ def _replace_dead(worker: _Worker, tally: Tally, records: Records, place: Workpl
     return _Worker(place)
 
 
-def _one_per_data_set(configs: collections.deque[RunConfig]) -> list[RunConfig]:
+def _one_per_data_set(configs: collections.deque[AnyConfig]) -> list[AnyConfig]:
     """One run for each way the training data are made, but for the seed."""
-    seen = {}
+    seen: dict[Any, AnyConfig] = {}
     for config in configs:
-        seen.setdefault((config.dataset, config.label_noise, config.imbalance, config.train_size), config)
+        made = (
+            (config.task,)
+            if isinstance(config, TaskConfig)
+            else (config.dataset, config.label_noise, config.imbalance, config.train_size)
+        )
+        seen.setdefault(made, config)
     return list(seen.values())
 
 
