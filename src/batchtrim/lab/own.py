@@ -24,7 +24,7 @@ from typing import Any
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, foreign
 from batchtrim.lab.analyse.comparison import Summary
-from batchtrim.lab.execute import grid, progress, scheduler
+from batchtrim.lab.execute import grid, local, progress, scheduler
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.present import tables
 from batchtrim.lab.run.handle import Run, TaskMistake
@@ -75,7 +75,7 @@ def compare(
     code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
     listed = seeds if isinstance(seeds, int) else list(seeds)
     configs = grid.expand_task(code, {"methods": list(methods), "seeds": listed, **settings})
-    workers, threads = scheduler.share_cores(len(configs), workers)
+    workers, threads = local.share_cores(len(configs), workers)
     if "threads" not in settings:
         configs = [replace(config, threads=1 if ray else threads) for config in configs]
     if workers > 1 or ray:

@@ -7,11 +7,10 @@ of a task has to lie at the same path too; a function of a notebook goes along.
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import import_extra
-from batchtrim.lab.execute.scheduler import Tally, Workplace, do_run
+from batchtrim.lab.execute.workplace import Tally, Workplace, do_run
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run import train
 from batchtrim.lab.run.own import AnyConfig
@@ -95,7 +94,7 @@ def _task(config: AnyConfig, place: Workplace, mailbox: Any) -> Row:
     """Runs on a node; the checkpoint helps where the output folder is one that all nodes see."""
     row = do_run(config, place, lambda point: mailbox.put.remote(config.key, point))
     with contextlib.suppress(OSError):
-        Path(place.checkpoint(config)).unlink(missing_ok=True)
+        place.clear(config, row)
     return row
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from batchtrim import Trimmer
 from batchtrim._checks import check_choice, check_count, check_keep
 from batchtrim.lab.methods.driven import trimmer_for
-from batchtrim.lab.methods.table import find_method, make_schedule
+from batchtrim.lab.methods.table import METHODS, find_method, make_schedule
 from batchtrim.lab.metric import Metric
-from batchtrim.lab.run.config import ENGINES, SCHEDULES, RunConfig, resolve_device
+from batchtrim.lab.run.config import DEVICES, ENGINES, SCHEDULES, RunConfig, resolve_device
+from batchtrim.lab.run.settings import Role, setting
 from batchtrim.lab.task.code import Code
 
 __all__ = ["AnyConfig", "TaskConfig"]
@@ -26,27 +27,24 @@ _NOT_IN_KEY = ("threads",)
 class TaskConfig:
     """The settings of one run of a training function. The function itself decides on data, network and optimizer.
 
-    Args:
-        task: the function's name, as in ``my_task.py:train``. ``code``: how to get at it; not recorded.
-        method, method_params, keep_start, keep_end, schedule, engine, seed, device, threads: as in
-            :class:`batchtrim.lab.run.config.RunConfig`.
-        epochs: what ``run.epochs`` is, and how often the trimmer's clock is stepped.
-        metric: the number that the function's result is asked for. ``higher_is_better``: None where the name tells.
+    Each field says what it means and what part it plays, as in :class:`batchtrim.lab.run.config.RunConfig`. ``task`` is
+    the function's name, as in ``my_task.py:train``; ``code`` is how to get at it, which is not recorded. None as
+    ``higher_is_better`` stands for what the metric's name tells.
     """
 
-    task: str
-    method: str = "full"
-    method_params: Mapping[str, Any] = field(default_factory=dict)
-    metric: str = "error"
-    higher_is_better: bool | None = None
-    epochs: int = 10
-    seed: int = 0
-    keep_start: float | None = 1.0
-    keep_end: float | None = 0.2
-    schedule: str | None = "linear"
-    engine: str = "exact"
-    device: str = "auto"
-    threads: int = 1
+    task: str = setting("", role=Role.DATA)
+    method: str = setting("full", role=Role.ARM, choices=METHODS, many=True)
+    method_params: Mapping[str, Any] = setting(dict, role=Role.ARM)
+    metric: str = setting("error", "number that the task returns and methods are compared by")
+    higher_is_better: bool | None = setting(None, "which way the metric is better", default_help="by its name")
+    epochs: int = setting(10, "epochs of each run")
+    seed: int = setting(0, role=Role.SEED)
+    keep_start: float | None = setting(1.0, "part of a batch kept at the start", role=Role.ARM, many=True)
+    keep_end: float | None = setting(0.2, "part of a batch kept at the end", role=Role.ARM, many=True)
+    schedule: str | None = setting("linear", "way between them", role=Role.ARM, choices=SCHEDULES, many=True)
+    engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
+    device: str = setting("auto", "where to train", choices=DEVICES)
+    threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
     code: Code | None = field(default=None, compare=False, repr=False)
 
     def resolved(self) -> TaskConfig:
