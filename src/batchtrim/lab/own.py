@@ -98,7 +98,9 @@ def compare(
     return comparison.summarize(rows, baseline)
 
 
-def run_once(train: Callable[[Run], Mapping[str, Any]] | str, method: str = "trim", seed: int = 0, **settings: Any) -> float:
+def run_once(
+    train: Callable[[Run], Mapping[str, Any]] | str, method: str = "trim", seed: int = 0, **settings: Any
+) -> float:
     """Do one run of a training function, recorded nowhere, and return its metric: for a search over schedules.
 
     Args:

@@ -48,7 +48,9 @@ def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool
     try:
         for row in reader:
             if None in row or any(value is None for value in row.values()):
-                raise ValueError(f"expected {len(names)} columns in line {reader.line_num} of {path}, got another number.")
+                raise ValueError(
+                    f"expected {len(names)} columns in line {reader.line_num} of {path}, got another number."
+                )
             rows.append({**row, "line": reader.line_num})
     except csv.Error as error:
         raise ValueError(f"expected {path} to be CSV, got a line {reader.line_num} that is not: {error}.") from error

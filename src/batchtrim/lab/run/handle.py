@@ -196,5 +196,3 @@ def as_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"expected `{name}` to be a number, got {describe(value)}.")
     return float(value) if not isinstance(value, int) or abs(value) < 1 << 53 else math.copysign(math.inf, value)
-
-
