@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -240,11 +241,18 @@ def main() -> None:
 
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    from batchtrim.lab import records
+    from batchtrim.lab import own, records
     from batchtrim.lab.execute import grid, local, progress, scheduler
     from batchtrim.lab.run.ranks import Ranks
+    from batchtrim.lab.task.code import Code
 
-    configs = grid.expand(settings)
+    settings = dict(settings)
+    task = settings.pop("task", None)
+    if task is None:
+        options.refuse_without_task(settings)
+        configs: list[Any] = list(grid.expand(settings))
+    else:
+        configs = list(grid.expand_task(Code.in_file(task, "task"), settings))
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
         if given.get(name, least) < least:
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
@@ -253,7 +261,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     workers = workers if ranks.world == 1 else 1
     if "threads" not in settings:
         configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
-    out = given["out"] or _default_out(settings, configs)
+    out = given["out"] or (_default_out(configs) if task is None else own.default_out(configs))
     place = scheduler.Workplace(
         out,
         given.get("data_dir"),
@@ -264,8 +272,9 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     try:
         with progress.Quiet() if given["quiet"] or ranks.rank > 0 else progress.Live() as watcher:
             failed = scheduler.run_all(
-                configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2)
-            )
+                configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2),
+                isolated=task is not None,
+            )  # fmt: skip
     except KeyboardInterrupt:
         done = len(records.Records(out).rows())
         typer.echo(f"\nstopped; {done} runs are recorded in {out}. The same command goes on from there.", err=True)
@@ -274,15 +283,19 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         _report(records.read(out), out, "full", given["as_json"], [config.method for config in configs])
     for row in failed:
         typer.echo(f"failed: {row['config']['method']} seed {row['config']['seed']}: {row.get('error')}", err=True)
+    for text in dict.fromkeys(row["traceback"] for row in failed if "traceback" in row):
+        typer.echo(text, err=True)
     if failed:
         typer.echo(f"{len(failed)} runs failed; the same command tries them again.", err=True)
         raise typer.Exit(FAILED)
 
 
-def _default_out(settings: dict[str, Any], configs: list[Any]) -> Path:
+def _default_out(configs: list[Any]) -> Path:
     """A folder named after what the runs share, so that the same command finds it again."""
     names = [sorted({str(getattr(config, name)) for config in configs}) for name in ("dataset", "model", "optimizer")]
     epochs = sorted({config.epochs for config in configs})
+    names[0] = [re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in names[0]]  # a data set may be a path
+    names[1] = [re.sub(r"[^\w.-]+", "-", name) for name in names[1]]
     parts = ["+".join(values) for values in names] + ["+".join(map(str, epochs)) + "ep"]
     return Path("runs") / "-".join(parts)
 

@@ -93,7 +93,7 @@ def compare(
     for text in dict.fromkeys(row.get("traceback") or row["error"] for row in failed):
         print(text, file=sys.stderr)
     there = {row["config"]["method"] for row in rows}
-    baseline = baseline if baseline in there else list(methods)[0]
+    baseline = baseline if baseline in there else next(iter(methods))
     tables.write_report(rows, folder, baseline)
     return comparison.summarize(rows, baseline)
 

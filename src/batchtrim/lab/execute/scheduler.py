@@ -57,7 +57,8 @@ def run_all(
         if isinstance(config, TaskConfig):
             check_task(config)
         else:
-            train.load_pictures(config, place.data_dir, place.cache_dir)
+            for note in train.load_pictures(config, place.data_dir, place.cache_dir).notes:
+                watcher.note(note)
     if workers == 1 and not isolated:
         local.run_here(tally, records, place)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -188,11 +189,12 @@ class Run:
 
 def as_number(name: str, value: Any) -> float:
     """Return a number, a NumPy scalar or a tensor of one entry as a float, or raise an error that names it."""
-    if hasattr(value, "item") and not isinstance(value, str) and getattr(value, "size", 1) not in (0,):
-        try:
+    if hasattr(value, "item"):
+        with contextlib.suppress(ValueError, RuntimeError):  # more than one entry: said below
             value = value.item()
-        except (ValueError, RuntimeError):
-            pass  # more than one entry: said below
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"expected `{name}` to be a number, got {describe(value)}.")
-    return float(value) if not isinstance(value, int) or abs(value) < 1 << 53 else math.copysign(math.inf, value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -20,7 +20,7 @@ import torch
 from batchtrim._checks import describe
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.records import SCHEMA
-from batchtrim.lab.run import train
+from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.handle import OnEpoch, Run, TaskMistake, as_number
 from batchtrim.lab.run.own import TaskConfig
 from batchtrim.lab.task.code import own_traceback
@@ -50,14 +50,16 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
     """
     assert config.code is not None
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    run = Run(config, out / "tasks" / config.key, on_epoch)
     begun = time.perf_counter()
+    run = Run(config, out / "tasks" / config.key, on_epoch)
     result: dict[str, Any]
     with _as_it_was(config) as seen:
         try:
             function = config.code.load()
+            begun = time.perf_counter()  # what the file imports is no part of training
             returned = function(run)
-            result = {**_value(returned, run.metric), **_told(run, seen)}
+            seconds = time.perf_counter() - begun
+            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen)}
             _write_log(run, config, out)
         except TaskMistake as error:
             result = {"status": "failed", "error": str(error), "mistake": True}
@@ -71,12 +73,12 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         "key": config.key,
         "config": config.to_dict(),
         "test_error": None,
-        **result,
         "seconds": time.perf_counter() - begun,
+        **result,
         "seconds_eval": 0.0,
         **_counts(run),
         "curve": run.curve,
-        "environment": {**train.environment(config), "source": config.code.source},  # type: ignore[arg-type]
+        "environment": environment(config),
         "started": started,
     }
 
@@ -99,8 +101,8 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
         return {"status": "diverged", "error": f"the task returned {metric.name} {value:g}"}
     if metric.in_percent and not 0.0 <= value <= 1.0:
         raise TaskMistake(
-            f"expected `{metric.name}` in [0, 1], a fraction of the test samples, got {value:g}. Divide by 100 if it is "
-            "in percent, or name it otherwise and pass --metric."
+            f"expected `{metric.name}` in [0, 1], a fraction of the test samples, got {value:g}. Divide by 100 if "
+            "it is in percent, or name it otherwise and pass --metric."
         )
     also = {}
     for name, each in returned.items():
@@ -123,8 +125,8 @@ def _told(run: Run, seen: _Seen) -> dict[str, Any]:
     if own_clock and run.trim._moves(run.trim.total):
         if run.trim.steps == 0:
             raise TaskMistake(
-                f"expected the task to call run.trim.step() once an epoch, got a run of {run.method!r} without: all of it "
-                f"kept {run.trim.keep:g}, the schedule's start."
+                f"expected the task to call run.trim.step() once an epoch, got a run of {run.method!r} without: all of "
+                f"it kept {run.trim.keep:g}, the schedule's start."
             )
         if run.trim.steps < run.epochs - 1:
             notes.append(

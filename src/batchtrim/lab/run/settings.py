@@ -37,7 +37,9 @@ class Setting:
     Attributes:
         name, default: of the field. ``kind``: str, int or float. ``help``: a line without the default.
         default_help: what None stands for, or "" where the default says it itself. ``choices``: the values there are,
-            None where they are not a list. ``many``: the command line takes several values, comma-separated.
+            None where they are not a list; ``own``: what else may be given, or "". ``many``: the command line takes
+            several values, comma-separated. ``late``: recorded only where it is not the default, so that runs recorded
+            before there was such a setting keep their keys.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Setting:
     default_help: str
     choices: Collection[str] | None
     many: bool
+    own: str
+    late: bool
 
 
 def setting(
@@ -58,9 +62,12 @@ def setting(
     choices: Collection[str] | None = None,
     many: bool = False,
     default_help: str = "",
+    own: str = "",
+    late: bool = False,
 ) -> Any:
     """Return a dataclass field that defines a setting; see :class:`Setting`. Without ``help`` it is no option."""
     metadata = {"help": help, "role": role, "choices": choices, "many": many, "default_help": default_help}
+    metadata |= {"own": own, "late": late}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

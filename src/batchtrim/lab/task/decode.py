@@ -45,16 +45,14 @@ class Header:
 
 @dataclass
 class Decoded:
-    """What came of all images: a hash of each one's pixels, and the broken ones by row with the reason."""
+    """What came of all images: a hash of each one's pixels, how often each value came, broken ones with the reason."""
 
     hashes: np.ndarray
     counts: np.ndarray
     broken: dict[int, str] = field(default_factory=dict)
 
 
-def read_headers(
-    chunks: Iterable[tuple[int, list[Source]]], n: int
-) -> tuple[list[Header | None], dict[int, str]]:
+def read_headers(chunks: Iterable[tuple[int, list[Source]]], n: int) -> tuple[list[Header | None], dict[int, str]]:
     """Return each image's header, and the reasons by row of those that have none."""
     headers: list[Header | None] = [None] * n
     broken: dict[int, str] = {}
@@ -71,14 +69,22 @@ def read_headers(
 
 
 def decode_all(
-    chunks: Iterable[tuple[int, list[Source]]], file: Path, n: int, size: tuple[int, int], grey: bool
+    chunks: Iterable[tuple[int, list[Source]]],
+    file: Path,
+    places: np.ndarray,
+    size: tuple[int, int],
+    grey: bool,
+    counted: int,
 ) -> Decoded:
     """Decode n images into ``file``, an .npy array of uint8 (n, C, H, W); broken ones stay black.
 
     Args:
         chunks: number of the first row, and a few images from there on.
+        places: int (n,): where in the array each row goes. Hashes are in that order.
         size: width and height of all. grey: one channel; otherwise three.
+        counted: how many places from the first on enter the counts of pixel values.
     """
+    n = len(places)
     shape = (n, 1 if grey else 3, size[1], size[0])
     array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
     offset, length = array.offset, int(np.prod(shape[1:]))
@@ -88,18 +94,17 @@ def decode_all(
 
     def decode(first: int, sources: list[Source]) -> np.ndarray:
         counts = np.zeros((shape[1], 256), dtype=np.int64)
-        pixels = np.zeros((len(sources), *shape[1:]), dtype=np.uint8)
-        for place, source in enumerate(sources):
+        for row, source in enumerate(sources, first):
             try:
-                pixels[place] = _pixels(source, size, grey)
+                pixels = np.ascontiguousarray(_pixels(source, size, grey))
             except BrokenImage as error:
-                found.broken[first + place] = str(error)
+                found.broken[row] = str(error)
                 continue
-            digest = hashlib.blake2b(pixels[place].tobytes(), digest_size=8).digest()
-            found.hashes[first + place] = int.from_bytes(digest, "little")
-            for channel in range(shape[1]):
-                counts[channel] += np.bincount(pixels[place, channel].ravel(), minlength=256)
-        _write(out, pixels.tobytes(), offset + first * length)
+            place, held = int(places[row]), pixels.tobytes()
+            found.hashes[place] = int.from_bytes(hashlib.blake2b(held, digest_size=8).digest(), "little")
+            if place < counted:
+                counts += [np.bincount(channel.ravel(), minlength=256) for channel in pixels]
+            _write(out, held, offset + place * length)
         return counts
 
     try:

@@ -13,14 +13,14 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from batchtrim._checks import check_count
+from batchtrim._checks import check_count, check_fraction
 from batchtrim.lab.task import data
 from batchtrim.lab.task.decode import Header, decode_all, read_headers
 from batchtrim.lab.task.listing import Listing, find_images
@@ -58,7 +58,33 @@ def is_own(dataset: str) -> bool:
     """True if ``dataset`` is a path or a hub name, and not one of the data sets the lab knows by name."""
     if dataset in data.SPECS:
         return False
-    return "/" in dataset or "\\" in dataset or Path(dataset).expanduser().exists() or dataset.endswith((".csv", ".parquet"))
+    return (
+        "/" in dataset
+        or "\\" in dataset
+        or Path(dataset).expanduser().exists()
+        or dataset.endswith((".csv", ".parquet"))
+    )
+
+
+def options_of(config: Any) -> ImageOptions:
+    """Return the options among the settings of a run."""
+    return ImageOptions(**{name: getattr(config, name) for name in ImageOptions.__dataclass_fields__})
+
+
+def check_options(config: Any) -> None:
+    """Refuse options of a data set of one's own beside one that the lab knows by name, and values out of range."""
+    options = options_of(config)
+    if options.image_size is not None:
+        check_count("image_size", options.image_size)
+    if options.test_split is not None and check_fraction("test_split", options.test_split) == 0.0:
+        raise ValueError("expected `test_split` in (0, 1), got 0. It is the part of the images to test on.")
+    check_count("split_seed", options.split_seed, minimum=0)
+    given = next((name for name, value in asdict(options).items() if value != getattr(ImageOptions(), name)), None)
+    if given is not None and not is_own(config.dataset):
+        raise ValueError(
+            f"expected no `{given}` with the data set {config.dataset!r}, which has its own, got "
+            f"{getattr(options, given)!r}. It is for a folder, a table or a hub name."
+        )
 
 
 def load(
@@ -77,8 +103,6 @@ def load(
     Raises:
         ValueError, OSError: there is nothing to train on, or an image is broken; the message names it.
     """
-    if options.image_size is not None:
-        check_count("image_size", options.image_size)
     listing = find_images(
         dataset, group=options.group, image_column=options.image_column, label_column=options.label_column,
         data_dir=data.data_folder(data_dir),
@@ -89,7 +113,7 @@ def load(
     key = _key(listing, order, options)
     folder = data.cache_folder(cache_dir) / "images" / key
     if not (folder / "about.json").exists():
-        _decode(listing, order, folder, options)
+        _decode(listing, order, len(train), folder, options)
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         pixels = np.load(folder / "pixels.npy", mmap_mode="c", allow_pickle=False)  # c: torch wants to be able to write
@@ -99,7 +123,7 @@ def load(
         raise data.ReplaceFile(
             f"expected decoded images in {folder}, got a damaged cache ({error}). Remove that folder and try again."
         ) from error
-    first_test = int(np.searchsorted(np.flatnonzero(kept), len(train)))
+    first_test = int(kept[: len(train)].sum())
     kept_labels = torch.from_numpy(labels[order[kept]])
     images = torch.from_numpy(pixels)
     found = data.PictureData(
@@ -108,7 +132,7 @@ def load(
     )  # fmt: skip
     names = [listing.names[row] for row in order[kept]]
     notes = [*listing.notes, *about["notes"], *_check_sides(found, names, hashes, first_test)]
-    return data.with_notes(found, [f"{dataset}: {note}" for note in notes])
+    return replace(found, notes=tuple(f"{dataset}: {note}" for note in notes))
 
 
 def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
@@ -118,9 +142,11 @@ def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
         wrong = next((each for each in labels if not 0 <= each < len(listing.classes)), None)
         if wrong is not None:
             raise ValueError(
-                f"expected labels of {listing.where} in [0, {len(listing.classes)}), got {wrong}. Is this the split with "
-                "hidden labels?"
+                f"expected labels of {listing.where} in [0, {len(listing.classes)}), got {wrong}. Is this the "
+                "split with hidden labels?"
             )
+        if len(set(labels)) < 2:
+            raise ValueError(f"expected at least two classes in {listing.where}, got one.")
         return list(map(str, listing.classes)), np.asarray(labels, dtype=np.int64)
     numbers = all(isinstance(each, int | float) for each in labels)
     values = sorted(set(labels)) if numbers else sorted({str(each) for each in labels})
@@ -135,7 +161,9 @@ def _sides(listing: Listing, labels: np.ndarray, options: ImageOptions) -> tuple
     """Rows to train on, and to test on."""
     if listing.split is not None:
         if options.test_split is not None:
-            raise ValueError(f"expected no `test_split`, since {listing.where} has a test split, got {options.test_split:g}.")
+            raise ValueError(
+                f"expected no `test_split`, since {listing.where} has a test split, got {options.test_split:g}."
+            )
         if options.group is not None:
             raise ValueError(f"expected no `group`, since {listing.where} is split already, got {options.group!r}.")
         split = np.asarray(listing.split)
@@ -146,8 +174,8 @@ def _sides(listing: Listing, labels: np.ndarray, options: ImageOptions) -> tuple
         return sides
     if options.test_split is None:
         raise ValueError(
-            f"expected a test split in {listing.where}, got images without one. Set a part aside: --test-split 0.2, and "
-            "--group where images belong together."
+            f"expected a test split in {listing.where}, got images without one. Set a part aside: --test-split 0.2, "
+            "and --group where images belong together."
         )
     sides = split_rows(labels, options.test_split, options.split_seed, listing.groups)
     groups = "" if listing.groups is None else f", in {len(set(listing.groups))} groups that stay whole"
@@ -157,35 +185,36 @@ def _sides(listing: Listing, labels: np.ndarray, options: ImageOptions) -> tuple
 
 def _key(listing: Listing, order: np.ndarray, options: ImageOptions) -> str:
     told = json.dumps({name: asdict(options)[name] for name in ("image_size", "skip_broken")})
-    digest = hashlib.sha256("\n".join([str(VERSION), listing.where, told, *listing.key]).encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(
+        "\n".join([str(VERSION), listing.where, told, *listing.key]).encode("utf-8", "surrogateescape")
+    )
     digest.update(order.tobytes())
     return digest.hexdigest()[:16]
 
 
-def _decode(listing: Listing, order: np.ndarray, folder: Path, options: ImageOptions) -> None:
+def _decode(listing: Listing, order: np.ndarray, train: int, folder: Path, options: ImageOptions) -> None:
     """Fill the cache: into a folder beside, renamed when it is whole."""
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
     headers, broken = read_headers(listing.chunks(), len(order))
     _refuse_broken(listing, broken, options)
     found = [each for each in headers if each is not None]
     if not found:
         raise ValueError(f"expected images that can be read in {listing.where}, got none.")
     size, notes = _size(found, options)
+    places = np.empty(len(order), dtype=np.int64)
+    places[order] = np.arange(len(order))
     part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
     try:
         part.mkdir(parents=True)
-        raw = part / "all.npy"
-        decoded = decode_all(listing.chunks(), raw, len(order), size, all(each.grey for each in found))
+        grey = all(each.grey for each in found)
+        decoded = decode_all(listing.chunks(), part / "pixels.npy", places, size, grey, train)
         _refuse_broken(listing, decoded.broken, options)
+        kept = np.ones(len(order), dtype=bool)
         if decoded.broken:
             notes.append(_named(listing, decoded.broken, "broken images left out"))
-        kept = np.ones(len(order), dtype=bool)
-        kept[[place[row] for row in decoded.broken]] = False
-        _in_order(raw, part / "pixels.npy", order[kept])
-        raw.unlink()
+            kept[places[list(decoded.broken)]] = False
+            _only(part / "pixels.npy", np.flatnonzero(kept))
         np.save(part / "kept.npy", kept)
-        np.save(part / "hashes.npy", decoded.hashes[order[kept]])
+        np.save(part / "hashes.npy", decoded.hashes[kept])
         mean, std = _moments(decoded.counts)
         about = {"mean": mean, "std": std, "notes": notes, "source": listing.where}
         (part / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -194,6 +223,8 @@ def _decode(listing: Listing, order: np.ndarray, folder: Path, options: ImageOpt
         except OSError:
             if not (folder / "about.json").exists():  # otherwise another process was faster
                 raise
+    except data.ReplaceFile:
+        raise
     except OSError as error:
         raise OSError(
             f"cannot keep decoded images in {folder.parent} ({error}). Set BATCHTRIM_CACHE to a folder with room."
@@ -202,17 +233,15 @@ def _decode(listing: Listing, order: np.ndarray, folder: Path, options: ImageOpt
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _in_order(source: Path, target: Path, rows: np.ndarray) -> None:
-    """Training images first, then those to test on, broken ones left out: two views of one file."""
-    pixels = np.load(source, mmap_mode="r")
-    if np.array_equal(rows, np.arange(len(pixels))):
-        source.rename(target)
-        source.touch()
-        return
-    out = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=(len(rows), *pixels.shape[1:]))
-    for start in range(0, len(rows), 1024):
-        out[start : start + 1024] = pixels[rows[start : start + 1024]]
+def _only(file: Path, places: np.ndarray) -> None:
+    """Write the array in ``file`` again with these places alone."""
+    pixels = np.load(file, mmap_mode="r")
+    left = file.with_suffix(".left")
+    out = np.lib.format.open_memmap(left, mode="w+", dtype=np.uint8, shape=(len(places), *pixels.shape[1:]))
+    for start in range(0, len(places), 1024):
+        out[start : start + 1024] = pixels[places[start : start + 1024]]
     out.flush()
+    left.replace(file)
 
 
 def _size(headers: Sequence[Header], options: ImageOptions) -> tuple[tuple[int, int], list[str]]:
@@ -260,27 +289,25 @@ def _check_sides(found: data.PictureData, names: Sequence[str], hashes: np.ndarr
     unlearnt = [listed[i] for i in ((train == 0) & (test > 0)).nonzero().flatten().tolist()]
     if unlearnt:
         raise ValueError(
-            f"expected every class to test on among those to train on in {found.name}, got {_some(unlearnt)} to test on only."
+            f"expected every class to test on among those to train on in {found.name}, got {_some(unlearnt)} to test on "
+            "only."
         )
     notes = []
     untested = [listed[i] for i in ((test == 0) & (train > 0)).nonzero().flatten().tolist()]
     if untested:
         notes.append(f"no images to test on of {_some(untested)}")
     known = dict(zip(hashes[:first_test].tolist(), range(first_test), strict=True))
-    again = [(row, known[value]) for row, value in enumerate(hashes[first_test:].tolist(), first_test) if value in known]
+    again = [
+        (row, known[value]) for row, value in enumerate(hashes[first_test:].tolist(), first_test) if value in known
+    ]
     if again:
         row, twin = again[0]
         notes.append(
-            f"{len(again)} of {len(hashes) - first_test} images to test on are in the training split too, pixel by pixel, "
-            f"such as {names[row]} and {names[twin]}: the test error is too low by what was learnt by heart"
+            f"{len(again)} of {len(hashes) - first_test} images to test on are in the training split too, pixel by "
+            f"pixel, such as {names[row]} and {names[twin]}: the test error is too low by what was learnt by heart"
         )
     return notes
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def options_of(config: Any) -> ImageOptions:
-    """Return the options among the settings of a run."""
-    return ImageOptions(**{name: getattr(config, name) for name in ImageOptions.__dataclass_fields__})

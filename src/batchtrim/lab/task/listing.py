@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from batchtrim._checks import describe, import_extra
 from batchtrim.lab.task.decode import Source
 
@@ -75,14 +73,16 @@ def find_images(
     if _HUB_NAME.fullmatch(dataset) and not path.exists():
         return _hub(dataset, data_dir, columns)
     raise FileNotFoundError(
-        f"expected `dataset` to be a folder of images, a .csv or .parquet file, or owner/name on the hub, got {dataset!r}, "
-        f"{'a file of another kind' if path.exists() else 'which does not exist'}."
+        f"expected `dataset` to be a folder of images, a .csv or .parquet file, or owner/name on the hub, got "
+        f"{dataset!r}, {'a file of another kind' if path.exists() else 'which does not exist'}."
     )
 
 
 def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Listing:
     inside = sorted(each for each in root.iterdir() if not each.name.startswith("."))
-    if any(each.suffix == ".parquet" for each in inside) or (root / "data").is_dir() and any((root / "data").glob("*.parquet")):
+    if any(each.suffix == ".parquet" for each in inside) or (
+        (root / "data").is_dir() and any((root / "data").glob("*.parquet"))
+    ):
         return _hub_folder(root, str(root), columns)
     folders = {each.name: each for each in inside if each.is_dir()}
     notes: list[str] = []
@@ -118,14 +118,18 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
     if others:
         notes.append(f"{len(others)} files that are no images left out, such as {others[0]}")
     if not files:
-        raise ValueError(f"expected images in class folders, as in {root}/CLASS/image.png, got none.{_loose(root, suffixes)}")
+        raise ValueError(
+            f"expected images in class folders, as in {root}/CLASS/image.png, got none.{_loose(root, suffixes)}"
+        )
     names = [str(each.relative_to(root)) for each in files]
     return Listing(
         where=str(root),
         names=names,
         labels=labels,
         chunks=lambda: [(0, list(files))],
-        key=[f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, map(Path.stat, files), strict=True)],
+        key=[
+            f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, map(Path.stat, files), strict=True)
+        ],
         split=split if "train" in splits else None,
         groups=None if group is None else _groups_by_name(names, group),
         notes=notes,
@@ -164,14 +168,21 @@ def _tables(files: dict[str, list[Path]], where: str, columns: dict[str, str | N
     for side, paths in files.items():
         for path in paths:
             table = _read_table(path, columns)
-            image, label = _column(table, "image", columns["image"], path), _column(table, "label", columns["label"], path)
+            image, label = (
+                _column(table, "image", columns["image"], path),
+                _column(table, "label", columns["label"], path),
+            )
             classes = classes or _class_names(table, label)
             values = table.column(label).to_pylist()
             _check_labels(values, label, path)
             if columns["group"] is not None:
-                groups += [str(each) for each in table.column(_column(table, "group", columns["group"], path)).to_pylist()]
+                groups += [
+                    str(each) for each in table.column(_column(table, "group", columns["group"], path)).to_pylist()
+                ]
             split += _split_column(table, path) if "split" in table.column_names and not side else [side] * len(values)
-            spans.append((len(names), path, image, None if path.suffix == ".parquet" else table.column(image).to_pylist()))
+            spans.append(
+                (len(names), path, image, None if path.suffix == ".parquet" else table.column(image).to_pylist())
+            )
             names += [f"{path.name} row {row}" for row in range(len(values))]
             labels += values
     if not names:
@@ -205,7 +216,9 @@ def _read_table(path: Path, columns: dict[str, str | None]) -> Any:
         return table.append_column(image, missing)
     except (pyarrow.ArrowException, OSError) as error:
         text = (str(error).splitlines() or [""])[0][:160]
-        raise ValueError(f"expected {path} to be a table that can be read, got {type(error).__name__}: {text}.") from error
+        raise ValueError(
+            f"expected {path} to be a table that can be read, got {type(error).__name__}: {text}."
+        ) from error
 
 
 def _column(table: Any, what: str, asked: str | None, path: Path) -> str:
@@ -241,8 +254,8 @@ def _check_labels(values: Sequence[Any], column: str, path: Path) -> None:
     wrong = next((each for each in values if isinstance(each, float) and not each.is_integer()), None)
     if wrong is not None or not all(isinstance(each, str | int | float) for each in values[:1]):
         raise ValueError(
-            f"expected classes in column {column!r} of {path}, got {describe(values[0] if wrong is None else wrong)}. The "
-            "lab's own loop classifies; for other targets write a training function: batchtrim compare --task."
+            f"expected classes in column {column!r} of {path}, got {describe(values[0] if wrong is None else wrong)}. "
+            "The lab's own loop classifies; for other targets write a training function: batchtrim compare --task."
         )
 
 
@@ -285,7 +298,9 @@ def _hub_folder(root: Path, where: str, columns: dict[str, str | None]) -> Listi
     files = {"train": sorted(folder.glob("train*.parquet"))}
     test = next((name for name in TEST_NAMES if any(folder.glob(f"{name}*.parquet"))), None)
     if not files["train"]:
-        raise ValueError(f"expected {folder / 'train-*.parquet'}, got {', '.join(sorted(p.name for p in folder.iterdir())[:5])}.")
+        raise ValueError(
+            f"expected {folder / 'train-*.parquet'}, got {', '.join(sorted(p.name for p in folder.iterdir())[:5])}."
+        )
     if test is not None:
         files["test"] = sorted(folder.glob(f"{test}*.parquet"))
         return _tables(files, where, columns)
@@ -308,8 +323,8 @@ def _hub(dataset: str, data_dir: Path | None, columns: dict[str, str | None]) ->
     except Exception as error:  # what hub clients raise varies with their versions
         text = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise OSError(
-            f"could not get {dataset!r} from the Hugging Face hub ({text}). Without a connection, pass --data-dir DIR (or "
-            f"set BATCHTRIM_DATA) with the hub's files in DIR/{name}."
+            f"could not get {dataset!r} from the Hugging Face hub ({text}). Without a connection, pass --data-dir DIR "
+            f"(or set BATCHTRIM_DATA) with the hub's files in DIR/{name}."
         ) from error
     return from_splits(splits, dataset, columns)
 
@@ -335,7 +350,9 @@ def from_splits(splits: Any, where: str, columns: dict[str, str | None]) -> List
         values = data.data.column(label).to_pylist()
         _check_labels(values, label, place)
         if columns["group"] is not None:
-            groups += [str(each) for each in data.data.column(_column(data, "group", columns["group"], place)).to_pylist()]
+            groups += [
+                str(each) for each in data.data.column(_column(data, "group", columns["group"], place)).to_pylist()
+            ]
         tables.append((len(names), data.data.column(image)))
         names += [f"{where} {name} row {row}" for row in range(len(values))]
         labels += values

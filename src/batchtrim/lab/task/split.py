@@ -19,9 +19,9 @@ def split_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of the training and of the test split, each rising.
 
-    Without groups, ``round(fraction * n)`` of each class's n samples are for testing: at least one where a class has two,
-    and never all of them. With groups, whole groups are taken in a random order as long as they bring the classes closer
-    to that many.
+    Without groups, ``round(fraction * n)`` of each class's n samples are for testing: at least one where a class has
+    two, and never all of them. With groups, whole groups are taken in a random order as long as they bring the classes
+    closer to that many.
 
     Args:
         labels: int (N,). fraction: in (0, 1). seed: of the draw.
@@ -51,7 +51,9 @@ def split_rows(
     return np.flatnonzero(~test), np.flatnonzero(test)
 
 
-def _whole_groups(labels: np.ndarray, fraction: float, random: np.random.Generator, groups: Sequence[str]) -> np.ndarray:
+def _whole_groups(
+    labels: np.ndarray, fraction: float, random: np.random.Generator, groups: Sequence[str]
+) -> np.ndarray:
     """bool (N,): a group is taken where the distance to the wanted count of each class falls by it."""
     _, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     order = np.argsort(group, kind="stable")
