@@ -5,6 +5,7 @@ Every option's help ends in its true default for the command at hand, in bracket
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,9 +144,12 @@ def check_one_run(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"expected one run, got several values of `{name}`. `batchtrim compare` does many.")
 
 
+_COMMA = re.compile(r",(?![^\[]*\])")  # one that is not inside brackets
+
+
 def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+        return [kind(part.strip()) for part in _COMMA.split(text) if part.strip()]
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise ValueError(f"expected `{name}` to be {what}, comma-separated, got {text!r}.") from None

@@ -289,8 +289,8 @@ def _check_sides(found: data.PictureData, names: Sequence[str], hashes: np.ndarr
     unlearnt = [listed[i] for i in ((train == 0) & (test > 0)).nonzero().flatten().tolist()]
     if unlearnt:
         raise ValueError(
-            f"expected every class to test on among those to train on in {found.name}, got {_some(unlearnt)} to test on "
-            "only."
+            f"expected every class to test on among those to train on in {found.name}, got {_some(unlearnt)} "
+            "to test on only."
         )
     notes = []
     untested = [listed[i] for i in ((test == 0) & (train > 0)).nonzero().flatten().tolist()]
