@@ -15,6 +15,7 @@ from batchtrim._checks import (
     check_like,
     check_losses,
     check_progress,
+    check_rule,
     check_schedule_output,
     check_state,
     describe,
@@ -97,10 +98,7 @@ class Trimmer:
                 "Pass the number of epochs (and call step() once an epoch) or of batches (once a batch); "
                 "if it is not known, pass a constant keep."
             )
-        if not callable(select) or isinstance(select, type):
-            raise TypeError(
-                f"expected `select` to be a selection rule such as batchtrim.hardest(), got {describe(select)}."
-            )
+        check_rule("select", select)
         hint = "If the length of training is unknown (-1), count batches instead, or pass a constant keep."
         self.total = None if total is None else check_count("total", total, hint=hint)
         self.rule = select
