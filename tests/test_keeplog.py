@@ -280,8 +280,8 @@ def test_warning_where_the_hardest_stay_however_often_kept(stubborn, select):
 
 def _train(noise, method):
     """Digits with part of the labels wrong, trimmed; returns the warnings and the log."""
-    lab = pytest.importorskip("batchtrim.lab.train")
-    from batchtrim.lab.config import RunConfig
+    lab = pytest.importorskip("batchtrim.lab.run.train")
+    from batchtrim.lab.run.config import RunConfig
 
     config = RunConfig(method=method, epochs=20, label_noise=noise, seed=1).resolved()
     pictures = lab.load_pictures(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from batchtrim._checks import (
     check_like,
     check_losses,
     check_progress,
+    check_rule,
     check_schedule_output,
     check_state,
     describe,
@@ -22,6 +24,7 @@ from batchtrim._checks import (
 from batchtrim._deprecated import record_as_before, trimmer_log
 from batchtrim.choice import Choice
 from batchtrim.distributed import select_over_ranks, world_size
+from batchtrim.errors import ChooseLength, ClockPastTotal
 from batchtrim.losses import UNITS, Losses, flatten
 from batchtrim.reduction import SCALES, reduce, reduce_mask
 from batchtrim.schedules import as_schedule, linear, progress_at
@@ -32,6 +35,8 @@ __all__ = ["Trimmer"]
 
 _STATE_VERSION = 1
 SCOPES = ("local", "global")
+# How to go on from a state that was saved with another total.
+LENGTHS = ("stretch", "saved")
 # A schedule is asked at up to this many points when the trimmer is made, so that a fault is found before training.
 _PROBE_POINTS = 1001
 
@@ -101,10 +106,7 @@ class Trimmer:
                 "Pass the number of epochs (and call step() once an epoch) or of batches (once a batch); "
                 "if it is not known, pass a constant keep."
             )
-        if not callable(select) or isinstance(select, type):
-            raise TypeError(
-                f"expected `select` to be a selection rule such as batchtrim.hardest(), got {describe(select)}."
-            )
+        check_rule("select", select)
         hint = "If the length of training is unknown (-1), count batches instead, or pass a constant keep."
         self.total = None if total is None else check_count("total", total, hint=hint)
         self.rule = select
@@ -123,6 +125,7 @@ class Trimmer:
         self.last: Choice | None = None
         self._steps = 0
         self._accuracy = 0.0
+        self._overrun_told = False
         # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
         self._keep_tensor = torch.ones((), dtype=torch.float64)
         self._probe()
@@ -184,7 +187,9 @@ class Trimmer:
     def step(self, n: int = 1, *, accuracy: float | None = None) -> None:
         """Advance the clock, like a learning-rate scheduler: once an epoch or once a batch, as ``total`` counts.
 
-        Past the end the schedule stays where it ended.
+        Past ``total`` the schedule stays where it ended. The first step beyond it gives a
+        :class:`batchtrim.errors.ClockPastTotal` warning where the keep fraction depends on progress: most often
+        ``total`` counts epochs and this is called once a batch.
 
         Args:
             n: by how many. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
@@ -196,6 +201,8 @@ class Trimmer:
             raise ValueError("expected `accuracy`, which drives this schedule, got None. Call step(accuracy=...).")
         self._steps += n
         self._set_keep()
+        if self.total is not None and self._steps > self.total and not self._overrun_told:
+            self._tell_overrun()
 
     @property
     def last_selection(self) -> Selection | None:
@@ -237,12 +244,31 @@ class Trimmer:
             state["log"] = self.log.state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, length: str | None = None) -> None:
         """Go on from :meth:`state_dict`.
 
+        Args:
+            state: what it returned.
+            length: what to do where the state was saved with another ``total`` and the keep fraction depends on
+                progress, t steps done. "stretch": the schedule spans this training's ``total``; progress becomes
+                ``t / (total - 1)``, so the keep fraction jumps once, as a learning-rate schedule made for the new
+                length does. "saved": nothing jumps; the saved ``total`` stays in force, and past it the schedule stays
+                where it ended.
+
         Raises:
-            ValueError, TypeError: the state is of a trimmer with another ``total``, so that progress would jump, or of
-                something else. The trimmer is then as before.
+            ChooseLength: the totals differ, so that progress would jump, and ``length`` is None.
+            ValueError, TypeError: the state is of something else. The trimmer is then as before.
+
+        Notes:
+            Where the keep fraction does not depend on progress, nothing can jump and any ``total`` will do.
+
+        Example:
+            >>> state = {**Trimmer(total=11).state_dict(), "steps": 5}
+            >>> trim = Trimmer(total=21)
+            >>> trim.load_state_dict(state, length="stretch"); trim.progress, trim.total
+            (0.25, 21)
+            >>> trim.load_state_dict(state, length="saved"); trim.progress, trim.total
+            (0.5, 11)
         """
         check_state(state, ("version", "steps", "total", "accuracy", "generator", "stats"), "a Trimmer")
         if state["version"] != _STATE_VERSION:
@@ -250,12 +276,8 @@ class Trimmer:
                 f"expected `state` of version {_STATE_VERSION}, got {describe(state['version'])}. "
                 "It was saved by something else, or by another release of batchtrim."
             )
-        if state["total"] != self.total:
-            raise ValueError(
-                f"expected `state` of a trimmer with total={self.total}, got total={state['total']}. Progress would "
-                "jump: make the trimmer with the saved total, or a fresh one and step() it to where it should start."
-            )
         steps = check_count("state['steps']", state["steps"], minimum=0)
+        total = self._resumed_total(steps, state["total"], length)
         accuracy = check_progress("state['accuracy']", state["accuracy"])
         drawn = state["generator"]
         if not (
@@ -272,6 +294,9 @@ class Trimmer:
         if self.log is not None and "log" in state:
             self.log.load_state_dict(state["log"])
         self._steps, self._accuracy = steps, accuracy
+        # whoever keeps the saved length knows that this training goes on beyond it
+        self._overrun_told = length == "saved" and total != self.total
+        self.total = total
         self.generator.set_state(drawn.cpu())
         self._set_keep()
 
@@ -286,10 +311,50 @@ class Trimmer:
     def _reads_accuracy(self) -> bool:
         return getattr(self.schedule, "reads", "progress") == "accuracy"
 
+    def _moves(self, *totals: int | None) -> bool:
+        """Whether the keep fraction changes with progress, over trainings of these lengths."""
+        if not getattr(self.schedule, "needs_total", True):
+            return False
+        return len({self._ask(at) for total in totals for at in _probe_points(total)}) > 1
+
+    def _tell_overrun(self) -> None:
+        self._overrun_told = True
+        if self._moves(self.total):
+            warnings.warn(
+                f"expected at most total={self.total} calls of step(), got {self._steps}. The schedule is over, and "
+                f"{self._keep:.4g} of each batch is kept from here on. Does `total` count epochs, and step() "
+                "is called once a batch? Count both alike.",
+                ClockPastTotal,
+                stacklevel=3,
+            )
+
+    def _resumed_total(self, steps: int, saved: Any, length: str | None) -> int | None:
+        """The ``total`` that is in force after going on from a state with another one."""
+        if length is not None:
+            check_choice("length", length, LENGTHS)
+        if saved is not None:
+            saved = check_count("state['total']", saved)
+        if saved == self.total or not self._moves(saved, self.total):
+            return self.total
+        if length == "saved" and saved is not None:
+            return saved
+        if length == "stretch" and self.total is not None and steps <= self.total:
+            return self.total
+        if length == "stretch":
+            raise ValueError(
+                f"expected `state` of at most total={self.total} steps, which the schedule is stretched over, got "
+                f"{steps} steps of total={saved}. Does one of the two count batches and the other epochs?"
+            )
+        raise ChooseLength(
+            f"expected `state` of a trimmer with total={self.total}, got total={saved}. Progress would jump from "
+            f"{progress_at(steps, saved):.4g} to {progress_at(steps, self.total):.4g}. Say what is meant: "
+            "load_state_dict(state, length='stretch') stretches the schedule over this training, jump included; "
+            "length='saved' goes on by the saved total and stays at the schedule's end beyond it."
+        )
+
     def _probe(self) -> None:
-        points = min(self.total or _PROBE_POINTS, _PROBE_POINTS)
-        for i in range(points):
-            self._ask(i / (points - 1) if points > 1 else 0.0)
+        for at in _probe_points(self.total):
+            self._ask(at)
 
     def _ask(self, at: float) -> float:
         name = "accuracy" if self._reads_accuracy else "progress"
@@ -357,6 +422,12 @@ class Trimmer:
             kept &= mask
         count = kept.sum().clamp(min=1) if self.scale == "kept" else torch.as_tensor(n).clamp(min=1)
         return reduce_mask(values, kept, count, weights if self.scale == "kept" else None)
+
+
+def _probe_points(total: int | None) -> list[float]:
+    """Where a schedule is asked to find out about it: every progress of a short training, a thousand of a long one."""
+    points = min(total or _PROBE_POINTS, _PROBE_POINTS)
+    return [progress_at(i, points) for i in range(points)]
 
 
 def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
