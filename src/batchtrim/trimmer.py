@@ -115,6 +115,8 @@ class Trimmer:
         self.scope = check_choice("scope", scope, SCOPES)
         if process_group is not None and self.scope != "global":
             raise ValueError("expected `scope` 'global' with a `process_group`, got 'local'. Local asks no other rank.")
+        if process_group is not None:
+            world_size(process_group)
         self.process_group = process_group
         self.seed = check_count("seed", seed, minimum=0)
         self.generator = torch.Generator().manual_seed(seed)

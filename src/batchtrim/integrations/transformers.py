@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim._checks import check_choice, import_extra
-from batchtrim.accumulation import OVER, first_pass, select_window
-from batchtrim.engine.guard import GeneratorStates
+from batchtrim.accumulation import OVER, Before, first_pass, select_window
 from batchtrim.integrations import CLOCKS, build, follow, log_values, total_of
 from batchtrim.integrations.labels import count_labels, per_sample_loss, plain_mean, shares
 from batchtrim.losses import Losses, flatten
@@ -86,7 +85,7 @@ class TrimmedTrainer(Trainer):
         self.trim: Trimmer | None = None
         self._checkpoint: str | None = None
         self._batches: list[Any] = []  # the window's micro-batches, until it is chosen from
-        self._window: list[tuple[Selection, GeneratorStates]] = []
+        self._window: list[tuple[Selection, Before]] = []
         self._shares: list[Tensor] = []
         self.add_callback(_StateKeeper(self))
 
@@ -112,7 +111,7 @@ class TrimmedTrainer(Trainer):
         if self._batches:
             self._choose_window(model if self.is_fsdp_enabled else self.accelerator.unwrap_model(model))
         if self._window:
-            self._window[0][1].restore()  # the dropout this micro-batch was scored under
+            self._window[0][1].generators.restore()  # the dropout this micro-batch was scored under
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
