@@ -5,7 +5,7 @@ Legend: B batch, T tokens, C classes, M micro-batches in a window (one optimizer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from batchtrim.distributed import sum_over_ranks, world_size
 from batchtrim.losses import Losses, flatten, token_losses
 
-__all__ = ["count_labels", "per_sample_loss", "plain_mean", "shares"]
+__all__ = ["count_labels", "labels_of", "loss_of", "per_sample_loss", "plain_mean", "shares"]
 
 _IGNORED = -100
+_SPANS = ("start_positions", "end_positions")
 
 
 def per_sample_loss(outputs: Any, labels: Tensor, *, shift: bool = False) -> Losses:
@@ -77,3 +78,15 @@ def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:
     if scope == "local" and across:
         total, ranks = sum_over_ranks(total, "number of totals"), world_size()
     return list((ranks * counts / total.clamp(min=1)).expand(micro_batches))  # nothing to train on: 0, not NaN
+
+
+def loss_of(outputs: Any) -> Any:
+    """The loss a model returned, as the Trainer takes it."""
+    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+
+
+def labels_of(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> list[Tensor]:
+    """Return the labels of a batch: what is among ``names`` or is called so, and without any all of its tensors."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+    labels = [value for name, value in tensors.items() if name in names or "label" in name or name in _SPANS]
+    return labels or list(tensors.values())
