@@ -73,7 +73,7 @@ def memory(samples: int = 1_000_000) -> dict[str, Any]:
 
 
 def _record(log: batchtrim.KeepLog, losses: torch.Tensor, selection: Any, extra: dict[str, Any]) -> None:
-    log.record(torch.randint(SAMPLES, (BATCH,)), losses, selection, **extra)
+    log.record(batchtrim.Choice(losses, selection), ids=torch.randint(SAMPLES, (BATCH,)), **extra)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import batchtrim
-from batchtrim import KeepLog, Trimmer, hardest, join, linear, percentile, percentile_topk, suspects
+from batchtrim import Choice, KeepLog, Trimmer, hardest, join, linear, percentile, percentile_topk, suspects
 
 HUGE = 10**400
 
@@ -76,14 +76,16 @@ def test_a_state_of_another_rule_is_refused() -> None:
 )
 def test_a_keep_log_checks_what_travels_beside_the_losses(given: dict[str, Any], message: str) -> None:
     losses = torch.rand(3)
+    beside = dict(given)
+    last = Choice(losses, hardest()(losses, 0.5), beside.pop("mask", None))
     with pytest.raises((ValueError, TypeError), match=message):
-        KeepLog(3).record(torch.arange(3), losses, hardest()(losses, 0.5), **given)
+        KeepLog(3).record(last, ids=torch.arange(3), **beside)
 
 
 def test_suspects_of_losses_that_are_not_finite_have_scores() -> None:
     log = KeepLog(4)
     losses = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0])
-    log.record(torch.arange(4), losses, hardest()(losses, 0.5))
+    log.record(Choice(losses, hardest()(losses, 0.5)), ids=torch.arange(4))
     ids, scores = suspects(log)
     assert sorted(ids.tolist()) == [0, 1, 2, 3]
     assert bool(((scores >= 0) & (scores <= 1)).all())

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import batchtrim
-from batchtrim import KeepLog, hardest
+from batchtrim import Choice, KeepLog, hardest
 
 SOURCES = sorted(Path(batchtrim.__file__).parent.rglob("*.py"))
 # pickle and its kin run what a file says; archives write where a file says; yaml's loaders make what a file says
@@ -136,7 +136,7 @@ def test_the_report_escapes_all_that_a_record_says(tmp_path: Path) -> None:
 def test_the_gallery_escapes_names_texts_and_titles(tmp_path: Path, kind: str) -> None:
     gallery = pytest.importorskip("batchtrim.lab.gallery")
     log = KeepLog(6, classes=2, warn=False)
-    log.record(torch.arange(6), torch.rand(6), hardest()(torch.rand(6), 0.5), labels=torch.arange(6) % 2)
+    log.record(Choice(torch.rand(6), hardest()(torch.rand(6), 0.5)), ids=torch.arange(6), labels=torch.arange(6) % 2)
     log.end_epoch()
     shown: Any = {"pictures": torch.zeros(6, 1, 4, 4, dtype=torch.uint8), "rows": [{HOSTILE: HOSTILE}] * 6}[kind]
     samples = gallery.Samples(

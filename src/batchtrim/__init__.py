@@ -15,6 +15,7 @@ Schedules say how much to keep, selection rules say which, a :class:`Trimmer` pu
 import importlib
 
 from batchtrim.accumulation import accumulate
+from batchtrim.choice import Choice
 from batchtrim.engine import TrimmedForward
 from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.losses import Losses, focal, per_sample, superloss, token_losses
@@ -47,6 +48,7 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "Choice",
     "KeepLog",
     "KeepStats",
     "Losses",

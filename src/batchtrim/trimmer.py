@@ -20,9 +20,10 @@ from batchtrim._checks import (
     check_state,
     describe,
 )
+from batchtrim._deprecated import record_as_before, trimmer_log
+from batchtrim.choice import Choice
 from batchtrim.distributed import select_over_ranks, world_size
 from batchtrim.errors import ChooseLength, ClockPastTotal
-from batchtrim.keeplog import KeepLog
 from batchtrim.losses import UNITS, Losses, flatten
 from batchtrim.reduction import SCALES, reduce, reduce_mask
 from batchtrim.schedules import as_schedule, linear, progress_at
@@ -65,7 +66,10 @@ class Trimmer:
             joined batch, and a rank without samples calls with losses of shape (0,).
         process_group: the ranks that average gradients together, with scope "global"; all of them by default.
         seed: for rules that draw. The generator is the trimmer's own and part of :meth:`state_dict`.
-        log: records every sample's losses and whether it was kept; every call then needs the samples' ``ids``.
+
+    Attributes:
+        last: the :class:`batchtrim.Choice` made last, to look at or to log; None before the first, and after a compiled
+            step, which leaves none.
 
     Raises:
         ScheduleOutOfRange: the schedule leaves (0, 1] somewhere.
@@ -92,7 +96,7 @@ class Trimmer:
         scope: str = "local",
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
-        log: KeepLog | None = None,
+        log: Any = None,  # deprecated
     ) -> None:
         self.schedule = as_schedule(keep)
         if total is None and getattr(self.schedule, "needs_total", True):
@@ -116,11 +120,9 @@ class Trimmer:
         self.process_group = process_group
         self.seed = check_count("seed", seed, minimum=0)
         self.generator = torch.Generator().manual_seed(seed)
-        if log is not None and self.unit != "sample":
-            raise ValueError("expected `unit` 'sample' with a `log`, got 'element'. A KeepLog counts whole samples.")
-        self.log = log
+        self.log = trimmer_log(log, self.unit)
         self.stats = KeepStats()
-        self.last_selection: Selection | None = None
+        self.last: Choice | None = None
         self._steps = 0
         self._accuracy = 0.0
         self._overrun_told = False
@@ -135,9 +137,7 @@ class Trimmer:
         *,
         rank_by: Tensor | None = None,
         mask: Tensor | None = None,
-        ids: Tensor | None = None,
-        outputs: Tensor | None = None,
-        labels: Tensor | None = None,
+        **logged: Any,
     ) -> Tensor:
         """The trimmed loss of a batch: in place of ``losses.mean()``.
 
@@ -147,8 +147,7 @@ class Trimmer:
             rank_by: shape of ``losses``: rank by these and train on ``losses``. For label smoothing, mixup and class
                 weights, which all change the ranking.
             mask: bool, shape of ``losses``: False where an entry does not count (padding, ignored labels).
-            ids: integers (B,), which samples of the data set these are; ``outputs``: (B, C) logits and ``labels``:
-                integers (B,), both optional. For the log, see :class:`batchtrim.KeepLog`.
+            logged: deprecated: ``ids``, ``outputs`` and ``labels``, which :meth:`batchtrim.KeepLog.record` takes.
 
         Returns:
             0-d. With keep 1 the plain mean, bit for bit. Where nothing counts, an attached 0.
@@ -166,7 +165,8 @@ class Trimmer:
         if torch.compiler.is_compiling() and self.scope == "local" and hasattr(self.rule, "compiled_mask"):
             return self._compiled(values, scores, mask, weights)
         selection = self._choose(values, scores, mask, weights)
-        self._log(values, selection, mask, ids, outputs, labels)
+        if logged or self.log is not None:
+            record_as_before(self.log, self.last, logged, "trim")
         return reduce(values, selection, self.scale, weights)
 
     def select(
@@ -175,14 +175,13 @@ class Trimmer:
         *,
         rank_by: Tensor | None = None,
         mask: Tensor | None = None,
-        ids: Tensor | None = None,
-        outputs: Tensor | None = None,
-        labels: Tensor | None = None,
+        **logged: Any,
     ) -> Selection:
         """Only choose, as :meth:`__call__` would, and count it in ``stats``. :func:`batchtrim.reduce` does the rest."""
         values, scores, mask, weights = self._flatten(losses, rank_by, mask)
         selection = self._choose(values, scores, mask, weights)
-        self._log(values, selection, mask, ids, outputs, labels)
+        if logged or self.log is not None:
+            record_as_before(self.log, self.last, logged, "trim.select")
         return selection
 
     def step(self, n: int = 1, *, accuracy: float | None = None) -> None:
@@ -204,6 +203,11 @@ class Trimmer:
         self._set_keep()
         if self.total is not None and self._steps > self.total and not self._overrun_told:
             self._tell_overrun()
+
+    @property
+    def last_selection(self) -> Selection | None:
+        """The selection in :attr:`last`."""
+        return None if self.last is None else self.last.selection
 
     @property
     def steps(self) -> int:
@@ -385,8 +389,8 @@ class Trimmer:
         if self.scope == "global" and world_size(self.process_group) > 1:
             return self._choose_jointly(values, scores, mask, weights)
         selection = select_valid(self.rule, scores, self._keep, mask, self.generator)
-        self.last_selection = selection
-        self.stats.record(values.detach(), selection, mask)
+        self.last = Choice(values.detach(), selection, mask)
+        self.stats.record(self.last.losses, selection, mask)
         return selection
 
     def _choose_jointly(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Selection:
@@ -402,30 +406,13 @@ class Trimmer:
             steps=self._steps,
             group=self.process_group,
         )
-        self.last_selection = joined.selection
+        self.last = Choice(values.detach(), joined.selection, mask)
         self.stats.record(joined.values, joined.chosen)
         return joined.selection
 
-    def _log(
-        self,
-        values: Tensor,
-        selection: Selection,
-        mask: Tensor | None,
-        ids: Tensor | None,
-        outputs: Tensor | None,
-        labels: Tensor | None,
-    ) -> None:
-        if self.log is None:
-            return
-        if ids is None:
-            raise ValueError(
-                "expected `ids`, the samples' row numbers in the data set, which the log needs, got None. "
-                "Let the data set return its index, or use a trimmer without a log here."
-            )
-        self.log.record(ids, values.detach(), selection, mask=mask, outputs=outputs, labels=labels)
-
     def _compiled(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
         """The same loss with fixed shapes. Statistics are not recorded in a compiled step."""
+        self.last = None  # not the choice of an earlier batch
         n: Tensor | int = values.shape[0]
         if mask is not None:
             n = mask.sum()

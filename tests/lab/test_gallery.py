@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from batchtrim import KeepLog, hardest
+from batchtrim import Choice, KeepLog, hardest
 from batchtrim.lab import gallery, progress, records, sweep, train
 from batchtrim.lab.config import RunConfig
 
@@ -35,7 +35,8 @@ def _log(n, classes, epochs=4, batch=64, seed=0):
             wrong = hard[rows] > 2.5
             predicted = (labels[rows] + wrong) % classes
             outputs = torch.nn.functional.one_hot(predicted, classes) * 4.0
-            log.record(rows, losses, hardest()(losses, 1 - 0.2 * epoch), outputs=outputs, labels=labels[rows])
+            last = Choice(losses, hardest()(losses, 1 - 0.2 * epoch))
+            log.record(last, ids=rows, outputs=outputs, labels=labels[rows])
         log.end_epoch()
     return log, labels, hard
 
@@ -134,7 +135,7 @@ def test_samples_that_do_not_fit_are_refused(tmp_path, pictures, bad):
 
 def test_a_log_without_predictions_or_classes_makes_a_page(tmp_path):
     log = KeepLog(5)
-    log.record(torch.arange(4), torch.rand(4), hardest()(torch.rand(4), 0.5))
+    log.record(Choice(torch.rand(4), hardest()(torch.rand(4), 0.5)), ids=torch.arange(4))
     page = gallery.write(
         log, gallery.Samples(torch.zeros(5, dtype=torch.int64), ["a"], rows=list("abcde")), tmp_path / "p"
     )

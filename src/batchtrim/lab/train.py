@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import batchtrim
-from batchtrim import KeepLog
+from batchtrim import Choice, KeepLog
 from batchtrim.lab import checkpoint as checkpoints
 from batchtrim.lab import conditions, data, models
 from batchtrim.lab.augment import Batches
@@ -209,12 +209,14 @@ class Training:
         else:
             loss = self.forward(inputs, targets)
             assert self.forward.last is not None
-            _, losses, outputs, selection = self.forward.last
+            last = self.forward.last
+            losses, outputs, selection = last.losses, last.outputs, last.selection
             self.criterion.count(outputs, targets)
             if self.config.engine == "two_pass" and self.method.trim.keep < 1.0:
                 self.counts.samples_forward += selection.k
         if self.log is not None and selection is not None:
-            self.log.record(rows, losses, selection, outputs=outputs, labels=targets)
+            chosen = Choice(losses.detach(), selection)
+            self.log.record(chosen, ids=rows, outputs=outputs, labels=targets)
         return loss
 
     @torch.inference_mode()
