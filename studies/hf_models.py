@@ -223,7 +223,10 @@ def _image_classes(batch: int, config: Any) -> dict[str, Tensor]:
 def _segments(batch: int, config: Any) -> dict[str, Tensor]:
     labels = torch.randint(0, config.num_labels, (batch, 16, 16))
     labels[torch.rand(labels.shape) < 0.2] = 255
-    return {"pixel_values": torch.randn(batch, 3, 64, 64) if config.model_type != "beit" else _images(batch, config), "labels": labels}
+    return {
+        "pixel_values": torch.randn(batch, 3, 64, 64) if config.model_type != "beit" else _images(batch, config),
+        "labels": labels,
+    }
 
 
 def _rebuilt(batch: int, config: Any) -> dict[str, Tensor]:
@@ -284,7 +287,9 @@ class Family:
     def classes(self) -> list[tuple[str, str]]:
         found = getattr(modeling_auto, f"MODEL_FOR_{self.mapping}_MAPPING_NAMES", None)
         found = getattr(modeling_auto, f"MODEL_{self.mapping}_MAPPING_NAMES", {}) if found is None else found
-        return [(kind, each) for kind, names in found.items() for each in ((names,) if isinstance(names, str) else names)]
+        return [
+            (kind, each) for kind, names in found.items() for each in ((names,) if isinstance(names, str) else names)
+        ]
 
 
 def _regression(outputs: int) -> dict[str, Any]:

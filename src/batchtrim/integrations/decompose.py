@@ -20,19 +20,19 @@ from torch import Tensor
 from batchtrim.integrations.intercept import Call, NotFound, Part, Recorder, parts_of
 from batchtrim.losses import Losses
 
-__all__ = ["Found", "LossFinder", "label_sizes", "output_tensors"]
+__all__ = ["Found", "LossFinder", "shift_of"]
 
 _CHECK_EVERY = 100
 
 
 @dataclass
 class Found:
-    """A batch's losses.
+    """The losses of a batch.
 
     Attributes:
         losses: a vector of what there is to choose from; ``sum(values) / sum(weights)`` over what its mask counts is L.
         scores: what to rank by where it is not ``values``: a sample's mean, where samples count different numbers.
-        loss: L, detached. outputs: what the model returned. call: the first of the recorded calls.
+        loss: L, detached. outputs: what the model returned. call: the first of the recorded calls, of ``terms``.
         entries: (B,), how many entries of each sample count; None where that is one and the same number.
     """
 
@@ -41,6 +41,7 @@ class Found:
     loss: Tensor
     outputs: Any
     call: Call
+    terms: int
     entries: Tensor | None
 
     def scaled(self, mean_entries: Tensor | float) -> Losses:
@@ -50,11 +51,6 @@ class Found:
         values, mask, weights = self.losses
         assert weights is not None
         return Losses(values / mean_entries, mask, weights / mean_entries)
-
-    def mean_entries(self) -> Tensor:
-        """0-d: entries that count, a mean over the samples that have any."""
-        assert self.entries is not None
-        return self.entries.sum() / (self.entries > 0).sum().clamp(min=1)
 
 
 class LossFinder:
@@ -100,7 +96,7 @@ class LossFinder:
                 _prove_rows(parts, rows, output_tensors(outputs, loss), labels)
             self._proven.add(form)
         losses, scores, entries = _merged(parts, rows, self.unit)
-        return Found(losses, scores, loss.detach(), outputs, parts[0].call, entries)
+        return Found(losses, scores, loss.detach(), outputs, parts[0].call, len(parts), entries)
 
 
 def label_sizes(labels: Iterable[Tensor], batch: int) -> set[int]:
@@ -138,7 +134,7 @@ def _prove_rows(parts: list[Part], rows: list[Tensor], outputs: list[Tensor], la
     batch = len(rows[0])
     outputs = [each for each in outputs if each.ndim and each.shape[0] == batch]
     for part, each in zip(parts, rows, strict=True):
-        if not (_reaches_its_rows(each, outputs) or any(_same_rows(part.call, each, label) for label in labels)):
+        if not (_reaches_its_rows(each, outputs) or any(shift_of(part.call, label) is not None for label in labels)):
             raise NotFound("neither an output that it returns nor its labels show which loss is of which sample")
 
 
@@ -160,15 +156,18 @@ def _reaches_its_rows(rows: Tensor, outputs: list[Tensor]) -> bool:
     return reached
 
 
-def _same_rows(call: Call, rows: Tensor, label: Tensor) -> bool:
-    """The targets, laid out as the losses are, are the labels of the samples, shifted or not."""
-    if call.target.numel() != rows.numel() or not label.ndim or len(label) != len(rows):
-        return False
-    target, label = call.target.detach().reshape(rows.shape), label.reshape(len(label), -1).to(call.target.device)
+def shift_of(call: Call, label: Tensor) -> int | None:
+    """Return 0 where a call's targets are these labels, sample by sample, 1 where they are the next ones, else None."""
+    batch = len(label)
+    if not batch or call.target.numel() % batch:
+        return None
+    target = call.target.detach().reshape(batch, -1)
+    label = label.reshape(batch, -1).to(target.device)
     if torch.equal(target, label):
-        return True
+        return 0
     length = min(target.shape[1], label.shape[1] - 1)
-    return length > 0 and target.shape[1] - length <= 1 and torch.equal(target[:, :length], label[:, 1 : length + 1])
+    shifted = length > 0 and target.shape[1] - length <= 1 and torch.equal(target[:, :length], label[:, 1 : length + 1])
+    return 1 if shifted else None
 
 
 def _merged(parts: list[Part], rows: list[Tensor], unit: str) -> tuple[Losses, Tensor | None, Tensor | None]:
@@ -185,14 +184,23 @@ def _merged(parts: list[Part], rows: list[Tensor], unit: str) -> tuple[Losses, T
         return _of_one(values, first, unit)
     if unit == "element" and any(each.shape[1] > 1 for each in rows):
         raise NotFound("it has several terms, of different entries, and `unit` is 'element'")
-    counted = torch.stack([_any_counted(part, each) for part, each in zip(parts, rows, strict=True)]).any(0)
+    entries = [_entries(part, each) for part, each in zip(parts, rows, strict=True)]
+    counted = torch.stack([each > 0 for each in entries]).any(0)
     shares = torch.stack([each.sum(1) / part.divisor for part, each in zip(parts, rows, strict=True)]).sum(0)
-    return Losses(shares * counted.sum(), counted), None, None
+    # what each sample adds to L; ranked by what its loss would be alone
+    alone = torch.stack([each.detach().sum(1) / _not_zero(n) for each, n in zip(rows, entries, strict=True)]).sum(0)
+    return Losses(shares * counted.sum(), counted), alone, None
 
 
-def _any_counted(part: Part, rows: Tensor) -> Tensor:
-    counted = rows.new_ones(rows.shape, dtype=torch.bool) if part.counted is None else part.counted.reshape(rows.shape)
-    return counted.any(1)
+def _entries(part: Part, rows: Tensor) -> Tensor:
+    """(B,): what a sample's mean divides by."""
+    counts = part.counted if part.weights is None else part.weights
+    counts = torch.ones_like(rows) if counts is None else counts
+    return counts.reshape(rows.shape).sum(1).to(rows.dtype)
+
+
+def _not_zero(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, torch.ones_like(values))
 
 
 def _of_one(values: Tensor, part: Part, unit: str) -> tuple[Losses, Tensor | None, Tensor | None]:
@@ -203,7 +211,7 @@ def _of_one(values: Tensor, part: Part, unit: str) -> tuple[Losses, Tensor | Non
         return Losses(*flat), None, None  # type: ignore[arg-type]
     if counted is None:
         return Losses(values.mean(1)), None, None
-    entries = (counted if weights is None else weights).sum(1).to(values.dtype)
+    entries = _entries(part, values)
     summed = torch.where(counted, values, torch.zeros_like(values)).sum(1)
-    mean = summed.detach() / torch.where(entries > 0, entries, torch.ones_like(entries))
+    mean = summed.detach() / _not_zero(entries)
     return Losses(summed, entries > 0, entries), mean, entries
