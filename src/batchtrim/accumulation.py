@@ -19,7 +19,8 @@ from batchtrim.distributed import sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of, without_graph
-from batchtrim.engine.two_pass import TwoPassEngine
+from batchtrim.engine.rows import copied
+from batchtrim.engine.two_pass import Moment, TwoPassEngine
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
@@ -71,7 +72,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")
     trim, model = step.trim, step.forward.model
     if over == "window":
-        selections, states = _choose(step, batches)
+        selections, states, first = _choose(step, batches)
     else:
         shares = _shares(step, batches)
     for m, (x, y) in enumerate(batches):
@@ -80,7 +81,8 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
             if over == "micro":
                 yield step(x, y) * shares[m]
             elif isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0:
-                yield step.engine.train_on_kept(x, y, selections[m].rising())
+                moment, scored = first[m]
+                yield step.engine.train_on_kept(moment, selections[m].rising(), scored)
             else:
                 states[m].restore()
                 yield step.engine(x, y, selections[m].rising()).loss
@@ -106,17 +108,24 @@ def first_pass(
     return found, states
 
 
-def _choose(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> tuple[list[Selection], list[GeneratorStates]]:
-    """What is kept of each micro-batch, and the state of the generators before it."""
+def _choose(
+    step: TrimmedForward, batches: Sequence[tuple[Any, Any]]
+) -> tuple[list[Selection], list[GeneratorStates], list[tuple[Moment, Tensor]]]:
+    """Return what is kept of each micro-batch, the generators before it, and what two-pass trains from."""
     forward, trim = step.forward, step.trim
+    once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
+    first: list[tuple[Moment, Tensor]] = []
 
     def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
-        losses, outputs = forward(*batch, model=forward.inner)
-        return losses, forward.scores(outputs, batch[1])
+        moment = Moment(forward, *batch) if once else None
+        x, y = batch if once else copied(batch)  # a model may change its batch in place: once, as one step would
+        losses, outputs = forward(x, y, model=forward.inner)
+        if moment is not None:
+            first.append((moment, losses.values))
+        return losses, forward.scores(outputs, y)
 
-    once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
     found, states = first_pass(forward.inner, batches, score, undo_buffers=not once)
-    return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states
+    return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states, first
 
 
 def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | None] = ()) -> list[Selection]:
