@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchtrim.accumulation import Before, first_pass, select_window
+from batchtrim.accumulation import first_pass, select_window
 from batchtrim.choice import Choice
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of
@@ -62,7 +62,7 @@ class TrainerLoss:
         """Forget what an interrupted training has left."""
         self.waits = False  # for compute_loss to be called
         self._batches: list[Any] = []  # the window's micro-batches, until it is chosen from
-        self._window: list[tuple[Selection, Before]] = []
+        self._window: list[tuple[Selection, GeneratorStates]] = []
         self._shares: list[Tensor] = []
         self._mean_entries: Tensor | float = 1.0
         self._counting: Counting | None = None
@@ -85,7 +85,7 @@ class TrainerLoss:
         if self._batches:
             self._choose_window(self._inner(model))
         if self._window:
-            self._window[0][1].generators.restore()
+            self._window[0][1].restore()
 
     def trimmed(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
         """Return the loss of a micro-batch, times its share of the window, and the model's outputs."""
