@@ -16,6 +16,7 @@ from batchtrim._checks import (
     check_like,
     check_losses,
     check_progress,
+    check_rule,
     check_schedule_output,
     check_state,
     describe,
@@ -105,10 +106,7 @@ class Trimmer:
                 "Pass the number of epochs (and call step() once an epoch) or of batches (once a batch); "
                 "if it is not known, pass a constant keep."
             )
-        if not callable(select) or isinstance(select, type):
-            raise TypeError(
-                f"expected `select` to be a selection rule such as batchtrim.hardest(), got {describe(select)}."
-            )
+        check_rule("select", select)
         hint = "If the length of training is unknown (-1), count batches instead, or pass a constant keep."
         self.total = None if total is None else check_count("total", total, hint=hint)
         self.rule = select
@@ -117,6 +115,8 @@ class Trimmer:
         self.scope = check_choice("scope", scope, SCOPES)
         if process_group is not None and self.scope != "global":
             raise ValueError("expected `scope` 'global' with a `process_group`, got 'local'. Local asks no other rank.")
+        if process_group is not None:
+            world_size(process_group)
         self.process_group = process_group
         self.seed = check_count("seed", seed, minimum=0)
         self.generator = torch.Generator().manual_seed(seed)
@@ -208,6 +208,18 @@ class Trimmer:
     def last_selection(self) -> Selection | None:
         """The selection in :attr:`last`."""
         return None if self.last is None else self.last.selection
+
+    @property
+    def expected_keep(self) -> float:
+        """The part of the next batch that will be kept, as far as can be said before its losses are known.
+
+        ``keep``, but for rules whose k follows from the losses (``loss_mass``, ``above``, ``percentile``): what was
+        kept of the last batch. Engines decide by it whether a smaller backward will pay.
+        """
+        if not getattr(self.rule, "k_follows_losses", False):
+            return self._keep
+        selection = self.last_selection
+        return selection.k / selection.candidates if selection is not None and selection.candidates else self._keep
 
     @property
     def steps(self) -> int:
