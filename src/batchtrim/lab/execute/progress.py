@@ -92,7 +92,7 @@ class Live(Quiet):
             self._say(config, note)
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _say(self, config: Any, text: str) -> None:
         self.note(f"{self._tally()}  {config.label}: {text}")
