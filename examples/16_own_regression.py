@@ -1,6 +1,6 @@
 """Compare on a training function of your own: a table, a small network, and rmse in place of an error.
 
-    batchtrim compare --task examples/16_own_regression.py:train --metric rmse --methods full,trim,random --epochs 30
+batchtrim compare --task examples/16_own_regression.py:train --metric rmse --methods full,trim,random --epochs 30
 """
 
 import torch

@@ -13,9 +13,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchtrim.lab.own import Run, compare, run_once, summarize
+    from batchtrim.lab.own import Run, compare, headline, run_once, summarize
 
-__all__ = ["Run", "compare", "run_once", "summarize"]
+__all__ = ["Run", "compare", "headline", "run_once", "summarize"]
 
 
 def __getattr__(name: str) -> object:

@@ -127,7 +127,20 @@ def demo(given: dict[str, Any]) -> None:
 
 @app.command("report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="folder with runs.jsonl")],
+    folder: Annotated[Path | None, typer.Argument(help="folder with runs.jsonl", show_default=False)] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="table of numbers made elsewhere: columns method, seed, a metric, time", show_default=False),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="column of the table that is compared [the one there is]", show_default=False)
+    ] = None,
+    higher_is_better: Annotated[
+        bool | None,
+        typer.Option(
+            "--higher-is-better/--lower-is-better", help="which way it is better [by its name]", show_default=False
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="where the report goes [the same folder]", show_default=False)
     ] = None,
@@ -135,20 +148,33 @@ def report_command(
     as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON and write nothing")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Write the report on the runs in a folder.
+    """Write the report on the runs in a folder, or on the numbers in a CSV file.
 
-    report.html is self-contained; report.md and report.csv lie beside it.
+    report.html is self-contained; report.md and report.csv lie beside it. That on FILE.csv goes to the folder FILE.
     """
 
     def work() -> None:
         from batchtrim.lab import records
 
-        rows = records.read_results(folder)
+        if (folder is None) == (csv is None):
+            raise ValueError(
+                f"expected a folder with runs.jsonl or --csv FILE, got {'neither' if csv is None else 'both'}."
+            )
+        place = out or folder
+        if csv is not None:
+            from batchtrim.lab.analyse import foreign
+
+            rows = foreign.read_csv(csv, metric, higher_is_better)
+            place = out or csv.with_suffix("")
+        else:
+            if metric is not None or higher_is_better is not None:
+                raise ValueError("expected --metric beside --csv: a folder's runs name their metric themselves.")
+            rows = records.read_results(folder)
         with _fitting("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
             check_choice("baseline", baseline, methods)
-        _report(rows, out or folder, baseline, as_json)
+        _report(rows, place, baseline, as_json)
 
     _guard(work, debug)
 

@@ -25,8 +25,8 @@ class Metric:
         higher_is_better: which way is better.
 
     Example:
-        >>> Metric.called("rmse").better(1.0, 2.0), Metric.called("f1").better(0.7, 0.6)
-        (True, True)
+        >>> Metric.called("rmse").better, Metric.called("f1").better, Metric.called("accuracy").number(0.9787)
+        ('lower', 'higher', '97.87')
     """
 
     name: str = "error"
@@ -75,15 +75,30 @@ class Metric:
         """The metric in a sentence: test error, rmse."""
         return f"test {self.name}" if self.in_percent else self.name
 
-    def better(self, value: float, other: float) -> bool:
-        """True if ``value`` is better than ``other``."""
-        return value > other if self.higher_is_better else value < other
+    @property
+    def better(self) -> str:
+        """Which way is better: lower or higher."""
+        return "higher" if self.higher_is_better else "lower"
+
+    @property
+    def heading(self) -> str:
+        """The head of a column: test error %, rmse."""
+        return f"{self.title} %" if self.in_percent else self.name
+
+    @property
+    def unit(self) -> str:
+        """What a difference is counted in, with a space before it: points of a percentage, or nothing."""
+        return " points" if self.in_percent else ""
+
+    def number(self, value: float, digits: int = 2) -> str:
+        """The number alone: 0.0213 of an error is 2.13, of another metric four figures."""
+        return f"{100 * value:.{digits}f}" if self.in_percent else f"{value:.4g}"
 
     def text(self, value: float | None) -> str:
         """The number with its name: error 2.13 %, rmse 0.4512."""
         if value is None:
             return f"{self.name} unknown"
-        return f"{self.name} {100 * value:.2f} %" if self.in_percent else f"{self.name} {value:.4g}"
+        return f"{self.name} {self.number(value)}{' %' if self.in_percent else ''}"
 
 
 ERROR = Metric()

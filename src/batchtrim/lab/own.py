@@ -21,23 +21,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from batchtrim._checks import check_choice
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, foreign
 from batchtrim.lab.analyse.comparison import Summary
 from batchtrim.lab.execute import grid, local, progress, scheduler
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.present import tables
+from batchtrim.lab.present.wording import headline
 from batchtrim.lab.run.handle import Run, TaskMistake
 from batchtrim.lab.run.own import TaskConfig
 from batchtrim.lab.run.perform import perform
 from batchtrim.lab.task.code import Code, YourCodeFailed
 
-__all__ = ["Run", "compare", "default_out", "run_once", "summarize"]
+__all__ = ["Run", "compare", "default_out", "headline", "run_once", "summarize"]
 
 
 def compare(
     train: Callable[[Run], Mapping[str, Any]] | str,
-    methods: Sequence[str] = ("full", "trim"),
+    methods: Sequence[str] | str = ("full", "trim"),
     seeds: int | Sequence[int] = 5,
     *,
     out: str | Path | None = None,
@@ -59,7 +63,7 @@ def compare(
         out: folder of the records and of the report; by default one under ``runs`` named after the function.
         workers: processes; 1 stays in this one. A function of a notebook goes to others by value.
         ray: address of a Ray cluster, or "auto". retries: how often a run whose worker died is done again.
-        tensorboard: write what ``run.log`` is given as TensorBoard events too. quiet: no progress on standard error.
+        tensorboard: write what ``run.log`` is given as TensorBoard events too. quiet: no progress, and no table.
         baseline: the method the others are compared with.
         settings: of the runs: ``epochs``, ``metric``, ``higher_is_better``, ``keep_start``, ``keep_end``, ``schedule``,
             ``params`` (of methods, by method and name), ``engine``, ``device``, ``threads``; a list is an axis.
@@ -74,7 +78,10 @@ def compare(
     """
     code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
     listed = seeds if isinstance(seeds, int) else list(seeds)
-    configs = grid.expand_task(code, {"methods": list(methods), "seeds": listed, **settings})
+    methods = methods.split(",") if isinstance(methods, str) else list(methods)
+    if baseline != "full":  # which gives way to another where there is none
+        check_choice("baseline", baseline, methods)
+    configs = grid.expand_task(code, {"methods": methods, "seeds": listed, **settings})
     workers, threads = local.share_cores(len(configs), workers)
     if "threads" not in settings:
         configs = [replace(config, threads=1 if ray else threads) for config in configs]
@@ -94,8 +101,12 @@ def compare(
         print(text, file=sys.stderr)
     there = {row["config"]["method"] for row in rows}
     baseline = baseline if baseline in there else next(iter(methods))
-    tables.write_report(rows, folder, baseline)
-    return comparison.summarize(rows, baseline)
+    page = tables.write_report(rows, folder, baseline)
+    summary = comparison.summarize(rows, baseline)
+    if not quiet:
+        Console().print(tables.console_table(summary))
+        print(f"report: {page}")
+    return summary
 
 
 def run_once(

@@ -286,7 +286,9 @@ def test_csv_with_names_and_splits(tmp_path: Path) -> None:
     assert found.class_names == ("a", "b")
     assert len(found.test_labels) == 4
     (tmp_path / "other.csv").write_text("\n".join(["photo,kind,split", *lines]))
-    assert "expected one image column in other.csv, got photo, kind, split. Say which: --image-column" in mistake("other.csv")
+    assert "expected one image column in other.csv, got photo, kind, split. Say which: --image-column" in mistake(
+        "other.csv"
+    )
     found = load("other.csv", ImageOptions(image_column="photo", label_column="kind"))
     assert len(found.train_labels) == 8
     assert "expected `label` column 'nope'" in mistake("other.csv", image_column="photo", label_column="nope")

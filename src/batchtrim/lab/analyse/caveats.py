@@ -1,4 +1,4 @@
-"""What makes a comparison less than it looks: pairs that are missing, seeds that were not used, programs that changed."""
+"""What makes a comparison less than it looks: missing pairs, seeds that were not used, programs that changed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def _alike(arm: Arm) -> bool:
 
 def _sources(group: Group) -> Iterator[Caveat]:
     found = {
-        str(source) for arm in group.arms for row in arm.runs if (source := (row.get("environment") or {}).get("source"))
+        str(source)
+        for arm in group.arms
+        for row in arm.runs
+        if (source := (row.get("environment") or {}).get("source"))
     }
     if len(found) > 1:
         yield Caveat(Kind.SOURCES, "", (), len(found))

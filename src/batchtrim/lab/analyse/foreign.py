@@ -11,7 +11,7 @@ from typing import Any
 
 from batchtrim._checks import describe
 from batchtrim.lab.metric import Metric
-from batchtrim.lab.records import SCHEMA, Row
+from batchtrim.lab.records import COSTS, SCHEMA, Row
 
 __all__ = ["read_csv", "to_records"]
 
@@ -124,6 +124,7 @@ def _record(row: Mapping[str, Any], place: str, where: str, metric: Metric, time
         "config": settings,
         "status": status,
         metric.field: value if status == "finished" else None,
+        **dict.fromkeys(COSTS),
         "seconds": seconds if seconds is None or math.isfinite(seconds) else None,
         "curve": {},
     }

@@ -24,8 +24,8 @@ def _text(caveat: Caveat, group: Group) -> str:
         Kind.ARM_LACKS: f"{arm} has no finished run with {seeds}: {compared}.",
         Kind.BASELINE_LACKS: f"The baseline {group.baseline} has no finished run with {seeds} of {arm}: {compared}.",
         Kind.ONE_SEED: (
-            f"{arm}: runs with {seeds} were all seeded with {number} by the task. Their spread is not that of training: "
-            "draw from run.seed."
+            f"{arm}: runs with {seeds} were all seeded with {number} by the task. Their spread is not that of "
+            "training: draw from run.seed."
         ),
         Kind.ALIKE: (
             f"{arm}: the same value on every seed, to the last bit. Does the task draw from another seed than run.seed?"
@@ -37,5 +37,7 @@ def _text(caveat: Caveat, group: Group) -> str:
 
 
 def _seeds(seeds: Sequence[int]) -> str:
-    listed = ", ".join(map(str, seeds[:MOST_SEEDS])) + (f" and {len(seeds) - MOST_SEEDS} more" * (len(seeds) > MOST_SEEDS))
+    listed = ", ".join(map(str, seeds[:MOST_SEEDS])) + (
+        f" and {len(seeds) - MOST_SEEDS} more" * (len(seeds) > MOST_SEEDS)
+    )
     return f"seed{'s' if len(seeds) != 1 else ''} {listed}"
