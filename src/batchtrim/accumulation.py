@@ -18,8 +18,8 @@ from batchtrim._checks import check_choice
 from batchtrim.distributed import sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
-from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of, without_graph
 from batchtrim.engine.rows import copied
+from batchtrim.engine.state import GeneratorStates, ModelState, device_of, modules_of, without_graph
 from batchtrim.engine.two_pass import Moment, TwoPassEngine
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
@@ -94,17 +94,17 @@ def first_pass(
     """``forward(batch)`` of each micro-batch without a graph, and the state of the generators before it.
 
     Args:
-        undo_buffers: leave the model's buffers as they were found, for a second pass to update.
+        undo_buffers: leave the model's buffers and plain attributes as they were found, for a second pass to update.
     """
-    buffers = BufferValues(model) if undo_buffers else None
+    before = ModelState(list(model.modules())) if undo_buffers else None
     device = device_of(model)
     found, states = [], []
     with without_graph():
         for batch in batches:
             states.append(GeneratorStates(device))
             found.append(forward(batch))
-    if buffers is not None:
-        buffers.restore()
+    if before is not None:
+        before.restore()
     return found, states
 
 
@@ -124,7 +124,10 @@ def _choose(
             first.append((moment, losses.values))
         return losses, forward.scores(outputs, y)
 
-    found, states = first_pass(forward.inner, batches, score, undo_buffers=not once)
+    before = ModelState(modules_of(forward.inner, forward.per_sample_loss, forward.rank_by))
+    found, states = first_pass(forward.inner, batches, score, undo_buffers=False)
+    if not once:
+        before.restore()
     return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states, first
 
 

@@ -271,7 +271,7 @@ class _Trial:
     """An engine and a plain step, side by side."""
 
     def __init__(self, model: nn.Module, loss: Any, engine: str, batch_dim: int, tolerance: float | None) -> None:
-        self.given_tolerance = tolerance
+        self.given, self.given_tolerance = (model, loss), tolerance
         self.names: list[str] = []
         self.found: dict[str, Any] = {"batch_norm": has_batch_norm(list(model.modules()))}
         self.plain = self._side(model, loss, "exact", batch_dim)
@@ -292,19 +292,14 @@ class _Trial:
 
     def made_of(self, batch: tuple[Any, Any]) -> list[tuple[Any, Any]]:
         """Return further batches made of one: its rows in another order, and three quarters of them."""
-        forward = self.plain.step.forward
-        copies = copied(batch)
-        state, generators = self.plain.state(), GeneratorStates(device_of(self.plain.model))
+        forward = self._side(*self.given, "exact", self.own.step.forward.batch_dim).step.forward
         try:
-            with torch.no_grad():
-                size = len(forward(*copies)[0].values)
+            with torch.no_grad(), _generators_kept(forward.inner):
+                size = len(forward(*copied(batch))[0].values)
             orders = [torch.arange(size).flip(0), torch.arange(size)[: max(2, (3 * size) // 4)]]
             return [forward.rows(*batch, rows, size) for rows in orders]
         except Exception:  # what is at fault shows in the first step
             return []
-        finally:
-            state.restore()
-            generators.restore()
 
     def step(self, number: int, batch: tuple[Any, Any], keep: float, lr: float) -> bool:
         """Run one step on both sides and compare. False where the engine will not go on."""
