@@ -25,6 +25,7 @@ class Step(NamedTuple):
         losses: (B,), all samples', detached.
         outputs: the model's outputs for the whole batch, detached.
         selection: which samples the loss is of.
+        mask: bool (B,), False for samples that do not count; None where all do.
         engine: the name of the engine that computed it.
         approximate: why its gradient is not the exact one, or None.
     """
@@ -33,6 +34,7 @@ class Step(NamedTuple):
     losses: Tensor
     outputs: Any
     selection: Selection
+    mask: Tensor | None = None
     engine: str = "exact"
     approximate: str | None = None
 

@@ -1,4 +1,4 @@
-"""An engine and a plain step, side by side on two copies of a model: what :func:`batchtrim.testing.check_engine` runs."""
+"""An engine and a plain step side by side on two copies of a model: what `check_engine` runs."""
 
 from __future__ import annotations
 
