@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import batchtrim
-from batchtrim.lab import models
+from batchtrim.lab.task import models
 from benchmarks.timing import interleaved, ratio, save
 
 KEEP = 0.2

@@ -27,8 +27,9 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import batchtrim
 from batchtrim.integrations.transformers import TrimmedTrainer
-from batchtrim.lab import records, train
-from batchtrim.lab.config import RunConfig
+from batchtrim.lab import records
+from batchtrim.lab.run import train
+from batchtrim.lab.run.config import RunConfig
 
 PADDING, UNKNOWN, WORDS = 0, 1, 2
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import batchtrim
 from batchtrim import Losses, Trimmer, linear
-from batchtrim.errors import PassUnreducedLosses, ScheduleOutOfRange
+from batchtrim.errors import ClockPastTotal, PassUnreducedLosses, ScheduleOutOfRange
 
 GOLDEN = list(csv.DictReader((Path(__file__).parent / "golden" / "linear_1.0_0.2.csv").read_text().splitlines()))
 LOSSES = torch.tensor([0.5, 3.0, 1.0, 0.1, 2.0])
@@ -75,10 +75,15 @@ def test_dropped_infinities_and_kept_nan() -> None:
 
 def test_the_clock_clamps_and_one_epoch_works() -> None:
     trim = Trimmer(linear(1.0, 0.2), total=3)
-    seen = []
-    for _ in range(6):
-        seen.append(trim.keep)
+    seen = [trim.keep]
+    for _ in range(3):
         trim.step()
+        seen.append(trim.keep)
+    with pytest.warns(ClockPastTotal, match="expected at most total=3 calls of step.., got 4"):
+        trim.step()
+    seen.append(trim.keep)
+    trim.step()
+    seen.append(trim.keep)
     assert seen == [1.0, 0.6, 0.2, 0.2, 0.2, 0.2]
     assert trim.progress == 1.0
     one = Trimmer(linear(0.9, 0.2), total=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "ChooseLength",
+    "ClockPastTotal",
     "EngineFallback",
     "EngineRefused",
     "InstallExtra",
@@ -20,6 +22,14 @@ class PassUnreducedLosses(ValueError):
 
 class ScheduleOutOfRange(ValueError):
     """A keep schedule returned something that is no fraction in (0, 1]."""
+
+
+class ChooseLength(ValueError):
+    """A state was saved in a training of another length: say whether the schedule keeps its length or stretches."""
+
+
+class ClockPastTotal(UserWarning):
+    """A trimmer was stepped more often than its ``total``: the schedule stays where it ended. Given once."""
 
 
 class InstallExtra(ImportError):

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from batchtrim import noise
-from batchtrim._checks import check_count, check_integers, check_like, check_losses, check_state, import_extra
+from batchtrim._checks import check_count, check_integers, check_like, check_losses, check_state, describe, import_extra
+from batchtrim.choice import Choice
 from batchtrim.noise import NoiseAmplified
 from batchtrim.selection import Selection
 
@@ -44,7 +46,9 @@ _COLUMNS: dict[str, tuple[torch.dtype, float]] = {
 
 
 class KeepLog:
-    """A record of every sample's losses and of whether it was kept; give it to ``Trimmer(log=...)``.
+    """A record of every sample's losses and of whether it was kept.
+
+    After each batch call ``log.record(trim.last, ids=ids)``, after each epoch ``log.end_epoch()``.
 
     Args:
         n: samples in the data set; ids run from 0 to n - 1.
@@ -57,7 +61,7 @@ class KeepLog:
     Example:
         >>> log = KeepLog(4)
         >>> choice = Selection(indices=torch.tensor([1]), size=2, candidates=2)
-        >>> log.record(torch.tensor([0, 3]), torch.tensor([0.5, 2.0]), choice)
+        >>> log.record(Choice(torch.tensor([0.5, 2.0]), choice), ids=torch.tensor([0, 3]))
         >>> log.table()["kept"]
         tensor([0, 0, 0, 1], dtype=torch.int32)
         >>> log
@@ -79,31 +83,39 @@ class KeepLog:
 
     def record(
         self,
-        ids: Tensor,
-        losses: Tensor,
-        selection: Selection,
+        last: Chosen | Tensor | None,
+        losses: Tensor | None = None,
+        selection: Selection | None = None,
         *,
-        mask: Tensor | None = None,
+        ids: Tensor | None = None,
         outputs: Tensor | None = None,
         labels: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
-        """Add a batch. ``Trimmer`` calls this.
+        """Add a batch: ``log.record(trim.last, ids=ids)``.
 
         Args:
-            ids: integers (B,), which samples these are; one may come twice. ``losses``: (B,). ``selection``: of them.
-            mask: bool (B,), False for samples that do not count. ``outputs``: (B, C) logits, for the last prediction
-                of each sample and its confidence. ``labels``: integers (B,).
+            last: what was chosen from what: :attr:`batchtrim.Trimmer.last`, :attr:`batchtrim.TrimmedForward.last`, or
+                a :class:`batchtrim.Choice` of your own.
+            ids: integers (B,), which samples these are, as row numbers in the data set; one may come twice.
+            outputs: (B, C) logits, for the last prediction of each sample and its confidence. Where ``last`` is a
+                TrimmedForward's and there are ``labels``, the model's outputs if they are of that form.
+            labels: integers (B,); below 0 for none.
+            losses, selection, mask: deprecated: ``log.record(ids, losses, selection, mask=mask)``.
+
+        Raises:
+            ValueError, TypeError: there was no choice (a compiled step leaves none), or shapes, dtypes, ids or labels
+                do not fit. On a device ids are looked at in :meth:`end_epoch`.
         """
-        check_losses(losses, allow_empty=True)
-        check_integers("ids", ids, losses)
-        if labels is not None:
-            check_integers("labels", labels, losses)
-        if mask is not None:
-            check_like("mask", mask, losses, torch.bool)
-        if outputs is not None:
-            check_losses(outputs, "outputs", allow_empty=True)
-            if outputs.ndim != 2 or outputs.shape[0] != len(losses) or not outputs.shape[1]:
-                raise ValueError(f"expected `outputs` to have shape ({len(losses)}, C), got {tuple(outputs.shape)}.")
+        if isinstance(last, Tensor):
+            ids, last = _as_before(last, losses, selection, mask)
+        elif losses is not None or selection is not None or mask is not None:
+            raise TypeError("expected `losses`, `selection` and `mask` inside of `last`, got them beside it.")
+        losses, selection, mask = _parts(last)
+        if labels is not None and outputs is None:
+            outputs = _logits(getattr(last, "outputs", None), len(losses))
+        _check_batch(losses, mask, ids, outputs, labels)
+        assert ids is not None
         device = losses.device
         rows = ids.to(device, torch.int64, copy=True)
         if rows.is_cpu:  # elsewhere looking would stall the device: end_epoch looks
@@ -436,6 +448,70 @@ class KeepLog:
         )
 
 
+class Chosen(Protocol):
+    """A :class:`batchtrim.Choice`, or another object with ``losses``, ``selection`` and, where it has one, ``mask``."""
+
+    @property
+    def losses(self) -> Tensor: ...
+
+    @property
+    def selection(self) -> Selection: ...
+
+
+def _as_before(
+    ids: Tensor, losses: Tensor | None, selection: Selection | None, mask: Tensor | None
+) -> tuple[Tensor, Choice]:
+    if losses is None or selection is None:
+        raise TypeError(f"expected `last` to be what was chosen, such as `trim.last`, got {describe(ids)}.")
+    message = "record(ids, losses, selection) goes in the next release: record(Choice(losses, selection), ids=ids)."
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return ids, Choice(losses, selection, mask)
+
+
+def _parts(last: Any) -> tuple[Tensor, Selection, Tensor | None]:
+    """Losses, selection and mask of what was chosen last."""
+    if last is None:
+        raise ValueError(
+            "expected `last` to be what was chosen, got None. Record after the trimmer was called; a compiled step "
+            "leaves no choice to record."
+        )
+    losses, selection = getattr(last, "losses", None), getattr(last, "selection", None)
+    if not isinstance(losses, Tensor) or not isinstance(selection, Selection):
+        raise TypeError(f"expected `last` to have losses and a selection, as `trim.last` has, got {describe(last)}.")
+    check_losses(losses, allow_empty=True)
+    if selection.size != len(losses):
+        raise ValueError(
+            f"expected `last.selection` to be of {len(losses)} losses, got one of {selection.size}. "
+            "Losses and selection are of different batches."
+        )
+    return losses, selection, getattr(last, "mask", None)
+
+
+def _check_batch(losses: Tensor, mask: Tensor | None, ids: Any, outputs: Tensor | None, labels: Tensor | None) -> None:
+    """Shapes and dtypes of what is recorded beside the losses."""
+    if ids is None:
+        raise ValueError(
+            "expected `ids`, the samples' row numbers in the data set, got None. Let the data set return its index."
+        )
+    check_integers("ids", ids, losses)
+    if labels is not None:
+        check_integers("labels", labels, losses)
+    if mask is not None:
+        check_like("mask", mask, losses, torch.bool)
+    if outputs is not None:
+        check_losses(outputs, "outputs", allow_empty=True)
+        if outputs.ndim != 2 or outputs.shape[0] != len(losses) or not outputs.shape[1]:
+            raise ValueError(f"expected `outputs` to have shape ({len(losses)}, C), got {tuple(outputs.shape)}.")
+
+
+def _logits(outputs: Any, size: int) -> Tensor | None:
+    """A model's outputs where they are (B, C) logits, by themselves or as ``logits``; else nothing to record."""
+    if not isinstance(outputs, Tensor):
+        outputs = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    fits = isinstance(outputs, Tensor) and outputs.ndim == 2 and len(outputs) == size and outputs.shape[1] > 1
+    return outputs if fits and outputs.dtype.is_floating_point else None
+
+
 def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
     """Samples by how likely their label is wrong, judged by how hard they stayed and how often they were kept.
 
@@ -454,7 +530,8 @@ def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> log = KeepLog(3)
-        >>> log.record(torch.arange(3), torch.tensor([0.1, 2.0, 0.4]), Selection(torch.tensor([1, 2]), 3, 3))
+        >>> kept = Selection(torch.tensor([1, 2]), size=3, candidates=3)
+        >>> log.record(Choice(torch.tensor([0.1, 2.0, 0.4]), kept), ids=torch.arange(3))
         >>> suspects(log, top=2)
         (tensor([1, 2]), tensor([1.0000, 0.5000]))
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,15 @@ from batchtrim._checks import (
     check_like,
     check_losses,
     check_progress,
+    check_rule,
     check_schedule_output,
     check_state,
     describe,
 )
+from batchtrim._deprecated import record_as_before, trimmer_log
+from batchtrim.choice import Choice
 from batchtrim.distributed import select_over_ranks, world_size
-from batchtrim.keeplog import KeepLog
+from batchtrim.errors import ChooseLength, ClockPastTotal
 from batchtrim.losses import UNITS, Losses, flatten
 from batchtrim.reduction import SCALES, reduce, reduce_mask
 from batchtrim.schedules import as_schedule, linear, progress_at
@@ -31,6 +35,8 @@ __all__ = ["Trimmer"]
 
 _STATE_VERSION = 1
 SCOPES = ("local", "global")
+# How to go on from a state that was saved with another total.
+LENGTHS = ("stretch", "saved")
 # A schedule is asked at up to this many points when the trimmer is made, so that a fault is found before training.
 _PROBE_POINTS = 1001
 
@@ -61,7 +67,10 @@ class Trimmer:
             joined batch, and a rank without samples calls with losses of shape (0,).
         process_group: the ranks that average gradients together, with scope "global"; all of them by default.
         seed: for rules that draw. The generator is the trimmer's own and part of :meth:`state_dict`.
-        log: records every sample's losses and whether it was kept; every call then needs the samples' ``ids``.
+
+    Attributes:
+        last: the :class:`batchtrim.Choice` made last, to look at or to log; None before the first, and after a compiled
+            step, which leaves none.
 
     Raises:
         ScheduleOutOfRange: the schedule leaves (0, 1] somewhere.
@@ -88,7 +97,7 @@ class Trimmer:
         scope: str = "local",
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
-        log: KeepLog | None = None,
+        log: Any = None,  # deprecated
     ) -> None:
         self.schedule = as_schedule(keep)
         if total is None and getattr(self.schedule, "needs_total", True):
@@ -97,10 +106,7 @@ class Trimmer:
                 "Pass the number of epochs (and call step() once an epoch) or of batches (once a batch); "
                 "if it is not known, pass a constant keep."
             )
-        if not callable(select) or isinstance(select, type):
-            raise TypeError(
-                f"expected `select` to be a selection rule such as batchtrim.hardest(), got {describe(select)}."
-            )
+        check_rule("select", select)
         hint = "If the length of training is unknown (-1), count batches instead, or pass a constant keep."
         self.total = None if total is None else check_count("total", total, hint=hint)
         self.rule = select
@@ -112,13 +118,12 @@ class Trimmer:
         self.process_group = process_group
         self.seed = check_count("seed", seed, minimum=0)
         self.generator = torch.Generator().manual_seed(seed)
-        if log is not None and self.unit != "sample":
-            raise ValueError("expected `unit` 'sample' with a `log`, got 'element'. A KeepLog counts whole samples.")
-        self.log = log
+        self.log = trimmer_log(log, self.unit)
         self.stats = KeepStats()
-        self.last_selection: Selection | None = None
+        self.last: Choice | None = None
         self._steps = 0
         self._accuracy = 0.0
+        self._overrun_told = False
         # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
         self._keep_tensor = torch.ones((), dtype=torch.float64)
         self._probe()
@@ -130,9 +135,7 @@ class Trimmer:
         *,
         rank_by: Tensor | None = None,
         mask: Tensor | None = None,
-        ids: Tensor | None = None,
-        outputs: Tensor | None = None,
-        labels: Tensor | None = None,
+        **logged: Any,
     ) -> Tensor:
         """The trimmed loss of a batch: in place of ``losses.mean()``.
 
@@ -142,8 +145,7 @@ class Trimmer:
             rank_by: shape of ``losses``: rank by these and train on ``losses``. For label smoothing, mixup and class
                 weights, which all change the ranking.
             mask: bool, shape of ``losses``: False where an entry does not count (padding, ignored labels).
-            ids: integers (B,), which samples of the data set these are; ``outputs``: (B, C) logits and ``labels``:
-                integers (B,), both optional. For the log, see :class:`batchtrim.KeepLog`.
+            logged: deprecated: ``ids``, ``outputs`` and ``labels``, which :meth:`batchtrim.KeepLog.record` takes.
 
         Returns:
             0-d. With keep 1 the plain mean, bit for bit. Where nothing counts, an attached 0.
@@ -161,7 +163,8 @@ class Trimmer:
         if torch.compiler.is_compiling() and self.scope == "local" and hasattr(self.rule, "compiled_mask"):
             return self._compiled(values, scores, mask, weights)
         selection = self._choose(values, scores, mask, weights)
-        self._log(values, selection, mask, ids, outputs, labels)
+        if logged or self.log is not None:
+            record_as_before(self.log, self.last, logged, "trim")
         return reduce(values, selection, self.scale, weights)
 
     def select(
@@ -170,20 +173,21 @@ class Trimmer:
         *,
         rank_by: Tensor | None = None,
         mask: Tensor | None = None,
-        ids: Tensor | None = None,
-        outputs: Tensor | None = None,
-        labels: Tensor | None = None,
+        **logged: Any,
     ) -> Selection:
         """Only choose, as :meth:`__call__` would, and count it in ``stats``. :func:`batchtrim.reduce` does the rest."""
         values, scores, mask, weights = self._flatten(losses, rank_by, mask)
         selection = self._choose(values, scores, mask, weights)
-        self._log(values, selection, mask, ids, outputs, labels)
+        if logged or self.log is not None:
+            record_as_before(self.log, self.last, logged, "trim.select")
         return selection
 
     def step(self, n: int = 1, *, accuracy: float | None = None) -> None:
         """Advance the clock, like a learning-rate scheduler: once an epoch or once a batch, as ``total`` counts.
 
-        Past the end the schedule stays where it ended.
+        Past ``total`` the schedule stays where it ended. The first step beyond it gives a
+        :class:`batchtrim.errors.ClockPastTotal` warning where the keep fraction depends on progress: most often
+        ``total`` counts epochs and this is called once a batch.
 
         Args:
             n: by how many. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
@@ -195,6 +199,13 @@ class Trimmer:
             raise ValueError("expected `accuracy`, which drives this schedule, got None. Call step(accuracy=...).")
         self._steps += n
         self._set_keep()
+        if self.total is not None and self._steps > self.total and not self._overrun_told:
+            self._tell_overrun()
+
+    @property
+    def last_selection(self) -> Selection | None:
+        """The selection in :attr:`last`."""
+        return None if self.last is None else self.last.selection
 
     @property
     def steps(self) -> int:
@@ -231,12 +242,31 @@ class Trimmer:
             state["log"] = self.log.state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, length: str | None = None) -> None:
         """Go on from :meth:`state_dict`.
 
+        Args:
+            state: what it returned.
+            length: what to do where the state was saved with another ``total`` and the keep fraction depends on
+                progress, t steps done. "stretch": the schedule spans this training's ``total``; progress becomes
+                ``t / (total - 1)``, so the keep fraction jumps once, as a learning-rate schedule made for the new
+                length does. "saved": nothing jumps; the saved ``total`` stays in force, and past it the schedule stays
+                where it ended.
+
         Raises:
-            ValueError, TypeError: the state is of a trimmer with another ``total``, so that progress would jump, or of
-                something else. The trimmer is then as before.
+            ChooseLength: the totals differ, so that progress would jump, and ``length`` is None.
+            ValueError, TypeError: the state is of something else. The trimmer is then as before.
+
+        Notes:
+            Where the keep fraction does not depend on progress, nothing can jump and any ``total`` will do.
+
+        Example:
+            >>> state = {**Trimmer(total=11).state_dict(), "steps": 5}
+            >>> trim = Trimmer(total=21)
+            >>> trim.load_state_dict(state, length="stretch"); trim.progress, trim.total
+            (0.25, 21)
+            >>> trim.load_state_dict(state, length="saved"); trim.progress, trim.total
+            (0.5, 11)
         """
         check_state(state, ("version", "steps", "total", "accuracy", "generator", "stats"), "a Trimmer")
         if state["version"] != _STATE_VERSION:
@@ -244,12 +274,8 @@ class Trimmer:
                 f"expected `state` of version {_STATE_VERSION}, got {describe(state['version'])}. "
                 "It was saved by something else, or by another release of batchtrim."
             )
-        if state["total"] != self.total:
-            raise ValueError(
-                f"expected `state` of a trimmer with total={self.total}, got total={state['total']}. Progress would "
-                "jump: make the trimmer with the saved total, or a fresh one and step() it to where it should start."
-            )
         steps = check_count("state['steps']", state["steps"], minimum=0)
+        total = self._resumed_total(steps, state["total"], length)
         accuracy = check_progress("state['accuracy']", state["accuracy"])
         drawn = state["generator"]
         if not (
@@ -266,6 +292,9 @@ class Trimmer:
         if self.log is not None and "log" in state:
             self.log.load_state_dict(state["log"])
         self._steps, self._accuracy = steps, accuracy
+        # whoever keeps the saved length knows that this training goes on beyond it
+        self._overrun_told = length == "saved" and total != self.total
+        self.total = total
         self.generator.set_state(drawn.cpu())
         self._set_keep()
 
@@ -280,10 +309,50 @@ class Trimmer:
     def _reads_accuracy(self) -> bool:
         return getattr(self.schedule, "reads", "progress") == "accuracy"
 
+    def _moves(self, *totals: int | None) -> bool:
+        """Whether the keep fraction changes with progress, over trainings of these lengths."""
+        if not getattr(self.schedule, "needs_total", True):
+            return False
+        return len({self._ask(at) for total in totals for at in _probe_points(total)}) > 1
+
+    def _tell_overrun(self) -> None:
+        self._overrun_told = True
+        if self._moves(self.total):
+            warnings.warn(
+                f"expected at most total={self.total} calls of step(), got {self._steps}. The schedule is over, and "
+                f"{self._keep:.4g} of each batch is kept from here on. Does `total` count epochs, and step() "
+                "is called once a batch? Count both alike.",
+                ClockPastTotal,
+                stacklevel=3,
+            )
+
+    def _resumed_total(self, steps: int, saved: Any, length: str | None) -> int | None:
+        """The ``total`` that is in force after going on from a state with another one."""
+        if length is not None:
+            check_choice("length", length, LENGTHS)
+        if saved is not None:
+            saved = check_count("state['total']", saved)
+        if saved == self.total or not self._moves(saved, self.total):
+            return self.total
+        if length == "saved" and saved is not None:
+            return saved
+        if length == "stretch" and self.total is not None and steps <= self.total:
+            return self.total
+        if length == "stretch":
+            raise ValueError(
+                f"expected `state` of at most total={self.total} steps, which the schedule is stretched over, got "
+                f"{steps} steps of total={saved}. Does one of the two count batches and the other epochs?"
+            )
+        raise ChooseLength(
+            f"expected `state` of a trimmer with total={self.total}, got total={saved}. Progress would jump from "
+            f"{progress_at(steps, saved):.4g} to {progress_at(steps, self.total):.4g}. Say what is meant: "
+            "load_state_dict(state, length='stretch') stretches the schedule over this training, jump included; "
+            "length='saved' goes on by the saved total and stays at the schedule's end beyond it."
+        )
+
     def _probe(self) -> None:
-        points = min(self.total or _PROBE_POINTS, _PROBE_POINTS)
-        for i in range(points):
-            self._ask(i / (points - 1) if points > 1 else 0.0)
+        for at in _probe_points(self.total):
+            self._ask(at)
 
     def _ask(self, at: float) -> float:
         name = "accuracy" if self._reads_accuracy else "progress"
@@ -318,8 +387,8 @@ class Trimmer:
         if self.scope == "global" and world_size(self.process_group) > 1:
             return self._choose_jointly(values, scores, mask, weights)
         selection = select_valid(self.rule, scores, self._keep, mask, self.generator)
-        self.last_selection = selection
-        self.stats.record(values.detach(), selection, mask)
+        self.last = Choice(values.detach(), selection, mask)
+        self.stats.record(self.last.losses, selection, mask)
         return selection
 
     def _choose_jointly(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Selection:
@@ -335,30 +404,13 @@ class Trimmer:
             steps=self._steps,
             group=self.process_group,
         )
-        self.last_selection = joined.selection
+        self.last = Choice(values.detach(), joined.selection, mask)
         self.stats.record(joined.values, joined.chosen)
         return joined.selection
 
-    def _log(
-        self,
-        values: Tensor,
-        selection: Selection,
-        mask: Tensor | None,
-        ids: Tensor | None,
-        outputs: Tensor | None,
-        labels: Tensor | None,
-    ) -> None:
-        if self.log is None:
-            return
-        if ids is None:
-            raise ValueError(
-                "expected `ids`, the samples' row numbers in the data set, which the log needs, got None. "
-                "Let the data set return its index, or use a trimmer without a log here."
-            )
-        self.log.record(ids, values.detach(), selection, mask=mask, outputs=outputs, labels=labels)
-
     def _compiled(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
         """The same loss with fixed shapes. Statistics are not recorded in a compiled step."""
+        self.last = None  # not the choice of an earlier batch
         n: Tensor | int = values.shape[0]
         if mask is not None:
             n = mask.sum()
@@ -368,6 +420,12 @@ class Trimmer:
             kept &= mask
         count = kept.sum().clamp(min=1) if self.scale == "kept" else torch.as_tensor(n).clamp(min=1)
         return reduce_mask(values, kept, count, weights if self.scale == "kept" else None)
+
+
+def _probe_points(total: int | None) -> list[float]:
+    """Where a schedule is asked to find out about it: every progress of a short training, a thousand of a long one."""
+    points = min(total or _PROBE_POINTS, _PROBE_POINTS)
+    return [progress_at(i, points) for i in range(points)]
 
 
 def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:

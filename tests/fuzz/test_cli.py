@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from batchtrim.lab import cli, sweep
-from batchtrim.lab.grid import expand
+from batchtrim.lab import cli
+from batchtrim.lab.execute import scheduler
+from batchtrim.lab.execute.grid import expand
 from lab.conftest import _make_row
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,7 @@ VALUES = st.recursive(
 
 @pytest.fixture(autouse=True)
 def nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "run_all", lambda configs, place, watcher, **_: [])
+    monkeypatch.setattr(scheduler, "run_all", lambda configs, place, watcher, **_: [])
     monkeypatch.delenv("BATCHTRIM_DATA", raising=False)
 
 

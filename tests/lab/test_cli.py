@@ -221,7 +221,7 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_failed_runs_give_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchtrim.lab import train
+    from batchtrim.lab.run import train
 
     run = train.run
 

@@ -226,7 +226,7 @@ def claims_command(
     """
 
     def work() -> None:
-        from batchtrim.lab import claims
+        from batchtrim.lab.analyse import claims
 
         found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not found:
@@ -258,7 +258,7 @@ def show_command(
     """
 
     def work() -> None:
-        from batchtrim.lab import gallery
+        from batchtrim.lab.present import gallery
 
         with _fitting("the records and the keep log"):
             page = gallery.build(run, out, key=key, data_dir=data_dir)
@@ -272,7 +272,7 @@ def methods_command(
     as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """List the methods and their parameters."""
-    from batchtrim.lab.methods import METHODS
+    from batchtrim.lab.methods.table import METHODS
 
     if as_json:
         rows = {
@@ -298,7 +298,7 @@ def main() -> None:
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """Settings of the TOML file, if there is one, under those given as options."""
-    from batchtrim.lab import grid
+    from batchtrim.lab.execute import grid
 
     settings = grid.load_toml(given["grid"]) if given.get("grid") else {}
     options = {name: given[name] for name in (*_MANY, *_ONE, *_SETTINGS) if given.get(name) is not None}
@@ -349,20 +349,21 @@ def _number(text: str) -> Any:
 
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    from batchtrim.lab import grid, progress, records, sweep
-    from batchtrim.lab.ranks import Ranks
+    from batchtrim.lab import records
+    from batchtrim.lab.execute import grid, progress, scheduler
+    from batchtrim.lab.run.ranks import Ranks
 
     configs = grid.expand(settings)
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
         if given.get(name, least) < least:
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
     ranks = Ranks.from_environment()
-    workers, threads = sweep.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
+    workers, threads = scheduler.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
     workers = workers if ranks.world == 1 else 1
     if "threads" not in settings:
         configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
     out = given["out"] or _default_out(settings, configs)
-    place = sweep.Workplace(
+    place = scheduler.Workplace(
         out,
         given.get("data_dir"),
         checkpoint_seconds=given.get("checkpoint_seconds", 60.0),
@@ -371,7 +372,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     )
     try:
         with progress.Quiet() if given["quiet"] or ranks.rank > 0 else progress.Live() as watcher:
-            failed = sweep.run_all(
+            failed = scheduler.run_all(
                 configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2)
             )
     except KeyboardInterrupt:
@@ -399,20 +400,21 @@ def _report(
     rows: list[dict[str, Any]], out: Path, baseline: str, as_json: bool, methods: Iterable[str] | None = None
 ) -> None:
     """Print the table, or the numbers as JSON, and write the report."""
-    from batchtrim.lab import comparison, report
+    from batchtrim.lab.analyse import comparison
+    from batchtrim.lab.present import tables
 
     there = [row["config"]["method"] for row in rows]
     if baseline == "full" and "full" not in there:
         baseline = next(iter([*(methods or ()), *there]), baseline)
     with _fitting("the records"):
         summary = comparison.summarize(rows, baseline=baseline)
-        page = report.write_report(rows, out, baseline)
+        page = tables.write_report(rows, out, baseline)
     if as_json:
-        typer.echo(json.dumps(report.to_json(summary)))
+        typer.echo(json.dumps(tables.to_json(summary)))
         return
     from rich.console import Console
 
-    Console().print(report.console_table(summary))
+    Console().print(tables.console_table(summary))
     typer.echo(f"report: {page}")
 
 
