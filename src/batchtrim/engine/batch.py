@@ -25,6 +25,7 @@ class Step(NamedTuple):
         outputs: the model's outputs for the whole batch, detached.
         selection: which samples the loss is of.
         mask: bool (B,), False for samples that do not count; None where all do.
+        engine: the name of the engine that computed it.
     """
 
     loss: Tensor
@@ -32,6 +33,7 @@ class Step(NamedTuple):
     outputs: Any
     selection: Selection
     mask: Tensor | None = None
+    engine: str = ""
 
 
 @dataclass

@@ -153,6 +153,7 @@ def _settings(limit: int) -> Iterator[None]:
             recompile_limit=limit,
             fail_on_recompile_limit_hit=True,
             allow_rnn=True,
+            optimize_ddp=False,
             skip_nnmodule_hook_guards=False,  # a hook that is added later is another function
             use_numpy_random_stream=True,  # numbers drawn by NumPy are not replaced by torch's
         ),

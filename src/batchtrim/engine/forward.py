@@ -106,7 +106,8 @@ class TrimmedForward:
         self.last = None  # free the last batch's outputs first
         step = self.engine(x, y)
         chosen = self.trim.last
-        self.last = step._replace(loss=step.loss.detach(), mask=None if chosen is None else chosen.mask)
+        mask = None if chosen is None else chosen.mask
+        self.last = step._replace(loss=step.loss.detach(), mask=mask, engine=step.engine or self.engine.name)
         return step.loss
 
     def __repr__(self) -> str:

@@ -16,8 +16,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from batchtrim.engine.capture import executable, expression_of, keeps_graph, pin
+from batchtrim.engine.capture import CannotCapture, executable, expression_of, keeps_graph, pin
 from batchtrim.engine.layout import Broken, Layout, Rows, factor_of
+from batchtrim.engine.rules import name_of
 from batchtrim.engine.proof import LAYOUT, Proof, by_shape, label, place_of, prove
 
 __all__ = ["Slices", "SlicedStep", "Tape", "cut", "put_back"]
@@ -136,34 +137,49 @@ class Slices:
     cuts: dict[int, Rows] = field(default_factory=dict)
     whole: set[int] = field(default_factory=set)
 
+    @property
+    def worth(self) -> bool:
+        """True if a costly operator runs on the kept rows."""
+        return any(name_of(node.target) in COSTLY for node in self.upper.graph.graph.nodes)
+
+
+# what a backward spends its time in
+COSTLY = {
+    "mm", "bmm", "addmm", "baddbmm", "convolution_backward", "mv", "addmv",
+    "_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_efficient_attention_backward", "_scaled_dot_product_cudnn_attention_backward",
+}  # fmt: skip
+
 
 class SlicedStep:
     """One trace: its forward, its backward, and the backward in two parts. A planner of :class:`Capture`."""
 
-    def __init__(self, current: Callable[[], Tape | None]) -> None:
+    def __init__(self, current: Callable[[], Tape | None], approximate: bool = False) -> None:
         self.current = current
-        self.reason: str | None = None
+        self.approximate = approximate
         self._slices: dict[bool, Slices] = {}
-        self.approximates = False
 
     # what Capture calls
 
     def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
         joint.graph.eliminate_dead_code()
         tangents = _after_tangents(joint.graph)
-        self.symbols = _row_symbols(joint.graph, outputs, tangents)
-        if self.symbols:
-            for node in label(joint.graph, self.symbols, tangents):
-                pin(node)
+        self.symbols = _row_symbols(joint.graph, tangents)
+        for node in label(joint.graph, self.symbols, tangents):
+            pin(node)
         forward, backward = split()
         self.outputs = outputs
         self._read(forward, backward)
+        slices = self.slices(self.approximate)
+        mixing = slices.proof.first_mixing
+        if not slices.worth and mixing is not None:
+            raise CannotCapture(f"{place_of(mixing)}: {slices.proof.verdicts[mixing].reason}")
         return forward, backward
 
     def forward(self, args: list[Any]) -> Any:
         results = list(self._forward(args))
         tape = self.current()
-        if tape is None or not self.symbols:
+        if tape is None:
             return results
         tape.step = self
         mark = torch.empty(0)
@@ -290,13 +306,13 @@ def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _row_symbols(graph: fx.Graph, outputs: int, tangents: set[fx.Node]) -> tuple[sympy.Symbol, ...]:
+def _row_symbols(graph: fx.Graph, tangents: set[fx.Node]) -> tuple[sympy.Symbol, ...]:
     """The symbol that counts rows: the size of the losses, the first output that has a gradient."""
-    for node in graph.nodes:
-        if node.op == "placeholder" and node in tangents:
-            size = expression_of(node.meta["val"].shape[0]) if node.meta["val"].ndim == 1 else None
-            return (size,) if isinstance(size, sympy.Symbol) else ()
-    return ()
+    losses = next(node for node in graph.nodes if node.op == "placeholder" and node in tangents).meta["val"]
+    size = expression_of(losses.shape[0]) if losses.ndim == 1 else None
+    if not isinstance(size, sympy.Symbol):
+        raise CannotCapture(f"its trace holds for one batch size only ({size} losses)")
+    return (size,)
 
 
 def split_backward(module: fx.GraphModule, proof: Proof, places: list[fx.Node], symbol: sympy.Symbol) -> Slices:
