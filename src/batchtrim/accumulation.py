@@ -19,7 +19,6 @@ from batchtrim.distributed import sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of, without_graph
-from batchtrim.engine.two_pass import TwoPassEngine
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
@@ -79,7 +78,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
             if over == "micro":
                 yield step(x, y) * shares[m]
-            elif isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0:
+            elif not step.engine.repeats_forward and trim.keep < 1.0:
                 yield step.engine.train_on_kept(x, y, selections[m].rising())
             else:
                 states[m].restore()
@@ -114,7 +113,7 @@ def _choose(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> tuple[l
         losses, outputs = forward(*batch, model=forward.inner)
         return losses, forward.scores(outputs, batch[1])
 
-    once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
+    once = not step.engine.repeats_forward and trim.keep < 1.0  # its second pass leaves the buffers alone
     found, states = first_pass(forward.inner, batches, score, undo_buffers=not once)
     return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states
 

@@ -8,6 +8,7 @@ and runs what the planner makes of it. Where a torch release does not fit, :func
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -31,6 +32,9 @@ __all__ = [
     "uncompiled",
     "unfit",
 ]
+
+
+_numbers = itertools.count()
 
 
 class CannotCapture(Exception):
@@ -92,23 +96,28 @@ class Capture:
     """
 
     def __init__(self, function: Callable[..., Any], make_planner: Callable[[], Planner], limit: int = 8) -> None:
-        # caches of traces belong to code objects: each capture has its own
-        own = types.FunctionType(
-            function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
-            function.__closure__,
-        )  # fmt: skip
+        # traces are cached by code object, and what is known of sizes by its name: each capture has its own
+        name = f"{function.__name__}_{next(_numbers)}"
+        code = function.__code__.replace(co_name=name, co_qualname=name)
+        own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
         self.make_planner = make_planner
         self.limit = limit
         self.traces = 0
+        self.running = False
         self._compiled = torch.compile(own, backend=self._backend, fullgraph=True)
 
     def __call__(self, *args: Any) -> Any:
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             raise CannotCapture("hooks on saved tensors are active, which would see them before they are cut")
+        self.running = False
         with _settings(self.limit):
             try:
                 return self._compiled(*args)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # but one of the model itself, once its graph runs, is the caller's
+                if self.running:
+                    raise
                 reason = _reason(error)  # the error holds the model's frames: not to be kept
         raise CannotCapture(reason)
 
@@ -127,8 +136,12 @@ class Capture:
 
             return planner.partition(joint, joint_inputs, split, num_fwd_outputs)
 
+        def run(args: list[Any]) -> Any:
+            self.running = True
+            return planner.forward(args)
+
         def forward(_: fx.GraphModule, __: Any) -> Callable[..., Any]:
-            return _boxed(planner.forward)
+            return _boxed(run)
 
         def backward(_: fx.GraphModule, __: Any) -> Callable[..., Any]:
             return _boxed(planner.backward)
@@ -139,7 +152,11 @@ class Capture:
         backend = aot_autograd(
             fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, partition_fn=partition
         )
-        return backend(graph, inputs)
+        compiled = backend(graph, inputs)
+        metadata = getattr(torch._guards.TracingContext.get(), "fw_metadata", None)
+        if metadata is not None and hasattr(metadata, "bw_donated_idxs"):
+            metadata.bw_donated_idxs = []  # None would forbid a second backward
+        return compiled
 
 
 @contextlib.contextmanager

@@ -134,7 +134,9 @@ def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbo
         else:
             expected = axis.outer * (symbol - axis.lost) * axis.inner
             rest = [size for dim, size in enumerate(output.shape) if dim != axis.dim]
-            fits = exact_ratio(output.shape[axis.dim], expected) == 1 and not holds(rest, (symbol,))
+            if holds(rest, (symbol,)):
+                raise Mixes("it makes a tensor in which rows meet rows")
+            fits = exact_ratio(output.shape[axis.dim], expected) == 1
         if not fits:
             raise Mixes("it gives rows a shape that its rule does not know")
     if isinstance(layout, Rows) and not layout.dims:

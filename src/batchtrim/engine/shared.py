@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.batch import Forward, Step, as_losses, map_tensors
 from batchtrim.engine.capture import CannotCapture, Capture, is_compiled, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
@@ -24,6 +25,7 @@ from batchtrim.trimmer import Trimmer
 
 __all__ = ["SharedEngine"]
 
+_WORTH = 0.96  # of a plain step's estimated cost: what is nearer to it is not worth a step of another kind
 _FEWEST = 4  # rows in a batch below which a step is not worth a trace: torch makes one of its own for 1
 
 
@@ -32,11 +34,11 @@ class SharedEngine:
 
     The first step traces model and loss together and proves from the graph which operators of the backward give the
     same on the kept rows alone. From the loss down to the first that does not, backward runs on the kept rows; from
-    there on, on all. Nothing is approximate but BatchNorm, and that only where ``batch_norm`` is "kept".
+    there on, on all. Nothing is approximate but BatchNorm, and that only where ``approximate`` is True.
 
     Args:
-        batch_norm: "kept" takes the means of BatchNorm's backward over the kept rows and goes on with them alone;
-            "exact" lets it mix rows like any other operator.
+        approximate: take the means of BatchNorm's backward over the kept rows and go on with them alone; otherwise it
+            mixes rows like any other operator, and backward is whole from there on.
 
     Raises:
         EngineRefused: on call, before anything ran: the model cannot be traced as one graph, or its loss mixes rows.
@@ -45,16 +47,18 @@ class SharedEngine:
     name = "shared"
     repeats_forward = True
 
-    def __init__(self, forward: Forward, trim: Trimmer, batch_norm: str = "kept") -> None:
+    def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
         reason = refusal(forward)
         if reason is not None:
             raise EngineRefused(reason)
         self.forward = forward
         self.trim = trim
-        self.approximate = batch_norm == "kept"
+        self.approximate = approximate
         self.exact = ExactEngine(forward, trim)
         self.refused: str | None = None
         self.capture = Capture(_step_of(forward), self._planner)
+        self.judge: Callable[[Callable[[], float]], bool] | None = None  # whether to approximate, given a cosine
+        self.trace: SlicedStep | None = None  # the last that ran
         self._tape: Tape | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
@@ -66,13 +70,13 @@ class SharedEngine:
             selection = self.trim.select(losses.detach(), rank_by=scores).rising()
         batch = losses.values.shape[0]
         rows = padded_rows(selection)
-        if tape.step is not None and rows.shape[0] < batch:
-            tape.cut(rows.sort().values, batch, self.approximate)
         values, weights = losses.values, losses.weights
         if not selection.everything:
             values = values.index_select(0, selection.indices)
             weights = None if weights is None else weights.index_select(0, selection.indices)
         loss = reduce_kept(values, selection, self.trim.scale, weights)
+        if tape.step is not None and rows.shape[0] < batch:
+            self._cut(tape, loss, rows.sort().values, batch)
         return Step(loss, losses.values.detach(), outputs, selection, engine=self.name)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection) -> Tensor:
@@ -80,8 +84,18 @@ class SharedEngine:
         return self(x, y, selection).loss
 
     def pays(self, x: Any, y: Any) -> bool:
-        """True: what a step saves is for the engine above to weigh."""
-        return self.refused is None
+        """True where a trace tells so, and before there is one."""
+        if self.refused is not None:
+            return False
+        return self.trace is None or self.trace.cost(self.approximate).ratio(self.trim.keep) < _WORTH
+
+    def _cut(self, tape: Tape, loss: Tensor, rows: Tensor, batch: int) -> None:
+        assert tape.step is not None
+        self.trace = tape.step
+        if self.judge is not None and tape.step.batch_norms:
+            parameters = [each for each in self.forward.inner.parameters() if each.requires_grad]
+            self.approximate = self.judge(lambda: cosine_of(tape, loss, rows, batch, parameters))
+        tape.cut(rows, batch, self.approximate)
 
     def _planner(self) -> SlicedStep:
         return SlicedStep(lambda: self._tape, self.approximate)

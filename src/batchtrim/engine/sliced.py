@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from batchtrim.engine.capture import CannotCapture, executable, expression_of, keeps_graph, pin
+from batchtrim.engine.cost import Cost, cost_of, hinted_size, is_costly, machine_of
 from batchtrim.engine.layout import Broken, Layout, Rows, factor_of
-from batchtrim.engine.rules import name_of
 from batchtrim.engine.proof import LAYOUT, Proof, by_shape, label, place_of, prove
 
 __all__ = ["Slices", "SlicedStep", "Tape", "cut", "put_back"]
@@ -41,19 +41,22 @@ class Tape:
         self.batch = 0
         self.approximate = False
 
-    def cut(self, rows: Tensor, batch: int, approximate: bool) -> None:
-        """Keep of what was saved the given rows, and all rows of what the lower part reads."""
+    def cut(self, rows: Tensor, batch: int, approximate: bool, again: bool = False) -> None:
+        """Keep of what was saved the given rows, and all rows of what the lower part reads.
+
+        Args:
+            again: keep everything else too, to be cut another time.
+        """
         assert self.step is not None
         self.rows, self.batch, self.approximate = rows, batch, approximate
         slices = self.step.slices(approximate)
-        saved, self.saved = self.saved, {}
-        for place in list(saved):
-            tensor = saved.pop(place)
+        self.kept = {}
+        for place in list(self.saved):
             layout = slices.cuts.get(place)
             if layout is not None:
-                self.kept[place] = cut(tensor, layout, rows, batch)
-            if place in slices.whole:
-                self.saved[place] = tensor
+                self.kept[place] = cut(self.saved[place], layout, rows, batch)
+            if place not in slices.whole and not again:
+                del self.saved[place]
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------
@@ -140,15 +143,7 @@ class Slices:
     @property
     def worth(self) -> bool:
         """True if a costly operator runs on the kept rows."""
-        return any(name_of(node.target) in COSTLY for node in self.upper.graph.graph.nodes)
-
-
-# what a backward spends its time in
-COSTLY = {
-    "mm", "bmm", "addmm", "baddbmm", "convolution_backward", "mv", "addmv",
-    "_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward",
-    "_scaled_dot_product_efficient_attention_backward", "_scaled_dot_product_cudnn_attention_backward",
-}  # fmt: skip
+        return any(is_costly(node) for node in self.upper.graph.graph.nodes)
 
 
 class SlicedStep:
@@ -158,6 +153,7 @@ class SlicedStep:
         self.current = current
         self.approximate = approximate
         self._slices: dict[bool, Slices] = {}
+        self._costs: dict[bool, Cost] = {}
 
     # what Capture calls
 
@@ -170,10 +166,9 @@ class SlicedStep:
         forward, backward = split()
         self.outputs = outputs
         self._read(forward, backward)
-        slices = self.slices(self.approximate)
-        mixing = slices.proof.first_mixing
-        if not slices.worth and mixing is not None:
-            raise CannotCapture(f"{place_of(mixing)}: {slices.proof.verdicts[mixing].reason}")
+        mixing = self.mixing(self.approximate)
+        if mixing is not None and not self.slices(self.approximate).worth:
+            raise CannotCapture(f"{mixing[0]} mixes rows, since {mixing[1]}")
         return forward, backward
 
     def forward(self, args: list[Any]) -> Any:
@@ -214,6 +209,7 @@ class SlicedStep:
 
     def _read(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
         self.backward_graph = backward
+        self.forward_graph = forward
         self._forward, self._backward = executable(forward), executable(backward)
         self.places = [node for node in backward.graph.nodes if node.op == "placeholder"]
         by_name = {node.name: place for place, node in enumerate(self.places)}
@@ -249,6 +245,39 @@ class SlicedStep:
                 tangents[node] = Rows(layout.axes, vanish=True)
         proof = prove(graph, self.symbols, tangents, batch_norm=approximate)
         return split_backward(self.backward_graph, proof, self.places, self.symbols[0])
+
+    def cost(self, approximate: bool) -> Cost:
+        """What a step of this trace costs."""
+        if approximate not in self._costs:
+            self._costs[approximate] = self._count(approximate)
+        return self._costs[approximate]
+
+    def _count(self, approximate: bool) -> Cost:
+        slices = self.slices(approximate)
+        device = next(n.meta["val"].device for n in self.places if isinstance(n.meta.get("val"), Tensor))
+        machine = machine_of(device)
+        cost = Cost(forward=sum(cost_of(node, machine) for node in self.forward_graph.graph.nodes))
+        for node, verdict in slices.proof.verdicts.items():
+            if verdict.gradient and verdict.whole:
+                cost.lower += cost_of(node, machine)
+            elif verdict.gradient:
+                cost.upper += cost_of(node, machine)
+        for place in slices.cuts:
+            tensor = self.places[place].meta["val"]
+            cost.cutting += hinted_size(tensor) * tensor.element_size() / machine.bytes
+            cost.overhead += 2 * machine.start
+        return cost
+
+    def mixing(self, approximate: bool) -> tuple[str, str] | None:
+        """The first operator from the loss down that mixes rows, and how; None where none does."""
+        proof = self.slices(approximate).proof
+        node = proof.first_mixing
+        return None if node is None else (place_of(node), str(proof.verdicts[node].reason))
+
+    @property
+    def batch_norms(self) -> bool:
+        """True if BatchNorm's backward could take its means over the kept rows."""
+        return bool(self.slices(True).proof.batch_norms)
 
     # run
 

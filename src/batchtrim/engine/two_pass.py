@@ -35,6 +35,7 @@ class TwoPassEngine:
     """
 
     name = "two_pass"
+    repeats_forward = False
 
     def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
         if trim.unit != "sample":
@@ -72,6 +73,10 @@ class TwoPassEngine:
         buffers.restore()
         reason = "it draws random numbers (dropout), which a second pass would draw anew"
         raise EngineRefused(f"the two-pass engine cannot run this model: {reason}", selection)
+
+    def pays(self, x: Any, y: Any) -> bool:
+        """True where (1 + 3q) / 3 is below 1."""
+        return self.trim.keep < 2 / 3
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection) -> Tensor:
         """The second pass alone: the loss of the kept rows, with a graph. Buffers and generators stay as they are."""
