@@ -21,7 +21,7 @@ from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.rows import copied
 from batchtrim.engine.state import GeneratorStates, ModelState, device_of, modules_of, without_graph
-from batchtrim.engine.two_pass import Moment, TwoPassEngine
+from batchtrim.engine.two_pass import Moment
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
@@ -85,9 +85,8 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
             if over == "micro":
                 yield step(x, y) * shares[m]
-            elif isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0:
-                moment, scored = first[m]
-                yield step.engine.train_on_kept(moment, selections[m].rising(), scored)
+            elif not step.engine.repeats_forward and trim.keep < 1.0:
+                yield step.engine.train_on_kept(x, y, selections[m].rising(), first[m])
             else:
                 states[m].restore()
                 yield step.engine(x, y, selections[m].rising()).loss
@@ -129,7 +128,7 @@ def _choose(
 ) -> tuple[list[Selection], list[GeneratorStates], list[tuple[Moment, Tensor]]]:
     """Return what is kept of each micro-batch, the generators before it, and what two-pass trains from."""
     forward, trim = step.forward, step.trim
-    once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
+    once = not step.engine.repeats_forward and trim.keep < 1.0  # its second pass leaves the buffers alone
     first: list[tuple[Moment, Tensor]] = []
 
     def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
