@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,8 @@ __all__ = ["SharedEngine"]
 
 _WORTH = 0.96  # of a plain step's estimated cost: what is nearer to it is not worth a step of another kind
 _FEWEST = 4  # rows in a batch below which a step is not worth a trace: torch makes one of its own for 1
+
+_KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
 
 
 class SharedEngine:
@@ -75,9 +77,11 @@ class SharedEngine:
             values = values.index_select(0, selection.indices)
             weights = None if weights is None else weights.index_select(0, selection.indices)
         loss = reduce_kept(values, selection, self.trim.scale, weights)
+        approximate = None
         if tape.step is not None and rows.shape[0] < batch:
             self._cut(tape, loss, rows.sort().values, batch)
-        return Step(loss, losses.values.detach(), outputs, selection, engine=self.name)
+            approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
+        return Step(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
         """The loss of rows that were chosen before."""
@@ -105,6 +109,7 @@ class SharedEngine:
         if self.refused is not None:
             raise EngineRefused(self.refused)
         tape = self._tape = Tape()
+        x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
         try:
             with torch.enable_grad(), _with_call(self.forward.model, self.capture) as call:
                 (values, mask, weights), outputs = call(*_marked(x, y, self.forward.batch_dim))
@@ -142,7 +147,7 @@ def _step_of(forward: Forward) -> Callable[..., Any]:
     def step(x: Any, y: Any) -> Any:
         if isinstance(x, dict):
             outputs = model(**x)
-        elif isinstance(x, (tuple, list)):
+        elif type(x) in (tuple, list):
             outputs = model(*x)
         else:
             outputs = model(x)
