@@ -5,8 +5,8 @@
     python -m studies.engine_sweep --out runs/engine-sweep --engines shared --only bert gpt2 vit
     python -m studies.engine_sweep --out runs/engine-sweep --table             # only write table.md again
 
-Each (class, dropout, engine) is one call of ``batchtrim.testing.check_engine``: six steps on batches of 8, 8 and 5, half,
-a fifth and three quarters of the samples kept, weights updated in between. Ends in
+Each (class, dropout, engine) is one call of ``batchtrim.testing.check_engine``: six steps on batches of 8, 8 and 5,
+half, a fifth and three quarters of the samples kept, weights updated in between. Ends in
 
 * "right": every gradient, buffer, generator and batch as a plain step has them, gradients to 1e-5;
 * "approximate": the engine itself says that its gradient is not exact, and why (BatchNorm; dropout in two_pass);
