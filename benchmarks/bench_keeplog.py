@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import batchtrim
-from batchtrim.lab import models
+from batchtrim.lab.task import models
 from benchmarks import timing
 
 BATCH, SAMPLES = 128, 50_000
@@ -73,7 +73,7 @@ def memory(samples: int = 1_000_000) -> dict[str, Any]:
 
 
 def _record(log: batchtrim.KeepLog, losses: torch.Tensor, selection: Any, extra: dict[str, Any]) -> None:
-    log.record(torch.randint(SAMPLES, (BATCH,)), losses, selection, **extra)
+    log.record(batchtrim.Choice(losses, selection), ids=torch.randint(SAMPLES, (BATCH,)), **extra)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import batchtrim
 from batchtrim import Selection
-from batchtrim.lab import conditions, data, train
-from batchtrim.lab.config import RunConfig
+from batchtrim.lab.run import train
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.task import conditions, data
 
 
 class Recorder(batchtrim.KeepLog):
@@ -24,11 +25,11 @@ class Recorder(batchtrim.KeepLog):
         super().__init__(n, warn=False, **options)
         self.given: list[list[tuple[Tensor, ...]]] = [[]]
 
-    def record(self, ids: Tensor, losses: Tensor, selection: Selection, **more: Any) -> None:
+    def record(self, last: Any, *, ids: Tensor, outputs: Tensor, **more: Any) -> None:  # type: ignore[override]
         """Store, and record."""
-        parts = (ids.int(), losses.detach(), selection.mask(), more["outputs"].detach())
+        parts = (ids.int(), last.losses, last.selection.mask(), outputs.detach())
         self.given[-1].append(tuple(part.cpu().clone() for part in parts))
-        super().record(ids, losses, selection, **more)
+        super().record(last, ids=ids, outputs=outputs, **more)
 
     def end_epoch(self) -> dict[str, Any]:
         """Close an epoch of both."""
@@ -83,7 +84,8 @@ def epochs(log: batchtrim.KeepLog, run: dict[str, np.ndarray], batch: int) -> It
         parts = [torch.from_numpy(run[name][epoch]).split(batch) for name in ("ids", "losses", "kept", "outputs")]
         for ids, losses, kept, outputs in zip(*parts, strict=True):
             choice = Selection(indices=torch.nonzero(kept).flatten(), size=len(kept), candidates=len(kept))
-            log.record(ids.long(), losses, choice, outputs=outputs, labels=labels[ids.long()])
+            rows = ids.long()
+            log.record(batchtrim.Choice(losses, choice), ids=rows, outputs=outputs, labels=labels[rows])
         yield epoch
 
 

@@ -19,12 +19,13 @@ def train(x: Tensor, y: Tensor, select: Rule, epochs: int) -> tuple[nn.Module, b
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     log = batchtrim.KeepLog(len(x), classes=10)
-    trim = batchtrim.Trimmer(batchtrim.linear(1.0, 0.2), total=epochs, select=select, log=log)  # select: what differs
+    trim = batchtrim.Trimmer(batchtrim.linear(1.0, 0.2), total=epochs, select=select)  # select: what differs
     for _ in range(epochs):
         for ids in torch.randperm(len(x)).split(64):
             outputs = model(x[ids])
             losses = F.cross_entropy(outputs, y[ids], reduction="none")
-            trim(losses, ids=ids, outputs=outputs, labels=y[ids]).backward()
+            trim(losses).backward()
+            log.record(trim.last, ids=ids, outputs=outputs, labels=y[ids])
             optimizer.step()
             optimizer.zero_grad()
         trim.step()

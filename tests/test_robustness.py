@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import batchtrim
-from batchtrim import KeepLog, Trimmer, hardest, join, linear, percentile, percentile_topk, suspects
+from batchtrim import Choice, KeepLog, Trimmer, hardest, join, linear, percentile, percentile_topk, suspects
 
 HUGE = 10**400
 
@@ -76,14 +76,16 @@ def test_a_state_of_another_rule_is_refused() -> None:
 )
 def test_a_keep_log_checks_what_travels_beside_the_losses(given: dict[str, Any], message: str) -> None:
     losses = torch.rand(3)
+    beside = dict(given)
+    last = Choice(losses, hardest()(losses, 0.5), beside.pop("mask", None))
     with pytest.raises((ValueError, TypeError), match=message):
-        KeepLog(3).record(torch.arange(3), losses, hardest()(losses, 0.5), **given)
+        KeepLog(3).record(last, ids=torch.arange(3), **beside)
 
 
 def test_suspects_of_losses_that_are_not_finite_have_scores() -> None:
     log = KeepLog(4)
     losses = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0])
-    log.record(torch.arange(4), losses, hardest()(losses, 0.5))
+    log.record(Choice(losses, hardest()(losses, 0.5)), ids=torch.arange(4))
     ids, scores = suspects(log)
     assert sorted(ids.tolist()) == [0, 1, 2, 3]
     assert bool(((scores >= 0) & (scores <= 1)).all())
@@ -91,7 +93,7 @@ def test_suspects_of_losses_that_are_not_finite_have_scores() -> None:
 
 @pytest.mark.parametrize("value", [None, 5, 0.1, ["none"]])
 def test_label_noise_that_is_no_text(value: Any) -> None:
-    conditions = pytest.importorskip("batchtrim.lab.conditions")
+    conditions = pytest.importorskip("batchtrim.lab.task.conditions")
     with pytest.raises(ValueError, match="expected `label_noise` to be none"):
         conditions.parse_label_noise(value)
 
@@ -111,7 +113,7 @@ def test_a_keep_log_that_is_none(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"no checkpoint", "cut", "other"])
 def test_a_checkpoint_that_is_none_is_named(tmp_path: Path, damage: Any) -> None:
-    checkpoint = pytest.importorskip("batchtrim.lab.checkpoint")
+    checkpoint = pytest.importorskip("batchtrim.lab.run.checkpoint")
     path = tmp_path / "abc.pt"
     trim = Trimmer(total=3)
     checkpoint.save({"model": torch.rand(9)} if damage == "other" else trim.state_dict(), path)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import batchtrim
-from batchtrim import KeepLog, Losses, Selection, TrimmedForward, Trimmer
+from batchtrim import Choice, KeepLog, Losses, Selection, TrimmedForward, Trimmer
 from batchtrim.compat import SuperquantileReducer, get_adapted_loss_for_trimmed_minibatch, reduce_superquantile
 
 losses: Tensor = torch.rand(8)
@@ -34,6 +34,9 @@ step = TrimmedForward(nn.Linear(2, 2), nn.CrossEntropyLoss(), trim)
 assert_type(step(losses, losses), Tensor)
 
 log = KeepLog(100, classes=10)
+log.record(trim.last, ids=losses)
+log.record(step.last, ids=losses, labels=losses)
+assert_type(trim.last, Choice | None)
 assert_type(log.table(), dict[str, Tensor])
 assert_type(batchtrim.suspects(log), tuple[Tensor, Tensor])
 

@@ -15,6 +15,7 @@ Schedules say how much to keep, selection rules say which, a :class:`Trimmer` pu
 import importlib
 
 from batchtrim.accumulation import accumulate
+from batchtrim.choice import Choice
 from batchtrim.engine import TrimmedForward
 from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.losses import Losses, focal, per_sample, superloss, token_losses
@@ -27,8 +28,10 @@ from batchtrim.selection import (
     easiest,
     hardest,
     keep_count,
+    loss_mass,
     percentile,
     percentile_topk,
+    smoothing_floor,
     superquantile,
     uniform,
 )
@@ -47,6 +50,7 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "Choice",
     "KeepLog",
     "KeepStats",
     "Losses",
@@ -65,11 +69,13 @@ __all__ = [
     "join",
     "keep_count",
     "linear",
+    "loss_mass",
     "per_sample",
     "percentile",
     "percentile_topk",
     "piecewise",
     "reduce",
+    "smoothing_floor",
     "step",
     "superloss",
     "superquantile",

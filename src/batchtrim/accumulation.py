@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from batchtrim._checks import check_choice
-from batchtrim.distributed import sum_over_ranks
+from batchtrim._checks import check_choice, describe
+from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of, without_graph
@@ -57,19 +58,23 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         0-d losses with a graph, as many as there are micro-batches.
 
     Raises:
-        ValueError: no micro-batch. RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`.
+        ValueError: no micro-batch; or, with "window", the model or loss changes its inputs in place.
+        RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`; and where M differs and must not.
 
     Notes:
         Cost of "window": one forward without a graph more than "micro". Engine "two_pass" then trains on the kept rows
         alone, with fresh dropout; "exact" and "shared" repeat the forward with the same dropout, so a window gives the
         gradient of one large batch (up to BatchNorm, which normalises micro-batches). Buffers and generators end up as
         after plain accumulation. With ``scope="global"`` windows of all ranks are joined, whatever their M; "micro"
-        needs the same M on every rank. A rank that has run out of data gives micro-batches of no rows.
+        needs the same M on every rank, and so does a model whose own forward waits for the other ranks (FSDP,
+        SyncBatchNorm, tensor parallel), which is asked for first. A rank that has run out of data gives micro-batches
+        of no rows. After "window", ``step.trim.last`` is the choice from all its samples, one after the other.
     """
     check_choice("over", over, OVER)
     if not batches:
         raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")
     trim, model = step.trim, step.forward.model
+    check_same_count(len(batches), "number of micro-batches", device_of(step.forward.inner), _waits_in_forward(model))
     if over == "window":
         selections, states = _choose(step, batches)
     else:
@@ -80,34 +85,62 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
             if over == "micro":
                 yield step(x, y) * shares[m]
             elif isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0:
-                yield step.engine.train_on_kept(x, y, selections[m].rising())
+                after = BufferValues(step.forward.inner)
+                states[m].restore_buffers()
+                loss = step.engine.train_on_kept(x, y, selections[m].rising())
+                after.restore()
+                yield loss
             else:
-                states[m].restore()
+                states[m].generators.restore()
                 yield step.engine(x, y, selections[m].rising()).loss
+
+
+@dataclass(frozen=True)
+class Before:
+    """The state a micro-batch found in the first pass, for the second one to find."""
+
+    generators: GeneratorStates
+    buffers: BufferValues | None = None
+
+    def restore_buffers(self) -> None:
+        """Put the model's buffers back, where they were kept."""
+        if self.buffers is not None:
+            self.buffers.restore()
 
 
 def first_pass(
     model: nn.Module, batches: Sequence[Batch], forward: Callable[[Batch], Found], *, undo_buffers: bool = True
-) -> tuple[list[Found], list[GeneratorStates]]:
-    """``forward(batch)`` of each micro-batch without a graph, and the state of the generators before it.
+) -> tuple[list[Found], list[Before]]:
+    """``forward(batch)`` of each micro-batch without a graph, and the state before it.
 
     Args:
-        undo_buffers: leave the model's buffers as they were found, for a second pass to update.
+        undo_buffers: leave the model's buffers as they were found, for a second pass to update. Otherwise they stay as
+            the first pass leaves them, and the state before each micro-batch holds what it found.
+
+    Raises:
+        ValueError: the forward changes its batch in place. A second one would get another.
     """
     buffers = BufferValues(model) if undo_buffers else None
     device = device_of(model)
     found, states = [], []
     with without_graph():
         for batch in batches:
-            states.append(GeneratorStates(device))
+            states.append(Before(GeneratorStates(device), None if undo_buffers else BufferValues(model)))
+            versions = _versions(batch)
             found.append(forward(batch))
+            if _versions(batch) != versions:
+                raise ValueError(
+                    "expected the model and its loss to leave inputs and targets alone, got one changed in place. "
+                    "A window is run twice, and the second run would get it changed: change a copy, or trim each "
+                    "micro-batch by itself (over='micro') with engine='exact'."
+                )
     if buffers is not None:
         buffers.restore()
     return found, states
 
 
-def _choose(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> tuple[list[Selection], list[GeneratorStates]]:
-    """What is kept of each micro-batch, and the state of the generators before it."""
+def _choose(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> tuple[list[Selection], list[Before]]:
+    """What is kept of each micro-batch, and the state before it."""
     forward, trim = step.forward, step.trim
 
     def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
@@ -117,6 +150,29 @@ def _choose(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> tuple[l
     once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
     found, states = first_pass(forward.inner, batches, score, undo_buffers=not once)
     return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states
+
+
+def _versions(batch: Any) -> list[int]:
+    """How often each tensor of a batch was changed in place."""
+    found: list[int] = []
+    map_tensors(lambda t: t if t.is_inference() else found.append(t._version) or t, batch)
+    return found
+
+
+def _waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
+    """The groups whose ranks the model's own forward meets: not DDP's, which meet in backward."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    found: dict[int, dist.ProcessGroup | None] = {}
+    for module in model.modules():  # SyncBatchNorm, FSDP
+        if hasattr(module, "process_group") and not isinstance(module, DistributedDataParallel):
+            group: Any = module.process_group
+            found[id(group)] = group
+    for parameter in model.parameters():  # fully_shard, tensor parallel
+        mesh = getattr(parameter, "device_mesh", None)
+        for group in () if mesh is None else mesh.get_all_groups():
+            found[id(group)] = group
+    return list(found.values())
 
 
 def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | None] = ()) -> list[Selection]:
@@ -168,10 +224,12 @@ def _shares(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> list[fl
     if trim.scope == "global":
         parameter = next(step.forward.inner.parameters(), sizes)
         sizes = sum_over_ranks(sizes.to(parameter.device), "number of micro-batches", trim.process_group)
-    return (sizes.double() / sizes.sum()).tolist()
+    return (sizes.double() / sizes.sum().clamp(min=1)).tolist()
 
 
 def _samples(x: Any, batch_dim: int) -> int:
     found: list[int] = []
     map_tensors(lambda t: found.append(t.shape[batch_dim]) or t if t.ndim > batch_dim else t, x)
+    if not found:
+        raise ValueError(f"expected `x` to hold a tensor with a dimension {batch_dim}, its batch, got {describe(x)}.")
     return found[0]

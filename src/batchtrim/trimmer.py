@@ -17,13 +17,15 @@ from batchtrim._checks import (
     check_like,
     check_losses,
     check_progress,
+    check_rule,
     check_schedule_output,
     check_state,
     describe,
 )
+from batchtrim._deprecated import record_as_before, trimmer_log
+from batchtrim.choice import Choice
 from batchtrim.distributed import select_over_ranks, world_size
 from batchtrim.errors import ChooseLength, ClockPastTotal, NothingToChoose
-from batchtrim.keeplog import KeepLog
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear, progress_at
 from batchtrim.selection import Rule, Selection, hardest, select_valid
@@ -68,7 +70,10 @@ class Trimmer:
             joined batch, and a rank without samples calls with losses of shape (0,).
         process_group: the ranks that average gradients together, with scope "global"; all of them by default.
         seed: for rules that draw. The generator is the trimmer's own and part of :meth:`state_dict`.
-        log: records every sample's losses and whether it was kept; every call then needs the samples' ``ids``.
+
+    Attributes:
+        last: the :class:`batchtrim.Choice` made last, to look at or to log; None before the first, and after a compiled
+            step, which leaves none.
 
     Raises:
         ScheduleOutOfRange: the schedule leaves (0, 1] somewhere.
@@ -95,7 +100,7 @@ class Trimmer:
         scope: str = "local",
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
-        log: KeepLog | None = None,
+        log: Any = None,  # deprecated
     ) -> None:
         self.schedule = as_schedule(keep)
         if total is None and getattr(self.schedule, "needs_total", True):
@@ -104,10 +109,7 @@ class Trimmer:
                 "Pass the number of epochs (and call step() once an epoch) or of batches (once a batch); "
                 "if it is not known, pass a constant keep."
             )
-        if not callable(select) or isinstance(select, type):
-            raise TypeError(
-                f"expected `select` to be a selection rule such as batchtrim.hardest(), got {describe(select)}."
-            )
+        check_rule("select", select)
         hint = "If the length of training is unknown (-1), count batches instead, or pass a constant keep."
         self.total = None if total is None else check_count("total", total, hint=hint)
         self.rule = select
@@ -116,14 +118,14 @@ class Trimmer:
         self.scope = check_choice("scope", scope, SCOPES)
         if process_group is not None and self.scope != "global":
             raise ValueError("expected `scope` 'global' with a `process_group`, got 'local'. Local asks no other rank.")
+        if process_group is not None:
+            world_size(process_group)
         self.process_group = process_group
         self.seed = check_count("seed", seed, minimum=0)
         self.generator = torch.Generator().manual_seed(seed)
-        if log is not None and self.unit != "sample":
-            raise ValueError("expected `unit` 'sample' with a `log`, got 'element'. A KeepLog counts whole samples.")
-        self.log = log
+        self.log = trimmer_log(log, self.unit)
         self.stats = KeepStats()
-        self.last_selection: Selection | None = None
+        self.last: Choice | None = None
         self._steps = 0
         self._accuracy = 0.0
         self._overrun_told = False
@@ -139,9 +141,7 @@ class Trimmer:
         *,
         rank_by: Tensor | Losses | None = None,
         mask: Tensor | None = None,
-        ids: Tensor | None = None,
-        outputs: Tensor | None = None,
-        labels: Tensor | None = None,
+        **logged: Any,
     ) -> Tensor:
         """The trimmed loss of a batch: in place of ``losses.mean()``.
 
@@ -151,8 +151,7 @@ class Trimmer:
             rank_by: shape of ``losses``: rank by these and train on ``losses``. For label smoothing, mixup and class
                 weights, which all change the ranking.
             mask: bool, shape of ``losses``: False where an entry does not count (padding, ignored labels).
-            ids: integers (B,), which samples of the data set these are; ``outputs``: (B, C) logits and ``labels``:
-                integers (B,), both optional. For the log, see :class:`batchtrim.KeepLog`.
+            logged: deprecated: ``ids``, ``outputs`` and ``labels``, which :meth:`batchtrim.KeepLog.record` takes.
 
         Returns:
             0-d. With keep 1 the plain mean, bit for bit. Where nothing counts, an attached 0.
@@ -170,7 +169,8 @@ class Trimmer:
         if torch.compiler.is_compiling() and self.scope == "local" and hasattr(self.rule, "compiled_mask"):
             return self._compiled(flat, scores)
         selection = self._choose(flat, scores)
-        self._log(flat, selection, ids, outputs, labels)
+        if logged or self.log is not None:
+            record_as_before(self.log, self.last, logged, "trim")
         if flat.terms:
             return reduce_terms(flat, selection, self.scale)
         return reduce(flat.values, selection, self.scale, flat.weights)
@@ -181,16 +181,15 @@ class Trimmer:
         *,
         rank_by: Tensor | Losses | None = None,
         mask: Tensor | None = None,
-        ids: Tensor | None = None,
-        outputs: Tensor | None = None,
-        labels: Tensor | None = None,
+        **logged: Any,
     ) -> Selection:
         """Only choose, as :meth:`__call__` would, and count it in ``stats``. :func:`batchtrim.reduce` does the rest."""
         flat, scores = self._flatten(losses, rank_by, mask)
         if flat.terms:
             raise ValueError(f"expected `losses` with one divisor, got {SUM_OF_TERMS}")
         selection = self._choose(flat, scores)
-        self._log(flat, selection, ids, outputs, labels)
+        if logged or self.log is not None:
+            record_as_before(self.log, self.last, logged, "trim.select")
         return selection
 
     def step(self, n: int = 1, *, accuracy: float | None = None) -> None:
@@ -212,6 +211,23 @@ class Trimmer:
         self._set_keep()
         if self.total is not None and self._steps > self.total and not self._overrun_told:
             self._tell_overrun()
+
+    @property
+    def last_selection(self) -> Selection | None:
+        """The selection in :attr:`last`."""
+        return None if self.last is None else self.last.selection
+
+    @property
+    def expected_keep(self) -> float:
+        """The part of the next batch that will be kept, as far as can be said before its losses are known.
+
+        ``keep``, but for rules whose k follows from the losses (``loss_mass``, ``above``, ``percentile``): what was
+        kept of the last batch. Engines decide by it whether a smaller backward will pay.
+        """
+        if not getattr(self.rule, "k_follows_losses", False):
+            return self._keep
+        selection = self.last_selection
+        return selection.k / selection.candidates if selection is not None and selection.candidates else self._keep
 
     @property
     def steps(self) -> int:
@@ -401,8 +417,8 @@ class Trimmer:
         selection = select_valid(self.rule, scores, self._keep, flat.mask, self.generator)
         if flat.weights is not None or flat.counts is not None or flat.reduction != "mean":
             selection = normalized(selection, flat)
-        self.last_selection = selection
-        self.stats.record(flat.values.detach(), selection, flat.mask)
+        self.last = Choice(flat.values.detach(), selection, flat.mask)
+        self.stats.record(self.last.losses, selection, flat.mask)
         self._single_rows = self._single_rows + 1 if selection.size == 1 and self._keep < 1.0 else 0
         if self._single_rows == _SINGLE_ROWS:
             self._tell_single_rows()
@@ -431,32 +447,13 @@ class Trimmer:
         elif flat.counts is not None:
             counts = flat.counts[selection.indices]
             selection = replace(selection, weights=counts if selection.weights is None else selection.weights * counts)
-        self.last_selection = selection
+        self.last = Choice(flat.values.detach(), selection, flat.mask)
         self.stats.record(joined.values, joined.chosen)
         return selection
 
-    def _log(
-        self, flat: Losses, selection: Selection, ids: Tensor | None, outputs: Tensor | None, labels: Tensor | None
-    ) -> None:
-        if self.log is None:
-            given = [
-                name for name, value in (("ids", ids), ("outputs", outputs), ("labels", labels)) if value is not None
-            ]
-            if given:
-                raise ValueError(
-                    f"expected `log` for the {given[0]} given, got a trimmer without one, which records nothing. "
-                    "Make it with Trimmer(..., log=batchtrim.KeepLog(len(dataset))), or leave them out."
-                )
-            return
-        if ids is None:
-            raise ValueError(
-                "expected `ids`, the samples' row numbers in the data set, which the log needs, got None. "
-                "Let the data set return its index, or use a trimmer without a log here."
-            )
-        self.log.record(ids, flat.values.detach(), selection, mask=flat.mask, outputs=outputs, labels=labels)
-
     def _compiled(self, flat: Losses, scores: Tensor) -> Tensor:
         """The same loss with fixed shapes. Statistics are not recorded in a compiled step."""
+        self.last = None  # not the choice of an earlier batch
         mask = flat.mask
         n: Tensor | int = scores.shape[0]
         if mask is not None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import batchtrim
-from batchtrim import KeepLog, Selection, Trimmer, compat
+from batchtrim import Choice, KeepLog, Selection, Trimmer, compat
 
 pytestmark = pytest.mark.slow
 FUZZ = settings.get_profile("fuzz")
@@ -199,10 +199,12 @@ def test_keep_log(data: st.DataObject) -> None:
         with documented():
             losses = data.draw(tensors((b,), torch.float32))
             log.record(
-                data.draw(st.one_of(tensors((b,), torch.int64), tensors(), st.just(torch.arange(b)))),
-                losses,
-                batchtrim.hardest()(losses, data.draw(st.floats(0.01, 1))),
-                mask=data.draw(st.one_of(st.none(), tensors((b,), torch.bool), tensors())),
+                Choice(
+                    losses,
+                    batchtrim.hardest()(losses, data.draw(st.floats(0.01, 1))),
+                    data.draw(st.one_of(st.none(), tensors((b,), torch.bool), tensors())),
+                ),
+                ids=data.draw(st.one_of(tensors((b,), torch.int64), tensors(), st.just(torch.arange(b)))),
                 outputs=data.draw(st.one_of(st.none(), tensors((b, 3), torch.float32), tensors())),
                 labels=data.draw(st.one_of(st.none(), tensors((b,), torch.int64), tensors())),
             )

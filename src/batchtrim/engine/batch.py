@@ -24,12 +24,14 @@ class Step(NamedTuple):
         losses: (B,), all samples', detached.
         outputs: the model's outputs for the whole batch, detached.
         selection: which samples the loss is of.
+        mask: bool (B,), False for samples that do not count; None where all do.
     """
 
     loss: Tensor
     losses: Tensor
     outputs: Any
     selection: Selection
+    mask: Tensor | None = None
 
 
 @dataclass

@@ -105,7 +105,8 @@ class TrimmedForward:
         """
         self.last = None  # free the last batch's outputs first
         step = self.engine(x, y)
-        self.last = step._replace(loss=step.loss.detach())
+        chosen = self.trim.last
+        self.last = step._replace(loss=step.loss.detach(), mask=None if chosen is None else chosen.mask)
         return step.loss
 
     def __repr__(self) -> str:

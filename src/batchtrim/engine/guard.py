@@ -102,11 +102,17 @@ class BufferValues:
     """What a model's buffers hold now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self._values = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
 
     def restore(self) -> None:
-        for buffer, value in self._values:
+        for module, name, buffer, value in self._values:
             buffer.data.copy_(value)  # past autograd, which may have saved the buffer but not for its value
+            module._buffers[name] = buffer  # a forward may assign a new tensor to its buffer
 
 
 class Guard:

@@ -1,0 +1,43 @@
+"""Forms of call that work for one more release, each with a DeprecationWarning. Nothing else may import from here."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from batchtrim.choice import Choice
+
+if TYPE_CHECKING:
+    from batchtrim.keeplog import KeepLog
+
+_RECORD = "call `log.record(trim.last, ids=ids, outputs=outputs, labels=labels)` after `trim(losses)`"
+
+
+def trimmer_log(log: KeepLog | None, unit: str) -> KeepLog | None:
+    """The argument ``log`` of a Trimmer."""
+    if log is None:
+        return None
+    if unit != "sample":
+        raise ValueError("expected `unit` 'sample' with a `log`, got 'element'. A KeepLog counts whole samples.")
+    warnings.warn(f"Trimmer(log=...) goes in the next release: {_RECORD}.", DeprecationWarning, stacklevel=3)
+    return log
+
+
+def record_as_before(log: KeepLog | None, last: Choice | None, given: dict[str, Any], call: str) -> None:
+    """What ``trim(losses, ids=..., outputs=..., labels=...)`` does beyond the choice."""
+    unknown = sorted(given.keys() - {"ids", "outputs", "labels"})
+    if unknown:
+        raise TypeError(f"{call}() got an unexpected keyword argument '{unknown[0]}'")
+    given = {name: value for name, value in given.items() if value is not None}
+    if log is None:
+        if given:
+            raise ValueError(f"expected no `{next(iter(given))}` without a log, got one. To log the batch, {_RECORD}.")
+        return
+    if "ids" not in given:
+        raise ValueError(
+            "expected `ids`, the samples' row numbers in the data set, which the log needs, got None. "
+            "Let the data set return its index, or use a trimmer without a log here."
+        )
+    message = f"{call}(losses, ids=...) goes in the next release: {_RECORD}."
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    log.record(last, **given)

@@ -1,0 +1,33 @@
+"""What a trimmer chose from a batch, with what it chose from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from batchtrim.selection import Selection
+
+__all__ = ["Choice"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One batch after the choice: :attr:`batchtrim.Trimmer.last`, and what :meth:`batchtrim.KeepLog.record` reads.
+
+    Attributes:
+        losses: (B,), detached. Under ``unit="element"`` one entry a token or pixel. Shares memory with the losses that
+            were given, unless they had to be averaged per sample.
+        selection: the kept rows of ``losses``.
+        mask: bool (B,), False where an entry does not count; None where all do.
+
+    Example:
+        >>> import torch, batchtrim
+        >>> losses = torch.tensor([0.1, 3.0, 2.0, 0.5])
+        >>> Choice(losses, batchtrim.hardest()(losses, 0.5)).selection.k
+        2
+    """
+
+    losses: Tensor
+    selection: Selection
+    mask: Tensor | None = None
