@@ -48,9 +48,9 @@ class Found:
         """The losses with a sample's weight 1 on average, so that a divisor that counts samples is right as well."""
         if self.entries is None:
             return self.losses
-        values, mask, weights = self.losses
-        assert weights is not None
-        return Losses(values / mean_entries, mask, weights / mean_entries)
+        losses = self.losses
+        assert losses.weights is not None
+        return Losses(losses.values / mean_entries, losses.mask, losses.weights / mean_entries)
 
 
 class LossFinder:

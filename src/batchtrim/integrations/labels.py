@@ -15,6 +15,7 @@ from torch import Tensor
 from batchtrim.distributed import sum_over_ranks, world_size
 from batchtrim.integrations.decompose import Found, shift_of
 from batchtrim.losses import Losses, flatten
+from batchtrim.unreduced import divisors
 
 __all__ = ["Counting", "counting_of", "labels_of", "loss_of", "plain_sums", "shares"]
 
@@ -71,10 +72,12 @@ def counting_of(found: Found, labels: Sequence[Tensor]) -> Counting:
 
 def plain_sums(losses: Losses) -> Tensor:
     """Return (2,): the sum of all losses that count and what it is divided by: their number, or their weights."""
-    values, mask, weights = flatten(losses, "element")
-    counts = torch.ones_like(values) if weights is None else weights
-    if mask is not None:
-        values, counts = values[mask], counts[mask]
+    flat = flatten(losses, losses.unit or "element")
+    values = flat.values if flat.counts is None else flat.values * flat.counts
+    counts = divisors(flat)
+    counts = torch.ones_like(values) if counts is None else counts
+    if flat.mask is not None:
+        values, counts = values[flat.mask], counts[flat.mask]
     return torch.stack([values.sum(), counts.sum()])
 
 

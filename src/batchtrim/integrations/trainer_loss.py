@@ -147,9 +147,19 @@ class TrainerLoss:
     def _losses(self, model: nn.Module, inputs: Any) -> _Flat:
         if self.per_sample_loss is not None:
             losses, outputs = self._own_losses(model, inputs)
-            return _Flat(outputs, *flatten(losses, self.unit), None)
+            flat = flatten(losses, self.unit)
+            if flat.terms or flat.reduction != "mean":
+                raise ValueError(
+                    "expected `per_sample_loss` to return losses whose mean is the loss, got a sum of terms that count "
+                    "differently, or reduction='sum'. Add their values, of which each sample counts the same."
+                )
+            if flat.counts is None:
+                return _Flat(outputs, flat.values, flat.mask, flat.weights, None)
+            counts = flat.counts / self._mean_entries
+            return _Flat(outputs, flat.values * counts, flat.mask, counts, flat.values.detach())
         found = self._find(model, inputs)
-        return _Flat(found.outputs, *found.scaled(self._mean_entries), found.scores)
+        losses = found.scaled(self._mean_entries)
+        return _Flat(found.outputs, losses.values, losses.mask, losses.weights, found.scores)
 
     def _proven(self, batch: Any) -> Counting:
         """Return how to count: from a forward of its own, before anything is trained, so that what fails fails here."""
@@ -170,13 +180,13 @@ class TrainerLoss:
         """Labels of -100 do not count, nor a sample's first where the losses have one fewer."""
         counted = torch.ones_like(losses.values, dtype=torch.bool) if losses.mask is None else losses.mask
         for shift in (0, 1):
-            counting = Counting(-100, shift, entries=self.unit == "element")
+            counting = Counting(-100, shift)
             if (
                 counting(inputs, self.trainer.label_names)[0]
                 == flatten(Losses(counted.float()), "element").values.sum()
             ):
                 return counting
-        return Counting(-100, entries=self.unit == "element")
+        return Counting(-100)
 
     def _engine_step(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
         if self._step is None:
