@@ -64,12 +64,14 @@ def reduce_kept(kept: Tensor, selection: Selection, scale: str = "kept", weights
     if selection.weights is not None:
         kept = kept * selection.weights
         weights = selection.weights if weights is None else weights * selection.weights
+    half = kept.dtype in (torch.float16, torch.bfloat16)
+    total = torch.float32 if half else kept.dtype  # a sum may be beyond float16 where the mean is not
     if scale == "batch":
-        return kept.sum() / (selection.batch_normalizer or selection.candidates)
+        return (kept.sum(dtype=total) / (selection.batch_normalizer or selection.candidates)).to(kept.dtype)
     if selection.normalizer is not None:
-        return kept.sum() / selection.normalizer
+        return (kept.sum(dtype=total) / selection.normalizer).to(kept.dtype)
     if weights is not None:
-        return kept.sum() / weights.sum()
+        return (kept.sum(dtype=total) / weights.sum(dtype=total)).to(kept.dtype)
     return kept.mean()
 
 
