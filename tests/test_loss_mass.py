@@ -18,7 +18,7 @@ from torch import nn
 import batchtrim
 import oracles
 from batchtrim import KeepLog, Losses, TrimmedForward, Trimmer, loss_mass, smoothing_floor, uniform
-from batchtrim.selection import mass as module
+from batchtrim.keeplog import NoiseAmplified
 
 VALUES = st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, float("inf"), float("nan"), -0.0, 0.125])
 LOSSES = st.lists(st.one_of(VALUES, st.floats(0, 10, width=16)), min_size=1, max_size=60)
@@ -68,14 +68,19 @@ def test_large_batches_count_by_bins_what_a_sort_counts(shape: str, keep: float,
     assert rows(fast) == set(torch.sort(losses, descending=True, stable=True).indices[: fast.k].tolist())
 
 
-def test_bins_are_used_and_the_sort_is_the_same_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = torch.rand(6000, generator=torch.Generator().manual_seed(0)) ** 5
-    by_bins = loss_mass()(losses, 0.9)
-    monkeypatch.setattr(module, "_count_by_bins", None)
+@pytest.mark.parametrize(("n", "way"), [(6000, "_by_bins"), (600, "_listed")])
+def test_the_fast_ways_are_used_and_the_sort_is_the_same(n: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = torch.rand(n, generator=torch.Generator().manual_seed(0)) ** 5
+    losses[: n // 2] = (losses[: n // 2] * 50).round() / 50  # ties
+    fast = [rows(loss_mass(at_least=0.1, offset=offset)(losses + offset, 0.9)) for offset in (0.0, 0.5)]
+    monkeypatch.setattr(loss_mass, way, lambda *_: None)
+    assert [rows(loss_mass(at_least=0.1, offset=offset)(losses + offset, 0.9)) for offset in (0.0, 0.5)] == fast
+    monkeypatch.setattr(loss_mass, "_count", None)
     with pytest.raises(TypeError):
         loss_mass()(losses, 0.9)
-    monkeypatch.setattr(module, "_BIN_FROM", 10**9)
-    assert rows(loss_mass()(losses, 0.9)) == rows(by_bins)
+    monkeypatch.undo()
+    monkeypatch.setattr(loss_mass, "_count", None)
+    loss_mass()(losses, 0.9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -262,7 +267,7 @@ def test_the_log_records_what_was_kept_and_warns_of_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     n, classes = 2000, 2
     log = KeepLog(n, classes=classes)
-    trim = Trimmer(0.9, select=loss_mass(), log=log)
+    trim = Trimmer(0.9, select=loss_mass())
     labels = torch.randint(classes, (n,), generator=generator)
     wrong = torch.rand(n, generator=generator) < 0.1
 
@@ -272,11 +277,12 @@ def test_the_log_records_what_was_kept_and_warns_of_noise() -> None:
             sure = (0.2 + epoch) * (1 + torch.rand(n, generator=generator))
             outputs = F.one_hot(torch.where(wrong, 1 - labels, labels), classes) * sure[:, None]
             losses = F.cross_entropy(outputs, labels, reduction="none")
-            trim(losses, ids=torch.arange(n), outputs=outputs, labels=labels)
+            trim(losses)
+            log.record(trim.last, ids=torch.arange(n), outputs=outputs, labels=labels)
             line = log.end_epoch()
             assert line["kept"] == trim.last_selection.k  # type: ignore[union-attr]
 
-    with pytest.warns(batchtrim.keeplog.NoiseAmplified):
+    with pytest.warns(NoiseAmplified):
         epochs()
     assert log.history[-1]["keep"] < 0.15 < log.history[0]["keep"]
 
@@ -299,7 +305,35 @@ def test_engines_read_k_from_the_selection(engine: str, scale: str) -> None:
         for parameter, grad in zip(model.parameters(), found, strict=True):
             torch.testing.assert_close(parameter.grad, grad)
         assert step.last is not None
-        assert step.last.selection.k == plain.last_selection.k
+        assert step.last.selection.k == plain.last_selection.k  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rule", [loss_mass(), batchtrim.above(0.5), batchtrim.percentile(), uniform(like=loss_mass())])
+def test_what_will_be_kept_is_what_was_kept_where_k_follows_losses(rule: Any) -> None:
+    trim = Trimmer(1.0 if isinstance(rule, batchtrim.percentile) else 0.9, select=rule)
+    assert trim.expected_keep == trim.keep
+    losses = torch.rand(40) ** 6
+    trim(losses)
+    assert trim.expected_keep == trim.last_selection.k / 40 < trim.keep  # type: ignore[union-attr]
+    trim(losses, mask=losses > 2.0)
+    assert trim.expected_keep == trim.keep, "nothing counted: nothing known"
+    assert Trimmer(0.3).expected_keep == 0.3
+
+
+def test_auto_saves_where_few_hold_the_mass_and_stays_plain_where_k_is_near_b() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+    step = TrimmedForward(model, nn.CrossEntropyLoss(), Trimmer(0.9, select=loss_mass(), scale="batch"), "auto")
+    auto: Any = step.engine
+    x, y = torch.randn(64, 6), torch.randint(3, (64,))
+    assert not auto._pays(auto.saving, x, y), "nothing known: keep is 0.9"
+    step(x, y)
+    assert not auto._pays(auto.saving, x, y), "a fresh network's losses are alike"
+    with torch.no_grad():
+        head: Any = model[-1]
+        head.bias.copy_(torch.tensor([30.0, 0.0, 0.0]))
+    step(x, torch.where(torch.arange(64) < 4, 1, 0))
+    assert auto._pays(auto.saving, x, y), "4 of 64 held it"
 
 
 def test_a_window_is_one_batch() -> None:

@@ -210,6 +210,18 @@ class Trimmer:
         return None if self.last is None else self.last.selection
 
     @property
+    def expected_keep(self) -> float:
+        """The part of the next batch that will be kept, as far as can be said before its losses are known.
+
+        ``keep``, but for rules whose k follows from the losses (``loss_mass``, ``above``, ``percentile``): what was
+        kept of the last batch. Engines decide by it whether a smaller backward will pay.
+        """
+        if not getattr(self.rule, "k_follows_losses", False):
+            return self._keep
+        selection = self.last_selection
+        return selection.k / selection.candidates if selection is not None and selection.candidates else self._keep
+
+    @property
     def steps(self) -> int:
         """How often :meth:`step` has been called."""
         return self._steps

@@ -192,7 +192,7 @@ def test_methods_are_listed() -> None:
         (["--methods", "full,trimm"], "Did you mean 'trim'?"),
         (["--optimizer", "rmsprop"], "expected `optimizer` to be one of"),
         (["--keep-end", "20"], "got 20. It is a fraction of the batch"),
-        (["--keep-end", "20%"], "expected `keep_end` to be numbers by comma, got '20%'"),
+        (["--keep-end", "20%"], "expected `keep_end` to be numbers, comma-separated, got '20%'"),
         (["--seeds", ""], "expected `seed` to have at least one value"),
         (["--seeds", "13071759814"], "expected at most 100000 runs, got 1.30718e+10"),
         (["--seeds", "many"], "expected `seeds` to be whole numbers"),

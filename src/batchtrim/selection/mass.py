@@ -5,8 +5,10 @@ Legend: n samples to choose from, s skipped, k kept, v_1 >= v_2 >= ... the losse
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +31,11 @@ __all__ = ["loss_mass", "smoothing_floor"]
 _ROUNDING = 1e-12
 # A loss that is 0 may come out this many units of its dtype below: log_softmax and the like round.
 _BELOW_ZERO = 4
-# From this size on a CPU counts by bins; below, a sort is as fast.
-_BIN_FROM = 4096
+# On a CPU: up to this many losses are counted in Python, from this many on by bins. In between a sort is as fast.
+_LIST_TO = 1024
+_BINS_FROM = 4096
 _BINS = 2048
+_SUMMABLE = 1e290  # sums of larger losses may overflow
 
 
 def smoothing_floor(label_smoothing: float, classes: int) -> float:
@@ -105,6 +109,7 @@ class loss_mass:
     at_least: float = 0.0
     at_most: float = 1.0
     offset: float = 0.0
+    k_follows_losses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         skip = check_fraction("skip", self.skip, "It is the part of the batch dropped from the hard end.")
@@ -117,20 +122,22 @@ class loss_mass:
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = losses.shape[0]
         skipped = min(round(self.skip * n), n - 1)
-        if losses.is_cpu and n >= _BIN_FROM and not skipped:
-            low, high = (float(end) for end in losses.aminmax())
-            if math.isfinite(low) and math.isfinite(high) and keep < 1.0:
-                self._check_low(low, losses.dtype)
-                k = _count_by_bins(self._mass(losses.double(), losses.dtype), keep)
-                return Selection(top_indices(losses, self._within(k, n)), n, n)
+        if losses.is_cpu and keep < 1.0 and n >= _BINS_FROM and not skipped:
+            found = self._by_bins(losses, keep)
+            if found is not None:
+                k = self._within(found.shape[0], n)
+                return Selection(found if k == found.shape[0] else top_indices(losses, k), n, n)
+        if losses.is_cpu and keep < 1.0 and n <= _LIST_TO:
+            found = self._listed(losses, keep, skipped)
+            if found is not None:
+                return Selection(found, n, n)
         ordered, rows = torch.sort(losses, descending=True, stable=True)
         active = torch.arange(n, device=losses.device) >= skipped
         share = torch.full((), keep, dtype=_wide(losses), device=losses.device)
-        low, found = torch.stack(
-            [ordered[-1].to(share.dtype), self._count(ordered, active, share).to(share.dtype)]
-        ).tolist()
+        count = self._count(ordered, active, share)
+        low, number = torch.stack([ordered[-1].to(share.dtype), count]).tolist()  # the one wait
         self._check_low(low, losses.dtype)
-        k = min(self._within(int(found), n), n - skipped)
+        k = min(self._within(int(number), n), n - skipped)
         return Selection(rows[skipped : skipped + k], n, n)
 
     def compiled_mask(self, losses: Tensor, keep: Tensor, n: Tensor | int) -> Tensor:
@@ -164,11 +171,71 @@ class loss_mass:
         k = torch.where(endless > 0, endless, 1 + missing.sum())
         return torch.where(share >= 1.0, active.sum(), torch.minimum(k, active.sum())).to(share.dtype)
 
+    def _listed(self, losses: Tensor, share: float, skipped: int) -> Tensor | None:
+        """Rows kept of few losses, counted in Python: a dozen tensor operators cost more. None if one is not finite."""
+        n = losses.shape[0]
+        ordered, rows = torch.topk(losses, n)  # half the cost of a stable sort
+        values = ordered.tolist()
+        low = values[-1]
+        if not (math.isfinite(values[0]) and math.isfinite(low)):
+            return None
+        if low < self.offset:
+            self._check_low(low, losses.dtype)
+        mass = values[skipped:] if skipped else values
+        if self.offset or low < 0.0:
+            least = self._nothing(losses.dtype)
+            mass = [value - self.offset if value > least else 0.0 for value in mass]
+        wanted = share * sum(mass) * (1.0 - _ROUNDING)
+        if not math.isfinite(wanted):
+            return None
+        k = next((j for j, held in enumerate(itertools.accumulate(mass), 1) if held >= wanted), len(mass))
+        if self.at_least or self.at_most < 1.0:
+            k = min(self._within(k, n), n - skipped)
+        end = skipped + k
+        if (end < n and values[end - 1] == values[end]) or (skipped and values[skipped - 1] == values[skipped]):
+            rows = torch.sort(losses, descending=True, stable=True).indices  # a tie at an edge: the lower row
+        return rows[skipped:end]
+
+    def _by_bins(self, losses: Tensor, share: float) -> Tensor | None:
+        """Rows of the largest losses that hold the share, without sorting them all. None where one is not finite.
+
+        The sum is taken bin by bin from the top. Only the bin where it reaches the share is looked into: in finer
+        bins while it holds many, sorted where it holds few.
+        """
+        values = losses.double()
+        low, high = (float(end) for end in values.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high) and abs(high) < _SUMMABLE):
+            return None
+        self._check_low(low, losses.dtype)
+        mass = self._mass(values, losses.dtype)
+        wanted = share * float(mass.sum()) * (1.0 - _ROUNDING)
+        while values.shape[0] > _BINS and (width := (high - low) / _BINS) > 0.0:
+            bins = ((values - low) / width).long().clamp_(max=_BINS - 1)
+            held = torch.bincount(bins, mass, minlength=_BINS).flip(0).cumsum(0)
+            inside = min(int((held < wanted).sum()), _BINS - 1)  # so many bins from the top do not reach it
+            wanted -= float(held[inside - 1]) if inside else 0.0
+            rows = (bins == _BINS - 1 - inside).nonzero().squeeze(1)
+            if rows.shape[0] == values.shape[0]:
+                break
+            values, mass = values[rows], mass[rows]
+            low, high = (float(end) for end in values.aminmax())
+        ordered, rows = torch.sort(values, descending=True)
+        reached = int((mass[rows].cumsum(0) < wanted).sum())
+        edge = ordered[min(reached, ordered.shape[0] - 1)]
+        # of the losses that equal the last one kept, as many as it takes
+        tied = int((ordered[: reached + 1] == edge).sum())
+        over = (losses > edge).nonzero().squeeze(1)
+        return torch.cat([over, (losses == edge).nonzero().squeeze(1)[:tied]])
+
+    def _nothing(self, dtype: torch.dtype) -> float:
+        """The largest loss without mass: the floor, and what lies above it by rounding alone, in the losses' dtype."""
+        return self.offset + _tolerance(self.offset, dtype) if self.offset else 0.0
+
     def _mass(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """What each loss is above the floor; what is there by rounding alone, in the losses' ``dtype``, is nothing."""
+        """What each loss is above the floor."""
         if not self.offset:
             return values.clamp(min=0)
-        return torch.where(values > self.offset + _tolerance(self.offset, dtype), values - self.offset, 0.0)
+        return torch.where(values > self._nothing(dtype), values - self.offset, 0.0)
 
     def _within(self, k: int, n: int) -> int:
         return min(max(k, keep_count(self.at_least, n)), keep_count(self.at_most, n))
@@ -183,35 +250,3 @@ def _tolerance(offset: float, dtype: torch.dtype) -> float:
 
 def _wide(losses: Tensor) -> torch.dtype:
     return torch.float32 if losses.device.type == "mps" else torch.float64
-
-
-def _count_by_bins(mass: Tensor, share: float) -> int:
-    """How many of the largest of ``mass`` (n,), finite and >= 0, hold the share: without sorting them all.
-
-    The sum is taken bin by bin from the top. Only the bin where it reaches the share is looked into: in finer bins
-    while it holds many, sorted where it holds few.
-    """
-    high = float(mass.amax())
-    if high == 0.0:
-        return 1
-    mass = mass / high
-    wanted = share * float(mass.sum()) * (1.0 - _ROUNDING)
-    above = 0
-    while mass.shape[0] > _BINS:
-        low, high = (float(end) for end in mass.aminmax())
-        width = (high - low) / _BINS
-        if not width > 0.0:
-            break
-        bins = ((mass - low) / width).long().clamp_(max=_BINS - 1)
-        count = torch.bincount(bins, minlength=_BINS).flip(0).cumsum(0)
-        held = torch.bincount(bins, mass, minlength=_BINS).flip(0).cumsum(0)
-        inside = min(int((held < wanted).sum()), _BINS - 1)  # this many bins from the top do not reach it
-        if inside:
-            above += int(count[inside - 1])
-            wanted -= float(held[inside - 1])
-        left = mass[bins == _BINS - 1 - inside]
-        if left.shape[0] == mass.shape[0]:
-            break
-        mass = left
-    held = torch.sort(mass, descending=True).values.cumsum(0)
-    return above + min(1 + int((held < wanted).sum()), mass.shape[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -113,6 +113,10 @@ class uniform:
             check_rule("like", self.like)
             check_stateless("like", self.like)
 
+    @property
+    def k_follows_losses(self) -> bool:
+        return self.like is not None
+
     def __repr__(self) -> str:
         return "uniform()" if self.like is None else f"uniform(like={self.like!r})"
 
@@ -141,6 +145,7 @@ class above:
 
     threshold: float
     min_keep: int = 1
+    k_follows_losses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
@@ -193,6 +198,7 @@ class percentile:
 
     beta: float = 2.0
     history: int = 1024
+    k_follows_losses: ClassVar[bool] = True
     _recent: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from batchtrim.lab import records
-from batchtrim.lab.execute import grid, progress, scheduler
+from batchtrim.lab import files, records
+from batchtrim.lab.execute import grid, local, progress, scheduler, workplace
 from batchtrim.lab.records import UseAnotherFolder
 from batchtrim.lab.run import train
 from batchtrim.lab.run.config import RunConfig
@@ -105,7 +105,7 @@ GRIDS = [
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_grids_of_examples_and_records_are_right(path: Path) -> None:
-    configs = grid.expand(grid.load_toml(path))
+    configs = grid.expand(files.load_toml(path))
     assert {"full", "random"} <= {config.method for config in configs}
     assert len({config.seed for config in configs}) >= (3 if path.name == "config.toml" else 5)
 
@@ -113,9 +113,9 @@ def test_the_grids_of_examples_and_records_are_right(path: Path) -> None:
 def test_a_grid_that_is_no_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text("epochs = = 3")
     with pytest.raises(ValueError, match="line 1"):
-        grid.load_toml(tmp_path / "grid.toml")
+        files.load_toml(tmp_path / "grid.toml")
     with pytest.raises(FileNotFoundError, match="got nothing there"):
-        grid.load_toml(tmp_path / "other.toml")
+        files.load_toml(tmp_path / "other.toml")
 
 
 # --- in this process ----------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_a_fault_in_the_data_is_found_before_any_run(tmp_path: Path) -> None:
 
 
 def test_what_another_process_is_at_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "ASK_AGAIN", 0.01)
+    monkeypatch.setattr(local, "ASK_AGAIN", 0.01)
     configs = grid.expand(TINY)
     other = records.Records(tmp_path)
     held = contextlib.ExitStack()
@@ -225,10 +225,10 @@ def test_what_another_process_is_at_is_waited_for(tmp_path: Path, monkeypatch: p
 
 def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert scheduler.share_cores(100) == (8, 2)
-    assert scheduler.share_cores(1) == (1, 16)
-    assert scheduler.share_cores(100, workers=5) == (5, 3)
-    assert scheduler.share_cores(100, workers=40) == (40, 1)
+    assert local.share_cores(100) == (8, 2)
+    assert local.share_cores(1) == (1, 16)
+    assert local.share_cores(100, workers=5) == (5, 3)
+    assert local.share_cores(100, workers=40) == (40, 1)
 
 
 # --- in several processes -----------------------------------------------------------------------------------------
@@ -402,11 +402,11 @@ def test_events_for_tensorboard_need_tensorboard(tmp_path: Path) -> None:
     try:
         import tensorboard  # noqa: F401
     except ImportError:
-        assert "needs `tensorboard`" in scheduler.do_run(config, place)["error"]
+        assert "needs `tensorboard`" in workplace.do_run(config, place)["error"]
     else:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        row = scheduler.do_run(config, place)
+        row = workplace.do_run(config, place)
         assert row["status"] == "finished"
         (events,) = (tmp_path / "tensorboard").rglob("events.*")
         written = EventAccumulator(str(events)).Reload()

@@ -29,7 +29,7 @@ from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, inference
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.analyse.inference import Moments
-from batchtrim.lab.execute import grid
+from batchtrim.lab.files import load_toml
 from batchtrim.lab.present import tables, wording
 
 __all__ = ["Claim", "Finding", "Record", "page", "read"]
@@ -175,7 +175,7 @@ def _claim_words(claim: Claim) -> str:
 
 
 def _load(path: Path) -> tuple[str, str, float, list[Claim]]:
-    values = grid.load_toml(path)
+    values = load_toml(path)
     effect = check_positive("effect", values.get("effect"), "The smallest difference of interest, in points.") / 100
     tables = values.get("claim")
     if not isinstance(tables, list) or not tables:

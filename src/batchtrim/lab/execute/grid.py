@@ -19,32 +19,16 @@ from __future__ import annotations
 
 import itertools
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import check_count
-from batchtrim.lab.run.config import RunConfig
-
-# What runs of one experiment may differ in: the things that are compared, the seed, and the number of threads.
-COMPARED = ("method", "method_params", "seed", "keep_start", "keep_end", "schedule", "engine", "threads")
+from batchtrim.lab.run.config import COMPARED, RunConfig
 
 MOST_RUNS = 100_000  # more are a slip of the hand, and would fill the memory before the first starts
 
 Settings = dict[str, Any]
-
-
-def load_toml(path: str | Path) -> Settings:
-    """Settings from a TOML file, or an error that names the line."""
-    path = Path(path)
-    try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"expected {path} to be TOML, got a line that is not: {error}.") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"expected a TOML file {path}, got nothing there.") from error
 
 
 def expand(settings: Mapping[str, Any]) -> list[RunConfig]:

@@ -6,11 +6,10 @@ Every node needs batchtrim with its lab extra, and the data set: in a folder at 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import import_extra
-from batchtrim.lab.execute.scheduler import Tally, Workplace, do_run
+from batchtrim.lab.execute.workplace import Tally, Workplace, do_run
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run import train
 from batchtrim.lab.run.config import RunConfig
@@ -94,7 +93,7 @@ def _task(config: RunConfig, place: Workplace, mailbox: Any) -> Row:
     """Runs on a node; the checkpoint helps where the output folder is one that all nodes see."""
     row = do_run(config, place, lambda point: mailbox.put.remote(config.key, point))
     with contextlib.suppress(OSError):
-        Path(place.checkpoint(config)).unlink(missing_ok=True)
+        place.clear(config, row)
     return row
 
 

@@ -6,7 +6,6 @@ docs/methods with its rule, cost, source, and when not to use it.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import batchtrim
 from batchtrim import Trimmer
 from batchtrim._checks import check_count, check_fraction, check_keep, check_number, check_positive
+from batchtrim.lab.files import look_up
 from batchtrim.lab.methods.rules import (
     EveryStep,
     FocalLoss,
@@ -295,8 +295,4 @@ METHODS: dict[str, Row] = {row.name: row for row in _ROWS}
 
 def find_method(name: str) -> Row:
     """The row of that name, or an error that suggests the nearest one."""
-    if name in METHODS:
-        return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise ValueError(f"expected `method` to be one of {', '.join(METHODS)}, got {name!r}.{hint}")
+    return look_up("method", name, METHODS)

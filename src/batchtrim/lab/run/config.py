@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from batchtrim._checks import check_choice, check_count, check_keep, check_number, check_positive
+from batchtrim.lab.files import nearest
+from batchtrim.lab.methods.table import METHODS, find_method
+from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
 from batchtrim.lab.task.augment import AUGMENTS
 from batchtrim.lab.task.conditions import parse_label_noise
-from batchtrim.lab.task.data import find_spec
-from batchtrim.lab.task.models import NORMS, find_model
+from batchtrim.lab.task.data import SPECS, find_spec
+from batchtrim.lab.task.models import MODELS, NORMS, find_model
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "nesterov")
 LR_SCHEDULES = ("constant", "step", "cosine", "onecycle")
@@ -25,56 +27,53 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 # What an optimizer starts from where nothing is said: learning rate and weight decay in common use.
 OPTIMIZER_DEFAULTS = {"adam": (1e-3, 0.0), "adamw": (1e-3, 0.05), "sgd": (0.1, 5e-4), "nesterov": (0.1, 5e-4)}
 
-# What does not change what is learnt, only how fast: left out of the key, so that a sweep goes on elsewhere.
-NOT_IN_KEY = ("threads",)
+
+def _by_optimizer(place: int) -> str:
+    """Return each optimizer's default, those that share one together."""
+    together: dict[float, list[str]] = {}
+    for name, values in OPTIMIZER_DEFAULTS.items():
+        together.setdefault(values[place], []).append(name)
+    return ", ".join(f"{' and '.join(names)} {value:g}" for value, names in together.items())
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """The settings of one run. None stands for a default that :meth:`resolved` fills in.
 
-    Args:
-        dataset: a name in ``batchtrim.lab.task.data.SPECS``; ``model``: one in ``batchtrim.lab.task.models.MODELS``.
-        width: channels of the first stage; ``norm``: batch or group.
-        method: a row of ``batchtrim.lab.methods.table.METHODS``; ``method_params``: its parameters, where not the
-            defaults.
-        optimizer: adam, adamw, sgd or nesterov; ``lr``: its peak; ``lr_schedule``: constant, step, cosine, onecycle.
-        epochs: over the training set; ``batch_size``: pictures in a batch (over all devices).
-        seed: of everything that is drawn.
-        augment: none, crop, flip or crop+flip.
-        train_size: how many training pictures; None is all.
-        label_noise: none, symmetric:RATE, asymmetric:RATE, human:WHICH; ``imbalance``: largest over smallest class.
-        keep_start: fraction of a batch kept at the start, for methods that follow the keep schedule; ``keep_end``:
-            at the end; ``schedule``: the way between: linear, cosine, step, constant (keep_end throughout).
-        engine: which parts of the network dropped samples go through: see ``batchtrim.engine``.
-        precision: Lightning Fabric's word for it; ``device``: auto, cpu, cuda, mps; ``threads``: of one run.
+    Each field says what it means, what it may be and what part it plays: see :mod:`batchtrim.lab.run.settings`.
+    ``label_noise`` is none, symmetric:RATE, asymmetric:RATE or human:WHICH; under the ``constant`` schedule
+    ``keep_end`` holds throughout.
     """
 
-    dataset: str = "digits"
-    model: str = "mlp"
-    width: int | None = None
-    norm: str = "batch"
-    method: str = "full"
-    method_params: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: str = "adam"
-    lr: float | None = None
-    lr_schedule: str = "cosine"
-    weight_decay: float | None = None
-    momentum: float = 0.9
-    epochs: int = 10
-    batch_size: int = 128
-    seed: int = 0
-    augment: str | None = None
-    train_size: int | None = None
-    label_noise: str = "none"
-    imbalance: float = 1.0
-    keep_start: float | None = 1.0
-    keep_end: float | None = 0.2
-    schedule: str | None = "linear"
-    engine: str = "exact"
-    precision: str = "32-true"
-    device: str = "auto"
-    threads: int = 1
+    dataset: str = setting("digits", "data set", role=Role.DATA, choices=SPECS, many=True)
+    model: str = setting("mlp", "network", choices=MODELS, many=True)
+    width: int | None = setting(None, "channels of the network's first stage", default_help="by network")
+    norm: str = setting("batch", "normalisation layers", choices=NORMS)
+    method: str = setting("full", role=Role.ARM, choices=METHODS, many=True)
+    method_params: Mapping[str, Any] = setting(dict, role=Role.ARM)
+    optimizer: str = setting("adam", "optimizer", choices=OPTIMIZERS, many=True)
+    lr: float | None = setting(None, "peak learning rate", default_help=_by_optimizer(0))
+    lr_schedule: str = setting("cosine", "learning rate over training", choices=LR_SCHEDULES, many=True)
+    weight_decay: float | None = setting(None, "weight decay", default_help=_by_optimizer(1))
+    momentum: float = setting(0.9, "momentum of sgd and nesterov")
+    epochs: int = setting(10, "epochs of each run")
+    batch_size: int = setting(128, "images in a batch, over all processes")
+    seed: int = setting(0, role=Role.SEED)
+    augment: str | None = setting(None, "augmentation", choices=AUGMENTS, default_help="by data set")
+    train_size: int | None = setting(
+        None, "train on so many images, the same part of every class", role=Role.DATA, default_help="all"
+    )
+    label_noise: str = setting(
+        "none", "wrong labels: none, symmetric:RATE, asymmetric:RATE, human:WHICH", role=Role.DATA
+    )
+    imbalance: float = setting(1.0, "size of the largest class over that of the smallest", role=Role.DATA)
+    keep_start: float | None = setting(1.0, "part of a batch kept at the start", role=Role.ARM, many=True)
+    keep_end: float | None = setting(0.2, "part of a batch kept at the end", role=Role.ARM, many=True)
+    schedule: str | None = setting("linear", "way between them", role=Role.ARM, choices=SCHEDULES, many=True)
+    engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
+    precision: str = setting("32-true", "number format", choices=PRECISIONS)
+    device: str = setting("auto", "where to train", choices=DEVICES)
+    threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
 
     def resolved(self) -> RunConfig:
         """The same run with every default written out and every setting checked.
@@ -84,16 +83,12 @@ class RunConfig:
         Raises:
             ValueError, TypeError: a setting is out of its range, or no such name is known.
         """
-        from batchtrim.lab.methods.table import find_method
-
         spec, model = find_spec(self.dataset), find_model(self.model)
-        check_choice("norm", self.norm, NORMS)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
-        check_choice("engine", self.engine, ENGINES)
-        check_choice("precision", self.precision, PRECISIONS)
-        augment = self.augment or spec.augment
-        check_choice("augment", augment, AUGMENTS)
+        method = find_method(self.method)
+        filled = replace(self, augment=self.augment or spec.augment, schedule=self.schedule or "linear")
+        for each in SETTINGS.values():
+            if each.choices is not None:
+                check_choice(each.name, getattr(filled, each.name), each.choices)
         parse_label_noise(self.label_noise)
         for name in ("epochs", "batch_size", "threads"):
             check_count(name, getattr(self, name))
@@ -101,7 +96,7 @@ class RunConfig:
         if self.width is not None:
             check_count("width", self.width)
         if self.train_size is not None:
-            check_count("train_size", self.train_size, minimum=spec.classes, hint="At least one picture a class.")
+            check_count("train_size", self.train_size, minimum=spec.classes, hint="At least one image a class.")
         if check_number("imbalance", self.imbalance) < 1.0:
             raise ValueError(
                 f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest."
@@ -113,7 +108,6 @@ class RunConfig:
             raise ValueError(f"expected `weight_decay` to be at least 0, got {weight_decay:g}.")
         if not 0.0 <= check_number("momentum", self.momentum) < 1.0:
             raise ValueError(f"expected `momentum` in [0, 1), got {self.momentum:g}.")
-        method = find_method(self.method)
         params = method.check_params(self.method_params)
         if self.engine != "exact" and not method.any_engine:
             raise ValueError(
@@ -125,17 +119,16 @@ class RunConfig:
             keep = {
                 "keep_start": check_keep("keep_start", 1.0 if self.keep_start is None else self.keep_start),
                 "keep_end": check_keep("keep_end", 0.2 if self.keep_end is None else self.keep_end),
-                "schedule": check_choice("schedule", self.schedule or "linear", SCHEDULES),
+                "schedule": filled.schedule,
             }
         return replace(
-            self,
+            filled,
             width=self.width or model.width,
             norm=self.norm if model.uses_norm else "batch",
             method_params=params,
             lr=lr,
             weight_decay=float(weight_decay),
             momentum=self.momentum if self.optimizer in ("sgd", "nesterov") else 0.0,
-            augment=augment,
             device=resolve_device(self.device),
             imbalance=float(self.imbalance),
             **keep,
@@ -148,18 +141,16 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """From plain values; a name that is no setting is an error that suggests the nearest one."""
-        names = [each.name for each in fields(cls)]
         for name in values:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"Did you mean '{near[0]}'?" if near else f"Settings are {', '.join(names)}."
-                raise ValueError(f"expected a setting of a run, got {name!r}. {hint}")
+            if name not in SETTINGS:
+                hint = nearest(name, SETTINGS) or f" Settings are {', '.join(SETTINGS)}."
+                raise ValueError(f"expected a setting of a run, got {name!r}.{hint}")
         return cls(**values)
 
     @property
     def key(self) -> str:
         """Short hash that names the run: equal for equal settings, whatever the number of threads."""
-        values = {name: value for name, value in self.to_dict().items() if name not in NOT_IN_KEY}
+        values = {name: value for name, value in self.to_dict().items() if SETTINGS[name].role is not Role.SPEED}
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -169,6 +160,13 @@ class RunConfig:
         params = ",".join(f"{name}={value}" for name, value in self.method_params.items())
         keep = f" {self.schedule} {self.keep_start:g}-{self.keep_end:g}" if self.keep_start and self.keep_end else ""
         return f"{self.dataset} {self.model} {self.method}{f'({params})' if params else ''}{keep} seed {self.seed}"
+
+
+SETTINGS: Mapping[str, Setting] = settings_of(RunConfig)
+ARM_SETTINGS = tuple(name for name, each in SETTINGS.items() if each.role is Role.ARM)
+"""What makes an arm of a comparison."""
+COMPARED = tuple(name for name, each in SETTINGS.items() if each.role in (Role.ARM, Role.SEED, Role.SPEED))
+"""What runs of one comparison may differ in; all other settings make its group."""
 
 
 def resolve_device(device: str) -> str:

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from batchtrim._checks import import_extra
+from batchtrim.lab.methods.table import find_method
+from batchtrim.lab.run.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,26 @@ class Ranks:
         total = torch.tensor(numbers, dtype=torch.float64, device=device)
         torch.distributed.all_reduce(total)
         return total.tolist()
+
+    def fabric(self, config: RunConfig) -> Any:
+        """Return the Lightning Fabric that places the run's model and takes its backward, joined to all processes."""
+        fabric = import_extra("lightning_fabric", "lab", "the training loop")
+        if self.world == 1:
+            return fabric.Fabric(accelerator=config.device, devices=1, precision=config.precision)
+        if config.engine != "exact" or not find_method(config.method).any_engine:
+            raise ValueError(
+                f"expected a method that chooses within a batch, with engine 'exact', under torchrun, "
+                f"got '{config.method}' with '{config.engine}'. Others need all of the run in one process."
+            )
+        launched = fabric.Fabric(
+            accelerator=config.device,
+            devices=self.local,
+            num_nodes=self.world // self.local,
+            strategy="ddp",
+            precision=config.precision,
+        )
+        launched.launch()
+        return launched
 
     def leave(self) -> None:
         """Part from the other processes; the next run meets them anew."""

@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,6 +30,8 @@ from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
 from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.counts import Counts, Criterion
+from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.optimizers import lr_factor, make_optimizer
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.task import conditions, data, models
@@ -52,38 +52,6 @@ class Diverged(ArithmeticError):
 
 
 @dataclass
-class Counts:
-    """What a run has cost so far."""
-
-    seconds: float = 0.0
-    seconds_eval: float = 0.0
-    samples_forward: int = 0
-    samples_backward: int = 0
-    steps: int = 0
-
-
-class Criterion:
-    """Cross-entropy of each sample, and on the side the errors of the epoch so far; they stay on the device."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        """Start an epoch."""
-        self.wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Losses (B,) of ``outputs`` (B, classes) for ``targets`` (B,)."""
-        self.count(outputs.detach(), targets)
-        return F.cross_entropy(outputs, targets, reduction="none")
-
-    def count(self, outputs: Tensor, targets: Tensor) -> None:
-        """Add a batch's errors."""
-        self.wrong += (outputs.argmax(1) != targets).sum()
-
-
-@dataclass
 class Training:
     """A run in progress: network, optimizer, method, generators, curves and clocks.
 
@@ -101,7 +69,7 @@ class Training:
     def __post_init__(self) -> None:
         config = self.config
         self.ranks = Ranks.from_environment()
-        self.fabric = _fabric(config, self.ranks)
+        self.fabric = self.ranks.fabric(config)
         self.device = self.fabric.device
         torch.manual_seed(config.seed)
         self.model, self.optimizer = self._network(config)
@@ -390,16 +358,6 @@ def load_pictures(
     )
 
 
-def environment(config: RunConfig) -> dict[str, Any]:
-    """Versions and hardware a run's numbers belong to."""
-    return {
-        **_machine(),
-        "threads": config.threads,
-        "processes": Ranks.from_environment().world,
-        "device": _device_name(config.device),
-    }
-
-
 def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_epoch: OnEpoch | None) -> tuple[str, str]:
     """Train what is left; returns the status and, if it diverged, the reason."""
     if checkpoint and checkpoint.exists():
@@ -423,67 +381,3 @@ def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_ep
 @functools.lru_cache(maxsize=2)
 def _load_once(name: str, data_dir: str | Path | None, cache_dir: str | Path | None) -> data.PictureData:
     return data.load(name, data_dir, cache_dir)
-
-
-def _fabric(config: RunConfig, ranks: Ranks) -> Any:
-    from batchtrim._checks import import_extra
-
-    fabric = import_extra("lightning_fabric", "lab", "the training loop")
-    if ranks.world == 1:
-        return fabric.Fabric(accelerator=config.device, devices=1, precision=config.precision)
-    if config.engine != "exact" or not find_method(config.method).any_engine:
-        raise ValueError(
-            f"expected a method that chooses within a batch, with engine 'exact', under torchrun, "
-            f"got '{config.method}' with '{config.engine}'. Others need all of the run in one process."
-        )
-    launched = fabric.Fabric(
-        accelerator=config.device,
-        devices=ranks.local,
-        num_nodes=ranks.world // ranks.local,
-        strategy="ddp",
-        precision=config.precision,
-    )
-    launched.launch()
-    return launched
-
-
-@functools.cache
-def _machine() -> dict[str, Any]:
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "batchtrim": batchtrim.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "commit": _commit(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with + when files differ; None when it is installed."""
-    here = Path(batchtrim.__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        if not git("ls-files", "__init__.py"):
-            return None
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else device

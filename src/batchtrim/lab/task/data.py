@@ -10,12 +10,10 @@ N pictures, C channels, H and W pixels.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from batchtrim.lab.files import look_up, write_whole
 
 CACHE_VERSION = 1
 SPLITS = ("train", "test")
@@ -97,11 +97,7 @@ class PictureData:
 
 def find_spec(name: str) -> Spec:
     """The data set of that name, or an error that suggests the nearest one."""
-    if name in SPECS:
-        return SPECS[name]
-    near = difflib.get_close_matches(name, SPECS, n=1)
-    hint = f"Did you mean '{near[0]}'?" if near else "Nothing of a similar name is known."
-    raise ValueError(f"expected `dataset` to be one of {', '.join(SPECS)}, got {name!r}. {hint}")
+    return look_up("dataset", name, SPECS)
 
 
 def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> PictureData:
@@ -257,12 +253,8 @@ def _cached(spec: Spec, source: _Folder | _Hub, split: str, cache: Path) -> tupl
 
 
 def _save_whole(path: Path, array: np.ndarray) -> None:
-    """Write under another name and rename, so that a reader never sees half a file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            np.save(file, array, allow_pickle=False)
-        os.replace(file.name, path)
+        write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
     except OSError as error:
         raise OSError(
             f"cannot keep decoded pictures in {path.parent} ({_first_line(error)}). "

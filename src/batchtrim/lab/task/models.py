@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from batchtrim.lab.files import look_up
 
 NORMS = ("batch", "group")
 Norm = Callable[[int], nn.Module]
@@ -149,11 +150,7 @@ MODELS: dict[str, ModelRow] = {
 
 def find_model(name: str) -> ModelRow:
     """The registry's row of that name, or an error that suggests the nearest one."""
-    if name in MODELS:
-        return MODELS[name]
-    near = difflib.get_close_matches(name, MODELS, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise ValueError(f"expected `model` to be one of {', '.join(MODELS)}, got {name!r}.{hint}")
+    return look_up("model", name, MODELS)
 
 
 def build(
