@@ -137,8 +137,14 @@ def select_over_ranks(
         values.shape[0],
         own,
         None if chosen.weights is None else chosen.weights[mine],
-        kept_divisor(chosen, joined[2] if weights is not None else None) / ranks,
-        total / ranks,
+        # with weights the rule's own normalizer, which counts samples, does not hold
+        (
+            kept_divisor(chosen)
+            if weights is None
+            else kept_divisor(dataclasses.replace(chosen, normalizer=None), joined[2])
+        )
+        / ranks,
+        (total if weights is None else float(joined[2].sum())) / ranks,
     )
     return Joined(selection, chosen, joined[1].to(values.dtype))
 

@@ -43,7 +43,7 @@ class Selection:
         size: B, the length of the vector that was chosen from.
         candidates: how many of these could be chosen; less than ``size`` where a mask left some out.
         weights: (k,), or None where every kept sample counts the same.
-        normalizer: the number the weighted sum is divided by; k where it is None.
+        normalizer: the number, or tensor of no dimension, the weighted sum is divided by; k where it is None.
         batch_normalizer: the same for scale "batch"; ``candidates`` where it is None.
     """
 
@@ -51,8 +51,8 @@ class Selection:
     size: int
     candidates: int
     weights: Tensor | None = None
-    normalizer: float | None = None
-    batch_normalizer: float | None = None
+    normalizer: float | Tensor | None = None
+    batch_normalizer: float | Tensor | None = None
 
     @property
     def k(self) -> int:
@@ -255,7 +255,7 @@ class superquantile:
         if whole in (0, tail):  # below one sample the mean is the largest loss, whatever its fraction
             return Selection(top_indices(losses, max(1, whole)), n, n)
         indices = torch.sort(losses, descending=True, stable=True).indices[: whole + 1]
-        weights = torch.ones(whole + 1, dtype=losses.dtype, device=losses.device)
+        weights = torch.ones(whole + 1, dtype=torch.promote_types(losses.dtype, torch.float32), device=losses.device)
         weights[-1] = tail - whole
         return Selection(indices, n, n, weights, tail)
 
