@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from batchtrim import __version__
 from batchtrim.lab import cli, records
+from batchtrim.lab.methods.table import METHODS
 
 TINY = ["--epochs", "2", "--train-size", "200", "--seeds", "2", "--workers", "1", "--threads", "1"]
 
