@@ -72,7 +72,8 @@ class Training:
         self.fabric = self.ranks.fabric(config)
         self.device = self.fabric.device
         torch.manual_seed(config.seed)
-        self.model, self.optimizer = self._network(config.width)
+        model = self._network(config.width)
+        self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, config))
         self.labels = self.pictures.train_labels.to(self.device)
         self.test_labels = self.pictures.test_labels.to(self.device)
         self.batches = self._batches(self.pictures.train_images, config.augment or "none", config.seed)
@@ -98,20 +99,21 @@ class Training:
             )
         self.curve: dict[str, list[Any]] = {name: [] for name in CURVES}
 
-    def _network(self, width: int | None) -> tuple[Any, Any]:
+    def _network(self, width: int | None) -> nn.Module:
         config, pictures = self.config, self.pictures
         model = models.build(config.model, pictures.shape, pictures.classes, width, config.norm)
         if hasattr(model, "prepare"):
             model.prepare(pictures.train_images, pictures.mean, pictures.std)  # type: ignore[operator]
-        if self.pictures.shape[0] > 1:
+        if pictures.shape[0] > 1:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return self.fabric.setup(model, make_optimizer(model, config))
+        return model
 
-    def _beside(self, width: int, seed: int) -> tuple[Any, Any]:
+    def _beside(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer]:
         """A further network of the run's kind, from weights of its own."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self._network(width)
+            model = self._network(width)
+        return self.fabric.setup_module(model), make_optimizer(model, self.config)
 
     def _batches(self, images: Tensor, augment: str, seed: int) -> Batches:
         return Batches(images, self.pictures.mean, self.pictures.std, augment, seed, self.device)

@@ -20,7 +20,7 @@ __all__ = ["SpeedNet", "patch_whitening"]
 
 _PATCH_IMAGES = 2000
 _EPS = 1e-2  # added to the variance of a patch component, so that noise is not blown up
-_HEAD_SCALE = 1 / 9
+_HEAD_SCALE = 1 / 3
 
 
 def patch_whitening(images: Tensor, mean: Sequence[float], std: Sequence[float], kernel: int) -> Tensor:
@@ -47,7 +47,7 @@ class SpeedNet(nn.Module):
 
     Convolutions start as the identity on as many channels as they have in common with their input. Norm layers have a
     trained offset and no trained scale. The head reads the largest value of each channel and its outputs are divided
-    by 9, which together with a large learning rate keeps early steps small.
+    by 3, which together with a large learning rate keeps early steps small.
 
     Args:
         shape: (channels, height, width). ``width``: of the first group; the others have twice as many.
