@@ -269,6 +269,7 @@ def _judge(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> Verdic
             raise Mixes("it draws random numbers again")
         layouts = _kept_batch_norm(node, walk, proof) if batch_norm else None
         layouts = walk.call(node) if layouts is None else layouts
+        gradient = gradient and not _fresh(node)
         if gradient and any(isinstance(each, Rows) and not each.vanish for each in layouts):
             raise Mixes("it gives a gradient to rows that are not kept")
     except Mixes as mixes:
@@ -276,6 +277,12 @@ def _judge(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> Verdic
             return Verdict(True, [Broken(str(mixes))] * count, whole=True, reason=str(mixes))
         return Verdict(False, [Broken(f"{mixes} ({place_of(node)})")] * count)
     return Verdict(gradient, layouts)
+
+
+def _fresh(node: fx.Node) -> bool:
+    """True if an operator takes nothing but the shape of its operand."""
+    name = name_of(node.target)
+    return name.startswith("new_") or name in ("zeros_like", "ones_like", "empty_like", "full_like")
 
 
 def _kept_batch_norm(node: fx.Node, walk: _Walk, proof: Proof) -> list[Layout] | None:
@@ -299,4 +306,4 @@ def place_of(node: fx.Node) -> str:
         kind = kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
         path = path.split("model'].", 1)[-1] if "model']." in path else path.rsplit("].", 1)[-1]
         return f"{name} in {path} ({kind})"
-    return f"{name} in the loss"
+    return name

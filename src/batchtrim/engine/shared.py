@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.batch import Forward, Step, as_losses, map_tensors
 from batchtrim.engine.capture import CannotCapture, Capture, is_compiled, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
-from batchtrim.engine.sliced import SlicedStep, Tape
-from batchtrim.engine.two_pass import padded_rows
+from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
+from batchtrim.engine.state import GeneratorStates, is_lazy, without_graph
+from batchtrim.engine.two_pass import Moment, padded_rows
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
@@ -64,7 +65,8 @@ class SharedEngine:
         self._tape: Tape | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
-        if self.trim.keep == 1.0 or not is_training_step() or _rows(x, self.forward.batch_dim) < _FEWEST:
+        few = _rows(x, self.forward.batch_dim) < _FEWEST
+        if self.trim.keep == 1.0 or not is_training_step() or few or is_lazy(self.forward.inner):
             return self.exact(x, y, selection)
         tape, losses, outputs = self._forward(x, y)
         if selection is None:
@@ -108,17 +110,61 @@ class SharedEngine:
         """Run the traced step; what it saved, the losses with their graph, and the model's outputs."""
         if self.refused is not None:
             raise EngineRefused(self.refused)
+        plain: _Plain | None = None
+        try:
+            try:
+                tape, losses, outputs = self._traced(x, y)
+            except NewTrace:
+                plain = _Plain(self.forward, x, y)
+                tape, losses, outputs = self._traced(x, y)
+        except CannotCapture as error:
+            self._refuse(str(error))
+        reason = None if plain is None else plain.difference(losses.values.detach())
+        if plain is not None and reason is not None:
+            plain.before.restore(x, y)
+            self._refuse(f"its trace differs from the model: {reason}")
+        return tape, losses, map_tensors(Tensor.detach, outputs)
+
+    def _traced(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
         tape = self._tape = Tape()
         x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
         try:
             with torch.enable_grad(), _with_call(self.forward.model, self.capture) as call:
                 (values, mask, weights), outputs = call(*_marked(x, y, self.forward.batch_dim))
-        except CannotCapture as error:
-            self.refused = f"the shared engine cannot run this model: {error}"
-            raise EngineRefused(self.refused) from None
         finally:
             self._tape = None
-        return tape, Losses(values, mask, weights), map_tensors(Tensor.detach, outputs)
+        return tape, Losses(values, mask, weights), outputs
+
+    def _refuse(self, reason: str) -> NoReturn:
+        self.refused = f"the shared engine cannot run this model: {reason}"
+        raise EngineRefused(self.refused) from None
+
+
+class _Plain:
+    """The step as the model's own Python runs it, to hold a new trace against. Everything is left as it was found.
+
+    It is what runs that is proven; whether that is the model is the tracer's promise, which is not always kept.
+    """
+
+    def __init__(self, forward: Forward, x: Any, y: Any) -> None:
+        self.before = Moment(forward, x, y)
+        try:
+            with without_graph():
+                self.losses = forward(x, y, model=forward.inner)[0].values
+            self.generators = GeneratorStates(self.before.generators.device)
+        finally:
+            self.before.restore(x, y)
+
+    def difference(self, losses: Tensor) -> str | None:
+        """Why a trace is not the model's, or None. Called right after it ran."""
+        if not self.generators.same_torch_state(GeneratorStates(self.generators.device)):
+            return "it draws random numbers in another order"
+        apart = 1e-4 if losses.dtype in (torch.float32, torch.float64) else 1e-2
+        scale = self.losses.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()
+        near = (losses - self.losses).abs() <= apart * (self.losses.abs() + scale)
+        if (near | (losses == self.losses) | (losses.isnan() & self.losses.isnan())).all():
+            return None
+        return f"losses differ by {float((losses - self.losses).abs().max()):.2g}"
 
 
 def refusal(forward: Forward) -> str | None:

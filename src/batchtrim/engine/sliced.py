@@ -21,7 +21,11 @@ from batchtrim.engine.cost import Cost, cost_of, hinted_size, is_costly, machine
 from batchtrim.engine.layout import Broken, Layout, Rows, factor_of
 from batchtrim.engine.proof import LAYOUT, Proof, by_shape, label, place_of, prove
 
-__all__ = ["Slices", "SlicedStep", "Tape", "cut", "put_back"]
+__all__ = ["NewTrace", "Slices", "SlicedStep", "Tape", "cut", "put_back"]
+
+
+class NewTrace(Exception):
+    """A trace is about to run for the first time. Nothing has been run."""
 
 
 class Tape:
@@ -152,6 +156,7 @@ class SlicedStep:
     def __init__(self, current: Callable[[], Tape | None], approximate: bool = False) -> None:
         self.current = current
         self.approximate = approximate
+        self.new = True
         self._slices: dict[bool, Slices] = {}
         self._costs: dict[bool, Cost] = {}
 
@@ -172,6 +177,9 @@ class SlicedStep:
         return forward, backward
 
     def forward(self, args: list[Any]) -> Any:
+        if self.new:
+            self.new = False
+            raise NewTrace
         results = list(self._forward(args))
         tape = self.current()
         if tape is None:
