@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,8 @@ from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of, without_graph
-from batchtrim.engine.two_pass import TwoPassEngine
+from batchtrim.engine.rows import copied
+from batchtrim.engine.two_pass import Moment, TwoPassEngine
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
@@ -76,7 +77,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
     trim, model = step.trim, step.forward.model
     check_same_count(len(batches), "number of micro-batches", device_of(step.forward.inner), _waits_in_forward(model))
     if over == "window":
-        selections, states = _choose(step, batches)
+        selections, states, first = _choose(step, batches)
     else:
         shares = _shares(step, batches)
     for m, (x, y) in enumerate(batches):
@@ -85,50 +86,33 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
             if over == "micro":
                 yield step(x, y) * shares[m]
             elif isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0:
-                after = BufferValues(step.forward.inner)
-                states[m].restore_buffers()
-                loss = step.engine.train_on_kept(x, y, selections[m].rising())
-                after.restore()
-                yield loss
+                moment, scored = first[m]
+                yield step.engine.train_on_kept(moment, selections[m].rising(), scored)
             else:
-                states[m].generators.restore()
+                states[m].restore()
                 yield step.engine(x, y, selections[m].rising()).loss
-
-
-@dataclass(frozen=True)
-class Before:
-    """The state a micro-batch found in the first pass, for the second one to find."""
-
-    generators: GeneratorStates
-    buffers: BufferValues | None = None
-
-    def restore_buffers(self) -> None:
-        """Put the model's buffers back, where they were kept."""
-        if self.buffers is not None:
-            self.buffers.restore()
 
 
 def first_pass(
     model: nn.Module, batches: Sequence[Batch], forward: Callable[[Batch], Found], *, undo_buffers: bool = True
-) -> tuple[list[Found], list[Before]]:
-    """``forward(batch)`` of each micro-batch without a graph, and the state before it.
+) -> tuple[list[Found], list[GeneratorStates]]:
+    """Return ``forward(batch)`` of each micro-batch, without a graph, and the generators' state before it.
 
     Args:
-        undo_buffers: leave the model's buffers as they were found, for a second pass to update. Otherwise they stay as
-            the first pass leaves them, and the state before each micro-batch holds what it found.
+        undo_buffers: leave the model's buffers as they were found, for a whole second pass over the same batches.
 
     Raises:
-        ValueError: the forward changes its batch in place. A second one would get another.
+        ValueError: a second pass follows, and the forward changes its batch in place. The second would get another.
     """
     buffers = BufferValues(model) if undo_buffers else None
     device = device_of(model)
     found, states = [], []
     with without_graph():
         for batch in batches:
-            states.append(Before(GeneratorStates(device), None if undo_buffers else BufferValues(model)))
+            states.append(GeneratorStates(device))
             versions = _versions(batch)
             found.append(forward(batch))
-            if _versions(batch) != versions:
+            if undo_buffers and _versions(batch) != versions:
                 raise ValueError(
                     "expected the model and its loss to leave inputs and targets alone, got one changed in place. "
                     "A window is run twice, and the second run would get it changed: change a copy, or trim each "
@@ -139,17 +123,24 @@ def first_pass(
     return found, states
 
 
-def _choose(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> tuple[list[Selection], list[Before]]:
-    """What is kept of each micro-batch, and the state before it."""
+def _choose(
+    step: TrimmedForward, batches: Sequence[tuple[Any, Any]]
+) -> tuple[list[Selection], list[GeneratorStates], list[tuple[Moment, Tensor]]]:
+    """Return what is kept of each micro-batch, the generators before it, and what two-pass trains from."""
     forward, trim = step.forward, step.trim
+    once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
+    first: list[tuple[Moment, Tensor]] = []
 
     def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
-        losses, outputs = forward(*batch, model=forward.inner)
-        return losses, forward.scores(outputs, batch[1])
+        moment = Moment(forward, *batch) if once else None
+        x, y = batch if once else copied(batch)  # a model may change its batch in place: once, as one step would
+        losses, outputs = forward(x, y, model=forward.inner)
+        if moment is not None:
+            first.append((moment, losses.values))
+        return losses, forward.scores(outputs, y)
 
-    once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
     found, states = first_pass(forward.inner, batches, score, undo_buffers=not once)
-    return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states
+    return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states, first
 
 
 def _versions(batch: Any) -> list[int]:

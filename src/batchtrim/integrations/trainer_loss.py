@@ -5,20 +5,21 @@ Legend: W ranks, M micro-batches in a window (one optimizer step), n_rm entries 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from batchtrim.accumulation import Before, first_pass, select_window
+from batchtrim.accumulation import first_pass, select_window
 from batchtrim.choice import Choice
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of
 from batchtrim.integrations import follow
 from batchtrim.integrations.decompose import Found, LossFinder
 from batchtrim.integrations.intercept import NotFound
-from batchtrim.integrations.labels import Counting, counting_of, labels_of, loss_of, plain_sums, shares
+from batchtrim.integrations.labels import Counting, counting_of, counting_of_own, labels_of, loss_of, plain_sums, shares
 from batchtrim.integrations.numbered import IDS
 from batchtrim.losses import Losses, flatten
 from batchtrim.reduction import reduce
@@ -56,13 +57,14 @@ class TrainerLoss:
         self.unit = trainer.trim_options.get("unit", "sample")
         self.finder = LossFinder(self.unit, smoothing)
         self.evaluated: list[Tensor] = []
+        self._told = False
         self.start_training()
 
     def start_training(self) -> None:
         """Forget what an interrupted training has left."""
         self.waits = False  # for compute_loss to be called
         self._batches: list[Any] = []  # the window's micro-batches, until it is chosen from
-        self._window: list[tuple[Selection, Before]] = []
+        self._window: list[tuple[Selection, GeneratorStates]] = []
         self._shares: list[Tensor] = []
         self._mean_entries: Tensor | float = 1.0
         self._counting: Counting | None = None
@@ -85,7 +87,7 @@ class TrainerLoss:
         if self._batches:
             self._choose_window(self._inner(model))
         if self._window:
-            self._window[0][1].generators.restore()
+            self._window[0][1].restore()
 
     def trimmed(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
         """Return the loss of a micro-batch, times its share of the window, and the model's outputs."""
@@ -130,8 +132,16 @@ class TrainerLoss:
 
     def _find(self, model: nn.Module, inputs: Any) -> Found:
         labels = labels_of(inputs, self.trainer.label_names)
+        eager = getattr(model, "_orig_mod", model)
+        if eager is not model and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{type(eager).__name__} runs without torch.compile here: only its Python shows which losses it is made "
+                "of. With per_sample_loss=(outputs, labels) -> un-reduced losses it runs compiled.",
+                stacklevel=2,
+            )
         try:
-            return self.finder(lambda: model(**inputs), loss_of, len(labels[0]), labels)
+            return self.finder(lambda: eager(**inputs), loss_of, len(labels[0]), labels)
         except NotFound as reason:
             raise NotFound(
                 f"expected a model whose loss is made of one loss a sample, got {type(self._inner(model)).__name__}: "
@@ -171,22 +181,10 @@ class TrainerLoss:
             if self.per_sample_loss is None:
                 counting = counting_of(self._find(model, inputs), labels_of(inputs, trainer.label_names))
             else:
-                counting = self._counting_of_own(self._own_losses(model, inputs)[0], inputs)
+                counting = counting_of_own(self._own_losses(model, inputs)[0], inputs, self.unit, trainer.label_names)
         states.restore()
         buffers.restore()
         return counting
-
-    def _counting_of_own(self, losses: Losses, inputs: Any) -> Counting:
-        """Labels of -100 do not count, nor a sample's first where the losses have one fewer."""
-        counted = torch.ones_like(losses.values, dtype=torch.bool) if losses.mask is None else losses.mask
-        for shift in (0, 1):
-            counting = Counting(-100, shift)
-            if (
-                counting(inputs, self.trainer.label_names)[0]
-                == flatten(Losses(counted.float()), "element").values.sum()
-            ):
-                return counting
-        return Counting(-100)
 
     def _engine_step(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
         if self._step is None:
