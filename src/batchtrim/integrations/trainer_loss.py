@@ -21,9 +21,9 @@ from batchtrim.integrations.decompose import Found, LossFinder
 from batchtrim.integrations.intercept import NotFound
 from batchtrim.integrations.labels import Counting, counting_of, counting_of_own, labels_of, loss_of, plain_sums, shares
 from batchtrim.integrations.numbered import IDS
-from batchtrim.losses import Losses, flatten
 from batchtrim.reduction import reduce
 from batchtrim.selection import Selection
+from batchtrim.unreduced import Losses, flatten
 
 __all__ = ["TrainerLoss"]
 
@@ -35,11 +35,12 @@ class _Flat(NamedTuple):
     values: Tensor
     mask: Tensor | None
     weights: Tensor | None
+    counts: Tensor | None
     scores: Tensor | None
 
     @property
     def losses(self) -> Losses:
-        return Losses(self.values, self.mask, self.weights)
+        return Losses(self.values, self.mask, self.weights, self.counts)
 
 
 class TrainerLoss:
@@ -66,7 +67,6 @@ class TrainerLoss:
         self._batches: list[Any] = []  # the window's micro-batches, until it is chosen from
         self._window: list[tuple[Selection, GeneratorStates]] = []
         self._shares: list[Tensor] = []
-        self._mean_entries: Tensor | float = 1.0
         self._counting: Counting | None = None
         self._step: TrimmedForward | None = None
 
@@ -78,7 +78,7 @@ class TrainerLoss:
         follow(trim, trainer.state.global_step if trainer.clock == "step" else int(trainer.state.epoch or 0))
         counts = torch.stack([self._counting(each, trainer.label_names) for each in batches]).to(trainer.args.device)
         across = trainer.args.average_tokens_across_devices
-        self._shares, self._mean_entries = shares(counts, self.over, trim.scope, across)
+        self._shares = shares(counts, self.over, trim.scope, across)
         self._batches = batches if self.over == "window" else []
 
     def start_micro_batch(self, model: nn.Module) -> None:
@@ -118,9 +118,8 @@ class TrainerLoss:
             found = self._find(model, inputs)
             return found.loss, found.outputs
         losses, outputs = self._own_losses(model, inputs)
-        sums = plain_sums(losses)
-        self.evaluated.append(sums.detach().double())
-        return sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny), outputs
+        self.evaluated.append(plain_sums(losses))
+        return losses.mean(), outputs
 
     def mean_evaluated(self) -> float:
         """Return the mean over all that :meth:`plain` saw, on all ranks: of entries, not of batches."""
@@ -136,8 +135,8 @@ class TrainerLoss:
         if eager is not model and not self._told:
             self._told = True
             warnings.warn(
-                f"{type(eager).__name__} runs without torch.compile here: only its Python shows which losses it is made "
-                "of. With per_sample_loss=(outputs, labels) -> un-reduced losses it runs compiled.",
+                f"{type(eager).__name__} runs without torch.compile here: only its Python shows its "
+                "losses. With per_sample_loss=(outputs, labels) -> un-reduced losses it runs compiled.",
                 stacklevel=2,
             )
         try:
@@ -155,11 +154,15 @@ class TrainerLoss:
         return losses if isinstance(losses, Losses) else Losses(losses), outputs
 
     def _losses(self, model: nn.Module, inputs: Any) -> _Flat:
-        if self.per_sample_loss is not None:
+        if self.per_sample_loss is None:
+            found = self._find(model, inputs)
+            outputs, flat, scores = found.outputs, found.losses, found.scores
+        else:
             losses, outputs = self._own_losses(model, inputs)
-            return _Flat(outputs, *flatten(losses, self.unit), None)
-        found = self._find(model, inputs)
-        return _Flat(found.outputs, *found.scaled(self._mean_entries), found.scores)
+            flat, scores = flatten(losses, self.unit), None
+        if flat.terms or flat.reduction != "mean":
+            raise ValueError("expected `per_sample_loss` to return losses of one mean, got a sum. Average them.")
+        return _Flat(outputs, flat.values, flat.mask, flat.weights, flat.counts, scores)
 
     def _proven(self, batch: Any) -> Counting:
         """Return how to count: from a forward of its own, before anything is trained, so that what fails fails here."""
