@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "integrations"), str(ROOT / "studies")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 
 import transformers
 from hf_cases import Gradient, arguments, data, flat_gradient, new_model
@@ -362,8 +362,8 @@ def test_compute_loss_func_names_per_sample_loss(tmp_path: Path) -> None:
     """It came as "got multiple values for keyword argument"."""
     with pytest.raises(ValueError, match=r"expected `per_sample_loss` in place of `compute_loss_func`, got .*function"):
         TrimmedTrainer(
-            model=new_model("sequence"), args=arguments(str(tmp_path)), compute_loss_func=lambda *_, **__: torch.ones(())
-        )  # fmt: skip
+            model=new_model("sequence"), args=arguments(str(tmp_path)), compute_loss_func=lambda *_: torch.ones(())
+        )
 
 
 def test_a_compute_loss_of_ones_own_is_told(tmp_path: Path) -> None:
