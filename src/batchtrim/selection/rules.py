@@ -1,127 +1,26 @@
-"""Selection rules: which samples of a batch are kept.
-
-A rule is a callable ``rule(losses, keep, generator=None) -> Selection``: it reads a vector of detached losses and a
-keep fraction and returns rows and, where the rule has them, weights. Rules are small objects that pickle and print as
-typed. No gradient flows through a choice.
-
-Legend: n samples to choose from, k kept. Ties: of equal losses the lower index counts as the harder one, so results
-repeat. NaN counts as the largest loss (as in ``torch.sort``), so a NaN loss is kept and the step is NaN, as it would be
-in plain training; gradient scalers rely on that. inf likewise.
-"""
+"""Rules whose k is a matter of the keep fraction, of a threshold or of a draw."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_count, check_fraction, check_keep, check_number
+from batchtrim._checks import check_count, check_fraction, check_keep, check_number, check_rule, check_stateless
+from batchtrim.selection.base import Rule, Selection, keep_count, keep_count_tensor, rank_mask, top_indices
 
 __all__ = [
-    "Rule",
-    "Selection",
     "above",
     "between",
     "easiest",
     "hardest",
-    "keep_count",
     "percentile",
     "percentile_topk",
     "superquantile",
     "uniform",
 ]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a rule chose from a batch.
-
-    Attributes:
-        indices: int64 (k,), the kept rows, in no particular order; see :meth:`rising`.
-        size: B, the length of the vector that was chosen from.
-        candidates: how many of these could be chosen; less than ``size`` where a mask left some out.
-        weights: (k,), or None where every kept sample counts the same.
-        normalizer: the number the weighted sum is divided by; k where it is None.
-        batch_normalizer: the same for scale "batch"; ``candidates`` where it is None.
-    """
-
-    indices: Tensor
-    size: int
-    candidates: int
-    weights: Tensor | None = None
-    normalizer: float | None = None
-    batch_normalizer: float | None = None
-
-    @property
-    def k(self) -> int:
-        """How many samples are kept."""
-        return self.indices.shape[0]
-
-    @property
-    def everything(self) -> bool:
-        """Whether the selection is the whole vector, each entry counting the same."""
-        return self.k == self.size and self.weights is None
-
-    def rising(self) -> Selection:
-        """The same selection with its rows in rising order: cheaper to slice by."""
-        indices, order = torch.sort(self.indices)
-        return replace(self, indices=indices, weights=None if self.weights is None else self.weights[order])
-
-    def mask(self) -> Tensor:
-        """bool (B,), True where kept."""
-        mask = torch.zeros(self.size, dtype=torch.bool, device=self.indices.device)
-        return mask.index_fill_(0, self.indices, True)
-
-
-class Rule(Protocol):
-    """A selection rule. Any callable of this form can be given to :class:`batchtrim.Trimmer`."""
-
-    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
-        """Choose from ``losses`` (n,), n >= 1, detached; ``keep`` in (0, 1]."""
-        ...
-
-
-def keep_count(keep: float, n: int) -> int:
-    """How many of n samples a keep fraction keeps: ``k = max(1, round(keep * n))``, and 0 of 0.
-
-    The one place that owns the rounding: Python's ``round``, half to even, as in the author's code.
-
-    Example:
-        >>> keep_count(0.2, 128), keep_count(0.25, 10), keep_count(0.2, 1)
-        (26, 2, 1)
-    """
-    return min(n, max(1, round(keep * n)))
-
-
-def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Rows of the k largest ``scores`` (n,). Ties at the edge: lower row first. NaN is largest."""
-    n = scores.shape[0]
-    if k >= n:
-        return torch.arange(n, device=scores.device)
-    if not scores.is_cpu:
-        return torch.sort(scores, descending=True, stable=True).indices[:k]
-    # A partial sort is several times cheaper than a stable one, but of equal values at the edge it takes any.
-    # One value more shows whether the edge is tied; ties away from the edge do not change what is kept.
-    values, rows = torch.topk(scores, k + 1)
-    last, after = (values if k < 256 else values[-2:]).tolist()[-2:]
-    if last != after and after == after:
-        return rows.resize_(k)  # in place: the last row goes, for less than a view costs
-    return torch.sort(scores, descending=True, stable=True).indices[:k]
-
-
-def rank_mask(scores: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
-    """bool (n,), True for the k largest: :func:`top_indices` with tensor ``k``, fixed shapes, for torch.compile."""
-    n = scores.shape[0]
-    order = torch.argsort(scores, descending=True, stable=True)
-    ranks = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=scores.device))
-    return ranks < k if skip is None else (ranks >= skip) & (ranks < skip + k)
-
-
-def keep_count_tensor(keep: Tensor, n: Tensor | int) -> Tensor:
-    """:func:`keep_count` on tensors; ``torch.round`` rounds half to even too."""
-    return torch.round(keep * n).clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -197,11 +96,34 @@ class uniform:
     """Keep k samples drawn uniformly without replacement: the control that tells selection from smaller batches.
 
     Source: as a strong baseline, arXiv 2111.12621. The draw comes from ``generator``, never from the global one.
+
+    Args:
+        like: a rule whose k is taken, step by step, where k depends on the losses: the control of ``loss_mass`` is
+            ``uniform(like=loss_mass())``. None takes ``k = keep_count(keep, n)``.
+
+    Example:
+        >>> uniform(like=above(1.0))(torch.tensor([0.1, 3.0, 2.0, 0.5]), 1.0).k
+        2
     """
+
+    like: Rule | None = None
+
+    def __post_init__(self) -> None:
+        if self.like is not None:
+            check_rule("like", self.like)
+            check_stateless("like", self.like)
+
+    @property
+    def k_follows_losses(self) -> bool:
+        return self.like is not None
+
+    def __repr__(self) -> str:
+        return "uniform()" if self.like is None else f"uniform(like={self.like!r})"
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = losses.shape[0]
-        drawn = torch.randperm(n, generator=generator)[: keep_count(keep, n)]
+        k = keep_count(keep, n) if self.like is None else self.like(losses, keep, generator).k
+        drawn = torch.randperm(n, generator=generator)[:k]
         return Selection(drawn.to(losses.device), n, n)
 
 
@@ -223,6 +145,7 @@ class above:
 
     threshold: float
     min_keep: int = 1
+    k_follows_losses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
@@ -255,7 +178,7 @@ class superquantile:
         if whole in (0, tail):  # below one sample the mean is the largest loss, whatever its fraction
             return Selection(top_indices(losses, max(1, whole)), n, n)
         indices = torch.sort(losses, descending=True, stable=True).indices[: whole + 1]
-        weights = torch.ones(whole + 1, dtype=losses.dtype, device=losses.device)
+        weights = torch.ones(whole + 1, dtype=torch.promote_types(losses.dtype, torch.float32), device=losses.device)
         weights[-1] = tail - whole
         return Selection(indices, n, n, weights, tail)
 
@@ -275,6 +198,7 @@ class percentile:
 
     beta: float = 2.0
     history: int = 1024
+    k_follows_losses: ClassVar[bool] = True
     _recent: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -323,20 +247,3 @@ class percentile_topk:
         chance[order] = torch.exp(min(1.0 / keep - 1.0, 1e300) * torch.log(rank / (n - 0.5)))
         drawn = torch.multinomial(chance, k, replacement=False, generator=generator)
         return Selection(drawn.to(losses.device), n, n)
-
-
-def select_valid(
-    rule: Rule, losses: Tensor, keep: float, mask: Tensor | None, generator: torch.Generator | None = None
-) -> Selection:
-    """Apply ``rule`` to the entries of ``losses`` (n,) where ``mask`` is True; indices refer to all n.
-
-    Entries left out (padding, ignored labels) count neither in the ranking nor in k. With nothing left the selection
-    is empty. A mask syncs the device, since k depends on how many entries it leaves.
-    """
-    if mask is None:
-        return rule(losses, keep, generator)
-    valid = mask.nonzero().squeeze(1)
-    if valid.shape[0] == 0:
-        return Selection(valid, losses.shape[0], 0)
-    chosen = rule(losses[valid], keep, generator)
-    return Selection(valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, chosen.normalizer)
