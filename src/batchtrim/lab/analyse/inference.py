@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["Moments", "detectable", "detectable_effect", "holm", "moments", "paired_t", "points", "wilcoxon"]
+__all__ = ["Moments", "detectable", "detectable_effect", "holm", "moments", "paired_t", "wilcoxon"]
 
 ALPHA = 0.05
 POWER = 0.80
@@ -131,11 +131,6 @@ def detectable_effect(n: int) -> float:
     while power(high) < 0:
         high *= 1.25
     return float(optimize.brentq(power, 1e-9, high, xtol=1e-9))  # type: ignore[arg-type]
-
-
-def points(value: float, digits: int = 2) -> str:
-    """A difference of errors in percentage points: 0.0123 is 1.23."""
-    return f"{100 * value:.{digits}f}"
 
 
 def _spread(data: np.ndarray) -> float:
