@@ -110,7 +110,7 @@ def test_reading_midway_changes_nothing():
 
 
 def test_thirty_two_bytes_a_sample():
-    assert sum(dtype.itemsize for dtype, _ in keeplog._COLUMNS.values()) <= 32
+    assert sum(dtype.itemsize for dtype, _ in keeplog.columns.COLUMNS.values()) <= 32
     log = KeepLog(1_000_000)
     assert sum(column.untyped_storage().nbytes() for column in log._columns.values()) < 64 * 2**20
 

@@ -91,28 +91,29 @@ def flat_gradient(model: Any) -> Tensor:
 
 
 def losses_of(model: Any, batch: dict[str, Tensor], task: str, unit: str) -> tuple[Tensor, Tensor]:
-    """A vector of losses of what there is to choose from, and how many that is."""
+    """The losses of what there is to choose from, (n,), and how many tokens each is the mean of, (n,)."""
     labels = batch["labels"]
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     if task == "sequence":
         losses = F.cross_entropy(logits, labels, reduction="none")
-        return losses, torch.tensor(len(losses))
+        return losses, torch.ones_like(losses)
     if task == "causal":
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     counted = labels != -100
-    vector = losses[counted] if unit == "element" else (losses * counted).sum(1) / counted.sum(1)
-    return vector, torch.tensor(len(vector))
+    if unit == "element":
+        return losses[counted], torch.ones_like(losses[counted])
+    return (losses * counted).sum(1) / counted.sum(1), counted.sum(1).float()
 
 
 def expected(model: Any, windows: list[list[dict[str, Tensor]]], task: str, options: dict[str, Any]) -> Tensor:
     """The loss of one optimizer step; ``windows[rank][micro]`` are batches."""
     unit, scope, over = (options.get(name, default) for name, default in DEFAULTS)
-    grid = [[losses_of(model, batch, task, unit)[0] for batch in window] for window in windows]
+    grid = [[torch.stack(losses_of(model, batch, task, unit)) for batch in window] for window in windows]
     if scope == "global":  # ranks side by side are one batch
-        grid = [[torch.cat(column) for column in zip(*grid, strict=True)]]
+        grid = [[torch.cat(column, 1) for column in zip(*grid, strict=True)]]
     if over == "window":
-        grid = [[torch.cat(row)] for row in grid]
+        grid = [[torch.cat(row, 1)] for row in grid]
     if not options.get("across", True):  # each rank by itself, then the mean over ranks
         return sum(_weighted([row], options) for row in grid) / len(grid)  # type: ignore[return-value]
     return _weighted(grid, options)
@@ -122,12 +123,13 @@ DEFAULTS = (("unit", "sample"), ("scope", "local"), ("over", "micro"))
 
 
 def _weighted(grid: list[list[Tensor]], options: dict[str, Any]) -> Tensor:
-    total = sum(len(losses) for row in grid for losses in row)
+    """The mean over the tokens of what is kept, each part by its share of all tokens."""
+    total = sum(counts.sum() for row in grid for _, counts in row)
     loss = torch.zeros(())
-    for losses in itertools.chain(*grid):
-        k = keep_count(KEEP, len(losses))
-        divisor = len(losses) if options.get("scale") == "batch" else k
-        loss = loss + len(losses) / total * losses.topk(k).values.sum() / divisor
+    for losses, counts in itertools.chain(*grid):
+        kept = losses.topk(keep_count(KEEP, len(losses))).indices
+        divisor = counts.sum() if options.get("scale") == "batch" else counts[kept].sum()
+        loss = loss + counts.sum() / total * (losses * counts)[kept].sum() / divisor
     return loss
 
 
@@ -165,6 +167,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sequence", {}),
     ("token", {"unit": "sample"}),
     ("token", {"unit": "element", "scale": "batch"}),
+    ("causal", {"unit": "sample", "scale": "batch", "over": "window"}),
+    ("causal", {"unit": "sample", "over": "window"}),
     ("causal", {"unit": "sample"}),
     ("causal", {"unit": "element"}),
     ("sequence", {"over": "window"}),
@@ -173,6 +177,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 RANK_CASES: list[tuple[str, dict[str, Any]]] = [
     ("sequence", {}),
     ("token", {"unit": "sample", "across": False}),
+    ("token", {"unit": "sample", "scope": "global", "scale": "batch"}),
     ("causal", {"unit": "element"}),
     ("causal", {"unit": "element", "scope": "global"}),
     ("causal", {"unit": "element", "scope": "global", "over": "window"}),

@@ -16,7 +16,7 @@ from hf_cases import CASES, Gradient, Recording, arguments, check, data, new_mod
 from transformers import Trainer, TrainerCallback
 
 import batchtrim
-from batchtrim.integrations.labels import count_labels, per_sample_loss, shares
+from batchtrim.integrations.labels import Counting, shares
 from batchtrim.integrations.transformers import TrimmedTrainer
 from launch import run_ranks
 
@@ -148,7 +148,7 @@ def test_resuming_equals_an_uninterrupted_run(over: str, tmp_path: Path) -> None
 def test_a_window_without_labels_changes_nothing(tmp_path: Path) -> None:
     """Nothing to choose from is a loss of 0, not of 0 / 0."""
     for over in ("micro", "window"):
-        weights = shares(torch.zeros(2, dtype=torch.int64), over, "local", True)
+        weights, _ = shares(torch.zeros(2, 2, dtype=torch.int64), over, "local", True)
         assert [weight.item() for weight in weights] == [0.0, 0.0]
     rows = data("token", 4)
     for row in rows:
@@ -213,29 +213,30 @@ def test_a_checkpoint_without_a_trimmer_warns(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     model, rows = new_model("sequence"), data("sequence", 5)
-    with pytest.raises(ValueError, match="expected no label smoothing by the Trainer"):
-        TrimmedTrainer(model=model, args=arguments(str(tmp_path), label_smoothing_factor=0.1), train_dataset=rows)
+    with pytest.raises(ValueError, match="expected `per_sample_loss` in place of `compute_loss_func`, got"):
+        TrimmedTrainer(model=model, args=arguments(str(tmp_path)), train_dataset=rows, compute_loss_func=summed)
+    with pytest.raises(ValueError, match="expected `over` 'micro' with an engine"):
+        TrimmedTrainer(model=model, args=arguments(str(tmp_path)), over="window", engine="exact")
+    with pytest.raises(ValueError, match="expected `engine` to be one of"):
+        TrimmedTrainer(model=model, args=arguments(str(tmp_path)), engine="fast")
+    with pytest.raises(ValueError, match="expected `unit` 'sample' with a `keep_log`"):
+        TrimmedTrainer(
+            model=model, args=arguments(str(tmp_path)), keep_log=batchtrim.KeepLog(5), trim_options={"unit": "element"}
+        )
     with pytest.raises(ValueError, match="expected `over` to be one of"):
         TrimmedTrainer(model=model, args=arguments(str(tmp_path)), over="batch")
     with pytest.raises(ValueError, match="A trainer does not know the training accuracy"):
         TrimmedTrainer(model=model, args=arguments(str(tmp_path)), keep=batchtrim.by_accuracy({0.0: 1.0, 0.8: 0.5}))
     with pytest.raises(ValueError, match="expected batches with a tensor `labels`"):
-        count_labels({"input_ids": torch.zeros(2)}, "sample")
+        Counting()({"input_ids": [0.0, 0.0]})
 
 
-def test_losses_by_the_form_of_the_labels() -> None:
-    draw = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 3, generator=draw)
-    several = torch.randint(0, 2, (4, 3), generator=draw).float()
-    found = per_sample_loss({"logits": logits}, several).values
-    torch.testing.assert_close(found.mean(), F.binary_cross_entropy_with_logits(logits, several))
-    found = per_sample_loss((logits[:, :1],), several[:, 0]).values
-    torch.testing.assert_close(found, (logits[:, 0] - several[:, 0]) ** 2)
+def test_counting() -> None:
     labels = torch.tensor([0, -100, 2, 1])
-    found = per_sample_loss({"logits": logits}, labels)
-    assert found.mask is not None
-    torch.testing.assert_close(found.values[found.mask].mean(), F.cross_entropy(logits, labels))
-    assert count_labels({"labels": labels}, "sample") == 3
+    assert Counting(-100)({"labels": labels}).tolist() == [3, 3]
+    assert Counting()({"labels": labels}).tolist() == [4, 4]
     tokens = torch.tensor([[1, -100, -100], [1, 2, -100]])
-    assert [int(count_labels({"labels": tokens}, unit, shift=True)) for unit in ("sample", "element")] == [1, 1]
-    assert [int(count_labels({"labels": tokens}, unit)) for unit in ("sample", "element")] == [2, 3]
+    assert Counting(-100, shift=1)({"labels": tokens}).tolist() == [1, 1]
+    assert Counting(-100)({"labels": tokens}).tolist() == [3, 2]
+    assert Counting(-100, entries=False)({"labels": tokens}).tolist() == [2, 2]
+    assert Counting()({"start_positions": torch.zeros(3), "labels_of_mine": tokens}).tolist() == [3, 3]

@@ -129,7 +129,7 @@ class SharedEngine:
             found.operators, found.flops, found.remembered = recorder.operators, recorder.flops, recorder.remembered
             found.batch = batch
             self._adopt(key, found)
-        return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
+        return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection, engine=self.name)
 
     def _operator_to_prove(self, plan: Plan | None) -> int:
         if plan is None or plan.used % self.prove_every:

@@ -1,79 +1,129 @@
-"""What a Hugging Face batch trains on, told by the form of its labels, and what it weighs in an optimizer step.
+"""What a Hugging Face batch trains on, and what it weighs in an optimizer step.
 
-Legend: B batch, T tokens, C classes, M micro-batches in a window (one optimizer step), R ranks.
+Legend: B batch, T tokens, M micro-batches in a window (one optimizer step), R ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from batchtrim.distributed import sum_over_ranks, world_size
-from batchtrim.losses import Losses, flatten, token_losses
+from batchtrim.integrations.decompose import Found
+from batchtrim.integrations.rows import shift_of
+from batchtrim.losses import Losses, flatten
+from batchtrim.unreduced import divisors
 
-__all__ = ["count_labels", "per_sample_loss", "plain_mean", "shares"]
+__all__ = ["Counting", "counting_of", "counting_of_own", "labels_of", "loss_of", "plain_sums", "shares", "tensors_in"]
 
-_IGNORED = -100
+_SPANS = ("start_positions", "end_positions")
 
 
-def per_sample_loss(outputs: Any, labels: Tensor, *, shift: bool = False) -> Losses:
-    """Un-reduced losses of a model's output; labels of -100 do not count.
+def loss_of(outputs: Any) -> Any:
+    """Return the loss in a model's outputs, as the Trainer takes it."""
+    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
 
-    Args:
-        outputs: with ``logits`` (B, C) or (B, T, C).
-        labels: int64 (B,): cross-entropy of each sample; (B, T): of each token. Floating point (B,) or (B, 1):
-            squared error; (B, C): binary cross-entropy, mean over C.
-        shift: logits at t predict the label at t + 1 (causal language models).
+
+def labels_of(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> list[Tensor]:
+    """Return the labels of a batch: what is among ``names`` or is called so, and without any all of its tensors."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+    labels = [value for name, value in tensors.items() if name in names or "label" in name or name in _SPANS]
+    return labels or list(tensors.values())
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How many entries and samples of a batch there are to choose from, told by its labels.
+
+    Attributes:
+        ignored: the label that does not count; None where every sample counts as one.
+        shift: how many labels at the start of a sample are never predicted. entries: False counts a sample as one
+            entry.
     """
-    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-    if labels.dtype.is_floating_point:
-        wrong = F.mse_loss if labels.numel() == len(labels) else F.binary_cross_entropy_with_logits
-        return Losses(wrong(logits.float(), labels.float().view_as(logits), reduction="none").flatten(1).mean(1))
-    if labels.ndim > 1:
-        return token_losses(logits, labels, shift=shift)
-    return Losses(F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=_IGNORED), labels != _IGNORED)
+
+    ignored: int | None = None
+    shift: int = 0
+    entries: bool = True
+
+    def __call__(self, batch: Mapping[str, Any], names: Sequence[str] = ()) -> Tensor:
+        """Return (2,) int64: entries that count, and samples that have any."""
+        labels = labels_of(batch, names)
+        if not labels:
+            raise ValueError(f"expected batches with a tensor `labels`, got keys {sorted(batch)}. Name the labels so.")
+        first = labels[0]
+        if self.ignored is None or first.is_floating_point():
+            return torch.tensor([len(first), len(first)], device=first.device)
+        counted = (first != self.ignored).reshape(len(first), -1)[:, self.shift if first.ndim > 1 else 0 :]
+        samples = counted.any(1).sum()
+        return torch.stack([counted.sum() if self.entries else samples, samples])
 
 
-def plain_mean(losses: Losses) -> Tensor:
-    """0-d: the mean over all samples or tokens that count, and 0 where none does."""
-    values, mask, _ = flatten(losses, "element")
-    return values.mean() if mask is None else values[mask].sum() / mask.sum().clamp(min=1)
+def counting_of(found: Found, labels: Sequence[Tensor]) -> Counting:
+    """Return how to count the batches of a model, from the losses found in one of them."""
+    call, first = found.call, labels[0]
+    shift = shift_of(call, first)
+    if call.counted is None or call.weights is not None or found.terms > 1 or shift is None:
+        return Counting()
+    return Counting(call.ignored, shift)
 
 
-def count_labels(batch: Any, unit: str, *, shift: bool = False) -> Tensor:
-    """0-d int64: how many samples or tokens of a batch there are to choose from."""
-    labels = batch["labels"] if "labels" in batch else None  # noqa: SIM401  (a BatchEncoding's get is no dict's)
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"expected batches with a tensor `labels`, got keys {sorted(batch)}. Name the labels so.")
-    if labels.dtype.is_floating_point:
-        return torch.tensor(len(labels))
-    counted = (labels[..., 1:] if shift else labels) != _IGNORED
-    return (counted.flatten(1).any(1) if labels.ndim > 1 and unit == "sample" else counted).sum()
+def counting_of_own(losses: Losses, batch: Mapping[str, Any], unit: str, names: Sequence[str]) -> Counting:
+    """Return how to count for losses that are not the model's: labels of -100 do not, and a shift shows in the number."""
+    there = losses.values.numel() if losses.mask is None else int(losses.mask.sum())
+    for shift in (0, 1):
+        if int(Counting(-100, shift)(batch, names)[0]) == there:
+            return Counting(-100, shift, entries=unit == "element")
+    return Counting(-100, entries=unit == "element")
 
 
-def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:
+def plain_sums(losses: Losses) -> Tensor:
+    """Return (2,): the sum of all losses that count and what it is divided by: their number, or their weights."""
+    flat = flatten(losses, losses.unit or "element")
+    values = flat.values if flat.counts is None else flat.values * flat.counts
+    counts = divisors(flat)
+    counts = torch.ones_like(values) if counts is None else counts
+    if flat.mask is not None:
+        values, counts = values[flat.mask], counts[flat.mask]
+    return torch.stack([values.sum(), counts.sum()])
+
+
+def shares(counts: Tensor, over: str, scope: str, across: bool) -> tuple[list[Tensor], Tensor]:
     """What the loss of each micro-batch is multiplied by: the Trainer adds them up and averages over R ranks.
 
     ``R * n_m / N``, n_m of N in the windows of all ranks; with scope "global", whose loss is that of all ranks already,
     ``sum_r(n_rm) / N``; and where the whole window is chosen from, its sum in place of n_m.
 
     Args:
-        counts: (M,), n_m: what :func:`count_labels` says of this rank's micro-batches. over: "micro" or "window".
+        counts: (M, 2), n_m and the samples in it: what :class:`Counting` says of this rank's micro-batches.
+        over: "micro" or "window".
         across: False where a rank is to weigh the same whatever it holds: N is its own then, and R is 1.
+
+    Returns:
+        M factors, and 0-d: how many entries a sample has, in the mean over all that are chosen from together.
 
     Raises:
         RanksDisagree: ranks chosen from together have another M, or a rank does not come.
     """
     micro_batches = len(counts)
     if over == "window":
-        counts = counts.sum()[None]
+        counts = counts.sum(0, keepdim=True)
     if scope == "global":
         counts = sum_over_ranks(counts, "number of micro-batches")
-    total, ranks = counts.sum()[None], 1
+    entries, samples = counts.unbind(1)
+    mean = entries.sum() / samples.sum().clamp(min=1)
+    total, ranks = entries.sum()[None], 1
     if scope == "local" and across:
         total, ranks = sum_over_ranks(total, "number of totals"), world_size()
-    return list((ranks * counts / total.clamp(min=1)).expand(micro_batches))  # nothing to train on: 0, not NaN
+    return list((ranks * entries / total.clamp(min=1)).expand(micro_batches)), mean  # nothing to train on: 0, not NaN
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in nested mappings, lists and tuples that have a dimension."""
+    if isinstance(value, Tensor):
+        return [value] if value.ndim else []
+    held = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in held for tensor in tensors_in(item)]

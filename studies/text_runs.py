@@ -1,6 +1,6 @@
 """Does trimming help on text: TREC's question kinds, a small transformer, through the Hugging Face Trainer.
 
-    python -m benchmarks.text_runs records/2026-11-24-trec/config.toml --out runs/trec [--data-dir DIR]
+    python -m studies.text_runs records/2026-11-24-trec/config.toml --out runs/trec [--data-dir DIR]
 
 Writes rows as the lab does, so that ``batchtrim report`` and ``batchtrim claims`` read them. The same command goes on
 where it stopped; started twice at once, the two share the work. ``full`` is the Trainer itself, with nothing of ours.

@@ -1,0 +1,152 @@
+"""Record the loss functions that somebody else's code calls, without changing that code.
+
+A model's ``forward`` or a module's ``training_step`` returns one number. :class:`Recorder` is a
+``torch.overrides.TorchFunctionMode``: while it is entered, and no longer, every call of a loss function of
+``torch.nn.functional`` passes through it, also those that ``nn.CrossEntropyLoss()`` and its like make. The caller gets
+the value it would have got, cut off from the graph. The un-reduced losses are kept, with their graph. Differentiating
+the returned number by these values then tells what each loss contributes to it:
+:func:`batchtrim.integrations.parts.parts_of`.
+
+Legend: L the returned number, u_j un-reduced losses, r the reduced value the caller got, D its divisor.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Call", "NotFound", "Part", "Recorder"]
+
+_CLASSES = (F.cross_entropy, F.nll_loss)  # divide by the targets that count, weighted
+_ENTRIES = (  # divide by all entries
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
+    F.kl_div, F.soft_margin_loss, F.multilabel_soft_margin_loss, F.poisson_nll_loss,
+)  # fmt: skip
+_SIGNATURES = {function: inspect.signature(function) for function in (*_CLASSES, *_ENTRIES)}
+_WEIGHTED_MEAN = (F.mse_loss, F.l1_loss, F.huber_loss)  # with `weight`, which newer torch has, a mean of another kind
+
+
+class NotFound(ValueError):
+    """The un-reduced losses behind a number were not found; the text says why."""
+
+
+@dataclass
+class Call:
+    """One call of a loss function.
+
+    Attributes:
+        name: of the function. values: un-reduced, in float32 at least, with a graph. leaf: what the caller got.
+        target: what it was called with. counted: bool, shape of ``values``; None where every entry counts.
+        weights: class weights already in ``values``, shape of ``values``, 0 where nothing counts; None without.
+        divisor: D, where ``leaf`` is ``sum(values) / D``; None where ``leaf`` is un-reduced.
+        own: makes the caller's own call again.
+    """
+
+    name: str
+    values: Tensor
+    leaf: Tensor
+    target: Tensor
+    ignored: int | None
+    counted: Tensor | None
+    weights: Tensor | None
+    divisor: Tensor | None
+    own: Callable[[], Tensor]
+
+
+@dataclass
+class Part:
+    """What one call contributes to L: ``L = sum over parts of sum_j(values_j / divisor)``.
+
+    Attributes:
+        values: the call's, times the factor they go into L with. weights: what is to be counted, or None for ones.
+    """
+
+    call: Call
+    values: Tensor
+    counted: Tensor | None
+    weights: Tensor | None
+    divisor: Tensor
+
+
+class Recorder(TorchFunctionMode):
+    """While entered, records calls of loss functions; see the module's docstring. Thread-local, undone on exit.
+
+    Args:
+        smoothing: label smoothing to add to every cross-entropy with class targets that has none.
+    """
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+        self.calls: list[Call] = []
+
+    def __enter__(self) -> Recorder:
+        self._grad = torch.is_grad_enabled()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        torch.set_grad_enabled(self._grad)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _SIGNATURES:
+            return func(*args, **(kwargs or {}))
+        return self._record(func, args, kwargs or {})
+
+    @torch.compiler.disable
+    def _record(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+        bound = _SIGNATURES[function].bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        if function in _WEIGHTED_MEAN and given.get("weight") is not None:
+            return function(*args, **kwargs)
+        if given.get("size_average") is not None or given.get("reduce") is not None:
+            given["reduction"] = _reduction.legacy_get_string(given.pop("size_average"), given.pop("reduce"), False)
+        of_classes = function in _CLASSES and not given["target"].is_floating_point()
+        if self.smoothing and function is F.cross_entropy and of_classes and not given["label_smoothing"]:
+            given["label_smoothing"] = self.smoothing
+        values = function(**{**given, "reduction": "none"})
+        dtype = values.dtype
+        values = values.float() if dtype in (torch.float16, torch.bfloat16) else values
+        counted, weights = _entries(given, values) if of_classes else (None, None)
+        divisor = _divisor(given["reduction"], values, counted, weights)
+        plain = values.detach()
+        leaf = (plain if divisor is None else plain.sum() / divisor).to(dtype, copy=True)
+        torch.set_grad_enabled(True)  # what follows is told by its graph, in a pass without one too
+        target, ignored = given["target"], given.get("ignore_index") if of_classes else None
+        leaf.requires_grad_()
+        own = functools.partial(function, **given)
+        self.calls.append(Call(function.__name__, values, leaf, target, ignored, counted, weights, divisor, own))
+        return leaf
+
+
+def _entries(given: Any, values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Which entries of class targets count, and their class weights."""
+    target, weight = given["target"], given["weight"]
+    counted = target != given["ignore_index"]
+    if weight is None:
+        return counted, None
+    weights = weight.to(values.dtype)[torch.where(counted, target, torch.zeros_like(target))]
+    return counted, torch.where(counted, weights, torch.zeros_like(weights))
+
+
+def _divisor(reduction: str, values: Tensor, counted: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    if reduction == "none":
+        return None
+    if reduction == "sum":
+        return values.new_ones(())
+    if reduction == "batchmean":
+        return values.new_tensor(values.shape[0])
+    counts = counted if weights is None else weights
+    total = values.new_tensor(values.numel()) if counts is None else counts.sum().to(values.dtype)
+    return torch.where(total == 0, torch.ones_like(total), total)

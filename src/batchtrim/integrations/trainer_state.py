@@ -1,0 +1,89 @@
+"""What a ``TrimmedTrainer`` keeps beside its checkpoints, and which arguments it refuses."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from batchtrim._checks import check_choice, describe
+from batchtrim.engine.forward import ENGINES
+from batchtrim.integrations import build, load_state, total_of
+from batchtrim.keeplog import KeepLog
+
+__all__ = ["StateKeeper", "check_arguments"]
+
+
+def check_arguments(
+    compute_loss_func: Any, over: str, engine: str | None, options: Mapping[str, Any], keep_log: Any
+) -> None:
+    """Refuse arguments of a TrimmedTrainer that do not go together."""
+    if compute_loss_func is not None:
+        raise ValueError(
+            f"expected `per_sample_loss` in place of `compute_loss_func`, got {describe(compute_loss_func)}. "
+            "There is nothing to choose from in the one number that it returns: give "
+            "per_sample_loss=(outputs, labels) -> un-reduced losses, such as "
+            "lambda outputs, labels: F.cross_entropy(outputs.logits, labels, reduction='none')."
+        )
+    if engine is not None:
+        check_choice("engine", engine, ENGINES)
+        if over == "window":
+            raise ValueError(
+                f"expected `over` 'micro' with an engine, got 'window' and {engine!r}. "
+                "A window is chosen from in a pass of its own: leave `engine` out."
+            )
+    if keep_log is not None and not isinstance(keep_log, KeepLog):
+        raise TypeError(f"expected `keep_log` to be a batchtrim.KeepLog, got {describe(keep_log)}.")
+    if keep_log is not None and options.get("unit", "sample") != "sample":
+        raise ValueError("expected `unit` 'sample' with a `keep_log`, got 'element'. It counts whole samples.")
+
+
+class StateKeeper(TrainerCallback):
+    """Makes the trimmer when training starts and keeps its state beside the checkpoint, one file a rank."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def _path(self, folder: str) -> str:
+        return os.path.join(folder, f"trimmer_{self.trainer.args.process_index}.pt")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        endless = state.num_train_epochs > state.max_steps  # a data set without a length
+        total = total_of(trainer.clock, None if endless else state.num_train_epochs, state.max_steps)
+        trainer.trim = build(trainer.keep, total, trainer.trim_options)
+        trainer.losses.start_training()
+        trainer.accelerator.gradient_accumulation_steps = 1  # transformers 5.3 has it divide what is divided already
+        if trainer._checkpoint is None:
+            return
+        path = self._path(trainer._checkpoint)
+        if os.path.isfile(path):
+            self._load(torch.load(path, weights_only=True))
+        else:  # saved without trimming, or on fewer ranks
+            warnings.warn(f"{path} is missing: only the clock goes on, generators and statistics do not", stacklevel=2)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        trainer = self.trainer
+        log = state.pop("keep_log", None)
+        load_state(trainer.trim, state, trainer.resume_length, "TrimmedTrainer", trainer.clock)
+        if trainer.keep_log is not None and log is not None:
+            trainer.keep_log.load_state_dict(log)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.keep_log is not None:
+            self.trainer.keep_log.end_epoch()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if trainer.trim is None or not os.path.isdir(folder):
+            return
+        saved = trainer.trim.state_dict()
+        if trainer.keep_log is not None:
+            saved["keep_log"] = trainer.keep_log.state_dict()
+        torch.save(saved, self._path(folder))

@@ -1,0 +1,222 @@
+"""Is the loss that TrimmedTrainer finds the model's own? Over the model classes of transformers that take labels.
+
+    python studies/hf_losses.py                          # all: about 10 minutes, results to stdout
+    python studies/hf_losses.py --family ForCausalLM --only gpt2 llama
+    python studies/hf_losses.py --out records/2026-11-25-hf-losses
+
+Every class is made with a tiny random configuration and given one batch of 4, with padding and ignored labels where
+its task knows them. Then, under the same dropout:
+
+* the loss of ``batchtrim.integrations.decompose.LossFinder`` with everything kept, and its gradient, against
+  ``model(**batch).loss`` and its gradient, in training mode, for ``unit="sample"`` and ``"element"``;
+* each sample's own loss against the model's loss of a batch of that sample alone, in evaluation mode.
+
+Ends in "equal", "refused" (batchtrim says that it cannot, and why), "different" (what must not be), or "not run" (the
+plain model does not run with the tiny configuration; that says nothing about batchtrim).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import re
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from hf_models import FAMILIES, Family, tiny_config
+from torch import Tensor, nn
+
+from batchtrim import Trimmer
+from batchtrim.integrations.decompose import LossFinder
+from batchtrim.integrations.intercept import NotFound
+from batchtrim.integrations.labels import labels_of, loss_of
+
+PARAMETERS = 5_000_000  # above that a configuration did not come out tiny
+SECONDS = 60
+BATCH = 4
+
+
+class TooLong(Exception):
+    pass
+
+
+def make(family: Family, kind: str, name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A tiny model of a class, and a batch."""
+    torch.manual_seed(0)
+    config = tiny_config(kind, family.labels)
+    for key, value in options.items():
+        setattr(config, key, value)
+    model_class = getattr(transformers, name)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
+    if size > PARAMETERS:
+        raise ValueError(f"{size} parameters")
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # heads that start at zero, norms at one
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model, family.batch(BATCH, config)
+
+
+def seed() -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)  # SpecAugment
+    random.seed(1)
+
+
+def gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def find(model: nn.Module, batch: dict[str, Tensor], unit: str) -> Any:
+    labels = labels_of(batch)
+    return LossFinder(unit)(lambda: model(**batch), loss_of, len(labels[0]), labels)
+
+
+def verdict(model: nn.Module, batch: dict[str, Tensor], unit: str) -> str:
+    """equal, or what differs."""
+    trim = Trimmer(1.0, unit=unit)
+    model.train()
+    seed()
+    plain = loss_of(model(**batch))
+    expected = gradient(model, plain)
+    seed()
+    if not torch.equal(loss_of(model(**batch)), plain):
+        return "not run: it draws from a generator that cannot be set"
+    seed()
+    found = find(model, batch, unit)
+    loss = trim(found.losses, rank_by=found.scores)
+    if not torch.allclose(loss, plain, rtol=1e-4, atol=1e-5):
+        return f"different: {loss.item():.6g} for {plain.item():.6g}"
+    got = gradient(model, loss)
+    if got.shape != expected.shape or (got - expected).norm() > 1e-3 * expected.norm() + 1e-7:
+        return "different: the gradient"
+    if unit == "sample" and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return rows_verdict(model.eval(), batch)
+    return "equal"
+
+
+@torch.no_grad()
+def rows_verdict(model: nn.Module, batch: dict[str, Tensor]) -> str:
+    found = find(model, batch, "sample")
+    each = found.losses.values if found.scores is None else found.scores
+    for row in range(BATCH):
+        if found.losses.mask is not None and not found.losses.mask[row]:
+            continue
+        outputs = model(**{name: tensor[row : row + 1] for name, tensor in batch.items()})
+        alone = loss_of(outputs)
+        if not _as_in_batch(found.outputs, outputs, row):
+            continue  # the model itself says something else of a sample alone
+        if alone.isfinite() and not torch.allclose(each[row], alone, rtol=2e-3, atol=1e-4):
+            return f"different: sample {row} has {each[row].item():.6g} for {alone.item():.6g}"
+    return "equal"
+
+
+def _as_in_batch(together: Any, alone: Any, row: int) -> bool:
+    pairs = [(together.get(name), alone.get(name)) for name in ("logits", "start_logits", "prediction_logits")]
+    return all(torch.allclose(a[row], b[0], rtol=1e-3, atol=1e-4) for a, b in pairs if a is not None and b is not None)
+
+
+def judged(family: Family, kind: str, name: str, options: dict[str, Any], compiled: bool = False) -> tuple[str, str]:
+    """The verdict, and its reason where it is not "equal"."""
+    signal.alarm(SECONDS)
+    try:
+        model, batch = make(family, kind, name, options)
+        plain = loss_of(model.train()(**batch))
+        if plain is None or not plain.isfinite() or not plain.requires_grad:
+            return "not run", "no loss of the labels"
+        plain.backward()
+    except Exception as error:  # whatever a model does with a configuration that is not its own
+        return "not run", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150]
+    finally:
+        signal.alarm(0)
+    signal.alarm(SECONDS)
+    try:
+        if compiled:
+            model = torch.compile(model, backend="eager")  # type: ignore[assignment]
+        found = {unit: _or_refused(model, batch, unit) for unit in ("sample", "element")}
+        if found["sample"].startswith("not run"):
+            return "not run", found["sample"].partition(": ")[2]
+        different = next((each for each in found.values() if each.startswith("different")), None)
+        worst = different or found["sample"]
+        note = (
+            f"unit='element' {found['element']}" if worst == "equal" != found["element"] else worst.partition(": ")[2]
+        )
+        return worst.partition(":")[0], note
+    except TooLong:
+        return "not run", "too long"
+    except Exception as error:
+        return "different", f"{type(error).__name__}: {error}"[:300]
+    finally:
+        signal.alarm(0)
+
+
+def _or_refused(model: nn.Module, batch: dict[str, Tensor], unit: str) -> str:
+    try:
+        return verdict(model, batch, unit)
+    except NotFound as refused:
+        return f"refused: {refused}"
+
+
+def cases(families: list[str], only: list[str]) -> Iterator[tuple[str, Family, str, str, dict[str, Any]]]:
+    for label, family in FAMILIES.items():
+        if families and label not in families:
+            continue
+        for kind, name in family.classes():
+            if only and kind not in only:
+                continue
+            if hasattr(transformers, name):
+                yield label, family, kind, name, family.options
+
+
+def _alarm(*_: Any) -> None:
+    raise TooLong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--family", nargs="*", default=[], help=", ".join(FAMILIES))
+    parser.add_argument("--only", nargs="*", default=[], help="model types such as gpt2")
+    parser.add_argument("--compiled", action="store_true", help="every model through torch.compile(backend='eager')")
+    parser.add_argument("--out", type=Path, help="a folder for results.tsv")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGALRM, _alarm)
+    lines: list[tuple[str, ...]] = []
+    for label, family, kind, name, extra in cases(options.family, options.only):
+        result, reason = judged(family, kind, name, extra, options.compiled)
+        lines.append((label, kind, name, result, re.sub(r"\s+", " ", reason)))
+        print("\t".join(lines[-1]), flush=True)
+    counts = {label: Counter(line[3] for line in lines if line[0] == label) for label in FAMILIES}
+    columns = ("equal", "refused", "different", "not run")
+    table = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    table += [
+        f"| {label} | " + " | ".join(str(found[each]) for each in columns) + " |"
+        for label, found in counts.items()
+        if found
+    ]
+    whole: Counter[str] = sum(counts.values(), Counter())
+    table.append("| all | " + " | ".join(str(whole[each]) for each in columns) + " |")
+    print("\n".join(table), file=sys.stderr)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = ["family\tmodel type\tclass\tresult\treason", *("\t".join(line) for line in lines)]
+        (options.out / "results.tsv").write_text("\n".join(text) + "\n")
+        (options.out / "table.md").write_text("\n".join(table) + "\n")
+    return 1 if whole["different"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
