@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks import timing
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 import batchtrim
 from batchtrim.lab.run.config import RunConfig
-from benchmarks import timing
 from studies import recorded
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import timing
 
 import batchtrim
 from batchtrim import noise
 from batchtrim.lab.run.config import RunConfig
-from benchmarks import timing
 from studies import recorded
 
 # data set, network, its width, label noise

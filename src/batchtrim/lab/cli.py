@@ -143,6 +143,10 @@ def report_command(
         from batchtrim.lab import records
 
         rows = records.read_results(folder)
+        if place := records.torn(folder):
+            typer.echo(
+                f"note: {place} is a piece of a run, left out. A machine may have gone down while it wrote.", err=True
+            )
         with _fitting("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
