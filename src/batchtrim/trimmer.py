@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,30 +16,27 @@ from batchtrim._checks import (
     check_count,
     check_like,
     check_losses,
-    check_progress,
     check_rule,
-    check_schedule_output,
     check_state,
     describe,
 )
 from batchtrim._deprecated import record_as_before, trimmer_log
 from batchtrim.choice import Choice
+from batchtrim.clock import Clock
 from batchtrim.distributed import select_over_ranks, world_size
-from batchtrim.errors import ChooseLength, ClockPastTotal
-from batchtrim.losses import UNITS, Losses, flatten
-from batchtrim.reduction import SCALES, reduce, reduce_mask
-from batchtrim.schedules import as_schedule, linear, progress_at
+from batchtrim.errors import NothingToChoose
+from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
+from batchtrim.schedules import as_schedule, linear
 from batchtrim.selection import Rule, Selection, hardest, select_valid
 from batchtrim.stats import KeepStats
+from batchtrim.unreduced import UNITS, Losses, divisors, flatten
 
 __all__ = ["Trimmer"]
 
 _STATE_VERSION = 1
 SCOPES = ("local", "global")
-# How to go on from a state that was saved with another total.
-LENGTHS = ("stretch", "saved")
-# A schedule is asked at up to this many points when the trimmer is made, so that a fault is found before training.
-_PROBE_POINTS = 1001
+# So many batches of one sample in a row are no chance: the last batch of an epoch may be one.
+_SINGLE_ROWS = 3
 
 
 class Trimmer:
@@ -60,8 +58,8 @@ class Trimmer:
         scale: "kept" divides by the number kept (the paper); "batch" divides by the batch size, which leaves a
             sample's weight what it is in plain training. The mean of the hardest k has a larger gradient than the mean
             of all: ``stats`` reports the ratio of the losses.
-        unit: "sample" averages losses of shape (B, ...) over all but the batch first, "element" chooses among all
-            entries (tokens, pixels).
+        unit: "sample" ranks losses of shape (B, ...) by each sample's mean over what counts, "element" chooses among
+            all entries (tokens, pixels). Either way keep 1 gives the criterion's own value.
         scope: "local" trims what this process holds; "global" chooses from the joined batch of all ranks, with their
             loss and gradient under DDP and FSDP; see :mod:`batchtrim.distributed`. Statistics are then those of the
             joined batch, and a rank without samples calls with losses of shape (0,).
@@ -99,8 +97,8 @@ class Trimmer:
         seed: int = 0,
         log: Any = None,  # deprecated
     ) -> None:
-        self.schedule = as_schedule(keep)
-        if total is None and getattr(self.schedule, "needs_total", True):
+        schedule = as_schedule(keep)
+        if total is None and getattr(schedule, "needs_total", True):
             raise ValueError(
                 "expected `total`, the number of times step() will be called, got None. "
                 "Pass the number of epochs (and call step() once an epoch) or of batches (once a batch); "
@@ -108,7 +106,8 @@ class Trimmer:
             )
         check_rule("select", select)
         hint = "If the length of training is unknown (-1), count batches instead, or pass a constant keep."
-        self.total = None if total is None else check_count("total", total, hint=hint)
+        total = None if total is None else check_count("total", total, hint=hint)
+        self._clock = Clock(schedule, total)
         self.rule = select
         self.scale = check_choice("scale", scale, SCALES)
         self.unit = check_choice("unit", unit, UNITS)
@@ -123,19 +122,15 @@ class Trimmer:
         self.log = trimmer_log(log, self.unit)
         self.stats = KeepStats()
         self.last: Choice | None = None
-        self._steps = 0
-        self._accuracy = 0.0
-        self._overrun_told = False
+        self._single_rows = 0
         # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
-        self._keep_tensor = torch.ones((), dtype=torch.float64)
-        self._probe()
-        self._set_keep()
+        self._keep_tensor = torch.tensor(self._clock.keep, dtype=torch.float64)
 
     def __call__(
         self,
         losses: Tensor | Losses,
         *,
-        rank_by: Tensor | None = None,
+        rank_by: Tensor | Losses | None = None,
         mask: Tensor | None = None,
         **logged: Any,
     ) -> Tensor:
@@ -143,9 +138,9 @@ class Trimmer:
 
         Args:
             losses: (B,) or (B, ...), one loss per sample or entry, floating point, not reduced. Gradient is not
-                needed: a validation loop may call this too. Or what :class:`batchtrim.per_sample` returned.
-            rank_by: shape of ``losses``: rank by these and train on ``losses``. For label smoothing, mixup and class
-                weights, which all change the ranking.
+                needed: a validation loop may call this too. Or what :class:`batchtrim.per_sample` returned, or a sum.
+            rank_by: shape of ``losses``, or what another ``per_sample`` returned: rank by these, per sample by their
+                plain mean, and train on ``losses``. For label smoothing, mixup and class weights.
             mask: bool, shape of ``losses``: False where an entry does not count (padding, ignored labels).
             logged: deprecated: ``ids``, ``outputs`` and ``labels``, which :meth:`batchtrim.KeepLog.record` takes.
 
@@ -161,25 +156,29 @@ class Trimmer:
             No device sync, unless a mask is given or the rule's k depends on the losses. A drop-in for one full
             graph: dropped samples still cost their backward; :class:`batchtrim.TrimmedForward` saves that.
         """
-        values, scores, mask, weights = self._flatten(losses, rank_by, mask)
+        flat, scores = self._flatten(losses, rank_by, mask)
         if torch.compiler.is_compiling() and self.scope == "local" and hasattr(self.rule, "compiled_mask"):
-            return self._compiled(values, scores, mask, weights)
-        selection = self._choose(values, scores, mask, weights)
+            return self._compiled(flat, scores)
+        selection = self._choose(flat, scores)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim")
-        return reduce(values, selection, self.scale, weights)
+        if flat.terms:
+            return reduce_terms(flat, selection, self.scale)
+        return reduce(flat.values, selection, self.scale, flat.weights)
 
     def select(
         self,
         losses: Tensor | Losses,
         *,
-        rank_by: Tensor | None = None,
+        rank_by: Tensor | Losses | None = None,
         mask: Tensor | None = None,
         **logged: Any,
     ) -> Selection:
         """Only choose, as :meth:`__call__` would, and count it in ``stats``. :func:`batchtrim.reduce` does the rest."""
-        values, scores, mask, weights = self._flatten(losses, rank_by, mask)
-        selection = self._choose(values, scores, mask, weights)
+        flat, scores = self._flatten(losses, rank_by, mask)
+        if flat.terms:
+            raise ValueError(f"expected `losses` with one divisor, got {SUM_OF_TERMS}")
+        selection = self._choose(flat, scores)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim.select")
         return selection
@@ -194,15 +193,8 @@ class Trimmer:
         Args:
             n: by how many. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
         """
-        n = check_count("n", n, minimum=0)
-        if accuracy is not None:
-            self._accuracy = check_progress("accuracy", accuracy)
-        elif self._reads_accuracy:
-            raise ValueError("expected `accuracy`, which drives this schedule, got None. Call step(accuracy=...).")
-        self._steps += n
-        self._set_keep()
-        if self.total is not None and self._steps > self.total and not self._overrun_told:
-            self._tell_overrun()
+        self._clock.step(n, accuracy)
+        self._keep_tensor.fill_(self._clock.keep)
 
     @property
     def last_selection(self) -> Selection | None:
@@ -217,24 +209,34 @@ class Trimmer:
         kept of the last batch. Engines decide by it whether a smaller backward will pay.
         """
         if not getattr(self.rule, "k_follows_losses", False):
-            return self._keep
+            return self.keep
         selection = self.last_selection
-        return selection.k / selection.candidates if selection is not None and selection.candidates else self._keep
+        return selection.k / selection.candidates if selection is not None and selection.candidates else self.keep
+
+    @property
+    def schedule(self) -> Callable[[float], float]:
+        """The keep schedule."""
+        return self._clock.schedule
+
+    @property
+    def total(self) -> int | None:
+        """How many steps the schedule spans; that of a saved run where its length was kept."""
+        return self._clock.total
 
     @property
     def steps(self) -> int:
         """How often :meth:`step` has been called."""
-        return self._steps
+        return self._clock.steps
 
     @property
     def progress(self) -> float:
         """The part of training that is done, in [0, 1]; 0 where ``total`` is 1 or unknown."""
-        return progress_at(self._steps, self.total)
+        return self._clock.progress
 
     @property
     def keep(self) -> float:
         """The keep fraction in force, in (0, 1]."""
-        return self._keep
+        return self._clock.keep
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, generator, statistics, and the rule's own state where it has one.
@@ -244,9 +246,9 @@ class Trimmer:
         """
         state: dict[str, Any] = {
             "version": _STATE_VERSION,
-            "steps": self._steps,
+            "steps": self.steps,
             "total": self.total,
-            "accuracy": self._accuracy,
+            "accuracy": self._clock.accuracy,
             "generator": self.generator.get_state(),
             "stats": self.stats.state_dict(),
         }
@@ -288,9 +290,7 @@ class Trimmer:
                 f"expected `state` of version {_STATE_VERSION}, got {describe(state['version'])}. "
                 "It was saved by something else, or by another release of batchtrim."
             )
-        steps = check_count("state['steps']", state["steps"], minimum=0)
-        total = self._resumed_total(steps, state["total"], length)
-        accuracy = check_progress("state['accuracy']", state["accuracy"])
+        clock = self._clock.resumed(state["steps"], state["accuracy"], state["total"], length)
         drawn = state["generator"]
         if not (
             isinstance(drawn, Tensor) and drawn.dtype == torch.uint8 and drawn.shape == self.generator.get_state().shape
@@ -305,145 +305,95 @@ class Trimmer:
             self.rule.load_state_dict(state["rule"])  # type: ignore[attr-defined]
         if self.log is not None and "log" in state:
             self.log.load_state_dict(state["log"])
-        self._steps, self._accuracy = steps, accuracy
-        # whoever keeps the saved length knows that this training goes on beyond it
-        self._overrun_told = length == "saved" and total != self.total
-        self.total = total
+        self._clock = clock
         self.generator.set_state(drawn.cpu())
-        self._set_keep()
+        self._keep_tensor.fill_(clock.keep)
 
     def __repr__(self) -> str:
         parts = [f"keep={self.schedule!r}", f"total={self.total}", f"select={self.rule!r}"]
         parts += [f"scale={self.scale!r}"] if self.scale != "kept" else []
         parts += [f"unit={self.unit!r}"] if self.unit != "sample" else []
         parts += [f"scope={self.scope!r}"] if self.scope != "local" else []
-        return f"Trimmer({', '.join(parts)}, at step {self._steps}, keeping {self._keep:.4g})"
-
-    @property
-    def _reads_accuracy(self) -> bool:
-        return getattr(self.schedule, "reads", "progress") == "accuracy"
-
-    def _moves(self, *totals: int | None) -> bool:
-        """Whether the keep fraction changes with progress, over trainings of these lengths."""
-        if not getattr(self.schedule, "needs_total", True):
-            return False
-        return len({self._ask(at) for total in totals for at in _probe_points(total)}) > 1
-
-    def _tell_overrun(self) -> None:
-        self._overrun_told = True
-        if self._moves(self.total):
-            warnings.warn(
-                f"expected at most total={self.total} calls of step(), got {self._steps}. The schedule is over, and "
-                f"{self._keep:.4g} of each batch is kept from here on. Does `total` count epochs, and step() "
-                "is called once a batch? Count both alike.",
-                ClockPastTotal,
-                stacklevel=3,
-            )
-
-    def _resumed_total(self, steps: int, saved: Any, length: str | None) -> int | None:
-        """The ``total`` that is in force after going on from a state with another one."""
-        if length is not None:
-            check_choice("length", length, LENGTHS)
-        if saved is not None:
-            saved = check_count("state['total']", saved)
-        if saved == self.total or not self._moves(saved, self.total):
-            return self.total
-        if length == "saved" and saved is not None:
-            return saved
-        if length == "stretch" and self.total is not None and steps <= self.total:
-            return self.total
-        if length == "stretch":
-            raise ValueError(
-                f"expected `state` of at most total={self.total} steps, which the schedule is stretched over, got "
-                f"{steps} steps of total={saved}. Does one of the two count batches and the other epochs?"
-            )
-        raise ChooseLength(
-            f"expected `state` of a trimmer with total={self.total}, got total={saved}. Progress would jump from "
-            f"{progress_at(steps, saved):.4g} to {progress_at(steps, self.total):.4g}. Say what is meant: "
-            "load_state_dict(state, length='stretch') stretches the schedule over this training, jump included; "
-            "length='saved' goes on by the saved total and stays at the schedule's end beyond it."
-        )
-
-    def _probe(self) -> None:
-        for at in _probe_points(self.total):
-            self._ask(at)
-
-    def _ask(self, at: float) -> float:
-        name = "accuracy" if self._reads_accuracy else "progress"
-        return check_schedule_output(self.schedule, f"{name} {at:.4g}", self.schedule(at))
-
-    def _set_keep(self) -> None:
-        self._keep = self._ask(self._accuracy if self._reads_accuracy else self.progress)
-        self._keep_tensor.fill_(self._keep)
+        return f"Trimmer({', '.join(parts)}, at step {self.steps}, keeping {self.keep:.4g})"
 
     def _flatten(
-        self, losses: Tensor | Losses, rank_by: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Values, scores to rank by, mask and weights, each a vector of what there is to choose from."""
-        weights = None
-        if isinstance(losses, Losses):
-            mask = _both(losses.mask, mask)
-            losses, _, weights = losses
+        self, losses: Tensor | Losses, rank_by: Tensor | Losses | None, mask: Tensor | None
+    ) -> tuple[Losses, Tensor]:
+        """The vector there is to choose from, and the scores to rank it by."""
         joint = self.scope == "global"
-        check_losses(losses, allow_empty=joint)
+        if not isinstance(losses, Losses):
+            check_losses(losses, allow_empty=joint)
+            losses = Losses(losses)
+        elif losses.values.numel() == 0:
+            check_losses(losses.values, allow_empty=joint)
+        values = losses.values
         if mask is not None:
-            check_like("mask", mask, losses, torch.bool)
-        if rank_by is not None:
+            check_like("mask", mask, values, torch.bool)
+            losses = losses.masked(mask)
+        flat = losses if values.ndim == 1 and losses.unit is None else flatten(losses, self.unit)
+        if rank_by is None:
+            return flat, flat.values.detach()
+        if isinstance(rank_by, Losses):
+            ranked = flatten(rank_by, self.unit)
+            check_like("rank_by", ranked.values, flat.values)
+        else:
             check_losses(rank_by, "rank_by", allow_empty=joint)
-            check_like("rank_by", rank_by, losses)
-        if losses.ndim == 1:
-            return losses, (losses if rank_by is None else rank_by).detach(), mask, weights
-        flat = flatten(Losses(losses, mask, weights), self.unit)
-        ranked = flat if rank_by is None else flatten(Losses(rank_by, mask, weights), self.unit)
-        return flat.values, ranked.values.detach(), flat.mask, flat.weights
+            check_like("rank_by", rank_by, values)
+            # by their plain mean: the weights and the reduction are those of the losses trained on
+            ranked = flatten(Losses(rank_by, losses.mask), self.unit)
+        return flat, ranked.values.detach()
 
-    def _choose(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Selection:
+    def _choose(self, flat: Losses, scores: Tensor) -> Selection:
         if self.scope == "global" and world_size(self.process_group) > 1:
-            return self._choose_jointly(values, scores, mask, weights)
-        selection = select_valid(self.rule, scores, self._keep, mask, self.generator)
-        self.last = Choice(values.detach(), selection, mask)
-        self.stats.record(self.last.losses, selection, mask)
+            return self._choose_jointly(flat, scores)
+        selection = select_valid(self.rule, scores, self.keep, flat.mask, self.generator)
+        if flat.weights is not None or flat.counts is not None or flat.reduction != "mean":
+            selection = normalized(selection, flat)
+        self.last = Choice(flat.values.detach(), selection, flat.mask)
+        self.stats.record(self.last.losses, selection, flat.mask)
+        self._single_rows = self._single_rows + 1 if selection.size == 1 and self.keep < 1.0 else 0
+        if self._single_rows == _SINGLE_ROWS:
+            warnings.warn(NothingToChoose(_SINGLE_ROWS), stacklevel=3)
         return selection
 
-    def _choose_jointly(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Selection:
+    def _choose_jointly(self, flat: Losses, scores: Tensor) -> Selection:
+        if flat.terms:
+            raise ValueError(f"expected `losses` with one divisor and scope='global', got {SUM_OF_TERMS}")
+        weights = divisors(flat)
         joined = select_over_ranks(
             self.rule,
-            values,
+            flat.values,
             scores,
-            self._keep,
-            mask=mask,
+            self.keep,
+            mask=flat.mask,
             weights=weights,
             generator=self.generator,
             settings=(repr(self.schedule), self.total, self.scale, self.unit),
-            steps=self._steps,
+            steps=self.steps,
             group=self.process_group,
         )
-        self.last = Choice(values.detach(), joined.selection, mask)
+        selection = joined.selection
+        if flat.reduction == "sum":
+            ranks = world_size(self.process_group)
+            selection = replace(selection, normalizer=1.0 / ranks, batch_normalizer=1.0 / ranks)
+        elif flat.counts is not None:
+            counts = flat.counts[selection.indices]
+            selection = replace(selection, weights=counts if selection.weights is None else selection.weights * counts)
+        self.last = Choice(flat.values.detach(), selection, flat.mask)
         self.stats.record(joined.values, joined.chosen)
-        return joined.selection
+        return selection
 
-    def _compiled(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+    def _compiled(self, flat: Losses, scores: Tensor) -> Tensor:
         """The same loss with fixed shapes. Statistics are not recorded in a compiled step."""
         self.last = None  # not the choice of an earlier batch
-        n: Tensor | int = values.shape[0]
+        mask = flat.mask
+        n: Tensor | int = scores.shape[0]
         if mask is not None:
             n = mask.sum()
             scores = torch.where(mask, scores, float("-inf"))
         kept = self.rule.compiled_mask(scores, self._keep_tensor, n)  # type: ignore[attr-defined]
         if mask is not None:
             kept &= mask
-        count = kept.sum().clamp(min=1) if self.scale == "kept" else torch.as_tensor(n).clamp(min=1)
-        return reduce_mask(values, kept, count, weights if self.scale == "kept" else None)
-
-
-def _probe_points(total: int | None) -> list[float]:
-    """Where a schedule is asked to find out about it: every progress of a short training, a thousand of a long one."""
-    points = min(total or _PROBE_POINTS, _PROBE_POINTS)
-    return [progress_at(i, points) for i in range(points)]
-
-
-def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if mask is None or other is None:
-        return other if mask is None else mask
-    check_like("mask", other, mask, torch.bool)
-    return mask & other
+        if flat.terms:
+            return torch.stack([reduce_mask(term, kept, self.scale) for term in flat.terms]).sum()
+        return reduce_mask(flat, kept, self.scale)

@@ -154,27 +154,12 @@ def report_command(
     """
 
     def work() -> None:
-        from batchtrim.lab import records
-
-        if (folder is None) == (csv is None):
-            raise ValueError(
-                f"expected a folder with runs.jsonl or --csv FILE, got {'neither' if csv is None else 'both'}."
-            )
-        place = out or folder
-        if csv is not None:
-            from batchtrim.lab.analyse import foreign
-
-            rows = foreign.read_csv(csv, metric, higher_is_better)
-            place = out or csv.with_suffix("")
-        else:
-            if metric is not None or higher_is_better is not None:
-                raise ValueError("expected --metric beside --csv: a folder's runs name their metric themselves.")
-            rows = records.read_results(folder)
+        rows, place = _rows_of(folder, csv, metric, higher_is_better)
         with _fitting("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
             check_choice("baseline", baseline, methods)
-        _report(rows, place, baseline, as_json)
+        _report(rows, out or place, baseline, as_json)
 
     _guard(work, debug)
 
@@ -254,6 +239,29 @@ def methods_command(
         typer.echo(f"{row.name}: {row.summary} ({row.source})")
         for name, param in row.params.items():
             typer.echo(f"    {row.name}.{name}={param.default}  {param.help}")
+
+
+def _rows_of(
+    folder: Path | None, csv: Path | None, metric: str | None, higher_is_better: bool | None
+) -> tuple[list[dict[str, Any]], Path]:
+    """Return the runs of a folder or of a table, and where their report goes."""
+    from batchtrim.lab import records
+    from batchtrim.lab.analyse import foreign
+
+    if csv is not None and folder is None:
+        return foreign.read_csv(csv, metric, higher_is_better), csv.with_suffix("")
+    if folder is None or csv is not None:
+        raise ValueError(
+            f"expected a folder with runs.jsonl or --csv FILE, got {'neither' if csv is None else 'both'}."
+        )
+    if metric is not None or higher_is_better is not None:
+        raise ValueError("expected --metric beside --csv, got it beside a folder, whose runs name their metric.")
+    rows = records.read_results(folder)
+    if torn := records.torn(folder):
+        typer.echo(
+            f"note: {torn} is a piece of a run, left out. A machine may have gone down while it wrote.", err=True
+        )
+    return rows, folder
 
 
 def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

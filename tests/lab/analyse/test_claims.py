@@ -67,6 +67,43 @@ def test_what_pairs_say(says: str, differences: list[float], status: str) -> Non
     assert claims.judge(says, inference.moments(values), inference.paired_t(values), effect=0.005) == status
 
 
+@pytest.mark.parametrize(
+    ("differences", "status"),
+    [
+        ([0.1, -0.1, 0.0, 0.1, -0.1], Status.SUPPORTED),
+        ([-1.0, -1.2, -0.9, -1.1, -1.0], Status.SUPPORTED),  # better is not worse
+        ([0.2, 0.3, 0.2, 0.25, 0.2], Status.SUPPORTED),  # worse, but by less than the margin
+        ([0.6, 0.7, 0.6, 0.65, 0.6], Status.NOT_SUPPORTED),
+        ([0.4, 0.7, 0.3, 0.6, 0.5], Status.NOT_DECIDABLE),
+        ([2.0, -3.0, 1.0, -2.0, 1.0], Status.NOT_DECIDABLE),
+        ([0.0, 0.0, 0.0], Status.SUPPORTED),  # the same on every seed
+        ([0.0, 0.0], Status.NOT_DECIDABLE),
+    ],
+)
+def test_not_worse_by_a_margin(differences: list[float], status: Status, tmp_path: Path) -> None:
+    text = CLAIMS.replace('"lower"', '"not worse"\nmargin = 0.5').replace('["trim", "random"]', '"trim"')
+    full = [5.0, 5.5, 6.0, 5.2, 5.1][: len(differences)]
+    folder = write(
+        tmp_path / "r", {"full": full, "trim": [a + b for a, b in zip(full, differences, strict=True)]}, text
+    )
+    (found,) = claims.read(folder).findings
+    assert found.status == status
+    assert "`trim` against `full`: not worse by 0.50 points" in results.page([folder])
+
+
+@pytest.mark.parametrize(("limit", "status"), [(60, Status.SUPPORTED), (50, Status.NOT_SUPPORTED)])
+def test_too_many_backward_samples_make_a_claim_not_supported(limit: int, status: Status, tmp_path: Path) -> None:
+    text = CLAIMS.replace('"lower"', f'"not worse"\nmargin = 0.5\nbackward = {limit}')
+    full = [5.0, 5.5, 6.0, 5.2]
+    folder = write(tmp_path / "r", {"full": full, "trim": full, "random": full}, text)
+    file = folder / "runs.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | {"samples_backward": 10 if row["config"]["method"] == "full" else 6} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [found.status for found in claims.read(folder).findings] == [status] * 2
+    assert f"with {limit}% of its backward samples at most (it took 60%)" in results.page([folder])
+
+
 def test_a_corrected_p_value_decides() -> None:
     values = [-0.010, -0.002, -0.008, -0.001, -0.012]
     spread = inference.moments(values)
@@ -122,7 +159,13 @@ def test_engines_tell_arms_of_one_method_apart(tmp_path: Path) -> None:
         ("effect = 0.5", "`claim` to be tables"),
         (CLAIMS.replace("says =", "say ="), "got 'say' beside them"),
         (CLAIMS.replace('says = "lower"', ""), "none called 'says'"),
-        (CLAIMS.replace('"lower"', '"better"'), "`says` to be one of 'lower', 'higher', 'same'"),
+        (CLAIMS.replace('"lower"', '"better"'), "`says` to be one of 'lower', 'higher', 'same', 'not worse'"),
+        (CLAIMS.replace('"lower"', '"not worse"'), "expected `margin`, in points, with a claim that says 'not worse'"),
+        (CLAIMS + "margin = 0.5", "got 0.5 with 'lower'"),
+        (
+            CLAIMS.replace('"lower"', '"not worse"') + "margin = -1",
+            "`margin` to be positive and finite, got -1. In points",
+        ),
         (CLAIMS.replace('"random"', '"radnom"'), "'radnom' and 'full'"),
     ],
 )

@@ -10,7 +10,15 @@ A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written befor
     text = "Trimming lowers the final test error."
     method = "trim"                  # a list makes one finding of each
     against = "full"
-    says = "lower"                   # or "higher", or "same"
+    says = "lower"                   # or "higher", "same", or "not worse"
+
+    [[claim]]
+    text = "Loss mass costs no error, at half the backward samples or less."
+    method = "loss_mass"
+    against = "full"
+    says = "not worse"
+    margin = 0.3                     # by so many points at the most; fixed before the first run
+    backward = 50                    # percent of the other's backward samples, at the most; may be left out
 
 Any setting of a run, or parameter of a method, may be named to tell arms of one method apart (``keep_end = 0.5``,
 ``engine = "shared"``) or to read the claim in some groups only (``optimizer = "sgd"``); with ``against_`` before it,
@@ -40,8 +48,9 @@ from batchtrim.lab.run.settings import Role
 
 __all__ = ["Claim", "Finding", "Record", "Status", "judge", "read"]
 
-SAYS = ("lower", "higher", "same")
+SAYS = ("lower", "higher", "same", "not worse")
 _KEYS = ("text", "method", "against", "says")
+_LIMITS = ("margin", "backward")
 
 
 class Status(Enum):
@@ -54,9 +63,11 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Claim:
-    """That ``method`` has a lower, higher or the same test error as ``against``.
+    """That ``method`` has a lower, higher, the same or no worse test error than ``against``.
 
     Attributes:
+        margin: by how much an error may be higher and is still not worse, in [0, 1]; of claims of that kind alone.
+        backward: the largest part of the other's backward samples it may take; None where nothing is said of it.
         settings: of the arm of ``method``; ``against_settings``: of the other; ``shared``: of the groups to read it in.
     """
 
@@ -64,6 +75,8 @@ class Claim:
     method: str
     against: str
     says: str
+    margin: float | None = None
+    backward: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     against_settings: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +89,8 @@ class Finding:
     Attributes:
         difference: of test errors in [0, 1], method minus the other, over the pairs.
         diverged: seeds at which a run of either side diverged, so that there is no pair.
-        p: paired t-test, Holm-corrected.
+        p: paired t-test, Holm-corrected; of "not worse", of the differences less the margin.
+        backward: backward samples over those of the other, means of the finished runs; None where they are not known.
         detectable: the smallest difference the design could have seen, with 80 % power at the 0.05 level; None where
             that cannot be said.
     """
@@ -88,6 +102,7 @@ class Finding:
     diverged: tuple[int, ...]
     p: float | None
     detectable: float | None
+    backward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,12 +140,13 @@ def read(folder: str | Path) -> Record:
     return Record(folder, title, note, effect, groups, tuple(findings))
 
 
-def judge(says: str, difference: Moments, p: float | None, effect: float) -> Status:
+def judge(says: str, difference: Moments, p: float | None, effect: float, margin: float = 0.0) -> Status:
     """Return the status of a claim.
 
     Supported is a difference in the direction claimed that the test finds; not supported is one the other way, or an
     interval that rules out a difference of ``effect`` in the direction claimed. "Same" is supported where the whole
-    interval lies within ``effect`` of zero, and not where it lies outside.
+    interval lies within ``effect`` of zero, and not where it lies outside. "Not worse" is supported where the test
+    finds the difference below ``margin``, and not where the whole interval lies above it.
     """
     if difference.n < inference.MIN_PAIRS or difference.mean is None or difference.t is None:
         return Status.NOT_DECIDABLE
@@ -139,12 +155,28 @@ def judge(says: str, difference: Moments, p: float | None, effect: float) -> Sta
         if -effect <= low and high <= effect:
             return Status.SUPPORTED
         return Status.NOT_SUPPORTED if low > effect or high < -effect else Status.NOT_DECIDABLE
+    if says == "not worse":
+        # no p-value is an interval without width: all differences are equal
+        if high < margin and (p is None or p < inference.ALPHA):
+            return Status.SUPPORTED
+        return Status.NOT_SUPPORTED if low > margin else Status.NOT_DECIDABLE
     if says == "higher":
         low, high = -high, -low
     found = p is not None and p < inference.ALPHA
     if found and high < 0:
         return Status.SUPPORTED
     return Status.NOT_SUPPORTED if (found and low > 0) or low > -effect else Status.NOT_DECIDABLE
+
+
+def _status(found: Finding, effect: float) -> Status:
+    """What the errors say, and no more than what the backward samples allow."""
+    claim, spent = found.claim, found.backward
+    status = judge(claim.says, found.difference, found.p, effect, claim.margin or 0.0)
+    if claim.backward is None or found.difference.n < inference.MIN_PAIRS:
+        return status
+    if spent is None:
+        return Status.NOT_DECIDABLE
+    return Status.NOT_SUPPORTED if spent > claim.backward else status
 
 
 def _load(path: Path) -> tuple[str, str, float, list[Claim]]:
@@ -162,7 +194,8 @@ def _load(path: Path) -> tuple[str, str, float, list[Claim]]:
 def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:
     methods: Any = table.get("method")
     methods = methods if isinstance(methods, list) else [methods]
-    strange = [key for key in table if key not in _KEYS and not all(_place(key, table, each) for each in methods)]
+    known = (*_KEYS, *_LIMITS)
+    strange = [key for key in table if key not in known and not all(_place(key, table, each) for each in methods)]
     missing = [name for name in _KEYS if name not in table]
     if strange or missing:
         what = f"{strange[0]!r} beside them" if strange else f"none called {missing[0]!r}"
@@ -171,6 +204,14 @@ def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:
             f"expected a claim to have {', '.join(_KEYS)} and settings of runs, got {what} in {path}.{near}"
         )
     check_choice("says", table["says"], SAYS)
+    if (table["says"] == "not worse") != ("margin" in table):
+        raise ValueError(
+            f"expected `margin`, in points, with a claim that says 'not worse' and with no other, got "
+            f"{describe(table.get('margin'))} with {table['says']!r} in {path}."
+        )
+    for name in _LIMITS:
+        if name in table:
+            check_positive(name, table[name], "In points." if name == "margin" else "In percent.")
     for method in (*methods, table["against"]):
         if not isinstance(method, str):
             raise TypeError(f"expected the methods of a claim to be names, got {describe(method)} in {path}.")
@@ -183,7 +224,9 @@ def _claim(table: Mapping[str, Any], method: str) -> Claim:
     for key, value in table.items():
         if place := _place(key, table, method):
             picked[place][key.removeprefix("against_")] = value
-    return Claim(table["text"], method, table["against"], table["says"], **picked)
+    limits = {name: table[name] / 100 for name in _LIMITS if name in table}
+    claim = Claim(table["text"], method, table["against"], table["says"], **limits)
+    return replace(claim, **picked)
 
 
 def _place(key: str, table: Mapping[str, Any], method: object) -> str:
@@ -212,14 +255,20 @@ def _judge_group(claims: Sequence[Claim], group: Group, effect: float) -> list[F
             raise ValueError(f"expected two arms for the claim {claim.text!r}, got {mine.label!r} on both sides.")
         values = [mine.errors[seed] - other.errors[seed] for seed in mine.errors if seed in other.errors]
         spread = inference.moments(values)
-        p, seen = inference.paired_t(values), inference.detectable(spread)
+        margin = claim.margin or 0.0
+        p, seen = inference.paired_t([value - margin for value in values]), inference.detectable(spread)
         diverged = tuple(sorted({*mine.diverged, *other.diverged}))
-        found.append(Finding(claim, group.title, Status.NOT_DECIDABLE, spread, diverged, p, seen))
+        spent = _backward(mine, other)
+        found.append(Finding(claim, group.title, Status.NOT_DECIDABLE, spread, diverged, p, seen, spent))
     corrected = inference.holm([each.p for each in found])
-    return [
-        replace(each, p=p, status=judge(each.claim.says, each.difference, p, effect))
-        for each, p in zip(found, corrected, strict=True)
-    ]
+    tested = [replace(each, p=p) for each, p in zip(found, corrected, strict=True)]
+    return [replace(each, status=_status(each, effect)) for each in tested]
+
+
+def _backward(mine: Arm, other: Arm) -> float | None:
+    """Backward samples over the other's."""
+    spent, full = (arm.cost.get("samples_backward") for arm in (mine, other))
+    return spent / full if spent is not None and full else None
 
 
 def _arm(group: Group, claim: Claim, method: str, chosen: Mapping[str, Any], prefix: str) -> Arm | None:

@@ -121,5 +121,8 @@ def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
 
 
 def _said(point: dict[str, Any]) -> str:
-    """The metric of an epoch in words: a task says it itself."""
-    return point["said"] if "said" in point else ERROR.text(point["test_error"])
+    """The metric of an epoch in words: a task says it itself; an epoch may not have been tested."""
+    if "said" in point:
+        return point["said"]
+    error = point["test_error"]
+    return "not tested" if error is None else ERROR.text(error)

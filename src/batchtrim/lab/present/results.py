@@ -19,6 +19,8 @@ judged from the runs beside it, paired by seed.
 * *Supported*: the difference claimed is there (paired t-test, p < 0.05 after Holm's correction over the claims).
 * *Not supported*: it is there the other way round, or the 95 % interval rules out a difference
   of the size that matters.
+* *Not worse* by a margin, which was fixed before the runs, is supported where the same test finds the difference
+  below it. Where a claim says how many backward samples may be taken, more of them make it not supported.
 * *Not decidable*: neither, with this many seeds. The smallest difference that the design could have seen (with 80 %
   power) stands beside it.
 
@@ -49,6 +51,8 @@ def _findings_table(record: Record) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for found in record.findings:
         said = f"{tables.cell(found.claim.text)} {wording.claim(found.claim)}"
+        if found.claim.backward is not None and found.backward is not None:
+            said += f" (it took {found.backward:.0%})"
         cells = [f"**{found.status.value}**", said, *([tables.cell(found.group)] if several else [])]
         cells += [_seeds(found)]
         cells += [f"{wording.signed(found.difference.mean)} ({wording.signed_interval(found.difference.t)})"]

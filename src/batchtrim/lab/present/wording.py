@@ -156,7 +156,9 @@ def claim(claim: Claim) -> str:
     for method, chosen in ((claim.method, claim.settings), (claim.against, claim.against_settings)):
         named = ", ".join(f"{name} {value}" for name, value in chosen.items())
         sides.append(f"`{method}`" + (f" ({named})" if named else ""))
-    return f"{sides[0]} against {sides[1]}: {claim.says}"
+    by = "" if claim.margin is None else f" by {points(claim.margin)} points"
+    at = "" if claim.backward is None else f", with {claim.backward:.0%} of its backward samples at most"
+    return f"{sides[0]} against {sides[1]}: {claim.says}{by}{at}"
 
 
 def better(metric: Metric) -> str:

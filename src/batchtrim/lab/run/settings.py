@@ -38,8 +38,8 @@ class Setting:
         name, default: of the field. ``kind``: str, int or float. ``help``: a line without the default.
         default_help: what None stands for, or "" where the default says it itself. ``choices``: the values there are,
             None where they are not a list; ``own``: what else may be given, or "". ``many``: the command line takes
-            several values, comma-separated. ``late``: recorded only where it is not the default, so that runs recorded
-            before there was such a setting keep their keys.
+            several values, comma-separated.
+        later: came after runs had been recorded; at its default it is no part of a key, so that theirs stay.
     """
 
     name: str
@@ -51,7 +51,11 @@ class Setting:
     choices: Collection[str] | None
     many: bool
     own: str
-    late: bool
+    later: bool
+
+    def in_key(self, value: Any) -> bool:
+        """Return True if this value tells a run apart from others."""
+        return self.role is not Role.SPEED and not (self.later and value == self.default)
 
 
 def setting(
@@ -63,11 +67,18 @@ def setting(
     many: bool = False,
     default_help: str = "",
     own: str = "",
-    late: bool = False,
+    later: bool = False,
 ) -> Any:
     """Return a dataclass field that defines a setting; see :class:`Setting`. Without ``help`` it is no option."""
-    metadata = {"help": help, "role": role, "choices": choices, "many": many, "default_help": default_help}
-    metadata |= {"own": own, "late": late}
+    metadata = {
+        "help": help,
+        "role": role,
+        "choices": choices,
+        "many": many,
+        "own": own,
+        "default_help": default_help,
+        "later": later,
+    }
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
