@@ -122,7 +122,7 @@ def _told(run: Run, seen: _Seen) -> dict[str, Any]:
         )
     notes, more = [], {}
     own_clock = run.trim.last is not None or run.rule.compiled
-    if own_clock and run.trim._moves(run.trim.total):
+    if own_clock and _moves(run):
         if run.trim.steps == 0:
             raise TaskMistake(
                 f"expected the task to call run.trim.step() once an epoch, got a run of {run.method!r} without: all of "
@@ -139,6 +139,14 @@ def _told(run: Run, seen: _Seen) -> dict[str, Any]:
     if left:
         notes.append(f"the task left {len(left)} thread{'s' if len(left) > 1 else ''} running ({', '.join(left[:3])})")
     return {**more, **({"notes": notes} if notes else {})}
+
+
+def _moves(run: Run) -> bool:
+    """True if the keep fraction changes over the run's epochs."""
+    schedule = run.trim.schedule
+    if not getattr(schedule, "needs_total", True) or getattr(schedule, "reads", "progress") != "progress":
+        return False
+    return run.epochs > 1 and len({schedule(epoch / (run.epochs - 1)) for epoch in range(run.epochs)}) > 1
 
 
 class _Seen:
