@@ -415,9 +415,9 @@ def test_settings_that_are_wrong_are_refused() -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=says.replace("(", r"\(")):
             compare(calls(), **settings)
-    with pytest.raises(TypeError, match="expected a function or 'FILE.py:NAME', got 3"):
+    with pytest.raises(TypeError, match=r"expected a function or 'FILE.py:NAME', got 3"):
         compare(3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="to take one argument, the run"):
+    with pytest.raises(TypeError, match=r"to take one argument, the run"):
         compare(lambda: None, out="here")  # type: ignore[arg-type, misc]
 
 

@@ -304,12 +304,11 @@ def test_images_and_a_network_of_ones_own(tmp_path: Path) -> None:
     assert ">dark<" in page
     assert ">light<" in page
     words[words.index("here")] = "there"
-    failed = batchtrim(*words, "--model", "net.py:wrong", "-q")
-    assert failed.exit_code == 1
-    assert "expected net.py:wrong to give logits (B, 2), one a class" in failed.stderr
-    failed = batchtrim(*words, "--model", "net.py:fails", "-q")
-    assert "NameError" in failed.stderr
-    assert "own_models.py" not in failed.stderr
+    said = mistake(*words, "--model", "net.py:wrong", "-q")
+    assert "expected net.py:wrong to give logits (B, 2), one a class" in said
+    said = mistake(*words, "--model", "net.py:fails", "-q")
+    assert "NameError" in said
+    assert "own_models.py" not in said
 
 
 @pytest.mark.parametrize(
@@ -319,7 +318,7 @@ def test_images_and_a_network_of_ones_own(tmp_path: Path) -> None:
         (["--model", "hf:vitt"], "Did you mean 'hf:vit'?"),
         (["--model", "hf:vit:hidden_sise=8"], "Did you mean 'hidden_size'?"),
         (["--model", "hf:vit:hidden_size"], "to look like hidden_size=64, got 'hidden_size'"),
-        (["--model", "my_task.py:train", "--width", "8"], "expected my_task.py:train to take the image shape"),
+        (["--model", "my_task.py:train"], "expected my_task.py:train to take the image shape"),
         (["--test-split", "0.2"], "expected no `test_split` with the data set 'digits', which has its own"),
         (["--skip-broken"], "expected no `skip_broken` with the data set 'digits'"),
         (["--dataset", "no/such/folder"], "which does not exist"),

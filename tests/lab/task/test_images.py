@@ -119,7 +119,7 @@ def test_sizes_and_modes_are_brought_to_one(tmp_path: Path) -> None:
 
 
 def one_each(folder: Path, save: Callable[[Path], None], name: str = "odd.png", grey: bool = False) -> torch.Tensor:
-    """The pixels that an odd image gets, as the only one of its class to train on; black and white are the other class."""
+    """The pixels that an odd image gets, as the only one of its class to train on, beside black and white ones."""
     for value, place in ((0, "train/plain"), (255, "test/plain"), (255, "train/plain")):
         (folder / place).mkdir(parents=True, exist_ok=True)
         Image.new("L" if grey else "RGB", (4, 4), value if grey else (value,) * 3).save(folder / place / f"{value}.png")
@@ -239,12 +239,12 @@ def test_animated_and_floating_point_images_are_broken(tmp_path: Path) -> None:
     ("make", "options", "says"),
     [
         (lambda root: tree(root, {"only": 5}), {"test_split": 0.2}, "at least two classes in mine, got 1: only"),
-        (lambda root: root.mkdir(), {"test_split": 0.2}, "expected images in class folders, as in mine/CLASS/image.png"),
+        (lambda root: root.mkdir(), {"test_split": 0.2}, "images in class folders, as in mine/CLASS/image.png"),
         (lambda root: tree(root, {"a": 3, "b": 3}), {}, "Set a part aside: --test-split 0.2"),
         (lambda root: tree(root / "train", {"a": 3, "b": 3}), {}, "expected a folder 'test' (or val"),
-        (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.2, "group": "frame("}, "expected `group` to be a pat"),
-        (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.2, "group": "frame"}, "to match every file name, got"),
-        (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.5, "group": "clip"}, "leaves images on both sides"),
+        (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.2, "group": "frame("}, "expected `group` to be a"),
+        (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.2, "group": "frame"}, "to match every file name"),
+        (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.5, "group": "clip"}, "leaves images on both"),
     ],
 )  # fmt: skip
 def test_folders_that_cannot_be_used(

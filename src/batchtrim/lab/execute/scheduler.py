@@ -14,6 +14,7 @@ from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.perform import check_task
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.settings import Role
+from batchtrim.lab.task.own_models import is_own_model
 
 
 def run_all(
@@ -57,7 +58,7 @@ def run_all(
         if isinstance(config, TaskConfig):
             check_task(config)
         else:
-            for note in train.load_pictures(config, place.data_dir, place.cache_dir).notes:
+            for note in train.prepare(config, place.data_dir, place.cache_dir):
                 watcher.note(note)
     if workers == 1 and not isolated:
         local.run_here(tally, records, place)
@@ -67,9 +68,10 @@ def run_all(
 
 
 def _one_per_data_set(configs: collections.deque[AnyConfig]) -> list[AnyConfig]:
-    """One run for each way the training data are made, but for the seed."""
+    """One run for each task, or way the training data are made but for the seed, and network of the reader's own."""
     seen = {}
     for config in configs:
         made_by = tuple(getattr(config, name, None) for name, each in SETTINGS.items() if each.role is Role.DATA)
-        seen.setdefault(made_by, config)
+        model = getattr(config, "model", "")
+        seen.setdefault((*made_by, model if is_own_model(model) else ""), config)
     return list(seen.values())

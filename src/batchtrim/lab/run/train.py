@@ -35,7 +35,7 @@ from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.optimizers import lr_factor, make_optimizer
 from batchtrim.lab.run.own import AnyConfig
 from batchtrim.lab.run.ranks import Ranks
-from batchtrim.lab.task import conditions, data, images, models
+from batchtrim.lab.task import conditions, data, images, models, own_models
 from batchtrim.lab.task.augment import Batches
 
 CURVES = (
@@ -376,6 +376,19 @@ def failed_row(config: AnyConfig, error: BaseException) -> dict[str, Any]:
         "environment": environment(config),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Path | None) -> tuple[str, ...]:
+    """Load the data and, if it is the reader's own, try the network, so that a fault is found before the first run.
+
+    Returns:
+        What is to be said of the data.
+    """
+    pictures = load_pictures(config, data_dir, cache_dir)
+    if own_models.is_own_model(config.model):
+        with torch.random.fork_rng(devices=[]):
+            own_models.build_own(config.model, pictures.shape, pictures.classes)
+    return pictures.notes
 
 
 def load_pictures(
