@@ -20,7 +20,7 @@ from batchtrim import Choice, KeepLog, Losses, Selection, Trimmer
 from batchtrim.errors import RanksDisagree
 
 LOSSES = torch.tensor([0.5, 3.0, 1.0, 2.0])
-SOON = timedelta(seconds=2)
+SOON = timedelta(seconds=4)
 
 
 def joint(keep: Any = 0.5, **options: Any) -> Trimmer:
