@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batchtrim.accumulation import first_pass, select_window
 from batchtrim.choice import Choice
 from batchtrim.engine import TrimmedForward
-from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of
+from batchtrim.engine.state import GeneratorStates, ModelState, device_of
 from batchtrim.integrations import follow
 from batchtrim.integrations.decompose import Found, LossFinder
 from batchtrim.integrations.intercept import NotFound
@@ -175,7 +175,7 @@ class TrainerLoss:
         """Return how to count: from a forward of its own, before anything is trained, so that what fails fails here."""
         trainer = self.trainer
         model = self._inner(trainer.model_wrapped).train()
-        states, buffers = GeneratorStates(device_of(model)), BufferValues(model)
+        states, buffers = GeneratorStates(device_of(model)), ModelState(list(model.modules()))
         inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != IDS}
         with trainer.compute_loss_context_manager():
             if self.per_sample_loss is None:
