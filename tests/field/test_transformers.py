@@ -228,6 +228,8 @@ WEIGHTS = torch.tensor([0.1, 1.0, 20.0])
         lambda out, y, _: F.mse_loss(out, F.one_hot(y, 3).float()),
         lambda out, y, _: F.kl_div(out.log_softmax(-1), F.one_hot(y, 3).float(), reduction="batchmean"),
         lambda out, y, _: F.cross_entropy(out, y) + 0.4 * F.cross_entropy(out.flip(-1), y),
+        lambda out, y, _: F.cross_entropy(out, y) + F.cross_entropy(out, y, ignore_index=0),
+        lambda out, y, _: F.cross_entropy(out, y, weight=WEIGHTS) + F.mse_loss(out, F.one_hot(y, 3).float()),
         lambda out, y, _: F.cross_entropy(out.repeat_interleave(2, 0).view(len(y), 2, 3)[:, 0], y),
     ],
 )
