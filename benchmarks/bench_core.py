@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import batchtrim
-from batchtrim.lab import models
+from batchtrim.lab.task import models
 from benchmarks.timing import interleaved, ratio, save
 
 KEEP = 0.2
@@ -37,6 +37,28 @@ def against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
     print(
         f"B={batch:6d}  topk {row['topk_us']:.1f} us  trim {row['trim_us']:.1f} us"
         f"  ratio {row['ratio']:.2f} (limit 1.5)"
+    )
+    return row
+
+
+def mass_against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
+    """The same for ``loss_mass``, whose k follows from the losses: against a topk of as many, which is told k."""
+    losses = (torch.rand(batch) ** 4).requires_grad_()  # a few hold most of the loss, as in a trained network
+    trim = batchtrim.Trimmer(0.9, select=batchtrim.loss_mass())
+    trim(losses)
+    selection = trim.last_selection
+    assert selection is not None
+    k = selection.k
+    functions = {
+        "topk": lambda: losses.topk(k).values.mean().backward(),
+        "loss_mass": lambda: trim(losses).backward(),
+    }
+    times = interleaved(functions, rounds, inner)
+    row = {"batch": batch, "k": k, "ratio": ratio(times, "loss_mass", "topk"), "limit": 2.0}
+    row["topk_us"], row["loss_mass_us"] = (1e6 * statistics.median(times[name]) for name in ("topk", "loss_mass"))
+    print(
+        f"B={batch:6d}  topk {row['topk_us']:.1f} us  loss_mass {row['loss_mass_us']:.1f} us (k={k})"
+        f"  ratio {row['ratio']:.2f} (limit 2)"
     )
     return row
 
@@ -87,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = [against_topk(128, options.rounds, 200), against_topk(65_536, options.rounds, 5)]
-    save(options.json, {"call": rows, "step": against_a_step(options.rounds), "import": import_time()})
+    mass = [mass_against_topk(128, options.rounds, 200), mass_against_topk(65_536, options.rounds, 5)]
+    save(options.json, {"call": rows, "mass": mass, "step": against_a_step(options.rounds), "import": import_time()})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchtrim
-from batchtrim.lab import data, models
+from batchtrim.lab.task import data, models
 from benchmarks.timing import interleaved, ratio, save
 
 BATCH = 128

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import batchtrim
-from batchtrim.lab import models
+from batchtrim.lab.task import models
 from benchmarks import timing
 
 BATCH, SAMPLES = 128, 50_000

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from batchtrim.lab import grid, models, progress, records, sweep, train
-from batchtrim.lab.config import RunConfig
+from batchtrim.lab import records
+from batchtrim.lab.execute import grid, progress, scheduler
+from batchtrim.lab.run import train
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.task import models
 from benchmarks.timing import interleaved, ratio, save
 
 SIZE, BATCH = 3200, 128
@@ -66,7 +69,7 @@ def overhead(runs: int, workers: int, epochs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         start = time.perf_counter()
-        sweep.run_all(grid.expand(wanted), sweep.Workplace(out), progress.Quiet(), workers=workers)
+        scheduler.run_all(grid.expand(wanted), scheduler.Workplace(out), progress.Quiet(), workers=workers)
         wall = time.perf_counter() - start
         seconds = sum(row["seconds"] + row["seconds_eval"] for row in records.read(out))
     row: dict[str, Any] = {

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import batchtrim
-from batchtrim.lab import models
+from batchtrim.lab.task import models
 from benchmarks import timing
 
 KEEP, BATCH, LIMIT = 0.5, 64, 0.02

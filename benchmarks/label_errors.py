@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 import batchtrim
-from batchtrim.lab.config import RunConfig
+from batchtrim.lab.run.config import RunConfig
 from benchmarks import recorded, timing
 
 

@@ -19,7 +19,7 @@ import torch
 
 import batchtrim
 from batchtrim import noise
-from batchtrim.lab.config import RunConfig
+from batchtrim.lab.run.config import RunConfig
 from benchmarks import recorded, timing
 
 # data set, network, its width, label noise

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import batchtrim
 from batchtrim import Selection
-from batchtrim.lab import conditions, data, train
-from batchtrim.lab.config import RunConfig
+from batchtrim.lab.run import train
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.task import conditions, data
 
 
 class Recorder(batchtrim.KeepLog):

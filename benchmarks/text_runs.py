@@ -27,8 +27,9 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import batchtrim
 from batchtrim.integrations.transformers import TrimmedTrainer
-from batchtrim.lab import records, train
-from batchtrim.lab.config import RunConfig
+from batchtrim.lab import records
+from batchtrim.lab.run import environment
+from batchtrim.lab.run.config import RunConfig
 
 PADDING, UNKNOWN, WORDS = 0, 1, 2
 
@@ -120,7 +121,7 @@ def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, A
         "steps": trainer.state.global_step,
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "curve": {"epoch": [config.epochs - 1], "test_error": [error]},
-        "environment": train.environment(config),
+        "environment": environment.environment(config),
         "started": started,
     }
 

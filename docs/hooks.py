@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchtrim.lab.methods import METHODS
+from batchtrim.lab.methods.table import METHODS
 
 TABLE = "<!-- table of methods -->"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -35,3 +37,27 @@ def superquantile(losses: np.ndarray, keep: float) -> float:
     whole = int(tail)
     rest = (tail - whole) * ordered[whole] if whole < len(losses) else 0.0
     return float((ordered[:whole].sum() + rest) / tail)
+
+
+def loss_mass(
+    losses: np.ndarray,
+    keep: float,
+    skip: float = 0.0,
+    at_least: float = 0.0,
+    at_most: float = 1.0,
+    offset: float = 0.0,
+) -> set[int]:
+    """The fewest of the hardest that hold the share; sums of falling losses, each taken exactly."""
+    n = len(losses)
+    order = order_hardest_first(losses)[min(round(skip * n), n - 1) :]
+    values = [float(losses[i]) for i in order]
+    endless = sum(not math.isfinite(value) for value in values)
+    mass = [max(0.0, value - offset) for value in values[endless:]]
+    if keep == 1.0:
+        k = len(order)
+    elif endless:
+        k = endless
+    else:
+        wanted = keep * math.fsum(mass) * (1 - 1e-12)
+        k = next(j for j in range(1, len(mass) + 1) if math.fsum(mass[:j]) >= wanted)
+    return set(order[: min(max(k, keep_count(at_least, n)), keep_count(at_most, n))])

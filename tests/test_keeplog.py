@@ -110,7 +110,7 @@ def test_reading_midway_changes_nothing():
 
 
 def test_thirty_two_bytes_a_sample():
-    assert sum(dtype.itemsize for dtype, _ in keeplog._COLUMNS.values()) <= 32
+    assert sum(dtype.itemsize for dtype, _ in keeplog.columns.COLUMNS.values()) <= 32
     log = KeepLog(1_000_000)
     assert sum(column.untyped_storage().nbytes() for column in log._columns.values()) < 64 * 2**20
 
@@ -280,8 +280,8 @@ def test_warning_where_the_hardest_stay_however_often_kept(stubborn, select):
 
 def _train(noise, method):
     """Digits with part of the labels wrong, trimmed; returns the warnings and the log."""
-    lab = pytest.importorskip("batchtrim.lab.train")
-    from batchtrim.lab.config import RunConfig
+    lab = pytest.importorskip("batchtrim.lab.run.train")
+    from batchtrim.lab.run.config import RunConfig
 
     config = RunConfig(method=method, epochs=20, label_noise=noise, seed=1).resolved()
     pictures = lab.load_pictures(config)

@@ -78,7 +78,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     package = {name for name in package if "__pycache__" not in name and ".egg-info" not in name}
     info = f"batchtrim-{batchtrim.__version__}.dist-info"
     assert {name for name in wheel if not name.startswith(info)} == package
-    for name in ("py.typed", "lab/page.css", "lab/page.js", "lab/gallery.css", "lab/gallery.js"):
+    for name in ("py.typed", *(f"lab/present/{each}" for each in ("page.css", "page.js", "gallery.css", "gallery.js"))):
         assert f"batchtrim/{name}" in wheel
     assert f"{info}/licenses/LICENSE" in wheel
     assert b"License-Expression: Apache-2.0" in wheel[f"{info}/METADATA"]

@@ -93,7 +93,7 @@ def test_suspects_of_losses_that_are_not_finite_have_scores() -> None:
 
 @pytest.mark.parametrize("value", [None, 5, 0.1, ["none"]])
 def test_label_noise_that_is_no_text(value: Any) -> None:
-    conditions = pytest.importorskip("batchtrim.lab.conditions")
+    conditions = pytest.importorskip("batchtrim.lab.task.conditions")
     with pytest.raises(ValueError, match="expected `label_noise` to be none"):
         conditions.parse_label_noise(value)
 
@@ -113,7 +113,7 @@ def test_a_keep_log_that_is_none(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"no checkpoint", "cut", "other"])
 def test_a_checkpoint_that_is_none_is_named(tmp_path: Path, damage: Any) -> None:
-    checkpoint = pytest.importorskip("batchtrim.lab.checkpoint")
+    checkpoint = pytest.importorskip("batchtrim.lab.run.checkpoint")
     path = tmp_path / "abc.pt"
     trim = Trimmer(total=3)
     checkpoint.save({"model": torch.rand(9)} if damage == "other" else trim.state_dict(), path)

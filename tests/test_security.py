@@ -117,7 +117,7 @@ def harmless(page: str, scripts: int) -> bool:
 
 
 def test_the_report_escapes_all_that_a_record_says(tmp_path: Path) -> None:
-    report = pytest.importorskip("batchtrim.lab.report")
+    report = pytest.importorskip("batchtrim.lab.present.tables")
     from lab.conftest import _make_row
 
     rows = [_make_row(method, seed, 0.1 + seed / 100) for method in ("full", "trim") for seed in range(3)]
@@ -134,7 +134,7 @@ def test_the_report_escapes_all_that_a_record_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pictures", "rows"])
 def test_the_gallery_escapes_names_texts_and_titles(tmp_path: Path, kind: str) -> None:
-    gallery = pytest.importorskip("batchtrim.lab.gallery")
+    gallery = pytest.importorskip("batchtrim.lab.present.gallery")
     log = KeepLog(6, classes=2, warn=False)
     log.record(Choice(torch.rand(6), hardest()(torch.rand(6), 0.5)), ids=torch.arange(6), labels=torch.arange(6) % 2)
     log.end_epoch()
@@ -151,7 +151,7 @@ def test_the_gallery_escapes_names_texts_and_titles(tmp_path: Path, kind: str) -
 @pytest.mark.parametrize("key", ["../../x", "/etc/x", "a/b", "..", "a\\b", "", "a b", "x" * 65, 3, None])
 def test_a_record_s_key_cannot_name_a_file_outside(tmp_path: Path, key: object) -> None:
     records = pytest.importorskip("batchtrim.lab.records")
-    gallery = pytest.importorskip("batchtrim.lab.gallery")
+    gallery = pytest.importorskip("batchtrim.lab.present.gallery")
     run = tmp_path / "run"
     (run / "keep").mkdir(parents=True)
     KeepLog(3).to_parquet(tmp_path / "x.parquet")
@@ -163,8 +163,8 @@ def test_a_record_s_key_cannot_name_a_file_outside(tmp_path: Path, key: object) 
 
 
 def test_a_key_or_data_set_asked_for_cannot_either(tmp_path: Path, make_run: Path) -> None:
-    gallery = pytest.importorskip("batchtrim.lab.gallery")
-    data = pytest.importorskip("batchtrim.lab.data")
+    gallery = pytest.importorskip("batchtrim.lab.present.gallery")
+    data = pytest.importorskip("batchtrim.lab.task.data")
     with pytest.raises(ValueError, match=r"expected a run with a keep log, got '../../x'"):
         gallery.build(make_run, key="../../x")
     with pytest.raises(ValueError, match="expected `dataset` to be one of"):

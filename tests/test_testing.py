@@ -48,7 +48,7 @@ def test_a_broken_engine_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         return kept.values.sum() / selection.size
 
     monkeypatch.setattr(shared, "kept_loss", wrong)
-    report = check_engine(model(), batch(), nn.CrossEntropyLoss(), verbose=False)
+    report = check_engine(model(), batch(), nn.CrossEntropyLoss(), keep=0.5, verbose=False)
     assert not report.ok
     assert report.gradient_error == pytest.approx(0.5, rel=1e-4)  # half of the samples kept, divided by all
 

@@ -67,6 +67,44 @@ def check_fraction(name: str, value: Any, hint: str = "") -> float:
     return value
 
 
+def check_part(name: str, value: Any, hint: str = "") -> float:
+    """A part of a whole, in [0, 1]."""
+    value = check_number(name, value, hint)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"expected `{name}` in [0, 1], got {value:g}.{_space(hint)}")
+    return value
+
+
+def check_ordered(low_name: str, low: float, high_name: str, high: float) -> None:
+    if low > high:
+        raise ValueError(f"expected `{low_name}` up to `{high_name}`, got {low:g} and {high:g}. Are they swapped?")
+
+
+def check_not_below(name: str, low: float, limit: float, rounding: float, user: str) -> None:
+    """The smallest of some values against a lower limit, ``rounding`` allowed; NaN passes."""
+    if low < limit - rounding:
+        offset = " Is `offset` larger than the loss's own floor?" if limit else ""
+        raise ValueError(
+            f"expected `{name}` of at least {limit:g} for {user}, got {low:g}. Losses that can be negative "
+            f"(likelihoods of densities, rewards) have no mass to take a share of: rank by a loss that cannot, with "
+            f"rank_by=..., or use another rule such as batchtrim.hardest().{offset}"
+        )
+
+
+def check_rule(name: str, value: Any) -> None:
+    """A selection rule, made and not only named."""
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"expected `{name}` to be a selection rule such as batchtrim.hardest(), got {describe(value)}.")
+
+
+def check_stateless(name: str, rule: object) -> None:
+    """A rule that has nothing to save: one inside another is not part of a trimmer's state."""
+    if hasattr(rule, "state_dict"):
+        raise ValueError(
+            f"expected `{name}` to be a rule without a memory, got {describe(rule)}. It would be lost on resume."
+        )
+
+
 def check_progress(name: str, value: Any) -> float:
     value = check_number(name, value)
     if not 0.0 <= value <= 1.0:

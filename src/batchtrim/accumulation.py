@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from batchtrim._checks import check_choice
-from batchtrim.distributed import sum_over_ranks
+from batchtrim._checks import check_choice, describe
+from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of, without_graph
-from batchtrim.engine.two_pass import TwoPassEngine
+from batchtrim.engine.rows import copied
+from batchtrim.engine.two_pass import Moment, TwoPassEngine
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
@@ -57,21 +59,25 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         0-d losses with a graph, as many as there are micro-batches.
 
     Raises:
-        ValueError: no micro-batch. RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`.
+        ValueError: no micro-batch; or, with "window", the model or loss changes its inputs in place.
+        RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`; and where M differs and must not.
 
     Notes:
         Cost of "window": one forward without a graph more than "micro". Engine "two_pass" then trains on the kept rows
         alone, with fresh dropout; "exact" and "shared" repeat the forward with the same dropout, so a window gives the
         gradient of one large batch (up to BatchNorm, which normalises micro-batches). Buffers and generators end up as
         after plain accumulation. With ``scope="global"`` windows of all ranks are joined, whatever their M; "micro"
-        needs the same M on every rank. A rank that has run out of data gives micro-batches of no rows.
+        needs the same M on every rank, and so does a model whose own forward waits for the other ranks (FSDP,
+        SyncBatchNorm, tensor parallel), which is asked for first. A rank that has run out of data gives micro-batches
+        of no rows. After "window", ``step.trim.last`` is the choice from all its samples, one after the other.
     """
     check_choice("over", over, OVER)
     if not batches:
         raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")
     trim, model = step.trim, step.forward.model
+    check_same_count(len(batches), "number of micro-batches", device_of(step.forward.inner), _waits_in_forward(model))
     if over == "window":
-        selections, states = _choose(step, batches)
+        selections, states, first = _choose(step, batches)
     else:
         shares = _shares(step, batches)
     for m, (x, y) in enumerate(batches):
@@ -80,7 +86,8 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
             if over == "micro":
                 yield step(x, y) * shares[m]
             elif isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0:
-                yield step.engine.train_on_kept(x, y, selections[m].rising())
+                moment, scored = first[m]
+                yield step.engine.train_on_kept(moment, selections[m].rising(), scored)
             else:
                 states[m].restore()
                 yield step.engine(x, y, selections[m].rising()).loss
@@ -89,10 +96,13 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
 def first_pass(
     model: nn.Module, batches: Sequence[Batch], forward: Callable[[Batch], Found], *, undo_buffers: bool = True
 ) -> tuple[list[Found], list[GeneratorStates]]:
-    """``forward(batch)`` of each micro-batch without a graph, and the state of the generators before it.
+    """Return ``forward(batch)`` of each micro-batch, without a graph, and the generators' state before it.
 
     Args:
-        undo_buffers: leave the model's buffers as they were found, for a second pass to update.
+        undo_buffers: leave the model's buffers as they were found, for a whole second pass over the same batches.
+
+    Raises:
+        ValueError: a second pass follows, and the forward changes its batch in place. The second would get another.
     """
     buffers = BufferValues(model) if undo_buffers else None
     device = device_of(model)
@@ -100,23 +110,60 @@ def first_pass(
     with without_graph():
         for batch in batches:
             states.append(GeneratorStates(device))
+            versions = _versions(batch)
             found.append(forward(batch))
+            if undo_buffers and _versions(batch) != versions:
+                raise ValueError(
+                    "expected the model and its loss to leave inputs and targets alone, got one changed in place. "
+                    "A window is run twice, and the second run would get it changed: change a copy, or trim each "
+                    "micro-batch by itself (over='micro') with engine='exact'."
+                )
     if buffers is not None:
         buffers.restore()
     return found, states
 
 
-def _choose(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> tuple[list[Selection], list[GeneratorStates]]:
-    """What is kept of each micro-batch, and the state of the generators before it."""
+def _choose(
+    step: TrimmedForward, batches: Sequence[tuple[Any, Any]]
+) -> tuple[list[Selection], list[GeneratorStates], list[tuple[Moment, Tensor]]]:
+    """Return what is kept of each micro-batch, the generators before it, and what two-pass trains from."""
     forward, trim = step.forward, step.trim
+    once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
+    first: list[tuple[Moment, Tensor]] = []
 
     def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
-        losses, outputs = forward(*batch, model=forward.inner)
-        return losses, forward.scores(outputs, batch[1])
+        moment = Moment(forward, *batch) if once else None
+        x, y = batch if once else copied(batch)  # a model may change its batch in place: once, as one step would
+        losses, outputs = forward(x, y, model=forward.inner)
+        if moment is not None:
+            first.append((moment, losses.values))
+        return losses, forward.scores(outputs, y)
 
-    once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
     found, states = first_pass(forward.inner, batches, score, undo_buffers=not once)
-    return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states
+    return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states, first
+
+
+def _versions(batch: Any) -> list[int]:
+    """How often each tensor of a batch was changed in place."""
+    found: list[int] = []
+    map_tensors(lambda t: t if t.is_inference() else found.append(t._version) or t, batch)
+    return found
+
+
+def _waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
+    """The groups whose ranks the model's own forward meets: not DDP's, which meet in backward."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    found: dict[int, dist.ProcessGroup | None] = {}
+    for module in model.modules():  # SyncBatchNorm, FSDP
+        if hasattr(module, "process_group") and not isinstance(module, DistributedDataParallel):
+            group: Any = module.process_group
+            found[id(group)] = group
+    for parameter in model.parameters():  # fully_shard, tensor parallel
+        mesh = getattr(parameter, "device_mesh", None)
+        for group in () if mesh is None else mesh.get_all_groups():
+            found[id(group)] = group
+    return list(found.values())
 
 
 def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | None] = ()) -> list[Selection]:
@@ -168,10 +215,12 @@ def _shares(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> list[fl
     if trim.scope == "global":
         parameter = next(step.forward.inner.parameters(), sizes)
         sizes = sum_over_ranks(sizes.to(parameter.device), "number of micro-batches", trim.process_group)
-    return (sizes.double() / sizes.sum()).tolist()
+    return (sizes.double() / sizes.sum().clamp(min=1)).tolist()
 
 
 def _samples(x: Any, batch_dim: int) -> int:
     found: list[int] = []
     map_tensors(lambda t: found.append(t.shape[batch_dim]) or t if t.ndim > batch_dim else t, x)
+    if not found:
+        raise ValueError(f"expected `x` to hold a tensor with a dimension {batch_dim}, its batch, got {describe(x)}.")
     return found[0]

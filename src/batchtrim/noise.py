@@ -10,6 +10,7 @@ Legend: P entries of a log that are entered together.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,20 @@ def stays(before: Tensor, now: Tensor, compared: Tensor, kept: Tensor) -> Tensor
     return torch.stack([part.sum() for part in parts])
 
 
+def warn_of(history: Sequence[dict[str, Any]], stacklevel: int) -> bool:
+    """Warn where the last epoch of a log's history speaks for wrong labels; returns whether it does."""
+    found = sign(history)
+    if found is not None:
+        warnings.warn(
+            f"{found}: with keep at {history[-1]['keep']:.2g} trimming trains ever more on what look like wrong labels."
+            " Look at them with batchtrim.suspects(log), and leave out the very hardest with "
+            "Trimmer(select=batchtrim.between(skip=...)), which is two_sided in the lab.",
+            NoiseAmplified,
+            stacklevel=stacklevel,
+        )
+    return found is not None
+
+
 def sign(history: Sequence[dict[str, Any]]) -> str | None:
     """What in the last epoch of a log's history speaks for wrong labels, in words; None where nothing does."""
     line = history[-1]
@@ -93,6 +108,8 @@ def hardest_stay(history: Sequence[dict[str, Any]]) -> bool:
     """Whether the hardest samples stay the hardest more than the easiest stay the easiest, as keep falls."""
     if not _falls(history) or history[-1]["keep"] > STAY_JUDGED:
         return False
+    if history[-1]["stay_hard"] is None or history[-1]["stay_easy"] is None:
+        return False
     samples, excess = stay_excess(history)
     return samples >= STAY_SAMPLES and excess >= STAY_EXCESS
 
@@ -102,11 +119,16 @@ def stay_excess(history: Sequence[dict[str, Any]]) -> tuple[int, float]:
 
     And over how many samples; none where a rule leaves the hardest out.
     """
-    lines = [line for line in history if line["keep"] < STAY_BELOW and line.get("compared")]
+    lines = [line for line in history if _compares(line) and line["keep"] < STAY_BELOW]
     samples = sum(line["compared"] for line in lines)
     if not samples or min(line["hard_kept"] for line in lines) < HARD_KEPT:
         return 0, 0.0
     return samples, sum(line["compared"] * (line["stay_hard"] - line["stay_easy"]) for line in lines) / samples
+
+
+def _compares(line: dict[str, Any]) -> bool:
+    """True if an epoch has a hardest and an easiest part: not where it saw nothing, or losses are NaN."""
+    return all(line.get(name) is not None for name in ("keep", "compared", "stay_hard", "stay_easy", "hard_kept"))
 
 
 def _falls(history: Sequence[dict[str, Any]]) -> bool:

@@ -141,9 +141,29 @@ def like_one_process(me: Rank) -> None:
             parts.append((losses * weights, ranked, mask, torch.where(mask, weights, 0.0)))
         rules = [batchtrim.hardest(), batchtrim.between(0.2), batchtrim.superquantile(), batchtrim.uniform()]
         rules += [batchtrim.percentile(), batchtrim.percentile_topk(), batchtrim.above(0.5), batchtrim.easiest()]
+        rules.insert(0, batchtrim.loss_mass(skip=0.1))
+        rules += [batchtrim.loss_mass(), batchtrim.uniform(like=batchtrim.loss_mass())]
         for rule in rules if not shape else rules[:2]:
             for unit in ("sample", "element") if shape else ("sample",):
                 me.check_like_one_process(parts, split, select=rule, unit=unit)
+
+
+def mass_of_the_joined_batch(me: Rank) -> None:
+    """A share of all ranks' loss, with the collectives any rule needs; a negative loss anywhere raises everywhere."""
+    counted: dict[str, int] = {}
+    gather = dist.all_gather
+    for name, rule in (("hardest", batchtrim.hardest()), ("mass", batchtrim.loss_mass())):
+        trim = batchtrim.Trimmer(0.6, scope="global", select=rule)
+        calls: list[int] = []
+        dist.all_gather = lambda *a, _calls=calls, **k: (_calls.append(1), gather(*a, **k))[1]
+        trim(torch.tensor([5.0, 0.5, 0.5]) / (1 + 9 * me.rank))
+        dist.all_gather = gather
+        counted[name] = len(calls)
+    assert counted["mass"] == counted["hardest"]
+    assert me.kept(trim, 3 * me.rank) == [0], "rank 0's first holds 5 of the 6.6 or 7.2 there are"
+    with pytest.raises(ValueError, match="expected `losses` of at least 0 for loss_mass, got -2"):
+        trim(torch.tensor([1.0, -2.0 if me.rank == 1 else 2.0]))
+    trim(torch.rand(3))  # and the group goes on
 
 
 def ties_nan_and_half(me: Rank) -> None:
@@ -295,6 +315,7 @@ def main(rank: int, ranks: int, store: str) -> None:
         ):
             me.check_case(sizes, keep, scale, spread, masked)
     like_one_process(me)
+    mass_of_the_joined_batch(me)
     ties_nan_and_half(me)
     different_token_counts(me)
     subgroup(me)

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from batchtrim.lab import cli, sweep
-from batchtrim.lab.grid import expand
+from batchtrim.lab import cli
+from batchtrim.lab import options as lab_options
+from batchtrim.lab.execute import scheduler
+from batchtrim.lab.execute.grid import expand
 from lab.conftest import _make_row
 
 pytestmark = pytest.mark.slow
@@ -30,7 +32,7 @@ WORDS = st.one_of(
         ["symmetric:0.1", "symmetric:x", "human:worst", "small_loss.noise_rate=0.1", "a.b=", "../..", "\0"]
     ),
 )
-OPTIONS = sorted(f"--{name.replace('_', '-')}" for name in {**cli._MANY, **cli._ONE, **cli._SETTINGS} if name != "grid")
+OPTIONS = sorted(f"--{name.replace('_', '-')}" for name in lab_options.NAMES)
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6))
 VALUES = st.recursive(
     SCALARS,
@@ -40,7 +42,7 @@ VALUES = st.recursive(
 
 @pytest.fixture(autouse=True)
 def nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "run_all", lambda configs, place, watcher, **_: [])
+    monkeypatch.setattr(scheduler, "run_all", lambda configs, place, watcher, **_: [])
     monkeypatch.delenv("BATCHTRIM_DATA", raising=False)
 
 
@@ -83,7 +85,7 @@ def test_options(command: str, options: list[tuple[str, str]], more: list[str]) 
 @settings(FUZZ)
 @given(st.data())
 def test_grid_files(data: st.DataObject) -> None:
-    names = [*cli._MANY, *cli._SETTINGS, "params", "method", "seed", "epoch"]
+    names = [*lab_options.MANY, *lab_options.NAMES, "params", "epoch"]
     settings_ = data.draw(st.dictionaries(st.sampled_from(names), VALUES, max_size=4))
     with tempfile.TemporaryDirectory() as folder:
         grid = Path(folder) / "grid.toml"

@@ -55,8 +55,8 @@ class AutoEngine:
 
     def _pays(self, saving: SharedEngine | TwoPassEngine, x: Any, y: Any) -> bool:
         if isinstance(saving, TwoPassEngine):
-            return self.trim.keep <= _TWO_PASS_BELOW
-        return self.trim.keep <= _SHARED_BELOW and saving.pays(x, y)
+            return self.trim.expected_keep <= _TWO_PASS_BELOW
+        return self.trim.expected_keep <= _SHARED_BELOW and saving.pays(x, y)
 
     def _hand_on(self, forward: Forward, refused: EngineRefused) -> None:
         """The next engine, for good; one warning."""

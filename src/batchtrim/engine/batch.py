@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim._checks import check_losses
+from batchtrim.engine.rows import RowCutter, map_tensors, tensors_of
 from batchtrim.losses import Losses, flatten
 from batchtrim.selection import Selection
 
@@ -25,6 +26,8 @@ class Step(NamedTuple):
         outputs: the model's outputs for the whole batch, detached.
         selection: which samples the loss is of.
         mask: bool (B,), False for samples that do not count; None where all do.
+        engine: the name of the engine that computed it.
+        approximate: why its gradient is not the exact one, or None.
     """
 
     loss: Tensor
@@ -32,6 +35,8 @@ class Step(NamedTuple):
     outputs: Any
     selection: Selection
     mask: Tensor | None = None
+    engine: str = "exact"
+    approximate: str | None = None
 
 
 @dataclass
@@ -39,7 +44,8 @@ class Forward:
     """What one forward is: ``per_sample_loss(model(x), y)``, un-reduced.
 
     Attributes:
-        model: called as ``model(x)``, ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping.
+        model: called as ``model(x)``, ``model(*x)`` for a plain tuple or list, ``model(**x)`` for a mapping. A named
+            tuple, a PackedSequence or a dataclass is one argument.
         per_sample_loss: ``(outputs, y) -> losses``, a tensor (B,) or (B, ...), or :class:`batchtrim.Losses`.
         rank_by: ``(outputs, y) -> losses`` to rank by, where that is not the loss trained on.
         batch_dim: the dimension of the tensors in ``x`` that holds the batch.
@@ -52,6 +58,9 @@ class Forward:
     batch_dim: int = 0
     unit: str = "sample"
 
+    def __post_init__(self) -> None:
+        self.cutter = RowCutter(self.batch_dim)
+
     @property
     def inner(self) -> nn.Module:
         """The model without the wrapper that synchronises gradients: for a forward no backward follows."""
@@ -63,7 +72,7 @@ class Forward:
         model = self.model if model is None else model
         if isinstance(x, Mapping):
             outputs = model(**x)
-        elif isinstance(x, (tuple, list)):
+        elif type(x) in (tuple, list):
             outputs = model(*x)
         else:
             outputs = model(x)
@@ -77,16 +86,8 @@ class Forward:
             return as_losses(self.rank_by(outputs, y), self.unit).values.detach()
 
     def rows(self, x: Any, y: Any, rows: Tensor, batch: int) -> tuple[Any, Any]:
-        """The given samples of inputs and targets. Tensors that do not hold the batch stay whole."""
-
-        def pick(dim: int) -> Callable[[Tensor], Tensor]:
-            def taken(tensor: Tensor) -> Tensor:
-                held = tensor.ndim > dim and tensor.shape[dim] == batch
-                return tensor.index_select(dim, rows.to(tensor.device)) if held else tensor
-
-            return taken
-
-        return map_tensors(pick(self.batch_dim), x), map_tensors(pick(0), y)
+        """Return the given samples of inputs and targets; see :class:`batchtrim.engine.rows.RowCutter`."""
+        return self.cutter(x, y, rows, batch)
 
 
 def as_losses(losses: Tensor | Losses, unit: str) -> Losses:
@@ -98,21 +99,6 @@ def as_losses(losses: Tensor | Losses, unit: str) -> Losses:
     return flatten(losses, unit)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``value`` with every tensor in its dicts, lists and tuples replaced by ``function(tensor)``."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, item) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(function, item) for item in value)
-    return value
-
-
 def tensor_shapes(value: Any) -> tuple[Any, ...]:
     """Shapes and dtypes of every tensor in a batch: what decides how a model runs, as far as a batch can."""
-    found: list[Any] = []
-    map_tensors(lambda tensor: found.append((tuple(tensor.shape), tensor.dtype)) or tensor, value)
-    return tuple(found)
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(value))

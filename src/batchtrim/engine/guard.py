@@ -7,9 +7,6 @@ counters), and that a forward can be taken back altogether.
 
 from __future__ import annotations
 
-import itertools
-import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,28 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.state import GeneratorStates, device_of, without_graph
+
 __all__ = ["BufferValues", "GeneratorStates", "Guard", "device_of", "module_names", "storage_of", "without_graph"]
-
-
-@contextmanager
-def without_graph() -> Iterator[None]:
-    """Run without a graph, and leave no weights that autocast has cast.
-
-    A later pass with a graph would find them, and on torch 2.4 no gradient would reach the weights behind them.
-    """
-    caching = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(caching)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters lie, or its buffers where it has none."""
-    held = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if held is None else held.device
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -69,44 +47,21 @@ def module_names(model: nn.Module) -> Iterator[Callable[[], str]]:
             handle.remove()
 
 
-class GeneratorStates:
-    """The state of every generator a forward may draw from: torch's, Python's, and NumPy's where it is loaded."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self.python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self.numpy: Any = None if numpy is None else numpy.random.get_state()
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            torch.cuda.set_rng_state(self.accelerator, self.device)
-        self.restore_outside_torch()
-
-    def restore_outside_torch(self) -> None:
-        """Python's and NumPy's: in the second pass torch's draws are remembered, theirs are drawn again."""
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-
-    def same_torch_state(self, other: GeneratorStates) -> bool:
-        if self.accelerator is not None and other.accelerator is not None:
-            return torch.equal(self.cpu, other.cpu) and torch.equal(self.accelerator, other.accelerator)
-        return torch.equal(self.cpu, other.cpu)
-
-
 class BufferValues:
     """What a model's buffers hold now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self._values = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
 
     def restore(self) -> None:
-        for buffer, value in self._values:
+        for module, name, buffer, value in self._values:
             buffer.data.copy_(value)  # past autograd, which may have saved the buffer but not for its value
+            module._buffers[name] = buffer  # a forward may assign a new tensor to its buffer
 
 
 class Guard:

@@ -97,7 +97,7 @@ class SharedEngine:
     def pays(self, x: Any, y: Any) -> bool:
         """Whether a step on a batch like this is worth it, as far as known: unknown before the first of its shape."""
         plan = self.plans.get(self._key(x, y))
-        return plan is None or plan.pays(self.trim.keep, self.guard.device.type)
+        return plan is None or plan.pays(self.trim.expected_keep, self.guard.device.type)
 
     def _two_passes(self, x: Any, y: Any, key: Any, plan: Plan | None) -> Step:
         forward, guard = self.forward, self.guard
@@ -129,7 +129,7 @@ class SharedEngine:
             found.operators, found.flops, found.remembered = recorder.operators, recorder.flops, recorder.remembered
             found.batch = batch
             self._adopt(key, found)
-        return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
+        return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection, engine=self.name)
 
     def _operator_to_prove(self, plan: Plan | None) -> int:
         if plan is None or plan.used % self.prove_every:

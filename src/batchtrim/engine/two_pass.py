@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,28 +11,40 @@ from torch import Tensor, nn
 from batchtrim.engine.batch import Forward, Step
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
-from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of, without_graph
+from batchtrim.engine.probe import Probe, Tolerance
+from batchtrim.engine.rows import copied, put_back
+from batchtrim.engine.state import GeneratorStates, ModelState, device_of, is_lazy, modules_of, without_graph
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["NOT_ELEMENTS", "TwoPassEngine", "padded_rows", "redrawn"]
+__all__ = ["NOT_ELEMENTS", "Moment", "TwoPassEngine", "kept_loss", "padded_rows", "redrawn"]
 
 NOT_ELEMENTS = "it drops samples, and this trimmer chooses among elements (unit='element')"
+_logger = logging.getLogger("batchtrim")
+_CANNOT = "the two-pass engine cannot run this model: {}"
+_DRAWN = "it draws random numbers (dropout), which a second pass would draw anew"
+_BATCH_NORM = "BatchNorm would take its statistics from the kept samples alone"
 
 
 class TwoPassEngine:
-    """What peers do, without their side effects. Cost: (1 + 3q) / 3 of a plain step, below 1 where q < 2/3.
+    """What peers do, without their side effects, and checked. Cost: (1 + 3q) / 3 of a plain step, below 1 for q < 2/3.
 
-    Buffers are those of the first forward, over the whole batch: running statistics stay right. Two things are not
-    exact, and why the shared engine exists: dropout is drawn anew for the kept rows, and BatchNorm normalises them by
-    their own statistics. With ``approximate=False`` it refuses both.
+    The kept losses of the second pass must be those that were scored in the first, in every step; else the engine
+    refuses, for the kept rows alone are then not what they were in the batch. What a loss does not show (a gate that
+    is still zero) is looked for in steps 1, 2, 4, 8, ..., on a few rows; see :class:`batchtrim.engine.probe.Probe`.
+
+    Buffers, plain attributes and generators are those of the first forward, over the whole batch, and the second
+    starts from where the first did. Two things are not exact, and why the shared engine exists: dropout is drawn anew
+    for the kept rows, and BatchNorm normalises them by their own statistics. :attr:`approximation` then says so, and
+    one line of the log; ``approximate=False`` refuses both.
 
     Raises:
-        EngineRefused: the trimmer chooses among elements; or, with ``approximate=False``, the second pass would not
-            compute what the first one did.
+        EngineRefused: the trimmer chooses among elements; the batch has something that cannot be cut to rows; samples
+            depend on one another; or, with ``approximate=False``, the second pass would draw or normalise anew. The
+            model's state and the batch are then what they were before the step.
     """
 
     name = "two_pass"
@@ -43,58 +56,121 @@ class TwoPassEngine:
         self.trim = trim
         self.approximate = approximate
         self.exact = ExactEngine(forward, trim)
+        self.tolerance = Tolerance(forward)
+        self.probe = Probe(forward, self.tolerance)
+        self.approximation: str | None = None  # why the last step's gradient is not the exact one
+        self.said = False
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
         """One step; ``selection`` is given where the choice was made already."""
-        if self.trim.keep == 1.0 or not is_training_step():
+        if self.trim.keep == 1.0 or not is_training_step() or is_lazy(self.forward.inner):
             return self.exact(x, y, selection)
-        before = None if self.approximate else self._state_unless_redrawn()
-        with without_graph():
-            losses, outputs = self.forward(x, y, model=self.forward.inner)
-        if selection is None:
-            selection = self.trim.select(losses, rank_by=self.forward.scores(outputs, y)).rising()
-        if before is not None:
-            self._refuse_what_is_redrawn(*before, selection)
-        return Step(self.train_on_kept(x, y, selection), losses.values, outputs, selection)
+        if not self.approximate and (reason := redrawn(self.forward)) is not None:
+            raise EngineRefused(_CANNOT.format(reason))
+        before = Moment(self.forward, x, y)
+        losses, outputs = self._first_pass(before, x, y)
+        try:
+            if selection is None:
+                selection = self.trim.select(losses, rank_by=self.forward.scores(outputs, y)).rising()
+            loss = self.train_on_kept(before, selection, losses.values)
+        except EngineRefused as refused:
+            before.restore(x, y)
+            raise EngineRefused(_CANNOT.format(refused), selection) from refused.__cause__
+        return Step(loss, losses.values, outputs, selection, engine=self.name, approximate=self.approximation)
 
-    def _state_unless_redrawn(self) -> tuple[GeneratorStates, BufferValues]:
-        reason = redrawn(self.forward)
-        if reason is not None:
-            raise EngineRefused(f"the two-pass engine cannot run this model: {reason}")
-        inner = self.forward.inner
-        return GeneratorStates(device_of(inner)), BufferValues(inner)
+    def _first_pass(self, before: Moment, x: Any, y: Any) -> tuple[Losses, Any]:
+        try:
+            with without_graph():
+                return self.forward(x, y, model=self.forward.inner)
+        except Exception as error:
+            before.restore(x, y)
+            self.forward(*copied((x, y)), model=self.forward.inner)  # a model that is at fault says so itself
+            before.restore(x, y)
+            raise EngineRefused(_CANNOT.format(f"it does not run without a graph ({_said(error)})")) from error
 
-    def _refuse_what_is_redrawn(self, generators: GeneratorStates, buffers: BufferValues, selection: Selection) -> None:
-        """Take the first pass back where it drew random numbers, which a second one would draw anew."""
-        if generators.same_torch_state(GeneratorStates(generators.device)):
-            return
-        generators.restore()
-        buffers.restore()
-        reason = "it draws random numbers (dropout), which a second pass would draw anew"
-        raise EngineRefused(f"the two-pass engine cannot run this model: {reason}", selection)
+    def train_on_kept(self, before: Moment, selection: Selection, scored: Tensor | None) -> Tensor:
+        """Return the loss of the kept rows, with a graph, from the second pass alone.
 
-    def train_on_kept(self, x: Any, y: Any, selection: Selection) -> Tensor:
-        """The second pass alone: the loss of the kept rows, with a graph. Buffers and generators stay as they are."""
-        buffers = BufferValues(self.forward.inner)
-        generators = GeneratorStates(selection.indices.device)
-        kept, _ = self.forward(*self.forward.rows(x, y, padded_rows(selection), selection.size))
-        generators.restore()
-        buffers.restore()
+        Args:
+            before: the state before the first pass, and the batch as it was.
+            scored: (B,), all losses as the first pass found them, to compare with.
+
+        Raises:
+            EngineRefused: the kept losses are others than those scored. Buffers, attributes and generators are in any
+                case as they were found.
+        """
+        after = Moment(self.forward)
+        drawn = not before.generators.same(after.generators)
+        normed = has_batch_norm([module for module in before.model.modules if module.training])
+        try:
+            self.probe(before, selection.size, scored, redrawn=drawn or normed)
+            before.restore()
+            rows = padded_rows(selection)
+            kept = self._second_pass(*self.forward.rows(before.x, before.y, rows, selection.size))
+        finally:
+            after.restore()
+        self.approximation = None
+        if scored is not None:
+            self._compare(kept.values[: selection.k].detach(), scored, selection, before, drawn, normed)
         return kept_loss(kept, selection, self.trim)
+
+    def _compare(
+        self, kept: Tensor, scored: Tensor, selection: Selection, before: Moment, drawn: bool, normed: bool
+    ) -> None:
+        try:
+            self.tolerance.compare(kept, scored, selection.indices, before)
+        except EngineRefused as refused:
+            if not (drawn or normed):
+                raise
+            reason = _DRAWN if drawn else _BATCH_NORM
+            if not self.approximate:
+                raise EngineRefused(reason) from refused
+            if not self.said:
+                _logger.warning("engine='two_pass' is approximate for this model: %s.", reason)
+            self.said, self.approximation = True, reason
+
+    def _second_pass(self, x: Any, y: Any) -> Losses:
+        try:
+            return self.forward(x, y)[0]
+        except (EngineRefused, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise EngineRefused(f"it cannot run on a part of the batch ({_said(error)})") from error
+
+
+class Moment:
+    """What a step may change, as it is now: buffers, plain attributes, generators, and the batch where one is given."""
+
+    def __init__(self, forward: Forward, x: Any = None, y: Any = None) -> None:
+        self.x, self.y = copied((x, y))
+        self.model = ModelState(modules_of(forward.inner, forward.per_sample_loss, forward.rank_by))
+        self.generators = GeneratorStates(device_of(forward.inner))
+
+    def restore(self, x: Any = None, y: Any = None) -> None:
+        """Put the model and the generators back, and the batch where it is given."""
+        self.model.restore()
+        self.generators.restore()
+        if x is not None or y is not None:
+            put_back((x, y), (self.x, self.y))
+
+
+def _said(error: BaseException) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def redrawn(forward: Forward) -> str | None:
-    """Why a second pass would not compute what the first one did, as far as looking at the modules tells."""
+    """Return why a second pass would not compute what the first one did, as far as looking at the modules tells."""
     training = [module for module in forward.inner.modules() if module.training]
     if has_batch_norm(training):
-        return "BatchNorm would take its statistics from the kept samples alone"
+        return _BATCH_NORM
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in training):
         return "a second pass would draw dropout anew"
     return None
 
 
 def padded_rows(selection: Selection, companions: int = 0) -> Tensor:
-    """The kept rows, in rising order, and behind them ``companions`` dropped ones, spread over the batch.
+    """Return the kept rows, in rising order, and behind them ``companions`` dropped ones, spread over the batch.
 
     At least one goes along where a single row or none is kept: a batch of one is a special case to BatchNorm and to
     ``squeeze``. What they add is left out of the loss again by :func:`kept_loss`.
@@ -109,7 +185,7 @@ def padded_rows(selection: Selection, companions: int = 0) -> Tensor:
 
 
 def kept_loss(kept: Losses, selection: Selection, trim: Trimmer) -> Tensor:
-    """The loss from a forward over :func:`padded_rows`."""
+    """Return the loss from a forward over :func:`padded_rows`."""
     weights = kept.weights
     values = kept.values
     if values.shape[0] != selection.k:

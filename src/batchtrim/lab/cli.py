@@ -1,8 +1,8 @@
 """The command line: ``batchtrim compare``, ``sweep``, ``train``, ``demo``, ``report``, ``claims``, ``show``,
 ``methods``. Thin.
 
-Commands that run something share one table of settings, ``_SETTINGS``; their signatures, which typer reads, are put
-together from it.
+Commands that run something take every setting of a run as an option; their signatures, which typer reads, are put
+together in :mod:`batchtrim.lab.options`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import typer
 
 from batchtrim import __version__
 from batchtrim._checks import check_choice
+from batchtrim.lab import options
 
 app = typer.Typer(
     name="batchtrim",
@@ -37,75 +38,18 @@ USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 
-def _option(kind: Any, help: str, *names: str, default: Any = None) -> Any:
-    return Annotated[kind, typer.Option(*names, help=help, show_default=False)], default
+# What a command takes where nothing is said; the help tells these defaults.
+COMPARE = {"methods": ["full", "trim"], "seeds": 5}
+SWEEP = {
+    "methods": ["full", "trim", "random"],
+    "seeds": 5,
+    "schedule": ["linear", "cosine", "step"],
+    "keep_end": [0.1, 0.2, 0.5],
+}
+TRAIN = {"method": "trim", "seed": 0}
 
 
-_SETTINGS = {
-    "dataset": _option(str | None, "data sets, by comma: digits, fashion_mnist, cifar10, cifar100, svhn [digits]"),
-    "model": _option(str | None, "networks, by comma: mlp, cnn, vit, resnet8 .. resnet34 [mlp]"),
-    "epochs": _option(int | None, "epochs of each run [10]"),
-    "optimizer": _option(str | None, "optimizers, by comma: adam, adamw, sgd, nesterov [adam]"),
-    "lr": _option(float | None, "peak learning rate [adam and adamw 0.001, sgd and nesterov 0.1]"),
-    "lr_schedule": _option(str | None, "learning rate over training: constant, step, cosine, onecycle [cosine]"),
-    "weight_decay": _option(float | None, "weight decay [adam 0, adamw 0.05, sgd and nesterov 0.0005]"),
-    "momentum": _option(float | None, "momentum of sgd and nesterov [0.9]"),
-    "batch_size": _option(int | None, "pictures in a batch [128]"),
-    "width": _option(int | None, "channels of the network's first stage [by network]"),
-    "norm": _option(str | None, "normalisation layers: batch, group [batch]"),
-    "augment": _option(str | None, "augmentation: none, crop, flip, crop+flip [by data set]"),
-    "train_size": _option(int | None, "train on so many pictures, the same part of every class [all]"),
-    "label_noise": _option(str | None, "wrong labels: none, symmetric:RATE, asymmetric:RATE, human:WHICH [none]"),
-    "imbalance": _option(float | None, "size of the largest class over that of the smallest [1]"),
-    "keep_start": _option(str | None, "parts of a batch kept at the start, by comma [1.0]"),
-    "keep_end": _option(str | None, "parts of a batch kept at the end, by comma [0.2]"),
-    "schedule": _option(str | None, "ways from start to end, by comma: linear, cosine, step, constant [linear]"),
-    "engine": _option(str | None, "what dropped samples cost: exact, two_pass, shared, auto [exact]"),
-    "precision": _option(str | None, "number format: 32-true, bf16-mixed, 16-mixed, bf16-true, 64-true [32-true]"),
-    "device": _option(str | None, "where to train: auto, cpu, cuda, mps [auto]"),
-    "threads": _option(int | None, "threads of each run [cores / workers]"),
-    "param": _option(list[str] | None, "a method's parameter, as small_loss.noise_rate=0.1; repeatable"),
-}
-_MANY = {
-    "grid": (Annotated[Path | None, typer.Argument(help="TOML file with settings; options go before it")], None),
-    "methods": _option(str | None, "methods, by comma; `batchtrim methods` lists them [full,trim]"),
-    "seeds": _option(str | None, "how many seeds, or which, by comma [5]"),
-}
-_ONE = {
-    "method": _option(str | None, "method; `batchtrim methods` lists them [trim]"),
-    "seed": _option(int | None, "seed of everything drawn [0]"),
-}
-_PLACE = {
-    "out": _option(Path | None, "folder for runs.jsonl and the report [under runs/]"),
-    "data_dir": _option(str | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
-    "checkpoint_seconds": _option(float, "save a run between epochs when so much time has passed [60]", default=60.0),
-    "tensorboard": _option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
-    "keep_log": _option(bool, "record what is kept of every sample, for `batchtrim show`", "--keep-log", default=False),
-}
-_SCALE = {
-    "workers": _option(int | None, "processes on this machine [one a core, up to 8]"),
-    "ray": _option(str | None, "send the runs to a Ray cluster: auto, or its address"),
-    "retries": _option(int, "how often a run whose worker died is done again [2]", default=2),
-}
-_TALK = {
-    "as_json": _option(bool, "print the result as JSON, and nothing else on standard output", "--json", default=False),
-    "quiet": _option(bool, "no progress on standard error", "--quiet", "-q", default=False),
-    "debug": _option(bool, "show the traceback of an error", "--debug", default=False),
-}
-
-_BY_COMMA: dict[str, Callable[[str], Any]] = {
-    "dataset": str,
-    "model": str,
-    "methods": str,
-    "optimizer": str,
-    "lr_schedule": str,
-    "schedule": str,
-    "keep_start": float,
-    "keep_end": float,
-}
-
-
-def _command(name: str, *tables: dict[str, Any]) -> Callable[[Callable[[dict[str, Any]], None]], Any]:
+def _command(name: str, *tables: options.Table) -> Callable[[Callable[[dict[str, Any]], None]], Any]:
     """Register a function of one dict as a command whose options are those of ``tables``."""
 
     def register(function: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
@@ -140,43 +84,37 @@ def _about(
 ) -> None: ...
 
 
-@_command("compare", _MANY, _SETTINGS, _PLACE, _SCALE, _TALK)
+@_command("compare", options.settings_table(COMPARE, options.MANY), options.PLACE, options.SCALE, options.TALK)
 def compare(given: dict[str, Any]) -> None:
     """Train with several methods on the same data and seeds.
 
     The same command goes on where it stopped.
     """
-    settings = {"methods": ["full", "trim"], "seeds": 5, **_settings(given)}
-    _run_and_report(settings, given)
+    _run_and_report(_over(COMPARE, options.read_settings(given)), given)
 
 
-@_command("sweep", _MANY, _SETTINGS, _PLACE, _SCALE, _TALK)
+@_command("sweep", options.settings_table(SWEEP, options.MANY), options.PLACE, options.SCALE, options.TALK)
 def sweep(given: dict[str, Any]) -> None:
     """Compare over keep schedules and keep ends, or a grid.
 
     By default three schedules by three keep ends; or what a TOML file says.
     """
-    settings = _settings(given)
-    if given["grid"] is None:
-        axes = {"schedule": ["linear", "cosine", "step"], "keep_end": [0.1, 0.2, 0.5]}
-        settings = {"methods": ["full", "trim", "random"], "seeds": 5, **axes, **settings}
-    _run_and_report(settings, given)
+    settings = options.read_settings(given)
+    _run_and_report(_over(SWEEP, settings) if given["grid"] is None else settings, given)
 
 
-@_command("train", _ONE, _SETTINGS, _PLACE, _TALK)
+@_command("train", options.settings_table(TRAIN, options.ONE), options.PLACE, options.TALK)
 def train(given: dict[str, Any]) -> None:
     """Do one run, with checkpoints.
 
     The same command goes on from the last checkpoint.
     """
-    settings = {"method": "trim", "seed": 0, **_settings(given)}
-    lists = [name for name in _BY_COMMA if isinstance(settings.get(name), list) and len(settings[name]) > 1]
-    if lists:
-        raise ValueError(f"expected one run, got several values of `{lists[0]}`. `batchtrim compare` does many.")
+    settings = {**TRAIN, **options.read_settings(given)}
+    options.check_one_run(settings)
     _run_and_report(settings, given)
 
 
-@_command("demo", {"out": _PLACE["out"], "workers": _SCALE["workers"]}, _TALK)
+@_command("demo", {"out": options.PLACE["out"], "workers": options.SCALE["workers"]}, options.TALK)
 def demo(given: dict[str, Any]) -> None:
     """Digits, full against trim, five seeds, in a minute or two.
 
@@ -226,7 +164,7 @@ def claims_command(
     """
 
     def work() -> None:
-        from batchtrim.lab import claims
+        from batchtrim.lab.analyse import claims
 
         found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not found:
@@ -258,7 +196,7 @@ def show_command(
     """
 
     def work() -> None:
-        from batchtrim.lab import gallery
+        from batchtrim.lab.present import gallery
 
         with _fitting("the records and the keep log"):
             page = gallery.build(run, out, key=key, data_dir=data_dir)
@@ -272,7 +210,7 @@ def methods_command(
     as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """List the methods and their parameters."""
-    from batchtrim.lab.methods import METHODS
+    from batchtrim.lab.methods.table import METHODS
 
     if as_json:
         rows = {
@@ -291,78 +229,32 @@ def methods_command(
             typer.echo(f"    {row.name}.{name}={param.default}  {param.help}")
 
 
+def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings, and the presets that they leave open; a file may say `method` or `seed` in the singular."""
+    return {name: value for name, value in presets.items() if name.removesuffix("s") not in settings} | settings
+
+
 def main() -> None:
     """The ``batchtrim`` command."""
     app()
 
 
-def _settings(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the TOML file, if there is one, under those given as options."""
-    from batchtrim.lab import grid
-
-    settings = grid.load_toml(given["grid"]) if given.get("grid") else {}
-    options = {name: given[name] for name in (*_MANY, *_ONE, *_SETTINGS) if given.get(name) is not None}
-    options.pop("grid", None)
-    if options.keys() & {"methods", "seeds"}:  # a file may say `method` or `seed` instead
-        settings = {name: value for name, value in settings.items() if f"{name}s" not in options}
-    for name, kind in _BY_COMMA.items():
-        if name in options:
-            options[name] = _list(name, options[name], kind)
-    if "seeds" in options:
-        text = options["seeds"]
-        seeds = _list("seeds", text, int)
-        options["seeds"] = seeds if "," in text or not seeds else seeds[0]
-    params = options.pop("param", [])
-    if params:
-        settings["params"] = _params(params, settings.get("params", {}))
-    return {**settings, **options}
-
-
-def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"expected `{name}` to be {what} by comma, got {text!r}.") from None
-
-
-def _params(texts: Iterable[str], base: dict[str, Any]) -> dict[str, Any]:
-    """``method.name=value`` texts as tables; a value by comma is an axis."""
-    tables = {method: dict(table) for method, table in base.items()}
-    for text in texts:
-        place, equals, value = text.partition("=")
-        method, dot, name = place.partition(".")
-        if not (equals and dot and value):
-            raise ValueError(f"expected `param` to look like small_loss.noise_rate=0.1, got {text!r}.")
-        values = [_number(part) for part in value.split(",")]
-        tables.setdefault(method, {})[name] = values if len(values) > 1 else values[0]
-    return tables
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    from batchtrim.lab import grid, progress, records, sweep
-    from batchtrim.lab.ranks import Ranks
+    from batchtrim.lab import records
+    from batchtrim.lab.execute import grid, local, progress, scheduler
+    from batchtrim.lab.run.ranks import Ranks
 
     configs = grid.expand(settings)
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
         if given.get(name, least) < least:
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
     ranks = Ranks.from_environment()
-    workers, threads = sweep.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
+    workers, threads = local.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
     workers = workers if ranks.world == 1 else 1
     if "threads" not in settings:
         configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
     out = given["out"] or _default_out(settings, configs)
-    place = sweep.Workplace(
+    place = scheduler.Workplace(
         out,
         given.get("data_dir"),
         checkpoint_seconds=given.get("checkpoint_seconds", 60.0),
@@ -371,7 +263,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     )
     try:
         with progress.Quiet() if given["quiet"] or ranks.rank > 0 else progress.Live() as watcher:
-            failed = sweep.run_all(
+            failed = scheduler.run_all(
                 configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2)
             )
     except KeyboardInterrupt:
@@ -399,20 +291,21 @@ def _report(
     rows: list[dict[str, Any]], out: Path, baseline: str, as_json: bool, methods: Iterable[str] | None = None
 ) -> None:
     """Print the table, or the numbers as JSON, and write the report."""
-    from batchtrim.lab import comparison, report
+    from batchtrim.lab.analyse import comparison
+    from batchtrim.lab.present import tables
 
     there = [row["config"]["method"] for row in rows]
     if baseline == "full" and "full" not in there:
         baseline = next(iter([*(methods or ()), *there]), baseline)
     with _fitting("the records"):
         summary = comparison.summarize(rows, baseline=baseline)
-        page = report.write_report(rows, out, baseline)
+        page = tables.write_report(rows, out, baseline)
     if as_json:
-        typer.echo(json.dumps(report.to_json(summary)))
+        typer.echo(json.dumps(tables.to_json(summary)))
         return
     from rich.console import Console
 
-    Console().print(report.console_table(summary))
+    Console().print(tables.console_table(summary))
     typer.echo(f"report: {page}")
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from batchtrim.lab.files import write_whole
+
 SCHEMA = 1
 DONE = ("finished", "diverged")
 # Keys name files (checkpoints, keep logs), so one from a file made elsewhere must not lead out of the folder.
@@ -130,9 +132,8 @@ class Records:
             if ours and gone:
                 raise UseAnotherFolder(_difference(self.folder, gone, ours))
             if ours:
-                part = path.with_suffix(".part")
-                part.write_text(json.dumps(there + ours, indent=1) + "\n")
-                os.replace(part, path)
+                text = json.dumps(there + ours, indent=1) + "\n"
+                write_whole(path, lambda file: file.write(text.encode()))
 
     def _begun(self) -> bool:
         """Whether anything of the experiment is here: a recorded run, a checkpoint, or a run in the works.

@@ -1,0 +1,245 @@
+"""Do samples depend on one another? Asked of a few rows, by what values can tell: losses, gradients, NaN.
+
+No proof, which only the graph gives: a check for the engine that runs models no graph was captured of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from batchtrim.engine.batch import Forward
+from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.rows import copied, tensors_of
+from batchtrim.engine.state import GeneratorStates, ModelState, without_graph
+from batchtrim.errors import EngineRefused
+
+if TYPE_CHECKING:
+    from batchtrim.engine.two_pass import Moment
+
+__all__ = ["Probe", "Tolerance"]
+
+ROWS = 8  # of which every second is left out
+# How far the same loss may lie apart between two batch sizes, relative to itself or to the batch's mean loss. Kernels
+# sum in another order for another batch size: 1e-7 to 3e-6 over 150 architectures in float32, about eps in the others.
+# What is wrong is off by 1e-3 and more, or by nothing (a gate that is zero), which the gradient and NaN show.
+_APART = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_GRADIENT_APART = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+
+
+class Tolerance:
+    """Compares losses and gradients with what the model's precision allows."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        self.coarsest: torch.dtype | None = None  # the least precise dtype seen inside the model
+
+    def compare(self, losses: Tensor, scored: Tensor, rows: Tensor, moment: Moment, where: str = "kept") -> None:
+        """Refuse unless ``losses`` (k,) are ``scored[rows]``.
+
+        Raises:
+            EngineRefused: with the sample that is furthest off.
+        """
+        expected = scored.index_select(0, rows)
+        scale = scored.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()
+        for dtype in (self._dtype(losses), None):
+            if dtype is None:  # in doubt: is some of it computed with fewer digits than one sees from outside?
+                dtype = self._look_inside(moment, len(scored))
+            apart = _APART[dtype]
+            near = (losses - expected).abs() <= apart * (expected.abs() + scale)
+            if (near | (losses == expected) | (losses.isnan() & expected.isnan())).all():
+                return
+        worst = int((losses - expected).abs().nan_to_num(nan=float("inf")).argmax())
+        raise EngineRefused(
+            f"its samples depend on one another, or on how many there are (sample {int(rows[worst])} has a loss of "
+            f"{float(expected[worst]):.6g} in the batch, and {float(losses[worst]):.6g} among the {where} ones)"
+        )
+
+    def compare_gradients(
+        self, ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], names: list[str]
+    ) -> None:
+        """Refuse unless each parameter's gradient is the same in both."""
+        pairs = [
+            (name, a.to_dense() if a.is_sparse else a, b.to_dense() if b.is_sparse else b)
+            for name, a, b in zip(names, *map(_filled, (ours, theirs), (theirs, ours)), strict=True)
+            if a is not None and b is not None
+        ]
+        total = sum(float(a.double().norm()) ** 2 for _, a, _ in pairs) ** 0.5
+        for name, a, b in pairs:
+            apart = _GRADIENT_APART[self.coarsest or self._dtype(a)]
+            off, size = float((a - b).double().norm()), float(a.double().norm())
+            if off > apart * max(size, 0.01 * total):
+                raise EngineRefused(
+                    f"the gradient of a sample depends on the other samples (parameter {name}: {off:.2g} apart, of "
+                    f"{size:.2g})"
+                )
+
+    def _dtype(self, losses: Tensor) -> torch.dtype:
+        """Return the least precise dtype at work, as far as it is seen from outside."""
+        device = losses.device.type
+        seen = [losses.dtype, *(p.dtype for p in self.forward.inner.parameters() if p.dtype in _APART)]
+        if torch.is_autocast_enabled(device):
+            seen.append(torch.get_autocast_dtype(device))
+        if device == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
+            seen.append(torch.float16)  # TF32 has float16's digits
+        if self.coarsest is not None:
+            seen.append(self.coarsest)
+        return max((dtype for dtype in seen if dtype in _APART), key=_APART.__getitem__, default=torch.float32)
+
+    def _look_inside(self, moment: Moment, batch: int) -> torch.dtype:
+        """Return the least precise dtype that a module of the model returns: autocast may be on in its forward."""
+        seen = {torch.float32}
+
+        def note(_: nn.Module, __: Any, outputs: Any) -> None:
+            seen.update(each.dtype for each in tensors_of(outputs) if each.dtype in _APART)
+
+        rows = torch.arange(min(batch, ROWS))
+        hook = nn.modules.module.register_module_forward_hook(note)
+        try:
+            with _restored(moment), without_graph():
+                self.forward(*self.forward.rows(moment.x, moment.y, rows, batch), model=self.forward.inner)
+        except Exception:  # what it is, is told by whoever runs it next
+            return torch.float32
+        finally:
+            hook.remove()
+        self.coarsest = max(seen, key=_APART.__getitem__)
+        return self.coarsest
+
+
+def _filled(own: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return zeros where there is no gradient, but the other has one."""
+    return [torch.zeros_like(b) if a is None and b is not None else a for a, b in zip(own, other, strict=True)]
+
+
+class Probe:
+    """Looks for samples that depend on one another, in steps 1, 2, 4, 8, ... of an engine.
+
+    Eight rows go through the model, then every second of them alone. The losses of these must be the same; so must
+    each parameter's gradient, which shows an interaction behind a weight that is zero, a hook that looks at the batch,
+    a gradient that counts the batch; and so must the losses where every float of the rows between is NaN. A model with
+    dropout or BatchNorm is asked in evaluation mode; in training mode NaN alone can tell, and BatchNorm is left out.
+    """
+
+    def __init__(self, forward: Forward, tolerance: Tolerance) -> None:
+        self.forward = forward
+        self.tolerance = tolerance
+        self.calls = 0
+
+    def __call__(self, before: Moment, batch: int, scored: Tensor | None, *, redrawn: bool) -> None:
+        """Look, where it is time to; everything is then as ``before``.
+
+        Args:
+            before: the state before the first pass, and the batch as it was.
+            scored: (B,), what the first pass found.
+            redrawn: the first pass drew random numbers or normalised by the batch.
+
+        Raises:
+            EngineRefused: the samples depend on one another.
+        """
+        self.calls += 1
+        if self.calls & (self.calls - 1) or batch < 4:
+            return
+        for module in before.model.modules:
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
+                raise EngineRefused("an embedding with scale_grad_by_freq counts how often the whole batch has a word")
+        rows = torch.linspace(0, batch - 1, min(batch, ROWS)).long()
+        poisoned = torch.arange(len(rows)) % 2 == 1
+        with _restored(before):
+            if not redrawn and scored is not None:
+                self._ask(before, batch, rows, poisoned, scored)
+                return
+            with _evaluation(before.model.modules):
+                with without_graph():
+                    known = self.forward(*copied((before.x, before.y)), model=self.forward.inner)[0].values
+                self._ask(before, batch, rows, poisoned, known)
+            with _evaluation([each for each in before.model.modules if has_batch_norm([each])]):
+                beside = self._beside_nan(before, batch, rows.to(known.device), poisoned.to(known.device))
+        if scored is not None and beside is not None and beside.isnan().any() and not scored.isnan().any():
+            raise EngineRefused("its samples depend on one another in training mode (one that is NaN spreads)")
+
+    def _ask(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor, scored: Tensor) -> None:
+        try:
+            self._compare(before, batch, rows.to(scored.device), poisoned.to(scored.device), scored)
+        except EngineRefused as refused:
+            if before.generators.same(GeneratorStates(before.generators.device)):
+                raise
+            raise EngineRefused(
+                "it draws random numbers for each sample, in evaluation mode too, which a second pass would draw anew"
+            ) from refused
+
+    def _compare(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor, scored: Tensor) -> None:
+        some = rows[~poisoned]
+        all_losses = self._losses(before, batch, rows)
+        self.tolerance.compare(all_losses.detach(), scored, rows, before, where=f"{len(rows)} probed")
+        few_losses = self._losses(before, batch, some)
+        self.tolerance.compare(few_losses.detach(), scored, some, before, where=f"{len(some)} probed")
+        self._compare_gradients(all_losses[~poisoned], few_losses)
+        beside = self._beside_nan(before, batch, rows, poisoned)
+        if beside is not None:
+            self.tolerance.compare(beside, scored, some, before, where="probed, beside NaN,")
+
+    def _losses(self, before: Moment, batch: int, rows: Tensor) -> Tensor:
+        before.restore()
+        try:
+            losses, _ = self.forward(*self.forward.rows(before.x, before.y, rows, batch), model=self.forward.inner)
+        except (EngineRefused, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise EngineRefused(f"it cannot run on a part of the batch ({type(error).__name__}: {error})") from error
+        if losses.values.shape[0] != len(rows):
+            raise EngineRefused(f"it returns {losses.values.shape[0]} losses for {len(rows)} samples of the batch")
+        return losses.values
+
+    def _compare_gradients(self, ours: Tensor, theirs: Tensor) -> None:
+        named = [(name, p) for name, p in self.forward.inner.named_parameters() if p.requires_grad]
+        if not named or not ours.requires_grad or any(type(p) is not nn.Parameter for _, p in named):
+            return  # sharded parameters (DTensor) have hooks that a gradient asked for here would not run
+        parameters = [p for _, p in named]
+        try:
+            a, b = (
+                list(torch.autograd.grad(losses.mean(), parameters, allow_unused=True, retain_graph=True))
+                for losses in (ours, theirs)
+            )
+        except RuntimeError as error:
+            raise EngineRefused(f"its gradient cannot be asked for twice ({error})") from error
+        self.tolerance.compare_gradients(a, b, [name for name, _ in named])
+
+    def _beside_nan(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:
+        """Return the losses of ``rows`` where the poisoned ones are NaN; None where the model will not take NaN."""
+        before.restore()
+        try:
+            with without_graph():
+                x, y = self.forward.cutter(before.x, before.y, rows, batch, poisoned)
+                losses = self.forward(x, y, model=self.forward.inner)[0].values
+        except Exception:  # it tells nothing
+            return None
+        return losses[~poisoned]
+
+
+@contextmanager
+def _restored(moment: Moment) -> Iterator[None]:
+    """Start from a moment, and leave the model and the generators as they were found."""
+    found = ModelState(moment.model.modules), GeneratorStates(moment.generators.device)
+    moment.restore()
+    try:
+        yield
+    finally:
+        for each in found:
+            each.restore()
+
+
+@contextmanager
+def _evaluation(modules: list[nn.Module]) -> Iterator[None]:
+    """Set modules to evaluation mode one by one, past a ``train()`` that a model overrides."""
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

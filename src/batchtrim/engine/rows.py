@@ -1,0 +1,167 @@
+"""Walk through a batch: map its tensors, copy it, and cut it to some of its rows, or refuse what has none to cut."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchtrim.errors import EngineRefused
+
+__all__ = ["RowCutter", "copied", "map_tensors", "put_back", "tensors_of"]
+
+# What may travel with a batch and belongs to no row of it. A list of labels is told apart before its items are seen.
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), slice, enum.Enum, torch.dtype, torch.device)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return ``value`` with every tensor in it replaced by ``function(tensor)``.
+
+    Goes through mappings, lists, tuples, named tuples and dataclasses, and returns each as its own type.
+    """
+    return _map(lambda _, leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, value, "")
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return every tensor of a batch, in order."""
+    found: list[Tensor] = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
+    return found
+
+
+def copied(value: Any) -> Any:
+    """Return a batch with copies of its tensors; what was one tensor in two places is one again."""
+    copies: dict[int, Tensor] = {}
+    return map_tensors(lambda tensor: copies.setdefault(id(tensor), tensor.clone()), value)
+
+
+def put_back(value: Any, copy_of_it: Any) -> None:
+    """Give a batch's tensors the values they had when :func:`copied` was called."""
+    with torch.no_grad():
+        for tensor, was in zip(tensors_of(value), tensors_of(copy_of_it), strict=True):
+            if tensor.layout == torch.strided and not torch.equal(tensor, was):
+                tensor.data.copy_(was)
+
+
+@dataclasses.dataclass
+class RowCutter:
+    """Cuts batches to some of their rows.
+
+    A tensor holds the batch where its batch dimension is as long as the batch. One that was of another length in any
+    batch before never holds it: a constant of shape (C,) stays whole in a last batch of C samples.
+
+    Attributes:
+        batch_dim: the dimension of the tensors in ``x`` that holds the batch; in ``y`` it is the first.
+        whole: the places of tensors that were seen not to hold the batch, such as ``y[1]``.
+    """
+
+    batch_dim: int = 0
+    whole: set[str] = dataclasses.field(default_factory=set)
+
+    def __call__(self, x: Any, y: Any, rows: Tensor, batch: int, poisoned: Tensor | None = None) -> tuple[Any, Any]:
+        """Return copies of the given rows of inputs and targets; what does not hold the batch stays whole.
+
+        Args:
+            rows: int64 (k,). batch: how many rows there are.
+            poisoned: bool (k,), rows of which every floating-point number is to be NaN.
+
+        Raises:
+            EngineRefused: something in the batch has rows that cannot be told or taken.
+        """
+        cut: dict[tuple[int, int], Tensor] = {}
+
+        def walk(value: Any, place: str, dim: int) -> Any:
+            def taken(at: str, leaf: Any) -> Any:
+                if not isinstance(leaf, Tensor):
+                    return _constant(at, leaf, batch)
+                if not self._holds(at, leaf, dim, batch):
+                    return leaf.clone()
+                if (id(leaf), dim) not in cut:
+                    cut[id(leaf), dim] = _rows_of(leaf, dim, rows, poisoned)
+                return cut[id(leaf), dim]
+
+            return _map(taken, value, place, lambda at, part: self._check_container(at, part, dim, batch))
+
+        inputs = walk(x, "x", self.batch_dim)
+        if not cut:
+            refuse(
+                "x",
+                f"no tensor in it has {batch} rows along dimension {self.batch_dim}, where there are {batch} losses",
+            )
+        return inputs, walk(y, "y", 0)
+
+    def _holds(self, place: str, tensor: Tensor, dim: int, batch: int) -> bool:
+        if tensor.is_nested or tensor.layout != torch.strided:
+            refuse(place, f"it is a tensor with layout {tensor.layout}")
+        if tensor.ndim <= dim or tensor.shape[dim] != batch:
+            self.whole.add(place)
+        return place not in self.whole
+
+    def _check_container(self, place: str, part: Any, dim: int, batch: int) -> None:
+        if isinstance(part, nn.utils.rnn.PackedSequence):
+            refuse(place, "it is a PackedSequence, whose rows lie interleaved. Pass padded sequences and their lengths")
+        if isinstance(part, (list, tuple)) and len(part) == batch > 1:
+            held = any(isinstance(item, Tensor) and item.ndim > dim and item.shape[dim] == batch for item in part)
+            if not held:
+                refuse(place, f"it is a {type(part).__name__} of {batch} entries, one a sample. Pass a tensor")
+
+
+def refuse(place: str, why: str) -> None:
+    raise EngineRefused(f"the batch cannot be cut to the kept rows: in `{place}`, {why}.")
+
+
+def _constant(place: str, leaf: Any, batch: int) -> Any:
+    if isinstance(leaf, _CONSTANTS) or callable(leaf):
+        return leaf
+    shape = getattr(leaf, "shape", None)
+    if type(leaf).__module__ == "numpy" and isinstance(shape, tuple):
+        if batch in shape:
+            refuse(place, f"it is a NumPy array of shape {shape}. Pass a tensor")
+        return leaf
+    refuse(place, f"it is an object of type {type(leaf).__name__}, of which no rows can be taken")
+
+
+def _rows_of(tensor: Tensor, dim: int, rows: Tensor, poisoned: Tensor | None) -> Tensor:
+    taken = tensor.index_select(dim, rows.to(tensor.device))
+    if poisoned is not None and taken.dtype.is_floating_point:
+        taken = taken.index_fill(dim, poisoned.nonzero().flatten().to(tensor.device), float("nan"))
+    return taken
+
+
+def _map(
+    function: Callable[[str, Any], Any], value: Any, place: str, enter: Callable[[str, Any], None] | None = None
+) -> Any:
+    """Rebuild ``value`` from ``function(place, leaf)``; ``enter(place, container)`` sees each container first."""
+    if enter is not None and not isinstance(value, Tensor):
+        enter(place, value)
+
+    def inner(key: str, item: Any) -> Any:
+        return _map(function, item, f"{place}{key}", enter)
+
+    if isinstance(value, Mapping):
+        return _like_mapping(value, {key: inner(f"[{key!r}]", item) for key, item in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        names: Any = getattr(value, "_fields")  # noqa: B009  (a named tuple has no type of its own)
+        return type(value)(*(inner(f".{name}", getattr(value, name)) for name in names))
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return type(value)([inner(f"[{number}]", item) for number, item in enumerate(value)])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        new = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(new, field.name, inner(f".{field.name}", getattr(value, field.name)))
+        return new
+    return function(place, value)
+
+
+def _like_mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    if type(value) is dict or not isinstance(value, MutableMapping):
+        return items
+    new = copy.copy(value)  # a ModelOutput, a BatchEncoding, a defaultdict: by its own copy, not by its constructor
+    for key, item in items.items():
+        new[key] = item
+    return new

@@ -1,0 +1,233 @@
+"""What a forward changes besides its result: generators, buffers, plain attributes, the batch. Noted and put back.
+
+An engine that runs the model's Python twice starts the second run from the state before the first, and leaves
+everything as the first one left it: as one plain step would have.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["GeneratorStates", "ModelState", "device_of", "is_lazy", "modules_of", "without_graph"]
+
+# Values that a plain attribute may hold and that are noted as they are; containers are noted by a shallow copy.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), tuple)
+_CONTAINERS = (list, dict, set, deque)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def without_graph() -> Iterator[None]:
+    """Run without a graph, and leave no weights that autocast has cast.
+
+    A later pass with a graph would find them, and on torch 2.4 no gradient would reach the weights behind them.
+    """
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(caching)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters lie, or its buffers where it has none."""
+    held = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if held is None else held.device
+
+
+def is_lazy(model: nn.Module) -> bool:
+    """Return True if a parameter or buffer gets its shape in the first forward (``nn.LazyLinear``)."""
+    return any(map(nn.parameter.is_lazy, itertools.chain(model.parameters(), model.buffers())))
+
+
+def modules_of(*roots: Any) -> list[nn.Module]:
+    """Return the modules of a model and of what computes its loss, each once.
+
+    A loss may be a module, hold one as an attribute (``per_sample``) or in its closure, or be a bound method of one.
+    """
+    found: dict[int, nn.Module] = {}
+    for root in roots:
+        holders = [root]
+        if not isinstance(root, nn.Module):
+            cells = getattr(root, "__closure__", None) or ()
+            holders += [getattr(root, "__self__", None), *getattr(root, "__dict__", {}).values()]
+            holders += [_content(cell) for cell in cells]
+        for each in holders:
+            if isinstance(each, nn.Module):
+                found.update((id(module), module) for module in each.modules())
+    return list(found.values())
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+class GeneratorStates:
+    """The state of every generator a forward may draw from: torch's, Python's, and NumPy's where it is loaded."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self.numpy: Any = None if numpy is None else numpy.random.get_state(legacy=False)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.cuda.set_rng_state(self.accelerator, self.device)
+        self.restore_outside_torch()
+
+    def restore_outside_torch(self) -> None:
+        """Put back Python's and NumPy's generators alone."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+    @staticmethod
+    def seed_outside_torch(seed: int) -> None:
+        """Seed Python's generator, and NumPy's where it is loaded."""
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed)
+
+    def same(self, other: GeneratorStates) -> bool:
+        """Return True if nothing was drawn between the two."""
+        return self.same_torch_state(other) and self.python == other.python and _same_numpy(self.numpy, other.numpy)
+
+    def same_torch_state(self, other: GeneratorStates) -> bool:
+        if self.accelerator is not None and other.accelerator is not None:
+            return torch.equal(self.cpu, other.cpu) and torch.equal(self.accelerator, other.accelerator)
+        return torch.equal(self.cpu, other.cpu)
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return True  # NumPy was imported in between: nothing of it was there to compare with
+    same = a["state"]["pos"] == b["state"]["pos"] and (a["state"]["key"] == b["state"]["key"]).all()
+    return bool(same) and a["has_gauss"] == b["has_gauss"]
+
+
+class ModelState:
+    """Buffers and plain attributes of modules, as they are now.
+
+    Buffers registered as None are among them, and so are generators and tensors that a module holds as attributes.
+    Modules of ``torch.distributed`` keep their own attributes: they set themselves up in their first forward.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.buffers = [
+            (module, name, buffer, None if buffer is None else buffer.detach().clone())
+            for module in modules
+            for name, buffer in module._buffers.items()
+        ]
+        self.attributes = [
+            (module, {name: _noted(value) for name, value in vars(module).items() if _is_state(name, value)})
+            for module in modules
+            if not type(module).__module__.startswith("torch.distributed")
+        ]
+
+    def restore(self) -> None:
+        """Put everything back, in place where it still is the same tensor."""
+        for module, name, buffer, value in self.buffers:
+            if name in module._buffers:
+                module._buffers[name] = buffer
+            if buffer is not None and value is not None:
+                buffer.data.copy_(value)  # past autograd, which may have saved the buffer but not for its value
+        for module, noted in self.attributes:
+            held = vars(module)
+            for name in [name for name, value in held.items() if name not in noted and _is_state(name, value)]:
+                del held[name]
+            for name, (value, copy) in noted.items():
+                held[name] = _put_back(value, copy)
+
+    def difference(self, other: ModelState) -> float:
+        """Return the largest difference of a buffer, relative to its norm; inf where attributes differ."""
+        largest = 0.0
+        for (_, name, _, ours), (_, theirs_name, _, theirs) in zip(self.buffers, other.buffers, strict=True):
+            if name != theirs_name or (ours is None) != (theirs is None):
+                return float("inf")
+            if ours is not None and theirs is not None:
+                far = relative_difference(ours, theirs)
+                largest = far if not far <= largest else largest
+        return largest
+
+    def other_attributes(self, other: ModelState) -> list[str]:
+        """Return the names of plain numbers and strings that differ; containers and tensors are not compared."""
+        names = []
+        for (module, ours), (_, theirs) in zip(self.attributes, other.attributes, strict=True):
+            for name in ours.keys() | theirs.keys():
+                a, b = ours.get(name, (None, None))[0], theirs.get(name, (None, None))[0]
+                simple = isinstance(a, (bool, int, float, str)) or isinstance(b, (bool, int, float, str))
+                if simple and a != b and not (a != a and b != b):
+                    names.append(f"{type(module).__name__}.{name}")
+        return names
+
+
+def relative_difference(exact: Tensor, other: Tensor) -> float:
+    """Return ``||exact - other|| / ||exact||``; inf where shapes differ, 0 where both are not finite alike."""
+    if exact.shape != other.shape:
+        return float("inf")
+    if torch.equal(exact, other):
+        return 0.0
+    exact, other = exact.double(), other.double()
+    scale = float(exact.norm())
+    difference = float((exact - other).norm())
+    return difference / scale if scale else difference
+
+
+def _is_state(name: str, value: Any) -> bool:
+    if name in _OF_EVERY_MODULE:
+        return False
+    if isinstance(value, nn.Parameter):
+        return False
+    return isinstance(value, (*_PLAIN, *_CONTAINERS, Tensor, torch.Generator, random.Random)) or _is_numpy(value)
+
+
+def _is_numpy(value: Any) -> bool:
+    """Return True for a ``numpy.random.Generator``, without importing NumPy."""
+    return type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator")
+
+
+def _noted(value: Any) -> tuple[Any, Any]:
+    """Return an attribute's value, and a copy of its content where that may change in place."""
+    if isinstance(value, Tensor):
+        return value, value.detach().clone()
+    if isinstance(value, torch.Generator):
+        return value, value.get_state()
+    if isinstance(value, random.Random):
+        return value, value.getstate()
+    if _is_numpy(value):
+        return value, value.bit_generator.state
+    return value, value.copy() if isinstance(value, _CONTAINERS) else None
+
+
+def _put_back(value: Any, copy: Any) -> Any:
+    if isinstance(value, Tensor):
+        value.data.copy_(copy)
+    elif isinstance(value, torch.Generator):
+        value.set_state(copy)
+    elif isinstance(value, random.Random):
+        value.setstate(copy)
+    elif _is_numpy(value):
+        value.bit_generator.state = copy
+    elif isinstance(value, _CONTAINERS):
+        value.clear()
+        value.extend(copy) if isinstance(value, (list, deque)) else value.update(copy)
+    return value

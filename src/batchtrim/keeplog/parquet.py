@@ -1,0 +1,51 @@
+"""A log as a Parquet file: the table, and the history as metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from batchtrim._checks import check_count, import_extra
+from batchtrim.keeplog.columns import COLUMNS, unread
+from batchtrim.keeplog.state import STATE_VERSION
+
+if TYPE_CHECKING:
+    from batchtrim.keeplog.log import KeepLog
+
+__all__ = ["read", "write"]
+
+_READ = {*COLUMNS, "variance"} - {"m2"}
+
+
+def write(log: KeepLog, path: str | Path, columns: dict[str, Any]) -> None:
+    """Write the log's table, more ``columns`` of n values, and its history."""
+    arrow = import_extra("pyarrow", "lab", "KeepLog.to_parquet")
+    parquet = import_extra("pyarrow.parquet", "lab", "KeepLog.to_parquet")
+    table = {"id": torch.arange(log.n), **log.table()}
+    arrays = {name: column.numpy() for name, column in table.items()} | columns
+    known = {"version": STATE_VERSION, "classes": log.classes, "steps": log.steps, "history": log.history}
+    built = arrow.table(arrays)
+    parquet.write_table(built.replace_schema_metadata({"batchtrim": json.dumps(known)}), path)
+
+
+def read(kind: type[KeepLog], path: str | Path) -> KeepLog:
+    """Read what :func:`write` wrote, all but the added columns."""
+    parquet = import_extra("pyarrow.parquet", "lab", "KeepLog.from_parquet")
+    try:
+        found = parquet.read_table(path)
+        known = json.loads(found.schema.metadata[b"batchtrim"])
+        log = kind(found.num_rows, classes=known["classes"])
+        log.steps = check_count("steps", known["steps"], minimum=0)
+        log.history = [dict(line) for line in known["history"]]
+        table = {name: torch.from_numpy(found[name].to_numpy().copy()) for name in _READ}
+        log._columns = unread(table, log._columns)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise ValueError(
+            f"expected a file that KeepLog.to_parquet wrote, got {str(path)!r} ({type(error).__name__}: {error})."
+        ) from error
+    return log

@@ -1,0 +1,56 @@
+"""Samples in the order in which their labels are likely to be wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from batchtrim._checks import check_count
+
+if TYPE_CHECKING:
+    from batchtrim.keeplog.log import KeepLog
+
+__all__ = ["suspects"]
+
+
+def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
+    """Samples by how likely their label is wrong, judged by how hard they stayed and how often they were kept.
+
+    ``score = keep_rate * mean_loss``, given as its rank among all samples. Where nothing was ever dropped that is the
+    order of the mean loss over training, the area under the loss curve.
+
+    Args:
+        top: only so many.
+
+    Returns:
+        ids int64 and scores in [0, 1], most suspect first. Samples never seen are left out; a NaN loss comes first.
+
+    Notes:
+        A high score says hard, and rare or ambiguous samples are hard as well: look before you drop. How it compares
+        with other scores on real label noise is measured in ``benchmarks/label_errors.py``.
+
+    Example:
+        >>> log = KeepLog(3)
+        >>> kept = Selection(torch.tensor([1, 2]), size=3, candidates=3)
+        >>> log.record(Choice(torch.tensor([0.1, 2.0, 0.4]), kept), ids=torch.arange(3))
+        >>> suspects(log, top=2)
+        (tensor([1, 2]), tensor([1.0000, 0.5000]))
+    """
+    if top is not None:
+        check_count("top", top, minimum=0)
+    table = log.table()
+    ids = torch.nonzero(table["seen"] > 0).flatten()
+    score = _ranks(table["keep_rate"][ids] * table["mean"][ids])
+    order = torch.argsort(score, descending=True, stable=True)[:top]
+    return ids[order], score[order]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Each value's rank in [0, 1], ties at their mean rank; NaN ranks highest."""
+    values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+    ordered = torch.sort(values).values
+    low = torch.searchsorted(ordered, values)
+    high = torch.searchsorted(ordered, values, right=True) - 1
+    return (low + high) / 2 / max(1, len(values) - 1)

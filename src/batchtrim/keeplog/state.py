@@ -1,0 +1,69 @@
+"""The state of a log, for a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from batchtrim._checks import check_state, describe
+from batchtrim.keeplog.batch import Entries
+from batchtrim.keeplog.columns import COLUMNS
+
+if TYPE_CHECKING:
+    from batchtrim.keeplog.log import KeepLog
+
+__all__ = ["STATE_VERSION", "load", "save"]
+
+STATE_VERSION = 2
+
+
+def save(log: KeepLog) -> dict[str, Any]:
+    """Everything; tensors, numbers and strings only."""
+    return {
+        "version": STATE_VERSION,
+        "n": log.n,
+        "classes": log.classes,
+        "steps": log.steps,
+        "columns": {name: column.cpu() for name, column in log._columns.items()},
+        "pending": [[part.cpu() for part in batch] for batch in log._pending],
+        "epoch": log._epoch.cpu(),
+        "history": [dict(line) for line in log.history],
+        "warned": log._warned,
+    }
+
+
+def load(log: KeepLog, state: Any) -> None:
+    """Put a state that :func:`save` made into a log of the same size."""
+    check_state(state, ("version",), "a KeepLog")
+    if state["version"] != STATE_VERSION:
+        raise ValueError(
+            f"expected `state` of version {STATE_VERSION}, got {state['version']}. Another batchtrim saved it."
+        )
+    names = ("n", "classes", "steps", "columns", "pending", "epoch", "history", "warned")
+    check_state(state, names, "a KeepLog")
+    check_state(state["columns"], COLUMNS, "a KeepLog's columns")
+    for name in ("n", "classes"):
+        if state[name] != getattr(log, name):
+            raise ValueError(
+                f"expected `state` of a log with {name}={getattr(log, name)}, got {name}={state[name]}. "
+                "Make the log with the saved number."
+            )
+    _check_shapes(log, {**{name: state["columns"][name] for name in COLUMNS}, "epoch": state["epoch"]})
+    log._pending = [Entries(*batch) for batch in state["pending"]]
+    log._entries = sum(len(batch.rows) for batch in log._pending)
+    log.steps = int(state["steps"])
+    log._columns = {name: state["columns"][name].clone() for name in COLUMNS}
+    log._epoch = state["epoch"].clone()
+    log.history = [dict(line) for line in state["history"]]
+    log._warned = bool(state["warned"])
+
+
+def _check_shapes(log: KeepLog, found: dict[str, Any]) -> None:
+    expected = {**log._columns, "epoch": log._epoch}
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.shape != expected[name].shape:
+            raise ValueError(
+                f"expected `state` to hold '{name}' of shape {tuple(expected[name].shape)}, got {describe(value)}. "
+                "It was saved by something else, or is damaged."
+            )

@@ -1,0 +1,106 @@
+"""From settings with several values to the list of runs: from the command line, or from a TOML file.
+
+dataset = ["cifar10", "cifar100"]    # a list is an axis: every value with every other
+methods = ["full", "trim", "small_loss"]
+seeds = 5                            # 0, 1, 2, 3, 4; or a list
+epochs = 20
+
+[params.small_loss]
+noise_rate = [0.1, 0.2]              # parameters may be axes too
+
+[[grid]]                             # more than one part: each adds to the settings above
+model = "resnet8"
+[[grid]]
+model = "resnet20"
+width = 32
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from batchtrim._checks import check_count
+from batchtrim.lab.run.config import COMPARED, RunConfig
+
+MOST_RUNS = 100_000  # more are a slip of the hand, and would fill the memory before the first starts
+
+Settings = dict[str, Any]
+
+
+def expand(settings: Mapping[str, Any]) -> list[RunConfig]:
+    """All runs of the settings, resolved and checked, without repeats; seeds vary slowest, so that a sweep that is
+    stopped early has compared all methods on the seeds it reached.
+
+    Raises:
+        ValueError, TypeError: any setting of any run is wrong. Nothing has been run by then.
+    """
+    common = {name: value for name, value in settings.items() if name != "grid"}
+    parts = settings.get("grid", [{}])
+    if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
+        raise TypeError("expected `grid` to be tables, each under a line [[grid]], got something else.")
+    configs: dict[str, RunConfig] = {}
+    for part in parts:
+        for config in _expand_part({**common, **part}):
+            configs.setdefault(config.key, config)
+    return sorted(configs.values(), key=lambda config: config.seed)  # stable: the order within a seed stays
+
+
+def cells(configs: list[RunConfig]) -> list[Settings]:
+    """The settings that runs of each part share; see :meth:`batchtrim.lab.records.Records.settle`."""
+    found: list[Settings] = []
+    for config in configs:
+        cell = {name: value for name, value in config.to_dict().items() if name not in COMPARED}
+        if cell not in found:
+            found.append(cell)
+    return found
+
+
+def _expand_part(settings: Settings) -> list[RunConfig]:
+    axes = dict(settings)
+    params = axes.pop("params", {})
+    if not isinstance(params, Mapping) or not all(isinstance(each, Mapping) for each in params.values()):
+        raise TypeError("expected `params` to be tables such as [params.small_loss], got something else.")
+    if "method_params" in axes:
+        raise ValueError("expected parameters of methods in tables such as [params.small_loss], got `method_params`.")
+    for plural, name in (("methods", "method"), ("seeds", "seed")):
+        if plural in axes and name in axes:
+            raise ValueError(f"expected either `{plural}` or `{name}`, got both.")
+        if plural in axes:
+            axes[name] = axes.pop(plural)
+            if plural == "seeds" and not isinstance(axes[name], list):
+                axes[name] = list(range(_few_enough(check_count("seeds", axes[name]))))
+    values = _as_lists(axes)
+    for name, value in values.items():
+        if not value:
+            raise ValueError(f"expected `{name}` to have at least one value, got an empty list.")
+    _few_enough(math.prod(len(value) for value in values.values()))
+    methods = values.get("method", ["full"])
+    unused = [name for name in params if name not in methods]
+    if unused:
+        raise ValueError(
+            f"expected parameters of methods that are run ({', '.join(methods)}), got [params.{unused[0]}]."
+        )
+    chosen = [RunConfig.from_dict(choice) for choice in _product(values)]
+    return [
+        replace(config, method_params=method_params).resolved()
+        for config in chosen
+        for method_params in _product(_as_lists(params.get(config.method, {})))
+    ]
+
+
+def _few_enough(runs: int) -> int:
+    if runs > MOST_RUNS:
+        raise ValueError(f"expected at most {MOST_RUNS} runs, got {float(min(runs, 10**300)):g}. Take fewer seeds.")
+    return runs
+
+
+def _as_lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+
+
+def _product(axes: Mapping[str, list[Any]]) -> list[Settings]:
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

@@ -1,0 +1,146 @@
+"""Runs on this machine: in this process, or in several that are replaced when they die."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+
+from batchtrim._checks import check_count
+from batchtrim.lab.execute.workplace import Tally, Workplace, attempt
+from batchtrim.lab.records import Records
+from batchtrim.lab.run import train
+from batchtrim.lab.run.config import RunConfig
+
+# How long to wait before asking again for runs that another process has claimed, in seconds.
+ASK_AGAIN = 0.5
+
+
+def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
+    """How many processes, and threads in each, to do so many runs with on this machine.
+
+    As many processes as there are cores, runs, or eight (each holds the pictures in memory), unless ``workers`` says
+    otherwise: small networks gain more from runs side by side than from threads. The cores are shared out evenly.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(cores, runs, 8)) if workers is None else check_count("workers", workers)
+    return workers, max(1, cores // workers)
+
+
+def run_here(tally: Tally, records: Records, place: Workplace) -> None:
+    for config in _until_over(tally):
+        over, row = attempt(config, records, place, lambda point, config=config: tally.watcher.epoch(config, point))
+        if over:
+            tally.settle(config, row)
+        else:
+            tally.left.append(config)
+
+
+def _until_over(tally: Tally) -> Iterator[RunConfig]:
+    """What is left, again and again; with a pause once all of it has been found claimed elsewhere."""
+    refused = 0
+    while tally.left:
+        before = len(tally.left)
+        yield tally.left.popleft()
+        refused = refused + 1 if len(tally.left) == before else 0
+        if tally.left and refused >= len(tally.left):
+            tally.watcher.note("waiting for runs that another process on this folder is at")
+            time.sleep(ASK_AGAIN)
+            refused = 0
+
+
+class _Worker:
+    """A process that does one run at a time, and the line to it."""
+
+    def __init__(self, place: Workplace):
+        context = multiprocessing.get_context("spawn")
+        self.line, other = context.Pipe()
+        self.process = context.Process(target=_work, args=(other, place), daemon=True)
+        self.config: RunConfig | None = None
+        self.process.start()
+        other.close()
+
+    def give(self, config: RunConfig) -> None:
+        self.config = config
+        self.line.send(config)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.line.close()
+
+
+def _work(line: Connection, place: Workplace) -> None:
+    """The life of a worker process: it ends with its parent, whose end of the line closes then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    records = Records(place.out)
+
+    def tell(what: str, news: object) -> None:
+        try:
+            line.send((what, news))
+        except OSError:  # the parent is dead: leave the run to whoever goes on, and no trace of a failure
+            raise SystemExit from None
+
+    while True:
+        try:
+            config = line.recv()
+        except (EOFError, OSError):
+            return
+        tell("over", attempt(config, records, place, lambda point: tell("epoch", point)))
+
+
+def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: int, retries: int) -> None:
+    crew = [_Worker(place) for _ in range(workers)]
+    try:
+        while tally.left or any(worker.config for worker in crew):
+            for worker in crew:
+                if worker.config is None and tally.left:
+                    with contextlib.suppress(BrokenPipeError):  # it died: its line says so below
+                        worker.give(tally.left.popleft())
+            turned_away = []
+            for line in wait([worker.line for worker in crew if worker.config]):
+                worker = next(each for each in crew if each.line is line)
+                try:
+                    what, news = worker.line.recv()
+                except (EOFError, ConnectionResetError):
+                    crew[crew.index(worker)] = _replace_dead(worker, tally, records, place, retries)
+                    continue
+                assert worker.config is not None
+                if what == "epoch":
+                    tally.watcher.epoch(worker.config, news)
+                    continue
+                config, worker.config = worker.config, None
+                over, row = news
+                if over:
+                    tally.settle(config, row)
+                else:
+                    turned_away.append(config)
+            if turned_away:
+                tally.left.extend(turned_away)
+                time.sleep(ASK_AGAIN if len(turned_away) == len(tally.left) else 0.0)
+    finally:
+        for worker in crew:
+            worker.stop()
+
+
+def _replace_dead(worker: _Worker, tally: Tally, records: Records, place: Workplace, retries: int) -> _Worker:
+    """A worker died in a run: give the run to another, unless that has been tried often enough."""
+    assert worker.config is not None
+    config = worker.config
+    worker.stop()
+    tally.lost[config.key] += 1
+    reason = f"its worker ended with exit code {worker.process.exitcode}"
+    if records.is_done(config.key):
+        tally.settle(config, None)
+    elif tally.lost[config.key] <= retries:
+        tally.watcher.note(f"{config.label}: {reason}; trying again")
+        tally.left.append(config)
+    else:
+        row = train.failed_row(config, RuntimeError(f"{reason}, {tally.lost[config.key]} times. Out of memory?"))
+        records.append(row)
+        tally.settle(config, row)
+    return _Worker(place)

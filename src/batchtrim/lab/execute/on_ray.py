@@ -1,0 +1,104 @@
+"""The same grid on a Ray cluster: each run is a task, and the driver alone keeps the record.
+
+Every node needs batchtrim with its lab extra, and the data set: in a folder at the same path, or from the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from batchtrim._checks import import_extra
+from batchtrim.lab.execute.workplace import Tally, Workplace, do_run
+from batchtrim.lab.records import Records, Row
+from batchtrim.lab.run import train
+from batchtrim.lab.run.config import RunConfig
+
+LOOK_EVERY = 0.5  # seconds between two looks at what runs have written of their epochs
+
+
+def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, retries: int) -> None:
+    """Do what is left of ``tally`` as Ray tasks, each with as many CPUs as its run has threads.
+
+    A task whose worker or node is lost is done again by Ray, ``retries`` times; then its run is recorded as failed.
+
+    Raises:
+        ConnectionError: there is no cluster at ``address``.
+    """
+    ray = import_extra("ray", "ray", "--ray")
+    try:
+        ray.init(address=address, log_to_driver=False, ignore_reinit_error=True, logging_level="error")
+    except (ConnectionError, ValueError) as error:
+        raise ConnectionError(
+            f"expected a Ray cluster at {address!r}, got none ({_sentence(error)}). Start one with: ray start --head"
+        ) from error
+    task = ray.remote(_task)
+    mailbox = ray.remote(_Mailbox).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    with contextlib.ExitStack() as all_claims:
+        claims: dict[Any, tuple[RunConfig, contextlib.ExitStack]] = {}
+        window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # a few waiting runs keep every node busy
+        while tally.left or claims:
+            while tally.left and len(claims) < window:
+                config = tally.left.popleft()
+                claim = all_claims.enter_context(contextlib.ExitStack())
+                if not claim.enter_context(records.claim(config.key)):
+                    claim.close()
+                    tally.watcher.note(f"{config.label}: left to the process that is at it")
+                    tally.settle(config, None)
+                    continue
+                gpus = 1 if config.device == "cuda" else 0
+                here = task.options(num_cpus=config.threads, num_gpus=gpus, max_retries=retries, name=config.label)
+                claims[here.remote(config, place, mailbox)] = config, claim
+            finished = ray.wait(list(claims), num_returns=1, timeout=LOOK_EVERY)[0] if claims else []
+            running = {config.key: config for config, _ in claims.values()}
+            for key, point in _news(ray, mailbox):
+                if key in running:
+                    tally.watcher.epoch(running[key], point)
+            for done in finished:
+                config, claim = claims.pop(done)
+                row = _result(ray, done, config)
+                records.append(row)
+                claim.close()
+                tally.settle(config, row)
+
+
+def _sentence(error: Exception) -> str:
+    """The first sentence of an error, whole."""
+    return str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
+
+
+class _Mailbox:
+    """An actor to which runs write after every epoch. What it holds is news, not records: it may be lost."""
+
+    def __init__(self) -> None:
+        self.news: list[tuple[str, dict[str, Any]]] = []
+
+    def put(self, key: str, point: dict[str, Any]) -> None:
+        self.news.append((key, point))
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        news, self.news = self.news, []
+        return news
+
+
+def _news(ray: Any, mailbox: Any) -> list[tuple[str, dict[str, Any]]]:
+    """What runs have written since the last time; nothing where the mailbox does not answer at once."""
+    try:
+        return ray.get(mailbox.take.remote(), timeout=LOOK_EVERY)
+    except ray.exceptions.RayError:
+        return []
+
+
+def _task(config: RunConfig, place: Workplace, mailbox: Any) -> Row:
+    """Runs on a node; the checkpoint helps where the output folder is one that all nodes see."""
+    row = do_run(config, place, lambda point: mailbox.put.remote(config.key, point))
+    with contextlib.suppress(OSError):
+        place.clear(config, row)
+    return row
+
+
+def _result(ray: Any, reference: Any, config: RunConfig) -> Row:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return train.failed_row(config, error)

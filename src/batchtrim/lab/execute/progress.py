@@ -1,0 +1,121 @@
+"""What a person sees while runs go on, on standard error: which run, which epoch, the error so far, time left."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from batchtrim._checks import import_extra
+from batchtrim.lab.records import Row
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.train import OnEpoch
+
+
+class Quiet:
+    """Says nothing."""
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def begin(self, configs: list[RunConfig], done: int) -> None: ...
+
+    def epoch(self, config: RunConfig, point: dict[str, Any]) -> None: ...
+
+    def finished(self, config: RunConfig, row: Row | None) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Live(Quiet):
+    """A bar over all epochs of all runs, and a line for each run at work; without a terminal, a line a run."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True)
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[news]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.runs = self.done = 0
+        self.shown: dict[str, tuple[Any, int]] = {}  # key -> its bar, epochs it has counted
+
+    def __enter__(self) -> Live:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def begin(self, configs: list[RunConfig], done: int) -> None:
+        self.runs, self.done = len(configs), done
+        if done:
+            self.note(f"{done} of {self.runs} runs are recorded already; going on with the rest")
+        epochs = sum(config.epochs for config in configs)
+        share = epochs * done // max(1, self.runs)
+        self.total = self.bars.add_task("all runs", total=epochs - share, news=self._tally())
+
+    def epoch(self, config: RunConfig, point: dict[str, Any]) -> None:
+        bar, _ = self.shown.get(config.key) or (self.bars.add_task(config.label, total=point["epochs"], news=""), 0)
+        epoch, total = point["epoch"] + 1, point["epochs"]
+        self.bars.update(bar, completed=epoch, news=f"epoch {epoch}/{total}, error {_percent(point['test_error'])}")
+        self.bars.advance(self.total, 1)
+        self.shown[config.key] = bar, epoch
+
+    def finished(self, config: RunConfig, row: Row | None) -> None:
+        bar, counted = self.shown.pop(config.key, (None, 0))
+        if bar is not None:
+            self.bars.remove_task(bar)
+        self.done += 1
+        self.bars.update(self.total, advance=config.epochs - counted, news=self._tally())
+        if row is None:
+            self._say(config, "recorded by another process")
+        elif row["status"] == "finished":
+            if not self.console.is_terminal:
+                self._say(config, f"error {_percent(row['test_error'])}, {row['seconds']:.1f} s")
+        else:
+            self._say(config, f"{row['status']}: {row.get('error', '')}")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def _say(self, config: RunConfig, text: str) -> None:
+        self.note(f"{self._tally()}  {config.label}: {text}")
+
+    def _tally(self) -> str:
+        return f"{self.done}/{self.runs} runs"
+
+
+@contextlib.contextmanager
+def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
+    """Write each epoch's numbers as TensorBoard events into ``folder``."""
+    import_extra("tensorboard", "tensorboard", "--tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder))
+
+    def log(point: dict[str, Any]) -> None:
+        for name, value in point.items():
+            if name not in ("epoch", "epochs"):
+                writer.add_scalar(name, value, point["epoch"])
+
+    try:
+        yield log
+    finally:
+        writer.close()
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.2f} %"

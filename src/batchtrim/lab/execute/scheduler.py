@@ -1,0 +1,66 @@
+"""Many runs: which are left to do, and who does them."""
+
+from __future__ import annotations
+
+import collections
+
+from batchtrim._checks import check_count
+from batchtrim.lab.execute import grid, local, on_ray
+from batchtrim.lab.execute.workplace import Tally, Watcher, Workplace, do_run
+from batchtrim.lab.records import Records, Row
+from batchtrim.lab.run import train
+from batchtrim.lab.run.config import SETTINGS, RunConfig
+from batchtrim.lab.run.ranks import Ranks
+from batchtrim.lab.run.settings import Role
+
+
+def run_all(
+    configs: list[RunConfig],
+    place: Workplace,
+    watcher: Watcher,
+    *,
+    workers: int = 1,
+    ray: str | None = None,
+    retries: int = 2,
+) -> list[Row]:
+    """Do all runs that are not yet recorded in ``place.out``; returns the rows of the runs that failed.
+
+    Args:
+        configs: resolved, see :func:`batchtrim.lab.execute.grid.expand`.
+        workers: processes on this machine; 1 works in this one.
+        ray: address of a Ray cluster, or "auto", instead of processes here.
+        retries: how often a run whose worker died is given to another.
+
+    Raises:
+        UseAnotherFolder: the folder holds another experiment.
+        KeyboardInterrupt: passed on; what has finished is recorded, and the same call goes on.
+    """
+    check_count("workers", workers)
+    records = Records(place.out)
+    records.settle(grid.cells(configs))
+    left = collections.deque(config for config in configs if not records.is_done(config.key))
+    watcher.begin(configs, len(configs) - len(left))
+    tally = Tally(left, watcher)
+    if not left:
+        return []
+    if Ranks.from_environment().rank > 0:  # a run on several processes: the first of them keeps the record
+        return [row for config in left if (row := do_run(config, place))["status"] == "failed"]
+    if ray:
+        on_ray.run_on_ray(tally, records, place, ray, retries)
+        return tally.failed
+    for config in _one_per_data_set(left):  # a fault in the data is found, and pictures are decoded, before any run
+        train.load_pictures(config, place.data_dir, place.cache_dir)
+    if workers == 1:
+        local.run_here(tally, records, place)
+    else:
+        local.run_in_processes(tally, records, place, min(workers, len(left)), retries)
+    return tally.failed
+
+
+def _one_per_data_set(configs: collections.deque[RunConfig]) -> list[RunConfig]:
+    """One run for each way the training data are made, but for the seed."""
+    seen = {}
+    for config in configs:
+        made_by = tuple(getattr(config, name) for name, each in SETTINGS.items() if each.role is Role.DATA)
+        seen.setdefault(made_by, config)
+    return list(seen.values())

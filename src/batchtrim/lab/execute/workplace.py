@@ -1,0 +1,126 @@
+"""What every way of doing runs shares: where they leave things, who is told, and one run done and recorded.
+
+Whoever does a run claims it first and records it itself (on Ray the driver does both), so nothing that has finished
+hangs on the life of another process. A run that was interrupted, or that failed, goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from batchtrim.lab.execute.progress import tensorboard_log
+from batchtrim.lab.files import remove_parts
+from batchtrim.lab.records import DONE, Records, Row
+from batchtrim.lab.run import train
+from batchtrim.lab.run.checkpoint import DamagedCheckpoint
+from batchtrim.lab.run.config import RunConfig
+
+
+class Watcher(Protocol):
+    """Told what happens, as it happens; see :mod:`batchtrim.lab.execute.progress`."""
+
+    def begin(self, configs: list[RunConfig], done: int) -> None: ...
+
+    def epoch(self, config: RunConfig, point: dict[str, Any]) -> None: ...
+
+    def finished(self, config: RunConfig, row: Row | None) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where runs find their data and leave their checkpoints.
+
+    Args:
+        out: the folder of records. data_dir, cache_dir: see :func:`batchtrim.lab.task.data.load`.
+        checkpoint_seconds: runs longer than this save a checkpoint as often.
+        tensorboard: whether each run writes event files under ``out/tensorboard``.
+        keep_log: whether each run writes what it kept to ``out/keep``.
+    """
+
+    out: Path
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    checkpoint_seconds: float = 60.0
+    tensorboard: bool = False
+    keep_log: bool = False
+
+    def checkpoint(self, config: RunConfig) -> Path:
+        """The file a run goes on from."""
+        return self.out / "checkpoints" / f"{config.key}.pt"
+
+    def clear(self, config: RunConfig, row: Row) -> None:
+        """Remove the checkpoint of a run that is done; one that failed is tried again and goes on from it."""
+        if row["status"] in DONE:
+            self.checkpoint(config).unlink(missing_ok=True)
+
+    def log(self, config: RunConfig) -> contextlib.AbstractContextManager[train.OnEpoch | None]:
+        """What writes a run's TensorBoard events, if that is asked for."""
+        if not self.tensorboard:
+            return contextlib.nullcontext()
+        return tensorboard_log(self.out / "tensorboard" / f"{config.label.replace(' ', '_')}-{config.key}")
+
+
+@dataclass
+class Tally:
+    """What is left to do, and what came of the rest."""
+
+    left: collections.deque[RunConfig]
+    watcher: Watcher
+    failed: list[Row] = field(default_factory=list)
+    lost: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def settle(self, config: RunConfig, row: Row | None) -> None:
+        """A run is over; None where another process recorded it."""
+        if row is not None and row["status"] == "failed":
+            self.failed.append(row)
+        self.watcher.finished(config, row)
+
+
+def attempt(
+    config: RunConfig, records: Records, place: Workplace, on_epoch: train.OnEpoch | None = None
+) -> tuple[bool, Row | None]:
+    """Claim a run, do it, record it.
+
+    Returns:
+        Whether the run is over, and its row if it was done here. (False, None): another process is at it.
+    """
+    with records.claim(config.key) as mine:
+        if not mine:
+            return records.is_done(config.key), None
+        remove_parts(place.checkpoint(config).parent, config.key)  # of a process that died while it saved
+        row = do_run(config, place, on_epoch)
+        records.append(row)
+        place.clear(config, row)
+    return True, row
+
+
+def do_run(config: RunConfig, place: Workplace, on_epoch: train.OnEpoch | None = None) -> Row:
+    """The run's row, whatever happens in it."""
+    try:
+        with place.log(config) as log:
+            return train.run(
+                config,
+                data_dir=place.data_dir,
+                cache_dir=place.cache_dir,
+                checkpoint=place.checkpoint(config),
+                checkpoint_seconds=place.checkpoint_seconds,
+                on_epoch=_both(log, on_epoch),
+                keep_log=place.out / "keep" / f"{config.key}.parquet" if place.keep_log else None,
+            )
+    except DamagedCheckpoint as error:  # nothing can go on from it: the next try starts at the beginning
+        place.checkpoint(config).unlink(missing_ok=True)
+        return train.failed_row(config, error)
+    except Exception as error:  # whatever it was, it goes into the record, and the other runs go on
+        return train.failed_row(config, error)
+
+
+def _both(first: train.OnEpoch | None, second: train.OnEpoch | None) -> train.OnEpoch | None:
+    if first is None or second is None:
+        return first or second
+    return lambda point: (first(point), second(point), None)[2]

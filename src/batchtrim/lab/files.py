@@ -1,0 +1,66 @@
+"""Small things that several rooms of the lab need: a TOML file read, a file written whole, a name looked up."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+Entry = TypeVar("Entry")
+PART = ".part"
+"""The suffix of a file that is being written."""
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """Return the tables of a TOML file, or raise an error that names the line."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"expected {path} to be TOML, got a line that is not: {error}.") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"expected a TOML file {path}, got nothing there.") from error
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file beside ``path`` and rename it: readers see the old file or the new one, never half of one.
+
+    Args:
+        write: called with the open file. What it raises is passed on, and nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the name begins as the file's own, so that remove_parts finds what a process that died left behind
+    part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}{PART}")
+    try:
+        with part.open("wb") as file:
+            write(file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path, stem: str = "") -> None:
+    """Remove what writers that died left in ``folder``: all of it, or that of the file of one stem.
+
+    The caller makes sure that nobody is writing there.
+    """
+    for path in folder.glob(f"*{PART}"):
+        if not stem or path.name.partition(".")[0] == stem:
+            path.unlink(missing_ok=True)
+
+
+def look_up(what: str, name: Any, table: Mapping[str, Entry]) -> Entry:
+    """Return the entry called ``name``, or raise an error that suggests the nearest one."""
+    if isinstance(name, str) and name in table:
+        return table[name]
+    raise ValueError(f"expected `{what}` to be one of {', '.join(table)}, got {name!r}.{nearest(name, table)}")
+
+
+def nearest(name: Any, names: Mapping[str, Any]) -> str:
+    """Return a hint at the nearest of ``names``, with a space before it; nothing where none is near."""
+    near = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
+    return f" Did you mean '{near[0]}'?" if near else ""

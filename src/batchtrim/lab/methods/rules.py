@@ -1,0 +1,277 @@
+"""What a method is to the training loop: which rows an epoch visits, and how a batch's losses become one loss.
+
+Most methods only put a :class:`batchtrim.Trimmer` together; those that need more are here. The table of all of them is
+in :mod:`batchtrim.lab.methods.table`.
+
+N training samples, B batch, E epochs, q keep fraction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+import batchtrim
+from batchtrim import Selection, Trimmer
+
+__all__ = [
+    "EveryStep",
+    "FocalLoss",
+    "InfoBatch",
+    "Interrupted",
+    "Method",
+    "Reference",
+    "Reweighted",
+    "RhoLoss",
+    "Setting",
+    "Shortened",
+    "SuperLoss",
+]
+
+
+class Reference(Protocol):
+    """What ``Setting.reference`` does: train a fresh network on some rows, and give every row's loss under it."""
+
+    def __call__(self, rows: Tensor, epochs: int, seed: int) -> Tensor: ...
+
+
+class NewNetwork(Protocol):
+    """What :meth:`Method.connect` is given: makes a network of the run's kind, of some width, and its optimizer."""
+
+    def __call__(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer]: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is told about the run it is built for.
+
+    Args:
+        samples: N; ``classes``: of the labels; ``epochs``, ``batch_size``, ``seed``: of the run.
+        keep: the run's keep schedule, for methods that follow it. width: channels of the network's first stage.
+    """
+
+    samples: int
+    classes: int
+    epochs: int
+    batch_size: int
+    seed: int
+    keep: Callable[[float], float] = field(default_factory=batchtrim.linear)
+    width: int = 32
+
+    @property
+    def batches(self) -> int:
+        """Steps in an epoch; the last batch may be smaller."""
+        return math.ceil(self.samples / self.batch_size)
+
+
+class Method:
+    """A method under training: by default everything it knows is its trimmer.
+
+    Attributes:
+        trim: chooses, counts, and is the clock.
+        epochs: how many epochs to train, a whole number or not.
+        fixed_keep: whether the loss depends on the batch's losses through ``trim`` alone, so any engine serves.
+    """
+
+    def __init__(self, trim: Trimmer, epochs: float):
+        self.trim = trim
+        self.epochs = epochs
+
+    def prepare(self, reference: Reference) -> None:
+        """Whatever must be done once before the first epoch; it is on the training clock."""
+
+    def rows(self, order: Tensor, epoch: int) -> Tensor:
+        """Which rows ``epoch`` visits, given all of them in a random order."""
+        return order
+
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
+        """The loss to step on, from the losses (B,) of the training set's ``rows`` (B,).
+
+        Args:
+            plain: losses (B,) to rank by, where those that are trained on have something added (label smoothing).
+        """
+        return self.trim(losses, rank_by=plain)
+
+    def connect(self, network: NewNetwork) -> None:
+        """Called once, before anything else: the way to further networks, for methods that train one beside."""
+
+    def choose(self, inputs: Tensor, targets: Tensor) -> Selection | None:
+        """Which samples of a batch the network is to see at all; None for all of them."""
+        return None
+
+    def watch(self, outputs: Tensor, targets: Tensor) -> None:
+        """Called before :meth:`loss` with the batch's detached outputs (B, classes)."""
+
+    def more_samples(self) -> tuple[int, int]:
+        """Forward and backward samples since the last call that the training loop does not see."""
+        return 0, 0
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Of networks beside; their learning rate is the run's."""
+        return []
+
+    def after_batch(self) -> None:
+        """Called after every step."""
+
+    def after_epoch(self, accuracy: float) -> None:
+        """Called after every epoch with its running training accuracy."""
+        self.trim.step(accuracy=accuracy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on as if it had never stopped."""
+        return {"trim": self.trim.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.trim.load_state_dict(state["trim"])
+
+
+class Reweighted(Method):
+    """Every sample is kept and its loss transformed; statistics are those of the plain losses."""
+
+    def __init__(self, transform: Callable[[Tensor], Tensor], epochs: float):
+        super().__init__(Trimmer(1.0), epochs)
+        self.transform = transform
+
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
+        self.trim.select(losses)
+        return self.transform(losses).mean()
+
+
+class Shortened(Method):
+    """Plain training that ends, learning rate and all, after a given number of samples."""
+
+    def __init__(self, samples: int, setting: Setting):
+        super().__init__(Trimmer(1.0), samples / setting.samples)
+        self.budget = samples
+        self.samples = setting.samples
+
+    def rows(self, order: Tensor, epoch: int) -> Tensor:
+        return order[: max(1, self.budget - epoch * self.samples)]
+
+
+class EveryStep(Method):
+    """The trimmer's clock counts steps instead of epochs."""
+
+    def after_batch(self) -> None:
+        self.trim.step()
+
+    def after_epoch(self, accuracy: float) -> None:
+        pass
+
+
+class InfoBatch(Method):
+    """Before each epoch, samples whose last loss is below the mean are dropped with probability r.
+
+    Those of them that stay weigh 1 / (1 - r), so the expected gradient is the full one. The last epochs see everything.
+    """
+
+    def __init__(self, setting: Setting, ratio: float, anneal: float):
+        super().__init__(Trimmer(1.0), setting.epochs)
+        self.ratio = ratio
+        self.last_pruned = math.floor(setting.epochs * (1.0 - anneal))  # pruning ends before this epoch
+        self.scores = torch.full((setting.samples,), math.inf)
+        self.weights = torch.ones(setting.samples)
+        self.generator = Generator().manual_seed(setting.seed)
+
+    def rows(self, order: Tensor, epoch: int) -> Tensor:
+        self.weights.fill_(1.0)
+        if epoch == 0 or epoch >= self.last_pruned:
+            return order
+        scores = self.scores.cpu()
+        easy = scores < scores.mean()
+        dropped = easy & (torch.rand(len(scores), generator=self.generator) < self.ratio)
+        self.weights[easy.to(self.weights.device)] = 1.0 / (1.0 - self.ratio)
+        return order[~dropped[order]]
+
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
+        if self.scores.device != losses.device:
+            self.scores, self.weights = self.scores.to(losses.device), self.weights.to(losses.device)
+        self.scores[rows] = (losses if plain is None else plain).detach().to(self.scores.dtype)
+        return self.trim(losses * self.weights[rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
+            "scores": self.scores.cpu().clone(),
+            "weights": self.weights.cpu().clone(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.scores, self.weights = state["scores"].clone(), state["weights"].clone()
+        self.generator.set_state(state["generator"])
+
+
+class RhoLoss(Method):
+    """The hardest by loss minus the loss of a network that never trained on the sample.
+
+    There is no spare data to hold out here, so two networks are trained, each on one half, and each scores the other.
+    """
+
+    def __init__(self, setting: Setting, keep: float, reference_epochs: int):
+        super().__init__(Trimmer(keep, seed=setting.seed), setting.epochs)
+        self.reference_epochs = reference_epochs or setting.epochs
+        self.seed = setting.seed
+        self.irreducible = torch.zeros(setting.samples)
+
+    def prepare(self, reference: Reference) -> None:
+        order = torch.randperm(len(self.irreducible), generator=Generator().manual_seed(self.seed))
+        first, second = order[: len(order) // 2], order[len(order) // 2 :]
+        for number, (trained, scored) in enumerate(((first, second), (second, first))):
+            losses = reference(trained, self.reference_epochs, 2 * self.seed + number)
+            self.irreducible[scored] = losses[scored]
+
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
+        self.irreducible = self.irreducible.to(losses.device)
+        ranked = losses.detach() if plain is None else plain
+        return self.trim(losses, rank_by=ranked - self.irreducible[rows].to(ranked.dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"irreducible": self.irreducible.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.irreducible = state["irreducible"].clone()
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A schedule: ``keep`` on every ``every``-th of ``total`` steps between progress ``start`` and ``end``, else 1."""
+
+    keep: float
+    start: float
+    end: float
+    every: int
+    total: int
+
+    def __call__(self, progress: float) -> float:
+        step = round(progress * (self.total - 1))
+        return self.keep if self.start <= progress < self.end and step % self.every == 0 else 1.0
+
+
+@dataclass(frozen=True)
+class FocalLoss:
+    """``losses -> focal(losses)`` with a fixed gamma; an object, so that it pickles."""
+
+    gamma: float
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        return batchtrim.focal(losses, self.gamma)
+
+
+@dataclass(frozen=True)
+class SuperLoss:
+    """``losses -> superloss(losses)`` with fixed tau and lam."""
+
+    tau: float
+    lam: float
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        return batchtrim.superloss(losses, self.tau, self.lam)

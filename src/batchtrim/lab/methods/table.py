@@ -1,0 +1,238 @@
+"""The whole family in one table: every method the lab can train with is one row of ``METHODS``.
+
+A row builds a :class:`batchtrim.lab.methods.rules.Method`, the training loop's view of it. Each row has a card in
+docs/methods with its rule, cost, source, and when not to use it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import batchtrim
+from batchtrim import Trimmer
+from batchtrim._checks import check_count, check_fraction, check_keep, check_positive
+from batchtrim.lab.files import look_up
+from batchtrim.lab.methods.relatives_table import RELATIVES
+from batchtrim.lab.methods.row import (
+    Param,
+    Params,
+    Row,
+    check_beta,
+    check_or_all,
+    check_place,
+    check_ramp,
+    check_tau,
+)
+from batchtrim.lab.methods.rules import (
+    EveryStep,
+    FocalLoss,
+    InfoBatch,
+    Interrupted,
+    Method,
+    Reweighted,
+    RhoLoss,
+    Setting,
+    Shortened,
+    SuperLoss,
+)
+
+
+def make_schedule(name: str, start: float, end: float) -> Callable[[float], float]:
+    """The keep schedule a run's ``schedule``, ``keep_start`` and ``keep_end`` stand for.
+
+    ``step`` goes down in three levels, the middle one halfway; ``constant`` is ``end`` throughout.
+    """
+    if name == "linear":
+        return batchtrim.linear(start, end)
+    if name == "cosine":
+        return batchtrim.cosine(start, end)
+    if name == "step":
+        return batchtrim.step({1 / 3: (start + end) / 2, 2 / 3: end}, start=start)
+    return batchtrim.constant(end)
+
+
+def _scheduled(rule: Callable[[Params], Any]) -> Callable[[Setting, Params], Method]:
+    """A method that follows the run's keep schedule with some selection rule."""
+
+    def build(setting: Setting, params: Params) -> Method:
+        trim = Trimmer(setting.keep, total=setting.epochs, select=rule(params), seed=setting.seed)
+        return Method(trim, setting.epochs)
+
+    return build
+
+
+def _small_loss(setting: Setting, params: Params) -> Method:
+    """Keep 1 - rate * min(1, e / ramp) of the easiest in epoch e."""
+    rate, ramp, last = params["noise_rate"], params["ramp_epochs"], setting.epochs - 1
+    if last == 0:
+        keep: Any = 1.0
+    elif ramp >= last:
+        keep = batchtrim.linear(1.0, 1.0 - rate * last / ramp)
+    else:
+        keep = batchtrim.piecewise({0.0: 1.0, ramp / last: 1.0 - rate})
+    return Method(Trimmer(keep, total=setting.epochs, select=batchtrim.easiest()), setting.epochs)
+
+
+def _selective_backprop_topk(setting: Setting, params: Params) -> Method:
+    if params["start"] >= params["end"]:
+        raise ValueError(
+            "expected `selective_backprop_topk.start` to be less than `end`, "
+            f"got {params['start']:g} and {params['end']:g}."
+        )
+    total = setting.epochs * setting.batches
+    keep = Interrupted(total=total, **params)
+    trim = Trimmer(keep, total=total, select=batchtrim.percentile_topk(), seed=setting.seed)
+    return EveryStep(trim, setting.epochs)
+
+
+def _equal_compute(setting: Setting, params: Params) -> Method:
+    """As many samples backward as ``trim`` would take under the run's schedule."""
+    trim = Trimmer(setting.keep, total=setting.epochs)
+    whole, rest = divmod(setting.samples, setting.batch_size)
+    budget = 0
+    for _ in range(setting.epochs):
+        budget += whole * batchtrim.keep_count(trim.keep, setting.batch_size)
+        budget += batchtrim.keep_count(trim.keep, rest)
+        trim.step()
+    return Shortened(budget, setting)
+
+
+_ROWS = (
+    Row("full", "mean of all losses", "plain training", lambda s, p: Method(Trimmer(1.0), s.epochs)),
+    Row(
+        "full_equal_compute",
+        "plain training with as many backward samples as trim, learning rate fully decayed",
+        "control; arXiv 2307.06440",
+        _equal_compute,
+        uses_schedule=True,
+    ),
+    Row(
+        "trim",
+        "the hardest q of the batch, q falling along the schedule",
+        "arXiv 2110.13058",
+        _scheduled(lambda p: batchtrim.hardest()),
+        uses_schedule=True,
+    ),
+    Row(
+        "random",
+        "as many samples as trim, drawn at random",
+        "control; arXiv 2111.12621",
+        _scheduled(lambda p: batchtrim.uniform()),
+        uses_schedule=True,
+    ),
+    Row(
+        "ordered_sgd",
+        "the hardest q, q falling as training accuracy rises",
+        "arXiv 1907.04371",
+        lambda s, p: Method(Trimmer(batchtrim.by_accuracy()), s.epochs),
+    ),
+    Row(
+        "superquantile",
+        "the mean above the (1 - q) quantile, boundary sample weighted in",
+        "CVaR; Rockafellar and Uryasev 2000",
+        lambda s, p: Method(Trimmer(p["keep"], select=batchtrim.superquantile()), s.epochs),
+        {"keep": Param(0.5, check_keep, "tail fraction q")},
+    ),
+    Row(
+        "ohem",
+        "losses above a threshold, and a least number of the hardest",
+        "arXiv 1604.03540",
+        lambda s, p: Method(Trimmer(1.0, select=batchtrim.above(p["threshold"], p["min_keep"])), s.epochs),
+        {
+            "threshold": Param(0.357, check_positive, "loss above which a sample is kept (-ln 0.7)"),
+            "min_keep": Param(8, check_count, "least number kept of a batch"),
+        },
+    ),
+    Row(
+        "selective_backprop",
+        "each sample kept with probability (percentile among recent losses) ^ beta",
+        "arXiv 1910.00762",
+        lambda s, p: Method(Trimmer(1.0, select=batchtrim.percentile(p["beta"], p["history"]), seed=s.seed), s.epochs),
+        {
+            "beta": Param(2.0, check_beta, "exponent; 1 / (beta + 1) of the samples are kept"),
+            "history": Param(1024, check_count, "recent losses the percentile is taken over"),
+        },
+    ),
+    Row(
+        "selective_backprop_topk",
+        "a percentile-weighted draw of half the batch, on every second step in mid-training",
+        "MosaicML Composer",
+        _selective_backprop_topk,
+        {
+            "keep": Param(0.5, check_keep, "part of the batch kept on a selective step"),
+            "start": Param(0.5, check_place, "progress at which selection begins"),
+            "end": Param(0.9, check_place, "progress at which it ends"),
+            "every": Param(2, check_count, "one selective step in so many"),
+        },
+    ),
+    Row(
+        "small_loss",
+        "the easiest samples, dropping as many as the noise rate",
+        "arXiv 1804.06872",
+        _small_loss,
+        {
+            "noise_rate": Param(0.2, check_fraction, "expected part of wrong labels"),
+            "ramp_epochs": Param(10, check_ramp, "epochs until that many are dropped"),
+        },
+    ),
+    Row(
+        "two_sided",
+        "the hardest skipped, the next q kept along the schedule",
+        "batchtrim",
+        _scheduled(lambda p: batchtrim.between(p["skip"])),
+        {"skip": Param(0.1, check_fraction, "part dropped from the hard end")},
+        uses_schedule=True,
+    ),
+    Row(
+        "focal",
+        "losses weighted by (1 - p) ^ gamma",
+        "arXiv 1708.02002",
+        lambda s, p: Reweighted(FocalLoss(p["gamma"]), s.epochs),
+        {"gamma": Param(2.0, check_beta, "0 is plain training")},
+        any_engine=False,
+        smoothing=False,
+    ),
+    Row(
+        "superloss",
+        "hard samples weighted down, in closed form",
+        "Castells et al., NeurIPS 2020",
+        lambda s, p: Reweighted(SuperLoss(p["tau"] or math.log(s.classes), p["lam"]), s.epochs),
+        {
+            "lam": Param(1.0, check_positive, "the larger, the closer to plain training"),
+            "tau": Param(0.0, check_tau, "loss between easy and hard; 0 is log(classes)"),
+        },
+        any_engine=False,
+        smoothing=False,
+    ),
+    Row(
+        "infobatch",
+        "each epoch, samples below the mean loss dropped at random and the rest of them weighted up",
+        "arXiv 2303.04947",
+        lambda s, p: InfoBatch(s, p["ratio"], p["anneal"]),
+        {
+            "ratio": Param(0.5, check_fraction, "chance of an easy sample to be dropped"),
+            "anneal": Param(0.125, check_fraction, "last part of training that sees everything"),
+        },
+        any_engine=False,
+    ),
+    Row(
+        "rho_loss",
+        "the hardest by loss minus a held-out network's loss",
+        "arXiv 2206.07137",
+        lambda s, p: RhoLoss(s, p["keep"], p["reference_epochs"]),
+        {
+            "keep": Param(0.1, check_keep, "part of the batch kept"),
+            "reference_epochs": Param(0, check_or_all, "epochs of the held-out networks; 0 is as many as the run"),
+        },
+        any_engine=False,
+    ),
+)
+
+METHODS: dict[str, Row] = {row.name: row for row in (*_ROWS, *RELATIVES)}
+
+
+def find_method(name: str) -> Row:
+    """The row of that name, or an error that suggests the nearest one."""
+    return look_up("method", name, METHODS)

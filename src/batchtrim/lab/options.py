@@ -1,0 +1,155 @@
+"""Options of the command line, derived from the settings' own definitions, and back: words typed into settings.
+
+Every option's help ends in its true default for the command at hand, in brackets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from batchtrim.lab import files
+from batchtrim.lab.run.config import SETTINGS
+from batchtrim.lab.run.settings import Setting
+
+Table = dict[str, tuple[Any, Any]]
+"""Parameters of a command: name, annotation, default."""
+
+
+def option(kind: Any, help: str, *names: str, default: Any = None) -> tuple[Any, Any]:
+    return Annotated[kind, typer.Option(*names, help=help, show_default=False)], default
+
+
+MANY: Table = {
+    "grid": (Annotated[Path | None, typer.Argument(help="TOML file with settings; options go before it")], None),
+    "methods": option(str | None, "methods, comma-separated; `batchtrim methods` lists them"),
+    "seeds": option(str | None, "how many seeds, or which, comma-separated"),
+}
+ONE: Table = {
+    "method": option(str | None, "method; `batchtrim methods` lists them"),
+    "seed": option(int | None, "seed of everything drawn"),
+}
+PLACE: Table = {
+    "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]"),
+    "data_dir": option(str | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
+    "checkpoint_seconds": option(float, "save a run between epochs when so much time has passed [60]", default=60.0),
+    "tensorboard": option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
+    "keep_log": option(bool, "record what is kept of every sample, for `batchtrim show`", "--keep-log", default=False),
+}
+SCALE: Table = {
+    "workers": option(int | None, "processes on this machine [one a core, up to 8]"),
+    "ray": option(str | None, "send the runs to a Ray cluster: auto, or its address"),
+    "retries": option(int, "how often a run whose worker died is done again [2]", default=2),
+}
+TALK: Table = {
+    "as_json": option(bool, "print the result as JSON, and nothing else on standard output", "--json", default=False),
+    "quiet": option(bool, "no progress on standard error", "--quiet", "-q", default=False),
+    "debug": option(bool, "show the traceback of an error", "--debug", default=False),
+}
+
+
+def _setting_option(setting: Setting) -> tuple[Any, Any]:
+    help = setting.help + (f": {_listed(setting.choices)}" if setting.choices is not None else "")
+    return option((str if setting.many else setting.kind) | None, help)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names in a line, ``resnet8 .. resnet34`` for a family of more than three."""
+    names = list(names)
+    family = [name for name in names if name.rstrip("0123456789") == names[-1].rstrip("0123456789")]
+    if len(family) > 3:
+        return ", ".join([name for name in names if name not in family] + [f"{family[0]} .. {family[-1]}"])
+    return ", ".join(names)
+
+
+_CONFIG: Table = {name: _setting_option(each) for name, each in SETTINGS.items() if each.help}
+_PARAM: Table = {"param": option(list[str] | None, "a method's parameter, as small_loss.noise_rate=0.1; repeatable")}
+NAMES = (*(name for name in {**MANY, **ONE, **_CONFIG} if name != "grid"), *_PARAM)
+"""Every option that is a setting of the runs."""
+
+
+def settings_table(presets: Mapping[str, Any], only: Table) -> Table:
+    """Return ``only`` and an option for each setting; a help ends in the command's preset, else the setting's default.
+
+    Args:
+        presets: what the command takes where nothing is said.
+    """
+    table = {}
+    for name, (kind, default) in {**only, **_CONFIG}.items():
+        help = kind.__metadata__[0].help
+        if only is MANY and name in SETTINGS and SETTINGS[name].many:
+            help += "; comma-separated"
+        said = _default(name, presets)
+        table[name] = option(kind.__origin__, f"{help} [{said}]", default=default) if said else (kind, default)
+    return {**table, **_PARAM}
+
+
+def _default(name: str, presets: Mapping[str, Any]) -> str:
+    if name in presets:
+        values = presets[name]
+        return ",".join(map(str, values)) if isinstance(values, list) else str(values)
+    setting = SETTINGS.get(name)
+    if setting is None:
+        return ""
+    return setting.default_help or str(setting.default)
+
+
+def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the TOML file, if there is one, under those given as options."""
+    settings = files.load_toml(given["grid"]) if given.get("grid") else {}
+    options = {name: given[name] for name in NAMES if given.get(name) is not None}
+    if options.keys() & {"methods", "seeds"}:  # a file may say `method` or `seed` instead
+        settings = {name: value for name, value in settings.items() if f"{name}s" not in options}
+    for name, text in list(options.items()):
+        if name in _CONFIG and SETTINGS[name].many:
+            options[name] = _list(name, text, SETTINGS[name].kind)
+    if "methods" in options:
+        options["methods"] = _list("methods", options["methods"], str)
+    if "seeds" in options:
+        text = options["seeds"]
+        seeds = _list("seeds", text, int)
+        options["seeds"] = seeds if "," in text or not seeds else seeds[0]
+    params = options.pop("param", [])
+    if params:
+        settings["params"] = _params(params, settings.get("params", {}))
+    return {**settings, **options}
+
+
+def check_one_run(settings: Mapping[str, Any]) -> None:
+    """Refuse several values of a setting."""
+    for name, value in settings.items():
+        if isinstance(value, list) and len(value) > 1:
+            raise ValueError(f"expected one run, got several values of `{name}`. `batchtrim compare` does many.")
+
+
+def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"expected `{name}` to be {what}, comma-separated, got {text!r}.") from None
+
+
+def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
+    """``method.name=value`` texts as tables; several values, comma-separated, are an axis."""
+    tables = {method: dict(table) for method, table in base.items()}
+    for text in texts:
+        place, equals, value = text.partition("=")
+        method, dot, name = place.partition(".")
+        if not (equals and dot and value):
+            raise ValueError(f"expected `param` to look like small_loss.noise_rate=0.1, got {text!r}.")
+        values = [_number(part) for part in value.split(",")]
+        tables.setdefault(method, {})[name] = values if len(values) > 1 else values[0]
+    return tables
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

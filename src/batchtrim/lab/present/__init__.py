@@ -1,0 +1,1 @@
+"""Numbers into sentences, tables and pages."""

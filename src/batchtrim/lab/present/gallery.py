@@ -1,0 +1,333 @@
+"""What was kept, to look at: one self-contained page with the hardest samples, a map, confusions and classes over time.
+
+:func:`build` makes it from a folder of runs that recorded a keep log (``batchtrim show``), :func:`write` from a log and
+samples of your own: pictures, or rows of text or fields.
+
+n samples, C classes, S samples with a thumbnail.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchtrim._checks import import_extra
+from batchtrim.keeplog import KeepLog, suspects
+from batchtrim.lab.present import charts, pages, wording
+from batchtrim.lab.present.charts import Series, esc
+
+__all__ = ["Samples", "build", "write"]
+
+PER_CLASS = 200  # hardest of a class that get a thumbnail or a row of text
+MOST_SHOWN = 6000  # of them in all, so that a page of a thousand classes stays light
+MOST_SUSPECTS = 500
+SHEET_SIDE = 20  # thumbnails on a side of a sprite sheet
+THUMB = 64  # longest side of a thumbnail; smaller pictures are kept as they are
+MOST_LINES = 12  # classes drawn as lines of their own
+LONGEST_TEXT = 400
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the log's ids stand for.
+
+    Args:
+        labels: int (n,), as trained on. ``classes``: their C names.
+        pictures: uint8 (n, channels, H, W), one or three channels; or
+        rows: a text for each sample, or a mapping of field names to values.
+        predicted, confidence: (n,), class and probability, where the log's own (the last seen in training, augmentation
+            and all) should not be used.
+        title: heading of the page. ``facts``: settings to print at its foot.
+    """
+
+    labels: Tensor
+    classes: Sequence[str]
+    pictures: Tensor | None = None
+    rows: Sequence[str | Mapping[str, Any]] | None = None
+    predicted: Tensor | None = None
+    confidence: Tensor | None = None
+    title: str = "What was kept"
+    facts: Mapping[str, str] | None = None
+
+
+def build(
+    run: str | Path, out: str | Path | None = None, *, key: str | None = None, data_dir: str | None = None
+) -> Path:
+    """Write the gallery of a run that recorded a keep log; returns the page's path.
+
+    Args:
+        run: the folder that holds ``runs.jsonl`` and ``keep/KEY.parquet``. ``out``: the page, by default
+            ``keep/KEY.html`` in that folder. ``key``: which run; by default the last one with a log that trimmed.
+        data_dir: where data sets lie, as for training.
+
+    Raises:
+        ValueError: the folder holds no keep log, or none of that key.
+    """
+    from batchtrim.lab import records
+    from batchtrim.lab.run import train
+    from batchtrim.lab.run.config import RunConfig
+
+    folder = Path(run)
+    logged = [row for row in records.read(folder) if (folder / "keep" / f"{row['key']}.parquet").exists()]
+    if not logged:
+        raise ValueError(
+            f"expected a keep log in {folder / 'keep'}, found none. Train with --keep-log, into a new folder."
+        )
+    found = [row for row in logged if key is None or row["key"].startswith(key)]
+    if not found:
+        raise ValueError(
+            f"expected a run with a keep log, got {key!r}. There are {', '.join(r['key'] for r in logged)}."
+        )
+    row = max(found, key=lambda each: (each["config"]["method"] != "full", each["started"]))
+    path = folder / "keep" / f"{row['key']}.parquet"
+    config = RunConfig.from_dict(row["config"])
+    pictures = train.load_pictures(config, data_dir)
+    samples = Samples(
+        labels=pictures.train_labels,
+        classes=_class_names(config.dataset, pictures.classes),
+        pictures=pictures.train_images,
+        title=f"What was kept: {config.label}",
+        facts={name: str(value) for name, value in row["config"].items() if value not in (None, {})},
+    )
+    return write(KeepLog.from_parquet(path), samples, out or path.with_suffix(".html"))
+
+
+def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
+    """Write the page of ``log`` over ``samples`` to ``out``.
+
+    Raises:
+        ValueError: log and samples are of different length, or there is neither a picture nor a row to show.
+    """
+    if len(samples.labels) != log.n:
+        raise ValueError(f"expected {log.n} labels, one per sample of the log, got {len(samples.labels)}.")
+    if (samples.pictures is None) == (samples.rows is None):
+        raise ValueError("expected either `pictures` or `rows` of the samples, got both or neither.")
+    for name in ("pictures", "rows", "predicted", "confidence"):
+        value = getattr(samples, name)
+        if value is not None and len(value) != log.n:
+            raise ValueError(f"expected `{name}` of {log.n} samples, got {len(value)}.")
+    largest = int(samples.labels.max())
+    if largest >= len(samples.classes):
+        raise ValueError(f"expected a name in `classes` for every label up to {largest}, got {len(samples.classes)}.")
+    columns = _columns(log, samples)
+    shown = _shown(columns, len(samples.classes))
+    data: dict[str, Any] = {
+        "classes": list(samples.classes),
+        "n": len(columns["id"]),
+        "columns": {name: _packed(values) for name, values in columns.items()},
+        "shown": _packed(shown.astype(np.uint32)),
+        "scale": {"loss": _loss_scale(columns)},
+    }
+    style = resources.files("batchtrim.lab.present").joinpath("gallery.css").read_text(encoding="utf-8")
+    if samples.pictures is not None:
+        sheets, data["thumb"] = _sheets(samples.pictures[torch.from_numpy(columns["id"][shown].astype(np.int64))])
+        data["sheets"] = len(sheets)
+        style += "".join(f".t{i}{{background-image:url({sheet})}}" for i, sheet in enumerate(sheets))
+    else:
+        assert samples.rows is not None
+        data["rows"] = [_fields(samples.rows[int(i)]) for i in columns["id"][shown]]
+    script = resources.files("batchtrim.lab.present").joinpath("gallery.js").read_text(encoding="utf-8")
+    # no tag inside the script: neither </script> nor <!--<script>, after which a browser looks past the closing tag
+    packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    body = _body(log, samples, columns, len(shown)) + f'<script type="application/json" id="data">{packed}</script>'
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(pages.page(samples.title, body, style, script), encoding="utf-8")
+    return path
+
+
+def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
+    """What the page knows of each sample that was seen, most suspect first, in as few bytes as it takes."""
+    table = log.table()
+    ids, scores = suspects(log)
+    predicted = table["predicted"] if samples.predicted is None else samples.predicted
+    confidence = table["confidence"] if samples.confidence is None else samples.confidence
+    return {
+        "id": ids.numpy().astype(np.uint32),
+        "label": samples.labels[ids].numpy().astype(np.int16),
+        "predicted": predicted[ids].cpu().numpy().astype(np.int16),
+        "confidence": _percent(confidence[ids].float()),
+        "keep": _percent(table["keep_rate"][ids]),
+        "score": _percent(scores),
+        "seen": table["seen"][ids].numpy().clip(0, 65535).astype(np.uint16),
+        "mean": table["mean"][ids].numpy().astype(np.float32),
+        "spread": table["variance"][ids].sqrt().numpy().astype(np.float32),
+        "last": table["last"][ids].numpy().astype(np.float32),
+    }
+
+
+def _percent(values: Tensor) -> np.ndarray:
+    """A part of one in 200 steps; 255 where unknown."""
+    known = (values * 200).round().clamp(0, 200).nan_to_num(255)
+    return known.cpu().numpy().astype(np.uint8)
+
+
+def _shown(columns: dict[str, np.ndarray], classes: int) -> np.ndarray:
+    """Positions of the samples to show: the hardest of each class by mean loss, and the most suspect of all."""
+    each = min(PER_CLASS, max(4, MOST_SHOWN // max(1, classes)))
+    order = np.argsort(-np.nan_to_num(columns["mean"], nan=np.inf), kind="stable")
+    labels = columns["label"][order]
+    chosen = [order[labels == label][:each] for label in np.unique(labels)]
+    chosen.append(np.arange(min(MOST_SUSPECTS, len(order))))
+    return np.unique(np.concatenate(chosen))
+
+
+def _loss_scale(columns: dict[str, np.ndarray]) -> float:
+    """A loss that nearly all stay below, so that a few outliers do not squeeze the map."""
+    mean = columns["mean"][np.isfinite(columns["mean"])]
+    return float(np.quantile(mean, 0.999)) or 1.0 if len(mean) else 1.0
+
+
+def _packed(values: np.ndarray) -> dict[str, str]:
+    kinds = {"u1": "Uint8Array", "u2": "Uint16Array", "i2": "Int16Array", "u4": "Uint32Array", "f4": "Float32Array"}
+    little = values.astype(values.dtype.newbyteorder("<"))
+    return {"type": kinds[values.dtype.str[1:]], "data": base64.b64encode(little.tobytes()).decode()}
+
+
+def _sheets(pictures: Tensor) -> tuple[list[str], dict[str, int]]:
+    """Sprite sheets of (S, channels, H, W) as data addresses, and the size of a thumbnail on them."""
+    image = import_extra("PIL.Image", "lab", "the gallery")
+    count, channels, height, width = pictures.shape
+    shrink = min(1.0, THUMB / max(height, width))
+    size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+    per_sheet = SHEET_SIDE * SHEET_SIDE
+    sheets = []
+    for first in range(0, count, per_sheet):
+        part = pictures[first : first + per_sheet]
+        rows = math.ceil(len(part) / SHEET_SIDE)
+        if shrink < 1.0:
+            part = torch.nn.functional.interpolate(part.float(), size=size[::-1], mode="area").round().to(torch.uint8)
+        padded = torch.zeros(rows * SHEET_SIDE, channels, size[1], size[0], dtype=torch.uint8)
+        padded[: len(part)] = part
+        grid = padded.view(rows, SHEET_SIDE, channels, size[1], size[0]).permute(0, 3, 1, 4, 2)
+        pixels = grid.reshape(rows * size[1], SHEET_SIDE * size[0], channels).numpy()
+        sheet = image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+        out = io.BytesIO()
+        sheet.save(out, "WEBP", quality=82, method=4)
+        sheets.append("data:image/webp;base64," + base64.b64encode(out.getvalue()).decode())
+    return sheets, {"width": size[0], "height": size[1], "side": SHEET_SIDE}
+
+
+def _fields(row: str | Mapping[str, Any]) -> list[list[str]]:
+    """A sample that is no picture, as names and values; a plain text has an empty name."""
+    pairs = [("", row)] if isinstance(row, str) else row.items()
+    return [[str(name), text if len(text := str(value)) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"]
+            for name, value in pairs]  # fmt: skip
+
+
+def _body(log: KeepLog, samples: Samples, columns: dict[str, np.ndarray], shown: int) -> str:
+    table = log.table()
+    seen, kept = int(table["seen"].sum()), int(table["kept"].sum())
+    wrong = (columns["predicted"] != columns["label"]) & (columns["predicted"] >= 0)
+    tiles = [
+        (f"{len(columns['id']):,}", "samples seen"),
+        (f"{100 * kept / max(1, seen):.0f} %", "kept, over the whole training"),
+        (f"{int((table['kept'] == table['seen'])[table['seen'] > 0].sum()):,}", "never dropped once"),
+        (f"{int(wrong.sum()):,}" if (columns["predicted"] >= 0).any() else wording.UNKNOWN,
+         "predicted as another class when last seen"),
+    ]  # fmt: skip
+    return "".join(
+        [
+            '<p class="eyebrow">batchtrim keep log</p>',
+            f"<h1>{pages.breakable(samples.title)}</h1>",
+            '<div class="tiles">',
+            *(f'<div class="card tile"><b>{esc(v)}</b><p class="note">{esc(text)}</p></div>' for v, text in tiles),
+            "</div>",
+            "<section><h2>Hardest samples</h2>",
+            f'<p class="note">The {shown:,} hardest by mean loss and most suspect, in every class. '
+            "Below each stand its label, what was predicted and how surely, and the keep rate: how often it stayed in "
+            "the batch when it was seen.</p>",
+            _controls(samples.classes),
+            '<p class="note" id="count" aria-live="polite"></p><div id="cards"></div>'
+            '<button id="more" hidden>Show more</button></section>',
+            "<section><h2>Map</h2>",
+            '<p class="note">Each dot is a sample: its mean loss upwards, how much it went up and down to the '
+            "right. Low: easy. High on the left: hard all along, wrong labels among them. Right: ambiguous. Colour is "
+            "the keep rate, yellow for seldom kept to blue for always. The filters above dim the "
+            "rest; point at a dot to see what it is.</p>",
+            '<div class="card map"><canvas id="map"></canvas><div id="dot"></div></div></section>',
+            '<section><h2>Confused with</h2><p class="note">Label, and what was predicted instead when last seen: '
+            "how many of the hard samples above, of how many in all. Press a pair to see its samples.</p>"
+            '<div id="pairs"></div></section>',
+            _class_history(log, samples.classes),
+            "<h2>Settings</h2>" + f'<div class="card">{pages.definitions(dict(samples.facts))}</div>'
+            if samples.facts
+            else "",
+        ]
+    )
+
+
+def _controls(classes: Sequence[str]) -> str:
+    options = "".join(f'<option value="{i}">{esc(name)}</option>' for i, name in enumerate(classes))
+    orders = (
+        ("mean", "mean loss"),
+        ("score", "suspicion"),
+        ("last", "last loss"),
+        ("spread", "spread"),
+        ("keep", "keep rate"),
+    )
+    groups = '<option value="each">each class</option><option value="">all mixed</option>'
+    sort = "".join(f'<option value="{name}">{text}</option>' for name, text in orders)
+    return (
+        '<div class="controls">'
+        f'<label>label <select id="label">{groups}{options}</select></label>'
+        f'<label>predicted <select id="predicted"><option value="">any</option>{options}</select></label>'
+        f'<label>sort by <select id="sort">{sort}</select></label>'
+        '<label><input type="checkbox" id="wrong"> label and prediction differ</label>'
+        '<label><input type="checkbox" id="always"> never dropped</label>'
+        '<button id="reset">reset</button></div>'
+    )
+
+
+def _class_history(log: KeepLog, classes: Sequence[str]) -> str:
+    """Keep rate of each class over epochs; of many classes those kept least and most at the end."""
+    lines = [line for line in log.history if line.get("class_seen")]
+    heading = "<section><h2>Keep rate of each class over time</h2>"
+    if not lines:
+        return heading + '<p class="note">The log was made without classes, so this was not recorded.</p></section>'
+    seen, kept = (np.array([line[name] for line in lines], dtype=float) for name in ("class_seen", "class_kept"))
+    rate = np.divide(kept, seen, out=np.full_like(kept, np.nan), where=seen > 0)
+    chosen = list(range(len(classes)))
+    note = "A class whose line falls away from the others is being starved."
+    if len(chosen) > MOST_LINES:
+        last = np.nan_to_num(rate[-1], nan=-1.0)
+        order = [int(i) for i in np.argsort(last, kind="stable")]
+        chosen = order[: MOST_LINES // 2] + order[-(MOST_LINES // 2) :]
+        note += f" Of {len(classes)} classes, the six kept least at the end and the six kept most."
+    series = [_class_line("all samples", 0, kept.sum(1) / np.maximum(seen.sum(1), 1))]
+    series += [_class_line(str(classes[c]), 1 + i, rate[:, c]) for i, c in enumerate(chosen)]
+    picture = charts.lines(
+        series, x_label="epoch", y_label="kept %", fmt=lambda v: f"{100 * v:.0f}", y_range=(0.0, 1.05),
+        title="Keep rate of each class over epochs",
+    )  # fmt: skip
+    legend = charts.legend([(each.label, each.style) for each in series])
+    return f'{heading}<p class="note">{note}</p>{legend}<div class="card narrow">{picture}</div></section>'
+
+
+def _class_line(label: str, style: int, rate: np.ndarray) -> Series:
+    known = np.isfinite(rate)
+    return Series(label, style, (np.flatnonzero(known) + 1).tolist(), rate[known].tolist())
+
+
+def _class_names(dataset: str, classes: int) -> list[str]:
+    names = CLASS_NAMES.get(dataset)
+    return list(names) if names else [str(i) for i in range(classes)]
+
+
+CLASS_NAMES = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "fashion_mnist": (
+        "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    ),
+}  # fmt: skip

@@ -1,0 +1,202 @@
+"""A comparison as something to show: one self-contained HTML page, Markdown and CSV beside it, a table for the console.
+
+The numbers come from :mod:`batchtrim.lab.analyse.comparison`; this file only words them. The page is put together in
+:mod:`batchtrim.lab.present.pages`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchtrim.lab.analyse.comparison import Arm, Group, Row, Summary, View, summarize
+from batchtrim.lab.present import pages, wording
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["console_table", "to_json", "write_report"]
+
+
+def write_report(rows: Iterable[Row], out_dir: str | Path, baseline: str = "full") -> Path:
+    """Write report.html, report.md and report.csv on ``rows`` of runs.jsonl into ``out_dir``; returns the page's path.
+
+    Raises:
+        ValueError: there are no rows. OSError: the folder cannot be written.
+    """
+    summary = summarize(rows, baseline)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    page = out_dir / "report.html"
+    page.write_text(pages.comparison_page(summary), encoding="utf-8")
+    (out_dir / "report.md").write_text(to_markdown(summary), encoding="utf-8")
+    (out_dir / "report.csv").write_text(to_csv(summary), encoding="utf-8", newline="")
+    return page
+
+
+def console_table(summary: Summary) -> RenderableType:
+    """The tables and verdicts, for ``rich.console.Console().print``."""
+    from rich.console import Group as Stack
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for group in summary.groups:
+        table = Table(title=Text(group.title, style="bold"), title_justify="left", box=None, pad_edge=False)
+        table.add_column("method", overflow="fold", min_width=max(min(len(arm.label), 20) for arm in group.arms))
+        for heading in ("runs", "error %", "diff", "95 % interval", "p", "train s", "backward"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for arm in group.arms:
+            paired = arm.paired
+            table.add_row(
+                Text(arm.label),
+                wording.short_runs(arm),
+                wording.error(arm),
+                wording.difference(paired),
+                wording.signed_interval(paired.moments.t) if paired else "",
+                wording.p_value(paired.p_holm) if paired else "",
+                wording.cost(arm, "seconds"),
+                wording.backward(arm, group),
+            )
+        parts.append(table)
+        colours = {"lower": "green", "higher": "red"}
+        parts.extend(
+            Text(f"{arm.label}: {arm.paired.verdict}", style=colours.get(wording.kind(arm.paired.verdict), ""))
+            for arm in group.arms
+            if arm.paired
+        )
+        if group.baseline is None:
+            parts.append(Text(group.verdict))
+        parts.append(Text(""))
+    parts.append(Text(wording.LEGEND, style="dim"))
+    return Stack(*parts)
+
+
+def to_json(summary: Summary) -> dict[str, Any]:
+    """Everything but the curves, as plain values."""
+    return {
+        "verdict": summary.verdict,
+        "runs": summary.runs,
+        "diverged": summary.diverged,
+        "failed": summary.failed,
+        "groups": [
+            {
+                "title": group.title,
+                "settings": group.settings,
+                "baseline": group.baseline,
+                "verdict": group.verdict,
+                "methods": [_arm_json(arm) for arm in group.arms],
+                "views": [_view_json(view) for view in group.views],
+            }
+            for group in summary.groups
+        ],
+    }
+
+
+def to_markdown(summary: Summary) -> str:
+    """The report in Markdown: verdict, tables, equal-budget views, settings, environment, how to run it again."""
+    lines = ["# batchtrim comparison", "", cell(wording.sentence(summary.verdict)), "", wording.counts(summary), ""]
+    for group in summary.groups:
+        lines += [f"## {cell(group.title)}", "", *markdown_table(group, group.arms), ""]
+        for arm in group.arms:
+            if arm.paired:
+                lines.append(f"* **{cell(arm.label)}**: {cell(arm.paired.verdict)}")
+        lines += ["", wording.LEGEND, ""]
+        for view in group.views:
+            lines += [f"### {view.title}", "", view.note, ""]
+            if view.budget is not None:
+                lines += [*markdown_table(group, view.arms, cost=False), ""]
+        lines += ["### Settings", ""]
+        lines += [f"* {cell(name)}: {cell(value)}" for name, value in group.settings.items()]
+        command = " ".join(wording.command(group).splitlines())  # one line cannot close the block it stands in
+        lines += ["", "Run it again:", "", "```", command, "```", ""]
+    lines += ["## Environment", ""]
+    lines += [f"* {cell(name)}: {cell(value)}" for name, value in wording.environment(summary).items()]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(summary: Summary) -> str:
+    """One line a method and view: settings, mean, spread, intervals, differences, tests, cost and verdict."""
+    lines = [
+        {**group.settings, "view": name, **_flat(arm)}
+        for group in summary.groups
+        for name, arms in [("as run", group.arms), *((view.title, view.arms) for view in group.views if view.budget)]
+        for arm in arms
+    ]
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def _arm_json(arm: Arm) -> dict[str, Any]:
+    paired = arm.paired
+    return {
+        "label": arm.label,
+        **arm.settings,
+        "test_error": {**vars(arm.moments), "by_seed": {str(seed): error for seed, error in arm.errors.items()}},
+        "diverged": list(arm.diverged),
+        "failed": list(arm.failed),
+        "cost": arm.cost,
+        "paired": paired and {**vars(paired), "moments": vars(paired.moments)},
+    }
+
+
+def _view_json(view: View) -> dict[str, Any]:
+    return {"name": view.name, "budget": view.budget, "note": view.note, "methods": [_arm_json(a) for a in view.arms]}
+
+
+def _flat(arm: Arm) -> dict[str, Any]:
+    """An arm as one line of CSV."""
+    paired, spread = arm.paired, arm.moments
+    return {
+        **{name: value for name, value in arm.settings.items() if name != "method_params"},
+        "label": arm.label,
+        "n": spread.n,
+        "diverged": len(arm.diverged),
+        "failed": len(arm.failed),
+        "test_error": spread.mean,
+        "std": spread.std,
+        **_ends("t", spread.t),
+        **_ends("bootstrap", spread.bootstrap),
+        "pairs": paired and paired.moments.n,
+        "difference": paired and paired.moments.mean,
+        **_ends("difference_t", paired and paired.moments.t),
+        **_ends("difference_bootstrap", paired and paired.moments.bootstrap),
+        "p_t": paired and paired.p_t,
+        "p_wilcoxon": paired and paired.p_wilcoxon,
+        "p_holm": paired and paired.p_holm,
+        "detectable": paired and paired.detectable,
+        **arm.cost,
+        "verdict": paired and paired.verdict,
+    }
+
+
+def _ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | None]:
+    return {f"{name}_low": interval and interval[0], f"{name}_high": interval and interval[1]}
+
+
+def markdown_table(group: Group, arms: Iterable[Arm], cost: bool = True) -> list[str]:
+    heads = ["method", "runs", "test error %", "difference, points", "95 % interval", "p (Holm)", "p (Wilcoxon)"]
+    heads += ["train s", "backward"] if cost else []
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    for arm in arms:
+        paired = arm.paired
+        cells = [cell(arm.label), wording.runs(arm), wording.error(arm), wording.difference(paired)]
+        cells += [wording.signed_interval(paired.moments.t) if paired else ""]
+        cells += [wording.p_value(paired.p_holm), wording.p_value(paired.p_wilcoxon)] if paired else ["", ""]
+        cells += [wording.cost(arm, "seconds"), wording.backward(arm, group)] if cost else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def cell(value: object) -> str:
+    """Text that cannot break a Markdown table or turn into markup."""
+    text = str(value).replace("\n", " ")
+    for mark in "\\|<>*_`[]":
+        text = text.replace(mark, "\\" + mark)
+    return text

@@ -1,0 +1,1 @@
+"""One run: its configuration, training loop, optimizer, checkpoint and environment."""

@@ -1,0 +1,200 @@
+"""What one run is: a frozen record of settings, checked, with a key that names it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from batchtrim._checks import check_choice, check_count, check_fraction, check_keep, check_number, check_positive
+from batchtrim.lab.files import nearest
+from batchtrim.lab.methods.table import METHODS, find_method
+from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
+from batchtrim.lab.task.augment import AUGMENTS
+from batchtrim.lab.task.conditions import parse_label_noise
+from batchtrim.lab.task.data import SPECS, find_spec
+from batchtrim.lab.task.models import MODELS, NORMS, find_model
+
+OPTIMIZERS = ("adam", "adamw", "sgd", "nesterov")
+LR_SCHEDULES = ("constant", "step", "cosine", "onecycle", "triangle")
+TEST_VIEWS = ("plain", "mirror")
+SCHEDULES = ("linear", "cosine", "step", "constant")
+ENGINES = ("exact", "two_pass", "shared", "auto")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+# What an optimizer starts from where nothing is said: learning rate and weight decay in common use.
+OPTIMIZER_DEFAULTS = {"adam": (1e-3, 0.0), "adamw": (1e-3, 0.05), "sgd": (0.1, 5e-4), "nesterov": (0.1, 5e-4)}
+
+
+def _by_optimizer(place: int) -> str:
+    """Return each optimizer's default, those that share one together."""
+    together: dict[float, list[str]] = {}
+    for name, values in OPTIMIZER_DEFAULTS.items():
+        together.setdefault(values[place], []).append(name)
+    return ", ".join(f"{' and '.join(names)} {value:g}" for value, names in together.items())
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of one run. None stands for a default that :meth:`resolved` fills in.
+
+    Each field says what it means, what it may be and what part it plays: see :mod:`batchtrim.lab.run.settings`.
+    ``label_noise`` is none, symmetric:RATE, asymmetric:RATE or human:WHICH; under the ``constant`` schedule
+    ``keep_end`` holds throughout.
+    """
+
+    dataset: str = setting("digits", "data set", role=Role.DATA, choices=SPECS, many=True)
+    model: str = setting("mlp", "network", choices=MODELS, many=True)
+    width: int | None = setting(None, "channels of the network's first stage", default_help="by network")
+    norm: str = setting("batch", "normalisation layers", choices=NORMS)
+    method: str = setting("full", role=Role.ARM, choices=METHODS, many=True)
+    method_params: Mapping[str, Any] = setting(dict, role=Role.ARM)
+    optimizer: str = setting("adam", "optimizer", choices=OPTIMIZERS, many=True)
+    lr: float | None = setting(None, "peak learning rate", default_help=_by_optimizer(0))
+    lr_schedule: str = setting("cosine", "learning rate over training", choices=LR_SCHEDULES, many=True)
+    weight_decay: float | None = setting(None, "weight decay", default_help=_by_optimizer(1))
+    momentum: float = setting(0.9, "momentum of sgd and nesterov")
+    epochs: int = setting(10, "epochs of each run")
+    batch_size: int = setting(128, "images in a batch, over all processes")
+    seed: int = setting(0, role=Role.SEED)
+    augment: str | None = setting(None, "augmentation", choices=AUGMENTS, default_help="by data set")
+    label_smoothing: float = setting(
+        0.0, "part of every target spread over all classes; samples are ranked by their loss without it", later=True
+    )
+    test_views: str = setting(
+        "plain",
+        "what is tested: the image, or its outputs added to those of its mirror image",
+        choices=TEST_VIEWS,
+        later=True,
+    )
+    train_size: int | None = setting(
+        None, "train on so many images, the same part of every class", role=Role.DATA, default_help="all"
+    )
+    label_noise: str = setting(
+        "none", "wrong labels: none, symmetric:RATE, asymmetric:RATE, human:WHICH", role=Role.DATA
+    )
+    imbalance: float = setting(1.0, "size of the largest class over that of the smallest", role=Role.DATA)
+    keep_start: float | None = setting(1.0, "part of a batch kept at the start", role=Role.ARM, many=True)
+    keep_end: float | None = setting(0.2, "part of a batch kept at the end", role=Role.ARM, many=True)
+    schedule: str | None = setting("linear", "way between them", role=Role.ARM, choices=SCHEDULES, many=True)
+    engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
+    precision: str = setting("32-true", "number format", choices=PRECISIONS)
+    device: str = setting("auto", "where to train", choices=DEVICES)
+    eval_every: int = setting(1, "test after every so many epochs, and after the last", role=Role.SPEED)
+    threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
+
+    def resolved(self) -> RunConfig:
+        """The same run with every default written out and every setting checked.
+
+        Settings that play no part are set to None (the keep schedule of ``full``), so that equal runs have equal keys.
+
+        Raises:
+            ValueError, TypeError: a setting is out of its range, or no such name is known.
+        """
+        spec, model = find_spec(self.dataset), find_model(self.model)
+        method = find_method(self.method)
+        filled = replace(self, augment=self.augment or spec.augment, schedule=self.schedule or "linear")
+        for each in SETTINGS.values():
+            if each.choices is not None:
+                check_choice(each.name, getattr(filled, each.name), each.choices)
+        parse_label_noise(self.label_noise)
+        for name in ("epochs", "batch_size", "eval_every", "threads"):
+            check_count(name, getattr(self, name))
+        check_count("seed", self.seed, minimum=0)
+        if self.width is not None:
+            check_count("width", self.width)
+        if self.train_size is not None:
+            check_count("train_size", self.train_size, minimum=spec.classes, hint="At least one image a class.")
+        if check_number("imbalance", self.imbalance) < 1.0:
+            raise ValueError(
+                f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest."
+            )
+        lr, weight_decay = OPTIMIZER_DEFAULTS[self.optimizer]
+        lr = lr if self.lr is None else check_positive("lr", self.lr)
+        weight_decay = weight_decay if self.weight_decay is None else check_number("weight_decay", self.weight_decay)
+        if weight_decay < 0:
+            raise ValueError(f"expected `weight_decay` to be at least 0, got {weight_decay:g}.")
+        if not 0.0 <= check_number("momentum", self.momentum) < 1.0:
+            raise ValueError(f"expected `momentum` in [0, 1), got {self.momentum:g}.")
+        check_fraction("label_smoothing", self.label_smoothing)
+        if self.label_smoothing and not method.smoothing:
+            raise ValueError(
+                f"expected `label_smoothing` 0 with method '{self.method}', got {self.label_smoothing:g}. "
+                "It reads a probability off the loss, which smoothing changes."
+            )
+        params = method.check_params(self.method_params)
+        if self.engine != "exact" and not method.any_engine:
+            raise ValueError(
+                f"expected `engine` to be 'exact' for method '{self.method}', got {self.engine!r}. "
+                "Its rule needs more than the losses of the batch at hand."
+            )
+        keep: dict[str, Any] = {"keep_start": None, "keep_end": None, "schedule": None}
+        if method.uses_schedule:
+            keep = {
+                "keep_start": check_keep("keep_start", 1.0 if self.keep_start is None else self.keep_start),
+                "keep_end": check_keep("keep_end", 0.2 if self.keep_end is None else self.keep_end),
+                "schedule": filled.schedule,
+            }
+        return replace(
+            filled,
+            width=self.width or model.width,
+            norm=self.norm if model.uses_norm else "batch",
+            method_params=params,
+            lr=lr,
+            weight_decay=float(weight_decay),
+            momentum=self.momentum if self.optimizer in ("sgd", "nesterov") else 0.0,
+            device=resolve_device(self.device),
+            imbalance=float(self.imbalance),
+            **keep,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(replace(self, method_params=dict(self.method_params)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """From plain values; a name that is no setting is an error that suggests the nearest one."""
+        for name in values:
+            if name not in SETTINGS:
+                hint = nearest(name, SETTINGS) or f" Settings are {', '.join(SETTINGS)}."
+                raise ValueError(f"expected a setting of a run, got {name!r}.{hint}")
+        return cls(**values)
+
+    @property
+    def key(self) -> str:
+        """Short hash that names the run: equal for equal settings, whatever the number of threads."""
+        values = {name: value for name, value in self.to_dict().items() if SETTINGS[name].in_key(value)}
+        text = json.dumps(values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def label(self) -> str:
+        """A few words for progress lines."""
+        params = ",".join(f"{name}={value}" for name, value in self.method_params.items())
+        keep = f" {self.schedule} {self.keep_start:g}-{self.keep_end:g}" if self.keep_start and self.keep_end else ""
+        return f"{self.dataset} {self.model} {self.method}{f'({params})' if params else ''}{keep} seed {self.seed}"
+
+
+SETTINGS: Mapping[str, Setting] = settings_of(RunConfig)
+ARM_SETTINGS = tuple(name for name, each in SETTINGS.items() if each.role is Role.ARM)
+"""What makes an arm of a comparison."""
+COMPARED = tuple(name for name, each in SETTINGS.items() if each.role in (Role.ARM, Role.SEED, Role.SPEED))
+"""What runs of one comparison may differ in; all other settings make its group."""
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` becomes cuda or mps where there is one, else cpu; an absent device is an error."""
+    import torch
+
+    check_choice("device", device, DEVICES)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, found in there.items() if found)
+    if not there[device]:
+        found = ", ".join(name for name, is_there in there.items() if is_there)
+        raise ValueError(f"expected `device` to be one this machine has ({found}), got {device!r}.")
+    return device

@@ -1,0 +1,67 @@
+"""What a run's numbers belong to: versions, hardware, and the commit the package runs from."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import batchtrim
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.ranks import Ranks
+
+
+def environment(config: RunConfig) -> dict[str, Any]:
+    """Versions and hardware a run's numbers belong to."""
+    return {
+        **_machine(),
+        "threads": config.threads,
+        "processes": Ranks.from_environment().world,
+        "device": _device_name(config.device),
+    }
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "batchtrim": batchtrim.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with + when files differ; None when it is installed."""
+    here = Path(batchtrim.__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if not git("ls-files", "__init__.py"):
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else device

@@ -1,0 +1,75 @@
+"""One run on several processes: who we are under ``torchrun``, which part of a batch is ours, sums over all.
+
+Started as ``torchrun --nproc-per-node 2 -m batchtrim.lab.cli train ...``. Each process draws what all draw, so their
+generators stay alike, and works on its own part of each batch; DistributedDataParallel averages the gradients.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchtrim._checks import import_extra
+from batchtrim.lab.methods.table import find_method
+from batchtrim.lab.run.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all: ``rank`` of ``world``, ``local`` of them on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """As ``torchrun`` says, or alone."""
+        rank, world, local = (int(os.environ.get(name, "1")) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        return cls(rank, world, local) if world > 1 else cls()
+
+    @property
+    def share(self) -> slice:
+        """Which entries of a batch are this process's: every ``world``-th, so that shares differ by one at most."""
+        return slice(self.rank, None, self.world)
+
+    def sum(self, *numbers: float, device: torch.device) -> list[float]:
+        """Each number, summed over all processes."""
+        if self.world == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def fabric(self, config: RunConfig) -> Any:
+        """Return the Lightning Fabric that places the run's model and takes its backward, joined to all processes."""
+        fabric = import_extra("lightning_fabric", "lab", "the training loop")
+        if self.world == 1:
+            return fabric.Fabric(accelerator=config.device, devices=1, precision=config.precision)
+        if config.engine != "exact" or not find_method(config.method).any_engine:
+            raise ValueError(
+                f"expected a method that chooses within a batch, with engine 'exact', under torchrun, "
+                f"got '{config.method}' with '{config.engine}'. Others need all of the run in one process."
+            )
+        launched = fabric.Fabric(
+            accelerator=config.device,
+            devices=self.local,
+            num_nodes=self.world // self.local,
+            strategy="ddp",
+            precision=config.precision,
+        )
+        launched.launch()
+        return launched
+
+    def leave(self) -> None:
+        """Part from the other processes; the next run meets them anew."""
+        if self.world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def batches(self, rows: Tensor, size: int) -> list[Tensor]:
+        """``rows`` in batches; a last one with fewer rows than processes is left out, since each must have work."""
+        return [batch for batch in rows.split(size) if len(batch) >= self.world]

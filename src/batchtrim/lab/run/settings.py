@@ -1,0 +1,92 @@
+"""How a setting of a run is defined: one dataclass field that says all there is to know of it.
+
+The command line, TOML grids, keys, groups of the report and ``--help`` are derived from these definitions; no other
+file lists settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class Role(Enum):
+    """What a setting does to a comparison."""
+
+    ARM = "arm"
+    """Told apart inside a comparison: runs that differ only in these are compared with each other."""
+    SEED = "seed"
+    """Paired: two runs of one seed share all that is drawn."""
+    GROUP = "group"
+    """Shared by all runs of a comparison."""
+    DATA = "data"
+    """As GROUP; besides, the training set is made by these and the seed."""
+    SPEED = "speed"
+    """Changes nothing that is learnt: not in a run's key, so that a sweep goes on elsewhere."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting, read off a dataclass field.
+
+    Attributes:
+        name, default: of the field. ``kind``: str, int or float. ``help``: a line without the default.
+        default_help: what None stands for, or "" where the default says it itself. ``choices``: the values there are,
+            None where they are not a list. ``many``: the command line takes several values, comma-separated.
+        later: came after runs had been recorded; at its default it is no part of a key, so that theirs stay.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    role: Role
+    help: str
+    default_help: str
+    choices: Collection[str] | None
+    many: bool
+    later: bool
+
+    def in_key(self, value: Any) -> bool:
+        """Return True if this value tells a run apart from others."""
+        return self.role is not Role.SPEED and not (self.later and value == self.default)
+
+
+def setting(
+    default: Any,
+    help: str = "",
+    *,
+    role: Role = Role.GROUP,
+    choices: Collection[str] | None = None,
+    many: bool = False,
+    default_help: str = "",
+    later: bool = False,
+) -> Any:
+    """Return a dataclass field that defines a setting; see :class:`Setting`. Without ``help`` it is no option."""
+    metadata = {
+        "help": help,
+        "role": role,
+        "choices": choices,
+        "many": many,
+        "default_help": default_help,
+        "later": later,
+    }
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def settings_of(config: type) -> dict[str, Setting]:
+    """Return every setting that a dataclass defines, by name."""
+    hints = typing.get_type_hints(config)
+    found = {}
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            kind = next(each for each in typing.get_args(kind) if each is not type(None))
+        found[field.name] = Setting(field.name, kind, field.default, **field.metadata)
+    return found

@@ -1,0 +1,416 @@
+"""One training loop for every method: same network, data order and augmentation at the same seed.
+
+The clock that is reported runs over training alone, selection and whatever a method prepares included; evaluation has
+its own. A seed repeats bit for bit on the CPU at the same number of threads, and so does a run resumed from a
+checkpoint. Nothing in the loop over batches waits for the device.
+
+N training samples, B batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+import batchtrim
+from batchtrim import Choice, KeepLog
+from batchtrim.lab.methods.rules import Setting
+from batchtrim.lab.methods.table import find_method, make_schedule
+from batchtrim.lab.records import SCHEMA
+from batchtrim.lab.run import checkpoint as checkpoints
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.counts import Counts, Criterion
+from batchtrim.lab.run.environment import environment
+from batchtrim.lab.run.optimizers import lr_factor, make_optimizer
+from batchtrim.lab.run.ranks import Ranks
+from batchtrim.lab.task import conditions, data, models
+from batchtrim.lab.task.augment import Batches
+
+CURVES = (
+    "epoch", "test_error", "train_error", "keep", "kept_loss", "mean_loss", "lr", "seconds", "samples_backward",
+)  # fmt: skip
+EVALUATION_BATCH = 500
+REFERENCE_SEED = 1_000_003  # held-out networks start from weights no run starts from
+
+OnEpoch = Callable[[dict[str, Any]], None]
+"""Called after each epoch with the last point of the curves, ``epochs`` (how many there will be) among them."""
+
+
+class Diverged(ArithmeticError):
+    """The losses or the network's outputs are no numbers any more."""
+
+
+@dataclass
+class Training:
+    """A run in progress: network, optimizer, method, generators, curves and clocks.
+
+    Args:
+        config: resolved.
+        pictures: the data set, label noise and the like applied.
+    """
+
+    config: RunConfig
+    pictures: data.PictureData
+    counts: Counts = field(default_factory=Counts)
+    epoch: int = 0
+    log: KeepLog | None = None
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.ranks = Ranks.from_environment()
+        self.fabric = self.ranks.fabric(config)
+        self.device = self.fabric.device
+        torch.manual_seed(config.seed)
+        model = self._network(config.width)
+        self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, config))
+        self.labels = self.pictures.train_labels.to(self.device)
+        self.test_labels = self.pictures.test_labels.to(self.device)
+        self.batches = self._batches(self.pictures.train_images, config.augment or "none", config.seed)
+        self.test_batches = self._batches(self.pictures.test_images, "none", 0)
+        self.order = Generator().manual_seed(config.seed)
+        keep = make_schedule(config.schedule or "constant", config.keep_start or 1.0, config.keep_end or 1.0)
+        samples, classes, width = len(self.labels), self.pictures.classes, config.width or 1
+        setting = Setting(samples, classes, config.epochs, config.batch_size, config.seed, keep, width)
+        self.method = find_method(config.method).build(setting, dict(config.method_params))
+        self.method.connect(self._beside)
+        self.epochs = math.ceil(self.method.epochs)
+        self.criterion = Criterion(self.device, config.label_smoothing)
+        self.forward = None
+        if config.engine != "exact":
+            loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+            plain = self.criterion.plain if config.label_smoothing else None
+            self.forward = batchtrim.TrimmedForward(
+                self.model,
+                loss,
+                self.method.trim,
+                config.engine,
+                rank_by=plain,  # type: ignore[arg-type]
+            )
+        self.curve: dict[str, list[Any]] = {name: [] for name in CURVES}
+
+    def _network(self, width: int | None) -> nn.Module:
+        config, pictures = self.config, self.pictures
+        model = models.build(config.model, pictures.shape, pictures.classes, width, config.norm)
+        if hasattr(model, "prepare"):
+            model.prepare(pictures.train_images, pictures.mean, pictures.std)  # type: ignore[operator]
+        if pictures.shape[0] > 1:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def _beside(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer]:
+        """A further network of the run's kind, from weights of its own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self._network(width)
+        return self.fabric.setup_module(model), make_optimizer(model, self.config)
+
+    def _batches(self, images: Tensor, augment: str, seed: int) -> Batches:
+        return Batches(images, self.pictures.mean, self.pictures.std, augment, seed, self.device)
+
+    def prepare(self) -> None:
+        """What the method wants done before the first epoch; a resumed run has it in its checkpoint."""
+        with self._clock("seconds"):
+            self.method.prepare(self._reference)
+
+    def advance(self) -> dict[str, Any]:
+        """Train one epoch, evaluate where it is time to, and add a point to every curve; returns the point.
+
+        Raises:
+            Diverged: the mean loss or an output is not finite. The curves keep the epoch, its error unknown.
+        """
+        point = self.train_epoch()
+        finite = math.isfinite(point["mean_loss"])
+        due = not finite or self.epoch == self.epochs or self.epoch % self.config.eval_every == 0
+        with self._clock("seconds_eval"):
+            error = self.evaluate() if finite and due else math.nan
+        point["test_error"] = error if due else None
+        point["seconds"] = self.counts.seconds
+        point["samples_backward"] = self.counts.samples_backward
+        for name in CURVES:
+            self.curve[name].append(point[name])
+        if due and math.isnan(error):
+            raise Diverged(f"the losses are not finite after epoch {self.epoch} of {self.epochs}.")
+        return point
+
+    def train_epoch(self) -> dict[str, Any]:
+        """One epoch of training; returns what the curves hold of it, but for the test error and the clock."""
+        method, counts, size, share = self.method, self.counts, self.config.batch_size, self.ranks.share
+        method.trim.stats.reset()
+        with self._clock("seconds"):
+            visited = method.rows(torch.randperm(len(self.labels), generator=self.order), self.epoch)
+            part = min(1.0, method.epochs - self.epoch)  # of this epoch; less than 1 only in a shortened run's last
+            batches = self.ranks.batches(visited.to(self.device), size)
+            rate = 0.0
+            self.criterion.reset()
+            self.model.train()
+            for step, rows in enumerate(batches):
+                rate = self._set_rate((self.epoch + part * step / len(batches)) / method.epochs)
+                mine = rows[share]
+                loss = self._loss(self.batches(rows, share), self.labels[mine], mine)
+                self.optimizer.zero_grad()
+                self.fabric.backward(loss)
+                self.optimizer.step()
+                method.after_batch()
+            train_error, stats = self._over_all_ranks()
+            method.after_epoch(1.0 - train_error)
+            if self.log is not None:
+                self.log.end_epoch()
+        counts.steps += len(batches)
+        beside = method.more_samples()
+        counts.samples_forward += sum(map(len, batches)) + beside[0]
+        counts.samples_backward += int(stats["kept"]) + beside[1]
+        self.epoch += 1
+        return {
+            "epoch": self.epoch - 1,
+            "train_error": train_error,
+            "keep": stats["kept"] / (len(self.labels) * part),
+            "kept_loss": stats["kept_loss"],
+            "mean_loss": stats["mean_loss"],
+            "lr": rate,
+        }
+
+    def _over_all_ranks(self) -> tuple[float, dict[str, float]]:
+        """Training error and kept-sample statistics of the epoch, over all processes."""
+        stats = self.method.trim.stats.compute()
+        wrong, seen, kept, mean_sum, kept_sum = self.ranks.sum(
+            self.criterion.wrong.item(),
+            stats["seen"],
+            stats["kept"],
+            stats["mean_loss"] * stats["seen"],
+            stats["kept_loss"] * stats["kept"],
+            device=self.device,
+        )
+        return wrong / seen, {"kept": kept, "mean_loss": mean_sum / seen, "kept_loss": kept_sum / kept}
+
+    def _loss(self, inputs: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        if self.forward is None:
+            seen = self.method.choose(inputs, targets)
+            if seen is not None:
+                inputs, targets, rows = (part.index_select(0, seen.indices) for part in (inputs, targets, rows))
+            outputs = self.model(inputs)
+            losses = self.criterion(outputs, targets)
+            self.method.watch(outputs.detach(), targets)
+            loss = self.method.loss(losses, rows, self.criterion.plain(outputs, targets))
+            selection = self.method.trim.last_selection
+        else:
+            loss = self.forward(inputs, targets)
+            assert self.forward.last is not None
+            last = self.forward.last
+            losses, outputs, selection = last.losses, last.outputs, last.selection
+            self.criterion.count(outputs, targets)
+            if self.config.engine == "two_pass" and self.method.trim.keep < 1.0:
+                self.counts.samples_forward += selection.k
+        if self.log is not None and selection is not None:
+            chosen = Choice(losses.detach(), selection)
+            self.log.record(chosen, ids=rows, outputs=outputs, labels=targets)
+        return loss
+
+    @torch.inference_mode()
+    def evaluate(self) -> float:
+        """Error on the test split in [0, 1]; NaN where the network gives numbers no more."""
+        self.model.eval()
+        wrong = torch.zeros((), dtype=torch.int64, device=self.device)
+        broken = torch.zeros((), dtype=torch.int64, device=self.device)
+        for rows in torch.arange(len(self.test_labels), device=self.device)[self.ranks.share].split(EVALUATION_BATCH):
+            images = self.test_batches(rows)
+            outputs = self.model(images)
+            if self.config.test_views == "mirror":
+                outputs = outputs + self.model(images.flip(3))
+            wrong += (outputs.argmax(1) != self.test_labels[rows]).sum()
+            broken += (~outputs.isfinite()).any()
+        all_wrong, all_broken = self.ranks.sum(wrong.item(), broken.item(), device=self.device)
+        return math.nan if all_broken else all_wrong / len(self.test_labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on bit for bit; tensors, numbers and strings only."""
+        return {
+            "key": self.config.key,
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "batches": self.batches.state_dict(),
+            "order": self.order.get_state(),
+            "counts": vars(self.counts).copy(),
+            "curve": {name: list(values) for name, values in self.curve.items()},
+            **({"log": self.log.state_dict()} if self.log is not None else {}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, which must be of a run with the same key."""
+        if state["key"] != self.config.key:
+            raise ValueError(
+                f"expected a checkpoint of run {self.config.key}, got one of {state['key']}. "
+                "Its settings differ: remove it, or pass the settings it was made with."
+            )
+        if (self.log is None) != ("log" not in state):
+            raise ValueError(
+                "expected a checkpoint of a run that keeps a log exactly where this one does, got the other kind. "
+                "Pass --keep-log as before, or remove the checkpoint."
+            )
+        if self.log is not None:
+            self.log.load_state_dict(state["log"])
+        self.epoch = state["epoch"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        self.batches.load_state_dict(state["batches"])
+        self.order.set_state(state["order"])
+        self.counts = Counts(**state["counts"])
+        self.curve = {name: list(values) for name, values in state["curve"].items()}
+
+    def _set_rate(self, progress: float) -> float:
+        rate = (self.config.lr or 0.0) * lr_factor(self.config.lr_schedule, progress)
+        for optimizer in [self.optimizer, *self.method.optimizers]:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        return rate
+
+    def _reference(self, rows: Tensor, epochs: int, seed: int) -> Tensor:
+        """Losses of all training pictures under a fresh network that was plainly trained on ``rows``."""
+        part = self.pictures.with_train(self.pictures.train_images[rows], self.pictures.train_labels[rows])
+        config = replace(self.config, method="full", method_params={}, epochs=epochs, seed=REFERENCE_SEED + seed)
+        training = Training(config.resolved(), part)
+        for _ in range(epochs):
+            training.train_epoch()
+        self.counts.samples_forward += training.counts.samples_forward + len(self.labels)
+        self.counts.samples_backward += training.counts.samples_backward
+        return training.losses_of(self._batches(self.pictures.train_images, "none", 0), self.labels)
+
+    @torch.inference_mode()
+    def losses_of(self, batches: Batches, labels: Tensor) -> Tensor:
+        """Cross-entropy of every picture in evaluation mode, (N,), on the CPU."""
+        self.model.eval()
+        rows = torch.arange(len(labels), device=self.device).split(EVALUATION_BATCH)
+        parts = [F.cross_entropy(self.model(batches(part)), labels[part], reduction="none") for part in rows]
+        return torch.cat(parts).float().cpu().clone()
+
+    @contextlib.contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            setattr(self.counts, name, getattr(self.counts, name) + time.perf_counter() - start)
+
+
+def run(
+    config: RunConfig,
+    *,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    on_epoch: OnEpoch | None = None,
+    keep_log: Path | None = None,
+) -> dict[str, Any]:
+    """Do one run and return its row for ``runs.jsonl``.
+
+    Args:
+        config: what to run.
+        data_dir: where data sets lie, see :func:`batchtrim.lab.task.data.load`.
+        checkpoint: a file to go on from, if it is there, and to save to between epochs; the caller removes it.
+        checkpoint_seconds: save when at least so long has passed since the last time.
+        on_epoch: called after every epoch.
+        keep_log: a Parquet file to write what happened to every training sample to.
+    """
+    config = config.resolved()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            pictures = load_pictures(config, data_dir, cache_dir)
+            several = Ranks.from_environment().world > 1
+            n, classes = len(pictures.train_labels), pictures.classes
+            log = KeepLog(n, classes=classes, distributed=several) if keep_log else None
+            training = Training(config, pictures, log=log)
+            status, error = _to_the_end(training, checkpoint, checkpoint_seconds, on_epoch)
+            if log is not None and keep_log is not None and training.ranks.rank == 0:
+                keep_log.parent.mkdir(parents=True, exist_ok=True)
+                log.to_parquet(keep_log, label=pictures.train_labels.numpy())
+    finally:
+        torch.set_num_threads(threads)
+        Ranks.from_environment().leave()
+    return {
+        "schema": SCHEMA,
+        "key": config.key,
+        "config": config.to_dict(),
+        "status": status,
+        **({"error": error} if error else {}),
+        "test_error": training.curve["test_error"][-1] if status == "finished" else None,
+        **vars(training.counts),
+        "params": models.count_parameters(training.model),
+        "curve": training.curve,
+        "environment": environment(config),
+        "started": started,
+    }
+
+
+def failed_row(config: RunConfig, error: BaseException) -> dict[str, Any]:
+    """The row of a run that an exception ended; it is tried again when the same command is given again."""
+    return {
+        "schema": SCHEMA,
+        "key": config.key,
+        "config": config.to_dict(),
+        "status": "failed",
+        "error": f"{type(error).__name__}: {error}"[:500],
+        "test_error": None,
+        **vars(Counts()),
+        "params": None,
+        "curve": {name: [] for name in CURVES},
+        "environment": environment(config),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def load_pictures(
+    config: RunConfig, data_dir: str | Path | None = None, cache_dir: str | Path | None = None
+) -> data.PictureData:
+    """The run's data set with its label noise, imbalance and size."""
+    return conditions.apply(
+        _load_once(config.dataset, data_dir, cache_dir),
+        label_noise=config.label_noise,
+        imbalance=config.imbalance,
+        train_size=config.train_size,
+        seed=config.seed,
+        data_dir=data_dir,
+    )
+
+
+def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_epoch: OnEpoch | None) -> tuple[str, str]:
+    """Train what is left; returns the status and, if it diverged, the reason."""
+    if checkpoint and checkpoint.exists():
+        checkpoints.load(training, checkpoint, training.device)
+    else:
+        training.prepare()
+    saved = time.monotonic()
+    while training.epoch < training.epochs:
+        try:
+            point = training.advance()
+        except Diverged as error:
+            return "diverged", str(error)
+        if on_epoch:
+            on_epoch({**point, "epochs": training.epochs})
+        if checkpoint and training.ranks.rank == 0 and time.monotonic() - saved >= every:
+            checkpoints.save(training.state_dict(), checkpoint)
+            saved = time.monotonic()
+    return "finished", ""
+
+
+@functools.lru_cache(maxsize=2)
+def _load_once(name: str, data_dir: str | Path | None, cache_dir: str | Path | None) -> data.PictureData:
+    return data.load(name, data_dir, cache_dir)

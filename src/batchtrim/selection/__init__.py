@@ -1,0 +1,44 @@
+"""Selection rules: which samples of a batch are kept.
+
+A rule is a callable ``rule(losses, keep, generator=None) -> Selection``: it reads a vector of detached losses and a
+keep fraction and returns rows and, where the rule has them, weights. Rules are small objects that pickle and print as
+typed. No gradient flows through a choice.
+
+Legend: n samples to choose from, k kept. Ties: of equal losses the lower index counts as the harder one, so results
+repeat. NaN counts as the largest loss (as in ``torch.sort``), so a NaN loss is kept and the step is NaN, as it would be
+in plain training; gradient scalers rely on that. inf likewise.
+"""
+
+from __future__ import annotations
+
+from batchtrim.selection.base import Rule, Selection, keep_count, rank_mask, select_valid, top_indices
+from batchtrim.selection.mass import loss_mass, smoothing_floor
+from batchtrim.selection.rules import (
+    above,
+    between,
+    easiest,
+    hardest,
+    percentile,
+    percentile_topk,
+    superquantile,
+    uniform,
+)
+
+__all__ = [
+    "Rule",
+    "Selection",
+    "above",
+    "between",
+    "easiest",
+    "hardest",
+    "keep_count",
+    "loss_mass",
+    "percentile",
+    "percentile_topk",
+    "rank_mask",
+    "select_valid",
+    "smoothing_floor",
+    "superquantile",
+    "top_indices",
+    "uniform",
+]

@@ -1,0 +1,118 @@
+"""What a rule returns, and what rules are built from: counting, ranking, leaving out what is masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rule", "Selection", "keep_count", "keep_count_tensor", "rank_mask", "select_valid", "top_indices"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a rule chose from a batch.
+
+    Attributes:
+        indices: int64 (k,), the kept rows, in no particular order; see :meth:`rising`.
+        size: B, the length of the vector that was chosen from.
+        candidates: how many of these could be chosen; less than ``size`` where a mask left some out.
+        weights: (k,), or None where every kept sample counts the same.
+        normalizer: the number, or tensor of no dimension, the weighted sum is divided by; k where it is None.
+        batch_normalizer: the same for scale "batch"; ``candidates`` where it is None.
+    """
+
+    indices: Tensor
+    size: int
+    candidates: int
+    weights: Tensor | None = None
+    normalizer: float | Tensor | None = None
+    batch_normalizer: float | Tensor | None = None
+
+    @property
+    def k(self) -> int:
+        """How many samples are kept."""
+        return self.indices.shape[0]
+
+    @property
+    def everything(self) -> bool:
+        """Whether the selection is the whole vector, each entry counting the same."""
+        return self.k == self.size and self.weights is None
+
+    def rising(self) -> Selection:
+        """The same selection with its rows in rising order: cheaper to slice by."""
+        indices, order = torch.sort(self.indices)
+        return replace(self, indices=indices, weights=None if self.weights is None else self.weights[order])
+
+    def mask(self) -> Tensor:
+        """bool (B,), True where kept."""
+        mask = torch.zeros(self.size, dtype=torch.bool, device=self.indices.device)
+        return mask.index_fill_(0, self.indices, True)
+
+
+class Rule(Protocol):
+    """A selection rule. Any callable of this form can be given to :class:`batchtrim.Trimmer`."""
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        """Choose from ``losses`` (n,), n >= 1, detached; ``keep`` in (0, 1]."""
+        ...
+
+
+def keep_count(keep: float, n: int) -> int:
+    """How many of n samples a keep fraction keeps: ``k = max(1, round(keep * n))``, and 0 of 0.
+
+    The one place that owns the rounding: Python's ``round``, half to even, as in the author's code.
+
+    Example:
+        >>> keep_count(0.2, 128), keep_count(0.25, 10), keep_count(0.2, 1)
+        (26, 2, 1)
+    """
+    return min(n, max(1, round(keep * n)))
+
+
+def top_indices(scores: Tensor, k: int) -> Tensor:
+    """Rows of the k largest ``scores`` (n,). Ties at the edge: lower row first. NaN is largest."""
+    n = scores.shape[0]
+    if k >= n:
+        return torch.arange(n, device=scores.device)
+    if not scores.is_cpu:
+        return torch.sort(scores, descending=True, stable=True).indices[:k]
+    # A partial sort is several times cheaper than a stable one, but of equal values at the edge it takes any.
+    # One value more shows whether the edge is tied; ties away from the edge do not change what is kept.
+    values, rows = torch.topk(scores, k + 1)
+    last, after = (values if k < 256 else values[-2:]).tolist()[-2:]
+    if last != after and after == after:
+        return rows.resize_(k)  # in place: the last row goes, for less than a view costs
+    return torch.sort(scores, descending=True, stable=True).indices[:k]
+
+
+def rank_mask(scores: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
+    """bool (n,), True for the k largest: :func:`top_indices` with tensor ``k``, fixed shapes, for torch.compile."""
+    n = scores.shape[0]
+    order = torch.argsort(scores, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=scores.device))
+    return ranks < k if skip is None else (ranks >= skip) & (ranks < skip + k)
+
+
+def keep_count_tensor(keep: Tensor, n: Tensor | int) -> Tensor:
+    """:func:`keep_count` on tensors; ``torch.round`` rounds half to even too."""
+    return torch.round(keep * n).clamp(min=1)
+
+
+def select_valid(
+    rule: Rule, losses: Tensor, keep: float, mask: Tensor | None, generator: torch.Generator | None = None
+) -> Selection:
+    """Apply ``rule`` to the entries of ``losses`` (n,) where ``mask`` is True; indices refer to all n.
+
+    Entries left out (padding, ignored labels) count neither in the ranking nor in k. With nothing left the selection
+    is empty. A mask syncs the device, since k depends on how many entries it leaves.
+    """
+    if mask is None:
+        return rule(losses, keep, generator)
+    valid = mask.nonzero().squeeze(1)
+    if valid.shape[0] == 0:
+        return Selection(valid, losses.shape[0], 0)
+    chosen = rule(losses[valid], keep, generator)
+    return Selection(valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, chosen.normalizer)

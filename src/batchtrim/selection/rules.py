@@ -1,0 +1,249 @@
+"""Rules whose k is a matter of the keep fraction, of a threshold or of a draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from batchtrim._checks import check_count, check_fraction, check_keep, check_number, check_rule, check_stateless
+from batchtrim.selection.base import Rule, Selection, keep_count, keep_count_tensor, rank_mask, top_indices
+
+__all__ = [
+    "above",
+    "between",
+    "easiest",
+    "hardest",
+    "percentile",
+    "percentile_topk",
+    "superquantile",
+    "uniform",
+]
+
+
+@dataclass(frozen=True)
+class hardest:
+    """Keep the k largest losses, ``k = max(1, round(keep * n))``: mini-batch trimming.
+
+    Source: Fassold, arXiv 2110.13058; the same choice as Ordered SGD, arXiv 1907.04371.
+
+    Example:
+        >>> hardest()(torch.tensor([0.1, 3.0, 2.0, 0.5]), 0.5).indices
+        tensor([1, 2])
+    """
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        return Selection(top_indices(losses, keep_count(keep, n)), n, n)
+
+    def compiled_mask(self, losses: Tensor, keep: Tensor, n: Tensor | int) -> Tensor:
+        return rank_mask(losses, keep_count_tensor(keep, n))
+
+
+@dataclass(frozen=True)
+class easiest:
+    """Keep the k smallest losses: small-loss selection against label noise. NaN counts as largest, so it goes first.
+
+    Source: Co-teaching, arXiv 1804.06872, with one network; schedule there: from 1 down to 1 - noise rate.
+
+    Example:
+        >>> easiest()(torch.tensor([0.1, 3.0, 2.0, 0.5]), 0.5).indices
+        tensor([0, 3])
+    """
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        return Selection(torch.sort(losses, stable=True).indices[: keep_count(keep, n)], n, n)
+
+
+@dataclass(frozen=True)
+class between:
+    """Two-sided trimming: drop the hardest part ``skip``, keep the next ``keep``.
+
+    ``s = min(round(skip * n), n - 1)`` samples of largest loss are dropped, then the ``min(k, n - s)`` next hardest are
+    kept. A cure for label noise: wrong labels gather among the very largest losses, and a small keep fraction
+    multiplies their share. Where ``keep`` is 1 the hardest ``skip`` is dropped all the same.
+
+    Args:
+        skip: fraction dropped from the hard end, in [0, 1); about the noise rate.
+
+    Example:
+        >>> between(skip=0.25)(torch.tensor([0.1, 9.0, 2.0, 0.5]), 0.5).indices
+        tensor([2, 3])
+    """
+
+    skip: float = 0.1
+
+    def __post_init__(self) -> None:
+        skip = check_fraction("skip", self.skip, "It is the part of the batch dropped from the hard end.")
+        object.__setattr__(self, "skip", skip)
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        skipped = min(round(self.skip * n), n - 1)
+        order = torch.sort(losses, descending=True, stable=True).indices[skipped : skipped + keep_count(keep, n)]
+        return Selection(order, n, n)
+
+    def compiled_mask(self, losses: Tensor, keep: Tensor, n: Tensor | int) -> Tensor:
+        skipped = torch.minimum(torch.round(torch.ones_like(keep) * self.skip * n), torch.ones_like(keep) * n - 1)
+        return rank_mask(losses, keep_count_tensor(keep, n), skipped.clamp(min=0))
+
+
+@dataclass(frozen=True)
+class uniform:
+    """Keep k samples drawn uniformly without replacement: the control that tells selection from smaller batches.
+
+    Source: as a strong baseline, arXiv 2111.12621. The draw comes from ``generator``, never from the global one.
+
+    Args:
+        like: a rule whose k is taken, step by step, where k depends on the losses: the control of ``loss_mass`` is
+            ``uniform(like=loss_mass())``. None takes ``k = keep_count(keep, n)``.
+
+    Example:
+        >>> uniform(like=above(1.0))(torch.tensor([0.1, 3.0, 2.0, 0.5]), 1.0).k
+        2
+    """
+
+    like: Rule | None = None
+
+    def __post_init__(self) -> None:
+        if self.like is not None:
+            check_rule("like", self.like)
+            check_stateless("like", self.like)
+
+    @property
+    def k_follows_losses(self) -> bool:
+        return self.like is not None
+
+    def __repr__(self) -> str:
+        return "uniform()" if self.like is None else f"uniform(like={self.like!r})"
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        k = keep_count(keep, n) if self.like is None else self.like(losses, keep, generator).k
+        drawn = torch.randperm(n, generator=generator)[:k]
+        return Selection(drawn.to(losses.device), n, n)
+
+
+@dataclass(frozen=True)
+class above:
+    """Keep every loss above a threshold, and the ``min_keep`` hardest at least: online hard example mining.
+
+    Source: arXiv 1604.03540 and the threshold form in common use for segmentation. The keep fraction plays no part.
+    How many are kept depends on the values, so this rule syncs the device.
+
+    Args:
+        threshold: in units of the loss.
+        min_keep: least number kept.
+
+    Example:
+        >>> above(1.0)(torch.tensor([0.1, 3.0, 2.0, 0.5]), 1.0).indices
+        tensor([1, 2])
+    """
+
+    threshold: float
+    min_keep: int = 1
+    k_follows_losses: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
+        check_count("min_keep", self.min_keep)
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        # not <=, so that a NaN loss counts as above
+        over = int((~(losses <= self.threshold)).sum())
+        return Selection(top_indices(losses, min(n, max(over, self.min_keep))), n, n)
+
+
+@dataclass(frozen=True)
+class superquantile:
+    """The mean above the (1 - keep) quantile, with the boundary sample weighted in by its fraction (CVaR).
+
+    With ``t = keep * n`` and ``m = floor(t)``: weight 1 for the m hardest, ``t - m`` for the next, sum divided by t.
+    No weight is ever negative. Equals :class:`hardest` where t is whole.
+
+    Example:
+        >>> selection = superquantile()(torch.tensor([0.1, 3.0, 2.0, 0.5]), 0.375)
+        >>> selection.indices, selection.weights, selection.normalizer
+        (tensor([1, 2]), tensor([1.0000, 0.5000]), 1.5)
+    """
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        tail = keep * n
+        whole = int(tail)
+        if whole in (0, tail):  # below one sample the mean is the largest loss, whatever its fraction
+            return Selection(top_indices(losses, max(1, whole)), n, n)
+        indices = torch.sort(losses, descending=True, stable=True).indices[: whole + 1]
+        weights = torch.ones(whole + 1, dtype=torch.promote_types(losses.dtype, torch.float32), device=losses.device)
+        weights[-1] = tail - whole
+        return Selection(indices, n, n, weights, tail)
+
+
+@dataclass
+class percentile:
+    """Keep each sample with probability ``(percentile among recent losses) ** beta``, independently.
+
+    Source: Selective-Backprop, arXiv 1910.00762 (its script: beta 3, history 1024). There, kept samples are gathered
+    until a batch is full; here a batch gives what it gives, and the hardest sample where the draw leaves none. The keep
+    fraction plays no part. The percentile of l is the part of the history, this batch included, that is <= l.
+
+    Args:
+        beta: exponent, >= 0; larger is choosier. The expected part kept is 1 / (beta + 1).
+        history: how many recent losses the percentile is taken over.
+    """
+
+    beta: float = 2.0
+    history: int = 1024
+    k_follows_losses: ClassVar[bool] = True
+    _recent: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.beta = check_number("beta", self.beta)
+        if not self.beta >= 0:
+            raise ValueError(f"expected `beta` to be at least 0, got {self.beta:g}. 0 keeps everything.")
+        check_count("history", self.history)
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        batch = losses.detach().float()
+        recent = batch if self._recent is None else torch.cat([self._recent.to(batch.device), batch])
+        self._recent = recent[-self.history :].clone()
+        ordered = torch.sort(self._recent).values
+        chance = torch.searchsorted(ordered, batch, right=True).to(batch.dtype) / ordered.shape[0]
+        draw = torch.rand(n, generator=generator).to(batch.device)
+        indices = (draw < chance**self.beta).nonzero().squeeze(1)
+        return Selection(indices if indices.shape[0] else top_indices(losses, 1), n, n)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": None if self._recent is None else self._recent.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        recent = state["recent"]
+        self._recent = None if recent is None else recent.clone()
+
+
+@dataclass(frozen=True)
+class percentile_topk:
+    """Draw k samples without replacement, with chance proportional to ``percentile ** (1 / keep - 1)``.
+
+    Source: the variant of Selective-Backprop in MosaicML's Composer, where the percentile of rank i of n (0 the
+    easiest) is ``(i + 0.5) / n`` and k is rounded down; here k follows :func:`keep_count`. Composer keeps 0.5 from
+    50 % to 90 % of training, on every second step: that part belongs to the schedule.
+    """
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        k = keep_count(check_keep("keep", keep), n)
+        if k == n:
+            return Selection(torch.arange(n, device=losses.device), n, n)
+        order = torch.argsort(losses, stable=True).cpu()
+        chance = torch.empty(n, dtype=torch.float64)
+        # over the hardest one's, in logarithms: a small keep makes a power that is 0 for all
+        rank = torch.arange(n, dtype=torch.float64) + 0.5
+        chance[order] = torch.exp(min(1.0 / keep - 1.0, 1e300) * torch.log(rank / (n - 0.5)))
+        drawn = torch.multinomial(chance, k, replacement=False, generator=generator)
+        return Selection(drawn.to(losses.device), n, n)

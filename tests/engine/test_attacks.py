@@ -1,0 +1,82 @@
+"""No engine is silently wrong: every attack of attacks.py is computed right, said to be approximate, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attacks import ATTACKS, KINDS, Attack
+
+import batchtrim
+from batchtrim.engine import ENGINES
+from batchtrim.engine.exact import ExactEngine
+from batchtrim.engine.two_pass import kept_loss, padded_rows
+from batchtrim.testing import EngineReport, check_engine
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd models is not the subject
+
+
+def tried(attack: Attack, engine: str, steps: int = 9) -> EngineReport:
+    first, *more = attack.batches()
+    return check_engine(
+        attack.make(), first, attack.loss(), engine=engine, steps=steps, more=more, verbose=False, **attack.options
+    )
+
+
+def test_every_kind_has_several_members() -> None:
+    counted = {kind: sum(attack.kind == kind for attack in ATTACKS.values()) for kind in KINDS}
+    assert min(counted.values()) >= 5, counted
+    assert len(ATTACKS) >= 120
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_exact_is_right(name: str) -> None:
+    report = tried(ATTACKS[name], "exact")
+    assert report.verdict == "right", report
+    assert report.gradient_error == 0.0
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_two_pass_is_never_silently_wrong(name: str) -> None:
+    attack = ATTACKS[name]
+    report = tried(attack, "two_pass")
+    assert report.verdict != "wrong", report
+    assert attack.two_pass in ("either", report.verdict), report
+    if report.verdict == "refused":
+        assert "the two-pass engine cannot run this model: " in str(report.refused)
+
+
+class Naive:
+    """What a library does that thinks of none of this: forward, cut whatever has B rows, forward and backward."""
+
+    name = "naive"
+
+    def __init__(self, forward: Any, trim: batchtrim.Trimmer) -> None:
+        self.forward, self.trim, self.exact = forward, trim, ExactEngine(forward, trim)
+
+    def __call__(self, x: Any, y: Any, selection: Any = None) -> Any:
+        with torch.no_grad():
+            losses, outputs = self.forward(x, y)
+        selection = self.trim.select(losses).rising()
+        kept, _ = self.forward(*self.cut(x, y, padded_rows(selection), selection.size))
+        step = batchtrim.engine.batch.Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
+        return step._replace(engine=self.name)
+
+    def cut(self, x: Any, y: Any, rows: torch.Tensor, batch: int) -> Any:
+        def taken(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+            return tensor.index_select(dim, rows) if tensor.ndim > dim and tensor.shape[dim] == batch else tensor
+
+        map_tensors = batchtrim.engine.batch.map_tensors
+        return map_tensors(lambda t: taken(t, self.forward.batch_dim), x), map_tensors(lambda t: taken(t, 0), y)
+
+
+# What two_pass refuses since it cannot tell, and the naive way of cutting happens to get right.
+RIGHT_BY_LUCK = {"packed_sequence", "names_of_samples"}
+
+
+@pytest.mark.parametrize("name", [n for n, attack in ATTACKS.items() if attack.two_pass == "refused"])
+def test_check_engine_finds_each_attack(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "naive", Naive)
+    report = tried(ATTACKS[name], "naive", steps=6)
+    assert report.verdict == ("right" if name in RIGHT_BY_LUCK else "wrong"), report

@@ -1,0 +1,139 @@
+"""Claims beside their runs: what is supported, what is not, and what cannot be told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchtrim.lab.analyse import claims, inference
+
+ROOT = Path(__file__).parents[3]
+CLAIMS = """
+title = "A record"
+effect = 0.5
+[[claim]]
+text = "Trimming helps."
+method = ["trim", "random"]
+against = "full"
+says = "lower"
+"""
+
+
+def write(folder: Path, errors: dict[str, Sequence[float]], text: str = CLAIMS, **config: Any) -> Path:
+    """A record folder in which each method has these test errors, in percent, by seed."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for name, values in errors.items():
+        method, _, engine = name.partition("/")
+        for seed, value in enumerate(values):
+            key = hashlib.sha256(f"{name}{seed}{config}".encode()).hexdigest()[:12]
+            run = {
+                "schema": 1, "key": key, "status": "finished", "test_error": value / 100,
+                "config": {"dataset": "d", "method": method, "seed": seed, "engine": engine or "exact", **config},
+                "seconds": 1.0, "seconds_eval": 0.1, "samples_forward": 10, "samples_backward": 10, "steps": 1,
+            }  # fmt: skip
+            lines.append(json.dumps(run) + "\n")
+    with (folder / "runs.jsonl").open("a") as file:
+        file.writelines(lines)
+    (folder / "claims.toml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("says", "differences", "status"),
+    [
+        ("lower", [-1.0, -1.2, -0.9, -1.1, -1.0], claims.SUPPORTED),
+        ("higher", [-1.0, -1.2, -0.9, -1.1, -1.0], claims.NOT_SUPPORTED),
+        ("same", [-1.0, -1.2, -0.9, -1.1, -1.0], claims.NOT_SUPPORTED),
+        ("lower", [0.1, -0.1, 0.0, 0.1, -0.1], claims.NOT_SUPPORTED),  # half a point is ruled out
+        ("higher", [0.1, -0.1, 0.0, 0.1, -0.1], claims.NOT_SUPPORTED),
+        ("same", [0.1, -0.1, 0.0, 0.1, -0.1], claims.SUPPORTED),
+        ("lower", [2.0, -3.0, 1.0, -2.0, 1.0], claims.NOT_DECIDABLE),
+        ("higher", [2.0, -3.0, 1.0, -2.0, 1.0], claims.NOT_DECIDABLE),
+        ("same", [2.0, -3.0, 1.0, -2.0, 1.0], claims.NOT_DECIDABLE),
+        ("higher", [1.0, 1.2, 0.9, 1.1, 1.0], claims.SUPPORTED),
+        ("lower", [-1.0, -1.1], claims.NOT_DECIDABLE),  # two pairs tell nothing
+    ],
+)
+def test_what_pairs_say(says: str, differences: list[float], status: str) -> None:
+    values = [value / 100 for value in differences]
+    assert claims.judge(says, inference.moments(values), inference.paired_t(values), effect=0.005) == status
+
+
+def test_a_corrected_p_value_decides() -> None:
+    values = [-0.010, -0.002, -0.008, -0.001, -0.012]
+    spread = inference.moments(values)
+    assert spread.t is not None
+    assert spread.t[1] < 0
+    assert claims.judge("lower", spread, 0.04, effect=0.005) == claims.SUPPORTED
+    assert claims.judge("lower", spread, 0.08, effect=0.005) == claims.NOT_DECIDABLE
+
+
+def test_a_finding_for_each_method_corrected_over_the_group(tmp_path: Path) -> None:
+    full = [5.0, 5.5, 6.0, 5.2, 5.1]
+    trim = [value - 1 + shift for value, shift in zip(full, (0.1, -0.1, 0.05, 0.0, -0.05), strict=True)]
+    folder = write(tmp_path / "r", {"full": full, "trim": trim, "random": [6.0, 4.0, 7.0, 4.5, 5.6]})
+    record = claims.read(folder)
+    first, second = record.findings
+    assert (first.claim.method, first.status) == ("trim", claims.SUPPORTED)
+    assert first.difference.mean == pytest.approx(-0.01)
+    raw = inference.paired_t([a / 100 - b / 100 for a, b in zip(trim, full, strict=True)])
+    assert raw is not None
+    assert first.p == pytest.approx(2 * raw)  # the smaller of two p-values counts twice
+    assert (second.claim.method, second.status) == ("random", claims.NOT_DECIDABLE)
+    assert second.detectable is not None
+    assert second.detectable > 0.01
+
+
+def test_a_claim_is_read_in_every_group(tmp_path: Path) -> None:
+    full = [5.0, 5.5, 6.0, 5.2, 5.1]
+    for optimizer, gain in (("adam", -1.0), ("sgd", 1.0)):
+        trim = [value + gain + 0.01 * seed for seed, value in enumerate(full)]
+        write(tmp_path / "r", {"full": full, "trim": trim, "random": trim}, optimizer=optimizer)
+    text = claims.page([tmp_path / "r"])
+    rows = [line for line in text.splitlines() if "| Trimming helps." in line]
+    assert [("adam" in row, "**supported**" in row, "**not supported**" in row) for row in rows] == [
+        (True, True, False), (True, True, False), (False, False, True), (False, False, True),
+    ]  # fmt: skip
+    assert [line for line in text.splitlines() if line.startswith("### ")] == ["### d, adam (r)", "### d, sgd (r)"]
+
+
+def test_engines_tell_arms_of_one_method_apart(tmp_path: Path) -> None:
+    text = CLAIMS.replace('["trim", "random"]', '"trim"\nengine = "shared"\nagainst_engine = "exact"')
+    text = text.replace('"full"', '"trim"').replace('"lower"', '"same"')
+    errors = {"trim/exact": [5.0, 5.5, 6.0, 5.2], "trim/shared": [5.1, 5.4, 6.1, 5.1], "full": [1.0, 1.0, 1.0, 1.0]}
+    (found,) = claims.read(write(tmp_path / "r", errors, text)).findings
+    assert found.status == claims.SUPPORTED
+    assert found.difference.mean == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("effect = = 1", "to be TOML"),
+        ("title = 'x'", "`effect` to be a number"),
+        ("effect = 0.5", "`claim` to be tables"),
+        (CLAIMS.replace("says =", "say ="), "got 'say' beside them"),
+        (CLAIMS.replace('says = "lower"', ""), "none called 'says'"),
+        (CLAIMS.replace('"lower"', '"better"'), "`says` to be one of 'lower', 'higher', 'same'"),
+        (CLAIMS.replace('"random"', '"radnom"'), "'radnom' and 'full'"),
+    ],
+)
+def test_wrong_claims_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    folder = write(tmp_path / "r", {"full": [5.0, 5.5, 6.0], "trim": [5.0, 5.5, 6.0], "random": [5.0, 5.5, 6.0]}, text)
+    with pytest.raises((ValueError, TypeError), match=message):
+        claims.read(folder)
+
+
+def test_the_results_page_is_what_the_records_say() -> None:
+    folders = sorted(
+        path.parent for path in ROOT.glob("records/*/claims.toml") if (path.parent / "runs.jsonl").exists()
+    )
+    if not folders:
+        pytest.skip("no record has runs yet")
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == claims.page(folders)

@@ -1,0 +1,74 @@
+"""Statistics against numbers worked out by hand, scipy's own tests, and simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from batchtrim.lab.analyse import inference
+
+
+def test_moments_by_hand():
+    found = inference.moments([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.n, found.mean) == (5, 3.0)
+    assert found.std == pytest.approx(math.sqrt(2.5))
+    half = 2.7764451 * math.sqrt(2.5) / math.sqrt(5)  # 0.975 quantile of t with 4 degrees of freedom, from a table
+    assert found.t == pytest.approx((3 - half, 3 + half))
+    assert found.bootstrap is not None
+    low, high = found.bootstrap
+    assert 1.6 <= low <= 2.0
+    assert 4.0 <= high <= 4.4
+    assert inference.moments([1.0, 2.0, 3.0, 4.0, 5.0]) == found, "the bootstrap must repeat"
+
+
+@pytest.mark.parametrize(("values", "mean"), [([], None), ([0.5], 0.5)])
+def test_moments_of_too_few_values_have_no_interval(values, mean):
+    assert inference.moments(values) == inference.Moments(len(values), mean, None, None, None)
+
+
+def test_paired_t_by_hand():
+    # mean 2, std 1, n 4: t = 2 / (1 / 2) = 4 on 3 degrees of freedom; but std of 1, 2, 2, 3 is sqrt(2/3).
+    differences = [1.0, 2.0, 2.0, 3.0]
+    t = 2 / (math.sqrt(2 / 3) / 2)
+    # Closed form of the t distribution with 3 degrees of freedom.
+    cdf = 0.5 + (t / math.sqrt(3) / (1 + t * t / 3) + math.atan(t / math.sqrt(3))) / math.pi
+    assert inference.paired_t(differences) == pytest.approx(2 * (1 - cdf))
+    assert inference.paired_t(differences) == pytest.approx(scipy_stats.ttest_1samp(differences, 0).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p_t", "p_wilcoxon"),
+    [([], None, None), ([0.1], None, None), ([0.0, 0.0, 0.0], 1.0, 1.0), ([0.1, 0.1, 0.1], None, 0.25)],
+)
+def test_degenerate_differences(differences, p_t, p_wilcoxon):
+    assert inference.paired_t(differences) == p_t
+    assert inference.wilcoxon(differences) == p_wilcoxon
+
+
+def test_wilcoxon_by_hand_and_against_scipy():
+    # Five negative differences: only the one sign pattern of 32 is as extreme, on either side: 2/32.
+    assert inference.wilcoxon([-1.0, -2.0, -3.0, -4.0, -5.0]) == pytest.approx(2 / 32)
+    # Ranks 1.5, 1.5, 3 with the positive sum 1.5: sums at or below 1.5 are {} and two singles of 8.
+    assert inference.wilcoxon([1.0, -1.0, -2.0]) == pytest.approx(2 * 3 / 8)
+    rng = np.random.default_rng(1)
+    for n in (6, 9, 20, 40):
+        data = rng.normal(0.3, 1.0, n)
+        assert inference.wilcoxon(data) == pytest.approx(scipy_stats.wilcoxon(data, method="exact").pvalue)
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.04 times 3, 2, 1: 0.03, 0.04, 0.04; the None is no test.
+    assert inference.holm([0.04, 0.01, None, 0.02]) == pytest.approx([0.04, 0.03, None, 0.04])
+    assert inference.holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])
+    assert inference.holm([]) == []
+
+
+def test_detectable_effect_from_tables_and_simulation():
+    # Known from power tables: a paired test over 34 pairs finds 0.495 standard deviations, over 10 pairs 0.996.
+    assert inference.detectable_effect(34) == pytest.approx(0.495, abs=0.002)
+    assert inference.detectable_effect(10) == pytest.approx(0.996, abs=0.002)
+    draws = np.random.default_rng(0).normal(inference.detectable_effect(5), 1.0, (40_000, 5))
+    assert (scipy_stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)

@@ -1,0 +1,208 @@
+"""The report says what the statistics say, escapes every label, fetches nothing, and opens in a browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from batchtrim.lab.analyse import comparison
+from batchtrim.lab.present import charts, tables, wording
+
+NASTY = '<script>alert("x")</script>&\'|'
+VOID = {"meta", "link", "br", "wbr", "img", "input"}
+
+
+class _Page(HTMLParser):
+    """Checks that tags close in order, and gathers text, tags and addresses."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href") and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture
+def rows(make_row):
+    errors = {
+        "full": [0.100, 0.110, 0.120, 0.130, 0.140],
+        "trim": [0.090, 0.101, 0.110, 0.121, 0.130],
+        "random": [0.110, 0.105, 0.130, 0.120, None],
+    }
+    return [make_row(method, seed, error) for method, each in errors.items() for seed, error in enumerate(each)]
+
+
+def test_page_is_whole_and_fetches_nothing(rows, tmp_path):
+    path = tables.write_report(rows, tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "report.html"
+    page = _Page(path.read_text(encoding="utf-8"))
+    assert all(link.startswith("data:") for link in page.links)
+    assert "default-src 'none'" in path.read_text(encoding="utf-8")
+    assert page.tags.count("svg") >= 6
+    for said in ("lower error by 0.96 points", "1 of 5 runs diverged (seed 4)", "0123456789ab", "Run"):
+        assert said.lower() in page.text.lower(), said
+
+
+def test_every_label_is_escaped(make_row, tmp_path):
+    rows = [
+        make_row(method, seed, 0.1 + seed / 100, model=NASTY, method_params={NASTY: NASTY} if i else {})
+        for seed in range(3)
+        for i, method in enumerate(("full", NASTY, NASTY))
+    ]
+    for row in rows:
+        row["environment"]["cpu"] = NASTY
+    text = tables.write_report(rows, tmp_path).read_text(encoding="utf-8")
+    assert _Page(text).tags.count("script") == 1
+    assert "alert(" in text
+    assert '<script>alert("x")' not in text
+    assert "<script>" not in (tmp_path / "report.md").read_text(encoding="utf-8").partition("```")[0]
+
+
+def test_markdown_and_csv_hold_the_numbers(rows, tmp_path):
+    tables.write_report(rows, tmp_path)
+    lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+    assert any(re.match(r"\| trim \| 5 \| 11.04 ± 1.58 \| .0.96 \|", line) for line in lines)
+    table = list(csv.DictReader(io.StringIO((tmp_path / "report.csv").read_text(encoding="utf-8"))))
+    as_run = {line["method"]: line for line in table if line["view"] == "as run"}
+    assert float(as_run["trim"]["difference"]) == pytest.approx(-0.0096)
+    assert as_run["random"]["diverged"] == "1"
+    assert as_run["full"]["difference"] == ""
+    assert {line["view"] for line in table} == {"as run", "Equal samples backward", "Equal training time"}
+
+
+def test_json_is_plain_and_complete(rows):
+    found = json.loads(json.dumps(tables.to_json(comparison.summarize(rows)), allow_nan=False))
+    trim = found["groups"][0]["methods"][1]
+    assert trim["label"] == "trim"
+    assert trim["paired"]["moments"]["mean"] == pytest.approx(-0.0096)
+    assert trim["test_error"]["by_seed"]["2"] == 0.11
+    assert found["diverged"] == 1
+
+
+def test_console_table_names_findings_and_losses(rows):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(tables.console_table(comparison.summarize(rows)))
+    text = console.export_text()
+    assert "trim: lower error by 0.96 points" in text
+    assert "4/5" in text
+    assert "1 of 5 runs diverged (seed 4)" in text
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        {"full": [0.1]},
+        {"full": [0.1], "trim": [0.2]},
+        {"full": [0.0, 0.0, 0.0], "trim": [0.0, 0.0, 0.0]},
+        {"full": [0.1, 0.1], "trim": [None, None]},
+        {"full": [None, None]},
+        {"trim": [0.1, 0.2]},
+    ],
+)
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_degenerate_records_make_a_page_without_warnings(make_row, tmp_path, errors, epochs):
+    rows = [
+        make_row(method, seed, error, epochs=epochs)
+        for method, each in errors.items()
+        for seed, error in enumerate(each)
+    ]
+    page = _Page(tables.write_report(rows, tmp_path).read_text(encoding="utf-8"))
+    assert not re.search(r"\bnan\b|\binf\b", page.text)
+    Console(file=io.StringIO()).print(tables.console_table(comparison.summarize(rows)))
+
+
+def test_rows_without_curves_make_a_page(make_row, tmp_path):
+    rows = [make_row("full", 0, None, status="failed") | {"curve": {}, "params": None}, make_row("full", 1)]
+    assert "1 failed" in _Page(tables.write_report(rows, tmp_path).read_text(encoding="utf-8")).text
+
+
+def test_command_runs_the_same_settings_again(rows):
+    """What the page prints is read by the command line's own parser."""
+    import typer
+
+    from batchtrim.lab import cli
+
+    said = wording.command(comparison.summarize(rows).groups[0])
+    command = typer.main.get_command(cli.app)
+    name, *rest = said.split()[1:]
+    given = command.commands[name].make_context("compare", rest).params  # type: ignore[attr-defined]
+    assert given["methods"] == "full,trim,random"
+    assert given["seeds"] == "5"
+    assert given["lr"] == 0.001
+    assert given["keep_end"] == "0.2"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.02, 0.031, [0.02, 0.025, 0.03]), (5, 5, [5])],
+)
+def test_ticks_are_round_numbers(low, high, expected):
+    assert charts.ticks(low, high) == pytest.approx(expected)
+
+
+def test_long_lines_are_thinned_and_end_where_they_end():
+    long = charts.Series("x", 1, list(range(1000)), list(range(1000)))
+    thin = charts._thin(long)
+    assert len(thin.x) <= charts.MOST_POINTS + 1
+    assert (thin.x[0], thin.x[-1]) == (0, 999)
+
+
+def test_a_thousand_runs_in_ten_seconds(make_row, tmp_path):
+    methods = ["full", "trim", "random", "ohem", "focal"]
+    rows = [
+        make_row(method, seed, 0.1 + seed / 1000 + i / 500, epochs=50, lr=0.001 * (1 + setting))
+        for setting in range(40)
+        for i, method in enumerate(methods)
+        for seed in range(5)
+    ]
+    start = time.perf_counter()
+    page = tables.write_report(rows, tmp_path)
+    assert time.perf_counter() - start < 10
+    assert page.stat().st_size < 20e6
+
+
+@pytest.mark.slow
+def test_page_opens_in_a_browser(rows, tmp_path):
+    """The script runs without an error: the browser would print it to its log."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    page = tables.write_report(rows, tmp_path)
+    done = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert "<svg" in done.stdout

@@ -1,0 +1,58 @@
+"""Networks: published sizes, shapes, widths, norms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from batchtrim.lab.task import models
+
+# He et al. 2015, table 6, gives 0.27M and 0.46M for 20 and 32 layers; these are the exact counts of that design with
+# padded shortcuts. resnet18 and resnet34 with a 3 x 3 stem: the counts in common use for CIFAR-10.
+PUBLISHED = {"resnet20": 269_722, "resnet32": 464_154, "resnet18": 11_173_962, "resnet34": 21_282_122}
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
+def test_sizes_are_the_published_ones(name: str, count: int) -> None:
+    assert models.count_parameters(models.build(name, (3, 32, 32), 10)) == count
+
+
+@pytest.mark.parametrize("name", [name for name in models.MODELS if name not in ("resnet18", "resnet34")])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
+def test_every_network_takes_every_data_set(name: str, shape: tuple[int, int, int]) -> None:
+    model = models.build(name, shape, 7, width=8)
+    outputs = model(torch.randn(2, *shape))
+    assert outputs.shape == (2, 7)
+    outputs.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_layers_are_counted_as_the_name_says() -> None:
+    for name, wanted in (("resnet8", 8), ("resnet14", 14), ("resnet26", 26), ("resnet32", 32)):
+        model = models.build(name, (3, 32, 32), 10)
+        assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()) == wanted
+
+
+def test_group_norm_leaves_no_batch_statistics() -> None:
+    model = models.build("resnet8", (3, 32, 32), 10, norm="group").train()
+    assert not list(model.buffers())
+    inputs = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model(inputs)[:2], model(inputs[:2]))
+
+
+def test_names_and_sizes_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"Did you mean 'resnet20'\?"):
+        models.build("resent20", (3, 32, 32), 10)
+    with pytest.raises(ValueError, match=r"`norm` to be one of batch, group"):
+        models.build("resnet8", (3, 32, 32), 10, norm="layer")
+    with pytest.raises(ValueError, match=r"`width` to be a positive int, got 0"):
+        models.build("resnet8", (3, 32, 32), 10, width=0)
+
+
+def test_weights_come_from_the_global_seed() -> None:
+    first, again, other = (
+        (torch.manual_seed(seed), models.build("cnn", (1, 8, 8), 10))[1].state_dict() for seed in (1, 1, 2)
+    )
+    assert all(first[name].equal(again[name]) for name in first)
+    assert not first["0.weight"].equal(other["0.weight"])
