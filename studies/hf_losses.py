@@ -32,13 +32,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from hf_models import FAMILIES, Family, tiny_config
 from torch import Tensor, nn
 
 from batchtrim import Trimmer
 from batchtrim.integrations.decompose import LossFinder
 from batchtrim.integrations.intercept import NotFound
 from batchtrim.integrations.labels import labels_of, loss_of
+from hf_models import FAMILIES, Family, tiny_config
 
 PARAMETERS = 5_000_000  # above that a configuration did not come out tiny
 SECONDS = 60

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of
+from batchtrim.engine.state import GeneratorStates, ModelState, device_of
 from batchtrim.integrations.decompose import Found, LossFinder
 from batchtrim.integrations.intercept import NotFound
 from batchtrim.integrations.labels import Counting, counting_of, counting_of_own, labels_of, loss_of
@@ -89,7 +89,7 @@ class ModelLosses:
         """Return how to count: from a forward of its own, before anything is trained, so that what fails fails here."""
         trainer = self.trainer
         model = self.inner(trainer.model_wrapped).train()
-        states, buffers = GeneratorStates(device_of(model)), BufferValues(model)
+        states, buffers = GeneratorStates(device_of(model)), ModelState(list(model.modules()))
         inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != IDS}
         with trainer.compute_loss_context_manager():
             if self.per_sample_loss is None:

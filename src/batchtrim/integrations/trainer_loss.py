@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from batchtrim.accumulation import first_pass, select_window
 from batchtrim.choice import Choice
 from batchtrim.engine import TrimmedForward
-from batchtrim.engine.guard import GeneratorStates
+from batchtrim.engine.state import GeneratorStates
 from batchtrim.integrations import follow
 from batchtrim.integrations.labels import Counting, loss_of, plain_sums, shares
 from batchtrim.integrations.model_losses import FlatLosses, ModelLosses
