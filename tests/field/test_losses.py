@@ -562,3 +562,8 @@ class TestEngines:
         parts = list(zip(inputs.split(2), labels.split(2), strict=True))
         window = [part.detach() for part in batchtrim.accumulate(step, parts)]
         torch.testing.assert_close(torch.stack(window).sum(), right.detach())
+
+    def test_a_sum_over_micro_batches_is_refused(self) -> None:
+        step = batchtrim.TrimmedForward(nn.Linear(3, 2), nn.MSELoss(reduction="sum"), Trimmer(0.5), "exact")
+        with pytest.raises(ValueError, match="expected a criterion of reduction 'mean' with over='micro', got 'sum'"):
+            next(batchtrim.accumulate(step, [(torch.randn(4, 3), torch.randn(4, 2))] * 2, over="micro"))
