@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "ApproximateGradient",
     "ChooseLength",
     "ClockPastTotal",
     "EngineFallback",
@@ -59,6 +60,10 @@ class EngineRefused(RuntimeError):
     def __init__(self, message: str, selection: Any = None) -> None:
         super().__init__(message)
         self.selection = selection
+
+
+class ApproximateGradient(UserWarning):
+    """A step's gradient may be approximate; the message says how near it is, and what is done. Given once."""
 
 
 class EngineFallback(UserWarning):

@@ -369,6 +369,7 @@ class Trimmer:
             generator=self.generator,
             settings=(repr(self.schedule), self.total, self.scale, self.unit),
             steps=self.steps,
+            summed=flat.reduction == "sum",
             group=self.process_group,
         )
         selection = joined.selection

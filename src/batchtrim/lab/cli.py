@@ -142,7 +142,11 @@ def report_command(
     def work() -> None:
         from batchtrim.lab import records
 
-        rows = records.read(folder)
+        rows = records.read_results(folder)
+        if place := records.torn(folder):
+            typer.echo(
+                f"note: {place} is a piece of a run, left out. A machine may have gone down while it wrote.", err=True
+            )
         with _fitting("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
@@ -164,13 +168,13 @@ def claims_command(
     """
 
     def work() -> None:
-        from batchtrim.lab.analyse import claims
+        from batchtrim.lab.present import results
 
         found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not found:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
         with _fitting("the records"):
-            text = claims.page(found)
+            text = results.page(found)
         if out is None:
             typer.echo(text, nl=False)
         else:
@@ -271,7 +275,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         typer.echo(f"\nstopped; {done} runs are recorded in {out}. The same command goes on from there.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if ranks.rank == 0:
-        _report(records.read(out), out, "full", given["as_json"], [config.method for config in configs])
+        _report(records.read_results(out), out, "full", given["as_json"], [config.method for config in configs])
     for row in failed:
         typer.echo(f"failed: {row['config']['method']} seed {row['config']['seed']}: {row.get('error')}", err=True)
     if failed:

@@ -117,5 +117,6 @@ def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
         writer.close()
 
 
-def _percent(error: float) -> str:
-    return f"{100 * error:.2f} %"
+def _percent(error: float | None) -> str:
+    """An error, or that this epoch was not tested."""
+    return "not tested" if error is None else f"{100 * error:.2f} %"

@@ -1,7 +1,7 @@
-"""A comparison as something to show: one self-contained HTML page, Markdown and CSV beside it, a table for the console.
+"""A comparison in tables: Markdown, CSV, JSON, and one for the console; and the report's files written.
 
-The numbers come from :mod:`batchtrim.lab.analyse.comparison`; this file only words them. The page is put together in
-:mod:`batchtrim.lab.present.pages`.
+The numbers come from :mod:`batchtrim.lab.analyse.comparison`, their words from :mod:`batchtrim.lab.present.wording`,
+the page from :mod:`batchtrim.lab.present.pages`.
 """
 
 from __future__ import annotations
@@ -64,12 +64,14 @@ def console_table(summary: Summary) -> RenderableType:
         parts.append(table)
         colours = {"lower": "green", "higher": "red"}
         parts.extend(
-            Text(f"{arm.label}: {arm.paired.verdict}", style=colours.get(wording.kind(arm.paired.verdict), ""))
+            Text(
+                f"{arm.label}: {wording.verdict(arm, group.reference)}", style=colours.get(wording.kind(arm.paired), "")
+            )
             for arm in group.arms
             if arm.paired
         )
         if group.baseline is None:
-            parts.append(Text(group.verdict))
+            parts.append(Text(wording.group_verdict(group)))
         parts.append(Text(""))
     parts.append(Text(wording.LEGEND, style="dim"))
     return Stack(*parts)
@@ -78,7 +80,7 @@ def console_table(summary: Summary) -> RenderableType:
 def to_json(summary: Summary) -> dict[str, Any]:
     """Everything but the curves, as plain values."""
     return {
-        "verdict": summary.verdict,
+        "verdict": wording.headline(summary),
         "runs": summary.runs,
         "diverged": summary.diverged,
         "failed": summary.failed,
@@ -87,9 +89,9 @@ def to_json(summary: Summary) -> dict[str, Any]:
                 "title": group.title,
                 "settings": group.settings,
                 "baseline": group.baseline,
-                "verdict": group.verdict,
-                "methods": [_arm_json(arm) for arm in group.arms],
-                "views": [_view_json(view) for view in group.views],
+                "verdict": wording.group_verdict(group),
+                "methods": [_arm_json(arm, group) for arm in group.arms],
+                "views": [_view_json(view, group) for view in group.views],
             }
             for group in summary.groups
         ],
@@ -98,15 +100,22 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 def to_markdown(summary: Summary) -> str:
     """The report in Markdown: verdict, tables, equal-budget views, settings, environment, how to run it again."""
-    lines = ["# batchtrim comparison", "", cell(wording.sentence(summary.verdict)), "", wording.counts(summary), ""]
+    lines = [
+        "# batchtrim comparison",
+        "",
+        cell(wording.sentence(wording.headline(summary))),
+        "",
+        wording.counts(summary),
+        "",
+    ]
     for group in summary.groups:
         lines += [f"## {cell(group.title)}", "", *markdown_table(group, group.arms), ""]
         for arm in group.arms:
             if arm.paired:
-                lines.append(f"* **{cell(arm.label)}**: {cell(arm.paired.verdict)}")
+                lines.append(f"* **{cell(arm.label)}**: {cell(wording.verdict(arm, group.reference))}")
         lines += ["", wording.LEGEND, ""]
         for view in group.views:
-            lines += [f"### {view.title}", "", view.note, ""]
+            lines += [f"### {wording.view_title(view)}", "", wording.view_note(view), ""]
             if view.budget is not None:
                 lines += [*markdown_table(group, view.arms, cost=False), ""]
         lines += ["### Settings", ""]
@@ -121,9 +130,12 @@ def to_markdown(summary: Summary) -> str:
 def to_csv(summary: Summary) -> str:
     """One line a method and view: settings, mean, spread, intervals, differences, tests, cost and verdict."""
     lines = [
-        {**group.settings, "view": name, **_flat(arm)}
+        {**group.settings, "view": name, **_flat(arm, group)}
         for group in summary.groups
-        for name, arms in [("as run", group.arms), *((view.title, view.arms) for view in group.views if view.budget)]
+        for name, arms in [
+            ("as run", group.arms),
+            *((wording.view_title(view), view.arms) for view in group.views if view.budget),
+        ]
         for arm in arms
     ]
     out = io.StringIO(newline="")
@@ -133,7 +145,7 @@ def to_csv(summary: Summary) -> str:
     return out.getvalue()
 
 
-def _arm_json(arm: Arm) -> dict[str, Any]:
+def _arm_json(arm: Arm, group: Group) -> dict[str, Any]:
     paired = arm.paired
     return {
         "label": arm.label,
@@ -142,15 +154,22 @@ def _arm_json(arm: Arm) -> dict[str, Any]:
         "diverged": list(arm.diverged),
         "failed": list(arm.failed),
         "cost": arm.cost,
-        "paired": paired and {**vars(paired), "moments": vars(paired.moments)},
+        "paired": paired
+        and {
+            **vars(paired),
+            "moments": vars(paired.moments),
+            "finding": paired.verdict.value,
+            "verdict": wording.verdict(arm, group.reference),
+        },
     }
 
 
-def _view_json(view: View) -> dict[str, Any]:
-    return {"name": view.name, "budget": view.budget, "note": view.note, "methods": [_arm_json(a) for a in view.arms]}
+def _view_json(view: View, group: Group) -> dict[str, Any]:
+    methods = [_arm_json(arm, group) for arm in view.arms]
+    return {"name": view.name, "budget": view.budget, "note": wording.view_note(view), "methods": methods}
 
 
-def _flat(arm: Arm) -> dict[str, Any]:
+def _flat(arm: Arm, group: Group) -> dict[str, Any]:
     """An arm as one line of CSV."""
     paired, spread = arm.paired, arm.moments
     return {
@@ -172,7 +191,7 @@ def _flat(arm: Arm) -> dict[str, Any]:
         "p_holm": paired and paired.p_holm,
         "detectable": paired and paired.detectable,
         **arm.cost,
-        "verdict": paired and paired.verdict,
+        "verdict": paired and wording.verdict(arm, group.reference),
     }
 
 

@@ -1,12 +1,16 @@
-"""How the report words its numbers: the same on the console, in Markdown and on the page."""
+"""Every sentence on a comparison: verdicts and numbers in words, the same on the console, in Markdown and on pages."""
 
 from __future__ import annotations
 
+import collections
 import shlex
+from collections.abc import Iterable
 from typing import Any
 
-from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary
-from batchtrim.lab.analyse.inference import points
+from batchtrim.lab.analyse.claims import Claim
+from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary, Verdict, View
+from batchtrim.lab.analyse.inference import MIN_PAIRS
+from batchtrim.lab.run.config import ARM_SETTINGS
 
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -16,12 +20,117 @@ LEGEND = (
 )
 
 
-def kind(verdict: str) -> str:
-    """Which way a verdict goes: lower, higher, same or none."""
-    for word, name in (("lower error", "lower"), ("higher error", "higher"), ("no difference", "same")):
-        if word in verdict:
-            return name
-    return "same" if verdict == "the same error on every seed" else "none"
+KINDS = {Verdict.LOWER: "lower", Verdict.HIGHER: "higher", Verdict.NOT_SEEN: "same", Verdict.SAME: "same"}
+"""Which way a verdict goes; any other goes no way."""
+FINDINGS = {"lower": "lower error", "higher": "higher error", "same": "no difference seen", "none": "no verdict"}
+VIEWS = {
+    "samples_backward": ("Equal samples backward", "samples backward"),
+    "seconds": ("Equal training time", "seconds of training"),
+}
+
+
+def kind(paired: Paired | None) -> str:
+    """Which way a comparison goes: lower, higher, same or none."""
+    return KINDS.get(paired.verdict, "none") if paired else "none"
+
+
+def finding(paired: Paired) -> str:
+    """What the pairs say."""
+    n, mean, verdict = paired.moments.n, paired.moments.mean or 0.0, paired.verdict
+    by, way = f"{points(abs(mean))} points", "lower" if mean < 0 else "higher"
+    return {
+        Verdict.LOWER: f"{way} error by {by}",
+        Verdict.HIGHER: f"{way} error by {by}",
+        Verdict.NOT_SEEN: f"no difference seen; a difference under {points(paired.detectable or 0.0)} points could "
+        "not have been seen reliably",
+        Verdict.SAME: "the same error on every seed",
+        Verdict.SHIFTED: f"exactly {by} {way} on every seed: no spread, so no test",
+        Verdict.TOO_FEW: f"too few seeds to tell: {n} pair{'s' if n > 1 else ''}, {MIN_PAIRS} or more are needed",
+        Verdict.NO_PAIRS: "no seed in common with the baseline",
+        Verdict.ALL_DIVERGED: "every run diverged",
+    }[verdict]
+
+
+def verdict(arm: Arm, reference: Arm | None) -> str:
+    """What is seen of an arm against the baseline's, diverged runs of either named; "" where nothing is compared."""
+    if arm.paired is None or reference is None:
+        return ""
+    said = finding(arm.paired)
+    if arm.paired.verdict is Verdict.ALL_DIVERGED:
+        return f"{said} ({len(arm.diverged)} of {len(arm.diverged)})"
+    lost = [
+        f"{len(each.diverged)} of {len(each.errors) + len(each.diverged)} runs"
+        f"{' of ' + each.label if each is reference else ''} diverged"
+        f" (seed{'s' if len(each.diverged) > 1 else ''} {', '.join(map(str, each.diverged))})"
+        for each in (arm, reference)
+        if each.diverged
+    ]
+    return "; ".join([*lost, f"over the {arm.paired.moments.n} pairs that finished: {said}"]) if lost else said
+
+
+def group_verdict(group: Group) -> str:
+    """What is seen in a group, in a line."""
+    compared = [arm for arm in group.arms if arm.paired is not None]
+    if not compared:
+        return _nothing_compared(group.arms, group.against)
+    if len(compared) == 1:
+        return f"{compared[0].label}: {verdict(compared[0], group.reference)}"
+    labels: dict[str, list[str]] = {name: [] for name in FINDINGS}
+    for arm in compared:
+        labels[kind(arm.paired)].append(arm.label + (" (some diverged)" if arm.diverged and arm.errors else ""))
+    return "; ".join(f"{FINDINGS[name]}: {', '.join(each)}" for name, each in labels.items() if each)
+
+
+def headline(summary: Summary) -> str:
+    """What is seen in all groups, in a line: how often each method was found lower, higher or neither."""
+    if len(summary.groups) == 1:
+        return group_verdict(summary.groups[0])
+    arms = [arm for group in summary.groups for arm in group.arms]
+    counts: dict[str, collections.Counter[str]] = {}
+    for arm in arms:
+        if arm.paired is not None:
+            counts.setdefault(str(arm.settings["method"]), collections.Counter())[kind(arm.paired)] += 1
+    if not counts:
+        return _nothing_compared(arms, summary.against)
+    lines = [
+        f"{method}: {', '.join(f'{FINDINGS[name]} in {count} of {tally.total()}' for name, count in tally.items())}"
+        for method, tally in counts.items()
+    ]
+    return f"against {summary.against} in {len(summary.groups)} settings: {'; '.join(lines)}"
+
+
+def _nothing_compared(arms: Iterable[Arm], against: str) -> str:
+    if against in {arm.settings["method"] for arm in arms}:
+        return f"runs of '{against}' alone, so nothing to compare with"
+    return f"no runs of the baseline '{against}', so nothing to compare with"
+
+
+def view_title(view: View) -> str:
+    """The heading of a comparison at an equal budget."""
+    return VIEWS[view.name][0]
+
+
+def view_note(view: View) -> str:
+    """How its errors were read."""
+    if view.budget is None:
+        return "Not every run has a curve, so no budget in common can be read."
+    return (
+        f"Read at {view.budget:,.0f} {VIEWS[view.name][1]}, the largest budget that every run reached, on a straight "
+        "line between the evaluations before and after it. A run with a larger total is read before its learning rate "
+        "has fallen, which counts against it: full_equal_compute is the control that is trained to the end on the "
+        "smaller budget."
+    )
+
+
+def claim(claim: Claim) -> str:
+    """A claim's sides, in Markdown, with the settings that tell their arms from others: `trim` (engine shared)."""
+    sides = []
+    for method, chosen in ((claim.method, claim.settings), (claim.against, claim.against_settings)):
+        named = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        sides.append(f"`{method}`" + (f" ({named})" if named else ""))
+    by = "" if claim.margin is None else f" by {points(claim.margin)} points"
+    at = "" if claim.backward is None else f", with {claim.backward:.0%} of its backward samples at most"
+    return f"{sides[0]} against {sides[1]}: {claim.says}{by}{at}"
 
 
 def sentence(text: str) -> str:
@@ -37,6 +146,11 @@ def counts(summary: Summary) -> str:
     if summary.failed:
         text += f", {summary.failed} failed with an error and left out"
     return text + "."
+
+
+def points(value: float, digits: int = 2) -> str:
+    """A difference of errors in percentage points: 0.0123 is 1.23."""
+    return f"{100 * value:.{digits}f}"
 
 
 def percent(value: float | None, digits: int = 2) -> str:
@@ -109,7 +223,7 @@ def cost(arm: Arm, name: str) -> str:
 
 def backward(arm: Arm, group: Group) -> str:
     """Samples that went backward, as a share of plain training's where that is the baseline."""
-    reference = next((each for each in group.arms if each.label == group.baseline), None)
+    reference = group.reference
     if reference is not None and reference.settings["method"] != "full":
         reference = None
     return share(arm, reference, "samples_backward")
@@ -139,25 +253,20 @@ def command(group: Group) -> str:
     settings: dict[str, Any] = {
         name: value for name, value in group.settings.items() if value is not None and name != "device"
     }
-    methods = list(dict.fromkeys(str(arm.settings["method"]) for arm in group.arms))
-    settings["methods"] = ",".join(methods)
-    for name in ("keep_start", "keep_end", "schedule", "engine"):
-        values = list(dict.fromkeys(arm.settings.get(name) for arm in group.arms))
-        given = [f"{value:g}" if isinstance(value, float) else str(value) for value in values if value is not None]
+    for name in ARM_SETTINGS:
+        values = list(dict.fromkeys(arm.settings.get(name) for arm in group.arms if name != "method_params"))
+        given = ",".join(str(value) for value in values if value is not None)
         if given:
-            settings[name] = ",".join(given)
+            settings["methods" if name == "method" else name] = given
     seeds = group.seeds
     counted = seeds == tuple(range(len(seeds)))
     settings["seeds"] = len(seeds) if counted else ",".join(map(str, seeds)) + ("," if len(seeds) == 1 else "")
-    words = [f"--{name.replace('_', '-')} {shlex.quote(_plain(value))}" for name, value in settings.items()]
-    params = {
-        f"{arm.settings['method']}.{name}": value
-        for arm in group.arms
-        for name, value in (arm.settings.get("method_params") or {}).items()
-    }
-    words += [f"--param {shlex.quote(f'{name}={_plain(value)}')}" for name, value in params.items()]
+    words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in settings.items()]
+    params: dict[str, list[str]] = {}
+    for arm in group.arms:
+        for name, value in (arm.settings.get("method_params") or {}).items():
+            values = params.setdefault(f"{arm.settings['method']}.{name}", [])
+            if str(value) not in values:
+                values.append(str(value))
+    words += [f"--param {shlex.quote(name + '=' + ','.join(values))}" for name, values in params.items()]
     return "batchtrim compare " + " ".join(words)
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
