@@ -16,7 +16,7 @@ from batchtrim.engine.batch import Forward, Step, as_losses, map_tensors
 from batchtrim.engine.capture import CannotCapture, Capture, is_compiled, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.state import GeneratorStates, is_lazy, without_graph
+from batchtrim.engine.state import GeneratorStates, is_lazy
 from batchtrim.engine.two_pass import Moment, padded_rows
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -111,33 +111,38 @@ class SharedEngine:
         if self.refused is not None:
             raise EngineRefused(self.refused)
         plain: _Plain | None = None
-        try:
-            try:
-                tape, losses, outputs = self._traced(x, y)
-            except NewTrace:
-                plain = _Plain(self.forward, x, y)
-                tape, losses, outputs = self._traced(x, y)
-        except CannotCapture as error:
-            self._refuse(str(error))
+        found = self._traced(x, y)
+        if found is None:  # nothing has run: first see what the model's own Python computes
+            plain = _Plain(self.forward, x, y)
+            found = self._traced(x, y)
+        assert found is not None
+        tape, losses, outputs = found
         reason = None if plain is None else plain.difference(losses.values.detach())
         if plain is not None and reason is not None:
             plain.before.restore(x, y)
             self._refuse(f"its trace differs from the model: {reason}")
         return tape, losses, map_tensors(Tensor.detach, outputs)
 
-    def _traced(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
+    def _traced(self, x: Any, y: Any) -> tuple[Tape, Losses, Any] | None:
+        """Run a trace; None where it is a new one, and has not run."""
         tape = self._tape = Tape()
         x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
         try:
             with torch.enable_grad(), _with_call(self.forward.model, self.capture) as call:
                 (values, mask, weights), outputs = call(*_marked(x, y, self.forward.batch_dim))
+        except NewTrace:
+            return None
+        except CannotCapture as error:
+            reason = str(error)
+        else:
+            return tape, Losses(values, mask, weights), outputs
         finally:
             self._tape = None
-        return tape, Losses(values, mask, weights), outputs
+        self._refuse(reason)
 
     def _refuse(self, reason: str) -> NoReturn:
         self.refused = f"the shared engine cannot run this model: {reason}"
-        raise EngineRefused(self.refused) from None
+        raise EngineRefused(self.refused)
 
 
 class _Plain:
@@ -149,8 +154,7 @@ class _Plain:
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
         self.before = Moment(forward, x, y)
         try:
-            with without_graph():
-                self.losses = forward(x, y, model=forward.inner)[0].values
+            self.losses = forward(x, y, model=forward.inner)[0].values.detach()
             self.generators = GeneratorStates(self.before.generators.device)
         finally:
             self.before.restore(x, y)

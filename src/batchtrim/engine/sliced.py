@@ -344,9 +344,12 @@ def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _row_symbols(graph: fx.Graph, tangents: set[fx.Node]) -> tuple[sympy.Symbol, ...]:
-    """The symbol that counts rows: the size of the losses, the first output that has a gradient."""
-    losses = next(node for node in graph.nodes if node.op == "placeholder" and node in tangents).meta["val"]
-    size = expression_of(losses.shape[0]) if losses.ndim == 1 else None
+    """The symbol that counts rows: the size of the losses, which are a vector with a gradient."""
+    vectors = [n.meta["val"] for n in graph.nodes if n.op == "placeholder" and n in tangents]
+    sizes = {expression_of(each.shape[0]) for each in vectors if each.ndim == 1}
+    if len(sizes) != 1:
+        raise CannotCapture("it returns further vectors with a gradient, so that one cannot tell which are the losses")
+    (size,) = sizes
     if not isinstance(size, sympy.Symbol):
         raise CannotCapture(f"its trace holds for one batch size only ({size} losses)")
     return (size,)
