@@ -118,6 +118,8 @@ class SharedEngine:
                 plain = _Plain(self.forward, x, y)
                 tape, losses, outputs = self._traced(x, y)
         except CannotCapture as error:
+            if plain is None:
+                _Plain(self.forward, x, y)  # a model or a loss that is at fault says so itself
             self._refuse(str(error))
         reason = None if plain is None else plain.difference(losses.values.detach())
         if plain is not None and reason is not None:
@@ -149,8 +151,13 @@ class _Plain:
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
         self.before = Moment(forward, x, y)
         try:
-            with without_graph():
-                self.losses = forward(x, y, model=forward.inner)[0].values
+            try:
+                with without_graph():
+                    losses, _ = forward(x, y, model=forward.inner)
+            except Exception:  # a model may need the graph; one that is at fault says so now
+                self.before.restore(x, y)
+                losses, _ = forward(x, y, model=forward.inner)
+            self.losses = losses.values.detach()
             self.generators = GeneratorStates(self.before.generators.device)
         finally:
             self.before.restore(x, y)
