@@ -159,3 +159,73 @@ def test_only_the_two_names_and_no_empty_window() -> None:
             next(batchtrim.accumulate(step, [], over))
     with pytest.raises(ValueError, match="expected `over` to be one of 'window', 'micro', got 'batch'"):
         next(batchtrim.accumulate(step, window(), "batch"))
+
+
+class Normalizing(nn.Module):
+    """Reads a buffer that it also updates, in place or by a new tensor."""
+
+    def __init__(self, *, assign: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.assign = nn.Linear(6, 3), assign
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.layer(x - self.mean)
+        mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        if self.assign:
+            self.mean = mean
+        else:
+            self.mean.copy_(mean)
+        return outputs
+
+
+@pytest.mark.parametrize("engine", ["exact", "two_pass"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_buffer_that_the_model_reads_is_what_it_was(engine: str, assign: bool) -> None:
+    """The second pass of a micro-batch found the buffers as the whole first pass had left them."""
+    whole, model = Normalizing(assign=assign), Normalizing(assign=assign)
+    losses = torch.cat([F.cross_entropy(whole(x), y, reduction="none") for x, y in window()])
+    losses.topk(4).values.mean().backward()
+    assert run(model, "window", engine) == pytest.approx(losses.topk(4).values.mean().item(), rel=1e-5)
+    torch.testing.assert_close(gradient(model), gradient(whole))
+    torch.testing.assert_close(model.mean, whole.mean)
+    assert model.state_dict()["mean"] is not None
+
+
+@pytest.mark.parametrize("engine", ["exact", "two_pass"])
+@pytest.mark.parametrize("where", ["forward", "loss"])
+def test_inputs_changed_in_place_are_refused(engine: str, where: str) -> None:
+    """As normalising in the model does (pytorch/vision#517); the second pass would get them changed."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.div_(10) if where == "forward" else x)
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        if where == "loss":
+            y %= 2
+        return F.cross_entropy(outputs, y, reduction="none")
+
+    step = batchtrim.TrimmedForward(InPlace(), loss, batchtrim.Trimmer(KEEP), engine)
+    with pytest.raises(ValueError, match="expected the model and its loss to leave inputs and targets alone, got one"):
+        list(batchtrim.accumulate(step, window()))
+
+
+def test_a_sum_beyond_half_precision() -> None:
+    """40,000 losses of 5: their sum is beyond float16, and was inf; their mean is not."""
+    step = batchtrim.TrimmedForward(nn.Identity(), lambda outputs, _: outputs, batchtrim.Trimmer(0.999), "exact")
+    parts = [(torch.full((20_000,), 5.0).half().requires_grad_(), None) for _ in range(2)]
+    for over in ("window", "micro"):
+        assert sum(batchtrim.accumulate(step, parts, over)).item() == pytest.approx(5.0, rel=1e-3), over  # type: ignore[union-attr]
+        assert batchtrim.Trimmer(0.999)(parts[0][0]).item() == 5.0
+
+
+def test_inputs_without_a_batch_to_count() -> None:
+    step = batchtrim.TrimmedForward(mlp(), nn.CrossEntropyLoss(), batchtrim.Trimmer(KEEP), "exact")
+    with pytest.raises(ValueError, match="expected `x` to hold a tensor with a dimension 0, its batch, got 'text'"):
+        next(batchtrim.accumulate(step, [("text", torch.zeros(2))], "micro"))

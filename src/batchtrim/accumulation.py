@@ -179,13 +179,16 @@ def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | 
 
 def join_losses(parts: Sequence[Losses]) -> Losses:
     """One after the other; a missing mask or weight counts as all True or 1 where another part has one."""
-    values = torch.cat([part.values.detach() for part in parts])
-    masks, weights = None, None
-    if any(part.mask is not None for part in parts):
-        masks = torch.cat([torch.ones_like(p.values, dtype=torch.bool) if p.mask is None else p.mask for p in parts])
-    if any(part.weights is not None for part in parts):
-        weights = torch.cat([torch.ones_like(p.values) if p.weights is None else p.weights for p in parts])
-    return Losses(values, masks, weights)
+    joined: dict[str, Any] = {"values": torch.cat([part.values.detach() for part in parts])}
+    for name in ("mask", "weights", "counts"):
+        found = [getattr(part, name) for part in parts]
+        given = next((each for each in found if each is not None), None)
+        if given is not None:
+            pairs = zip(found, parts, strict=True)
+            joined[name] = torch.cat(
+                [torch.ones_like(p.values, dtype=given.dtype) if f is None else f for f, p in pairs]
+            )
+    return replace(parts[0], **joined)
 
 
 def split(selection: Selection, sizes: Sequence[int], weights: Tensor | None = None) -> list[Selection]:
@@ -197,7 +200,7 @@ def split(selection: Selection, sizes: Sequence[int], weights: Tensor | None = N
         [([0], 2), ([2], 2)]
     """
     normalizer = kept_divisor(selection, weights)
-    batch_normalizer = selection.batch_normalizer or selection.candidates
+    batch_normalizer = selection.candidates if selection.batch_normalizer is None else float(selection.batch_normalizer)
     parts, start = [], 0
     for size in sizes:
         own = (selection.indices >= start) & (selection.indices < start + size)

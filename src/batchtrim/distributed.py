@@ -193,7 +193,7 @@ def select_over_ranks(
         own,
         None if chosen.weights is None else chosen.weights[mine],
         divisor / ranks,
-        sum(sizes) / ranks,
+        (sum(sizes) if joined_weights is None else float(joined_weights.sum())) / ranks,
     )
     return Joined(selection, chosen, joined[1].to(_DTYPES[of_values]))
 
@@ -323,6 +323,8 @@ def _checksum(chosen: Selection, weights: Tensor | None) -> list[float]:
     told = 0.0
     if chosen.weights is not None:
         told = float((chosen.weights[order].double() * torch.cos(rows.double()).add(2.0)).sum())
+    if weights is not None:  # the rule's own normalizer counts samples
+        chosen = dataclasses.replace(chosen, normalizer=None)
     return [float(zlib.crc32(rows.cpu().numpy().tobytes())), kept_divisor(chosen, weights), told]
 
 

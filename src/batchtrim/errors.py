@@ -11,10 +11,15 @@ __all__ = [
     "EngineFallback",
     "EngineRefused",
     "InstallExtra",
+    "NothingToChoose",
     "PassUnreducedLosses",
     "RanksDisagree",
     "ScheduleOutOfRange",
 ]
+
+
+class NothingToChoose(UserWarning):
+    """Batches hold one sample each, of which trimming keeps all whatever the schedule says. Given once."""
 
 
 class PassUnreducedLosses(ValueError):

@@ -5,58 +5,50 @@ Legend: B batch, T tokens, C classes, ... further positions (pixels, tokens).
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn  # noqa: F401  (nn for the examples)
 
 from batchtrim._checks import check_choice, check_losses, check_number, check_positive, check_within, describe
-from batchtrim.errors import PassUnreducedLosses
+from batchtrim.criteria import Criterion, check_values, not_its_own, same_shape
+from batchtrim.unreduced import UNITS, Losses, flatten
 
 __all__ = ["UNITS", "Losses", "flatten", "focal", "per_sample", "superloss", "token_losses"]
-
-UNITS = ("sample", "element")
-
-
-class Losses(NamedTuple):
-    """Un-reduced losses and what travels with them. A :class:`batchtrim.Trimmer` takes it in place of a tensor.
-
-    Attributes:
-        values: (B,) or (B, ...), with a graph.
-        mask: bool, shape of ``values``, True where an entry counts; None where all do.
-        weights: shape of ``values``: weights already multiplied into ``values`` (class weights), whose sum the
-            criterion's own mean divides by; None where there are none.
-    """
-
-    values: Tensor
-    mask: Tensor | None = None
-    weights: Tensor | None = None
-
-    def detach(self) -> Losses:
-        """The same without a graph."""
-        return Losses(*(None if part is None else part.detach() for part in self))  # type: ignore[arg-type]
 
 
 class per_sample:
     """Any criterion, without its reduction: ``per_sample(criterion)(outputs, targets) -> Losses``.
 
-    A criterion module is copied with ``reduction='none'``; a function that takes ``reduction`` is called with
-    ``'none'``; any other callable is expected to return un-reduced losses itself. Class weights are told apart, so that
-    keeping everything equals the criterion's own weighted mean. Ignored targets are masked.
+    A criterion module is copied with ``reduction='none'``; a function that takes ``reduction`` (or a
+    ``functools.partial`` of one) is called with ``'none'``; any other callable is expected to return un-reduced losses
+    itself. The reduction that was asked for is kept: trimmed with keep 1, the losses give the criterion's own value.
+
+    * "mean": class weights and the number of entries that count go along, so the divisor is the criterion's own.
+    * "sum": the loss is the sum over what is kept, whatever the trimmer's scale.
+    * "batchmean": a sample's loss is the sum of its entries, and the mean is over samples. Not with unit "element".
+    * "none", or no reduction: as "mean".
 
     Args:
-        criterion: ``nn.CrossEntropyLoss()``, ``F.mse_loss``, ... called as ``criterion(outputs, targets)``.
+        criterion: ``nn.CrossEntropyLoss()``, ``F.mse_loss``, ... called as ``criterion(outputs, targets)``, or with as
+            many tensors as it takes: ``per_sample(nn.TripletMarginLoss())(anchor, positive, negative)``.
         unit: what a trimmer is to choose among: "sample" averages each sample's counted entries, (B, ...) to (B,);
-            "element" leaves every pixel or token on its own.
-        ignore_index: target value that does not count; by default the criterion's own, where it has one.
+            "element" leaves every pixel or token on its own. The trimmer must have the same.
+        ignore_index: target value that does not count; by default the criterion's own, where it has one. For any
+            criterion with a target for each loss: floating-point targets too.
 
     Raises:
         PassUnreducedLosses: on call, where the criterion averages all the same.
+        ValueError, TypeError: on call, where outputs and targets would be broadcast, ``ignore_index`` cannot be
+            applied, or a criterion that is not torch's divides in a way of its own. The message holds the way out.
+
+    Notes:
+        Where nothing counts the loss is 0; torch's own mean is NaN there. A criterion that is not torch's and has a
+        reduction is called once more, as it was given, on the first batch (and on the first with ignored targets), and
+        its value compared: one sync of the device each.
 
     Example:
         >>> criterion = per_sample(nn.CrossEntropyLoss())
@@ -64,37 +56,69 @@ class per_sample:
         tensor([0.6931, 0.6931, 0.6931])
     """
 
-    def __init__(
-        self, criterion: Callable[..., Tensor], *, unit: str = "sample", ignore_index: int | None = None
-    ) -> None:
+    def __init__(self, criterion: Callable[..., Any], *, unit: str = "sample", ignore_index: int | None = None) -> None:
         if not callable(criterion):
             raise TypeError(f"expected `criterion` to be callable, got {describe(criterion)}.")
         self.unit = check_choice("unit", unit, UNITS)
-        self.ignore_index = getattr(criterion, "ignore_index", None) if ignore_index is None else ignore_index
-        self.criterion = _unreduced(criterion)
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Losses:
-        values = self.criterion(outputs, targets)
-        if isinstance(values, Tensor) and values.ndim == 0:
-            raise PassUnreducedLosses(
-                f"expected {describe(self.criterion)} to return one loss per sample, got (). "
-                "It averages by itself and takes no `reduction`: give a criterion that can return un-reduced losses."
+        if ignore_index is not None and check_number("ignore_index", ignore_index) != ignore_index:
+            raise ValueError("expected `ignore_index` to be a number that equals itself, got nan. Give a mask instead.")
+        self._asked = ignore_index is not None
+        self._criterion = Criterion(criterion, ignore_index)
+        self.criterion = self._criterion.call
+        self.ignore_index = self._criterion.ignore_index if ignore_index is None else ignore_index
+        self.reduction = self._criterion.reduction or "mean"
+        if self.reduction == "batchmean" and unit == "element":
+            raise ValueError(
+                "expected `reduction` 'mean' or 'sum' with unit='element', got 'batchmean', which divides by the "
+                "number of samples. Choose samples (unit='sample'), or make the criterion with reduction='mean'."
             )
-        check_losses(values, "criterion(outputs, targets)", allow_empty=True)
-        mask = None
-        class_targets = targets.shape == values.shape and not targets.dtype.is_floating_point
-        if self.ignore_index is not None and class_targets:
-            mask = targets != self.ignore_index
-        losses = Losses(values, mask, self._class_weights(values, targets, mask) if class_targets else None)
-        return flatten(losses, "sample") if self.unit == "sample" else losses
+        # whether the mean of a criterion that is not torch's was compared: plainly, and with entries left out
+        self._proven = [not self._criterion.foreign or self._criterion.reduction is None] * 2
 
-    def _class_weights(self, values: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor | None:
-        weight = getattr(self.criterion, "weight", None)
-        if weight is None or not isinstance(self.criterion, (nn.CrossEntropyLoss, nn.NLLLoss)):
+    def __call__(self, *inputs: Any) -> Losses:
+        """Return the un-reduced losses of a batch, ``(outputs, targets)`` or whatever the criterion takes."""
+        values = self._criterion(*inputs)
+        check_losses(values, "criterion(outputs, targets)", allow_empty=True)
+        check_values(self._criterion, values, inputs, self.unit)
+        targets = inputs[1] if len(inputs) == 2 and isinstance(inputs[1], Tensor) else None
+        mask = self._mask(values, targets)
+        weights = None if targets is None else self._criterion.class_weights(targets, mask, values)
+        losses = Losses(values, mask, weights, reduction="mean" if self.reduction == "mean" else "sum")
+        if self.unit == "sample":
+            losses = flatten(losses, "sample")
+        reduction = "sum" if self.reduction == "sum" else "mean"
+        losses = replace(losses, unit=self.unit, reduction=reduction)
+        if not all(self._proven) and not torch.compiler.is_compiling():
+            self._prove(losses, mask, inputs)
+        return losses
+
+    def _mask(self, values: Tensor, targets: Tensor | None) -> Tensor | None:
+        if self.ignore_index is None:
             return None
-        known = targets if mask is None else torch.where(mask, targets, torch.zeros_like(targets))
-        weights = weight.to(values.dtype)[known]
-        return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
+        if targets is not None and same_shape(targets, values):
+            return (targets != self.ignore_index).reshape(values.shape)
+        if self._asked:
+            got = "no targets" if targets is None else f"targets of shape {tuple(targets.shape)}"
+            raise ValueError(
+                f"expected a target for each loss, of shape {tuple(values.shape)}, to apply ignore_index="
+                f"{self.ignore_index} to, got {got}. Mask the losses yourself: trim(losses, mask=mask)."
+            )
+        return None
+
+    def _prove(self, losses: Losses, mask: Tensor | None, inputs: tuple[Any, ...]) -> None:
+        """Compare the criterion's own value, once plainly and once where entries are left out."""
+        masked = mask is not None and not bool(mask.all())
+        if self._proven[masked] or losses.values.numel() == 0:
+            return
+        own, ours = self._criterion.own_value(*inputs), losses.detach().mean()
+        if own is None or not own.isfinite():
+            return
+        half = losses.values.dtype in (torch.float16, torch.bfloat16)
+        if not torch.allclose(own.double(), ours.double(), rtol=3e-2 if half else 1e-3, atol=1e-6):
+            raise not_its_own(self._criterion.name, own, ours)
+        self._proven[masked] = True
+        if mask is None:
+            self._proven[True] = True
 
     def __repr__(self) -> str:
         return f"per_sample({self.criterion!r}, unit={self.unit!r}, ignore_index={self.ignore_index!r})"
@@ -115,32 +139,6 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, sh
         logits, labels = logits[:, :-1], labels[:, 1:]
     values = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none", ignore_index=ignore_index)
     return Losses(values, labels != ignore_index)
-
-
-def flatten(losses: Losses, unit: str) -> Losses:
-    """(B, ...) losses as the vector a rule chooses from.
-
-    sample:  ``l_i = sum_j(m_ij * l_ij) / sum_j(m_ij)`` over the positions j that count (mean, not sum: a longer sample
-             is no harder for its length), (B,); a sample of which nothing counts is masked out. With class weights
-             the mean over positions is weighted by them.
-    element: every position on its own, (B * ...,).
-    """
-    values, mask, weights = losses
-    if values.ndim == 1:
-        return losses
-    if unit == "element":
-        return Losses(*(None if part is None else part.reshape(-1) for part in losses))  # type: ignore[arg-type]
-    values = values.flatten(1)
-    if weights is not None:
-        weights = weights.flatten(1)
-        counted = mask.flatten(1).any(1) if mask is not None else None
-        return Losses(values.sum(1) / weights.sum(1).clamp(min=torch.finfo(weights.dtype).tiny), counted)
-    if mask is None:
-        return Losses(values.mean(1))
-    mask = mask.flatten(1)
-    count = mask.sum(1)
-    summed = torch.where(mask, values, torch.zeros_like(values)).sum(1)
-    return Losses(summed / count.clamp(min=1), count > 0)
 
 
 def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
@@ -203,17 +201,3 @@ def lambert_w(z: Tensor) -> Tensor:
         move = torch.where((w + 1.0).abs() < 1e-6, torch.zeros_like(w), f / slope)
         w = w - move
     return w
-
-
-def _unreduced(criterion: Callable[..., Any]) -> Callable[..., Any]:
-    if isinstance(criterion, nn.Module):
-        if not hasattr(criterion, "reduction"):
-            return criterion
-        criterion = copy.copy(criterion)
-        criterion.reduction = "none"  # type: ignore[assignment]
-        return criterion
-    try:
-        takes_reduction = "reduction" in inspect.signature(criterion).parameters
-    except (TypeError, ValueError):  # builtins without a signature
-        takes_reduction = False
-    return functools.partial(criterion, reduction="none") if takes_reduction else criterion

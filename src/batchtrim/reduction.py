@@ -2,25 +2,47 @@
 
 Two scales: ``kept`` divides by the number kept, as in the paper: the step gets larger as fewer, harder samples are
 averaged. ``batch`` divides by the number there was to choose from: a sample weighs what it weighs in plain training.
+
+Sums, weights and divisors are held in float32 at least, whatever the losses' dtype; the result is in theirs.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from batchtrim.selection import Selection
+from batchtrim.unreduced import Losses, accumulator, divisors, nonzero
 
-__all__ = ["SCALES", "kept_divisor", "reduce", "reduce_kept", "reduce_mask"]
+__all__ = [
+    "SCALES",
+    "SUM_OF_TERMS",
+    "kept_divisor",
+    "normalized",
+    "reduce",
+    "reduce_kept",
+    "reduce_mask",
+    "reduce_terms",
+]
 
 SCALES = ("kept", "batch")
+SUM_OF_TERMS = (
+    "a sum of terms that count differently (one is masked, weighted or summed, the other is not). Only trim(losses) on "
+    "one process takes that; elsewhere add plain values, a.values + b.values, of which each sample counts the same."
+)
 
 
 def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: Tensor | None = None) -> Tensor:
-    """The loss to call backward on: the mean of the kept ``losses``.
+    """Return the loss to call backward on: the mean of the kept ``losses``.
 
     kept:  ``L = sum_kept(w_i * l_i) / sum_kept(w_i)``, and with no weights ``(1 / k) * sum_kept(l_i)``
-    batch: ``L = sum_kept(w_i * l_i) / n``, n the number of samples there was to choose from
+    batch: ``L = sum_kept(w_i * l_i) / sum(w_i)`` over the samples there was to choose from, and with no weights their
+           number n
+
+    A ``normalizer`` or ``batch_normalizer`` of the selection, as :meth:`batchtrim.Trimmer.select` sets them where
+    losses are weighted, stands in place of these divisors.
 
     Args:
         losses: (B,), with a graph.
@@ -33,10 +55,7 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
         0-d, dtype of ``losses``. With everything kept and no weights: ``losses.mean()``, bit for bit.
     """
     if weights is None and selection.weights is None and _dot_is_exact(losses) and 0 < selection.k < selection.size:
-        if scale == "batch":
-            divisor = selection.batch_normalizer or selection.candidates
-        else:
-            divisor = selection.normalizer or selection.k
+        divisor = _divisor(selection, scale)
         shares = torch.zeros(selection.size, dtype=losses.dtype).index_fill_(0, selection.indices, 1.0 / divisor)
         loss = losses.dot(shares)
         # 0 * inf is NaN: where a dropped loss is not finite, or a kept one is NaN, take the way below
@@ -44,6 +63,8 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
         if value == value:
             return loss
     if not selection.everything:
+        if weights is not None and scale == "batch" and selection.batch_normalizer is None:
+            selection = replace(selection, batch_normalizer=weights.sum(dtype=accumulator(losses)))
         losses = losses.index_select(0, selection.indices)
         weights = None if weights is None else weights.index_select(0, selection.indices)
     return reduce_kept(losses, selection, scale, weights)
@@ -61,41 +82,104 @@ def reduce_kept(kept: Tensor, selection: Selection, scale: str = "kept", weights
     """:func:`reduce` where the losses of the kept rows, (k,), in the order of ``selection.indices``, are at hand."""
     if selection.k == 0:
         return kept.sum()  # 0, attached to the graph: a step that changes nothing, under DDP too
-    if selection.weights is not None:
-        kept = kept * selection.weights
-        weights = selection.weights if weights is None else weights * selection.weights
-    if scale == "batch":
-        return kept.sum() / (selection.batch_normalizer or selection.candidates)
-    if selection.normalizer is not None:
-        return kept.sum() / selection.normalizer
-    if weights is not None:
-        return kept.sum() / weights.sum()
-    return kept.mean()
+    dtype, total = kept.dtype, accumulator(kept)
+    normalizer = selection.batch_normalizer if scale == "batch" else selection.normalizer
+    if normalizer is None and weights is None and selection.weights is None and scale == "kept":
+        return kept.mean()
+    if normalizer is None and weights is not None:
+        normalizer = nonzero(_times(weights, selection.weights).sum(dtype=total))
+    if normalizer is None and scale == "kept":
+        normalizer = selection.weights.sum(dtype=total)  # type: ignore[union-attr]
+    kept = _times(kept, selection.weights)
+    return (kept.sum(dtype=total) / (selection.candidates if normalizer is None else normalizer)).to(dtype)
+
+
+def normalized(selection: Selection, losses: Losses) -> Selection:
+    """Return a selection with the divisors of ``losses``, (B,), where a mean over the kept would not have them.
+
+    Args:
+        selection: of ``losses``, as a rule chose it. Its own normalizer counts samples; where losses are weighted,
+            the divisor is the sum of the kept weights.
+        losses: with weights, counts or reduction "sum"; without, the selection is right as it is.
+
+    Notes:
+        The divisors are tensors of no dimension: nothing is read from the device.
+    """
+    if losses.reduction == "sum":
+        return replace(selection, normalizer=1.0, batch_normalizer=1.0)
+    divisor = divisors(losses)
+    if divisor is None or selection.k == 0:
+        return selection
+    total = accumulator(losses.values)
+    kept = _times(divisor[selection.indices], selection.weights)
+    counted = divisor if losses.mask is None else torch.where(losses.mask, divisor, torch.zeros_like(divisor))
+    weights = selection.weights
+    if losses.counts is not None:
+        weights = _times(losses.counts[selection.indices], weights)
+    return replace(
+        selection,
+        weights=weights,
+        normalizer=nonzero(kept.sum(dtype=total)),
+        batch_normalizer=nonzero(counted.sum(dtype=total)),
+    )
+
+
+def reduce_terms(losses: Losses, selection: Selection, scale: str) -> Tensor:
+    """Return :func:`reduce` of a sum of terms, each divided by its own divisor over what is kept."""
+    parts = []
+    for term in losses.terms:
+        if term.mask is not None:
+            ones = torch.ones_like(term.values, dtype=accumulator(term.values))
+            counts = torch.where(term.mask, ones if term.counts is None else term.counts, torch.zeros_like(ones))
+            term = replace(term, values=torch.where(term.mask, term.values, 0.0), mask=None, counts=counts)
+        parts.append(reduce(term.values, normalized(selection, term), scale, term.weights))
+    return torch.stack(parts).sum()
 
 
 def kept_divisor(selection: Selection, weights: Tensor | None = None) -> float:
-    """What :func:`reduce` with scale "kept" divides the weighted kept sum by. Syncs the device where there are weights.
+    """Return what :func:`reduce` with scale "kept" divides the weighted kept sum by. Syncs the device with weights.
 
     Args:
         weights: (B,), as in :func:`reduce`.
     """
     if selection.normalizer is not None:
-        return selection.normalizer
+        return float(selection.normalizer)
     if weights is None:
-        return selection.k if selection.weights is None else float(selection.weights.sum())
-    kept = weights[selection.indices]
-    return float((kept if selection.weights is None else kept * selection.weights).sum())
+        return selection.k if selection.weights is None else float(selection.weights.sum(dtype=torch.float64))
+    return float(_times(weights[selection.indices], selection.weights).sum(dtype=torch.float64))
 
 
-def reduce_mask(losses: Tensor, mask: Tensor, count: Tensor, weights: Tensor | None = None) -> Tensor:
-    """:func:`reduce` with fixed shapes, for torch.compile: ``sum(where(mask, losses, 0)) / count``.
+def reduce_mask(losses: Losses, kept: Tensor, scale: str) -> Tensor:
+    """Return :func:`reduce` with fixed shapes, for torch.compile: ``sum(where(kept, losses, 0)) / divisor``.
 
     Args:
-        losses: (B,). mask: bool (B,), True where kept. count: 0-d, what the sum is divided by.
-        weights: (B,), as in :func:`reduce`; then their kept sum is the divisor.
+        losses: of shape (B,). kept: bool (B,), True where kept.
     """
-    zero = torch.zeros((), dtype=losses.dtype, device=losses.device)
-    total = torch.where(mask, losses, zero).sum()
-    if weights is not None:
-        count = torch.where(mask, weights, zero).sum()
-    return total / count.to(losses.dtype)
+    values, total = losses.values, accumulator(losses.values)
+    if losses.counts is not None:
+        values = values * losses.counts
+    if losses.mask is not None:
+        kept = kept & losses.mask
+    summed = torch.where(kept, values, torch.zeros_like(values)).sum(dtype=total)
+    if losses.reduction == "sum":
+        return summed.to(losses.values.dtype)
+    counted = kept if scale == "kept" else losses.mask
+    divisor = divisors(losses)
+    if divisor is None:
+        number = torch.full_like(summed, values.shape[0]) if counted is None else counted.sum()
+    else:
+        number = (divisor if counted is None else torch.where(counted, divisor, torch.zeros_like(divisor))).sum(
+            dtype=total
+        )
+    return (summed / nonzero(number)).to(losses.values.dtype)
+
+
+def _divisor(selection: Selection, scale: str) -> float | Tensor:
+    """Return what a sum over the kept without weights is divided by."""
+    if scale == "batch":
+        return selection.candidates if selection.batch_normalizer is None else selection.batch_normalizer
+    return selection.k if selection.normalizer is None else selection.normalizer
+
+
+def _times(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values if weights is None else values * weights

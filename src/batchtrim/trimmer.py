@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ from batchtrim._checks import (
 from batchtrim._deprecated import record_as_before, trimmer_log
 from batchtrim.choice import Choice
 from batchtrim.distributed import select_over_ranks, world_size
-from batchtrim.errors import ChooseLength, ClockPastTotal
-from batchtrim.losses import UNITS, Losses, flatten
-from batchtrim.reduction import SCALES, reduce, reduce_mask
+from batchtrim.errors import ChooseLength, ClockPastTotal, NothingToChoose
+from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear, progress_at
 from batchtrim.selection import Rule, Selection, hardest, select_valid
 from batchtrim.stats import KeepStats
+from batchtrim.unreduced import UNITS, Losses, divisors, flatten
 
 __all__ = ["Trimmer"]
 
@@ -39,6 +40,8 @@ SCOPES = ("local", "global")
 LENGTHS = ("stretch", "saved")
 # A schedule is asked at up to this many points when the trimmer is made, so that a fault is found before training.
 _PROBE_POINTS = 1001
+# So many batches of one sample in a row are no chance: the last batch of an epoch may be one.
+_SINGLE_ROWS = 3
 
 
 class Trimmer:
@@ -126,6 +129,7 @@ class Trimmer:
         self._steps = 0
         self._accuracy = 0.0
         self._overrun_told = False
+        self._single_rows = 0
         # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
         self._keep_tensor = torch.ones((), dtype=torch.float64)
         self._probe()
@@ -135,7 +139,7 @@ class Trimmer:
         self,
         losses: Tensor | Losses,
         *,
-        rank_by: Tensor | None = None,
+        rank_by: Tensor | Losses | None = None,
         mask: Tensor | None = None,
         **logged: Any,
     ) -> Tensor:
@@ -161,25 +165,29 @@ class Trimmer:
             No device sync, unless a mask is given or the rule's k depends on the losses. A drop-in for one full
             graph: dropped samples still cost their backward; :class:`batchtrim.TrimmedForward` saves that.
         """
-        values, scores, mask, weights = self._flatten(losses, rank_by, mask)
+        flat, scores = self._flatten(losses, rank_by, mask)
         if torch.compiler.is_compiling() and self.scope == "local" and hasattr(self.rule, "compiled_mask"):
-            return self._compiled(values, scores, mask, weights)
-        selection = self._choose(values, scores, mask, weights)
+            return self._compiled(flat, scores)
+        selection = self._choose(flat, scores)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim")
-        return reduce(values, selection, self.scale, weights)
+        if flat.terms:
+            return reduce_terms(flat, selection, self.scale)
+        return reduce(flat.values, selection, self.scale, flat.weights)
 
     def select(
         self,
         losses: Tensor | Losses,
         *,
-        rank_by: Tensor | None = None,
+        rank_by: Tensor | Losses | None = None,
         mask: Tensor | None = None,
         **logged: Any,
     ) -> Selection:
         """Only choose, as :meth:`__call__` would, and count it in ``stats``. :func:`batchtrim.reduce` does the rest."""
-        values, scores, mask, weights = self._flatten(losses, rank_by, mask)
-        selection = self._choose(values, scores, mask, weights)
+        flat, scores = self._flatten(losses, rank_by, mask)
+        if flat.terms:
+            raise ValueError(f"expected `losses` with one divisor, got {SUM_OF_TERMS}")
+        selection = self._choose(flat, scores)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim.select")
         return selection
@@ -377,73 +385,99 @@ class Trimmer:
         self._keep_tensor.fill_(self._keep)
 
     def _flatten(
-        self, losses: Tensor | Losses, rank_by: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Values, scores to rank by, mask and weights, each a vector of what there is to choose from."""
-        weights = None
-        if isinstance(losses, Losses):
-            mask = _both(losses.mask, mask)
-            losses, _, weights = losses
+        self, losses: Tensor | Losses, rank_by: Tensor | Losses | None, mask: Tensor | None
+    ) -> tuple[Losses, Tensor]:
+        """The vector there is to choose from, and the scores to rank it by."""
         joint = self.scope == "global"
-        check_losses(losses, allow_empty=joint)
+        if not isinstance(losses, Losses):
+            check_losses(losses, allow_empty=joint)
+            losses = Losses(losses)
+        elif losses.values.numel() == 0:
+            check_losses(losses.values, allow_empty=joint)
+        values = losses.values
         if mask is not None:
-            check_like("mask", mask, losses, torch.bool)
-        if rank_by is not None:
+            check_like("mask", mask, values, torch.bool)
+            losses = losses.masked(mask)
+        flat = losses if values.ndim == 1 and losses.unit is None else flatten(losses, self.unit)
+        if rank_by is None:
+            return flat, flat.values.detach()
+        if isinstance(rank_by, Losses):
+            ranked = flatten(rank_by, self.unit)
+            check_like("rank_by", ranked.values, flat.values)
+        else:
             check_losses(rank_by, "rank_by", allow_empty=joint)
-            check_like("rank_by", rank_by, losses)
-        if losses.ndim == 1:
-            return losses, (losses if rank_by is None else rank_by).detach(), mask, weights
-        flat = flatten(Losses(losses, mask, weights), self.unit)
-        ranked = flat if rank_by is None else flatten(Losses(rank_by, mask, weights), self.unit)
-        return flat.values, ranked.values.detach(), flat.mask, flat.weights
+            check_like("rank_by", rank_by, values)
+            # by their plain mean: the weights and the reduction are those of the losses trained on
+            ranked = flatten(Losses(rank_by, losses.mask), self.unit)
+        return flat, ranked.values.detach()
 
-    def _choose(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Selection:
+    def _choose(self, flat: Losses, scores: Tensor) -> Selection:
         if self.scope == "global" and world_size(self.process_group) > 1:
-            return self._choose_jointly(values, scores, mask, weights)
-        selection = select_valid(self.rule, scores, self._keep, mask, self.generator)
-        self.last = Choice(values.detach(), selection, mask)
-        self.stats.record(self.last.losses, selection, mask)
+            return self._choose_jointly(flat, scores)
+        selection = select_valid(self.rule, scores, self._keep, flat.mask, self.generator)
+        if flat.weights is not None or flat.counts is not None or flat.reduction != "mean":
+            selection = normalized(selection, flat)
+        self.last = Choice(flat.values.detach(), selection, flat.mask)
+        self.stats.record(self.last.losses, selection, flat.mask)
+        self._single_rows = self._single_rows + 1 if selection.size == 1 and self._keep < 1.0 else 0
+        if self._single_rows == _SINGLE_ROWS:
+            self._tell_single_rows()
         return selection
 
-    def _choose_jointly(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Selection:
+    def _choose_jointly(self, flat: Losses, scores: Tensor) -> Selection:
+        if flat.terms:
+            raise ValueError(f"expected `losses` with one divisor and scope='global', got {SUM_OF_TERMS}")
+        weights = divisors(flat)
         joined = select_over_ranks(
             self.rule,
-            values,
+            flat.values,
             scores,
             self._keep,
-            mask=mask,
+            mask=flat.mask,
             weights=weights,
             generator=self.generator,
             settings=(repr(self.schedule), self.total, self.scale, self.unit),
             steps=self._steps,
             group=self.process_group,
         )
-        self.last = Choice(values.detach(), joined.selection, mask)
+        selection = joined.selection
+        if flat.reduction == "sum":
+            ranks = world_size(self.process_group)
+            selection = replace(selection, normalizer=1.0 / ranks, batch_normalizer=1.0 / ranks)
+        elif flat.counts is not None:
+            counts = flat.counts[selection.indices]
+            selection = replace(selection, weights=counts if selection.weights is None else selection.weights * counts)
+        self.last = Choice(flat.values.detach(), selection, flat.mask)
         self.stats.record(joined.values, joined.chosen)
-        return joined.selection
+        return selection
 
-    def _compiled(self, values: Tensor, scores: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+    def _compiled(self, flat: Losses, scores: Tensor) -> Tensor:
         """The same loss with fixed shapes. Statistics are not recorded in a compiled step."""
         self.last = None  # not the choice of an earlier batch
-        n: Tensor | int = values.shape[0]
+        mask = flat.mask
+        n: Tensor | int = scores.shape[0]
         if mask is not None:
             n = mask.sum()
             scores = torch.where(mask, scores, float("-inf"))
         kept = self.rule.compiled_mask(scores, self._keep_tensor, n)  # type: ignore[attr-defined]
         if mask is not None:
             kept &= mask
-        count = kept.sum().clamp(min=1) if self.scale == "kept" else torch.as_tensor(n).clamp(min=1)
-        return reduce_mask(values, kept, count, weights if self.scale == "kept" else None)
+        if flat.terms:
+            return torch.stack([reduce_mask(term, kept, self.scale) for term in flat.terms]).sum()
+        return reduce_mask(flat, kept, self.scale)
+
+    def _tell_single_rows(self) -> None:
+        warnings.warn(
+            f"expected batches of several samples to choose from, got {_SINGLE_ROWS} of one in a row: whatever is kept "
+            "of one is all of it, so nothing is trimmed. If a padding-free collator packs the batch into one row, "
+            "choose tokens with unit='element'; if micro-batches hold one sample each, choose from the whole window "
+            "with batchtrim.accumulate.",
+            NothingToChoose,
+            stacklevel=4,
+        )
 
 
 def _probe_points(total: int | None) -> list[float]:
     """Where a schedule is asked to find out about it: every progress of a short training, a thousand of a long one."""
     points = min(total or _PROBE_POINTS, _PROBE_POINTS)
     return [progress_at(i, points) for i in range(points)]
-
-
-def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if mask is None or other is None:
-        return other if mask is None else mask
-    check_like("mask", other, mask, torch.bool)
-    return mask & other

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import batchtrim
 from batchtrim import Choice, KeepLog, Selection, Trimmer
+from batchtrim.keeplog import NoiseAmplified
+from batchtrim.keeplog.batch import Entries
 
 IDS = torch.tensor([9, 8, 7, 6])
 LOSSES = torch.tensor([0.1, 4.0, 3.0, 0.2])
@@ -146,3 +151,180 @@ def test_a_window_is_recorded_as_one_batch() -> None:
     log.record(step.trim.last, ids=torch.arange(8))
     losses = nn.functional.cross_entropy(model(x), y, reduction="none")
     assert kept(log) == sorted(losses.topk(2).indices.tolist())
+
+
+def record(log: KeepLog, losses: Tensor, keep: float = 0.5, **beside: Tensor) -> None:
+    selection = batchtrim.hardest()(losses, keep)
+    log.record(Choice(losses, selection), ids=torch.arange(len(losses)), **beside)
+
+
+@pytest.mark.parametrize("classes", [32_768, 32_769, 40_000, 50_000, None])
+def test_more_classes_than_int16_holds(classes: int | None, tmp_path: Path) -> None:
+    """Accepted when made, then an overflow at the end of the epoch, or "none given" without a word."""
+    c = classes or 70_000
+    log = KeepLog(4, classes=classes)
+    labels = torch.tensor([0, c // 2, c - 2, c - 1])
+    outputs = nn.functional.one_hot(labels.roll(1), c).float()  # each row contradicts its label
+    record(log, LOSSES, outputs=outputs, labels=labels)
+    line = log.end_epoch()
+    assert log.table()["predicted"].tolist() == labels.roll(1).tolist()
+    assert line["doubt"] == 1.0
+    if classes:
+        assert [line["class_seen"][label] for label in labels.tolist()] == [1, 1, 1, 1]
+        assert sum(line["class_seen"]) == 4
+        assert sum(line["class_kept"]) == 2
+    again = KeepLog(4, classes=classes)
+    again.load_state_dict(log.state_dict())
+    record(again, LOSSES, outputs=outputs.roll(1, 0), labels=labels)
+    assert again.table()["predicted"].tolist() == labels.roll(2).tolist()
+    merged = KeepLog(4, classes=classes)
+    record(merged, LOSSES)
+    merged.merge(log)
+    assert merged.table()["predicted"].tolist() == labels.roll(1).tolist()
+    pytest.importorskip("pyarrow")
+    log.to_parquet(tmp_path / "log.parquet")
+    table = KeepLog.from_parquet(tmp_path / "log.parquet").table()
+    assert table["predicted"].tolist() == labels.roll(1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_labels_beyond_int16_are_compared_as_they_are(dtype: torch.dtype) -> None:
+    """Without classes labels may be anything; none is taken for another by wrapping around."""
+    log = KeepLog(4)
+    largest = min(torch.iinfo(dtype).max, 2**40)
+    labels = torch.tensor([largest, 200 % largest, 1, 0], dtype=dtype)
+    outputs = nn.functional.one_hot(torch.tensor([0, 200, 1, 0]), 201).float()
+    record(log, LOSSES, outputs=outputs, labels=labels)
+    # the surest quarter is one of four alike: all four count as surest
+    assert log.end_epoch()["doubt"] == (0.25 if labels[1] == 200 else 0.5)
+
+
+def test_epochs_ended_twice_by_loop_and_callback() -> None:
+    """A TypeError, three epochs later, in training."""
+    n = 2000
+    log = KeepLog(n, classes=2)
+    draw = torch.Generator().manual_seed(0)
+    for keep in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
+        for ids in torch.randperm(n, generator=draw).split(500):
+            losses = torch.rand(len(ids), generator=draw)
+            outputs, labels = torch.rand(len(ids), 2, generator=draw), ids % 2
+            last = Choice(losses, batchtrim.hardest()(losses, keep))
+            log.record(last, ids=ids, outputs=outputs, labels=labels)
+        line = log.end_epoch()
+        assert log.end_epoch() == line
+    assert len(log.history) == 9
+
+
+def test_an_epoch_of_a_log_made_before_may_hold_nothing() -> None:
+    """States saved by earlier releases hold such lines, and an epoch may see nothing but what a mask leaves out."""
+    log = KeepLog(4)
+    nothing = log.end_epoch()
+    assert (nothing["seen"], nothing["keep"]) == (0, None)
+    none = torch.zeros(4, dtype=torch.bool)
+    for keep in (1.0, 0.5, 0.4, 0.3):
+        record(log, LOSSES, keep, outputs=torch.rand(4, 3), labels=torch.zeros(4, dtype=torch.int64))
+        log.end_epoch()
+        log.record(Choice(LOSSES, Selection(torch.tensor([], dtype=torch.int64), 4, 0), none), ids=IDS)
+        assert log.end_epoch()["keep"] is None
+    assert [line["seen"] for line in log.history] == [0, 4, 0, 4, 0, 4, 0, 4, 0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("part", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("below", [2.0, 0.45])
+def test_losses_that_are_not_finite_end_no_training(value: float, part: float, below: float) -> None:
+    """From the start, or in the middle of training: a hardest tenth of the last epoch and none of this one."""
+    n = 2000
+    log = KeepLog(n)
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.zeros(n, dtype=torch.int64)
+    for keep in (1.0, 0.5, 0.4, 0.3, 0.2):
+        losses = torch.rand(n, generator=draw)
+        if keep < below:
+            losses[: int(n * part)] = value
+        outputs = torch.rand(n, 2, generator=draw)
+        outputs[0] = value
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoiseAmplified)
+            record(log, losses, keep, outputs=outputs, labels=labels)
+            assert log.end_epoch()["seen"] == n
+    ids, scores = batchtrim.suspects(log)
+    assert len(ids) == n
+    assert torch.isfinite(scores).all()
+
+
+def test_a_loss_that_is_not_finite_has_no_variance_in_a_file_either(tmp_path: Path) -> None:
+    """It came back as 0."""
+    pytest.importorskip("pyarrow")
+    log = KeepLog(4)
+    record(log, torch.tensor([float("inf"), 1.0, float("nan"), 2.0]))
+    log.to_parquet(tmp_path / "log.parquet")
+    found = KeepLog.from_parquet(tmp_path / "log.parquet").table()
+    torch.testing.assert_close(found, log.table(), equal_nan=True)
+    assert found["variance"].isnan().tolist() == [True, False, True, False]
+
+
+def test_a_merged_log_counts_an_open_epoch() -> None:
+    """What the later log had not closed was missing from the next line."""
+    one, later = KeepLog(4), KeepLog(4)
+    record(one, LOSSES)
+    record(later, LOSSES)
+    record(later, LOSSES)
+    one.merge(later)
+    assert one.end_epoch()["seen"] == 12
+    with pytest.raises(ValueError, match="expected a log of None classes, got one of 2"):
+        one.merge(KeepLog(4, classes=2))
+
+
+@pytest.mark.parametrize("n", [2**62, 2**63 - 1, 10**17])
+def test_a_log_beyond_memory(n: int) -> None:
+    with pytest.raises(ValueError, match="expected `n` samples of 32 bytes each to fit in memory"):
+        KeepLog(n)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ids", torch.tensor([0, 1, 2, 4]), "expected `ids` from 0 to 3, got some from 0 to 4"),
+        ("ids", torch.tensor([0, 1, 2, 2**62]), "expected `ids` from 0 to 3"),
+        ("ids", torch.tensor([0, 1, 2, -(2**40)]), "expected `ids` from 0 to 3"),
+        ("labels", torch.tensor([0, 1, 2, 3]), "expected `labels` from 0 to 2, got 3"),
+        ("labels", torch.tensor([0, 1, 2, 2**16]), "expected `labels` from 0 to 2, got 65536"),
+        ("labels", torch.tensor([0, 1, 2, 2**32 + 1]), "expected `labels` from 0 to 2"),
+    ],
+)
+def test_out_of_range(name: str, value: Tensor, message: str) -> None:
+    log = KeepLog(4, classes=3)
+    given = {"ids": torch.arange(4), name: value}
+    with pytest.raises(ValueError, match=message):
+        log.record(Choice(LOSSES, batchtrim.hardest()(LOSSES, 0.5)), **given)
+    assert log.steps == 0
+
+
+def test_out_of_range_on_a_device() -> None:
+    """Where looking at once would stall it: packed as there, and found at the end of the epoch."""
+    log = KeepLog(4, classes=3)
+    for ids, labels, wrong in (([0, 1, 2, 4], [0, 1, 2, 0], 1), ([0, -1, 2, 3], [0, 1, 3, -1], 2)):
+        entries = Entries(
+            torch.tensor([i if 0 <= i < 4 else -1 for i in ids]),
+            LOSSES,
+            torch.ones(4, dtype=torch.bool),
+            torch.full((4,), log.steps, dtype=torch.int32),
+            *(torch.full((4,), -1, dtype=dtype) for dtype in (torch.int32, torch.float16)),
+            torch.tensor(labels, dtype=torch.int32),
+        )
+        log._pending.append(entries)
+        log.steps += 1
+        with pytest.raises(ValueError, match=f"from 0 to 3, and `labels` below 3, got {wrong} others in the epoch"):
+            log.end_epoch()
+    assert [line["seen"] for line in log.history] == [3, 3], "the epochs are closed all the same"
+
+
+@pytest.mark.parametrize("damage", ["seen", "epoch", "predicted"])
+def test_a_state_of_other_shapes(damage: str) -> None:
+    log = KeepLog(4, classes=3)
+    state = log.state_dict()
+    inside = state if damage == "epoch" else state["columns"]
+    inside[damage] = inside[damage][:-1]
+    with pytest.raises(ValueError, match=f"expected `state` to hold '{damage}' of shape"):
+        log.load_state_dict(state)

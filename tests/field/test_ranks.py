@@ -18,11 +18,9 @@ WORKER = Path(__file__).parent.parent / "distributed" / "field_worker.py"
 @pytest.mark.parametrize(
     "cases",
     [
-        "first_call results failing_rule arguments",  # rules, and what is given to a call, that differ between ranks
-        "masked_on_one_rank without_samples foreign_group half_precision",
-        "empty_micro_batches uneven_windows other_collectives",
-        "keep_logs other_numbers_of_calls other_groups",
-        "forward_that_waits",  # FSDP and SyncBatchNorm
+        "first_call results failing_rule arguments masked_on_one_rank without_samples foreign_group half_precision",
+        "empty_micro_batches uneven_windows other_collectives keep_logs other_numbers_of_calls other_groups",
+        pytest.param("forward_that_waits", marks=pytest.mark.slow),  # FSDP's imports take longer than the rest
     ],
 )
 def test_ranks_agree_or_all_of_them_say_so(cases: str, tmp_path: Path) -> None:

@@ -62,15 +62,16 @@ class AutoEngine:
         assert self.saving is not None
         try:
             step = self.saving(x, y, selection)
-        except EngineRefused as refused:
-            self._hand_on(refused)
-            selection = refused.selection
+        except EngineRefused as error:
+            refused = EngineRefused(str(error), error.selection)
         else:
             if not self._told and isinstance(self.saving, SharedEngine):
                 self._tell(self.saving)
             return step
         # Not while the error lives: it holds the model's frames, and older checkpointing undoes its hooks with them.
-        return self.exact(x, y, selection)
+        step = self.exact(x, y, refused.selection if selection is None else selection)
+        self._hand_on(refused)
+        return step
 
     @property
     def repeats_forward(self) -> bool:

@@ -192,6 +192,8 @@ def _reason(error: BaseException) -> str:
     cause = error
     while getattr(cause, "inner_exception", None) is not None:
         cause = cause.inner_exception
+    if isinstance(cause, CannotCapture):
+        return str(cause)  # it was traced, and is refused for what the graph shows
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if not lines:
         return f"it cannot be traced as one graph ({type(cause).__name__})"

@@ -110,35 +110,35 @@ class SharedEngine:
         """Run the traced step; what it saved, the losses with their graph, and the model's outputs."""
         if self.refused is not None:
             raise EngineRefused(self.refused)
-        plain: _Plain | None = None
-        found = self._traced(x, y)
-        if found is None:  # nothing has run: first see what the model's own Python computes
-            plain = _Plain(self.forward, x, y)
-            found = self._traced(x, y)
-        assert found is not None
-        tape, losses, outputs = found
-        reason = None if plain is None else plain.difference(losses.values.detach())
-        if plain is not None and reason is not None:
-            plain.before.restore(x, y)
-            self._refuse(f"its trace differs from the model: {reason}")
-        return tape, losses, map_tensors(Tensor.detach, outputs)
-
-    def _traced(self, x: Any, y: Any) -> tuple[Tape, Losses, Any] | None:
-        """Run a trace; None where it is a new one, and has not run."""
-        tape = self._tape = Tape()
         x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
+        reason = ""
         try:
-            with torch.enable_grad(), _with_call(self.forward.model, self.capture) as call:
-                (values, mask, weights), outputs = call(*_marked(x, y, self.forward.batch_dim))
-        except NewTrace:
-            return None
+            with torch.enable_grad(), _with_call(self.forward.model, self._traced) as call:
+                (values, mask, weights), outputs, tape, plain = call(x, y)
         except CannotCapture as error:
             reason = str(error)
-        else:
-            return tape, Losses(values, mask, weights), outputs
-        finally:
-            self._tape = None
-        self._refuse(reason)
+        if reason:
+            self._refuse(reason)
+        differs = None if plain is None else plain.difference(values.detach())
+        if plain is not None and differs is not None:
+            plain.before.restore(x, y)
+            self._refuse(f"its trace differs from the model: {differs}")
+        return tape, Losses(values, mask, weights), map_tensors(Tensor.detach, outputs)
+
+    def _traced(self, x: Any, y: Any) -> Any:
+        """Run the trace; before one runs for the first time, see what the model's own Python computes."""
+        plain: _Plain | None = None
+        while True:
+            tape = self._tape = Tape()
+            try:
+                found = self.capture(*_marked(x, y, self.forward.batch_dim))
+            except NewTrace:
+                pass
+            else:
+                return *found, tape, plain
+            finally:
+                self._tape = None
+            plain = _Plain(self.forward, x, y)
 
     def _refuse(self, reason: str) -> NoReturn:
         self.refused = f"the shared engine cannot run this model: {reason}"
@@ -261,7 +261,12 @@ def _with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[
         yield call
         return
     inner = model._modules["module"]
-    model._modules["module"] = _StandIn(call)
+
+    def called(*args: Any) -> Any:
+        model._modules["module"] = inner
+        return call(*args)
+
+    model._modules["module"] = _StandIn(called)
     try:
         yield model
     finally:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from batchtrim._checks import check_choice
+from batchtrim.errors import ChooseLength
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["CLOCKS", "build", "follow", "log_values", "total_of"]
+__all__ = ["CLOCKS", "build", "follow", "load_state", "log_values", "total_of"]
 
 CLOCKS = ("epoch", "step")
 
@@ -62,3 +63,20 @@ def log_values(trim: Trimmer, mean: Callable[[Tensor], Any] | None = None) -> di
     if mean is not None:
         row = mean(torch.tensor(row, dtype=torch.float64)).tolist()
     return {f"trim/{name}": value / row[0] for name, value in zip(values, row[1:], strict=True)} if row[0] else {}
+
+
+def load_state(trim: Trimmer, state: dict[str, Any], length: str | None, taken_by: str, unit: str) -> None:
+    """Go on from ``state``. ``taken_by`` is whose argument ``resume_length`` is, ``unit`` what the clock counts.
+
+    Raises:
+        ChooseLength: it is of a training of another length, and which is meant was not said.
+    """
+    try:
+        trim.load_state_dict(state, length=length)
+    except ChooseLength as error:
+        raise ChooseLength(
+            f"expected a checkpoint of a training of as many {unit}s, total={trim.total}, got total={state['total']}. "
+            f"Progress would jump. Say what is meant: {taken_by}(resume_length='stretch') stretches the schedule over "
+            "this training, jump included; resume_length='saved' goes on by the saved total and stays at the "
+            "schedule's end beyond it."
+        ) from error

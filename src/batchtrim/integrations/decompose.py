@@ -10,17 +10,19 @@ Legend: B batch, t entries a sample, L the model's loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchtrim.integrations.intercept import Call, NotFound, Part, Recorder, parts_of
+from batchtrim.integrations.intercept import Call, NotFound, Part, Recorder
+from batchtrim.integrations.parts import parts_of
+from batchtrim.integrations.rows import label_sizes, output_tensors, prove_rows, rows_of
 from batchtrim.losses import Losses
 
-__all__ = ["Found", "LossFinder", "shift_of"]
+__all__ = ["Found", "LossFinder"]
 
 _CHECK_EVERY = 100
 
@@ -48,9 +50,9 @@ class Found:
         """The losses with a sample's weight 1 on average, so that a divisor that counts samples is right as well."""
         if self.entries is None:
             return self.losses
-        values, mask, weights = self.losses
-        assert weights is not None
-        return Losses(values / mean_entries, mask, weights / mean_entries)
+        losses = self.losses
+        assert losses.weights is not None
+        return Losses(losses.values / mean_entries, losses.mask, losses.weights / mean_entries)
 
 
 class LossFinder:
@@ -90,84 +92,13 @@ class LossFinder:
         check = form not in self._proven or self._calls % _CHECK_EVERY == 0
         parts = parts_of(loss, recorder.calls, check=check)
         sizes = label_sizes(labels, batch)
-        rows = [_rows(part.values, batch, sizes) for part in parts]
+        rows = [rows_of(part.values, batch, sizes) for part in parts]
         if check and with_graph:
             if batch > 1:
-                _prove_rows(parts, rows, output_tensors(outputs, loss), labels)
+                prove_rows(parts, rows, output_tensors(outputs, loss), labels)
             self._proven.add(form)
         losses, scores, entries = _merged(parts, rows, self.unit)
         return Found(losses, scores, loss.detach(), outputs, parts[0].call, len(parts), entries)
-
-
-def label_sizes(labels: Iterable[Tensor], batch: int) -> set[int]:
-    """Return how many entries a sample may have: as many as labels, or one fewer where they are shifted; or one."""
-    whole = {tensor.numel() // batch for tensor in labels if tensor.ndim and tensor.shape[0] == batch}
-    return whole | {size - 1 for size in whole if size > 1} | {1}
-
-
-def output_tensors(outputs: Any, loss: Any) -> list[Tensor]:
-    """The tensors with a graph that a model returned, but for its loss."""
-    values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (tuple, list)) else ()
-    tensors = [each for value in values for each in (value if isinstance(value, (tuple, list)) else (value,))]
-    return [each for each in tensors if isinstance(each, Tensor) and each.grad_fn is not None and each is not loss]
-
-
-def _rows(values: Tensor, batch: int, sizes: set[int]) -> Tensor:
-    """(B, t). A flat vector is B times as many entries as the labels have: with some left out, none could be placed."""
-    each, rest = divmod(values.numel(), batch)
-    whole = values.ndim > 2 and values.shape[0] == batch
-    if batch == 1 or (not rest and (each in sizes or whole or _flat_classes(values, batch, sizes))):
-        return values.reshape(batch, -1)
-    raise NotFound(
-        f"its {values.numel()} losses cannot be told apart by sample: the batch has {batch} samples, "
-        f"with {' or '.join(map(str, sorted(sizes)))} labels each"
-    )
-
-
-def _flat_classes(values: Tensor, batch: int, sizes: set[int]) -> bool:
-    """(B * t, C): several losses of each of a sample's labels."""
-    return values.ndim == 2 and not values.shape[0] % batch and values.shape[0] // batch in sizes
-
-
-def _prove_rows(parts: list[Part], rows: list[Tensor], outputs: list[Tensor], labels: Sequence[Tensor]) -> None:
-    """Each row is of its sample, told by the gradient of the outputs; where none reaches them, by the labels."""
-    batch = len(rows[0])
-    outputs = [each for each in outputs if each.ndim and each.shape[0] == batch]
-    for part, each in zip(parts, rows, strict=True):
-        if not (_reaches_its_rows(each, outputs) or any(shift_of(part.call, label) is not None for label in labels)):
-            raise NotFound("neither an output that it returns nor its labels show which loss is of which sample")
-
-
-def _reaches_its_rows(rows: Tensor, outputs: list[Tensor]) -> bool:
-    """Weighing the rows weighs the gradient of each output's row alike. False where there is no gradient."""
-    if not outputs or not rows.requires_grad:
-        return False
-    weights = torch.arange(1, len(rows) + 1, device=rows.device, dtype=rows.dtype)
-    plain = torch.autograd.grad(rows.sum(), outputs, retain_graph=True, allow_unused=True)
-    weighed = torch.autograd.grad(rows.sum(1) @ weights, outputs, retain_graph=True, allow_unused=True)
-    reached = False
-    for one, other in zip(plain, weighed, strict=True):
-        if one is None or other is None or not one.any():
-            continue
-        reached = True
-        expected = one.double() * weights.double().reshape(-1, *[1] * (one.ndim - 1))
-        if (other.double() - expected).abs().max() > 2e-2 * expected.abs().max():
-            raise NotFound("its losses do not lie in the order of the samples")
-    return reached
-
-
-def shift_of(call: Call, label: Tensor) -> int | None:
-    """Return 0 where a call's targets are these labels, sample by sample, 1 where they are the next ones, else None."""
-    batch = len(label)
-    if not batch or call.target.numel() % batch:
-        return None
-    target = call.target.detach().reshape(batch, -1)
-    label = label.reshape(batch, -1).to(target.device)
-    if torch.equal(target, label):
-        return 0
-    length = min(target.shape[1], label.shape[1] - 1)
-    shifted = length > 0 and target.shape[1] - length <= 1 and torch.equal(target[:, :length], label[:, 1 : length + 1])
-    return 1 if shifted else None
 
 
 def _merged(parts: list[Part], rows: list[Tensor], unit: str) -> tuple[Losses, Tensor | None, Tensor | None]:

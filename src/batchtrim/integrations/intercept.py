@@ -2,9 +2,10 @@
 
 A model's ``forward`` or a module's ``training_step`` returns one number. :class:`Recorder` is a
 ``torch.overrides.TorchFunctionMode``: while it is entered, and no longer, every call of a loss function of
-``torch.nn.functional`` passes through it, also those made by ``nn.CrossEntropyLoss()`` and its like. The caller gets the
-value it would have got, cut off from the graph; the un-reduced losses, with their graph, are kept. What the caller makes
-of these values can then be differentiated: :func:`parts_of` gives what each loss contributes to the returned number.
+``torch.nn.functional`` passes through it, also those that ``nn.CrossEntropyLoss()`` and its like make. The caller gets
+the value it would have got, cut off from the graph. The un-reduced losses are kept, with their graph. Differentiating
+the returned number by these values then tells what each loss contributes to it:
+:func:`batchtrim.integrations.parts.parts_of`.
 
 Legend: L the returned number, u_j un-reduced losses, r the reduced value the caller got, D its divisor.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Call", "NotFound", "Part", "Recorder", "parts_of"]
+__all__ = ["Call", "NotFound", "Part", "Recorder"]
 
 _CLASSES = (F.cross_entropy, F.nll_loss)  # divide by the targets that count, weighted
 _ENTRIES = (  # divide by all entries
@@ -129,38 +130,6 @@ class Recorder(TorchFunctionMode):
         return leaf
 
 
-def parts_of(loss: Any, calls: list[Call], *, check: bool) -> list[Part]:
-    """What each recorded call contributes to ``loss``.
-
-    ``L = sum_i dL/dr_i * r_i``, with the values u of call i in place of its r. That holds where L is homogeneous in the
-    recorded values: sums of them, with factors. The gradient with respect to the model is right for any L.
-
-    Raises:
-        NotFound: L depends on something else as well, or nothing was recorded.
-    """
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad or not calls:
-        raise NotFound("no call of a loss function of torch.nn.functional that it is made of was seen")
-    if _has_other_leaves(loss, [call.leaf for call in calls]):
-        raise NotFound("it has a further term besides the loss functions it calls")
-    with torch.enable_grad():
-        factors = torch.autograd.grad(loss.sum(), [call.leaf for call in calls], allow_unused=True)
-    if check:
-        _check(loss.detach(), calls, factors)
-    return [_part(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
-
-
-def _part(call: Call, factor: Tensor) -> Part:
-    factor = factor.to(call.values.dtype)
-    if call.divisor is None:  # the caller reduced: dL/du_j says how
-        counted = factor != 0
-        divisor = counted.sum().clamp(min=1)
-        return Part(call, call.values * (factor * divisor), counted, None, divisor)
-    counts = call.weights if call.weights is not None else call.counted
-    divisor = call.values.new_tensor(call.values.numel()) if counts is None else counts.sum().to(call.values.dtype)
-    divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
-    return Part(call, call.values * (factor * divisor / call.divisor), call.counted, call.weights, divisor)
-
-
 def _entries(given: Any, values: Tensor) -> tuple[Tensor, Tensor | None]:
     """Which entries of class targets count, and their class weights."""
     target, weight = given["target"], given["weight"]
@@ -181,38 +150,3 @@ def _divisor(reduction: str, values: Tensor, counted: Tensor | None, weights: Te
     counts = counted if weights is None else weights
     total = values.new_tensor(values.numel()) if counts is None else counts.sum().to(values.dtype)
     return torch.where(total == 0, torch.ones_like(total), total)
-
-
-def _has_other_leaves(loss: Tensor, leaves: list[Tensor]) -> bool:
-    known, seen, waiting = {id(leaf) for leaf in leaves}, set(), [loss.grad_fn]
-    if loss.grad_fn is None:
-        return id(loss) not in known
-    while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and id(node.variable) not in known:
-            return True
-        waiting += [following for following, _ in node.next_functions]
-    return False
-
-
-def _check(loss: Tensor, calls: list[Call], factors: Any) -> None:
-    """Each reduced value against the caller's own call, and L against what it is made of."""
-    used = [(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
-    for call, _ in used:
-        with torch.no_grad():
-            own = call.own()
-        # the mean of nothing is NaN there and 0 here
-        if call.divisor is not None and (call.counted is None or call.counted.any()):
-            _compare(own, call.leaf, f"the mean of {call.name}'s un-reduced losses")
-    rebuilt = torch.stack([(call.leaf.detach().double() * factor.double()).sum() for call, factor in used]).sum()
-    _compare(loss.reshape(()), rebuilt, "the sum of the losses found")
-
-
-def _compare(true: Tensor, found: Tensor, what: str) -> None:
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(true.dtype, 2e-2)
-    right, ours = float(true.detach()), float(found.detach())
-    if right == right and abs(right - ours) > tolerance * max(abs(right), 1e-2):  # NaN is NaN in plain training too
-        raise NotFound(f"{what} is {ours:.6g} where the loss is {right:.6g}")

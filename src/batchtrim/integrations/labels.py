@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from batchtrim.distributed import sum_over_ranks, world_size
-from batchtrim.integrations.decompose import Found, shift_of
+from batchtrim.integrations.decompose import Found
+from batchtrim.integrations.rows import shift_of
 from batchtrim.losses import Losses, flatten
+from batchtrim.unreduced import divisors
 
-__all__ = ["Counting", "counting_of", "labels_of", "loss_of", "plain_sums", "shares"]
+__all__ = ["Counting", "counting_of", "counting_of_own", "labels_of", "loss_of", "plain_sums", "shares", "tensors_in"]
 
 _SPANS = ("start_positions", "end_positions")
 
@@ -69,12 +71,23 @@ def counting_of(found: Found, labels: Sequence[Tensor]) -> Counting:
     return Counting(call.ignored, shift)
 
 
+def counting_of_own(losses: Losses, batch: Mapping[str, Any], unit: str, names: Sequence[str]) -> Counting:
+    """Return how to count for losses that are not the model's: labels of -100 do not, and a shift shows in the number."""
+    there = losses.values.numel() if losses.mask is None else int(losses.mask.sum())
+    for shift in (0, 1):
+        if int(Counting(-100, shift)(batch, names)[0]) == there:
+            return Counting(-100, shift, entries=unit == "element")
+    return Counting(-100, entries=unit == "element")
+
+
 def plain_sums(losses: Losses) -> Tensor:
     """Return (2,): the sum of all losses that count and what it is divided by: their number, or their weights."""
-    values, mask, weights = flatten(losses, "element")
-    counts = torch.ones_like(values) if weights is None else weights
-    if mask is not None:
-        values, counts = values[mask], counts[mask]
+    flat = flatten(losses, losses.unit or "element")
+    values = flat.values if flat.counts is None else flat.values * flat.counts
+    counts = divisors(flat)
+    counts = torch.ones_like(values) if counts is None else counts
+    if flat.mask is not None:
+        values, counts = values[flat.mask], counts[flat.mask]
     return torch.stack([values.sum(), counts.sum()])
 
 
@@ -106,3 +119,11 @@ def shares(counts: Tensor, over: str, scope: str, across: bool) -> tuple[list[Te
     if scope == "local" and across:
         total, ranks = sum_over_ranks(total, "number of totals"), world_size()
     return list((ranks * entries / total.clamp(min=1)).expand(micro_batches)), mean  # nothing to train on: 0, not NaN
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in nested mappings, lists and tuples that have a dimension."""
+    if isinstance(value, Tensor):
+        return [value] if value.ndim else []
+    held = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in held for tensor in tensors_in(item)]

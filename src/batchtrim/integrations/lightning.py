@@ -8,19 +8,25 @@
 
     trainer = Trainer(max_epochs=30, callbacks=[TrimmingCallback(batchtrim.linear(1.0, 0.2))])
 
+or, for a module that is to stay as it is, whose ``training_step`` returns the mean::
+
+    trainer = Trainer(max_epochs=30, callbacks=[TrimmingCallback(batchtrim.linear(1.0, 0.2), intercept=True)])
+
 Lightning divides by ``accumulate_grad_batches`` and averages over ranks by itself: each micro-batch is trimmed alone.
 To trim a whole window use manual optimization and :func:`batchtrim.accumulate`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from batchtrim._checks import check_choice, import_extra
-from batchtrim.integrations import CLOCKS, build, follow, log_values, total_of
+from batchtrim._checks import check_choice, describe, import_extra
+from batchtrim.integrations import CLOCKS, build, follow, load_state, log_values
+from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
 
@@ -29,6 +35,8 @@ import_extra("lightning.pytorch", "lightning", "the Lightning callback")
 from lightning.pytorch import Callback, LightningModule  # noqa: E402
 from lightning.pytorch import Trainer as LightningTrainer  # noqa: E402
 
+from batchtrim.integrations.lightning_step import Clock, Interception  # noqa: E402
+
 __all__ = ["TrimmingCallback"]
 
 
@@ -36,18 +44,31 @@ class TrimmingCallback(Callback):
     """Mini-batch trimming in a LightningModule: ``self.trim(losses)`` in place of their mean.
 
     Makes a :class:`batchtrim.Trimmer` when training starts and sets it on the module as ``trim``; a
-    :class:`batchtrim.TrimmedForward` can be made with it in the module's ``on_train_start``.
+    :class:`batchtrim.TrimmedForward` can be made with it in the module's ``on_train_start``. Before that, in the sanity
+    check and under a tuner (``lr_find``, ``scale_batch_size``), ``trim`` is a trimmer that keeps everything.
 
     Args:
         keep: the schedule.
-        clock: "epoch" or "step" (optimizer steps); by default steps where ``max_steps`` is set, otherwise epochs.
+        clock: "epoch" or "step" (optimizer steps; training batches under manual optimization); by default steps where
+            ``max_steps`` is set, otherwise epochs.
         log: log ``trim/keep``, ``trim/kept``, ``trim/threshold``, ``trim/kept_loss``, ``trim/mean_loss`` and
             ``trim/ratio`` every ``log_every_n_steps`` and at the end of an epoch, averaged over ranks.
         attribute: the name on the module.
+        intercept: trim the number that an unchanged ``training_step`` returns (or that its dict has as "loss"); see
+            :class:`batchtrim.integrations.lightning_step.Interception` for what it cannot do.
+        keep_log: a :class:`batchtrim.KeepLog` that the module records in,
+            ``self.keep_log.record(self.trim.last, ids=ids)``; set on the module, saved in the checkpoint, and its
+            epochs are closed.
+        resume_length: "stretch" or "saved", for a checkpoint of a training of another length; see
+            :meth:`batchtrim.Trimmer.load_state_dict`.
         options: what else :class:`batchtrim.Trimmer` takes: ``select``, ``scale``, ``unit``, ``scope``, ``seed``.
 
     Raises:
-        ValueError: when training starts, where the length of training is unknown and the schedule needs it.
+        ValueError: when training starts, where the length of training is unknown and the schedule needs it; at the end
+            of the first epoch, where nothing was recorded in ``keep_log``.
+
+    Warns:
+        UserWarning: at the end of the first epoch, where the module never called its trimmer.
 
     Notes:
         A checkpoint holds the trimmer's state, rank 0's where there are several; with ``scope="local"`` and a rule that
@@ -61,35 +82,66 @@ class TrimmingCallback(Callback):
         clock: str | None = None,
         log: bool = True,
         attribute: str = "trim",
+        intercept: bool = False,
+        keep_log: KeepLog | None = None,
+        resume_length: str | None = None,
         **options: Any,
     ) -> None:
         if clock is not None:
             check_choice("clock", clock, CLOCKS)
+        for name, value, wanted in (("log", log, bool), ("keep_log", keep_log, (KeepLog, type(None)))):
+            if not isinstance(value, wanted):
+                raise TypeError(
+                    f"expected `{name}` to be {'a bool' if name == 'log' else 'a batchtrim.KeepLog'}, got "
+                    f"{describe(value)}. A KeepLog is given as `keep_log`, and recorded in by the module."
+                )
+        if intercept and (keep_log is not None or options.get("scope", "local") != "local"):
+            raise ValueError(
+                "expected `scope` 'local' and no `keep_log` with `intercept`, which knows no ids and no other rank, "
+                "got one of them. Call self.trim(losses) in training_step."
+            )
         build(keep, 2, options)  # a wrong argument shows here and not when training starts
-        self.keep, self.clock, self.log, self.attribute, self.options = keep, clock, log, attribute, options
+        self.keep, self.log, self.attribute, self.options = keep, log, attribute, options
+        self.keep_log, self.resume_length = keep_log, resume_length
+        self.clock = Clock(clock)
+        self.interception = Interception(options) if intercept else None
         self.trim: Trimmer | None = None
         self._restored: dict[str, Any] | None = None
         self._logged_at = 0
+        self._epochs = 0
+
+    def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # a tuner runs without callbacks, and the sanity check before training
+            self.clock.max_epochs = trainer.max_epochs
+            setattr(pl_module, self.attribute, build(1.0, None, self.options))
+            if self.keep_log is not None:
+                pl_module.keep_log = self.keep_log  # type: ignore[assignment]
 
     # Not on_fit_start: to ask for the number of steps there would set up the loader before its state is restored.
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        if self.clock is None:
-            self.clock = "step" if trainer.max_steps > 0 else "epoch"
-        steps = trainer.estimated_stepping_batches if self.clock == "step" else None
-        self.trim = build(self.keep, total_of(self.clock, trainer.max_epochs, steps), self.options)
+        self.trim = build(self.keep, self.clock.total(trainer, pl_module), self.options)
         if self._restored is not None:
-            self.trim.load_state_dict(self._restored)
+            self._load(self._restored)
             self._restored = None
-        self._logged_at = trainer.global_step
+        self._logged_at, self._epochs = trainer.global_step, 0
         setattr(pl_module, self.attribute, self.trim)
+        if self.interception is not None:
+            self.interception.start(self.trim, pl_module)
+
+    def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        if self.interception is not None:
+            self.interception.end()
+
+    def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        if self.trim is not None and self.clock == "epoch":
-            follow(self.trim, trainer.current_epoch)
+        if self.trim is not None and self.clock.unit == "epoch":
+            follow(self.trim, self.clock.now(trainer, pl_module))
 
-    def on_train_batch_start(self, trainer: LightningTrainer, *_: Any) -> None:
-        if self.trim is not None and self.clock == "step":
-            follow(self.trim, trainer.global_step)
+    def on_train_batch_start(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.trim is not None and self.clock.unit == "step":
+            follow(self.trim, self.clock.now(trainer, pl_module))
 
     def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  (set outside its class)
@@ -98,6 +150,26 @@ class TrimmingCallback(Callback):
 
     def on_train_epoch_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self._log(trainer, pl_module)
+        self._epochs += 1
+        if self._epochs == 1:
+            self._check_used(pl_module)
+        if self.keep_log is not None:
+            self.keep_log.end_epoch()
+
+    def _check_used(self, pl_module: LightningModule) -> None:
+        name, attribute = type(pl_module).__name__, self.attribute
+        if self.trim is not None and self.trim.last is None:
+            warnings.warn(
+                f"{name}.training_step has not called self.{attribute} in a whole epoch: it trains on everything. "
+                f"Return self.{attribute}(losses) of un-reduced losses, or leave the module as it is and use "
+                "TrimmingCallback(intercept=True). (Ignore this where a compiled step calls it: that leaves no trace.)",
+                stacklevel=2,
+            )
+        if self.keep_log is not None and not self.keep_log.steps:
+            raise ValueError(
+                f"expected {name}.training_step to record in the `keep_log`, got none in a whole epoch. "
+                f"After self.{attribute}(losses) call self.keep_log.record(self.{attribute}.last, ids=ids)."
+            )
 
     def _log(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self._logged_at = trainer.global_step
@@ -110,12 +182,21 @@ class TrimmingCallback(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.trim is None else self.trim.state_dict()
+        if self.trim is None:
+            return {}
+        log = {} if self.keep_log is None else {"keep_log": self.keep_log.state_dict()}
+        return {**self.trim.state_dict(), **log}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
         if self.trim is not None:  # restored in the middle
-            self.trim.load_state_dict(state_dict)
+            self._load(state_dict)
         else:
             self._restored = state_dict
+
+    def _load(self, state: dict[str, Any]) -> None:
+        assert self.trim is not None
+        if self.keep_log is not None and "keep_log" in state:
+            self.keep_log.load_state_dict(state["keep_log"])
+        load_state(self.trim, state, self.resume_length, "TrimmingCallback", self.clock.unit)

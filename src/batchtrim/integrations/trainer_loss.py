@@ -5,6 +5,7 @@ Legend: W ranks, M micro-batches in a window (one optimizer step), n_rm entries 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from batchtrim.engine.state import GeneratorStates, ModelState, device_of
 from batchtrim.integrations import follow
 from batchtrim.integrations.decompose import Found, LossFinder
 from batchtrim.integrations.intercept import NotFound
-from batchtrim.integrations.labels import Counting, counting_of, labels_of, loss_of, plain_sums, shares
+from batchtrim.integrations.labels import Counting, counting_of, counting_of_own, labels_of, loss_of, plain_sums, shares
 from batchtrim.integrations.numbered import IDS
 from batchtrim.losses import Losses, flatten
 from batchtrim.reduction import reduce
@@ -56,6 +57,7 @@ class TrainerLoss:
         self.unit = trainer.trim_options.get("unit", "sample")
         self.finder = LossFinder(self.unit, smoothing)
         self.evaluated: list[Tensor] = []
+        self._told = False
         self.start_training()
 
     def start_training(self) -> None:
@@ -130,8 +132,16 @@ class TrainerLoss:
 
     def _find(self, model: nn.Module, inputs: Any) -> Found:
         labels = labels_of(inputs, self.trainer.label_names)
+        eager = getattr(model, "_orig_mod", model)
+        if eager is not model and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{type(eager).__name__} runs without torch.compile here: only its Python shows which losses it is made "
+                "of. With per_sample_loss=(outputs, labels) -> un-reduced losses it runs compiled.",
+                stacklevel=2,
+            )
         try:
-            return self.finder(lambda: model(**inputs), loss_of, len(labels[0]), labels)
+            return self.finder(lambda: eager(**inputs), loss_of, len(labels[0]), labels)
         except NotFound as reason:
             raise NotFound(
                 f"expected a model whose loss is made of one loss a sample, got {type(self._inner(model)).__name__}: "
@@ -147,9 +157,19 @@ class TrainerLoss:
     def _losses(self, model: nn.Module, inputs: Any) -> _Flat:
         if self.per_sample_loss is not None:
             losses, outputs = self._own_losses(model, inputs)
-            return _Flat(outputs, *flatten(losses, self.unit), None)
+            flat = flatten(losses, self.unit)
+            if flat.terms or flat.reduction != "mean":
+                raise ValueError(
+                    "expected `per_sample_loss` to return losses whose mean is the loss, got a sum of terms that count "
+                    "differently, or reduction='sum'. Add their values, of which each sample counts the same."
+                )
+            if flat.counts is None:
+                return _Flat(outputs, flat.values, flat.mask, flat.weights, None)
+            counts = flat.counts / self._mean_entries
+            return _Flat(outputs, flat.values * counts, flat.mask, counts, flat.values.detach())
         found = self._find(model, inputs)
-        return _Flat(found.outputs, *found.scaled(self._mean_entries), found.scores)
+        losses = found.scaled(self._mean_entries)
+        return _Flat(found.outputs, losses.values, losses.mask, losses.weights, found.scores)
 
     def _proven(self, batch: Any) -> Counting:
         """Return how to count: from a forward of its own, before anything is trained, so that what fails fails here."""
@@ -161,22 +181,10 @@ class TrainerLoss:
             if self.per_sample_loss is None:
                 counting = counting_of(self._find(model, inputs), labels_of(inputs, trainer.label_names))
             else:
-                counting = self._counting_of_own(self._own_losses(model, inputs)[0], inputs)
+                counting = counting_of_own(self._own_losses(model, inputs)[0], inputs, self.unit, trainer.label_names)
         states.restore()
         buffers.restore()
         return counting
-
-    def _counting_of_own(self, losses: Losses, inputs: Any) -> Counting:
-        """Labels of -100 do not count, nor a sample's first where the losses have one fewer."""
-        counted = torch.ones_like(losses.values, dtype=torch.bool) if losses.mask is None else losses.mask
-        for shift in (0, 1):
-            counting = Counting(-100, shift, entries=self.unit == "element")
-            if (
-                counting(inputs, self.trainer.label_names)[0]
-                == flatten(Losses(counted.float()), "element").values.sum()
-            ):
-                return counting
-        return Counting(-100, entries=self.unit == "element")
 
     def _engine_step(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
         if self._step is None:

@@ -1,4 +1,4 @@
-"""What a :class:`batchtrim.integrations.transformers.TrimmedTrainer` keeps beside its checkpoints, and what it refuses."""
+"""What a ``TrimmedTrainer`` keeps beside its checkpoints, and which arguments it refuses."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from batchtrim._checks import check_choice, describe
 from batchtrim.engine.forward import ENGINES
-from batchtrim.errors import ChooseLength
-from batchtrim.integrations import build, total_of
+from batchtrim.integrations import build, load_state, total_of
 from batchtrim.keeplog import KeepLog
 
 __all__ = ["StateKeeper", "check_arguments"]
@@ -71,15 +70,7 @@ class StateKeeper(TrainerCallback):
     def _load(self, state: dict[str, Any]) -> None:
         trainer = self.trainer
         log = state.pop("keep_log", None)
-        try:
-            trainer.trim.load_state_dict(state, length=trainer.resume_length)
-        except ChooseLength as error:
-            raise ChooseLength(
-                f"expected a checkpoint of a training of as many {trainer.clock}s, total={trainer.trim.total}, got "
-                f"total={state['total']}. Progress would jump. Say what is meant: "
-                "TrimmedTrainer(resume_length='stretch') stretches the schedule over this training, jump included; "
-                "resume_length='saved' goes on by the saved total and stays at the schedule's end beyond it."
-            ) from error
+        load_state(trainer.trim, state, trainer.resume_length, "TrimmedTrainer", trainer.clock)
         if trainer.keep_log is not None and log is not None:
             trainer.keep_log.load_state_dict(log)
 

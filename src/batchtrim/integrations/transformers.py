@@ -117,7 +117,7 @@ class TrimmedTrainer(Trainer):
             self.compute_loss_func = None
         if self.losses.waits:
             raise TypeError(
-                f"expected {type(self).__name__} to leave `compute_loss` to TrimmedTrainer, got one that trims nothing. "
+                f"expected {type(self).__name__} to leave `compute_loss` alone, got one that trims nothing. "
                 "Pass per_sample_loss=(outputs, labels) -> un-reduced losses in its place."
             )
         return loss

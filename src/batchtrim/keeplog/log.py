@@ -135,9 +135,7 @@ class KeepLog:
         self._epoch.zero_()
         if beyond := epoch.outside(sums):
             labels = f", and `labels` below {self.classes}" if self.classes else ""
-            raise ValueError(
-                f"expected `ids` from 0 to {self.n - 1}{labels}, got {beyond} others since the last epoch."
-            )
+            raise ValueError(f"expected `ids` from 0 to {self.n - 1}{labels}, got {beyond} others in the epoch.")
         if self.warn and not self._warned:
             self._warned = noise.warn_of(self.history, stacklevel=3)
         return line

@@ -20,7 +20,7 @@ class Selection:
         size: B, the length of the vector that was chosen from.
         candidates: how many of these could be chosen; less than ``size`` where a mask left some out.
         weights: (k,), or None where every kept sample counts the same.
-        normalizer: the number the weighted sum is divided by; k where it is None.
+        normalizer: the number, or tensor of no dimension, the weighted sum is divided by; k where it is None.
         batch_normalizer: the same for scale "batch"; ``candidates`` where it is None.
     """
 
@@ -28,8 +28,8 @@ class Selection:
     size: int
     candidates: int
     weights: Tensor | None = None
-    normalizer: float | None = None
-    batch_normalizer: float | None = None
+    normalizer: float | Tensor | None = None
+    batch_normalizer: float | Tensor | None = None
 
     @property
     def k(self) -> int:

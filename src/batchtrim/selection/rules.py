@@ -178,7 +178,7 @@ class superquantile:
         if whole in (0, tail):  # below one sample the mean is the largest loss, whatever its fraction
             return Selection(top_indices(losses, max(1, whole)), n, n)
         indices = torch.sort(losses, descending=True, stable=True).indices[: whole + 1]
-        weights = torch.ones(whole + 1, dtype=losses.dtype, device=losses.device)
+        weights = torch.ones(whole + 1, dtype=torch.promote_types(losses.dtype, torch.float32), device=losses.device)
         weights[-1] = tail - whole
         return Selection(indices, n, n, weights, tail)
 

@@ -21,6 +21,8 @@ from batchtrim.lab.run.config import RunConfig
 ISSUE = {
     "full", "trim", "random", "ordered_sgd", "superquantile", "ohem", "selective_backprop", "selective_backprop_topk",
     "small_loss", "two_sided", "focal", "superloss", "infobatch", "rho_loss", "full_equal_compute",
+    "loss_mass", "loss_mass_kept", "loss_mass_random", "trim_late", "trim_full_end", "data_dropout",
+    "data_dropout_matched", "data_dropout_scalar", "proxy", "gradient_norm", "loss_drop",
 }  # fmt: skip
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -119,7 +121,7 @@ def test_a_typo_gets_a_suggestion() -> None:
 
 
 @pytest.mark.parametrize("engine", ["two_pass", "shared"])
-@pytest.mark.parametrize("name", ["focal", "superloss", "infobatch", "rho_loss"])
+@pytest.mark.parametrize("name", [row.name for row in METHODS.values() if not row.any_engine])
 def test_an_engine_that_cannot_serve_is_refused(name: str, engine: str) -> None:
     with pytest.raises(ValueError, match=rf"`engine` to be 'exact' for method '{name}'"):
         config(name, engine=engine)

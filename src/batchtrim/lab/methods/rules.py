@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 import batchtrim
-from batchtrim import Trimmer
+from batchtrim import Selection, Trimmer
 
 __all__ = [
     "EveryStep",
@@ -40,13 +40,19 @@ class Reference(Protocol):
     def __call__(self, rows: Tensor, epochs: int, seed: int) -> Tensor: ...
 
 
+class NewNetwork(Protocol):
+    """What :meth:`Method.connect` is given: makes a network of the run's kind, of some width, and its optimizer."""
+
+    def __call__(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer]: ...
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a method is told about the run it is built for.
 
     Args:
         samples: N; ``classes``: of the labels; ``epochs``, ``batch_size``, ``seed``: of the run.
-        keep: the run's keep schedule, for methods that follow it.
+        keep: the run's keep schedule, for methods that follow it. width: channels of the network's first stage.
     """
 
     samples: int
@@ -55,6 +61,7 @@ class Setting:
     batch_size: int
     seed: int
     keep: Callable[[float], float] = field(default_factory=batchtrim.linear)
+    width: int = 32
 
     @property
     def batches(self) -> int:
@@ -82,9 +89,32 @@ class Method:
         """Which rows ``epoch`` visits, given all of them in a random order."""
         return order
 
-    def loss(self, losses: Tensor, rows: Tensor) -> Tensor:
-        """The loss to step on, from the losses (B,) of the training set's ``rows`` (B,)."""
-        return self.trim(losses)
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
+        """The loss to step on, from the losses (B,) of the training set's ``rows`` (B,).
+
+        Args:
+            plain: losses (B,) to rank by, where those that are trained on have something added (label smoothing).
+        """
+        return self.trim(losses, rank_by=plain)
+
+    def connect(self, network: NewNetwork) -> None:
+        """Called once, before anything else: the way to further networks, for methods that train one beside."""
+
+    def choose(self, inputs: Tensor, targets: Tensor) -> Selection | None:
+        """Which samples of a batch the network is to see at all; None for all of them."""
+        return None
+
+    def watch(self, outputs: Tensor, targets: Tensor) -> None:
+        """Called before :meth:`loss` with the batch's detached outputs (B, classes)."""
+
+    def more_samples(self) -> tuple[int, int]:
+        """Forward and backward samples since the last call that the training loop does not see."""
+        return 0, 0
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Of networks beside; their learning rate is the run's."""
+        return []
 
     def after_batch(self) -> None:
         """Called after every step."""
@@ -109,7 +139,7 @@ class Reweighted(Method):
         super().__init__(Trimmer(1.0), epochs)
         self.transform = transform
 
-    def loss(self, losses: Tensor, rows: Tensor) -> Tensor:
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
         self.trim.select(losses)
         return self.transform(losses).mean()
 
@@ -160,10 +190,10 @@ class InfoBatch(Method):
         self.weights[easy.to(self.weights.device)] = 1.0 / (1.0 - self.ratio)
         return order[~dropped[order]]
 
-    def loss(self, losses: Tensor, rows: Tensor) -> Tensor:
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
         if self.scores.device != losses.device:
             self.scores, self.weights = self.scores.to(losses.device), self.weights.to(losses.device)
-        self.scores[rows] = losses.detach().to(self.scores.dtype)
+        self.scores[rows] = (losses if plain is None else plain).detach().to(self.scores.dtype)
         return self.trim(losses * self.weights[rows])
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,9 +228,10 @@ class RhoLoss(Method):
             losses = reference(trained, self.reference_epochs, 2 * self.seed + number)
             self.irreducible[scored] = losses[scored]
 
-    def loss(self, losses: Tensor, rows: Tensor) -> Tensor:
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
         self.irreducible = self.irreducible.to(losses.device)
-        return self.trim(losses, rank_by=losses.detach() - self.irreducible[rows].to(losses.dtype))
+        ranked = losses.detach() if plain is None else plain
+        return self.trim(losses, rank_by=ranked - self.irreducible[rows].to(ranked.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"irreducible": self.irreducible.cpu().clone()}

@@ -7,14 +7,24 @@ docs/methods with its rule, cost, source, and when not to use it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import batchtrim
 from batchtrim import Trimmer
-from batchtrim._checks import check_count, check_fraction, check_keep, check_number, check_positive
+from batchtrim._checks import check_count, check_fraction, check_keep, check_positive
 from batchtrim.lab.files import look_up
+from batchtrim.lab.methods.relatives_table import RELATIVES
+from batchtrim.lab.methods.row import (
+    Param,
+    Params,
+    Row,
+    check_beta,
+    check_or_all,
+    check_place,
+    check_ramp,
+    check_tau,
+)
 from batchtrim.lab.methods.rules import (
     EveryStep,
     FocalLoss,
@@ -27,49 +37,6 @@ from batchtrim.lab.methods.rules import (
     Shortened,
     SuperLoss,
 )
-
-Params = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Param:
-    """A method's parameter: its default, its check ``(name, value) -> value``, and a line of help."""
-
-    default: Any
-    check: Callable[[str, Any], Any]
-    help: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method.
-
-    Args:
-        name: what one types; ``summary``: one line; ``source``: where the rule comes from.
-        build: makes the method for a setting and checked parameters.
-        params: the parameters it takes, by name.
-        uses_schedule: whether it follows the run's keep schedule.
-        any_engine: whether its choice needs no more than the losses of the batch at hand.
-    """
-
-    name: str
-    summary: str
-    source: str
-    build: Callable[[Setting, Params], Method]
-    params: Mapping[str, Param] = field(default_factory=dict)
-    uses_schedule: bool = False
-    any_engine: bool = True
-
-    def check_params(self, given: Mapping[str, Any]) -> Params:
-        """All parameters, defaults filled in, or an error that names the wrong one."""
-        for name in given:
-            if name not in self.params:
-                takes = ", ".join(self.params) or "none"
-                raise ValueError(f"expected a parameter of method '{self.name}' ({takes}), got {name!r}.")
-        return {
-            name: param.check(f"{self.name}.{name}", given.get(name, param.default))
-            for name, param in self.params.items()
-        }
 
 
 def make_schedule(name: str, start: float, end: float) -> Callable[[float], float]:
@@ -132,35 +99,6 @@ def _equal_compute(setting: Setting, params: Params) -> Method:
     return Shortened(budget, setting)
 
 
-def _check_beta(name: str, value: Any) -> float:
-    value = check_number(name, value)
-    if not (value >= 0.0 and math.isfinite(value)):
-        raise ValueError(f"expected `{name}` to be at least 0 and finite, got {value:g}.")
-    return value
-
-
-def _check_ramp(name: str, value: Any) -> int:
-    return check_count(name, value)
-
-
-def _check_or_all(name: str, value: Any) -> int:
-    return check_count(name, value, minimum=0)
-
-
-def _check_place(name: str, value: Any) -> float:
-    value = check_number(name, value)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"expected `{name}` in [0, 1], got {value:g}. It is a place in training.")
-    return value
-
-
-def _check_tau(name: str, value: Any) -> float:
-    value = check_number(name, value)
-    if not (value >= 0.0 and math.isfinite(value)):
-        raise ValueError(f"expected `{name}` to be at least 0, got {value:g}. 0 stands for log(classes).")
-    return value
-
-
 _ROWS = (
     Row("full", "mean of all losses", "plain training", lambda s, p: Method(Trimmer(1.0), s.epochs)),
     Row(
@@ -213,7 +151,7 @@ _ROWS = (
         "arXiv 1910.00762",
         lambda s, p: Method(Trimmer(1.0, select=batchtrim.percentile(p["beta"], p["history"]), seed=s.seed), s.epochs),
         {
-            "beta": Param(2.0, _check_beta, "exponent; 1 / (beta + 1) of the samples are kept"),
+            "beta": Param(2.0, check_beta, "exponent; 1 / (beta + 1) of the samples are kept"),
             "history": Param(1024, check_count, "recent losses the percentile is taken over"),
         },
     ),
@@ -224,8 +162,8 @@ _ROWS = (
         _selective_backprop_topk,
         {
             "keep": Param(0.5, check_keep, "part of the batch kept on a selective step"),
-            "start": Param(0.5, _check_place, "progress at which selection begins"),
-            "end": Param(0.9, _check_place, "progress at which it ends"),
+            "start": Param(0.5, check_place, "progress at which selection begins"),
+            "end": Param(0.9, check_place, "progress at which it ends"),
             "every": Param(2, check_count, "one selective step in so many"),
         },
     ),
@@ -236,7 +174,7 @@ _ROWS = (
         _small_loss,
         {
             "noise_rate": Param(0.2, check_fraction, "expected part of wrong labels"),
-            "ramp_epochs": Param(10, _check_ramp, "epochs until that many are dropped"),
+            "ramp_epochs": Param(10, check_ramp, "epochs until that many are dropped"),
         },
     ),
     Row(
@@ -252,8 +190,9 @@ _ROWS = (
         "losses weighted by (1 - p) ^ gamma",
         "arXiv 1708.02002",
         lambda s, p: Reweighted(FocalLoss(p["gamma"]), s.epochs),
-        {"gamma": Param(2.0, _check_beta, "0 is plain training")},
+        {"gamma": Param(2.0, check_beta, "0 is plain training")},
         any_engine=False,
+        smoothing=False,
     ),
     Row(
         "superloss",
@@ -262,9 +201,10 @@ _ROWS = (
         lambda s, p: Reweighted(SuperLoss(p["tau"] or math.log(s.classes), p["lam"]), s.epochs),
         {
             "lam": Param(1.0, check_positive, "the larger, the closer to plain training"),
-            "tau": Param(0.0, _check_tau, "loss between easy and hard; 0 is log(classes)"),
+            "tau": Param(0.0, check_tau, "loss between easy and hard; 0 is log(classes)"),
         },
         any_engine=False,
+        smoothing=False,
     ),
     Row(
         "infobatch",
@@ -284,13 +224,13 @@ _ROWS = (
         lambda s, p: RhoLoss(s, p["keep"], p["reference_epochs"]),
         {
             "keep": Param(0.1, check_keep, "part of the batch kept"),
-            "reference_epochs": Param(0, _check_or_all, "epochs of the held-out networks; 0 is as many as the run"),
+            "reference_epochs": Param(0, check_or_all, "epochs of the held-out networks; 0 is as many as the run"),
         },
         any_engine=False,
     ),
 )
 
-METHODS: dict[str, Row] = {row.name: row for row in _ROWS}
+METHODS: dict[str, Row] = {row.name: row for row in (*_ROWS, *RELATIVES)}
 
 
 def find_method(name: str) -> Row:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from batchtrim._checks import check_choice, check_count, check_keep, check_number, check_positive
+from batchtrim._checks import check_choice, check_count, check_fraction, check_keep, check_number, check_positive
 from batchtrim.lab.files import nearest
 from batchtrim.lab.methods.table import METHODS, find_method
 from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
@@ -18,7 +18,8 @@ from batchtrim.lab.task.data import SPECS, find_spec
 from batchtrim.lab.task.models import MODELS, NORMS, find_model
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "nesterov")
-LR_SCHEDULES = ("constant", "step", "cosine", "onecycle")
+LR_SCHEDULES = ("constant", "step", "cosine", "onecycle", "triangle")
+TEST_VIEWS = ("plain", "mirror")
 SCHEDULES = ("linear", "cosine", "step", "constant")
 ENGINES = ("exact", "two_pass", "shared", "auto")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
@@ -60,6 +61,15 @@ class RunConfig:
     batch_size: int = setting(128, "images in a batch, over all processes")
     seed: int = setting(0, role=Role.SEED)
     augment: str | None = setting(None, "augmentation", choices=AUGMENTS, default_help="by data set")
+    label_smoothing: float = setting(
+        0.0, "part of every target spread over all classes; samples are ranked by their loss without it", later=True
+    )
+    test_views: str = setting(
+        "plain",
+        "what is tested: the image, or its outputs added to those of its mirror image",
+        choices=TEST_VIEWS,
+        later=True,
+    )
     train_size: int | None = setting(
         None, "train on so many images, the same part of every class", role=Role.DATA, default_help="all"
     )
@@ -73,6 +83,7 @@ class RunConfig:
     engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
     precision: str = setting("32-true", "number format", choices=PRECISIONS)
     device: str = setting("auto", "where to train", choices=DEVICES)
+    eval_every: int = setting(1, "test after every so many epochs, and after the last", role=Role.SPEED)
     threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
 
     def resolved(self) -> RunConfig:
@@ -90,7 +101,7 @@ class RunConfig:
             if each.choices is not None:
                 check_choice(each.name, getattr(filled, each.name), each.choices)
         parse_label_noise(self.label_noise)
-        for name in ("epochs", "batch_size", "threads"):
+        for name in ("epochs", "batch_size", "eval_every", "threads"):
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, minimum=0)
         if self.width is not None:
@@ -108,6 +119,12 @@ class RunConfig:
             raise ValueError(f"expected `weight_decay` to be at least 0, got {weight_decay:g}.")
         if not 0.0 <= check_number("momentum", self.momentum) < 1.0:
             raise ValueError(f"expected `momentum` in [0, 1), got {self.momentum:g}.")
+        check_fraction("label_smoothing", self.label_smoothing)
+        if self.label_smoothing and not method.smoothing:
+            raise ValueError(
+                f"expected `label_smoothing` 0 with method '{self.method}', got {self.label_smoothing:g}. "
+                "It reads a probability off the loss, which smoothing changes."
+            )
         params = method.check_params(self.method_params)
         if self.engine != "exact" and not method.any_engine:
             raise ValueError(
@@ -150,7 +167,7 @@ class RunConfig:
     @property
     def key(self) -> str:
         """Short hash that names the run: equal for equal settings, whatever the number of threads."""
-        values = {name: value for name, value in self.to_dict().items() if SETTINGS[name].role is not Role.SPEED}
+        values = {name: value for name, value in self.to_dict().items() if SETTINGS[name].in_key(value)}
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -21,10 +21,15 @@ class Counts:
 
 
 class Criterion:
-    """Cross-entropy of each sample, and on the side the errors of the epoch so far; they stay on the device."""
+    """Cross-entropy of each sample, and on the side the errors of the epoch so far; they stay on the device.
 
-    def __init__(self, device: torch.device):
+    Args:
+        device: of the outputs. smoothing: label smoothing of the loss that is trained on.
+    """
+
+    def __init__(self, device: torch.device, smoothing: float = 0.0):
         self.device = device
+        self.smoothing = smoothing
         self.reset()
 
     def reset(self) -> None:
@@ -34,7 +39,11 @@ class Criterion:
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Losses (B,) of ``outputs`` (B, classes) for ``targets`` (B,)."""
         self.count(outputs.detach(), targets)
-        return F.cross_entropy(outputs, targets, reduction="none")
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.smoothing)
+
+    def plain(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """The losses to rank by where smoothing is in those that are trained on; None where it is not."""
+        return F.cross_entropy(outputs.detach(), targets, reduction="none") if self.smoothing else None
 
     def count(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch's errors."""

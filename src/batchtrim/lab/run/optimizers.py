@@ -16,7 +16,8 @@ def lr_factor(schedule: str, progress: float) -> float:
     """The learning rate as a part of its peak, at ``progress`` in [0, 1].
 
     ``step`` divides by ten at one half and at three quarters; ``onecycle`` rises for 30 % from 1/25, then falls to
-    1/250,000, both as half cosines (torch's OneCycleLR with momentum left alone).
+    1/250,000, both as half cosines (torch's OneCycleLR with momentum left alone). ``triangle`` rises on a line from 0
+    for 20 %, then falls on one to 0.
     """
     if schedule == "constant":
         return 1.0
@@ -24,6 +25,8 @@ def lr_factor(schedule: str, progress: float) -> float:
         return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
     if schedule == "cosine":
         return (1.0 + math.cos(math.pi * progress)) / 2.0
+    if schedule == "triangle":
+        return min(progress / 0.2, (1.0 - progress) / 0.8)
     low, end, peak = 1 / 25, 1 / 250_000, 0.3
     if progress < peak:
         return low + (1.0 - low) * (1.0 - math.cos(math.pi * progress / peak)) / 2.0
@@ -32,7 +35,8 @@ def lr_factor(schedule: str, progress: float) -> float:
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """The configured optimizer over all parameters."""
-    parameters, lr, decay = model.parameters(), config.lr or 0.0, config.weight_decay or 0.0
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    lr, decay = config.lr or 0.0, config.weight_decay or 0.0
     if config.optimizer == "adam":
         return torch.optim.Adam(parameters, lr, weight_decay=decay)
     if config.optimizer == "adamw":

@@ -38,6 +38,7 @@ class Setting:
         name, default: of the field. ``kind``: str, int or float. ``help``: a line without the default.
         default_help: what None stands for, or "" where the default says it itself. ``choices``: the values there are,
             None where they are not a list. ``many``: the command line takes several values, comma-separated.
+        later: came after runs had been recorded; at its default it is no part of a key, so that theirs stay.
     """
 
     name: str
@@ -48,6 +49,11 @@ class Setting:
     default_help: str
     choices: Collection[str] | None
     many: bool
+    later: bool
+
+    def in_key(self, value: Any) -> bool:
+        """Return True if this value tells a run apart from others."""
+        return self.role is not Role.SPEED and not (self.later and value == self.default)
 
 
 def setting(
@@ -58,9 +64,17 @@ def setting(
     choices: Collection[str] | None = None,
     many: bool = False,
     default_help: str = "",
+    later: bool = False,
 ) -> Any:
     """Return a dataclass field that defines a setting; see :class:`Setting`. Without ``help`` it is no option."""
-    metadata = {"help": help, "role": role, "choices": choices, "many": many, "default_help": default_help}
+    metadata = {
+        "help": help,
+        "role": role,
+        "choices": choices,
+        "many": many,
+        "default_help": default_help,
+        "later": later,
+    }
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -72,27 +72,48 @@ class Training:
         self.fabric = self.ranks.fabric(config)
         self.device = self.fabric.device
         torch.manual_seed(config.seed)
-        self.model, self.optimizer = self._network(config)
+        model = self._network(config.width)
+        self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, config))
         self.labels = self.pictures.train_labels.to(self.device)
         self.test_labels = self.pictures.test_labels.to(self.device)
         self.batches = self._batches(self.pictures.train_images, config.augment or "none", config.seed)
         self.test_batches = self._batches(self.pictures.test_images, "none", 0)
         self.order = Generator().manual_seed(config.seed)
         keep = make_schedule(config.schedule or "constant", config.keep_start or 1.0, config.keep_end or 1.0)
-        setting = Setting(len(self.labels), self.pictures.classes, config.epochs, config.batch_size, config.seed, keep)
+        samples, classes, width = len(self.labels), self.pictures.classes, config.width or 1
+        setting = Setting(samples, classes, config.epochs, config.batch_size, config.seed, keep, width)
         self.method = find_method(config.method).build(setting, dict(config.method_params))
+        self.method.connect(self._beside)
         self.epochs = math.ceil(self.method.epochs)
-        self.criterion = Criterion(self.device)
+        self.criterion = Criterion(self.device, config.label_smoothing)
         self.forward = None
         if config.engine != "exact":
-            self.forward = batchtrim.TrimmedForward(self.model, nn.CrossEntropyLoss(), self.method.trim, config.engine)
+            loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+            plain = self.criterion.plain if config.label_smoothing else None
+            self.forward = batchtrim.TrimmedForward(
+                self.model,
+                loss,
+                self.method.trim,
+                config.engine,
+                rank_by=plain,  # type: ignore[arg-type]
+            )
         self.curve: dict[str, list[Any]] = {name: [] for name in CURVES}
 
-    def _network(self, config: RunConfig) -> tuple[Any, Any]:
-        model = models.build(config.model, self.pictures.shape, self.pictures.classes, config.width, config.norm)
-        if self.pictures.shape[0] > 1:
+    def _network(self, width: int | None) -> nn.Module:
+        config, pictures = self.config, self.pictures
+        model = models.build(config.model, pictures.shape, pictures.classes, width, config.norm)
+        if hasattr(model, "prepare"):
+            model.prepare(pictures.train_images, pictures.mean, pictures.std)  # type: ignore[operator]
+        if pictures.shape[0] > 1:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return self.fabric.setup(model, make_optimizer(model, config))
+        return model
+
+    def _beside(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer]:
+        """A further network of the run's kind, from weights of its own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self._network(width)
+        return self.fabric.setup_module(model), make_optimizer(model, self.config)
 
     def _batches(self, images: Tensor, augment: str, seed: int) -> Batches:
         return Batches(images, self.pictures.mean, self.pictures.std, augment, seed, self.device)
@@ -103,19 +124,22 @@ class Training:
             self.method.prepare(self._reference)
 
     def advance(self) -> dict[str, Any]:
-        """Train one epoch, evaluate, and add a point to every curve; returns the point.
+        """Train one epoch, evaluate where it is time to, and add a point to every curve; returns the point.
 
         Raises:
             Diverged: the mean loss or an output is not finite. The curves keep the epoch, its error unknown.
         """
         point = self.train_epoch()
+        finite = math.isfinite(point["mean_loss"])
+        due = not finite or self.epoch == self.epochs or self.epoch % self.config.eval_every == 0
         with self._clock("seconds_eval"):
-            point["test_error"] = self.evaluate() if math.isfinite(point["mean_loss"]) else math.nan
+            error = self.evaluate() if finite and due else math.nan
+        point["test_error"] = error if due else None
         point["seconds"] = self.counts.seconds
         point["samples_backward"] = self.counts.samples_backward
         for name in CURVES:
             self.curve[name].append(point[name])
-        if math.isnan(point["test_error"]):
+        if due and math.isnan(error):
             raise Diverged(f"the losses are not finite after epoch {self.epoch} of {self.epochs}.")
         return point
 
@@ -143,8 +167,9 @@ class Training:
             if self.log is not None:
                 self.log.end_epoch()
         counts.steps += len(batches)
-        counts.samples_forward += sum(map(len, batches))
-        counts.samples_backward += int(stats["kept"])
+        beside = method.more_samples()
+        counts.samples_forward += sum(map(len, batches)) + beside[0]
+        counts.samples_backward += int(stats["kept"]) + beside[1]
         self.epoch += 1
         return {
             "epoch": self.epoch - 1,
@@ -170,9 +195,13 @@ class Training:
 
     def _loss(self, inputs: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         if self.forward is None:
+            seen = self.method.choose(inputs, targets)
+            if seen is not None:
+                inputs, targets, rows = (part.index_select(0, seen.indices) for part in (inputs, targets, rows))
             outputs = self.model(inputs)
             losses = self.criterion(outputs, targets)
-            loss = self.method.loss(losses, rows)
+            self.method.watch(outputs.detach(), targets)
+            loss = self.method.loss(losses, rows, self.criterion.plain(outputs, targets))
             selection = self.method.trim.last_selection
         else:
             loss = self.forward(inputs, targets)
@@ -194,7 +223,10 @@ class Training:
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         broken = torch.zeros((), dtype=torch.int64, device=self.device)
         for rows in torch.arange(len(self.test_labels), device=self.device)[self.ranks.share].split(EVALUATION_BATCH):
-            outputs = self.model(self.test_batches(rows))
+            images = self.test_batches(rows)
+            outputs = self.model(images)
+            if self.config.test_views == "mirror":
+                outputs = outputs + self.model(images.flip(3))
             wrong += (outputs.argmax(1) != self.test_labels[rows]).sum()
             broken += (~outputs.isfinite()).any()
         all_wrong, all_broken = self.ranks.sum(wrong.item(), broken.item(), device=self.device)
@@ -240,8 +272,9 @@ class Training:
 
     def _set_rate(self, progress: float) -> float:
         rate = (self.config.lr or 0.0) * lr_factor(self.config.lr_schedule, progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in [self.optimizer, *self.method.optimizers]:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         return rate
 
     def _reference(self, rows: Tensor, epochs: int, seed: int) -> Tensor:

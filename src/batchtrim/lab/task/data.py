@@ -58,6 +58,7 @@ SPECS = {
         Spec("fashion_mnist", 10, "L", "crop+flip", "zalando-datasets/fashion_mnist"),
         Spec("cifar10", 10, "RGB", "crop+flip", "uoft-cs/cifar10", image="img"),
         Spec("cifar100", 100, "RGB", "crop+flip", "uoft-cs/cifar100", image="img", label="fine_label"),
+        Spec("gtsrb", 43, "RGB", "crop"),
         Spec("svhn", 10, "RGB", "crop", "ufldl-stanford/svhn", "cropped_digits"),
     )
 }
@@ -117,7 +118,13 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
     if name == "digits":
         splits = _digits()
     else:
-        source = _Folder(spec, Path(folder)) if (folder := data_folder(data_dir)) else _Hub(spec)
+        folder = data_folder(data_dir)
+        if not folder and not spec.hub:
+            raise PassDataDir(
+                f"expected a folder with {name}/{{train,test}}-*.parquet, got none. This data set is not taken from "
+                "the hub, whose copies are split otherwise: pass --data-dir DIR, or set BATCHTRIM_DATA."
+            )
+        source = _Folder(spec, folder) if folder else _Hub(spec)
         splits = {split: _cached(spec, source, split, cache_folder(cache_dir)) for split in SPLITS}
     for split, (images, labels) in splits.items():
         _check_labels(spec, split, labels)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchtrim.lab.files import look_up
+from batchtrim.lab.task.speed import SpeedNet
 
 NORMS = ("batch", "group")
 Norm = Callable[[int], nn.Module]
@@ -138,11 +139,19 @@ def _residual(blocks: list[int], width: int, projection: bool = False) -> ModelR
     )
 
 
+def _speed(width: int, kernel: int, stride: int) -> ModelRow:
+    return ModelRow(
+        lambda shape, classes, width, norm: SpeedNet(shape, classes, width, norm, kernel=kernel, stride=stride), width
+    )
+
+
 MODELS: dict[str, ModelRow] = {
     "mlp": ModelRow(lambda shape, classes, width, norm: _mlp(shape, classes, width), 128, uses_norm=False),
     "cnn": ModelRow(_small_cnn, 32),
     "vit": ModelRow(lambda shape, classes, width, norm: VisionTransformer(shape, classes, width), 64, uses_norm=False),
     **{f"resnet{6 * n + 2}": _residual([n] * 3, 16) for n in range(1, 6)},
+    "speed": _speed(32, kernel=3, stride=1),
+    "speed_lite": _speed(32, kernel=4, stride=2),
     "resnet18": _residual([2, 2, 2, 2], 64, projection=True),
     "resnet34": _residual([3, 4, 6, 3], 64, projection=True),
 }
@@ -161,6 +170,7 @@ def build(
     Args:
         name: a name in ``MODELS``. resnet8, 14, 20, 26 and 32 have 6n+2 layers in three stages (He et al. 2015,
             section 4.2); resnet18 and resnet34 have the four stages of their ImageNet namesakes behind a 3 x 3 stem.
+            speed and speed_lite are :class:`batchtrim.lab.task.speed.SpeedNet`, whose first layer is set from data.
         width: channels (or features) of the first stage; None takes the registry's.
         norm: ``batch`` or ``group`` (no statistics shared within a batch). Networks without norm layers ignore it.
     """

@@ -1,0 +1,256 @@
+"""What torch's criteria take, give back and divide by; and the proof for those of others.
+
+Most criteria average over all entries. The ones that do not are told apart here: cross-entropy divides by the class
+weights of the entries that count, CTC each sample by its target's length first.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from batchtrim._checks import describe
+from batchtrim.errors import PassUnreducedLosses
+
+__all__ = ["Criterion", "check_values", "not_its_own", "same_shape"]
+
+_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
+_CTC = (nn.CTCLoss, F.ctc_loss)
+# Criteria whose outputs and targets are of one shape: anything else would be broadcast against each other.
+_ELEMENTWISE = (
+    nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss,
+    nn.PoissonNLLLoss, nn.GaussianNLLLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss,
+    nn.MultiLabelSoftMarginLoss, F.l1_loss, F.mse_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits, F.kl_div, F.poisson_nll_loss, F.gaussian_nll_loss, F.soft_margin_loss,
+    F.hinge_embedding_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss,
+)  # fmt: skip
+_WAY_OUT = (
+    "Make it with reduction='none', whose losses are averaged, or write a function that returns them as they should "
+    "count: batchtrim.Losses(values, mask, weights)."
+)
+
+
+class Criterion:
+    """A criterion called without its reduction, and what it would have divided by.
+
+    Attributes:
+        given: the criterion as it was given.
+        call: the same with ``reduction='none'``.
+        reduction: the one asked for, "mean", "sum" or "batchmean"; None where the criterion has none, or "none".
+        ignore_index: the criterion's own, or None.
+        classes: cross-entropy of class labels, with or without class weights.
+        foreign: not one of torch's, so that its mean has to be looked at.
+    """
+
+    def __init__(self, given: Callable[..., Any], ignore_index: int | None = None) -> None:
+        function, named = _unwrapped(given)
+        known = _torchs(function)
+        self.given = given
+        self.classes = _is_one(known, _CLASSES)
+        self.ctc = _is_one(known, _CTC)
+        self.elementwise = _is_one(known, _ELEMENTWISE)
+        self.adaptive = known is nn.AdaptiveLogSoftmaxWithLoss
+        self._module = given if isinstance(given, nn.Module) else None
+        self._named = named
+        self._parameters = {} if self._module is not None else _defaults(given)
+        self.foreign = (
+            getattr(known, "__module__", "") not in (nn.modules.loss.__name__, F.__name__) and not self.classes
+        )
+        self.reduction = _reduction(self._own("reduction"))
+        self.ignore_index = self._own("ignore_index")
+        settings: dict[str, Any] = {}
+        if self._has("reduction"):
+            settings["reduction"] = "none"
+        if ignore_index is not None and self.classes:
+            settings["ignore_index"] = self.ignore_index = ignore_index
+        self.call = self._with(settings)
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Return the un-reduced losses.
+
+        Raises:
+            TypeError: the criterion takes other arguments, or returns no tensor.
+            ValueError: the arguments would be broadcast against each other.
+            PassUnreducedLosses: the criterion averages all the same.
+        """
+        self._check_inputs(inputs)
+        try:
+            values = self.call(*inputs)
+        except TypeError as error:
+            self._explain_arguments(inputs, error)
+            raise
+        if self.adaptive:
+            values = -values.output
+        if not isinstance(values, Tensor):
+            raise TypeError(
+                f"expected {self.name} to return a tensor of un-reduced losses, got {describe(values)}. "
+                "Take the losses out of it: per_sample(lambda outputs, targets: criterion(outputs, targets)[0])."
+            )
+        if values.ndim == 0:
+            raise PassUnreducedLosses(
+                f"expected {self.name} to return one loss per sample, got (). "
+                "It averages by itself and takes no `reduction`. If it is a mean over samples, ask it one at a time: "
+                "per_sample(lambda outputs, targets: torch.stack([criterion(o[None], t[None]) for o, t in zip(outputs, "
+                "targets)])); otherwise give a criterion that can return un-reduced losses."
+            )
+        if self.ctc and self.reduction == "mean":  # as documented: each loss over its target's length, then the mean
+            lengths = torch.as_tensor(inputs[3] if len(inputs) > 3 else self._named["target_lengths"])
+            values = values / lengths.to(values).clamp(min=1)
+        return values
+
+    @property
+    def name(self) -> str:
+        return describe(self.given)
+
+    def class_weights(self, targets: Tensor, mask: Tensor | None, values: Tensor) -> Tensor | None:
+        """Return each entry's class weight, 0 where the mask leaves it out, or None where there are none."""
+        weight = self._own("weight") if self.classes else None
+        if weight is None or targets.dtype.is_floating_point:
+            return None
+        known = targets.long() if mask is None else torch.where(mask, targets, torch.zeros_like(targets)).long()
+        weights = weight.to(torch.promote_types(values.dtype, torch.float32))[known]
+        return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
+
+    def own_value(self, *inputs: Any) -> Tensor | None:
+        """Return what the criterion as given makes of the inputs, or None where that is not one number."""
+        devices = {each.device.index for each in inputs if isinstance(each, Tensor) and each.is_cuda}
+        criterion = copy.deepcopy(self.given) if self._module is not None else self.given  # a state of its own stays
+        with torch.no_grad(), torch.random.fork_rng(list(devices)):
+            value = criterion(*inputs)
+        return value if isinstance(value, Tensor) and value.ndim == 0 else None
+
+    def _has(self, name: str) -> bool:
+        return hasattr(self._module, name) if self._module is not None else name in self._parameters
+
+    def _own(self, name: str) -> Any:
+        if self._module is not None:
+            return getattr(self._module, name, None)
+        return self._parameters.get(name)
+
+    def _with(self, settings: dict[str, Any]) -> Callable[..., Any]:
+        if not settings:
+            return self.given
+        if self._module is None:
+            return functools.partial(self.given, **settings)
+        module = copy.copy(self._module)
+        for name, value in settings.items():
+            setattr(module, name, value)
+        return module
+
+    def _check_inputs(self, inputs: Sequence[Any]) -> None:
+        if self.classes and len(inputs) != 2:
+            raise TypeError(
+                f"expected (outputs, targets) for {self.name}, got {len(inputs)} arguments. "
+                "Bind the others by name: per_sample(functools.partial(F.cross_entropy, weight=weight))."
+            )
+        shapes = [tuple(each.shape) for each in inputs[:2] if isinstance(each, Tensor)]
+        if self.elementwise and len(shapes) == 2 and shapes[0] != shapes[1]:
+            raise ValueError(
+                f"expected outputs and targets of one shape for {self.name}, got {shapes[0]} and {shapes[1]}. "
+                "They would be broadcast against each other: squeeze or unsqueeze one, or pick the channel."
+            )
+
+    def _explain_arguments(self, inputs: Sequence[Any], error: TypeError) -> None:
+        """Say what the criterion takes, where the arguments do not fit it."""
+        target = self._module.forward if self._module is not None else self.given
+        try:
+            signature = inspect.signature(target)
+            signature.bind(*inputs)
+        except ValueError:
+            return
+        except TypeError:
+            names = ", ".join(signature.parameters)
+            raise TypeError(
+                f"expected the arguments of {self.name}, ({names}), got {len(inputs)}. Call per_sample(criterion) with "
+                "as many; for TrimmedForward, which gives (outputs, targets), write a function of these two: "
+                "lambda outputs, targets: per_sample(criterion)(*outputs, targets)."
+            ) from error
+
+
+def check_values(criterion: Criterion, values: Tensor, inputs: Sequence[Any], unit: str) -> None:
+    """Refuse losses that are not of the samples that went in: broadcast ones, and those of flattened batches."""
+    tensors = [each for each in inputs if isinstance(each, Tensor) and each.ndim > 0]
+    if len(tensors) >= 2 and tensors[0].shape != tensors[1].shape and not criterion.classes:
+        shapes = [tuple(each.shape) for each in tensors[:2]]
+        across = len(shapes[0]) != len(shapes[1]) or shapes[0][0] != shapes[1][0]  # samples against other samples
+        if across and _broadcast(*shapes) == tuple(values.shape) and not same_shape(values, tensors[1]):
+            raise ValueError(
+                f"expected outputs and targets of one shape, got {shapes[0]} and {shapes[1]}, which {criterion.name} "
+                f"broadcast to {tuple(values.shape)}. Squeeze or unsqueeze one, or pick the channel."
+            )
+    if unit == "sample" and tensors and all(values.shape[0] not in each.shape[:2] for each in tensors):
+        raise ValueError(
+            f"expected one loss for each of {tensors[0].shape[0]} samples, got {describe(values)}. "
+            "Keep the batch dimension first in what the criterion returns, or choose among elements: unit='element'."
+        )
+
+
+def _broadcast(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the shape that two are broadcast to, or None. torch.broadcast_shapes raises, which no compiler traces."""
+    pairs = list(zip_longest(reversed(one), reversed(other), fillvalue=1))
+    if any(a != b and 1 not in (a, b) for a, b in pairs):
+        return None
+    return tuple(max(pair) if 0 not in pair else 0 for pair in reversed(pairs))
+
+
+def same_shape(one: Tensor, other: Tensor) -> bool:
+    """True where two shapes differ at most by dimensions of one, so that entries correspond in their order."""
+    return [size for size in one.shape if size != 1] == [size for size in other.shape if size != 1]
+
+
+def _unwrapped(criterion: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the function inside of functools.partial, and the arguments bound by name."""
+    named: dict[str, Any] = {}
+    while isinstance(criterion, functools.partial):
+        named = {**criterion.keywords, **named}
+        criterion = criterion.func
+    return criterion, named
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return a function's parameters by name with their defaults, those bound by functools.partial included."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # builtins without a signature
+        return {}
+    return {each.name: None if each.default is each.empty else each.default for each in parameters}
+
+
+def _torchs(function: Any) -> Any:
+    """Return the class of a module, or the class of torch's whose forward it runs; a function as it is."""
+    if not isinstance(function, nn.Module):
+        return function
+    own = type(function)
+    inherited = (each for each in own.__mro__ if each.__module__.startswith("torch.") and own.forward is each.forward)
+    return next(inherited, own)
+
+
+def _is_one(known: Any, among: Sequence[Any]) -> bool:
+    return any(known is each for each in among)
+
+
+def _reduction(asked: Any) -> str | None:
+    if asked in (None, "none"):
+        return None
+    if asked not in ("mean", "sum", "batchmean"):
+        raise ValueError(
+            f"expected `reduction` of the criterion to be 'mean', 'sum', 'batchmean' or 'none', got {describe(asked)}. "
+            f"{_WAY_OUT}"
+        )
+    return asked
+
+
+def not_its_own(name: str, own: Tensor, ours: Tensor) -> ValueError:
+    """The error for a criterion whose own value is no mean of its un-reduced losses."""
+    return ValueError(
+        f"expected {name} to give the mean of its un-reduced losses, {float(ours):.6g}, got {float(own):.6g}. It "
+        f"divides in a way of its own. {_WAY_OUT}"
+    )

@@ -1,0 +1,175 @@
+"""Relatives of trimming that need more than a schedule and a rule: see the cards in docs/methods.
+
+N training samples, B batch, E epochs, q keep fraction, p true-class probability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import batchtrim
+from batchtrim import Selection, Trimmer
+from batchtrim.lab.methods.rules import Method, NewNetwork, Setting
+from batchtrim.selection import Rule
+
+__all__ = ["Decaying", "FullEnd", "GradientNorm", "Importance", "LossDrop", "ProxySelection", "UnlessFull"]
+
+_TWIN_SEED = 2_000_003  # twins start from weights no run starts from
+
+
+@dataclass(frozen=True)
+class FullEnd:
+    """A schedule that ends in ``last`` of ``epochs`` epochs on everything; before that it is ``keep``."""
+
+    keep: Callable[[float], float]
+    epochs: int
+    last: int
+
+    def __call__(self, progress: float) -> float:
+        full = round(progress * (self.epochs - 1)) >= self.epochs - self.last
+        return 1.0 if full else self.keep(progress)
+
+
+@dataclass(frozen=True)
+class Decaying:
+    """A schedule: epoch e of ``epochs`` keeps ``decay ** e``."""
+
+    decay: float
+    epochs: int
+
+    def __call__(self, progress: float) -> float:
+        return max(self.decay ** round(progress * (self.epochs - 1)), 1e-300)
+
+
+@dataclass(frozen=True)
+class UnlessFull:
+    """``rule``, but with keep 1 everything: for rules that do not read keep, under :class:`FullEnd`."""
+
+    rule: Rule
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        return batchtrim.hardest()(losses, keep) if keep == 1.0 else self.rule(losses, keep, generator)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Draw k = keep_count(keep, B) times, with replacement, with chance ``p_i`` in proportion to the scores.
+
+    A sample drawn c_i times weighs ``c_i / (B * p_i)`` and the sum is divided by k: the expected loss is the mean of
+    the batch, whatever the scores. Kept are the samples drawn at least once.
+    """
+
+    def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
+        n = losses.shape[0]
+        k = batchtrim.keep_count(keep, n)
+        scores = losses.double().cpu()
+        # what cannot be drawn makes no unbiased weight; a NaN or inf is drawn for certain, as anywhere
+        chance = torch.where(scores.isfinite(), scores.clamp(min=1e-12), scores.nan_to_num(1.0, 1.0).clamp(min=1.0))
+        chance = chance / chance.sum()
+        drawn, times = torch.multinomial(chance, k, replacement=True, generator=generator).unique(return_counts=True)
+        weights = (times / (n * chance[drawn])).to(losses.device, losses.dtype)
+        return Selection(drawn.to(losses.device), n, n, weights, float(k), float(k))
+
+
+class GradientNorm(Method):
+    """Draw by the norm of the gradient at the outputs, ``|softmax(z_i) - y_i|``, and weigh by 1 / (B p_i)."""
+
+    def __init__(self, setting: Setting, keep: float):
+        super().__init__(Trimmer(keep, select=Importance(), seed=setting.seed), setting.epochs)
+        self.norms: Tensor | None = None
+
+    def watch(self, outputs: Tensor, targets: Tensor) -> None:
+        chances = outputs.float().softmax(1)
+        self.norms = (chances - F.one_hot(targets, outputs.shape[1])).norm(dim=1)
+
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
+        # without outputs, 1 - p: the true class's part of the norm
+        norms = -torch.expm1(-losses.detach()) if self.norms is None else self.norms.to(losses.dtype)
+        self.norms = None
+        return self.trim(losses, rank_by=norms)
+
+
+class LossDrop(Method):
+    """Drop the part of a batch whose loss fell furthest below its first loss; the first epoch keeps everything."""
+
+    def __init__(self, setting: Setting, drop: float):
+        afterwards = {0.5 / (setting.epochs - 1): 1.0 - drop} if setting.epochs > 1 else {1.0: 1.0}
+        super().__init__(Trimmer(batchtrim.step(afterwards), total=setting.epochs), setting.epochs)
+        self.first = torch.full((setting.samples,), math.nan)
+
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
+        now = (losses if plain is None else plain).detach()
+        self.first = self.first.to(now.device)
+        first = self.first[rows]
+        self.first[rows] = torch.where(first.isnan(), now.to(first.dtype), first)
+        fallen = torch.where(first.isnan(), 0.0, now - first.to(now.dtype))
+        return self.trim(losses, rank_by=fallen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"first": self.first.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.first = state["first"].clone()
+
+
+class ProxySelection(Method):
+    """A narrow twin sees every sample and ranks the batch; the network sees the hardest ``keep`` alone.
+
+    The twin trains on the whole batch in every ``every``-th step. Every forward and backward of it is counted.
+    """
+
+    def __init__(self, setting: Setting, keep: float, width: int, every: int):
+        super().__init__(Trimmer(keep), setting.epochs)
+        self.width = width or max(1, setting.width // 2)
+        self.every, self.seed = every, _TWIN_SEED + setting.seed
+        self.steps = 0
+        self.counted = [0, 0]
+
+    def connect(self, network: NewNetwork) -> None:
+        self.twin, self.optimizer = network(self.width, self.seed)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer]
+
+    def choose(self, inputs: Tensor, targets: Tensor) -> Selection:
+        learns = self.steps % self.every == 0
+        self.steps += 1
+        self.twin.train()
+        with torch.set_grad_enabled(learns):
+            losses = F.cross_entropy(self.twin(inputs).float(), targets, reduction="none")
+        if learns:
+            self.optimizer.zero_grad()
+            losses.mean().backward()
+            self.optimizer.step()
+        selection = self.trim.select(losses.detach())
+        # the training loop counts the whole batch forward and what is kept backward
+        self.counted[0] += selection.k
+        self.counted[1] += len(targets) if learns else 0
+        return selection.rising()
+
+    def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
+        return losses.mean()
+
+    def more_samples(self) -> tuple[int, int]:
+        forward, backward = self.counted
+        self.counted = [0, 0]
+        return forward, backward
+
+    def state_dict(self) -> dict[str, Any]:
+        twin = {"twin": self.twin.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}
+        return super().state_dict() | twin
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.twin.load_state_dict(state["twin"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]

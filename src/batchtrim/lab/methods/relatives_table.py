@@ -1,0 +1,164 @@
+"""Rows of the table for loss mass, later and earlier ends of trimming, and relatives seen since 2025."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import batchtrim
+from batchtrim import Trimmer
+from batchtrim._checks import check_count, check_fraction, check_keep, check_part
+from batchtrim.lab.methods.relatives import Decaying, FullEnd, GradientNorm, LossDrop, ProxySelection, UnlessFull
+from batchtrim.lab.methods.row import Param, Params, Row, check_open, check_or_all
+from batchtrim.lab.methods.rules import Method, Setting
+
+__all__ = ["RELATIVES"]
+
+
+def _trim_late(setting: Setting, params: Params) -> Method:
+    """Everything until ``start``, then the whole of the run's schedule."""
+    start = params["start"]
+    keep = setting.keep if start == 0.0 else batchtrim.join([batchtrim.constant(1.0), setting.keep], at=[start])
+    return Method(Trimmer(keep, total=setting.epochs), setting.epochs)
+
+
+def _trim_full_end(setting: Setting, params: Params) -> Method:
+    """The whole of the run's schedule, then everything in the last part, one epoch at least."""
+    epochs = setting.epochs
+    trimmed = epochs - max(1, round(params["last"] * epochs))
+    keep = setting.keep if trimmed > 0 else batchtrim.constant(1.0)
+    if trimmed > 0:
+        keep = batchtrim.join([keep, batchtrim.constant(1.0)], at=[(trimmed - 0.5) / (epochs - 1)])
+    return Method(Trimmer(keep, total=epochs), epochs)
+
+
+def _loss_mass(scale: str, control: bool = False) -> Callable[[Setting, Params], Method]:
+    def build(setting: Setting, params: Params) -> Method:
+        if params["at_least"] > params["at_most"]:
+            raise ValueError(
+                f"expected `loss_mass.at_least` up to `at_most`, got {params['at_least']:g} and {params['at_most']:g}."
+            )
+        mass = batchtrim.loss_mass(params["skip"], params["at_least"], params["at_most"])
+        rule = batchtrim.uniform(like=mass) if control else mass
+        return Method(Trimmer(params["share"], select=rule, scale=scale, seed=setting.seed), setting.epochs)
+
+    return build
+
+
+_MASS_PARAMS = {
+    "share": Param(0.9, check_keep, "part of the batch's loss that is kept"),
+    "skip": Param(0.0, check_fraction, "part of the batch dropped from the hard end first"),
+    "at_least": Param(0.0, check_part, "least part of the batch kept"),
+    "at_most": Param(1.0, check_keep, "largest part of the batch kept"),
+}
+
+
+def _dropout(matched: bool) -> Callable[[Setting, Params], Method]:
+    """Progressive Data Dropout by difficulty, or as many at random."""
+
+    def build(setting: Setting, params: Params) -> Method:
+        threshold = batchtrim.above(-math.log(params["threshold"]))
+        rule = UnlessFull(batchtrim.uniform(like=threshold) if matched else threshold)
+        # keep 0.5 stands for "by the rule", which does not read it
+        keep = FullEnd(batchtrim.constant(0.5), setting.epochs, min(setting.epochs, params["last"]))
+        return Method(Trimmer(keep, total=setting.epochs, select=rule, seed=setting.seed), setting.epochs)
+
+    return build
+
+
+def _dropout_scalar(setting: Setting, params: Params) -> Method:
+    keep = FullEnd(Decaying(params["decay"], setting.epochs), setting.epochs, min(setting.epochs, params["last"]))
+    return Method(Trimmer(keep, total=setting.epochs, select=batchtrim.uniform(), seed=setting.seed), setting.epochs)
+
+
+_LAST = Param(1, check_count, "last epochs, which see everything")
+
+
+RELATIVES = (
+    Row(
+        "loss_mass",
+        "the fewest samples that hold a share of the batch's loss; divided by the batch size",
+        "batchtrim",
+        _loss_mass("batch"),
+        _MASS_PARAMS,
+    ),
+    Row(
+        "loss_mass_kept",
+        "the same samples, their losses averaged as the paper averages them",
+        "batchtrim",
+        _loss_mass("kept"),
+        _MASS_PARAMS,
+    ),
+    Row(
+        "loss_mass_random",
+        "as many samples as loss_mass would keep of the batch, drawn at random",
+        "control",
+        _loss_mass("kept", control=True),
+        _MASS_PARAMS,
+    ),
+    Row(
+        "trim_late",
+        "everything at first, then trim's schedule in what is left",
+        "batchtrim",
+        _trim_late,
+        {"start": Param(0.5, check_fraction, "progress at which the schedule starts")},
+        uses_schedule=True,
+    ),
+    Row(
+        "trim_full_end",
+        "trim, with a last part of training on everything",
+        "batchtrim",
+        _trim_full_end,
+        {"last": Param(0.125, check_part, "last part of training, which sees everything; one epoch at least")},
+        uses_schedule=True,
+    ),
+    Row(
+        "data_dropout",
+        "samples whose true class has a probability below a threshold; everything in the last epoch",
+        "arXiv 2505.22342 (DBPD)",
+        _dropout(matched=False),
+        {"threshold": Param(0.3, check_open, "probability from which a sample is dropped"), "last": _LAST},
+    ),
+    Row(
+        "data_dropout_matched",
+        "as many samples of the batch as data_dropout would keep, drawn at random",
+        "arXiv 2505.22342 (SMRD)",
+        _dropout(matched=True),
+        {"threshold": Param(0.3, check_open, "probability from which a sample is dropped"), "last": _LAST},
+    ),
+    Row(
+        "data_dropout_scalar",
+        "samples drawn at random, fewer by a factor each epoch; everything in the last epoch",
+        "arXiv 2505.22342 (SRD)",
+        _dropout_scalar,
+        {"decay": Param(0.95, check_keep, "factor on the part kept, an epoch"), "last": _LAST},
+    ),
+    Row(
+        "proxy",
+        "the hardest half by a narrow twin's losses; the network sees no others",
+        "the airbench96 speed record of 2025",
+        lambda s, p: ProxySelection(s, p["keep"], p["width"], p["every"]),
+        {
+            "keep": Param(0.5, check_keep, "part of the batch the network sees"),
+            "width": Param(0, check_or_all, "channels of the twin's first stage; 0 is half the network's"),
+            "every": Param(4, check_count, "the twin learns in one of so many steps"),
+        },
+        any_engine=False,
+    ),
+    Row(
+        "gradient_norm",
+        "draws by the norm of the gradient at the outputs, weighted so that the expected loss is the mean",
+        "arXiv 1803.00942",
+        lambda s, p: GradientNorm(s, p["keep"]),
+        {"keep": Param(0.5, check_keep, "draws, as a part of the batch")},
+        any_engine=False,
+    ),
+    Row(
+        "loss_drop",
+        "the samples whose loss has fallen furthest below their first loss are dropped",
+        "TailSFT, 2026",
+        lambda s, p: LossDrop(s, p["drop"]),
+        {"drop": Param(0.5, check_fraction, "part of the batch dropped, from the second epoch on")},
+        any_engine=False,
+    ),
+)

@@ -1,0 +1,92 @@
+"""What a row of the table of methods is, and the checks of its parameters that are not the core's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchtrim._checks import check_count, check_number
+from batchtrim.lab.methods.rules import Method, Setting
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Param:
+    """A method's parameter: its default, its check ``(name, value) -> value``, and a line of help."""
+
+    default: Any
+    check: Callable[[str, Any], Any]
+    help: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Args:
+        name: what one types; ``summary``: one line; ``source``: where the rule comes from.
+        build: makes the method for a setting and checked parameters.
+        params: the parameters it takes, by name.
+        uses_schedule: whether it follows the run's keep schedule.
+        any_engine: whether its choice needs no more than the losses of the batch at hand.
+        smoothing: False where it reads probabilities off the loss, so that label smoothing is not for it.
+    """
+
+    name: str
+    summary: str
+    source: str
+    build: Callable[[Setting, Params], Method]
+    params: Mapping[str, Param] = field(default_factory=dict)
+    uses_schedule: bool = False
+    any_engine: bool = True
+    smoothing: bool = True
+
+    def check_params(self, given: Mapping[str, Any]) -> Params:
+        """All parameters, defaults filled in, or an error that names the wrong one."""
+        for name in given:
+            if name not in self.params:
+                takes = ", ".join(self.params) or "none"
+                raise ValueError(f"expected a parameter of method '{self.name}' ({takes}), got {name!r}.")
+        return {
+            name: param.check(f"{self.name}.{name}", given.get(name, param.default))
+            for name, param in self.params.items()
+        }
+
+
+def check_open(name: str, value: Any) -> float:
+    value = check_number(name, value)
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"expected `{name}` between 0 and 1, got {value:g}.")
+    return value
+
+
+def check_beta(name: str, value: Any) -> float:
+    value = check_number(name, value)
+    if not (value >= 0.0 and math.isfinite(value)):
+        raise ValueError(f"expected `{name}` to be at least 0 and finite, got {value:g}.")
+    return value
+
+
+def check_ramp(name: str, value: Any) -> int:
+    return check_count(name, value)
+
+
+def check_or_all(name: str, value: Any) -> int:
+    return check_count(name, value, minimum=0)
+
+
+def check_place(name: str, value: Any) -> float:
+    value = check_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"expected `{name}` in [0, 1], got {value:g}. It is a place in training.")
+    return value
+
+
+def check_tau(name: str, value: Any) -> float:
+    value = check_number(name, value)
+    if not (value >= 0.0 and math.isfinite(value)):
+        raise ValueError(f"expected `{name}` to be at least 0, got {value:g}. 0 stands for log(classes).")
+    return value

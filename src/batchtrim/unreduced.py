@@ -1,0 +1,237 @@
+"""Un-reduced losses, and what travels with them on the way to one number.
+
+A criterion's own mean is ``sum(l) / D``: D the number of entries that count, or the sum of their class weights.
+Trimming keeps that: over the kept it is ``sum_kept(l) / D_kept``, so keep 1 gives the criterion's own value.
+
+Legend: B batch, P further positions of a sample (pixels, tokens), j one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from batchtrim._checks import check_losses, describe, is_number
+from batchtrim.errors import PassUnreducedLosses
+
+__all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "nonzero"]
+
+UNITS = ("sample", "element")
+
+
+@dataclass(eq=False)
+class Losses:
+    """Un-reduced losses and what travels with them. A :class:`batchtrim.Trimmer` takes it in place of a tensor.
+
+    The loss of a choice is ``sum_kept(c_i * v_i) / sum_kept(c_i * w_i)``, v the values, w the weights, c the counts.
+
+    Attributes:
+        values: (B,) or (B, ...), with a graph.
+        mask: bool, shape of ``values``, True where an entry counts; None where all do.
+        weights: shape of ``values``: weights already multiplied into ``values`` (class weights), whose sum the
+            criterion's own mean divides by; None where there are none.
+        counts: (B,): how much of the criterion's own divisor each value stands for, where a value is the mean of a
+            sample's entries: the number of entries that count, or the sum of their class weights. None where every
+            value stands for as much.
+        unit: what the values are chosen as, "sample" or "element"; None where the trimmer may say.
+        reduction: "mean", or "sum" where the loss is the plain sum of what is kept.
+        terms: the terms of a sum whose entries count differently (``ce + dice``, of which only one has class weights):
+            each is divided by its own divisor over what is kept. Empty otherwise.
+
+    Losses add up and scale: ``ce(out, y) + 0.4 * ce(aux, y)``. They are ranked by their sum. A tensor of the shape of
+    ``values`` adds as well.
+
+    Notes:
+        Adding compares masks, weights and counts, which syncs the device where there are any.
+
+    Example:
+        >>> main, aux = Losses(torch.tensor([1.0, 3.0])), Losses(torch.tensor([0.0, 1.0]))
+        >>> (main + 0.5 * aux).mean()
+        tensor(2.2500)
+    """
+
+    values: Tensor
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+    counts: Tensor | None = None
+    unit: str | None = None
+    reduction: str = "mean"
+    terms: tuple[Losses, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_losses(self.values, "values", allow_empty=True)
+
+    def detach(self) -> Losses:
+        """Return the same without a graph."""
+        return replace(self, values=self.values.detach(), terms=tuple(term.detach() for term in self.terms))
+
+    def masked(self, mask: Tensor) -> Losses:
+        """Return the same with the entries left out where ``mask`` is False too."""
+        terms = tuple(term.masked(mask) for term in self.terms)
+        return replace(self, mask=mask if self.mask is None else mask & self.mask, terms=terms)
+
+    def mean(self) -> Tensor:
+        """Return the criterion's own value, 0-d: what keeping everything gives; 0 where nothing counts."""
+        if self.terms:
+            return torch.stack([term.mean() for term in self.terms]).sum()
+        values, total = self.values, accumulator(self.values)
+        counted = values if self.counts is None else values * self.counts
+        divisor = divisors(self)
+        if self.mask is not None:
+            counted = torch.where(self.mask, counted, 0.0)
+            divisor = self.mask if divisor is None else torch.where(self.mask, divisor, 0.0)
+        summed = counted.sum(dtype=total)
+        if self.reduction == "sum" or values.numel() == 0:
+            return summed.to(values.dtype)
+        number = values.numel() if divisor is None else nonzero(divisor.sum(dtype=total))
+        return (summed / number).to(values.dtype)
+
+    def __add__(self, other: object) -> Losses:
+        if is_number(other) and other == 0:  # where sum() starts
+            return self
+        other = Losses(self._checked_term(other), unit=self.unit) if isinstance(other, Tensor) else other
+        if not isinstance(other, Losses):
+            return NotImplemented
+        self._checked_term(other.values)
+        if None not in (self.unit, other.unit) and self.unit != other.unit:
+            raise ValueError(f"expected two terms of one unit, got {self.unit!r} and {other.unit!r}.")
+        if _count_alike(self, other):
+            return replace(self, values=self.values + other.values, unit=self.unit or other.unit)
+        return _sum((*(self.terms or (self,)), *(other.terms or (other,))), self.unit or other.unit)
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: object) -> Losses:
+        whole = isinstance(factor, Tensor) and factor.shape in ((), self.values.shape)
+        if not (is_number(factor) or whole):
+            return NotImplemented
+        return replace(self, values=self.values * factor, terms=tuple(each * factor for each in self.terms))  # type: ignore[operator]
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: object) -> Losses:
+        return self * (1.0 / divisor) if is_number(divisor) or isinstance(divisor, Tensor) else NotImplemented  # type: ignore[operator]
+
+    def __neg__(self) -> Losses:
+        return self * -1.0
+
+    def __sub__(self, other: object) -> Losses:
+        return self + -other if isinstance(other, (Losses, Tensor)) else NotImplemented
+
+    def __rsub__(self, other: object) -> Losses:
+        return other + -self if isinstance(other, Tensor) else NotImplemented
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        if self.counts is not None or self.reduction != "mean" or self.terms:
+            raise TypeError(
+                "expected the parts of `Losses` to be read by name (losses.values), got them unpacked as three."
+            )
+        return iter((self.values, self.mask, self.weights))
+
+    def _checked_term(self, other: Tensor) -> Tensor:
+        if other.ndim == 0:
+            raise PassUnreducedLosses(
+                "expected a term with one loss per sample to add to `Losses`, got one of shape (). "
+                "Un-reduce it too (batchtrim.per_sample), or add it to the trimmed loss: trim(losses) + term."
+            )
+        if other.shape != self.values.shape or not other.dtype.is_floating_point:
+            raise ValueError(
+                f"expected a term of shape {tuple(self.values.shape)} to add to `Losses`, got {describe(other)}. "
+                "Give every term with the same unit: per_sample(criterion, unit=...)."
+            )
+        return other
+
+
+def _sum(terms: tuple[Losses, ...], unit: str | None) -> Losses:
+    """Return the sum of terms that count differently. An entry counts where it does in one of them."""
+    values = [term.values if term.mask is None else torch.where(term.mask, term.values, 0.0) for term in terms]
+    masks = [term.mask for term in terms if term.mask is not None]
+    mask = torch.stack(masks).any(0) if len(masks) == len(terms) else None
+    return Losses(torch.stack(values).sum(0), mask, unit=unit, terms=terms)
+
+
+def _count_alike(one: Losses, other: Losses) -> bool:
+    """Return True where two terms have one divisor whatever is kept, as far as can be told."""
+    if one.terms or other.terms or one.reduction != other.reduction:
+        return False
+    pairs = [(one.mask, other.mask), (one.weights, other.weights), (one.counts, other.counts)]
+    if all(part is others for part, others in pairs):
+        return True
+    if torch.compiler.is_compiling():  # no branch on values in a graph
+        return False
+    for part, others in pairs:
+        given = part if part is not None else others
+        if given is None:
+            continue
+        # a missing mask is all True; missing weights and counts are all the same
+        part, others = (torch.ones_like(given) if each is None else each for each in (part, others))
+        if part is one.counts or others is other.counts:
+            part, others = part / part.amax(), others / others.amax()
+        if not torch.equal(part, others):
+            return False
+    return True
+
+
+def accumulator(values: Tensor) -> torch.dtype:
+    """Return the dtype that sums of ``values`` are held in: float32 at least. Half precision ends at 65,504."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def nonzero(divisor: Tensor) -> Tensor:
+    """Return a divisor with 1 in place of 0: a sum over nothing is then 0, not NaN."""
+    return torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+
+
+def divisors(losses: Losses) -> Tensor | None:
+    """Return what each entry adds to the criterion's own divisor, ``c_i * w_i``, or None where that is 1 for all."""
+    if losses.counts is None or losses.weights is None:
+        return losses.weights if losses.counts is None else losses.counts
+    return losses.counts * losses.weights
+
+
+def flatten(losses: Losses, unit: str) -> Losses:
+    """Return (B, ...) losses as the vector a rule chooses from.
+
+    sample:  ``l_i = sum_j(m_ij * l_ij) / c_i`` with ``c_i = sum_j(m_ij)`` over the positions that count, (B,): a mean,
+             since a longer sample is no harder for its length. With class weights ``c_i = sum_j(m_ij * w_ij)``. The
+             counts go along, so that keeping everything gives the criterion's own value. With reduction "sum" ``l_i``
+             is the sum. A sample of which nothing counts is masked out.
+    element: every position on its own, (B * ...,).
+
+    Raises:
+        ValueError: the losses were made for another unit.
+    """
+    if losses.unit not in (None, unit):
+        raise ValueError(
+            f"expected `losses` of unit {unit!r}, which the trimmer chooses among, got unit {losses.unit!r}. "
+            f"Give both the same: per_sample(criterion, unit={unit!r}), or Trimmer(unit={losses.unit!r})."
+        )
+    if losses.terms:
+        return _sum(tuple(flatten(term, unit) for term in losses.terms), unit)
+    values, mask, weights = losses.values, losses.mask, losses.weights
+    if values.ndim == 1:
+        return losses
+    if unit == "element":
+        parts = (None if part is None else part.reshape(-1) for part in (values, mask, weights, losses.counts))
+        return Losses(*parts, unit=unit, reduction=losses.reduction)  # type: ignore[arg-type]
+    if losses.counts is not None:
+        raise ValueError("expected `counts` with values of shape (B,), whose entries they count, got (B, ...).")
+    values, total = values.flatten(1), accumulator(values)
+    summing = losses.reduction == "sum"
+    if mask is None and weights is None:
+        means = (values.sum(1, dtype=total) if summing else values.mean(1, dtype=total)).to(values.dtype)
+        return replace(losses, values=means, unit=unit)
+    mask = None if mask is None else mask.flatten(1)
+    counted = mask if weights is None else weights.flatten(1)
+    if mask is not None:
+        values = torch.where(mask, values, 0.0)
+        counted = torch.where(mask, counted, torch.zeros_like(counted))  # type: ignore[arg-type]
+    counts = counted.sum(1, dtype=total)  # type: ignore[union-attr]
+    summed = values.sum(1, dtype=total)
+    means = (summed if summing else summed / nonzero(counts)).to(values.dtype)
+    return Losses(
+        means, None if mask is None else mask.any(1), None, None if summing else counts, unit, losses.reduction
+    )
