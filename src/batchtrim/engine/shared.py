@@ -244,11 +244,13 @@ def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
 
 
 class _StandIn(nn.Module):
-    """Stands where a wrapper looks for its module."""
+    """Stands where a wrapper looks for its module: the module's parts, and another call."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, inner: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
         self.call = call
+        self.named_modules = inner.named_modules  # from which parameters and buffers are told
+        self.modules = inner.modules
 
     def forward(self, *args: Any) -> Any:
         return self.call(*args)
@@ -266,7 +268,7 @@ def _with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[
         model._modules["module"] = inner
         return call(*args)
 
-    model._modules["module"] = _StandIn(called)
+    model._modules["module"] = _StandIn(inner, called)
     try:
         yield model
     finally:
