@@ -24,7 +24,7 @@ __all__ = ["AutoEngine"]
 
 _log = logging.getLogger("batchtrim.engine")
 
-# Above these keep fractions no trace is made, and two passes cost more than one: (1 + 3q) / 3 plus what the engine costs.
+# Above these keep fractions no trace is made, and two passes cost more than one: (1 + 3q) / 3 plus the engine itself.
 _SHARED_BELOW = 0.85
 _TWO_PASS_BELOW = 0.6
 # At this keep fraction a trace that does not pay never will.
@@ -111,9 +111,7 @@ class AutoEngine:
         cost = shared.trace.cost(shared.approximate)
         mixing = shared.trace.mixing(shared.approximate)
         below = f"; on all rows from {mixing[0]} on, since {mixing[1]}" if mixing else ""
-        _log.info(
-            "engine 'auto' runs 'shared': %.0f %% of the backward on the kept rows%s", 100 * cost.share, below
-        )
+        _log.info("engine 'auto' runs 'shared': %.0f %% of the backward on the kept rows%s", 100 * cost.share, below)
         if cost.ratio(_SMALLEST) > 1.0:
             self.saving = None
             _log.info("engine 'auto' goes on with 'exact': this model is too small for cutting to pay")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.batch import Forward, Step, as_losses, map_tensors
-from batchtrim.engine.capture import CannotCapture, Capture, is_compiled, uncompiled, unfit
+from batchtrim.engine.batch_norm import cosine_of
+from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.state import GeneratorStates, is_lazy
@@ -262,7 +262,7 @@ def _with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[
     if not isinstance(model, DistributedDataParallel):
         yield call
         return
-    inner = model._modules["module"]
+    inner: Any = model._modules["module"]
 
     def called(*args: Any) -> Any:
         model._modules["module"] = inner
