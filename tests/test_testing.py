@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from batchtrim import Losses, Selection, TrimmedForward, Trimmer
-from batchtrim.engine import ENGINES, shared
+from batchtrim import Selection, TrimmedForward, Trimmer
+from batchtrim.engine import ENGINES
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.testing import EngineReport, check_engine
 
@@ -45,24 +45,22 @@ def test_two_pass_with_dropout_is_told_apart() -> None:
 
 
 def test_a_broken_engine_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(kept: Losses, selection: Selection, trim: Trimmer) -> torch.Tensor:
-        return kept.values.sum() / selection.size
+    def change(step: Any, *_: Any) -> Any:
+        return step._replace(loss=step.loss * step.selection.k / step.selection.size)
 
-    monkeypatch.setattr(shared, "kept_loss", wrong)
-    report = check_engine(model(), batch(), nn.CrossEntropyLoss(), keep=0.5, verbose=False)
+    report = planted(monkeypatch, change, keep=0.5)
     assert not report.ok
     assert report.gradient_error == pytest.approx(0.5, rel=1e-4)  # half of the samples kept, divided by all
 
 
 def test_one_that_breaks_later_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept_loss, calls = shared.kept_loss, []
+    calls: list[Any] = []
 
-    def later_nan(*given: Any) -> torch.Tensor:
-        calls.append(given)
-        return kept_loss(*given) * (float("nan") if len(calls) == 3 else 1.0)
+    def later_nan(step: Any, *_: Any) -> Any:
+        calls.append(step)
+        return step._replace(loss=step.loss * (float("nan") if len(calls) == 3 else 1.0))
 
-    monkeypatch.setattr(shared, "kept_loss", later_nan)
-    report = check_engine(model(), batch(), nn.CrossEntropyLoss(), verbose=False)
+    report = planted(monkeypatch, later_nan)
     assert len(calls) == report.steps
     assert not report.ok
     assert math.isnan(report.gradient_error)
@@ -70,19 +68,15 @@ def test_one_that_breaks_later_is_told_apart(monkeypatch: pytest.MonkeyPatch) ->
         check_engine(model(), batch(), nn.CrossEntropyLoss(), steps=0)
 
 
+def contrastive(outputs: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return -(outputs @ outputs.t()).log_softmax(1).diagonal()
+
+
 def test_refusal_is_reported() -> None:
-    class Mixing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.a(x)
-            return self.b(torch.tanh(x - x.mean(0)))
-
-    report = check_engine(Mixing(), batch(), nn.CrossEntropyLoss(), verbose=False)
+    report = check_engine(model(), batch(), contrastive, verbose=False)
     assert not report.ok
-    assert "depends on the other samples" in str(report)
+    assert report.verdict == "refused"
+    assert "mixes rows, since it makes a tensor in which rows meet rows" in str(report)
 
 
 def test_batch_norm_is_judged_by_its_direction() -> None:
@@ -104,7 +98,7 @@ class Scaled(nn.Module):
         return self.body(x) + 1e-3 * self.gate
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, change: Any) -> EngineReport:
+def planted(monkeypatch: pytest.MonkeyPatch, change: Any, **options: Any) -> EngineReport:
     """The report on an engine that is exact but for ``change(step, model, x)`` before its loss is returned."""
 
     class Faulty(ExactEngine):
@@ -115,7 +109,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, change: Any) -> EngineReport:
             return change(step, self.forward.model, x) or step
 
     monkeypatch.setitem(ENGINES, "faulty", Faulty)
-    return check_engine(Scaled(), batch(), nn.CrossEntropyLoss(), engine="faulty", verbose=False)
+    return check_engine(Scaled(), batch(), nn.CrossEntropyLoss(), engine="faulty", verbose=False, **options)
 
 
 def test_one_small_parameter_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ class Trimmer:
         flat, scores = self._flatten(losses, rank_by, mask)
         if torch.compiler.is_compiling() and self.scope == "local" and hasattr(self.rule, "compiled_mask"):
             return self._compiled(flat, scores)
-        selection = self._choose(flat, scores)
+        selection = self._choose(flat, scores, rank_by is None)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim")
         if flat.terms:
@@ -178,7 +178,7 @@ class Trimmer:
         flat, scores = self._flatten(losses, rank_by, mask)
         if flat.terms:
             raise ValueError(f"expected `losses` with one divisor, got {SUM_OF_TERMS}")
-        selection = self._choose(flat, scores)
+        selection = self._choose(flat, scores, rank_by is None)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim.select")
         return selection
@@ -321,12 +321,10 @@ class Trimmer:
     ) -> tuple[Losses, Tensor]:
         """The vector there is to choose from, and the scores to rank it by."""
         joint = self.scope == "global"
+        values = losses.values if isinstance(losses, Losses) else losses
+        check_losses(values, allow_empty=joint)
         if not isinstance(losses, Losses):
-            check_losses(losses, allow_empty=joint)
-            losses = Losses(losses)
-        elif losses.values.numel() == 0:
-            check_losses(losses.values, allow_empty=joint)
-        values = losses.values
+            losses = Losses(values)
         if mask is not None:
             check_like("mask", mask, values, torch.bool)
             losses = losses.masked(mask)
@@ -343,14 +341,15 @@ class Trimmer:
             ranked = flatten(Losses(rank_by, losses.mask), self.unit)
         return flat, ranked.values.detach()
 
-    def _choose(self, flat: Losses, scores: Tensor) -> Selection:
+    def _choose(self, flat: Losses, scores: Tensor, ranked_by_itself: bool) -> Selection:
         if self.scope == "global" and world_size(self.process_group) > 1:
             return self._choose_jointly(flat, scores)
         selection = select_valid(self.rule, scores, self.keep, flat.mask, self.generator)
         if flat.weights is not None or flat.counts is not None or flat.reduction != "mean":
             selection = normalized(selection, flat)
-        self.last = Choice(flat.values.detach(), selection, flat.mask)
-        self.stats.record(self.last.losses, selection, flat.mask)
+        values = scores if ranked_by_itself else flat.values.detach()
+        self.last = Choice(values, selection, flat.mask)
+        self.stats.record(values, selection, flat.mask)
         self._single_rows = self._single_rows + 1 if selection.size == 1 and self.keep < 1.0 else 0
         if self._single_rows == _SINGLE_ROWS:
             warnings.warn(NothingToChoose(_SINGLE_ROWS), stacklevel=3)
@@ -370,6 +369,7 @@ class Trimmer:
             generator=self.generator,
             settings=(repr(self.schedule), self.total, self.scale, self.unit),
             steps=self.steps,
+            summed=flat.reduction == "sum",
             group=self.process_group,
         )
         selection = joined.selection

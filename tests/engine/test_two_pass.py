@@ -11,7 +11,6 @@ from harness import BATCH, error, gradient, train
 from torch import nn
 
 import batchtrim
-from batchtrim.engine.plan import Plan
 from batchtrim.engine.two_pass import padded_rows
 from batchtrim.errors import EngineRefused
 
@@ -45,40 +44,6 @@ def test_one_kept_sample_does_not_break_batch_norm() -> None:
         step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.05), engine)
         step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
         assert step.last.selection.k == 1
-
-
-def test_auto_takes_the_plain_graph_where_little_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    data = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
-    small = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.2), "auto")
-    for _ in range(3):
-        small(*data).backward()
-    (plan,) = small.engine.saving.plans.values()
-    assert plan.used == 0, "a network this small is faster on the plain graph"
-    assert plan.flops == 2 * BATCH * (8 * 8 + 8 * 8 + 8 * 5)
-    monkeypatch.setattr("batchtrim.engine.plan._SECONDS_PER_OPERATOR", 0.0)
-    monkeypatch.setattr("batchtrim.engine.plan._BYTES_PER_SECOND", {"cpu": 1e15})
-    rows: list[int] = []
-    model = zoo.Mlp(8)
-    model[3].register_full_backward_hook(lambda _, __, grad: rows.append(grad[0].shape[0]))
-    for keep in (1.0, 0.95, 0.5):
-        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(keep), "auto")
-        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
-    assert rows == [12, 12, 6]
-
-
-def test_auto_counts_what_the_second_pass_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
-    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
-    (plan,) = step.engine.plans.values()
-    assert plan.remembered == BATCH * (8 + 8 + 5) * 4
-    assert plan.written > plan.remembered / BATCH  # what is taken, and what is computed again
-    monkeypatch.setattr("batchtrim.engine.plan._SECONDS_PER_OPERATOR", 0.0)
-    monkeypatch.setattr("batchtrim.engine.plan._BYTES_PER_SECOND", {"cpu": 1e9})
-    monkeypatch.setattr("batchtrim.engine.plan._FLOPS_PER_SECOND", {"cpu": 1e9})
-    plan = Plan(flops=10**9, remembered=5 * 10**8, written=125e6, batch=8)  # 2 (1 - q) against 0.5 + q
-    assert plan.pays(0.49, "cpu")
-    assert not plan.pays(0.51, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -539,3 +539,31 @@ def test_ids_without_a_log() -> None:
         for call in (Trimmer(0.5), Trimmer(0.5).select):
             with pytest.raises(ValueError, match="without a log"):
                 call(torch.rand(3), **given)
+
+
+class TestEngines:
+    """What a plain call divides by, an engine, a window and several ranks divide by."""
+
+    @pytest.mark.parametrize("engine", ["exact", "two_pass"])
+    @pytest.mark.parametrize("scale", ["kept", "batch"])
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("keep", [1.0, 0.5])
+    def test_images_with_weights_and_ignored_pixels(self, engine: str, scale: str, reduction: str, keep: float) -> None:
+        criterion = nn.CrossEntropyLoss(ignore_index=255, weight=WEIGHT, reduction=reduction)
+        model = nn.Conv2d(2, 3, 3, padding=1)
+        inputs, labels = torch.randn(4, 2, 6, 6), pixels()[1]
+        right = Trimmer(keep, scale=scale)(per_sample(criterion)(model(inputs), labels))
+        expected = torch.autograd.grad(right, list(model.parameters()))
+        step = batchtrim.TrimmedForward(model, criterion, Trimmer(keep, scale=scale), engine)
+        loss = step(inputs, labels)
+        torch.testing.assert_close(loss, right)
+        for ours, theirs in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        parts = list(zip(inputs.split(2), labels.split(2), strict=True))
+        window = [part.detach() for part in batchtrim.accumulate(step, parts)]
+        torch.testing.assert_close(torch.stack(window).sum(), right.detach())
+
+    def test_a_sum_over_micro_batches_is_refused(self) -> None:
+        step = batchtrim.TrimmedForward(nn.Linear(3, 2), nn.MSELoss(reduction="sum"), Trimmer(0.5), "exact")
+        with pytest.raises(ValueError, match="expected a criterion of reduction 'mean' with over='micro', got 'sum'"):
+            next(batchtrim.accumulate(step, [(torch.randn(4, 3), torch.randn(4, 2))] * 2, over="micro"))

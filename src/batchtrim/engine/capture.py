@@ -7,6 +7,7 @@ and runs what the planner makes of it. Where a torch release does not fit, :func
 
 from __future__ import annotations
 
+# pyright: reportAttributeAccessIssue=false
 import contextlib
 import itertools
 import types
@@ -192,6 +193,8 @@ def _reason(error: BaseException) -> str:
     cause = error
     while getattr(cause, "inner_exception", None) is not None:
         cause = cause.inner_exception
+    if isinstance(cause, CannotCapture):
+        return str(cause)  # it was traced, and is refused for what the graph shows
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if not lines:
         return f"it cannot be traced as one graph ({type(cause).__name__})"

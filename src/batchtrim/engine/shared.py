@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.batch import Forward, Step, as_losses, map_tensors
-from batchtrim.engine.capture import CannotCapture, Capture, is_compiled, uncompiled, unfit
+from batchtrim.engine.batch_norm import cosine_of
+from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.state import GeneratorStates, is_lazy, without_graph
+from batchtrim.engine.state import GeneratorStates, is_lazy
 from batchtrim.engine.two_pass import Moment, padded_rows
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -110,34 +110,39 @@ class SharedEngine:
         """Run the traced step; what it saved, the losses with their graph, and the model's outputs."""
         if self.refused is not None:
             raise EngineRefused(self.refused)
-        plain: _Plain | None = None
-        try:
-            try:
-                tape, losses, outputs = self._traced(x, y)
-            except NewTrace:
-                plain = _Plain(self.forward, x, y)
-                tape, losses, outputs = self._traced(x, y)
-        except CannotCapture as error:
-            self._refuse(str(error))
-        reason = None if plain is None else plain.difference(losses.values.detach())
-        if plain is not None and reason is not None:
-            plain.before.restore(x, y)
-            self._refuse(f"its trace differs from the model: {reason}")
-        return tape, losses, map_tensors(Tensor.detach, outputs)
-
-    def _traced(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
-        tape = self._tape = Tape()
         x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
+        reason = ""
         try:
-            with torch.enable_grad(), _with_call(self.forward.model, self.capture) as call:
-                (values, mask, weights), outputs = call(*_marked(x, y, self.forward.batch_dim))
-        finally:
-            self._tape = None
-        return tape, Losses(values, mask, weights), outputs
+            with torch.enable_grad(), _with_call(self.forward.model, self._traced) as call:
+                (values, mask, weights), outputs, tape, plain = call(x, y)
+        except CannotCapture as error:
+            reason = str(error)
+        if reason:
+            self._refuse(reason)
+        differs = None if plain is None else plain.difference(values.detach())
+        if plain is not None and differs is not None:
+            plain.before.restore(x, y)
+            self._refuse(f"its trace differs from the model: {differs}")
+        return tape, Losses(values, mask, weights), map_tensors(Tensor.detach, outputs)
+
+    def _traced(self, x: Any, y: Any) -> Any:
+        """Run the trace; before one runs for the first time, see what the model's own Python computes."""
+        plain: _Plain | None = None
+        while True:
+            tape = self._tape = Tape()
+            try:
+                found = self.capture(*_marked(x, y, self.forward.batch_dim))
+            except NewTrace:
+                pass
+            else:
+                return *found, tape, plain
+            finally:
+                self._tape = None
+            plain = _Plain(self.forward, x, y)
 
     def _refuse(self, reason: str) -> NoReturn:
         self.refused = f"the shared engine cannot run this model: {reason}"
-        raise EngineRefused(self.refused) from None
+        raise EngineRefused(self.refused)
 
 
 class _Plain:
@@ -149,8 +154,7 @@ class _Plain:
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
         self.before = Moment(forward, x, y)
         try:
-            with without_graph():
-                self.losses = forward(x, y, model=forward.inner)[0].values
+            self.losses = forward(x, y, model=forward.inner)[0].values.detach()
             self.generators = GeneratorStates(self.before.generators.device)
         finally:
             self.before.restore(x, y)
@@ -240,11 +244,13 @@ def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
 
 
 class _StandIn(nn.Module):
-    """Stands where a wrapper looks for its module."""
+    """Stands where a wrapper looks for its module: the module's parts, and another call."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, inner: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
         self.call = call
+        self.named_modules = inner.named_modules  # from which parameters and buffers are told
+        self.modules = inner.modules
 
     def forward(self, *args: Any) -> Any:
         return self.call(*args)
@@ -256,8 +262,13 @@ def _with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[
     if not isinstance(model, DistributedDataParallel):
         yield call
         return
-    inner = model._modules["module"]
-    model._modules["module"] = _StandIn(call)
+    inner: Any = model._modules["module"]
+
+    def called(*args: Any) -> Any:
+        model._modules["module"] = inner
+        return call(*args)
+
+    model._modules["module"] = _StandIn(inner, called)
     try:
         yield model
     finally:

@@ -1,15 +1,8 @@
-"""A traced step whose backward runs on the kept rows: split, cut, scatter.
-
-The backward graph is split in two. The upper part, from the loss down, is proven to give the same on the kept rows; it
-reads saved tensors that were cut to them. The lower part begins where an operator mixes rows: gradients that go into it
-are put back among zeros for the rows that were not kept, and it runs on all rows, as in plain training.
-"""
+"""A traced step whose backward runs on the kept rows: what it saves, when that is cut, and how its backward runs."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -17,11 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from batchtrim.engine.capture import CannotCapture, executable, expression_of, keeps_graph, pin
-from batchtrim.engine.cost import Cost, cost_of, hinted_size, is_costly, machine_of
+from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
+from batchtrim.engine.cutting import cut, put_back
 from batchtrim.engine.layout import Broken, Layout, Rows, factor_of
-from batchtrim.engine.proof import LAYOUT, Proof, by_shape, label, place_of, prove
+from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
+from batchtrim.engine.split import Slices, split_backward
 
-__all__ = ["NewTrace", "Slices", "SlicedStep", "Tape", "cut", "put_back"]
+__all__ = ["NewTrace", "SlicedStep", "Tape"]
 
 
 class NewTrace(Exception):
@@ -61,93 +56,6 @@ class Tape:
                 self.kept[place] = cut(self.saved[place], layout, rows, batch)
             if place not in slices.whole and not again:
                 del self.saved[place]
-
-
-# --- cutting ---------------------------------------------------------------------------------------------------------
-
-
-def _factors(layout: Rows, size: int, batch: int) -> tuple[int, int, int]:
-    axis = layout.axes[0]
-    assert axis is not None
-    if axis.outer is None:
-        return axis.dim, size // batch, 1
-    if isinstance(axis.inner, int):
-        return axis.dim, size // (batch * axis.inner), axis.inner
-    return axis.dim, int(axis.outer), size // (batch * int(axis.outer))
-
-
-def cut(tensor: Tensor, layout: Rows, rows: Tensor, batch: int) -> Tensor:
-    """The given rows of a tensor, in memory in the order in which the tensor has its dimensions."""
-    dim, outer, inner = _factors(layout, tensor.shape[layout.axes[0].dim], batch)  # type: ignore[union-attr]
-    k = rows.shape[0]
-    strides = tensor.stride()
-    if layout.iota or strides[dim] == 0:
-        return tensor.narrow(dim, 0, outer * k * inner)
-    spread = [d for d, stride in enumerate(strides) if stride == 0 and tensor.shape[d] > 1]
-    shape = list(tensor.shape)
-    for d in spread:
-        tensor = tensor.narrow(d, 0, 1)
-    order = sorted(range(tensor.ndim), key=lambda d: (-strides[d], d))
-    moved = tensor.permute(order)
-    at = order.index(dim)
-    if outer == 1 and inner == 1:
-        moved = moved.index_select(at, rows)
-    else:
-        moved = moved.unflatten(at, (outer, batch, inner)).index_select(at + 1, rows).flatten(at, at + 2)
-    back = [order.index(d) for d in range(tensor.ndim)]
-    result = moved.permute(back)
-    if spread:
-        shape[dim] = outer * k * inner
-        result = result.expand(shape)
-    return result
-
-
-def put_back(kept: Tensor, layout: Rows, rows: Tensor, batch: int) -> Tensor:
-    """Zeros for all rows, and the kept ones among them: what :func:`cut` takes, the other way."""
-    k = rows.shape[0]
-    dim, outer, inner = _factors(layout, kept.shape[layout.axes[0].dim], k)  # type: ignore[union-attr]
-    shape = list(kept.shape)
-    shape[dim] = outer * batch * inner
-    whole = kept.new_zeros(shape)
-    if kept.ndim == 4 and kept.is_contiguous(memory_format=torch.channels_last):
-        whole = whole.to(memory_format=torch.channels_last)
-    parts = whole.unflatten(dim, (outer, batch, inner))
-    parts.index_copy_(dim + 1, rows, kept.unflatten(dim, (outer, k, inner)))
-    return whole
-
-
-# --- splitting -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Part:
-    """One of the two graphs: what it reads, by place among the backward's inputs or by node, and what it gives."""
-
-    run: Callable[[list[Any]], Any]
-    graph: fx.GraphModule
-    inputs: list[fx.Node]
-    outputs: list[fx.Node]
-
-
-@dataclass
-class Slices:
-    """A backward graph in two parts.
-
-    Attributes:
-        upper, lower: run on the kept rows and on all.
-        cuts: places of the backward's inputs that are cut, and where their rows lie. whole: places read uncut.
-    """
-
-    upper: _Part
-    lower: _Part
-    proof: Proof
-    cuts: dict[int, Rows] = field(default_factory=dict)
-    whole: set[int] = field(default_factory=set)
-
-    @property
-    def worth(self) -> bool:
-        """True if a costly operator runs on the kept rows."""
-        return any(is_costly(node) for node in self.upper.graph.graph.nodes)
 
 
 class SlicedStep:
@@ -252,7 +160,7 @@ class SlicedStep:
             if isinstance(layout, Rows):
                 tangents[node] = Rows(layout.axes, vanish=True)
         proof = prove(graph, self.symbols, tangents, batch_norm=approximate)
-        return split_backward(self.backward_graph, proof, self.places, self.symbols[0])
+        return split_backward(self.backward_graph, proof, self.places)
 
     def cost(self, approximate: bool) -> Cost:
         """What a step of this trace costs."""
@@ -344,73 +252,12 @@ def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _row_symbols(graph: fx.Graph, tangents: set[fx.Node]) -> tuple[sympy.Symbol, ...]:
-    """The symbol that counts rows: the size of the losses, the first output that has a gradient."""
-    losses = next(node for node in graph.nodes if node.op == "placeholder" and node in tangents).meta["val"]
-    size = expression_of(losses.shape[0]) if losses.ndim == 1 else None
+    """The symbol that counts rows: the size of the losses, which are a vector with a gradient."""
+    vectors = [n.meta["val"] for n in graph.nodes if n.op == "placeholder" and n in tangents]
+    sizes = {expression_of(each.shape[0]) for each in vectors if each.ndim == 1}
+    if len(sizes) != 1:
+        raise CannotCapture("it returns further vectors with a gradient, so that one cannot tell which are the losses")
+    (size,) = sizes
     if not isinstance(size, sympy.Symbol):
         raise CannotCapture(f"its trace holds for one batch size only ({size} losses)")
     return (size,)
-
-
-def split_backward(module: fx.GraphModule, proof: Proof, places: list[fx.Node], symbol: sympy.Symbol) -> Slices:
-    """Two graphs of one: what runs on the kept rows, and what runs on all."""
-    graph = module.graph
-    (output,) = graph.find_nodes(op="output")
-    wanted = [node for node in output.args[0] if isinstance(node, fx.Node)]
-    verdicts = proof.verdicts
-
-    def on_kept(node: fx.Node) -> bool:
-        verdict = verdicts[node]
-        return not verdict.whole and not any(isinstance(each, Broken) for each in verdict.layouts)
-
-    lower_needs: set[fx.Node] = set()
-    frontier: list[fx.Node] = []
-    stack = [node for node in wanted if not on_kept(node)]
-    while stack:
-        node = stack.pop()
-        if node in lower_needs or node.op == "placeholder" and verdicts[node].gradient:
-            lower_needs.add(node)
-            continue
-        if verdicts[node].gradient and on_kept(node) and node.op != "placeholder":
-            if node not in frontier:
-                frontier.append(node)
-            continue
-        lower_needs.add(node)
-        stack.extend(node.all_input_nodes)
-    upper_outputs = list(dict.fromkeys([*(node for node in wanted if on_kept(node)), *frontier]))
-    lower_outputs = list(dict.fromkeys(node for node in wanted if not on_kept(node)))
-    upper = _extract(module, upper_outputs, set())
-    lower = _extract(module, lower_outputs, set(frontier))
-    cuts: dict[int, Rows] = {}
-    for place, node in enumerate(places):
-        layout = verdicts[node].layouts[0]
-        if node in upper.inputs and isinstance(layout, Rows):
-            cuts[place] = layout
-    whole = {place for place, node in enumerate(places) if node in lower.inputs}
-    return Slices(upper, lower, proof, cuts, whole)
-
-
-def _extract(module: fx.GraphModule, outputs: list[fx.Node], given: set[fx.Node]) -> _Part:
-    """A graph that computes some nodes, with others given to it."""
-    needed: set[fx.Node] = set()
-    stack = list(outputs)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if node not in given:
-                stack.extend(node.all_input_nodes)
-    new = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    inputs: list[fx.Node] = []
-    for node in module.graph.nodes:
-        if node in needed and (node.op == "placeholder" or node in given):
-            copies[node] = new.placeholder(node.name)
-            copies[node].meta = copy.copy(node.meta)
-            inputs.append(node)
-    for node in module.graph.nodes:
-        if node in needed and node not in copies:
-            copies[node] = new.node_copy(node, lambda n: copies[n])
-    new.output([copies[node] for node in outputs])
-    part = fx.GraphModule(module, new)
-    return _Part(executable(part), part, inputs, outputs)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from batchtrim.integrations.intercept import Call, NotFound, Part, Recorder
-from batchtrim.integrations.parts import parts_of
+from batchtrim.integrations.parts import compare, parts_of
 from batchtrim.integrations.rows import label_sizes, output_tensors, prove_rows, rows_of
 from batchtrim.unreduced import Losses, flatten
 
@@ -77,7 +77,7 @@ class LossFinder:
             raise NotFound("label smoothing is for cross-entropy with classes, and its loss is another")
         loss = loss_of(outputs)
         kinds = tuple((call.name, call.values.ndim, call.leaf.ndim) for call in recorder.calls)
-        form = (kinds, batch > 1, loss is not None and getattr(loss, "dtype", None))
+        form = (kinds, batch > 1, getattr(loss, "dtype", None))
         self._calls += 1
         check = form not in self._proven or self._calls % _CHECK_EVERY == 0
         parts = parts_of(loss, recorder.calls, check=check)
@@ -88,6 +88,8 @@ class LossFinder:
                 prove_rows(parts, rows, output_tensors(outputs, loss), labels)
             self._proven.add(form)
         losses, scores = _merged(parts, rows, self.unit)
+        if check:
+            compare(loss, losses.mean(), "the loss with everything kept")
         return Found(losses, scores, loss.detach(), outputs, parts[0].call, len(parts))
 
 
@@ -96,6 +98,7 @@ def _merged(parts: list[Part], rows: list[Tensor], unit: str) -> tuple[Losses, T
     first = parts[0]
     alike = len(parts) == 1 or all(
         part.weights is None
+        and part.call.ignored == first.call.ignored
         and each.shape == rows[0].shape
         and (part.counted is None if first.counted is None else part.call.target is first.call.target)
         for part, each in zip(parts, rows, strict=True)
