@@ -68,15 +68,13 @@ _COSTLY = frozenset(_CONTRACTED) | {"convolution", "convolution_backward"}
 
 
 def hinted_size(tensor: Any) -> int:
-    """Entries of a tensor, symbolic sizes by their hints."""
-    count = 1
-    for size in tensor.shape:
-        count *= int(size.node.hint) if isinstance(size, torch.SymInt) else size
-    return count
+    """Return how many entries a tensor has, symbolic sizes by their hints."""
+    return math.prod(_shape(tensor))
 
 
 def _shape(tensor: Any) -> list[int]:
-    return [int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+    # a size that the values decide (of nonzero) has no hint, and counts as one row
+    return [int(size.node.hint or 1) if isinstance(size, torch.SymInt) else size for size in tensor.shape]
 
 
 def is_costly(node: fx.Node) -> bool:
@@ -94,7 +92,9 @@ def _flops(node: fx.Node, name: str) -> float:
         return 2.0 * hinted_size(node.meta["val"]) * hinted_size(tensors[1]) / _shape(tensors[1])[0]
     if name == "convolution_backward":
         masks = node.args[-1]
-        return 2.0 * hinted_size(tensors[0]) * hinted_size(tensors[2]) / _shape(tensors[2])[0] * sum(map(bool, masks[:2]))  # type: ignore[index,arg-type]
+        return (
+            2.0 * hinted_size(tensors[0]) * hinted_size(tensors[2]) / _shape(tensors[2])[0] * sum(map(bool, masks[:2]))
+        )  # type: ignore[index,arg-type]
     if "attention" in name:
         query, key = (tensors[1], tensors[2]) if "backward" in name else (tensors[0], tensors[1])
         return (10.0 if "backward" in name else 4.0) * hinted_size(query) * _shape(key)[-2]
