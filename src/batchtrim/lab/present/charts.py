@@ -182,13 +182,21 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
 def scatter(
     points: Sequence[Point], *, x_label: str, y_label: str, x_fmt: Format, fmt: Format, title: str = ""
 ) -> Markup:
-    """Cost on x from zero, error on y with its interval; each point has its name beside it."""
+    """Cost on x from zero, error on y with its interval; each point has its name beside it.
+
+    A line joins the front: the points that no other has both a lower cost and a lower error than.
+    """
     if not points:
         return Markup('<p class="note">No run finished.</p>')
     x = Scale(0.0, max(point.x for point in points) * 1.08 or 1.0, LEFT, WIDTH - RIGHT)
     y = Scale(*data_range([v for point in points for v in (point.y, *(point.interval or ()))]), HEIGHT - BOTTOM, TOP)
     parts = [_axes(x, y, x_label, y_label, x_fmt, fmt)]
+    best = front(points)
+    if len(best) > 1:
+        way = _path([point.x for point in best], [point.y for point in best], x, y)
+        parts.append(f'<polyline class="front" points="{way}"/>')
     for point in points:
+        there = ", on the front" if point in best else ""
         centre, middle = x(point.x), y(point.y)
         parts.append(f'<g class="{style_class(point.style)}">')
         if point.interval:
@@ -198,10 +206,19 @@ def scatter(
             )
         parts.append(
             f'<circle class="big" cx="{centre:.1f}" cy="{middle:.1f}" r="5.5">'
-            f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}</title></circle></g>"
+            f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}{there}</title></circle></g>"
         )
     parts += _labels(points, x, y)
     return _svg("".join(parts), title, HEIGHT, ' class="chart"')
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that none of the others beats: at most its cost and its error, and one of them less."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda each: (each.x, each.y)):
+        if not best or point.y < best[-1].y:
+            best.append(point)
+    return best
 
 
 def legend(entries: Sequence[tuple[str, int]]) -> Markup:
