@@ -296,7 +296,8 @@ def test_images_and_a_network_of_ones_own(tmp_path: Path) -> None:
     done = batchtrim(*words, "--model", "net.py:build")
     assert done.exit_code == 0, done.output
     assert "mine, two: 6 of 24 images set aside for testing" in done.stderr
-    assert "resized to 8 x 8" in done.stderr
+    assert done.stderr.count("resized to 8 x 8") == 1
+    assert "resized to 8 x 8" in Path("here/report.html").read_text()
     assert len({row["environment"]["source"] for row in records.read("here")}) == 1
     shown = batchtrim("show", "here")
     assert shown.exit_code == 0, shown.output

@@ -71,6 +71,16 @@ def test_the_same_value_on_every_seed(make_row: MakeRow, task: bool) -> None:
     assert found(rows) == (expected if task else ())
 
 
+def test_notes_of_runs_are_told_by_arm_or_once(make_row: MakeRow) -> None:
+    rows = runs(make_row, {"full": [0, 1, 2], "trim": [0, 1, 2]})
+    data = [{**row, "notes": ["5 images are on both sides"]} for row in rows]
+    assert found(data) == (Caveat(Kind.NOTED, "", (), 0, "5 images are on both sides"),)
+    some = [{**row, "notes": ["it was late"]} if row["config"]["method"] == "trim" else row for row in rows]
+    assert found(some) == (Caveat(Kind.NOTED, "trim", (0, 1, 2), 0, "it was late"),)
+    (group,) = comparison.summarize(some).groups
+    assert caveat_texts(group) == ["trim, seeds 0, 1, 2: it was late."]
+
+
 def test_several_versions_of_the_program(make_row: MakeRow) -> None:
     rows = runs(make_row, {"full": [0, 1, 2], "trim": [0, 1, 2]})
     for number, row in enumerate(rows):
