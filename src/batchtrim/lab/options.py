@@ -98,7 +98,8 @@ def settings_table(presets: Mapping[str, Any], only: Table) -> Table:
         if only is MANY and name in SETTINGS and SETTINGS[name].many:
             help += "; comma-separated"
         said = _default(name, presets)
-        table[name] = option(kind.__origin__, f"{help} [{said}]", default=default) if said else (kind, default)
+        names = kind.__metadata__[0].param_decls or ()
+        table[name] = option(kind.__origin__, f"{help} [{said}]", *names, default=default) if said else (kind, default)
     return {**table, **TASK, **_PARAM}
 
 

@@ -159,7 +159,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     largest = int(samples.labels.max())
     if largest >= len(samples.classes):
         raise ValueError(f"expected a name in `classes` for every label up to {largest}, got {len(samples.classes)}.")
-    columns = _columns(log, samples, samples.labels)
+    columns = _columns(log, samples)
     shown = _shown(columns, len(samples.classes))
     data: dict[str, Any] = {
         "classes": list(samples.classes),
@@ -195,15 +195,16 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     return path
 
 
-def _columns(log: KeepLog, samples: Samples, labels: Tensor) -> dict[str, np.ndarray]:
+def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
     """What the page knows of each sample that was seen, most suspect first, in as few bytes as it takes."""
+    assert samples.labels is not None
     table = log.table()
     ids, scores = suspects(log)
     predicted = table["predicted"] if samples.predicted is None else samples.predicted
     confidence = table["confidence"] if samples.confidence is None else samples.confidence
     return {
         "id": ids.numpy().astype(np.uint32),
-        "label": labels[ids].numpy().astype(np.int16),
+        "label": samples.labels[ids].numpy().astype(np.int16),
         "predicted": predicted[ids].cpu().numpy().astype(np.int16),
         "confidence": _percent(confidence[ids].float()),
         "keep": _percent(table["keep_rate"][ids]),

@@ -70,7 +70,9 @@ class RunConfig:
     label_column: str | None = setting(
         None, "column of a table with the classes", role=Role.DATA, later=True, default_help="label, class or target"
     )
-    skip_broken: bool = setting(False, "go on without images that cannot be decoded", role=Role.DATA, later=True)
+    skip_broken: bool = setting(
+        False, "go on without images that cannot be decoded", role=Role.DATA, later=True, default_help="refused"
+    )
     model: str = setting("mlp", "network", choices=MODELS, many=True, own="FILE.py:FUNCTION, hf:ARCHITECTURE")
     width: int | None = setting(None, "channels of the network's first stage", default_help="by network")
     norm: str = setting("batch", "normalisation layers", choices=NORMS)
