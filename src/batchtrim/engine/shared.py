@@ -72,7 +72,7 @@ class SharedEngine:
         if selection is None:
             scores = self.forward.scores(outputs, y)
             selection = self.trim.select(losses.detach(), rank_by=scores).rising()
-        batch = losses.values.shape[0]
+        batch = tape.size = losses.values.shape[0]
         rows = padded_rows(selection)
         values, weights = losses.values, losses.weights
         if not selection.everything:
@@ -81,7 +81,7 @@ class SharedEngine:
         loss = reduce_kept(values, selection, self.trim.scale, weights)
         approximate = None
         if tape.step is not None and rows.shape[0] < batch:
-            self._cut(tape, loss, rows.sort().values, batch)
+            self._cut(tape, loss, rows.sort().values, _rows(x, self.forward.batch_dim))
             approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
         return Step(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
@@ -104,7 +104,7 @@ class SharedEngine:
         tape.cut(rows, batch, self.approximate)
 
     def _planner(self) -> SlicedStep:
-        return SlicedStep(lambda: self._tape, self.approximate)
+        return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit)
 
     def _forward(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
         """Run the traced step; what it saved, the losses with their graph, and the model's outputs."""
@@ -131,7 +131,7 @@ class SharedEngine:
         while True:
             tape = self._tape = Tape()
             try:
-                found = self.capture(*_marked(x, y, self.forward.batch_dim))
+                found = self.capture(*_marked(x, y, self.forward))
             except NewTrace:
                 pass
             else:
@@ -176,6 +176,8 @@ def refusal(forward: Forward) -> str | None:
     reason = unfit()
     if reason is not None:
         return reason
+    if forward.unit == "element" and forward.batch_dim != 0:
+        return "tokens are rows of a batch that comes first (batch_dim=0)"
     for name, module in forward.model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -217,12 +219,14 @@ def _rows(x: Any, dim: int) -> int:
     return found[0] if found else 0
 
 
-def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
-    """The batch, with the dimension of its rows marked as one that changes.
+def _marked(x: Any, y: Any, forward: Forward) -> tuple[Any, Any]:
+    """The batch, with the dimensions of its rows marked as ones that change.
 
     What is marked are aliases, so that nothing is noted on the caller's tensors.
     """
+    dim = forward.batch_dim
     batch = _rows(x, dim)
+    tokens = _rows(x, 1) if forward.unit == "element" else None
     aliases: dict[int, Tensor] = {}
 
     def mark(at: int) -> Callable[[Tensor], Tensor]:
@@ -233,6 +237,8 @@ def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
             alias = aliases[id(tensor)]
             if alias.ndim > at and alias.shape[at] == batch:
                 torch._dynamo.maybe_mark_dynamic(alias, at)
+                if tokens is not None and alias.ndim > 1 and alias.shape[1] == tokens:
+                    torch._dynamo.maybe_mark_dynamic(alias, 1)
             return alias
 
         return marked
