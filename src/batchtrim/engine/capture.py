@@ -26,7 +26,6 @@ __all__ = [
     "decomposed",
     "executable",
     "expression_of",
-    "is_compiled",
     "keeps_graph",
     "pin",
     "rehearse",
@@ -206,11 +205,6 @@ def _reason(error: BaseException) -> str:
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module a user gave to torch.compile."""
     return getattr(model, "_orig_mod", model)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """True if a module, or its call, went through torch.compile."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def keeps_graph() -> bool:

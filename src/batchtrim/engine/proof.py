@@ -25,6 +25,7 @@ from batchtrim.engine.rules import Call, Value, apply_rule, has_rule, holds, nam
 
 __all__ = ["Proof", "Verdict", "label", "place_of", "prove"]
 
+_UNCUT: Layout = Broken("its rows lie where they cannot be cut")
 LAYOUT = "batchtrim_layout"  # key in a node's meta
 
 
@@ -243,7 +244,7 @@ def prove(
         if node.op == "placeholder":
             layouts = [tangents[node]] if node in tangents else node.meta.get(LAYOUT, [Whole()])
             if any(isinstance(each, Rows) and not can_be_cut(each, len(symbols)) for each in layouts):
-                layouts = [Broken("its rows lie where they cannot be cut")]
+                layouts = [_UNCUT]
             verdict = Verdict(node in tangents, layouts)
         elif node.op == "call_function":
             verdict = _judge(node, walk, proof, batch_norm)
