@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Whole
-from batchtrim.engine.rules import Call, Value, _aligned, _not_along, _one, contract, holds, name_of, rule
+from batchtrim.engine.rules import Call, Value, _aligned, _not_along, _one, holds, name_of, rule
 
 __all__ = ["BATCH_NORM_BACKWARD"]
 

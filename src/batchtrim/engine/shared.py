@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.batch import Forward, Step, as_losses, map_tensors
-from batchtrim.engine.capture import CannotCapture, Capture, is_compiled, uncompiled, unfit
+from batchtrim.engine.batch_norm import cosine_of
+from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.state import GeneratorStates, is_lazy, without_graph

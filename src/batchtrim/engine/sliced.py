@@ -21,7 +21,7 @@ from batchtrim.engine.cost import Cost, cost_of, hinted_size, is_costly, machine
 from batchtrim.engine.layout import Broken, Layout, Rows, factor_of
 from batchtrim.engine.proof import LAYOUT, Proof, by_shape, label, place_of, prove
 
-__all__ = ["NewTrace", "Slices", "SlicedStep", "Tape", "cut", "put_back"]
+__all__ = ["NewTrace", "SlicedStep", "Slices", "Tape", "cut", "put_back"]
 
 
 class NewTrace(Exception):
@@ -368,7 +368,7 @@ def split_backward(module: fx.GraphModule, proof: Proof, places: list[fx.Node], 
     stack = [node for node in wanted if not on_kept(node)]
     while stack:
         node = stack.pop()
-        if node in lower_needs or node.op == "placeholder" and verdicts[node].gradient:
+        if node in lower_needs or (node.op == "placeholder" and verdicts[node].gradient):
             lower_needs.add(node)
             continue
         if verdicts[node].gradient and on_kept(node) and node.op != "placeholder":
