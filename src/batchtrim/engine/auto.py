@@ -24,7 +24,7 @@ __all__ = ["AutoEngine"]
 
 _log = logging.getLogger("batchtrim.engine")
 
-# Above these keep fractions no trace is made, and two passes cost more than one: (1 + 3q) / 3 plus what the engine costs.
+# Above these keep fractions no trace is made, and two passes cost more than one: (1 + 3q) / 3 plus the engine itself.
 _SHARED_BELOW = 0.85
 _TWO_PASS_BELOW = 0.6
 # At this keep fraction a trace that does not pay never will.
@@ -49,6 +49,7 @@ class AutoEngine:
         self._told = False
         self._warned = False
         try:
+            self._refuse_compiled(forward)
             self.saving = SharedEngine(forward, trim)
             self.saving.judge = self._judge
         except EngineRefused as refused:
@@ -95,6 +96,13 @@ class AutoEngine:
         """The engine that steps are handed to, where it pays."""
         return self.exact if self.saving is None else self.saving
 
+    @staticmethod
+    def _refuse_compiled(forward: Forward) -> None:
+        for name, module in forward.model.named_modules():
+            if is_compiled(module):
+                what = f"{name or 'the model'} ({type(module).__name__})"
+                raise EngineRefused(f"{what} is compiled, and a trace of it would run operator by operator")
+
     def _tell(self, shared: SharedEngine) -> None:
         """Say once what runs and why; give up for good what never pays."""
         if shared.trace is None:
@@ -103,9 +111,7 @@ class AutoEngine:
         cost = shared.trace.cost(shared.approximate)
         mixing = shared.trace.mixing(shared.approximate)
         below = f"; on all rows from {mixing[0]} on, since {mixing[1]}" if mixing else ""
-        _log.info(
-            "engine 'auto' runs 'shared': %.0f %% of the backward on the kept rows%s", 100 * cost.share, below
-        )
+        _log.info("engine 'auto' runs 'shared': %.0f %% of the backward on the kept rows%s", 100 * cost.share, below)
         if cost.ratio(_SMALLEST) > 1.0:
             self.saving = None
             _log.info("engine 'auto' goes on with 'exact': this model is too small for cutting to pay")

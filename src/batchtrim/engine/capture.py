@@ -7,6 +7,7 @@ and runs what the planner makes of it. Where a torch release does not fit, :func
 
 from __future__ import annotations
 
+# pyright: reportAttributeAccessIssue=false
 import contextlib
 import itertools
 import types

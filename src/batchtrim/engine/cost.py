@@ -91,10 +91,9 @@ def _flops(node: fx.Node, name: str) -> float:
     if name == "convolution":
         return 2.0 * hinted_size(node.meta["val"]) * hinted_size(tensors[1]) / _shape(tensors[1])[0]
     if name == "convolution_backward":
-        masks = node.args[-1]
-        return (
-            2.0 * hinted_size(tensors[0]) * hinted_size(tensors[2]) / _shape(tensors[2])[0] * sum(map(bool, masks[:2]))
-        )  # type: ignore[index,arg-type]
+        masks: Any = node.args[-1]
+        each = 2.0 * hinted_size(tensors[0]) * hinted_size(tensors[2]) / _shape(tensors[2])[0]
+        return each * sum(map(bool, masks[:2]))
     if "attention" in name:
         query, key = (tensors[1], tensors[2]) if "backward" in name else (tensors[0], tensors[1])
         return (10.0 if "backward" in name else 4.0) * hinted_size(query) * _shape(key)[-2]

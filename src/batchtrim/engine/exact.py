@@ -34,7 +34,9 @@ class ExactEngine:
             kept = kept.index_select(0, selection.indices)
             weights = None if weights is None else weights.index_select(0, selection.indices)
         loss = reduce_kept(kept, selection, self.trim.scale, weights)
-        return Step(loss, losses.values.detach(), map_tensors(torch.Tensor.detach, outputs), selection, engine=self.name)
+        return Step(
+            loss, losses.values.detach(), map_tensors(torch.Tensor.detach, outputs), selection, engine=self.name
+        )
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> torch.Tensor:
         """The loss of rows that were chosen before."""

@@ -8,6 +8,7 @@ and every operator of the backward must then agree with them. So the forward may
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,10 +17,11 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from batchtrim.engine import rules_nn
+from batchtrim.engine import rules_nn, rules_shape  # noqa: F401  (they enter their rules)
 from batchtrim.engine.capture import decomposed, expression_of
+from batchtrim.engine.cutting import can_be_cut
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Whole
-from batchtrim.engine.rules import Call, Value, _only_dim, apply_rule, has_rule, holds, name_of
+from batchtrim.engine.rules import Call, Value, apply_rule, has_rule, holds, name_of, only_dim
 
 __all__ = ["Proof", "Verdict", "label", "place_of", "prove"]
 
@@ -114,24 +116,20 @@ class _Walk:
                 return [Whole()]
             raise Mixes("no rule tells what it does with rows")
         call = make_call(node.target, node.args, node.kwargs, outputs, self.symbols, self.see)
-        fake = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         known: dict[int, Layout] = {}
         for each in node.all_input_nodes:
             value = each.meta.get("val")
-            if isinstance(value, Tensor):
-                if known.setdefault(id(value), self.layout(each)) != self.layout(each):
-                    known[id(value)] = Broken("one tensor stands in it for two")
-        return layouts_of(call, *fake, lambda tensor: known.get(id(tensor), Whole()))
+            if isinstance(value, Tensor) and known.setdefault(id(value), self.layout(each)) != self.layout(each):
+                known[id(value)] = Broken("one tensor stands in it for two")
+        return layouts_of(call, args, kwargs, lambda tensor: known.get(id(tensor), Whole()))
 
 
 def _getitem(walk: _Walk, node: fx.Node) -> list[Layout] | None:
-    if name_of(node.target) != str(_GETITEM):
+    if node.target is not operator.getitem:
         return None
     source, at = node.args
     return [walk.layouts[source][at]]  # type: ignore[index]
-
-
-_GETITEM = __import__("operator").getitem
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -188,7 +186,7 @@ def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -
             axes.append(None)
             continue
         try:
-            axis = _only_dim(shape, symbol)
+            axis = only_dim(shape, symbol, symbols)
         except Mixes as mixes:
             return Broken(str(mixes))
         if axis.outer is None:
@@ -244,6 +242,8 @@ def prove(
     for node in graph.nodes:
         if node.op == "placeholder":
             layouts = [tangents[node]] if node in tangents else node.meta.get(LAYOUT, [Whole()])
+            if any(isinstance(each, Rows) and not can_be_cut(each, len(symbols)) for each in layouts):
+                layouts = [Broken("its rows lie where they cannot be cut")]
             verdict = Verdict(node in tangents, layouts)
         elif node.op == "call_function":
             verdict = _judge(node, walk, proof, batch_norm)
@@ -272,6 +272,8 @@ def _judge(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> Verdic
         gradient = gradient and not _fresh(node)
         if gradient and any(isinstance(each, Rows) and not each.vanish for each in layouts):
             raise Mixes("it gives a gradient to rows that are not kept")
+        if gradient and any(isinstance(each, Rows) and not can_be_cut(each, len(walk.symbols)) for each in layouts):
+            raise Mixes("it puts rows where they cannot be put back")
     except Mixes as mixes:
         if gradient:
             return Verdict(True, [Broken(str(mixes))] * count, whole=True, reason=str(mixes))

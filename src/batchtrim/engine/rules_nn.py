@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Whole
-from batchtrim.engine.rules import Call, Value, _aligned, _not_along, _one, holds, name_of, rule
+from batchtrim.engine.rules import Call, Value, aligned, holds, name_of, not_along, one_with_rows, rule
 
 __all__ = ["BATCH_NORM_BACKWARD"]
 
@@ -30,7 +30,7 @@ def _whole(value: Value | None, what: str) -> None:
 def _only_batch(call: Call, values: list[Value | None], dims: tuple[int, ...] = (0,)) -> tuple[Axis | None, ...]:
     """All operands with rows have them at one place, which is one of ``dims``."""
     given = [value for value in values if value is not None and isinstance(value.layout, Rows)]
-    axes = _aligned(call, given[0], given)
+    axes = aligned(call, given[0], given)
     if any(axis is not None and axis.dim not in dims for axis in axes):
         raise Mixes("it goes along the rows")
     return axes
@@ -60,8 +60,8 @@ def convolution_backward(call: Call) -> list[Layout]:
 
 @rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm(call: Call) -> list[Layout]:
-    value, layout = _one(call)
-    _not_along(layout, [-1 - i for i in range(len(call["normalized_shape"]))], value.ndim, "it normalises over the rows")
+    value, layout = one_with_rows(call)
+    not_along(layout, [-1 - i for i in range(len(call["normalized_shape"]))], value.ndim, "it normalises over the rows")
     return [replace(layout, vanish=False)] * len(call.outputs)
 
 
@@ -69,9 +69,9 @@ def layer_norm(call: Call) -> list[Layout]:
 def layer_norm_backward(call: Call) -> list[Layout]:
     gradient, x = call["grad_out"], call["input"]
     _whole(call["weight"], "weight")
-    axes = _aligned(call, x)
+    axes = aligned(call, x)
     rows = Rows(axes, gradient.zero)
-    _not_along(rows, [-1 - i for i in range(len(call["normalized_shape"]))], x.ndim, "it normalises over the rows")
+    not_along(rows, [-1 - i for i in range(len(call["normalized_shape"]))], x.ndim, "it normalises over the rows")
     return [rows, *[_summed_gradients(call, gradient)] * (len(call.outputs) - 1)]
 
 
@@ -124,10 +124,10 @@ def batch_norm_backward(call: Call) -> list[Layout]:
     training = call["train"] if call["train"] is not None else call["update"]
     if isinstance(layout, Rows) and layout.dims == {1}:
         axes = tuple(None if axis is None else replace(axis, dim=0) for axis in layout.axes)
-        _aligned(call, x, [gradient, x])
+        aligned(call, x, [gradient, x])
         rows = Rows(axes, gradient.zero)
         return [replace(layout, vanish=gradient.zero), rows, rows]
-    axes = _aligned(call, x, [gradient, x])
+    axes = aligned(call, x, [gradient, x])
     if training is not False:
         raise Mixes("it normalises over the batch")
     return [Rows(axes, gradient.zero), *[_summed_gradients(call, gradient)] * 2]
@@ -175,21 +175,22 @@ def _attention_axes(call: Call, values: list[Value]) -> tuple[Axis | None, ...]:
     axes = _only_batch(call, list(values), (0, 1))
     mask = call["attn_mask"] or call["attn_bias"]
     if mask is not None and isinstance(mask.layout, Rows):
-        _aligned(call, values[0], [values[0], mask])
+        aligned(call, values[0], [values[0], mask])
     return axes
 
 
 # --- pools and resampling --------------------------------------------------------------------------------------------
 
 _SPATIAL = (
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_max_pool2d",
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_max_pool2d",
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "upsample_nearest1d", "upsample_nearest2d",
     "upsample_nearest3d", "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_trilinear3d", "im2col", "col2im", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "grid_sampler_2d", "grid_sampler_3d", "max_pool2d",
 )  # fmt: skip
-_SPATIAL_BACKWARD = tuple(f"{name}_backward" for name in _SPATIAL) + (
-    "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward",
+_SPATIAL_BACKWARD = (
+    *(f"{name}_backward" for name in _SPATIAL), "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward",
     "replication_pad1d_backward", "replication_pad2d_backward", "replication_pad3d_backward",
 )  # fmt: skip
 
@@ -224,15 +225,15 @@ def embedding_backward(call: Call) -> Layout:
         raise Mixes("it counts how often an entry comes in the batch")
     gradient, indices = call["grad_output"], call["indices"]
     spread = Value((*indices.shape, 1), indices.layout)
-    _aligned(call, gradient, [gradient, spread])
+    aligned(call, gradient, [gradient, spread])
     return _summed_gradients(call, gradient)
 
 
 @rule("gather", "take_along_dim")
 def gather(call: Call) -> Layout:
-    layout = Rows(_aligned(call, call.out, [call["self"], call["index"]]))
+    layout = Rows(aligned(call, call.out, [call["self"], call["index"]]))
     _no_iota(call["index"])
-    _not_along(layout, [call["dim"]], call.out.ndim, "it takes entries of other rows")
+    not_along(layout, [call["dim"]], call.out.ndim, "it takes entries of other rows")
     if isinstance(call["index"].layout, Whole) or isinstance(call["self"].layout, Whole):
         raise Mixes("one of its inputs belongs to no row")
     return replace(layout, vanish=call["self"].zero)
@@ -241,9 +242,9 @@ def gather(call: Call) -> Layout:
 @rule("scatter", "scatter_add", "scatter_reduce")
 def scatter(call: Call) -> Layout:
     values = [call["self"], call["index"], *([call["src"]] if isinstance(call["src"], Value) else [])]
-    layout = Rows(_aligned(call, call.out, values))
+    layout = Rows(aligned(call, call.out, values))
     _no_iota(call["index"])
-    _not_along(layout, [call["dim"]], call.out.ndim, "it writes into other rows")
+    not_along(layout, [call["dim"]], call.out.ndim, "it writes into other rows")
     if any(isinstance(value.layout, Whole) for value in values):
         raise Mixes("one of its inputs belongs to no row")
     written = call["src"] if call["src"] is not None else call["value"]
@@ -256,7 +257,7 @@ def index_select(call: Call) -> Layout:
     value, index = call["self"], call["index"]
     at = call["dim"] % value.ndim
     if isinstance(index.layout, Whole):
-        _not_along(value.layout, [at], value.ndim, "it takes some rows")
+        not_along(value.layout, [at], value.ndim, "it takes some rows")
         return value.layout
     _no_iota(index)
     _whole(value, "table")
@@ -268,8 +269,8 @@ def _no_iota(index: Value) -> None:
         raise Mixes("it computes with the rows' own numbers")
 
 
-def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], bool]:
-    """Where rows lie in ``base[indices]``, and whether the rows of base are indexed by their own numbers."""
+def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
+    """Where rows lie in ``base[indices]``, and its dimensions; rows may be indexed by their own numbers alone."""
     indices = list(call["indices"]) + [None] * (base.ndim - len(call["indices"]))
     given = [dim for dim, index in enumerate(indices) if index is not None]
     if any(len(i.shape) == 0 for i in indices if i is not None) and not given:
@@ -283,7 +284,6 @@ def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], bool]:
         to[dim] = kept.index(dim) + (width if not together or dim > given[0] else 0)
     base_axes = base.layout.axes if isinstance(base.layout, Rows) else (None,) * len(call.symbols)
     axes: list[Axis | None] = []
-    own = False
     for i in range(len(call.symbols)):
         place: Axis | None = None
         for dim in given:
@@ -299,7 +299,6 @@ def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], bool]:
             index = indices[mine.dim]
             if not (isinstance(index.layout, Rows) and index.layout.iota and mine.plain):
                 raise Mixes("it takes rows by an index into the batch")
-            own = True
         elif mine is not None:
             if place is not None:
                 raise Mixes("it puts different rows together")
@@ -309,7 +308,7 @@ def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], bool]:
         holder = next((axis for axis in base_axes if axis is not None and axis.dim == dim), None)
         if index is not None and isinstance(index.layout, Rows) and index.layout.iota and holder is None:
             raise Mixes("it computes with the rows' own numbers")
-    return tuple(axes), own
+    return tuple(axes), width + len(kept)
 
 
 def _masked(call: Call) -> Layout:
@@ -320,7 +319,7 @@ def _masked(call: Call) -> Layout:
     if sum(index is not None for index in call["indices"]) > 1 or values.ndim:
         raise Mixes("it writes where a mask says, and nobody knows how often")
     opened = Value((*mask.shape, *(1,) * (base.ndim - at - mask.ndim)), mask.layout)
-    return Rows(_aligned(call, base, [base, opened]), base.zero and values.zero)
+    return Rows(aligned(call, base, [base, opened]), base.zero and values.zero)
 
 
 def _by_mask(call: Call) -> bool:
@@ -340,22 +339,16 @@ def index_put(call: Call) -> Layout:
     base, values = call["self"], call["values"]
     if _by_mask(call):
         return _masked(call)
-    axes, own = _indexed(call, base)
-    if isinstance(base.layout, Whole):
-        if not call["accumulate"]:
-            raise Mixes("it writes what rows have into one place")
-        spread = [axis for axis in axes if axis is not None]
-        if not spread or not isinstance(values.layout, Rows):
-            raise Mixes("it writes what rows have into one place")
-        return _summed_gradients(call, values)
+    axes, ndim = _indexed(call, base)
     if isinstance(values.layout, Rows):
-        shape = max(axis.dim for axis in axes if axis is not None) + 1
-        out = Value((1,) * max(shape, values.ndim), Rows(axes))
         for mine, theirs in zip(axes, values.layout.axes, strict=True):
-            shifted = None if theirs is None else theirs.dim + out.ndim - values.ndim
-            if theirs is not None and (mine is None or shifted != mine.dim or (theirs.outer, theirs.inner) != (1, 1)):
+            if theirs is not None and (mine is None or replace(theirs, dim=theirs.dim + ndim - values.ndim) != mine):
                 raise Mixes("it puts different rows together")
-    return replace(base.layout, vanish=base.zero and values.zero)
+    if isinstance(base.layout, Rows):
+        return replace(base.layout, vanish=base.zero and values.zero)
+    if not call["accumulate"] or not isinstance(values.layout, Rows):
+        raise Mixes("it writes what rows have into one place")
+    return _summed_gradients(call, values)
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -375,10 +368,10 @@ def nll_loss_backward(call: Call) -> Layout:
         raise Mixes("it averages over the batch")
     _whole(call["weight"], "weight")
     gradient, target = call["grad_output"], call["target"]
-    _aligned(call, target, [gradient, target])
+    aligned(call, target, [gradient, target])
     layout = target.layout.moved([0, *range(2, target.ndim + 1)])
     x = call["self"]
-    _aligned(call, x, [x, Value(x.shape, layout)])
+    aligned(call, x, [x, Value(x.shape, layout)])
     return replace(layout, vanish=gradient.zero)
 
 
@@ -389,5 +382,4 @@ def elementwise_loss(call: Call) -> Layout:
     if call["reduction"] != 0:
         raise Mixes("it averages over the batch")
     backward = name_of(call.func).endswith("_backward")
-    return Rows(_aligned(call, call.out), backward and call["grad_output"].zero)
-
+    return Rows(aligned(call, call.out), backward and call["grad_output"].zero)

@@ -16,7 +16,7 @@ from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.state import GeneratorStates, is_lazy, without_graph
+from batchtrim.engine.state import GeneratorStates, is_lazy
 from batchtrim.engine.two_pass import Moment, padded_rows
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -27,6 +27,7 @@ from batchtrim.trimmer import Trimmer
 __all__ = ["SharedEngine"]
 
 _WORTH = 0.96  # of a plain step's estimated cost: what is nearer to it is not worth a step of another kind
+_TRIES = 4  # traces of one step
 _FEWEST = 4  # rows in a batch below which a step is not worth a trace: torch makes one of its own for 1
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
@@ -72,7 +73,7 @@ class SharedEngine:
         if selection is None:
             scores = self.forward.scores(outputs, y)
             selection = self.trim.select(losses.detach(), rank_by=scores).rising()
-        batch = losses.values.shape[0]
+        batch = tape.size = losses.values.shape[0]
         rows = padded_rows(selection)
         values, weights = losses.values, losses.weights
         if not selection.everything:
@@ -81,7 +82,7 @@ class SharedEngine:
         loss = reduce_kept(values, selection, self.trim.scale, weights)
         approximate = None
         if tape.step is not None and rows.shape[0] < batch:
-            self._cut(tape, loss, rows.sort().values, batch)
+            self._cut(tape, loss, rows.sort().values, _rows(x, self.forward.batch_dim))
             approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
         return Step(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
@@ -104,42 +105,51 @@ class SharedEngine:
         tape.cut(rows, batch, self.approximate)
 
     def _planner(self) -> SlicedStep:
-        return SlicedStep(lambda: self._tape, self.approximate)
+        return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit)
 
     def _forward(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
         """Run the traced step; what it saved, the losses with their graph, and the model's outputs."""
         if self.refused is not None:
             raise EngineRefused(self.refused)
-        plain: _Plain | None = None
-        try:
-            try:
-                tape, losses, outputs = self._traced(x, y)
-            except NewTrace:
-                plain = _Plain(self.forward, x, y)
-                tape, losses, outputs = self._traced(x, y)
-        except CannotCapture as error:
-            if plain is None:
-                _Plain(self.forward, x, y)  # a model or a loss that is at fault says so itself
-            self._refuse(str(error))
-        reason = None if plain is None else plain.difference(losses.values.detach())
-        if plain is not None and reason is not None:
-            plain.before.restore(x, y)
-            self._refuse(f"its trace differs from the model: {reason}")
-        return tape, losses, map_tensors(Tensor.detach, outputs)
-
-    def _traced(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
-        tape = self._tape = Tape()
         x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
+        reason = ""
         try:
-            with torch.enable_grad(), _with_call(self.forward.model, self.capture) as call:
-                (values, mask, weights), outputs = call(*_marked(x, y, self.forward.batch_dim))
-        finally:
-            self._tape = None
-        return tape, Losses(values, mask, weights), outputs
+            with torch.enable_grad(), _with_call(self.forward.model, self._traced) as call:
+                parts, outputs, tape, plain = call(x, y)
+        except CannotCapture as error:
+            reason = str(error)
+        if reason:
+            self._refuse(reason)
+        differs = None if plain is None else plain.difference(parts[0].detach())
+        if plain is not None and differs is not None:
+            plain.before.restore(x, y)
+            self._refuse(f"its trace differs from the model: {differs}")
+        return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
+
+    def _traced(self, x: Any, y: Any) -> Any:
+        """Run the trace; before one runs for the first time, see what the model's own Python computes."""
+        plain: _Plain | None = None
+        for _ in range(_TRIES):
+            tape = self._tape = Tape()
+            try:
+                found = self.capture(*_marked(x, y, self.forward))
+            except NewTrace:
+                pass
+            except CannotCapture:
+                # What a model sets up in its first forward (hooks, tables) may be all that stood in the way; and a
+                # model or a loss that is at fault says so itself.
+                if plain is not None:
+                    raise
+            else:
+                return *found, tape, plain
+            finally:
+                self._tape = None
+            plain = _Plain(self.forward, x, y)
+        raise CannotCapture("its Python changes from run to run, so that no trace lasts")
 
     def _refuse(self, reason: str) -> NoReturn:
         self.refused = f"the shared engine cannot run this model: {reason}"
-        raise EngineRefused(self.refused) from None
+        raise EngineRefused(self.refused)
 
 
 class _Plain:
@@ -151,13 +161,7 @@ class _Plain:
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
         self.before = Moment(forward, x, y)
         try:
-            try:
-                with without_graph():
-                    losses, _ = forward(x, y, model=forward.inner)
-            except Exception:  # a model may need the graph; one that is at fault says so now
-                self.before.restore(x, y)
-                losses, _ = forward(x, y, model=forward.inner)
-            self.losses = losses.values.detach()
+            self.losses = forward(x, y, model=forward.inner)[0].values.detach()
             self.generators = GeneratorStates(self.before.generators.device)
         finally:
             self.before.restore(x, y)
@@ -179,6 +183,8 @@ def refusal(forward: Forward) -> str | None:
     reason = unfit()
     if reason is not None:
         return reason
+    if forward.unit == "element" and forward.batch_dim != 0:
+        return "tokens are rows of a batch that comes first (batch_dim=0)"
     for name, module in forward.model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -204,8 +210,11 @@ def _step_of(forward: Forward) -> Callable[..., Any]:
             outputs = model(*x)
         else:
             outputs = model(x)
-        values, mask, weights = as_losses(per_sample_loss(outputs, y), unit)
-        return (values, mask, weights), pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        losses = as_losses(per_sample_loss(outputs, y), unit)
+        if losses.terms:
+            raise CannotCapture("its loss is a sum of terms whose entries count differently")
+        parts = losses.values, losses.mask, losses.weights, losses.counts, losses.unit, losses.reduction
+        return parts, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
 
     return step
 
@@ -220,12 +229,14 @@ def _rows(x: Any, dim: int) -> int:
     return found[0] if found else 0
 
 
-def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
-    """The batch, with the dimension of its rows marked as one that changes.
+def _marked(x: Any, y: Any, forward: Forward) -> tuple[Any, Any]:
+    """The batch, with the dimensions of its rows marked as ones that change.
 
     What is marked are aliases, so that nothing is noted on the caller's tensors.
     """
+    dim = forward.batch_dim
     batch = _rows(x, dim)
+    tokens = _rows(x, 1) if forward.unit == "element" else None
     aliases: dict[int, Tensor] = {}
 
     def mark(at: int) -> Callable[[Tensor], Tensor]:
@@ -236,6 +247,8 @@ def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
             alias = aliases[id(tensor)]
             if alias.ndim > at and alias.shape[at] == batch:
                 torch._dynamo.maybe_mark_dynamic(alias, at)
+                if tokens is not None and alias.ndim > 1 and alias.shape[1] == tokens:
+                    torch._dynamo.maybe_mark_dynamic(alias, 1)
             return alias
 
         return marked
@@ -247,11 +260,13 @@ def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
 
 
 class _StandIn(nn.Module):
-    """Stands where a wrapper looks for its module."""
+    """Stands where a wrapper looks for its module: the module's parts, and another call."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, inner: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
         self.call = call
+        self.named_modules = inner.named_modules  # from which parameters and buffers are told
+        self.modules = inner.modules
 
     def forward(self, *args: Any) -> Any:
         return self.call(*args)
@@ -263,8 +278,13 @@ def _with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[
     if not isinstance(model, DistributedDataParallel):
         yield call
         return
-    inner = model._modules["module"]
-    model._modules["module"] = _StandIn(call)
+    inner: Any = model._modules["module"]
+
+    def called(*args: Any) -> Any:
+        model._modules["module"] = inner
+        return call(*args)
+
+    model._modules["module"] = _StandIn(inner, called)
     try:
         yield model
     finally:

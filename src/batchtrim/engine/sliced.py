@@ -1,15 +1,8 @@
-"""A traced step whose backward runs on the kept rows: split, cut, scatter.
-
-The backward graph is split in two. The upper part, from the loss down, is proven to give the same on the kept rows; it
-reads saved tensors that were cut to them. The lower part begins where an operator mixes rows: gradients that go into it
-are put back among zeros for the rows that were not kept, and it runs on all rows, as in plain training.
-"""
+"""A traced step whose backward runs on the kept rows: what it saves, when that is cut, and how its backward runs."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -17,11 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from batchtrim.engine.capture import CannotCapture, executable, expression_of, keeps_graph, pin
-from batchtrim.engine.cost import Cost, cost_of, hinted_size, is_costly, machine_of
-from batchtrim.engine.layout import Broken, Layout, Rows, factor_of
-from batchtrim.engine.proof import LAYOUT, Proof, by_shape, label, place_of, prove
+from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
+from batchtrim.engine.cutting import KeptRows, cut, put_back
+from batchtrim.engine.layout import Axis, Broken, Layout, Rows, exact_ratio, factor_of
+from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
+from batchtrim.engine.rules_shape import view_axis
+from batchtrim.engine.split import Slices, split_backward
 
-__all__ = ["NewTrace", "SlicedStep", "Slices", "Tape", "cut", "put_back"]
+__all__ = ["NewTrace", "SlicedStep", "Tape"]
 
 
 class NewTrace(Exception):
@@ -32,7 +28,7 @@ class Tape:
     """What one forward saved that has rows, until its backward.
 
     Attributes:
-        rows: the kept rows, int64 (k,), in rising order; None where backward runs on all.
+        chosen: the kept rows; None where backward runs on all.
         approximate: whether BatchNorm's means are to be taken over the kept rows.
     """
 
@@ -40,121 +36,36 @@ class Tape:
         self.step: SlicedStep | None = None
         self.saved: dict[int, Tensor] = {}
         self.versions: dict[int, int] = {}
+        self.size = 0  # how many losses there are
         self.kept: dict[int, Tensor] = {}
-        self.rows: Tensor | None = None
-        self.batch = 0
+        self.chosen: KeptRows | None = None
         self.approximate = False
 
     def cut(self, rows: Tensor, batch: int, approximate: bool, again: bool = False) -> None:
         """Keep of what was saved the given rows, and all rows of what the lower part reads.
 
         Args:
+            rows: int64 (k,), places in the losses. batch: how many samples there are.
             again: keep everything else too, to be cut another time.
         """
         assert self.step is not None
-        self.rows, self.batch, self.approximate = rows, batch, approximate
+        self.chosen, self.approximate = self.step.kept(rows, batch, self.size), approximate
         slices = self.step.slices(approximate)
         self.kept = {}
         for place in list(self.saved):
             layout = slices.cuts.get(place)
             if layout is not None:
-                self.kept[place] = cut(self.saved[place], layout, rows, batch)
+                self.kept[place] = cut(self.saved[place], layout, self.chosen)
             if place not in slices.whole and not again:
                 del self.saved[place]
-
-
-# --- cutting ---------------------------------------------------------------------------------------------------------
-
-
-def _factors(layout: Rows, size: int, batch: int) -> tuple[int, int, int]:
-    axis = layout.axes[0]
-    assert axis is not None
-    if axis.outer is None:
-        return axis.dim, size // batch, 1
-    if isinstance(axis.inner, int):
-        return axis.dim, size // (batch * axis.inner), axis.inner
-    return axis.dim, int(axis.outer), size // (batch * int(axis.outer))
-
-
-def cut(tensor: Tensor, layout: Rows, rows: Tensor, batch: int) -> Tensor:
-    """The given rows of a tensor, in memory in the order in which the tensor has its dimensions."""
-    dim, outer, inner = _factors(layout, tensor.shape[layout.axes[0].dim], batch)  # type: ignore[union-attr]
-    k = rows.shape[0]
-    strides = tensor.stride()
-    if layout.iota or strides[dim] == 0:
-        return tensor.narrow(dim, 0, outer * k * inner)
-    spread = [d for d, stride in enumerate(strides) if stride == 0 and tensor.shape[d] > 1]
-    shape = list(tensor.shape)
-    for d in spread:
-        tensor = tensor.narrow(d, 0, 1)
-    order = sorted(range(tensor.ndim), key=lambda d: (-strides[d], d))
-    moved = tensor.permute(order)
-    at = order.index(dim)
-    if outer == 1 and inner == 1:
-        moved = moved.index_select(at, rows)
-    else:
-        moved = moved.unflatten(at, (outer, batch, inner)).index_select(at + 1, rows).flatten(at, at + 2)
-    back = [order.index(d) for d in range(tensor.ndim)]
-    result = moved.permute(back)
-    if spread:
-        shape[dim] = outer * k * inner
-        result = result.expand(shape)
-    return result
-
-
-def put_back(kept: Tensor, layout: Rows, rows: Tensor, batch: int) -> Tensor:
-    """Zeros for all rows, and the kept ones among them: what :func:`cut` takes, the other way."""
-    k = rows.shape[0]
-    dim, outer, inner = _factors(layout, kept.shape[layout.axes[0].dim], k)  # type: ignore[union-attr]
-    shape = list(kept.shape)
-    shape[dim] = outer * batch * inner
-    whole = kept.new_zeros(shape)
-    if kept.ndim == 4 and kept.is_contiguous(memory_format=torch.channels_last):
-        whole = whole.to(memory_format=torch.channels_last)
-    parts = whole.unflatten(dim, (outer, batch, inner))
-    parts.index_copy_(dim + 1, rows, kept.unflatten(dim, (outer, k, inner)))
-    return whole
-
-
-# --- splitting -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Part:
-    """One of the two graphs: what it reads, by place among the backward's inputs or by node, and what it gives."""
-
-    run: Callable[[list[Any]], Any]
-    graph: fx.GraphModule
-    inputs: list[fx.Node]
-    outputs: list[fx.Node]
-
-
-@dataclass
-class Slices:
-    """A backward graph in two parts.
-
-    Attributes:
-        upper, lower: run on the kept rows and on all.
-        cuts: places of the backward's inputs that are cut, and where their rows lie. whole: places read uncut.
-    """
-
-    upper: _Part
-    lower: _Part
-    proof: Proof
-    cuts: dict[int, Rows] = field(default_factory=dict)
-    whole: set[int] = field(default_factory=set)
-
-    @property
-    def worth(self) -> bool:
-        """True if a costly operator runs on the kept rows."""
-        return any(is_costly(node) for node in self.upper.graph.graph.nodes)
 
 
 class SlicedStep:
     """One trace: its forward, its backward, and the backward in two parts. A planner of :class:`Capture`."""
 
-    def __init__(self, current: Callable[[], Tape | None], approximate: bool = False) -> None:
+    def __init__(self, current: Callable[[], Tape | None], approximate: bool = False, unit: str = "sample") -> None:
         self.current = current
+        self.unit = unit
         self.approximate = approximate
         self.new = True
         self._slices: dict[bool, Slices] = {}
@@ -165,7 +76,7 @@ class SlicedStep:
     def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
         joint.graph.eliminate_dead_code()
         tangents = _after_tangents(joint.graph)
-        self.symbols = _row_symbols(joint.graph, tangents)
+        self.symbols, self.lost = _row_symbols(joint.graph, tangents, self.unit)
         for node in label(joint.graph, self.symbols, tangents):
             pin(node)
         forward, backward = split()
@@ -205,7 +116,7 @@ class SlicedStep:
                     "a batch that was changed between forward and backward"
                 )
         keep = keeps_graph()
-        if tape.rows is None:
+        if tape.chosen is None:
             for place, tensor in tape.saved.items():
                 args[place] = tensor
             if not keep:
@@ -247,12 +158,25 @@ class SlicedStep:
 
     def _split(self, approximate: bool) -> Slices:
         graph = self.backward_graph.graph
-        tangents = {n: by_shape(n.meta["val"], self.symbols, []) for n in self.places if "tangents" in n.name}
-        for node, layout in tangents.items():
-            if isinstance(layout, Rows):
-                tangents[node] = Rows(layout.axes, vanish=True)
-        proof = prove(graph, self.symbols, tangents, batch_norm=approximate)
-        return split_backward(self.backward_graph, proof, self.places, self.symbols[0])
+        tangents = {n: self._tangent(n.meta["val"]) for n in self.places if "tangents" in n.name}
+        proof = prove(graph, self.symbols, tangents, batch_norm=approximate and self.unit == "sample")
+        return split_backward(self.backward_graph, proof, self.places, self.symbols)
+
+    def _tangent(self, value: Tensor) -> Layout:
+        """Where the rows of an output's gradient lie. They vanish where they are not kept."""
+        if self.unit == "element" and value.ndim == 1:
+            batch, tokens = self.symbols
+            shape, flat = (batch, tokens - self.lost), (expression_of(value.shape[0]),)
+            axes = view_axis(Axis(0), batch, shape, flat), view_axis(Axis(1, lost=self.lost), tokens, shape, flat)
+            return Rows(axes, vanish=True)
+        layout = by_shape(value, self.symbols, [])
+        return Rows(layout.axes, vanish=True) if isinstance(layout, Rows) else layout
+
+    def kept(self, rows: Tensor, batch: int, size: int) -> KeptRows:
+        """The rows at the given places among ``size`` losses."""
+        if self.unit == "sample":
+            return KeptRows(rows, batch)
+        return KeptRows(rows, batch, size // batch, self.lost)
 
     def cost(self, approximate: bool) -> Cost:
         """What a step of this trace costs."""
@@ -290,24 +214,25 @@ class SlicedStep:
     # run
 
     def _sliced_backward(self, args: list[Any], tape: Tape, keep: bool) -> list[Any]:
-        slices, rows, batch = self.slices(tape.approximate), tape.rows, tape.batch
-        assert rows is not None
-        k = rows.shape[0]
+        slices, chosen = self.slices(tape.approximate), tape.chosen
+        assert chosen is not None
         known: dict[fx.Node, Any] = {}
 
         def given(node: fx.Node, kept: bool) -> Any:
             if node in known:
                 return known[node]
+            if kept and node in slices.upper.sizes:
+                return slices.upper.sizes[node](chosen.k)
             place = self._place[node]
             value = args[place]
             if place in self._multiples:
-                return value // batch * k if kept else value
+                return value // chosen.batch * chosen.k if kept else value
             if place in tape.kept and kept:
                 return tape.kept[place]
             if place in tape.saved and not kept:
                 return tape.saved[place]
             layout = slices.cuts.get(place)
-            return cut(value, layout, rows, batch) if kept and layout is not None else value
+            return cut(value, layout, chosen) if kept and layout is not None else value
 
         inputs = [given(node, True) for node in slices.upper.inputs]
         if not keep:
@@ -318,7 +243,7 @@ class SlicedStep:
         for node in list(found):
             layout = slices.proof.verdicts[node].layouts[0]
             if isinstance(layout, Rows):
-                found[node] = put_back(found[node], layout, rows, batch)
+                found[node] = put_back(found[node], layout, chosen)
         if slices.lower.outputs:
             known = found
             inputs = [given(node, False) for node in slices.lower.inputs]
@@ -343,74 +268,26 @@ def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _row_symbols(graph: fx.Graph, tangents: set[fx.Node]) -> tuple[sympy.Symbol, ...]:
-    """The symbol that counts rows: the size of the losses, the first output that has a gradient."""
-    losses = next(node for node in graph.nodes if node.op == "placeholder" and node in tangents).meta["val"]
-    size = expression_of(losses.shape[0]) if losses.ndim == 1 else None
+def _row_symbols(graph: fx.Graph, tangents: set[fx.Node], unit: str) -> tuple[tuple[sympy.Symbol, ...], int]:
+    """The symbols that count rows, from the size of the losses, which are a vector with a gradient.
+
+    Returns:
+        The batch size's symbol; for tokens also that of their number, and how many at the end have no loss.
+    """
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
+    sizes = {expression_of(n.meta["val"].shape[0]) for n in inputs if n in tangents and n.meta["val"].ndim == 1}
+    if len(sizes) != 1:
+        raise CannotCapture("it returns further vectors with a gradient, so that one cannot tell which are the losses")
+    (size,) = sizes
+    if unit == "element":
+        shapes = [tuple(map(expression_of, n.meta["val"].shape[:2])) for n in inputs if n not in tangents]
+        for batch, tokens in (shape for shape in shapes if len(shape) == 2):
+            if isinstance(batch, sympy.Symbol) and isinstance(tokens, sympy.Symbol) and batch != tokens:
+                counted = exact_ratio(size, batch)
+                lost = None if counted is None else tokens - counted
+                if lost == 0 or getattr(lost, "is_Integer", False):
+                    return (batch, tokens), int(lost)  # type: ignore[arg-type]
+        raise CannotCapture(f"its {size} losses are not those of the tokens of a batch")
     if not isinstance(size, sympy.Symbol):
         raise CannotCapture(f"its trace holds for one batch size only ({size} losses)")
-    return (size,)
-
-
-def split_backward(module: fx.GraphModule, proof: Proof, places: list[fx.Node], symbol: sympy.Symbol) -> Slices:
-    """Two graphs of one: what runs on the kept rows, and what runs on all."""
-    graph = module.graph
-    (output,) = graph.find_nodes(op="output")
-    wanted = [node for node in output.args[0] if isinstance(node, fx.Node)]
-    verdicts = proof.verdicts
-
-    def on_kept(node: fx.Node) -> bool:
-        verdict = verdicts[node]
-        return not verdict.whole and not any(isinstance(each, Broken) for each in verdict.layouts)
-
-    lower_needs: set[fx.Node] = set()
-    frontier: list[fx.Node] = []
-    stack = [node for node in wanted if not on_kept(node)]
-    while stack:
-        node = stack.pop()
-        if node in lower_needs or (node.op == "placeholder" and verdicts[node].gradient):
-            lower_needs.add(node)
-            continue
-        if verdicts[node].gradient and on_kept(node) and node.op != "placeholder":
-            if node not in frontier:
-                frontier.append(node)
-            continue
-        lower_needs.add(node)
-        stack.extend(node.all_input_nodes)
-    upper_outputs = list(dict.fromkeys([*(node for node in wanted if on_kept(node)), *frontier]))
-    lower_outputs = list(dict.fromkeys(node for node in wanted if not on_kept(node)))
-    upper = _extract(module, upper_outputs, set())
-    lower = _extract(module, lower_outputs, set(frontier))
-    cuts: dict[int, Rows] = {}
-    for place, node in enumerate(places):
-        layout = verdicts[node].layouts[0]
-        if node in upper.inputs and isinstance(layout, Rows):
-            cuts[place] = layout
-    whole = {place for place, node in enumerate(places) if node in lower.inputs}
-    return Slices(upper, lower, proof, cuts, whole)
-
-
-def _extract(module: fx.GraphModule, outputs: list[fx.Node], given: set[fx.Node]) -> _Part:
-    """A graph that computes some nodes, with others given to it."""
-    needed: set[fx.Node] = set()
-    stack = list(outputs)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if node not in given:
-                stack.extend(node.all_input_nodes)
-    new = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    inputs: list[fx.Node] = []
-    for node in module.graph.nodes:
-        if node in needed and (node.op == "placeholder" or node in given):
-            copies[node] = new.placeholder(node.name)
-            copies[node].meta = copy.copy(node.meta)
-            inputs.append(node)
-    for node in module.graph.nodes:
-        if node in needed and node not in copies:
-            copies[node] = new.node_copy(node, lambda n: copies[n])
-    new.output([copies[node] for node in outputs])
-    part = fx.GraphModule(module, new)
-    return _Part(executable(part), part, inputs, outputs)
+    return (size,), 0
