@@ -44,7 +44,7 @@ from batchtrim.testing import check_engine
 from studies.hf_models import FAMILIES, Family, tiny_config
 
 PARAMETERS = 3_000_000  # above that a configuration did not come out tiny
-SECONDS = 150
+SECONDS = 150  # for a plain step, and for a check
 SIZES = (8, 8, 5)
 ENGINES = ("shared", "two_pass", "auto")
 VERDICTS = ("right", "approximate", "refused", "wrong", "not run")
@@ -193,22 +193,22 @@ def plain(task: Task, kind: str, name: str, dropout: bool) -> tuple[nn.Module, l
     return model, batches
 
 
-def judged(task: Task, kind: str, name: str, dropout: bool, engine: str) -> Row:
+def judged(task: Task, kind: str, name: str, dropout: bool, engine: str, seconds: int = SECONDS) -> Row:
     row = Row(task.family, kind, name, dropout, engine, "not run")
     start = time.perf_counter()
     torch._dynamo.reset()
-    signal.alarm(SECONDS)
+    signal.alarm(seconds)
     try:
         model, (first, *more) = plain(task, kind, name, dropout)
     except TooLong:
-        row.reason = f"a plain step takes more than {SECONDS} seconds"
+        row.reason = f"a plain step takes more than {seconds} seconds"
         return row
     except Exception as error:  # whatever a model does with a configuration that is not its own
         row.reason = _line(f"{type(error).__name__}: {error}")
         return row
     finally:
         signal.alarm(0)
-    signal.alarm(SECONDS)
+    signal.alarm(seconds)
     try:
         report = check_engine(model, first, task.loss, engine=engine, more=more, verbose=False)
         row.verdict, row.ran = report.verdict, report.engine
@@ -217,7 +217,7 @@ def judged(task: Task, kind: str, name: str, dropout: bool, engine: str) -> Row:
         if row.verdict == "wrong" and report.failed is None:
             row.reason = _line(str(report))
     except TooLong:
-        row.verdict, row.reason = "not run", f"the check takes more than {SECONDS} seconds"
+        row.verdict, row.reason = "not run", f"the check takes more than {seconds} seconds"
     except Exception as error:
         row.verdict, row.reason = "wrong", _line(f"{type(error).__name__}: {error}")
     finally:
@@ -303,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="*", default=[], help=", ".join(task.family for task in TASKS))
     parser.add_argument("--only", nargs="*", default=[], help="model types such as gpt2")
     parser.add_argument("--part", default="1/1", help="1/2 and 2/2 in two processes share the work")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="stop a check that takes longer")
     parser.add_argument("--table", action="store_true", help="only make table.md from results.jsonl")
     options = parser.parse_args(arguments)
     quiet()
@@ -314,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
         task, _, name, dropout, engine = case
         if options.table or number % parts != part - 1 or (task.family, name, dropout, engine) in done:
             continue
-        row = judged(*case)
+        row = judged(*case, seconds=options.seconds)
         with results.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
         print(

@@ -67,7 +67,7 @@ def test_the_table_counts_and_gives_reasons() -> None:
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, bool]] = []
 
-    def judged(task: Any, kind: str, name: str, dropout: bool, engine: str) -> sweep.Row:
+    def judged(task: Any, kind: str, name: str, dropout: bool, engine: str, seconds: int) -> sweep.Row:
         asked.append((name, dropout))
         return sweep.Row(task.family, kind, name, dropout, engine, "wrong" if dropout else "right")
 
@@ -117,7 +117,7 @@ CASES = [case for task, kinds in PART.items() for case in sweep.cases([task], ki
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[2]}-{'drop' if case[3] else 'plain'}-{case[4]}")
 def test_no_engine_is_wrong(case: Any) -> None:
-    found = sweep.judged(*case)
+    found = sweep.judged(*case, seconds=400)
     assert found.verdict not in ("wrong", "not run"), found
     if case[4] == "exact":
         assert found.verdict == "right"

@@ -68,15 +68,13 @@ _COSTLY = frozenset(_CONTRACTED) | {"convolution", "convolution_backward"}
 
 
 def hinted_size(tensor: Any) -> int:
-    """Entries of a tensor, symbolic sizes by their hints."""
-    count = 1
-    for size in tensor.shape:
-        count *= int(size.node.hint) if isinstance(size, torch.SymInt) else size
-    return count
+    """Return how many entries a tensor has, symbolic sizes by their hints."""
+    return math.prod(_shape(tensor))
 
 
 def _shape(tensor: Any) -> list[int]:
-    return [int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+    # a size that the values decide (of nonzero) has no hint, and counts as one row
+    return [int(size.node.hint or 1) if isinstance(size, torch.SymInt) else size for size in tensor.shape]
 
 
 def is_costly(node: fx.Node) -> bool:

@@ -27,6 +27,7 @@ from batchtrim.trimmer import Trimmer
 __all__ = ["SharedEngine"]
 
 _WORTH = 0.96  # of a plain step's estimated cost: what is nearer to it is not worth a step of another kind
+_TRIES = 4  # traces of one step
 _FEWEST = 4  # rows in a batch below which a step is not worth a trace: torch makes one of its own for 1
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
@@ -114,31 +115,37 @@ class SharedEngine:
         reason = ""
         try:
             with torch.enable_grad(), _with_call(self.forward.model, self._traced) as call:
-                (values, mask, weights), outputs, tape, plain = call(x, y)
+                parts, outputs, tape, plain = call(x, y)
         except CannotCapture as error:
             reason = str(error)
         if reason:
             self._refuse(reason)
-        differs = None if plain is None else plain.difference(values.detach())
+        differs = None if plain is None else plain.difference(parts[0].detach())
         if plain is not None and differs is not None:
             plain.before.restore(x, y)
             self._refuse(f"its trace differs from the model: {differs}")
-        return tape, Losses(values, mask, weights), map_tensors(Tensor.detach, outputs)
+        return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace; before one runs for the first time, see what the model's own Python computes."""
         plain: _Plain | None = None
-        while True:
+        for _ in range(_TRIES):
             tape = self._tape = Tape()
             try:
                 found = self.capture(*_marked(x, y, self.forward))
             except NewTrace:
                 pass
+            except CannotCapture:
+                # What a model sets up in its first forward (hooks, tables) may be all that stood in the way; and a
+                # model or a loss that is at fault says so itself.
+                if plain is not None:
+                    raise
             else:
                 return *found, tape, plain
             finally:
                 self._tape = None
             plain = _Plain(self.forward, x, y)
+        raise CannotCapture("its Python changes from run to run, so that no trace lasts")
 
     def _refuse(self, reason: str) -> NoReturn:
         self.refused = f"the shared engine cannot run this model: {reason}"
@@ -203,8 +210,11 @@ def _step_of(forward: Forward) -> Callable[..., Any]:
             outputs = model(*x)
         else:
             outputs = model(x)
-        values, mask, weights = as_losses(per_sample_loss(outputs, y), unit)
-        return (values, mask, weights), pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        losses = as_losses(per_sample_loss(outputs, y), unit)
+        if losses.terms:
+            raise CannotCapture("its loss is a sum of terms whose entries count differently")
+        parts = losses.values, losses.mask, losses.weights, losses.counts, losses.unit, losses.reduction
+        return parts, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
 
     return step
 
