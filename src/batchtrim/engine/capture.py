@@ -28,7 +28,6 @@ __all__ = [
     "expression_of",
     "keeps_graph",
     "pin",
-    "rehearse",
     "uncompiled",
     "unfit",
 ]
@@ -230,15 +229,6 @@ def pin(node: fx.Node) -> None:
     from torch.utils.checkpoint import CheckpointPolicy
 
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
-def rehearse(graph: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
-    """Run a graph on tensors without data, so that shapes that do not fit show before a step does."""
-    mode = next(arg.fake_mode for arg in args if isinstance(arg, torch._subclasses.FakeTensor))
-    env = mode.shape_env
-    quiet = env.suppress_guards() if env is not None else contextlib.nullcontext()
-    with mode, quiet:
-        return fx.Interpreter(graph).run(*args)
 
 
 def decomposed(
