@@ -67,7 +67,7 @@ def paired_t(differences: Sequence[float]) -> float | None:
         return None
     if _spread(data) == 0.0:
         return 1.0 if abs(data.mean()) < NO_SPREAD else None
-    return float(stats.ttest_1samp(data, 0.0).pvalue)
+    return float(stats.ttest_1samp(data, 0.0)[1])  # type: ignore[arg-type]
 
 
 def wilcoxon(differences: Sequence[float]) -> float | None:
@@ -84,7 +84,7 @@ def wilcoxon(differences: Sequence[float]) -> float | None:
     if len(data) == 0:
         return 1.0
     if len(np.unique(np.abs(data))) == len(data):
-        return float(stats.wilcoxon(data, method="exact").pvalue)
+        return float(stats.wilcoxon(data, method="exact")[1])  # type: ignore[arg-type]
     return _wilcoxon_with_ties(data, stats.rankdata(np.abs(data)))
 
 
