@@ -3,8 +3,7 @@
     python -m benchmarks.bench_engine [--models resnet18-group,vit] [--rounds 15] [--json out.json]
 
 Every step is forward, choice and backward on one batch; selection is inside the clock. "author" is the published rule:
-the mean of ``topk`` on the full graph. "products" is the shared engine that remembers every product, also where only a
-sum or a copy of it is kept. "floor" is what a step costs at least that looks at the whole batch once: with
+the mean of ``topk`` on the full graph. "floor" is what a step costs at least that looks at the whole batch once: with
 f the share of a forward without a graph in a plain step, f + (1 - f) q. It is (1 + 2q) / 3 where f is a third.
 """
 
@@ -30,7 +29,7 @@ from benchmarks.timing import interleaved, ratio, save
 
 BATCH = 128
 KEEPS = (0.2, 0.4, 0.6, 0.8)
-ENGINES = ("author", "exact", "two_pass", "products", "shared", "auto")
+ENGINES = ("author", "exact", "two_pass", "shared", "auto")
 
 
 class Vit(nn.Module):
@@ -122,9 +121,7 @@ def make_step(name: str, model: nn.Module, x: Any, y: Tensor, keep: float) -> Ca
         return torch.no_grad()(forward)
     engine: Any = None
     if name not in ("plain", "author"):
-        engine = batchtrim.TrimmedForward(model, classify, trim, "shared" if name == "products" else name)
-    if name == "products":
-        engine.engine.follow_chains = False
+        engine = batchtrim.TrimmedForward(model, classify, trim, name)
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 
 from batchtrim.lab import records
 from batchtrim.lab.execute import grid, progress, scheduler
+from batchtrim.lab.present import tables
 from batchtrim.lab.run import train
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
+from batchtrim.lab.task.code import Code
 from benchmarks.timing import interleaved, ratio, save
 
 SIZE, BATCH = 3200, 128
@@ -89,6 +91,34 @@ def overhead(runs: int, workers: int, epochs: int) -> dict[str, Any]:
     return row
 
 
+def own_task(runs: int) -> dict[str, Any]:
+    """Milliseconds that the harness adds to each run of a training function of one's own, and those of the report."""
+
+    def task(run: Any) -> dict[str, float]:
+        for _ in range(run.epochs):
+            run.trim(torch.rand(64))
+            run.log(error=0.5)
+            run.trim.step()
+        return {"error": 0.1 + 0.01 * torch.rand(()).item()}
+
+    configs = grid.expand_task(Code.of(task), {"methods": ["full", "trim"], "seeds": runs // 2, "threads": 1})
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        scheduler.run_all(list(configs), scheduler.Workplace(Path(folder)), progress.Quiet(), workers=1)
+        wall = time.perf_counter() - start
+        rows = records.read(folder)
+        start = time.perf_counter()
+        tables.write_report(rows, folder)
+        report = time.perf_counter() - start
+    row = {"runs": runs, "overhead_ms": (wall - sum(row["seconds"] for row in rows)) / runs * 1e3, "report_s": report}
+    print(
+        f"{runs} runs of a task: {row['overhead_ms']:.1f} ms a run over the task itself (limit 50 ms), "
+        f"report {report:.2f} s",
+        flush=True,
+    )
+    return row
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
@@ -104,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
         sweeps += [one, two]
         gains.append(two["runs_per_second"] / one["runs_per_second"])
         print(f"2 workers do {gains[-1]:.2f} times as many a second as 1")
-    save(options.json, {"loop": loops, "sweep": sweeps, "workers_gain": gains})
+    save(options.json, {"loop": loops, "sweep": sweeps, "workers_gain": gains, "own_task": own_task(options.runs)})
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from batchtrim import Losses, Selection, TrimmedForward, Trimmer
-from batchtrim.engine import shared
-from batchtrim.testing import check_engine
+from batchtrim import Selection, TrimmedForward, Trimmer
+from batchtrim.engine import ENGINES
+from batchtrim.engine.exact import ExactEngine
+from batchtrim.testing import EngineReport, check_engine
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,24 +45,22 @@ def test_two_pass_with_dropout_is_told_apart() -> None:
 
 
 def test_a_broken_engine_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(kept: Losses, selection: Selection, trim: Trimmer) -> torch.Tensor:
-        return kept.values.sum() / selection.size
+    def change(step: Any, *_: Any) -> Any:
+        return step._replace(loss=step.loss * step.selection.k / step.selection.size)
 
-    monkeypatch.setattr(shared, "kept_loss", wrong)
-    report = check_engine(model(), batch(), nn.CrossEntropyLoss(), keep=0.5, verbose=False)
+    report = planted(monkeypatch, change, keep=0.5)
     assert not report.ok
     assert report.gradient_error == pytest.approx(0.5, rel=1e-4)  # half of the samples kept, divided by all
 
 
 def test_one_that_breaks_later_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept_loss, calls = shared.kept_loss, []
+    calls: list[Any] = []
 
-    def later_nan(*given: Any) -> torch.Tensor:
-        calls.append(given)
-        return kept_loss(*given) * (float("nan") if len(calls) == 3 else 1.0)
+    def later_nan(step: Any, *_: Any) -> Any:
+        calls.append(step)
+        return step._replace(loss=step.loss * (float("nan") if len(calls) == 3 else 1.0))
 
-    monkeypatch.setattr(shared, "kept_loss", later_nan)
-    report = check_engine(model(), batch(), nn.CrossEntropyLoss(), verbose=False)
+    report = planted(monkeypatch, later_nan)
     assert len(calls) == report.steps
     assert not report.ok
     assert math.isnan(report.gradient_error)
@@ -69,19 +68,15 @@ def test_one_that_breaks_later_is_told_apart(monkeypatch: pytest.MonkeyPatch) ->
         check_engine(model(), batch(), nn.CrossEntropyLoss(), steps=0)
 
 
+def contrastive(outputs: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return -(outputs @ outputs.t()).log_softmax(1).diagonal()
+
+
 def test_refusal_is_reported() -> None:
-    class Mixing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.a(x)
-            return self.b(torch.tanh(x - x.mean(0)))
-
-    report = check_engine(Mixing(), batch(), nn.CrossEntropyLoss(), verbose=False)
+    report = check_engine(model(), batch(), contrastive, verbose=False)
     assert not report.ok
-    assert "depends on the other samples" in str(report)
+    assert report.verdict == "refused"
+    assert "mixes rows, since it makes a tensor in which rows meet rows" in str(report)
 
 
 def test_batch_norm_is_judged_by_its_direction() -> None:
@@ -90,6 +85,130 @@ def test_batch_norm_is_judged_by_its_direction() -> None:
     assert report.batch_norm
     assert report.ok
     assert "BatchNorm couples samples" in str(report)
+
+
+class Scaled(nn.Module):
+    """A network with a fault to be planted in the gradient of one small parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gate = model(), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) + 1e-3 * self.gate
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, change: Any, **options: Any) -> EngineReport:
+    """The report on an engine that is exact but for ``change(step, model, x)`` before its loss is returned."""
+
+    class Faulty(ExactEngine):
+        name = "faulty"
+
+        def __call__(self, x: Any, y: Any, selection: Any = None) -> Any:
+            step = super().__call__(x, y, selection)._replace(engine=self.name)
+            return change(step, self.forward.model, x) or step
+
+    monkeypatch.setitem(ENGINES, "faulty", Faulty)
+    return check_engine(Scaled(), batch(), nn.CrossEntropyLoss(), engine="faulty", verbose=False, **options)
+
+
+def test_one_small_parameter_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(step: Any, network: Any, _: Any) -> Any:
+        gate = network.gate
+        return step._replace(loss=step.loss + 1e-5 * (gate - gate.detach()).sum())
+
+    report = planted(monkeypatch, change)
+    assert report.gradient_error < 1e-4  # what a look at all parameters together would let pass
+    assert report.parameter == "gate"
+    assert not report.ok
+    assert report.verdict == "wrong"
+    assert "worst parameter    gate, relative error" in str(report)
+
+
+@pytest.mark.parametrize("field", ["same_batch", "same_generators", "attributes"])
+def test_what_is_left_otherwise_is_wrong(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(step: Any, network: Any, x: Any) -> None:
+        with torch.no_grad():
+            if field == "same_batch":
+                x.data.add_(1)
+            elif field == "same_generators":
+                torch.rand(1)
+            else:
+                network.body[0].in_features = 7
+
+    report = planted(monkeypatch, changed)
+    assert getattr(report, field) == {"attributes": ("Linear.in_features",)}.get(field, False)
+    assert report.verdict == "wrong"
+
+
+def test_another_sample_of_the_same_loss_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(ExactEngine):
+        def __call__(self, x: Any, y: Any, selection: Any = None) -> Any:
+            return super().__call__(x, y, Selection(torch.tensor([2, 3]), size=4, candidates=4))
+
+    monkeypatch.setitem(ENGINES, "other", Other)
+    x = torch.randn(1, 6).expand(4, 6).clone()
+    network = nn.Linear(6, 3)
+    for labels, right in ((torch.ones(4, dtype=torch.long), True), (torch.tensor([0, 0, 1, 1]), False)):
+        report = check_engine(
+            network, (x, labels), nn.CrossEntropyLoss(), engine="other", keep=0.5, more=[(x, labels)], verbose=False
+        )
+        assert report.same_samples == right
+        assert report.ok == right
+
+
+def test_batches_of_other_sizes_and_orders_are_made_of_one() -> None:
+    sizes: list[tuple[int, float]] = []
+    network = model()
+    network.register_forward_pre_hook(lambda _, given: sizes.append((len(given[0]), float(given[0][0, 0]))))
+    check_engine(network, batch(), nn.CrossEntropyLoss(), engine="exact", verbose=False)
+    x, _ = batch()
+    assert {size for size, _ in sizes} == {16, 12}
+    assert {first for _, first in sizes} == {float(x[0, 0]), float(x[-1, 0])}
+
+
+def test_the_engine_that_ran_is_told() -> None:
+    network = nn.Sequential(nn.LazyLinear(3))
+    report = check_engine(network, batch(), nn.CrossEntropyLoss(), engine="two_pass", verbose=False)
+    assert report.engine == "exact, two_pass"  # the first step makes the weights
+    assert report.ok
+
+
+def test_an_engine_that_raises_where_a_plain_step_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    report = planted(monkeypatch, fails)
+    assert report.failed == "RuntimeError: out of luck"
+    assert report.verdict == "wrong"
+    assert "fails where a plain step trains: RuntimeError: out of luck" in str(report)
+
+
+def test_two_pass_with_dropout_says_that_it_is_approximate() -> None:
+    report = check_engine(model(), batch(), nn.CrossEntropyLoss(), engine="two_pass", verbose=False)
+    assert report.verdict == "approximate"
+    assert "  approximate        it draws random numbers" in str(report)
+
+
+def test_the_models_own_error_is_raised() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        check_engine(nn.Linear(5, 3), batch(), nn.CrossEntropyLoss(), engine="exact", verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": 1.5}, r"expected `keep` in \(0, 1\], got 1.5"),
+        ({"keep": [0.5, "a"]}, "expected `keep` to be a number, got 'a'"),
+        ({"more": [torch.ones(3)]}, r"expected `more` to be \(x, y\), got a tensor"),
+        ({"tolerance": -1.0}, "expected `tolerance` to be positive"),
+        ({"lr": float("nan")}, "expected `lr` to be positive"),
+        ({"engine": "fast"}, "expected `engine` to be one of"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        check_engine(model(), batch(), nn.CrossEntropyLoss(), verbose=False, **arguments)
 
 
 def test_arguments_the_other_way_round() -> None:

@@ -40,7 +40,7 @@ from batchtrim.trimmer import Trimmer
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("compat", "testing")  # imported when first asked for
+_SUBMODULES = ("compat", "lab", "testing")  # imported when first asked for
 
 
 def __getattr__(name: str) -> object:

@@ -19,9 +19,9 @@ from batchtrim._checks import check_choice, describe
 from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
-from batchtrim.engine.guard import BufferValues, GeneratorStates, device_of, without_graph
 from batchtrim.engine.rows import copied
-from batchtrim.engine.two_pass import Moment, TwoPassEngine
+from batchtrim.engine.state import GeneratorStates, ModelState, device_of, modules_of, without_graph
+from batchtrim.engine.two_pass import Moment
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
@@ -59,7 +59,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         0-d losses with a graph, as many as there are micro-batches.
 
     Raises:
-        ValueError: no micro-batch; or, with "window", the model or loss changes its inputs in place.
+        ValueError: no micro-batch.
         RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`; and where M differs and must not.
 
     Notes:
@@ -72,6 +72,11 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         of no rows. After "window", ``step.trim.last`` is the choice from all its samples, one after the other.
     """
     check_choice("over", over, OVER)
+    if over == "micro" and getattr(step.forward.per_sample_loss, "reduction", "mean") == "sum":
+        raise ValueError(
+            "expected a criterion of reduction 'mean' with over='micro', got 'sum'. Micro-batches weigh by their "
+            "samples: choose from the window (over='window'), or call the step on each, whose sums add up as they are."
+        )
     if not batches:
         raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")
     trim, model = step.trim, step.forward.model
@@ -85,9 +90,8 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
             if over == "micro":
                 yield step(x, y) * shares[m]
-            elif isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0:
-                moment, scored = first[m]
-                yield step.engine.train_on_kept(moment, selections[m].rising(), scored)
+            elif not step.engine.repeats_forward and trim.keep < 1.0:
+                yield step.engine.train_on_kept(x, y, selections[m].rising(), first[m])
             else:
                 states[m].restore()
                 yield step.engine(x, y, selections[m].rising()).loss
@@ -99,12 +103,13 @@ def first_pass(
     """Return ``forward(batch)`` of each micro-batch, without a graph, and the generators' state before it.
 
     Args:
-        undo_buffers: leave the model's buffers as they were found, for a whole second pass over the same batches.
+        undo_buffers: leave the model's buffers and plain attributes as they were found, for a whole second pass over
+            the same batches.
 
     Raises:
         ValueError: a second pass follows, and the forward changes its batch in place. The second would get another.
     """
-    buffers = BufferValues(model) if undo_buffers else None
+    before = ModelState(list(model.modules())) if undo_buffers else None
     device = device_of(model)
     found, states = [], []
     with without_graph():
@@ -118,8 +123,8 @@ def first_pass(
                     "A window is run twice, and the second run would get it changed: change a copy, or trim each "
                     "micro-batch by itself (over='micro') with engine='exact'."
                 )
-    if buffers is not None:
-        buffers.restore()
+    if before is not None:
+        before.restore()
     return found, states
 
 
@@ -128,7 +133,7 @@ def _choose(
 ) -> tuple[list[Selection], list[GeneratorStates], list[tuple[Moment, Tensor]]]:
     """Return what is kept of each micro-batch, the generators before it, and what two-pass trains from."""
     forward, trim = step.forward, step.trim
-    once = isinstance(step.engine, TwoPassEngine) and trim.keep < 1.0  # its second pass leaves the buffers alone
+    once = not step.engine.repeats_forward and trim.keep < 1.0  # its second pass leaves the buffers alone
     first: list[tuple[Moment, Tensor]] = []
 
     def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
@@ -139,7 +144,10 @@ def _choose(
             first.append((moment, losses.values))
         return losses, forward.scores(outputs, y)
 
-    found, states = first_pass(forward.inner, batches, score, undo_buffers=not once)
+    before = ModelState(modules_of(forward.inner, forward.per_sample_loss, forward.rank_by))
+    found, states = first_pass(forward.inner, batches, score, undo_buffers=False)
+    if not once:
+        before.restore()
     return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states, first
 
 

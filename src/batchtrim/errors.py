@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "ApproximateGradient",
     "ChooseLength",
     "ClockPastTotal",
     "EngineFallback",
@@ -19,6 +20,14 @@ __all__ = [
 
 class NothingToChoose(UserWarning):
     """Batches hold one sample each, of which trimming keeps all whatever the schedule says. Given once."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__(
+            f"expected batches of several samples to choose from, got {batches} of one in a row: whatever is kept of "
+            "one is all of it, so nothing is trimmed. If a padding-free collator packs the batch into one row, choose "
+            "tokens with unit='element'; if micro-batches hold one sample each, choose from the whole window with "
+            "batchtrim.accumulate."
+        )
 
 
 class PassUnreducedLosses(ValueError):
@@ -51,6 +60,10 @@ class EngineRefused(RuntimeError):
     def __init__(self, message: str, selection: Any = None) -> None:
         super().__init__(message)
         self.selection = selection
+
+
+class ApproximateGradient(UserWarning):
+    """A step's gradient may be approximate; the message says how near it is, and what is done. Given once."""
 
 
 class EngineFallback(UserWarning):

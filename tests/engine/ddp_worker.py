@@ -14,19 +14,30 @@ from torch.nn.parallel import DistributedDataParallel
 import batchtrim
 
 
+def train(engine: str, scope: str, rank: int) -> torch.Tensor:
+    """A few steps of a model with buffers, which DDP with its default settings sends to all ranks; its gradients."""
+    torch.manual_seed(0)
+    norm = lambda width: nn.InstanceNorm2d(width, affine=True, track_running_stats=True)  # noqa: E731
+    model = DistributedDataParallel(zoo.Residual(norm))
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5, scope=scope), engine)
+    for number in range(3):
+        torch.manual_seed(10 * number + rank)
+        model.zero_grad(set_to_none=True)
+        step(zoo.images(8), torch.randint(0, 5, (8,))).backward()
+        assert step.last.engine == engine
+    assert isinstance(model.module, zoo.Residual)
+    buffers = [buffer.double().flatten() for buffer in model.buffers()] if rank == 0 else []
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return gradients if rank else torch.cat([gradients, 1e-3 * torch.cat(buffers).float()])
+
+
 def main(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     result = {}
     for engine in ("exact", "shared", "two_pass"):
-        torch.manual_seed(0)
-        model = DistributedDataParallel(zoo.Residual(lambda width: nn.GroupNorm(2, width)))
-        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), engine)
-        for number in range(3):
-            torch.manual_seed(10 * number + rank)
-            model.zero_grad(set_to_none=True)
-            step(zoo.images(8), torch.randint(0, 5, (8,))).backward()
-        result[engine] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        for scope in ("local", "global"):
+            result[f"{engine} {scope}"] = train(engine, scope, rank)
     torch.save(result, Path(out) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -24,11 +24,14 @@ class Run:
     buffers: list[list[Tensor]] = field(default_factory=list)
     generators: list[Tensor] = field(default_factory=list)
     python: list[Any] = field(default_factory=list)
-    sliced: int = 0  # most operators that were to be taken from memory instead of being computed, over all plans
 
-    def count_sliced(self) -> None:
-        plans = getattr(self.step.engine, "plans", {}).values()
-        self.sliced = max(self.sliced, sum(step.layouts is not None for plan in plans for step in plan.steps))
+    @property
+    def share(self) -> float:
+        """How much of the backward's work ran on the kept rows in the last trace; 0 where there is none."""
+        engine: Any = self.step.engine
+        engine = getattr(engine, "saving", engine)
+        trace = getattr(engine, "trace", None)
+        return 0.0 if trace is None else trace.cost(engine.approximate).share
 
 
 def train(
@@ -56,7 +59,6 @@ def train(
         model.zero_grad(set_to_none=True)
         value = run.step(x, y)
         value.backward()
-        run.count_sliced()
         run.losses.append(value.detach())
         run.chosen.append(run.step.trim.last_selection.rising().indices.tolist())
         run.gradients.append(gradient(model))
@@ -68,18 +70,6 @@ def train(
                 if parameter.grad is not None:
                     parameter -= lr * parameter.grad
     return run
-
-
-def prove_all(step: batchtrim.TrimmedForward, x: Any, y: Tensor) -> Tensor:
-    """Steps on one batch until each operator was proven, or one was found not to be right; the last step's loss."""
-    engine: Any = step.engine
-    (plan,) = engine.plans.values()
-    engine.prove_every = 1
-    for _ in plan.provable():
-        loss = step(x, y)
-        if engine._failures:
-            break
-    return loss
 
 
 def gradient(model: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from attacks import ATTACKS, KINDS, Attack
 
 import batchtrim
@@ -45,6 +46,33 @@ def test_two_pass_is_never_silently_wrong(name: str) -> None:
     assert attack.two_pass in ("either", report.verdict), report
     if report.verdict == "refused":
         assert "the two-pass engine cannot run this model: " in str(report.refused)
+
+
+# Each takes seconds to trace: these few in every run, all of them among the slow tests.
+FEW = ("zero_head", "scaled_by_frequency", "doubled_in_place", "merged_batch_minor", "supcon_alone", "numpy_mask")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_shared_is_never_silently_wrong(name: str) -> None:
+    traced(name, "shared")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["shared", "auto"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_traced_engines_are_never_silently_wrong(name: str, engine: str) -> None:
+    traced(name, engine)
+
+
+def traced(name: str, engine: str) -> None:
+    torch._dynamo.reset()
+    attack = ATTACKS[name]
+    report = tried(attack, engine)
+    assert report.verdict != "wrong", report
+    if engine == "shared":
+        assert attack.shared in ("either", report.verdict), report
+    else:
+        assert report.verdict in ("right", "approximate"), report  # it trains whatever exact trains
 
 
 class Naive:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import zoo
-from harness import BATCH, error, train
+from harness import BATCH, error, gradient, train
 from torch import nn
 
 import batchtrim
-from batchtrim.engine.plan import Plan
 from batchtrim.engine.two_pass import padded_rows
+from batchtrim.errors import EngineRefused
 
 CASES = {
     "group_norm": (lambda: zoo.Residual(lambda width: nn.GroupNorm(2, width)), zoo.images),
@@ -42,40 +44,6 @@ def test_one_kept_sample_does_not_break_batch_norm() -> None:
         step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.05), engine)
         step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
         assert step.last.selection.k == 1
-
-
-def test_auto_takes_the_plain_graph_where_little_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    data = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
-    small = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.2), "auto")
-    for _ in range(3):
-        small(*data).backward()
-    (plan,) = small.engine.saving.plans.values()
-    assert plan.used == 0, "a network this small is faster on the plain graph"
-    assert plan.flops == 2 * BATCH * (8 * 8 + 8 * 8 + 8 * 5)
-    monkeypatch.setattr("batchtrim.engine.plan._SECONDS_PER_OPERATOR", 0.0)
-    monkeypatch.setattr("batchtrim.engine.plan._BYTES_PER_SECOND", {"cpu": 1e15})
-    rows: list[int] = []
-    model = zoo.Mlp(8)
-    model[3].register_full_backward_hook(lambda _, __, grad: rows.append(grad[0].shape[0]))
-    for keep in (1.0, 0.95, 0.5):
-        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(keep), "auto")
-        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
-    assert rows == [12, 12, 6]
-
-
-def test_auto_counts_what_the_second_pass_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
-    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
-    (plan,) = step.engine.plans.values()
-    assert plan.remembered == BATCH * (8 + 8 + 5) * 4
-    assert plan.written > plan.remembered / BATCH  # what is taken, and what is computed again
-    monkeypatch.setattr("batchtrim.engine.plan._SECONDS_PER_OPERATOR", 0.0)
-    monkeypatch.setattr("batchtrim.engine.plan._BYTES_PER_SECOND", {"cpu": 1e9})
-    monkeypatch.setattr("batchtrim.engine.plan._FLOPS_PER_SECOND", {"cpu": 1e9})
-    plan = Plan(flops=10**9, remembered=5 * 10**8, written=125e6, batch=8)  # 2 (1 - q) against 0.5 + q
-    assert plan.pays(0.49, "cpu")
-    assert not plan.pays(0.51, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -115,3 +83,169 @@ def test_companions_are_dropped_samples_spread_over_the_batch(
 ) -> None:
     selection = batchtrim.Selection(indices=torch.tensor(kept, dtype=torch.int64), size=6, candidates=6)
     assert padded_rows(selection, companions).tolist() == expected
+
+
+def step_of(model: nn.Module, loss: Any = None, keep: float = 0.5, engine: str = "two_pass") -> Any:
+    return batchtrim.TrimmedForward(model.train(), loss or nn.CrossEntropyLoss(), batchtrim.Trimmer(keep), engine)
+
+
+class Mixing(nn.Module):
+    """Counts, draws, changes its batch in place, then mixes the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 5), nn.BatchNorm1d(8)
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        self.calls += 1
+        x.mul_(2)
+        x = self.norm(x) + torch.rand(1)
+        return self.layer(x - x.mean(0).roll(1))
+
+
+def test_a_refused_step_leaves_everything_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = Mixing()
+    x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+    buffers, before, state = [b.clone() for b in model.buffers()], x.clone(), torch.get_rng_state()
+    step = step_of(model)
+    with pytest.raises(EngineRefused, match="samples depend on one another") as refused:
+        step(x, y)
+    torch.testing.assert_close(list(model.buffers()), buffers, rtol=0, atol=0)
+    assert torch.equal(x, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.calls == 0
+    assert refused.value.selection.k == BATCH // 2  # for another engine to go on with
+
+
+def test_an_interaction_is_named_with_a_sample_and_its_losses() -> None:
+    step = step_of(zoo.BatchMean())
+    with pytest.raises(EngineRefused, match=r"\(sample \d+ has a loss of [\d.]+ in the batch, and "):
+        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
+
+
+def test_a_model_at_fault_says_so_itself() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        step_of(nn.Linear(3, 5))(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
+
+
+def test_approximate_steps_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Linear(8, 5))
+    step = step_of(model)
+    for _ in range(3):
+        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+        assert step.last.engine == "two_pass"
+        assert "draws random numbers (dropout)" in step.last.approximate
+    assert [record.message for record in caplog.records] == [
+        "engine='two_pass' is approximate for this model: it draws random numbers (dropout), which a second pass would "
+        "draw anew."
+    ]
+    step = step_of(zoo.Mlp(8))
+    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
+    assert step.last.approximate is None
+
+
+class DropsLayers(nn.Module):
+    """Draws one number for the whole batch, as layer drop does: nothing that a second pass could not draw again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        return self.head(x if torch.rand(()) < 0.5 else self.b(x).tanh())
+
+
+def test_a_number_drawn_for_all_samples_is_drawn_alike() -> None:
+    exact, other = (
+        train(DropsLayers, zoo.vectors, "exact", steps=8),
+        train(DropsLayers, zoo.vectors, "two_pass", steps=8),
+    )
+    for ours, theirs in zip(other.gradients, exact.gradients, strict=True):
+        assert error(theirs, ours) <= 1e-5
+    assert other.step.last.approximate is None
+
+
+def test_ctrl_c_in_the_second_pass_leaves_what_one_forward_leaves() -> None:
+    class Interrupted(zoo.Mlp):
+        def __init__(self) -> None:
+            super().__init__(8)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            out = super().forward(x)
+            if torch.is_grad_enabled() and len(x) == 3:  # the kept of 12 at 0.25, and no row that is probed
+                raise KeyboardInterrupt
+            return out
+
+    model = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        step_of(model, keep=0.25)(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
+    assert float(model.seen) == 1
+
+
+def test_what_the_loss_does_not_show_is_asked_in_steps_1_2_4_8() -> None:
+    rows: list[int] = []
+    model = zoo.Mlp(8)
+    model.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    step = step_of(model)
+    asked = []
+    for _ in range(9):
+        rows.clear()
+        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+        asked.append(len(rows) > 2)
+    assert asked == [True, True, False, True, False, False, False, True, False]
+    assert rows == [12, 6]
+
+
+@pytest.mark.parametrize("engine", ["exact", "two_pass"])
+def test_a_window_whose_batches_change_in_place(engine: str) -> None:
+    class Scales(zoo.Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mul_(2))
+
+    torch.manual_seed(0)
+    model = Scales(8)
+    x, y = zoo.vectors(16), torch.randn(16, 5)
+
+    def loss(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (out - y.div_(10)).square().mean(1)
+
+    whole = step_of(model, loss, engine="exact")
+    whole(x.clone(), y.clone()).backward()
+    expected = gradient(model)
+    model.zero_grad()
+    batches = [(x[:8].clone(), y[:8].clone()), (x[8:].clone(), y[8:].clone())]
+    for part in batchtrim.accumulate(step_of(model, loss, engine=engine), batches):
+        part.backward()
+    assert error(expected, gradient(model)) <= 1e-6
+    for number, (left, targets) in enumerate(batches):
+        torch.testing.assert_close(left, 2 * x[8 * number : 8 * number + 8])
+        torch.testing.assert_close(targets, y[8 * number : 8 * number + 8] / 10)
+
+
+def test_a_window_reads_buffers_as_plain_accumulation_does() -> None:
+    class Counts(zoo.Mlp):
+        def __init__(self) -> None:
+            super().__init__(8)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = self.seen + 1
+            return super().forward(x * (1 + self.seen))
+
+    batches = [(zoo.vectors(8), torch.randint(0, 5, (8,))) for _ in range(3)]
+    found = []
+    for engine in ("exact", "two_pass"):
+        torch.manual_seed(0)
+        model = Counts()
+        for part in batchtrim.accumulate(step_of(model, engine=engine), batches):
+            part.backward()
+        found.append(gradient(model))
+        assert float(model.seen) == 3
+    assert error(*found) <= 1e-6

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -224,10 +227,10 @@ class Counter(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 16)
-        self.lstm = nn.LSTM(16, 12, num_layers=2, batch_first=True, dropout=dropout)
+        self.lstm = nn.LSTM(16, 12, num_layers=layers, batch_first=True, dropout=dropout)
         self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -390,3 +393,42 @@ class ZeroInitDropout(nn.Module):
         h = self.embed(x).transpose(0, 1).reshape(-1, 16)
         h = h + F.dropout(self.branch(h), 0.5)
         return self.head(h.view(x.shape[1], x.shape[0], 16).mean(0))
+
+
+class Queue(nn.Module):
+    """A queue of limited length among its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 5)
+        self.queue: deque[int] = deque(maxlen=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.queue.append(len(self.queue) + 1)
+        return self.a(x) * sum(self.queue)
+
+
+class Named(NamedTuple):
+    logits: Tensor
+
+
+@dataclass
+class Data:
+    logits: Tensor
+
+
+class NamedOutput(nn.Linear):
+    """Returns a named tuple."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 5)
+
+    def forward(self, x: Tensor) -> Named:  # type: ignore[override]
+        return Named(super().forward(x))
+
+
+class DataOutput(NamedOutput):
+    """Returns a dataclass."""
+
+    def forward(self, x: Tensor) -> Data:  # type: ignore[override]
+        return Data(F.linear(x, self.weight, self.bias))

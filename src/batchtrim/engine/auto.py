@@ -1,33 +1,42 @@
-"""Pick the cheapest engine that is right for the model, and say so where that is not the shared one."""
+"""Pick the cheapest engine that is right for the model, and say which one it is and why."""
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.batch_norm import LEAST_COSINE
+from batchtrim.engine.capture import is_compiled
 from batchtrim.engine.exact import ExactEngine
-from batchtrim.engine.shared import SharedEngine, is_compiled
+from batchtrim.engine.protocol import Engine
+from batchtrim.engine.shared import SharedEngine
 from batchtrim.engine.two_pass import TwoPassEngine, redrawn
-from batchtrim.errors import EngineFallback, EngineRefused
+from batchtrim.errors import ApproximateGradient, EngineFallback, EngineRefused
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["AutoEngine"]
 
-# Above these keep fractions the plain graph is as fast, or too little slower to leave it: (1 + 2q) / 3 and (1 + 3q) / 3
-# plus what the engine itself costs. Measured by `make bench`.
-_SHARED_BELOW = 0.78
+_log = logging.getLogger("batchtrim.engine")
+
+# Above these keep fractions no trace is made, and two passes cost more than one: (1 + 3q) / 3 plus the engine itself.
+_SHARED_BELOW = 0.85
 _TWO_PASS_BELOW = 0.6
+# At this keep fraction a trace that does not pay never will.
+_SMALLEST = 0.1
+_JUDGE_EVERY = 300  # steps between two measurements of what BatchNorm's approximation is worth
 
 
 class AutoEngine:
-    """Shared where it pays and is right, two-pass for compiled models where it pays, exact otherwise.
+    """Shared where it pays, two-pass for compiled models that cannot be traced, exact otherwise.
 
     What pays is decided by the keep fraction and a count of operations and bytes, not by a clock, so that runs repeat.
-
-    A model whose samples interact (a contrastive loss, attention over the batch) goes to exact: dropping rows before
-    the forward, as two-pass does, would change what it computes.
+    BatchNorm's approximate form is taken while its measured cosine with the exact gradient is at least 0.95.
     """
 
     name = "auto"
@@ -36,30 +45,100 @@ class AutoEngine:
         self.trim = trim
         self.exact = ExactEngine(forward, trim)
         self.saving: SharedEngine | TwoPassEngine | None = None
+        self._judged = 0
+        self._told = False
+        self._warned = False
         try:
+            self._refuse_compiled(forward)
             self.saving = SharedEngine(forward, trim)
+            self.saving.judge = self._judge
         except EngineRefused as refused:
-            self._hand_on(forward, refused)
+            self._hand_on(refused)
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
         """One step; ``selection`` is given where the choice was made already."""
-        if self.saving is None or not self._pays(self.saving, x, y):
+        if not self.pays(x, y):
             return self.exact(x, y, selection)
+        assert self.saving is not None
         try:
-            return self.saving(x, y, selection)
-        except EngineRefused as refused:
-            self._hand_on(self.exact.forward, refused)
-            selection = refused.selection
+            step = self.saving(x, y, selection)
+        except EngineRefused as error:
+            refused = EngineRefused(str(error), error.selection)
+        else:
+            if not self._told and isinstance(self.saving, SharedEngine):
+                self._tell(self.saving)
+            return step
         # Not while the error lives: it holds the model's frames, and older checkpointing undoes its hooks with them.
-        return self.exact(x, y, selection)
+        step = self.exact(x, y, refused.selection if selection is None else selection)
+        self._hand_on(refused)
+        return step
 
-    def _pays(self, saving: SharedEngine | TwoPassEngine, x: Any, y: Any) -> bool:
-        if isinstance(saving, TwoPassEngine):
+    @property
+    def repeats_forward(self) -> bool:
+        return self.saving is None or self.saving.repeats_forward
+
+    def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
+        """The loss of rows that were chosen before, with a graph."""
+        if self.pays(x, y) and self.saving is not None and not self.saving.repeats_forward:
+            return self.saving.train_on_kept(x, y, selection, first)
+        return self(x, y, selection).loss
+
+    def pays(self, x: Any, y: Any) -> bool:
+        """True if another engine than the exact one takes the step."""
+        if self.saving is None:
+            return False
+        if isinstance(self.saving, TwoPassEngine):
             return self.trim.expected_keep <= _TWO_PASS_BELOW
-        return self.trim.expected_keep <= _SHARED_BELOW and saving.pays(x, y)
+        return self.trim.expected_keep <= _SHARED_BELOW and self.saving.pays(x, y)
 
-    def _hand_on(self, forward: Forward, refused: EngineRefused) -> None:
-        """The next engine, for good; one warning."""
+    @property
+    def running(self) -> Engine:
+        """The engine that steps are handed to, where it pays."""
+        return self.exact if self.saving is None else self.saving
+
+    @staticmethod
+    def _refuse_compiled(forward: Forward) -> None:
+        for name, module in forward.model.named_modules():
+            if is_compiled(module):
+                what = f"{name or 'the model'} ({type(module).__name__})"
+                raise EngineRefused(f"{what} is compiled, and a trace of it would run operator by operator")
+
+    def _tell(self, shared: SharedEngine) -> None:
+        """Say once what runs and why; give up for good what never pays."""
+        if shared.trace is None:
+            return
+        self._told = True
+        cost = shared.trace.cost(shared.approximate)
+        mixing = shared.trace.mixing(shared.approximate)
+        below = f"; on all rows from {mixing[0]} on, since {mixing[1]}" if mixing else ""
+        _log.info("engine 'auto' runs 'shared': %.0f %% of the backward on the kept rows%s", 100 * cost.share, below)
+        if cost.ratio(_SMALLEST) > 1.0:
+            self.saving = None
+            _log.info("engine 'auto' goes on with 'exact': this model is too small for cutting to pay")
+
+    def _judge(self, measure: Callable[[], float]) -> bool:
+        """Whether BatchNorm's backward may take its means over the kept rows in this step."""
+        shared = self.saving
+        assert isinstance(shared, SharedEngine)
+        self._judged += 1
+        if self._judged % _JUDGE_EVERY != 1:
+            return shared.approximate
+        cosine = measure()
+        near = cosine >= LEAST_COSINE
+        if not self._warned or near != shared.approximate:
+            self._warned = True
+            done = "goes on with the kept rows alone" if near else "is whole from the last BatchNorm on, which is exact"
+            warnings.warn(
+                f"BatchNorm with its backward's means over the kept rows has a gradient of cosine {cosine:.3f} with "
+                f"the exact one here: backward {done}.",
+                ApproximateGradient,
+                stacklevel=6,
+            )
+        return near
+
+    def _hand_on(self, refused: EngineRefused) -> None:
+        """Take the next engine, for good; one warning."""
+        forward = self.exact.forward
         compiled = self.trim.unit == "sample" and any(is_compiled(module) for module in forward.model.modules())
         reason = redrawn(forward) if compiled else None
         two_pass = compiled and reason is None and not isinstance(self.saving, TwoPassEngine)

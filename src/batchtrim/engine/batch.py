@@ -35,7 +35,7 @@ class Step(NamedTuple):
     outputs: Any
     selection: Selection
     mask: Tensor | None = None
-    engine: str = "exact"
+    engine: str = ""
     approximate: str | None = None
 
 

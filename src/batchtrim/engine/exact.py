@@ -18,6 +18,7 @@ class ExactEngine:
     """Forward and backward over the whole batch; a dropped sample is a row of zeros in backward. Cost: 1."""
 
     name = "exact"
+    repeats_forward = True
 
     def __init__(self, forward: Forward, trim: Trimmer) -> None:
         self.forward = forward
@@ -33,7 +34,17 @@ class ExactEngine:
             kept = kept.index_select(0, selection.indices)
             weights = None if weights is None else weights.index_select(0, selection.indices)
         loss = reduce_kept(kept, selection, self.trim.scale, weights)
-        return Step(loss, losses.values.detach(), map_tensors(torch.Tensor.detach, outputs), selection)
+        return Step(
+            loss, losses.values.detach(), map_tensors(torch.Tensor.detach, outputs), selection, engine=self.name
+        )
+
+    def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> torch.Tensor:
+        """The loss of rows that were chosen before."""
+        return self(x, y, selection).loss
+
+    def pays(self, x: Any, y: Any) -> bool:
+        """False: it saves nothing."""
+        return False
 
 
 def is_training_step() -> bool:

@@ -11,6 +11,7 @@ from batchtrim._checks import check_choice, check_count, describe
 from batchtrim.engine.auto import AutoEngine
 from batchtrim.engine.batch import Forward, Step
 from batchtrim.engine.exact import ExactEngine
+from batchtrim.engine.protocol import Engine
 from batchtrim.engine.shared import SharedEngine
 from batchtrim.engine.two_pass import TwoPassEngine
 from batchtrim.losses import Losses, per_sample
@@ -18,7 +19,7 @@ from batchtrim.trimmer import Trimmer
 
 __all__ = ["ENGINES", "TrimmedForward"]
 
-ENGINES: dict[str, Callable[[Forward, Trimmer], Any]] = {
+ENGINES: dict[str, Callable[[Forward, Trimmer], Engine]] = {
     "auto": AutoEngine,
     "exact": ExactEngine,
     "shared": SharedEngine,
@@ -106,8 +107,12 @@ class TrimmedForward:
         self.last = None  # free the last batch's outputs first
         step = self.engine(x, y)
         chosen = self.trim.last
-        self.last = step._replace(loss=step.loss.detach(), mask=None if chosen is None else chosen.mask)
+        mask = None if chosen is None else chosen.mask
+        self.last = step._replace(loss=step.loss.detach(), mask=mask, engine=step.engine or self.engine.name)
         return step.loss
 
     def __repr__(self) -> str:
-        return f"TrimmedForward({type(self.forward.model).__name__}, engine={self.engine.name!r}, {self.trim!r})"
+        name = self.engine.name
+        running = getattr(self.engine, "running", self.engine).name
+        name = name if running == name else f"{name} ({running})"
+        return f"TrimmedForward({type(self.forward.model).__name__}, engine={name!r}, {self.trim!r})"

@@ -165,7 +165,9 @@ class Probe:
         try:
             self._compare(before, batch, rows.to(scored.device), poisoned.to(scored.device), scored)
         except EngineRefused as refused:
-            if before.generators.same(GeneratorStates(before.generators.device)):
+            drawn = not before.generators.same(GeneratorStates(before.generators.device))
+            beside = self._beside_nan(before, batch, rows.to(scored.device), poisoned.to(scored.device))
+            if not drawn or (beside is not None and beside.isnan().any()):
                 raise
             raise EngineRefused(
                 "it draws random numbers for each sample, in evaluation mode too, which a second pass would draw anew"

@@ -89,10 +89,7 @@ class RowCutter:
 
         inputs = walk(x, "x", self.batch_dim)
         if not cut:
-            refuse(
-                "x",
-                f"no tensor in it has {batch} rows along dimension {self.batch_dim}, where there are {batch} losses",
-            )
+            refuse("x", f"no tensor has the {batch} rows of the losses along dimension {self.batch_dim}")
         return inputs, walk(y, "y", 0)
 
     def _holds(self, place: str, tensor: Tensor, dim: int, batch: int) -> bool:

@@ -1,210 +1,183 @@
-"""One forward, backward on the kept rows only. See :mod:`batchtrim.engine.replay` for how."""
+"""One forward of the whole batch, backward of the kept rows, proven from the graph. See :mod:`batchtrim.engine`."""
 
 from __future__ import annotations
 
-from collections import Counter
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
-from batchtrim.engine import batch_norm
-from batchtrim.engine.batch import Forward, Step, map_tensors, tensor_shapes
+from batchtrim.engine.batch import Forward, Step, as_losses, map_tensors
+from batchtrim.engine.batch_norm import cosine_of
+from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
-from batchtrim.engine.guard import Guard, module_names
-from batchtrim.engine.layouts import close
-from batchtrim.engine.plan import Diverged, Plan, Refused, Unchained
-from batchtrim.engine.replay import Recorder, Replayer, no_graph
-from batchtrim.engine.two_pass import NOT_ELEMENTS, kept_loss, padded_rows
+from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
+from batchtrim.engine.state import GeneratorStates, is_lazy
+from batchtrim.engine.two_pass import Moment, padded_rows
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
+from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["SharedEngine"]
 
-_VERIFY_EVERY = 500  # steps of one shape between two calibrations
-_PROVE_EVERY = 4  # steps between two in which one operator, each in turn, is computed for real and compared
-# uses after which a plan is looked at again that has chains to be tried, or undecided operators (all-zero outputs, say)
-_LOOK_AGAIN = (1, 4, 16, 64)
-_TRIES_OF_CHAINS = 2  # steps of one shape that may read what nobody did before, until all its products are remembered
-_TRIES = 4  # steps that may run unlike their calibration before the engine gives up
-_PLANS = 256  # batch shapes remembered
+_WORTH = 0.96  # of a plain step's estimated cost: what is nearer to it is not worth a step of another kind
+_FEWEST = 4  # rows in a batch below which a step is not worth a trace: torch makes one of its own for 1
+
+_KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
 
 
 class SharedEngine:
-    """One forward of B rows, backward of k. Cost: (1 + 2q) / 3 of a plain step.
+    """One forward of B rows, backward of k. Cost: (1 + 2q) / 3 of a plain step where no operator mixes rows.
 
-    The first step of every batch shape calibrates (cost of two passes), and every ``verify_every``-th after it. In
-    between, every ``prove_every``-th step computes one operator for real, each in its turn, and compares. A step that
-    does not run like the calibrated one is done again exactly.
+    The first step traces model and loss together and proves from the graph which operators of the backward give the
+    same on the kept rows alone. From the loss down to the first that does not, backward runs on the kept rows; from
+    there on, on all. Nothing is approximate but BatchNorm, and that only where ``approximate`` is True.
+
+    Args:
+        approximate: take the means of BatchNorm's backward over the kept rows and go on with them alone; otherwise it
+            mixes rows like any other operator, and backward is whole from there on.
 
     Raises:
-        EngineRefused: this model cannot be run so; the message names the operator, its module and the reason.
+        EngineRefused: on call, before anything ran: the model cannot be traced as one graph, or its loss mixes rows.
     """
 
     name = "shared"
+    repeats_forward = True
 
-    def __init__(
-        self, forward: Forward, trim: Trimmer, verify_every: int = _VERIFY_EVERY, prove_every: int = _PROVE_EVERY
-    ) -> None:
-        reason = refusal(forward, trim)
+    def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
+        reason = refusal(forward)
         if reason is not None:
             raise EngineRefused(reason)
         self.forward = forward
         self.trim = trim
-        self.verify_every = verify_every
-        self.prove_every = prove_every
-        self.follow_chains = True  # False: remember every product, whatever becomes of it
+        self.approximate = approximate
         self.exact = ExactEngine(forward, trim)
-        self.guard = Guard(forward.inner)
-        self.plans: dict[Any, Plan] = {}
-        self._failures: Counter[Any] = Counter()
-        self._unchained: Counter[Any] = Counter()
-        self._selection: Selection | None = None
+        self.refused: str | None = None
+        self.capture = Capture(_step_of(forward), self._planner)
+        self.judge: Callable[[Callable[[], float]], bool] | None = None  # whether to approximate, given a cosine
+        self.trace: SlicedStep | None = None  # the last that ran
+        self._tape: Tape | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
-        if self.trim.keep == 1.0 or not is_training_step():
+        few = _rows(x, self.forward.batch_dim) < _FEWEST
+        if self.trim.keep == 1.0 or not is_training_step() or few or is_lazy(self.forward.inner):
             return self.exact(x, y, selection)
-        key = self._key(x, y)
-        plan = self.plans.get(key)
-        if plan is not None:
-            plan.used += 1
-            if plan.used % self.verify_every == 0 or (plan.unsettled and plan.used in _LOOK_AGAIN):
-                plan = None
-        self.guard.begin()
-        self._selection = selection
-        try:
-            return self._two_passes(x, y, key, plan)
-        except _NothingToSave:
-            self.guard.rollback()
-        except Unchained:
-            self.guard.rollback()
-            del self.plans[key]
-            self._unchained[key] += 1
-        except Diverged as diverged:
-            self.guard.rollback()
-            self._count_failure(key, str(diverged))
-        except Refused as refused:
-            self.guard.rollback()
-            raise EngineRefused(f"the shared engine cannot run this model: {refused}", self._selection) from None
-        except BaseException:  # an error in the model, out of memory, Ctrl-C: as if the step had not begun
-            self.guard.rollback()
-            raise
-        return self.exact(x, y, self._selection)
+        tape, losses, outputs = self._forward(x, y)
+        if selection is None:
+            scores = self.forward.scores(outputs, y)
+            selection = self.trim.select(losses.detach(), rank_by=scores).rising()
+        batch = losses.values.shape[0]
+        rows = padded_rows(selection)
+        values, weights = losses.values, losses.weights
+        if not selection.everything:
+            values = values.index_select(0, selection.indices)
+            weights = None if weights is None else weights.index_select(0, selection.indices)
+        loss = reduce_kept(values, selection, self.trim.scale, weights)
+        approximate = None
+        if tape.step is not None and rows.shape[0] < batch:
+            self._cut(tape, loss, rows.sort().values, batch)
+            approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
+        return Step(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
+
+    def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
+        """The loss of rows that were chosen before."""
+        return self(x, y, selection).loss
 
     def pays(self, x: Any, y: Any) -> bool:
-        """Whether a step on a batch like this is worth it, as far as known: unknown before the first of its shape."""
-        plan = self.plans.get(self._key(x, y))
-        return plan is None or plan.pays(self.trim.expected_keep, self.guard.device.type)
+        """True where a trace tells so, and before there is one."""
+        if self.refused is not None:
+            return False
+        return self.trace is None or self.trace.cost(self.approximate).ratio(self.trim.expected_keep) < _WORTH
 
-    def _two_passes(self, x: Any, y: Any, key: Any, plan: Plan | None) -> Step:
-        forward, guard = self.forward, self.guard
-        chains = self.plans[key].chains if key in self.plans else {}
-        with module_names(forward.inner) if plan is None else nullcontext(str) as where:
-            recorder = Recorder(guard, plan, where, chains)
-            with no_graph(), recorder:
-                losses, outputs = forward(x, y, model=forward.inner)
-            scores = forward.scores(outputs, y)
-            losses = losses.detach()
-            outputs = map_tensors(Tensor.detach, outputs)
-        guard.between()
-        if self._selection is None:
-            self._selection = self.trim.select(losses, rank_by=scores).rising()
-        selection, batch = self._selection, losses.values.shape[0]
-        normed = batch_norm.has_batch_norm(guard.modules)
-        rows = padded_rows(selection, batch // batch_norm.COMPANIONS if normed and 2 * selection.k < batch else 0)
-        if selection.k == 0 or rows.shape[0] >= batch:
-            raise _NothingToSave
-        if plan is None and not losses.values.isfinite().all():
-            raise _NothingToSave  # NaN equals nothing: calibrate another time
-        replayer = Replayer(guard, recorder.finish(), plan, rows, batch, self._operator_to_prove(plan))
-        kept = self._second_pass(replayer, x, y, batch, normed)
-        found = replayer.finish()
-        if not guard.end():
-            raise Refused("something in it draws random numbers in a way torch's operators do not show")
-        self._check_losses(losses.values[rows], kept.values.detach(), found)
-        if plan is None:
-            found.operators, found.flops, found.remembered = recorder.operators, recorder.flops, recorder.remembered
-            found.batch = batch
-            self._adopt(key, found)
-        return Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection, engine=self.name)
+    def _cut(self, tape: Tape, loss: Tensor, rows: Tensor, batch: int) -> None:
+        assert tape.step is not None
+        self.trace = tape.step
+        if self.judge is not None and tape.step.batch_norms:
+            parameters = [each for each in self.forward.inner.parameters() if each.requires_grad]
+            self.approximate = self.judge(lambda: cosine_of(tape, loss, rows, batch, parameters))
+        tape.cut(rows, batch, self.approximate)
 
-    def _operator_to_prove(self, plan: Plan | None) -> int:
-        if plan is None or plan.used % self.prove_every:
-            return -1
-        provable = plan.provable()
-        return provable[plan.used // self.prove_every % len(provable)] if provable else -1
+    def _planner(self) -> SlicedStep:
+        return SlicedStep(lambda: self._tape, self.approximate)
 
-    def _second_pass(self, replayer: Replayer, x: Any, y: Any, batch: int, normed: bool) -> Losses:
-        norms = batch_norm.KeptBatchNorm() if normed or self.guard.device.type == "cuda" else nullcontext()
+    def _forward(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
+        """Run the traced step; what it saved, the losses with their graph, and the model's outputs."""
+        if self.refused is not None:
+            raise EngineRefused(self.refused)
+        x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
+        reason = ""
         try:
-            with norms, replayer:
-                kept, _ = self.forward(*self.forward.rows(x, y, replayer.rows, batch))
-        except (Diverged, Refused, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise Diverged(f"it runs on {batch} samples but not on {replayer.k} of them ({error})") from error
-        return kept
+            with torch.enable_grad(), _with_call(self.forward.model, self._traced) as call:
+                (values, mask, weights), outputs, tape, plain = call(x, y)
+        except CannotCapture as error:
+            reason = str(error)
+        if reason:
+            self._refuse(reason)
+        differs = None if plain is None else plain.difference(values.detach())
+        if plain is not None and differs is not None:
+            plain.before.restore(x, y)
+            self._refuse(f"its trace differs from the model: {differs}")
+        return tape, Losses(values, mask, weights), map_tensors(Tensor.detach, outputs)
 
-    def _check_losses(self, expected: Tensor, kept: Tensor, plan: Plan) -> None:
-        """Kept rows must have the losses they had among all rows. On a CPU in every step; elsewhere it would sync."""
-        if not (expected.is_cpu or self._calibrated_now(plan)):
-            return
-        finite = expected.isfinite()
-        if not close(expected[finite], kept[finite]):
-            reason = "a sample's loss depends on the other samples of its batch"
-            if plan.unmatched:
-                reason += f" (seen first at {plan.unmatched[0]})"
-            if self._calibrated_now(plan) or not finite.all():
-                raise Refused(reason)
-            raise Diverged("the kept rows came out unlike the whole batch's")
+    def _traced(self, x: Any, y: Any) -> Any:
+        """Run the trace; before one runs for the first time, see what the model's own Python computes."""
+        plain: _Plain | None = None
+        while True:
+            tape = self._tape = Tape()
+            try:
+                found = self.capture(*_marked(x, y, self.forward.batch_dim))
+            except NewTrace:
+                pass
+            else:
+                return *found, tape, plain
+            finally:
+                self._tape = None
+            plain = _Plain(self.forward, x, y)
 
-    def _calibrated_now(self, plan: Plan) -> bool:
-        return plan not in self.plans.values()
-
-    def _adopt(self, key: Any, found: Plan) -> None:
-        """Trust a calibration; where it contradicts an earlier one, no step in between can be vouched for."""
-        old = self.plans.get(key)
-        if old is not None:
-            found.used = old.used
-            for before, now in zip(old.steps, found.steps, strict=False):
-                if before.layouts is not None and now.layouts is None and not found.undecided:
-                    raise Refused(f"{before.func} in {now.where} no longer lies as it did")
-        if len(self.plans) >= _PLANS:
-            del self.plans[next(iter(self.plans))]
-        if not self.follow_chains or self._unchained[key] >= _TRIES_OF_CHAINS:
-            found.chains = {}
-        self.plans[key] = found
-        self._failures.pop(key, None)
-
-    def _count_failure(self, key: Any, reason: str) -> None:
-        self.plans.pop(key, None)
-        self._failures[key] += 1
-        if self._failures.total() >= _TRIES:
-            raise EngineRefused(f"the shared engine cannot run this model: {reason}", self._selection)
-
-    def _key(self, x: Any, y: Any) -> Any:
-        """What a plan holds for: shapes and dtypes of the batch, mode of every module, autocast."""
-        modes = hash(tuple(module.training for module in self.guard.modules))
-        device = self.guard.device.type
-        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return tensor_shapes(x), tensor_shapes(y), modes, cast
+    def _refuse(self, reason: str) -> NoReturn:
+        self.refused = f"the shared engine cannot run this model: {reason}"
+        raise EngineRefused(self.refused)
 
 
-class _NothingToSave(Exception):
-    """Everything is kept, or nothing is: one plain forward is all there is to do."""
+class _Plain:
+    """The step as the model's own Python runs it, to hold a new trace against. Everything is left as it was found.
+
+    It is what runs that is proven; whether that is the model is the tracer's promise, which is not always kept.
+    """
+
+    def __init__(self, forward: Forward, x: Any, y: Any) -> None:
+        self.before = Moment(forward, x, y)
+        try:
+            self.losses = forward(x, y, model=forward.inner)[0].values.detach()
+            self.generators = GeneratorStates(self.before.generators.device)
+        finally:
+            self.before.restore(x, y)
+
+    def difference(self, losses: Tensor) -> str | None:
+        """Why a trace is not the model's, or None. Called right after it ran."""
+        if not self.generators.same_torch_state(GeneratorStates(self.generators.device)):
+            return "it draws random numbers in another order"
+        apart = 1e-4 if losses.dtype in (torch.float32, torch.float64) else 1e-2
+        scale = self.losses.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()
+        near = (losses - self.losses).abs() <= apart * (self.losses.abs() + scale)
+        if (near | (losses == self.losses) | (losses.isnan() & self.losses.isnan())).all():
+            return None
+        return f"losses differ by {float((losses - self.losses).abs().max()):.2g}"
 
 
-def refusal(forward: Forward, trim: Trimmer) -> str | None:
+def refusal(forward: Forward) -> str | None:
     """Why the engine cannot run a model, as far as looking at it tells; None where nothing speaks against it."""
-    if trim.unit != "sample":
-        return NOT_ELEMENTS
+    reason = unfit()
+    if reason is not None:
+        return reason
     for name, module in forward.model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
-        if is_compiled(module):
-            return f"{what} is compiled and runs no operators one could see"
         if isinstance(module, torch.jit.ScriptModule):
             return f"{what} is a script module and runs no operators one could see"
         if isinstance(module, nn.SyncBatchNorm):
@@ -216,6 +189,87 @@ def refusal(forward: Forward, trim: Trimmer) -> str | None:
     return None
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module, or its call, went through torch.compile."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+def _step_of(forward: Forward) -> Callable[..., Any]:
+    """What is traced: model, loss, and one loss a sample."""
+    model = uncompiled(forward.inner)
+    per_sample_loss, unit = forward.per_sample_loss, forward.unit
+
+    def step(x: Any, y: Any) -> Any:
+        if isinstance(x, dict):
+            outputs = model(**x)
+        elif type(x) in (tuple, list):
+            outputs = model(*x)
+        else:
+            outputs = model(x)
+        values, mask, weights = as_losses(per_sample_loss(outputs, y), unit)
+        return (values, mask, weights), pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+
+    return step
+
+
+# --- the batch -------------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Any, dim: int) -> int:
+    """How many samples a batch holds: the batch dimension of the first tensor that has one."""
+    found: list[int] = []
+    map_tensors(lambda t: (found.append(t.shape[dim]) if t.ndim > dim else None, t)[1], x)
+    return found[0] if found else 0
+
+
+def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
+    """The batch, with the dimension of its rows marked as one that changes.
+
+    What is marked are aliases, so that nothing is noted on the caller's tensors.
+    """
+    batch = _rows(x, dim)
+    aliases: dict[int, Tensor] = {}
+
+    def mark(at: int) -> Callable[[Tensor], Tensor]:
+        def marked(tensor: Tensor) -> Tensor:
+            if id(tensor) not in aliases:
+                plain = type(tensor) is Tensor and not tensor.requires_grad and tensor.layout == torch.strided
+                aliases[id(tensor)] = tensor.detach() if plain else tensor
+            alias = aliases[id(tensor)]
+            if alias.ndim > at and alias.shape[at] == batch:
+                torch._dynamo.maybe_mark_dynamic(alias, at)
+            return alias
+
+        return marked
+
+    return map_tensors(mark(dim), x), map_tensors(mark(0), y)
+
+
+# --- DistributedDataParallel -----------------------------------------------------------------------------------------
+
+
+class _StandIn(nn.Module):
+    """Stands where a wrapper looks for its module: the module's parts, and another call."""
+
+    def __init__(self, inner: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.call = call
+        self.named_modules = inner.named_modules  # from which parameters and buffers are told
+        self.modules = inner.modules
+
+    def forward(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
+@contextmanager
+def _with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """``call`` in place of the model inside its wrapper: the wrapper's own work is none of the model's."""
+    if not isinstance(model, DistributedDataParallel):
+        yield call
+        return
+    inner: Any = model._modules["module"]
+
+    def called(*args: Any) -> Any:
+        model._modules["module"] = inner
+        return call(*args)
+
+    model._modules["module"] = _StandIn(inner, called)
+    try:
+        yield model
+    finally:
+        model._modules["module"] = inner

@@ -99,13 +99,6 @@ class GeneratorStates:
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
 
-    @staticmethod
-    def seed_outside_torch(seed: int) -> None:
-        """Seed Python's generator, and NumPy's where it is loaded."""
-        random.seed(seed)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(seed)
-
     def same(self, other: GeneratorStates) -> bool:
         """Return True if nothing was drawn between the two."""
         return self.same_torch_state(other) and self.python == other.python and _same_numpy(self.numpy, other.numpy)

@@ -48,6 +48,7 @@ class TwoPassEngine:
     """
 
     name = "two_pass"
+    repeats_forward = False
 
     def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
         if trim.unit != "sample":
@@ -72,7 +73,7 @@ class TwoPassEngine:
         try:
             if selection is None:
                 selection = self.trim.select(losses, rank_by=self.forward.scores(outputs, y)).rising()
-            loss = self.train_on_kept(before, selection, losses.values)
+            loss = self.train_on_kept(x, y, selection, (before, losses.values))
         except EngineRefused as refused:
             before.restore(x, y)
             raise EngineRefused(_CANNOT.format(refused), selection) from refused.__cause__
@@ -88,17 +89,22 @@ class TwoPassEngine:
             before.restore(x, y)
             raise EngineRefused(_CANNOT.format(f"it does not run without a graph ({_said(error)})")) from error
 
-    def train_on_kept(self, before: Moment, selection: Selection, scored: Tensor | None) -> Tensor:
+    def pays(self, x: Any, y: Any) -> bool:
+        """True where (1 + 3q) / 3 is below 1."""
+        return self.trim.keep < 2 / 3
+
+    def train_on_kept(self, x: Any, y: Any, selection: Selection, first: tuple[Moment, Tensor] | None = None) -> Tensor:
         """Return the loss of the kept rows, with a graph, from the second pass alone.
 
         Args:
-            before: the state before the first pass, and the batch as it was.
-            scored: (B,), all losses as the first pass found them, to compare with.
+            first: of the pass that scored: the state before it with the batch as it was, and all losses, (B,), to
+                compare with. Without it the state is as now, and nothing is compared.
 
         Raises:
             EngineRefused: the kept losses are others than those scored. Buffers, attributes and generators are in any
                 case as they were found.
         """
+        before, scored = first or (Moment(self.forward, x, y), None)
         after = Moment(self.forward)
         drawn = not before.generators.same(after.generators)
         normed = has_batch_norm([module for module in before.model.modules if module.training])

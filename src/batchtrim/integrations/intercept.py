@@ -101,10 +101,10 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _SIGNATURES:
             return func(*args, **(kwargs or {}))
-        return self._record(func, args, kwargs or {})
+        return _record(self, func, args, kwargs or {})
 
-    @torch.compiler.disable
-    def _record(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+    def record(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+        """Make the caller's call without its reduction, and return what the caller is to get."""
         bound = _SIGNATURES[function].bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
@@ -128,6 +128,11 @@ class Recorder(TorchFunctionMode):
         own = functools.partial(function, **given)
         self.calls.append(Call(function.__name__, values, leaf, target, ignored, counted, weights, divisor, own))
         return leaf
+
+
+@torch.compiler.disable
+def _record(recorder: Recorder, function: Any, args: Any, kwargs: Any) -> Tensor:
+    return recorder.record(function, args, kwargs)
 
 
 def _entries(given: Any, values: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchtrim.integrations.intercept import Call, NotFound, Part
 
-__all__ = ["parts_of"]
+__all__ = ["compare", "parts_of"]
 
 
 def parts_of(loss: Any, calls: list[Call], *, check: bool) -> list[Part]:
@@ -70,12 +70,13 @@ def _check(loss: Tensor, calls: list[Call], factors: Any) -> None:
             own = call.own()
         # the mean of nothing is NaN there and 0 here
         if call.divisor is not None and (call.counted is None or call.counted.any()):
-            _compare(own, call.leaf, f"the mean of {call.name}'s un-reduced losses")
+            compare(own, call.leaf, f"the mean of {call.name}'s un-reduced losses")
     rebuilt = torch.stack([(call.leaf.detach().double() * factor.double()).sum() for call, factor in used]).sum()
-    _compare(loss.reshape(()), rebuilt, "the sum of the losses found")
+    compare(loss, rebuilt, "the sum of the losses found")
 
 
-def _compare(true: Tensor, found: Tensor, what: str) -> None:
+def compare(true: Tensor, found: Tensor, what: str) -> None:
+    """Refuse what was found where it is not the loss, up to rounding in its dtype."""
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(true.dtype, 2e-2)
     right, ours = float(true.detach()), float(found.detach())
     if right == right and abs(right - ours) > tolerance * max(abs(right), 1e-2):  # NaN is NaN in plain training too

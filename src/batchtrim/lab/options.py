@@ -5,6 +5,7 @@ Every option's help ends in its true default for the command at hand, in bracket
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,13 @@ PLACE: Table = {
     "tensorboard": option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
     "keep_log": option(bool, "record what is kept of every sample, for `batchtrim show`", "--keep-log", default=False),
 }
+TASK: Table = {
+    "task": option(str | None, "training function of your own, as my_task.py:train, in place of data set and network"),
+    "metric": option(str | None, "number that the function returns and methods are compared by [error]"),
+    "higher_is_better": option(
+        bool | None, "which way the metric is better [by its name]", "--higher-is-better/--lower-is-better"
+    ),
+}
 SCALE: Table = {
     "workers": option(int | None, "processes on this machine [one a core, up to 8]"),
     "ray": option(str | None, "send the runs to a Ray cluster: auto, or its address"),
@@ -53,6 +61,7 @@ TALK: Table = {
 
 def _setting_option(setting: Setting) -> tuple[Any, Any]:
     help = setting.help + (f": {_listed(setting.choices)}" if setting.choices is not None else "")
+    help += f", {setting.own}" if setting.own else ""
     return option((str if setting.many else setting.kind) | None, help)
 
 
@@ -67,7 +76,7 @@ def _listed(names: Iterable[str]) -> str:
 
 _CONFIG: Table = {name: _setting_option(each) for name, each in SETTINGS.items() if each.help}
 _PARAM: Table = {"param": option(list[str] | None, "a method's parameter, as small_loss.noise_rate=0.1; repeatable")}
-NAMES = (*(name for name in {**MANY, **ONE, **_CONFIG} if name != "grid"), *_PARAM)
+NAMES = (*(name for name in {**MANY, **ONE, **TASK, **_CONFIG} if name != "grid"), *_PARAM)
 """Every option that is a setting of the runs."""
 
 
@@ -84,7 +93,7 @@ def settings_table(presets: Mapping[str, Any], only: Table) -> Table:
             help += "; comma-separated"
         said = _default(name, presets)
         table[name] = option(kind.__origin__, f"{help} [{said}]", default=default) if said else (kind, default)
-    return {**table, **_PARAM}
+    return {**table, **TASK, **_PARAM}
 
 
 def _default(name: str, presets: Mapping[str, Any]) -> str:
@@ -105,7 +114,8 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         settings = {name: value for name, value in settings.items() if f"{name}s" not in options}
     for name, text in list(options.items()):
         if name in _CONFIG and SETTINGS[name].many:
-            options[name] = _list(name, text, SETTINGS[name].kind)
+            whole = name == "dataset" and Path(text).expanduser().exists()  # a path may have a comma in it
+            options[name] = [text] if whole else _list(name, text, SETTINGS[name].kind)
     if "methods" in options:
         options["methods"] = _list("methods", options["methods"], str)
     if "seeds" in options:
@@ -118,6 +128,15 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **options}
 
 
+def refuse_without_task(settings: Mapping[str, Any]) -> None:
+    """Refuse what only a training function of the reader's has."""
+    given = next((name for name in TASK if name in settings), None)
+    if given is not None:
+        raise ValueError(
+            f"expected `{given}` beside --task, got {settings[given]!r}. The lab's own loop counts errors."
+        )
+
+
 def check_one_run(settings: Mapping[str, Any]) -> None:
     """Refuse several values of a setting."""
     for name, value in settings.items():
@@ -125,9 +144,12 @@ def check_one_run(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"expected one run, got several values of `{name}`. `batchtrim compare` does many.")
 
 
+_COMMA = re.compile(r",(?![^\[]*\])")  # one that is not inside brackets
+
+
 def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+        return [kind(part.strip()) for part in _COMMA.split(text) if part.strip()]
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise ValueError(f"expected `{name}` to be {what}, comma-separated, got {text!r}.") from None

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from batchtrim._checks import describe, is_number
 from batchtrim.lab.files import remove_parts, write_whole
+from batchtrim.lab.metric import Metric
 
 SCHEMA = 1
 DONE = ("finished", "diverged")
@@ -224,10 +225,8 @@ def check_result(row: Mapping[str, Any], place: str) -> None:
         wrong = "config.seed", "a whole number", config.get("seed")
     elif row.get("status") not in STATUSES:
         wrong = "status", f"one of {', '.join(STATUSES)}", row.get("status")
-    elif finished and not (_is_finite(row.get("test_error")) and 0 <= row["test_error"] <= 1):
-        wrong = "test_error", "a number in [0, 1]", row.get("test_error")
     elif finished:
-        wrong = next(((name, "a number", row.get(name)) for name in COSTS if not _is_finite(row.get(name))), None)
+        wrong = _wrong_number(row, config)
     for name in ("curve", "environment"):
         if wrong is None and not isinstance(row.get(name) or {}, Mapping):
             wrong = name, "a table", row[name]
@@ -238,6 +237,18 @@ def check_result(row: Mapping[str, Any], place: str) -> None:
             f"got {describe(got) if got is not None else 'none'} in {place}. "
             "Remove that line, and its run is done again by the command that made it."
         )
+
+
+def _wrong_number(row: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str, Any] | None:
+    """Return the number that a finished run lacks, with what it has to be; costs may be unknown of other programs."""
+    metric = Metric.of(config)
+    value = row.get(metric.field)
+    if metric.in_percent and not (_is_finite(value) and 0 <= value <= 1):  # type: ignore[operator]
+        return metric.field, "a number in [0, 1]", value
+    if not _is_finite(value):
+        return metric.field, "a number", value
+    named = {name: row.get(name) for name in COSTS if "metric" not in config or row.get(name) is not None}
+    return next(((name, "a number", cost) for name, cost in named.items() if not _is_finite(cost)), None)
 
 
 def _record_file(path: str | Path) -> Path:

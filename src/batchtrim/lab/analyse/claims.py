@@ -42,6 +42,7 @@ from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.analyse.inference import Moments
 from batchtrim.lab.files import load_toml, nearest
 from batchtrim.lab.methods.table import METHODS
+from batchtrim.lab.metric import ERROR
 from batchtrim.lab.run.config import ARM_SETTINGS, SETTINGS
 from batchtrim.lab.run.settings import Role
 
@@ -125,6 +126,9 @@ def read(folder: str | Path) -> Record:
     folder = Path(folder)
     title, note, effect, claims = _load(folder / "claims.toml")
     groups = comparison.summarize(records.read_results(folder)).groups
+    other = next((group.metric.name for group in groups if group.metric != ERROR), None)
+    if other is not None:
+        raise ValueError(f"expected claims on test errors, `effect` being in points, got runs compared by {other}.")
     findings = [found for group in groups for found in _judge_group(claims, group, effect)]
     for claim in claims:
         if not any(found.claim == claim for found in findings):

@@ -27,6 +27,7 @@ from batchtrim.lab.analyse.inference import (
     paired_t,
     wilcoxon,
 )
+from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import COSTS, check_result
 from batchtrim.lab.run.config import ARM_SETTINGS, COMPARED
 
@@ -75,6 +76,7 @@ class Paired:
     p_holm: float | None
     detectable: float | None
     verdict: Verdict
+    metric: Metric = ERROR
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,11 @@ class Arm:
 
     Attributes:
         label: the method's name, with the settings that tell it from other arms of the same method.
-        runs: finished and diverged rows, by seed. ``errors``: test error by seed of those that finished.
+        runs: finished and diverged rows, by seed. ``errors``: by seed, the ``metric`` of those that finished: the test
+            error, unless a task or a table says another.
         diverged, failed: seeds of runs that diverged, and of runs that an exception ended.
-        cost: means over the finished runs of seconds, seconds_eval, samples_forward, samples_backward and steps.
+        cost: means over the finished runs of seconds, seconds_eval, samples_forward, samples_backward and steps, as far
+            as all of them have it.
         paired: None for the baseline, and where there is none.
     """
 
@@ -98,6 +102,7 @@ class Arm:
     moments: Moments
     cost: dict[str, float]
     paired: Paired | None = None
+    metric: Metric = ERROR
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,11 @@ class Group:
     baseline: str | None
     arms: tuple[Arm, ...]
     views: tuple[View, ...]
+
+    @property
+    def metric(self) -> Metric:
+        """What its arms are compared by."""
+        return Metric.of(self.settings)
 
     @property
     def reference(self) -> Arm | None:
@@ -220,13 +230,15 @@ def _group(title: str, shared: dict[str, Any], rows: list[Row], against: str, la
 def _place(arm: Arm, against: str) -> tuple[bool, bool, str]:
     if arm.settings["method"] != against:
         return True, False, ""
-    return False, arm.settings["engine"] != "exact", naming.key(arm.settings)
+    return False, arm.settings["engine"] not in (None, "exact"), naming.key(arm.settings)
 
 
 def _arm(label: str, settings: dict[str, Any], rows: list[Row]) -> Arm:
     by_seed = {row["config"]["seed"]: row for row in sorted(rows, key=lambda row: row["config"]["seed"])}
     finished = {seed: row for seed, row in by_seed.items() if row["status"] == "finished"}
-    errors = {seed: float(row["test_error"]) for seed, row in finished.items()}
+    metric = Metric.of(rows[0]["config"])
+    errors = {seed: float(row[metric.field]) for seed, row in finished.items()}
+    known = [name for name in COSTS if finished and all(row.get(name) is not None for row in finished.values())]
     return Arm(
         label=label,
         settings=settings,
@@ -235,7 +247,8 @@ def _arm(label: str, settings: dict[str, Any], rows: list[Row]) -> Arm:
         diverged=tuple(seed for seed, row in by_seed.items() if row["status"] == "diverged"),
         failed=tuple(seed for seed, row in by_seed.items() if row["status"] == "failed"),
         moments=moments(list(errors.values())),
-        cost={name: float(np.mean([row[name] for row in finished.values()])) for name in COSTS} if finished else {},
+        cost={name: float(np.mean([row[name] for row in finished.values()])) for name in known},
+        metric=metric,
     )
 
 
@@ -259,7 +272,9 @@ def _compare(arms: Sequence[Arm], reference: Arm | None) -> tuple[Arm, ...]:
 def _paired(arm: Arm, seeds: list[int], values: list[float], p_t: float | None, p_holm: float | None) -> Paired:
     spread = moments(values)
     verdict = Verdict.ALL_DIVERGED if arm.diverged and not arm.errors else judge(spread, p_holm)
-    return Paired(tuple(seeds), tuple(values), spread, p_t, wilcoxon(values), p_holm, detectable(spread), verdict)
+    return Paired(
+        tuple(seeds), tuple(values), spread, p_t, wilcoxon(values), p_holm, detectable(spread), verdict, arm.metric
+    )
 
 
 def judge(differences: Moments, p: float | None) -> Verdict:

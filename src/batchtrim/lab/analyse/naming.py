@@ -16,7 +16,7 @@ def key(settings: Settings) -> str:
 
 def titles(settings: Sequence[Settings]) -> list[str]:
     """Return a title for each group: data set, model, optimizer, and what else tells it from groups alike in these."""
-    named = ("dataset", "model", "optimizer")
+    named = ("task", "dataset", "model", "optimizer")
     found = []
     for each in settings:
         alike = [other for other in settings if all(other.get(name) == each.get(name) for name in named)]

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from batchtrim.lab.metric import Metric
+
 Row = Mapping[str, Any]
 BUDGETS = ("samples_backward", "seconds")
 
@@ -32,8 +34,12 @@ def spent_curve(row: Row, axis: str) -> tuple[list[float], list[float]]:
     else:  # older rows: spread the total over epochs by the fraction kept in each
         keep = np.nan_to_num(np.asarray(curve.get("keep") or [], dtype=np.float64), nan=1.0)
         total = keep.sum()
-        spent = (row[axis] * keep.cumsum() / total).tolist() if total > 0 else []
-    points = [(x, y) for x, y in zip(spent, curve.get("test_error") or [], strict=False) if _is_number(y)]
+        spent = (row[axis] * keep.cumsum() / total).tolist() if total > 0 and row.get(axis) is not None else []
+    points = [
+        (x, y)
+        for x, y in zip(spent, curve.get(Metric.of(row["config"]).field) or [], strict=False)
+        if _is_number(x) and _is_number(y)
+    ]
     return [x for x, _ in points], [y for _, y in points]
 
 

@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from batchtrim.lab.present.pages import Tile
 from batchtrim.lab.present.templating import render
 from batchtrim.lab.run import train
 from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.own import TaskConfig
 
 __all__ = ["Samples", "build", "write"]
 
@@ -41,6 +42,7 @@ SHEET_SIDE = 20  # thumbnails on a side of a sprite sheet
 THUMB = 64  # longest side of a thumbnail; smaller pictures are kept as they are
 MOST_LINES = 12  # classes drawn as lines of their own
 LONGEST_TEXT = 400
+NO_CLASSES = ("all samples",)
 ORDERS = (
     ("mean", "mean loss"),
     ("score", "suspicion"),
@@ -55,7 +57,7 @@ class Samples:
     """What the log's ids stand for.
 
     Args:
-        labels: int (n,), as trained on. ``classes``: their C names.
+        labels: int (n,), as trained on. ``classes``: their C names. Neither for samples of no class, as in regression.
         pictures: uint8 (n, channels, H, W), one or three channels; or
         rows: a text for each sample, or a mapping of field names to values.
         predicted, confidence: (n,), class and probability, where the log's own (the last seen in training, augmentation
@@ -63,8 +65,8 @@ class Samples:
         title: heading of the page. ``facts``: settings to print at its foot.
     """
 
-    labels: Tensor
-    classes: Sequence[str]
+    labels: Tensor | None = None
+    classes: Sequence[str] = ()
     pictures: Tensor | None = None
     rows: Sequence[str | Mapping[str, Any]] | None = None
     predicted: Tensor | None = None
@@ -99,16 +101,40 @@ def build(
         )
     row = max(found, key=lambda each: (each["config"]["method"] != "full", each["started"]))
     path = folder / "keep" / f"{row['key']}.parquet"
+    out = out or path.with_suffix(".html")
+    facts = {name: str(value) for name, value in row["config"].items() if value not in (None, {})}
+    if "task" in row["config"]:
+        return write(KeepLog.from_parquet(path), _told_by_the_task(path, row, facts), out)
     config = RunConfig.from_dict(row["config"])
     pictures = train.load_pictures(config, data_dir)
     samples = Samples(
         labels=pictures.train_labels,
-        classes=_class_names(config.dataset, pictures.classes),
+        classes=pictures.class_names or _class_names(config.dataset, pictures.classes),
         pictures=pictures.train_images,
         title=f"What was kept: {config.label}",
-        facts={name: str(value) for name, value in row["config"].items() if value not in (None, {})},
+        facts=facts,
     )
-    return write(KeepLog.from_parquet(path), samples, out or path.with_suffix(".html"))
+    return write(KeepLog.from_parquet(path), samples, out)
+
+
+def _told_by_the_task(path: Path, row: Mapping[str, Any], facts: Mapping[str, str]) -> Samples:
+    """What a training function said of its samples, with ``run.show``."""
+    try:
+        told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"expected {path.with_suffix('.json')} with what the samples are, got nothing there. Let the task say it: "
+            "run.show(rows=...) or run.show(images=...)."
+        ) from error
+    images = path.with_suffix(".npy")
+    return Samples(
+        labels=None if told["labels"] is None else torch.tensor(told["labels"]),
+        classes=told["classes"],
+        pictures=torch.from_numpy(np.load(images, allow_pickle=False)) if images.exists() else None,
+        rows=told["rows"],
+        title=f"What was kept: {TaskConfig.from_dict(row['config']).label}",
+        facts=facts,
+    )
 
 
 def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
@@ -117,6 +143,11 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     Raises:
         ValueError: log and samples are of different length, or there is neither a picture nor a row to show.
     """
+    by_class = samples.labels is not None
+    if samples.labels is None:
+        none = torch.full((log.n,), -1)
+        samples = replace(samples, labels=torch.zeros(log.n, dtype=torch.int64), classes=NO_CLASSES, predicted=none)
+    assert samples.labels is not None
     if len(samples.labels) != log.n:
         raise ValueError(f"expected {log.n} labels, one per sample of the log, got {len(samples.labels)}.")
     if (samples.pictures is None) == (samples.rows is None):
@@ -148,11 +179,12 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         "gallery.html",
         title=samples.title,
         sheets_css=Markup("".join(f".t{i}{{background-image:url({sheet})}}" for i, sheet in enumerate(sheets))),
-        numbers=_numbers(log, columns),
+        by_class=by_class,
+        numbers=_numbers(log, columns) if by_class else _numbers(log, columns)[:-1],
         shown=f"{len(shown):,}",
         classes=list(enumerate(samples.classes)),
         orders=ORDERS,
-        history=_class_history(log, samples.classes),
+        history=_class_history(log, samples.classes) if by_class else None,
         facts=samples.facts,
         # no tag inside the script: neither </script> nor <!--<script>, after which a browser looks past the closing tag
         data=Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),

@@ -15,7 +15,9 @@ import numpy as np
 from markupsafe import Markup
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary
+from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.present import charts, wording
+from batchtrim.lab.present.caveats import caveat_texts
 from batchtrim.lab.present.charts import Series, style_class
 from batchtrim.lab.present.templating import render
 
@@ -54,19 +56,24 @@ def comparison_page(summary: Summary) -> str:
     """Return the whole page."""
     several = len(summary.groups) > 1
     heading = "Comparison of training methods" if several else summary.groups[0].title
-    kinds = {wording.kind(arm.paired) for group in summary.groups for arm in group.arms if arm.paired}
+    pairs = [arm.paired for group in summary.groups for arm in group.arms if arm.paired]
+    kinds = {wording.kind(paired) for paired in pairs}
+    colours = {wording.colour(paired) for paired in pairs}
+    metrics = {group.metric for group in summary.groups}
     return render(
         "report.html",
         title=f"batchtrim: {heading}",
         heading=heading,
         kind=kinds.pop() if len(kinds) == 1 else "none",
+        colour=colours.pop() if len(colours) == 1 else "none",
+        better=wording.better(next(iter(metrics))) if len(metrics) == 1 else "Differences are paired by seed.",
+        metric=next(iter(metrics)) if len(metrics) == 1 else None,
         marks=MARKS,
         verdict=wording.sentence(wording.headline(summary)),
         counts=wording.counts(summary),
         overview=_overview(summary) if several else None,
         groups=[_group(group) for group in summary.groups],
         folded=len(summary.groups) > OPEN_GROUPS,
-        legend_note=wording.LEGEND,
         environment=wording.environment(summary),
     )
 
@@ -93,7 +100,12 @@ def _overview(summary: Summary) -> dict[str, Any] | None:
 def _overview_cell(arm: Arm | None, base: Arm | None) -> dict[str, str]:
     paired = arm.paired if arm else None
     tip = wording.verdict(arm, base) if arm else ""
-    return {"kind": wording.kind(paired), "text": wording.difference(paired), "tip": tip}
+    return {
+        "kind": wording.kind(paired),
+        "colour": wording.colour(paired),
+        "text": wording.difference(paired),
+        "tip": tip,
+    }
 
 
 def _group(group: Group) -> dict[str, Any]:
@@ -101,6 +113,9 @@ def _group(group: Group) -> dict[str, Any]:
     return {
         "title": group.title,
         "verdict": wording.group_verdict(group),
+        "caveats": caveat_texts(group),
+        "legend_note": wording.legend(group.metric),
+        "metric": group.metric,
         "baseline": group.baseline,
         "tiles": _tiles(group),
         "table": _table(group.arms, group, styles),
@@ -133,35 +148,41 @@ def _tiles(group: Group) -> list[Tile]:
         return []
     base, arm = group.arms
     assert arm.paired is not None
-    kind = wording.kind(arm.paired)
-    between = wording.signed_interval(arm.paired.moments.t)
-    return [
-        Tile(wording.percent(base.moments.mean) + " %", f"test error, {base.label}"),
-        Tile(wording.percent(arm.moments.mean) + " %", f"test error, {arm.label}"),
+    kind, metric = wording.colour(arm.paired), group.metric
+    between = wording.signed_interval(arm.paired.moments.t, metric)
+    percent = " %" if metric.in_percent else ""
+    tiles = [
+        Tile(wording.percent(base.moments.mean, 2, metric) + percent, f"{metric.title}, {base.label}"),
+        Tile(wording.percent(arm.moments.mean, 2, metric) + percent, f"{metric.title}, {arm.label}"),
         Tile(
-            wording.difference(arm.paired) + " points",
+            wording.difference(arm.paired) + metric.unit,
             f"difference, 95 % {between}",
             kind if kind in ("lower", "higher") else "",
         ),
-        Tile(wording.share(arm, base, "samples_backward"), f"samples backward, of {base.label}'s"),
     ]
+    if "samples_backward" in base.cost and "samples_backward" in arm.cost:
+        tiles.append(Tile(wording.share(arm, base, "samples_backward"), f"samples backward, of {base.label}'s"))
+    return tiles
 
 
 def _table(arms: Sequence[Arm], group: Group, styles: dict[str, int], cost: bool = True) -> dict[str, Any]:
     base = next((arm for arm in arms if arm.label == group.baseline), None)
-    heads = [["method"], ["runs"], ["test error %"], ["difference", "points"], ["p, Holm"]]
+    heads = [["method"], ["runs"], [group.metric.heading], ["difference"], ["p, Holm"]]
+    if group.metric.in_percent:
+        heads[3].append("points")
     heads += [["training", "seconds"], ["samples", "backward"]] if cost else []
     rows = []
     for arm in arms:
         cells = [
             Cell(wording.runs(arm)),
-            Cell(wording.error(arm), wording.interval(arm.moments.t)),
+            Cell(wording.error(arm), wording.interval(arm.moments.t, arm.metric)),
             *_paired_cells(arm.paired),
         ]
         if cost:
             names = ("seconds", "samples_backward")
             cells += [Cell(wording.cost(arm, name), wording.share(arm, base, name) if base else "") for name in names]
         kind = wording.kind(arm.paired) if arm.paired else ""
+        colour = wording.colour(arm.paired) if arm.paired else ""
         first, _, rest = wording.verdict(arm, group.reference).partition("; ")
         said = MARKS[kind] + first if arm.paired else "baseline" if arm is base else ""
         rows.append(
@@ -169,7 +190,7 @@ def _table(arms: Sequence[Arm], group: Group, styles: dict[str, int], cost: bool
                 "label": arm.label,
                 "style": style_class(styles[arm.label]),
                 "cells": cells,
-                "kind": kind,
+                "colour": colour,
                 "verdict": Cell(said, rest),
             }
         )
@@ -180,7 +201,7 @@ def _paired_cells(paired: Paired | None) -> list[Cell]:
     if paired is None:
         return [Cell(""), Cell("")]
     return [
-        Cell(wording.difference(paired), wording.signed_interval(paired.moments.t)),
+        Cell(wording.difference(paired), wording.signed_interval(paired.moments.t, paired.metric)),
         Cell(wording.p_value(paired.p_holm), f"Wilcoxon {wording.p_value(paired.p_wilcoxon)}"),
     ]
 
@@ -195,23 +216,27 @@ def _differences(group: Group, styles: dict[str, int]) -> Markup | None:
             mean=arm.paired.moments.mean,
             interval=arm.paired.moments.t,
             detectable=arm.paired.detectable,
-            text=f"{wording.difference(arm.paired)}  [{wording.signed_interval(arm.paired.moments.t)}]",
+            text=f"{wording.difference(arm.paired)}  [{wording.signed_interval(arm.paired.moments.t, arm.metric)}]",
         )
         for arm in group.arms
         if arm.paired and arm.paired.moments.mean is not None
     ]
     if not rows:
         return None
+    metric = group.metric
+    less, more = ("fewer errors", "more errors") if metric.name == "error" else ("lower", "higher")
     return charts.differences(
-        rows, x_label="fewer errors  ←  points of test error  →  more errors", fmt=wording.signed,
-        title=f"Test error minus that of {group.baseline}, paired by seed",
+        rows, x_label=f"{less}  ←  {'points of ' if metric.in_percent else ''}{metric.title}  →  {more}",
+        fmt=lambda value: wording.signed(value, 2, metric),
+        title=f"{wording.capital(metric.title)} minus that of {group.baseline}, paired by seed",
     )  # fmt: skip
 
 
 def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
     banded = len(group.arms) <= MOST_BANDS
-    error = _series(group, styles, "test_error", band=banded)
-    shown, cut = _error_range(error)
+    metric = group.metric
+    error = _series(group, styles, metric.field, band=banded)
+    shown, cut = _error_range(error) if metric.name == "error" else (None, False)
     note = f" The axis ends at {wording.points(shown[1], 0)} %; the first epochs lie above it." if cut and shown else ""
     spread = "; the band is one standard deviation to either side" if banded else ""
     loss = [
@@ -220,9 +245,9 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
     ]
     keep = _series(group, styles, "keep", band=False)
     return [
-        Card("Test error", f"Mean over seeds{spread}.{note}",
-             charts.lines(error, x_label="epoch", y_label="test error %", fmt=_axis_percent, y_range=shown,
-                           title="Test error over epochs")),
+        Card(wording.capital(metric.title), f"Mean over seeds{spread}.{note}",
+             charts.lines(error, x_label="epoch", y_label=metric.heading, fmt=_axis(metric), y_range=shown,
+                           title=f"{wording.capital(metric.title)} over epochs")),
         Card("Training error", "Of the samples as they were trained on, while the network changed.",
              charts.lines(_series(group, styles, "train_error", band=banded), x_label="epoch",
                            y_label="training error %", fmt=_axis_percent, title="Training error over epochs")),
@@ -282,22 +307,24 @@ def _error_range(series: Sequence[Series]) -> tuple[tuple[float, float] | None, 
 
 
 def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
-    arms = [arm for arm in group.arms if arm.cost and arm.moments.mean is not None]
-    axes: list[tuple[str, str, Callable[[Arm], float]]] = [
-        ("samples backward", "samples that went backward", lambda arm: arm.cost["samples_backward"]),
-        ("training time", "seconds of training, selection included", lambda arm: arm.cost["seconds"]),
+    axes = [
+        ("samples backward", "samples that went backward", "samples_backward"),
+        ("training time", "seconds of training, selection included", "seconds"),
     ]
     cards = []
-    for name, label, spent in axes:
+    for name, label, cost in axes:
         dots = [
-            charts.Point(arm.label, styles[arm.label], spent(arm), arm.moments.mean or 0.0, arm.moments.t)
-            for arm in arms
+            charts.Point(arm.label, styles[arm.label], arm.cost[cost], arm.moments.mean or 0.0, arm.moments.t)
+            for arm in group.arms
+            if cost in arm.cost and arm.moments.mean is not None
         ]
+        if not dots and group.metric != ERROR:
+            continue
         chart = charts.scatter(
-            dots, x_label=label, y_label="test error %", x_fmt=wording.amount, fmt=_axis_percent,
-            title=f"Test error against {name}",
+            dots, x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group.metric),
+            title=f"{wording.capital(group.metric.title)} against {name}",
         )  # fmt: skip
-        cards.append(Card(f"Error against {name}", "", chart))
+        cards.append(Card(f"{wording.capital(group.metric.name)} against {name}", "", chart))
     return cards
 
 
@@ -314,6 +341,10 @@ def _settings(group: Group) -> dict[str, str]:
             for arm in group.arms
         },
     }
+
+
+def _axis(metric: Metric) -> Callable[[float], str]:
+    return _axis_percent if metric.in_percent else lambda value: f"{value:.4g}"
 
 
 def _axis_percent(value: float) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Row, Summary, View, summarize
 from batchtrim.lab.present import pages, wording
+from batchtrim.lab.present.caveats import caveat_texts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,7 +48,8 @@ def console_table(summary: Summary) -> RenderableType:
     for group in summary.groups:
         table = Table(title=Text(group.title, style="bold"), title_justify="left", box=None, pad_edge=False)
         table.add_column("method", overflow="fold", min_width=max(min(len(arm.label), 20) for arm in group.arms))
-        for heading in ("runs", "error %", "diff", "95 % interval", "p", "train s", "backward"):
+        short = "error %" if group.metric.name == "error" else group.metric.heading
+        for heading in ("runs", short, "diff", "95 % interval", "p", "train s", "backward"):
             table.add_column(heading, justify="right", no_wrap=True)
         for arm in group.arms:
             paired = arm.paired
@@ -56,7 +58,7 @@ def console_table(summary: Summary) -> RenderableType:
                 wording.short_runs(arm),
                 wording.error(arm),
                 wording.difference(paired),
-                wording.signed_interval(paired.moments.t) if paired else "",
+                wording.signed_interval(paired.moments.t, paired.metric) if paired else "",
                 wording.p_value(paired.p_holm) if paired else "",
                 wording.cost(arm, "seconds"),
                 wording.backward(arm, group),
@@ -65,16 +67,22 @@ def console_table(summary: Summary) -> RenderableType:
         colours = {"lower": "green", "higher": "red"}
         parts.extend(
             Text(
-                f"{arm.label}: {wording.verdict(arm, group.reference)}", style=colours.get(wording.kind(arm.paired), "")
+                f"{arm.label}: {wording.verdict(arm, group.reference)}",
+                style=colours.get(wording.colour(arm.paired), ""),
             )
             for arm in group.arms
             if arm.paired
         )
         if group.baseline is None:
             parts.append(Text(wording.group_verdict(group)))
+        parts.extend(Text(text, style="yellow") for text in caveat_texts(group))
         parts.append(Text(""))
-    parts.append(Text(wording.LEGEND, style="dim"))
+    parts.extend(Text(text, style="dim") for text in _legends(summary))
     return Stack(*parts)
+
+
+def _legends(summary: Summary) -> list[str]:
+    return list(dict.fromkeys(wording.legend(group.metric) for group in summary.groups))
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
@@ -90,6 +98,8 @@ def to_json(summary: Summary) -> dict[str, Any]:
                 "settings": group.settings,
                 "baseline": group.baseline,
                 "verdict": wording.group_verdict(group),
+                "metric": vars(group.metric),
+                "caveats": caveat_texts(group),
                 "methods": [_arm_json(arm, group) for arm in group.arms],
                 "views": [_view_json(view, group) for view in group.views],
             }
@@ -113,7 +123,8 @@ def to_markdown(summary: Summary) -> str:
         for arm in group.arms:
             if arm.paired:
                 lines.append(f"* **{cell(arm.label)}**: {cell(wording.verdict(arm, group.reference))}")
-        lines += ["", wording.LEGEND, ""]
+        lines += [f"* {cell(text)}" for text in caveat_texts(group)]
+        lines += ["", wording.legend(group.metric), ""]
         for view in group.views:
             lines += [f"### {wording.view_title(view)}", "", wording.view_note(view), ""]
             if view.budget is not None:
@@ -121,7 +132,7 @@ def to_markdown(summary: Summary) -> str:
         lines += ["### Settings", ""]
         lines += [f"* {cell(name)}: {cell(value)}" for name, value in group.settings.items()]
         command = " ".join(wording.command(group).splitlines())  # one line cannot close the block it stands in
-        lines += ["", "Run it again:", "", "```", command, "```", ""]
+        lines += ["", "Run it again:", "", "```", command, "```", ""] if command else [""]
     lines += ["## Environment", ""]
     lines += [f"* {cell(name)}: {cell(value)}" for name, value in wording.environment(summary).items()]
     return "\n".join(lines) + "\n"
@@ -150,13 +161,13 @@ def _arm_json(arm: Arm, group: Group) -> dict[str, Any]:
     return {
         "label": arm.label,
         **arm.settings,
-        "test_error": {**vars(arm.moments), "by_seed": {str(seed): error for seed, error in arm.errors.items()}},
+        arm.metric.field: {**vars(arm.moments), "by_seed": {str(seed): error for seed, error in arm.errors.items()}},
         "diverged": list(arm.diverged),
         "failed": list(arm.failed),
         "cost": arm.cost,
         "paired": paired
         and {
-            **vars(paired),
+            **{name: value for name, value in vars(paired).items() if name != "metric"},
             "moments": vars(paired.moments),
             "finding": paired.verdict.value,
             "verdict": wording.verdict(arm, group.reference),
@@ -178,7 +189,7 @@ def _flat(arm: Arm, group: Group) -> dict[str, Any]:
         "n": spread.n,
         "diverged": len(arm.diverged),
         "failed": len(arm.failed),
-        "test_error": spread.mean,
+        arm.metric.field: spread.mean,
         "std": spread.std,
         **_ends("t", spread.t),
         **_ends("bootstrap", spread.bootstrap),
@@ -200,13 +211,22 @@ def _ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | 
 
 
 def markdown_table(group: Group, arms: Iterable[Arm], cost: bool = True) -> list[str]:
-    heads = ["method", "runs", "test error %", "difference, points", "95 % interval", "p (Holm)", "p (Wilcoxon)"]
+    metric = group.metric
+    heads = [
+        "method",
+        "runs",
+        metric.heading,
+        f"difference{',' if metric.unit else ''}{metric.unit}",
+        "95 % interval",
+        "p (Holm)",
+        "p (Wilcoxon)",
+    ]
     heads += ["train s", "backward"] if cost else []
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     for arm in arms:
         paired = arm.paired
         cells = [cell(arm.label), wording.runs(arm), wording.error(arm), wording.difference(paired)]
-        cells += [wording.signed_interval(paired.moments.t) if paired else ""]
+        cells += [wording.signed_interval(paired.moments.t, metric) if paired else ""]
         cells += [wording.p_value(paired.p_holm), wording.p_value(paired.p_wilcoxon)] if paired else ["", ""]
         cells += [wording.cost(arm, "seconds"), wording.backward(arm, group)] if cost else []
         lines.append(f"| {' | '.join(cells)} |")

@@ -10,6 +10,7 @@ from typing import Any
 from batchtrim.lab.analyse.claims import Claim
 from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary, Verdict, View
 from batchtrim.lab.analyse.inference import MIN_PAIRS
+from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.run.config import ARM_SETTINGS
 
 UNKNOWN = "\N{EN DASH}"
@@ -20,9 +21,21 @@ LEGEND = (
 )
 
 
+def legend(metric: Metric) -> str:
+    """How to read a table of a metric."""
+    if metric == ERROR:
+        return LEGEND
+    sign = "above" if metric.higher_is_better else "below"
+    points = ", in points" if metric.in_percent else ""
+    return (
+        f"{capital(metric.title)}: mean ± standard deviation over seeds. Difference: method minus baseline on the same "
+        f"seed{points}, {sign} zero is better. p: paired t-test, Holm-corrected over the methods of the table."
+    )
+
+
 KINDS = {Verdict.LOWER: "lower", Verdict.HIGHER: "higher", Verdict.NOT_SEEN: "same", Verdict.SAME: "same"}
 """Which way a verdict goes; any other goes no way."""
-FINDINGS = {"lower": "lower error", "higher": "higher error", "same": "no difference seen", "none": "no verdict"}
+FINDINGS = {"lower": "lower", "higher": "higher", "same": "no difference seen", "none": "no verdict"}
 VIEWS = {
     "samples_backward": ("Equal samples backward", "samples backward"),
     "seconds": ("Equal training time", "seconds of training"),
@@ -34,16 +47,29 @@ def kind(paired: Paired | None) -> str:
     return KINDS.get(paired.verdict, "none") if paired else "none"
 
 
+def colour(paired: Paired | None) -> str:
+    """The class that colours a comparison: "lower" for a gain, as of errors, "higher" for a loss."""
+    way = kind(paired)
+    if paired is None or not paired.metric.higher_is_better:
+        return way
+    return {"lower": "higher", "higher": "lower"}.get(way, way)
+
+
+def _found(way: str, metric: Metric) -> str:
+    """Which way a comparison goes, with what is compared: lower error."""
+    return f"{FINDINGS[way]} {metric.name}" if way in ("lower", "higher") else FINDINGS[way]
+
+
 def finding(paired: Paired) -> str:
     """What the pairs say."""
-    n, mean, verdict = paired.moments.n, paired.moments.mean or 0.0, paired.verdict
-    by, way = f"{points(abs(mean))} points", "lower" if mean < 0 else "higher"
+    n, mean, verdict, metric = paired.moments.n, paired.moments.mean or 0.0, paired.verdict, paired.metric
+    by, way = f"{metric.number(abs(mean))}{metric.unit}", "lower" if mean < 0 else "higher"
     return {
-        Verdict.LOWER: f"{way} error by {by}",
-        Verdict.HIGHER: f"{way} error by {by}",
-        Verdict.NOT_SEEN: f"no difference seen; a difference under {points(paired.detectable or 0.0)} points could "
-        "not have been seen reliably",
-        Verdict.SAME: "the same error on every seed",
+        Verdict.LOWER: f"{way} {metric.name} by {by}",
+        Verdict.HIGHER: f"{way} {metric.name} by {by}",
+        Verdict.NOT_SEEN: f"no difference seen; a difference under {metric.number(paired.detectable or 0.0)}"
+        f"{metric.unit} could not have been seen reliably",
+        Verdict.SAME: f"the same {metric.name} on every seed",
         Verdict.SHIFTED: f"exactly {by} {way} on every seed: no spread, so no test",
         Verdict.TOO_FEW: f"too few seeds to tell: {n} pair{'s' if n > 1 else ''}, {MIN_PAIRS} or more are needed",
         Verdict.NO_PAIRS: "no seed in common with the baseline",
@@ -78,7 +104,7 @@ def group_verdict(group: Group) -> str:
     labels: dict[str, list[str]] = {name: [] for name in FINDINGS}
     for arm in compared:
         labels[kind(arm.paired)].append(arm.label + (" (some diverged)" if arm.diverged and arm.errors else ""))
-    return "; ".join(f"{FINDINGS[name]}: {', '.join(each)}" for name, each in labels.items() if each)
+    return "; ".join(f"{_found(name, group.metric)}: {', '.join(each)}" for name, each in labels.items() if each)
 
 
 def headline(summary: Summary) -> str:
@@ -92,10 +118,12 @@ def headline(summary: Summary) -> str:
             counts.setdefault(str(arm.settings["method"]), collections.Counter())[kind(arm.paired)] += 1
     if not counts:
         return _nothing_compared(arms, summary.against)
-    lines = [
-        f"{method}: {', '.join(f'{FINDINGS[name]} in {count} of {tally.total()}' for name, count in tally.items())}"
-        for method, tally in counts.items()
-    ]
+    metrics = {group.metric.name for group in summary.groups}
+    metric = summary.groups[0].metric if len(metrics) == 1 else Metric("value")
+    lines = []
+    for method, tally in counts.items():
+        found = [f"{_found(name, metric)} in {count} of {tally.total()}" for name, count in tally.items()]
+        lines.append(f"{method}: {', '.join(found)}")
     return f"against {summary.against} in {len(summary.groups)} settings: {'; '.join(lines)}"
 
 
@@ -133,6 +161,16 @@ def claim(claim: Claim) -> str:
     return f"{sides[0]} against {sides[1]}: {claim.says}{by}{at}"
 
 
+def better(metric: Metric) -> str:
+    """Which way a metric is better, and how it is compared."""
+    return f"{capital(metric.better)} {metric.name} is better; differences are paired by seed."
+
+
+def capital(text: str) -> str:
+    """With a capital letter."""
+    return text[:1].upper() + text[1:]
+
+
 def sentence(text: str) -> str:
     """With a capital letter, unless a method's name comes first, and a full stop."""
     return text.rstrip(".") + "."
@@ -153,25 +191,25 @@ def points(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f}"
 
 
-def percent(value: float | None, digits: int = 2) -> str:
-    """An error as percent, without the sign: 0.0213 is 2.13."""
-    return UNKNOWN if value is None else points(value, digits)
+def percent(value: float | None, digits: int = 2, metric: Metric = ERROR) -> str:
+    """A metric's number; an error as percent, without the sign: 0.0213 is 2.13."""
+    return UNKNOWN if value is None else metric.number(value, digits)
 
 
-def signed(value: float | None, digits: int = 2) -> str:
-    """A difference in points, with a real minus sign."""
+def signed(value: float | None, digits: int = 2, metric: Metric = ERROR) -> str:
+    """A difference, of errors in points, with a real minus sign."""
     if value is None:
         return UNKNOWN
-    text = points(abs(value), digits)
+    text = metric.number(abs(value), digits)
     if float(text) == 0:
         return text
     return (MINUS if value < 0 else "+") + text
 
 
 def error(arm: Arm) -> str:
-    """Mean and standard deviation of the test error in percent."""
-    mean, std = arm.moments.mean, arm.moments.std
-    return percent(mean) if std is None else f"{percent(mean)} ± {percent(std)}"
+    """Mean and standard deviation of the metric, of the test error in percent."""
+    mean, std, metric = arm.moments.mean, arm.moments.std, arm.metric
+    return percent(mean, 2, metric) if std is None else f"{percent(mean, 2, metric)} ± {percent(std, 2, metric)}"
 
 
 def runs(arm: Arm) -> str:
@@ -187,18 +225,18 @@ def short_runs(arm: Arm) -> str:
 
 
 def difference(paired: Paired | None) -> str:
-    """Mean paired difference in points."""
-    return signed(paired.moments.mean) if paired else ""
+    """Mean paired difference, of errors in points."""
+    return signed(paired.moments.mean, 2, paired.metric) if paired else ""
 
 
-def interval(ends: tuple[float, float] | None) -> str:
-    """Two ends of an interval of errors, in percent."""
-    return UNKNOWN if ends is None else f"{percent(ends[0])} to {percent(ends[1])}"
+def interval(ends: tuple[float, float] | None, metric: Metric = ERROR) -> str:
+    """Two ends of an interval of the metric, of errors in percent."""
+    return UNKNOWN if ends is None else f"{percent(ends[0], 2, metric)} to {percent(ends[1], 2, metric)}"
 
 
-def signed_interval(ends: tuple[float, float] | None) -> str:
-    """Two ends of an interval of differences, in points."""
-    return UNKNOWN if ends is None else f"{signed(ends[0])} to {signed(ends[1])}"
+def signed_interval(ends: tuple[float, float] | None, metric: Metric = ERROR) -> str:
+    """Two ends of an interval of differences, of errors in points."""
+    return UNKNOWN if ends is None else f"{signed(ends[0], 2, metric)} to {signed(ends[1], 2, metric)}"
 
 
 def p_value(p: float | None) -> str:
@@ -218,7 +256,7 @@ def amount(value: float) -> str:
 
 def cost(arm: Arm, name: str) -> str:
     """Mean over finished runs."""
-    return amount(arm.cost[name]) if arm.cost else UNKNOWN
+    return amount(arm.cost[name]) if name in arm.cost else UNKNOWN
 
 
 def backward(arm: Arm, group: Group) -> str:
@@ -231,7 +269,7 @@ def backward(arm: Arm, group: Group) -> str:
 
 def share(arm: Arm, reference: Arm | None, name: str) -> str:
     """A cost as a percentage of the baseline's, or in full where that has none."""
-    if not arm.cost or reference is None or not reference.cost.get(name):
+    if name not in arm.cost or reference is None or not reference.cost.get(name):
         return cost(arm, name)
     return f"{100 * arm.cost[name] / reference.cost[name]:.0f} %"
 
@@ -249,7 +287,12 @@ def environment(summary: Summary) -> dict[str, str]:
 
 
 def command(group: Group) -> str:
-    """The command that runs this group again; runs that are recorded in the folder are not done twice."""
+    """The command that runs this group again; runs that are recorded in the folder are not done twice.
+
+    "" for numbers that were made elsewhere.
+    """
+    if "epochs" not in group.settings:
+        return ""
     settings: dict[str, Any] = {
         name: value for name, value in group.settings.items() if value is not None and name != "device"
     }
@@ -261,7 +304,9 @@ def command(group: Group) -> str:
     seeds = group.seeds
     counted = seeds == tuple(range(len(seeds)))
     settings["seeds"] = len(seeds) if counted else ",".join(map(str, seeds)) + ("," if len(seeds) == 1 else "")
+    flags = {name: settings.pop(name) for name, value in list(settings.items()) if isinstance(value, bool)}
     words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in settings.items()]
+    words += [_flag(name, value) for name, value in flags.items()]
     params: dict[str, list[str]] = {}
     for arm in group.arms:
         for name, value in (arm.settings.get("method_params") or {}).items():
@@ -270,3 +315,9 @@ def command(group: Group) -> str:
                 values.append(str(value))
     words += [f"--param {shlex.quote(name + '=' + ','.join(values))}" for name, values in params.items()]
     return "batchtrim compare " + " ".join(words)
+
+
+def _flag(name: str, value: bool) -> str:
+    if name == "higher_is_better":
+        return "--higher-is-better" if value else "--lower-is-better"
+    return f"--{'' if value else 'no-'}{name.replace('_', '-')}"

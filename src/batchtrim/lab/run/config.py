@@ -12,6 +12,7 @@ from batchtrim._checks import check_choice, check_count, check_fraction, check_k
 from batchtrim.lab.files import nearest
 from batchtrim.lab.methods.table import METHODS, find_method
 from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
+from batchtrim.lab.task import images
 from batchtrim.lab.task.augment import AUGMENTS
 from batchtrim.lab.task.conditions import parse_label_noise
 from batchtrim.lab.task.data import SPECS, find_spec
@@ -46,8 +47,31 @@ class RunConfig:
     ``keep_end`` holds throughout.
     """
 
-    dataset: str = setting("digits", "data", role=Role.DATA, choices=SPECS, many=True)
-    model: str = setting("mlp", "network", choices=MODELS, many=True)
+    dataset: str = setting(
+        "digits", "data set", role=Role.DATA, choices=SPECS, many=True,
+        own="a folder of class folders, a .csv or .parquet table of images, owner/name on the hub",
+    )  # fmt: skip
+    image_size: int | None = setting(
+        None, "side in pixels that images of your own are resized to", role=Role.DATA, later=True,
+        default_help="images of one small size as they are, others 64",
+    )  # fmt: skip
+    test_split: float | None = setting(
+        None, "part of your images to test on, where they have no test split", role=Role.DATA, later=True,
+        default_help="none",
+    )  # fmt: skip
+    split_seed: int = setting(0, "seed of that split", role=Role.DATA, later=True)
+    group: str | None = setting(
+        None, "column, or pattern of file names, that tells which images stay on one side", role=Role.DATA, later=True,
+        default_help="none",
+    )  # fmt: skip
+    image_column: str | None = setting(
+        None, "column of a table with the images", role=Role.DATA, later=True, default_help="image, img, path or file"
+    )
+    label_column: str | None = setting(
+        None, "column of a table with the classes", role=Role.DATA, later=True, default_help="label, class or target"
+    )
+    skip_broken: bool = setting(False, "go on without images that cannot be decoded", role=Role.DATA, later=True)
+    model: str = setting("mlp", "network", choices=MODELS, many=True, own="FILE.py:FUNCTION, hf:ARCHITECTURE")
     width: int | None = setting(None, "channels of the network's first stage", default_help="by network")
     norm: str = setting("batch", "normalisation layers", choices=NORMS)
     method: str = setting("full", role=Role.ARM, choices=METHODS, many=True)
@@ -92,11 +116,15 @@ class RunConfig:
         Raises:
             ValueError, TypeError: a setting is out of its range, or no such name is known.
         """
-        spec, model = find_spec(self.dataset), find_model(self.model)
+        own = images.is_own(self.dataset)
+        spec, model = None if own else find_spec(self.dataset), find_model(self.model)
+        images.check_options(self)
         method = find_method(self.method)
-        filled = replace(self, augment=self.augment or spec.augment, schedule=self.schedule or "linear")
+        filled = replace(
+            self, augment=self.augment or (spec.augment if spec else "none"), schedule=self.schedule or "linear"
+        )
         for each in SETTINGS.values():
-            if each.choices is not None:
+            if each.choices is not None and not each.own:
                 check_choice(each.name, getattr(filled, each.name), each.choices)
         parse_label_noise(self.label_noise)
         for name in ("epochs", "batch_size", "eval_every", "threads"):
@@ -104,8 +132,12 @@ class RunConfig:
         check_count("seed", self.seed, minimum=0)
         if self.width is not None:
             check_count("width", self.width)
+            if model.width is None:
+                raise ValueError(f"expected no `width` for {self.model!r}, which decides itself, got {self.width}.")
         if self.train_size is not None:
-            check_count("train_size", self.train_size, minimum=spec.classes, hint="At least one image a class.")
+            check_count(
+                "train_size", self.train_size, minimum=spec.classes if spec else 2, hint="At least one image a class."
+            )
         if check_number("imbalance", self.imbalance) < 1.0:
             raise ValueError(
                 f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest."
@@ -150,8 +182,11 @@ class RunConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(replace(self, method_params=dict(self.method_params)))
+        """Plain values, for JSON; settings that came later only where they are not the default."""
+        values = asdict(replace(self, method_params=dict(self.method_params)))
+        return {
+            name: value for name, value in values.items() if not SETTINGS[name].later or value != SETTINGS[name].default
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:

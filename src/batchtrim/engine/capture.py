@@ -1,0 +1,302 @@
+"""The only file that touches what torch keeps private: capture a function as graphs, and run them.
+
+``torch.compile``'s front end traces model and loss together, with guards that trace anew when something in Python
+changes; AOTAutograd makes one joint graph of forward and backward of it. :class:`Capture` gives that graph to a planner
+and runs what the planner makes of it. Where a torch release does not fit, :func:`unfit` says so and no engine uses it.
+"""
+
+from __future__ import annotations
+
+# pyright: reportAttributeAccessIssue=false
+import contextlib
+import itertools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "CannotCapture",
+    "Capture",
+    "Planner",
+    "decomposed",
+    "executable",
+    "expression_of",
+    "is_compiled",
+    "keeps_graph",
+    "pin",
+    "rehearse",
+    "uncompiled",
+    "unfit",
+]
+
+
+_numbers = itertools.count()
+
+
+class CannotCapture(Exception):
+    """A function cannot be captured as one graph; the message says why."""
+
+
+class Planner(Protocol):
+    """What is made of one trace."""
+
+    def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
+        """Forward and backward module of a joint graph; ``split`` cuts it as torch does."""
+        ...
+
+    def forward(self, args: list[Any]) -> Any:
+        """Run the forward; its outputs, and behind them what it saves."""
+        ...
+
+    def backward(self, args: list[Any]) -> Any:
+        """Run the backward."""
+        ...
+
+
+def unfit() -> str | None:
+    """Why this torch release cannot be used for capture, or None."""
+    try:
+        from torch._dynamo.backends.common import aot_autograd  # noqa: F401
+        from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: F401
+        from torch.fx.experimental._config import use_duck_shape  # type: ignore[attr-defined]  # noqa: F401
+        from torch.fx.graph import _BoxedCodeGen  # type: ignore[attr-defined]  # noqa: F401
+    except ImportError as error:
+        return f"torch {torch.__version__} lacks what it captures with ({error})"
+    return None
+
+
+# --- symbolic sizes --------------------------------------------------------------------------------------------------
+
+
+def expression_of(value: Any) -> Any:
+    """A symbolic number as a sympy expression, or as int where it is one; anything else as it is."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    node = value.node
+    found = node.shape_env.replace(node.expr) if node.shape_env is not None else node.expr
+    return int(found) if isinstance(found, sympy.Integer) else found
+
+
+# --- capture ---------------------------------------------------------------------------------------------------------
+
+
+class Capture:
+    """A function of (x, y) that runs as graphs, one trace for each state of guards.
+
+    Args:
+        function: what to capture. make_planner: called once for every trace.
+        limit: how many traces are made before it is given up.
+
+    Raises:
+        CannotCapture: on call, before anything of the function ran.
+    """
+
+    def __init__(self, function: Callable[..., Any], make_planner: Callable[[], Planner], limit: int = 8) -> None:
+        # traces are cached by code object, and what is known of sizes by its name: each capture has its own
+        name = f"{function.__name__}_{next(_numbers)}"
+        code = function.__code__.replace(co_name=name, co_qualname=name)
+        own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+        self.make_planner = make_planner
+        self.limit = limit
+        self.traces = 0
+        self.running = False
+        self._compiled = torch.compile(own, backend=self._backend, fullgraph=True)
+
+    def __call__(self, *args: Any) -> Any:
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise CannotCapture("hooks on saved tensors are active, which would see them before they are cut")
+        self.running = False
+        with _settings(self.limit):
+            try:
+                return self._compiled(*args)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # but one of the model itself, once its graph runs, is the caller's
+                if self.running:
+                    raise
+                reason = _reason(error)  # the error holds the model's frames: not to be kept
+        raise CannotCapture(reason)
+
+    def _backend(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+        self.traces += 1
+        planner = self.make_planner()
+
+        def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
+            def split() -> Any:
+                return min_cut_rematerialization_partition(
+                    joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **options
+                )
+
+            return planner.partition(joint, joint_inputs, split, num_fwd_outputs)
+
+        def run(args: list[Any]) -> Any:
+            self.running = True
+            return planner.forward(args)
+
+        def forward(_: fx.GraphModule, __: Any) -> Callable[..., Any]:
+            return _boxed(run)
+
+        def backward(_: fx.GraphModule, __: Any) -> Callable[..., Any]:
+            return _boxed(planner.backward)
+
+        def inference(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+            return executable(graph)
+
+        backend = aot_autograd(
+            fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, partition_fn=partition
+        )
+        compiled = backend(graph, inputs)
+        metadata = getattr(torch._guards.TracingContext.get(), "fw_metadata", None)
+        if metadata is not None and hasattr(metadata, "bw_donated_idxs"):
+            metadata.bw_donated_idxs = []  # None would forbid a second backward
+        return compiled
+
+
+@contextlib.contextmanager
+def _settings(limit: int) -> Iterator[None]:
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
+    import torch.fx.experimental._config as shapes
+
+    with (
+        dynamo.patch(
+            recompile_limit=limit,
+            fail_on_recompile_limit_hit=True,
+            allow_rnn=True,
+            optimize_ddp=False,
+            skip_nnmodule_hook_guards=False,  # a hook that is added later is another function
+            use_numpy_random_stream=True,  # numbers drawn by NumPy are not replaced by torch's
+        ),
+        functorch.patch(donated_buffer=False),
+        shapes.patch(use_duck_shape=False),  # two sizes that are equal by chance are two sizes
+    ):
+        yield
+
+
+def _boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    def run(args: list[Any]) -> Any:
+        return function(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _reason(error: BaseException) -> str:
+    cause = error
+    while getattr(cause, "inner_exception", None) is not None:
+        cause = cause.inner_exception
+    if isinstance(cause, CannotCapture):
+        return str(cause)  # it was traced, and is refused for what the graph shows
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if not lines:
+        return f"it cannot be traced as one graph ({type(cause).__name__})"
+    told = lines[0]
+    told += next((f" {line}" for line in lines if line.startswith("Explanation:")), "")
+    return f"it cannot be traced as one graph: {told}"
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module a user gave to torch.compile."""
+    return getattr(model, "_orig_mod", model)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True if a module, or its call, went through torch.compile."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def keeps_graph() -> bool:
+    """True if the backward that is running will leave its graph for another."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """A graph as a function of a list of its inputs, which it empties, so that each is freed once it is used."""
+    from torch.fx.graph import _BoxedCodeGen  # type: ignore[attr-defined]
+
+    own = fx.Graph()
+    own.output(own.graph_copy(graph.graph, {}))
+    own.set_codegen(_BoxedCodeGen())
+    return _boxed(fx.GraphModule(graph, own).forward)
+
+
+def pin(node: fx.Node) -> None:
+    """Tell the partitioner to save a node's value and not to compute it again."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def rehearse(graph: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
+    """Run a graph on tensors without data, so that shapes that do not fit show before a step does."""
+    mode = next(arg.fake_mode for arg in args if isinstance(arg, torch._subclasses.FakeTensor))
+    env = mode.shape_env
+    quiet = env.suppress_guards() if env is not None else contextlib.nullcontext()
+    with mode, quiet:
+        return fx.Interpreter(graph).run(*args)
+
+
+def decomposed(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], known: Callable[[Tensor], Any], inner: Callable[..., Any]
+) -> list[Any] | None:
+    """Run what an operator is made of on tensors without data; None where it is not made of others.
+
+    Args:
+        known: what is known of each tensor among the arguments.
+        inner: ``(func, args, kwargs, outputs, known) -> [fact, ...]`` about each output of an operator inside.
+
+    Returns:
+        What is known of each output.
+    """
+    table = torch._decomp.decomposition_table
+    if func in table:
+        run = table[func]
+    elif torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        run = func.decompose
+    else:
+        return None
+    fakes = [arg for arg in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(arg, Tensor)]
+    if not fakes:
+        return None
+    mode = fakes[0].fake_mode  # type: ignore[attr-defined]
+    facts = _Facts(known, inner)
+    quiet = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+    with mode, quiet, facts:
+        outputs = run(*args, **kwargs)
+    outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+    return [facts.of(output) if isinstance(output, Tensor) else None for output in outputs]
+
+
+class _Facts(TorchDispatchMode):
+    """Notes what is known of every tensor that operators inside it make."""
+
+    def __init__(self, known: Callable[[Tensor], Any], inner: Callable[..., Any]) -> None:
+        super().__init__()
+        self.known = known
+        self.inner = inner
+        self.facts: dict[int, tuple[Tensor, Any]] = {}
+
+    def of(self, tensor: Tensor) -> Any:
+        found = self.facts.get(id(tensor))
+        return self.known(tensor) if found is None else found[1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        outputs = func(*args, **kwargs)
+        tensors = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+        if any(isinstance(each, Tensor) for each in tensors):
+            for tensor, fact in zip(tensors, self.inner(func, args, kwargs, outputs, self.of), strict=True):
+                if isinstance(tensor, Tensor):
+                    self.facts[id(tensor)] = (tensor, fact)
+        return outputs

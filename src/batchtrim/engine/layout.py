@@ -1,0 +1,109 @@
+"""Where the rows of a batch lie in a tensor.
+
+A row is what is chosen: a sample, or a token. A tensor holds rows along the dimensions of the symbols that count them:
+along ``s0`` (the batch size) for samples, along ``s0`` and the number of tokens for tokens. Where dimensions were
+merged, a dimension of size ``outer * s0 * inner`` holds row b at the places ``(o * s0 + b) * inner + i``: batch-major
+where ``outer`` is 1, batch-minor where ``inner`` is 1. Sizes are integers, or sympy expressions of such symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+
+__all__ = ["Axis", "Broken", "Layout", "Mixes", "Rows", "Whole", "exact_ratio", "factor_of", "product"]
+
+Size = Any  # int or sympy.Expr
+
+
+class Mixes(Exception):
+    """An operator mixes rows, or no rule tells that it does not; the message says which."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where one row symbol lies: in dimension ``dim``, between factors ``outer`` and ``inner``.
+
+    ``outer`` is None where every row holds the same, so that any order of factors is right. ``lost`` is how many rows
+    a slice has taken off the end.
+    """
+
+    dim: int
+    outer: Size | None = 1
+    inner: Size | None = 1
+    lost: Size = 0
+
+    @property
+    def plain(self) -> bool:
+        return self.outer == 1 and self.inner == 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A value with rows: ``axes[i]`` says where row symbol i lies, None where the value does not depend on it.
+
+    Attributes:
+        vanish: rows that are not kept are zero.
+        iota: entry b is b: the row's own number, good for indexing rows by themselves and for nothing else.
+    """
+
+    axes: tuple[Axis | None, ...]
+    vanish: bool = False
+    iota: bool = False
+
+    def moved(self, to: dict[int, int] | Sequence[int | None], **changes: Any) -> Rows:
+        """The same after dimensions were moved: dimension d is now ``to[d]``."""
+        axes = tuple(None if a is None else replace(a, dim=to[a.dim]) for a in self.axes)
+        return replace(self, axes=axes, **changes)
+
+    @property
+    def dims(self) -> set[int]:
+        return {axis.dim for axis in self.axes if axis is not None}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A value that belongs to no row: the same whether all rows run or the kept ones alone."""
+
+    zero: bool = False
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A value that kept rows alone cannot give."""
+
+    reason: str
+
+
+Layout = Rows | Whole | Broken
+
+
+def product(sizes: Sequence[Size]) -> Size:
+    result: Size = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def exact_ratio(a: Size, b: Size) -> Size | None:
+    """a / b where it is whole for every value of the symbols, else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    if a == b:
+        return 1
+    ratio = sympy.sympify(a) / sympy.sympify(b)
+    ratio = sympy.cancel(ratio) if not ratio.is_Integer else ratio
+    if sympy.fraction(ratio)[1] != 1:
+        return None
+    return int(ratio) if ratio.is_Integer else ratio
+
+
+def factor_of(size: Size, symbol: sympy.Symbol) -> Size | None:
+    """c where ``size`` is ``c * symbol`` and c does not hold the symbol; None where it is something else."""
+    factor = exact_ratio(size, symbol)
+    if factor is None or (isinstance(factor, sympy.Expr) and symbol in factor.free_symbols):
+        return None
+    return factor

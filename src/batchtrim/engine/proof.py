@@ -1,0 +1,306 @@
+"""Prove from a graph which of its operators give the same on the kept rows as on all of them.
+
+Two walks. :func:`label` follows rows through the forward part of a joint graph and notes in every node where they lie.
+:func:`prove` walks the backward graph, the one that runs on kept rows, and tells for every node whether it may. A label
+of the forward need not be right for the proof to hold: saved tensors are cut along their labels, whatever they are,
+and every operator of the backward must then agree with them. So the forward may mix rows where no gradient follows.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from batchtrim.engine import rules_nn, rules_shape  # noqa: F401  (they enter their rules)
+from batchtrim.engine.capture import decomposed, expression_of
+from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Whole
+from batchtrim.engine.rules import Call, Value, apply_rule, has_rule, holds, name_of, only_dim
+
+__all__ = ["Proof", "Verdict", "label", "place_of", "prove"]
+
+LAYOUT = "batchtrim_layout"  # key in a node's meta
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """Symbolic numbers in nested arguments as expressions."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return expression_of(value)
+
+
+def _shape(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(expression_of(size) for size in tensor.shape)
+
+
+def _flat(outputs: Any) -> list[Any]:
+    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+
+
+def make_call(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Any, symbols: Any, see: Any) -> Call:
+    """A call with its arguments by name; ``see`` turns what stands for a tensor into a :class:`Value`."""
+    bound: dict[str, Any] = {}
+    for i, argument in enumerate(func._schema.arguments):
+        if i < len(args):
+            given = args[i]
+        elif argument.name in kwargs:
+            given = kwargs[argument.name]
+        else:
+            given = argument.default_value
+        bound[argument.name] = [see(item) for item in given] if isinstance(given, (list, tuple)) else see(given)
+    values = [Value(_shape(out), dtype=out.dtype) if isinstance(out, Tensor) else None for out in _flat(outputs)]
+    return Call(func, bound, values, symbols)
+
+
+def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts: Any) -> list[Layout]:
+    """By rule, or by the rules of what the operator is made of."""
+    if has_rule(call.func) or not any(isinstance(value.layout, Rows) for value in call.values):
+        return apply_rule(call)
+
+    def inner(func: Any, args: Any, kwargs: Any, outputs: Any, known: Any) -> list[Layout]:
+        def see(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return Value(_shape(item), known(item), item.dtype)
+            return _plain(item)
+
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise Mixes("it draws random numbers")
+        return layouts_of(make_call(func, args, kwargs, outputs, call.symbols, see), args, kwargs, known)
+
+    found = decomposed(call.func, args, kwargs, layouts, inner)
+    if found is None:
+        return apply_rule(call)  # which tells what is wrong
+    return [
+        Whole() if output is None else Broken("no rule tells what it does with rows") if layout is None else layout
+        for layout, output in zip(found, call.outputs, strict=True)
+    ]
+
+
+class _Walk:
+    """Layouts of the nodes seen so far."""
+
+    def __init__(self, symbols: tuple[sympy.Symbol, ...]) -> None:
+        self.symbols = symbols
+        self.layouts: dict[fx.Node, list[Layout]] = {}
+
+    def layout(self, node: fx.Node) -> Layout:
+        found = self.layouts.get(node)
+        return Whole() if not found else found[0]
+
+    def see(self, item: Any) -> Any:
+        if not isinstance(item, fx.Node):
+            return _plain(item)
+        value = item.meta.get("val")
+        if isinstance(value, Tensor):
+            return Value(_shape(value), self.layout(item), value.dtype)
+        return _plain(value)
+
+    def call(self, node: fx.Node) -> list[Layout]:
+        """What the rule of a node's operator says.
+
+        Raises:
+            Mixes: see :func:`batchtrim.engine.rules.apply_rule`.
+        """
+        outputs = node.meta.get("val")
+        if not isinstance(node.target, torch._ops.OpOverload):
+            if not any(isinstance(each, Tensor) for each in _flat(outputs)):
+                return [Whole()]
+            raise Mixes("no rule tells what it does with rows")
+        call = make_call(node.target, node.args, node.kwargs, outputs, self.symbols, self.see)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+        known: dict[int, Layout] = {}
+        for each in node.all_input_nodes:
+            value = each.meta.get("val")
+            if isinstance(value, Tensor) and known.setdefault(id(value), self.layout(each)) != self.layout(each):
+                known[id(value)] = Broken("one tensor stands in it for two")
+        return layouts_of(call, args, kwargs, lambda tensor: known.get(id(tensor), Whole()))
+
+
+def _getitem(walk: _Walk, node: fx.Node) -> list[Layout] | None:
+    if node.target is not operator.getitem:
+        return None
+    source, at = node.args
+    return [walk.layouts[source][at]]  # type: ignore[index]
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def label(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...], skip: set[fx.Node]) -> dict[fx.Node, str]:
+    """Note in the meta of every node where its rows lie.
+
+    Args:
+        graph: a joint graph; ``skip`` holds its nodes that belong to backward.
+
+    Returns:
+        The nodes that kept rows alone cannot compute again, each with its reason: backward must find them saved.
+    """
+    walk = _Walk(symbols)
+    pinned: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node in skip or node.op == "output":
+            continue
+        value = node.meta.get("val")
+        if node.op != "call_function":
+            layouts = [by_shape(value, symbols, [])]
+        elif (layouts := _getitem(walk, node)) is not None:
+            if node.args[0] in pinned:
+                pinned[node] = pinned[node.args[0]]
+        else:
+            try:
+                layouts = walk.call(node)
+                if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                    pinned[node] = "it draws random numbers"
+            except Mixes as mixes:
+                near = [walk.see(each) for each in node.all_input_nodes]
+                pinned[node] = f"{mixes} ({place_of(node)})"
+                layouts = [by_shape(each, symbols, near) for each in _flat(value)]
+                layouts = [Broken(pinned[node]) if isinstance(each, Broken) else each for each in layouts]
+        walk.layouts[node] = layouts
+        node.meta[LAYOUT] = layouts
+    return pinned
+
+
+def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -> Layout:
+    """A label for what no rule gives one: that of an operand of the same shape, or the only dimension it can be."""
+    if not isinstance(value, Tensor):
+        return Whole()
+    shape = _shape(value)
+    if not holds(shape, symbols):
+        return Whole()
+    for each in near:
+        if isinstance(each, Value) and each.shape == shape and isinstance(each.layout, Rows):
+            return replace(each.layout, vanish=False, iota=False)
+    axes: list[Axis | None] = []
+    for symbol in symbols:
+        if not holds(shape, (symbol,)):
+            axes.append(None)
+            continue
+        try:
+            axis = only_dim(shape, symbol)
+        except Mixes as mixes:
+            return Broken(str(mixes))
+        if axis.outer is None:
+            return Broken("nothing tells where its rows are")
+        axes.append(axis)
+    return Rows(tuple(axes))
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Verdict:
+    """What is proven of one node of a backward graph.
+
+    Attributes:
+        gradient: whether it depends on the losses' gradient.
+        layouts: of its outputs, on the kept rows.
+        whole: whether it has to run on all rows.
+        reason: why, where the node itself is the first on its way.
+    """
+
+    gradient: bool
+    layouts: list[Layout]
+    whole: bool = False
+    reason: str | None = None
+
+
+@dataclass
+class Proof:
+    """Verdicts of all nodes, and the approximations they rest on."""
+
+    verdicts: dict[fx.Node, Verdict] = field(default_factory=dict)
+    batch_norms: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def first_mixing(self) -> fx.Node | None:
+        """The first operator from the loss down that has to run on all rows."""
+        return next((node for node, verdict in self.verdicts.items() if verdict.reason is not None), None)
+
+
+def prove(
+    graph: fx.Graph, symbols: tuple[sympy.Symbol, ...], tangents: dict[fx.Node, Layout], *, batch_norm: bool
+) -> Proof:
+    """Walk a backward graph.
+
+    Args:
+        graph: its placeholders labelled by :func:`label`.
+        tangents: the placeholders that are the outputs' gradients, and where their rows lie.
+        batch_norm: whether BatchNorm's backward may take its means over the kept rows, which is not exact.
+    """
+    proof, walk = Proof(), _Walk(symbols)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            layouts = [tangents[node]] if node in tangents else node.meta.get(LAYOUT, [Whole()])
+            verdict = Verdict(node in tangents, layouts)
+        elif node.op == "call_function":
+            verdict = _judge(node, walk, proof, batch_norm)
+        else:
+            continue
+        walk.layouts[node] = verdict.layouts
+        proof.verdicts[node] = verdict
+    return proof
+
+
+def _judge(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> Verdict:
+    sources = [proof.verdicts[each] for each in node.all_input_nodes if each in proof.verdicts]
+    gradient = any(source.gradient for source in sources)
+    below = Broken("what it needs has to run on all rows")
+    count = len(_flat(node.meta.get("val")))
+    if any(source.whole for source in sources):
+        return Verdict(gradient, [below] * count, whole=gradient)
+    item = _getitem(walk, node)
+    if item is not None:
+        return Verdict(gradient, item)
+    try:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise Mixes("it draws random numbers again")
+        layouts = _kept_batch_norm(node, walk, proof) if batch_norm else None
+        layouts = walk.call(node) if layouts is None else layouts
+        gradient = gradient and not _fresh(node)
+        if gradient and any(isinstance(each, Rows) and not each.vanish for each in layouts):
+            raise Mixes("it gives a gradient to rows that are not kept")
+    except Mixes as mixes:
+        if gradient:
+            return Verdict(True, [Broken(str(mixes))] * count, whole=True, reason=str(mixes))
+        return Verdict(False, [Broken(f"{mixes} ({place_of(node)})")] * count)
+    return Verdict(gradient, layouts)
+
+
+def _fresh(node: fx.Node) -> bool:
+    """True if an operator takes nothing but the shape of its operand."""
+    name = name_of(node.target)
+    return name.startswith("new_") or name in ("zeros_like", "ones_like", "empty_like", "full_like")
+
+
+def _kept_batch_norm(node: fx.Node, walk: _Walk, proof: Proof) -> list[Layout] | None:
+    """BatchNorm's backward with its means over the kept rows, and the whole batch's statistics."""
+    if name_of(node.target) not in rules_nn.BATCH_NORM_BACKWARD:
+        return None
+    gradient, x = walk.see(node.args[0]), walk.see(node.args[1])
+    if not (isinstance(x.layout, Rows) and isinstance(gradient.layout, Rows)) or 1 in x.layout.dims:
+        return None
+    if gradient.layout.axes != x.layout.axes or not gradient.zero:
+        return None
+    proof.batch_norms.append(node)
+    return [gradient.layout, Whole(), Whole()]
+
+
+def place_of(node: fx.Node) -> str:
+    """The operator and the module it runs in: ``aten.mean in layers.3 (Attention)``."""
+    name = str(node.target).removesuffix(".default")
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    for path, kind in reversed(list(stack.values())):
+        kind = kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
+        path = path.split("model'].", 1)[-1] if "model']." in path else path.rsplit("].", 1)[-1]
+        return f"{name} in {path} ({kind})"
+    return name

@@ -1,0 +1,47 @@
+"""What every engine offers."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from batchtrim.engine.batch import Step
+from batchtrim.selection import Selection
+
+__all__ = ["Engine"]
+
+
+class Engine(Protocol):
+    """One way to compute a trimmed step.
+
+    Attributes:
+        name: what it is asked for by.
+        repeats_forward: True if a step whose selection is given runs the forward of the whole batch; False if it runs
+            the kept rows alone and leaves buffers and generators as an earlier pass left them.
+    """
+
+    name: str
+
+    @property
+    def repeats_forward(self) -> bool: ...
+
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+        """One step; ``selection`` is given where the choice was made already.
+
+        Raises:
+            EngineRefused: the model cannot be run so. Everything is as before the call.
+        """
+        ...
+
+    def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
+        """The loss of rows that were chosen before, with a graph.
+
+        Args:
+            first: where the forward is not repeated: the state before the pass that scored, and its losses.
+        """
+        ...
+
+    def pays(self, x: Any, y: Any) -> bool:
+        """True if a step on a batch like this is expected to cost less than a plain one."""
+        ...

@@ -1,0 +1,349 @@
+"""Which operators leave rows apart, and where rows lie in what they return: one rule a kind of operator.
+
+A rule answers from shapes and layouts, never from values. It promises: computed on the kept rows alone, the operator
+gives exactly the kept rows of what it gives on all of them. A sum over rows keeps the promise where the rows that are
+not kept are zero (``vanish``), as they are in every gradient that comes from the kept rows' losses: then the sum over
+the kept ones is the whole sum. Everything else raises :class:`Mixes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+
+from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of
+
+__all__ = ["Call", "Value", "apply_rule", "has_rule", "holds", "name_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor as a rule sees it."""
+
+    shape: tuple[Size, ...]
+    layout: Layout = field(default_factory=Whole)
+    dtype: torch.dtype | None = None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def zero(self) -> bool:
+        """True where it is zero in every row that is not kept."""
+        return (
+            self.layout.vanish if isinstance(self.layout, Rows) else isinstance(self.layout, Whole) and self.layout.zero
+        )
+
+
+@dataclass
+class Call:
+    """One call of an operator, its tensors replaced by values and its symbolic sizes by expressions."""
+
+    func: Any
+    args: dict[str, Any]
+    outputs: list[Value | None]
+    symbols: tuple[sympy.Symbol, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args.get(name)
+
+    @property
+    def values(self) -> list[Value]:
+        found: list[Value] = []
+        for arg in self.args.values():
+            if isinstance(arg, Value):
+                found.append(arg)
+            elif isinstance(arg, (list, tuple)):
+                found.extend(item for item in arg if isinstance(item, Value))
+        return found
+
+    @property
+    def rows(self) -> list[Value]:
+        return [value for value in self.values if isinstance(value.layout, Rows)]
+
+    @property
+    def out(self) -> Value:
+        output = self.outputs[0]
+        assert output is not None
+        return output
+
+
+Rule = Callable[[Call], Layout | list[Layout]]
+_RULES: dict[str, Rule] = {}
+
+
+def name_of(func: Any) -> str:
+    """``mm`` of ``aten.mm.default``."""
+    schema = getattr(func, "_schema", None)
+    return schema.name.split("::")[-1] if schema is not None else str(func)
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        for name in names:
+            _RULES[name] = function
+        return function
+
+    return register
+
+
+def has_rule(func: Any) -> bool:
+    """True if the operator has a rule of its own or is pointwise."""
+    return name_of(func) in _RULES or torch.Tag.pointwise in getattr(func, "tags", ())
+
+
+def apply_rule(call: Call) -> list[Layout]:
+    """Layouts of a call's outputs.
+
+    Raises:
+        Mixes: it mixes rows, or no rule tells that it does not.
+    """
+    for value in call.values:
+        if isinstance(value.layout, Broken):
+            raise Mixes(value.layout.reason)
+    _no_count_as_number(call)
+    sized = any(holds(arg, call.symbols) for arg in call.args.values() if not isinstance(arg, Value))
+    shaped = any(holds(output.shape, call.symbols) for output in call.outputs if output is not None)
+    if not call.rows and not sized and not shaped:
+        return [Whole(_is_zero(call))] * len(call.outputs)
+    if call["out"] is not None:
+        raise Mixes("it writes into a tensor that is given")
+    found = _RULES.get(name_of(call.func))
+    if found is None:
+        if torch.Tag.pointwise not in call.func.tags:
+            raise Mixes("no rule tells what it does with rows")
+        found = pointwise
+    layouts = found(call)
+    layouts = layouts if isinstance(layouts, list) else [layouts] * len(call.outputs)
+    return [_checked(layout, output, call.symbols) for layout, output in zip(layouts, call.outputs, strict=True)]
+
+
+def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbol]) -> Layout:
+    """The layout, held against the shape: a rule that is wrong here is refused, not believed."""
+    if output is None:
+        return Whole()
+    axes = layout.axes if isinstance(layout, Rows) else (None,) * len(symbols)
+    for axis, symbol in zip(axes, symbols, strict=True):
+        if axis is None:
+            fits = not holds(output.shape, (symbol,))
+        elif axis.outer is None:
+            fits = holds(output.shape[axis.dim], (symbol,))
+        else:
+            expected = axis.outer * (symbol - axis.lost) * axis.inner
+            rest = [size for dim, size in enumerate(output.shape) if dim != axis.dim]
+            if holds(rest, (symbol,)):
+                raise Mixes("it makes a tensor in which rows meet rows")
+            fits = exact_ratio(output.shape[axis.dim], expected) == 1
+        if not fits:
+            raise Mixes("it gives rows a shape that its rule does not know")
+    if isinstance(layout, Rows) and not layout.dims:
+        return Whole(layout.vanish)
+    return layout
+
+
+def _is_zero(call: Call) -> bool:
+    name = name_of(call.func)
+    if name in _COPIES:
+        return bool(call.values) and all(value.zero for value in call.values)
+    return "zeros" in name or (name in ("full", "full_like", "new_full") and call["fill_value"] == 0)
+
+
+def holds(size: Any, symbols: Sequence[sympy.Symbol]) -> bool:
+    """True if a size, or one of several, counts rows."""
+    if isinstance(size, (list, tuple)):
+        return any(holds(each, symbols) for each in size)
+    return isinstance(size, sympy.Basic) and bool(size.free_symbols & set(symbols))
+
+
+def _no_count_as_number(call: Call) -> None:
+    for argument in call.func._schema.arguments:
+        value = call.args.get(argument.name)
+        numeric = str(argument.type) in ("number", "float", "Optional[number]", "Optional[float]")
+        numeric = numeric or (str(argument.type) == "Tensor" and isinstance(value, sympy.Basic))
+        numeric = numeric or (isinstance(value, sympy.Basic) and argument.name not in _SIZES)
+        if numeric and holds(value, call.symbols) and name_of(call.func) != "arange":
+            raise Mixes("it computes with the number of rows")
+
+
+# arguments that are one size, and not a number to compute with or a place to look at
+_SIZES = ("N", "end", "size", "length")
+
+
+# --- pointwise -------------------------------------------------------------------------------------------------------
+
+# f(0) = 0, of one operand or of several
+_COPIES = {
+    "_to_copy", "clone", "alias", "detach", "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze",
+    "squeeze", "expand", "lift_fresh_copy", "contiguous", "unflatten", "to", "_reshape_alias",
+}  # fmt: skip
+_ZERO_AT_ZERO = {
+    "add", "sub", "neg", "relu", "abs", "tanh", "sin", "sign", "sgn", "sqrt", "copy", "maximum", "minimum", "asinh",
+    "silu", "gelu", "hardswish", "expm1", "log1p", "square", "erf", "leaky_relu", "elu", "positive", "real", "conj",
+    "_conj", "resolve_conj", "view_as_real", "view_as_complex", "clamp_min", "native_dropout", "nan_to_num",
+} | _COPIES  # fmt: skip
+_PRODUCTS = {"mul", "logical_and", "bitwise_and"}
+_ZERO_WHERE_FIRST_IS = {
+    "div", "pow", "native_dropout_backward", "threshold_backward", "fmod", "remainder", "prelu", "_prelu_kernel",
+}  # fmt: skip
+# no Tag.pointwise in every release
+_POINTWISE = (
+    "_to_copy", "clone", "alias", "detach", "lift_fresh_copy", "copy", "fill", "native_dropout", "bernoulli", "where",
+    "rand_like", "randn_like", "randint_like", "full_like", "zeros_like", "ones_like", "empty_like", "uniform",
+    "normal_functional", "exponential", "leaky_relu_backward", "hardswish_backward", "hardsigmoid_backward",
+    "log_sigmoid_backward", "_prelu_kernel", "hardtanh_backward", "elu_backward", "softplus_backward", "mish_backward",
+    "masked_fill", "_prelu_kernel_backward", "bucketize", "rrelu_with_noise_functional", "nan_to_num", "view_dtype",
+    "_conj", "resolve_conj", "threshold_backward", "gelu_backward", "silu_backward", "sigmoid_backward",
+    "tanh_backward", "native_dropout_backward", "log_sigmoid_forward", "hardswish", "hardsigmoid", "leaky_relu",
+    "elu", "softplus", "mish", "celu", "selu", "hardtanh", "isnan", "isinf", "isfinite", "real", "imag", "random",
+)  # fmt: skip
+
+
+@rule(*_POINTWISE)
+def pointwise(call: Call) -> list[Layout]:
+    """Entry by entry, with broadcasting: where operands have rows, they must have them at one place."""
+    name = name_of(call.func)
+    if any(value.layout.iota for value in call.rows) and name not in _COPIES:  # type: ignore[union-attr]
+        raise Mixes("it computes with the rows' own numbers")
+    axes = aligned(call, call.out)
+    vanish = _vanishes(call, name)
+    iota = name in _COPIES and any(value.layout.iota for value in call.rows)  # type: ignore[union-attr]
+    layouts: list[Layout] = [Rows(axes, vanish, iota) for _ in call.outputs]
+    if name in ("native_dropout", "rrelu_with_noise_functional"):
+        layouts[1:] = [Rows(axes)] * (len(layouts) - 1)
+    return layouts
+
+
+def aligned(call: Call, out: Value, values: list[Value] | None = None) -> tuple[Axis | None, ...]:
+    """Where rows lie after broadcasting to ``out``."""
+    found: list[Axis | None] = []
+    for i, symbol in enumerate(call.symbols):
+        place: Axis | None = None
+        for value in call.rows if values is None else values:
+            axis = value.layout.axes[i] if isinstance(value.layout, Rows) else None  # type: ignore[union-attr]
+            if axis is not None:
+                place = _same(place, replace(axis, dim=axis.dim + out.ndim - value.ndim))
+        if place is None and holds(out.shape, (symbol,)):
+            place = only_dim(out.shape, symbol)
+        found.append(place)
+    return tuple(found)
+
+
+def _same(a: Axis | None, b: Axis) -> Axis:
+    if a is None:
+        return b
+    if a.dim != b.dim or a.lost != b.lost:
+        raise Mixes("it puts different rows together")
+    if a.outer is None:
+        return b
+    if b.outer is not None and (a.outer, a.inner) != (b.outer, b.inner):
+        raise Mixes("it puts different rows together")
+    return a
+
+
+def only_dim(shape: Sequence[Size], symbol: sympy.Symbol) -> Axis:
+    """The axis of a tensor in which every row is alike, from its shape."""
+    dims = [dim for dim, size in enumerate(shape) if holds(size, (symbol,))]
+    if len(dims) != 1:
+        raise Mixes("it makes a tensor in which rows meet rows")
+    factor = factor_of(shape[dims[0]], symbol)
+    if factor is None:
+        raise Mixes("it makes a tensor whose size is no multiple of the number of rows")
+    return Axis(dims[0], *((1, 1) if factor == 1 else (None, None)))
+
+
+def _vanishes(call: Call, name: str) -> bool:
+    values = call.values
+    numbers = [v for k, v in call.args.items() if isinstance(v, (int, float, complex)) and k in ("other", "value")]
+    if name == "zeros_like":
+        return True
+    if name in ("full_like", "fill"):
+        return call["fill_value"] == 0 if name == "full_like" else call["value"] == 0
+    if name == "where":
+        return all(_zero(call[side]) for side in ("self", "other"))
+    if name == "masked_fill":
+        return _zero(call["self"]) and _zero(call["value"])
+    if name == "copy":
+        return _zero(call["src"])
+    if name in _PRODUCTS:
+        return any(value.zero for value in values)
+    if name == "pow":
+        return _zero(call["self"]) and isinstance(call["exponent"], (int, float)) and call["exponent"] > 0
+    if name.endswith("_backward") or name in _ZERO_WHERE_FIRST_IS:
+        return bool(values) and values[0].zero and values[0] is next(iter(call.args.values()))
+    if name in _ZERO_AT_ZERO:
+        return all(value.zero for value in values) and not any(numbers)
+    return False
+
+
+def _zero(value: Any) -> bool:
+    return value.zero if isinstance(value, Value) else value == 0
+
+
+def one_with_rows(call: Call) -> tuple[Value, Rows]:
+    """The only operand that has rows."""
+    rows = call.rows
+    if len(rows) != 1:
+        raise Mixes("no rule tells what it does with rows")
+    return rows[0], rows[0].layout  # type: ignore[return-value]
+
+
+def not_along(layout: Rows, dims: Sequence[int], ndim: int, what: str = "it goes along the rows") -> None:
+    if layout.dims & {dim % ndim for dim in dims}:
+        raise Mixes(what)
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+_CONTRACTIONS = {
+    "mm": "ab,bc->ac", "bmm": "nab,nbc->nac", "mv": "ab,b->a", "dot": "a,a->", "addmm": "ab,bc->ac",
+    "baddbmm": "nab,nbc->nac", "addmv": "ab,b->a", "addbmm": "nab,nbc->ac",
+}  # fmt: skip
+
+
+@rule(*_CONTRACTIONS)
+def contraction(call: Call) -> Layout:
+    name = name_of(call.func)
+    inputs, out = _CONTRACTIONS[name].split("->")
+    values = call.values
+    bias = values.pop(0) if name.startswith(("add", "badd")) else None
+    layout = contract(call.symbols, inputs.split(","), out, values)
+    if bias is None or isinstance(bias.layout, Whole):
+        if bias is not None and isinstance(layout, Rows) and not bias.zero:
+            return replace(layout, vanish=False)
+        return layout
+    if not isinstance(layout, Rows):
+        raise Mixes("it puts different rows together")
+    product_ = Value(call.out.shape, layout)
+    return Rows(aligned(call, call.out, [bias, product_]), layout.vanish and bias.zero)
+
+
+def contract(symbols: Sequence[Any], inputs: Sequence[str], out: str, values: Sequence[Value]) -> Layout:
+    """``einsum`` of values: rows must lie along one letter; a letter that is summed needs rows that vanish."""
+    axes: list[Axis | None] = []
+    summed: list[bool] = []
+    for i in range(len(symbols)):
+        letter, place, holders = None, None, 0
+        for value, letters in zip(values, inputs, strict=True):
+            axis = value.layout.axes[i] if isinstance(value.layout, Rows) else None
+            if axis is None:
+                continue
+            if letter is not None and letters[axis.dim] != letter:
+                raise Mixes("it multiplies rows with rows")
+            letter = letters[axis.dim]
+            place = _same(place, replace(axis, dim=0))
+            holders += 1
+        summed.append(letter is not None and letter not in out)
+        axes.append(None if letter is None or letter not in out else replace(place, dim=out.index(letter)))  # type: ignore[type-var]
+    vanish = any(value.zero for value in values)
+    if not any(summed):
+        return Rows(tuple(axes), vanish)
+    if not all(summed):
+        raise Mixes("it sums over some rows")
+    if not vanish:
+        raise Mixes("it sums over the rows")
+    return Whole()

@@ -1,0 +1,385 @@
+"""Rules of the operators that only neural networks have: convolutions, norms, attention, pools, lookups, losses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Whole
+from batchtrim.engine.rules import Call, Value, aligned, holds, name_of, not_along, one_with_rows, rule
+
+__all__ = ["BATCH_NORM_BACKWARD"]
+
+
+def _summed_gradients(call: Call, *gradients: Value) -> Layout:
+    """The layout of a sum over all rows: right where the rows that are not kept vanish."""
+    if not all(gradient.zero for gradient in gradients):
+        raise Mixes("it sums over the rows")
+    rows = [value.layout for value in gradients if isinstance(value.layout, Rows)]
+    if any(axis is None for layout in rows for axis in layout.axes):
+        raise Mixes("it sums over some rows")
+    return Whole()
+
+
+def _whole(value: Value | None, what: str) -> None:
+    if value is not None and not isinstance(value.layout, Whole):
+        raise Mixes(f"its {what} differs from row to row")
+
+
+def _only_batch(call: Call, values: list[Value | None], dims: tuple[int, ...] = (0,)) -> tuple[Axis | None, ...]:
+    """All operands with rows have them at one place, which is one of ``dims``."""
+    given = [value for value in values if value is not None and isinstance(value.layout, Rows)]
+    axes = aligned(call, given[0], given)
+    if any(axis is not None and axis.dim not in dims for axis in axes):
+        raise Mixes("it goes along the rows")
+    return axes
+
+
+# --- convolutions ----------------------------------------------------------------------------------------------------
+
+
+@rule("convolution", "conv2d", "conv1d", "conv3d")
+def convolution(call: Call) -> Layout:
+    _whole(call["weight"], "weight")
+    _whole(call["bias"], "bias")
+    return Rows(_only_batch(call, [call["input"]]))
+
+
+@rule("convolution_backward")
+def convolution_backward(call: Call) -> list[Layout]:
+    _whole(call["weight"], "weight")
+    gradient = call["grad_output"]
+    rows = Rows(_only_batch(call, [gradient, call["input"]]), gradient.zero)
+    total = _summed_gradients(call, gradient) if any(call["output_mask"][1:]) else Whole()
+    return [rows, total, total]
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+@rule("native_layer_norm", "_fused_rms_norm")
+def layer_norm(call: Call) -> list[Layout]:
+    value, layout = one_with_rows(call)
+    not_along(layout, [-1 - i for i in range(len(call["normalized_shape"]))], value.ndim, "it normalises over the rows")
+    return [replace(layout, vanish=False)] * len(call.outputs)
+
+
+@rule("native_layer_norm_backward", "_fused_rms_norm_backward")
+def layer_norm_backward(call: Call) -> list[Layout]:
+    gradient, x = call["grad_out"], call["input"]
+    _whole(call["weight"], "weight")
+    axes = aligned(call, x)
+    rows = Rows(axes, gradient.zero)
+    not_along(rows, [-1 - i for i in range(len(call["normalized_shape"]))], x.ndim, "it normalises over the rows")
+    return [rows, *[_summed_gradients(call, gradient)] * (len(call.outputs) - 1)]
+
+
+@rule("native_group_norm")
+def group_norm(call: Call) -> list[Layout]:
+    _whole(call["weight"], "weight")
+    return [Rows(_only_batch(call, [call["input"]]))] * 3
+
+
+@rule("native_group_norm_backward")
+def group_norm_backward(call: Call) -> list[Layout]:
+    _whole(call["weight"], "weight")
+    gradient = call["grad_out"]
+    axes = _only_batch(call, [gradient, call["input"]])
+    for statistic in (call["mean"], call["rstd"]):
+        if not isinstance(statistic.layout, Rows) or statistic.layout.axes != axes:
+            raise Mixes("it puts different rows together")
+    return [Rows(axes, gradient.zero), *[_summed_gradients(call, gradient)] * 2]
+
+
+_BATCH_NORMS = (
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
+    "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_with_update_functional",
+    "_batch_norm_no_update", "batch_norm_with_update", "miopen_batch_norm",
+)  # fmt: skip
+_EVALUATING = ("_native_batch_norm_legit_no_training", "_batch_norm_no_update")
+BATCH_NORM_BACKWARD = ("native_batch_norm_backward", "cudnn_batch_norm_backward", "batch_norm_backward")
+
+
+@rule(*_BATCH_NORMS)
+def batch_norm(call: Call) -> list[Layout]:
+    """Rows among the channels (instance norm) stay apart, as all do in evaluation; else the batch is mixed."""
+    x = call["input"]
+    layout = x.layout
+    among_channels = isinstance(layout, Rows) and layout.dims == {1}
+    training = call["training"] if call["training"] is not None else call["train"]
+    training = training is not False and name_of(call.func) not in _EVALUATING
+    if training and not among_channels:
+        raise Mixes("it normalises over the batch")
+    if not among_channels:
+        return [replace(layout, vanish=False), *[Whole()] * (len(call.outputs) - 1)]
+    axes = [None if a is None else replace(a, dim=0) for a in layout.axes]
+    return [replace(layout, vanish=False), *[Rows(tuple(axes))] * (len(call.outputs) - 1)]
+
+
+@rule(*BATCH_NORM_BACKWARD)
+def batch_norm_backward(call: Call) -> list[Layout]:
+    gradient, x = call.values[0], call["input"]
+    layout = x.layout
+    training = call["train"] if call["train"] is not None else call["update"]
+    if isinstance(layout, Rows) and layout.dims == {1}:
+        axes = tuple(None if axis is None else replace(axis, dim=0) for axis in layout.axes)
+        aligned(call, x, [gradient, x])
+        rows = Rows(axes, gradient.zero)
+        return [replace(layout, vanish=gradient.zero), rows, rows]
+    axes = aligned(call, x, [gradient, x])
+    if training is not False:
+        raise Mixes("it normalises over the batch")
+    return [Rows(axes, gradient.zero), *[_summed_gradients(call, gradient)] * 2]
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+)  # fmt: skip
+def attention(call: Call) -> list[Layout]:
+    axes = _attention_axes(call, [call["query"], call["key"], call["value"]])
+    layouts: list[Layout] = []
+    for output in call.outputs:  # log-sum-exp and random states too
+        tall = output is not None and output.ndim >= 2 and holds(output.shape, call.symbols)
+        layouts.append(Rows(axes) if tall else Whole())
+    return layouts
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_efficient_attention_backward", "_scaled_dot_product_cudnn_attention_backward",
+)  # fmt: skip
+def attention_backward(call: Call) -> list[Layout]:
+    if call["dropout_p"]:
+        raise Mixes("it draws its dropout again from a seed for all rows")
+    gradient = call.values[0]
+    given = [gradient, *(call[name] for name in ("query", "key", "value", "out", "logsumexp"))]
+    axes = _attention_axes(call, given)
+    layouts: list[Layout] = [Rows(axes, gradient.zero)] * 3
+    if len(call.outputs) > 3:  # of the mask
+        mask = call["attn_bias"]
+        if call.outputs[3] is None:
+            layouts.append(Whole())
+        elif mask is not None and isinstance(mask.layout, Rows):
+            layouts.append(replace(mask.layout, vanish=gradient.zero))
+        else:
+            layouts.append(_summed_gradients(call, gradient))
+    return layouts
+
+
+def _attention_axes(call: Call, values: list[Value]) -> tuple[Axis | None, ...]:
+    axes = _only_batch(call, list(values), (0, 1))
+    mask = call["attn_mask"] or call["attn_bias"]
+    if mask is not None and isinstance(mask.layout, Rows):
+        aligned(call, values[0], [values[0], mask])
+    return axes
+
+
+# --- pools and resampling --------------------------------------------------------------------------------------------
+
+_SPATIAL = (
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_max_pool2d",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_trilinear3d", "im2col", "col2im", "pixel_shuffle",
+    "pixel_unshuffle", "channel_shuffle", "grid_sampler_2d", "grid_sampler_3d", "max_pool2d",
+)  # fmt: skip
+_SPATIAL_BACKWARD = (
+    *(f"{name}_backward" for name in _SPATIAL), "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward",
+    "replication_pad1d_backward", "replication_pad2d_backward", "replication_pad3d_backward",
+)  # fmt: skip
+
+
+@rule(*_SPATIAL, *_SPATIAL_BACKWARD)
+def spatial(call: Call) -> list[Layout]:
+    """Batch first, each sample by itself."""
+    if any(isinstance(value.layout, Whole) for value in call.values):
+        raise Mixes("one of its inputs belongs to no row")
+    name = name_of(call.func)
+    vanish = call.values[0].zero and (name.endswith("_backward") or "avg" in name or "upsample" in name)
+    if "pad" in name and call.values[0].ndim == call["padding"].__len__() // 2:
+        raise Mixes("it goes along the rows")
+    return [Rows(_only_batch(call, list(call.values)), vanish)] * len(call.outputs)
+
+
+# --- lookups ---------------------------------------------------------------------------------------------------------
+
+
+@rule("embedding")
+def embedding(call: Call) -> Layout:
+    _whole(call["weight"], "table")
+    layout = call["indices"].layout
+    if layout.iota:
+        raise Mixes("it computes with the rows' own numbers")
+    return replace(layout, vanish=False)
+
+
+@rule("embedding_dense_backward")
+def embedding_backward(call: Call) -> Layout:
+    if call["scale_grad_by_freq"]:
+        raise Mixes("it counts how often an entry comes in the batch")
+    gradient, indices = call["grad_output"], call["indices"]
+    spread = Value((*indices.shape, 1), indices.layout)
+    aligned(call, gradient, [gradient, spread])
+    return _summed_gradients(call, gradient)
+
+
+@rule("gather", "take_along_dim")
+def gather(call: Call) -> Layout:
+    layout = Rows(aligned(call, call.out, [call["self"], call["index"]]))
+    _no_iota(call["index"])
+    not_along(layout, [call["dim"]], call.out.ndim, "it takes entries of other rows")
+    if isinstance(call["index"].layout, Whole) or isinstance(call["self"].layout, Whole):
+        raise Mixes("one of its inputs belongs to no row")
+    return replace(layout, vanish=call["self"].zero)
+
+
+@rule("scatter", "scatter_add", "scatter_reduce")
+def scatter(call: Call) -> Layout:
+    values = [call["self"], call["index"], *([call["src"]] if isinstance(call["src"], Value) else [])]
+    layout = Rows(aligned(call, call.out, values))
+    _no_iota(call["index"])
+    not_along(layout, [call["dim"]], call.out.ndim, "it writes into other rows")
+    if any(isinstance(value.layout, Whole) for value in values):
+        raise Mixes("one of its inputs belongs to no row")
+    written = call["src"] if call["src"] is not None else call["value"]
+    zero = written.zero if isinstance(written, Value) else written == 0
+    return replace(layout, vanish=call["self"].zero and zero)
+
+
+@rule("index_select")
+def index_select(call: Call) -> Layout:
+    value, index = call["self"], call["index"]
+    at = call["dim"] % value.ndim
+    if isinstance(index.layout, Whole):
+        not_along(value.layout, [at], value.ndim, "it takes some rows")
+        return value.layout
+    _no_iota(index)
+    _whole(value, "table")
+    return replace(index.layout.moved([at]), vanish=False)
+
+
+def _no_iota(index: Value) -> None:
+    if isinstance(index.layout, Rows) and index.layout.iota:
+        raise Mixes("it computes with the rows' own numbers")
+
+
+def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
+    """Where rows lie in ``base[indices]``, and its dimensions; rows may be indexed by their own numbers alone."""
+    indices = list(call["indices"]) + [None] * (base.ndim - len(call["indices"]))
+    given = [dim for dim, index in enumerate(indices) if index is not None]
+    if any(len(i.shape) == 0 for i in indices if i is not None) and not given:
+        raise Mixes("no rule tells what it does with rows")
+    width = max(indices[dim].ndim for dim in given)
+    together = given == list(range(given[0], given[-1] + 1))
+    start = given[0] if together else 0
+    kept = [dim for dim in range(base.ndim) if dim not in given]
+    to: dict[int, int] = {}
+    for dim in kept:
+        to[dim] = kept.index(dim) + (width if not together or dim > given[0] else 0)
+    base_axes = base.layout.axes if isinstance(base.layout, Rows) else (None,) * len(call.symbols)
+    axes: list[Axis | None] = []
+    for i in range(len(call.symbols)):
+        place: Axis | None = None
+        for dim in given:
+            index = indices[dim]
+            axis = index.layout.axes[i] if isinstance(index.layout, Rows) else None
+            if axis is not None:
+                moved = replace(axis, dim=start + width - index.ndim + axis.dim)
+                if place is not None and place != moved:
+                    raise Mixes("it puts different rows together")
+                place = moved
+        mine = base_axes[i]
+        if mine is not None and mine.dim in given:
+            index = indices[mine.dim]
+            if not (isinstance(index.layout, Rows) and index.layout.iota and mine.plain):
+                raise Mixes("it takes rows by an index into the batch")
+        elif mine is not None:
+            if place is not None:
+                raise Mixes("it puts different rows together")
+            place = replace(mine, dim=to[mine.dim])
+        axes.append(place)
+    for dim, index in enumerate(indices):
+        holder = next((axis for axis in base_axes if axis is not None and axis.dim == dim), None)
+        if index is not None and isinstance(index.layout, Rows) and index.layout.iota and holder is None:
+            raise Mixes("it computes with the rows' own numbers")
+    return tuple(axes), width + len(kept)
+
+
+def _masked(call: Call) -> Layout:
+    """``base[mask] = number``: entry by entry, where the mask lies as the base does."""
+    base, values = call["self"], call["values"]
+    at = next(dim for dim, index in enumerate(call["indices"]) if index is not None)
+    mask = call["indices"][at]
+    if sum(index is not None for index in call["indices"]) > 1 or values.ndim:
+        raise Mixes("it writes where a mask says, and nobody knows how often")
+    opened = Value((*mask.shape, *(1,) * (base.ndim - at - mask.ndim)), mask.layout)
+    return Rows(aligned(call, base, [base, opened]), base.zero and values.zero)
+
+
+def _by_mask(call: Call) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in call["indices"])
+
+
+@rule("index", "_unsafe_index")
+def index(call: Call) -> Layout:
+    if _by_mask(call):
+        raise Mixes("it takes what a mask says, and nobody knows how much that is")
+    axes, _ = _indexed(call, call["self"])
+    return Rows(axes, call["self"].zero)
+
+
+@rule("index_put", "_unsafe_index_put")
+def index_put(call: Call) -> Layout:
+    base, values = call["self"], call["values"]
+    if _by_mask(call):
+        return _masked(call)
+    axes, ndim = _indexed(call, base)
+    if isinstance(values.layout, Rows):
+        for mine, theirs in zip(axes, values.layout.axes, strict=True):
+            if theirs is not None and (mine is None or replace(theirs, dim=theirs.dim + ndim - values.ndim) != mine):
+                raise Mixes("it puts different rows together")
+    if isinstance(base.layout, Rows):
+        return replace(base.layout, vanish=base.zero and values.zero)
+    if not call["accumulate"] or not isinstance(values.layout, Rows):
+        raise Mixes("it writes what rows have into one place")
+    return _summed_gradients(call, values)
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+@rule("nll_loss_forward", "nll_loss2d_forward")
+def nll_loss(call: Call) -> list[Layout]:
+    if call["reduction"] != 0:
+        raise Mixes("it averages over the batch")
+    _whole(call["weight"], "weight")
+    return [replace(call["target"].layout, vanish=False), Whole()]
+
+
+@rule("nll_loss_backward", "nll_loss2d_backward")
+def nll_loss_backward(call: Call) -> Layout:
+    if call["reduction"] != 0:
+        raise Mixes("it averages over the batch")
+    _whole(call["weight"], "weight")
+    gradient, target = call["grad_output"], call["target"]
+    aligned(call, target, [gradient, target])
+    layout = target.layout.moved([0, *range(2, target.ndim + 1)])
+    x = call["self"]
+    aligned(call, x, [x, Value(x.shape, layout)])
+    return replace(layout, vanish=gradient.zero)
+
+
+@rule("mse_loss", "binary_cross_entropy", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits",
+      "mse_loss_backward", "binary_cross_entropy_backward", "smooth_l1_loss_backward", "huber_loss_backward",
+      "soft_margin_loss", "soft_margin_loss_backward")  # fmt: skip
+def elementwise_loss(call: Call) -> Layout:
+    if call["reduction"] != 0:
+        raise Mixes("it averages over the batch")
+    backward = name_of(call.func).endswith("_backward")
+    return Rows(aligned(call, call.out), backward and call["grad_output"].zero)

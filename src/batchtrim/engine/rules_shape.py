@@ -1,0 +1,298 @@
+"""Rules of the operators that move, cut and join dimensions, or go along some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import sympy
+
+from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of, product
+from batchtrim.engine.rules import Call, aligned, holds, name_of, not_along, one_with_rows, only_dim, rule
+
+__all__ = ["view_axis"]
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", "contiguous")
+def view(call: Call) -> Layout:
+    value = call.values[0]
+    if not isinstance(value.layout, Rows):
+        raise Mixes("it makes rows of what has none")
+    axes = [
+        None if axis is None else view_axis(axis, symbol, value.shape, call.out.shape)
+        for axis, symbol in zip(value.layout.axes, call.symbols, strict=True)
+    ]
+    return replace(value.layout, axes=tuple(axes))
+
+
+def view_axis(axis: Axis, symbol: sympy.Symbol, before: Sequence[Size], after: Sequence[Size]) -> Axis:
+    """Where an axis lies once a tensor of one shape is viewed as another."""
+    if axis.outer is None:
+        return only_dim(after, symbol)
+    major = product(before[: axis.dim]) * axis.outer
+    minor = axis.inner * product(before[axis.dim + 1 :])
+    left: Size = 1
+    for dim, size in enumerate(after):
+        if holds(size, (symbol,)):
+            outer = exact_ratio(major, left)
+            inner = exact_ratio(minor, product(after[dim + 1 :]))
+            if outer is None or inner is None or exact_ratio(size, outer * (symbol - axis.lost) * inner) != 1:
+                break
+            return Axis(dim, outer, inner, axis.lost)
+        left = left * size
+    raise Mixes("it cuts the dimension of the rows apart")
+
+
+@rule("permute")
+def permute(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    order = [int(dim) % value.ndim for dim in call["dims"]]
+    return layout.moved({old: new for new, old in enumerate(order)})
+
+
+@rule("transpose", "t", "adjoint", "swapaxes")
+def transpose(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    if value.ndim < 2:
+        return layout
+    a, b = (0, 1) if call["dim0"] is None else (call["dim0"] % value.ndim, call["dim1"] % value.ndim)
+    order = list(range(value.ndim))
+    order[a], order[b] = b, a
+    return layout.moved(order)
+
+
+@rule("unsqueeze")
+def unsqueeze(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    at = call["dim"] % (value.ndim + 1)
+    return layout.moved([dim + (dim >= at) for dim in range(value.ndim)])
+
+
+@rule("squeeze")
+def squeeze(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    given = call["dim"]
+    given = range(value.ndim) if given is None else given if isinstance(given, (list, tuple)) else [given]
+    gone = {dim % value.ndim for dim in given} - layout.dims
+    gone = {dim for dim in gone if value.shape[dim] == 1}
+    return layout.moved([dim - sum(g < dim for g in gone) for dim in range(value.ndim)])
+
+
+@rule("expand", "broadcast_to")
+def expand(call: Call) -> Layout:
+    """A dimension of size 1 may become that of the rows: each row then holds the same."""
+    value = call.values[0]
+    axes = aligned(call, call.out)
+    layout = value.layout
+    return Rows(axes, value.zero, isinstance(layout, Rows) and layout.iota)
+
+
+@rule("repeat")
+def repeat(call: Call) -> Layout:
+    """One copy after the other: the rows' dimension gets a factor in front."""
+    value = call.values[0]
+    repeats = call["repeats"]
+    shift = len(repeats) - value.ndim
+    axes: list[Axis | None] = []
+    for i, symbol in enumerate(call.symbols):
+        axis = value.layout.axes[i] if isinstance(value.layout, Rows) else None
+        if axis is None:
+            dims = [d for d, size in enumerate(repeats) if holds(size, (symbol,))]
+            if not dims:
+                axes.append(None)
+                continue
+            size = 1 if dims[0] < shift else value.shape[dims[0] - shift]
+            if len(dims) > 1 or factor_of(repeats[dims[0]], symbol) != 1:
+                raise Mixes("it makes a tensor in which rows meet rows")
+            axes.append(Axis(dims[0], 1, size))
+        elif holds(repeats[axis.dim + shift], call.symbols):
+            raise Mixes("it makes a tensor in which rows meet rows")
+        else:
+            outer = None if axis.outer is None else axis.outer * repeats[axis.dim + shift]
+            axes.append(replace(axis, dim=axis.dim + shift, outer=outer))
+    return Rows(tuple(axes), value.zero)
+
+
+@rule("slice", "slice_backward")
+def slice_(call: Call) -> Layout:
+    """Along another dimension than the rows', or one that takes nothing away; tokens may lose some at the end."""
+    value = call.values[0]
+    layout = value.layout
+    if not isinstance(layout, Rows):
+        raise Mixes("it makes rows of what has none")
+    dim = (call["dim"] or 0) % value.ndim
+    axes = list(layout.axes)
+    for i, axis in enumerate(axes):
+        if axis is None or axis.dim != dim or value.shape[dim] == call.out.shape[dim]:
+            if dim not in layout.dims and holds(call["end"], call.symbols):
+                raise Mixes("it computes with the number of rows")
+            continue
+        lost = call.symbols[i] - call.out.shape[dim]
+        if i == 0 or not axis.plain or call["start"] not in (0, None) or call["step"] not in (1, None):
+            raise Mixes("it takes some rows and leaves others")
+        if not getattr(lost, "is_Integer", True):
+            raise Mixes("it takes some rows and leaves others")
+        axes[i] = replace(axis, lost=int(lost))
+    return replace(layout, axes=tuple(axes))
+
+
+@rule("select")
+def select(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    at = call["dim"] % value.ndim
+    not_along(layout, [at], value.ndim, "it takes one row")
+    return layout.moved([dim - (dim > at) for dim in range(value.ndim)])
+
+
+@rule("select_backward")
+def select_backward(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    at = call["dim"] % (value.ndim + 1)
+    return layout.moved([dim + (dim >= at) for dim in range(value.ndim)])
+
+
+@rule("split", "split_with_sizes", "unbind", "unsafe_split", "chunk")
+def split(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    at = (call["dim"] or 0) % value.ndim
+    not_along(layout, [at], value.ndim, "it takes the rows apart")
+    if name_of(call.func) == "unbind":
+        return layout.moved([dim - (dim > at) for dim in range(value.ndim)])
+    return layout
+
+
+@rule("cat", "stack")
+def cat(call: Call) -> Layout:
+    values = [value for value in call.values if value.shape != (0,)]
+    stacked = name_of(call.func) == "stack"
+    at = (call["dim"] or 0) % call.out.ndim
+    if stacked:
+        values = [
+            replace(v, shape=(*v.shape[:at], 1, *v.shape[at:]), layout=_opened(v.layout, at, v.ndim)) for v in values
+        ]
+    axes = aligned(call, call.out, values)
+    layout = Rows(axes, all(value.zero for value in values))
+    not_along(layout, [at], call.out.ndim, "it puts rows behind rows")
+    return layout
+
+
+def _opened(layout: Layout, at: int, ndim: int) -> Layout:
+    return layout.moved([dim + (dim >= at) for dim in range(ndim)]) if isinstance(layout, Rows) else layout
+
+
+@rule("full", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn",
+      "empty_strided", "randint", "new_empty_strided", "empty_permuted")  # fmt: skip
+def create(call: Call) -> Layout:
+    axes = tuple(only_dim(call.out.shape, s) if holds(call.out.shape, (s,)) else None for s in call.symbols)
+    name = name_of(call.func)
+    if name in ("rand", "randn", "randint") and any(axis is not None and axis.outer is None for axis in axes):
+        raise Mixes("it draws random numbers for a shape that does not tell where the rows are")
+    return Rows(axes, "zeros" in name or (name in ("full", "new_full") and call["fill_value"] == 0))
+
+
+@rule("arange")
+def arange(call: Call) -> Layout:
+    """0 to B - 1 are the rows' own numbers."""
+    if call["start"] not in (None, 0) or call["step"] not in (None, 1) or call.out.shape[0] != call.symbols[0]:
+        raise Mixes("it counts rows")
+    return Rows((Axis(0), *(None,) * (len(call.symbols) - 1)), iota=True)
+
+
+@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+      "replication_pad2d", "replication_pad3d")  # fmt: skip
+def pad(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    widths = call["pad"] if call["pad"] is not None else call["padding"]
+    touched = [value.ndim - 1 - i // 2 for i, width in enumerate(widths) if width != 0]
+    not_along(layout, touched, value.ndim, "it adds rows")
+    return replace(layout, vanish=layout.vanish and not call["value"])
+
+
+@rule("diagonal", "unfold", "as_strided", "diagonal_scatter", "as_strided_scatter")
+def strided(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    if name_of(call.func) == "unfold":
+        not_along(layout, [call["dimension"]], value.ndim)
+        return layout
+    if name_of(call.func) == "diagonal":
+        a, b = call["dim1"] or 0, 1 if call["dim2"] is None else call["dim2"]
+        not_along(layout, [a, b], value.ndim)
+        gone = {a % value.ndim, b % value.ndim}
+        return layout.moved([dim - sum(g < dim for g in gone) for dim in range(value.ndim)])
+    raise Mixes("it reads memory past the shape of its tensor")
+
+
+@rule("slice_scatter", "select_scatter")
+def scatter_part(call: Call) -> Layout:
+    at = (call["dim"] or 0) % call.out.ndim
+    inner = call["src"]
+    if name_of(call.func) == "select_scatter":
+        inner = replace(
+            inner, shape=(*inner.shape[:at], 1, *inner.shape[at:]), layout=_opened(inner.layout, at, inner.ndim)
+        )
+    axes = aligned(call, call.out, [call["self"], inner])
+    layout = Rows(axes, call["self"].zero and inner.zero)
+    if inner.shape[at] != call.out.shape[at] or name_of(call.func) == "select_scatter":
+        not_along(layout, [at], call.out.ndim, "it writes into some rows")
+    return layout
+
+
+# --- along other dimensions ------------------------------------------------------------------------------------------
+
+_ALONG = (
+    "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "flip", "sort", "topk", "argsort",
+    "roll",
+    "mean", "amax", "amin", "max", "min", "argmax", "argmin", "prod", "logsumexp", "any", "all", "var", "std",
+    "var_mean", "std_mean", "linalg_vector_norm", "norm", "_fft_r2c", "_fft_c2r", "_fft_c2c", "cummax", "cummin",
+    "logcumsumexp", "median", "kthvalue", "mode", "_softmax_backward_data", "_log_softmax_backward_data", "glu",
+    "glu_backward", "linalg_cross", "count_nonzero", "aminmax",
+)  # fmt: skip
+_LINEAR_ALONG = {"mean", "cumsum", "flip", "roll", "_fft_r2c", "_fft_c2r", "_fft_c2c", "prod"}
+
+
+@rule(*_ALONG)
+def along(call: Call) -> Layout:
+    """Over given dimensions, which must not be the rows'."""
+    value = call.values[0]
+    layout = Rows(aligned(call, value))
+    dims = next((call[name] for name in ("dim", "dims") if call[name] is not None), None)
+    if dims is None or dims == []:
+        raise Mixes("it goes over all rows")
+    dims = [dim % value.ndim for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    not_along(layout, dims, value.ndim, "it goes over the rows")
+    name = name_of(call.func)
+    vanish = values_vanish(call, name)
+    layout = replace(layout, vanish=vanish)
+    if call.out.ndim < value.ndim:
+        layout = layout.moved([dim - sum(gone < dim for gone in set(dims)) for dim in range(value.ndim)])
+    return layout
+
+
+def values_vanish(call: Call, name: str) -> bool:
+    first = call.values[0]
+    return (name in _LINEAR_ALONG or name.endswith(("_backward", "_backward_data"))) and first.zero
+
+
+@rule("sum")
+def sum_(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    dims = call["dim"]
+    dims = range(value.ndim) if dims is None or dims == [] else dims if isinstance(dims, (list, tuple)) else [dims]
+    gone = {dim % value.ndim for dim in dims}
+    summed = [axis is not None and axis.dim in gone for axis in layout.axes]
+    if any(summed):
+        return _summed(layout, summed)
+    if call.out.ndim < value.ndim:
+        return layout.moved([dim - sum(g < dim for g in gone) for dim in range(value.ndim)])
+    return layout
+
+
+def _summed(layout: Rows, summed: Sequence[bool]) -> Layout:
+    if not all(summed):
+        raise Mixes("it sums over some rows")
+    if not layout.vanish:
+        raise Mixes("it sums over the rows")
+    return Whole()

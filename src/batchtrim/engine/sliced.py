@@ -1,0 +1,263 @@
+"""A traced step whose backward runs on the kept rows: what it saves, when that is cut, and how its backward runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from batchtrim.engine.capture import CannotCapture, executable, expression_of, keeps_graph, pin
+from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
+from batchtrim.engine.cutting import cut, put_back
+from batchtrim.engine.layout import Broken, Layout, Rows, factor_of
+from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
+from batchtrim.engine.split import Slices, split_backward
+
+__all__ = ["NewTrace", "SlicedStep", "Tape"]
+
+
+class NewTrace(Exception):
+    """A trace is about to run for the first time. Nothing has been run."""
+
+
+class Tape:
+    """What one forward saved that has rows, until its backward.
+
+    Attributes:
+        rows: the kept rows, int64 (k,), in rising order; None where backward runs on all.
+        approximate: whether BatchNorm's means are to be taken over the kept rows.
+    """
+
+    def __init__(self) -> None:
+        self.step: SlicedStep | None = None
+        self.saved: dict[int, Tensor] = {}
+        self.versions: dict[int, int] = {}
+        self.kept: dict[int, Tensor] = {}
+        self.rows: Tensor | None = None
+        self.batch = 0
+        self.approximate = False
+
+    def cut(self, rows: Tensor, batch: int, approximate: bool, again: bool = False) -> None:
+        """Keep of what was saved the given rows, and all rows of what the lower part reads.
+
+        Args:
+            again: keep everything else too, to be cut another time.
+        """
+        assert self.step is not None
+        self.rows, self.batch, self.approximate = rows, batch, approximate
+        slices = self.step.slices(approximate)
+        self.kept = {}
+        for place in list(self.saved):
+            layout = slices.cuts.get(place)
+            if layout is not None:
+                self.kept[place] = cut(self.saved[place], layout, rows, batch)
+            if place not in slices.whole and not again:
+                del self.saved[place]
+
+
+class SlicedStep:
+    """One trace: its forward, its backward, and the backward in two parts. A planner of :class:`Capture`."""
+
+    def __init__(self, current: Callable[[], Tape | None], approximate: bool = False) -> None:
+        self.current = current
+        self.approximate = approximate
+        self.new = True
+        self._slices: dict[bool, Slices] = {}
+        self._costs: dict[bool, Cost] = {}
+
+    # what Capture calls
+
+    def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
+        joint.graph.eliminate_dead_code()
+        tangents = _after_tangents(joint.graph)
+        self.symbols = _row_symbols(joint.graph, tangents)
+        for node in label(joint.graph, self.symbols, tangents):
+            pin(node)
+        forward, backward = split()
+        self.outputs = outputs
+        self._read(forward, backward)
+        mixing = self.mixing(self.approximate)
+        if mixing is not None and not self.slices(self.approximate).worth:
+            raise CannotCapture(f"{mixing[0]} mixes rows, since {mixing[1]}")
+        return forward, backward
+
+    def forward(self, args: list[Any]) -> Any:
+        if self.new:
+            self.new = False
+            raise NewTrace
+        results = list(self._forward(args))
+        tape = self.current()
+        if tape is None:
+            return results
+        tape.step = self
+        mark = torch.empty(0)
+        mark.tape = tape  # type: ignore[attr-defined]
+        for at, place in self._stashed.items():
+            tape.saved[place] = results[at]
+            if place in self._read_only:
+                tape.versions[place] = results[at]._version
+            results[at] = mark
+        return results
+
+    def backward(self, args: list[Any]) -> Any:
+        tape = next((args[place].tape for place in self._stashed.values() if hasattr(args[place], "tape")), None)
+        if tape is None:
+            return self._backward(args)
+        for place, version in tape.versions.items():
+            if place in tape.saved and tape.saved[place]._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    "a batch that was changed between forward and backward"
+                )
+        keep = keeps_graph()
+        if tape.rows is None:
+            for place, tensor in tape.saved.items():
+                args[place] = tensor
+            if not keep:
+                tape.saved.clear()
+            return self._backward(args)
+        return self._sliced_backward(args, tape, keep)
+
+    # made once
+
+    def _read(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
+        self.backward_graph = backward
+        self.forward_graph = forward
+        self._forward, self._backward = executable(forward), executable(backward)
+        self.places = [node for node in backward.graph.nodes if node.op == "placeholder"]
+        by_name = {node.name: place for place, node in enumerate(self.places)}
+        (output,) = forward.graph.find_nodes(op="output")
+        saved = list(output.args[0])[self.outputs :]
+        inputs = set(forward.graph.find_nodes(op="placeholder"))
+        self._place = {node: place for place, node in enumerate(self.places)}
+        self._multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
+        self._stashed: dict[int, int] = {}
+        self._read_only: set[int] = set()
+        for at, node in enumerate(saved, start=self.outputs):
+            if isinstance(node.meta.get("val"), Tensor) and isinstance(_layout(node), (Rows, Broken)):
+                self._stashed[at] = by_name[node.name]
+                if node in inputs:
+                    self._read_only.add(by_name[node.name])
+
+    def _counts_rows(self, value: Any) -> bool:
+        """True if a saved number is a multiple of the number of rows."""
+        size = expression_of(value)
+        return isinstance(size, sympy.Expr) and factor_of(size, self.symbols[0]) is not None
+
+    def slices(self, approximate: bool) -> Slices:
+        """The backward in two parts, made when it is first asked for."""
+        if approximate not in self._slices:
+            self._slices[approximate] = self._split(approximate)
+        return self._slices[approximate]
+
+    def _split(self, approximate: bool) -> Slices:
+        graph = self.backward_graph.graph
+        tangents = {n: by_shape(n.meta["val"], self.symbols, []) for n in self.places if "tangents" in n.name}
+        for node, layout in tangents.items():
+            if isinstance(layout, Rows):
+                tangents[node] = Rows(layout.axes, vanish=True)
+        proof = prove(graph, self.symbols, tangents, batch_norm=approximate)
+        return split_backward(self.backward_graph, proof, self.places)
+
+    def cost(self, approximate: bool) -> Cost:
+        """What a step of this trace costs."""
+        if approximate not in self._costs:
+            self._costs[approximate] = self._count(approximate)
+        return self._costs[approximate]
+
+    def _count(self, approximate: bool) -> Cost:
+        slices = self.slices(approximate)
+        device = next(n.meta["val"].device for n in self.places if isinstance(n.meta.get("val"), Tensor))
+        machine = machine_of(device)
+        cost = Cost(forward=sum(cost_of(node, machine) for node in self.forward_graph.graph.nodes))
+        for node, verdict in slices.proof.verdicts.items():
+            if verdict.gradient and verdict.whole:
+                cost.lower += cost_of(node, machine)
+            elif verdict.gradient:
+                cost.upper += cost_of(node, machine)
+        for place in slices.cuts:
+            tensor = self.places[place].meta["val"]
+            cost.cutting += hinted_size(tensor) * tensor.element_size() / machine.bytes
+            cost.overhead += 2 * machine.start
+        return cost
+
+    def mixing(self, approximate: bool) -> tuple[str, str] | None:
+        """The first operator from the loss down that mixes rows, and how; None where none does."""
+        proof = self.slices(approximate).proof
+        node = proof.first_mixing
+        return None if node is None else (place_of(node), str(proof.verdicts[node].reason))
+
+    @property
+    def batch_norms(self) -> bool:
+        """True if BatchNorm's backward could take its means over the kept rows."""
+        return bool(self.slices(True).proof.batch_norms)
+
+    # run
+
+    def _sliced_backward(self, args: list[Any], tape: Tape, keep: bool) -> list[Any]:
+        slices, rows, batch = self.slices(tape.approximate), tape.rows, tape.batch
+        assert rows is not None
+        k = rows.shape[0]
+        known: dict[fx.Node, Any] = {}
+
+        def given(node: fx.Node, kept: bool) -> Any:
+            if node in known:
+                return known[node]
+            place = self._place[node]
+            value = args[place]
+            if place in self._multiples:
+                return value // batch * k if kept else value
+            if place in tape.kept and kept:
+                return tape.kept[place]
+            if place in tape.saved and not kept:
+                return tape.saved[place]
+            layout = slices.cuts.get(place)
+            return cut(value, layout, rows, batch) if kept and layout is not None else value
+
+        inputs = [given(node, True) for node in slices.upper.inputs]
+        if not keep:
+            tape.kept.clear()
+        found: dict[fx.Node, Any] = {}
+        if slices.upper.outputs:
+            found = dict(zip(slices.upper.outputs, slices.upper.run(inputs), strict=True))
+        for node in list(found):
+            layout = slices.proof.verdicts[node].layouts[0]
+            if isinstance(layout, Rows):
+                found[node] = put_back(found[node], layout, rows, batch)
+        if slices.lower.outputs:
+            known = found
+            inputs = [given(node, False) for node in slices.lower.inputs]
+            if not keep:
+                tape.saved.clear()
+            found.update(zip(slices.lower.outputs, slices.lower.run(inputs), strict=True))
+        (output,) = self.backward_graph.graph.find_nodes(op="output")
+        return [found[node] if isinstance(node, fx.Node) else node for node in output.args[0]]
+
+
+def _layout(node: fx.Node) -> Layout | None:
+    found = node.meta.get(LAYOUT)
+    return found[0] if found else None
+
+
+def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a joint graph that are tangents or depend on them."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if (node.op == "placeholder" and "tangents" in node.name) or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _row_symbols(graph: fx.Graph, tangents: set[fx.Node]) -> tuple[sympy.Symbol, ...]:
+    """The symbol that counts rows: the size of the losses, which are a vector with a gradient."""
+    vectors = [n.meta["val"] for n in graph.nodes if n.op == "placeholder" and n in tangents]
+    sizes = {expression_of(each.shape[0]) for each in vectors if each.ndim == 1}
+    if len(sizes) != 1:
+        raise CannotCapture("it returns further vectors with a gradient, so that one cannot tell which are the losses")
+    (size,) = sizes
+    if not isinstance(size, sympy.Symbol):
+        raise CannotCapture(f"its trace holds for one batch size only ({size} losses)")
+    return (size,)

@@ -1,0 +1,279 @@
+"""An engine and a plain step side by side on two copies of a model: what `check_engine` runs."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchtrim.engine import TrimmedForward
+from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.rows import copied, tensors_of
+from batchtrim.engine.state import GeneratorStates, ModelState, device_of, modules_of, relative_difference
+from batchtrim.errors import EngineFallback, EngineRefused
+from batchtrim.reduction import reduce_kept
+from batchtrim.selection import Selection
+from batchtrim.trimmer import Trimmer
+
+__all__ = ["TOLERANCE", "Trial", "generators_kept", "max_or_nan"]
+
+# How far a gradient may be off, relative to its norm: in float32 sums come in another order, and no more.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# A parameter's gradient below this share of the whole is judged against the share: the key bias of an attention has a
+# gradient of zero, up to rounding.
+_SMALL = 1e-2
+
+
+@contextmanager
+def generators_kept(model: nn.Module) -> Iterator[None]:
+    before = GeneratorStates(device_of(model))
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+def _seed(number: int) -> None:
+    torch.manual_seed(1000 + number)
+    random.seed(1000 + number)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(1000 + number)
+
+
+class _Keep:
+    """A schedule that is told from outside what to keep."""
+
+    needs_total = False
+
+    def __init__(self) -> None:
+        self.now = 1.0
+
+    def __call__(self, progress: float) -> float:
+        return self.now
+
+
+@dataclass
+class _Side:
+    """One of the two copies, with a loss and a trimmer of its own."""
+
+    step: TrimmedForward
+    schedule: _Keep
+    refused: EngineRefused | None = None
+    modules: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.step.forward.inner
+
+    def keep(self, fraction: float) -> None:
+        self.schedule.now = fraction
+        self.step.trim.step()
+
+    def state(self) -> ModelState:
+        return ModelState(self.modules)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return each parameter's gradient, zeros where it has none."""
+        return {
+            name: (torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad)
+            .detach()
+            .double()
+            for name, p in self.model.named_parameters()
+        }
+
+
+class Trial:
+    """An engine and a plain step, side by side."""
+
+    def __init__(self, model: nn.Module, loss: Any, engine: str, batch_dim: int, tolerance: float | None) -> None:
+        self.given, self.given_tolerance = (model, loss), tolerance
+        self.names: list[str] = []
+        self.found: dict[str, Any] = {"batch_norm": has_batch_norm(list(model.modules()))}
+        self.plain = self._side(model, loss, "exact", batch_dim)
+        self.own = self._side(model, loss, engine, batch_dim)
+        self.name = engine
+
+    def _side(self, model: nn.Module, loss: Any, engine: str, batch_dim: int) -> _Side:
+        own, own_loss = copy.deepcopy((model, loss))  # together: a loss may hold a part of the model
+        schedule = _Keep()
+        refused = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EngineFallback)
+            try:
+                step = TrimmedForward(own, own_loss, Trimmer(schedule), engine, batch_dim=batch_dim)
+            except EngineRefused as error:
+                refused, step = error, TrimmedForward(own, own_loss, Trimmer(schedule), "exact", batch_dim=batch_dim)
+        return _Side(step, schedule, refused, modules_of(step.forward.inner, step.forward.per_sample_loss))
+
+    def made_of(self, batch: tuple[Any, Any]) -> list[tuple[Any, Any]]:
+        """Return further batches made of one: its rows in another order, and three quarters of them."""
+        forward = self._side(*self.given, "exact", self.own.step.forward.batch_dim).step.forward
+        try:
+            with torch.no_grad(), generators_kept(forward.inner):
+                size = len(forward(*copied(batch))[0].values)
+            orders = [torch.arange(size).flip(0), torch.arange(size)[: max(2, (3 * size) // 4)]]
+            return [forward.rows(*batch, rows, size) for rows in orders]
+        except Exception:  # what is at fault shows in the first step
+            return []
+
+    def step(self, number: int, batch: tuple[Any, Any], keep: float, lr: float) -> bool:
+        """Run one step on both sides and compare. False where the engine will not go on."""
+        if self.own.refused is not None:
+            self.found["refused"] = str(self.own.refused)
+            return False
+        ours, theirs = copied(batch), copied(batch)
+        before = self.own.state(), copied(batch)
+        value, error = self._run_engine(number, ours, keep)
+        after = GeneratorStates(device_of(self.own.model))
+        selection = None if error is not None else self.own.step.last.selection  # type: ignore[union-attr]
+        started = self._run_plain(number, theirs, keep, selection)
+        same = self._compare_state(after, ours, theirs)
+        if isinstance(error, EngineRefused):
+            self.found["refused"] = str(error)
+            self._judge_refusal(before, started, after, ours, same)
+            return False
+        if error is not None:
+            self.found["failed"] = f"{type(error).__name__}: {error}"
+            return False
+        self._note(**same)
+        self._compare(value)  # type: ignore[arg-type]
+        self.found["steps"] = number + 1
+        self._update(lr)
+        return True
+
+    def _run_engine(self, number: int, batch: Any, keep: float) -> tuple[Tensor | None, Exception | None]:
+        side = self.own
+        side.keep(keep)
+        side.model.zero_grad(set_to_none=True)
+        _seed(number)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", EngineFallback)
+                value = side.step(*batch)
+                value.backward()
+        except Exception as error:
+            return None, error
+        last: Any = side.step.last
+        self.names += [] if last.engine in self.names else [last.engine]
+        self.found["approximate"] = self.found.get("approximate") or last.approximate
+        return value.detach(), None
+
+    def _run_plain(self, number: int, batch: Any, keep: float, selection: Selection | None) -> GeneratorStates:
+        """One forward with a graph and the kept losses; those the engine kept, where they are as large.
+
+        Returns:
+            The generators as they were before.
+        """
+        side = self.plain
+        side.keep(keep)
+        side.model.zero_grad(set_to_none=True)
+        _seed(number)
+        started = GeneratorStates(device_of(side.model))
+        losses, outputs = side.step.forward(*batch)
+        right = side.step.trim.select(losses.detach(), rank_by=side.step.forward.scores(outputs, batch[1])).rising()
+        if selection is not None and not torch.equal(selection.indices, right.indices):
+            values = losses.values.detach()
+            kept, expected = (values[each.indices].sort().values for each in (selection, right))
+            near = kept.shape == expected.shape and torch.allclose(kept, expected, rtol=1e-6, atol=1e-7)
+            self._note(same_samples=near)
+            right = selection if near else right
+        weights = None if losses.weights is None else losses.weights[right.indices]
+        self.loss = reduce_kept(losses.values[right.indices], right, side.step.trim.scale, weights)
+        self.loss.backward()
+        return started
+
+    def _compare_state(self, after: GeneratorStates, ours: Any, theirs: Any) -> dict[str, Any]:
+        own, plain = self.own.state(), self.plain.state()
+        return {
+            "buffer_error": plain.difference(own),
+            "attributes": tuple(sorted(plain.other_attributes(own))),
+            "same_generators": after.same(GeneratorStates(after.device)),
+            "same_batch": _same_batch(ours, theirs),
+        }
+
+    def _judge_refusal(
+        self, before: Any, started: GeneratorStates, after: GeneratorStates, ours: Any, same: Any
+    ) -> None:
+        """Accept what a plain step leaves, and what there was before it."""
+        state, batch = before
+        own = self.own.state()
+        self._note(
+            buffer_error=min(same["buffer_error"], state.difference(own)),
+            attributes=() if not state.other_attributes(own) else same["attributes"],
+            same_generators=same["same_generators"] or started.same(after),
+            same_batch=same["same_batch"] or _same_batch(ours, batch),
+        )
+
+    def _compare(self, value: Tensor) -> None:
+        plain, own = self.plain.gradients(), self.own.gradients()
+        whole = [torch.cat([each.flatten() for each in side.values()] or [torch.zeros(0)]) for side in (plain, own)]
+        total = float(whole[0].norm())
+        worst, name = 0.0, ""
+        for each, exact in plain.items():
+            off, size = float((exact - own[each]).norm()), max(float(exact.norm()), _SMALL * total)
+            error = off / size if size else off
+            if not error <= worst and not torch.equal(exact.isnan(), torch.ones_like(exact, dtype=torch.bool)):
+                worst, name = error, each
+        if not worst <= self.found.get("parameter_error", 0.0):
+            self.found["parameter"] = name
+        self._note(
+            loss_error=relative_difference(self.loss.detach(), value),
+            gradient_error=relative_difference(*whole),
+            parameter_error=worst,
+        )
+        cosine = float(torch.nn.functional.cosine_similarity(*whole, dim=0)) if total or float(whole[1].norm()) else 1.0
+        lowest = self.found.get("gradient_cosine", 1.0)
+        self.found["gradient_cosine"] = cosine if not cosine >= lowest else lowest
+
+    def _note(self, **errors: Any) -> None:
+        """Keep the worst over the steps; NaN is worse than any."""
+        for name, value in errors.items():
+            if isinstance(value, bool):
+                self.found[name] = self.found.get(name, True) and value
+            elif isinstance(value, tuple):
+                self.found[name] = tuple(dict.fromkeys((*self.found.get(name, ()), *value)))
+            else:
+                self.found[name] = max_or_nan(self.found.get(name, 0.0), value)
+
+    def _update(self, lr: float) -> None:
+        """Move both copies along the plain gradient, of norm 1 at most."""
+        gradients = self.plain.gradients()
+        norm = sum(float(g.norm()) ** 2 for g in gradients.values()) ** 0.5
+        with torch.no_grad():
+            for side in (self.plain, self.own):
+                for name, parameter in side.model.named_parameters():
+                    if parameter.requires_grad and norm == norm:
+                        parameter.sub_(gradients[name].to(parameter.dtype), alpha=lr / max(1.0, norm))
+
+    def results(self) -> dict[str, Any]:
+        """Return the fields of an :class:`batchtrim.testing.EngineReport`."""
+        tolerance = self.given_tolerance or self._tolerance()
+        return {"engine": ", ".join(sorted(self.names)) or self.name, "tolerance": tolerance, **self.found}
+
+    def _tolerance(self) -> float:
+        parameters = list(self.plain.model.parameters())
+        seen = [p.dtype for p in parameters if p.dtype in TOLERANCE] or [torch.float32]
+        device = device_of(self.plain.model).type
+        if torch.is_autocast_enabled(device):
+            seen.append(torch.get_autocast_dtype(device))
+        return max(TOLERANCE[dtype] for dtype in seen)
+
+
+def _same_batch(ours: Any, theirs: Any) -> bool:
+    pairs = zip(tensors_of(ours), tensors_of(theirs), strict=True)
+    return all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True) for a, b in pairs if a.layout == torch.strided
+    )
+
+
+def max_or_nan(*values: float) -> float:
+    """Return the largest value, NaN where one is NaN: Python's ``max`` passes over a NaN that is not the first."""
+    return float(torch.tensor(values, dtype=torch.float64).amax())

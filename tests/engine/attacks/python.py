@@ -1,0 +1,108 @@
+"""Compiled models, and models that run with a graph and not in every other way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attacks.base import C, H, V, attack, tokens, zero
+
+# 8. Compiled models
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    return torch.compile(net, backend="eager")  # type: ignore[return-value]
+
+
+@attack(8, wrap=compiled)
+def compiled_mean(net: Any, x: Tensor) -> Tensor:
+    return net.t(x.new_zeros(1) + net.a(x - x.mean(0)))
+
+
+@attack(8, wrap=compiled, parts=lambda: {"h": zero(nn.Linear(H, C))})
+def compiled_zero_head(net: Any, x: Tensor) -> Tensor:
+    return net.h((net.a(x) - net.a(x).mean(0)).tanh())
+
+
+@attack(8, wrap=compiled, two_pass="right", shared="right")
+def compiled_plain(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.a(x).tanh())
+
+
+@attack(8, wrap=compiled, two_pass="right")
+def compiled_in_place(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.a(x.mul_(2)))
+
+
+def compiled_inside(net: nn.Module) -> nn.Module:
+    net.b = torch.compile(net.b, backend="eager")  # type: ignore[assignment]
+    return net
+
+
+@attack(8, wrap=compiled_inside)
+def compiled_part(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x)
+    return net.t(z + net.b(z.mean(0, keepdim=True)))
+
+
+# 11. Runs with a graph, and not in every other way
+
+
+@attack(11, two_pass="either")
+def gradient_inside(net: Any, x: Tensor) -> Tensor:
+    g = torch.func.vmap(torch.func.grad(lambda v: net.a(v).tanh().sum()))(x)
+    return net.t(net.a(x + g))
+
+
+@attack(11, two_pass="either")
+def autograd_inside(net: Any, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        v = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(net.a(v).tanh().sum(), v, create_graph=True)
+    return net.t(net.a(x + g))
+
+
+@attack(11, two_pass="refused")
+def needs_a_graph(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x)
+    (g,) = torch.autograd.grad(z.tanh().sum(), z, create_graph=True)
+    return net.t(z + g)
+
+
+@attack(11, two_pass="right", parts=lambda: {"a": nn.LazyLinear(H)})
+def lazy_linear(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.a(x).tanh())
+
+
+@attack(11, two_pass="either")
+def conditional(net: Any, x: Tensor) -> Tensor:
+    return net.t(torch.cond(x.sum() > 0, lambda v: net.a(v).tanh(), lambda v: net.a(v).sin(), (x,)))
+
+
+@attack(11, data=tokens, parts=lambda: {"embed": nn.Embedding(V, H, sparse=True)}, two_pass="right")
+def sparse_gradient(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.embed(x).mean(1))
+
+
+@attack(11, two_pass="right")
+def checkpointed(net: Any, x: Tensor) -> Tensor:
+    return net.t(torch.utils.checkpoint.checkpoint(lambda v: net.a(v).tanh(), x, use_reentrant=False))
+
+
+@attack(11, two_pass="right")
+def double_precision(net: Any, x: Tensor) -> Tensor:
+    net.double()
+    return net.t(net.a(x.double()))
+
+
+@attack(11, two_pass="right", parts=lambda: {"embed": nn.Embedding(V, H, max_norm=0.5)}, data=tokens)
+def renormalised_embedding(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.embed(x).mean(1))
+
+
+@attack(11, two_pass="refused")
+def branches_by_the_batch(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x)
+    return net.t(z.tanh() if int(x.abs().sum() * 10) % 2 else z.sin())

@@ -1,0 +1,96 @@
+"""What a forward changes is noted and put back: buffers, plain attributes, generators of every library."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from batchtrim import per_sample
+from batchtrim.engine.state import GeneratorStates, ModelState, is_lazy, modules_of
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("late", None)
+        self.register_buffer("seen", torch.zeros(2))
+        self.register_buffer("norm", torch.ones(1))
+        self.count, self.flag, self.last = 0, None, torch.zeros(1)
+        self.queue: deque[int] = deque([1], maxlen=2)
+        self.notes = {"a": 1}
+        self.dice, self.die, self.rng = torch.Generator(), random.Random(0), np.random.default_rng(0)
+
+    def move(self) -> list[float]:
+        self.late = torch.ones(1) if self.late is None else self.late + 1
+        self.seen += 1
+        self.norm = self.norm * 2
+        self.count += 1
+        self.flag = "moved"
+        self.last += 1
+        self.extra = 3
+        self.queue.append(self.count)
+        self.notes["b"] = self.count
+        return [float(torch.rand(1, generator=self.dice)), self.die.random(), self.rng.random()]
+
+    def held(self) -> list[object]:
+        buffers = [None if each is None else each.tolist() for each in (self.late, self.seen, self.norm, self.last)]
+        return [*buffers, self.count, self.flag, list(self.queue), dict(self.notes), hasattr(self, "extra")]
+
+
+def test_everything_a_forward_moves_is_put_back() -> None:
+    model = Stateful()
+    start = model.held()
+    before = ModelState(list(model.modules()))
+    drawn = model.move()
+    after, moved = ModelState(list(model.modules())), model.held()
+    assert moved != start
+    before.restore()
+    assert model.held() == start
+    assert model.move() == drawn, "a generator of the model's own was not put back"
+    model.move()
+    after.restore()
+    assert model.held() == moved
+    assert after.difference(ModelState(list(model.modules()))) == 0.0
+    assert before.difference(after) == float("inf")  # a buffer that was None
+    assert before.other_attributes(after) == ["Stateful.count"] or "Stateful.count" in before.other_attributes(after)
+
+
+def test_a_restored_buffer_is_the_same_tensor() -> None:
+    model = Stateful()
+    seen = model.seen
+    before = ModelState([model])
+    model.move()
+    before.restore()
+    assert model.seen is seen
+
+
+def test_draws_of_every_library_are_seen() -> None:
+    device = torch.device("cpu")
+    for draw in (partial(torch.rand, 1), random.random, np.random.rand):
+        before = GeneratorStates(device)
+        first = draw()
+        assert not before.same(GeneratorStates(device))
+        before.restore()
+        assert before.same(GeneratorStates(device))
+        assert draw() == first
+
+
+def test_modules_of_a_loss_are_found() -> None:
+    model, loss = Stateful(), nn.CrossEntropyLoss()
+    head = nn.Linear(2, 2)
+    for computes in (loss, per_sample(head), head.forward, lambda out, y: head(out)):
+        assert (loss if computes is loss else head) in modules_of(model, computes)
+    assert model.layer in modules_of(model, None)
+
+
+def test_lazy() -> None:
+    model = nn.Sequential(nn.LazyLinear(2))
+    assert is_lazy(model)
+    model(torch.ones(1, 3))
+    assert not is_lazy(model)
