@@ -99,7 +99,8 @@ def _drawings(read: Sequence[Record]) -> dict[str, str]:
             if not name:
                 continue
             arms = _drawn(group)
-            full = max(arm.cost["samples_backward"] for arm in arms)
+            most = group.reference or max(arms, key=lambda arm: arm.cost["samples_backward"])
+            full = most.cost["samples_backward"]
             points = [
                 charts.Point(
                     arm.label, 0 if arm is group.reference else 1 + place % charts.COLOURS,
@@ -108,7 +109,7 @@ def _drawings(read: Sequence[Record]) -> dict[str, str]:
                 for place, arm in enumerate(arms)
             ]  # fmt: skip
             chart = charts.scatter(
-                points, x_label="backward samples, of the most", y_label="test error %", x_fmt=lambda x: f"{x:.0%}",
+                points, x_label=f"backward samples, of those of {most.label}", y_label="test error %", x_fmt=lambda x: f"{x:.0%}",
                 fmt=lambda y: f"{100 * y:.3g}", title=f"Test error against backward samples: {group.title}",
             )  # fmt: skip
             found[name] = str(chart).replace(">", f"><style>\n{css}\n</style>", 1) + "\n"
