@@ -110,7 +110,8 @@ def _drawings(read: Sequence[Record]) -> dict[str, str]:
             ]  # fmt: skip
             chart = charts.scatter(
                 points, x_label=f"backward samples, of those of {most.label}", y_label="test error %",
-                x_fmt=lambda x: f"{x:.0%}", fmt=lambda y: f"{100 * y:.3g}", title=f"Test error against backward samples: {group.title}",
+                x_fmt=lambda x: f"{x:.0%}", fmt=lambda y: f"{100 * y:.3g}",
+                title=f"Test error against backward samples: {group.title}",
             )  # fmt: skip
             found[name] = str(chart).replace(">", f"><style>\n{css}\n</style>", 1) + "\n"
     return found
