@@ -183,12 +183,11 @@ def claims_command(
         if not found:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
         with _fitting("the records"):
-            text = results.page(found)
-        if out is None:
-            typer.echo(text, nl=False)
-        else:
-            out.write_text(text, encoding="utf-8")
-            typer.echo(f"results: {out}")
+            if out is None:
+                typer.echo(results.page(found), nl=False)
+            else:
+                results.write(found, out)
+                typer.echo(f"results: {out}")
 
     _guard(work, debug)
 

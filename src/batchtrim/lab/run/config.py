@@ -87,12 +87,10 @@ class RunConfig:
     batch_size: int = setting(128, "images in a batch, over all processes")
     seed: int = setting(0, role=Role.SEED)
     augment: str | None = setting(None, "augmentation", choices=AUGMENTS, default_help="by data set")
-    label_smoothing: float = setting(
-        0.0, "part of every target spread over all classes; samples are ranked by their loss without it", later=True
-    )
+    label_smoothing: float = setting(0.0, "label smoothing; ranks by the plain loss", later=True)
     test_views: str = setting(
         "plain",
-        "what is tested: the image, or its outputs added to those of its mirror image",
+        "views tested of an image",
         choices=TEST_VIEWS,
         later=True,
     )
@@ -109,7 +107,7 @@ class RunConfig:
     engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
     precision: str = setting("32-true", "number format", choices=PRECISIONS)
     device: str = setting("auto", "where to train", choices=DEVICES)
-    eval_every: int = setting(1, "test after every so many epochs, and after the last", role=Role.SPEED)
+    eval_every: int = setting(1, "test every so many epochs, and at the end", role=Role.SPEED)
     threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
 
     def resolved(self) -> RunConfig:
