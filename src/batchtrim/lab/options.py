@@ -62,8 +62,8 @@ TALK: Table = {
 def _setting_option(setting: Setting) -> tuple[Any, Any]:
     help = setting.help
     if setting.own:  # too many to list: an error names them all
-        first, *_, last = setting.choices or ("",)
-        help += f": {first} .. {last}, {setting.own}"
+        names = list(setting.choices or ("",))
+        help += f": {names[0]} .. {names[-1]}, {setting.own}"
     elif setting.choices is not None:
         help += f": {_listed(setting.choices)}"
     return option((str if setting.many else setting.kind) | None, help, *_flag(setting))
