@@ -303,8 +303,8 @@ def language_model(batch: int = 4, length: int = 128, keep: float = 0.5, rounds:
     row["memory"] = {name: peak_memory(step) for name, step in steps.items()}
     told = " ".join(f"{name} {value:.0f}" for name, value in row["memory"].items())
     print(
-        f"language model, {batch} x {length} tokens, q={keep}: plain {row['plain_ms']:.0f} ms | exact {row['exact']:.3f} "
-        f"shared {row['shared']:.3f} | error {row['error']:.1e} | MiB {told}",
+        f"language model, {batch} x {length} tokens, q={keep}: plain {row['plain_ms']:.0f} ms | "
+        f"exact {row['exact']:.3f} shared {row['shared']:.3f} | error {row['error']:.1e} | MiB {told}",
         flush=True,
     )
     return {"batch": batch, "length": length, "keep": keep, **row}
