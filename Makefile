@@ -32,10 +32,11 @@ test-slow: $(VENV)/.docs  ## long property, compile, browser and multi-process t
 
 test-all: test test-slow
 
-check: $(VENV)/.dev  ## ruff and pyright
+check: $(VENV)/.dev  ## ruff, pyright and the layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 licences: $(VENV)/.dev  ## the licences of all that the package and its extras need
 	$(BIN)/pip-licenses --from=mixed --partial-match --allow-only="$(LICENCES)" \
@@ -86,10 +87,9 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lab
-	$(PIP) -e '.[all]' build hatchling hypothesis ipykernel nbclient pip-licenses 'pyright[nodejs]' pytest pytest-timeout \
-	  pytest-xdist ruff cleanlab
+	$(PIP) -e '.[all]' $$($(BIN)/python .ci/requirements.py --group dev)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.dev
-	$(PIP) mkdocs-material 'mkdocstrings[python]'
+	$(PIP) $$($(BIN)/python .ci/requirements.py --group docs)
 	@touch $@

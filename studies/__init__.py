@@ -1,1 +1,1 @@
-"""Programs whose output is evidence: each writes what a record is made of."""
+"""What makes the evidence of `records/`: studies of methods and of the keep log. `benchmarks/` measures cost alone."""

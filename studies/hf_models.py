@@ -21,8 +21,8 @@ _SMALL: dict[str, Any] = dict(
     intermediate_size=48, ffn_dim=48, d_ff=48, n_inner=48, hidden_dim=48, d_inner=48, encoder_ffn_dim=48,
     decoder_ffn_dim=48, vocab_size=VOCABULARY, max_position_embeddings=64, n_positions=64, n_ctx=64, head_dim=8, d_kv=8,
     d_head=8, state_size=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-    moe_intermediate_size=16, shared_expert_intermediate_size=16, num_local_experts=4, num_experts=4, n_routed_experts=4,
-    num_experts_per_tok=2, n_group=1, topk_group=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    moe_intermediate_size=16, shared_expert_intermediate_size=16, num_local_experts=4, num_experts=4,
+    n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     first_k_dense_replace=1, sliding_window=8, attention_window=4, linear_key_head_dim=8, linear_value_head_dim=8,
     linear_num_key_heads=2, linear_num_value_heads=4, word_embed_proj_dim=32, rotary_dim=8, mamba_d_state=4,
     mamba_dt_rank=4, mamba_n_heads=4, mamba_d_head=8, n_mamba_heads=2, hidden_size_per_layer_input=8,
@@ -290,10 +290,6 @@ class Family:
         return [
             (kind, each) for kind, names in found.items() for each in ((names,) if isinstance(names, str) else names)
         ]
-
-
-def _regression(outputs: int) -> dict[str, Any]:
-    return {"problem_type": "regression", "num_labels": outputs}
 
 
 FAMILIES = {

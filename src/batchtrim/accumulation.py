@@ -72,6 +72,11 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         of no rows. After "window", ``step.trim.last`` is the choice from all its samples, one after the other.
     """
     check_choice("over", over, OVER)
+    if over == "micro" and getattr(step.forward.per_sample_loss, "reduction", "mean") == "sum":
+        raise ValueError(
+            "expected a criterion of reduction 'mean' with over='micro', got 'sum'. Micro-batches weigh by their "
+            "samples: choose from the window (over='window'), or call the step on each, whose sums add up as they are."
+        )
     if not batches:
         raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")
     trim, model = step.trim, step.forward.model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from batchtrim._checks import describe
 from batchtrim.errors import PassUnreducedLosses
 
-__all__ = ["Criterion", "check_values", "not_its_own", "same_shape"]
+__all__ = ["Criterion", "Generators", "check_values", "not_its_own", "same_shape"]
 
 _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 _CTC = (nn.CTCLoss, F.ctc_loss)
@@ -36,6 +36,21 @@ _WAY_OUT = (
     "Make it with reduction='none', whose losses are averaged, or write a function that returns them as they should "
     "count: batchtrim.Losses(values, mask, weights)."
 )
+
+
+class Generators:
+    """The state of torch's generators, on the CPU and on the devices of some tensors."""
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        self.devices = {each.device for each in inputs if isinstance(each, Tensor) and each.is_cuda}
+        self._cpu = torch.get_rng_state()
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in self.devices}
+
+    def restore(self) -> None:
+        """Put the generators back into that state."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
 
 
 class Criterion:
@@ -119,11 +134,15 @@ class Criterion:
         weights = weight.to(torch.promote_types(values.dtype, torch.float32))[known]
         return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
 
-    def own_value(self, *inputs: Any) -> Tensor | None:
-        """Return what the criterion as given makes of the inputs, or None where that is not one number."""
-        devices = {each.device.index for each in inputs if isinstance(each, Tensor) and each.is_cuda}
-        criterion = copy.deepcopy(self.given) if self._module is not None else self.given  # a state of its own stays
-        with torch.no_grad(), torch.random.fork_rng(list(devices)):
+    def own_value(self, inputs: Sequence[Any], generators: Generators) -> Tensor | None:
+        """Return what the criterion as given makes of the inputs, or None where that is not one number.
+
+        Args:
+            generators: the state to draw from, that of the un-reduced call. State of the criterion stays as it is.
+        """
+        criterion = copy.deepcopy(self.given) if self._module is not None else self.given
+        with torch.no_grad(), torch.random.fork_rng(list(generators.devices)):
+            generators.restore()
             value = criterion(*inputs)
         return value if isinstance(value, Tensor) and value.ndim == 0 else None
 

@@ -21,6 +21,14 @@ __all__ = [
 class NothingToChoose(UserWarning):
     """Batches hold one sample each, of which trimming keeps all whatever the schedule says. Given once."""
 
+    def __init__(self, batches: int) -> None:
+        super().__init__(
+            f"expected batches of several samples to choose from, got {batches} of one in a row: whatever is kept of "
+            "one is all of it, so nothing is trimmed. If a padding-free collator packs the batch into one row, choose "
+            "tokens with unit='element'; if micro-batches hold one sample each, choose from the whole window with "
+            "batchtrim.accumulate."
+        )
+
 
 class PassUnreducedLosses(ValueError):
     """The loss arrived already averaged, where one loss per sample is needed."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn  # noqa: F401  (nn for the examples)
 
 from batchtrim._checks import check_choice, check_losses, check_number, check_positive, check_within, describe
-from batchtrim.criteria import Criterion, check_values, not_its_own, same_shape
+from batchtrim.criteria import Criterion, Generators, check_values, not_its_own, same_shape
 from batchtrim.unreduced import UNITS, Losses, flatten
 
 __all__ = ["UNITS", "Losses", "flatten", "focal", "per_sample", "superloss", "token_losses"]
@@ -77,6 +77,8 @@ class per_sample:
 
     def __call__(self, *inputs: Any) -> Losses:
         """Return the un-reduced losses of a batch, ``(outputs, targets)`` or whatever the criterion takes."""
+        proving = not all(self._proven) and not torch.compiler.is_compiling()
+        generators = Generators(inputs) if proving else None
         values = self._criterion(*inputs)
         check_losses(values, "criterion(outputs, targets)", allow_empty=True)
         check_values(self._criterion, values, inputs, self.unit)
@@ -88,8 +90,8 @@ class per_sample:
             losses = flatten(losses, "sample")
         reduction = "sum" if self.reduction == "sum" else "mean"
         losses = replace(losses, unit=self.unit, reduction=reduction)
-        if not all(self._proven) and not torch.compiler.is_compiling():
-            self._prove(losses, mask, inputs)
+        if generators is not None:
+            self._prove(losses, mask, inputs, generators)
         return losses
 
     def _mask(self, values: Tensor, targets: Tensor | None) -> Tensor | None:
@@ -105,12 +107,12 @@ class per_sample:
             )
         return None
 
-    def _prove(self, losses: Losses, mask: Tensor | None, inputs: tuple[Any, ...]) -> None:
+    def _prove(self, losses: Losses, mask: Tensor | None, inputs: tuple[Any, ...], generators: Generators) -> None:
         """Compare the criterion's own value, once plainly and once where entries are left out."""
         masked = mask is not None and not bool(mask.all())
         if self._proven[masked] or losses.values.numel() == 0:
             return
-        own, ours = self._criterion.own_value(*inputs), losses.detach().mean()
+        own, ours = self._criterion.own_value(inputs, generators), losses.detach().mean()
         if own is None or not own.isfinite():
             return
         half = losses.values.dtype in (torch.float16, torch.bfloat16)

@@ -3,7 +3,7 @@
 Two signs are looked for. Random wrong labels are contradicted by the network's surest predictions; people's mistakes,
 made where a picture is hard to tell, rarely are. But both stay the hardest however often they are trained on, while on
 clean data training on the hardest samples makes others the hardest. The numbers below were chosen on runs with seeds 0
-and 1 and tried on others: ``benchmarks/noise_warning.py``.
+and 1 and tried on others: ``studies/noise_warning.py``.
 
 Legend: P entries of a log that are entered together.
 """

@@ -16,19 +16,19 @@ from batchtrim._checks import (
     check_count,
     check_like,
     check_losses,
-    check_progress,
     check_rule,
-    check_schedule_output,
     check_state,
     describe,
 )
 from batchtrim._deprecated import record_as_before, trimmer_log
 from batchtrim.choice import Choice
+from batchtrim.clock import Clock
 from batchtrim.distributed import select_over_ranks, world_size
-from batchtrim.errors import ChooseLength, ClockPastTotal, NothingToChoose
+from batchtrim.errors import NothingToChoose
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
-from batchtrim.schedules import as_schedule, linear, progress_at
-from batchtrim.selection import Rule, Selection, hardest, select_valid
+from batchtrim.schedules import as_schedule, linear
+from batchtrim.selection import Rule, Selection, hardest
+from batchtrim.selection.base import select_valid
 from batchtrim.stats import KeepStats
 from batchtrim.unreduced import UNITS, Losses, divisors, flatten
 
@@ -36,10 +36,6 @@ __all__ = ["Trimmer"]
 
 _STATE_VERSION = 1
 SCOPES = ("local", "global")
-# How to go on from a state that was saved with another total.
-LENGTHS = ("stretch", "saved")
-# A schedule is asked at up to this many points when the trimmer is made, so that a fault is found before training.
-_PROBE_POINTS = 1001
 # So many batches of one sample in a row are no chance: the last batch of an epoch may be one.
 _SINGLE_ROWS = 3
 
@@ -63,8 +59,8 @@ class Trimmer:
         scale: "kept" divides by the number kept (the paper); "batch" divides by the batch size, which leaves a
             sample's weight what it is in plain training. The mean of the hardest k has a larger gradient than the mean
             of all: ``stats`` reports the ratio of the losses.
-        unit: "sample" averages losses of shape (B, ...) over all but the batch first, "element" chooses among all
-            entries (tokens, pixels).
+        unit: "sample" ranks losses of shape (B, ...) by each sample's mean over what counts, "element" chooses among
+            all entries (tokens, pixels). Either way keep 1 gives the criterion's own value.
         scope: "local" trims what this process holds; "global" chooses from the joined batch of all ranks, with their
             loss and gradient under DDP and FSDP; see :mod:`batchtrim.distributed`. Statistics are then those of the
             joined batch, and a rank without samples calls with losses of shape (0,).
@@ -102,8 +98,8 @@ class Trimmer:
         seed: int = 0,
         log: Any = None,  # deprecated
     ) -> None:
-        self.schedule = as_schedule(keep)
-        if total is None and getattr(self.schedule, "needs_total", True):
+        schedule = as_schedule(keep)
+        if total is None and getattr(schedule, "needs_total", True):
             raise ValueError(
                 "expected `total`, the number of times step() will be called, got None. "
                 "Pass the number of epochs (and call step() once an epoch) or of batches (once a batch); "
@@ -111,7 +107,8 @@ class Trimmer:
             )
         check_rule("select", select)
         hint = "If the length of training is unknown (-1), count batches instead, or pass a constant keep."
-        self.total = None if total is None else check_count("total", total, hint=hint)
+        total = None if total is None else check_count("total", total, hint=hint)
+        self._clock = Clock(schedule, total)
         self.rule = select
         self.scale = check_choice("scale", scale, SCALES)
         self.unit = check_choice("unit", unit, UNITS)
@@ -126,14 +123,9 @@ class Trimmer:
         self.log = trimmer_log(log, self.unit)
         self.stats = KeepStats()
         self.last: Choice | None = None
-        self._steps = 0
-        self._accuracy = 0.0
-        self._overrun_told = False
         self._single_rows = 0
         # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
-        self._keep_tensor = torch.ones((), dtype=torch.float64)
-        self._probe()
-        self._set_keep()
+        self._keep_tensor = torch.tensor(self._clock.keep, dtype=torch.float64)
 
     def __call__(
         self,
@@ -147,9 +139,9 @@ class Trimmer:
 
         Args:
             losses: (B,) or (B, ...), one loss per sample or entry, floating point, not reduced. Gradient is not
-                needed: a validation loop may call this too. Or what :class:`batchtrim.per_sample` returned.
-            rank_by: shape of ``losses``: rank by these and train on ``losses``. For label smoothing, mixup and class
-                weights, which all change the ranking.
+                needed: a validation loop may call this too. Or what :class:`batchtrim.per_sample` returned, or a sum.
+            rank_by: shape of ``losses``, or what another ``per_sample`` returned: rank by these, per sample by their
+                plain mean, and train on ``losses``. For label smoothing, mixup and class weights.
             mask: bool, shape of ``losses``: False where an entry does not count (padding, ignored labels).
             logged: deprecated: ``ids``, ``outputs`` and ``labels``, which :meth:`batchtrim.KeepLog.record` takes.
 
@@ -168,7 +160,7 @@ class Trimmer:
         flat, scores = self._flatten(losses, rank_by, mask)
         if torch.compiler.is_compiling() and self.scope == "local" and hasattr(self.rule, "compiled_mask"):
             return self._compiled(flat, scores)
-        selection = self._choose(flat, scores)
+        selection = self._choose(flat, scores, rank_by is None)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim")
         if flat.terms:
@@ -187,7 +179,7 @@ class Trimmer:
         flat, scores = self._flatten(losses, rank_by, mask)
         if flat.terms:
             raise ValueError(f"expected `losses` with one divisor, got {SUM_OF_TERMS}")
-        selection = self._choose(flat, scores)
+        selection = self._choose(flat, scores, rank_by is None)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim.select")
         return selection
@@ -202,15 +194,8 @@ class Trimmer:
         Args:
             n: by how many. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
         """
-        n = check_count("n", n, minimum=0)
-        if accuracy is not None:
-            self._accuracy = check_progress("accuracy", accuracy)
-        elif self._reads_accuracy:
-            raise ValueError("expected `accuracy`, which drives this schedule, got None. Call step(accuracy=...).")
-        self._steps += n
-        self._set_keep()
-        if self.total is not None and self._steps > self.total and not self._overrun_told:
-            self._tell_overrun()
+        self._clock.step(n, accuracy)
+        self._keep_tensor.fill_(self._clock.keep)
 
     @property
     def last_selection(self) -> Selection | None:
@@ -225,24 +210,34 @@ class Trimmer:
         kept of the last batch. Engines decide by it whether a smaller backward will pay.
         """
         if not getattr(self.rule, "k_follows_losses", False):
-            return self._keep
+            return self.keep
         selection = self.last_selection
-        return selection.k / selection.candidates if selection is not None and selection.candidates else self._keep
+        return selection.k / selection.candidates if selection is not None and selection.candidates else self.keep
+
+    @property
+    def schedule(self) -> Callable[[float], float]:
+        """The keep schedule."""
+        return self._clock.schedule
+
+    @property
+    def total(self) -> int | None:
+        """How many steps the schedule spans; that of a saved run where its length was kept."""
+        return self._clock.total
 
     @property
     def steps(self) -> int:
         """How often :meth:`step` has been called."""
-        return self._steps
+        return self._clock.steps
 
     @property
     def progress(self) -> float:
         """The part of training that is done, in [0, 1]; 0 where ``total`` is 1 or unknown."""
-        return progress_at(self._steps, self.total)
+        return self._clock.progress
 
     @property
     def keep(self) -> float:
         """The keep fraction in force, in (0, 1]."""
-        return self._keep
+        return self._clock.keep
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, generator, statistics, and the rule's own state where it has one.
@@ -252,9 +247,9 @@ class Trimmer:
         """
         state: dict[str, Any] = {
             "version": _STATE_VERSION,
-            "steps": self._steps,
+            "steps": self.steps,
             "total": self.total,
-            "accuracy": self._accuracy,
+            "accuracy": self._clock.accuracy,
             "generator": self.generator.get_state(),
             "stats": self.stats.state_dict(),
         }
@@ -296,9 +291,7 @@ class Trimmer:
                 f"expected `state` of version {_STATE_VERSION}, got {describe(state['version'])}. "
                 "It was saved by something else, or by another release of batchtrim."
             )
-        steps = check_count("state['steps']", state["steps"], minimum=0)
-        total = self._resumed_total(steps, state["total"], length)
-        accuracy = check_progress("state['accuracy']", state["accuracy"])
+        clock = self._clock.resumed(state["steps"], state["accuracy"], state["total"], length)
         drawn = state["generator"]
         if not (
             isinstance(drawn, Tensor) and drawn.dtype == torch.uint8 and drawn.shape == self.generator.get_state().shape
@@ -313,88 +306,26 @@ class Trimmer:
             self.rule.load_state_dict(state["rule"])  # type: ignore[attr-defined]
         if self.log is not None and "log" in state:
             self.log.load_state_dict(state["log"])
-        self._steps, self._accuracy = steps, accuracy
-        # whoever keeps the saved length knows that this training goes on beyond it
-        self._overrun_told = length == "saved" and total != self.total
-        self.total = total
+        self._clock = clock
         self.generator.set_state(drawn.cpu())
-        self._set_keep()
+        self._keep_tensor.fill_(clock.keep)
 
     def __repr__(self) -> str:
         parts = [f"keep={self.schedule!r}", f"total={self.total}", f"select={self.rule!r}"]
         parts += [f"scale={self.scale!r}"] if self.scale != "kept" else []
         parts += [f"unit={self.unit!r}"] if self.unit != "sample" else []
         parts += [f"scope={self.scope!r}"] if self.scope != "local" else []
-        return f"Trimmer({', '.join(parts)}, at step {self._steps}, keeping {self._keep:.4g})"
-
-    @property
-    def _reads_accuracy(self) -> bool:
-        return getattr(self.schedule, "reads", "progress") == "accuracy"
-
-    def _moves(self, *totals: int | None) -> bool:
-        """Whether the keep fraction changes with progress, over trainings of these lengths."""
-        if not getattr(self.schedule, "needs_total", True):
-            return False
-        return len({self._ask(at) for total in totals for at in _probe_points(total)}) > 1
-
-    def _tell_overrun(self) -> None:
-        self._overrun_told = True
-        if self._moves(self.total):
-            warnings.warn(
-                f"expected at most total={self.total} calls of step(), got {self._steps}. The schedule is over, and "
-                f"{self._keep:.4g} of each batch is kept from here on. Does `total` count epochs, and step() "
-                "is called once a batch? Count both alike.",
-                ClockPastTotal,
-                stacklevel=3,
-            )
-
-    def _resumed_total(self, steps: int, saved: Any, length: str | None) -> int | None:
-        """The ``total`` that is in force after going on from a state with another one."""
-        if length is not None:
-            check_choice("length", length, LENGTHS)
-        if saved is not None:
-            saved = check_count("state['total']", saved)
-        if saved == self.total or not self._moves(saved, self.total):
-            return self.total
-        if length == "saved" and saved is not None:
-            return saved
-        if length == "stretch" and self.total is not None and steps <= self.total:
-            return self.total
-        if length == "stretch":
-            raise ValueError(
-                f"expected `state` of at most total={self.total} steps, which the schedule is stretched over, got "
-                f"{steps} steps of total={saved}. Does one of the two count batches and the other epochs?"
-            )
-        raise ChooseLength(
-            f"expected `state` of a trimmer with total={self.total}, got total={saved}. Progress would jump from "
-            f"{progress_at(steps, saved):.4g} to {progress_at(steps, self.total):.4g}. Say what is meant: "
-            "load_state_dict(state, length='stretch') stretches the schedule over this training, jump included; "
-            "length='saved' goes on by the saved total and stays at the schedule's end beyond it."
-        )
-
-    def _probe(self) -> None:
-        for at in _probe_points(self.total):
-            self._ask(at)
-
-    def _ask(self, at: float) -> float:
-        name = "accuracy" if self._reads_accuracy else "progress"
-        return check_schedule_output(self.schedule, f"{name} {at:.4g}", self.schedule(at))
-
-    def _set_keep(self) -> None:
-        self._keep = self._ask(self._accuracy if self._reads_accuracy else self.progress)
-        self._keep_tensor.fill_(self._keep)
+        return f"Trimmer({', '.join(parts)}, at step {self.steps}, keeping {self.keep:.4g})"
 
     def _flatten(
         self, losses: Tensor | Losses, rank_by: Tensor | Losses | None, mask: Tensor | None
     ) -> tuple[Losses, Tensor]:
         """The vector there is to choose from, and the scores to rank it by."""
         joint = self.scope == "global"
+        values = losses.values if isinstance(losses, Losses) else losses
+        check_losses(values, allow_empty=joint)
         if not isinstance(losses, Losses):
-            check_losses(losses, allow_empty=joint)
-            losses = Losses(losses)
-        elif losses.values.numel() == 0:
-            check_losses(losses.values, allow_empty=joint)
-        values = losses.values
+            losses = Losses(values)
         if mask is not None:
             check_like("mask", mask, values, torch.bool)
             losses = losses.masked(mask)
@@ -411,17 +342,18 @@ class Trimmer:
             ranked = flatten(Losses(rank_by, losses.mask), self.unit)
         return flat, ranked.values.detach()
 
-    def _choose(self, flat: Losses, scores: Tensor) -> Selection:
+    def _choose(self, flat: Losses, scores: Tensor, ranked_by_itself: bool) -> Selection:
         if self.scope == "global" and world_size(self.process_group) > 1:
             return self._choose_jointly(flat, scores)
-        selection = select_valid(self.rule, scores, self._keep, flat.mask, self.generator)
+        selection = select_valid(self.rule, scores, self.keep, flat.mask, self.generator)
         if flat.weights is not None or flat.counts is not None or flat.reduction != "mean":
             selection = normalized(selection, flat)
-        self.last = Choice(flat.values.detach(), selection, flat.mask)
-        self.stats.record(self.last.losses, selection, flat.mask)
-        self._single_rows = self._single_rows + 1 if selection.size == 1 and self._keep < 1.0 else 0
+        values = scores if ranked_by_itself else flat.values.detach()
+        self.last = Choice(values, selection, flat.mask)
+        self.stats.record(values, selection, flat.mask)
+        self._single_rows = self._single_rows + 1 if selection.size == 1 and self.keep < 1.0 else 0
         if self._single_rows == _SINGLE_ROWS:
-            self._tell_single_rows()
+            warnings.warn(NothingToChoose(_SINGLE_ROWS), stacklevel=3)
         return selection
 
     def _choose_jointly(self, flat: Losses, scores: Tensor) -> Selection:
@@ -432,12 +364,13 @@ class Trimmer:
             self.rule,
             flat.values,
             scores,
-            self._keep,
+            self.keep,
             mask=flat.mask,
             weights=weights,
             generator=self.generator,
             settings=(repr(self.schedule), self.total, self.scale, self.unit),
-            steps=self._steps,
+            steps=self.steps,
+            summed=flat.reduction == "sum",
             group=self.process_group,
         )
         selection = joined.selection
@@ -465,19 +398,3 @@ class Trimmer:
         if flat.terms:
             return torch.stack([reduce_mask(term, kept, self.scale) for term in flat.terms]).sum()
         return reduce_mask(flat, kept, self.scale)
-
-    def _tell_single_rows(self) -> None:
-        warnings.warn(
-            f"expected batches of several samples to choose from, got {_SINGLE_ROWS} of one in a row: whatever is kept "
-            "of one is all of it, so nothing is trimmed. If a padding-free collator packs the batch into one row, "
-            "choose tokens with unit='element'; if micro-batches hold one sample each, choose from the whole window "
-            "with batchtrim.accumulate.",
-            NothingToChoose,
-            stacklevel=4,
-        )
-
-
-def _probe_points(total: int | None) -> list[float]:
-    """Where a schedule is asked to find out about it: every progress of a short training, a thousand of a long one."""
-    points = min(total or _PROBE_POINTS, _PROBE_POINTS)
-    return [progress_at(i, points) for i in range(points)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_losses, describe, is_number
+from batchtrim._checks import describe, is_number
 from batchtrim.errors import PassUnreducedLosses
 
 __all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "nonzero"]
@@ -60,9 +60,6 @@ class Losses:
     unit: str | None = None
     reduction: str = "mean"
     terms: tuple[Losses, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_losses(self.values, "values", allow_empty=True)
 
     def detach(self) -> Losses:
         """Return the same without a graph."""

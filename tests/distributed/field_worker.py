@@ -20,7 +20,7 @@ from batchtrim import Choice, KeepLog, Losses, Selection, Trimmer
 from batchtrim.errors import RanksDisagree
 
 LOSSES = torch.tensor([0.5, 3.0, 1.0, 2.0])
-SOON = timedelta(seconds=2)
+SOON = timedelta(seconds=4)
 
 
 def joint(keep: Any = 0.5, **options: Any) -> Trimmer:
@@ -116,6 +116,7 @@ def arguments(rank: int) -> None:
         "dtype of the losses": lambda: joint()(LOSSES.bfloat16() if rank else LOSSES),
         "presence of class weights": lambda: joint()(Losses(LOSSES, None, torch.ones(4) if rank else None)),
         "number of steps": lambda: late(LOSSES),
+        "reduction": lambda: joint()(Losses(LOSSES, reduction="sum" if rank else "mean")),
         "keep fraction": lambda: joint(lambda progress: 0.25 if rank else 0.5, total=3)(LOSSES),
         "settings": lambda: joint(unit="element" if rank else "sample")(LOSSES),
         "setting": lambda: joint(scale="batch" if rank else "kept")(LOSSES),

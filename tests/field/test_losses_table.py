@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from batchtrim import Trimmer, keep_count, per_sample
 
-B, C = 6, 4
+B, C = 8, 4
 IGNORED = 2
 WEIGHT = torch.tensor([1.0, 3.0, 0.5, 2.0])
 HALF = (torch.float16, torch.bfloat16)
@@ -113,23 +113,25 @@ def make(kind: Kind, form: str, reduction: str, weighted: bool, ignoring: bool) 
 
 def combinations() -> list[Any]:
     found = []
-    for (name, kind), form, reduction, weighted, ignoring, masked, ranked, unit in product(
-        KINDS.items(), ("module", "partial"), ("mean", "sum", "batchmean", "none"), *[(False, True)] * 4,
-        ("sample", "element"),
-    ):  # fmt: skip
+    for number, ((name, kind), reduction, weighted, ignoring, masked, ranked, unit) in enumerate(
+        product(KINDS.items(), ("mean", "sum", "batchmean", "none"), *[(False, True)] * 4, ("sample", "element"))
+    ):
         if (weighted and kind.targets not in ("classes", "soft")) or (ignoring and kind.targets == "soft"):
             continue
         if reduction == "batchmean" and kind.function is not F.kl_div:
             continue
+        form = ("module", "partial")[bin(number).count("1") % 2]  # half of all combinations, of every setting
         switches = {"weight": weighted, "ignore": ignoring, "mask": masked, "rank_by": ranked}
         label = "-".join([name, form, reduction, unit, *(switch for switch, on in switches.items() if on)])
         found.append(pytest.param(kind, form, reduction, weighted, ignoring, masked, ranked, unit, id=label))
     return found
 
 
-@pytest.mark.parametrize(
-    ("kind", "form", "reduction", "weighted", "ignoring", "masked", "ranked", "unit"), combinations()
-)
+NAMES = ("kind", "form", "reduction", "weighted", "ignoring", "masked", "ranked", "unit")
+
+
+@pytest.mark.filterwarnings("ignore:reduction. .mean. divides")  # of KLDivLoss, by torch
+@pytest.mark.parametrize(NAMES, combinations())
 def test_what_was_asked_for_is_done(
     kind: Kind, form: str, reduction: str, weighted: bool, ignoring: bool, masked: bool, ranked: bool, unit: str
 ) -> None:
@@ -139,7 +141,7 @@ def test_what_was_asked_for_is_done(
         with pytest.raises(ValueError, match="'mean' or 'sum' with unit='element', got 'batchmean'"):
             per_sample(criterion, unit=unit)
         return
-    for dtype in (torch.float64, torch.float32, *HALF):
+    for dtype in (torch.float32, HALF[masked]):
         outputs, targets = batch(kind, dtype)
         if weighted:
             criterion = make(kind, form, reduction, weighted, ignoring)
@@ -150,13 +152,14 @@ def test_what_was_asked_for_is_done(
                 bound["weight"] = WEIGHT.to(dtype)
         wrapped = per_sample(criterion, unit=unit, ignore_index=explicit)
         e, w, m, plain = by_hand(kind, outputs, targets, weighted, ignoring)
-        for keep, scale in product((1.0, 0.5), ("kept", "batch")):
+        for keep, scale in ((1.0, "kept"), (1.0, "batch"), (0.5, "kept"), (0.5, "batch")):
             leaf, reference = outputs.clone().requires_grad_(), outputs.clone().double().requires_grad_()
             losses = wrapped(leaf, targets)
             given: dict[str, Any] = {}
             counted = m
             if masked:
                 mask = torch.rand(losses.values.shape) > 0.3
+                mask[2:5] = True
                 given["mask"] = mask
                 counted = m & mask.reshape(B, -1)
             if ranked:

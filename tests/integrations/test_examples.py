@@ -32,6 +32,9 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "12_noise_robust": ({"epochs": 15}, 0.03),
     "13_segmentation": ({"epochs": 3}, 0.4),
     "14_mixed_precision": ({"epochs": 4}, 0.85),
+    "15_own_images": ({"epochs": 4, "seeds": 1, "clips": 12}, 0.3),
+    "16_own_regression": ({"epochs": 6, "seeds": 2, "out": "regression"}, 0.3),
+    "18_optuna": ({"trials": 3, "epochs": 3, "seeds": 2, "out": "optuna"}, 0.3),
 }
 TORCHRUN = ("02_ddp", "03_fsdp2")
 pytestmark = [
@@ -49,14 +52,28 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_example_learns(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example_learns(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "18_optuna":
+        pytest.importorskip("optuna", reason="optuna is not installed: make test brings it")
     options, least = RUNS[name]
+    monkeypatch.setenv("BATCHTRIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
     assert load(name, monkeypatch)["main"](**options) >= least
 
 
 def test_lightning_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     example = load("05_lightning", monkeypatch)
     assert example["main"](4, example["FasterDigits"]) >= 0.85
+
+
+def test_the_text_task_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not Path(os.environ.get("BATCHTRIM_DATA") or "none", "trec").is_dir():
+        pytest.skip("BATCHTRIM_DATA has no trec")
+    monkeypatch.setenv("TREC_ROWS", "200")
+    monkeypatch.chdir(tmp_path)
+    assert 0.1 < load("17_own_text", monkeypatch)["main"](epochs=1, seeds=1, methods="trim", out="text") < 0.95
 
 
 @pytest.mark.slow
@@ -71,7 +88,7 @@ def test_example_under_torchrun(name: str) -> None:
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("[0-9]*.py")} == {*RUNS, *TORCHRUN, "10_resume"}
+    assert {path.stem for path in EXAMPLES.glob("[0-9]*.py")} == {*RUNS, *TORCHRUN, "10_resume", "17_own_text"}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ alone. To trim a whole window leave ``gradient_accumulation_steps`` at 1 and use
 
 from __future__ import annotations
 
+import warnings
+from weakref import WeakSet
+
 from batchtrim._checks import import_extra
 from batchtrim.integrations import log_values
 from batchtrim.trimmer import Trimmer
@@ -24,6 +27,8 @@ import_extra("accelerate", "accelerate", "the Accelerate integration")
 from accelerate import Accelerator  # noqa: E402
 
 __all__ = ["log", "register"]
+
+_TOLD: WeakSet[Trimmer] = WeakSet()  # of a clock that stands still
 
 
 def register(accelerator: Accelerator, trim: Trimmer) -> Trimmer:
@@ -40,7 +45,24 @@ def log(accelerator: Accelerator, trim: Trimmer, step: int | None = None) -> dic
 
     Returns:
         What was logged; see :func:`batchtrim.integrations.log_values`.
+
+    Warns:
+        UserWarning: once, where a prepared loader has gone through two epochs and ``trim`` was never stepped.
     """
+    _check_clock(accelerator, trim)
     values = log_values(trim, lambda numbers: accelerator.reduce(numbers.to(accelerator.device), reduction="mean"))
     accelerator.log(values, step=step)
     return values
+
+
+def _check_clock(accelerator: Accelerator, trim: Trimmer) -> None:
+    # a prepared loader counts the epochs it has been through
+    epochs = max((getattr(loader, "iteration", 0) for loader in accelerator._dataloaders), default=0)
+    if trim.total is None or trim.steps or epochs < 2 or trim in _TOLD:
+        return
+    _TOLD.add(trim)
+    warnings.warn(
+        f"expected trim.step() to be called, once an epoch or a batch as total={trim.total} counts, got no call in "
+        f"{epochs} epochs. The keep fraction is still {trim.keep:.4g}.",
+        stacklevel=3,
+    )

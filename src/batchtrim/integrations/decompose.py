@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations.intercept import Call, NotFound, Part, Recorder
-from batchtrim.integrations.parts import parts_of
+from batchtrim.integrations.intercept import NotFound, Part, Recorder
+from batchtrim.integrations.merging import Term, merged
+from batchtrim.integrations.parts import compare, parts_of
 from batchtrim.integrations.rows import label_sizes, output_tensors, prove_rows, rows_of
-from batchtrim.losses import Losses
+from batchtrim.unreduced import Losses
 
 __all__ = ["Found", "LossFinder"]
 
@@ -32,27 +33,20 @@ class Found:
     """The losses of a batch.
 
     Attributes:
-        losses: a vector of what there is to choose from; ``sum(values) / sum(weights)`` over what its mask counts is L.
-        scores: what to rank by where it is not ``values``: a sample's mean, where samples count different numbers.
-        loss: L, detached. outputs: what the model returned. call: the first of the recorded calls, of ``terms``.
-        entries: (B,), how many entries of each sample count; None where that is one and the same number.
+        losses: a vector of what there is to choose from; keeping all of it gives L.
+        scores: what to rank by where it is not ``values``.
+        loss: L, cut off from the model. outputs: what the model returned.
+        parts: what the recorded calls contribute. terms: the same laid out by sample. alike: whether they add up entry
+            by entry.
     """
 
     losses: Losses
     scores: Tensor | None
     loss: Tensor
     outputs: Any
-    call: Call
-    terms: int
-    entries: Tensor | None
-
-    def scaled(self, mean_entries: Tensor | float) -> Losses:
-        """The losses with a sample's weight 1 on average, so that a divisor that counts samples is right as well."""
-        if self.entries is None:
-            return self.losses
-        losses = self.losses
-        assert losses.weights is not None
-        return Losses(losses.values / mean_entries, losses.mask, losses.weights / mean_entries)
+    parts: list[Part]
+    terms: list[Term]
+    alike: bool
 
 
 class LossFinder:
@@ -87,7 +81,7 @@ class LossFinder:
             raise NotFound("label smoothing is for cross-entropy with classes, and its loss is another")
         loss = loss_of(outputs)
         kinds = tuple((call.name, call.values.ndim, call.leaf.ndim) for call in recorder.calls)
-        form = (kinds, batch > 1, loss is not None and getattr(loss, "dtype", None))
+        form = (kinds, batch > 1, getattr(loss, "dtype", None))
         self._calls += 1
         check = form not in self._proven or self._calls % _CHECK_EVERY == 0
         parts = parts_of(loss, recorder.calls, check=check)
@@ -97,52 +91,21 @@ class LossFinder:
             if batch > 1:
                 prove_rows(parts, rows, output_tensors(outputs, loss), labels)
             self._proven.add(form)
-        losses, scores, entries = _merged(parts, rows, self.unit)
-        return Found(losses, scores, loss.detach(), outputs, parts[0].call, len(parts), entries)
+        terms = [Term(each, part.counted, part.weights) for part, each in zip(parts, rows, strict=True)]
+        alike = _alike(parts, rows)
+        losses, scores = merged(terms, alike, self.unit)
+        if check:
+            compare(loss, losses.mean(), "the loss with everything kept")
+        return Found(losses, scores, loss.detach(), outputs, parts, terms, alike)
 
 
-def _merged(parts: list[Part], rows: list[Tensor], unit: str) -> tuple[Losses, Tensor | None, Tensor | None]:
-    """Losses, scores and entries of :class:`Found`, from all parts."""
+def _alike(parts: list[Part], rows: list[Tensor]) -> bool:
+    """True where the parts add up entry by entry: the same entries, counted alike."""
     first = parts[0]
-    alike = len(parts) == 1 or all(
+    return len(parts) == 1 or all(
         part.weights is None
+        and part.call.ignored == first.call.ignored
         and each.shape == rows[0].shape
         and (part.counted is None if first.counted is None else part.call.target is first.call.target)
         for part, each in zip(parts, rows, strict=True)
     )
-    if alike:
-        values = torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]
-        return _of_one(values, first, unit)
-    if unit == "element" and any(each.shape[1] > 1 for each in rows):
-        raise NotFound("it has several terms, of different entries, and `unit` is 'element'")
-    entries = [_entries(part, each) for part, each in zip(parts, rows, strict=True)]
-    counted = torch.stack([each > 0 for each in entries]).any(0)
-    shares = torch.stack([each.sum(1) / part.divisor for part, each in zip(parts, rows, strict=True)]).sum(0)
-    # what each sample adds to L; ranked by what its loss would be alone
-    alone = torch.stack([each.detach().sum(1) / _not_zero(n) for each, n in zip(rows, entries, strict=True)]).sum(0)
-    return Losses(shares * counted.sum(), counted), alone, None
-
-
-def _entries(part: Part, rows: Tensor) -> Tensor:
-    """(B,): what a sample's mean divides by."""
-    counts = part.counted if part.weights is None else part.weights
-    counts = torch.ones_like(rows) if counts is None else counts
-    return counts.reshape(rows.shape).sum(1).to(rows.dtype)
-
-
-def _not_zero(values: Tensor) -> Tensor:
-    return torch.where(values > 0, values, torch.ones_like(values))
-
-
-def _of_one(values: Tensor, part: Part, unit: str) -> tuple[Losses, Tensor | None, Tensor | None]:
-    counted = None if part.counted is None else part.counted.reshape(values.shape)
-    weights = None if part.weights is None else part.weights.reshape(values.shape)
-    if unit == "element" or values.shape[1] == 1:
-        flat = (None if each is None else each.reshape(-1) for each in (values, counted, weights))
-        return Losses(*flat), None, None  # type: ignore[arg-type]
-    if counted is None:
-        return Losses(values.mean(1)), None, None
-    entries = _entries(part, values)
-    summed = torch.where(counted, values, torch.zeros_like(values)).sum(1)
-    mean = summed.detach() / _not_zero(entries)
-    return Losses(summed, entries > 0, entries), mean, entries

@@ -15,10 +15,9 @@ from torch import Tensor
 from batchtrim.distributed import sum_over_ranks, world_size
 from batchtrim.integrations.decompose import Found
 from batchtrim.integrations.rows import shift_of
-from batchtrim.losses import Losses, flatten
-from batchtrim.unreduced import divisors
+from batchtrim.unreduced import Losses, divisors, flatten
 
-__all__ = ["Counting", "counting_of", "counting_of_own", "labels_of", "loss_of", "plain_sums", "shares", "tensors_in"]
+__all__ = ["Counting", "counting_of", "counting_of_own", "labels_of", "loss_of", "named_labels", "plain_sums", "shares", "tensors_in"]
 
 _SPANS = ("start_positions", "end_positions")
 
@@ -30,14 +29,19 @@ def loss_of(outputs: Any) -> Any:
 
 def labels_of(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> list[Tensor]:
     """Return the labels of a batch: what is among ``names`` or is called so, and without any all of its tensors."""
+    labels = named_labels(inputs, names)
+    return list(labels.values()) or [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
+
+
+def named_labels(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Return the labels of a batch by name: what is among ``names`` or is called so."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
-    labels = [value for name, value in tensors.items() if name in names or "label" in name or name in _SPANS]
-    return labels or list(tensors.values())
+    return {name: value for name, value in tensors.items() if name in names or "label" in name or name in _SPANS}
 
 
 @dataclass(frozen=True)
 class Counting:
-    """How many entries and samples of a batch there are to choose from, told by its labels.
+    """How many losses of a batch there are to choose from, told by its labels.
 
     Attributes:
         ignored: the label that does not count; None where every sample counts as one.
@@ -50,75 +54,68 @@ class Counting:
     entries: bool = True
 
     def __call__(self, batch: Mapping[str, Any], names: Sequence[str] = ()) -> Tensor:
-        """Return (2,) int64: entries that count, and samples that have any."""
+        """Return 0-d int64."""
         labels = labels_of(batch, names)
         if not labels:
             raise ValueError(f"expected batches with a tensor `labels`, got keys {sorted(batch)}. Name the labels so.")
         first = labels[0]
         if self.ignored is None or first.is_floating_point():
-            return torch.tensor([len(first), len(first)], device=first.device)
+            return torch.tensor(len(first), device=first.device)
         counted = (first != self.ignored).reshape(len(first), -1)[:, self.shift if first.ndim > 1 else 0 :]
-        samples = counted.any(1).sum()
-        return torch.stack([counted.sum() if self.entries else samples, samples])
+        return counted.sum() if self.entries else counted.any(1).sum()
 
 
 def counting_of(found: Found, labels: Sequence[Tensor]) -> Counting:
     """Return how to count the batches of a model, from the losses found in one of them."""
-    call, first = found.call, labels[0]
+    call, first = found.parts[0].call, labels[0]
     shift = shift_of(call, first)
-    if call.counted is None or call.weights is not None or found.terms > 1 or shift is None:
+    if call.counted is None or call.weights is not None or len(found.parts) > 1 or shift is None:
         return Counting()
     return Counting(call.ignored, shift)
 
 
 def counting_of_own(losses: Losses, batch: Mapping[str, Any], unit: str, names: Sequence[str]) -> Counting:
-    """Return how to count for losses that are not the model's: labels of -100 do not, and a shift shows in the number."""
+    """Return how to count where the losses are not the model's: a shift shows in their number."""
     there = losses.values.numel() if losses.mask is None else int(losses.mask.sum())
     for shift in (0, 1):
-        if int(Counting(-100, shift)(batch, names)[0]) == there:
+        if int(Counting(-100, shift)(batch, names)) == there:
             return Counting(-100, shift, entries=unit == "element")
     return Counting(-100, entries=unit == "element")
 
 
 def plain_sums(losses: Losses) -> Tensor:
-    """Return (2,): the sum of all losses that count and what it is divided by: their number, or their weights."""
+    """Return (2,) float64: the sum of all losses that count and what it is divided by: their number, or weights."""
     flat = flatten(losses, losses.unit or "element")
+    divisor = divisors(flat)
+    counts = torch.ones_like(flat.values) if divisor is None else divisor
     values = flat.values if flat.counts is None else flat.values * flat.counts
-    counts = divisors(flat)
-    counts = torch.ones_like(values) if counts is None else counts
     if flat.mask is not None:
         values, counts = values[flat.mask], counts[flat.mask]
-    return torch.stack([values.sum(), counts.sum()])
+    return torch.stack([values.detach().double().sum(), counts.double().sum()])
 
 
-def shares(counts: Tensor, over: str, scope: str, across: bool) -> tuple[list[Tensor], Tensor]:
+def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:
     """What the loss of each micro-batch is multiplied by: the Trainer adds them up and averages over R ranks.
 
     ``R * n_m / N``, n_m of N in the windows of all ranks; with scope "global", whose loss is that of all ranks already,
     ``sum_r(n_rm) / N``; and where the whole window is chosen from, its sum in place of n_m.
 
     Args:
-        counts: (M, 2), n_m and the samples in it: what :class:`Counting` says of this rank's micro-batches.
-        over: "micro" or "window".
+        counts: (M,), n_m: what :class:`Counting` says of this rank's micro-batches. over: "micro" or "window".
         across: False where a rank is to weigh the same whatever it holds: N is its own then, and R is 1.
-
-    Returns:
-        M factors, and 0-d: how many entries a sample has, in the mean over all that are chosen from together.
 
     Raises:
         RanksDisagree: ranks chosen from together have another M, or a rank does not come.
     """
     micro_batches = len(counts)
     if over == "window":
-        counts = counts.sum(0, keepdim=True)
+        counts = counts.sum()[None]
     if scope == "global":
         counts = sum_over_ranks(counts, "number of micro-batches")
-    entries, samples = counts.unbind(1)
-    mean = entries.sum() / samples.sum().clamp(min=1)
-    total, ranks = entries.sum()[None], 1
+    total, ranks = counts.sum()[None], 1
     if scope == "local" and across:
         total, ranks = sum_over_ranks(total, "number of totals"), world_size()
-    return list((ranks * entries / total.clamp(min=1)).expand(micro_batches)), mean  # nothing to train on: 0, not NaN
+    return list((ranks * counts / total.clamp(min=1)).expand(micro_batches))  # nothing to train on: 0, not NaN
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -89,12 +89,9 @@ class TrimmingCallback(Callback):
     ) -> None:
         if clock is not None:
             check_choice("clock", clock, CLOCKS)
-        for name, value, wanted in (("log", log, bool), ("keep_log", keep_log, (KeepLog, type(None)))):
-            if not isinstance(value, wanted):
-                raise TypeError(
-                    f"expected `{name}` to be {'a bool' if name == 'log' else 'a batchtrim.KeepLog'}, got "
-                    f"{describe(value)}. A KeepLog is given as `keep_log`, and recorded in by the module."
-                )
+        if not isinstance(log, bool) or not isinstance(keep_log, (KeepLog, type(None))):
+            given = describe(keep_log if isinstance(log, bool) else log)
+            raise TypeError(f"expected `log` to be a bool and `keep_log` to be a batchtrim.KeepLog, got {given}.")
         if intercept and (keep_log is not None or options.get("scope", "local") != "local"):
             raise ValueError(
                 "expected `scope` 'local' and no `keep_log` with `intercept`, which knows no ids and no other rank, "

@@ -118,8 +118,7 @@ class Interception:
                 f"expected a training_step whose loss is made of one loss a sample, got one where {reason}. "
                 "Call self.trim(losses) in it, without `intercept`."
             ) from reason
-        mean = 1.0 if found.entries is None else found.entries.sum() / (found.entries > 0).sum().clamp(min=1)
-        loss = trim(found.scaled(mean), rank_by=found.scores)
+        loss = trim(found.losses, rank_by=found.scores)
         return {**found.outputs, "loss": loss} if isinstance(found.outputs, Mapping) else loss
 
 

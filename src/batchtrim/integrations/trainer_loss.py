@@ -5,41 +5,24 @@ Legend: W ranks, M micro-batches in a window (one optimizer step), n_rm entries 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchtrim.accumulation import first_pass, select_window
 from batchtrim.choice import Choice
-from batchtrim.engine import TrimmedForward
-from batchtrim.engine.state import GeneratorStates, ModelState, device_of
+from batchtrim.engine.state import GeneratorStates
 from batchtrim.integrations import follow
-from batchtrim.integrations.decompose import Found, LossFinder
-from batchtrim.integrations.intercept import NotFound
-from batchtrim.integrations.labels import Counting, counting_of, counting_of_own, labels_of, loss_of, plain_sums, shares
+from batchtrim.integrations.engine_step import EngineStep
+from batchtrim.integrations.labels import Counting, loss_of, plain_sums, shares
+from batchtrim.integrations.model_losses import FlatLosses, ModelLosses
 from batchtrim.integrations.numbered import IDS
-from batchtrim.losses import Losses, flatten
 from batchtrim.reduction import reduce
 from batchtrim.selection import Selection
 
 __all__ = ["TrainerLoss"]
-
-
-class _Flat(NamedTuple):
-    """A batch's losses to choose from, as a module returns them."""
-
-    outputs: Any
-    values: Tensor
-    mask: Tensor | None
-    weights: Tensor | None
-    scores: Tensor | None
-
-    @property
-    def losses(self) -> Losses:
-        return Losses(self.values, self.mask, self.weights)
 
 
 class TrainerLoss:
@@ -52,12 +35,9 @@ class TrainerLoss:
     def __init__(
         self, trainer: Any, per_sample_loss: Callable[[Any, Any], Any] | None, over: str, engine: str | None
     ) -> None:
-        self.trainer, self.per_sample_loss, self.over, self.engine = trainer, per_sample_loss, over, engine
-        smoothing = trainer.args.label_smoothing_factor if trainer.label_smoother is not None else 0.0
-        self.unit = trainer.trim_options.get("unit", "sample")
-        self.finder = LossFinder(self.unit, smoothing)
+        self.trainer, self.over, self.engine = trainer, over, engine
+        self.model_losses = ModelLosses(trainer, per_sample_loss)
         self.evaluated: list[Tensor] = []
-        self._told = False
         self.start_training()
 
     def start_training(self) -> None:
@@ -66,26 +46,25 @@ class TrainerLoss:
         self._batches: list[Any] = []  # the window's micro-batches, until it is chosen from
         self._window: list[tuple[Selection, GeneratorStates]] = []
         self._shares: list[Tensor] = []
-        self._mean_entries: Tensor | float = 1.0
         self._counting: Counting | None = None
-        self._step: TrimmedForward | None = None
+        self._step: EngineStep | None = None
 
     def start_window(self, batches: list[Any]) -> None:
         """Before the first micro-batch of an optimizer step: set the clock, and work out what each one weighs."""
         trainer, trim = self.trainer, self.trainer.trim
         if self._counting is None:
-            self._counting = self._proven(batches[0])
+            self._counting = self.model_losses.prove(batches[0])
         follow(trim, trainer.state.global_step if trainer.clock == "step" else int(trainer.state.epoch or 0))
         counts = torch.stack([self._counting(each, trainer.label_names) for each in batches]).to(trainer.args.device)
         across = trainer.args.average_tokens_across_devices
-        self._shares, self._mean_entries = shares(counts, self.over, trim.scope, across)
+        self._shares = shares(counts, self.over, trim.scope, across)
         self._batches = batches if self.over == "window" else []
 
     def start_micro_batch(self, model: nn.Module) -> None:
         """Before each micro-batch: choose from the window where that is still to do, and repeat its dropout."""
         self.waits = True
         if self._batches:
-            self._choose_window(self._inner(model))
+            self._choose_window(self.model_losses.inner(model))
         if self._window:
             self._window[0][1].restore()
 
@@ -96,7 +75,7 @@ class TrainerLoss:
         if self.engine is not None:
             loss, outputs = self._engine_step(model, inputs, ids)
         else:
-            found = self._losses(model, inputs)
+            found = self.model_losses(model, inputs)
             outputs = found.outputs
             if self._window:
                 loss = reduce(found.values, self._window.pop(0)[0], trim.scale, found.weights)
@@ -111,106 +90,41 @@ class TrainerLoss:
         Without the Trainer's number of items, which is that of other labels where it takes the model's loss for one
         that is not shifted.
         """
-        if self.per_sample_loss is None and not self.finder.smoothing:
+        source = self.model_losses
+        if source.per_sample_loss is None and not source.smoothing:
             outputs = model(**inputs)
             return loss_of(outputs), outputs
-        if self.per_sample_loss is None:
-            found = self._find(model, inputs)
+        if source.per_sample_loss is None:
+            found = source.find(model, inputs)
             return found.loss, found.outputs
-        losses, outputs = self._own_losses(model, inputs)
-        sums = plain_sums(losses)
-        self.evaluated.append(sums.detach().double())
-        return sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny), outputs
+        losses, outputs = source.own(model, inputs)
+        self.evaluated.append(plain_sums(losses))
+        return losses.mean(), outputs
 
     def mean_evaluated(self) -> float:
         """Return the mean over all that :meth:`plain` saw, on all ranks: of entries, not of batches."""
         total = self.trainer.accelerator.reduce(torch.stack(self.evaluated).sum(0), reduction="sum")
         return float(total[0] / total[1].clamp(min=torch.finfo(total.dtype).tiny))
 
-    def _inner(self, model: nn.Module) -> nn.Module:
-        return model if self.trainer.is_fsdp_enabled else self.trainer.accelerator.unwrap_model(model)
-
-    def _find(self, model: nn.Module, inputs: Any) -> Found:
-        labels = labels_of(inputs, self.trainer.label_names)
-        eager = getattr(model, "_orig_mod", model)
-        if eager is not model and not self._told:
-            self._told = True
-            warnings.warn(
-                f"{type(eager).__name__} runs without torch.compile here: only its Python shows which losses it is made "
-                "of. With per_sample_loss=(outputs, labels) -> un-reduced losses it runs compiled.",
-                stacklevel=2,
-            )
-        try:
-            return self.finder(lambda: eager(**inputs), loss_of, len(labels[0]), labels)
-        except NotFound as reason:
-            raise NotFound(
-                f"expected a model whose loss is made of one loss a sample, got {type(self._inner(model)).__name__}: "
-                f"{reason}. Pass per_sample_loss=(outputs, labels) -> un-reduced losses."
-            ) from reason
-
-    def _own_losses(self, model: nn.Module, inputs: Any) -> tuple[Losses, Any]:
-        assert self.per_sample_loss is not None
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        losses = self.per_sample_loss(outputs, inputs.get("labels"))
-        return losses if isinstance(losses, Losses) else Losses(losses), outputs
-
-    def _losses(self, model: nn.Module, inputs: Any) -> _Flat:
-        if self.per_sample_loss is not None:
-            losses, outputs = self._own_losses(model, inputs)
-            flat = flatten(losses, self.unit)
-            if flat.terms or flat.reduction != "mean":
-                raise ValueError(
-                    "expected `per_sample_loss` to return losses whose mean is the loss, got a sum of terms that count "
-                    "differently, or reduction='sum'. Add their values, of which each sample counts the same."
-                )
-            if flat.counts is None:
-                return _Flat(outputs, flat.values, flat.mask, flat.weights, None)
-            counts = flat.counts / self._mean_entries
-            return _Flat(outputs, flat.values * counts, flat.mask, counts, flat.values.detach())
-        found = self._find(model, inputs)
-        losses = found.scaled(self._mean_entries)
-        return _Flat(found.outputs, losses.values, losses.mask, losses.weights, found.scores)
-
-    def _proven(self, batch: Any) -> Counting:
-        """Return how to count: from a forward of its own, before anything is trained, so that what fails fails here."""
-        trainer = self.trainer
-        model = self._inner(trainer.model_wrapped).train()
-        states, buffers = GeneratorStates(device_of(model)), ModelState(list(model.modules()))
-        inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != IDS}
-        with trainer.compute_loss_context_manager():
-            if self.per_sample_loss is None:
-                counting = counting_of(self._find(model, inputs), labels_of(inputs, trainer.label_names))
-            else:
-                counting = counting_of_own(self._own_losses(model, inputs)[0], inputs, self.unit, trainer.label_names)
-        states.restore()
-        buffers.restore()
-        return counting
-
     def _engine_step(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
         if self._step is None:
-            self._step = TrimmedForward(
-                _WithLosses(self, model),
-                lambda found, _: found.losses,
-                self.trainer.trim,
-                self.engine or "auto",
-                rank_by=lambda found, _: found.values if found.scores is None else found.scores,
-            )
-        loss = self._step(dict(inputs))
-        last = self._step.last
-        assert last is not None
-        self._record(self.trainer.trim.last, ids, inputs, last.outputs.outputs)
-        return loss, last.outputs.outputs
+            self._step = EngineStep(self.model_losses, self.trainer.trim, self.engine or "auto")
+        loss = self._step(model, dict(inputs))
+        assert self._step.last is not None
+        outputs = self._step.last.outputs
+        self._record(self.trainer.trim.last, ids, inputs, outputs)
+        return loss, outputs
 
     def _choose_window(self, model: nn.Module) -> None:
         """From all of the window's micro-batches; what they are trained under is what they were scored under."""
         trainer = self.trainer
         ids: list[Tensor] = []
 
-        def score(batch: Any) -> _Flat:
+        def score(batch: Any) -> FlatLosses:
             inputs = dict(trainer._prepare_inputs(batch))
             ids.extend([inputs.pop(IDS)] if IDS in inputs else [])
             with trainer.compute_loss_context_manager():
-                return self._losses(model, inputs)._replace(outputs=None)
+                return self.model_losses(model, inputs)._replace(outputs=None)
 
         parts, states = first_pass(model, self._batches, score)
         scores = [part.values.detach() if part.scores is None else part.scores for part in parts]
@@ -228,15 +142,3 @@ class TrainerLoss:
             self.trainer.keep_log.record(choice, ids=ids, outputs=logits.detach(), labels=labels)
         else:
             self.trainer.keep_log.record(choice, ids=ids)
-
-
-class _WithLosses(nn.Module):
-    """The model, returning its losses beside its outputs: what an engine runs."""
-
-    def __init__(self, losses: TrainerLoss, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self._losses = losses
-
-    def forward(self, **inputs: Any) -> _Flat:
-        return self._losses._losses(self.model, inputs)

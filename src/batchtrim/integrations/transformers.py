@@ -26,9 +26,9 @@ from batchtrim.accumulation import OVER
 from batchtrim.integrations import CLOCKS, build, log_values
 from batchtrim.integrations.numbered import IDS, numbered_rows
 from batchtrim.keeplog import KeepLog
-from batchtrim.losses import Losses
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
+from batchtrim.unreduced import Losses
 
 import_extra("transformers", "transformers", "TrimmedTrainer")
 

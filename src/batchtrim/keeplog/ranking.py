@@ -29,7 +29,7 @@ def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
 
     Notes:
         A high score says hard, and rare or ambiguous samples are hard as well: look before you drop. How it compares
-        with other scores on real label noise is measured in ``benchmarks/label_errors.py``.
+        with other scores on real label noise is measured in ``studies/label_errors.py``.
 
     Example:
         >>> log = KeepLog(3)

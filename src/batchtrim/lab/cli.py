@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -126,7 +127,20 @@ def demo(given: dict[str, Any]) -> None:
 
 @app.command("report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="folder with runs.jsonl")],
+    folder: Annotated[Path | None, typer.Argument(help="folder with runs.jsonl", show_default=False)] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="table made elsewhere: columns method, seed, a metric, time", show_default=False),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="column of the table to compare by [the one there is]", show_default=False)
+    ] = None,
+    higher_is_better: Annotated[
+        bool, typer.Option("--higher-is-better", help="a higher metric is better [by its name]", show_default=False)
+    ] = False,
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="a lower metric is better [by its name]", show_default=False)
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="where the report goes [the same folder]", show_default=False)
     ] = None,
@@ -134,20 +148,19 @@ def report_command(
     as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON and write nothing")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Write the report on the runs in a folder.
+    """Write the report on the runs in a folder, or on the numbers in a CSV file.
 
-    report.html is self-contained; report.md and report.csv lie beside it.
+    report.html is self-contained; report.md and report.csv lie beside it. That on FILE.csv goes to the folder FILE.
     """
 
     def work() -> None:
-        from batchtrim.lab import records
-
-        rows = records.read(folder)
+        way = options.direction(higher_is_better, lower_is_better)
+        rows, place = _rows_of(folder, csv, metric, way)
         with _fitting("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
             check_choice("baseline", baseline, methods)
-        _report(rows, out or folder, baseline, as_json)
+        _report(rows, out or place, baseline, as_json)
 
     _guard(work, debug)
 
@@ -164,18 +177,17 @@ def claims_command(
     """
 
     def work() -> None:
-        from batchtrim.lab.analyse import claims
+        from batchtrim.lab.present import results
 
         found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not found:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
         with _fitting("the records"):
-            text = claims.page(found)
-        if out is None:
-            typer.echo(text, nl=False)
-        else:
-            out.write_text(text, encoding="utf-8")
-            typer.echo(f"results: {out}")
+            if out is None:
+                typer.echo(results.page(found), nl=False)
+            else:
+                results.write(found, out)
+                typer.echo(f"results: {out}")
 
     _guard(work, debug)
 
@@ -229,6 +241,29 @@ def methods_command(
             typer.echo(f"    {row.name}.{name}={param.default}  {param.help}")
 
 
+def _rows_of(
+    folder: Path | None, csv: Path | None, metric: str | None, higher_is_better: bool | None
+) -> tuple[list[dict[str, Any]], Path]:
+    """Return the runs of a folder or of a table, and where their report goes."""
+    from batchtrim.lab import records
+    from batchtrim.lab.analyse import foreign
+
+    if csv is not None and folder is None:
+        return foreign.read_csv(csv, metric, higher_is_better), csv.with_suffix("")
+    if folder is None or csv is not None:
+        raise ValueError(
+            f"expected a folder with runs.jsonl or --csv FILE, got {'neither' if csv is None else 'both'}."
+        )
+    if metric is not None or higher_is_better is not None:
+        raise ValueError("expected --metric beside --csv, got it beside a folder, whose runs name their metric.")
+    rows = records.read_results(folder)
+    if torn := records.torn(folder):
+        typer.echo(
+            f"note: {torn} is a piece of a run, left out. A machine may have gone down while it wrote.", err=True
+        )
+    return rows, folder
+
+
 def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings, and the presets that they leave open; a file may say `method` or `seed` in the singular."""
     return {name: value for name, value in presets.items() if name.removesuffix("s") not in settings} | settings
@@ -240,11 +275,19 @@ def main() -> None:
 
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    from batchtrim.lab import records
+    from batchtrim.lab import own, records
     from batchtrim.lab.execute import grid, local, progress, scheduler
     from batchtrim.lab.run.ranks import Ranks
+    from batchtrim.lab.task.code import Code
 
-    configs = grid.expand(settings)
+    settings = dict(settings)
+    task = settings.pop("task", None)
+    if task is None:
+        options.refuse_without_task(settings)
+        configs: list[Any] = list(grid.expand(settings))
+    else:
+        options.refuse_with_task(given)
+        configs = list(grid.expand_task(Code.in_file(task, "task"), settings))
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
         if given.get(name, least) < least:
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
@@ -253,7 +296,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     workers = workers if ranks.world == 1 else 1
     if "threads" not in settings:
         configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
-    out = given["out"] or _default_out(settings, configs)
+    out = given["out"] or (_default_out(configs) if task is None else own.default_out(configs))
     place = scheduler.Workplace(
         out,
         given.get("data_dir"),
@@ -264,25 +307,30 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     try:
         with progress.Quiet() if given["quiet"] or ranks.rank > 0 else progress.Live() as watcher:
             failed = scheduler.run_all(
-                configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2)
-            )
+                configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2),
+                isolated=task is not None,
+            )  # fmt: skip
     except KeyboardInterrupt:
         done = len(records.Records(out).rows())
         typer.echo(f"\nstopped; {done} runs are recorded in {out}. The same command goes on from there.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if ranks.rank == 0:
-        _report(records.read(out), out, "full", given["as_json"], [config.method for config in configs])
+        _report(records.read_results(out), out, "full", given["as_json"], [config.method for config in configs])
     for row in failed:
         typer.echo(f"failed: {row['config']['method']} seed {row['config']['seed']}: {row.get('error')}", err=True)
+    for text in dict.fromkeys(row["traceback"] for row in failed if "traceback" in row):
+        typer.echo(text, err=True)
     if failed:
         typer.echo(f"{len(failed)} runs failed; the same command tries them again.", err=True)
         raise typer.Exit(FAILED)
 
 
-def _default_out(settings: dict[str, Any], configs: list[Any]) -> Path:
+def _default_out(configs: list[Any]) -> Path:
     """A folder named after what the runs share, so that the same command finds it again."""
     names = [sorted({str(getattr(config, name)) for config in configs}) for name in ("dataset", "model", "optimizer")]
     epochs = sorted({config.epochs for config in configs})
+    names[0] = [re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in names[0]]  # a data set may be a path
+    names[1] = [re.sub(r"[^\w.-]+", "-", name) for name in names[1]]
     parts = ["+".join(values) for values in names] + ["+".join(map(str, epochs)) + "ep"]
     return Path("runs") / "-".join(parts)
 

@@ -1,9 +1,9 @@
 """runs.jsonl: every finished run is one line, appended whole or not at all, whoever dies when.
 
 A line is written by one ``write`` to a file opened for appending, then synced, under a file lock. Should a machine go
-down in the middle of it, the piece without a newline at the end is no finished run: readers skip it and the next
-writer cuts it off. A run in the works is claimed by a lock that the kernel frees when its holder dies, so two processes
-on one folder share the work and never do a run twice.
+down in the middle of it, the piece at the end is no finished run: readers skip it, and the next writer moves it to
+``runs.torn``. A whole run at the end that only lacks its newline counts. A run in the works is claimed by a lock that
+the kernel frees when its holder dies, so two processes on one folder share the work and never do a run twice.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from batchtrim.lab.files import write_whole
+from batchtrim._checks import describe, is_number
+from batchtrim.lab.files import remove_parts, write_whole
+from batchtrim.lab.metric import Metric
 
 SCHEMA = 1
 DONE = ("finished", "diverged")
+STATUSES = (*DONE, "failed")
+COSTS = ("seconds", "seconds_eval", "samples_forward", "samples_backward", "steps")
 # Keys name files (checkpoints, keep logs), so one from a file made elsewhere must not lead out of the folder.
 _KEY = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
@@ -62,7 +66,7 @@ class Records:
         if not writable:
             raise PermissionError(_not_writable(self.folder, "permission denied"))
         self._rows: dict[str, Row] = {}
-        self._offset = 0
+        self._offset = self._line = 0
 
     def rows(self) -> list[Row]:
         """The runs recorded so far, by anyone: one per key, the last one recorded."""
@@ -85,15 +89,13 @@ class Records:
         with self._lock("append"):
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                whole = _end_of_last_line(file)
-                if whole < os.fstat(file).st_size:
-                    os.ftruncate(file, whole)
+                end = self._close_last_line(file)
                 try:
                     if os.write(file, line) != len(line):
                         raise OSError(f"cannot append a whole row to {self.path}. Is the disk full?")
                     os.fsync(file)
                 except OSError:
-                    os.ftruncate(file, whole)
+                    os.ftruncate(file, end)
                     raise
             finally:
                 os.close(file)
@@ -126,7 +128,7 @@ class Records:
         """
         path = self.folder / "grid.json"
         with self._lock("settle"):
-            there: list[Row] = json.loads(path.read_text()) if path.exists() and self._begun() else []
+            there = _read_cells(path) if path.exists() and self._begun() else []
             ours = [cell for cell in cells if cell not in there]
             gone = [cell for cell in there if cell not in cells]
             if ours and gone:
@@ -140,14 +142,29 @@ class Records:
 
         A first run that failed for a wrong setting leaves none.
         """
-        if self.rows() or any((self.folder / "checkpoints").glob("*")):
+        if self.rows() or any((self.folder / "checkpoints").glob("*.pt")):
             return True
         for lock in (self.folder / ".claims").glob("*.lock"):
             if lock.stem not in ("settle", "append"):
                 with self.claim(lock.stem) as free:
                     if not free:
                         return True
+        remove_parts(self.folder / "checkpoints")  # nobody is at work: they are what a process left that died
         return False
+
+    def _close_last_line(self, file: int) -> int:
+        """Make the file end in a newline, and return its size: complete a whole run, set a piece of one aside."""
+        start, size = _end_of_last_line(file), os.fstat(file).st_size
+        if start == size:
+            return size
+        rest = os.pread(file, size - start, start)
+        if _is_whole(rest):
+            os.write(file, b"\n")
+            return size + 1
+        with self.path.with_suffix(".torn").open("ab") as torn:
+            torn.write(rest + b"\n")
+        os.ftruncate(file, start)
+        return start
 
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / ".claims" / f"{name}.lock")
@@ -158,16 +175,83 @@ class Records:
         with self.path.open("rb") as file:
             file.seek(self._offset)
             text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            row = _parse(line, self.path)
+        ended = text[: text.rfind(b"\n") + 1]
+        for number, line in _lines(text):
+            row = _parse(line, self.path, self._line + number)
             self._rows.pop(row["key"], None)
             self._rows[row["key"]] = row
-        self._offset += len(whole)
+        self._offset += len(ended)
+        self._line += ended.count(b"\n")
 
 
 def read(path: str | Path) -> list[Row]:
-    """The runs in a folder or in a ``runs.jsonl``: one per key, the last one recorded. Writes nothing."""
+    """Return the runs in a folder or in a ``runs.jsonl``: one per key, the last one recorded. Writes nothing."""
+    path = _record_file(path)
+    rows: dict[str, Row] = {}
+    for number, line in _lines(path.read_bytes()):
+        row = _parse(line, path, number)
+        rows.pop(row["key"], None)
+        rows[row["key"]] = row
+    return list(rows.values())
+
+
+def read_results(path: str | Path) -> list[Row]:
+    """Return the runs as :func:`read` does, each checked to have what a comparison reads.
+
+    Raises:
+        ReplaceRecords: a run lacks something, or has a word where a number belongs; file and line are named.
+    """
+    path = _record_file(path)
+    for number, line in _lines(path.read_bytes()):
+        check_result(_parse(line, path, number), f"{path}, line {number}")
+    return read(path)
+
+
+def torn(path: str | Path) -> str:
+    """Return where the record file ends in a piece of a run, as ``FILE, line N``; "" where it does not."""
+    path = _record_file(path)
+    *ended, rest = path.read_bytes().split(b"\n")
+    return f"{path}, line {len(ended) + 1}" if rest and not _is_whole(rest) else ""
+
+
+def check_result(row: Mapping[str, Any], place: str) -> None:
+    """Refuse a row that lacks what a comparison reads of it; ``place`` names it in the error."""
+    config = row.get("config")
+    finished = row.get("status") == "finished"
+    wrong = None
+    if not isinstance(config, Mapping) or not isinstance(config.get("method"), str):
+        wrong = "config.method", "a name", None
+    elif not isinstance(config.get("seed"), int) or isinstance(config["seed"], bool):
+        wrong = "config.seed", "a whole number", config.get("seed")
+    elif row.get("status") not in STATUSES:
+        wrong = "status", f"one of {', '.join(STATUSES)}", row.get("status")
+    elif finished:
+        wrong = _wrong_number(row, config)
+    for name in ("curve", "environment"):
+        if wrong is None and not isinstance(row.get(name) or {}, Mapping):
+            wrong = name, "a table", row[name]
+    if wrong is not None:
+        name, needed, got = wrong
+        raise ReplaceRecords(
+            f"expected the records to be as batchtrim writes them, with `{name}` {needed}, "
+            f"got {describe(got) if got is not None else 'none'} in {place}. "
+            "Remove that line, and its run is done again by the command that made it."
+        )
+
+
+def _wrong_number(row: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str, Any] | None:
+    """Return the number that a finished run lacks, with what it has to be; costs may be unknown of other programs."""
+    metric = Metric.of(config)
+    value = row.get(metric.field)
+    if metric.in_percent and not (_is_finite(value) and 0 <= value <= 1):  # type: ignore[operator]
+        return metric.field, "a number in [0, 1]", value
+    if not _is_finite(value):
+        return metric.field, "a number", value
+    named = {name: row.get(name) for name in COSTS if "metric" not in config or row.get(name) is not None}
+    return next(((name, "a number", cost) for name, cost in named.items() if not _is_finite(cost)), None)
+
+
+def _record_file(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"expected a folder of runs, got {path}, which does not exist.{_folders_near(path)}")
@@ -178,13 +262,40 @@ def read(path: str | Path) -> list[Row]:
         )
     if path.suffix != ".jsonl":
         raise ValueError(f"expected a folder of runs, or its runs.jsonl, got {path}.")
-    rows: dict[str, Row] = {}
-    text = path.read_bytes()
-    for line in text[: text.rfind(b"\n") + 1].splitlines():
-        row = _parse(line, path)
-        rows.pop(row["key"], None)
-        rows[row["key"]] = row
-    return list(rows.values())
+    return path
+
+
+def _lines(text: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield each line with its number from 1; the last counts without a newline too, if a whole run stands there."""
+    *ended, rest = text.split(b"\n")
+    yield from enumerate(ended, 1)
+    if rest and _is_whole(rest):
+        yield len(ended) + 1, rest
+
+
+def _is_whole(rest: bytes) -> bool:
+    try:
+        return isinstance(json.loads(rest), dict)
+    except ValueError:
+        return False
+
+
+def _is_finite(value: object) -> bool:
+    return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _read_cells(path: Path) -> list[Row]:
+    """Return what ``grid.json`` says of the experiment in its folder."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+            raise ValueError("no list of settings")
+    except ValueError as error:
+        raise ReplaceRecords(
+            f"expected the settings of the runs in {path}, got a file that does not hold them ({error}). "
+            "It was changed by hand, or damaged: remove it, and the next command writes it anew."
+        ) from error
+    return cells
 
 
 def _folders_near(path: Path) -> str:
@@ -195,7 +306,7 @@ def _folders_near(path: Path) -> str:
     return f" There are runs in: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}." if found else ""
 
 
-def _parse(line: bytes, path: Path) -> Row:
+def _parse(line: bytes, path: Path, number: int) -> Row:
     try:
         row = json.loads(line)
         schema, _ = row["schema"], (row["config"]["method"], row["status"])
@@ -204,12 +315,13 @@ def _parse(line: bytes, path: Path) -> Row:
     except (ValueError, KeyError, TypeError) as error:
         start = line[:60].decode(errors="replace")
         raise ReplaceRecords(
-            f"expected a run on each line of {path}, got {start!r}. The file was changed by hand, or damaged: "
-            "remove that line, and its run is done again."
+            f"expected a run on each line of {path}, got {start!r} on line {number}. The file was changed by hand, or "
+            "damaged: remove that line, and its run is done again."
         ) from error
     if schema != SCHEMA:
         raise ReplaceRecords(
-            f"expected rows of schema {SCHEMA} in {path}, got {schema}. Another release of batchtrim made it."
+            f"expected rows of schema {SCHEMA} in {path}, line {number}, got {schema}. "
+            "Another release of batchtrim made it."
         )
     return row
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attacks.base import C, D, H, V, attack, tokens, vectors
+from batchtrim import token_losses
 
 # 15. What a trace may miss
 
@@ -230,3 +231,20 @@ def centred_by_matrix(net: Any, x: Tensor) -> Tensor:
 def identity_over_the_batch(net: Any, x: Tensor) -> Tensor:
     """No interaction in value: the proof must not need to know."""
     return net.t(torch.eye(len(x)) @ net.a(x) + 0.0 * net.a(x).sum(0))
+
+
+def _texts(batch: int) -> tuple[Tensor, Tensor]:
+    x = torch.randint(0, V, (batch, 6))
+    return x, x.masked_fill(torch.arange(6) >= torch.randint(3, 7, (batch, 1)), -100)
+
+
+@attack(
+    15,
+    data=_texts,
+    parts=lambda: {"t": nn.Linear(H, V)},
+    two_pass="right",
+    shared="right",
+    loss=lambda: lambda out, y: token_losses(out, y, shift=True),
+)
+def padded_tokens(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.embed(x))

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from batchtrim.lab.analyse import claims, inference
+from batchtrim.lab.analyse.claims import Status
+from batchtrim.lab.present import results
 
 ROOT = Path(__file__).parents[3]
 CLAIMS = """
@@ -47,17 +49,17 @@ def write(folder: Path, errors: dict[str, Sequence[float]], text: str = CLAIMS, 
 @pytest.mark.parametrize(
     ("says", "differences", "status"),
     [
-        ("lower", [-1.0, -1.2, -0.9, -1.1, -1.0], claims.SUPPORTED),
-        ("higher", [-1.0, -1.2, -0.9, -1.1, -1.0], claims.NOT_SUPPORTED),
-        ("same", [-1.0, -1.2, -0.9, -1.1, -1.0], claims.NOT_SUPPORTED),
-        ("lower", [0.1, -0.1, 0.0, 0.1, -0.1], claims.NOT_SUPPORTED),  # half a point is ruled out
-        ("higher", [0.1, -0.1, 0.0, 0.1, -0.1], claims.NOT_SUPPORTED),
-        ("same", [0.1, -0.1, 0.0, 0.1, -0.1], claims.SUPPORTED),
-        ("lower", [2.0, -3.0, 1.0, -2.0, 1.0], claims.NOT_DECIDABLE),
-        ("higher", [2.0, -3.0, 1.0, -2.0, 1.0], claims.NOT_DECIDABLE),
-        ("same", [2.0, -3.0, 1.0, -2.0, 1.0], claims.NOT_DECIDABLE),
-        ("higher", [1.0, 1.2, 0.9, 1.1, 1.0], claims.SUPPORTED),
-        ("lower", [-1.0, -1.1], claims.NOT_DECIDABLE),  # two pairs tell nothing
+        ("lower", [-1.0, -1.2, -0.9, -1.1, -1.0], Status.SUPPORTED),
+        ("higher", [-1.0, -1.2, -0.9, -1.1, -1.0], Status.NOT_SUPPORTED),
+        ("same", [-1.0, -1.2, -0.9, -1.1, -1.0], Status.NOT_SUPPORTED),
+        ("lower", [0.1, -0.1, 0.0, 0.1, -0.1], Status.NOT_SUPPORTED),  # half a point is ruled out
+        ("higher", [0.1, -0.1, 0.0, 0.1, -0.1], Status.NOT_SUPPORTED),
+        ("same", [0.1, -0.1, 0.0, 0.1, -0.1], Status.SUPPORTED),
+        ("lower", [2.0, -3.0, 1.0, -2.0, 1.0], Status.NOT_DECIDABLE),
+        ("higher", [2.0, -3.0, 1.0, -2.0, 1.0], Status.NOT_DECIDABLE),
+        ("same", [2.0, -3.0, 1.0, -2.0, 1.0], Status.NOT_DECIDABLE),
+        ("higher", [1.0, 1.2, 0.9, 1.1, 1.0], Status.SUPPORTED),
+        ("lower", [-1.0, -1.1], Status.NOT_DECIDABLE),  # two pairs tell nothing
     ],
 )
 def test_what_pairs_say(says: str, differences: list[float], status: str) -> None:
@@ -65,13 +67,50 @@ def test_what_pairs_say(says: str, differences: list[float], status: str) -> Non
     assert claims.judge(says, inference.moments(values), inference.paired_t(values), effect=0.005) == status
 
 
+@pytest.mark.parametrize(
+    ("differences", "status"),
+    [
+        ([0.1, -0.1, 0.0, 0.1, -0.1], Status.SUPPORTED),
+        ([-1.0, -1.2, -0.9, -1.1, -1.0], Status.SUPPORTED),  # better is not worse
+        ([0.2, 0.3, 0.2, 0.25, 0.2], Status.SUPPORTED),  # worse, but by less than the margin
+        ([0.6, 0.7, 0.6, 0.65, 0.6], Status.NOT_SUPPORTED),
+        ([0.4, 0.7, 0.3, 0.6, 0.5], Status.NOT_DECIDABLE),
+        ([2.0, -3.0, 1.0, -2.0, 1.0], Status.NOT_DECIDABLE),
+        ([0.0, 0.0, 0.0], Status.SUPPORTED),  # the same on every seed
+        ([0.0, 0.0], Status.NOT_DECIDABLE),
+    ],
+)
+def test_not_worse_by_a_margin(differences: list[float], status: Status, tmp_path: Path) -> None:
+    text = CLAIMS.replace('"lower"', '"not worse"\nmargin = 0.5').replace('["trim", "random"]', '"trim"')
+    full = [5.0, 5.5, 6.0, 5.2, 5.1][: len(differences)]
+    folder = write(
+        tmp_path / "r", {"full": full, "trim": [a + b for a, b in zip(full, differences, strict=True)]}, text
+    )
+    (found,) = claims.read(folder).findings
+    assert found.status == status
+    assert "`trim` against `full`: not worse by 0.50 points" in results.page([folder])
+
+
+@pytest.mark.parametrize(("limit", "status"), [(60, Status.SUPPORTED), (50, Status.NOT_SUPPORTED)])
+def test_too_many_backward_samples_make_a_claim_not_supported(limit: int, status: Status, tmp_path: Path) -> None:
+    text = CLAIMS.replace('"lower"', f'"not worse"\nmargin = 0.5\nbackward = {limit}')
+    full = [5.0, 5.5, 6.0, 5.2]
+    folder = write(tmp_path / "r", {"full": full, "trim": full, "random": full}, text)
+    file = folder / "runs.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | {"samples_backward": 10 if row["config"]["method"] == "full" else 6} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [found.status for found in claims.read(folder).findings] == [status] * 2
+    assert f"with {limit}% of its backward samples at most (it took 60%)" in results.page([folder])
+
+
 def test_a_corrected_p_value_decides() -> None:
     values = [-0.010, -0.002, -0.008, -0.001, -0.012]
     spread = inference.moments(values)
     assert spread.t is not None
     assert spread.t[1] < 0
-    assert claims.judge("lower", spread, 0.04, effect=0.005) == claims.SUPPORTED
-    assert claims.judge("lower", spread, 0.08, effect=0.005) == claims.NOT_DECIDABLE
+    assert claims.judge("lower", spread, 0.04, effect=0.005) == Status.SUPPORTED
+    assert claims.judge("lower", spread, 0.08, effect=0.005) == Status.NOT_DECIDABLE
 
 
 def test_a_finding_for_each_method_corrected_over_the_group(tmp_path: Path) -> None:
@@ -80,12 +119,12 @@ def test_a_finding_for_each_method_corrected_over_the_group(tmp_path: Path) -> N
     folder = write(tmp_path / "r", {"full": full, "trim": trim, "random": [6.0, 4.0, 7.0, 4.5, 5.6]})
     record = claims.read(folder)
     first, second = record.findings
-    assert (first.claim.method, first.status) == ("trim", claims.SUPPORTED)
+    assert (first.claim.method, first.status) == ("trim", Status.SUPPORTED)
     assert first.difference.mean == pytest.approx(-0.01)
     raw = inference.paired_t([a / 100 - b / 100 for a, b in zip(trim, full, strict=True)])
     assert raw is not None
     assert first.p == pytest.approx(2 * raw)  # the smaller of two p-values counts twice
-    assert (second.claim.method, second.status) == ("random", claims.NOT_DECIDABLE)
+    assert (second.claim.method, second.status) == ("random", Status.NOT_DECIDABLE)
     assert second.detectable is not None
     assert second.detectable > 0.01
 
@@ -95,7 +134,7 @@ def test_a_claim_is_read_in_every_group(tmp_path: Path) -> None:
     for optimizer, gain in (("adam", -1.0), ("sgd", 1.0)):
         trim = [value + gain + 0.01 * seed for seed, value in enumerate(full)]
         write(tmp_path / "r", {"full": full, "trim": trim, "random": trim}, optimizer=optimizer)
-    text = claims.page([tmp_path / "r"])
+    text = results.page([tmp_path / "r"])
     rows = [line for line in text.splitlines() if "| Trimming helps." in line]
     assert [("adam" in row, "**supported**" in row, "**not supported**" in row) for row in rows] == [
         (True, True, False), (True, True, False), (False, False, True), (False, False, True),
@@ -108,7 +147,7 @@ def test_engines_tell_arms_of_one_method_apart(tmp_path: Path) -> None:
     text = text.replace('"full"', '"trim"').replace('"lower"', '"same"')
     errors = {"trim/exact": [5.0, 5.5, 6.0, 5.2], "trim/shared": [5.1, 5.4, 6.1, 5.1], "full": [1.0, 1.0, 1.0, 1.0]}
     (found,) = claims.read(write(tmp_path / "r", errors, text)).findings
-    assert found.status == claims.SUPPORTED
+    assert found.status == Status.SUPPORTED
     assert found.difference.mean == pytest.approx(0.0)
 
 
@@ -120,7 +159,13 @@ def test_engines_tell_arms_of_one_method_apart(tmp_path: Path) -> None:
         ("effect = 0.5", "`claim` to be tables"),
         (CLAIMS.replace("says =", "say ="), "got 'say' beside them"),
         (CLAIMS.replace('says = "lower"', ""), "none called 'says'"),
-        (CLAIMS.replace('"lower"', '"better"'), "`says` to be one of 'lower', 'higher', 'same'"),
+        (CLAIMS.replace('"lower"', '"better"'), "`says` to be one of 'lower', 'higher', 'same', 'not worse'"),
+        (CLAIMS.replace('"lower"', '"not worse"'), "expected `margin`, in points, with a claim that says 'not worse'"),
+        (CLAIMS + "margin = 0.5", "got 0.5 with 'lower'"),
+        (
+            CLAIMS.replace('"lower"', '"not worse"') + "margin = -1",
+            "`margin` to be positive and finite, got -1. In points",
+        ),
         (CLAIMS.replace('"random"', '"radnom"'), "'radnom' and 'full'"),
     ],
 )
@@ -136,4 +181,23 @@ def test_the_results_page_is_what_the_records_say() -> None:
     )
     if not folders:
         pytest.skip("no record has runs yet")
-    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == claims.page(folders)
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == results.page(folders)
+    kept = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / results.DRAWINGS).glob("*.svg")}
+    assert kept == results.drawings(folders)
+
+
+def test_the_page_has_a_drawing_of_each_problem_and_says_when_trimming_helps(tmp_path: Path) -> None:
+    folder = write(tmp_path / "r", {"full": [5.0, 5.5, 6.0], "trim": [4.0, 4.6, 5.1], "random": [5.0, 5.6, 6.0]})
+    file = folder / "runs.jsonl"
+    rows = [json.loads(line) | {"curve": {"train_error": [0.2, 0.01]}} for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "page.md"
+    results.write([folder], out)
+    text = out.read_text()
+    assert "| d (r) | 3 | 1.00 | \N{MINUS SIGN}0.93" in text
+    assert "](drawings/results/r-d.svg)" in text
+    drawing = (tmp_path / "drawings" / "results" / "r-d.svg").read_text()
+    assert drawing.startswith("<svg")
+    assert "<style>" in drawing
+    assert all(f">{name}<" in drawing for name in ("full", "trim", "random"))
+    assert "http" not in drawing.replace("http://www.w3.org/2000/svg", "")

@@ -168,6 +168,18 @@ def test_ticks_are_round_numbers(low, high, expected):
     assert charts.ticks(low, high) == pytest.approx(expected)
 
 
+def test_the_front_is_what_no_other_point_beats():
+    points = [charts.Point(name, 0, x, y, None) for name, x, y in (
+        ("plain", 10.0, 3.0), ("cheap", 4.0, 4.0), ("best", 6.0, 2.0), ("beaten", 7.0, 2.5), ("as good", 6.0, 2.0),
+        ("dearer, as good", 9.0, 2.0), ("cheapest", 1.0, 9.0),
+    )]  # fmt: skip
+    assert [point.label for point in charts.front(points)] == ["cheapest", "cheap", "best"]
+    drawn = charts.scatter(points, x_label="cost", y_label="error", x_fmt=str, fmt=str)
+    assert drawn.count('class="front"') == 1
+    assert drawn.count("on the front") == 3
+    assert 'class="front"' not in charts.scatter(points[:1], x_label="cost", y_label="error", x_fmt=str, fmt=str)
+
+
 def test_long_lines_are_thinned_and_end_where_they_end():
     long = charts.Series("x", 1, list(range(1000)), list(range(1000)))
     thin = charts._thin(long)

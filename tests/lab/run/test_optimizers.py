@@ -22,4 +22,5 @@ def test_onecycle_is_torch_s() -> None:
 def test_the_other_learning_rates() -> None:
     assert [lr_factor("step", p) for p in (0, 0.49, 0.5, 0.75)] == [1.0, 1.0, 0.1, pytest.approx(0.01)]
     assert [lr_factor("cosine", p) for p in (0, 0.5, 1)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [lr_factor("triangle", p) for p in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
     assert lr_factor("constant", 0.9) == 1.0

@@ -215,6 +215,41 @@ def test_equal_runs_have_equal_keys() -> None:
     assert len({replace(SMALL, **other).resolved().key for other in [{}, *others]}) == 6
 
 
+def test_settings_that_came_later_leave_the_keys_of_old_runs_alone() -> None:
+    """Keys of runs recorded before label smoothing and test views were settings."""
+    assert RunConfig(device="cpu").resolved().key == "5b216a01dfe8"
+    assert replace(SMALL, label_smoothing=0.0, test_views="plain").resolved().key == SMALL.resolved().key
+    assert replace(SMALL, eval_every=3).resolved().key == SMALL.resolved().key
+    assert replace(SMALL, label_smoothing=0.1).resolved().key != SMALL.resolved().key
+    assert replace(SMALL, test_views="mirror").resolved().key != SMALL.resolved().key
+
+
+def test_testing_now_and_then_changes_what_is_known_and_not_what_is_learnt(tmp_path: Path) -> None:
+    settings = replace(SMALL, epochs=7)
+    said: list[str] = []
+    every = train.run(settings)
+    some = train.run(replace(settings, eval_every=3), on_epoch=lambda point: said.append(str(point["test_error"])))
+    known = every["curve"]["test_error"]
+    assert some["curve"]["test_error"] == [None, None, known[2], None, None, known[5], known[6]]
+    assert said[0] == "None"
+    assert some["test_error"] == every["test_error"]
+    assert some["curve"]["mean_loss"] == every["curve"]["mean_loss"]
+    assert some["seconds_eval"] < every["seconds_eval"]
+    records.Records(tmp_path).append(some)
+    (row,) = records.read(tmp_path)
+    assert row["curve"]["test_error"][:3] == [None, None, pytest.approx(known[2], rel=1e-5)]
+
+
+def test_the_mirror_image_may_have_a_say() -> None:
+    config = replace(SMALL, test_views="mirror").resolved()
+    training = train.Training(config, train.load_pictures(config))
+    seen: list[torch.Tensor] = []
+    training.model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    training.evaluate()
+    assert len(seen) == 4  # 596 images are two batches
+    assert torch.equal(seen[0].flip(3), seen[1])
+
+
 def test_a_setting_of_no_run_gets_a_suggestion() -> None:
     with pytest.raises(ValueError, match=r"got 'optimiser'\. Did you mean 'optimizer'\?"):
         RunConfig.from_dict({"optimiser": "adam"})

@@ -92,6 +92,13 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         data.load("cifar10", tmp_path)
 
 
+def test_traffic_signs_come_from_a_folder_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's copies are split otherwise, by image instead of by track."""
+    monkeypatch.delenv("BATCHTRIM_DATA", raising=False)
+    with pytest.raises(data.PassDataDir, match=r"a folder with gtsrb/.*pass --data-dir DIR, or set BATCHTRIM_DATA"):
+        data.load("gtsrb")
+
+
 def test_a_missing_part_is_named(folder: Path) -> None:
     (folder / "fashion_mnist" / "train-00000-of-00002.parquet").unlink()
     with pytest.raises(data.PassDataDir, match=r"got 1\. Missing: train-00000-of-00002\.parquet"):

@@ -63,9 +63,9 @@ def nn_identity(channels: int) -> torch.Tensor:
     return torch.nn.init.dirac_(torch.empty(channels, channels, 3, 3))
 
 
-def test_it_trains_and_its_first_layer_stays(tmp_path: object) -> None:
+def test_it_trains_and_its_first_layer_stays() -> None:
     config = RunConfig(
-        model="speed", width=8, optimizer="nesterov", lr=0.3, lr_schedule="triangle", epochs=4, train_size=600,
+        model="speed", width=8, optimizer="nesterov", lr=0.3, lr_schedule="triangle", epochs=8, train_size=600,
         batch_size=50, label_smoothing=0.1,
     ).resolved()  # fmt: skip
     training = train.Training(config, train.load_pictures(config))

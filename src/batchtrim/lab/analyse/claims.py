@@ -10,17 +10,28 @@ A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written befor
     text = "Trimming lowers the final test error."
     method = "trim"                  # a list makes one finding of each
     against = "full"
-    says = "lower"                   # or "higher", or "same"
+    says = "lower"                   # or "higher", "same", or "not worse"
 
-``engine`` and ``against_engine`` tell arms of one method apart. A claim is read in every group of runs that share all
-settings but method and seed, paired by seed; p-values are Holm-corrected over the findings of a group.
+    [[claim]]
+    text = "Loss mass costs no error, at half the backward samples or less."
+    method = "loss_mass"
+    against = "full"
+    says = "not worse"
+    margin = 0.3                     # by so many points at the most; fixed before the first run
+    backward = 50                    # percent of the other's backward samples, at the most; may be left out
+
+Any setting of a run, or parameter of a method, may be named to tell arms of one method apart (``keep_end = 0.5``,
+``engine = "shared"``) or to read the claim in some groups only (``optimizer = "sgd"``); with ``against_`` before it,
+it picks the arm of the other side. A claim is read in every group of runs that share all settings but method and seed,
+paired by seed; p-values are Holm-corrected over the findings of a group.
 """
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +40,46 @@ from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, inference
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.analyse.inference import Moments
-from batchtrim.lab.files import load_toml
-from batchtrim.lab.present import tables, wording
+from batchtrim.lab.files import load_toml, nearest
+from batchtrim.lab.methods.table import METHODS
+from batchtrim.lab.metric import ERROR
+from batchtrim.lab.run.config import ARM_SETTINGS, SETTINGS
+from batchtrim.lab.run.settings import Role
 
-__all__ = ["Claim", "Finding", "Record", "page", "read"]
+__all__ = ["Claim", "Finding", "Record", "Status", "judge", "read"]
 
-SAYS = ("lower", "higher", "same")
-SUPPORTED, NOT_SUPPORTED, NOT_DECIDABLE = "supported", "not supported", "not decidable"
-_INTRODUCTION = """\
-# Results
+SAYS = ("lower", "higher", "same", "not worse")
+_KEYS = ("text", "method", "against", "says")
+_LIMITS = ("margin", "backward")
 
-Each claim below was written into the `claims.toml` of its record together with the difference that matters, and is
-judged from the runs beside it, paired by seed.
 
-* *Supported*: the difference claimed is there (paired t-test, p < 0.05 after Holm's correction over the claims).
-* *Not supported*: it is there the other way round, or the 95 % interval rules out a difference
-  of the size that matters.
-* *Not decidable*: neither, with this many seeds. The smallest difference that the design could have seen (with 80 %
-  power) stands beside it.
+class Status(Enum):
+    """What the runs say of a claim."""
 
-Made by `batchtrim claims records --out docs/results.md`.
-"""
-_KEYS = ("text", "method", "against", "says", "engine", "against_engine")
+    SUPPORTED = "supported"
+    NOT_SUPPORTED = "not supported"
+    NOT_DECIDABLE = "not decidable"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That ``method`` has a lower, higher or the same test error as ``against``; see the module for the rest."""
+    """That ``method`` has a lower, higher, the same or no worse test error than ``against``.
+
+    Attributes:
+        margin: by how much an error may be higher and is still not worse, in [0, 1]; of claims of that kind alone.
+        backward: the largest part of the other's backward samples it may take; None where nothing is said of it.
+        settings: of the arm of ``method``; ``against_settings``: of the other; ``shared``: of the groups to read it in.
+    """
 
     text: str
     method: str
     against: str
     says: str
-    engine: str | None = None
-    against_engine: str | None = None
+    margin: float | None = None
+    backward: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    against_settings: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,17 +87,22 @@ class Finding:
     """What the pairs of one group say of a claim.
 
     Attributes:
-        status: supported, not supported or not decidable. ``difference``: of test errors in [0, 1], method minus the
-            other, over the pairs. ``p``: paired t-test, Holm-corrected. ``detectable``: the smallest difference the
-            design could have seen, with 80 % power at the 0.05 level; None where that cannot be said.
+        difference: of test errors in [0, 1], method minus the other, over the pairs.
+        diverged: seeds at which a run of either side diverged, so that there is no pair.
+        p: paired t-test, Holm-corrected; of "not worse", of the differences less the margin.
+        backward: backward samples over those of the other, means of the finished runs; None where they are not known.
+        detectable: the smallest difference the design could have seen, with 80 % power at the 0.05 level; None where
+            that cannot be said.
     """
 
     claim: Claim
     group: str
-    status: str
+    status: Status
     difference: Moments
+    diverged: tuple[int, ...]
     p: float | None
     detectable: float | None
+    backward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,75 +125,58 @@ def read(folder: str | Path) -> Record:
     """
     folder = Path(folder)
     title, note, effect, claims = _load(folder / "claims.toml")
-    groups = comparison.summarize(records.read(folder)).groups
+    groups = comparison.summarize(records.read_results(folder)).groups
+    other = next((group.metric.name for group in groups if group.metric != ERROR), None)
+    if other is not None:
+        raise ValueError(f"expected claims on test errors, `effect` being in points, got runs compared by {other}.")
     findings = [found for group in groups for found in _judge_group(claims, group, effect)]
     for claim in claims:
         if not any(found.claim == claim for found in findings):
+            there = dict.fromkeys(arm.label for group in groups for arm in group.arms)
             raise ValueError(
                 f"expected runs of {claim.method!r} and {claim.against!r} in {folder}, got none of one of them for "
-                f"the claim {claim.text!r}."
+                f"the claim {claim.text!r}. There are runs of {', '.join(there)}."
             )
     return Record(folder, title, note, effect, groups, tuple(findings))
 
 
-def judge(says: str, difference: Moments, p: float | None, effect: float) -> str:
-    """The status of a claim.
+def judge(says: str, difference: Moments, p: float | None, effect: float, margin: float = 0.0) -> Status:
+    """Return the status of a claim.
 
     Supported is a difference in the direction claimed that the test finds; not supported is one the other way, or an
     interval that rules out a difference of ``effect`` in the direction claimed. "Same" is supported where the whole
-    interval lies within ``effect`` of zero, and not where it lies outside.
+    interval lies within ``effect`` of zero, and not where it lies outside. "Not worse" is supported where the test
+    finds the difference below ``margin``, and not where the whole interval lies above it.
     """
     if difference.n < inference.MIN_PAIRS or difference.mean is None or difference.t is None:
-        return NOT_DECIDABLE
+        return Status.NOT_DECIDABLE
     low, high = difference.t
     if says == "same":
         if -effect <= low and high <= effect:
-            return SUPPORTED
-        return NOT_SUPPORTED if low > effect or high < -effect else NOT_DECIDABLE
+            return Status.SUPPORTED
+        return Status.NOT_SUPPORTED if low > effect or high < -effect else Status.NOT_DECIDABLE
+    if says == "not worse":
+        # no p-value is an interval without width: all differences are equal
+        if high < margin and (p is None or p < inference.ALPHA):
+            return Status.SUPPORTED
+        return Status.NOT_SUPPORTED if low > margin else Status.NOT_DECIDABLE
     if says == "higher":
         low, high = -high, -low
     found = p is not None and p < inference.ALPHA
     if found and high < 0:
-        return SUPPORTED
-    return NOT_SUPPORTED if (found and low > 0) or low > -effect else NOT_DECIDABLE
+        return Status.SUPPORTED
+    return Status.NOT_SUPPORTED if (found and low > 0) or low > -effect else Status.NOT_DECIDABLE
 
 
-def page(folders: Sequence[str | Path]) -> str:
-    """A Markdown page on all records: the claims first, then each record's tables."""
-    found = [read(folder) for folder in folders]
-    lines = [_INTRODUCTION]
-    for record in found:
-        name = record.folder.name
-        topic = re.sub(r"^\d{4}-\d\d-\d\d-", "", name)  # a record is named by its date first
-        lines += [f"## {record.title}", ""]
-        matters = f"`records/{name}`; a difference of {inference.points(record.effect)} points matters here."
-        lines += [f"{matters} {record.note}".rstrip()]
-        lines += ["", *_findings_table(record), ""]
-        for group in record.groups:
-            lines += [f"### {group.title} ({topic})", "", *tables.markdown_table(group, group.arms), ""]
-        lines += [wording.LEGEND, ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _findings_table(record: Record) -> list[str]:
-    several = len(record.groups) > 1
-    heads = ["status", "claim", *(["where"] if several else []), "seeds", "difference, points (95 % interval)", "p"]
-    heads += ["could have seen"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for found in record.findings:
-        cells = [f"**{found.status}**", _claim_words(found.claim), *([tables.cell(found.group)] if several else [])]
-        cells += [str(found.difference.n)]
-        cells += [f"{wording.signed(found.difference.mean)} ({wording.signed_interval(found.difference.t)})"]
-        cells += [wording.p_value(found.p), wording.percent(found.detectable)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _claim_words(claim: Claim) -> str:
-    arms = [f"`{claim.method}`", f"`{claim.against}`"]
-    for place, engine in enumerate((claim.engine, claim.against_engine)):
-        arms[place] += f" (engine {engine})" if engine else ""
-    return f"{tables.cell(claim.text)} {arms[0]} against {arms[1]}: {claim.says}"
+def _status(found: Finding, effect: float) -> Status:
+    """What the errors say, and no more than what the backward samples allow."""
+    claim, spent = found.claim, found.backward
+    status = judge(claim.says, found.difference, found.p, effect, claim.margin or 0.0)
+    if claim.backward is None or found.difference.n < inference.MIN_PAIRS:
+        return status
+    if spent is None:
+        return Status.NOT_DECIDABLE
+    return Status.NOT_SUPPORTED if spent > claim.backward else status
 
 
 def _load(path: Path) -> tuple[str, str, float, list[Claim]]:
@@ -187,38 +192,103 @@ def _load(path: Path) -> tuple[str, str, float, list[Claim]]:
 
 
 def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:
-    strange = [name for name in table if name not in _KEYS]
-    missing = [name for name in _KEYS[:4] if name not in table]
+    methods: Any = table.get("method")
+    methods = methods if isinstance(methods, list) else [methods]
+    known = (*_KEYS, *_LIMITS)
+    strange = [key for key in table if key not in known and not all(_place(key, table, each) for each in methods)]
+    missing = [name for name in _KEYS if name not in table]
     if strange or missing:
         what = f"{strange[0]!r} beside them" if strange else f"none called {missing[0]!r}"
+        near = nearest(strange[0], {**SETTINGS, **dict.fromkeys(_KEYS)}) if strange else ""
         raise ValueError(
-            f"expected a claim to have {', '.join(_KEYS[:4])} (and engine, against_engine), got {what} in {path}."
+            f"expected a claim to have {', '.join(_KEYS)} and settings of runs, got {what} in {path}.{near}"
         )
     check_choice("says", table["says"], SAYS)
-    methods = table["method"] if isinstance(table["method"], list) else [table["method"]]
-    return [Claim(**{**table, "method": method}) for method in methods]
+    if (table["says"] == "not worse") != ("margin" in table):
+        raise ValueError(
+            f"expected `margin`, in points, with a claim that says 'not worse' and with no other, got "
+            f"{describe(table.get('margin'))} with {table['says']!r} in {path}."
+        )
+    for name in _LIMITS:
+        if name in table:
+            check_positive(name, table[name], "In points." if name == "margin" else "In percent.")
+    for method in (*methods, table["against"]):
+        if not isinstance(method, str):
+            raise TypeError(f"expected the methods of a claim to be names, got {describe(method)} in {path}.")
+    return [_claim(table, method) for method in methods]
+
+
+def _claim(table: Mapping[str, Any], method: str) -> Claim:
+    """One method's claim, the settings sorted by what they tell apart."""
+    picked: dict[str, dict[str, Any]] = {"settings": {}, "against_settings": {}, "shared": {}}
+    for key, value in table.items():
+        if place := _place(key, table, method):
+            picked[place][key.removeprefix("against_")] = value
+    limits = {name: table[name] / 100 for name in _LIMITS if name in table}
+    claim = Claim(table["text"], method, table["against"], table["says"], **limits)
+    return replace(claim, **picked)
+
+
+def _place(key: str, table: Mapping[str, Any], method: object) -> str:
+    """Which settings of a :class:`Claim` a key belongs to; "" where it is none."""
+    name = key.removeprefix("against_")
+    place, owner = ("settings", method) if name == key else ("against_settings", table.get("against"))
+    if name in ARM_SETTINGS[1:] or name in _parameters(owner):
+        return place
+    return "shared" if key in SETTINGS and SETTINGS[key].role in (Role.GROUP, Role.DATA) else ""
+
+
+def _parameters(method: object) -> tuple[str, ...]:
+    return tuple(METHODS[method].params) if isinstance(method, str) and method in METHODS else ()
 
 
 def _judge_group(claims: Sequence[Claim], group: Group, effect: float) -> list[Finding]:
     found = []
     for claim in claims:
-        mine, other = _arm(group, claim.method, claim.engine), _arm(group, claim.against, claim.against_engine)
+        if any(group.settings.get(name) != value for name, value in claim.shared.items()):
+            continue
+        mine = _arm(group, claim, claim.method, claim.settings, "")
+        other = _arm(group, claim, claim.against, claim.against_settings, "against_")
         if mine is None or other is None:
             continue
+        if mine is other:
+            raise ValueError(f"expected two arms for the claim {claim.text!r}, got {mine.label!r} on both sides.")
         values = [mine.errors[seed] - other.errors[seed] for seed in mine.errors if seed in other.errors]
         spread = inference.moments(values)
-        found.append(
-            Finding(claim, group.title, NOT_DECIDABLE, spread, inference.paired_t(values), inference.detectable(spread))
-        )
+        margin = claim.margin or 0.0
+        p, seen = inference.paired_t([value - margin for value in values]), inference.detectable(spread)
+        diverged = tuple(sorted({*mine.diverged, *other.diverged}))
+        spent = _backward(mine, other)
+        found.append(Finding(claim, group.title, Status.NOT_DECIDABLE, spread, diverged, p, seen, spent))
     corrected = inference.holm([each.p for each in found])
-    return [
-        replace(each, p=p, status=judge(each.claim.says, each.difference, p, effect))
-        for each, p in zip(found, corrected, strict=True)
+    tested = [replace(each, p=p) for each, p in zip(found, corrected, strict=True)]
+    return [replace(each, status=_status(each, effect)) for each in tested]
+
+
+def _backward(mine: Arm, other: Arm) -> float | None:
+    """Backward samples over the other's."""
+    spent, full = (arm.cost.get("samples_backward") for arm in (mine, other))
+    return spent / full if spent is not None and full else None
+
+
+def _arm(group: Group, claim: Claim, method: str, chosen: Mapping[str, Any], prefix: str) -> Arm | None:
+    """The one arm of a method that has the settings chosen; None where there is none in this group."""
+    arms = [
+        arm
+        for arm in group.arms
+        if arm.settings["method"] == method and all(value == _value(arm, name) for name, value in chosen.items())
     ]
+    if len(arms) > 1:
+        names = [name for name in (*ARM_SETTINGS, *_parameters(method)) if name not in ("method", "method_params")]
+        telling = next(name for name in names if any(_value(arm, name) != _value(arms[0], name) for arm in arms))
+        raise ValueError(
+            f"expected the claim {claim.text!r} to name one arm of {method!r}, got {len(arms)} in {group.title}: "
+            f"{'; '.join(arm.label for arm in arms)}. "
+            f"Tell them apart, as in: {prefix}{telling} = {json.dumps(_value(arms[0], telling))}"
+        )
+    return arms[0] if arms else None
 
 
-def _arm(group: Group, method: str, engine: str | None) -> Arm | None:
-    for arm in group.arms:
-        if arm.settings["method"] == method and engine in (None, arm.settings.get("engine")):
-            return arm
-    return None
+def _value(arm: Arm, name: str) -> Any:
+    """A setting of an arm, or a parameter of its method."""
+    return arm.settings[name] if name in arm.settings else (arm.settings["method_params"] or {}).get(name)

@@ -6,13 +6,13 @@ Errors are fractions in [0, 1] throughout; a *point* is one percentage point of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["Moments", "detectable", "detectable_effect", "holm", "moments", "paired_t", "points", "wilcoxon"]
+__all__ = ["Moments", "detectable", "detectable_effect", "holm", "moments", "paired_t", "wilcoxon"]
 
 ALPHA = 0.05
 POWER = 0.80
@@ -40,6 +40,21 @@ class Moments:
     t: tuple[float, float] | None
     bootstrap: tuple[float, float] | None
 
+    def times(self, unit: float) -> Moments:
+        """Return the same in numbers ``unit`` times as large."""
+
+        def scaled(ends: tuple[float, float] | None) -> tuple[float, float] | None:
+            return None if ends is None else (ends[0] * unit, ends[1] * unit)
+
+        mean, std = (None if value is None else value * unit for value in (self.mean, self.std))
+        return Moments(self.n, mean, std, scaled(self.t), scaled(self.bootstrap))
+
+
+def unit_of(values: Iterable[float]) -> float:
+    """Return the power of two next below the largest size among values: in units of it rounding is as for errors."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+
 
 def moments(values: Sequence[float]) -> Moments:
     """Mean, spread and 95 % intervals of a few values; intervals need two of them."""
@@ -56,7 +71,7 @@ def moments(values: Sequence[float]) -> Moments:
 
 
 def paired_t(differences: Sequence[float]) -> float | None:
-    """Two-sided p-value of Student's paired t-test: t = mean / (std / sqrt(n)) on n - 1 degrees of freedom.
+    """Return the two-sided p-value of Student's paired t-test: t = mean / (std / sqrt(n)) on n - 1 degrees of freedom.
 
     None for fewer than two pairs, and where all differences are equal but not zero, which a t-test has no answer to.
     """
@@ -65,17 +80,15 @@ def paired_t(differences: Sequence[float]) -> float | None:
     data = np.asarray(differences, dtype=np.float64)
     if len(data) < 2:
         return None
-    std = _spread(data)
-    if std == 0.0:
+    if _spread(data) == 0.0:
         return 1.0 if abs(data.mean()) < NO_SPREAD else None
-    return float(2.0 * stats.t.sf(abs(data.mean()) / (std / math.sqrt(len(data))), len(data) - 1))
+    return float(stats.ttest_1samp(data, 0.0)[1])  # type: ignore[arg-type]
 
 
 def wilcoxon(differences: Sequence[float]) -> float | None:
-    """Two-sided p-value of Wilcoxon's signed-rank test, exact with ties and at any n.
+    """Return the two-sided p-value of Wilcoxon's signed-rank test, exact with ties and at any n.
 
-    The rank sum of the positive differences is compared with its distribution over all 2^n signs, zeros left out and
-    ties at their mean rank. None for fewer than two pairs; 1 if all differences are zero.
+    Zeros are left out, ties take their mean rank. None for fewer than two pairs; 1 if all differences are zero.
     """
     from scipy import stats
 
@@ -85,13 +98,20 @@ def wilcoxon(differences: Sequence[float]) -> float | None:
     data = data[data != 0.0]
     if len(data) == 0:
         return 1.0
-    ranks = (2 * stats.rankdata(np.abs(data))).astype(int)  # doubled, so that tied ranks are whole numbers
-    ways = np.zeros(ranks.sum() + 1)
+    if len(np.unique(np.abs(data))) == len(data):
+        return float(stats.wilcoxon(data, method="exact")[1])  # type: ignore[arg-type]
+    return _wilcoxon_with_ties(data, stats.rankdata(np.abs(data)))
+
+
+def _wilcoxon_with_ties(data: np.ndarray, ranks: np.ndarray) -> float:
+    """Return the exact p-value where ranks are tied: SciPy's exact test has no ties, and trying all signs takes 2^n."""
+    doubled = (2 * ranks).astype(int)  # so that tied ranks are whole numbers
+    ways = np.zeros(doubled.sum() + 1)
     ways[0] = 1.0
-    for rank in ranks:
+    for rank in doubled:
         ways[rank:] += ways[:-rank].copy()
         ways /= 2.0
-    observed = int(ranks[data > 0].sum())
+    observed = int(doubled[data > 0].sum())
     return float(min(1.0, 2.0 * min(ways[: observed + 1].sum(), ways[observed:].sum())))
 
 
@@ -133,11 +153,6 @@ def detectable_effect(n: int) -> float:
     return float(optimize.brentq(power, 1e-9, high, xtol=1e-9))  # type: ignore[arg-type]
 
 
-def points(value: float, digits: int = 2) -> str:
-    """A difference of errors in percentage points: 0.0123 is 1.23."""
-    return f"{100 * value:.{digits}f}"
-
-
 def _spread(data: np.ndarray) -> float:
     std = float(data.std(ddof=1))
     return std if std > NO_SPREAD else 0.0
@@ -150,12 +165,16 @@ def _t_quantile(df: int) -> float:
     return float(stats.t.ppf(1 - ALPHA / 2, df))
 
 
-@lru_cache(maxsize=8)
-def _resamples(n: int) -> np.ndarray:
-    """Which values each resample draws; the same for every call, so that a report repeats."""
-    return np.random.default_rng(0).integers(0, n, size=(RESAMPLES, n), dtype=np.int32)
+def _bootstrap(data: np.ndarray) -> tuple[float, float]:
+    """Return the percentile interval of the mean; the same resamples at every call, so that a report repeats."""
+    from scipy import stats
 
-
-def _bootstrap(data: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean) -> tuple[float, float]:
-    low, high = np.quantile(statistic(data[_resamples(len(data))], axis=1), [ALPHA / 2, 1 - ALPHA / 2])
-    return float(low), float(high)
+    found = stats.bootstrap(
+        (data,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=1 - ALPHA,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)

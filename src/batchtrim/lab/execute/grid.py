@@ -19,21 +19,29 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from batchtrim._checks import check_count
 from batchtrim.lab.run.config import COMPARED, RunConfig
+from batchtrim.lab.run.own import AnyConfig, TaskConfig
+from batchtrim.lab.task.code import Code
 
 MOST_RUNS = 100_000  # more are a slip of the hand, and would fill the memory before the first starts
 
 Settings = dict[str, Any]
 
 
-def expand(settings: Mapping[str, Any]) -> list[RunConfig]:
+Config = TypeVar("Config", RunConfig, TaskConfig)
+
+
+def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[Config]:
     """All runs of the settings, resolved and checked, without repeats; seeds vary slowest, so that a sweep that is
     stopped early has compared all methods on the seeds it reached.
+
+    Args:
+        kind: of the runs: of the lab's own loop, or of a task.
 
     Raises:
         ValueError, TypeError: any setting of any run is wrong. Nothing has been run by then.
@@ -42,14 +50,19 @@ def expand(settings: Mapping[str, Any]) -> list[RunConfig]:
     parts = settings.get("grid", [{}])
     if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
         raise TypeError("expected `grid` to be tables, each under a line [[grid]], got something else.")
-    configs: dict[str, RunConfig] = {}
+    configs: dict[str, Config] = {}
     for part in parts:
-        for config in _expand_part({**common, **part}):
+        for config in _expand_part({**common, **part}, kind):
             configs.setdefault(config.key, config)
     return sorted(configs.values(), key=lambda config: config.seed)  # stable: the order within a seed stays
 
 
-def cells(configs: list[RunConfig]) -> list[Settings]:
+def expand_task(code: Code, settings: Mapping[str, Any]) -> list[TaskConfig]:
+    """Return all runs of a training function of the reader's; see :func:`expand`."""
+    return [replace(config, code=code) for config in expand({**settings, "task": code.name}, TaskConfig)]
+
+
+def cells(configs: Sequence[AnyConfig]) -> list[Settings]:
     """The settings that runs of each part share; see :meth:`batchtrim.lab.records.Records.settle`."""
     found: list[Settings] = []
     for config in configs:
@@ -59,7 +72,7 @@ def cells(configs: list[RunConfig]) -> list[Settings]:
     return found
 
 
-def _expand_part(settings: Settings) -> list[RunConfig]:
+def _expand_part(settings: Settings, kind: type[Config]) -> list[Config]:
     axes = dict(settings)
     params = axes.pop("params", {})
     if not isinstance(params, Mapping) or not all(isinstance(each, Mapping) for each in params.values()):
@@ -84,7 +97,7 @@ def _expand_part(settings: Settings) -> list[RunConfig]:
         raise ValueError(
             f"expected parameters of methods that are run ({', '.join(methods)}), got [params.{unused[0]}]."
         )
-    chosen = [RunConfig.from_dict(choice) for choice in _product(values)]
+    chosen = [kind.from_dict(choice) for choice in _product(values)]
     return [
         replace(config, method_params=method_params).resolved()
         for config in chosen

@@ -14,7 +14,7 @@ from batchtrim._checks import check_count
 from batchtrim.lab.execute.workplace import Tally, Workplace, attempt
 from batchtrim.lab.records import Records
 from batchtrim.lab.run import train
-from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.own import AnyConfig
 
 # How long to wait before asking again for runs that another process has claimed, in seconds.
 ASK_AGAIN = 0.5
@@ -40,7 +40,7 @@ def run_here(tally: Tally, records: Records, place: Workplace) -> None:
             tally.left.append(config)
 
 
-def _until_over(tally: Tally) -> Iterator[RunConfig]:
+def _until_over(tally: Tally) -> Iterator[AnyConfig]:
     """What is left, again and again; with a pause once all of it has been found claimed elsewhere."""
     refused = 0
     while tally.left:
@@ -60,11 +60,11 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.line, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, place), daemon=True)
-        self.config: RunConfig | None = None
+        self.config: AnyConfig | None = None
         self.process.start()
         other.close()
 
-    def give(self, config: RunConfig) -> None:
+    def give(self, config: AnyConfig) -> None:
         self.config = config
         self.line.send(config)
 
@@ -76,6 +76,7 @@ class _Worker:
 
 def _work(line: Connection, place: Workplace) -> None:
     """The life of a worker process: it ends with its parent, whose end of the line closes then."""
+    os.dup2(2, 1)  # what a task prints is for people: standard output is the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     records = Records(place.out)
 

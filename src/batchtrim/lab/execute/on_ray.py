@@ -1,6 +1,7 @@
 """The same grid on a Ray cluster: each run is a task, and the driver alone keeps the record.
 
-Every node needs batchtrim with its lab extra, and the data set: in a folder at the same path, or from the hub.
+Every node needs batchtrim with its lab extra, and the data set: in a folder at the same path, or from the hub. The file
+of a task has to lie at the same path too; a function of a notebook goes along.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from batchtrim._checks import import_extra
 from batchtrim.lab.execute.workplace import Tally, Workplace, do_run
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run import train
-from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.own import AnyConfig
 
 LOOK_EVERY = 0.5  # seconds between two looks at what runs have written of their epochs
 
@@ -35,7 +36,7 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
     task = ray.remote(_task)
     mailbox = ray.remote(_Mailbox).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     with contextlib.ExitStack() as all_claims:
-        claims: dict[Any, tuple[RunConfig, contextlib.ExitStack]] = {}
+        claims: dict[Any, tuple[AnyConfig, contextlib.ExitStack]] = {}
         window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # a few waiting runs keep every node busy
         while tally.left or claims:
             while tally.left and len(claims) < window:
@@ -89,7 +90,7 @@ def _news(ray: Any, mailbox: Any) -> list[tuple[str, dict[str, Any]]]:
         return []
 
 
-def _task(config: RunConfig, place: Workplace, mailbox: Any) -> Row:
+def _task(config: AnyConfig, place: Workplace, mailbox: Any) -> Row:
     """Runs on a node; the checkpoint helps where the output folder is one that all nodes see."""
     row = do_run(config, place, lambda point: mailbox.put.remote(config.key, point))
     with contextlib.suppress(OSError):
@@ -97,7 +98,7 @@ def _task(config: RunConfig, place: Workplace, mailbox: Any) -> Row:
     return row
 
 
-def _result(ray: Any, reference: Any, config: RunConfig) -> Row:
+def _result(ray: Any, reference: Any, config: AnyConfig) -> Row:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import import_extra
+from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import Row
-from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.own import TaskConfig
 from batchtrim.lab.run.train import OnEpoch
 
 
@@ -21,11 +22,11 @@ class Quiet:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def begin(self, configs: list[RunConfig], done: int) -> None: ...
+    def begin(self, configs: list[Any], done: int) -> None: ...
 
-    def epoch(self, config: RunConfig, point: dict[str, Any]) -> None: ...
+    def epoch(self, config: Any, point: dict[str, Any]) -> None: ...
 
-    def finished(self, config: RunConfig, row: Row | None) -> None: ...
+    def finished(self, config: Any, row: Row | None) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -59,7 +60,7 @@ class Live(Quiet):
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def begin(self, configs: list[RunConfig], done: int) -> None:
+    def begin(self, configs: list[Any], done: int) -> None:
         self.runs, self.done = len(configs), done
         if done:
             self.note(f"{done} of {self.runs} runs are recorded already; going on with the rest")
@@ -67,14 +68,14 @@ class Live(Quiet):
         share = epochs * done // max(1, self.runs)
         self.total = self.bars.add_task("all runs", total=epochs - share, news=self._tally())
 
-    def epoch(self, config: RunConfig, point: dict[str, Any]) -> None:
+    def epoch(self, config: Any, point: dict[str, Any]) -> None:
         bar, _ = self.shown.get(config.key) or (self.bars.add_task(config.label, total=point["epochs"], news=""), 0)
         epoch, total = point["epoch"] + 1, point["epochs"]
-        self.bars.update(bar, completed=epoch, news=f"epoch {epoch}/{total}, error {_percent(point['test_error'])}")
+        self.bars.update(bar, completed=epoch, news=f"epoch {epoch}/{total}, {_said(point)}")
         self.bars.advance(self.total, 1)
         self.shown[config.key] = bar, epoch
 
-    def finished(self, config: RunConfig, row: Row | None) -> None:
+    def finished(self, config: Any, row: Row | None) -> None:
         bar, counted = self.shown.pop(config.key, (None, 0))
         if bar is not None:
             self.bars.remove_task(bar)
@@ -84,14 +85,17 @@ class Live(Quiet):
             self._say(config, "recorded by another process")
         elif row["status"] == "finished":
             if not self.console.is_terminal:
-                self._say(config, f"error {_percent(row['test_error'])}, {row['seconds']:.1f} s")
+                metric = Metric.of(row["config"])
+                self._say(config, f"{metric.text(row[metric.field])}, {row['seconds']:.1f} s")
         else:
             self._say(config, f"{row['status']}: {row.get('error', '')}")
+        for note in (row or {}).get("notes", ()) if isinstance(config, TaskConfig) else ():
+            self._say(config, note)  # those on the data are said once, before the first run
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _say(self, config: RunConfig, text: str) -> None:
+    def _say(self, config: Any, text: str) -> None:
         self.note(f"{self._tally()}  {config.label}: {text}")
 
     def _tally(self) -> str:
@@ -108,7 +112,7 @@ def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
 
     def log(point: dict[str, Any]) -> None:
         for name, value in point.items():
-            if name not in ("epoch", "epochs"):
+            if name not in ("epoch", "epochs") and not isinstance(value, str):
                 writer.add_scalar(name, value, point["epoch"])
 
     try:
@@ -117,5 +121,9 @@ def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
         writer.close()
 
 
-def _percent(error: float) -> str:
-    return f"{100 * error:.2f} %"
+def _said(point: dict[str, Any]) -> str:
+    """The metric of an epoch in words: a task says it itself; an epoch may not have been tested."""
+    if "said" in point:
+        return point["said"]
+    error = point["test_error"]
+    return "not tested" if error is None else ERROR.text(error)

@@ -9,19 +9,23 @@ from batchtrim.lab.execute import grid, local, on_ray
 from batchtrim.lab.execute.workplace import Tally, Watcher, Workplace, do_run
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run import train
-from batchtrim.lab.run.config import SETTINGS, RunConfig
+from batchtrim.lab.run.config import SETTINGS
+from batchtrim.lab.run.own import AnyConfig, TaskConfig
+from batchtrim.lab.run.perform import check_task
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.settings import Role
+from batchtrim.lab.task.own_models import is_own_model
 
 
 def run_all(
-    configs: list[RunConfig],
+    configs: list[AnyConfig],
     place: Workplace,
     watcher: Watcher,
     *,
     workers: int = 1,
     ray: str | None = None,
     retries: int = 2,
+    isolated: bool = False,
 ) -> list[Row]:
     """Do all runs that are not yet recorded in ``place.out``; returns the rows of the runs that failed.
 
@@ -30,6 +34,8 @@ def run_all(
         workers: processes on this machine; 1 works in this one.
         ray: address of a Ray cluster, or "auto", instead of processes here.
         retries: how often a run whose worker died is given to another.
+        isolated: work in a process of its own where ``workers`` is 1 too, so that code of the reader's that exits or
+            prints leaves this one alone.
 
     Raises:
         UseAnotherFolder: the folder holds another experiment.
@@ -48,19 +54,24 @@ def run_all(
     if ray:
         on_ray.run_on_ray(tally, records, place, ray, retries)
         return tally.failed
-    for config in _one_per_data_set(left):  # a fault in the data is found, and pictures are decoded, before any run
-        train.load_pictures(config, place.data_dir, place.cache_dir)
-    if workers == 1:
+    for config in _one_per_data_set(left):  # a fault in the data or the task is found before any run
+        if isinstance(config, TaskConfig):
+            check_task(config)
+        else:
+            for note in train.prepare(config, place.data_dir, place.cache_dir):
+                watcher.note(note)
+    if workers == 1 and not isolated:
         local.run_here(tally, records, place)
     else:
         local.run_in_processes(tally, records, place, min(workers, len(left)), retries)
     return tally.failed
 
 
-def _one_per_data_set(configs: collections.deque[RunConfig]) -> list[RunConfig]:
-    """One run for each way the training data are made, but for the seed."""
+def _one_per_data_set(configs: collections.deque[AnyConfig]) -> list[AnyConfig]:
+    """One run for each task, or way the training data are made but for the seed, and network of the reader's own."""
     seen = {}
     for config in configs:
-        made_by = tuple(getattr(config, name) for name, each in SETTINGS.items() if each.role is Role.DATA)
-        seen.setdefault(made_by, config)
+        made_by = tuple(getattr(config, name, None) for name, each in SETTINGS.items() if each.role is Role.DATA)
+        model = getattr(config, "model", "")
+        seen.setdefault((*made_by, model if is_own_model(model) else ""), config)
     return list(seen.values())

@@ -17,17 +17,18 @@ from batchtrim.lab.files import remove_parts
 from batchtrim.lab.records import DONE, Records, Row
 from batchtrim.lab.run import train
 from batchtrim.lab.run.checkpoint import DamagedCheckpoint
-from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.own import AnyConfig, TaskConfig
+from batchtrim.lab.run.perform import perform
 
 
 class Watcher(Protocol):
     """Told what happens, as it happens; see :mod:`batchtrim.lab.execute.progress`."""
 
-    def begin(self, configs: list[RunConfig], done: int) -> None: ...
+    def begin(self, configs: list[AnyConfig], done: int) -> None: ...
 
-    def epoch(self, config: RunConfig, point: dict[str, Any]) -> None: ...
+    def epoch(self, config: AnyConfig, point: dict[str, Any]) -> None: ...
 
-    def finished(self, config: RunConfig, row: Row | None) -> None: ...
+    def finished(self, config: AnyConfig, row: Row | None) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -50,16 +51,16 @@ class Workplace:
     tensorboard: bool = False
     keep_log: bool = False
 
-    def checkpoint(self, config: RunConfig) -> Path:
+    def checkpoint(self, config: AnyConfig) -> Path:
         """The file a run goes on from."""
         return self.out / "checkpoints" / f"{config.key}.pt"
 
-    def clear(self, config: RunConfig, row: Row) -> None:
+    def clear(self, config: AnyConfig, row: Row) -> None:
         """Remove the checkpoint of a run that is done; one that failed is tried again and goes on from it."""
         if row["status"] in DONE:
             self.checkpoint(config).unlink(missing_ok=True)
 
-    def log(self, config: RunConfig) -> contextlib.AbstractContextManager[train.OnEpoch | None]:
+    def log(self, config: AnyConfig) -> contextlib.AbstractContextManager[train.OnEpoch | None]:
         """What writes a run's TensorBoard events, if that is asked for."""
         if not self.tensorboard:
             return contextlib.nullcontext()
@@ -70,20 +71,23 @@ class Workplace:
 class Tally:
     """What is left to do, and what came of the rest."""
 
-    left: collections.deque[RunConfig]
+    left: collections.deque[AnyConfig]
     watcher: Watcher
     failed: list[Row] = field(default_factory=list)
     lost: collections.Counter[str] = field(default_factory=collections.Counter)
 
-    def settle(self, config: RunConfig, row: Row | None) -> None:
+    def settle(self, config: AnyConfig, row: Row | None) -> None:
         """A run is over; None where another process recorded it."""
         if row is not None and row["status"] == "failed":
             self.failed.append(row)
         self.watcher.finished(config, row)
+        if row is not None and row.get("mistake") and self.left:
+            self.watcher.note(f"stopped: the {len(self.left)} runs that are left would end the same way")
+            self.left.clear()
 
 
 def attempt(
-    config: RunConfig, records: Records, place: Workplace, on_epoch: train.OnEpoch | None = None
+    config: AnyConfig, records: Records, place: Workplace, on_epoch: train.OnEpoch | None = None
 ) -> tuple[bool, Row | None]:
     """Claim a run, do it, record it.
 
@@ -100,10 +104,12 @@ def attempt(
     return True, row
 
 
-def do_run(config: RunConfig, place: Workplace, on_epoch: train.OnEpoch | None = None) -> Row:
+def do_run(config: AnyConfig, place: Workplace, on_epoch: train.OnEpoch | None = None) -> Row:
     """The run's row, whatever happens in it."""
     try:
         with place.log(config) as log:
+            if isinstance(config, TaskConfig):
+                return perform(config, place.out, _both(log, on_epoch))
             return train.run(
                 config,
                 data_dir=place.data_dir,

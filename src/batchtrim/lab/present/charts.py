@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
 COLOURS = 8  # besides the baseline's
@@ -105,12 +107,12 @@ def lines(
     fmt: Format,
     y_range: tuple[float, float] | None = None,
     title: str = "",
-) -> str:
+) -> Markup:
     """Lines with bands over a common x axis; the pointer reads the values where the page's script runs."""
     drawn = [_thin(each) for each in series if len(each.x)]
     xs = [x for each in drawn for x in each.x]
     if not xs:
-        return '<p class="note">No curve was recorded.</p>'
+        return Markup('<p class="note">No curve was recorded.</p>')
     low, high = y_range or data_range(
         [y for each in drawn for part in (each.y, each.low, each.high) for y in part or ()]
     )
@@ -137,7 +139,7 @@ def lines(
     return _svg("".join(parts), title, HEIGHT, f' class="chart lines" data-read="{esc(json.dumps(known))}"')
 
 
-def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title: str = "") -> str:
+def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title: str = "") -> Markup:
     """One row a method: dots for seeds, a bar for the interval, a shade for what could not have been seen."""
     values = [value for row in rows for value in (*row.values, *(row.interval or ()), 0.0)]
     low, high = data_range(values)
@@ -177,14 +179,24 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
     return _svg("".join(parts), title, height, ' class="chart"')
 
 
-def scatter(points: Sequence[Point], *, x_label: str, y_label: str, x_fmt: Format, fmt: Format, title: str = "") -> str:
-    """Cost on x from zero, error on y with its interval; each point has its name beside it."""
+def scatter(
+    points: Sequence[Point], *, x_label: str, y_label: str, x_fmt: Format, fmt: Format, title: str = ""
+) -> Markup:
+    """Cost on x from zero, error on y with its interval; each point has its name beside it.
+
+    A line joins the front: the points that no other has both a lower cost and a lower error than.
+    """
     if not points:
-        return '<p class="note">No run finished.</p>'
+        return Markup('<p class="note">No run finished.</p>')
     x = Scale(0.0, max(point.x for point in points) * 1.08 or 1.0, LEFT, WIDTH - RIGHT)
     y = Scale(*data_range([v for point in points for v in (point.y, *(point.interval or ()))]), HEIGHT - BOTTOM, TOP)
     parts = [_axes(x, y, x_label, y_label, x_fmt, fmt)]
+    best = front(points)
+    if len(best) > 1:
+        way = _path([point.x for point in best], [point.y for point in best], x, y)
+        parts.append(f'<polyline class="front" points="{way}"/>')
     for point in points:
+        there = ", on the front" if point in best else ""
         centre, middle = x(point.x), y(point.y)
         parts.append(f'<g class="{style_class(point.style)}">')
         if point.interval:
@@ -194,33 +206,44 @@ def scatter(points: Sequence[Point], *, x_label: str, y_label: str, x_fmt: Forma
             )
         parts.append(
             f'<circle class="big" cx="{centre:.1f}" cy="{middle:.1f}" r="5.5">'
-            f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}</title></circle></g>"
+            f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}{there}</title></circle></g>"
         )
     parts += _labels(points, x, y)
     return _svg("".join(parts), title, HEIGHT, ' class="chart"')
 
 
-def legend(entries: Sequence[tuple[str, int]]) -> str:
+def front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that none of the others beats: at most its cost and its error, and one of them less."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda each: (each.x, each.y)):
+        if not best or point.y < best[-1].y:
+            best.append(point)
+    return best
+
+
+def legend(entries: Sequence[tuple[str, int]]) -> Markup:
     """Names with a stroke of their colour; pointing at one brings its lines forward."""
     items = "".join(
         f'<li class="{style_class(style)}" data-series="{esc(label)}"><svg width="26" height="10" aria-hidden="true">'
         f'<line class="line" x1="1" x2="25" y1="5" y2="5"/></svg>{esc(label)}</li>'
         for label, style in entries
     )
-    return f'<ul class="legend">{items}</ul>'
+    return Markup(f'<ul class="legend">{items}</ul>')
 
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[str]:
-    """Names beside their points, moved up or down until none covers another."""
+    """Names beside their points, moved up or down as little as it takes for none to cover another."""
     placed: list[tuple[float, float, float]] = []
     parts = []
     for point in sorted(points, key=lambda each: y(each.y)):
         width = 7.2 * len(point.label)
         right = x(point.x) + 10 + width < WIDTH
         start = x(point.x) + 10 if right else max(LEFT, x(point.x) - 10 - width)
-        level = y(point.y) + 4
-        while any(abs(level - other) < 13 and start < end and begin < start + width for begin, end, other in placed):
-            level += 2
+        wanted = y(point.y) + 4
+        beside = [other for begin, end, other in placed if start < end and begin < start + width]
+        levels = range(TOP + 8, HEIGHT - BOTTOM - 3)
+        room = [each for each in levels if all(abs(each - other) >= 13 for other in beside)]
+        level = min(room, key=lambda each: abs(each - wanted), default=wanted)
         placed.append((start, start + width, level))
         at, anchor = (start, "start") if right else (x(point.x) - 10, "end")
         parts.append(
@@ -230,8 +253,8 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[str]:
     return parts
 
 
-def _svg(body: str, title: str, height: int, attributes: str) -> str:
-    return (
+def _svg(body: str, title: str, height: int, attributes: str) -> Markup:
+    return Markup(
         f'<svg{attributes} viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{esc(title)}" '
         f'xmlns="http://www.w3.org/2000/svg">{body}</svg>'
     )

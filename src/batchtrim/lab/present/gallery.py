@@ -13,19 +13,25 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from batchtrim._checks import import_extra
 from batchtrim.keeplog import KeepLog, suspects
-from batchtrim.lab.present import charts, pages, wording
-from batchtrim.lab.present.charts import Series, esc
+from batchtrim.lab import records
+from batchtrim.lab.present import charts, wording
+from batchtrim.lab.present.charts import Series
+from batchtrim.lab.present.pages import Tile
+from batchtrim.lab.present.templating import render
+from batchtrim.lab.run import train
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.own import TaskConfig
 
 __all__ = ["Samples", "build", "write"]
 
@@ -36,6 +42,14 @@ SHEET_SIDE = 20  # thumbnails on a side of a sprite sheet
 THUMB = 64  # longest side of a thumbnail; smaller pictures are kept as they are
 MOST_LINES = 12  # classes drawn as lines of their own
 LONGEST_TEXT = 400
+NO_CLASSES = ("all samples",)
+ORDERS = (
+    ("mean", "mean loss"),
+    ("score", "suspicion"),
+    ("last", "last loss"),
+    ("spread", "spread"),
+    ("keep", "keep rate"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Samples:
     """What the log's ids stand for.
 
     Args:
-        labels: int (n,), as trained on. ``classes``: their C names.
+        labels: int (n,), as trained on. ``classes``: their C names. Neither for samples of no class, as in regression.
         pictures: uint8 (n, channels, H, W), one or three channels; or
         rows: a text for each sample, or a mapping of field names to values.
         predicted, confidence: (n,), class and probability, where the log's own (the last seen in training, augmentation
@@ -51,8 +65,8 @@ class Samples:
         title: heading of the page. ``facts``: settings to print at its foot.
     """
 
-    labels: Tensor
-    classes: Sequence[str]
+    labels: Tensor | None = None
+    classes: Sequence[str] = ()
     pictures: Tensor | None = None
     rows: Sequence[str | Mapping[str, Any]] | None = None
     predicted: Tensor | None = None
@@ -74,10 +88,6 @@ def build(
     Raises:
         ValueError: the folder holds no keep log, or none of that key.
     """
-    from batchtrim.lab import records
-    from batchtrim.lab.run import train
-    from batchtrim.lab.run.config import RunConfig
-
     folder = Path(run)
     logged = [row for row in records.read(folder) if (folder / "keep" / f"{row['key']}.parquet").exists()]
     if not logged:
@@ -91,16 +101,40 @@ def build(
         )
     row = max(found, key=lambda each: (each["config"]["method"] != "full", each["started"]))
     path = folder / "keep" / f"{row['key']}.parquet"
+    out = out or path.with_suffix(".html")
+    facts = {name: str(value) for name, value in row["config"].items() if value not in (None, {})}
+    if "task" in row["config"]:
+        return write(KeepLog.from_parquet(path), _told_by_the_task(path, row, facts), out)
     config = RunConfig.from_dict(row["config"])
     pictures = train.load_pictures(config, data_dir)
     samples = Samples(
         labels=pictures.train_labels,
-        classes=_class_names(config.dataset, pictures.classes),
+        classes=pictures.class_names or _class_names(config.dataset, pictures.classes),
         pictures=pictures.train_images,
         title=f"What was kept: {config.label}",
-        facts={name: str(value) for name, value in row["config"].items() if value not in (None, {})},
+        facts=facts,
     )
-    return write(KeepLog.from_parquet(path), samples, out or path.with_suffix(".html"))
+    return write(KeepLog.from_parquet(path), samples, out)
+
+
+def _told_by_the_task(path: Path, row: Mapping[str, Any], facts: Mapping[str, str]) -> Samples:
+    """What a training function said of its samples, with ``run.show``."""
+    try:
+        told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"expected {path.with_suffix('.json')} with what the samples are, got nothing there. Let the task say it: "
+            "run.show(rows=...) or run.show(images=...)."
+        ) from error
+    images = path.with_suffix(".npy")
+    return Samples(
+        labels=None if told["labels"] is None else torch.tensor(told["labels"]),
+        classes=told["classes"],
+        pictures=torch.from_numpy(np.load(images, allow_pickle=False)) if images.exists() else None,
+        rows=told["rows"],
+        title=f"What was kept: {TaskConfig.from_dict(row['config']).label}",
+        facts=facts,
+    )
 
 
 def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
@@ -109,6 +143,11 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     Raises:
         ValueError: log and samples are of different length, or there is neither a picture nor a row to show.
     """
+    by_class = samples.labels is not None
+    if samples.labels is None:
+        none = torch.full((log.n,), -1)
+        samples = replace(samples, labels=torch.zeros(log.n, dtype=torch.int64), classes=NO_CLASSES, predicted=none)
+    assert samples.labels is not None
     if len(samples.labels) != log.n:
         raise ValueError(f"expected {log.n} labels, one per sample of the log, got {len(samples.labels)}.")
     if (samples.pictures is None) == (samples.rows is None):
@@ -129,26 +168,36 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         "shown": _packed(shown.astype(np.uint32)),
         "scale": {"loss": _loss_scale(columns)},
     }
-    style = resources.files("batchtrim.lab.present").joinpath("gallery.css").read_text(encoding="utf-8")
+    sheets: list[str] = []
     if samples.pictures is not None:
         sheets, data["thumb"] = _sheets(samples.pictures[torch.from_numpy(columns["id"][shown].astype(np.int64))])
         data["sheets"] = len(sheets)
-        style += "".join(f".t{i}{{background-image:url({sheet})}}" for i, sheet in enumerate(sheets))
     else:
         assert samples.rows is not None
         data["rows"] = [_fields(samples.rows[int(i)]) for i in columns["id"][shown]]
-    script = resources.files("batchtrim.lab.present").joinpath("gallery.js").read_text(encoding="utf-8")
-    # no tag inside the script: neither </script> nor <!--<script>, after which a browser looks past the closing tag
-    packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    body = _body(log, samples, columns, len(shown)) + f'<script type="application/json" id="data">{packed}</script>'
+    page = render(
+        "gallery.html",
+        title=samples.title,
+        sheets_css=Markup("".join(f".t{i}{{background-image:url({sheet})}}" for i, sheet in enumerate(sheets))),
+        by_class=by_class,
+        numbers=_numbers(log, columns) if by_class else _numbers(log, columns)[:-1],
+        shown=f"{len(shown):,}",
+        classes=list(enumerate(samples.classes)),
+        orders=ORDERS,
+        history=_class_history(log, samples.classes) if by_class else None,
+        facts=samples.facts,
+        # no tag inside the script: neither </script> nor <!--<script>, after which a browser looks past the closing tag
+        data=Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
+    )
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(pages.page(samples.title, body, style, script), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path
 
 
 def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
     """What the page knows of each sample that was seen, most suspect first, in as few bytes as it takes."""
+    assert samples.labels is not None
     table = log.table()
     ids, scores = suspects(log)
     predicted = table["predicted"] if samples.predicted is None else samples.predicted
@@ -226,76 +275,29 @@ def _fields(row: str | Mapping[str, Any]) -> list[list[str]]:
             for name, value in pairs]  # fmt: skip
 
 
-def _body(log: KeepLog, samples: Samples, columns: dict[str, np.ndarray], shown: int) -> str:
+def _numbers(log: KeepLog, columns: dict[str, np.ndarray]) -> list[Tile]:
+    """What stands at the head of the page."""
     table = log.table()
     seen, kept = int(table["seen"].sum()), int(table["kept"].sum())
-    wrong = (columns["predicted"] != columns["label"]) & (columns["predicted"] >= 0)
-    tiles = [
-        (f"{len(columns['id']):,}", "samples seen"),
-        (f"{100 * kept / max(1, seen):.0f} %", "kept, over the whole training"),
-        (f"{int((table['kept'] == table['seen'])[table['seen'] > 0].sum()):,}", "never dropped once"),
-        (f"{int(wrong.sum()):,}" if (columns["predicted"] >= 0).any() else wording.UNKNOWN,
-         "predicted as another class when last seen"),
-    ]  # fmt: skip
-    return "".join(
-        [
-            '<p class="eyebrow">batchtrim keep log</p>',
-            f"<h1>{pages.breakable(samples.title)}</h1>",
-            '<div class="tiles">',
-            *(f'<div class="card tile"><b>{esc(v)}</b><p class="note">{esc(text)}</p></div>' for v, text in tiles),
-            "</div>",
-            "<section><h2>Hardest samples</h2>",
-            f'<p class="note">The {shown:,} hardest by mean loss and most suspect, in every class. '
-            "Below each stand its label, what was predicted and how surely, and the keep rate: how often it stayed in "
-            "the batch when it was seen.</p>",
-            _controls(samples.classes),
-            '<p class="note" id="count" aria-live="polite"></p><div id="cards"></div>'
-            '<button id="more" hidden>Show more</button></section>',
-            "<section><h2>Map</h2>",
-            '<p class="note">Each dot is a sample: its mean loss upwards, how much it went up and down to the '
-            "right. Low: easy. High on the left: hard all along, wrong labels among them. Right: ambiguous. Colour is "
-            "the keep rate, yellow for seldom kept to blue for always. The filters above dim the "
-            "rest; point at a dot to see what it is.</p>",
-            '<div class="card map"><canvas id="map"></canvas><div id="dot"></div></div></section>',
-            '<section><h2>Confused with</h2><p class="note">Label, and what was predicted instead when last seen: '
-            "how many of the hard samples above, of how many in all. Press a pair to see its samples.</p>"
-            '<div id="pairs"></div></section>',
-            _class_history(log, samples.classes),
-            "<h2>Settings</h2>" + f'<div class="card">{pages.definitions(dict(samples.facts))}</div>'
-            if samples.facts
-            else "",
-        ]
-    )
+    never_dropped = int((table["kept"] == table["seen"])[table["seen"] > 0].sum())
+    predicted = columns["predicted"] >= 0
+    wrong = (columns["predicted"] != columns["label"]) & predicted
+    return [
+        Tile(f"{len(columns['id']):,}", "samples seen"),
+        Tile(f"{100 * kept / max(1, seen):.0f} %", "kept, over the whole training"),
+        Tile(f"{never_dropped:,}", "never dropped once"),
+        Tile(
+            f"{int(wrong.sum()):,}" if predicted.any() else wording.UNKNOWN,
+            "predicted as another class when last seen",
+        ),
+    ]
 
 
-def _controls(classes: Sequence[str]) -> str:
-    options = "".join(f'<option value="{i}">{esc(name)}</option>' for i, name in enumerate(classes))
-    orders = (
-        ("mean", "mean loss"),
-        ("score", "suspicion"),
-        ("last", "last loss"),
-        ("spread", "spread"),
-        ("keep", "keep rate"),
-    )
-    groups = '<option value="each">each class</option><option value="">all mixed</option>'
-    sort = "".join(f'<option value="{name}">{text}</option>' for name, text in orders)
-    return (
-        '<div class="controls">'
-        f'<label>label <select id="label">{groups}{options}</select></label>'
-        f'<label>predicted <select id="predicted"><option value="">any</option>{options}</select></label>'
-        f'<label>sort by <select id="sort">{sort}</select></label>'
-        '<label><input type="checkbox" id="wrong"> label and prediction differ</label>'
-        '<label><input type="checkbox" id="always"> never dropped</label>'
-        '<button id="reset">reset</button></div>'
-    )
-
-
-def _class_history(log: KeepLog, classes: Sequence[str]) -> str:
+def _class_history(log: KeepLog, classes: Sequence[str]) -> dict[str, Any]:
     """Keep rate of each class over epochs; of many classes those kept least and most at the end."""
     lines = [line for line in log.history if line.get("class_seen")]
-    heading = "<section><h2>Keep rate of each class over time</h2>"
     if not lines:
-        return heading + '<p class="note">The log was made without classes, so this was not recorded.</p></section>'
+        return {"note": "The log was made without classes, so this was not recorded.", "chart": None}
     seen, kept = (np.array([line[name] for line in lines], dtype=float) for name in ("class_seen", "class_kept"))
     rate = np.divide(kept, seen, out=np.full_like(kept, np.nan), where=seen > 0)
     chosen = list(range(len(classes)))
@@ -307,12 +309,11 @@ def _class_history(log: KeepLog, classes: Sequence[str]) -> str:
         note += f" Of {len(classes)} classes, the six kept least at the end and the six kept most."
     series = [_class_line("all samples", 0, kept.sum(1) / np.maximum(seen.sum(1), 1))]
     series += [_class_line(str(classes[c]), 1 + i, rate[:, c]) for i, c in enumerate(chosen)]
-    picture = charts.lines(
+    chart = charts.lines(
         series, x_label="epoch", y_label="kept %", fmt=lambda v: f"{100 * v:.0f}", y_range=(0.0, 1.05),
         title="Keep rate of each class over epochs",
     )  # fmt: skip
-    legend = charts.legend([(each.label, each.style) for each in series])
-    return f'{heading}<p class="note">{note}</p>{legend}<div class="card narrow">{picture}</div></section>'
+    return {"note": note, "chart": chart, "legend": charts.legend([(each.label, each.style) for each in series])}
 
 
 def _class_line(label: str, style: int, rate: np.ndarray) -> Series:

@@ -1,128 +1,139 @@
-"""The comparison report as one page of HTML: styles, script and pictures are in it, nothing is fetched.
+"""The comparison report as one page of HTML: style, script and charts are in it, nothing is fetched.
 
-What the page says is worded in :mod:`batchtrim.lab.present.wording` and drawn in :mod:`batchtrim.lab.present.charts`.
-Text that comes from a record is escaped with :func:`batchtrim.lab.present.charts.esc` wherever it enters the page.
+This file gathers what ``templates/report.html`` lays out. What the page says is worded in
+:mod:`batchtrim.lab.present.wording` and drawn in :mod:`batchtrim.lab.present.charts`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from importlib import resources
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from batchtrim.lab.analyse.comparison import Arm, Group, Summary, View
-from batchtrim.lab.analyse.inference import points
+from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary
+from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.present import charts, wording
-from batchtrim.lab.present.charts import Series, esc, style_class
+from batchtrim.lab.present.caveats import caveat_texts
+from batchtrim.lab.present.charts import Series, style_class
+from batchtrim.lab.present.templating import render
 
 MOST_BANDS = 4  # methods; bands of more than these cover one another
 OPEN_GROUPS = 3  # more groups than this start folded
 MARKS = {"lower": "▼ ", "higher": "▲ ", "same": "≈ ", "none": ""}
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: a line, and a second, quieter one."""
+
+    main: str
+    small: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number that stands out, with what it is; ``kind`` colours it."""
+
+    value: str
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A chart under a heading and a note."""
+
+    heading: str
+    note: str
+    chart: Markup
+
+
 def comparison_page(summary: Summary) -> str:
-    """The whole page."""
+    """Return the whole page."""
     several = len(summary.groups) > 1
-    title = "Comparison of training methods" if several else summary.groups[0].title
-    parts = [
-        '<p class="eyebrow">batchtrim comparison</p>',
-        f"<h1>{esc(title)}</h1>",
-        _headline(summary),
-        _overview(summary) if several else "",
-    ]
-    folded = len(summary.groups) > OPEN_GROUPS
-    for group in summary.groups:
-        body = _group(group)
-        if several:
-            state = "" if folded else " open"
-            words_ = f"<small>{esc(group.verdict)}</small>"
-            body = f'<details class="group"{state}><summary>{esc(group.title)}{words_}</summary>{body}</details>'
-        parts.append(f"<section>{body}</section>")
-    parts.append(_environment(summary))
-    return page(f"batchtrim: {title}", "".join(parts))
-
-
-def page(title: str, body: str, style: str = "", script: str = "") -> str:
-    """A complete document around ``body``, with the shared style and script in it."""
-    files = resources.files("batchtrim.lab.present")
-    css = files.joinpath("page.css").read_text(encoding="utf-8") + style
-    js = files.joinpath("page.js").read_text(encoding="utf-8") + script
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:\">"
-        f'<link rel="icon" href="data:,"><title>{esc(title)}</title><style>{css}</style></head>\n'
-        f"<body>{body}\n<script>{js}</script></body></html>\n"
+    heading = "Comparison of training methods" if several else summary.groups[0].title
+    pairs = [arm.paired for group in summary.groups for arm in group.arms if arm.paired]
+    kinds = {wording.kind(paired) for paired in pairs}
+    colours = {wording.colour(paired) for paired in pairs}
+    metrics = {group.metric for group in summary.groups}
+    return render(
+        "report.html",
+        title=f"batchtrim: {heading}",
+        heading=heading,
+        kind=kinds.pop() if len(kinds) == 1 else "none",
+        colour=colours.pop() if len(colours) == 1 else "none",
+        better=wording.better(next(iter(metrics))) if len(metrics) == 1 else "Differences are paired by seed.",
+        metric=next(iter(metrics)) if len(metrics) == 1 else None,
+        marks=MARKS,
+        verdict=wording.sentence(wording.headline(summary)),
+        counts=wording.counts(summary),
+        overview=_overview(summary) if several else None,
+        groups=[_group(group) for group in summary.groups],
+        folded=len(summary.groups) > OPEN_GROUPS,
+        environment=wording.environment(summary),
     )
 
 
-def definitions(values: dict[str, str]) -> str:
-    """Names and values side by side."""
-    return f"<dl>{''.join(f'<dt>{esc(name)}</dt><dd>{esc(value)}</dd>' for name, value in values.items())}</dl>"
-
-
-def breakable(text: str) -> str:
-    """Escaped, and free to go on in the next line after an underscore."""
-    return esc(text).replace("_", "_<wbr>")
-
-
-def _headline(summary: Summary) -> str:
-    kinds = {wording.kind(arm.paired.verdict) for group in summary.groups for arm in group.arms if arm.paired}
-    kind = kinds.pop() if len(kinds) == 1 else "none"
-    return (
-        f'<div class="verdict {kind}"><p>{MARKS[kind]}{esc(wording.sentence(summary.verdict))}</p>'
-        f'<p class="note">{esc(wording.counts(summary))} Lower error is better; '
-        "differences are paired by seed.</p></div>"
-    )
-
-
-def _overview(summary: Summary) -> str:
+def _overview(summary: Summary) -> dict[str, Any] | None:
     """Settings by methods: the difference in points, marked where it is a finding."""
     labels = list(dict.fromkeys(arm.label for group in summary.groups for arm in group.arms if arm.paired))
     if not labels:
-        return ""
-    head = "".join(f"<th>{esc(label)}</th>" for label in labels)
+        return None
     rows = []
     for group in summary.groups:
         arms = {arm.label: arm for arm in group.arms}
-        cells = []
-        for label in labels:
-            paired = arms[label].paired if label in arms else None
-            kind = wording.kind(paired.verdict) if paired else "none"
-            tip = f' title="{esc(paired.verdict)}"' if paired else ""
-            cells.append(f'<td class="{kind}"{tip}>{MARKS[kind]}{wording.difference(paired)}</td>')
-        base = next((wording.error(arm) for arm in group.arms if arm.label == group.baseline), wording.UNKNOWN)
-        rows.append(f"<tr><th>{esc(group.title)}</th><td>{base}</td>{''.join(cells)}</tr>")
-    return (
-        "<h2>Overview</h2>"
-        '<p class="note">Difference to the baseline in points of test error. ▼ fewer errors, ▲ more errors, '
-        "≈ no difference seen; no mark: no verdict.</p>"
-        f'<div class="scroll"><table><thead><tr><th>setting</th><th>baseline<br>error %</th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        base = group.reference
+        rows.append(
+            {
+                "title": group.title,
+                "baseline": wording.error(base) if base else wording.UNKNOWN,
+                "cells": [_overview_cell(arms.get(label), base) for label in labels],
+            }
+        )
+    return {"labels": labels, "rows": rows}
 
 
-def _group(group: Group) -> str:
+def _overview_cell(arm: Arm | None, base: Arm | None) -> dict[str, str]:
+    paired = arm.paired if arm else None
+    tip = wording.verdict(arm, base) if arm else ""
+    return {
+        "kind": wording.kind(paired),
+        "colour": wording.colour(paired),
+        "text": wording.difference(paired),
+        "tip": tip,
+    }
+
+
+def _group(group: Group) -> dict[str, Any]:
     styles = _styles(group)
-    legend = charts.legend([(arm.label, styles[arm.label]) for arm in group.arms])
-    return "".join(
-        [
-            _tiles(group),
-            _table(group.arms, group, styles),
-            f'<p class="note">{esc(wording.LEGEND)} Small print: 95 % intervals (Student\'s t, not corrected; '
-            "report.csv has the bootstrap's too) and shares of the baseline's cost.</p>",
-            _differences(group, styles),
-            f"<h2>Over training</h2>{legend}",
-            f'<div class="grid2">{_curves(group, styles)}</div>',
-            f"<h2>What it cost</h2>{_costs(group, styles)}",
-            *(_view(view, group, styles) for view in group.views),
-            "<h2>Settings, and how to run it again</h2>",
-            f'<div class="card">{definitions(_settings(group))}</div><br><pre>{esc(wording.command(group))}</pre>',
-        ]
-    )
+    return {
+        "title": group.title,
+        "verdict": wording.group_verdict(group),
+        "caveats": caveat_texts(group),
+        "legend_note": wording.legend(group.metric),
+        "metric": group.metric,
+        "baseline": group.baseline,
+        "tiles": _tiles(group),
+        "table": _table(group.arms, group, styles),
+        "differences": _differences(group, styles),
+        "legend": charts.legend([(arm.label, styles[arm.label]) for arm in group.arms]),
+        "curves": _curves(group, styles),
+        "costs": _costs(group, styles),
+        "views": [
+            {
+                "title": wording.view_title(view),
+                "note": wording.view_note(view),
+                "table": _table(view.arms, group, styles, cost=False) if view.budget is not None else None,
+            }
+            for view in group.views
+        ],
+        "settings": _settings(group),
+        "command": wording.command(group),
+    }
 
 
 def _styles(group: Group) -> dict[str, int]:
@@ -131,64 +142,71 @@ def _styles(group: Group) -> dict[str, int]:
     return ({group.baseline: 0} if group.baseline else {}) | {label: 1 + i for i, label in enumerate(others)}
 
 
-def _tiles(group: Group) -> str:
+def _tiles(group: Group) -> list[Tile]:
     """A comparison of two arms in four numbers; larger ones have the table."""
     if len(group.arms) != 2 or group.arms[1].paired is None:
-        return ""
+        return []
     base, arm = group.arms
     assert arm.paired is not None
-    kind = wording.kind(arm.paired.verdict)
+    kind, metric = wording.colour(arm.paired), group.metric
+    between = wording.signed_interval(arm.paired.moments.t, metric)
+    percent = " %" if metric.in_percent else ""
     tiles = [
-        (wording.percent(base.moments.mean) + " %", f"test error, {base.label}", ""),
-        (wording.percent(arm.moments.mean) + " %", f"test error, {arm.label}", ""),
-        (
-            wording.difference(arm.paired) + " points",
-            f"difference, 95 % {wording.signed_interval(arm.paired.moments.t)}",
+        Tile(wording.percent(base.moments.mean, 2, metric) + percent, f"{metric.title}, {base.label}"),
+        Tile(wording.percent(arm.moments.mean, 2, metric) + percent, f"{metric.title}, {arm.label}"),
+        Tile(
+            wording.difference(arm.paired) + metric.unit,
+            f"difference, 95 % {between}",
             kind if kind in ("lower", "higher") else "",
         ),
-        (wording.share(arm, base, "samples_backward"), f"samples backward, of {base.label}'s", ""),
     ]
-    inner = "".join(
-        f'<div class="card tile"><b class="{kind}">{esc(value)}</b><p class="note">{esc(text)}</p></div>'
-        for value, text, kind in tiles
-    )
-    return f'<div class="tiles">{inner}</div>'
+    if "samples_backward" in base.cost and "samples_backward" in arm.cost:
+        tiles.append(Tile(wording.share(arm, base, "samples_backward"), f"samples backward, of {base.label}'s"))
+    return tiles
 
 
-def _table(arms: Sequence[Arm], group: Group, styles: dict[str, int], cost: bool = True) -> str:
+def _table(arms: Sequence[Arm], group: Group, styles: dict[str, int], cost: bool = True) -> dict[str, Any]:
     base = next((arm for arm in arms if arm.label == group.baseline), None)
-    heads = ["method", "runs", "test error %", "difference<br>points", "p, Holm"]
-    heads += (["training<br>seconds", "samples<br>backward"] if cost else []) + ["verdict"]
+    heads = [["method"], ["runs"], [group.metric.heading], ["difference"], ["p, Holm"]]
+    if group.metric.in_percent:
+        heads[3].append("points")
+    heads += [["training", "seconds"], ["samples", "backward"]] if cost else []
     rows = []
     for arm in arms:
-        paired = arm.paired
-        cells = [wording.runs(arm), wording.error(arm) + _small(wording.interval(arm.moments.t))]
-        if paired:
-            cells += [wording.difference(paired) + _small(wording.signed_interval(paired.moments.t))]
-            cells += [esc(wording.p_value(paired.p_holm)) + _small(f"Wilcoxon {wording.p_value(paired.p_wilcoxon)}")]
-        else:
-            cells += ["", ""]
+        cells = [
+            Cell(wording.runs(arm)),
+            Cell(wording.error(arm), wording.interval(arm.moments.t, arm.metric)),
+            *_paired_cells(arm.paired),
+        ]
         if cost:
-            for name in ("seconds", "samples_backward"):
-                cells.append(wording.cost(arm, name) + (_small(wording.share(arm, base, name)) if base else ""))
-        kind = wording.kind(paired.verdict) if paired else ""
-        finding, _, rest = paired.verdict.partition("; ") if paired else ("", "", "")
-        said = MARKS[kind] + esc(finding) + _small(rest) if paired else "baseline" if arm is base else ""
+            names = ("seconds", "samples_backward")
+            cells += [Cell(wording.cost(arm, name), wording.share(arm, base, name) if base else "") for name in names]
+        kind = wording.kind(arm.paired) if arm.paired else ""
+        colour = wording.colour(arm.paired) if arm.paired else ""
+        first, _, rest = wording.verdict(arm, group.reference).partition("; ")
+        said = MARKS[kind] + first if arm.paired else "baseline" if arm is base else ""
         rows.append(
-            f'<tr><th><span class="key {style_class(styles[arm.label])}"></span>{breakable(arm.label)}</th>'
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + f'<td class="words {kind}">{said}</td></tr>'
+            {
+                "label": arm.label,
+                "style": style_class(styles[arm.label]),
+                "cells": cells,
+                "colour": colour,
+                "verdict": Cell(said, rest),
+            }
         )
-    head = "".join(f"<th{' class=words' if name == 'verdict' else ''}>{name}</th>" for name in heads)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return {"heads": heads, "rows": rows}
 
 
-def _small(text: str) -> str:
-    """A second, quieter line in a cell."""
-    return f"<small>{esc(text)}</small>" if text else ""
+def _paired_cells(paired: Paired | None) -> list[Cell]:
+    if paired is None:
+        return [Cell(""), Cell("")]
+    return [
+        Cell(wording.difference(paired), wording.signed_interval(paired.moments.t, paired.metric)),
+        Cell(wording.p_value(paired.p_holm), f"Wilcoxon {wording.p_value(paired.p_wilcoxon)}"),
+    ]
 
 
-def _differences(group: Group, styles: dict[str, int]) -> str:
+def _differences(group: Group, styles: dict[str, int]) -> Markup | None:
     rows = [
         charts.Differences(
             label=arm.label,
@@ -198,54 +216,48 @@ def _differences(group: Group, styles: dict[str, int]) -> str:
             mean=arm.paired.moments.mean,
             interval=arm.paired.moments.t,
             detectable=arm.paired.detectable,
-            text=f"{wording.difference(arm.paired)}  [{wording.signed_interval(arm.paired.moments.t)}]",
+            text=f"{wording.difference(arm.paired)}  [{wording.signed_interval(arm.paired.moments.t, arm.metric)}]",
         )
         for arm in group.arms
         if arm.paired and arm.paired.moments.mean is not None
     ]
     if not rows:
-        return ""
-    picture = charts.differences(
-        rows, x_label="fewer errors  ←  points of test error  →  more errors", fmt=wording.signed,
-        title=f"Test error minus that of {group.baseline}, paired by seed",
+        return None
+    metric = group.metric
+    less, more = ("fewer errors", "more errors") if metric.name == "error" else ("lower", "higher")
+    return charts.differences(
+        rows, x_label=f"{less}  ←  {'points of ' if metric.in_percent else ''}{metric.title}  →  {more}",
+        fmt=lambda value: wording.signed(value, 2, metric),
+        title=f"{wording.capital(metric.title)} minus that of {group.baseline}, paired by seed",
     )  # fmt: skip
-    return (
-        f"<h2>Seed by seed, against {esc(group.baseline)}</h2>"
-        '<p class="note">A dot is one seed, the upright line their mean, the coloured bar its 95 % interval. In the '
-        "grey zone a true difference would be missed more than one time in five with this many seeds.</p>"
-        f'<div class="card narrow">{picture}</div>'
-    )
 
 
-def _curves(group: Group, styles: dict[str, int]) -> str:
+def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
     banded = len(group.arms) <= MOST_BANDS
-    error = _series(group, styles, "test_error", band=banded)
-    shown, cut = _error_range(error)
-    note = f" The axis ends at {points(shown[1], 0)} %; the first epochs lie above it." if cut and shown else ""
+    metric = group.metric
+    error = _series(group, styles, metric.field, band=banded)
+    shown, cut = _error_range(error) if metric.name == "error" else (None, False)
+    note = f" The axis ends at {wording.points(shown[1], 0)} %; the first epochs lie above it." if cut and shown else ""
     spread = "; the band is one standard deviation to either side" if banded else ""
     loss = [
         *(_series(group, styles, "kept_loss", band=False)),
         *(_series(group, styles, "mean_loss", band=False, dashed=True)),
     ]
     keep = _series(group, styles, "keep", band=False)
-    cards = [
-        ("Test error", f"Mean over seeds{spread}.{note}",
-         charts.lines(error, x_label="epoch", y_label="test error %", fmt=_axis_percent, y_range=shown,
-                      title="Test error over epochs")),
-        ("Training error", "Of the samples as they were trained on, while the network changed.",
-         charts.lines(_series(group, styles, "train_error", band=banded), x_label="epoch", y_label="training error %",
-                      fmt=_axis_percent, title="Training error over epochs")),
-        ("Part of the samples kept", "What went backward, as a part of the training set.",
-         charts.lines(keep, x_label="epoch", y_label="kept %", fmt=lambda v: f"{100 * v:.0f}", y_range=(0.0, 1.05),
-                      title="Keep fraction over epochs")),
-        ("Loss of kept samples, and of all", "Solid: mean loss of what was kept. Dashed: of every sample seen.",
-         charts.lines(loss, x_label="epoch", y_label="loss", fmt=lambda v: f"{v:.3g}",
-                      title="Kept and mean loss over epochs")),
+    return [
+        Card(wording.capital(metric.title), f"Mean over seeds{spread}.{note}",
+             charts.lines(error, x_label="epoch", y_label=metric.heading, fmt=_axis(metric), y_range=shown,
+                           title=f"{wording.capital(metric.title)} over epochs")),
+        Card("Training error", "Of the samples as they were trained on, while the network changed.",
+             charts.lines(_series(group, styles, "train_error", band=banded), x_label="epoch",
+                           y_label="training error %", fmt=_axis_percent, title="Training error over epochs")),
+        Card("Part of the samples kept", "What went backward, as a part of the training set.",
+             charts.lines(keep, x_label="epoch", y_label="kept %", fmt=lambda v: f"{100 * v:.0f}", y_range=(0.0, 1.05),
+                           title="Keep fraction over epochs")),
+        Card("Loss of kept samples, and of all", "Solid: mean loss of what was kept. Dashed: of every sample seen.",
+             charts.lines(loss, x_label="epoch", y_label="loss", fmt=lambda v: f"{v:.3g}",
+                           title="Kept and mean loss over epochs")),
     ]  # fmt: skip
-    return "".join(
-        f'<div class="card"><h3>{heading}</h3><p class="note">{note}</p>{picture}</div>'
-        for heading, note, picture in cards
-    )
 
 
 def _series(
@@ -294,32 +306,26 @@ def _error_range(series: Sequence[Series]) -> tuple[tuple[float, float] | None, 
     return (low, high), True
 
 
-def _costs(group: Group, styles: dict[str, int]) -> str:
-    arms = [arm for arm in group.arms if arm.cost and arm.moments.mean is not None]
-    cards: list[tuple[str, str, Callable[[Arm], float]]] = [
-        ("samples backward", "samples that went backward", lambda arm: arm.cost["samples_backward"]),
-        ("training time", "seconds of training, selection included", lambda arm: arm.cost["seconds"]),
+def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
+    axes = [
+        ("samples backward", "samples that went backward", "samples_backward"),
+        ("training time", "seconds of training, selection included", "seconds"),
     ]
-    inner = ""
-    for name, label, spent in cards:
+    cards = []
+    for name, label, cost in axes:
         dots = [
-            charts.Point(arm.label, styles[arm.label], spent(arm), arm.moments.mean or 0.0, arm.moments.t)
-            for arm in arms
+            charts.Point(arm.label, styles[arm.label], arm.cost[cost], arm.moments.mean or 0.0, arm.moments.t)
+            for arm in group.arms
+            if cost in arm.cost and arm.moments.mean is not None
         ]
-        picture = charts.scatter(
-            dots, x_label=label, y_label="test error %", x_fmt=wording.amount, fmt=_axis_percent,
-            title=f"Test error against {name}",
+        if not dots and group.metric != ERROR:
+            continue
+        chart = charts.scatter(
+            dots, x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group.metric),
+            title=f"{wording.capital(group.metric.title)} against {name}",
         )  # fmt: skip
-        inner += f'<div class="card"><h3>Error against {name}</h3>{picture}</div>'
-    return (
-        '<p class="note">Lower left is better: fewer errors for less. Whiskers are 95 % intervals of the mean.</p>'
-        f'<div class="grid2">{inner}</div>'
-    )
-
-
-def _view(view: View, group: Group, styles: dict[str, int]) -> str:
-    table = _table(view.arms, group, styles, cost=False) if view.budget is not None else ""
-    return f'<h2>{esc(view.title)}</h2><p class="note">{esc(view.note)}</p>{table}'
+        cards.append(Card(f"{wording.capital(group.metric.name)} against {name}", "", chart))
+    return cards
 
 
 def _settings(group: Group) -> dict[str, str]:
@@ -337,8 +343,8 @@ def _settings(group: Group) -> dict[str, str]:
     }
 
 
-def _environment(summary: Summary) -> str:
-    return f'<h2>Environment</h2><div class="card">{definitions(wording.environment(summary))}</div>'
+def _axis(metric: Metric) -> Callable[[float], str]:
+    return _axis_percent if metric.in_percent else lambda value: f"{value:.4g}"
 
 
 def _axis_percent(value: float) -> str:

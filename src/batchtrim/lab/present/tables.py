@@ -1,7 +1,7 @@
-"""A comparison as something to show: one self-contained HTML page, Markdown and CSV beside it, a table for the console.
+"""A comparison in tables: Markdown, CSV, JSON, and one for the console; and the report's files written.
 
-The numbers come from :mod:`batchtrim.lab.analyse.comparison`; this file only words them. The page is put together in
-:mod:`batchtrim.lab.present.pages`.
+The numbers come from :mod:`batchtrim.lab.analyse.comparison`, their words from :mod:`batchtrim.lab.present.wording`,
+the page from :mod:`batchtrim.lab.present.pages`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Row, Summary, View, summarize
 from batchtrim.lab.present import pages, wording
+from batchtrim.lab.present.caveats import caveat_texts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,7 +48,8 @@ def console_table(summary: Summary) -> RenderableType:
     for group in summary.groups:
         table = Table(title=Text(group.title, style="bold"), title_justify="left", box=None, pad_edge=False)
         table.add_column("method", overflow="fold", min_width=max(min(len(arm.label), 20) for arm in group.arms))
-        for heading in ("runs", "error %", "diff", "95 % interval", "p", "train s", "backward"):
+        short = "error %" if group.metric.name == "error" else group.metric.heading
+        for heading in ("runs", short, "diff", "95 % interval", "p", "train s", "backward"):
             table.add_column(heading, justify="right", no_wrap=True)
         for arm in group.arms:
             paired = arm.paired
@@ -56,7 +58,7 @@ def console_table(summary: Summary) -> RenderableType:
                 wording.short_runs(arm),
                 wording.error(arm),
                 wording.difference(paired),
-                wording.signed_interval(paired.moments.t) if paired else "",
+                wording.signed_interval(paired.moments.t, paired.metric) if paired else "",
                 wording.p_value(paired.p_holm) if paired else "",
                 wording.cost(arm, "seconds"),
                 wording.backward(arm, group),
@@ -64,21 +66,29 @@ def console_table(summary: Summary) -> RenderableType:
         parts.append(table)
         colours = {"lower": "green", "higher": "red"}
         parts.extend(
-            Text(f"{arm.label}: {arm.paired.verdict}", style=colours.get(wording.kind(arm.paired.verdict), ""))
+            Text(
+                f"{arm.label}: {wording.verdict(arm, group.reference)}",
+                style=colours.get(wording.colour(arm.paired), ""),
+            )
             for arm in group.arms
             if arm.paired
         )
         if group.baseline is None:
-            parts.append(Text(group.verdict))
+            parts.append(Text(wording.group_verdict(group)))
+        parts.extend(Text(text, style="yellow") for text in caveat_texts(group))
         parts.append(Text(""))
-    parts.append(Text(wording.LEGEND, style="dim"))
+    parts.extend(Text(text, style="dim") for text in _legends(summary))
     return Stack(*parts)
+
+
+def _legends(summary: Summary) -> list[str]:
+    return list(dict.fromkeys(wording.legend(group.metric) for group in summary.groups))
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
     """Everything but the curves, as plain values."""
     return {
-        "verdict": summary.verdict,
+        "verdict": wording.headline(summary),
         "runs": summary.runs,
         "diverged": summary.diverged,
         "failed": summary.failed,
@@ -87,9 +97,11 @@ def to_json(summary: Summary) -> dict[str, Any]:
                 "title": group.title,
                 "settings": group.settings,
                 "baseline": group.baseline,
-                "verdict": group.verdict,
-                "methods": [_arm_json(arm) for arm in group.arms],
-                "views": [_view_json(view) for view in group.views],
+                "verdict": wording.group_verdict(group),
+                "metric": vars(group.metric),
+                "caveats": caveat_texts(group),
+                "methods": [_arm_json(arm, group) for arm in group.arms],
+                "views": [_view_json(view, group) for view in group.views],
             }
             for group in summary.groups
         ],
@@ -98,21 +110,29 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 def to_markdown(summary: Summary) -> str:
     """The report in Markdown: verdict, tables, equal-budget views, settings, environment, how to run it again."""
-    lines = ["# batchtrim comparison", "", cell(wording.sentence(summary.verdict)), "", wording.counts(summary), ""]
+    lines = [
+        "# batchtrim comparison",
+        "",
+        cell(wording.sentence(wording.headline(summary))),
+        "",
+        wording.counts(summary),
+        "",
+    ]
     for group in summary.groups:
         lines += [f"## {cell(group.title)}", "", *markdown_table(group, group.arms), ""]
         for arm in group.arms:
             if arm.paired:
-                lines.append(f"* **{cell(arm.label)}**: {cell(arm.paired.verdict)}")
-        lines += ["", wording.LEGEND, ""]
+                lines.append(f"* **{cell(arm.label)}**: {cell(wording.verdict(arm, group.reference))}")
+        lines += [f"* {cell(text)}" for text in caveat_texts(group)]
+        lines += ["", wording.legend(group.metric), ""]
         for view in group.views:
-            lines += [f"### {view.title}", "", view.note, ""]
+            lines += [f"### {wording.view_title(view)}", "", wording.view_note(view), ""]
             if view.budget is not None:
                 lines += [*markdown_table(group, view.arms, cost=False), ""]
         lines += ["### Settings", ""]
         lines += [f"* {cell(name)}: {cell(value)}" for name, value in group.settings.items()]
         command = " ".join(wording.command(group).splitlines())  # one line cannot close the block it stands in
-        lines += ["", "Run it again:", "", "```", command, "```", ""]
+        lines += ["", "Run it again:", "", "```", command, "```", ""] if command else [""]
     lines += ["## Environment", ""]
     lines += [f"* {cell(name)}: {cell(value)}" for name, value in wording.environment(summary).items()]
     return "\n".join(lines) + "\n"
@@ -121,9 +141,12 @@ def to_markdown(summary: Summary) -> str:
 def to_csv(summary: Summary) -> str:
     """One line a method and view: settings, mean, spread, intervals, differences, tests, cost and verdict."""
     lines = [
-        {**group.settings, "view": name, **_flat(arm)}
+        {**group.settings, "view": name, **_flat(arm, group)}
         for group in summary.groups
-        for name, arms in [("as run", group.arms), *((view.title, view.arms) for view in group.views if view.budget)]
+        for name, arms in [
+            ("as run", group.arms),
+            *((wording.view_title(view), view.arms) for view in group.views if view.budget),
+        ]
         for arm in arms
     ]
     out = io.StringIO(newline="")
@@ -133,24 +156,31 @@ def to_csv(summary: Summary) -> str:
     return out.getvalue()
 
 
-def _arm_json(arm: Arm) -> dict[str, Any]:
+def _arm_json(arm: Arm, group: Group) -> dict[str, Any]:
     paired = arm.paired
     return {
         "label": arm.label,
         **arm.settings,
-        "test_error": {**vars(arm.moments), "by_seed": {str(seed): error for seed, error in arm.errors.items()}},
+        arm.metric.field: {**vars(arm.moments), "by_seed": {str(seed): error for seed, error in arm.errors.items()}},
         "diverged": list(arm.diverged),
         "failed": list(arm.failed),
         "cost": arm.cost,
-        "paired": paired and {**vars(paired), "moments": vars(paired.moments)},
+        "paired": paired
+        and {
+            **{name: value for name, value in vars(paired).items() if name != "metric"},
+            "moments": vars(paired.moments),
+            "finding": paired.verdict.value,
+            "verdict": wording.verdict(arm, group.reference),
+        },
     }
 
 
-def _view_json(view: View) -> dict[str, Any]:
-    return {"name": view.name, "budget": view.budget, "note": view.note, "methods": [_arm_json(a) for a in view.arms]}
+def _view_json(view: View, group: Group) -> dict[str, Any]:
+    methods = [_arm_json(arm, group) for arm in view.arms]
+    return {"name": view.name, "budget": view.budget, "note": wording.view_note(view), "methods": methods}
 
 
-def _flat(arm: Arm) -> dict[str, Any]:
+def _flat(arm: Arm, group: Group) -> dict[str, Any]:
     """An arm as one line of CSV."""
     paired, spread = arm.paired, arm.moments
     return {
@@ -159,7 +189,7 @@ def _flat(arm: Arm) -> dict[str, Any]:
         "n": spread.n,
         "diverged": len(arm.diverged),
         "failed": len(arm.failed),
-        "test_error": spread.mean,
+        arm.metric.field: spread.mean,
         "std": spread.std,
         **_ends("t", spread.t),
         **_ends("bootstrap", spread.bootstrap),
@@ -172,7 +202,7 @@ def _flat(arm: Arm) -> dict[str, Any]:
         "p_holm": paired and paired.p_holm,
         "detectable": paired and paired.detectable,
         **arm.cost,
-        "verdict": paired and paired.verdict,
+        "verdict": paired and wording.verdict(arm, group.reference),
     }
 
 
@@ -181,13 +211,22 @@ def _ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | 
 
 
 def markdown_table(group: Group, arms: Iterable[Arm], cost: bool = True) -> list[str]:
-    heads = ["method", "runs", "test error %", "difference, points", "95 % interval", "p (Holm)", "p (Wilcoxon)"]
+    metric = group.metric
+    heads = [
+        "method",
+        "runs",
+        metric.heading,
+        f"difference{',' if metric.unit else ''}{metric.unit}",
+        "95 % interval",
+        "p (Holm)",
+        "p (Wilcoxon)",
+    ]
     heads += ["train s", "backward"] if cost else []
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     for arm in arms:
         paired = arm.paired
         cells = [cell(arm.label), wording.runs(arm), wording.error(arm), wording.difference(paired)]
-        cells += [wording.signed_interval(paired.moments.t) if paired else ""]
+        cells += [wording.signed_interval(paired.moments.t, metric) if paired else ""]
         cells += [wording.p_value(paired.p_holm), wording.p_value(paired.p_wilcoxon)] if paired else ["", ""]
         cells += [wording.cost(arm, "seconds"), wording.backward(arm, group)] if cost else []
         lines.append(f"| {' | '.join(cells)} |")

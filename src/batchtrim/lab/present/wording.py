@@ -1,12 +1,17 @@
-"""How the report words its numbers: the same on the console, in Markdown and on the page."""
+"""Every sentence on a comparison: verdicts and numbers in words, the same on the console, in Markdown and on pages."""
 
 from __future__ import annotations
 
+import collections
 import shlex
+from collections.abc import Iterable
 from typing import Any
 
-from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary
-from batchtrim.lab.analyse.inference import points
+from batchtrim.lab.analyse.claims import Claim
+from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary, Verdict, View
+from batchtrim.lab.analyse.inference import MIN_PAIRS
+from batchtrim.lab.metric import ERROR, Metric
+from batchtrim.lab.run.config import ARM_SETTINGS
 
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -16,12 +21,154 @@ LEGEND = (
 )
 
 
-def kind(verdict: str) -> str:
-    """Which way a verdict goes: lower, higher, same or none."""
-    for word, name in (("lower error", "lower"), ("higher error", "higher"), ("no difference", "same")):
-        if word in verdict:
-            return name
-    return "same" if verdict == "the same error on every seed" else "none"
+def legend(metric: Metric) -> str:
+    """How to read a table of a metric."""
+    if metric == ERROR:
+        return LEGEND
+    sign = "above" if metric.higher_is_better else "below"
+    points = ", in points" if metric.in_percent else ""
+    return (
+        f"{capital(metric.title)}: mean ± standard deviation over seeds. Difference: method minus baseline on the same "
+        f"seed{points}, {sign} zero is better. p: paired t-test, Holm-corrected over the methods of the table."
+    )
+
+
+KINDS = {Verdict.LOWER: "lower", Verdict.HIGHER: "higher", Verdict.NOT_SEEN: "same", Verdict.SAME: "same"}
+"""Which way a verdict goes; any other goes no way."""
+FINDINGS = {"lower": "lower", "higher": "higher", "same": "no difference seen", "none": "no verdict"}
+VIEWS = {
+    "samples_backward": ("Equal samples backward", "samples backward"),
+    "seconds": ("Equal training time", "seconds of training"),
+}
+
+
+def kind(paired: Paired | None) -> str:
+    """Which way a comparison goes: lower, higher, same or none."""
+    return KINDS.get(paired.verdict, "none") if paired else "none"
+
+
+def colour(paired: Paired | None) -> str:
+    """The class that colours a comparison: "lower" for a gain, as of errors, "higher" for a loss."""
+    way = kind(paired)
+    if paired is None or not paired.metric.higher_is_better:
+        return way
+    return {"lower": "higher", "higher": "lower"}.get(way, way)
+
+
+def _found(way: str, metric: Metric) -> str:
+    """Which way a comparison goes, with what is compared: lower error."""
+    return f"{FINDINGS[way]} {metric.name}" if way in ("lower", "higher") else FINDINGS[way]
+
+
+def finding(paired: Paired) -> str:
+    """What the pairs say."""
+    n, mean, verdict, metric = paired.moments.n, paired.moments.mean or 0.0, paired.verdict, paired.metric
+    by, way = f"{metric.number(abs(mean))}{metric.unit}", "lower" if mean < 0 else "higher"
+    return {
+        Verdict.LOWER: f"{way} {metric.name} by {by}",
+        Verdict.HIGHER: f"{way} {metric.name} by {by}",
+        Verdict.NOT_SEEN: f"no difference seen; a difference under {metric.number(paired.detectable or 0.0)}"
+        f"{metric.unit} could not have been seen reliably",
+        Verdict.SAME: f"the same {metric.name} on every seed",
+        Verdict.SHIFTED: f"exactly {by} {way} on every seed: no spread, so no test",
+        Verdict.TOO_FEW: f"too few seeds to tell: {n} pair{'s' if n > 1 else ''}, {MIN_PAIRS} or more are needed",
+        Verdict.NO_PAIRS: "no seed in common with the baseline",
+        Verdict.ALL_DIVERGED: "every run diverged",
+    }[verdict]
+
+
+def verdict(arm: Arm, reference: Arm | None) -> str:
+    """What is seen of an arm against the baseline's, diverged runs of either named; "" where nothing is compared."""
+    if arm.paired is None or reference is None:
+        return ""
+    said = finding(arm.paired)
+    if arm.paired.verdict is Verdict.ALL_DIVERGED:
+        return f"{said} ({len(arm.diverged)} of {len(arm.diverged)})"
+    lost = [
+        f"{len(each.diverged)} of {len(each.errors) + len(each.diverged)} runs"
+        f"{' of ' + each.label if each is reference else ''} diverged"
+        f" (seed{'s' if len(each.diverged) > 1 else ''} {', '.join(map(str, each.diverged))})"
+        for each in (arm, reference)
+        if each.diverged
+    ]
+    return "; ".join([*lost, f"over the {arm.paired.moments.n} pairs that finished: {said}"]) if lost else said
+
+
+def group_verdict(group: Group) -> str:
+    """What is seen in a group, in a line."""
+    compared = [arm for arm in group.arms if arm.paired is not None]
+    if not compared:
+        return _nothing_compared(group.arms, group.against)
+    if len(compared) == 1:
+        return f"{compared[0].label}: {verdict(compared[0], group.reference)}"
+    labels: dict[str, list[str]] = {name: [] for name in FINDINGS}
+    for arm in compared:
+        labels[kind(arm.paired)].append(arm.label + (" (some diverged)" if arm.diverged and arm.errors else ""))
+    return "; ".join(f"{_found(name, group.metric)}: {', '.join(each)}" for name, each in labels.items() if each)
+
+
+def headline(summary: Summary) -> str:
+    """What is seen in all groups, in a line: how often each method was found lower, higher or neither."""
+    if len(summary.groups) == 1:
+        return group_verdict(summary.groups[0])
+    arms = [arm for group in summary.groups for arm in group.arms]
+    counts: dict[str, collections.Counter[str]] = {}
+    for arm in arms:
+        if arm.paired is not None:
+            counts.setdefault(str(arm.settings["method"]), collections.Counter())[kind(arm.paired)] += 1
+    if not counts:
+        return _nothing_compared(arms, summary.against)
+    metrics = {group.metric.name for group in summary.groups}
+    metric = summary.groups[0].metric if len(metrics) == 1 else Metric("value")
+    lines = []
+    for method, tally in counts.items():
+        found = [f"{_found(name, metric)} in {count} of {tally.total()}" for name, count in tally.items()]
+        lines.append(f"{method}: {', '.join(found)}")
+    return f"against {summary.against} in {len(summary.groups)} settings: {'; '.join(lines)}"
+
+
+def _nothing_compared(arms: Iterable[Arm], against: str) -> str:
+    if against in {arm.settings["method"] for arm in arms}:
+        return f"runs of '{against}' alone, so nothing to compare with"
+    return f"no runs of the baseline '{against}', so nothing to compare with"
+
+
+def view_title(view: View) -> str:
+    """The heading of a comparison at an equal budget."""
+    return VIEWS[view.name][0]
+
+
+def view_note(view: View) -> str:
+    """How its errors were read."""
+    if view.budget is None:
+        return "Not every run has a curve, so no budget in common can be read."
+    return (
+        f"Read at {view.budget:,.0f} {VIEWS[view.name][1]}, the largest budget that every run reached, on a straight "
+        "line between the evaluations before and after it. A run with a larger total is read before its learning rate "
+        "has fallen, which counts against it: full_equal_compute is the control that is trained to the end on the "
+        "smaller budget."
+    )
+
+
+def claim(claim: Claim) -> str:
+    """A claim's sides, in Markdown, with the settings that tell their arms from others: `trim` (engine shared)."""
+    sides = []
+    for method, chosen in ((claim.method, claim.settings), (claim.against, claim.against_settings)):
+        named = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        sides.append(f"`{method}`" + (f" ({named})" if named else ""))
+    by = "" if claim.margin is None else f" by {points(claim.margin)} points"
+    at = "" if claim.backward is None else f", with {claim.backward:.0%} of its backward samples at most"
+    return f"{sides[0]} against {sides[1]}: {claim.says}{by}{at}"
+
+
+def better(metric: Metric) -> str:
+    """Which way a metric is better, and how it is compared."""
+    return f"{capital(metric.better)} {metric.name} is better; differences are paired by seed."
+
+
+def capital(text: str) -> str:
+    """With a capital letter."""
+    return text[:1].upper() + text[1:]
 
 
 def sentence(text: str) -> str:
@@ -39,25 +186,30 @@ def counts(summary: Summary) -> str:
     return text + "."
 
 
-def percent(value: float | None, digits: int = 2) -> str:
-    """An error as percent, without the sign: 0.0213 is 2.13."""
-    return UNKNOWN if value is None else points(value, digits)
+def points(value: float, digits: int = 2) -> str:
+    """A difference of errors in percentage points: 0.0123 is 1.23."""
+    return f"{100 * value:.{digits}f}"
 
 
-def signed(value: float | None, digits: int = 2) -> str:
-    """A difference in points, with a real minus sign."""
+def percent(value: float | None, digits: int = 2, metric: Metric = ERROR) -> str:
+    """A metric's number; an error as percent, without the sign: 0.0213 is 2.13."""
+    return UNKNOWN if value is None else metric.number(value, digits)
+
+
+def signed(value: float | None, digits: int = 2, metric: Metric = ERROR) -> str:
+    """A difference, of errors in points, with a real minus sign."""
     if value is None:
         return UNKNOWN
-    text = points(abs(value), digits)
+    text = metric.number(abs(value), digits)
     if float(text) == 0:
         return text
     return (MINUS if value < 0 else "+") + text
 
 
 def error(arm: Arm) -> str:
-    """Mean and standard deviation of the test error in percent."""
-    mean, std = arm.moments.mean, arm.moments.std
-    return percent(mean) if std is None else f"{percent(mean)} ± {percent(std)}"
+    """Mean and standard deviation of the metric, of the test error in percent."""
+    mean, std, metric = arm.moments.mean, arm.moments.std, arm.metric
+    return percent(mean, 2, metric) if std is None else f"{percent(mean, 2, metric)} ± {percent(std, 2, metric)}"
 
 
 def runs(arm: Arm) -> str:
@@ -73,18 +225,18 @@ def short_runs(arm: Arm) -> str:
 
 
 def difference(paired: Paired | None) -> str:
-    """Mean paired difference in points."""
-    return signed(paired.moments.mean) if paired else ""
+    """Mean paired difference, of errors in points."""
+    return signed(paired.moments.mean, 2, paired.metric) if paired else ""
 
 
-def interval(ends: tuple[float, float] | None) -> str:
-    """Two ends of an interval of errors, in percent."""
-    return UNKNOWN if ends is None else f"{percent(ends[0])} to {percent(ends[1])}"
+def interval(ends: tuple[float, float] | None, metric: Metric = ERROR) -> str:
+    """Two ends of an interval of the metric, of errors in percent."""
+    return UNKNOWN if ends is None else f"{percent(ends[0], 2, metric)} to {percent(ends[1], 2, metric)}"
 
 
-def signed_interval(ends: tuple[float, float] | None) -> str:
-    """Two ends of an interval of differences, in points."""
-    return UNKNOWN if ends is None else f"{signed(ends[0])} to {signed(ends[1])}"
+def signed_interval(ends: tuple[float, float] | None, metric: Metric = ERROR) -> str:
+    """Two ends of an interval of differences, of errors in points."""
+    return UNKNOWN if ends is None else f"{signed(ends[0], 2, metric)} to {signed(ends[1], 2, metric)}"
 
 
 def p_value(p: float | None) -> str:
@@ -104,12 +256,12 @@ def amount(value: float) -> str:
 
 def cost(arm: Arm, name: str) -> str:
     """Mean over finished runs."""
-    return amount(arm.cost[name]) if arm.cost else UNKNOWN
+    return amount(arm.cost[name]) if name in arm.cost else UNKNOWN
 
 
 def backward(arm: Arm, group: Group) -> str:
     """Samples that went backward, as a share of plain training's where that is the baseline."""
-    reference = next((each for each in group.arms if each.label == group.baseline), None)
+    reference = group.reference
     if reference is not None and reference.settings["method"] != "full":
         reference = None
     return share(arm, reference, "samples_backward")
@@ -117,7 +269,7 @@ def backward(arm: Arm, group: Group) -> str:
 
 def share(arm: Arm, reference: Arm | None, name: str) -> str:
     """A cost as a percentage of the baseline's, or in full where that has none."""
-    if not arm.cost or reference is None or not reference.cost.get(name):
+    if name not in arm.cost or reference is None or not reference.cost.get(name):
         return cost(arm, name)
     return f"{100 * arm.cost[name] / reference.cost[name]:.0f} %"
 
@@ -135,29 +287,37 @@ def environment(summary: Summary) -> dict[str, str]:
 
 
 def command(group: Group) -> str:
-    """The command that runs this group again; runs that are recorded in the folder are not done twice."""
+    """The command that runs this group again; runs that are recorded in the folder are not done twice.
+
+    "" for numbers that were made elsewhere.
+    """
+    if "epochs" not in group.settings:
+        return ""
     settings: dict[str, Any] = {
         name: value for name, value in group.settings.items() if value is not None and name != "device"
     }
-    methods = list(dict.fromkeys(str(arm.settings["method"]) for arm in group.arms))
-    settings["methods"] = ",".join(methods)
-    for name in ("keep_start", "keep_end", "schedule", "engine"):
-        values = list(dict.fromkeys(arm.settings.get(name) for arm in group.arms))
-        given = [f"{value:g}" if isinstance(value, float) else str(value) for value in values if value is not None]
+    for name in ARM_SETTINGS:
+        values = list(dict.fromkeys(arm.settings.get(name) for arm in group.arms if name != "method_params"))
+        given = ",".join(str(value) for value in values if value is not None)
         if given:
-            settings[name] = ",".join(given)
+            settings["methods" if name == "method" else name] = given
     seeds = group.seeds
     counted = seeds == tuple(range(len(seeds)))
     settings["seeds"] = len(seeds) if counted else ",".join(map(str, seeds)) + ("," if len(seeds) == 1 else "")
-    words = [f"--{name.replace('_', '-')} {shlex.quote(_plain(value))}" for name, value in settings.items()]
-    params = {
-        f"{arm.settings['method']}.{name}": value
-        for arm in group.arms
-        for name, value in (arm.settings.get("method_params") or {}).items()
-    }
-    words += [f"--param {shlex.quote(f'{name}={_plain(value)}')}" for name, value in params.items()]
+    flags = {name: settings.pop(name) for name, value in list(settings.items()) if isinstance(value, bool)}
+    words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in settings.items()]
+    words += [_flag(name, value) for name, value in flags.items()]
+    params: dict[str, list[str]] = {}
+    for arm in group.arms:
+        for name, value in (arm.settings.get("method_params") or {}).items():
+            values = params.setdefault(f"{arm.settings['method']}.{name}", [])
+            if str(value) not in values:
+                values.append(str(value))
+    words += [f"--param {shlex.quote(name + '=' + ','.join(values))}" for name, values in params.items()]
     return "batchtrim compare " + " ".join(words)
 
 
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _flag(name: str, value: bool) -> str:
+    if name == "higher_is_better":
+        return "--higher-is-better" if value else "--lower-is-better"
+    return f"--{'' if value else 'no-'}{name.replace('_', '-')}"

@@ -12,6 +12,7 @@ from batchtrim._checks import check_choice, check_count, check_fraction, check_k
 from batchtrim.lab.files import nearest
 from batchtrim.lab.methods.table import METHODS, find_method
 from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
+from batchtrim.lab.task import images
 from batchtrim.lab.task.augment import AUGMENTS
 from batchtrim.lab.task.conditions import parse_label_noise
 from batchtrim.lab.task.data import SPECS, find_spec
@@ -46,8 +47,33 @@ class RunConfig:
     ``keep_end`` holds throughout.
     """
 
-    dataset: str = setting("digits", "data set", role=Role.DATA, choices=SPECS, many=True)
-    model: str = setting("mlp", "network", choices=MODELS, many=True)
+    dataset: str = setting(
+        "digits", "data set", role=Role.DATA, choices=SPECS, many=True,
+        own="a folder, a table, owner/name",
+    )  # fmt: skip
+    image_size: int | None = setting(
+        None, "side in pixels that your images are resized to", role=Role.DATA, later=True,
+        default_help="64 unless alike and small",
+    )  # fmt: skip
+    test_split: float | None = setting(
+        None, "part of your images to test on, where they have no test split", role=Role.DATA, later=True,
+        default_help="none",
+    )  # fmt: skip
+    split_seed: int = setting(0, "seed of that split", role=Role.DATA, later=True)
+    group: str | None = setting(
+        None, "column, or pattern of file names: what stays on one side of the split", role=Role.DATA, later=True,
+        default_help="none",
+    )  # fmt: skip
+    image_column: str | None = setting(
+        None, "column of a table with the images", role=Role.DATA, later=True, default_help="image, img, path or file"
+    )
+    label_column: str | None = setting(
+        None, "column of a table with the classes", role=Role.DATA, later=True, default_help="label, class or target"
+    )
+    skip_broken: bool = setting(
+        False, "go on without images that cannot be decoded", role=Role.DATA, later=True, default_help="refused"
+    )
+    model: str = setting("mlp", "network", choices=MODELS, many=True, own="FILE.py:FUNCTION, hf:ARCHITECTURE")
     width: int | None = setting(None, "channels of the network's first stage", default_help="by network")
     norm: str = setting("batch", "normalisation layers", choices=NORMS)
     method: str = setting("full", role=Role.ARM, choices=METHODS, many=True)
@@ -61,12 +87,10 @@ class RunConfig:
     batch_size: int = setting(128, "images in a batch, over all processes")
     seed: int = setting(0, role=Role.SEED)
     augment: str | None = setting(None, "augmentation", choices=AUGMENTS, default_help="by data set")
-    label_smoothing: float = setting(
-        0.0, "part of every target spread over all classes; samples are ranked by their loss without it", later=True
-    )
+    label_smoothing: float = setting(0.0, "label smoothing; ranks by the plain loss", later=True)
     test_views: str = setting(
         "plain",
-        "what is tested: the image, or its outputs added to those of its mirror image",
+        "views tested of an image",
         choices=TEST_VIEWS,
         later=True,
     )
@@ -83,7 +107,7 @@ class RunConfig:
     engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
     precision: str = setting("32-true", "number format", choices=PRECISIONS)
     device: str = setting("auto", "where to train", choices=DEVICES)
-    eval_every: int = setting(1, "test after every so many epochs, and after the last", role=Role.SPEED)
+    eval_every: int = setting(1, "test every so many epochs, and at the end", role=Role.SPEED)
     threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
 
     def resolved(self) -> RunConfig:
@@ -94,11 +118,15 @@ class RunConfig:
         Raises:
             ValueError, TypeError: a setting is out of its range, or no such name is known.
         """
-        spec, model = find_spec(self.dataset), find_model(self.model)
+        own = images.is_own(self.dataset)
+        spec, model = None if own else find_spec(self.dataset), find_model(self.model)
+        images.check_options(self)
         method = find_method(self.method)
-        filled = replace(self, augment=self.augment or spec.augment, schedule=self.schedule or "linear")
+        filled = replace(
+            self, augment=self.augment or (spec.augment if spec else "none"), schedule=self.schedule or "linear"
+        )
         for each in SETTINGS.values():
-            if each.choices is not None:
+            if each.choices is not None and not each.own:
                 check_choice(each.name, getattr(filled, each.name), each.choices)
         parse_label_noise(self.label_noise)
         for name in ("epochs", "batch_size", "eval_every", "threads"):
@@ -106,8 +134,12 @@ class RunConfig:
         check_count("seed", self.seed, minimum=0)
         if self.width is not None:
             check_count("width", self.width)
+            if model.width is None:
+                raise ValueError(f"expected no `width` for {self.model!r}, which decides itself, got {self.width}.")
         if self.train_size is not None:
-            check_count("train_size", self.train_size, minimum=spec.classes, hint="At least one image a class.")
+            check_count(
+                "train_size", self.train_size, minimum=spec.classes if spec else 2, hint="At least one image a class."
+            )
         if check_number("imbalance", self.imbalance) < 1.0:
             raise ValueError(
                 f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest."
@@ -152,8 +184,11 @@ class RunConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(replace(self, method_params=dict(self.method_params)))
+        """Plain values, for JSON; settings that came later only where they are not the default."""
+        values = asdict(replace(self, method_params=dict(self.method_params)))
+        return {
+            name: value for name, value in values.items() if not SETTINGS[name].later or value != SETTINGS[name].default
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -11,18 +11,32 @@ from typing import Any
 import torch
 
 import batchtrim
-from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.ranks import Ranks
+from batchtrim.lab.task.own_models import is_own_model, source_of
 
 
-def environment(config: RunConfig) -> dict[str, Any]:
+def environment(config: AnyConfig) -> dict[str, Any]:
     """Versions and hardware a run's numbers belong to."""
     return {
         **_machine(),
         "threads": config.threads,
         "processes": Ranks.from_environment().world,
         "device": _device_name(config.device),
+        **({"source": source} if (source := _source(config)) else {}),
     }
+
+
+def _source(config: AnyConfig) -> str:
+    """A hash of the reader's own code that the run was made with; "" where there is none, or it is gone."""
+    if isinstance(config, TaskConfig):
+        return config.code.source if config.code is not None else ""
+    if not is_own_model(config.model):
+        return ""
+    try:
+        return source_of(config.model)
+    except (OSError, ValueError):
+        return ""
 
 
 @functools.cache

@@ -37,7 +37,8 @@ class Setting:
     Attributes:
         name, default: of the field. ``kind``: str, int or float. ``help``: a line without the default.
         default_help: what None stands for, or "" where the default says it itself. ``choices``: the values there are,
-            None where they are not a list. ``many``: the command line takes several values, comma-separated.
+            None where they are not a list; ``own``: what else may be given, or "". ``many``: the command line takes
+            several values, comma-separated.
         later: came after runs had been recorded; at its default it is no part of a key, so that theirs stay.
     """
 
@@ -49,6 +50,7 @@ class Setting:
     default_help: str
     choices: Collection[str] | None
     many: bool
+    own: str
     later: bool
 
     def in_key(self, value: Any) -> bool:
@@ -64,6 +66,7 @@ def setting(
     choices: Collection[str] | None = None,
     many: bool = False,
     default_help: str = "",
+    own: str = "",
     later: bool = False,
 ) -> Any:
     """Return a dataclass field that defines a setting; see :class:`Setting`. Without ``help`` it is no option."""
@@ -72,6 +75,7 @@ def setting(
         "role": role,
         "choices": choices,
         "many": many,
+        "own": own,
         "default_help": default_help,
         "later": later,
     }

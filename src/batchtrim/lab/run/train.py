@@ -33,8 +33,9 @@ from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.counts import Counts, Criterion
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.optimizers import lr_factor, make_optimizer
+from batchtrim.lab.run.own import AnyConfig
 from batchtrim.lab.run.ranks import Ranks
-from batchtrim.lab.task import conditions, data, models
+from batchtrim.lab.task import conditions, data, images, models, own_models
 from batchtrim.lab.task.augment import Batches
 
 CURVES = (
@@ -351,6 +352,7 @@ def run(
         "config": config.to_dict(),
         "status": status,
         **({"error": error} if error else {}),
+        **({"notes": list(pictures.notes)} if pictures.notes else {}),
         "test_error": training.curve["test_error"][-1] if status == "finished" else None,
         **vars(training.counts),
         "params": models.count_parameters(training.model),
@@ -360,7 +362,7 @@ def run(
     }
 
 
-def failed_row(config: RunConfig, error: BaseException) -> dict[str, Any]:
+def failed_row(config: AnyConfig, error: BaseException) -> dict[str, Any]:
     """The row of a run that an exception ended; it is tried again when the same command is given again."""
     return {
         "schema": SCHEMA,
@@ -377,12 +379,25 @@ def failed_row(config: RunConfig, error: BaseException) -> dict[str, Any]:
     }
 
 
+def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Path | None) -> tuple[str, ...]:
+    """Load the data and, if it is the reader's own, try the network, so that a fault is found before the first run.
+
+    Returns:
+        What is to be said of the data.
+    """
+    pictures = load_pictures(config, data_dir, cache_dir)
+    if own_models.is_own_model(config.model):
+        with torch.random.fork_rng(devices=[]):
+            own_models.build_own(config.model, pictures.shape, pictures.classes)
+    return pictures.notes
+
+
 def load_pictures(
     config: RunConfig, data_dir: str | Path | None = None, cache_dir: str | Path | None = None
 ) -> data.PictureData:
     """The run's data set with its label noise, imbalance and size."""
     return conditions.apply(
-        _load_once(config.dataset, data_dir, cache_dir),
+        _load_once(config.dataset, images.options_of(config), data_dir, cache_dir),
         label_noise=config.label_noise,
         imbalance=config.imbalance,
         train_size=config.train_size,
@@ -412,5 +427,9 @@ def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_ep
 
 
 @functools.lru_cache(maxsize=2)
-def _load_once(name: str, data_dir: str | Path | None, cache_dir: str | Path | None) -> data.PictureData:
+def _load_once(
+    name: str, options: images.ImageOptions, data_dir: str | Path | None, cache_dir: str | Path | None
+) -> data.PictureData:
+    if images.is_own(name):
+        return images.load(name, options, data_dir, cache_dir)
     return data.load(name, data_dir, cache_dir)

@@ -74,6 +74,8 @@ class PictureData:
         train_images: uint8 (N, C, H, W), and ``train_labels`` int64 (N,), each in [0, classes).
         test_images: the same for the test split, with ``test_labels``.
         mean: of the training pictures, one number per channel in [0, 255]; ``std`` likewise.
+        class_names: in the order of the labels, where they are known.
+        notes: what is to be said of the data before anybody trains on them.
     """
 
     name: str
@@ -84,6 +86,8 @@ class PictureData:
     test_labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchtrim.lab.files import look_up
+from batchtrim.lab.task import own_models
 from batchtrim.lab.task.speed import SpeedNet
 
 NORMS = ("batch", "group")
@@ -129,7 +130,7 @@ class ModelRow:
     """One network of the registry: its builder takes (picture shape, classes, width, norm)."""
 
     build: Callable[[tuple[int, int, int], int, int, Norm], nn.Module]
-    width: int
+    width: int | None
     uses_norm: bool = True
 
 
@@ -158,7 +159,9 @@ MODELS: dict[str, ModelRow] = {
 
 
 def find_model(name: str) -> ModelRow:
-    """The registry's row of that name, or an error that suggests the nearest one."""
+    """The registry's row of that name, or one of the reader's own; an error suggests the nearest name."""
+    if isinstance(name, str) and own_models.is_own_model(name):
+        return ModelRow(lambda shape, classes, width, norm: own_models.build_own(name, shape, classes), None, False)
     return look_up("model", name, MODELS)
 
 
@@ -179,7 +182,7 @@ def build(
         raise ValueError(f"expected `norm` to be one of {', '.join(NORMS)}, got {norm!r}.")
     if width is not None and (not isinstance(width, int) or width < 1):
         raise ValueError(f"expected `width` to be a positive int, got {width!r}.")
-    return row.build(shape, classes, width or row.width, nn.BatchNorm2d if norm == "batch" else _group_norm)
+    return row.build(shape, classes, width or row.width or 0, nn.BatchNorm2d if norm == "batch" else _group_norm)
 
 
 def count_parameters(model: nn.Module) -> int:

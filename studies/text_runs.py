@@ -1,14 +1,19 @@
 """Does trimming help on text: TREC's question kinds, a small transformer, through the Hugging Face Trainer.
 
-    python -m benchmarks.text_runs records/2026-11-24-trec/config.toml --out runs/trec [--data-dir DIR]
+    python -m studies.text_runs records/2026-11-24-trec/config.toml --out runs/trec [--data-dir DIR]
 
 Writes rows as the lab does, so that ``batchtrim report`` and ``batchtrim claims`` read them. The same command goes on
 where it stopped; started twice at once, the two share the work. ``full`` is the Trainer itself, with nothing of ours.
+
+Superseded, for anything but the records that were made by it, by ``batchtrim compare --task
+examples/17_own_text.py:train``, which compares on the same data and network; here is ``full_equal_compute`` besides,
+which no trimmer drives.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import tempfile
@@ -28,6 +33,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 import batchtrim
 from batchtrim.integrations.transformers import TrimmedTrainer
 from batchtrim.lab import records
+from batchtrim.lab.methods.table import find_method
 from batchtrim.lab.run import environment
 from batchtrim.lab.run.config import RunConfig
 
@@ -69,15 +75,30 @@ def questions(folder: str, split: str, length: int) -> list[dict[str, Tensor]]:
     return rows
 
 
+def trimming(method: str, end: float) -> dict[str, Any]:
+    """How a method trims: keep, and options of the Trimmer."""
+    fall = batchtrim.linear(1.0, end)
+    everything = batchtrim.constant(1.0)
+    mass = {"keep": 0.9, "select": batchtrim.loss_mass()}
+    return {
+        "trim": {"keep": fall},
+        "trim_late": {"keep": batchtrim.schedules.join([everything, fall], at=[0.5])},
+        "trim_full_end": {"keep": batchtrim.schedules.join([fall, everything], at=[0.875])},
+        "random": {"keep": fall, "select": batchtrim.uniform()},
+        "two_sided": {"keep": fall, "select": batchtrim.between(skip=0.1)},
+        "loss_mass": mass | {"scale": "batch"},
+        "loss_mass_kept": mass,
+        "loss_mass_random": {"keep": 0.9, "select": batchtrim.uniform(like=batchtrim.loss_mass())},
+        "data_dropout": {"keep": everything, "select": batchtrim.selection.above(-math.log(0.3))},  # no full last epoch
+    }[method]
+
+
 def trainer_for(method: str, settings: dict[str, Any], common: dict[str, Any]) -> Trainer:
     """The Trainer of a method: transformers' own, or ours with a schedule and a rule."""
     if method in ("full", "full_equal_compute"):
         return Trainer(**common)
-    rule = {"trim": batchtrim.hardest(), "random": batchtrim.uniform(), "two_sided": batchtrim.between(skip=0.1)}[
-        method
-    ]
-    keep = batchtrim.linear(1.0, settings["keep_end"])
-    return TrimmedTrainer(**common, keep=keep, trim_options={"select": rule, "seed": settings["seed"]})
+    options = trimming(method, settings["keep_end"])
+    return TrimmedTrainer(**common, keep=options.pop("keep"), trim_options={**options, "seed": settings["seed"]})
 
 
 def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -92,13 +113,13 @@ def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, A
         )
     )  # fmt: skip
     learn = questions(folder, "train", length)
-    keeps = (1.0 + settings["keep_end"]) / 2 if config.method != "full" else 1.0
-    epochs = config.epochs * (keeps if config.method == "full_equal_compute" else 1.0)
+    part = (1.0 + settings["keep_end"]) / 2 if config.method == "full_equal_compute" else 1.0
+    epochs = config.epochs * part
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
             out, num_train_epochs=epochs, per_device_train_batch_size=config.batch_size, learning_rate=config.lr or 0.0,
             weight_decay=config.weight_decay or 0.0, lr_scheduler_type="cosine", seed=config.seed, report_to=[],
-            save_strategy="no", logging_steps=1000, disable_tqdm=True, use_cpu=True,
+            save_strategy="no", logging_steps=10**9, disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
         common = {"model": model, "args": arguments, "train_dataset": learn}
         trainer = trainer_for(config.method, settings | {"seed": config.seed}, common)
@@ -108,6 +129,7 @@ def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, A
         found = trainer.predict(questions(folder, "test", length))
     error = float((found.predictions.argmax(1) != found.label_ids).mean())
     forward = trainer.state.global_step * config.batch_size
+    trim = getattr(trainer, "trim", None)
     return {
         "schema": records.SCHEMA,
         "key": config.key,
@@ -117,7 +139,7 @@ def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, A
         "seconds": seconds,
         "seconds_eval": time.perf_counter() - start - seconds,
         "samples_forward": forward,
-        "samples_backward": round(forward * (keeps if config.method != "full_equal_compute" else 1.0)),
+        "samples_backward": forward if trim is None else trim.stats.compute()["kept"],
         "steps": trainer.state.global_step,
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "curve": {"epoch": [config.epochs - 1], "test_error": [error]},
@@ -135,7 +157,7 @@ def configs(settings: dict[str, Any]) -> list[RunConfig]:
     return [
         RunConfig(
             **shared,
-            **(dict.fromkeys(keep) if method.startswith("full") else keep),
+            **(keep if find_method(method).uses_schedule and method != "full_equal_compute" else dict.fromkeys(keep)),
             method=method,
             method_params={"skip": 0.1} if method == "two_sided" else {},
             seed=seed,

@@ -1,6 +1,6 @@
 """How well samples with wrong labels are found: keep history against losses and confident learning.
 
-``python -m benchmarks.label_errors --data-dir DIR --noise human:aggre,human:worse,symmetric:0.2 --seeds 3``
+``python -m studies.label_errors --data-dir DIR --noise human:aggre,human:worse,symmetric:0.2 --seeds 3``
 
 One run of the lab gives every score: the same network, epochs, seed and noise, so the scores differ in nothing but what
 they look at. A label is wrong where it differs from the data set's own. Reported: area under the precision-recall curve
@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks import timing
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 import batchtrim
 from batchtrim.lab.run.config import RunConfig
-from benchmarks import recorded, timing
+from studies import recorded
 
 
 def scores(run: dict[str, np.ndarray], batch: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Whether the noise warning is right: runs on clean, randomly wrong and humanly wrong labels, each told yes or no.
 
-``python -m benchmarks.noise_warning --data-dir DIR --seeds 2,3,4 --cache FOLDER --json FILE``
+``python -m studies.noise_warning --data-dir DIR --seeds 2,3,4 --cache FOLDER --json FILE``
 
 Each run trains with ``trim``; printed are the part of wrong labels, in all and of the kept at the end, the training
 error, how many times its least the doubt is at the end, by how much the hardest stay more than the easiest, and how
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import timing
 
 import batchtrim
 from batchtrim import noise
 from batchtrim.lab.run.config import RunConfig
-from benchmarks import recorded, timing
+from studies import recorded
 
 # data set, network, its width, label noise
 CIFAR_NOISE = ("none", "human:aggre", "human:random1", "human:worse", "symmetric:0.1", "symmetric:0.3")

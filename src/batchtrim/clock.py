@@ -1,0 +1,122 @@
+"""The clock of a trimmer: how far training is, and the keep fraction its schedule gives for that."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from batchtrim._checks import check_choice, check_count, check_progress, check_schedule_output
+from batchtrim.errors import ChooseLength, ClockPastTotal
+from batchtrim.schedules import progress_at
+
+__all__ = ["LENGTHS", "Clock"]
+
+# How to go on from a state that was saved with another total.
+LENGTHS = ("stretch", "saved")
+# A schedule is asked at up to this many points when the clock is made, so that a fault is found before training.
+_PROBE_POINTS = 1001
+
+
+class Clock:
+    """A schedule and a count of steps.
+
+    Args:
+        schedule: as :func:`batchtrim.schedules.as_schedule` returns it. total: steps of the whole training, or None.
+
+    Raises:
+        ScheduleOutOfRange: the schedule leaves (0, 1] somewhere.
+    """
+
+    def __init__(self, schedule: Callable[[float], float], total: int | None) -> None:
+        self.schedule, self.total = schedule, total
+        self.reads_accuracy = getattr(schedule, "reads", "progress") == "accuracy"
+        self.steps, self.accuracy = 0, 0.0
+        self._told = False
+        for at in _probe_points(total):
+            self._ask(at)
+        self.keep = self._at_present()
+
+    @property
+    def progress(self) -> float:
+        """The part of training that is done, in [0, 1]."""
+        return progress_at(self.steps, self.total)
+
+    def step(self, n: int, accuracy: float | None) -> None:
+        """Advance by n. The first step beyond ``total`` warns, where the keep fraction depends on progress."""
+        n = check_count("n", n, minimum=0)
+        if accuracy is not None:
+            self.accuracy = check_progress("accuracy", accuracy)
+        elif self.reads_accuracy:
+            raise ValueError("expected `accuracy`, which drives this schedule, got None. Call step(accuracy=...).")
+        self.steps += n
+        self.keep = self._at_present()
+        if self.total is not None and self.steps > self.total and not self._told:
+            self._tell_overrun()
+
+    def resumed(self, steps: Any, accuracy: Any, saved_total: Any, length: str | None) -> Clock:
+        """Return a clock that goes on from a saved one.
+
+        Args:
+            length: what to do where ``saved_total`` is another; see :meth:`batchtrim.Trimmer.load_state_dict`.
+        """
+        steps = check_count("state['steps']", steps, minimum=0)
+        clock = Clock(self.schedule, self._resumed_total(steps, saved_total, length))
+        clock.steps, clock.accuracy = steps, check_progress("state['accuracy']", accuracy)
+        # whoever keeps the saved length knows that this training goes on beyond it
+        clock._told = length == "saved" and clock.total != self.total
+        clock.keep = clock._at_present()
+        return clock
+
+    def _resumed_total(self, steps: int, saved: Any, length: str | None) -> int | None:
+        if length is not None:
+            check_choice("length", length, LENGTHS)
+        if saved is not None:
+            saved = check_count("state['total']", saved)
+        if saved == self.total or not self._moves(saved, self.total):
+            return self.total
+        if length == "saved" and saved is not None:
+            return saved
+        if length == "stretch" and self.total is not None and steps <= self.total:
+            return self.total
+        if length == "stretch":
+            raise ValueError(
+                f"expected `state` of at most total={self.total} steps, which the schedule is stretched over, got "
+                f"{steps} steps of total={saved}. Does one of the two count batches and the other epochs?"
+            )
+        raise ChooseLength(
+            f"expected `state` of a trimmer with total={self.total}, got total={saved}. Progress would jump from "
+            f"{progress_at(steps, saved):.4g} to {progress_at(steps, self.total):.4g}. Say what is meant: "
+            "load_state_dict(state, length='stretch') stretches the schedule over this training, jump included; "
+            "length='saved' goes on by the saved total and stays at the schedule's end beyond it."
+        )
+
+    def _moves(self, *totals: int | None) -> bool:
+        """Return True where the keep fraction changes with progress, over trainings of these lengths."""
+        if not getattr(self.schedule, "needs_total", True):
+            return False
+        return len({self._ask(at) for total in totals for at in _probe_points(total)}) > 1
+
+    def _tell_overrun(self) -> None:
+        self._told = True
+        if self._moves(self.total):
+            warnings.warn(
+                f"expected at most total={self.total} calls of step(), got {self.steps}. The schedule is over, and "
+                f"{self.keep:.4g} of each batch is kept from here on. Does `total` count epochs, and step() "
+                "is called once a batch? Count both alike.",
+                ClockPastTotal,
+                stacklevel=4,
+            )
+
+    def _ask(self, at: float) -> float:
+        name = "accuracy" if self.reads_accuracy else "progress"
+        return check_schedule_output(self.schedule, f"{name} {at:.4g}", self.schedule(at))
+
+    def _at_present(self) -> float:
+        return self._ask(self.accuracy if self.reads_accuracy else self.progress)
+
+
+def _probe_points(total: int | None) -> list[float]:
+    """Return where to ask a schedule about itself: at every progress of a short training, at a thousand of a long."""
+    points = min(total or _PROBE_POINTS, _PROBE_POINTS)
+    return [progress_at(i, points) for i in range(points)]

@@ -1,0 +1,125 @@
+"""The un-reduced losses of a Hugging Face batch: those of the model itself, or of a function of the user's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from batchtrim.engine.capture import uncompiled
+from batchtrim.integrations.decompose import Found, LossFinder
+from batchtrim.integrations.form_table import Forms, left_as_found
+from batchtrim.integrations.intercept import NotFound
+from batchtrim.integrations.labels import Counting, counting_of, counting_of_own, labels_of, loss_of
+from batchtrim.integrations.numbered import IDS
+from batchtrim.unreduced import Losses, flatten
+
+__all__ = ["FlatLosses", "ModelLosses"]
+
+
+class FlatLosses(NamedTuple):
+    """A batch's losses to choose from, as a module returns them."""
+
+    outputs: Any
+    values: Tensor
+    mask: Tensor | None
+    weights: Tensor | None
+    counts: Tensor | None
+    scores: Tensor | None
+
+    @property
+    def losses(self) -> Losses:
+        return Losses(self.values, self.mask, self.weights, self.counts)
+
+
+class ModelLosses:
+    """What a TrimmedTrainer chooses from.
+
+    Args:
+        trainer: a TrimmedTrainer. per_sample_loss: ``(outputs, labels) -> losses``, or None for the model's own loss.
+    """
+
+    def __init__(self, trainer: Any, per_sample_loss: Callable[[Any, Any], Any] | None) -> None:
+        self.trainer, self.per_sample_loss = trainer, per_sample_loss
+        self.smoothing = trainer.args.label_smoothing_factor if trainer.label_smoother is not None else 0.0
+        self.unit = trainer.trim_options.get("unit", "sample")
+        self.finder = LossFinder(self.unit, self.smoothing)
+        self.forms = Forms(self)
+        self._told = False
+
+    def inner(self, model: nn.Module) -> nn.Module:
+        return model if self.trainer.is_fsdp_enabled else self.trainer.accelerator.unwrap_model(model)
+
+    def find(self, model: nn.Module, inputs: Any) -> Found:
+        labels = labels_of(inputs, self.trainer.label_names)
+        eager = uncompiled(model)
+        try:
+            return self.finder(lambda: eager(**inputs), loss_of, len(labels[0]), labels)
+        except NotFound as reason:
+            raise NotFound(
+                f"expected a model whose loss is made of one loss a sample, got {type(self.inner(model)).__name__}: "
+                f"{reason}. Pass per_sample_loss=(outputs, labels) -> un-reduced losses."
+            ) from reason
+
+    def own(self, model: nn.Module, inputs: Any) -> tuple[Losses, Any]:
+        assert self.per_sample_loss is not None
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        losses = self.per_sample_loss(outputs, inputs.get("labels"))
+        return losses if isinstance(losses, Losses) else Losses(losses), outputs
+
+    def __call__(self, model: nn.Module, inputs: Any) -> FlatLosses:
+        if self.per_sample_loss is not None:
+            losses, outputs = self.own(model, inputs)
+            flat, scores = self.one_mean(losses), None
+        elif (formed := self._compiled(model, inputs)) is not None:
+            flat, scores, outputs = formed
+        else:
+            found = self.find(model, inputs)
+            outputs, flat, scores = found.outputs, found.losses, found.scores
+        return FlatLosses(outputs, flat.values, flat.mask, flat.weights, flat.counts, scores)
+
+    def one_mean(self, losses: Losses) -> Losses:
+        """Return losses as the vector to choose from.
+
+        Raises:
+            ValueError: they are of a sum.
+        """
+        flat = flatten(losses, self.unit)
+        if flat.terms or flat.reduction != "mean":
+            raise ValueError("expected `per_sample_loss` to return losses of one mean, got a sum. Average them.")
+        return flat
+
+    def _compiled(self, model: nn.Module, inputs: Any) -> tuple[Losses, Tensor | None, Any] | None:
+        """A compiled model's losses by their standard form; None where it is to run as the Python that it was."""
+        eager = uncompiled(model)
+        if eager is model:
+            return None
+        form = self.forms.of(model, inputs)
+        if form is not None:
+            outputs = model(**inputs)
+            losses, scores = form.with_scores(outputs, self.forms.labels(inputs))
+            if self.forms.holds(form, losses.values, losses.mask, outputs, inputs):
+                return losses, scores, outputs
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"{type(eager).__name__} runs without torch.compile here: only its Python shows its "
+                "losses. With per_sample_loss=(outputs, labels) -> un-reduced losses it runs compiled.",
+                stacklevel=2,
+            )
+        return None
+
+    def prove(self, batch: Any) -> Counting:
+        """Return how to count: from a forward of its own, before anything is trained, so that what fails fails here."""
+        trainer = self.trainer
+        model = self.inner(trainer.model_wrapped).train()
+        inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != IDS}
+        with trainer.compute_loss_context_manager(), left_as_found(model):
+            if self.per_sample_loss is None:
+                found = self.find(model, inputs)
+                return counting_of(found, labels_of(inputs, trainer.label_names))
+            losses = self.own(model, inputs)[0]
+            self.one_mean(losses)
+            return counting_of_own(losses, inputs, self.unit, trainer.label_names)

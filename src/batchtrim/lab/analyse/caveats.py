@@ -1,0 +1,113 @@
+"""What makes a comparison less than it looks: missing pairs, seeds that were not used, programs that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchtrim.lab.analyse.comparison import Arm, Group
+
+__all__ = ["Caveat", "Kind", "caveats"]
+
+MIN_ALIKE = 3  # so many seeds with the same value to the last bit are no chance
+
+
+class Kind(Enum):
+    """What is the matter."""
+
+    ARM_LACKS = "arm lacks"
+    """The arm has no finished run for seeds of the baseline."""
+    BASELINE_LACKS = "baseline lacks"
+    """The baseline has none for seeds of the arm."""
+    ONE_SEED = "one seed"
+    """The task seeded torch with one number for several seeds of the arm."""
+    ALIKE = "alike"
+    """Every seed of the arm gave the same value, to the last bit."""
+    SOURCES = "sources"
+    """Runs of the group were made by several versions of the reader's program."""
+    NOTED = "noted"
+    """What was noted of a run when it was done: of its data, its schedule, the process."""
+
+
+@dataclass(frozen=True)
+class Caveat:
+    """One of them.
+
+    Attributes:
+        arm: label of the arm; "" where it concerns the group.
+        seeds: which it concerns. ``number``: of pairs that are left, the seed that was used, or how many versions.
+        note: as it was recorded.
+    """
+
+    kind: Kind
+    arm: str
+    seeds: tuple[int, ...]
+    number: int
+    note: str = ""
+
+
+def caveats(group: Group) -> tuple[Caveat, ...]:
+    """Return what is to be said beside the group's verdict."""
+    return (*_missing_pairs(group), *_seeds(group), *_sources(group), *_notes(group))
+
+
+def _missing_pairs(group: Group) -> Iterator[Caveat]:
+    reference = next((arm for arm in group.arms if arm.label == group.baseline), None)
+    if reference is None:
+        return
+    for arm in group.arms:
+        if arm is reference:
+            continue
+        pairs = len(arm.errors.keys() & reference.errors.keys())
+        for kind, mine, other in ((Kind.ARM_LACKS, arm, reference), (Kind.BASELINE_LACKS, reference, arm)):
+            lacking = tuple(sorted(set(other.errors) - set(mine.errors) - set(mine.diverged)))
+            if lacking:
+                yield Caveat(kind, arm.label, lacking, pairs)
+
+
+def _seeds(group: Group) -> Iterator[Caveat]:
+    for arm in group.arms:
+        used: dict[int, list[int]] = {}
+        for row in arm.runs:
+            used.setdefault(int(row.get("torch_seed", row["config"]["seed"])), []).append(int(row["config"]["seed"]))
+        shared = next(((seed, found) for seed, found in used.items() if len(found) > 1), None)
+        if shared is not None:
+            yield Caveat(Kind.ONE_SEED, arm.label, tuple(sorted(shared[1])), shared[0])
+        elif _alike(arm):
+            yield Caveat(Kind.ALIKE, arm.label, tuple(arm.errors), 0)
+
+
+def _alike(arm: Arm) -> bool:
+    theirs = any("task" in row["config"] for row in arm.runs)
+    return theirs and len(arm.errors) >= MIN_ALIKE and len(set(arm.errors.values())) == 1
+
+
+def _sources(group: Group) -> Iterator[Caveat]:
+    found = {
+        str(source)
+        for arm in group.arms
+        for row in arm.runs
+        if (source := (row.get("environment") or {}).get("source"))
+    }
+    if len(found) > 1:
+        yield Caveat(Kind.SOURCES, "", (), len(found))
+
+
+def _notes(group: Group) -> Iterator[Caveat]:
+    """One for each arm and note; one for the group where every run of it has the note."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    runs = 0
+    for arm in group.arms:
+        for row in arm.runs:
+            runs += 1
+            for note in row.get("notes") or ():
+                found.setdefault(str(note), []).append((arm.label, int(row["config"]["seed"])))
+    for note, places in found.items():
+        if len(places) == runs:
+            yield Caveat(Kind.NOTED, "", (), 0, note)
+            continue
+        for label in dict.fromkeys(label for label, _ in places):
+            yield Caveat(Kind.NOTED, label, tuple(sorted(seed for each, seed in places if each == label)), 0, note)

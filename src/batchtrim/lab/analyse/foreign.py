@@ -1,0 +1,158 @@
+"""Numbers that another program made, as records: a table with a method, a seed and a number in each row."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from batchtrim._checks import describe
+from batchtrim.lab.metric import Metric
+from batchtrim.lab.records import COSTS, SCHEMA, Row
+
+__all__ = ["read_csv", "to_records"]
+
+KNOWN = ("method", "seed")
+TIMES = ("time", "seconds")
+
+
+def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool | None = None) -> list[Row]:
+    """Return the runs of a CSV file with columns method, seed, a number and, if known, time in seconds.
+
+    Args:
+        metric: the column that is compared; by default the one there is besides the others.
+        higher_is_better: needed where the column's name does not tell.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: there is no such file, or a line that cannot be read; it is named.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"expected a CSV file {path}, got nothing there.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+    names = [(name or "").strip() for name in reader.fieldnames or []]
+    doubled = [name for name in names if names.count(name) > 1]
+    if doubled:
+        raise ValueError(f"expected columns of different names in {path}, got {doubled[0]!r} twice.")
+    reader.fieldnames = names
+    rows = []
+    try:
+        for row in reader:
+            if None in row or any(value is None for value in row.values()):
+                raise ValueError(
+                    f"expected {len(names)} columns in line {reader.line_num} of {path}, got another number."
+                )
+            rows.append({**row, "line": reader.line_num})
+    except csv.Error as error:
+        raise ValueError(f"expected {path} to be CSV, got a line {reader.line_num} that is not: {error}.") from error
+    return to_records(rows, str(path), metric, higher_is_better)
+
+
+def to_records(
+    rows: Sequence[Mapping[str, Any]], where: str, metric: str | None = None, higher_is_better: bool | None = None
+) -> list[Row]:
+    """Return rows of ``runs.jsonl`` made from rows of a table; see :func:`read_csv`.
+
+    Args:
+        where: the table's name, for messages and the title.
+    """
+    if not rows:
+        raise ValueError(f"expected at least one run in {where}, got none.")
+    names = [name for name in rows[0] if name != "line"]
+    name = _metric_column(names, metric, where)
+    found_metric = Metric.called(name, higher_is_better)
+    time = next((each for each in TIMES if each in names and each != name), None)
+    found: dict[tuple[str, int], Row] = {}
+    for number, row in enumerate(rows, 1):
+        place = f"line {row['line']}" if "line" in row else f"row {number}"
+        record = _record(row, place, where, found_metric, time)
+        at = record["config"]["method"], record["config"]["seed"]
+        if at in found:
+            raise ValueError(
+                f"expected one run of a method and seed in {where}, got {at[0]!r} with seed {at[1]} again in {place}. "
+                "Is the mean of the two meant, or do they differ in a setting? Then name the methods apart."
+            )
+        found[at] = record
+    return list(found.values())
+
+
+def _metric_column(names: Sequence[str], metric: str | None, where: str) -> str:
+    listed = ", ".join(names) or "none"
+    for name in KNOWN:
+        if name not in names:
+            raise ValueError(f"expected a column {name!r} in {where}, got {listed}.")
+    if metric is not None:
+        if metric not in names:
+            raise ValueError(f"expected a column {metric!r} in {where}, got {listed}.")
+        return metric
+    others = [name for name in names if name not in (*KNOWN, *TIMES)]
+    if len(others) != 1:
+        raise ValueError(
+            f"expected one column of numbers to compare in {where} besides method, seed and time, got "
+            f"{', '.join(others) or 'none'}. Say which: --metric NAME."
+        )
+    return others[0]
+
+
+def _record(row: Mapping[str, Any], place: str, where: str, metric: Metric, time: str | None) -> Row:
+    method = str(row["method"] if row["method"] is not None else "").strip()
+    if not method:
+        raise ValueError(f"expected a method in {place} of {where}, got nothing.")
+    seed = _seed(row["seed"], place, where)
+    value = _number(metric.name, row.get(metric.name), place, where)
+    if value is not None and metric.in_percent and math.isfinite(value) and not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"expected `{metric.name}` in [0, 1] in {place} of {where}, got {value:g}. It is a fraction: divide by 100 "
+            "what is in percent, or give the column another name."
+        )
+    status = "failed" if value is None else "finished" if math.isfinite(value) else "diverged"
+    seconds = _number(time, row.get(time), place, where) if time else None
+    settings = {"dataset": Path(where).name, "method": method, "seed": seed}
+    settings |= {"metric": metric.name, "higher_is_better": metric.higher_is_better}
+    return {
+        "schema": SCHEMA,
+        "key": hashlib.sha256(f"{method}\n{seed}".encode()).hexdigest()[:12],
+        "config": settings,
+        "status": status,
+        metric.field: value if status == "finished" else None,
+        **dict.fromkeys(COSTS),
+        "seconds": seconds if seconds is None or math.isfinite(seconds) else None,
+        "curve": {},
+    }
+
+
+def _seed(value: Any, place: str, where: str) -> int:
+    try:
+        number = float(value)
+        if number != int(number):
+            raise ValueError
+        return int(value) if isinstance(value, str) and value.strip().lstrip("-").isdigit() else int(number)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(
+            f"expected `seed` to be a whole number in {place} of {where}, got {describe(value)}. It pairs the runs of "
+            "the methods: number them if there were no seeds."
+        ) from None
+
+
+def _number(name: str | None, value: Any, place: str, where: str) -> float | None:
+    """A number, or None where nothing stands."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, bool):
+        raise TypeError(f"expected `{name}` to be a number in {place} of {where}, got {value}.")
+    try:
+        return float(value)
+    except (ValueError, TypeError):
+        hint = " Write a point for the decimals." if isinstance(value, str) and "," in value else ""
+        raise ValueError(
+            f"expected `{name}` to be a number in {place} of {where}, got {describe(value)}.{hint}"
+        ) from None

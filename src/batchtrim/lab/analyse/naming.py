@@ -1,0 +1,64 @@
+"""Names of groups and arms: short, and never the same for two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+Settings = dict[str, Any]
+
+
+def key(settings: Settings) -> str:
+    """Return what arms and groups are told apart by: their settings, to the last bit."""
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def titles(settings: Sequence[Settings]) -> list[str]:
+    """Return a title for each group: data set, model, optimizer, and what else tells it from groups alike in these."""
+    named = ("task", "dataset", "model", "optimizer")
+    found = []
+    for each in settings:
+        alike = [other for other in settings if all(other.get(name) == each.get(name) for name in named)]
+        extra = [f"{name} {each[name]}" for name in _varying(alike, exclude=named) if each.get(name) is not None]
+        found.append(", ".join([*(str(each[name]) for name in named if name in each), *extra]))
+    return found
+
+
+def labels(settings: Sequence[Settings]) -> dict[str, str]:
+    """Return a label for each arm, by :func:`key`: its method; where arms share it, the settings they differ in too.
+
+    Numbers are printed short where that tells them apart, in full where it does not.
+    """
+    arms = {key(each): each for each in settings}
+    found: dict[str, str] = {}
+    for name, each in arms.items():
+        flat = [_flat(other) for other in arms.values() if other["method"] == each["method"]]
+        mine = _flat(each)
+        parts = [
+            f"{setting} {_told_apart(mine.get(setting), [other.get(setting) for other in flat])}"
+            for setting in _varying(flat, exclude=("method",))
+        ]
+        label = f"{each['method']} ({', '.join(parts)})" if parts else str(each["method"])
+        count = sum(other == label or other.startswith(f"{label} #") for other in found.values())
+        found[name] = f"{label} #{count + 1}" if count else label
+    return found
+
+
+def _flat(settings: Settings) -> Settings:
+    params = settings.get("method_params") or {}
+    return {name: value for name, value in settings.items() if name != "method_params"} | dict(params)
+
+
+def _varying(settings: Sequence[Settings], exclude: Sequence[str] = ()) -> list[str]:
+    names = list(dict.fromkeys(name for each in settings for name in each if name not in exclude))
+    return [name for name in names if len({json.dumps(each.get(name), default=str) for each in settings}) > 1]
+
+
+def _told_apart(value: Any, values: Sequence[Any]) -> str:
+    """Return ``value`` as short as tells it from every other of ``values``."""
+    others = [other for other in values if other != value or type(other) is not type(value)]
+    for write in (lambda each: f"{each:g}" if isinstance(each, float) else str(each), str, repr):
+        if write(value) not in map(write, others):
+            return write(value)
+    return f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,104 @@
+"""What runs are compared by: the name of a number, which way is better, and how it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ERROR", "Metric"]
+
+LOWER = ("error", "loss", "rmse", "mse", "mae", "mape", "nll", "perplexity", "wer", "cer", "brier", "ece", "fid", "eer")
+HIGHER = (
+    "accuracy", "acc", "f1", "macro_f1", "micro_f1", "auc", "auroc", "roc_auc", "average_precision", "precision",
+    "recall", "r2", "iou", "miou", "dice", "map", "bleu", "rouge", "mcc", "balanced_accuracy", "ndcg", "mrr",
+)  # fmt: skip
+IN_PERCENT = ("error", "accuracy")  # fractions of the test samples, written as percent and compared in points
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that each run ends with.
+
+    Args:
+        name: what the task's result, or the column of a table, calls it.
+        higher_is_better: which way is better.
+
+    Example:
+        >>> Metric.called("rmse").better, Metric.called("f1").better, Metric.called("accuracy").number(0.9787)
+        ('lower', 'higher', '97.87')
+    """
+
+    name: str = "error"
+    higher_is_better: bool = False
+
+    @classmethod
+    def called(cls, name: str, higher_is_better: bool | None = None) -> Metric:
+        """Return the metric of that name; which way is better has to be said where the name does not tell.
+
+        Raises:
+            ValueError: the name says nothing of the direction, or the direction contradicts a name that does.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"expected `metric` to be a name such as error, accuracy or rmse, got {name!r}.")
+        known = True if name.lower() in HIGHER else False if name.lower() in LOWER else None
+        if known is None and higher_is_better is None:
+            raise ValueError(
+                f"expected `higher_is_better` for the metric {name!r}, whose name does not tell, got nothing. "
+                "Pass --higher-is-better or --lower-is-better."
+            )
+        if known is not None and higher_is_better is not None and higher_is_better is not known:
+            way = "higher" if known else "lower"
+            raise ValueError(
+                f"expected {way} to be better for the metric {name!r}, got the other way round. "
+                "Give the number another name if that is meant."
+            )
+        return cls(name, bool(known if known is not None else higher_is_better))
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Metric:
+        """Return the metric that recorded settings name; the lab's own runs are compared by their test error."""
+        return cls(settings.get("metric") or "error", bool(settings.get("higher_is_better")))
+
+    @property
+    def field(self) -> str:
+        """The field of a record, and the curve, that holds the number."""
+        return "test_error" if self.name == "error" else "value"
+
+    @property
+    def in_percent(self) -> bool:
+        """True if the number is a fraction in [0, 1] that is written as percent."""
+        return self.name in IN_PERCENT
+
+    @property
+    def title(self) -> str:
+        """The metric in a sentence: test error, rmse."""
+        return f"test {self.name}" if self.in_percent else self.name
+
+    @property
+    def better(self) -> str:
+        """Which way is better: lower or higher."""
+        return "higher" if self.higher_is_better else "lower"
+
+    @property
+    def heading(self) -> str:
+        """The head of a column: test error %, rmse."""
+        return f"{self.title} %" if self.in_percent else self.name
+
+    @property
+    def unit(self) -> str:
+        """What a difference is counted in, with a space before it: points of a percentage, or nothing."""
+        return " points" if self.in_percent else ""
+
+    def number(self, value: float, digits: int = 2) -> str:
+        """The number alone: 0.0213 of an error is 2.13, of another metric four figures."""
+        return f"{100 * value:.{digits}f}" if self.in_percent else f"{value:.4g}"
+
+    def text(self, value: float | None) -> str:
+        """The number with its name: error 2.13 %, rmse 0.4512."""
+        if value is None:
+            return f"{self.name} unknown"
+        return f"{self.name} {self.number(value)}{' %' if self.in_percent else ''}"
+
+
+ERROR = Metric()

@@ -1,0 +1,172 @@
+"""Compare methods on a training function of your own, and read numbers made elsewhere: the Python side of
+``batchtrim compare --task`` and ``batchtrim report --csv``.
+
+::
+
+    def train(run):
+        ...                                   # any loop, on any data, drawing from run.seed
+        loss = run.trim(losses)               # where losses.mean() was
+        ...
+        run.trim.step()                       # once an epoch
+        return {"error": test_error}
+
+    batchtrim.lab.compare(train, methods=["full", "trim", "random"], seeds=5)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from batchtrim._checks import check_choice
+from batchtrim.lab import records
+from batchtrim.lab.analyse import comparison, foreign
+from batchtrim.lab.analyse.comparison import Summary
+from batchtrim.lab.execute import grid, local, progress, scheduler
+from batchtrim.lab.metric import Metric
+from batchtrim.lab.present import tables
+from batchtrim.lab.present.wording import headline
+from batchtrim.lab.run.handle import Run, TaskMistake
+from batchtrim.lab.run.own import TaskConfig
+from batchtrim.lab.run.perform import perform
+from batchtrim.lab.task.code import Code, YourCodeFailed
+
+__all__ = ["Run", "compare", "default_out", "headline", "run_once", "summarize"]
+
+
+def compare(
+    train: Callable[[Run], Mapping[str, Any]] | str,
+    methods: Sequence[str] | str = ("full", "trim"),
+    seeds: int | Sequence[int] = 5,
+    *,
+    out: str | Path | None = None,
+    workers: int = 1,
+    ray: str | None = None,
+    retries: int = 2,
+    tensorboard: bool = False,
+    quiet: bool = False,
+    baseline: str = "full",
+    **settings: Any,
+) -> Summary:
+    """Run a training function with each method and seed, record every run, and compare the methods seed by seed.
+
+    The same call goes on where it stopped: what is recorded in ``out`` is not done again.
+
+    Args:
+        train: called with a :class:`batchtrim.lab.Run`; returns a mapping with the metric in it. Or "FILE.py:NAME".
+        methods: names of ``batchtrim methods`` that a trimmer drives. seeds: how many, or which.
+        out: folder of the records and of the report; by default one under ``runs`` named after the function.
+        workers: processes; 1 stays in this one. A function of a notebook goes to others by value. In a script with
+            several, call this under ``if __name__ == "__main__":``.
+        ray: address of a Ray cluster, or "auto". retries: how often a run whose worker died is done again.
+        tensorboard: write what ``run.log`` is given as TensorBoard events too. quiet: no progress, and no table.
+        baseline: the method the others are compared with.
+        settings: of the runs: ``epochs``, ``metric``, ``higher_is_better``, ``keep_start``, ``keep_end``, ``schedule``,
+            ``params`` (of methods, by method and name), ``engine``, ``device``, ``threads``; a list is an axis.
+
+    Returns:
+        The comparison as data; ``report.html``, ``report.md`` and ``report.csv`` lie in ``out``.
+
+    Raises:
+        TaskMistake: the function does not do what is needed: it returns no number, or never calls its trimmer.
+        YourCodeFailed: it raised in every run. Where some runs ended well, failed ones are counted and told.
+        ValueError, TypeError: a setting is wrong, or a trimmer cannot drive a method. Nothing has been run by then.
+    """
+    code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
+    listed = seeds if isinstance(seeds, int) else list(seeds)
+    methods = methods.split(",") if isinstance(methods, str) else list(methods)
+    if baseline != "full":  # which gives way to another where there is none
+        check_choice("baseline", baseline, methods)
+    configs = grid.expand_task(code, {"methods": methods, "seeds": listed, **settings})
+    workers, threads = local.share_cores(len(configs), workers)
+    if "threads" not in settings:
+        configs = [replace(config, threads=1 if ray else threads) for config in configs]
+    if workers > 1 or ray:
+        code.__getstate__()  # what cannot go to another process is said before the first run
+    folder = Path(out) if out is not None else default_out(configs)
+    place = scheduler.Workplace(folder, tensorboard=tensorboard)
+    with progress.Quiet() if quiet else progress.Live() as watcher:
+        failed = scheduler.run_all(list(configs), place, watcher, workers=workers, ray=ray, retries=retries)
+    rows = records.read(folder)
+    for row in failed:
+        if row.get("mistake"):
+            raise TaskMistake(row["error"])
+    if failed and not any(row["status"] in records.DONE for row in rows):
+        raise YourCodeFailed(f"every run failed: {failed[0].get('traceback') or failed[0]['error']}")
+    for text in dict.fromkeys(row.get("traceback") or row["error"] for row in failed):
+        print(text, file=sys.stderr)
+    there = {row["config"]["method"] for row in rows}
+    baseline = baseline if baseline in there else next(iter(methods))
+    page = tables.write_report(rows, folder, baseline)
+    summary = comparison.summarize(rows, baseline)
+    if not quiet:
+        Console().print(tables.console_table(summary))
+        print(f"report: {page}")
+    return summary
+
+
+def run_once(
+    train: Callable[[Run], Mapping[str, Any]] | str, method: str = "trim", seed: int = 0, **settings: Any
+) -> float:
+    """Do one run of a training function, recorded nowhere, and return its metric: for a search over schedules.
+
+    Args:
+        train, settings: as :func:`compare` takes them, each setting with one value.
+        settings: ``out`` among them is the folder that ``run.out`` lies in, by default ``runs/once``.
+
+    Raises:
+        TaskMistake, YourCodeFailed: as in :func:`compare`. ArithmeticError: the run diverged.
+    """
+    out = Path(settings.pop("out", "runs/once"))
+    code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
+    params = settings.pop("params", {}).get(method, {})
+    config = replace(
+        TaskConfig.from_dict({"task": code.name, "method": method, "seed": seed, **settings}),
+        method_params=params, code=code,
+    ).resolved()  # fmt: skip
+    row = perform(config, out)
+    if row["status"] == "finished":
+        return float(row[Metric.of(row["config"]).field])
+    if row["status"] == "diverged":
+        raise ArithmeticError(row["error"])
+    raise TaskMistake(row["error"]) if row.get("mistake") else YourCodeFailed(row.get("traceback") or row["error"])
+
+
+def summarize(
+    rows: Iterable[Mapping[str, Any]],
+    baseline: str = "full",
+    *,
+    metric: str | None = None,
+    higher_is_better: bool | None = None,
+) -> Summary:
+    """Compare methods from numbers made elsewhere, paired by seed, and return the comparison as data.
+
+    Args:
+        rows: mappings with ``method``, ``seed``, the metric and, if known, ``time`` in seconds; one a run. Or rows of
+            ``runs.jsonl``.
+        baseline: the method the others are compared with.
+        metric: the field that is compared; by default the one there is besides the others. higher_is_better: needed
+            where the name does not tell.
+
+    Example:
+        >>> rows = [{"method": m, "seed": s, "rmse": 1.0 + 0.1 * s - 0.2 * (m == "trim") + 0.01 * (m == "trim") * s}
+        ...         for m in ("full", "trim") for s in range(5)]
+        >>> summarize(rows).groups[0].arms[1].paired.moments.n
+        5
+    """
+    rows = list(rows)
+    if rows and all("config" in row for row in rows):
+        return comparison.summarize(rows, baseline)
+    return comparison.summarize(foreign.to_records(rows, "rows", metric, higher_is_better), baseline)
+
+
+def default_out(configs: Sequence[TaskConfig]) -> Path:
+    """Return a folder named after the task, so that the same call finds it again."""
+    name = configs[0].task.replace(".py:", "-").replace(":", "-")
+    epochs = sorted({config.epochs for config in configs})
+    return Path("runs") / f"{name}-{'+'.join(map(str, epochs))}ep"

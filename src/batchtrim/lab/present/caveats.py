@@ -1,0 +1,44 @@
+"""Caveats of a comparison in words; see :mod:`batchtrim.lab.analyse.caveats`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from batchtrim.lab.analyse.caveats import Caveat, Kind, caveats
+from batchtrim.lab.analyse.comparison import Group
+
+__all__ = ["caveat_texts"]
+
+MOST_SEEDS = 8
+
+
+def caveat_texts(group: Group) -> list[str]:
+    """Return a sentence for each caveat of the group."""
+    return [_text(each, group) for each in caveats(group)]
+
+
+def _text(caveat: Caveat, group: Group) -> str:
+    arm, seeds, number = caveat.arm, _seeds(caveat.seeds), caveat.number
+    compared = f"compared on the {number} pair{'s' if number != 1 else ''} that {'are' if number != 1 else 'is'} there"
+    return {
+        Kind.ARM_LACKS: f"{arm} has no finished run with {seeds}: {compared}.",
+        Kind.BASELINE_LACKS: f"The baseline {group.baseline} has no finished run with {seeds} of {arm}: {compared}.",
+        Kind.ONE_SEED: (
+            f"{arm}: runs with {seeds} were all seeded with {number} by the task. Their spread is not that of "
+            "training: draw from run.seed."
+        ),
+        Kind.ALIKE: (
+            f"{arm}: the same value on every seed, to the last bit. Does the task draw from another seed than run.seed?"
+        ),
+        Kind.SOURCES: (
+            f"The runs were made by {number} versions of the program. To compare one version, pass another --out."
+        ),
+        Kind.NOTED: f"{f'{arm}, {seeds}: ' if arm else ''}{caveat.note}.",
+    }[caveat.kind]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    listed = ", ".join(map(str, seeds[:MOST_SEEDS])) + (
+        f" and {len(seeds) - MOST_SEEDS} more" * (len(seeds) > MOST_SEEDS)
+    )
+    return f"seed{'s' if len(seeds) != 1 else ''} {listed}"

@@ -1,0 +1,200 @@
+"""What a training function of the reader's is given: the run, with its trimmer, seed, folder and log."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from batchtrim import KeepLog, Losses, Selection, TrimmedForward
+from batchtrim._checks import check_count, describe
+from batchtrim.integrations import log_values
+from batchtrim.lab.metric import Metric
+from batchtrim.lab.run.own import TaskConfig
+
+__all__ = ["Run", "TaskMistake", "as_number"]
+
+OnEpoch = Callable[[dict[str, Any]], None]
+
+
+class TaskMistake(ValueError):
+    """The training function does not do what the harness needs; every other run would end the same way."""
+
+
+class WatchedRule:
+    """A selection rule that counts what goes through it, whoever's trimmer it is in."""
+
+    def __init__(self, rule: Any) -> None:
+        self.rule = rule
+        self.calls = self.seen = self.kept = 0
+        self.compiled = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Selection:
+        selection = self.rule(*args, **kwargs)
+        self.calls += 1
+        self.seen += selection.candidates
+        self.kept += selection.k
+        return selection
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "rule":
+            raise AttributeError(name)
+        value = getattr(self.rule, name)
+        if name == "compiled_mask":  # asked for in a compiled step, which is not counted
+            self.compiled = True
+        return value
+
+    def __repr__(self) -> str:
+        return repr(self.rule)
+
+    @property
+    def used(self) -> bool:
+        """True if anything was chosen with it."""
+        return self.calls > 0 or self.compiled
+
+
+class Run:
+    """One run: what ``train(run)`` gets.
+
+    Attributes:
+        trim: the method's :class:`batchtrim.Trimmer`. Call it where the mean of the losses used to be, and
+            ``trim.step()`` once an epoch. For the method ``full`` it keeps everything.
+        keep, trim_options: the same for a trainer, which makes the trimmer itself and steps it:
+            ``TrimmedTrainer(..., keep=run.keep, trim_options=run.trim_options)``, or
+            ``TrimmingCallback(run.keep, **run.trim_options)``.
+        method, params: the method's name and its parameters. ``seed``: to draw everything from; torch, NumPy and
+            ``random`` are seeded with it. ``epochs``: how many to train.
+        device: "cpu", "cuda" or "mps". ``threads``: torch's number of threads is set to it.
+        out: a folder of this run's own, which stays: for checkpoints, should the function want to resume itself.
+    """
+
+    def __init__(self, config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> None:
+        self.method, self.params = config.method, dict(config.method_params)
+        self.seed, self.epochs = config.seed, config.epochs
+        self.device, self.threads = config.device, config.threads
+        self.trim = config.trimmer()
+        self.rule = WatchedRule(self.trim.rule)
+        self.trim.rule = self.rule
+        self.keep, self.trim_options = self.trim.schedule, {"select": self.rule, "seed": config.seed}
+        self.metric = Metric.of(config.to_dict())
+        self.curve: dict[str, list[float | None]] = {}
+        self.kept: KeepLog | None = None
+        self.shown: dict[str, Any] | None = None
+        self._engine, self._out, self._on_epoch = config.engine, out, on_epoch
+        self._started = time.perf_counter()
+
+    @property
+    def out(self) -> Path:
+        self._out.mkdir(parents=True, exist_ok=True)
+        return self._out
+
+    def forward(
+        self, model: nn.Module, criterion: Callable[[Any, Any], Tensor | Losses], engine: str | None = None, **more: Any
+    ) -> TrimmedForward:
+        """Return a :class:`batchtrim.TrimmedForward` with this run's trimmer: ``loss = step(x, y)``.
+
+        Args:
+            engine: by default the one of the command (``--engine``). more: what else TrimmedForward takes.
+        """
+        return TrimmedForward(model, criterion, self.trim, engine or self._engine, **more)
+
+    def log(self, *, epoch: int | None = None, **values: float) -> None:
+        """Record an epoch's numbers: a point of every curve, a line of progress, TensorBoard where asked for.
+
+        What was kept since the last call comes with it: ``keep``, ``kept_loss``, ``mean_loss``, ``ratio``.
+
+        Args:
+            epoch: counted from 0; by default one more than the last.
+            values: numbers by name, the metric's among them where it is known: ``run.log(epoch=3, error=0.12)``.
+        """
+        last = self.curve["epoch"][-1] if self.curve.get("epoch") else None
+        epoch = (0 if last is None else int(last) + 1) if epoch is None else check_count("epoch", epoch, minimum=0)
+        if last is not None and epoch <= last:
+            raise ValueError(f"expected `epoch` after {last:g}, got {epoch}. Log each epoch once, counted from 0.")
+        numbers = {name: as_number(name, value) for name, value in values.items()}
+        if self.metric.name in numbers and self.metric.field != self.metric.name:
+            numbers[self.metric.field] = numbers.pop(self.metric.name)
+        point = {**self._kept_since(), **numbers, "seconds": time.perf_counter() - self._started}
+        if self.rule.calls:
+            point["samples_backward"] = self.rule.kept
+        self._add(epoch, point)
+        if self._on_epoch is not None:
+            self._on_epoch(
+                {
+                    **point, "epoch": epoch, "epochs": max(self.epochs, epoch + 1),
+                    "said": self.metric.text(numbers.get(self.metric.field)),
+                }
+            )  # fmt: skip
+
+    def keep_log(self, n: int, classes: int | None = None) -> KeepLog:
+        """Return the run's :class:`batchtrim.KeepLog` over ``n`` samples; it is written to the folder ``keep``.
+
+        Record each batch with ``log.record(run.trim.last, ids=ids)`` and end each epoch with ``log.end_epoch()``.
+        """
+        if self.kept is None:
+            self.kept = KeepLog(n, classes=classes)
+        return self.kept
+
+    def show(
+        self,
+        *,
+        rows: Sequence[str | Mapping[str, Any]] | None = None,
+        images: Tensor | None = None,
+        labels: Sequence[int] | Tensor | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
+        """Say what the samples of :meth:`keep_log` are, for the page that ``batchtrim show`` makes of them.
+
+        Args:
+            rows: a text, or fields by name, of each sample; or images: uint8 (n, C, H, W).
+            labels, classes: int (n,) and their names, for classification; without them, samples of no class.
+        """
+        if self.kept is None:
+            raise ValueError("expected a keep log to show, got none. Make it with run.keep_log(n), and record batches.")
+        if (rows is None) == (images is None):
+            raise ValueError("expected either `rows` or `images` of the samples, got both or neither.")
+        if (labels is None) != (not len(classes)):
+            raise ValueError("expected `labels` and the names of their `classes`, or neither, got one of the two.")
+        for name, value in (("rows", rows), ("images", images), ("labels", labels)):
+            if value is not None and len(value) != self.kept.n:
+                raise ValueError(f"expected `{name}` of {self.kept.n} samples, got {len(value)}.")
+        self.shown = {
+            "rows": None if rows is None else [each if isinstance(each, str) else dict(each) for each in rows],
+            "images": None if images is None else np.asarray(images),
+            "labels": None if labels is None else [int(each) for each in labels],
+            "classes": [str(each) for each in classes],
+        }
+
+    def _kept_since(self) -> dict[str, float]:
+        """What the run's own trimmer kept since the last point; a trainer's logs its own numbers."""
+        values = log_values(self.trim)
+        return {name: values[f"trim/{name}"] for name in ("keep", "kept_loss", "mean_loss", "ratio") if values}
+
+    def _add(self, epoch: int, point: dict[str, float]) -> None:
+        points = len(self.curve.get("epoch", ()))
+        for name, value in {"epoch": float(epoch), **point}.items():
+            self.curve.setdefault(name, [None] * points).append(value)
+        for values in self.curve.values():
+            values += [None] * (points + 1 - len(values))
+
+    def __repr__(self) -> str:
+        return f"Run({self.method!r}, seed={self.seed}, epochs={self.epochs}, device={self.device!r})"
+
+
+def as_number(name: str, value: Any) -> float:
+    """Return a number, a NumPy scalar or a tensor of one entry as a float, or raise an error that names it."""
+    if hasattr(value, "item"):
+        with contextlib.suppress(ValueError, RuntimeError):  # more than one entry: said below
+            value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected `{name}` to be a number, got {describe(value)}.")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,208 @@
+"""Do one run of a training function of the reader's: everything around the call that makes its result comparable."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from batchtrim._checks import describe
+from batchtrim.lab.metric import Metric
+from batchtrim.lab.records import SCHEMA
+from batchtrim.lab.run.environment import environment
+from batchtrim.lab.run.handle import OnEpoch, Run, TaskMistake, as_number
+from batchtrim.lab.run.own import TaskConfig
+from batchtrim.lab.task.code import own_traceback
+
+__all__ = ["check_task", "perform"]
+
+LONGEST_TRACEBACK = 4000
+
+
+def check_task(config: TaskConfig) -> None:
+    """Load the function, so that a fault in its file is found before the first run."""
+    assert config.code is not None
+    config.code.load()
+
+
+def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
+    """Call the training function once and return its row for ``runs.jsonl``, whatever happens in it.
+
+    Args:
+        config: resolved, with its code.
+        out: the folder of records; the run's own folder, keep log and page lie under it.
+        on_epoch: called whenever the function logs.
+
+    Notes:
+        torch, NumPy and ``random`` are seeded with the run's seed, and what the function changes of the process (random
+        state, threads, default dtype, gradient mode, working folder) is put back.
+    """
+    assert config.code is not None
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    begun = time.perf_counter()
+    run = Run(config, out / "tasks" / config.key, on_epoch)
+    result: dict[str, Any]
+    with _as_it_was(config) as seen:
+        try:
+            function = config.code.load()
+            begun = time.perf_counter()  # what the file imports is no part of training
+            returned = function(run)
+            seconds = time.perf_counter() - begun
+            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen)}
+            _write_log(run, config, out)
+        except TaskMistake as error:
+            result = {"status": "failed", "error": str(error), "mistake": True}
+        except SystemExit as error:
+            result = {"status": "failed", "error": f"the task called exit({error.code}); return the result instead"}
+        except Exception as error:  # the reader's code: whatever it raises is theirs, and the other runs go on
+            result = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+            result["traceback"] = own_traceback(error)[-LONGEST_TRACEBACK:]
+    return {
+        "schema": SCHEMA,
+        "key": config.key,
+        "config": config.to_dict(),
+        "test_error": None,
+        "seconds": time.perf_counter() - begun,
+        **result,
+        "seconds_eval": 0.0,
+        **_counts(run),
+        "curve": run.curve,
+        "environment": environment(config),
+        "started": started,
+    }
+
+
+def _value(returned: Any, metric: Metric) -> dict[str, Any]:
+    """Status and value of a run from what the function returned."""
+    example = f'return {{"{metric.name}": ...}}'
+    if not isinstance(returned, Mapping):
+        raise TaskMistake(f"expected the task to {example}, got {describe(returned)}.")
+    if metric.name not in returned:
+        there = ", ".join(map(str, returned)) or "nothing in it"
+        raise TaskMistake(
+            f"expected the task to {example} in every run, got {there}. --metric says which number is compared."
+        )
+    try:
+        value = as_number(metric.name, returned[metric.name])
+    except TypeError as error:
+        raise TaskMistake(f"{error} The task returned it.") from None
+    if not math.isfinite(value):
+        return {"status": "diverged", "error": f"the task returned {metric.name} {value:g}"}
+    if metric.in_percent and not 0.0 <= value <= 1.0:
+        raise TaskMistake(
+            f"expected `{metric.name}` in [0, 1], a fraction of the test samples, got {value:g}. Divide by 100 if "
+            "it is in percent, or name it otherwise and pass --metric."
+        )
+    also = {}
+    for name, each in returned.items():
+        if name != metric.name:
+            with contextlib.suppress(TypeError):
+                also[str(name)] = as_number(str(name), each)
+    return {"status": "finished", metric.field: value, **({"also": also} if also else {})}
+
+
+def _told(run: Run, seen: _Seen) -> dict[str, Any]:
+    """What is to be said of a run that ended well; a method that was never applied is a mistake."""
+    if run.method != "full" and not run.rule.used:
+        raise TaskMistake(
+            f"expected the task to choose with run.trim, got a run of {run.method!r} in which it was never called: it "
+            "would be plain training by another name. Call run.trim(losses) where the mean was, use run.forward, or "
+            "give a trainer run.keep and run.trim_options."
+        )
+    notes, more = [], {}
+    own_clock = run.trim.last is not None or run.rule.compiled
+    if own_clock and _moves(run):
+        if run.trim.steps == 0:
+            raise TaskMistake(
+                f"expected the task to call run.trim.step() once an epoch, got a run of {run.method!r} without: all of "
+                f"it kept {run.trim.keep:g}, the schedule's start."
+            )
+        if run.trim.steps < run.epochs - 1:
+            notes.append(
+                f"run.trim.step() was called {run.trim.steps} times in {run.epochs} epochs, so the schedule ended at "
+                f"keep {run.trim.keep:.2g}"
+            )
+    if seen.torch_seed != run.seed:
+        more["torch_seed"] = seen.torch_seed  # judged beside the other seeds', in batchtrim.lab.analyse.caveats
+    left = seen.threads()
+    if left:
+        notes.append(f"the task left {len(left)} thread{'s' if len(left) > 1 else ''} running ({', '.join(left[:3])})")
+    return {**more, **({"notes": notes} if notes else {})}
+
+
+def _moves(run: Run) -> bool:
+    """True if the keep fraction changes over the run's epochs."""
+    schedule = run.trim.schedule
+    if not getattr(schedule, "needs_total", True) or getattr(schedule, "reads", "progress") != "progress":
+        return False
+    return run.epochs > 1 and len({schedule(epoch / (run.epochs - 1)) for epoch in range(run.epochs)}) > 1
+
+
+class _Seen:
+    """What the function did to the process."""
+
+    def __init__(self) -> None:
+        self._before = set(threading.enumerate())
+
+    @property
+    def torch_seed(self) -> int:
+        return torch.initial_seed()
+
+    def threads(self) -> list[str]:
+        return [each.name for each in threading.enumerate() if each not in self._before and each.is_alive()]
+
+
+@contextlib.contextmanager
+def _as_it_was(config: TaskConfig) -> Iterator[_Seen]:
+    """Seed everything, and put back what the function changes."""
+    threads, dtype, grad, folder = (
+        torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), Path.cwd(),
+    )  # fmt: skip
+    drawn, drawn_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one, which tasks use)
+    torch.set_num_threads(config.threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            random.seed(config.seed)
+            np.random.seed(config.seed % 2**32)  # noqa: NPY002
+            yield _Seen()
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        os.chdir(folder)
+        random.setstate(drawn)
+        np.random.set_state(drawn_numpy)  # noqa: NPY002
+
+
+def _counts(run: Run) -> dict[str, Any]:
+    """Samples that were chosen from and kept; unknown where the trimmer saw none of them, as in plain training."""
+    if not run.rule.calls:
+        return {"samples_forward": None, "samples_backward": None, "steps": None}
+    return {"samples_forward": run.rule.seen, "samples_backward": run.rule.kept, "steps": run.rule.calls}
+
+
+def _write_log(run: Run, config: TaskConfig, out: Path) -> None:
+    """The keep log, and beside it what its samples are, for ``batchtrim show``."""
+    if run.kept is None:
+        return
+    path = out / "keep" / f"{config.key}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run.kept.to_parquet(path)
+    if run.shown is None:
+        return
+    if run.shown["images"] is not None:
+        np.save(path.with_suffix(".npy"), run.shown["images"], allow_pickle=False)
+    text = json.dumps({name: value for name, value in run.shown.items() if name != "images"}, default=str)
+    path.with_suffix(".json").write_text(text, encoding="utf-8")

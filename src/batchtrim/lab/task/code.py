@@ -1,0 +1,198 @@
+"""Code of the reader's own: a function in a file, such as ``my_task.py:train``, or one that is there already.
+
+It is loaded as Python itself would load a script: its folder comes first on ``sys.path``. What goes wrong inside it is
+told with its own lines alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import batchtrim
+from batchtrim._checks import describe, import_extra
+
+__all__ = ["Code", "YourCodeFailed", "own_traceback"]
+
+_PACKAGE = str(Path(batchtrim.__file__).parent)
+_loaded: dict[tuple[str, str], ModuleType] = {}
+
+
+class YourCodeFailed(ValueError):
+    """The reader's code raised; the message holds their lines of the traceback."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """A function of the reader's.
+
+    Attributes:
+        name: as it is shown and recorded: ``my_task.py:train``, or a function's own name.
+        path, attribute: where it lies; None for a function that was given.
+        source: a short hash of the program in the file, or of the function. Comments, docstrings and layout do not
+            change it; what the file imports is not in it.
+    """
+
+    name: str
+    path: str | None = None
+    attribute: str = ""
+    source: str = ""
+    function: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def in_file(cls, text: str, what: str) -> Code:
+        """Return the function that ``FILE.py:NAME`` names; the file is parsed, not yet run.
+
+        Args:
+            what: the argument it came as, for the message.
+        """
+        file, colon, attribute = text.rpartition(":")
+        if not colon or not file.endswith(".py") or not attribute.isidentifier():
+            example = "my_model.py:build" if what == "model" else "my_task.py:train"
+            raise ValueError(f"expected `{what}` to look like {example}, got {text!r}.")
+        path = Path(file).expanduser()
+        if not path.is_file():
+            near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.py")], n=1)
+            hint = f" Did you mean '{path.parent / near[0]}'?" if near else ""
+            raise FileNotFoundError(f"expected a file {path} for `{what}`, got nothing there.{hint}")
+        return cls(f"{path.name}:{attribute}", str(path.resolve()), attribute, _hash_of_file(path))
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Code:
+        """Return a function that is there already, as in a notebook."""
+        if not callable(function):
+            raise TypeError(f"expected a function or 'FILE.py:NAME', got {describe(function)}.")
+        name = getattr(function, "__name__", type(function).__name__).strip("<>")
+        return cls(name, source=_hash_of_function(function), function=function)
+
+    def load(self, arguments: int = 1) -> Callable[..., Any]:
+        """Return the function, its file run.
+
+        Args:
+            arguments: how many positional ones it will be called with.
+
+        Raises:
+            ValueError, TypeError: there is no such function, or it cannot be called so.
+            YourCodeFailed: the file raised when it was run.
+        """
+        function = self.function if self.path is None else self._in_module(_module(Path(self.path), self.source))
+        if not callable(function):
+            raise TypeError(f"expected {self.name} to be a function, got {describe(function)}.")
+        try:
+            signature = inspect.signature(function)
+        except (ValueError, TypeError):
+            return function  # some callables have none
+        try:
+            signature.bind(*[None] * arguments)
+        except TypeError as error:
+            wanted = {1: "one argument, the run", 2: "the image shape and the number of classes"}[arguments]
+            raise TypeError(f"expected {self.name} to take {wanted}, got {self.attribute}{signature}.") from error
+        return function
+
+    def _in_module(self, module: ModuleType) -> Any:
+        if hasattr(module, self.attribute):
+            return getattr(module, self.attribute)
+        there = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        near = difflib.get_close_matches(self.attribute, there, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else f" It has {', '.join(there[:5]) or 'no functions'}."
+        raise ValueError(f"expected a function {self.attribute!r} in {self.path}, got none.{hint}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A function of a notebook or a closure goes to another process by value."""
+        state = dict(vars(self))
+        if self.function is not None:
+            pickler = import_extra("cloudpickle", "lab", "a function in another process")
+            try:
+                state["function"] = pickler.dumps(self.function)
+            except Exception as error:  # whatever the function holds on to has its own way to refuse
+                raise TypeError(
+                    f"expected a function that can go to another process, got {self.name}: {error}. Open files and "
+                    "connections inside it, or pass workers=1."
+                ) from error
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["function"] is not None:
+            state["function"] = import_extra("cloudpickle", "lab", "a function in another process").loads(
+                state["function"]
+            )
+        vars(self).update(state)
+
+
+def own_traceback(error: BaseException) -> str:
+    """The traceback of an error in the reader's code, from their first line on and without lines of this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame.filename.startswith((_PACKAGE, "<frozen importlib")) for frame in frames]
+    first = ours.index(False) if False in ours else len(frames)
+    theirs = [frame for frame, is_ours in zip(frames[first:], ours[first:], strict=True) if not is_ours]
+    lines = ["Traceback (most recent call last):\n", *traceback.format_list(theirs)] if theirs else []
+    return "".join([*lines, *traceback.format_exception_only(error)]).rstrip()
+
+
+def _module(path: Path, source: str) -> ModuleType:
+    """The file as a module, run once a process and again when it has changed."""
+    known = str(path), source
+    if known in _loaded:
+        return _loaded[known]
+    folder = str(path.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    there = sys.modules.get(path.stem)
+    taken = there is not None and getattr(there, "__file__", None) != str(path)
+    spec = importlib.util.spec_from_file_location(f"_task_{path.stem}" if taken else path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(spec.name, None)
+        raise YourCodeFailed(f"{path.name} raised when it was loaded.\n{own_traceback(error)}") from error
+    except SystemExit as error:
+        sys.modules.pop(spec.name, None)
+        raise YourCodeFailed(
+            f"expected {path.name} to define a function, got exit({error.code}) when it was loaded. "
+            "Put what it does by itself under: if __name__ == '__main__'"
+        ) from error
+    _loaded[known] = module
+    return module
+
+
+def _hash_of_file(path: Path) -> str:
+    try:
+        return _hash(path.read_bytes().decode("utf-8-sig"))
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        at = f" in line {line}" if line else ""
+        raise YourCodeFailed(f"expected {path} to be Python, got {type(error).__name__}{at}: {error}.") from error
+
+
+def _hash_of_function(function: Callable[..., Any]) -> str:
+    try:
+        return _hash(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return ""  # made by exec, or an object: nothing to tell versions by
+
+
+def _hash(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            node.body = [each for each in node.body if not _is_docstring(each)]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -1,0 +1,313 @@
+"""Images of the reader's own as a data set: split, decoded once on all cores, and kept as a memory-mapped array.
+
+What is said of them (resized, left out, the same image on both sides) is in ``PictureData.notes``.
+
+N images, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from batchtrim._checks import check_count, check_fraction
+from batchtrim.lab.task import data
+from batchtrim.lab.task.decode import Header, decode_all, read_headers
+from batchtrim.lab.task.listing import Listing, find_images
+from batchtrim.lab.task.split import split_rows
+
+__all__ = ["ImageOptions", "is_own", "load"]
+
+VERSION = 1
+SMALL = 128  # images of one size are kept as they are up to this many pixels a side
+SIZE = 64  # side of the others, unless another is asked for
+MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How a data set of one's own is read.
+
+    Args:
+        image_size: side in pixels that every image is brought to; None keeps images of one small size as they are.
+        test_split: part of the images to test on, where the source has no test split. split_seed: of its draw.
+        group: a column, or a pattern of file names, whose value images share that have to stay on one side.
+        image_column, label_column: of a table. skip_broken: go on without images that cannot be decoded.
+    """
+
+    image_size: int | None = None
+    test_split: float | None = None
+    split_seed: int = 0
+    group: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    skip_broken: bool = False
+
+
+def is_own(dataset: str) -> bool:
+    """True if ``dataset`` is a path or a hub name, and not one of the data sets the lab knows by name."""
+    if dataset in data.SPECS:
+        return False
+    return (
+        "/" in dataset
+        or "\\" in dataset
+        or Path(dataset).expanduser().exists()
+        or dataset.endswith((".csv", ".parquet"))
+    )
+
+
+def options_of(config: Any) -> ImageOptions:
+    """Return the options among the settings of a run."""
+    return ImageOptions(**{name: getattr(config, name) for name in ImageOptions.__dataclass_fields__})
+
+
+def check_options(config: Any) -> None:
+    """Refuse options of a data set of one's own beside one that the lab knows by name, and values out of range."""
+    options = options_of(config)
+    if options.image_size is not None:
+        check_count("image_size", options.image_size)
+    if options.test_split is not None and check_fraction("test_split", options.test_split) == 0.0:
+        raise ValueError("expected `test_split` in (0, 1), got 0. It is the part of the images to test on.")
+    check_count("split_seed", options.split_seed, minimum=0)
+    given = next((name for name, value in asdict(options).items() if value != getattr(ImageOptions(), name)), None)
+    if given is not None and not is_own(config.dataset):
+        raise ValueError(
+            f"expected no `{given}` with the data set {config.dataset!r}, which has its own, got "
+            f"{getattr(options, given)!r}. It is for a folder, a table or a hub name."
+        )
+
+
+def load(
+    dataset: str,
+    options: ImageOptions,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> data.PictureData:
+    """Load images of the reader's own, from the cache where they were decoded before.
+
+    Args:
+        dataset: a folder of class folders (with train/ and test/, or without and ``test_split``), a CSV or Parquet file
+            with an image and a label column, or a hub name ``owner/name[:config]``.
+        data_dir, cache_dir: as for :func:`batchtrim.lab.task.data.load`.
+
+    Raises:
+        ValueError, OSError: there is nothing to train on, or an image is broken; the message names it.
+    """
+    listing = find_images(
+        dataset, group=options.group, image_column=options.image_column, label_column=options.label_column,
+        data_dir=data.data_folder(data_dir),
+    )  # fmt: skip
+    classes, labels = _classes(listing)
+    train, test = _sides(listing, labels, options)
+    order = np.concatenate([train, test])
+    key = _key(listing, order, options)
+    folder = data.cache_folder(cache_dir) / "images" / key
+    if not (folder / "about.json").exists():
+        _decode(listing, order, len(train), folder, options)
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        pixels = np.load(folder / "pixels.npy", mmap_mode="c", allow_pickle=False)  # c: torch wants to be able to write
+        kept = np.load(folder / "kept.npy", allow_pickle=False)
+        hashes = np.load(folder / "hashes.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise data.ReplaceFile(
+            f"expected decoded images in {folder}, got a damaged cache ({error}). Remove that folder and try again."
+        ) from error
+    first_test = int(kept[: len(train)].sum())
+    kept_labels = torch.from_numpy(labels[order[kept]])
+    images = torch.from_numpy(pixels)
+    found = data.PictureData(
+        dataset, len(classes), images[:first_test], kept_labels[:first_test], images[first_test:],
+        kept_labels[first_test:], tuple(about["mean"]), tuple(about["std"]), tuple(classes),
+    )  # fmt: skip
+    names = [listing.names[row] for row in order[kept]]
+    notes = [*listing.notes, *about["notes"], *_check_sides(found, names, hashes, first_test)]
+    return replace(found, notes=tuple(f"{dataset}: {note}" for note in notes))
+
+
+def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
+    """Class names in order, and each image's number among them."""
+    labels = listing.labels
+    if listing.classes is not None and all(isinstance(each, int) for each in labels):
+        wrong = next((each for each in labels if not 0 <= each < len(listing.classes)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"expected labels of {listing.where} in [0, {len(listing.classes)}), got {wrong}. Is this the "
+                "split with hidden labels?"
+            )
+        if len(set(labels)) < 2:
+            raise ValueError(f"expected at least two classes in {listing.where}, got one.")
+        return list(map(str, listing.classes)), np.asarray(labels, dtype=np.int64)
+    numbers = all(isinstance(each, int | float) for each in labels)
+    values = sorted(set(labels)) if numbers else sorted({str(each) for each in labels})
+    number = {value: place for place, value in enumerate(values)}
+    if len(values) < 2:
+        raise ValueError(f"expected at least two classes in {listing.where}, got {len(values)}: {values[0]}.")
+    found = np.asarray([number[each if numbers else str(each)] for each in labels], dtype=np.int64)
+    return [f"{each:g}" if isinstance(each, float) else str(each) for each in values], found
+
+
+def _sides(listing: Listing, labels: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on, and to test on."""
+    if listing.split is not None:
+        if options.test_split is not None:
+            raise ValueError(
+                f"expected no `test_split`, since {listing.where} has a test split, got {options.test_split:g}."
+            )
+        if options.group is not None:
+            raise ValueError(f"expected no `group`, since {listing.where} is split already, got {options.group!r}.")
+        split = np.asarray(listing.split)
+        sides = np.flatnonzero(split == "train"), np.flatnonzero(split == "test")
+        for side, name in zip(sides, ("train", "test"), strict=True):
+            if not len(side):
+                raise ValueError(f"expected images to {name} on in {listing.where}, got none.")
+        return sides
+    if options.test_split is None:
+        raise ValueError(
+            f"expected a test split in {listing.where}, got images without one. Set a part aside: --test-split 0.2, "
+            "and --group where images belong together."
+        )
+    sides = split_rows(labels, options.test_split, options.split_seed, listing.groups)
+    groups = "" if listing.groups is None else f", in {len(set(listing.groups))} groups that stay whole"
+    listing.notes.append(f"{len(sides[1])} of {len(labels)} images set aside for testing{groups}")
+    return sides
+
+
+def _key(listing: Listing, order: np.ndarray, options: ImageOptions) -> str:
+    told = json.dumps({name: asdict(options)[name] for name in ("image_size", "skip_broken")})
+    digest = hashlib.sha256(
+        "\n".join([str(VERSION), listing.where, told, *listing.key]).encode("utf-8", "surrogateescape")
+    )
+    digest.update(order.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _decode(listing: Listing, order: np.ndarray, train: int, folder: Path, options: ImageOptions) -> None:
+    """Fill the cache: into a folder beside, renamed when it is whole."""
+    headers, broken = read_headers(listing.chunks(), len(order))
+    _refuse_broken(listing, broken, options)
+    found = [each for each in headers if each is not None]
+    if not found:
+        raise ValueError(f"expected images that can be read in {listing.where}, got none.")
+    size, notes = _size(found, options)
+    places = np.empty(len(order), dtype=np.int64)
+    places[order] = np.arange(len(order))
+    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.mkdir(parents=True)
+        grey = all(each.grey for each in found)
+        decoded = decode_all(listing.chunks(), part / "pixels.npy", places, size, grey, train)
+        _refuse_broken(listing, decoded.broken, options)
+        kept = np.ones(len(order), dtype=bool)
+        if decoded.broken:
+            notes.append(_named(listing, decoded.broken, "broken images left out"))
+            kept[places[list(decoded.broken)]] = False
+            _only(part / "pixels.npy", np.flatnonzero(kept))
+        np.save(part / "kept.npy", kept)
+        np.save(part / "hashes.npy", decoded.hashes[kept])
+        mean, std = _moments(decoded.counts)
+        about = {"mean": mean, "std": std, "notes": notes, "source": listing.where}
+        (part / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        try:
+            part.rename(folder)
+        except OSError:
+            if not (folder / "about.json").exists():  # otherwise another process was faster
+                raise
+    except data.ReplaceFile:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"cannot keep decoded images in {folder.parent} ({error}). Set BATCHTRIM_CACHE to a folder with room."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _only(file: Path, places: np.ndarray) -> None:
+    """Write the array in ``file`` again with these places alone."""
+    pixels = np.load(file, mmap_mode="r")
+    left = file.with_suffix(".left")
+    out = np.lib.format.open_memmap(left, mode="w+", dtype=np.uint8, shape=(len(places), *pixels.shape[1:]))
+    for start in range(0, len(places), 1024):
+        out[start : start + 1024] = pixels[places[start : start + 1024]]
+    out.flush()
+    left.replace(file)
+
+
+def _size(headers: Sequence[Header], options: ImageOptions) -> tuple[tuple[int, int], list[str]]:
+    """Width and height of all, and what is to be said of it."""
+    sizes = Counter((each.width, each.height) for each in headers)
+    if options.image_size is not None:
+        size = (options.image_size, options.image_size)
+    elif len(sizes) == 1 and max(next(iter(sizes))) <= SMALL:
+        size = next(iter(sizes))
+    else:
+        size = (SIZE, SIZE)
+    if set(sizes) == {size}:
+        return size, []
+    low, high = min(sizes, key=lambda each: each[0] * each[1]), max(sizes, key=lambda each: each[0] * each[1])
+    seen = f"{low[0]} x {low[1]}" + (f" to {high[0]} x {high[1]}" if len(sizes) > 1 else "")
+    hint = "" if options.image_size else "; --image-size takes another"
+    return size, [f"images of {seen} pixels resized to {size[0]} x {size[1]}, cut at the centre{hint}"]
+
+
+def _refuse_broken(listing: Listing, broken: dict[int, str], options: ImageOptions) -> None:
+    if broken and not options.skip_broken:
+        raise data.ReplaceFile(
+            f"expected images that can be decoded in {listing.where}, got {_named(listing, broken, 'that cannot')}. "
+            "Mend or remove them, or pass --skip-broken to go on without."
+        )
+
+
+def _named(listing: Listing, broken: dict[int, str], what: str) -> str:
+    named = "; ".join(f"{listing.names[row]}: {broken[row]}" for row in sorted(broken)[:MOST_NAMED])
+    return f"{len(broken)} {what} ({named}{'; ...' if len(broken) > MOST_NAMED else ''})"
+
+
+def _moments(counts: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel from how often each of 256 values came."""
+    values = np.arange(256, dtype=np.float64)
+    mean = counts @ values / counts.sum(1)
+    std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1))
+    return mean.tolist(), [each or 1.0 for each in std.tolist()]
+
+
+def _check_sides(found: data.PictureData, names: Sequence[str], hashes: np.ndarray, first_test: int) -> list[str]:
+    """Refuse classes that cannot be learnt, and say what makes the test less than one."""
+    train, test = (torch.bincount(part, minlength=found.classes) for part in (found.train_labels, found.test_labels))
+    listed = found.class_names
+    unlearnt = [listed[i] for i in ((train == 0) & (test > 0)).nonzero().flatten().tolist()]
+    if unlearnt:
+        raise ValueError(
+            f"expected every class to test on among those to train on in {found.name}, got {_some(unlearnt)} "
+            "to test on only."
+        )
+    notes = []
+    untested = [listed[i] for i in ((test == 0) & (train > 0)).nonzero().flatten().tolist()]
+    if untested:
+        notes.append(f"no images to test on of {_some(untested)}")
+    known = dict(zip(hashes[:first_test].tolist(), range(first_test), strict=True))
+    again = [
+        (row, known[value]) for row, value in enumerate(hashes[first_test:].tolist(), first_test) if value in known
+    ]
+    if again:
+        row, twin = again[0]
+        notes.append(
+            f"{len(again)} of {len(hashes) - first_test} images to test on are in the training split too, pixel by "
+            f"pixel, such as {names[row]} and {names[twin]}: the test error is too low by what was learnt by heart"
+        )
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,164 @@
+"""Networks that are not in the lab's registry: a function in a file, or an image classifier of transformers.
+
+``my_model.py:build`` is called as ``build(shape, classes)``, shape being (channels, height, width), and returns a
+module from images (B, C, H, W) to logits (B, classes). ``hf:ARCHITECTURE`` is made from its configuration, with fresh
+weights: ``hf:vit``, ``hf:ViTForImageClassification``, with ``:NAME=VALUE`` for each setting that is not its
+default, as in ``hf:vit:hidden_size=64:num_hidden_layers=4``, or ``hf:FOLDER`` with a config.json in it.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchtrim._checks import describe, import_extra
+from batchtrim.lab.task.code import Code, YourCodeFailed, own_traceback
+
+__all__ = ["build_own", "check_own", "is_own_model", "source_of"]
+
+Shape = tuple[int, int, int]
+
+
+def is_own_model(name: str) -> bool:
+    """True if ``name`` is a function in a file or an architecture of transformers."""
+    return name.startswith("hf:") or ".py:" in name
+
+
+def check_own(name: str) -> None:
+    """Refuse a name for which nothing can be made, before the data are read."""
+    if name.startswith("hf:"):
+        _configuration(name)
+    else:
+        Code.in_file(name, "model").load(arguments=2)
+
+
+def source_of(name: str) -> str:
+    """Return a short hash of a function's file, to tell versions by; "" for an architecture."""
+    return "" if name.startswith("hf:") else Code.in_file(name, "model").source
+
+
+def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
+    """Make the network; its weights come from torch's global seed.
+
+    Raises:
+        ValueError, TypeError: what came is no network from images of ``shape`` to ``classes`` logits.
+        YourCodeFailed: the function raised.
+    """
+    if name.startswith("hf:"):
+        model: Any = Logits(_hf_model(name, shape, classes))
+    else:
+        code = Code.in_file(name, "model")
+        function = code.load(arguments=2)
+        try:
+            model = function(shape, classes)
+        except Exception as error:
+            raise YourCodeFailed(f"{code.name}({shape}, {classes}) raised.\n{own_traceback(error)}") from error
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected {code.name} to return a torch.nn.Module, got {describe(model)}.")
+    _try(name, model, shape, classes)
+    return model
+
+
+class Logits(nn.Module):
+    """A model of transformers, called with images and giving its logits alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(pixel_values=x).logits
+
+
+def _try(name: str, model: nn.Module, shape: Shape, classes: int) -> None:
+    """Two images go through once, so that a network of the wrong form is told before training."""
+    training = model.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.eval()
+        try:
+            outputs = model(torch.zeros(2, *shape))
+        except Exception as error:
+            raise YourCodeFailed(f"{name} failed on images of shape {shape}.\n{own_traceback(error)}") from error
+        finally:
+            model.train(training)
+    if not isinstance(outputs, Tensor) or outputs.shape != (2, classes):
+        raise ValueError(
+            f"expected {name} to give logits (B, {classes}), one a class, got {describe(outputs)} for B = 2. "
+            "It is called as build((channels, height, width), classes)."
+        )
+    if not any(each.requires_grad for each in model.parameters()):
+        raise ValueError(f"expected {name} to have parameters to train, got none.")
+
+
+def _configuration(name: str) -> tuple[Any, dict[str, Any]]:
+    """The configuration of an architecture with its settings, and those that were given."""
+    transformers: Any = import_extra("transformers", "transformers", name)
+    import_extra("transformers.models.auto.modeling_auto", "transformers", name)
+    _, architecture, *settings = name.split(":")
+    mapping = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    given = dict(_setting(name, text) for text in settings)
+    if (Path(architecture) / "config.json").is_file():
+        kind = json.loads((Path(architecture) / "config.json").read_text(encoding="utf-8")).get("model_type")
+        config = transformers.AutoConfig.from_pretrained(architecture, local_files_only=True)
+    else:
+        classes = {
+            each: kind for kind, found in mapping.items() for each in ([found] if isinstance(found, str) else found)
+        }
+        kind = classes.get(architecture, architecture)
+        if kind not in mapping:
+            near = difflib.get_close_matches(architecture, [*mapping, *classes], n=1)
+            hint = f"Did you mean 'hf:{near[0]}'?" if near else f"There are {', '.join(list(mapping)[:8])}, ..."
+            raise ValueError(f"expected an image classifier of transformers, got {name!r}. {hint}")
+        config = transformers.AutoConfig.for_model(kind)
+    for setting, value in given.items():
+        if not hasattr(config, setting):
+            near = difflib.get_close_matches(setting, config.to_dict(), n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"expected a setting of {kind}'s configuration in {name!r}, got {setting!r}.{hint}")
+        setattr(config, setting, value)
+    return config, given
+
+
+def _setting(name: str, text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"expected settings of {name!r} to look like hidden_size=64, got {text!r}.")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _hf_model(name: str, shape: Shape, classes: int) -> nn.Module:
+    transformers: Any = import_extra("transformers", "transformers", name)
+    config, given = _configuration(name)
+    config.num_labels = classes
+    channels, height, width = shape
+    if hasattr(config, "num_channels"):
+        config.num_channels = channels
+    if hasattr(config, "image_size") and "image_size" not in given:
+        config.image_size = height if height == width else (height, width)
+    patch = getattr(config, "patch_size", None)
+    if isinstance(patch, int) and (height % patch or width % patch):
+        raise ValueError(
+            f"expected a patch_size of {name!r} that divides images of {width} x {height}, got {patch}. Pass "
+            f"{name}:patch_size=4, or --image-size {patch * max(1, round(max(height, width) / patch))}."
+        )
+    try:
+        return transformers.AutoModelForImageClassification.from_config(config)
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        KeyError,
+        ImportError,
+    ) as error:  # architectures refuse in their own ways
+        raise ValueError(
+            f"expected {name!r} to make a network for images of shape {shape}, got {type(error).__name__}: {error}."
+        ) from error

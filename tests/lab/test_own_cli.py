@@ -1,0 +1,393 @@
+"""Training functions, tables and networks of one's own from the command line, as a person types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from batchtrim.lab import cli, records
+
+TASK = """
+import torch
+from helper import value
+
+def train(run):
+    print("for people")
+    for epoch in range(run.epochs):
+        run.trim(torch.rand(8))
+        run.log(epoch=epoch, error=value(run))
+        run.trim.step()
+    return {"error": value(run)}
+"""
+HELPER = """
+def value(run):
+    return 0.2 + 0.01 * run.seed - (0.05 + 0.001 * run.seed) * (run.method == "trim")
+"""
+ARGUMENTS = ["--seeds", "3", "--epochs", "2", "--workers", "1", "--out", "here"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BATCHTRIM_DATA", raising=False)
+    monkeypatch.setenv("BATCHTRIM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "my_task.py").write_text(TASK)
+    (tmp_path / "helper.py").write_text(HELPER)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("my_task", "helper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def batchtrim(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def mistake(*words: str) -> str:
+    done = batchtrim(*words)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_a_task_is_compared_in_a_process_of_its_own() -> None:
+    done = batchtrim("compare", "--task", "my_task.py:train", *ARGUMENTS, "--json", "-q")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["groups"][0]["title"] == "my_task.py:train"
+    assert "lower error by 5.10 points" in told["verdict"]
+    assert [row["environment"]["source"] for row in records.read("here")].count(
+        records.read("here")[0]["environment"]["source"]
+    ) == 6
+    again = batchtrim("compare", "--task", "my_task.py:train", *ARGUMENTS)
+    assert "6 of 6 runs are recorded already" in again.stderr
+    page = Path("here/report.html").read_text()
+    assert "batchtrim compare --task my_task.py:train" in page
+    report = batchtrim("report", "here", "--json")
+    assert json.loads(report.stdout)["verdict"] == told["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("import os\n    os._exit(3)", "its worker ended with exit code 3"),
+        ("import sys\n    sys.exit(4)", "the task called exit(4)"),
+        ("return 'done'", "got 'done'"),
+        ("raise ValueError('my own')", "ValueError: my own"),
+        ("run.trim(1)", "expected `losses` to be a tensor, got 1"),
+    ],
+)
+def test_tasks_that_go_wrong_fail_with_a_line_and_lose_nothing(body: str, says: str) -> None:
+    Path("bad.py").write_text(
+        f"{TASK}\ndef bad(run):\n    if run.method == 'full':\n        return train(run)\n    {body}\n"
+    )
+    done = batchtrim(
+        "compare", "--task", "bad.py:bad", "--seeds", "1", "--epochs", "2", "--workers", "1", "--out", "here",
+        "--retries", "0",
+    )  # fmt: skip
+    assert done.exit_code == 1, done.output
+    assert says in done.stderr
+    ours = [line for line in done.stderr.splitlines() if "batchtrim/lab" in line.replace(os.sep, "/")]
+    assert ours == []
+    assert done.stderr.count("Traceback") == ("raise" in body or "run.trim(1)" in body)
+    assert [row["config"]["method"] for row in records.read("here") if row["status"] == "finished"] == ["full"]
+    assert "1 runs failed; the same command tries them again" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--task", "my_task.py"], "expected `task` to look like my_task.py:train, got 'my_task.py'"),
+        (["--task", "my_task:train"], "expected `task` to look like my_task.py:train"),
+        (["--task", "my_tusk.py:train"], "Did you mean 'my_task.py'?"),
+        (["--task", "my_task.py:trane"], "Did you mean 'train'?"),
+        (["--task", "broken.py:train"], "to be Python, got SyntaxError in line 2"),
+        (["--task", "raises.py:train"], "raises.py raised when it was loaded"),
+        (["--task", "exits.py:train"], "got exit(0) when it was loaded"),
+        (["--task", "number.py:train"], "expected number.py:train to be a function, got 3"),
+        (["--task", "none.py:train"], "expected none.py:train to take one argument, the run, got train()"),
+        (["--task", "my_task.py:train", "--dataset", "digits"], "expected settings of a task"),
+        (["--task", "my_task.py:train", "--methods", "full,focal"], "expected a method that a Trimmer drives"),
+        (["--task", "my_task.py:train", "--metric", "score"], "Pass --higher-is-better or --lower-is-better"),
+        (["--task", "my_task.py:train", "--keep-log"], "expected no --keep-log with --task"),
+        (["--task", "my_task.py:train", "--data-dir", "x"], "expected no --data-dir with --task, got 'x'"),
+        (["--metric", "rmse"], "expected `metric` beside --task"),
+        (["--lower-is-better"], "expected `higher_is_better` beside --task"),
+        (["--task", "my_task.py:train", "--metric", "x", "--higher-is-better", "--lower-is-better"], "got both"),
+    ],
+)
+def test_commands_that_cannot_run(words: list[str], says: str) -> None:
+    Path("broken.py").write_text("x = 1\ndef train(run:\n")
+    Path("raises.py").write_text("import torch\nraise RuntimeError('no data here')\n")
+    Path("exits.py").write_text("raise SystemExit(0)\n")
+    Path("number.py").write_text("train = 3\n")
+    Path("none.py").write_text("def train(): ...\n")
+    said = mistake("compare", *words, "--out", "here", "--seeds", "1", "--workers", "1", "-q")
+    assert says in said
+    assert not Path("here/runs.jsonl").exists()
+    if "raises.py" in words[1]:
+        assert "no data here" in said
+        assert "importlib" not in said
+    else:
+        assert len(said.strip().splitlines()) == 1
+
+
+def test_higher_is_better_turns_the_verdict() -> None:
+    Path("f1.py").write_text(TASK.replace('return {"error": value(run)}', 'return {"f1": 1 - value(run)}'))
+    done = batchtrim("compare", "--task", "f1.py:train", "--metric", "f1", *ARGUMENTS, "-q")
+    assert done.exit_code == 0, done.output
+    assert "trim: higher f1 by 0.051" in done.stdout
+    page = Path("here/report.html").read_text()
+    assert '<div class="verdict lower">' in page, "the colour of a gain"
+    assert "Higher f1 is better" in page
+    assert "--higher-is-better" in page
+
+
+def test_a_changed_program_is_said() -> None:
+    batchtrim("compare", "--task", "my_task.py:train", *ARGUMENTS, "-q")
+    Path("my_task.py").write_text(TASK.replace("rand(8)", "rand(9)"))
+    done = batchtrim("compare", "--task", "my_task.py:train", "--seeds", "4", *ARGUMENTS[2:], "-q")
+    assert "The runs were made by 2 versions of the program" in done.stdout.replace("\n", " ")
+
+
+def test_a_task_does_not_run_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert "expected --task in one process" in mistake("compare", "--task", "my_task.py:train", *ARGUMENTS)
+
+
+def test_train_and_sweep_take_a_task() -> None:
+    done = batchtrim("train", "--task", "my_task.py:train", "--epochs", "2", "--out", "here", "-q")
+    assert done.exit_code == 0, done.output
+    assert [row["config"]["method"] for row in records.read("here")] == ["trim"]
+    done = batchtrim("sweep", "--task", "my_task.py:train", "--methods", "full,trim", "--keep-end", "0.2,0.5",
+                     "--schedule", "linear", "--seeds", "1", "--epochs", "2", "--workers", "1", "--out", "there",
+                     "-q")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert len(records.read("there")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_task_on_a_ray_cluster(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    from batchtrim.lab import compare
+
+    def inside(run: object) -> dict[str, float]:
+        run.trim(__import__("torch").rand(4))  # type: ignore[attr-defined]
+        run.trim.step()  # type: ignore[attr-defined]
+        return {"error": 0.25}
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        for task, out in ((f"{tmp_path / 'my_task.py'}:train", "file"), (inside, "closure")):
+            found = compare(task, ["full", "trim"], 2, epochs=1 if out == "closure" else 2, out=out, quiet=True,
+                            ray=cluster.address)  # type: ignore[arg-type]  # fmt: skip
+            assert (found.runs, found.failed) == (4, 0)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_kill_9_loses_no_finished_run(tmp_path: Path) -> None:
+    Path("slow.py").write_text(TASK.replace("import torch", "import time, torch").replace(
+        'print("for people")', "time.sleep(0.3)"))  # fmt: skip
+    words = ["compare", "--task", "slow.py:train", "--seeds", "4", "--epochs", "1", "--workers", "1", "--out", "here"]
+    command = [sys.executable, "-m", "batchtrim.lab.cli", *words, "-q", "--json"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
+    lines, end = Path("here/runs.jsonl"), time.monotonic() + 120
+    while not (lines.exists() and lines.read_bytes().count(b"\n") >= 2):
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = {row["key"]: row for row in records.read("here")}
+    assert 2 <= len(before) < 8
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["runs"] == 8
+    after = {row["key"]: row for row in records.read("here")}
+    assert len(after) == 8
+    assert {key: after[key] for key in before} == before
+
+
+def table(path: Path, header: str = "method,seed,error,time") -> list[str]:
+    lines = [header]
+    for method, gain in (("full", 0.0), ("trim", 0.02)):
+        lines += [
+            f"{method},{seed},{0.2 + 0.01 * seed - gain - 0.001 * (seed % 2):.4f},{10 + seed}" for seed in range(6)
+        ]
+    path.write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def test_a_csv_of_results_is_reported(tmp_path: Path) -> None:
+    table(tmp_path / "results.csv")
+    done = batchtrim("report", "--csv", "results.csv", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["verdict"] == "trim: exactly 2.00 points lower on every seed: no spread, so no test"
+    assert Path("results/report.html").exists()
+    assert "Run it again" not in Path("results/report.md").read_text()
+
+
+def test_missing_pairs_are_said_and_the_others_compared(tmp_path: Path) -> None:
+    lines = table(tmp_path / "results.csv")
+    del lines[2]  # full, seed 1
+    lines[-1] = "trim,5,,15"
+    lines.append("trim,9,0.3,1")
+    (tmp_path / "results.csv").write_text("\n".join(lines))
+    done = batchtrim("report", "--csv", "results.csv")
+    said = " ".join(done.stdout.split())
+    assert "trim has no finished run with seed 5: compared on the 4 pairs that are there." in said
+    assert "The baseline full has no finished run with seeds 1, 9 of trim" in said
+    page = Path("results/report.html").read_text()
+    assert "compared on the 4 pairs that are there" in page
+    told = json.loads(batchtrim("report", "--csv", "results.csv", "--json").stdout)
+    assert told["groups"][0]["methods"][1]["paired"]["seeds"] == [0, 2, 3, 4]
+    assert len(told["groups"][0]["caveats"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("method;seed;rmse\nfull;0;1.5\ntrim;0;1.25\n", [], None),
+        ("method,seed,rmse\nfull,0,\"1,5\"\n", [], "Write a point for the decimals"),
+        ("method,seed,error\nfull,0,12.5\n", [], "expected `error` in [0, 1] in line 2 of results.csv, got 12.5"),
+        ("method,seed,error\nfull,0,0.1\nfull,0,0.2\n", [], "got 'full' with seed 0 again in line 3"),
+        ("method,seed,error\nfull,zero,0.1\n", [], "expected `seed` to be a whole number in line 2"),
+        ("method,seed,error\nfull,1.5,0.1\n", [], "expected `seed` to be a whole number in line 2"),
+        ("method,seed,error\n,1,0.1\n", [], "expected a method in line 2"),
+        ("method,error\nfull,0.1\n", [], "expected a column 'seed' in results.csv, got method, error"),
+        ("method,seed,rmse,mae\nfull,0,1,2\n", [], "besides method, seed and time, got rmse, mae. Say which: --metric"),
+        ("method,seed,rmse,mae\nfull,0,1,2\ntrim,0,1,2\n", ["--metric", "mae"], None),
+        ("method,seed,rmse\nfull,0,1\n", ["--metric", "mae"], "expected a column 'mae' in results.csv"),
+        ("method,seed,score\nfull,0,1\n", [], "Pass --higher-is-better or --lower-is-better"),
+        ("method,seed,score\nfull,0,1\ntrim,0,2\n", ["--higher-is-better"], None),
+        ("method,seed,rmse\nfull,0\n", [], "expected 3 columns in line 2 of results.csv"),
+        ("method,seed,seed,rmse\nfull,0,1,1\n", [], "got 'seed' twice"),
+        ("", [], "expected at least one run in results.csv, got none"),
+        ("method,seed,rmse\n", [], "expected at least one run in results.csv, got none"),
+        ("method,seed,rmse\nfull,0,1\n", ["--baseline", "ful"], "expected `baseline` to be one of 'full', got 'ful'"),
+    ],
+)  # fmt: skip
+def test_csv_files_of_every_kind(text: str, options: list[str], says: str | None) -> None:
+    Path("results.csv").write_text(text)
+    if says is None:
+        assert batchtrim("report", "--csv", "results.csv", *options).exit_code == 0
+        return
+    said = mistake("report", "--csv", "results.csv", *options)
+    assert says in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_report_takes_a_folder_or_a_table() -> None:
+    assert "got neither" in mistake("report")
+    assert "got both" in mistake("report", "here", "--csv", "x.csv")
+    assert "expected a CSV file x.csv, got nothing there" in mistake("report", "--csv", "x.csv")
+    Path("bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
+    assert "to be text in UTF-8" in mistake("report", "--csv", "bytes.csv")
+
+
+def test_a_page_of_samples_without_classes() -> None:
+    Path("logs.py").write_text(
+        "import torch\n"
+        "def train(run):\n"
+        "    log = run.keep_log(8)\n"
+        "    for _ in range(run.epochs):\n"
+        "        run.trim(torch.arange(8.0)); log.record(run.trim.last, ids=torch.arange(8)); log.end_epoch()\n"
+        "        run.trim.step()\n"
+        "    run.show(rows=[{'price': i} for i in range(8)])\n"
+        "    return {'error': 0.1}\n"
+    )
+    done = batchtrim("compare", "--task", "logs.py:train", "--methods", "trim", "--seeds", "1", "--epochs", "3",
+                     "--workers", "1", "--out", "here", "-q")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    shown = batchtrim("show", "here")
+    assert shown.exit_code == 0, shown.output
+    page = next(Path("here/keep").glob("*.html")).read_text()
+    assert "price" in page
+    assert "Keep rate of each class" not in page
+    assert "predicted as another class" not in page
+    next(Path("here/keep").glob("*.json")).unlink()
+    assert "Let the task say it: run.show(rows=...)" in mistake("show", "here")
+
+
+def test_images_and_a_network_of_ones_own(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for kind, value in (("dark", 40), ("light", 200)):
+        (tmp_path / "mine, two" / kind).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (10 + i, 12), (value + i, value, i)).save(tmp_path / "mine, two" / kind / f"{i}.png")
+    Path("net.py").write_text(
+        "from torch import nn\n"
+        "def build(shape, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * 64, classes))\n"
+        "def wrong(shape, classes):\n    return nn.Flatten()\n"
+        "def fails(shape, classes):\n    return undefined\n"
+    )
+    words = ["compare", "--dataset", "mine, two", "--test-split", "0.25", "--image-size", "8", "--seeds", "2",
+             "--epochs", "2", "--workers", "1", "--threads", "1", "--out", "here", "--keep-log"]  # fmt: skip
+    done = batchtrim(*words, "--model", "net.py:build")
+    assert done.exit_code == 0, done.output
+    assert "mine, two: 6 of 24 images set aside for testing" in done.stderr
+    assert done.stderr.count("resized to 8 x 8") == 1
+    assert "resized to 8 x 8" in Path("here/report.html").read_text()
+    assert len({row["environment"]["source"] for row in records.read("here")}) == 1
+    shown = batchtrim("show", "here")
+    assert shown.exit_code == 0, shown.output
+    page = next(Path("here/keep").glob("*.html")).read_text()
+    assert ">dark<" in page
+    assert ">light<" in page
+    words[words.index("here")] = "there"
+    said = mistake(*words, "--model", "net.py:wrong", "-q")
+    assert "expected net.py:wrong to give logits (B, 2), one a class" in said
+    said = mistake(*words, "--model", "net.py:fails", "-q")
+    assert "NameError" in said
+    assert "own_models.py" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model", "net.py:build"], "expected a file net.py for `model`, got nothing there"),
+        (["--model", "hf:vitt"], "Did you mean 'hf:vit'?"),
+        (["--model", "hf:vit:hidden_sise=8"], "Did you mean 'hidden_size'?"),
+        (["--model", "hf:vit:hidden_size"], "to look like hidden_size=64, got 'hidden_size'"),
+        (["--model", "my_task.py:train"], "expected my_task.py:train to take the image shape"),
+        (["--test-split", "0.2"], "expected no `test_split` with the data set 'digits', which has its own"),
+        (["--skip-broken"], "expected no `skip_broken` with the data set 'digits'"),
+        (["--dataset", "no/such/folder"], "which does not exist"),
+        (["--dataset", "here/", "--test-split", "1.5"], "expected `test_split` in [0, 1), got 1.5"),
+        (["--dataset", "here/", "--image-size", "0"], "expected `image_size` to be at least 1"),
+    ],
+)  # fmt: skip
+def test_own_data_and_networks_that_cannot_be_used(words: list[str], says: str) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: make test brings it")
+    assert says in mistake("compare", *words, "--seeds", "1", "--workers", "1", "-q", "--out", "out")
+
+
+def test_an_architecture_of_transformers_is_made_from_its_configuration() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: make test brings it")
+    import torch
+
+    from batchtrim.lab.task import models
+
+    name = "hf:vit:hidden_size=16:num_hidden_layers=1:num_attention_heads=2:intermediate_size=16:patch_size=4"
+    torch.manual_seed(0)
+    model = models.build(name, (1, 8, 8), 5)
+    assert model(torch.rand(3, 1, 8, 8)).shape == (3, 5)
+    with pytest.raises(ValueError, match="that divides images of 10 x 10"):
+        models.build(name, (1, 10, 10), 5)
+    resnet = "hf:ResNetForImageClassification:embedding_size=8:hidden_sizes=[8,16]:depths=[1,1]"
+    assert models.build(resnet, (3, 16, 16), 4)(torch.rand(2, 3, 16, 16)).shape == (2, 4)
