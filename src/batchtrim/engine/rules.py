@@ -150,6 +150,8 @@ def _is_zero(call: Call) -> bool:
     name = name_of(call.func)
     if name in _COPIES:
         return bool(call.values) and all(value.zero for value in call.values)
+    if name == "scalar_tensor":
+        return call["s"] == 0
     return "zeros" in name or (name in ("full", "full_like", "new_full") and call["fill_value"] == 0)
 
 

@@ -114,17 +114,16 @@ class SharedEngine:
         reason = ""
         try:
             with torch.enable_grad(), _with_call(self.forward.model, self._traced) as call:
-                vectors, outputs, tape, plain = call(x, y)
+                parts, outputs, tape, plain = call(x, y)
         except CannotCapture as error:
             reason = str(error)
         if reason:
             self._refuse(reason)
-        losses = Losses(*vectors)
-        differs = None if plain is None else plain.difference(losses.values.detach())
+        differs = None if plain is None else plain.difference(parts[0].detach())
         if plain is not None and differs is not None:
             plain.before.restore(x, y)
             self._refuse(f"its trace differs from the model: {differs}")
-        return tape, losses, map_tensors(Tensor.detach, outputs)
+        return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace; before one runs for the first time, see what the model's own Python computes."""
@@ -203,9 +202,10 @@ def _step_of(forward: Forward) -> Callable[..., Any]:
         else:
             outputs = model(x)
         losses = as_losses(per_sample_loss(outputs, y), unit)
-        if losses.terms or losses.reduction != "mean":
-            raise CannotCapture("its losses are to be added up and not averaged, or are terms that count differently")
-        return (losses.values, losses.mask, losses.weights, losses.counts), pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        if losses.terms:
+            raise CannotCapture("its loss is a sum of terms whose entries count differently")
+        parts = losses.values, losses.mask, losses.weights, losses.counts, losses.unit, losses.reduction
+        return parts, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
 
     return step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from batchtrim.distributed import world_size
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import Step
+from batchtrim.engine.capture import without_logging
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.integrations.forms import Form
 from batchtrim.integrations.model_losses import FlatLosses, ModelLosses
@@ -62,7 +64,8 @@ class EngineStep:
         if step is None:
             rank_by = None if form.alike else form.scores
             step = self._steps[form] = TrimmedForward(model, form, self.trim, self.engine, rank_by=rank_by)
-        loss = step(inputs, self.losses.forms.labels(inputs))
+        with without_logging(logging.Logger.warning_once):  # type: ignore[attr-defined]  # transformers adds it
+            loss = step(inputs, self.losses.forms.labels(inputs))
         last = step.last
         assert last is not None
         self.last = last
