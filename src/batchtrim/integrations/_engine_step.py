@@ -13,8 +13,8 @@ from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import Step
 from batchtrim.engine.capture import without_logging
 from batchtrim.errors import EngineFallback, EngineRefused
-from batchtrim.integrations.forms import Form
-from batchtrim.integrations.model_losses import FlatLosses, ModelLosses
+from batchtrim.integrations._forms import Form
+from batchtrim.integrations._model_losses import FlatLosses, ModelLosses
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["EngineStep"]
@@ -23,7 +23,7 @@ __all__ = ["EngineStep"]
 class EngineStep:
     """Forward, choose, and a loss whose backward may cost the kept rows only.
 
-    Where the model's loss has a standard form (:mod:`batchtrim.integrations.forms`), the model itself runs in the
+    Where the model's loss has a standard form (:mod:`batchtrim.integrations._forms`), the model itself runs in the
     engine, with its labels, and the losses are the form's. Otherwise its losses are recorded while it runs, which no
     graph can be traced of: "shared" refuses, and "auto" goes on with "exact".
 
