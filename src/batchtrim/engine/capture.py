@@ -192,7 +192,7 @@ def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
     if name is None:
         yield
         return
-    with dynamo.patch(**{name: {*getattr(dynamo, name), *methods}}):
+    with dynamo.patch({name: {*getattr(dynamo, name), *methods}}):
         yield
 
 
