@@ -43,11 +43,8 @@ PUBLIC = (
 )
 # What the public modules are made of: no page lists it, and it may change without notice.
 INTERNAL = {
-    "batchtrim.integrations": {
-        "decompose", "intercept", "labels", "lightning_step", "model_losses", "numbered", "parts", "rows",
-        "trainer_loss", "trainer_state",
-    },
-}  # fmt: skip
+    "batchtrim.integrations": {"decompose", "intercept", "labels", "lightning_step", "parts"},
+}
 
 
 def blocks(text: str, *languages: str) -> list[str]:
