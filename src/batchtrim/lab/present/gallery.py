@@ -27,6 +27,7 @@ from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.lab import records
 from batchtrim.lab.present import charts, wording
 from batchtrim.lab.present.charts import Series
+from batchtrim.lab.present.logged import choose, remembered
 from batchtrim.lab.present.pages import Tile
 from batchtrim.lab.present.templating import render
 from batchtrim.lab.run import train
@@ -76,14 +77,21 @@ class Samples:
 
 
 def build(
-    run: str | Path, out: str | Path | None = None, *, key: str | None = None, data_dir: str | None = None
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    key: str | None = None,
+    method: str | None = None,
+    seed: int | None = None,
+    data_dir: str | None = None,
 ) -> Path:
     """Write the gallery of a run that recorded a keep log; returns the page's path.
 
     Args:
         run: the folder that holds ``runs.jsonl`` and ``keep/KEY.parquet``. ``out``: the page, by default
-            ``keep/KEY.html`` in that folder. ``key``: which run; by default the last one with a log that trimmed.
-        data_dir: where data sets lie, as for training.
+            ``keep/KEY.html`` in that folder. ``key``, ``method``, ``seed``: which
+            run; see :func:`batchtrim.lab.present.logged.choose`.
+        data_dir: where data sets lie; by default where the runs found them.
 
     Raises:
         ValueError: the folder holds no keep log, or none of that key.
@@ -94,19 +102,14 @@ def build(
         raise ValueError(
             f"expected a keep log in {folder / 'keep'}, found none. Train with --keep-log, into a new folder."
         )
-    found = [row for row in logged if key is None or row["key"].startswith(key)]
-    if not found:
-        raise ValueError(
-            f"expected a run with a keep log, got {key!r}. There are {', '.join(r['key'] for r in logged)}."
-        )
-    row = max(found, key=lambda each: (each["config"]["method"] != "full", each["started"]))
+    row = choose(logged, key=key, method=method, seed=seed)
     path = folder / "keep" / f"{row['key']}.parquet"
     out = out or path.with_suffix(".html")
     facts = {name: str(value) for name, value in row["config"].items() if value not in (None, {})}
     if "task" in row["config"]:
         return write(KeepLog.from_parquet(path), _told_by_the_task(path, row, facts), out)
     config = RunConfig.from_dict(row["config"])
-    pictures = train.load_pictures(config, data_dir)
+    pictures = train.load_pictures(config, data_dir or remembered(folder))
     samples = Samples(
         labels=pictures.train_labels,
         classes=pictures.class_names or _class_names(config.dataset, pictures.classes),
