@@ -109,8 +109,13 @@ def test_programs_are_told_from_fragments() -> None:
     codes = ["model(x)\n", "import math\nx = math.pi\n", "print(x)\n", "...\n"]
     assert programs("".join(f"```python\n{code}```\n" for code in codes)) == codes[1:3]
     counts = {title(page): len(programs(page.read_text())) for page in RUNNABLE}
-    expected = {"docs/start.md": 2, "docs/schedules.md": 2, "docs/engines.md": 1, "docs/guides/see-what-was-kept.md": 3,
-                "docs/guides/your-task.md": 5}
+    expected = {
+        "docs/start.md": 2,
+        "docs/schedules.md": 2,
+        "docs/engines.md": 1,
+        "docs/guides/see-what-was-kept.md": 3,
+        "docs/guides/your-task.md": 5,
+    }
     assert {name: counts.get(name, 0) for name in expected} == expected, (
         "a program has become a fragment, or the reverse"
     )

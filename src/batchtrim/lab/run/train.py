@@ -359,18 +359,18 @@ def run(
     finally:
         torch.set_num_threads(threads)
         Ranks.from_environment().leave()
+    final = training.curve["test_error"][-1] if status == "finished" else None
+    learnt = final is None or not trial.no_better_than_chance(final, pictures.test_labels)
+    notes = [*pictures.notes, *([] if learnt else [DID_NOT_LEARN])]
     return {
         "schema": SCHEMA,
         "key": config.key,
         "config": config.to_dict(),
         "status": status,
         **({"error": error} if error else {}),
-        "test_error": (final := training.curve["test_error"][-1] if status == "finished" else None),
-        **(
-            {"did_not_learn": True, "notes": [DID_NOT_LEARN]}
-            if final is not None and trial.no_better_than_chance(final, pictures.test_labels)
-            else {}
-        ),
+        **({"notes": notes} if notes else {}),
+        **({"did_not_learn": True} if not learnt else {}),
+        "test_error": final,
         **vars(training.counts),
         "seconds_total": training.before + time.perf_counter() - begun,
         "params": models.count_parameters(training.model),
