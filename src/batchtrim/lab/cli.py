@@ -144,6 +144,9 @@ def report_command(
         Path | None, typer.Option(help="where the report goes [the same folder]", show_default=False)
     ] = None,
     baseline: Annotated[str, typer.Option(help="method the others are compared with")] = "full",
+    figures: Annotated[
+        Path | None, typer.Option(help="write the charts there too, as SVG and PNG", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON and write nothing")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -160,6 +163,12 @@ def report_command(
         if baseline != "full":  # which gives way to another where there is none
             check_choice("baseline", baseline, methods)
         _report(rows, out or place, baseline, as_json)
+        if figures is not None:
+            from batchtrim.lab.analyse import comparison
+            from batchtrim.lab.present import figures as drawing
+
+            paths = drawing.save(comparison.summarize(rows, baseline), figures)
+            typer.echo(f"figures: {len(paths)} files in {figures}", err=as_json)
 
     _guard(work, debug)
 

@@ -52,6 +52,9 @@ ORDERS = (
     ("keep", "keep rate"),
 )
 
+DRAWN = ("random", "loss_mass_random", "data_dropout")
+"""Methods that draw what they keep by lot."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -63,7 +66,8 @@ class Samples:
         rows: a text for each sample, or a mapping of field names to values.
         predicted, confidence: (n,), class and probability, where the log's own (the last seen in training, augmentation
             and all) should not be used.
-        title: heading of the page. ``facts``: settings to print at its foot.
+        title: heading of the page. ``facts``: settings to print at its foot. ``random``: what was kept was
+            drawn by lot, so the keep rates say nothing of the samples.
     """
 
     labels: Tensor | None = None
@@ -74,6 +78,7 @@ class Samples:
     confidence: Tensor | None = None
     title: str = "What was kept"
     facts: Mapping[str, str] | None = None
+    random: bool = False
 
 
 def build(
@@ -116,6 +121,7 @@ def build(
         pictures=pictures.train_images,
         title=f"What was kept: {config.label}",
         facts=facts,
+        random=config.method in DRAWN,
     )
     return write(KeepLog.from_parquet(path), samples, out)
 
@@ -137,6 +143,7 @@ def _told_by_the_task(path: Path, row: Mapping[str, Any], facts: Mapping[str, st
         rows=told["rows"],
         title=f"What was kept: {TaskConfig.from_dict(row['config']).label}",
         facts=facts,
+        random=row["config"]["method"] in DRAWN,
     )
 
 
@@ -183,6 +190,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         title=samples.title,
         sheets_css=Markup("".join(f".t{i}{{background-image:url({sheet})}}" for i, sheet in enumerate(sheets))),
         by_class=by_class,
+        random=samples.random,
         numbers=_numbers(log, columns) if by_class else _numbers(log, columns)[:-1],
         shown=f"{len(shown):,}",
         classes=list(enumerate(samples.classes)),
