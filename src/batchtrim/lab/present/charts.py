@@ -11,7 +11,7 @@ import html
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -163,6 +163,8 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
             )
         parts.append(f'<g class="{style_class(row.style)}">')
         parts.append(f'<text class="name" x="16" y="{base + 17}">{esc(row.label)}</text>')
+        wide = 7 * len(row.text)  # a clear ground, so that no line of the axis crosses the numbers
+        parts.append(f'<rect class="clear" x="{WIDTH - 16 - wide}" y="{base + 5}" width="{wide + 8}" height="16"/>')
         parts.append(f'<text class="tick" x="{WIDTH - 16}" y="{base + 17}" text-anchor="end">{esc(row.text)}</text>')
         if row.interval:
             start, end = (x(edge) for edge in row.interval)
@@ -181,9 +183,19 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
 
 
 def scatter(
-    points: Sequence[Point], *, x_label: str, y_label: str, x_fmt: Format, fmt: Format, title: str = ""
+    points: Sequence[Point],
+    *,
+    x_label: str,
+    y_label: str,
+    x_fmt: Format,
+    fmt: Format,
+    title: str = "",
+    named: Collection[str] | None = None,
 ) -> Markup:
     """Cost on x from zero, error on y with its interval; each point has its name beside it.
+
+    Args:
+        named: labels of the points that are named where all would be too many; those of the front are besides.
 
     A line joins the front: the points that no other has both a lower cost and a lower error than.
     """
@@ -209,7 +221,7 @@ def scatter(
             f'<circle class="big" cx="{centre:.1f}" cy="{middle:.1f}" r="5.5">'
             f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}{there}</title></circle></g>"
         )
-    parts += _labels(points, x, y)
+    parts += _labels([point for point in points if named is None or point.label in named or point in best], x, y)
     return _svg("".join(parts), title, HEIGHT, ' class="chart"')
 
 
@@ -284,8 +296,8 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str, x_fmt: Format, fmt: Fo
     return "".join(parts)
 
 
-def _line(series: Series, x: Scale, y: Scale, shared: bool) -> str:
-    dash = (" dashed" if series.dashed else "") + (" shared" if shared else "")
+def _line(series: Series, x: Scale, y: Scale, shared: int) -> str:
+    dash = (" dashed" if series.dashed else "") + (f" over{min(shared, 3)}" if shared else "")
     data = f'data-series="{esc(series.label)}"'
     if len(series.x) == 1:
         return (
@@ -307,8 +319,8 @@ def _apart(places: Sequence[float], near: float = 7.0) -> list[int]:
     return [level for _, level in taken]
 
 
-def _covering(drawn: Sequence[Series], y: Scale, near: float = 1.5) -> list[bool]:
-    """True for each line that would cover an earlier one over most of its way: it is drawn with gaps."""
+def _covering(drawn: Sequence[Series], y: Scale, near: float = 1.5) -> list[int]:
+    """Return how many earlier lines each would cover over most of its way: its gaps are the wider, the more."""
 
     def covers(line: Series, other: Series) -> bool:
         if list(other.x) != list(line.x) or other.dashed != line.dashed or len(line.x) < 2:
@@ -316,7 +328,7 @@ def _covering(drawn: Sequence[Series], y: Scale, near: float = 1.5) -> list[bool
         close = sum(abs(y(a) - y(b)) < near for a, b in zip(other.y, line.y, strict=True))
         return close > 0.8 * len(line.x)
 
-    return [any(covers(line, other) for other in drawn[:number]) for number, line in enumerate(drawn)]
+    return [sum(covers(line, other) for other in drawn[:number]) for number, line in enumerate(drawn)]
 
 
 def _band(series: Series, x: Scale, y: Scale) -> str:

@@ -21,6 +21,7 @@ from batchtrim.lab.present.caveats import caveat_texts
 from batchtrim.lab.present.charts import Series, style_class
 from batchtrim.lab.present.templating import render
 
+MOST_LABELS = 10  # points that are named in a chart of costs; of more, the best of each method
 MOST_BANDS = 4  # methods; bands of more than these cover one another
 OPEN_GROUPS = 3  # more groups than this start folded
 MARKS = {"lower": "▼ ", "higher": "▲ ", "same": "≈ ", "none": ""}
@@ -311,6 +312,12 @@ def _error_range(series: Sequence[Series]) -> tuple[tuple[float, float] | None, 
     return (low, high), True
 
 
+def _methods(group: Group) -> list[list[Arm]]:
+    """Return the arms of each method."""
+    names = dict.fromkeys(arm.settings["method"] for arm in group.arms)
+    return [[arm for arm in group.arms if arm.settings["method"] == name] for name in names]
+
+
 def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
     axes = [
         ("samples backward", "samples that went backward", "samples_backward"),
@@ -325,8 +332,10 @@ def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
         ]
         if not dots and group.metric != ERROR:
             continue
+        best = {arm.label for method in _methods(group) if (arm := wording.best_of(method))}
         chart = charts.scatter(
-            dots, x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group.metric),
+            dots, named=best if len(dots) > MOST_LABELS else None,
+            x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group.metric),
             title=f"{wording.capital(group.metric.title)} against {name}",
         )  # fmt: skip
         cards.append(Card(f"{wording.capital(group.metric.name)} against {name}", "", chart))
