@@ -30,7 +30,7 @@ if done.returncode:
 names = [each["metadata"]["name"] for each in json.loads(done.stdout)["install"]]
 if any(name.startswith(("nvidia-", "cuda-", "triton")) for name in names):
     sys.exit(
-        "pip would install torch with CUDA, several gigabytes, and this machine has no NVIDIA driver. Stopped before the "
-        "download. Either install torch for CPU into .venv first, with the command on PyTorch's install page and "
+        "pip would install torch with CUDA, several gigabytes, and this machine has no NVIDIA driver. Stopped before "
+        "the download. Either install torch for CPU into .venv first, with the command on PyTorch's install page and "
         f"{sys.executable} -m pip for pip, and repeat this; or set CUDA=1 to go on: make demo CUDA=1."
     )

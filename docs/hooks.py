@@ -1,4 +1,4 @@
-"""mkdocs hooks: a page for each notebook, with its outputs; method cards and their table, which follow the lab's table."""
+"""mkdocs hooks: a page for each notebook, with its outputs; method cards and their table, from the lab's table."""
 
 from __future__ import annotations
 
