@@ -38,7 +38,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put the table of methods where a page asks for it."""
+    """Put the table of methods where a page asks for it; a page that is alone under its tab has no list beside it."""
+    if page.parent is None:
+        page.meta.setdefault("hide", ["navigation"])
     return markdown.replace(TABLE, table())
 
 
