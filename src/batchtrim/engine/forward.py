@@ -12,17 +12,23 @@ from batchtrim.engine.auto import AutoEngine
 from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.engine.protocol import Engine
-from batchtrim.engine.shared import SharedEngine
 from batchtrim.engine.two_pass import TwoPassEngine
 from batchtrim.losses import Losses, per_sample
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["ENGINES", "TrimmedForward"]
 
+
+def _shared(forward: Forward, trim: Trimmer) -> Engine:
+    from batchtrim.engine.shared import SharedEngine  # brings in sympy, which takes its time
+
+    return SharedEngine(forward, trim)
+
+
 ENGINES: dict[str, Callable[[Forward, Trimmer], Engine]] = {
     "auto": AutoEngine,
     "exact": ExactEngine,
-    "shared": SharedEngine,
+    "shared": _shared,
     "two_pass": TwoPassEngine,
 }
 

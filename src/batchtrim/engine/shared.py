@@ -27,6 +27,7 @@ from batchtrim.trimmer import Trimmer
 __all__ = ["SharedEngine"]
 
 _WORTH = 0.96  # of a plain step's estimated cost: what is nearer to it is not worth a step of another kind
+_TRIES = 4  # traces of one step
 _FEWEST = 4  # rows in a batch below which a step is not worth a trace: torch makes one of its own for 1
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
@@ -72,7 +73,7 @@ class SharedEngine:
         if selection is None:
             scores = self.forward.scores(outputs, y)
             selection = self.trim.select(losses.detach(), rank_by=scores).rising()
-        batch = losses.values.shape[0]
+        batch = tape.size = losses.values.shape[0]
         rows = padded_rows(selection)
         values, weights = losses.values, losses.weights
         if not selection.everything:
@@ -81,7 +82,7 @@ class SharedEngine:
         loss = reduce_kept(values, selection, self.trim.scale, weights)
         approximate = None
         if tape.step is not None and rows.shape[0] < batch:
-            self._cut(tape, loss, rows.sort().values, batch)
+            self._cut(tape, loss, rows.sort().values, _rows(x, self.forward.batch_dim))
             approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
         return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
@@ -104,7 +105,7 @@ class SharedEngine:
         tape.cut(rows, batch, self.approximate)
 
     def _planner(self) -> SlicedStep:
-        return SlicedStep(lambda: self._tape, self.approximate)
+        return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit)
 
     def _forward(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
         """Run the traced step; what it saved, the losses with their graph, and the model's outputs."""
@@ -114,31 +115,37 @@ class SharedEngine:
         reason = ""
         try:
             with torch.enable_grad(), _with_call(self.forward.model, self._traced) as call:
-                (values, mask, weights), outputs, tape, plain = call(x, y)
+                parts, outputs, tape, plain = call(x, y)
         except CannotCapture as error:
             reason = str(error)
         if reason:
             self._refuse(reason)
-        differs = None if plain is None else plain.difference(values.detach())
+        differs = None if plain is None else plain.difference(parts[0].detach())
         if plain is not None and differs is not None:
             plain.before.restore(x, y)
             self._refuse(f"its trace differs from the model: {differs}")
-        return tape, Losses(values, mask, weights), map_tensors(Tensor.detach, outputs)
+        return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace; before one runs for the first time, see what the model's own Python computes."""
         plain: _Plain | None = None
-        while True:
+        for _ in range(_TRIES):
             tape = self._tape = Tape()
             try:
-                found = self.capture(*_marked(x, y, self.forward.batch_dim))
+                found = self.capture(*_marked(x, y, self.forward))
             except NewTrace:
                 pass
+            except CannotCapture:
+                # What a model sets up in its first forward (hooks, tables) may be all that stood in the way; and a
+                # model or a loss that is at fault says so itself.
+                if plain is not None:
+                    raise
             else:
                 return *found, tape, plain
             finally:
                 self._tape = None
             plain = _Plain(self.forward, x, y)
+        raise CannotCapture("its Python changes from run to run, so that no trace lasts")
 
     def _refuse(self, reason: str) -> NoReturn:
         self.refused = f"the shared engine cannot run this model: {reason}"
@@ -176,6 +183,8 @@ def refusal(forward: Forward) -> str | None:
     reason = unfit()
     if reason is not None:
         return reason
+    if forward.unit == "element" and forward.batch_dim != 0:
+        return "tokens are rows of a batch that comes first (batch_dim=0)"
     for name, module in forward.model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -201,8 +210,11 @@ def _step_of(forward: Forward) -> Callable[..., Any]:
             outputs = model(*x)
         else:
             outputs = model(x)
-        values, mask, weights = as_losses(per_sample_loss(outputs, y), unit)
-        return (values, mask, weights), pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        losses = as_losses(per_sample_loss(outputs, y), unit)
+        if losses.terms:
+            raise CannotCapture("its loss is a sum of terms whose entries count differently")
+        parts = losses.values, losses.mask, losses.weights, losses.counts, losses.unit, losses.reduction
+        return parts, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
 
     return step
 
@@ -217,12 +229,14 @@ def _rows(x: Any, dim: int) -> int:
     return found[0] if found else 0
 
 
-def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
-    """The batch, with the dimension of its rows marked as one that changes.
+def _marked(x: Any, y: Any, forward: Forward) -> tuple[Any, Any]:
+    """The batch, with the dimensions of its rows marked as ones that change.
 
     What is marked are aliases, so that nothing is noted on the caller's tensors.
     """
+    dim = forward.batch_dim
     batch = _rows(x, dim)
+    tokens = _rows(x, 1) if forward.unit == "element" else None
     aliases: dict[int, Tensor] = {}
 
     def mark(at: int) -> Callable[[Tensor], Tensor]:
@@ -233,6 +247,8 @@ def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
             alias = aliases[id(tensor)]
             if alias.ndim > at and alias.shape[at] == batch:
                 torch._dynamo.maybe_mark_dynamic(alias, at)
+                if tokens is not None and alias.ndim > 1 and alias.shape[1] == tokens:
+                    torch._dynamo.maybe_mark_dynamic(alias, 1)
             return alias
 
         return marked

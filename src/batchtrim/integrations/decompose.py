@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations.intercept import Call, NotFound, Part, Recorder
+from batchtrim.integrations.intercept import NotFound, Part, Recorder
+from batchtrim.integrations.merging import Term, merged
 from batchtrim.integrations.parts import compare, parts_of
 from batchtrim.integrations.rows import label_sizes, output_tensors, prove_rows, rows_of
-from batchtrim.unreduced import Losses, flatten
+from batchtrim.unreduced import Losses
 
 __all__ = ["Found", "LossFinder"]
 
@@ -34,15 +35,18 @@ class Found:
     Attributes:
         losses: a vector of what there is to choose from; keeping all of it gives L.
         scores: what to rank by where it is not ``values``.
-        loss: L, detached. outputs: what the model returned. call: the first of the recorded calls, of ``terms``.
+        loss: L, cut off from the model. outputs: what the model returned.
+        parts: what the recorded calls contribute. terms: the same laid out by sample. alike: whether they add up entry
+            by entry.
     """
 
     losses: Losses
     scores: Tensor | None
     loss: Tensor
     outputs: Any
-    call: Call
-    terms: int
+    parts: list[Part]
+    terms: list[Term]
+    alike: bool
 
 
 class LossFinder:
@@ -87,49 +91,21 @@ class LossFinder:
             if batch > 1:
                 prove_rows(parts, rows, output_tensors(outputs, loss), labels)
             self._proven.add(form)
-        losses, scores = _merged(parts, rows, self.unit)
+        terms = [Term(each, part.counted, part.weights) for part, each in zip(parts, rows, strict=True)]
+        alike = _alike(parts, rows)
+        losses, scores = merged(terms, alike, self.unit)
         if check:
             compare(loss, losses.mean(), "the loss with everything kept")
-        return Found(losses, scores, loss.detach(), outputs, parts[0].call, len(parts))
+        return Found(losses, scores, loss.detach(), outputs, parts, terms, alike)
 
 
-def _merged(parts: list[Part], rows: list[Tensor], unit: str) -> tuple[Losses, Tensor | None]:
-    """Losses and scores of :class:`Found`, from all parts."""
+def _alike(parts: list[Part], rows: list[Tensor]) -> bool:
+    """True where the parts add up entry by entry: the same entries, counted alike."""
     first = parts[0]
-    alike = len(parts) == 1 or all(
+    return len(parts) == 1 or all(
         part.weights is None
         and part.call.ignored == first.call.ignored
         and each.shape == rows[0].shape
         and (part.counted is None if first.counted is None else part.call.target is first.call.target)
         for part, each in zip(parts, rows, strict=True)
     )
-    if alike:
-        values = torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]
-        return _of_one(values, first, unit), None
-    if unit == "element" and any(each.shape[1] > 1 for each in rows):
-        raise NotFound("it has several terms, of different entries, and `unit` is 'element'")
-    entries = [_entries(part, each) for part, each in zip(parts, rows, strict=True)]
-    counted = torch.stack([each > 0 for each in entries]).any(0)
-    shares = torch.stack([each.sum(1) / part.divisor for part, each in zip(parts, rows, strict=True)]).sum(0)
-    # what each sample adds to L; ranked by what its loss would be alone
-    alone = torch.stack([each.detach().sum(1) / _not_zero(n) for each, n in zip(rows, entries, strict=True)]).sum(0)
-    return Losses(shares * counted.sum(), counted), alone
-
-
-def _entries(part: Part, rows: Tensor) -> Tensor:
-    """(B,): what a sample's mean divides by."""
-    counts = part.counted if part.weights is None else part.weights
-    counts = torch.ones_like(rows) if counts is None else counts
-    return counts.reshape(rows.shape).sum(1).to(rows.dtype)
-
-
-def _not_zero(values: Tensor) -> Tensor:
-    return torch.where(values > 0, values, torch.ones_like(values))
-
-
-def _of_one(values: Tensor, part: Part, unit: str) -> Losses:
-    counted = None if part.counted is None else part.counted.reshape(values.shape)
-    weights = None if part.weights is None else part.weights.reshape(values.shape)
-    if values.shape[1] == 1:
-        return Losses(*(None if each is None else each[:, 0] for each in (values, counted, weights)))  # type: ignore[arg-type]
-    return flatten(Losses(values, counted, weights), unit)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Call", "NotFound", "Part", "Recorder"]
+__all__ = ["Call", "NotFound", "Part", "Recorder", "entries"]
 
 _CLASSES = (F.cross_entropy, F.nll_loss)  # divide by the targets that count, weighted
 _ENTRIES = (  # divide by all entries
@@ -48,7 +48,7 @@ class Call:
         target: what it was called with. counted: bool, shape of ``values``; None where every entry counts.
         weights: class weights already in ``values``, shape of ``values``, 0 where nothing counts; None without.
         divisor: D, where ``leaf`` is ``sum(values) / D``; None where ``leaf`` is un-reduced.
-        own: makes the caller's own call again.
+        own: makes the caller's own call again; holds its function and arguments.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Call:
     counted: Tensor | None
     weights: Tensor | None
     divisor: Tensor | None
-    own: Callable[[], Tensor]
+    own: functools.partial[Tensor]
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Recorder(TorchFunctionMode):
         values = function(**{**given, "reduction": "none"})
         dtype = values.dtype
         values = values.float() if dtype in (torch.float16, torch.bfloat16) else values
-        counted, weights = _entries(given, values) if of_classes else (None, None)
+        counted, weights = entries(given, values.dtype) if of_classes else (None, None)
         divisor = _divisor(given["reduction"], values, counted, weights)
         plain = values.detach()
         leaf = (plain if divisor is None else plain.sum() / divisor).to(dtype, copy=True)
@@ -135,13 +135,17 @@ def _record(recorder: Recorder, function: Any, args: Any, kwargs: Any) -> Tensor
     return recorder.record(function, args, kwargs)
 
 
-def _entries(given: Any, values: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Which entries of class targets count, and their class weights."""
+def entries(given: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return which entries of class targets count, and their class weights.
+
+    Args:
+        given: ``target``, ``weight`` and ``ignore_index`` of the loss function. dtype: of the weights.
+    """
     target, weight = given["target"], given["weight"]
     counted = target != given["ignore_index"]
     if weight is None:
         return counted, None
-    weights = weight.to(values.dtype)[torch.where(counted, target, torch.zeros_like(target))]
+    weights = weight.to(dtype)[torch.where(counted, target, torch.zeros_like(target))]
     return counted, torch.where(counted, weights, torch.zeros_like(weights))
 
 

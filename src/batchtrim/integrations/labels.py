@@ -17,7 +17,7 @@ from batchtrim.integrations.decompose import Found
 from batchtrim.integrations.rows import shift_of
 from batchtrim.unreduced import Losses, divisors, flatten
 
-__all__ = ["Counting", "counting_of", "counting_of_own", "labels_of", "loss_of", "plain_sums", "shares", "tensors_in"]
+__all__ = ["Counting", "counting_of", "counting_of_own", "labels_of", "loss_of", "named_labels", "plain_sums", "shares", "tensors_in"]
 
 _SPANS = ("start_positions", "end_positions")
 
@@ -29,9 +29,14 @@ def loss_of(outputs: Any) -> Any:
 
 def labels_of(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> list[Tensor]:
     """Return the labels of a batch: what is among ``names`` or is called so, and without any all of its tensors."""
+    labels = named_labels(inputs, names)
+    return list(labels.values()) or [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
+
+
+def named_labels(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Return the labels of a batch by name: what is among ``names`` or is called so."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
-    labels = [value for name, value in tensors.items() if name in names or "label" in name or name in _SPANS]
-    return labels or list(tensors.values())
+    return {name: value for name, value in tensors.items() if name in names or "label" in name or name in _SPANS}
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,9 @@ class Counting:
 
 def counting_of(found: Found, labels: Sequence[Tensor]) -> Counting:
     """Return how to count the batches of a model, from the losses found in one of them."""
-    call, first = found.call, labels[0]
+    call, first = found.parts[0].call, labels[0]
     shift = shift_of(call, first)
-    if call.counted is None or call.weights is not None or found.terms > 1 or shift is None:
+    if call.counted is None or call.weights is not None or len(found.parts) > 1 or shift is None:
         return Counting()
     return Counting(call.ignored, shift)
 

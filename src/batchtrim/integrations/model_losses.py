@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from batchtrim.engine.state import GeneratorStates, ModelState, device_of
+from batchtrim.engine.capture import uncompiled
 from batchtrim.integrations.decompose import Found, LossFinder
+from batchtrim.integrations.form_table import Forms, left_as_found
 from batchtrim.integrations.intercept import NotFound
 from batchtrim.integrations.labels import Counting, counting_of, counting_of_own, labels_of, loss_of
 from batchtrim.integrations.numbered import IDS
@@ -45,6 +46,7 @@ class ModelLosses:
         self.smoothing = trainer.args.label_smoothing_factor if trainer.label_smoother is not None else 0.0
         self.unit = trainer.trim_options.get("unit", "sample")
         self.finder = LossFinder(self.unit, self.smoothing)
+        self.forms = Forms(self)
         self._told = False
 
     def inner(self, model: nn.Module) -> nn.Module:
@@ -52,14 +54,7 @@ class ModelLosses:
 
     def find(self, model: nn.Module, inputs: Any) -> Found:
         labels = labels_of(inputs, self.trainer.label_names)
-        eager = getattr(model, "_orig_mod", model)
-        if eager is not model and not self._told:
-            self._told = True
-            warnings.warn(
-                f"{type(eager).__name__} runs without torch.compile here: only its Python shows its "
-                "losses. With per_sample_loss=(outputs, labels) -> un-reduced losses it runs compiled.",
-                stacklevel=2,
-            )
+        eager = uncompiled(model)
         try:
             return self.finder(lambda: eager(**inputs), loss_of, len(labels[0]), labels)
         except NotFound as reason:
@@ -75,27 +70,56 @@ class ModelLosses:
         return losses if isinstance(losses, Losses) else Losses(losses), outputs
 
     def __call__(self, model: nn.Module, inputs: Any) -> FlatLosses:
-        if self.per_sample_loss is None:
+        if self.per_sample_loss is not None:
+            losses, outputs = self.own(model, inputs)
+            flat, scores = self.one_mean(losses), None
+        elif (formed := self._compiled(model, inputs)) is not None:
+            flat, scores, outputs = formed
+        else:
             found = self.find(model, inputs)
             outputs, flat, scores = found.outputs, found.losses, found.scores
-        else:
-            losses, outputs = self.own(model, inputs)
-            flat, scores = flatten(losses, self.unit), None
+        return FlatLosses(outputs, flat.values, flat.mask, flat.weights, flat.counts, scores)
+
+    def one_mean(self, losses: Losses) -> Losses:
+        """Return losses as the vector to choose from.
+
+        Raises:
+            ValueError: they are of a sum.
+        """
+        flat = flatten(losses, self.unit)
         if flat.terms or flat.reduction != "mean":
             raise ValueError("expected `per_sample_loss` to return losses of one mean, got a sum. Average them.")
-        return FlatLosses(outputs, flat.values, flat.mask, flat.weights, flat.counts, scores)
+        return flat
+
+    def _compiled(self, model: nn.Module, inputs: Any) -> tuple[Losses, Tensor | None, Any] | None:
+        """A compiled model's losses by their standard form; None where it is to run as the Python that it was."""
+        eager = uncompiled(model)
+        if eager is model:
+            return None
+        form = self.forms.of(model, inputs)
+        if form is not None:
+            outputs = model(**inputs)
+            losses, scores = form.with_scores(outputs, self.forms.labels(inputs))
+            if self.forms.holds(form, losses.values, losses.mask, outputs, inputs):
+                return losses, scores, outputs
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"{type(eager).__name__} runs without torch.compile here: only its Python shows its "
+                "losses. With per_sample_loss=(outputs, labels) -> un-reduced losses it runs compiled.",
+                stacklevel=2,
+            )
+        return None
 
     def prove(self, batch: Any) -> Counting:
         """Return how to count: from a forward of its own, before anything is trained, so that what fails fails here."""
         trainer = self.trainer
         model = self.inner(trainer.model_wrapped).train()
-        states, buffers = GeneratorStates(device_of(model)), ModelState(list(model.modules()))
         inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != IDS}
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), left_as_found(model):
             if self.per_sample_loss is None:
-                counting = counting_of(self.find(model, inputs), labels_of(inputs, trainer.label_names))
-            else:
-                counting = counting_of_own(self.own(model, inputs)[0], inputs, self.unit, trainer.label_names)
-        states.restore()
-        buffers.restore()
-        return counting
+                found = self.find(model, inputs)
+                return counting_of(found, labels_of(inputs, trainer.label_names))
+            losses = self.own(model, inputs)[0]
+            self.one_mean(losses)
+            return counting_of_own(losses, inputs, self.unit, trainer.label_names)

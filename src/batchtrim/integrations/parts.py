@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchtrim.integrations.intercept import Call, NotFound, Part
 
-__all__ = ["compare", "parts_of"]
+__all__ = ["compare", "near", "parts_of", "tolerance_of"]
 
 
 def parts_of(loss: Any, calls: list[Call], *, check: bool) -> list[Part]:
@@ -77,7 +77,16 @@ def _check(loss: Tensor, calls: list[Call], factors: Any) -> None:
 
 def compare(true: Tensor, found: Tensor, what: str) -> None:
     """Refuse what was found where it is not the loss, up to rounding in its dtype."""
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(true.dtype, 2e-2)
     right, ours = float(true.detach()), float(found.detach())
-    if right == right and abs(right - ours) > tolerance * max(abs(right), 1e-2):  # NaN is NaN in plain training too
+    if not near(right, ours, true.dtype):
         raise NotFound(f"{what} is {ours:.6g} where the loss is {right:.6g}")
+
+
+def near(true: float, found: float, dtype: torch.dtype) -> bool:
+    """True where a loss is what was found, up to rounding; and where it is NaN, which it is in plain training too."""
+    return true != true or abs(true - found) <= tolerance_of(dtype) * max(abs(true), 1e-2)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return how far apart two ways of computing one loss may be, relative to it."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from batchtrim.accumulation import first_pass, select_window
 from batchtrim.choice import Choice
-from batchtrim.engine import TrimmedForward
 from batchtrim.engine.state import GeneratorStates
 from batchtrim.integrations import follow
+from batchtrim.integrations.engine_step import EngineStep
 from batchtrim.integrations.labels import Counting, loss_of, plain_sums, shares
 from batchtrim.integrations.model_losses import FlatLosses, ModelLosses
 from batchtrim.integrations.numbered import IDS
@@ -47,7 +47,7 @@ class TrainerLoss:
         self._window: list[tuple[Selection, GeneratorStates]] = []
         self._shares: list[Tensor] = []
         self._counting: Counting | None = None
-        self._step: TrimmedForward | None = None
+        self._step: EngineStep | None = None
 
     def start_window(self, batches: list[Any]) -> None:
         """Before the first micro-batch of an optimizer step: set the clock, and work out what each one weighs."""
@@ -108,18 +108,12 @@ class TrainerLoss:
 
     def _engine_step(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
         if self._step is None:
-            self._step = TrimmedForward(
-                _WithLosses(self.model_losses, model),
-                lambda found, _: found.losses,
-                self.trainer.trim,
-                self.engine or "auto",
-                rank_by=lambda found, _: found.values if found.scores is None else found.scores,
-            )
-        loss = self._step(dict(inputs))
-        last = self._step.last
-        assert last is not None
-        self._record(self.trainer.trim.last, ids, inputs, last.outputs.outputs)
-        return loss, last.outputs.outputs
+            self._step = EngineStep(self.model_losses, self.trainer.trim, self.engine or "auto")
+        loss = self._step(model, dict(inputs))
+        assert self._step.last is not None
+        outputs = self._step.last.outputs
+        self._record(self.trainer.trim.last, ids, inputs, outputs)
+        return loss, outputs
 
     def _choose_window(self, model: nn.Module) -> None:
         """From all of the window's micro-batches; what they are trained under is what they were scored under."""
@@ -148,15 +142,3 @@ class TrainerLoss:
             self.trainer.keep_log.record(choice, ids=ids, outputs=logits.detach(), labels=labels)
         else:
             self.trainer.keep_log.record(choice, ids=ids)
-
-
-class _WithLosses(nn.Module):
-    """The model, returning its losses beside its outputs: what an engine runs."""
-
-    def __init__(self, losses: ModelLosses, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self._losses = losses
-
-    def forward(self, **inputs: Any) -> FlatLosses:
-        return self._losses(self.model, inputs)

@@ -130,17 +130,17 @@ def report_command(
     folder: Annotated[Path | None, typer.Argument(help="folder with runs.jsonl", show_default=False)] = None,
     csv: Annotated[
         Path | None,
-        typer.Option(help="table of numbers made elsewhere: columns method, seed, a metric, time", show_default=False),
+        typer.Option(help="table made elsewhere: columns method, seed, a metric, time", show_default=False),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="column of the table that is compared [the one there is]", show_default=False)
+        str | None, typer.Option(help="column of the table to compare by [the one there is]", show_default=False)
     ] = None,
     higher_is_better: Annotated[
-        bool | None,
-        typer.Option(
-            "--higher-is-better/--lower-is-better", help="which way it is better [by its name]", show_default=False
-        ),
-    ] = None,
+        bool, typer.Option("--higher-is-better", help="a higher metric is better [by its name]", show_default=False)
+    ] = False,
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="a lower metric is better [by its name]", show_default=False)
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="where the report goes [the same folder]", show_default=False)
     ] = None,
@@ -154,7 +154,8 @@ def report_command(
     """
 
     def work() -> None:
-        rows, place = _rows_of(folder, csv, metric, higher_is_better)
+        way = options.direction(higher_is_better, lower_is_better)
+        rows, place = _rows_of(folder, csv, metric, way)
         with _fitting("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
@@ -182,12 +183,11 @@ def claims_command(
         if not found:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
         with _fitting("the records"):
-            text = results.page(found)
-        if out is None:
-            typer.echo(text, nl=False)
-        else:
-            out.write_text(text, encoding="utf-8")
-            typer.echo(f"results: {out}")
+            if out is None:
+                typer.echo(results.page(found), nl=False)
+            else:
+                results.write(found, out)
+                typer.echo(f"results: {out}")
 
     _guard(work, debug)
 
@@ -286,6 +286,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         options.refuse_without_task(settings)
         configs: list[Any] = list(grid.expand(settings))
     else:
+        options.refuse_with_task(given)
         configs = list(grid.expand_task(Code.in_file(task, "task"), settings))
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
         if given.get(name, least) < least:

@@ -61,7 +61,8 @@ def compare(
         train: called with a :class:`batchtrim.lab.Run`; returns a mapping with the metric in it. Or "FILE.py:NAME".
         methods: names of ``batchtrim methods`` that a trimmer drives. seeds: how many, or which.
         out: folder of the records and of the report; by default one under ``runs`` named after the function.
-        workers: processes; 1 stays in this one. A function of a notebook goes to others by value.
+        workers: processes; 1 stays in this one. A function of a notebook goes to others by value. In a script with
+            several, call this under ``if __name__ == "__main__":``.
         ray: address of a Ray cluster, or "auto". retries: how often a run whose worker died is done again.
         tensorboard: write what ``run.log`` is given as TensorBoard events too. quiet: no progress, and no table.
         baseline: the method the others are compared with.

@@ -10,6 +10,7 @@ from typing import Any
 from batchtrim._checks import import_extra
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import Row
+from batchtrim.lab.run.own import TaskConfig
 from batchtrim.lab.run.train import OnEpoch
 
 
@@ -88,8 +89,8 @@ class Live(Quiet):
                 self._say(config, f"{metric.text(row[metric.field])}, {row['seconds']:.1f} s")
         else:
             self._say(config, f"{row['status']}: {row.get('error', '')}")
-        for note in (row or {}).get("notes", ()):
-            self._say(config, note)
+        for note in (row or {}).get("notes", ()) if isinstance(config, TaskConfig) else ():
+            self._say(config, note)  # those on the data are said once, before the first run
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -33,6 +33,7 @@ def _text(caveat: Caveat, group: Group) -> str:
         Kind.SOURCES: (
             f"The runs were made by {number} versions of the program. To compare one version, pass another --out."
         ),
+        Kind.NOTED: f"{f'{arm}, {seeds}: ' if arm else ''}{caveat.note}.",
     }[caveat.kind]
 
 

@@ -232,16 +232,18 @@ def legend(entries: Sequence[tuple[str, int]]) -> Markup:
 
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[str]:
-    """Names beside their points, moved up or down until none covers another."""
+    """Names beside their points, moved up or down as little as it takes for none to cover another."""
     placed: list[tuple[float, float, float]] = []
     parts = []
     for point in sorted(points, key=lambda each: y(each.y)):
         width = 7.2 * len(point.label)
         right = x(point.x) + 10 + width < WIDTH
         start = x(point.x) + 10 if right else max(LEFT, x(point.x) - 10 - width)
-        level = y(point.y) + 4
-        while any(abs(level - other) < 13 and start < end and begin < start + width for begin, end, other in placed):
-            level += 2
+        wanted = y(point.y) + 4
+        beside = [other for begin, end, other in placed if start < end and begin < start + width]
+        levels = range(TOP + 8, HEIGHT - BOTTOM - 3)
+        room = [each for each in levels if all(abs(each - other) >= 13 for other in beside)]
+        level = min(room, key=lambda each: abs(each - wanted), default=wanted)
         placed.append((start, start + width, level))
         at, anchor = (start, "start") if right else (x(point.x) - 10, "end")
         parts.append(

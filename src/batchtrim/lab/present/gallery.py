@@ -197,6 +197,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
 
 def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
     """What the page knows of each sample that was seen, most suspect first, in as few bytes as it takes."""
+    assert samples.labels is not None
     table = log.table()
     ids, scores = suspects(log)
     predicted = table["predicted"] if samples.predicted is None else samples.predicted

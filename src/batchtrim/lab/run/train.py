@@ -352,6 +352,7 @@ def run(
         "config": config.to_dict(),
         "status": status,
         **({"error": error} if error else {}),
+        **({"notes": list(pictures.notes)} if pictures.notes else {}),
         "test_error": training.curve["test_error"][-1] if status == "finished" else None,
         **vars(training.counts),
         "params": models.count_parameters(training.model),

@@ -44,7 +44,9 @@ class Batches:
         self.flip = "flip" in augment
         self.margin = round(images.shape[-1] / 8) if "crop" in augment else 0
         height, width = images.shape[-2:]
-        padded = F.pad(images.to(self.device), [self.margin] * 4)
+        padded = images.to(self.device)  # no copy without a margin: images may be mapped from a file
+        if self.margin:
+            padded = F.pad(padded, [self.margin] * 4)
         # A view (N, C, 2m+1, 2m+1, H, W) of every cut: choosing one per picture is then a plain gather of rows.
         self.cuts = padded.unfold(2, height, 1).unfold(3, width, 1)
         self.mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1)

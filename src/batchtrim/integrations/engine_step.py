@@ -1,0 +1,109 @@
+"""A micro-batch of a TrimmedTrainer through an engine."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from batchtrim.distributed import world_size
+from batchtrim.engine import TrimmedForward
+from batchtrim.engine.batch import Step
+from batchtrim.errors import EngineFallback, EngineRefused
+from batchtrim.integrations.forms import Form
+from batchtrim.integrations.model_losses import FlatLosses, ModelLosses
+from batchtrim.trimmer import Trimmer
+
+__all__ = ["EngineStep"]
+
+
+class EngineStep:
+    """Forward, choose, and a loss whose backward may cost the kept rows only.
+
+    Where the model's loss has a standard form (:mod:`batchtrim.integrations.forms`), the model itself runs in the
+    engine, with its labels, and the losses are the form's. Otherwise its losses are recorded while it runs, which no
+    graph can be traced of: "shared" refuses, and "auto" goes on with "exact".
+
+    Args:
+        losses: what is trained on. trim: the trimmer. engine: a name of :class:`batchtrim.TrimmedForward`'s.
+    """
+
+    def __init__(self, losses: ModelLosses, trim: Trimmer, engine: str) -> None:
+        self.losses, self.trim, self.engine = losses, trim, engine
+        self.last: Step | None = None
+        self._steps: dict[Form | None, TrimmedForward] = {}
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Return the loss; :attr:`last` holds the step, with the model's own outputs."""
+        self.last = None
+        if self.losses.per_sample_loss is not None:
+            return self._own(model, inputs)
+        if self.engine in ("shared", "auto"):
+            form = self.losses.forms.of(model, inputs)
+            loss = None if form is None else self._formed(model, inputs, form)
+            if loss is not None:
+                return loss
+            self._refuse(model)
+        return self._recorded(model, inputs)
+
+    def _own(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """By the user's function: as it is when it is called by hand."""
+        step = self._steps.get(None)
+        if step is None:
+            step = TrimmedForward(model, self.losses.per_sample_loss, self.trim, self.engine)  # type: ignore[arg-type]
+            self._steps[None] = step
+        loss = step({name: value for name, value in inputs.items() if name != "labels"}, inputs.get("labels"))
+        self.last = step.last
+        return loss
+
+    def _formed(self, model: nn.Module, inputs: dict[str, Any], form: Form) -> Tensor | None:
+        step = self._steps.get(form)
+        if step is None:
+            rank_by = None if form.alike else form.scores
+            step = self._steps[form] = TrimmedForward(model, form, self.trim, self.engine, rank_by=rank_by)
+        loss = step(inputs, self.losses.forms.labels(inputs))
+        last = step.last
+        assert last is not None
+        self.last = last
+        if self.losses.forms.holds(form, last.losses, last.mask, last.outputs, inputs):
+            return loss
+        if world_size() > 1:  # another forward of one rank alone would leave the others waiting
+            self._refuse(model, always=True)
+        return None
+
+    def _refuse(self, model: nn.Module, always: bool = False) -> None:
+        """Say that the model's losses have no form that can be traced: an error, or once a warning."""
+        name = type(self.losses.inner(model)).__name__
+        said = f"the shared engine cannot run {name} with the loss that it computes: {self.losses.forms.reason}"
+        if always or self.engine == "shared":
+            raise EngineRefused(f"{said}. Pass per_sample_loss=(outputs, labels) -> un-reduced losses.")
+        if None not in self._steps:
+            warnings.warn(f"{said}. Going on with engine='exact'.", EngineFallback, stacklevel=3)
+
+    def _recorded(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        step = self._steps.get(None)
+        if step is None:
+            step = self._steps[None] = TrimmedForward(
+                _WithLosses(self.losses, model),
+                lambda found, _: found.losses,
+                self.trim,
+                "exact" if self.engine == "auto" else self.engine,
+                rank_by=lambda found, _: found.values if found.scores is None else found.scores,
+            )
+        loss = step(inputs)
+        assert step.last is not None
+        self.last = step.last._replace(outputs=step.last.outputs.outputs)
+        return loss
+
+
+class _WithLosses(nn.Module):
+    """The model, returning its losses beside its outputs."""
+
+    def __init__(self, losses: ModelLosses, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._losses = losses
+
+    def forward(self, **inputs: Any) -> FlatLosses:
+        return self._losses(self.model, inputs)

@@ -1,0 +1,111 @@
+"""Which standard form a model's loss has, for each kind of batch, and whether it still has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchtrim.engine.capture import uncompiled
+from batchtrim.engine.state import GeneratorStates, ModelState, device_of
+from batchtrim.integrations.forms import Form, find_form, fits
+from batchtrim.integrations.intercept import NotFound
+from batchtrim.integrations.labels import loss_of, named_labels
+from batchtrim.integrations.parts import near
+
+__all__ = ["Forms", "left_as_found"]
+
+_CHECK_EVERY = 100
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """For a forward of its own: buffers, plain attributes and random generators are what they were, afterwards."""
+    states, buffers = GeneratorStates(device_of(model)), ModelState(list(model.modules()))
+    try:
+        yield
+    finally:
+        states.restore()
+        buffers.restore()
+
+
+class Forms:
+    """The forms of a model's loss.
+
+    A form is proven on the first batch of each kind, and on every hundredth batch, in a forward of its own. In every
+    step the model's own loss is held against the form's besides.
+
+    Args:
+        losses: a :class:`batchtrim.integrations.model_losses.ModelLosses`.
+    """
+
+    def __init__(self, losses: Any) -> None:
+        self.losses = losses
+        self._known: list[Form] = []
+        self._by_kind: dict[Any, Form | None] = {}
+        self._calls = 0
+        self.reason = ""  # why there is none
+
+    def labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return named_labels(inputs, self.losses.trainer.label_names)
+
+    def of(self, model: nn.Module, inputs: Mapping[str, Any]) -> Form | None:
+        """Return the form of a batch's losses, or None where it has none."""
+        trainer, labels = self.losses.trainer, self.labels(inputs)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not labels:
+            self.reason = "its parameters are sharded" if labels else "the batch has no labels that are called so"
+            return None
+        kind = _kind(inputs)
+        if kind in self._by_kind and self._by_kind[kind] is None:
+            return None
+        self._calls += 1
+        if kind not in self._by_kind or self._calls % _CHECK_EVERY == 0:
+            self._by_kind[kind] = self._prove(self.losses.inner(model), inputs, labels)
+        return self._by_kind[kind]
+
+    def holds(self, form: Form, values: Tensor, mask: Tensor | None, outputs: Any, inputs: Mapping[str, Any]) -> bool:
+        """True if the model's own loss of a batch is that of the form; where not, it is not used any more.
+
+        Args:
+            values: the form's losses. mask: which of them count. outputs: the model's, with its loss.
+        """
+        true = loss_of(outputs).detach()
+        ours = form.own_loss(values, mask, outputs, self.labels(inputs))
+        if near(float(true), float(ours), true.dtype):
+            return True
+        self.reason = f"it was {float(true):.6g} where what it was proven to be is {float(ours):.6g}"
+        self._by_kind = {kind: None for kind in (*self._by_kind, _kind(inputs))}
+        return False
+
+    def _prove(self, model: nn.Module, inputs: Mapping[str, Any], labels: Mapping[str, Tensor]) -> Form | None:
+        """In a forward of its own, of the model's own Python."""
+        losses, eager = self.losses, uncompiled(model)
+        parameters = [each for each in eager.parameters() if each.requires_grad]
+        with left_as_found(eager), torch.enable_grad():
+            try:
+                found = losses.find(eager, inputs)
+            except NotFound as reason:
+                self.reason = str(reason)
+                return None
+            for form in self._known:
+                if fits(form, found, labels, parameters):
+                    return form
+            form = find_form(found, labels, losses.unit, losses.smoothing, parameters)
+        if form is None:
+            self.reason = "its loss has none of the standard forms"
+            return None
+        self._known.append(form)
+        return form
+
+
+def _kind(inputs: Mapping[str, Any]) -> Any:
+    """What decides how a model computes its loss, as far as a batch can."""
+    tensors = [(name, each.ndim, each.dtype, len(each) > 1) for name, each in inputs.items() if _is_batch(each)]
+    return frozenset(tensors)
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
