@@ -119,7 +119,7 @@ def train(given: dict[str, Any]) -> None:
 def demo(given: dict[str, Any]) -> None:
     """Digits, full against trim, five seeds, in a minute or two.
 
-    The pictures come with scikit-learn; nothing is downloaded.
+    The images come with scikit-learn; nothing is downloaded.
     """
     settings = {"dataset": "digits", "model": "cnn", "methods": ["full", "trim"], "seeds": 5, "epochs": 30}
     _run_and_report(settings, {**given, "out": given["out"] or Path("runs/demo")})
@@ -202,7 +202,7 @@ def show_command(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Write a page with the samples that stayed hard: pictures, a map, confusions, classes over time.
+    """Write a page with the samples that stayed hard: images, a map, confusions, classes over time.
 
     For runs made with --keep-log. The page is self-contained and opens offline.
     """

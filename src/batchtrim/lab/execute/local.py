@@ -21,9 +21,9 @@ ASK_AGAIN = 0.5
 
 
 def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
-    """How many processes, and threads in each, to do so many runs with on this machine.
+    """Return the number of processes, and of threads in each, for so many runs on this machine.
 
-    As many processes as there are cores, runs, or eight (each holds the pictures in memory), unless ``workers`` says
+    As many processes as there are cores, runs, or eight (each holds the images in memory), unless ``workers`` says
     otherwise: small networks gain more from runs side by side than from threads. The cores are shared out evenly.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -41,7 +41,7 @@ def run_here(tally: Tally, records: Records, place: Workplace) -> None:
 
 
 def _until_over(tally: Tally) -> Iterator[AnyConfig]:
-    """What is left, again and again; with a pause once all of it has been found claimed elsewhere."""
+    """Yield what is left, again and again; with a pause once all of it has been found claimed elsewhere."""
     refused = 0
     while tally.left:
         before = len(tally.left)

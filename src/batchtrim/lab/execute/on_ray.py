@@ -44,7 +44,7 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
                 claim = all_claims.enter_context(contextlib.ExitStack())
                 if not claim.enter_context(records.claim(config.key)):
                     claim.close()
-                    tally.watcher.note(f"{config.label}: left to the process that is at it")
+                    tally.watcher.note(f"{config.label}: skipped: another process is running it")
                     tally.settle(config, None)
                     continue
                 gpus = 1 if config.device == "cuda" else 0
@@ -83,7 +83,7 @@ class _Mailbox:
 
 
 def _news(ray: Any, mailbox: Any) -> list[tuple[str, dict[str, Any]]]:
-    """What runs have written since the last time; nothing where the mailbox does not answer at once."""
+    """Return what runs have written since the last time; nothing where the mailbox does not answer at once."""
     try:
         return ray.get(mailbox.take.remote(), timeout=LOOK_EVERY)
     except ray.exceptions.RayError:
