@@ -33,7 +33,7 @@ ENGINES = ("author", "exact", "two_pass", "shared", "auto")
 
 
 class Vit(nn.Module):
-    """Six layers of width 256 over the 16 patches of 8 x 8 pixels of a 32 x 32 picture."""
+    """Six layers of width 256 over the 16 patches of 8 x 8 pixels of a 32 x 32 image."""
 
     def __init__(self, attention: str, width: int = 256, layers: int = 6) -> None:
         super().__init__()

@@ -222,12 +222,12 @@ class Trimmer:
 
     @property
     def total(self) -> int | None:
-        """How many steps the schedule spans; that of a saved run where its length was kept."""
+        """Return the number of steps that the schedule spans; a saved run's where its length was kept."""
         return self._clock.total
 
     @property
     def steps(self) -> int:
-        """How often :meth:`step` has been called."""
+        """Return the number of calls of :meth:`step`."""
         return self._clock.steps
 
     @property

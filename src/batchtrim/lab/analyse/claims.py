@@ -174,7 +174,7 @@ def judge(says: str, difference: Moments, p: float | None, effect: float, margin
 
 
 def _status(found: Finding, effect: float) -> Status:
-    """What the errors say, and no more than what the backward samples allow."""
+    """Return what the errors say, and no more than what the backward samples allow."""
     claim, spent = found.claim, found.backward
     status = judge(claim.says, found.difference, found.p, effect, claim.margin or 0.0)
     if claim.backward is None or found.difference.n < inference.MIN_PAIRS:
