@@ -14,6 +14,10 @@ Schedules say how much to keep, selection rules say which, a :class:`Trimmer` pu
 
 import importlib
 
+from batchtrim import errors as errors
+from batchtrim import keeplog as keeplog
+from batchtrim import schedules as schedules
+from batchtrim import selection as selection
 from batchtrim._deprecated import MOVED, moved
 from batchtrim.accumulation import accumulate
 from batchtrim.choice import Choice

@@ -101,7 +101,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _SIGNATURES:
             return func(*args, **(kwargs or {}))
-        return _record(self, func, args, kwargs or {})
+        return _record(self, func, args, kwargs or {})  # pyright: ignore[reportCallIssue]
 
     def record(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         """Make the caller's call without its reduction, and return what the caller is to get."""

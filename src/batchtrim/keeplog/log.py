@@ -44,6 +44,7 @@ class KeepLog:
             two signs); needs ``outputs`` and ``labels``.
 
     Example:
+        >>> from batchtrim import Choice, Selection
         >>> log = KeepLog(4)
         >>> choice = Selection(indices=torch.tensor([1]), size=2, candidates=2)
         >>> log.record(Choice(torch.tensor([0.5, 2.0]), choice), ids=torch.tensor([0, 3]))

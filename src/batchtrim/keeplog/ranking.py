@@ -34,6 +34,7 @@ def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
         with other scores on real label noise is measured in ``studies/label_errors.py``.
 
     Example:
+        >>> from batchtrim import Choice, KeepLog, Selection
         >>> log = KeepLog(3)
         >>> kept = Selection(torch.tensor([1, 2]), size=3, candidates=3)
         >>> log.record(Choice(torch.tensor([0.1, 2.0, 0.4]), kept), ids=torch.arange(3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-import joblib
+from joblib import cpu_count
 
 from batchtrim._checks import check_count
 
@@ -13,7 +13,7 @@ MOST_WORKERS = 8  # each holds the images in memory
 
 def cores() -> int:
     """Return the cores this process may use: those of its affinity mask, and no more than a container's CPU quota."""
-    return max(1, joblib.cpu_count())
+    return max(1, cpu_count())
 
 
 def asked_threads() -> int | None:

@@ -98,7 +98,7 @@ class RunConfig:
         None, "train on so many images, the same part of every class", role=Role.DATA, default_help="all"
     )
     test_size: int | None = setting(
-        None, "test on so many images, the same part of every class and the same ones in every run", later=True,
+        None, "test on so many images, the same ones in every run", later=True,
         default_help="all",
     )  # fmt: skip
     label_noise: str = setting(

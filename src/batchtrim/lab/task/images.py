@@ -235,7 +235,7 @@ def _decode(listing: Listing, order: np.ndarray, train: int, folder: Path, optio
 
 def _only(file: Path, places: np.ndarray) -> None:
     """Write the array in ``file`` again with these places alone."""
-    pixels = np.load(file, mmap_mode="r")
+    pixels = np.load(file, mmap_mode="r", allow_pickle=False)
     left = file.with_suffix(".left")
     out = np.lib.format.open_memmap(left, mode="w+", dtype=np.uint8, shape=(len(places), *pixels.shape[1:]))
     for start in range(0, len(places), 1024):
