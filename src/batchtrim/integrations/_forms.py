@@ -1,10 +1,9 @@
 """Standard forms of a model's loss: what a graph can be traced of, proven to be the losses that were recorded.
 
 A forward whose loss functions are being recorded cannot be traced. Most losses are one call of a loss function on one
-of the model's outputs and its labels, laid out in one of a few ways.
-:func:`batchtrim.integrations._form_search.find_form` looks for the way that gives the
-recorded losses, entry by entry, and the same gradient of the model's parameters. The function, its class weights, label
-smoothing and ignored label are those of the recorded call.
+of the model's outputs and its labels, laid out in one of a few ways. ``_form_search.py`` looks for the way that gives
+the recorded losses, entry by entry, and the same gradient of the model's parameters. The function, its class weights,
+label smoothing and ignored label are those of the recorded call.
 
 Legend: B batch, t entries a sample, T tokens, C classes, L the model's loss.
 """
