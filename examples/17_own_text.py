@@ -75,8 +75,10 @@ def train(run: Run) -> dict[str, float]:
     return {"error": float((found.predictions.argmax(1) != found.label_ids).mean())}
 
 
-def main(epochs: int = 6, seeds: int = 5, out: str = "runs/own-text") -> float:
-    summary = compare(train, ["full", "trim", "random", "two_sided"], seeds, epochs=epochs, out=out)
+def main(
+    epochs: int = 6, seeds: int = 5, methods: str = "full,trim,random,two_sided", out: str = "runs/own-text"
+) -> float:
+    summary = compare(train, methods, seeds, epochs=epochs, out=out)
     for arm in summary.groups[0].arms:
         print(f"{arm.label}: error {100 * (arm.moments.mean or 0.0):.2f} %")
     return float(summary.groups[0].arms[0].moments.mean or 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,19 @@ if TYPE_CHECKING:
 
 _RECORD = "call `log.record(trim.last, ids=ids, outputs=outputs, labels=labels)` after `trim(losses)`"
 
+# Names that said nothing by themselves, and the modules that now hold them.
+MOVED = {"above": "batchtrim.selection", "join": "batchtrim.schedules", "step": "batchtrim.schedules"}
+
+
+def moved(name: str) -> Any:
+    """Return what ``batchtrim.<name>`` was; warns the caller of the package's ``__getattr__``."""
+    home = MOVED[name]
+    warnings.warn(f"batchtrim.{name} goes in the next release: use {home}.{name}.", DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(home), name)
+
 
 def trimmer_log(log: KeepLog | None, unit: str) -> KeepLog | None:
-    """The argument ``log`` of a Trimmer."""
+    """Return the argument ``log`` of a Trimmer, with a warning."""
     if log is None:
         return None
     if unit != "sample":
@@ -24,7 +35,7 @@ def trimmer_log(log: KeepLog | None, unit: str) -> KeepLog | None:
 
 
 def record_as_before(log: KeepLog | None, last: Choice | None, given: dict[str, Any], call: str) -> None:
-    """What ``trim(losses, ids=..., outputs=..., labels=...)`` does beyond the choice."""
+    """Record a batch, as ``trim(losses, ids=..., outputs=..., labels=...)`` did."""
     unknown = sorted(given.keys() - {"ids", "outputs", "labels"})
     if unknown:
         raise TypeError(f"{call}() got an unexpected keyword argument '{unknown[0]}'")

@@ -49,7 +49,7 @@ def test_two_pass_is_never_silently_wrong(name: str) -> None:
 
 
 # Each takes seconds to trace: these few in every run, all of them among the slow tests.
-FEW = ("zero_head", "scaled_by_frequency", "doubled_in_place", "merged_batch_minor", "supcon_alone", "numpy_mask")
+FEW = ("zero_head", "scaled_by_frequency", "doubled_in_place", "merged_batch_minor", "supcon_alone", "padded_tokens")
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -88,7 +88,9 @@ class Naive:
             losses, outputs = self.forward(x, y)
         selection = self.trim.select(losses).rising()
         kept, _ = self.forward(*self.cut(x, y, padded_rows(selection), selection.size))
-        step = batchtrim.engine.batch.Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
+        step = batchtrim.engine.batch.StepResult(
+            kept_loss(kept, selection, self.trim), losses.values, outputs, selection
+        )
         return step._replace(engine=self.name)
 
     def cut(self, x: Any, y: Any, rows: torch.Tensor, batch: int) -> Any:

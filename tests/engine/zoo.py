@@ -432,3 +432,35 @@ class DataOutput(NamedOutput):
 
     def forward(self, x: Tensor) -> Data:  # type: ignore[override]
         return Data(F.linear(x, self.weight, self.bias))
+
+
+class LanguageModel(nn.Module):
+    """A causal transformer with tied weights: next tokens from tokens."""
+
+    def __init__(self, words: int = 30, width: int = 16, layers: int = 2, longest: int = 32) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(words, width), nn.Embedding(longest, width)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm": nn.LayerNorm(width),
+                    "qkv": nn.Linear(width, 3 * width),
+                    "out": nn.Linear(width, width),
+                    "mlp": nn.Sequential(
+                        nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                    ),
+                }
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x) + self.position(torch.arange(x.shape[1]))
+        for layer in self.layers:
+            parts = layer["qkv"](layer["norm"](h)).chunk(3, -1)
+            q, k, v = (part.unflatten(-1, (-1, 8)).transpose(1, 2) for part in parts)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            h = h + layer["out"](mixed)
+            h = h + layer["mlp"](h)
+        return self.norm(h) @ self.embed.weight.t()

@@ -116,7 +116,11 @@ def test_tasks_that_go_wrong_fail_with_a_line_and_lose_nothing(body: str, says: 
         (["--task", "my_task.py:train", "--dataset", "digits"], "expected settings of a task"),
         (["--task", "my_task.py:train", "--methods", "full,focal"], "expected a method that a Trimmer drives"),
         (["--task", "my_task.py:train", "--metric", "score"], "Pass --higher-is-better or --lower-is-better"),
+        (["--task", "my_task.py:train", "--keep-log"], "expected no --keep-log with --task"),
+        (["--task", "my_task.py:train", "--data-dir", "x"], "expected no --data-dir with --task, got 'x'"),
         (["--metric", "rmse"], "expected `metric` beside --task"),
+        (["--lower-is-better"], "expected `higher_is_better` beside --task"),
+        (["--task", "my_task.py:train", "--metric", "x", "--higher-is-better", "--lower-is-better"], "got both"),
     ],
 )
 def test_commands_that_cannot_run(words: list[str], says: str) -> None:
@@ -128,7 +132,7 @@ def test_commands_that_cannot_run(words: list[str], says: str) -> None:
     said = mistake("compare", *words, "--out", "here", "--seeds", "1", "--workers", "1", "-q")
     assert says in said
     assert not Path("here/runs.jsonl").exists()
-    if "raises.py" in words[1]:
+    if "raises.py:train" in words:
         assert "no data here" in said
         assert "importlib" not in said
     else:
@@ -151,6 +155,47 @@ def test_a_changed_program_is_said() -> None:
     Path("my_task.py").write_text(TASK.replace("rand(8)", "rand(9)"))
     done = batchtrim("compare", "--task", "my_task.py:train", "--seeds", "4", *ARGUMENTS[2:], "-q")
     assert "The runs were made by 2 versions of the program" in done.stdout.replace("\n", " ")
+
+
+def test_a_task_does_not_run_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert "expected --task in one process" in mistake("compare", "--task", "my_task.py:train", *ARGUMENTS)
+
+
+def test_train_and_sweep_take_a_task() -> None:
+    done = batchtrim("train", "--task", "my_task.py:train", "--epochs", "2", "--out", "here", "-q")
+    assert done.exit_code == 0, done.output
+    assert [row["config"]["method"] for row in records.read("here")] == ["trim"]
+    done = batchtrim("sweep", "--task", "my_task.py:train", "--methods", "full,trim", "--keep-end", "0.2,0.5",
+                     "--schedule", "linear", "--seeds", "1", "--epochs", "2", "--workers", "1", "--out", "there",
+                     "-q")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert len(records.read("there")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_task_on_a_ray_cluster(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    from batchtrim.lab import compare
+
+    def inside(run: object) -> dict[str, float]:
+        run.trim(__import__("torch").rand(4))  # type: ignore[attr-defined]
+        run.trim.step()  # type: ignore[attr-defined]
+        return {"error": 0.25}
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        for task, out in ((f"{tmp_path / 'my_task.py'}:train", "file"), (inside, "closure")):
+            found = compare(task, ["full", "trim"], 2, epochs=1 if out == "closure" else 2, out=out, quiet=True,
+                            ray=cluster.address)  # type: ignore[arg-type]  # fmt: skip
+            assert (found.runs, found.failed) == (4, 0)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def test_kill_9_loses_no_finished_run(tmp_path: Path) -> None:
@@ -296,7 +341,8 @@ def test_images_and_a_network_of_ones_own(tmp_path: Path) -> None:
     done = batchtrim(*words, "--model", "net.py:build")
     assert done.exit_code == 0, done.output
     assert "mine, two: 6 of 24 images set aside for testing" in done.stderr
-    assert "resized to 8 x 8" in done.stderr
+    assert done.stderr.count("resized to 8 x 8") == 1
+    assert "resized to 8 x 8" in Path("here/report.html").read_text()
     assert len({row["environment"]["source"] for row in records.read("here")}) == 1
     shown = batchtrim("show", "here")
     assert shown.exit_code == 0, shown.output

@@ -6,34 +6,35 @@ engine     how                               cost/plain   exact where
 exact      full graph, mean of the kept      1            always: it defines what is right
 two_pass   forward without a graph, then     (1 + 3q)/3   samples do not interact; dropout is drawn anew, BatchNorm
            forward and backward on the kept               normalises the kept by their own statistics
-shared     one forward, backward on kept     (1 + 2q)/3   always, where it runs; rows that meet cost more; BatchNorm by
-                                                          the whole batch's statistics, its backward over the kept
+shared     one forward, backward on kept     (1 + 2q)/3   always, where it runs; rows that meet cost more;
+                                                          BatchNorm by the kept rows' means in backward
 auto       shared, two_pass or exact         at most 1    as the engine it picks
 =========  ================================  ===========  ==========================================================
 
 A tour of the shared engine, in the order of a step:
 
-1. ``shared.py``: a step. ``capture.py``: run model and loss as graphs; the only file that uses what torch keeps private.
-2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward graph
-   (which operators may run on kept rows?), by the rules of ``rules.py``, ``rules_shape.py`` and ``rules_nn.py`` over the
-   layouts of ``layout.py``. ``split.py`` makes two graphs of the backward, ``cost.py`` counts what that saves.
+1. ``shared.py``: a step. ``capture.py``: run model and loss as graphs; the only file that uses torch's private parts.
+2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
+   graph (which operators may run on kept rows?), by the rules of ``rules.py``, ``rules_shape.py`` and ``rules_nn.py``
+   over the layouts of ``layout.py``. ``split.py`` makes two graphs of the backward, ``cost.py`` counts what that saves.
    ``shared.py`` runs the model's own Python once, to hold the trace against it.
 3. ``sliced.py``: forward; what it saves goes onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
-4. ``loss.backward()``: ``sliced.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower graph.
+4. ``loss.backward()``: ``sliced.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
 
-===============  ===========================  ==============================  =======================================
-exception        raised by                    caught by                       what follows
-===============  ===========================  ==============================  =======================================
-Mixes            a rule                       proof.py                        backward is whole from this operator on
-CannotCapture    capture.py, sliced.py        shared.py                       EngineRefused; nothing has run
-NewTrace         sliced.py                    shared.py                       the model is run to compare, then the trace
-EngineRefused    shared.py, two_pass.py       auto.py, or the caller          another engine; the state is as before
-===============  ===========================  ==============================  =======================================
+===============  =======================  =======================  ===================================================
+exception        raised by                caught by                what follows
+===============  =======================  =======================  ===================================================
+Mixes            a rule                   proof.py                 backward is whole from this operator on
+CannotCapture    capture.py, sliced.py    shared.py                EngineRefused; nothing has run
+NewTrace         sliced.py                shared.py                the model is run to compare, then the trace
+EngineRefused    shared.py, two_pass.py   auto.py, or the caller   another engine; the state is as before
+===============  =======================  =======================  ===================================================
 
-Ten words. *Row*: what is chosen, a sample. *Kept*: chosen. *Layout*: where a tensor holds its rows. *Axis*: the dimension
-of one row symbol, and its factors. *Whole*: a value that belongs to no row; a part that runs on all rows. *Vanish*: to be
-zero in every row that is not kept. *Mixes*: makes one row of another. *Upper*, *lower*: backward above and below the
-first operator that mixes rows. *Pinned*: must be saved, for kept rows cannot compute it again. *Tape*: what one forward saved.
+Ten words. *Row*: what is chosen, a sample or a token. *Kept*: chosen. *Layout*: where a tensor holds its rows. *Axis*:
+the dimension of one row symbol, and its factors. *Whole*: a value that belongs to no row; a part that runs on all.
+*Vanish*: to be zero in every row that is not kept. *Mixes*: makes one row of another. *Upper*, *lower*: backward above
+and below the first operator that mixes rows. *Pinned*: must be saved, for kept rows cannot compute it again. *Tape*:
+what one forward saved.
 """
 
 from batchtrim.engine.forward import ENGINES, TrimmedForward

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.batch_norm import LEAST_COSINE
-from batchtrim.engine.capture import is_compiled
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.engine.protocol import Engine
-from batchtrim.engine.shared import SharedEngine
 from batchtrim.engine.two_pass import TwoPassEngine, redrawn
 from batchtrim.errors import ApproximateGradient, EngineFallback, EngineRefused
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
+
+if TYPE_CHECKING:
+    from batchtrim.engine.shared import SharedEngine
 
 __all__ = ["AutoEngine"]
 
@@ -48,6 +49,8 @@ class AutoEngine:
         self._judged = 0
         self._told = False
         self._warned = False
+        from batchtrim.engine.shared import SharedEngine  # brings in sympy, which takes its time
+
         try:
             self._refuse_compiled(forward)
             self.saving = SharedEngine(forward, trim)
@@ -55,7 +58,7 @@ class AutoEngine:
         except EngineRefused as refused:
             self._hand_on(refused)
 
-    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """One step; ``selection`` is given where the choice was made already."""
         if not self.pays(x, y):
             return self.exact(x, y, selection)
@@ -65,8 +68,8 @@ class AutoEngine:
         except EngineRefused as error:
             refused = EngineRefused(str(error), error.selection)
         else:
-            if not self._told and isinstance(self.saving, SharedEngine):
-                self._tell(self.saving)
+            if not self._told and self.saving.name == "shared":
+                self._tell(self.saving)  # type: ignore[arg-type]
             return step
         # Not while the error lives: it holds the model's frames, and older checkpointing undoes its hooks with them.
         step = self.exact(x, y, refused.selection if selection is None else selection)
@@ -99,7 +102,7 @@ class AutoEngine:
     @staticmethod
     def _refuse_compiled(forward: Forward) -> None:
         for name, module in forward.model.named_modules():
-            if is_compiled(module):
+            if _is_compiled(module):
                 what = f"{name or 'the model'} ({type(module).__name__})"
                 raise EngineRefused(f"{what} is compiled, and a trace of it would run operator by operator")
 
@@ -118,8 +121,7 @@ class AutoEngine:
 
     def _judge(self, measure: Callable[[], float]) -> bool:
         """Whether BatchNorm's backward may take its means over the kept rows in this step."""
-        shared = self.saving
-        assert isinstance(shared, SharedEngine)
+        shared: Any = self.saving
         self._judged += 1
         if self._judged % _JUDGE_EVERY != 1:
             return shared.approximate
@@ -139,10 +141,15 @@ class AutoEngine:
     def _hand_on(self, refused: EngineRefused) -> None:
         """Take the next engine, for good; one warning."""
         forward = self.exact.forward
-        compiled = self.trim.unit == "sample" and any(is_compiled(module) for module in forward.model.modules())
+        compiled = self.trim.unit == "sample" and any(_is_compiled(module) for module in forward.model.modules())
         reason = redrawn(forward) if compiled else None
         two_pass = compiled and reason is None and not isinstance(self.saving, TwoPassEngine)
         self.saving = TwoPassEngine(forward, self.trim, approximate=False) if two_pass else None
         also = f", and {reason}" if reason else ""
         going_on = "two_pass" if two_pass else "exact"
         warnings.warn(f"{refused}{also}. Going on with engine={going_on!r}.", EngineFallback, stacklevel=4)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Return True if a module, or its call, went through torch.compile."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

@@ -13,11 +13,13 @@ So it is measured, on the batch at hand, against the exact form, in which backwa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.sliced import Tape
+if TYPE_CHECKING:
+    from batchtrim.engine.sliced import Tape
 
 __all__ = ["LEAST_COSINE", "cosine_of", "has_batch_norm"]
 

@@ -26,10 +26,8 @@ __all__ = [
     "decomposed",
     "executable",
     "expression_of",
-    "is_compiled",
     "keeps_graph",
     "pin",
-    "rehearse",
     "uncompiled",
     "unfit",
     "without_logging",
@@ -223,11 +221,6 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """True if a module, or its call, went through torch.compile."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
 def keeps_graph() -> bool:
     """True if the backward that is running will leave its graph for another."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
@@ -251,15 +244,6 @@ def pin(node: fx.Node) -> None:
     from torch.utils.checkpoint import CheckpointPolicy
 
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
-def rehearse(graph: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
-    """Run a graph on tensors without data, so that shapes that do not fit show before a step does."""
-    mode = next(arg.fake_mode for arg in args if isinstance(arg, torch._subclasses.FakeTensor))
-    env = mode.shape_env
-    quiet = env.suppress_guards() if env is not None else contextlib.nullcontext()
-    with mode, quiet:
-        return fx.Interpreter(graph).run(*args)
 
 
 def decomposed(

@@ -1,13 +1,74 @@
-"""Take rows of a tensor, and put rows back among zeros."""
+"""Take rows of a tensor, and put rows back among zeros.
+
+Kept rows run as a batch of k samples; kept tokens as one of k samples with one token each.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from batchtrim.engine.layout import Rows
 
-__all__ = ["cut", "put_back"]
+__all__ = ["KeptRows", "can_be_cut", "cut", "put_back"]
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Which rows are kept.
+
+    Attributes:
+        rows: int64 (k,), in rising order; of tokens, their places in the losses of shape (batch, tokens).
+        batch: how many samples there are.
+        tokens: how many tokens each has losses for, where tokens are rows.
+        lost: how many tokens at the end of each sample have none.
+    """
+
+    rows: Tensor
+    batch: int
+    tokens: int | None = None
+    lost: int = 0
+
+    @property
+    def k(self) -> int:
+        return self.rows.shape[0]
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The sample and the place in it of every token."""
+        assert self.tokens is not None
+        return self.rows // self.tokens, self.rows % self.tokens
+
+
+def can_be_cut(layout: Rows, symbols: int) -> bool:
+    """True if rows that lie so can be taken and put back.
+
+    Samples can in any layout with one factor that is a number. Tokens can where samples and tokens are dimensions of
+    their own, or one dimension of both, sample by sample; or where all tokens of a sample hold the same.
+    """
+    if symbols == 1:
+        (axis,) = layout.axes
+        return axis is not None and (axis.outer is None or isinstance(axis.inner, int) or isinstance(axis.outer, int))
+    sample, token = layout.axes
+    if sample is None or layout.iota:
+        return False
+    if token is None or token.dim != sample.dim:
+        return sample.plain and (token is None or token.plain)
+    return sample.outer == 1 and token.inner == 1
+
+
+def cut(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+    """The kept rows of a tensor."""
+    return _cut_samples(tensor, layout, kept) if kept.tokens is None else _cut_tokens(tensor, layout, kept)
+
+
+def put_back(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+    """Zeros for all rows, and the kept ones among them: what :func:`cut` takes, the other way."""
+    return _put_samples(value, layout, kept) if kept.tokens is None else _put_tokens(value, layout, kept)
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
 
 
 def _factors(layout: Rows, size: int, batch: int) -> tuple[int, int, int]:
@@ -20,13 +81,13 @@ def _factors(layout: Rows, size: int, batch: int) -> tuple[int, int, int]:
     return axis.dim, int(axis.outer), size // (batch * int(axis.outer))
 
 
-def cut(tensor: Tensor, layout: Rows, rows: Tensor, batch: int) -> Tensor:
-    """The given rows of a tensor, in memory in the order in which the tensor has its dimensions."""
-    dim, outer, inner = _factors(layout, tensor.shape[layout.axes[0].dim], batch)  # type: ignore[union-attr]
-    k = rows.shape[0]
+def _cut_samples(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+    """In memory the result has its dimensions in the order in which the tensor has them."""
+    dim, outer, inner = _factors(layout, tensor.shape[layout.axes[0].dim], kept.batch)  # type: ignore[union-attr]
+    size = outer * kept.k * inner
     strides = tensor.stride()
     if layout.iota or strides[dim] == 0:
-        return tensor.narrow(dim, 0, outer * k * inner)
+        return tensor.narrow(dim, 0, size)
     spread = [d for d, stride in enumerate(strides) if stride == 0 and tensor.shape[d] > 1]
     shape = list(tensor.shape)
     for d in spread:
@@ -35,26 +96,59 @@ def cut(tensor: Tensor, layout: Rows, rows: Tensor, batch: int) -> Tensor:
     moved = tensor.permute(order)
     at = order.index(dim)
     if outer == 1 and inner == 1:
-        moved = moved.index_select(at, rows)
+        moved = moved.index_select(at, kept.rows)
     else:
-        moved = moved.unflatten(at, (outer, batch, inner)).index_select(at + 1, rows).flatten(at, at + 2)
-    back = [order.index(d) for d in range(tensor.ndim)]
-    result = moved.permute(back)
+        moved = moved.unflatten(at, (outer, kept.batch, inner)).index_select(at + 1, kept.rows).flatten(at, at + 2)
+    result = moved.permute([order.index(d) for d in range(tensor.ndim)])
     if spread:
-        shape[dim] = outer * k * inner
+        shape[dim] = size
         result = result.expand(shape)
     return result
 
 
-def put_back(kept: Tensor, layout: Rows, rows: Tensor, batch: int) -> Tensor:
-    """Zeros for all rows, and the kept ones among them: what :func:`cut` takes, the other way."""
-    k = rows.shape[0]
-    dim, outer, inner = _factors(layout, kept.shape[layout.axes[0].dim], k)  # type: ignore[union-attr]
-    shape = list(kept.shape)
-    shape[dim] = outer * batch * inner
-    whole = kept.new_zeros(shape)
-    if kept.ndim == 4 and kept.is_contiguous(memory_format=torch.channels_last):
+def _put_samples(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+    dim, outer, inner = _factors(layout, value.shape[layout.axes[0].dim], kept.k)  # type: ignore[union-attr]
+    shape = list(value.shape)
+    shape[dim] = outer * kept.batch * inner
+    whole = value.new_zeros(shape)
+    if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
         whole = whole.to(memory_format=torch.channels_last)
-    parts = whole.unflatten(dim, (outer, batch, inner))
-    parts.index_copy_(dim + 1, rows, kept.unflatten(dim, (outer, k, inner)))
+    parts = whole.unflatten(dim, (outer, kept.batch, inner))
+    parts.index_copy_(dim + 1, kept.rows, value.unflatten(dim, (outer, kept.k, inner)))
+    return whole
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def _cut_tokens(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+    sample, token = layout.axes
+    assert sample is not None
+    samples, places = kept.places()
+    if token is None:
+        return tensor.index_select(sample.dim, samples)
+    if token.dim == sample.dim:
+        return tensor.index_select(sample.dim, samples * (tensor.shape[sample.dim] // kept.batch) + places)
+    rest = [d for d in range(tensor.ndim) if d not in (sample.dim, token.dim)]
+    order = [sample.dim, token.dim, *rest]
+    taken = tensor.permute(order)[samples, places].unsqueeze(1)
+    return taken.permute([order.index(d) for d in range(tensor.ndim)])
+
+
+def _put_tokens(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+    sample, token = layout.axes
+    assert sample is not None
+    assert token is not None
+    assert kept.tokens is not None
+    samples, places = kept.places()
+    width = kept.tokens + kept.lost - int(token.lost)
+    shape = list(value.shape)
+    if token.dim == sample.dim:
+        shape[sample.dim] = kept.batch * width
+        return value.new_zeros(shape).index_copy_(sample.dim, samples * width + places, value)
+    shape[sample.dim], shape[token.dim] = kept.batch, width
+    whole = value.new_zeros(shape)
+    rest = [d for d in range(value.ndim) if d not in (sample.dim, token.dim)]
+    order = [sample.dim, token.dim, *rest]
+    whole.permute(order)[samples, places] = value.permute(order)[:, 0]
     return whole

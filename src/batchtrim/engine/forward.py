@@ -9,20 +9,26 @@ from torch import Tensor, nn
 
 from batchtrim._checks import check_choice, check_count, describe
 from batchtrim.engine.auto import AutoEngine
-from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.engine.protocol import Engine
-from batchtrim.engine.shared import SharedEngine
 from batchtrim.engine.two_pass import TwoPassEngine
 from batchtrim.losses import Losses, per_sample
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["ENGINES", "TrimmedForward"]
 
+
+def _shared(forward: Forward, trim: Trimmer) -> Engine:
+    from batchtrim.engine.shared import SharedEngine  # brings in sympy, which takes its time
+
+    return SharedEngine(forward, trim)
+
+
 ENGINES: dict[str, Callable[[Forward, Trimmer], Engine]] = {
     "auto": AutoEngine,
     "exact": ExactEngine,
-    "shared": SharedEngine,
+    "shared": _shared,
     "two_pass": TwoPassEngine,
 }
 
@@ -91,8 +97,9 @@ class TrimmedForward:
         batch_dim = check_count("batch_dim", batch_dim, minimum=0)
         self.forward = Forward(model, per_sample_loss, rank_by, batch_dim, trim.unit)
         self.trim = trim
+        self._kind = engine
         self.engine = ENGINES[engine](self.forward, trim)
-        self.last: Step | None = None
+        self.last: StepResult | None = None
 
     def __call__(self, x: Any, y: Any = None) -> Tensor:
         """The trimmed loss of a batch, with a graph.
@@ -110,6 +117,15 @@ class TrimmedForward:
         mask = None if chosen is None else chosen.mask
         self.last = step._replace(loss=step.loss.detach(), mask=mask, engine=step.engine or self.engine.name)
         return step.loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what makes the step anew, for pickle and deepcopy: what an engine found out it finds out again."""
+        return {"forward": self.forward, "trim": self.trim, "engine": self._kind}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.forward, self.trim, self._kind = state["forward"], state["trim"], state["engine"]
+        self.engine = ENGINES[self._kind](self.forward, self.trim)
+        self.last = None
 
     def __repr__(self) -> str:
         name = self.engine.name

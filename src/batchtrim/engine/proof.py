@@ -19,11 +19,13 @@ from torch import Tensor, fx
 
 from batchtrim.engine import rules_nn, rules_shape  # noqa: F401  (they enter their rules)
 from batchtrim.engine.capture import decomposed, expression_of
+from batchtrim.engine.cutting import can_be_cut
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Whole
 from batchtrim.engine.rules import Call, Value, apply_rule, has_rule, holds, name_of, only_dim
 
 __all__ = ["Proof", "Verdict", "label", "place_of", "prove"]
 
+_UNCUT: Layout = Broken("its rows lie where they cannot be cut")
 LAYOUT = "batchtrim_layout"  # key in a node's meta
 
 
@@ -185,7 +187,7 @@ def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -
             axes.append(None)
             continue
         try:
-            axis = only_dim(shape, symbol)
+            axis = only_dim(shape, symbol, symbols)
         except Mixes as mixes:
             return Broken(str(mixes))
         if axis.outer is None:
@@ -241,6 +243,8 @@ def prove(
     for node in graph.nodes:
         if node.op == "placeholder":
             layouts = [tangents[node]] if node in tangents else node.meta.get(LAYOUT, [Whole()])
+            if any(isinstance(each, Rows) and not can_be_cut(each, len(symbols)) for each in layouts):
+                layouts = [_UNCUT]
             verdict = Verdict(node in tangents, layouts)
         elif node.op == "call_function":
             verdict = _judge(node, walk, proof, batch_norm)
@@ -269,6 +273,8 @@ def _judge(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> Verdic
         gradient = gradient and not _fresh(node)
         if gradient and any(isinstance(each, Rows) and not each.vanish for each in layouts):
             raise Mixes("it gives a gradient to rows that are not kept")
+        if gradient and any(isinstance(each, Rows) and not can_be_cut(each, len(walk.symbols)) for each in layouts):
+            raise Mixes("it puts rows where they cannot be put back")
     except Mixes as mixes:
         if gradient:
             return Verdict(True, [Broken(str(mixes))] * count, whole=True, reason=str(mixes))

@@ -111,7 +111,7 @@ def apply_rule(call: Call) -> list[Layout]:
     shaped = any(holds(output.shape, call.symbols) for output in call.outputs if output is not None)
     if not call.rows and not sized and not shaped:
         return [Whole(_is_zero(call))] * len(call.outputs)
-    if call["out"] is not None:
+    if any(argument.is_out for argument in call.func._schema.arguments):
         raise Mixes("it writes into a tensor that is given")
     found = _RULES.get(name_of(call.func))
     if found is None:
@@ -230,7 +230,7 @@ def aligned(call: Call, out: Value, values: list[Value] | None = None) -> tuple[
             if axis is not None:
                 place = _same(place, replace(axis, dim=axis.dim + out.ndim - value.ndim))
         if place is None and holds(out.shape, (symbol,)):
-            place = only_dim(out.shape, symbol)
+            place = only_dim(out.shape, symbol, call.symbols)
         found.append(place)
     return tuple(found)
 
@@ -247,12 +247,15 @@ def _same(a: Axis | None, b: Axis) -> Axis:
     return a
 
 
-def only_dim(shape: Sequence[Size], symbol: sympy.Symbol) -> Axis:
-    """The axis of a tensor in which every row is alike, from its shape."""
+def only_dim(shape: Sequence[Size], symbol: sympy.Symbol, symbols: Sequence[sympy.Symbol]) -> Axis:
+    """The axis of a tensor in which every row is alike, from its shape. Tokens may be missing at the end."""
     dims = [dim for dim, size in enumerate(shape) if holds(size, (symbol,))]
     if len(dims) != 1:
         raise Mixes("it makes a tensor in which rows meet rows")
     factor = factor_of(shape[dims[0]], symbol)
+    lost = symbol - shape[dims[0]]
+    if factor is None and symbol != symbols[0] and lost.is_Integer and lost > 0:
+        return Axis(dims[0], lost=int(lost))
     if factor is None:
         raise Mixes("it makes a tensor whose size is no multiple of the number of rows")
     return Axis(dims[0], *((1, 1) if factor == 1 else (None, None)))

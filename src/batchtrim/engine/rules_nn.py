@@ -190,7 +190,8 @@ _SPATIAL = (
     "pixel_unshuffle", "channel_shuffle", "grid_sampler_2d", "grid_sampler_3d", "max_pool2d",
 )  # fmt: skip
 _SPATIAL_BACKWARD = (
-    *(f"{name}_backward" for name in _SPATIAL), "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward",
+    *(f"{name}_backward" for name in _SPATIAL),
+    "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward",
     "replication_pad1d_backward", "replication_pad2d_backward", "replication_pad3d_backward",
 )  # fmt: skip
 

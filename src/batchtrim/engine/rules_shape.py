@@ -31,7 +31,7 @@ def view(call: Call) -> Layout:
 def view_axis(axis: Axis, symbol: sympy.Symbol, before: Sequence[Size], after: Sequence[Size]) -> Axis:
     """Where an axis lies once a tensor of one shape is viewed as another."""
     if axis.outer is None:
-        return only_dim(after, symbol)
+        return only_dim(after, symbol, (symbol,))
     major = product(before[: axis.dim]) * axis.outer
     minor = axis.inner * product(before[axis.dim + 1 :])
     left: Size = 1
@@ -186,7 +186,9 @@ def _opened(layout: Layout, at: int, ndim: int) -> Layout:
 @rule("full", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn",
       "empty_strided", "randint", "new_empty_strided", "empty_permuted")  # fmt: skip
 def create(call: Call) -> Layout:
-    axes = tuple(only_dim(call.out.shape, s) if holds(call.out.shape, (s,)) else None for s in call.symbols)
+    axes = tuple(
+        only_dim(call.out.shape, s, call.symbols) if holds(call.out.shape, (s,)) else None for s in call.symbols
+    )
     name = name_of(call.func)
     if name in ("rand", "randn", "randint") and any(axis is not None and axis.outer is None for axis in axes):
         raise Mixes("it draws random numbers for a shape that does not tell where the rows are")

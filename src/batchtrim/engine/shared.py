@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from batchtrim.engine.batch import Forward, Step, as_losses, map_tensors
+from batchtrim.engine.batch import Forward, StepResult, as_losses, map_tensors
 from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
@@ -27,6 +27,7 @@ from batchtrim.trimmer import Trimmer
 __all__ = ["SharedEngine"]
 
 _WORTH = 0.96  # of a plain step's estimated cost: what is nearer to it is not worth a step of another kind
+_TRIES = 4  # traces of one step
 _FEWEST = 4  # rows in a batch below which a step is not worth a trace: torch makes one of its own for 1
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
@@ -64,7 +65,7 @@ class SharedEngine:
         self.trace: SlicedStep | None = None  # the last that ran
         self._tape: Tape | None = None
 
-    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         few = _rows(x, self.forward.batch_dim) < _FEWEST
         if self.trim.keep == 1.0 or not is_training_step() or few or is_lazy(self.forward.inner):
             return self.exact(x, y, selection)
@@ -72,7 +73,7 @@ class SharedEngine:
         if selection is None:
             scores = self.forward.scores(outputs, y)
             selection = self.trim.select(losses.detach(), rank_by=scores).rising()
-        batch = losses.values.shape[0]
+        batch = tape.size = losses.values.shape[0]
         rows = padded_rows(selection)
         values, weights = losses.values, losses.weights
         if not selection.everything:
@@ -81,9 +82,9 @@ class SharedEngine:
         loss = reduce_kept(values, selection, self.trim.scale, weights)
         approximate = None
         if tape.step is not None and rows.shape[0] < batch:
-            self._cut(tape, loss, rows.sort().values, batch)
+            self._cut(tape, loss, rows.sort().values, _rows(x, self.forward.batch_dim))
             approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
-        return Step(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
+        return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
         """The loss of rows that were chosen before."""
@@ -104,7 +105,7 @@ class SharedEngine:
         tape.cut(rows, batch, self.approximate)
 
     def _planner(self) -> SlicedStep:
-        return SlicedStep(lambda: self._tape, self.approximate)
+        return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit)
 
     def _forward(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
         """Run the traced step; what it saved, the losses with their graph, and the model's outputs."""
@@ -128,17 +129,23 @@ class SharedEngine:
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace; before one runs for the first time, see what the model's own Python computes."""
         plain: _Plain | None = None
-        while True:
+        for _ in range(_TRIES):
             tape = self._tape = Tape()
             try:
-                found = self.capture(*_marked(x, y, self.forward.batch_dim))
+                found = self.capture(*_marked(x, y, self.forward))
             except NewTrace:
                 pass
+            except CannotCapture:
+                # What a model sets up in its first forward (hooks, tables) may be all that stood in the way; and a
+                # model or a loss that is at fault says so itself.
+                if plain is not None:
+                    raise
             else:
                 return *found, tape, plain
             finally:
                 self._tape = None
             plain = _Plain(self.forward, x, y)
+        raise CannotCapture("its Python changes from run to run, so that no trace lasts")
 
     def _refuse(self, reason: str) -> NoReturn:
         self.refused = f"the shared engine cannot run this model: {reason}"
@@ -176,6 +183,8 @@ def refusal(forward: Forward) -> str | None:
     reason = unfit()
     if reason is not None:
         return reason
+    if forward.unit == "element" and forward.batch_dim != 0:
+        return "tokens are rows of a batch that comes first (batch_dim=0)"
     for name, module in forward.model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -220,12 +229,14 @@ def _rows(x: Any, dim: int) -> int:
     return found[0] if found else 0
 
 
-def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
-    """The batch, with the dimension of its rows marked as one that changes.
+def _marked(x: Any, y: Any, forward: Forward) -> tuple[Any, Any]:
+    """The batch, with the dimensions of its rows marked as ones that change.
 
     What is marked are aliases, so that nothing is noted on the caller's tensors.
     """
+    dim = forward.batch_dim
     batch = _rows(x, dim)
+    tokens = _rows(x, 1) if forward.unit == "element" else None
     aliases: dict[int, Tensor] = {}
 
     def mark(at: int) -> Callable[[Tensor], Tensor]:
@@ -236,6 +247,8 @@ def _marked(x: Any, y: Any, dim: int) -> tuple[Any, Any]:
             alias = aliases[id(tensor)]
             if alias.ndim > at and alias.shape[at] == batch:
                 torch._dynamo.maybe_mark_dynamic(alias, at)
+                if tokens is not None and alias.ndim > 1 and alias.shape[1] == tokens:
+                    torch._dynamo.maybe_mark_dynamic(alias, 1)
             return alias
 
         return marked

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from batchtrim.engine.capture import CannotCapture, executable, expression_of, keeps_graph, pin
 from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
-from batchtrim.engine.cutting import cut, put_back
-from batchtrim.engine.layout import Broken, Layout, Rows, factor_of
+from batchtrim.engine.cutting import KeptRows, cut, put_back
+from batchtrim.engine.layout import Axis, Broken, Layout, Rows, exact_ratio, factor_of
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
+from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
 
 __all__ = ["NewTrace", "SlicedStep", "Tape"]
@@ -27,7 +28,7 @@ class Tape:
     """What one forward saved that has rows, until its backward.
 
     Attributes:
-        rows: the kept rows, int64 (k,), in rising order; None where backward runs on all.
+        chosen: the kept rows; None where backward runs on all.
         approximate: whether BatchNorm's means are to be taken over the kept rows.
     """
 
@@ -35,25 +36,26 @@ class Tape:
         self.step: SlicedStep | None = None
         self.saved: dict[int, Tensor] = {}
         self.versions: dict[int, int] = {}
+        self.size = 0  # how many losses there are
         self.kept: dict[int, Tensor] = {}
-        self.rows: Tensor | None = None
-        self.batch = 0
+        self.chosen: KeptRows | None = None
         self.approximate = False
 
     def cut(self, rows: Tensor, batch: int, approximate: bool, again: bool = False) -> None:
         """Keep of what was saved the given rows, and all rows of what the lower part reads.
 
         Args:
+            rows: int64 (k,), places in the losses. batch: how many samples there are.
             again: keep everything else too, to be cut another time.
         """
         assert self.step is not None
-        self.rows, self.batch, self.approximate = rows, batch, approximate
+        self.chosen, self.approximate = self.step.kept(rows, batch, self.size), approximate
         slices = self.step.slices(approximate)
         self.kept = {}
         for place in list(self.saved):
             layout = slices.cuts.get(place)
             if layout is not None:
-                self.kept[place] = cut(self.saved[place], layout, rows, batch)
+                self.kept[place] = cut(self.saved[place], layout, self.chosen)
             if place not in slices.whole and not again:
                 del self.saved[place]
 
@@ -61,8 +63,9 @@ class Tape:
 class SlicedStep:
     """One trace: its forward, its backward, and the backward in two parts. A planner of :class:`Capture`."""
 
-    def __init__(self, current: Callable[[], Tape | None], approximate: bool = False) -> None:
+    def __init__(self, current: Callable[[], Tape | None], approximate: bool = False, unit: str = "sample") -> None:
         self.current = current
+        self.unit = unit
         self.approximate = approximate
         self.new = True
         self._slices: dict[bool, Slices] = {}
@@ -73,7 +76,7 @@ class SlicedStep:
     def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
         joint.graph.eliminate_dead_code()
         tangents = _after_tangents(joint.graph)
-        self.symbols = _row_symbols(joint.graph, tangents)
+        self.symbols, self.lost = _row_symbols(joint.graph, tangents, self.unit)
         for node in label(joint.graph, self.symbols, tangents):
             pin(node)
         forward, backward = split()
@@ -113,7 +116,7 @@ class SlicedStep:
                     "a batch that was changed between forward and backward"
                 )
         keep = keeps_graph()
-        if tape.rows is None:
+        if tape.chosen is None:
             for place, tensor in tape.saved.items():
                 args[place] = tensor
             if not keep:
@@ -155,12 +158,25 @@ class SlicedStep:
 
     def _split(self, approximate: bool) -> Slices:
         graph = self.backward_graph.graph
-        tangents = {n: by_shape(n.meta["val"], self.symbols, []) for n in self.places if "tangents" in n.name}
-        for node, layout in tangents.items():
-            if isinstance(layout, Rows):
-                tangents[node] = Rows(layout.axes, vanish=True)
-        proof = prove(graph, self.symbols, tangents, batch_norm=approximate)
-        return split_backward(self.backward_graph, proof, self.places)
+        tangents = {n: self._tangent(n.meta["val"]) for n in self.places if "tangents" in n.name}
+        proof = prove(graph, self.symbols, tangents, batch_norm=approximate and self.unit == "sample")
+        return split_backward(self.backward_graph, proof, self.places, self.symbols)
+
+    def _tangent(self, value: Tensor) -> Layout:
+        """Where the rows of an output's gradient lie. They vanish where they are not kept."""
+        if self.unit == "element" and value.ndim == 1:
+            batch, tokens = self.symbols
+            shape, flat = (batch, tokens - self.lost), (expression_of(value.shape[0]),)
+            axes = view_axis(Axis(0), batch, shape, flat), view_axis(Axis(1, lost=self.lost), tokens, shape, flat)
+            return Rows(axes, vanish=True)
+        layout = by_shape(value, self.symbols, [])
+        return Rows(layout.axes, vanish=True) if isinstance(layout, Rows) else layout
+
+    def kept(self, rows: Tensor, batch: int, size: int) -> KeptRows:
+        """The rows at the given places among ``size`` losses."""
+        if self.unit == "sample":
+            return KeptRows(rows, batch)
+        return KeptRows(rows, batch, size // batch, self.lost)
 
     def cost(self, approximate: bool) -> Cost:
         """What a step of this trace costs."""
@@ -198,24 +214,25 @@ class SlicedStep:
     # run
 
     def _sliced_backward(self, args: list[Any], tape: Tape, keep: bool) -> list[Any]:
-        slices, rows, batch = self.slices(tape.approximate), tape.rows, tape.batch
-        assert rows is not None
-        k = rows.shape[0]
+        slices, chosen = self.slices(tape.approximate), tape.chosen
+        assert chosen is not None
         known: dict[fx.Node, Any] = {}
 
         def given(node: fx.Node, kept: bool) -> Any:
             if node in known:
                 return known[node]
+            if kept and node in slices.upper.sizes:
+                return slices.upper.sizes[node](chosen.k)
             place = self._place[node]
             value = args[place]
             if place in self._multiples:
-                return value // batch * k if kept else value
+                return value // chosen.batch * chosen.k if kept else value
             if place in tape.kept and kept:
                 return tape.kept[place]
             if place in tape.saved and not kept:
                 return tape.saved[place]
             layout = slices.cuts.get(place)
-            return cut(value, layout, rows, batch) if kept and layout is not None else value
+            return cut(value, layout, chosen) if kept and layout is not None else value
 
         inputs = [given(node, True) for node in slices.upper.inputs]
         if not keep:
@@ -226,7 +243,7 @@ class SlicedStep:
         for node in list(found):
             layout = slices.proof.verdicts[node].layouts[0]
             if isinstance(layout, Rows):
-                found[node] = put_back(found[node], layout, rows, batch)
+                found[node] = put_back(found[node], layout, chosen)
         if slices.lower.outputs:
             known = found
             inputs = [given(node, False) for node in slices.lower.inputs]
@@ -251,13 +268,26 @@ def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _row_symbols(graph: fx.Graph, tangents: set[fx.Node]) -> tuple[sympy.Symbol, ...]:
-    """The symbol that counts rows: the size of the losses, which are a vector with a gradient."""
-    vectors = [n.meta["val"] for n in graph.nodes if n.op == "placeholder" and n in tangents]
-    sizes = {expression_of(each.shape[0]) for each in vectors if each.ndim == 1}
+def _row_symbols(graph: fx.Graph, tangents: set[fx.Node], unit: str) -> tuple[tuple[sympy.Symbol, ...], int]:
+    """The symbols that count rows, from the size of the losses, which are a vector with a gradient.
+
+    Returns:
+        The batch size's symbol; for tokens also that of their number, and how many at the end have no loss.
+    """
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
+    sizes = {expression_of(n.meta["val"].shape[0]) for n in inputs if n in tangents and n.meta["val"].ndim == 1}
     if len(sizes) != 1:
         raise CannotCapture("it returns further vectors with a gradient, so that one cannot tell which are the losses")
     (size,) = sizes
+    if unit == "element":
+        shapes = [tuple(map(expression_of, n.meta["val"].shape[:2])) for n in inputs if n not in tangents]
+        for batch, tokens in (shape for shape in shapes if len(shape) == 2):
+            if isinstance(batch, sympy.Symbol) and isinstance(tokens, sympy.Symbol) and batch != tokens:
+                counted = exact_ratio(size, batch)
+                lost = None if counted is None else tokens - counted
+                if lost == 0 or getattr(lost, "is_Integer", False):
+                    return (batch, tokens), int(lost)  # type: ignore[arg-type]
+        raise CannotCapture(f"its {size} losses are not those of the tokens of a batch")
     if not isinstance(size, sympy.Symbol):
         raise CannotCapture(f"its trace holds for one batch size only ({size} losses)")
-    return (size,)
+    return (size,), 0

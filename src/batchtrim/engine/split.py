@@ -12,24 +12,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
+import torch
 from torch import fx
 
-from batchtrim.engine.capture import executable
+from batchtrim.engine.capture import CannotCapture, executable, expression_of
 from batchtrim.engine.cost import is_costly
 from batchtrim.engine.layout import Broken, Rows
 from batchtrim.engine.proof import Proof
+from batchtrim.engine.rules import name_of
 
 __all__ = ["Part", "Slices", "split_backward"]
 
 
 @dataclass
 class Part:
-    """One of the two graphs: what it reads, by place among the backward's inputs or by node, and what it gives."""
+    """One of the two graphs: what it reads and gives, and its sizes as functions of k."""
 
     run: Callable[[list[Any]], Any]
     graph: fx.GraphModule
     inputs: list[fx.Node]
     outputs: list[fx.Node]
+    sizes: dict[fx.Node, Callable[[int], int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -53,7 +57,9 @@ class Slices:
         return any(is_costly(node) for node in self.upper.graph.graph.nodes)
 
 
-def split_backward(module: fx.GraphModule, proof: Proof, places: list[fx.Node]) -> Slices:
+def split_backward(
+    module: fx.GraphModule, proof: Proof, places: list[fx.Node], symbols: tuple[sympy.Symbol, ...]
+) -> Slices:
     """Two graphs of one: what runs on the kept rows, and what runs on all."""
     graph = module.graph
     (output,) = graph.find_nodes(op="output")
@@ -80,8 +86,10 @@ def split_backward(module: fx.GraphModule, proof: Proof, places: list[fx.Node]) 
         stack.extend(node.all_input_nodes)
     upper_outputs = list(dict.fromkeys([*(node for node in wanted if on_kept(node)), *frontier]))
     lower_outputs = list(dict.fromkeys(node for node in wanted if not on_kept(node)))
-    upper = _extract(module, upper_outputs, set())
-    lower = _extract(module, lower_outputs, set(frontier))
+    sizes, same = (_kept_sizes(graph, symbols), _cut_by_slices(proof)) if len(symbols) > 1 else ({}, set())
+    upper = _extract(module, upper_outputs, set(sizes), same)
+    upper.sizes = sizes
+    lower = _extract(module, lower_outputs, set(frontier), set())
     cuts: dict[int, Rows] = {}
     for place, node in enumerate(places):
         layout = verdicts[node].layouts[0]
@@ -91,8 +99,42 @@ def split_backward(module: fx.GraphModule, proof: Proof, places: list[fx.Node]) 
     return Slices(upper, lower, proof, cuts, whole)
 
 
-def _extract(module: fx.GraphModule, outputs: list[fx.Node], given: set[fx.Node]) -> Part:
-    """A graph that computes some nodes, with others given to it."""
+def _kept_sizes(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...]) -> dict[fx.Node, Callable[[int], int]]:
+    """Every symbolic size, for k samples of one token each."""
+    sizes: dict[fx.Node, Callable[[int], int]] = {}
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            sizes[node] = _kept_size(sympy.factor(expression_of(node.meta["val"])), symbols)
+    return sizes
+
+
+def _kept_size(size: Any, symbols: tuple[sympy.Symbol, ...]) -> Callable[[int], int]:
+    """``c * batch * (tokens - lost)`` becomes ``c * k``, and either of the two alone as it should."""
+    batch, tokens = symbols
+    factor, rows = 1, False
+    for each in sympy.Mul.make_args(sympy.sympify(size)):
+        if each == batch:
+            rows = True
+        elif each.is_Integer:
+            factor *= int(each)
+        elif not (each == tokens or (each.free_symbols == {tokens} and (each - tokens).is_Integer)):
+            raise CannotCapture(f"it has a size, {size}, that kept tokens alone do not have")
+    return (lambda k: factor * k) if rows else (lambda k: factor)
+
+
+def _cut_by_slices(proof: Proof) -> set[fx.Node]:
+    """The slices that take tokens off the end, or put them back: of kept tokens none is there."""
+    found = set()
+    for node, verdict in proof.verdicts.items():
+        if name_of(node.target) in ("slice", "slice_backward"):
+            before, after = proof.verdicts[node.args[0]].layouts[0], verdict.layouts[0]  # type: ignore[index]
+            if isinstance(before, Rows) and isinstance(after, Rows) and before.axes != after.axes:
+                found.add(node)
+    return found
+
+
+def _extract(module: fx.GraphModule, outputs: list[fx.Node], given: set[fx.Node], same: set[fx.Node]) -> Part:
+    """A graph that computes some nodes, with others given to it; ``same`` are left out for what they take."""
     needed: set[fx.Node] = set()
     stack = list(outputs)
     while stack:
@@ -111,6 +153,9 @@ def _extract(module: fx.GraphModule, outputs: list[fx.Node], given: set[fx.Node]
             inputs.append(node)
     for node in module.graph.nodes:
         if node in needed and node not in copies:
+            if node in same:
+                copies[node] = copies[node.args[0]]  # type: ignore[index]
+                continue
             copies[node] = new.node_copy(node, lambda n: copies[n])
     new.output([copies[node] for node in outputs])
     part = fx.GraphModule(module, new)

@@ -146,7 +146,9 @@ class ModelState:
         for module, noted in self.attributes:
             held = vars(module)
             for name in [name for name, value in held.items() if name not in noted and _is_state(name, value)]:
-                del held[name]
+                # a mark that something was set up once (hooks, tables): taken away, it would be set up twice
+                if not isinstance(held[name], bool):
+                    del held[name]
             for name, (value, copy) in noted.items():
                 held[name] = _put_back(value, copy)
 

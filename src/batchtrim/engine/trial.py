@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch_norm import has_batch_norm
-from batchtrim.engine.rows import copied, tensors_of
+from batchtrim.engine.rows import copied, map_tensors, tensors_of
 from batchtrim.engine.state import GeneratorStates, ModelState, device_of, modules_of, relative_difference
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.reduction import reduce_kept
@@ -129,8 +129,8 @@ class Trial:
         if self.own.refused is not None:
             self.found["refused"] = str(self.own.refused)
             return False
-        ours, theirs = copied(batch), copied(batch)
-        before = self.own.state(), copied(batch)
+        ours, theirs = fresh(batch), fresh(batch)
+        before = self.own.state(), fresh(batch)
         value, error = self._run_engine(number, ours, keep)
         after = GeneratorStates(device_of(self.own.model))
         selection = None if error is not None else self.own.step.last.selection  # type: ignore[union-attr]
@@ -144,7 +144,7 @@ class Trial:
             self.found["failed"] = f"{type(error).__name__}: {error}"
             return False
         self._note(**same)
-        self._compare(value)  # type: ignore[arg-type]
+        self._compare(value, ours, theirs)  # type: ignore[arg-type]
         self.found["steps"] = number + 1
         self._update(lr)
         return True
@@ -212,8 +212,9 @@ class Trial:
             same_batch=same["same_batch"] or _same_batch(ours, batch),
         )
 
-    def _compare(self, value: Tensor) -> None:
-        plain, own = self.plain.gradients(), self.own.gradients()
+    def _compare(self, value: Tensor, ours: Any, theirs: Any) -> None:
+        plain = self.plain.gradients() | _input_gradients(theirs)
+        own = self.own.gradients() | _input_gradients(ours)
         whole = [torch.cat([each.flatten() for each in side.values()] or [torch.zeros(0)]) for side in (plain, own)]
         total = float(whole[0].norm())
         worst, name = 0.0, ""
@@ -265,6 +266,27 @@ class Trial:
         if torch.is_autocast_enabled(device):
             seen.append(torch.get_autocast_dtype(device))
         return max(TOLERANCE[dtype] for dtype in seen)
+
+
+def fresh(batch: Any) -> Any:
+    """Return a copy of a batch that has no graph; what asks for a gradient in it does so in the copy."""
+    copies: dict[int, Tensor] = {}
+
+    def alone(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return copies[id(tensor)]
+
+    return map_tensors(alone, batch)
+
+
+def _input_gradients(batch: Any) -> dict[str, Tensor]:
+    """Return the gradient of each tensor of a batch that asks for one."""
+    asking = [tensor for tensor in tensors_of(batch) if tensor.requires_grad]
+    return {
+        f"input {number}": torch.zeros_like(tensor).double() if tensor.grad is None else tensor.grad.double()
+        for number, tensor in enumerate(asking)
+    }
 
 
 def _same_batch(ours: Any, theirs: Any) -> bool:

@@ -28,10 +28,9 @@ app = typer.Typer(
     name="batchtrim",
     help="Train the same network with mini-batch trimming and its relatives, and see honestly whether it helped.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"max_content_width": 130},
+    context_settings={"max_content_width": 130, "help_option_names": ["-h", "--help"]},
 )
 
 # What a wrong option, file or folder raises. --debug shows where.
@@ -119,7 +118,7 @@ def train(given: dict[str, Any]) -> None:
 def demo(given: dict[str, Any]) -> None:
     """Digits, full against trim, five seeds, in a minute or two.
 
-    The pictures come with scikit-learn; nothing is downloaded.
+    The images come with scikit-learn; nothing is downloaded.
     """
     settings = {"dataset": "digits", "model": "cnn", "methods": ["full", "trim"], "seeds": 5, "epochs": 30}
     _run_and_report(settings, {**given, "out": given["out"] or Path("runs/demo")})
@@ -130,21 +129,24 @@ def report_command(
     folder: Annotated[Path | None, typer.Argument(help="folder with runs.jsonl", show_default=False)] = None,
     csv: Annotated[
         Path | None,
-        typer.Option(help="table of numbers made elsewhere: columns method, seed, a metric, time", show_default=False),
+        typer.Option(help="table made elsewhere: columns method, seed, a metric, time", show_default=False),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="column of the table that is compared [the one there is]", show_default=False)
+        str | None, typer.Option(help="column of the table to compare by [the one there is]", show_default=False)
     ] = None,
     higher_is_better: Annotated[
-        bool | None,
-        typer.Option(
-            "--higher-is-better/--lower-is-better", help="which way it is better [by its name]", show_default=False
-        ),
-    ] = None,
+        bool, typer.Option("--higher-is-better", help="a higher metric is better [by its name]", show_default=False)
+    ] = False,
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="a lower metric is better [by its name]", show_default=False)
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="where the report goes [the same folder]", show_default=False)
     ] = None,
     baseline: Annotated[str, typer.Option(help="method the others are compared with")] = "full",
+    figures: Annotated[
+        Path | None, typer.Option(help="write the charts there too, as SVG and PNG", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON and write nothing")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -154,12 +156,19 @@ def report_command(
     """
 
     def work() -> None:
-        rows, place = _rows_of(folder, csv, metric, higher_is_better)
+        way = options.direction(higher_is_better, lower_is_better)
+        rows, place = _rows_of(folder, csv, metric, way)
         with _fitting("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
             check_choice("baseline", baseline, methods)
         _report(rows, out or place, baseline, as_json)
+        if figures is not None:
+            from batchtrim.lab.analyse import comparison
+            from batchtrim.lab.present import figures as drawing
+
+            paths = drawing.save(comparison.summarize(rows, baseline), figures)
+            typer.echo(f"figures: {len(paths)} files in {figures}", err=as_json)
 
     _guard(work, debug)
 
@@ -182,12 +191,11 @@ def claims_command(
         if not found:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
         with _fitting("the records"):
-            text = results.page(found)
-        if out is None:
-            typer.echo(text, nl=False)
-        else:
-            out.write_text(text, encoding="utf-8")
-            typer.echo(f"results: {out}")
+            if out is None:
+                typer.echo(results.page(found), nl=False)
+            else:
+                results.write(found, out)
+                typer.echo(f"results: {out}")
 
     _guard(work, debug)
 
@@ -195,14 +203,19 @@ def claims_command(
 @app.command("show")
 def show_command(
     run: Annotated[Path, typer.Argument(help="folder of runs made with --keep-log")],
-    key: Annotated[str | None, typer.Option(help="which run, by its key [the last]", show_default=False)] = None,
+    key: Annotated[str | None, typer.Option(help="which run, by its key", show_default=False)] = None,
+    method: Annotated[
+        str | None, typer.Option(help="which run, by its method [trim, else the last that chose]", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="which run, by its seed [the first]", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="the page [keep/KEY.html in the folder]", show_default=False)] = None,
     data_dir: Annotated[
-        str | None, typer.Option(help="folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]")
+        str | None,
+        typer.Option(help="folder with NAME/{train,test}-*.parquet [where the runs found them]", show_default=False),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Write a page with the samples that stayed hard: pictures, a map, confusions, classes over time.
+    """Write a page with the samples that stayed hard: images, a map, confusions, classes over time.
 
     For runs made with --keep-log. The page is self-contained and opens offline.
     """
@@ -211,7 +224,7 @@ def show_command(
         from batchtrim.lab.present import gallery
 
         with _fitting("the records and the keep log"):
-            page = gallery.build(run, out, key=key, data_dir=data_dir)
+            page = gallery.build(run, out, key=key, method=method, seed=seed, data_dir=data_dir)
         typer.echo(f"gallery: {page}")
 
     _guard(work, debug)
@@ -276,7 +289,7 @@ def main() -> None:
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     from batchtrim.lab import own, records
-    from batchtrim.lab.execute import grid, local, progress, scheduler
+    from batchtrim.lab.execute import cores, folders, foresee, grid, progress, scheduler
     from batchtrim.lab.run.ranks import Ranks
     from batchtrim.lab.task.code import Code
 
@@ -286,16 +299,23 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         options.refuse_without_task(settings)
         configs: list[Any] = list(grid.expand(settings))
     else:
+        options.refuse_with_task(given)
         configs = list(grid.expand_task(Code.in_file(task, "task"), settings))
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
         if given.get(name, least) < least:
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
     ranks = Ranks.from_environment()
-    workers, threads = local.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
+    workers, threads = cores.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
     workers = workers if ranks.world == 1 else 1
     if "threads" not in settings:
         configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
-    out = given["out"] or (_default_out(configs) if task is None else own.default_out(configs))
+    said = [cores.crowded(workers, max(config.threads for config in configs))] if not given.get("ray") else []
+    said += foresee.foresee(settings, configs)
+    out = given["out"]
+    if out is None:
+        base = _default_out(configs) if task is None else own.default_out(configs)
+        out, note = folders.free_folder(base, grid.cells(configs))
+        said.append(note)
     place = scheduler.Workplace(
         out,
         given.get("data_dir"),
@@ -305,6 +325,8 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     )
     try:
         with progress.Quiet() if given["quiet"] or ranks.rank > 0 else progress.Live() as watcher:
+            for text in filter(None, said):
+                watcher.note(text)
             failed = scheduler.run_all(
                 configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2),
                 isolated=task is not None,

@@ -14,6 +14,7 @@ import typer
 
 from batchtrim.lab import files
 from batchtrim.lab.run.config import SETTINGS
+from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.settings import Setting
 
 Table = dict[str, tuple[Any, Any]]
@@ -25,7 +26,10 @@ def option(kind: Any, help: str, *names: str, default: Any = None) -> tuple[Any,
 
 
 MANY: Table = {
-    "grid": (Annotated[Path | None, typer.Argument(help="TOML file with settings; options go before it")], None),
+    "grid": (
+        Annotated[Path | None, typer.Argument(help="TOML file with settings; options win over it")],
+        None,
+    ),
     "methods": option(str | None, "methods, comma-separated; `batchtrim methods` lists them"),
     "seeds": option(str | None, "how many seeds, or which, comma-separated"),
 }
@@ -41,11 +45,10 @@ PLACE: Table = {
     "keep_log": option(bool, "record what is kept of every sample, for `batchtrim show`", "--keep-log", default=False),
 }
 TASK: Table = {
-    "task": option(str | None, "training function of your own, as my_task.py:train, in place of data set and network"),
-    "metric": option(str | None, "number that the function returns and methods are compared by [error]"),
-    "higher_is_better": option(
-        bool | None, "which way the metric is better [by its name]", "--higher-is-better/--lower-is-better"
-    ),
+    "task": option(str | None, "training function of your own, in place of data set and network: my_task.py:train"),
+    "metric": option(str | None, "number that the function returns, by which methods are compared [error]"),
+    "higher_is_better": option(bool, "a higher metric is better [by its name]", "--higher-is-better", default=False),
+    "lower_is_better": option(bool, "a lower metric is better [by its name]", "--lower-is-better", default=False),
 }
 SCALE: Table = {
     "workers": option(int | None, "processes on this machine [one a core, up to 8]"),
@@ -60,9 +63,18 @@ TALK: Table = {
 
 
 def _setting_option(setting: Setting) -> tuple[Any, Any]:
-    help = setting.help + (f": {_listed(setting.choices)}" if setting.choices is not None else "")
-    help += f", {setting.own}" if setting.own else ""
-    return option((str if setting.many else setting.kind) | None, help)
+    help = setting.help
+    if setting.own:  # too many to list: an error names them all
+        names = list(setting.choices or ("",))
+        help += f": {names[0]} .. {names[-1]}, {setting.own}"
+    elif setting.choices is not None:
+        help += f": {_listed(setting.choices)}"
+    return option((str if setting.many else setting.kind) | None, help, *_flag(setting))
+
+
+def _flag(setting: Setting) -> tuple[str, ...]:
+    """The name of a yes-or-no setting, which has no opposite on the command line."""
+    return (f"--{setting.name.replace('_', '-')}",) if setting.kind is bool else ()
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -76,7 +88,8 @@ def _listed(names: Iterable[str]) -> str:
 
 _CONFIG: Table = {name: _setting_option(each) for name, each in SETTINGS.items() if each.help}
 _PARAM: Table = {"param": option(list[str] | None, "a method's parameter, as small_loss.noise_rate=0.1; repeatable")}
-NAMES = (*(name for name in {**MANY, **ONE, **TASK, **_CONFIG} if name != "grid"), *_PARAM)
+_WAYS = ("higher_is_better", "lower_is_better")
+NAMES = (*(name for name in {**MANY, **ONE, **TASK, **_CONFIG} if name not in ("grid", *_WAYS)), *_PARAM)
 """Every option that is a setting of the runs."""
 
 
@@ -92,7 +105,8 @@ def settings_table(presets: Mapping[str, Any], only: Table) -> Table:
         if only is MANY and name in SETTINGS and SETTINGS[name].many:
             help += "; comma-separated"
         said = _default(name, presets)
-        table[name] = option(kind.__origin__, f"{help} [{said}]", default=default) if said else (kind, default)
+        names = _flag(SETTINGS[name]) if name in SETTINGS else ()
+        table[name] = option(kind.__origin__, f"{help} [{said}]", *names, default=default) if said else (kind, default)
     return {**table, **TASK, **_PARAM}
 
 
@@ -122,19 +136,39 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         text = options["seeds"]
         seeds = _list("seeds", text, int)
         options["seeds"] = seeds if "," in text or not seeds else seeds[0]
+    way = direction(**{name: given.get(name) or False for name in _WAYS})
+    if way is not None:
+        options["higher_is_better"] = way
     params = options.pop("param", [])
     if params:
         settings["params"] = _params(params, settings.get("params", {}))
     return {**settings, **options}
 
 
+def direction(higher_is_better: bool, lower_is_better: bool) -> bool | None:
+    """Return whether a higher metric is better, by the two flags; None where neither is given."""
+    if higher_is_better and lower_is_better:
+        raise ValueError("expected --higher-is-better or --lower-is-better, got both.")
+    return higher_is_better if higher_is_better or lower_is_better else None
+
+
 def refuse_without_task(settings: Mapping[str, Any]) -> None:
     """Refuse what only a training function of the reader's has."""
-    given = next((name for name in TASK if name in settings), None)
+    given = next((name for name in ("metric", "higher_is_better") if name in settings), None)
     if given is not None:
         raise ValueError(
             f"expected `{given}` beside --task, got {settings[given]!r}. The lab's own loop counts errors."
         )
+
+
+def refuse_with_task(given: Mapping[str, Any]) -> None:
+    """Refuse what a training function of the reader's decides itself."""
+    if given.get("keep_log"):
+        raise ValueError("expected no --keep-log with --task, got one. The function keeps its log: run.keep_log(n).")
+    if given.get("data_dir"):
+        raise ValueError(f"expected no --data-dir with --task, got {given['data_dir']!r}. The function reads its data.")
+    if Ranks.from_environment().world > 1:
+        raise ValueError("expected --task in one process, got it under torchrun. Start processes in the function.")
 
 
 def check_one_run(settings: Mapping[str, Any]) -> None:

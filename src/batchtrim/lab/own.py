@@ -27,7 +27,7 @@ from batchtrim._checks import check_choice
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, foreign
 from batchtrim.lab.analyse.comparison import Summary
-from batchtrim.lab.execute import grid, local, progress, scheduler
+from batchtrim.lab.execute import cores, grid, progress, scheduler
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.present import tables
 from batchtrim.lab.present.wording import headline
@@ -61,7 +61,8 @@ def compare(
         train: called with a :class:`batchtrim.lab.Run`; returns a mapping with the metric in it. Or "FILE.py:NAME".
         methods: names of ``batchtrim methods`` that a trimmer drives. seeds: how many, or which.
         out: folder of the records and of the report; by default one under ``runs`` named after the function.
-        workers: processes; 1 stays in this one. A function of a notebook goes to others by value.
+        workers: processes; 1 stays in this one. A function of a notebook goes to others by value. In a script with
+            several, call this under ``if __name__ == "__main__":``.
         ray: address of a Ray cluster, or "auto". retries: how often a run whose worker died is done again.
         tensorboard: write what ``run.log`` is given as TensorBoard events too. quiet: no progress, and no table.
         baseline: the method the others are compared with.
@@ -82,7 +83,7 @@ def compare(
     if baseline != "full":  # which gives way to another where there is none
         check_choice("baseline", baseline, methods)
     configs = grid.expand_task(code, {"methods": methods, "seeds": listed, **settings})
-    workers, threads = local.share_cores(len(configs), workers)
+    workers, threads = cores.share_cores(len(configs), workers)
     if "threads" not in settings:
         configs = [replace(config, threads=1 if ray else threads) for config in configs]
     if workers > 1 or ray:

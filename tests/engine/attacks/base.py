@@ -33,6 +33,7 @@ KINDS = {
     12: "the rows of a sample are not where they were",
     13: "what is cut, and how",
     14: "samples interact, plainly",
+    15: "what a trace may miss, and rows that lie in unusual places",
 }
 
 

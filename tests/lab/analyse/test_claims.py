@@ -104,6 +104,18 @@ def test_too_many_backward_samples_make_a_claim_not_supported(limit: int, status
     assert f"with {limit}% of its backward samples at most (it took 60%)" in results.page([folder])
 
 
+def test_claims_of_a_partial_record_may_have_no_runs_yet(tmp_path: Path) -> None:
+    errors = {"full": [5.0, 5.5, 6.0], "trim": [5.0, 5.5, 6.0]}
+    text = CLAIMS.replace("effect", "partial = true\neffect")
+    record = claims.read(write(tmp_path / "r", errors, text))
+    assert [(found.status, found.difference.n) for found in record.findings][1] == (Status.NOT_DECIDABLE, 0)
+    assert "no runs yet" not in results.page([tmp_path / "r"]).partition("could have seen")[0]
+    for wrong in (CLAIMS, text.replace("random", "radnom"), text.replace("true", '"yes"')):
+        (tmp_path / "r" / "claims.toml").write_text(wrong)
+        with pytest.raises((ValueError, TypeError), match="expected"):
+            claims.read(tmp_path / "r")
+
+
 def test_a_corrected_p_value_decides() -> None:
     values = [-0.010, -0.002, -0.008, -0.001, -0.012]
     spread = inference.moments(values)
@@ -182,3 +194,22 @@ def test_the_results_page_is_what_the_records_say() -> None:
     if not folders:
         pytest.skip("no record has runs yet")
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == results.page(folders)
+    kept = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / results.DRAWINGS).glob("*.svg")}
+    assert kept == results.drawings(folders)
+
+
+def test_the_page_has_a_drawing_of_each_problem_and_says_when_trimming_helps(tmp_path: Path) -> None:
+    folder = write(tmp_path / "r", {"full": [5.0, 5.5, 6.0], "trim": [4.0, 4.6, 5.1], "random": [5.0, 5.6, 6.0]})
+    file = folder / "runs.jsonl"
+    rows = [json.loads(line) | {"curve": {"train_error": [0.2, 0.01]}} for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "page.md"
+    results.write([folder], out)
+    text = out.read_text()
+    assert "| d (r) | 3 | 1.00 | \N{MINUS SIGN}0.93" in text
+    assert "](drawings/results/r-d.svg)" in text
+    drawing = (tmp_path / "drawings" / "results" / "r-d.svg").read_text()
+    assert drawing.startswith("<svg")
+    assert "<style>" in drawing
+    assert all(f">{name}<" in drawing for name in ("full", "trim", "random"))
+    assert "http" not in drawing.replace("http://www.w3.org/2000/svg", "")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from batchtrim.lab.analyse.inference import MIN_PAIRS
+
 if TYPE_CHECKING:
     from batchtrim.lab.analyse.comparison import Arm, Group
 
@@ -26,8 +28,12 @@ class Kind(Enum):
     """The task seeded torch with one number for several seeds of the arm."""
     ALIKE = "alike"
     """Every seed of the arm gave the same value, to the last bit."""
+    FEW = "few"
+    """Fewer pairs than a verdict needs."""
     SOURCES = "sources"
     """Runs of the group were made by several versions of the reader's program."""
+    NOTED = "noted"
+    """What was noted of a run when it was done: of its data, its schedule, the process."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,25 @@ class Caveat:
     Attributes:
         arm: label of the arm; "" where it concerns the group.
         seeds: which it concerns. ``number``: of pairs that are left, the seed that was used, or how many versions.
+        note: as it was recorded.
     """
 
     kind: Kind
     arm: str
     seeds: tuple[int, ...]
     number: int
+    note: str = ""
 
 
 def caveats(group: Group) -> tuple[Caveat, ...]:
     """Return what is to be said beside the group's verdict."""
-    return (*_missing_pairs(group), *_seeds(group), *_sources(group))
+    return (*_few(group), *_missing_pairs(group), *_seeds(group), *_sources(group), *_notes(group))
+
+
+def _few(group: Group) -> Iterator[Caveat]:
+    pairs = [arm.paired.moments.n for arm in group.arms if arm.paired and 0 < arm.paired.moments.n < MIN_PAIRS]
+    if pairs:
+        yield Caveat(Kind.FEW, "", (), max(pairs))
 
 
 def _missing_pairs(group: Group) -> Iterator[Caveat]:
@@ -90,3 +104,20 @@ def _sources(group: Group) -> Iterator[Caveat]:
     }
     if len(found) > 1:
         yield Caveat(Kind.SOURCES, "", (), len(found))
+
+
+def _notes(group: Group) -> Iterator[Caveat]:
+    """One for each arm and note; one for the group where every run of it has the note."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    runs = 0
+    for arm in group.arms:
+        for row in arm.runs:
+            runs += 1
+            for note in row.get("notes") or ():
+                found.setdefault(str(note), []).append((arm.label, int(row["config"]["seed"])))
+    for note, places in found.items():
+        if len(places) == runs:
+            yield Caveat(Kind.NOTED, "", (), 0, note)
+            continue
+        for label in dict.fromkeys(label for label, _ in places):
+            yield Caveat(Kind.NOTED, label, tuple(sorted(seed for each, seed in places if each == label)), 0, note)

@@ -8,7 +8,7 @@ fewer errors than the baseline.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -25,6 +25,7 @@ from batchtrim.lab.analyse.inference import (
     holm,
     moments,
     paired_t,
+    unit_of,
     wilcoxon,
 )
 from batchtrim.lab.metric import ERROR, Metric
@@ -137,7 +138,7 @@ class Group:
 
     @property
     def metric(self) -> Metric:
-        """What its arms are compared by."""
+        """Return what its arms are compared by."""
         return Metric.of(self.settings)
 
     @property
@@ -246,7 +247,7 @@ def _arm(label: str, settings: dict[str, Any], rows: list[Row]) -> Arm:
         errors=errors,
         diverged=tuple(seed for seed, row in by_seed.items() if row["status"] == "diverged"),
         failed=tuple(seed for seed, row in by_seed.items() if row["status"] == "failed"),
-        moments=moments(list(errors.values())),
+        moments=_moments(errors.values(), metric),
         cost={name: float(np.mean([row[name] for row in finished.values()])) for name in known},
         metric=metric,
     )
@@ -261,20 +262,54 @@ def _compare(arms: Sequence[Arm], reference: Arm | None) -> tuple[Arm, ...]:
     differences = [
         [arm.errors[seed] - reference.errors[seed] for seed in seeds] for arm, seeds in zip(others, shared, strict=True)
     ]
-    raw = [paired_t(values) for values in differences]
+    unit = _unit([value for arm in arms for value in arm.errors.values()], reference.metric)
+    raw = [paired_t([value / unit for value in values]) for values in differences]
     paired = {
-        id(arm): _paired(arm, seeds, values, p_t, p_holm)
+        id(arm): _paired(arm, seeds, values, p_t, p_holm, unit)
         for arm, seeds, values, p_t, p_holm in zip(others, shared, differences, raw, holm(raw), strict=True)
     }
     return tuple(replace(arm, paired=paired.get(id(arm))) for arm in arms)
 
 
-def _paired(arm: Arm, seeds: list[int], values: list[float], p_t: float | None, p_holm: float | None) -> Paired:
+def _unit(values: Collection[float], metric: Metric) -> float:
+    """Return what values are counted in where spread is told from rounding: errors in 1, others by their size."""
+    return 1.0 if metric.in_percent else unit_of(values)
+
+
+def _moments(values: Collection[float], metric: Metric) -> Moments:
+    unit = _unit(values, metric)
+    return _within(moments([value / unit for value in values]).times(unit), metric, 0.0)
+
+
+def _paired(
+    arm: Arm, seeds: list[int], differences: list[float], p_t: float | None, p_holm: float | None, unit: float
+) -> Paired:
+    values = [value / unit for value in differences]
     spread = moments(values)
+    smallest = detectable(spread)
     verdict = Verdict.ALL_DIVERGED if arm.diverged and not arm.errors else judge(spread, p_holm)
     return Paired(
-        tuple(seeds), tuple(values), spread, p_t, wilcoxon(values), p_holm, detectable(spread), verdict, arm.metric
+        seeds=tuple(seeds),
+        differences=tuple(differences),
+        moments=_within(spread.times(unit), arm.metric, -1.0),
+        p_t=p_t,
+        p_wilcoxon=wilcoxon(values),
+        p_holm=p_holm,
+        detectable=None if smallest is None else smallest * unit,
+        verdict=verdict,
+        metric=arm.metric,
     )
+
+
+def _within(spread: Moments, metric: Metric, least: float) -> Moments:
+    """Return the moments with their t interval cut to what can be: a fraction of the test samples ends at 0 and at 1.
+
+    Args:
+        least: the lower end: 0 of a fraction, -1 of a difference of two.
+    """
+    if not metric.in_percent or spread.t is None:
+        return spread
+    return replace(spread, t=(max(least, spread.t[0]), min(1.0, spread.t[1])))
 
 
 def judge(differences: Moments, p: float | None) -> Verdict:
@@ -301,6 +336,6 @@ def _view(name: str, arms: Sequence[Arm], reference: Arm | None) -> View:
         finished = {row["config"]["seed"]: row for row in arm.runs if row["status"] == "finished"}
         found = {seed: views.error_at(row, budget, name) for seed, row in finished.items()}
         errors = {seed: error for seed, error in found.items() if error is not None}
-        read.append(replace(arm, errors=errors, moments=moments(list(errors.values())), paired=None))
+        read.append(replace(arm, errors=errors, moments=_moments(errors.values(), arm.metric), paired=None))
     matched = read[arms.index(reference)] if reference is not None else None
     return View(name, budget, _compare(read, matched))

@@ -6,7 +6,7 @@ Errors are fractions in [0, 1] throughout; a *point* is one percentage point of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,6 +39,21 @@ class Moments:
     std: float | None
     t: tuple[float, float] | None
     bootstrap: tuple[float, float] | None
+
+    def times(self, unit: float) -> Moments:
+        """Return the same in numbers ``unit`` times as large."""
+
+        def scaled(ends: tuple[float, float] | None) -> tuple[float, float] | None:
+            return None if ends is None else (ends[0] * unit, ends[1] * unit)
+
+        mean, std = (None if value is None else value * unit for value in (self.mean, self.std))
+        return Moments(self.n, mean, std, scaled(self.t), scaled(self.bootstrap))
+
+
+def unit_of(values: Iterable[float]) -> float:
+    """Return the power of two next below the largest size among values: in units of it rounding is as for errors."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
 
 
 def moments(values: Sequence[float]) -> Moments:

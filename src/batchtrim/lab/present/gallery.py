@@ -1,7 +1,7 @@
 """What was kept, to look at: one self-contained page with the hardest samples, a map, confusions and classes over time.
 
 :func:`build` makes it from a folder of runs that recorded a keep log (``batchtrim show``), :func:`write` from a log and
-samples of your own: pictures, or rows of text or fields.
+samples of your own: images, or rows of text or fields.
 
 n samples, C classes, S samples with a thumbnail.
 """
@@ -27,6 +27,7 @@ from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.lab import records
 from batchtrim.lab.present import charts, wording
 from batchtrim.lab.present.charts import Series
+from batchtrim.lab.present.logged import choose, remembered
 from batchtrim.lab.present.pages import Tile
 from batchtrim.lab.present.templating import render
 from batchtrim.lab.run import train
@@ -39,7 +40,7 @@ PER_CLASS = 200  # hardest of a class that get a thumbnail or a row of text
 MOST_SHOWN = 6000  # of them in all, so that a page of a thousand classes stays light
 MOST_SUSPECTS = 500
 SHEET_SIDE = 20  # thumbnails on a side of a sprite sheet
-THUMB = 64  # longest side of a thumbnail; smaller pictures are kept as they are
+THUMB = 64  # longest side of a thumbnail; smaller images are kept as they are
 MOST_LINES = 12  # classes drawn as lines of their own
 LONGEST_TEXT = 400
 NO_CLASSES = ("all samples",)
@@ -50,6 +51,9 @@ ORDERS = (
     ("spread", "spread"),
     ("keep", "keep rate"),
 )
+
+DRAWN = ("random", "loss_mass_random", "data_dropout")
+"""Methods that draw what they keep by lot."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Samples:
         rows: a text for each sample, or a mapping of field names to values.
         predicted, confidence: (n,), class and probability, where the log's own (the last seen in training, augmentation
             and all) should not be used.
-        title: heading of the page. ``facts``: settings to print at its foot.
+        title: heading of the page. ``facts``: settings to print at its foot. ``random``: what was kept was
+            drawn by lot, so the keep rates say nothing of the samples.
     """
 
     labels: Tensor | None = None
@@ -73,17 +78,25 @@ class Samples:
     confidence: Tensor | None = None
     title: str = "What was kept"
     facts: Mapping[str, str] | None = None
+    random: bool = False
 
 
 def build(
-    run: str | Path, out: str | Path | None = None, *, key: str | None = None, data_dir: str | None = None
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    key: str | None = None,
+    method: str | None = None,
+    seed: int | None = None,
+    data_dir: str | None = None,
 ) -> Path:
     """Write the gallery of a run that recorded a keep log; returns the page's path.
 
     Args:
         run: the folder that holds ``runs.jsonl`` and ``keep/KEY.parquet``. ``out``: the page, by default
-            ``keep/KEY.html`` in that folder. ``key``: which run; by default the last one with a log that trimmed.
-        data_dir: where data sets lie, as for training.
+            ``keep/KEY.html`` in that folder. ``key``, ``method``, ``seed``: which
+            run; see :func:`batchtrim.lab.present.logged.choose`.
+        data_dir: where data sets lie; by default where the runs found them.
 
     Raises:
         ValueError: the folder holds no keep log, or none of that key.
@@ -94,25 +107,21 @@ def build(
         raise ValueError(
             f"expected a keep log in {folder / 'keep'}, found none. Train with --keep-log, into a new folder."
         )
-    found = [row for row in logged if key is None or row["key"].startswith(key)]
-    if not found:
-        raise ValueError(
-            f"expected a run with a keep log, got {key!r}. There are {', '.join(r['key'] for r in logged)}."
-        )
-    row = max(found, key=lambda each: (each["config"]["method"] != "full", each["started"]))
+    row = choose(logged, key=key, method=method, seed=seed)
     path = folder / "keep" / f"{row['key']}.parquet"
     out = out or path.with_suffix(".html")
     facts = {name: str(value) for name, value in row["config"].items() if value not in (None, {})}
     if "task" in row["config"]:
         return write(KeepLog.from_parquet(path), _told_by_the_task(path, row, facts), out)
     config = RunConfig.from_dict(row["config"])
-    pictures = train.load_pictures(config, data_dir)
+    pictures = train.load_pictures(config, data_dir or remembered(folder))
     samples = Samples(
         labels=pictures.train_labels,
         classes=pictures.class_names or _class_names(config.dataset, pictures.classes),
         pictures=pictures.train_images,
         title=f"What was kept: {config.label}",
         facts=facts,
+        random=config.method in DRAWN,
     )
     return write(KeepLog.from_parquet(path), samples, out)
 
@@ -134,6 +143,7 @@ def _told_by_the_task(path: Path, row: Mapping[str, Any], facts: Mapping[str, st
         rows=told["rows"],
         title=f"What was kept: {TaskConfig.from_dict(row['config']).label}",
         facts=facts,
+        random=row["config"]["method"] in DRAWN,
     )
 
 
@@ -141,7 +151,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     """Write the page of ``log`` over ``samples`` to ``out``.
 
     Raises:
-        ValueError: log and samples are of different length, or there is neither a picture nor a row to show.
+        ValueError: log and samples are of different length, or there is neither an image nor a row to show.
     """
     by_class = samples.labels is not None
     if samples.labels is None:
@@ -180,6 +190,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         title=samples.title,
         sheets_css=Markup("".join(f".t{i}{{background-image:url({sheet})}}" for i, sheet in enumerate(sheets))),
         by_class=by_class,
+        random=samples.random,
         numbers=_numbers(log, columns) if by_class else _numbers(log, columns)[:-1],
         shown=f"{len(shown):,}",
         classes=list(enumerate(samples.classes)),
@@ -197,6 +208,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
 
 def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
     """What the page knows of each sample that was seen, most suspect first, in as few bytes as it takes."""
+    assert samples.labels is not None
     table = log.table()
     ids, scores = suspects(log)
     predicted = table["predicted"] if samples.predicted is None else samples.predicted
@@ -268,7 +280,7 @@ def _sheets(pictures: Tensor) -> tuple[list[str], dict[str, int]]:
 
 
 def _fields(row: str | Mapping[str, Any]) -> list[list[str]]:
-    """A sample that is no picture, as names and values; a plain text has an empty name."""
+    """A sample that is no image, as names and values; a plain text has an empty name."""
     pairs = [("", row)] if isinstance(row, str) else row.items()
     return [[str(name), text if len(text := str(value)) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"]
             for name, value in pairs]  # fmt: skip

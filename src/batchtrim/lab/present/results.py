@@ -1,14 +1,23 @@
-"""The page of results: every record's claims with what the runs say of them, then its tables, in Markdown."""
+"""The page of results: every record's claims with what the runs say of them, then its tables, in Markdown.
+
+Beside the page lie its drawings: test error against backward samples, one a problem, the front joined by a line.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from batchtrim.lab.analyse import claims
 from batchtrim.lab.analyse.claims import Finding, Record
-from batchtrim.lab.present import tables, wording
+from batchtrim.lab.analyse.comparison import Arm, Group
+from batchtrim.lab.present import charts, tables, wording
+
+DRAWINGS = "drawings/results"
+GAINS = ("trim", "loss_mass", "ordered_sgd")
+"""Methods whose gain is set against how well plain training fits its training set."""
 
 _INTRODUCTION = """\
 # Results
@@ -28,20 +37,127 @@ Made by `batchtrim claims records --out docs/results.md`.
 """
 
 
+def write(folders: Sequence[str | Path], out: Path) -> None:
+    """Write the page, and its drawings into a folder beside it."""
+    read = [claims.read(folder) for folder in folders]
+    out.write_text(_page(read), encoding="utf-8")
+    for name, drawing in _drawings(read).items():
+        path = out.parent / DRAWINGS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(drawing, encoding="utf-8")
+
+
 def page(folders: Sequence[str | Path]) -> str:
     """A Markdown page on all records: the claims first, then each record's tables."""
-    lines = [_INTRODUCTION]
-    for record in map(claims.read, folders):
-        name = record.folder.name
-        topic = re.sub(r"^\d{4}-\d\d-\d\d-", "", name)  # a record is named by its date first
+    return _page([claims.read(folder) for folder in folders])
+
+
+def drawings(folders: Sequence[str | Path]) -> dict[str, str]:
+    """The page's drawings, SVG by file name."""
+    return _drawings([claims.read(folder) for folder in folders])
+
+
+def _page(read: Sequence[Record]) -> str:
+    lines = [_INTRODUCTION, *_gains(read)]
+    for record in read:
+        name, topic = record.folder.name, _topic(record)
         lines += [f"## {record.title}", ""]
         matters = f"`records/{name}`; a difference of {wording.points(record.effect)} points matters here."
         lines += [f"{matters} {record.note}".rstrip()]
         lines += ["", *_findings_table(record), ""]
         for group in record.groups:
             lines += [f"### {group.title} ({topic})", "", *tables.markdown_table(group, group.arms), ""]
+            if name := _drawing_name(record, group):
+                lines += [f"![Test error against backward samples, {group.title}]({DRAWINGS}/{name})", ""]
         lines += [wording.LEGEND, ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _topic(record: Record) -> str:
+    return re.sub(r"^\d{4}-\d\d-\d\d-", "", record.folder.name)  # a record is named by its date first
+
+
+def _drawing_name(record: Record, group: Group) -> str:
+    """The file a group is drawn in; "" where there is too little to draw."""
+    if len(_drawn(group)) < 3:
+        return ""
+    topic = _topic(record)
+    title = re.sub(r"[^a-z0-9]+", "-", group.title.lower()).strip("-")
+    return f"{topic}-{title}.svg"
+
+
+def _drawn(group: Group) -> list[Arm]:
+    return [arm for arm in group.arms if arm.cost.get("samples_backward") and arm.moments.mean is not None]
+
+
+def _drawings(read: Sequence[Record]) -> dict[str, str]:
+    found = {}
+    css = "\n".join(_css())
+    for record in read:
+        for group in record.groups:
+            name = _drawing_name(record, group)
+            if not name:
+                continue
+            arms = _drawn(group)
+            most = group.reference or max(arms, key=lambda arm: arm.cost["samples_backward"])
+            full = most.cost["samples_backward"]
+            points = [
+                charts.Point(
+                    arm.label, 0 if arm is group.reference else 1 + place % charts.COLOURS,
+                    arm.cost["samples_backward"] / full, arm.moments.mean or 0.0, arm.moments.t,
+                )
+                for place, arm in enumerate(arms)
+            ]  # fmt: skip
+            chart = charts.scatter(
+                points, x_label=f"backward samples, of those of {most.label}", y_label="test error %",
+                x_fmt=lambda x: f"{x:.0%}", fmt=lambda y: f"{100 * y:.3g}",
+                title=f"Test error against backward samples: {group.title}",
+            )  # fmt: skip
+            found[name] = str(chart).replace(">", f"><style>\n{css}\n</style>", 1) + "\n"
+    return found
+
+
+def _css() -> list[str]:
+    """The lines of the page's style sheet that its charts use, for a drawing that stands alone."""
+    lines = (Path(__file__).parent / "page.css").read_text(encoding="utf-8").splitlines()
+    end = lines.index("* { box-sizing: border-box; }")
+    font = 'svg { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }'
+    return [*lines[:end], font, *(line for line in lines[end:] if line.startswith((".s0", ".s5", "svg")))]
+
+
+def _gains(read: Sequence[Record]) -> list[str]:
+    """When does it help: each method's gain, the problems in the order of how well plain training fits them."""
+    rows = []
+    for record in read:
+        for group in record.groups:
+            full = next((arm for arm in group.arms if arm.label == "full"), None)
+            left = [error for error in map(_training_error, full.runs) if error is not None] if full else []
+            others = {arm.settings["method"]: arm for arm in group.arms if arm.settings.get("engine") == "exact"}
+            if left and any(name in others for name in GAINS):
+                mean = sum(left) / len(left)
+                cells = [f"{group.title} ({_topic(record)})", str(len(left)), wording.percent(mean)]
+                cells += [_gain(others.get(name)) for name in GAINS]
+                rows.append((mean, f"| {' | '.join(cells)} |"))
+    if not rows:
+        return []
+    heads = ["problem", "seeds", "plain training's error on its training set, %", *(f"`{name}`" for name in GAINS)]
+    return [
+        "## When does trimming help?", "",
+        "Difference of test errors to plain training, in points (95 % interval); below zero is better. Problems are in "
+        "the order of the training error that plain training ends with, under augmentation and in training mode.", "",
+        f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(line for _, line in sorted(rows)), "",
+    ]  # fmt: skip
+
+
+def _training_error(row: Mapping[str, Any]) -> float | None:
+    curve = (row.get("curve") or {}).get("train_error") or []
+    return curve[-1] if row["status"] == "finished" and curve else None
+
+
+def _gain(arm: Arm | None) -> str:
+    if arm is None or arm.paired is None or arm.paired.moments.mean is None:
+        return "–"  # noqa: RUF001
+    return f"{wording.signed(arm.paired.moments.mean)} ({wording.signed_interval(arm.paired.moments.t)})"
 
 
 def _findings_table(record: Record) -> list[str]:

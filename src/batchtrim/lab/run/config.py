@@ -49,11 +49,11 @@ class RunConfig:
 
     dataset: str = setting(
         "digits", "data set", role=Role.DATA, choices=SPECS, many=True,
-        own="a folder of class folders, a .csv or .parquet table of images, owner/name on the hub",
+        own="a folder, a table, owner/name",
     )  # fmt: skip
     image_size: int | None = setting(
-        None, "side in pixels that images of your own are resized to", role=Role.DATA, later=True,
-        default_help="images of one small size as they are, others 64",
+        None, "side in pixels that your images are resized to", role=Role.DATA, later=True,
+        default_help="64 unless alike and small",
     )  # fmt: skip
     test_split: float | None = setting(
         None, "part of your images to test on, where they have no test split", role=Role.DATA, later=True,
@@ -61,7 +61,7 @@ class RunConfig:
     )  # fmt: skip
     split_seed: int = setting(0, "seed of that split", role=Role.DATA, later=True)
     group: str | None = setting(
-        None, "column, or pattern of file names, that tells which images stay on one side", role=Role.DATA, later=True,
+        None, "column, or pattern of file names: what stays on one side of the split", role=Role.DATA, later=True,
         default_help="none",
     )  # fmt: skip
     image_column: str | None = setting(
@@ -70,7 +70,9 @@ class RunConfig:
     label_column: str | None = setting(
         None, "column of a table with the classes", role=Role.DATA, later=True, default_help="label, class or target"
     )
-    skip_broken: bool = setting(False, "go on without images that cannot be decoded", role=Role.DATA, later=True)
+    skip_broken: bool = setting(
+        False, "go on without images that cannot be decoded", role=Role.DATA, later=True, default_help="refused"
+    )
     model: str = setting("mlp", "network", choices=MODELS, many=True, own="FILE.py:FUNCTION, hf:ARCHITECTURE")
     width: int | None = setting(None, "channels of the network's first stage", default_help="by network")
     norm: str = setting("batch", "normalisation layers", choices=NORMS)
@@ -78,25 +80,27 @@ class RunConfig:
     method_params: Mapping[str, Any] = setting(dict, role=Role.ARM)
     optimizer: str = setting("adam", "optimizer", choices=OPTIMIZERS, many=True)
     lr: float | None = setting(None, "peak learning rate", default_help=_by_optimizer(0))
-    lr_schedule: str = setting("cosine", "learning rate over training", choices=LR_SCHEDULES, many=True)
+    lr_schedule: str = setting("cosine", "learning rate", choices=LR_SCHEDULES, many=True)
     weight_decay: float | None = setting(None, "weight decay", default_help=_by_optimizer(1))
     momentum: float = setting(0.9, "momentum of sgd and nesterov")
     epochs: int = setting(10, "epochs of each run")
     batch_size: int = setting(128, "images in a batch, over all processes")
     seed: int = setting(0, role=Role.SEED)
     augment: str | None = setting(None, "augmentation", choices=AUGMENTS, default_help="by data set")
-    label_smoothing: float = setting(
-        0.0, "part of every target spread over all classes; samples are ranked by their loss without it", later=True
-    )
+    label_smoothing: float = setting(0.0, "label smoothing; ranks by the plain loss", later=True)
     test_views: str = setting(
         "plain",
-        "what is tested: the image, or its outputs added to those of its mirror image",
+        "views tested of an image",
         choices=TEST_VIEWS,
         later=True,
     )
     train_size: int | None = setting(
         None, "train on so many images, the same part of every class", role=Role.DATA, default_help="all"
     )
+    test_size: int | None = setting(
+        None, "test on so many images, the same part of every class and the same ones in every run", later=True,
+        default_help="all",
+    )  # fmt: skip
     label_noise: str = setting(
         "none", "wrong labels: none, symmetric:RATE, asymmetric:RATE, human:WHICH", role=Role.DATA
     )
@@ -107,7 +111,7 @@ class RunConfig:
     engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
     precision: str = setting("32-true", "number format", choices=PRECISIONS)
     device: str = setting("auto", "where to train", choices=DEVICES)
-    eval_every: int = setting(1, "test after every so many epochs, and after the last", role=Role.SPEED)
+    eval_every: int = setting(1, "test every so many epochs, and at the end", role=Role.SPEED)
     threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
 
     def resolved(self) -> RunConfig:
@@ -140,6 +144,13 @@ class RunConfig:
             check_count(
                 "train_size", self.train_size, minimum=spec.classes if spec else 2, hint="At least one image a class."
             )
+        if self.test_size is not None:
+            check_count(
+                "test_size", self.test_size, minimum=spec.classes if spec else 2, hint="At least one image a class."
+            )
+        for name in ("keep_start", "keep_end"):  # a method without a schedule ignores them, but not a wrong number
+            if getattr(self, name) is not None:
+                check_keep(name, getattr(self, name))
         if check_number("imbalance", self.imbalance) < 1.0:
             raise ValueError(
                 f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest."

@@ -1,0 +1,130 @@
+"""What `auto` runs, when, and what it says."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+import zoo
+from harness import BATCH, error, gradient
+from torch import nn
+
+import batchtrim
+from batchtrim.engine.cost import Cost
+from batchtrim.errors import ApproximateGradient, EngineFallback
+
+
+class Wide(nn.Sequential):
+    """Enough arithmetic for cutting to pay."""
+
+    def __init__(self, *norms: nn.Module) -> None:
+        super().__init__(nn.Linear(8, 512), *norms, nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 5))
+
+
+def stepped(model: nn.Module, keep: float, batch: int = 256, engine: str = "auto") -> batchtrim.TrimmedForward:
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(keep), engine)
+    step(zoo.vectors(batch), torch.randint(0, 5, (batch,))).backward()
+    return step
+
+
+def test_it_says_once_what_runs(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "batchtrim.engine"):
+        step = stepped(Wide(), 0.2)
+        step(zoo.vectors(64), torch.randint(0, 5, (64,)))
+    assert [r.message for r in caplog.records if r.name == "batchtrim.engine"] == [
+        "engine 'auto' runs 'shared': 100 % of the backward on the kept rows"
+    ]
+    assert step.last.engine == "shared"
+    assert "engine='auto (shared)'" in repr(step)
+
+
+def test_a_model_too_small_to_pay_is_given_up_for_good(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "batchtrim.engine"):
+        step = stepped(zoo.Mlp(8), 0.2, BATCH)
+    assert "too small for cutting to pay" in caplog.records[-1].message
+    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
+    assert step.last.engine == "exact"
+    assert "engine='auto (exact)'" in repr(step)
+
+
+def test_nothing_is_traced_where_nearly_everything_is_kept() -> None:
+    step = stepped(Wide(), 0.95)
+    assert step.last.engine == "exact"
+    assert step.engine.saving.capture.traces == 0
+
+
+def test_cost_of_a_step() -> None:
+    cost = Cost(forward=1.0, upper=2.0, lower=0.0)
+    assert cost.ratio(0.4) == pytest.approx((1 + 2 * 0.4) / 3)
+    assert cost.share == 1.0
+    cost = Cost(forward=1.0, upper=1.0, lower=1.0, cutting=0.1, overhead=0.05)
+    assert cost.ratio(0.5) == pytest.approx((1 + 0.5 + 1 + 1.5 * 0.1 + 0.05) / 3)
+
+
+@pytest.mark.parametrize(("cosine", "approximate"), [(0.97, True), (0.93, False)])
+def test_batch_norm_is_approximated_only_where_that_is_near(
+    cosine: float, approximate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchtrim.engine.shared.cosine_of", lambda *_: cosine)
+    torch.manual_seed(0)
+    model = Wide(nn.BatchNorm1d(512))
+    with pytest.warns(ApproximateGradient, match=f"cosine {cosine:.3f}") as told:
+        step = stepped(model, 0.2)
+    assert len(told) == 1
+    assert step.engine.saving.approximate is approximate
+    assert bool(step.last.approximate) is approximate
+    x, y = zoo.vectors(256), torch.randint(0, 5, (256,))
+    found = []
+    for engine in (step, batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.2), "exact")):
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            engine(x, y).backward()
+        found.append(gradient(model))
+    assert (error(found[1], found[0]) <= 1e-5) is not approximate
+
+
+def test_the_cosine_is_that_of_the_two_gradients() -> None:
+    torch.manual_seed(0)
+    model = Wide(nn.BatchNorm1d(512))
+    x, y = zoo.vectors(64), torch.randint(0, 5, (64,))
+    found = []
+    for engine in ("exact", "shared"):
+        model.zero_grad()
+        batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), engine)(x, y).backward()
+        found.append(gradient(model))
+    expected = float(nn.functional.cosine_similarity(*found, dim=0))
+    with pytest.warns(ApproximateGradient, match=f"cosine {expected:.3f}"):
+        batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), "auto")(x, y)
+
+
+def test_batch_norm_keeps_statistics_and_takes_its_means_over_the_kept_rows() -> None:
+    # dx = weight / S * (g - mean_k(g) - u * mean_k(g * u)), u = (x - M) / S with the whole batch's mean and deviation
+    torch.manual_seed(3)
+    x = torch.randn(64, 2, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2, eps=1e-12)).double()
+    nn.init.eye_(model[0].weight)
+    scale = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    trim = batchtrim.Trimmer(0.25)
+    step = batchtrim.TrimmedForward(model, lambda out, _: (out * scale).sum(1) ** 2, trim, "shared")
+    step(x).backward()
+    rows, k = trim.last_selection.rising().indices, trim.last_selection.k
+    mean, deviation = x.mean(0), x.std(0, unbiased=False)
+    u = ((x - mean) / deviation)[rows]
+    g = 2 * (u * scale).sum(1, keepdim=True) * scale / k
+    dx = (g - g.mean(0) - u * (g * u).mean(0)) / deviation
+    torch.testing.assert_close(model[0].weight.grad, dx.t() @ x[rows])
+    torch.testing.assert_close(model[1].weight.grad, (g * u).sum(0))
+    torch.testing.assert_close(model[1].bias.grad, g.sum(0))
+    torch.testing.assert_close(model[1].running_mean, 0.1 * mean)
+    assert step.last.approximate
+
+
+def test_a_compiled_model_goes_to_two_pass() -> None:
+    compiled = torch.compile(Wide(), backend="eager")
+    with pytest.warns(EngineFallback, match="compiled.*two_pass"):
+        step = batchtrim.TrimmedForward(compiled, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.3), "auto")
+    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+    assert step.last.engine == "two_pass"

@@ -1,0 +1,135 @@
+"""Tokens as rows: what lies between the last attention of a language model and its loss runs on the kept ones alone."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from harness import error, gradient
+from torch import Tensor, nn
+
+import batchtrim
+from batchtrim.engine.cutting import KeptRows, cut, put_back
+from batchtrim.engine.layout import Axis, Rows
+from batchtrim.errors import EngineFallback, EngineRefused
+
+WORDS = 30
+
+
+def batch(size: int = 6, length: int = 9) -> tuple[Tensor, Tensor]:
+    x = torch.randint(0, WORDS, (size, length))
+    y = x.clone()
+    y[0, length // 3 :] = -100  # padding
+    return x, y
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_language_model_is_exact_and_cut_down_to_its_last_attention(shift: bool) -> None:
+    torch.manual_seed(0)
+    model = zoo.LanguageModel(WORDS)
+    loss = functools.partial(batchtrim.token_losses, shift=shift)
+    steps = {
+        engine: batchtrim.TrimmedForward(model, loss, batchtrim.Trimmer(0.4, unit="element"), engine)
+        for engine in ("exact", "shared")
+    }
+    for size, length in ((6, 9), (6, 9), (4, 9), (5, 7)):
+        x, y = batch(size, length)
+        found = {}
+        for engine, step in steps.items():
+            model.zero_grad()
+            value = step(x, y)
+            value.backward()
+            found[engine] = value.detach(), gradient(model), step.last.selection.indices
+        torch.testing.assert_close(found["shared"][0], found["exact"][0])
+        assert torch.equal(found["shared"][2], found["exact"][2])
+        assert error(found["exact"][1], found["shared"][1]) <= 1e-5
+    engine = steps["shared"].engine
+    assert engine.capture.traces == 1, "batches of other sizes and lengths run in one trace"
+    place, _ = engine.trace.mixing(True)
+    assert "attention" in place
+    upper = [str(node.target) for node in engine.trace.slices(True).upper.graph.graph.nodes]
+    assert upper.count("aten.mm.default") >= 2 + 2 * 3, "the head and the last block's three layers"
+
+
+def test_what_is_saved_of_the_head_is_that_of_the_kept_tokens() -> None:
+    torch.manual_seed(0)
+    model = zoo.LanguageModel(WORDS)
+    trim = batchtrim.Trimmer(0.25, unit="element")
+    step = batchtrim.TrimmedForward(model, batchtrim.token_losses, trim, "shared")
+    sizes: list[int] = []
+    cut_tape = step.engine._cut
+
+    def noted(tape: object, *rest: object) -> None:
+        cut_tape(tape, *rest)
+        sizes.extend(t.shape[0] for t in tape.kept.values() if WORDS in t.shape)  # type: ignore[attr-defined]
+        assert not any(WORDS in t.shape[1:] for t in tape.saved.values())  # type: ignore[attr-defined]
+
+    step.engine._cut = noted
+    x = torch.randint(0, WORDS, (6, 8))
+    step(x, x).backward()
+    assert sizes
+    assert set(sizes) == {12}
+
+
+def test_pixels_are_no_tokens_and_go_on_exactly() -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 5, 1)
+    x, y = torch.randn(4, 3, 4, 4), torch.randint(5, (4, 4, 4))
+    y[0] = 3
+    loss = batchtrim.per_sample(nn.CrossEntropyLoss(ignore_index=3), unit="element")
+    step = batchtrim.TrimmedForward(model, loss, batchtrim.Trimmer(0.25, unit="element"), "auto")
+    with pytest.warns(EngineFallback, match=r"not those of the tokens of a batch.*exact"):
+        value = step(x, y)
+    values = F.cross_entropy(model(x), y, reduction="none")[y != 3]
+    k = batchtrim.keep_count(0.25, len(values))
+    assert step.last.selection.k == k
+    torch.testing.assert_close(value, values.topk(k).values.mean())
+
+
+def test_a_loss_over_the_tokens_of_a_sample_is_refused() -> None:
+    def entropy_of_neighbours(logits: Tensor, y: Tensor) -> Tensor:
+        return (logits.mean(2) - logits.mean((1, 2))[:, None]).square()
+
+    model = zoo.LanguageModel(WORDS)
+    step = batchtrim.TrimmedForward(model, entropy_of_neighbours, batchtrim.Trimmer(0.5, unit="element"), "shared")
+    with pytest.raises(EngineRefused, match="mixes rows"):
+        step(*batch())
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((4, 5, 3), (Axis(0), Axis(1))),
+        ((4, 3, 5), (Axis(0), Axis(2))),
+        ((5, 4, 3), (Axis(1), Axis(0))),
+        ((20, 3), (Axis(0, 1, 5), Axis(0, 4, 1))),
+        ((4, 6, 3), (Axis(0), Axis(1, lost=-1))),
+        ((3, 20), (Axis(1, 1, 5), Axis(1, 4, 1))),
+    ],
+)
+def test_what_was_cut_can_be_put_back(shape: tuple[int, ...], axes: tuple[Axis, Axis]) -> None:
+    rows = torch.tensor([0, 7, 8, 19])  # of 4 samples with 5 tokens each
+    kept = KeptRows(rows, batch=4, tokens=5)
+    whole = torch.arange(1.0, 1.0 + torch.Size(shape).numel()).reshape(shape)
+    layout = Rows(axes)
+    taken = cut(whole, layout, kept)
+    back = put_back(taken, layout, kept)
+    assert back.shape == whole.shape
+    assert int((back != 0).sum()) == 4 * 3
+    assert torch.equal(back[back != 0], whole[back != 0])
+    assert torch.equal(cut(back, layout, kept), taken)
+
+
+@pytest.mark.parametrize("axis", [Axis(1), Axis(1, 3, 1), Axis(1, 1, 2), Axis(1, 3, 2)])
+def test_samples_that_were_cut_can_be_put_back(axis: Axis) -> None:
+    kept = KeptRows(torch.tensor([1, 2]), batch=4)
+    whole = torch.arange(1.0, 1.0 + 2 * 4 * axis.outer * axis.inner).reshape(2, 4 * axis.outer * axis.inner)
+    for each in (whole, whole.t().contiguous().t()):
+        taken = cut(each, Rows((axis,)), kept)
+        back = put_back(taken, Rows((axis,)), kept)
+        assert torch.equal(back[back != 0], whole[back != 0])
+        assert taken.shape == (2, 2 * axis.outer * axis.inner)
+        assert (taken.stride(0) > taken.stride(1)) == (each.stride(0) > each.stride(1)), "memory keeps its order"

@@ -1,0 +1,88 @@
+"""What is said beside a verdict: missing pairs, seeds that were not used, programs that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from batchtrim.lab.analyse import comparison
+from batchtrim.lab.analyse.caveats import Caveat, Kind, caveats
+from batchtrim.lab.present.caveats import caveat_texts
+
+Row = dict[str, Any]
+MakeRow = Callable[..., Row]
+
+
+def runs(make_row: MakeRow, seeds: dict[str, list[int]], **more: Any) -> list[Row]:
+    return [
+        {**make_row(method, seed, 0.2 + 0.01 * seed - 0.02 * (method == "trim") + 0.001 * (seed % 3)), **more}
+        for method, each in seeds.items()
+        for seed in each
+    ]
+
+
+def found(rows: list[Row]) -> tuple[Caveat, ...]:
+    (group,) = comparison.summarize(rows).groups
+    assert len(caveat_texts(group)) == len(caveats(group))
+    return caveats(group)
+
+
+def test_nothing_is_said_of_whole_pairs(make_row: MakeRow) -> None:
+    assert found(runs(make_row, {"full": [0, 1, 2], "trim": [0, 1, 2]})) == ()
+
+
+def test_missing_pairs_on_either_side(make_row: MakeRow) -> None:
+    rows = runs(make_row, {"full": [0, 1, 2, 3], "trim": [1, 2, 3, 4, 5]})
+    assert found(rows) == (
+        Caveat(Kind.ARM_LACKS, "trim", (0,), 3),
+        Caveat(Kind.BASELINE_LACKS, "trim", (4, 5), 3),
+    )
+    (group,) = comparison.summarize(rows).groups
+    assert group.arms[1].paired is not None
+    assert group.arms[1].paired.seeds == (1, 2, 3)
+    assert caveat_texts(group)[0] == "trim has no finished run with seed 0: compared on the 3 pairs that are there."
+
+
+def test_a_failed_run_is_a_missing_pair_and_a_diverged_one_is_not(make_row: MakeRow) -> None:
+    rows = runs(make_row, {"full": [0, 1, 2], "trim": [0]})
+    rows += [make_row("trim", 1, None, status="failed"), make_row("trim", 2, None)]
+    assert found(rows) == (Caveat(Kind.FEW, "", (), 1), Caveat(Kind.ARM_LACKS, "trim", (1,), 1))
+
+
+def test_one_seed_for_several(make_row: MakeRow) -> None:
+    rows = [{**row, "torch_seed": 42} for row in runs(make_row, {"full": [0, 1, 2], "trim": [0, 1, 2]})]
+    assert found(rows) == (
+        Caveat(Kind.ONE_SEED, "full", (0, 1, 2), 42),
+        Caveat(Kind.ONE_SEED, "trim", (0, 1, 2), 42),
+    )
+    (group,) = comparison.summarize(rows).groups
+    assert "full: runs with seeds 0, 1, 2 were all seeded with 42 by the task." in caveat_texts(group)[0]
+    own = [{**row, "torch_seed": 1000 + row["config"]["seed"]} for row in rows]
+    assert found(own) == ()
+
+
+@pytest.mark.parametrize("task", [True, False])
+def test_the_same_value_on_every_seed(make_row: MakeRow, task: bool) -> None:
+    more = {"task": "my_task.py:train"} if task else {}
+    rows = [make_row(method, seed, 0.25, **more) for method in ("full", "trim") for seed in range(3)]
+    expected = tuple(Caveat(Kind.ALIKE, method, (0, 1, 2), 0) for method in ("full", "trim"))
+    assert found(rows) == (expected if task else ())
+
+
+def test_notes_of_runs_are_told_by_arm_or_once(make_row: MakeRow) -> None:
+    rows = runs(make_row, {"full": [0, 1, 2], "trim": [0, 1, 2]})
+    data = [{**row, "notes": ["5 images are on both sides"]} for row in rows]
+    assert found(data) == (Caveat(Kind.NOTED, "", (), 0, "5 images are on both sides"),)
+    some = [{**row, "notes": ["it was late"]} if row["config"]["method"] == "trim" else row for row in rows]
+    assert found(some) == (Caveat(Kind.NOTED, "trim", (0, 1, 2), 0, "it was late"),)
+    (group,) = comparison.summarize(some).groups
+    assert caveat_texts(group) == ["trim, seeds 0, 1, 2: it was late."]
+
+
+def test_several_versions_of_the_program(make_row: MakeRow) -> None:
+    rows = runs(make_row, {"full": [0, 1, 2], "trim": [0, 1, 2]})
+    for number, row in enumerate(rows):
+        row["environment"] = {**row["environment"], "source": "abc" if number < 4 else "def"}
+    assert found(rows) == (Caveat(Kind.SOURCES, "", (), 2),)

@@ -1,0 +1,98 @@
+"""Metrics other than the test error: which way is better, how they are written, on every page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from batchtrim.lab import headline, summarize
+from batchtrim.lab.analyse.foreign import to_records
+from batchtrim.lab.metric import ERROR, HIGHER, LOWER, Metric
+from batchtrim.lab.present import tables
+
+
+def rows(name: str, gain: float, level: float = 0.5) -> list[dict[str, float | str]]:
+    return [
+        {"method": method, "seed": seed, name: level + 0.01 * seed + (gain + 0.001 * (seed % 2)) * (method == "trim")}
+        for method in ("full", "trim")
+        for seed in range(6)
+    ]
+
+
+@pytest.mark.parametrize("name", [*HIGHER, *LOWER])
+def test_names_that_tell_which_way_is_better(name: str) -> None:
+    assert Metric.called(name).higher_is_better == (name in HIGHER)
+    assert Metric.called(name.upper()).higher_is_better == (name in HIGHER)
+    with pytest.raises(ValueError, match="got the other way round"):
+        Metric.called(name, name not in HIGHER)
+
+
+def test_other_names_have_to_say_it() -> None:
+    assert Metric.called("score", True).better == "higher"
+    with pytest.raises(ValueError, match="whose name does not tell"):
+        Metric.called("score")
+
+
+@pytest.mark.parametrize(
+    ("name", "gain", "says"),
+    [
+        ("error", -0.02, "trim: lower error by 1.95 points"),
+        ("accuracy", 0.02, "trim: higher accuracy by 2.05 points"),
+        ("rmse", -0.02, "trim: lower rmse by 0.0195"),
+        ("f1", 0.02, "trim: higher f1 by 0.0205"),
+        ("f1", -0.02, "trim: lower f1 by 0.0195"),
+        ("perplexity", 0.0, "trim: no difference seen; a difference under"),
+    ],
+)
+def test_verdicts_name_the_metric(name: str, gain: float, says: str) -> None:
+    assert headline(summarize(rows(name, gain))).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("name", "gain", "colour"), [("f1", 0.02, "lower"), ("f1", -0.02, "higher"), ("rmse", 0.02, "higher")]
+)
+def test_the_page_colours_a_gain_as_a_gain_and_says_no_error(
+    name: str, gain: float, colour: str, tmp_path: Path
+) -> None:
+    tables.write_report(to_records(rows(name, gain), "results.csv"), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert f'<div class="verdict {colour}">' in page
+    text = re.sub(r"<style>.*?</style>|<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "test error" not in text.lower().replace("training error", "")
+    assert "points" not in text
+    assert f">{name}<" in page
+    told = (tmp_path / "report.md").read_text()
+    assert f"| {name} |" in told
+    assert f"{'above' if name == 'f1' else 'below'} zero is better" in told
+    assert f",{name}," in (tmp_path / "report.csv").read_text().splitlines()[1]
+
+
+def test_scales_of_any_size_are_compared() -> None:
+    small = [{**row, "rmse": float(row["rmse"]) * 1e-9} for row in rows("rmse", -0.02)]
+    large = [{**row, "rmse": float(row["rmse"]) * 1e9} for row in rows("rmse", -0.02)]
+    (a,), (b,) = summarize(small).groups, summarize(large).groups
+    assert a.arms[1].paired is not None
+    assert b.arms[1].paired is not None
+    assert a.arms[1].paired.p_t == pytest.approx(b.arms[1].paired.p_t, rel=1e-6)
+    assert a.arms[1].paired.verdict is b.arms[1].paired.verdict
+
+
+def test_numbers_are_written_as_the_metric_asks() -> None:
+    assert ERROR.text(0.0213) == "error 2.13 %"
+    assert Metric.called("rmse").text(0.45123) == "rmse 0.4512"
+    assert ERROR.text(None) == "error unknown"
+
+
+def test_a_thousand_rows_report_in_seconds(tmp_path: Path) -> None:
+    import time
+
+    many = [
+        {"method": f"m{m}", "seed": s, "error": 0.1 + 0.001 * ((7 * m + 13 * s) % 29), "time": 10.0 + s}
+        for m in range(10)
+        for s in range(100)
+    ]
+    start = time.process_time()
+    tables.write_report(to_records(many, "results.csv"), tmp_path, "m0")
+    assert time.process_time() - start < 5.0
