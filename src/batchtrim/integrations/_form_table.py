@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from batchtrim.engine.capture import uncompiled
 from batchtrim.engine.state import GeneratorStates, ModelState, device_of
-from batchtrim.integrations._forms import Form, find_form, fits
+from batchtrim.integrations._form_search import find_form, fits
+from batchtrim.integrations._forms import Form
 from batchtrim.integrations.intercept import NotFound
 from batchtrim.integrations.labels import loss_of, named_labels
 from batchtrim.integrations.parts import near

@@ -1,30 +1,28 @@
 """Standard forms of a model's loss: what a graph can be traced of, proven to be the losses that were recorded.
 
 A forward whose loss functions are being recorded cannot be traced. Most losses are one call of a loss function on one
-of the model's outputs and its labels, laid out in one of a few ways. :func:`find_form` looks for the way that gives the
-recorded losses, entry by entry, and the same gradient of the model's parameters. The function, its class weights, label
-smoothing and ignored label are those of the recorded call.
+of the model's outputs and its labels, laid out in one of a few ways. ``_form_search.py`` looks for the way that gives
+the recorded losses, entry by entry, and the same gradient of the model's parameters. The function, its class weights,
+label smoothing and ignored label are those of the recorded call.
 
 Legend: B batch, t entries a sample, T tokens, C classes, L the model's loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchtrim.integrations._merging import Term, merged
-from batchtrim.integrations.decompose import Found
-from batchtrim.integrations.intercept import Part, entries
-from batchtrim.integrations.parts import tolerance_of
+from batchtrim.integrations.intercept import entries
 from batchtrim.unreduced import Losses
 
-__all__ = ["Form", "find_form", "fits"]
+__all__ = ["OF_CLASSES", "OF_NUMBERS", "Form", "FormCall"]
 
 Arranged = tuple[Tensor, Tensor, int]  # a loss function's input and target, and the label that does not count
 
@@ -66,12 +64,12 @@ def _numbers(output: Tensor, label: Tensor, ignored: int) -> Arranged:
     return output.reshape(batch, -1), label.reshape(batch, -1).to(output.dtype), ignored
 
 
-_OF_CLASSES = (_each, _next_padded, _next_cut, _pixels, _pixels_resized, _position)
-_OF_NUMBERS = (_numbers,)
+OF_CLASSES = (_each, _next_padded, _next_cut, _pixels, _pixels_resized, _position)
+OF_NUMBERS = (_numbers,)
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class FormCall:
     """A term of a loss: a loss function of one output and one label.
 
     Attributes:
@@ -116,7 +114,7 @@ class Form:
             in it that the model's own loss has not.
     """
 
-    calls: tuple[_Call, ...]
+    calls: tuple[FormCall, ...]
     alike: bool
     unit: str
     smoothing: float
@@ -147,120 +145,3 @@ class Form:
     def with_scores(self, outputs: Any, labels: Mapping[str, Tensor]) -> tuple[Losses, Tensor | None]:
         """Return the losses, and what to rank by where that is not their values."""
         return merged([call.term(outputs, labels) for call in self.calls], self.alike, self.unit)
-
-
-def find_form(
-    found: Found, labels: Mapping[str, Tensor], unit: str, smoothing: float, parameters: list[nn.Parameter]
-) -> Form | None:
-    """Return the form that gives the losses that were found, or None where none does.
-
-    Args:
-        found: with its graph. labels: by name. unit: what is chosen. smoothing: label smoothing that was added.
-        parameters: of the model, of which the gradient is compared.
-    """
-    outputs = found.outputs
-    calls = [next(_matching(part, outputs, labels), None) for part in found.parts]
-    if not calls or any(call is None for call in calls):
-        return None
-    form = Form(tuple(call for call in calls if call is not None), found.alike, unit, smoothing)
-    return form if fits(form, found, labels, parameters) else None
-
-
-def fits(form: Form, found: Found, labels: Mapping[str, Tensor], parameters: list[nn.Parameter]) -> bool:
-    """True where a form gives the losses that were found: values, what counts, and the gradient."""
-    try:
-        losses, scores = form.with_scores(found.outputs, labels)
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError):  # shapes of another layout
-        return False
-    mine = (losses.values, losses.mask, losses.weights, losses.counts, scores)
-    terms = [_all_count(term, part) for term, part in zip(found.terms, found.parts, strict=True)]
-    other, other_scores = merged(terms, found.alike, form.unit)
-    theirs = (other.values, other.mask, other.weights, other.counts, other_scores)
-    if not all(_same(one, two) for one, two in zip(mine, theirs, strict=True)):
-        return False
-    return _same_gradient(losses, other, parameters)
-
-
-def _all_count(term: Term, part: Part) -> Term:
-    """A term whose entries all count without the mask that says so, where the model took their mean itself."""
-    every = part.call.divisor is None and term.counted is not None and bool(term.counted.all())
-    return term._replace(counted=None) if every else term
-
-
-def _matching(part: Part, outputs: Any, labels: Mapping[str, Tensor]) -> Iterator[_Call]:
-    """The ways in which a recorded call can be made of an output and a label."""
-    call = part.call
-    given = dict(call.own.keywords)
-    for name in ("input", "target", "reduction", "size_average", "reduce"):
-        given.pop(name, None)
-    of_classes = call.counted is not None
-    factor = _factor(part)
-    masked = of_classes and call.divisor is not None
-    if factor is None or (of_classes and not masked and not bool(call.counted.all())):  # type: ignore[union-attr]
-        return
-    for output, tensor in _named(outputs):
-        for label, target in labels.items():
-            if target.ndim == 0 or tensor.ndim == 0:
-                continue
-            for arrange in _OF_CLASSES if of_classes else _OF_NUMBERS:
-                made = _Call(output, label, arrange, call.own.func, given, factor, masked)
-                try:
-                    with torch.no_grad():
-                        term = made.term({output: tensor.detach()}, {label: target})
-                except (RuntimeError, ValueError, IndexError, TypeError):  # not of these shapes
-                    continue
-                if term.values.numel() == part.values.numel() and _same(
-                    term.values.reshape(-1), part.values.reshape(-1)
-                ):
-                    yield made
-
-
-def _factor(part: Part) -> float | None:
-    """The number by which a call's losses go into L; None where it is not one number."""
-    own, used = part.call.values.detach().double().sum(), part.values.detach().double().sum()
-    if not bool(own.isfinite() & used.isfinite()) or float(own) == 0.0:
-        return None
-    factor = float(used / own)
-    return 1.0 if abs(factor - 1.0) < 1e-5 else factor
-
-
-def _named(outputs: Any) -> Iterator[tuple[Any, Tensor]]:
-    pairs = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
-    for name, value in pairs:
-        if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point() and name != "loss":
-            yield name, value
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is None and other is None
-    if one.shape != other.shape:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    one, other = one.detach(), other.detach()
-    apart = tolerance_of(one.dtype)
-    return torch.allclose(one, other.to(one.dtype), rtol=apart, atol=1e-2 * apart, equal_nan=True)
-
-
-def _same_gradient(one: Losses, other: Losses, parameters: list[nn.Parameter]) -> bool:
-    """Of the losses, each weighed by another number."""
-    number = len(one.values)
-    weights = torch.linspace(1.0, 2.0, number, device=one.values.device, dtype=one.values.dtype)
-    sums = []
-    for losses in (one, other):
-        values = losses.values if losses.mask is None else torch.where(losses.mask, losses.values, 0.0)
-        sums.append(values @ weights)
-    try:
-        pairs = [torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True) for each in sums]
-    except RuntimeError:  # a model that cannot be differentiated twice: nothing is proven
-        return False
-    size, apart = 0.0, 0.0
-    for mine, theirs in zip(*pairs, strict=True):
-        if (mine is None) != (theirs is None):
-            return False
-        if mine is not None and theirs is not None:
-            size += float(theirs.double().square().sum())
-            apart += float((mine.double() - theirs.double()).square().sum())
-    relative = 10 * tolerance_of(one.values.dtype)
-    return apart**0.5 <= relative * size**0.5
