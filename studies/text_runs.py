@@ -82,14 +82,14 @@ def trimming(method: str, end: float) -> dict[str, Any]:
     mass = {"keep": 0.9, "select": batchtrim.loss_mass()}
     return {
         "trim": {"keep": fall},
-        "trim_late": {"keep": batchtrim.join([everything, fall], at=[0.5])},
-        "trim_full_end": {"keep": batchtrim.join([fall, everything], at=[0.875])},
+        "trim_late": {"keep": batchtrim.schedules.join([everything, fall], at=[0.5])},
+        "trim_full_end": {"keep": batchtrim.schedules.join([fall, everything], at=[0.875])},
         "random": {"keep": fall, "select": batchtrim.uniform()},
         "two_sided": {"keep": fall, "select": batchtrim.between(skip=0.1)},
         "loss_mass": mass | {"scale": "batch"},
         "loss_mass_kept": mass,
         "loss_mass_random": {"keep": 0.9, "select": batchtrim.uniform(like=batchtrim.loss_mass())},
-        "data_dropout": {"keep": everything, "select": batchtrim.above(-math.log(0.3))},  # no full last epoch
+        "data_dropout": {"keep": everything, "select": batchtrim.selection.above(-math.log(0.3))},  # no full last epoch
     }[method]
 
 

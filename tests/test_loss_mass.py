@@ -19,6 +19,7 @@ import batchtrim
 import oracles
 from batchtrim import KeepLog, Losses, TrimmedForward, Trimmer, loss_mass, smoothing_floor, uniform
 from batchtrim.keeplog import NoiseAmplified
+from batchtrim.selection import above
 
 VALUES = st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, float("inf"), float("nan"), -0.0, 0.125])
 LOSSES = st.lists(st.one_of(VALUES, st.floats(0, 10, width=16)), min_size=1, max_size=60)
@@ -308,7 +309,7 @@ def test_engines_read_k_from_the_selection(engine: str, scale: str) -> None:
         assert step.last.selection.k == plain.last_selection.k  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("rule", [loss_mass(), batchtrim.above(0.5), batchtrim.percentile(), uniform(like=loss_mass())])
+@pytest.mark.parametrize("rule", [loss_mass(), above(0.5), batchtrim.percentile(), uniform(like=loss_mass())])
 def test_what_will_be_kept_is_what_was_kept_where_k_follows_losses(rule: Any) -> None:
     trim = Trimmer(1.0 if isinstance(rule, batchtrim.percentile) else 0.9, select=rule)
     assert trim.expected_keep == trim.keep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -47,6 +48,28 @@ def test_all_is_sorted_and_complete() -> None:
     assert batchtrim.__all__ == sorted(batchtrim.__all__)
     for name in batchtrim.__all__:
         assert getattr(batchtrim, name).__doc__, f"{name} has no docstring"
+
+
+@pytest.mark.parametrize(("name", "home"), [("above", "selection"), ("join", "schedules"), ("step", "schedules")])
+def test_names_that_moved_work_for_one_more_release(name: str, home: str) -> None:
+    assert name not in batchtrim.__all__
+    assert name not in dir(batchtrim)
+    expected = f"batchtrim.{name} goes in the next release: use batchtrim.{home}.{name}."
+    with pytest.warns(DeprecationWarning, match=re.escape(expected)) as warned:
+        old = getattr(batchtrim, name)
+    assert old is getattr(getattr(batchtrim, home), name)
+    assert [warning.filename for warning in warned] == [__file__]
+    with pytest.warns(DeprecationWarning, match=re.escape(expected)) as warned:
+        exec(compile(f"from batchtrim import {name}", __file__, "exec"), {})
+    assert {warning.filename for warning in warned} == {__file__}
+
+
+def test_completion_reads_like_a_table_of_contents() -> None:
+    modules = {"compat", "errors", "integrations", "keeplog", "lab", "schedules", "selection", "testing"}
+    assert dir(batchtrim) == sorted(dir(batchtrim))
+    assert set(dir(batchtrim)) == {*batchtrim.__all__, *modules, "__version__"}
+    for name in modules:
+        assert getattr(batchtrim, name).__name__ == f"batchtrim.{name}"
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import batchtrim
-from batchtrim import Choice, KeepLog, Trimmer, hardest, join, linear, percentile, percentile_topk, suspects
+from batchtrim import Choice, KeepLog, Trimmer, hardest, linear, percentile, percentile_topk, suspects
+from batchtrim.schedules import join
 
 HUGE = 10**400
 

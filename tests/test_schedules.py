@@ -8,7 +8,8 @@ import pickle
 import pytest
 
 import batchtrim
-from batchtrim import by_accuracy, constant, cosine, join, linear, piecewise, step
+from batchtrim import by_accuracy, constant, cosine, linear, piecewise
+from batchtrim.schedules import join, step
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ from batchtrim import by_accuracy, constant, cosine, join, linear, piecewise, st
 def test_values(schedule: batchtrim.schedules.Schedule, values: dict[float, float]) -> None:
     for progress, keep in values.items():
         assert schedule(progress) == pytest.approx(keep, abs=1e-6)
-    assert eval(repr(schedule), vars(batchtrim)) == schedule, "what repr prints is what one types"
+    assert eval(repr(schedule), vars(batchtrim.schedules)) == schedule, "what repr prints is what one types"
     for twin in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule)):
         assert twin == schedule
 

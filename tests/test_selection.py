@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import oracles
 from batchtrim import (
-    above,
     between,
     easiest,
     hardest,
@@ -24,7 +23,8 @@ from batchtrim import (
     superquantile,
     uniform,
 )
-from batchtrim.selection import rank_mask, select_valid, top_indices
+from batchtrim.selection import above
+from batchtrim.selection.base import rank_mask, select_valid, top_indices
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # few distinct values, so that ties are common, and the special ones

@@ -14,16 +14,16 @@ Schedules say how much to keep, selection rules say which, a :class:`Trimmer` pu
 
 import importlib
 
+from batchtrim._deprecated import MOVED, moved
 from batchtrim.accumulation import accumulate
 from batchtrim.choice import Choice
 from batchtrim.engine import TrimmedForward
 from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.losses import Losses, focal, per_sample, superloss, token_losses
 from batchtrim.reduction import reduce
-from batchtrim.schedules import by_accuracy, constant, cosine, join, linear, piecewise, step
+from batchtrim.schedules import by_accuracy, constant, cosine, linear, piecewise
 from batchtrim.selection import (
     Selection,
-    above,
     between,
     easiest,
     hardest,
@@ -40,13 +40,21 @@ from batchtrim.trimmer import Trimmer
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("compat", "lab", "testing")  # imported when first asked for
+_SUBMODULES = ("compat", "integrations", "lab", "testing")  # imported when first asked for
 
 
 def __getattr__(name: str) -> object:
     if name in _SUBMODULES:
         return importlib.import_module(f"batchtrim.{name}")
+    if name in MOVED:
+        return moved(name)
     raise AttributeError(f"module 'batchtrim' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return what a reader looks for: the public names, and the modules that hold more of them."""
+    modules = ("compat", "errors", "integrations", "keeplog", "lab", "schedules", "selection", "testing")
+    return sorted([*__all__, *modules, "__version__"])
 
 
 __all__ = [
@@ -57,7 +65,6 @@ __all__ = [
     "Selection",
     "TrimmedForward",
     "Trimmer",
-    "above",
     "accumulate",
     "between",
     "by_accuracy",
@@ -66,7 +73,6 @@ __all__ = [
     "easiest",
     "focal",
     "hardest",
-    "join",
     "keep_count",
     "linear",
     "loss_mass",
@@ -76,7 +82,6 @@ __all__ = [
     "piecewise",
     "reduce",
     "smoothing_floor",
-    "step",
     "superloss",
     "superquantile",
     "suspects",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,16 @@ if TYPE_CHECKING:
     from batchtrim.keeplog import KeepLog
 
 _RECORD = "call `log.record(trim.last, ids=ids, outputs=outputs, labels=labels)` after `trim(losses)`"
+
+# Names that said nothing by themselves, and the modules that now hold them.
+MOVED = {"above": "batchtrim.selection", "join": "batchtrim.schedules", "step": "batchtrim.schedules"}
+
+
+def moved(name: str) -> Any:
+    """Return what ``batchtrim.<name>`` was; warns the caller of the package's ``__getattr__``."""
+    home = MOVED[name]
+    warnings.warn(f"batchtrim.{name} goes in the next release: use {home}.{name}.", DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(home), name)
 
 
 def trimmer_log(log: KeepLog | None, unit: str) -> KeepLog | None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from batchtrim._checks import check_keep, check_progress, describe, is_number
 
-__all__ = ["Schedule", "as_schedule", "by_accuracy", "constant", "cosine", "join", "linear", "piecewise", "step"]
+__all__ = ["Schedule", "by_accuracy", "constant", "cosine", "join", "linear", "piecewise", "step"]
 
 
 class Schedule:
@@ -29,7 +29,7 @@ class Schedule:
 
     def __call__(self, progress: float, /) -> float:
         """The keep fraction, in (0, 1], at ``progress`` in [0, 1]."""
-        raise TypeError(f"{type(self).__name__} is an abstract schedule; use one of {', '.join(__all__[2:])}.")
+        raise TypeError(f"{type(self).__name__} is an abstract schedule; use one of {', '.join(__all__[1:])}.")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from batchtrim.distributed import select_over_ranks, world_size
 from batchtrim.errors import NothingToChoose
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear
-from batchtrim.selection import Rule, Selection, hardest, select_valid
+from batchtrim.selection import Rule, Selection, hardest
+from batchtrim.selection.base import select_valid
 from batchtrim.stats import KeepStats
 from batchtrim.unreduced import UNITS, Losses, divisors, flatten
 

@@ -140,7 +140,8 @@ def like_one_process(me: Rank) -> None:
             ranked = torch.rand(size, *shape, generator=draw)
             parts.append((losses * weights, ranked, mask, torch.where(mask, weights, 0.0)))
         rules = [batchtrim.hardest(), batchtrim.between(0.2), batchtrim.superquantile(), batchtrim.uniform()]
-        rules += [batchtrim.percentile(), batchtrim.percentile_topk(), batchtrim.above(0.5), batchtrim.easiest()]
+        rules += [batchtrim.percentile(), batchtrim.percentile_topk(), batchtrim.easiest()]
+        rules.append(batchtrim.selection.above(0.5))
         rules.insert(0, batchtrim.loss_mass(skip=0.1))
         rules += [batchtrim.loss_mass(), batchtrim.uniform(like=batchtrim.loss_mass())]
         for rule in rules if not shape else rules[:2]:

@@ -88,7 +88,9 @@ class Naive:
             losses, outputs = self.forward(x, y)
         selection = self.trim.select(losses).rising()
         kept, _ = self.forward(*self.cut(x, y, padded_rows(selection), selection.size))
-        step = batchtrim.engine.batch.Step(kept_loss(kept, selection, self.trim), losses.values, outputs, selection)
+        step = batchtrim.engine.batch.StepResult(
+            kept_loss(kept, selection, self.trim), losses.values, outputs, selection
+        )
         return step._replace(engine=self.name)
 
     def cut(self, x: Any, y: Any, rows: torch.Tensor, batch: int) -> Any:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import batchtrim
-from batchtrim import Trimmer, by_accuracy, constant, cosine, join, linear, piecewise
+from batchtrim import Trimmer, by_accuracy, constant, cosine, linear, piecewise
 from batchtrim.errors import ChooseLength, ClockPastTotal
+from batchtrim.schedules import join
 
 
 def saved(keep: Any, total: int | None, steps: int) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_outputs_of_another_form_are_left_out() -> None:
 
     def predicted(outputs: object) -> list[int]:
         log = KeepLog(4)
-        step = batchtrim.engine.batch.Step(LOSSES.mean(), LOSSES, outputs, selection)
+        step = batchtrim.engine.batch.StepResult(LOSSES.mean(), LOSSES, outputs, selection)
         log.record(step, ids=torch.arange(4), labels=labels)
         return log.table()["predicted"].tolist()
 

@@ -80,7 +80,7 @@ RULES = st.one_of(
     st.builds(batchtrim.percentile, st.floats(0, 5), st.integers(1, 20)),
     st.builds(batchtrim.percentile_topk),
     st.builds(batchtrim.between, st.floats(0, 1, exclude_max=True)),
-    st.builds(batchtrim.above, st.floats(), st.integers(1, 20)),
+    st.builds(batchtrim.selection.above, st.floats(), st.integers(1, 20)),
 )
 
 
@@ -91,7 +91,7 @@ RULES = st.one_of(
     st.floats(0, 1),
 )
 def test_schedules(name: str, arguments: list[Any], progress: float) -> None:
-    kind = getattr(batchtrim, name)
+    kind = getattr(batchtrim.schedules, name)
     try:
         schedule = kind(*arguments)
     except TypeError as error:

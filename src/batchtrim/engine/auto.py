@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.batch_norm import LEAST_COSINE
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.engine.protocol import Engine
@@ -58,7 +58,7 @@ class AutoEngine:
         except EngineRefused as refused:
             self._hand_on(refused)
 
-    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """One step; ``selection`` is given where the choice was made already."""
         if not self.pays(x, y):
             return self.exact(x, y, selection)

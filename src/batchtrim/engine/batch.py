@@ -14,11 +14,11 @@ from batchtrim.engine.rows import RowCutter, map_tensors, tensors_of
 from batchtrim.losses import Losses, flatten
 from batchtrim.selection import Selection
 
-__all__ = ["Forward", "Step", "as_losses", "map_tensors", "tensor_shapes"]
+__all__ = ["Forward", "StepResult", "as_losses", "map_tensors", "tensor_shapes"]
 
 
-class Step(NamedTuple):
-    """What an engine returns.
+class StepResult(NamedTuple):
+    """The result of an engine's step.
 
     Attributes:
         loss: 0-d, with a graph.
@@ -37,6 +37,9 @@ class Step(NamedTuple):
     mask: Tensor | None = None
     engine: str = ""
     approximate: str | None = None
+
+
+Step = StepResult  # its name until the next release
 
 
 @dataclass

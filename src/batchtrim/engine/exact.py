@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from batchtrim.engine.batch import Forward, Step, map_tensors
+from batchtrim.engine.batch import Forward, StepResult, map_tensors
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
@@ -24,7 +24,7 @@ class ExactEngine:
         self.forward = forward
         self.trim = trim
 
-    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """One step; ``selection`` is given where the choice was made already."""
         losses, outputs = self.forward(x, y)
         if selection is None:
@@ -34,7 +34,7 @@ class ExactEngine:
             kept = kept.index_select(0, selection.indices)
             weights = None if weights is None else weights.index_select(0, selection.indices)
         loss = reduce_kept(kept, selection, self.trim.scale, weights)
-        return Step(
+        return StepResult(
             loss, losses.values.detach(), map_tensors(torch.Tensor.detach, outputs), selection, engine=self.name
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from batchtrim._checks import check_choice, check_count, describe
 from batchtrim.engine.auto import AutoEngine
-from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.engine.protocol import Engine
 from batchtrim.engine.two_pass import TwoPassEngine
@@ -99,7 +99,7 @@ class TrimmedForward:
         self.trim = trim
         self._kind = engine
         self.engine = ENGINES[engine](self.forward, trim)
-        self.last: Step | None = None
+        self.last: StepResult | None = None
 
     def __call__(self, x: Any, y: Any = None) -> Tensor:
         """The trimmed loss of a batch, with a graph.

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from batchtrim.engine.batch import Step
+from batchtrim.engine.batch import StepResult
 from batchtrim.selection import Selection
 
 __all__ = ["Engine"]
@@ -26,7 +26,7 @@ class Engine(Protocol):
     @property
     def repeats_forward(self) -> bool: ...
 
-    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """One step; ``selection`` is given where the choice was made already.
 
         Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from batchtrim.engine.batch import Forward, Step, as_losses, map_tensors
+from batchtrim.engine.batch import Forward, StepResult, as_losses, map_tensors
 from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
@@ -65,7 +65,7 @@ class SharedEngine:
         self.trace: SlicedStep | None = None  # the last that ran
         self._tape: Tape | None = None
 
-    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         few = _rows(x, self.forward.batch_dim) < _FEWEST
         if self.trim.keep == 1.0 or not is_training_step() or few or is_lazy(self.forward.inner):
             return self.exact(x, y, selection)
@@ -84,7 +84,7 @@ class SharedEngine:
         if tape.step is not None and rows.shape[0] < batch:
             self._cut(tape, loss, rows.sort().values, _rows(x, self.forward.batch_dim))
             approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
-        return Step(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
+        return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
         """The loss of rows that were chosen before."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.batch import Forward, Step
+from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.probe import Probe, Tolerance
@@ -62,7 +62,7 @@ class TwoPassEngine:
         self.approximation: str | None = None  # why the last step's gradient is not the exact one
         self.said = False
 
-    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> Step:
+    def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """One step; ``selection`` is given where the choice was made already."""
         if self.trim.keep == 1.0 or not is_training_step() or is_lazy(self.forward.inner):
             return self.exact(x, y, selection)
@@ -77,7 +77,7 @@ class TwoPassEngine:
         except EngineRefused as refused:
             before.restore(x, y)
             raise EngineRefused(_CANNOT.format(refused), selection) from refused.__cause__
-        return Step(loss, losses.values, outputs, selection, engine=self.name, approximate=self.approximation)
+        return StepResult(loss, losses.values, outputs, selection, engine=self.name, approximate=self.approximation)
 
     def _first_pass(self, before: Moment, x: Any, y: Any) -> tuple[Losses, Any]:
         try:

@@ -17,7 +17,7 @@ from batchtrim._checks import check_choice
 from batchtrim.errors import ChooseLength
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["CLOCKS", "build", "follow", "load_state", "log_values", "total_of"]
+__all__ = ["log_values"]
 
 CLOCKS = ("epoch", "step")
 

@@ -65,12 +65,16 @@ TALK: Table = {
 def _setting_option(setting: Setting) -> tuple[Any, Any]:
     help = setting.help
     if setting.own:  # too many to list: an error names them all
-        first, *_, last = setting.choices or ("",)
-        help += f": {first} .. {last}, {setting.own}"
+        names = list(setting.choices or ("",))
+        help += f": {names[0]} .. {names[-1]}, {setting.own}"
     elif setting.choices is not None:
         help += f": {_listed(setting.choices)}"
-    names = (f"--{setting.name.replace('_', '-')}",) if setting.kind is bool else ()
-    return option((str if setting.many else setting.kind) | None, help, *names)
+    return option((str if setting.many else setting.kind) | None, help, *_flag(setting))
+
+
+def _flag(setting: Setting) -> tuple[str, ...]:
+    """The name of a yes-or-no setting, which has no opposite on the command line."""
+    return (f"--{setting.name.replace('_', '-')}",) if setting.kind is bool else ()
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -101,7 +105,7 @@ def settings_table(presets: Mapping[str, Any], only: Table) -> Table:
         if only is MANY and name in SETTINGS and SETTINGS[name].many:
             help += "; comma-separated"
         said = _default(name, presets)
-        names = kind.__metadata__[0].param_decls or ()
+        names = _flag(SETTINGS[name]) if name in SETTINGS else ()
         table[name] = option(kind.__origin__, f"{help} [{said}]", *names, default=default) if said else (kind, default)
     return {**table, **TASK, **_PARAM}
 

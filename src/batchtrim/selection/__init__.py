@@ -11,7 +11,7 @@ in plain training; gradient scalers rely on that. inf likewise.
 
 from __future__ import annotations
 
-from batchtrim.selection.base import Rule, Selection, keep_count, rank_mask, select_valid, top_indices
+from batchtrim.selection.base import Rule, Selection, keep_count
 from batchtrim.selection.mass import loss_mass, smoothing_floor
 from batchtrim.selection.rules import (
     above,
@@ -35,10 +35,7 @@ __all__ = [
     "loss_mass",
     "percentile",
     "percentile_topk",
-    "rank_mask",
-    "select_valid",
     "smoothing_floor",
     "superquantile",
-    "top_indices",
     "uniform",
 ]

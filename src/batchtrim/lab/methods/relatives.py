@@ -101,7 +101,7 @@ class LossDrop(Method):
 
     def __init__(self, setting: Setting, drop: float):
         afterwards = {0.5 / (setting.epochs - 1): 1.0 - drop} if setting.epochs > 1 else {1.0: 1.0}
-        super().__init__(Trimmer(batchtrim.step(afterwards), total=setting.epochs), setting.epochs)
+        super().__init__(Trimmer(batchtrim.schedules.step(afterwards), total=setting.epochs), setting.epochs)
         self.first = torch.full((setting.samples,), math.nan)
 
     def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:

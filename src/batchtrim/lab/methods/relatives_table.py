@@ -11,6 +11,7 @@ from batchtrim._checks import check_count, check_fraction, check_keep, check_par
 from batchtrim.lab.methods.relatives import Decaying, FullEnd, GradientNorm, LossDrop, ProxySelection, UnlessFull
 from batchtrim.lab.methods.row import Param, Params, Row, check_open, check_or_all
 from batchtrim.lab.methods.rules import Method, Setting
+from batchtrim.schedules import join
 
 __all__ = ["RELATIVES"]
 
@@ -18,7 +19,7 @@ __all__ = ["RELATIVES"]
 def _trim_late(setting: Setting, params: Params) -> Method:
     """Everything until ``start``, then the whole of the run's schedule."""
     start = params["start"]
-    keep = setting.keep if start == 0.0 else batchtrim.join([batchtrim.constant(1.0), setting.keep], at=[start])
+    keep = setting.keep if start == 0.0 else join([batchtrim.constant(1.0), setting.keep], at=[start])
     return Method(Trimmer(keep, total=setting.epochs), setting.epochs)
 
 
@@ -28,7 +29,7 @@ def _trim_full_end(setting: Setting, params: Params) -> Method:
     trimmed = epochs - max(1, round(params["last"] * epochs))
     keep = setting.keep if trimmed > 0 else batchtrim.constant(1.0)
     if trimmed > 0:
-        keep = batchtrim.join([keep, batchtrim.constant(1.0)], at=[(trimmed - 0.5) / (epochs - 1)])
+        keep = join([keep, batchtrim.constant(1.0)], at=[(trimmed - 0.5) / (epochs - 1)])
     return Method(Trimmer(keep, total=epochs), epochs)
 
 
@@ -57,7 +58,7 @@ def _dropout(matched: bool) -> Callable[[Setting, Params], Method]:
     """Progressive Data Dropout by difficulty, or as many at random."""
 
     def build(setting: Setting, params: Params) -> Method:
-        threshold = batchtrim.above(-math.log(params["threshold"]))
+        threshold = batchtrim.selection.above(-math.log(params["threshold"]))
         rule = UnlessFull(batchtrim.uniform(like=threshold) if matched else threshold)
         # keep 0.5 stands for "by the rule", which does not read it
         keep = FullEnd(batchtrim.constant(0.5), setting.epochs, min(setting.epochs, params["last"]))

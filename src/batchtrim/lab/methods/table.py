@@ -49,7 +49,7 @@ def make_schedule(name: str, start: float, end: float) -> Callable[[float], floa
     if name == "cosine":
         return batchtrim.cosine(start, end)
     if name == "step":
-        return batchtrim.step({1 / 3: (start + end) / 2, 2 / 3: end}, start=start)
+        return batchtrim.schedules.step({1 / 3: (start + end) / 2, 2 / 3: end}, start=start)
     return batchtrim.constant(end)
 
 
@@ -139,7 +139,7 @@ _ROWS = (
         "ohem",
         "losses above a threshold, and a least number of the hardest",
         "arXiv 1604.03540",
-        lambda s, p: Method(Trimmer(1.0, select=batchtrim.above(p["threshold"], p["min_keep"])), s.epochs),
+        lambda s, p: Method(Trimmer(1.0, select=batchtrim.selection.above(p["threshold"], p["min_keep"])), s.epochs),
         {
             "threshold": Param(0.357, check_positive, "loss above which a sample is kept (-ln 0.7)"),
             "min_keep": Param(8, check_count, "least number kept of a batch"),
