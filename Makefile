@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+QUIET := --quiet
+export CUDA
 
 export OMP_NUM_THREADS ?= 1
 # Nothing here calls home; ray's metrics and the hub's telemetry stay off.
@@ -45,7 +47,7 @@ licences: $(VENV)/.dev  ## the licences of all that the package and its extras n
 	  --packages $$($(BIN)/python .ci/runtime.py)
 
 audit: $(VENV)/.dev  ## known vulnerabilities of the pinned versions; asks an advisory service, so it needs a network
-	$(PIP) pip-audit
+	$(PIP) $(QUIET) pip-audit
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 matrix: $(VENV)/.dev  ## the core tests with the oldest versions allowed, and on the newest Python found (downloads gigabytes)
@@ -68,7 +70,7 @@ bench: $(VENV)/.dev  ## every number the documentation states about cost; run it
 	$(BIN)/python -m benchmarks $(ARGS)
 
 constraints: $(VENV)/.dev $(VENV)/.docs  ## write what is installed now into constraints.txt
-	$(PIP) pip-audit
+	$(PIP) $(QUIET) pip-audit
 	{ head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//' | sort -f; } > constraints.new
 	mv constraints.new constraints.txt
 
@@ -82,14 +84,16 @@ $(BIN)/python:
 
 # torch goes in first and pinned: left to a dependency, pip may pick another build of several gigabytes
 $(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/python .ci/cuda.py
+	@echo "installing torch and the lab into $(VENV): about 1.5 GB without CUDA, once"
 	$(PIP) torch
 	$(PIP) -e '.[lab]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lab
-	$(PIP) -e '.[all]' $$($(BIN)/python .ci/requirements.py --group dev)
+	$(PIP) $(QUIET) -e '.[all]' $$($(BIN)/python .ci/requirements.py --group dev)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.dev
-	$(PIP) $$($(BIN)/python .ci/requirements.py --group docs)
+	$(PIP) $(QUIET) $$($(BIN)/python .ci/requirements.py --group docs)
 	@touch $@

@@ -3,7 +3,7 @@
 ``python -m benchmarks.bench_overhead [--rounds N] [--json FILE]``. What trimming adds does not depend on the network,
 so it is measured where it shows: on steps of a network so small that a step is little but the trainer. Short runs with
 and without trimming take turns; a round gives the difference of its median steps. That is set against a step of a small
-real network (resnet8 on 64 pictures of 32 x 32; two layers of BERT on 32 texts of 64 tokens) in the same trainer, in
+real network (resnet8 on 64 images of 32 x 32; two layers of BERT on 32 texts of 64 tokens) in the same trainer, in
 the same minutes. Half of each batch is kept, losses only: no engine saves anything back. Aim: at most 2 %.
 """
 

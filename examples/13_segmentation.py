@@ -34,7 +34,7 @@ def main(epochs: int = 10) -> float:
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     criterion = batchtrim.per_sample(nn.CrossEntropyLoss(ignore_index=IGNORED), unit="element")  # +
-    trim = batchtrim.Trimmer(batchtrim.linear(1.0, 0.25), total=epochs, unit="element")  # + pixels, not pictures
+    trim = batchtrim.Trimmer(batchtrim.linear(1.0, 0.25), total=epochs, unit="element")  # + pixels, not images
     for _ in range(epochs):
         for x, y in DataLoader(ink(), 64, shuffle=True):
             loss = trim(criterion(model(x), y))  # was: F.cross_entropy(model(x), y, ignore_index=IGNORED)

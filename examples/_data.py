@@ -20,12 +20,12 @@ VOCABULARY = 2000
 
 
 def digits(train: bool = True, rows: int | None = None) -> TensorDataset:
-    """1,797 pictures of 8 x 8 pixels as float vectors of 64, and their class; every fifth is for testing."""
+    """1,797 images of 8 x 8 pixels as float vectors of 64, and their class; every fifth is for testing."""
     from sklearn.datasets import load_digits
 
-    pictures = load_digits()
-    x = torch.tensor(pictures.data, dtype=torch.float32) / 16.0
-    y = torch.tensor(pictures.target, dtype=torch.int64)
+    found = load_digits()
+    x = torch.tensor(found.data, dtype=torch.float32) / 16.0
+    y = torch.tensor(found.target, dtype=torch.int64)
     chosen = (torch.arange(len(y)) % 5 == 0) != train
     return TensorDataset(x[chosen][:rows], y[chosen][:rows])
 

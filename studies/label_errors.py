@@ -78,9 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="resnet8")
     parser.add_argument("--width", type=int, help="channels of the first stage [the network's own]")
     parser.add_argument(
-        "--noise", default="human:aggre,human:worse,symmetric:0.2", help="kinds of label noise, by comma"
+        "--noise", default="human:aggre,human:worse,symmetric:0.2", help="kinds of label noise, comma-separated"
     )
-    parser.add_argument("--methods", default="trim,full", help="methods to train with, by comma")
+    parser.add_argument("--methods", default="trim,full", help="methods to train with, comma-separated")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--train-size", type=int)
     parser.add_argument("--seeds", type=int, default=3)

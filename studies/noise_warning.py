@@ -61,8 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Train or read the runs, print a line for each kind of run, and save all where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="folder with the data sets [BATCHTRIM_DATA]")
-    parser.add_argument("--runs", default=",".join("/".join(map(str, run)) for run in RUNS), help="which, by comma")
-    parser.add_argument("--seeds", default="2,3,4", help="which, by comma; 0 and 1 chose the rule")
+    parser.add_argument(
+        "--runs", default=",".join("/".join(map(str, run)) for run in RUNS), help="which, comma-separated"
+    )
+    parser.add_argument("--seeds", default="2,3,4", help="which, comma-separated; 0 and 1 chose the rule")
     parser.add_argument("--stored", action="store_true", help="train nothing; say what the cache holds")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--train-size", type=int, default=10_000)

@@ -92,7 +92,7 @@ def epochs(log: batchtrim.KeepLog, run: dict[str, np.ndarray], batch: int) -> It
 def wrong_labels(config: RunConfig, data_dir: str | None) -> Tensor:
     """bool (n,): where the run's training label is not the data set's own."""
     clean = data.load(config.dataset, data_dir)
-    # row numbers go through the run's conditions in the place of the pictures, so that each is found again
+    # row numbers go through the run's conditions in the place of the images, so that each is found again
     numbered = clean.with_train(torch.arange(len(clean.train_labels)), clean.train_labels)
     noisy = conditions.apply(
         numbered,
@@ -107,7 +107,7 @@ def wrong_labels(config: RunConfig, data_dir: str | None) -> Tensor:
 
 @torch.inference_mode()
 def _probabilities(training: train.Training) -> Tensor:
-    """Of every class for every training picture (n, C), in evaluation mode, without augmentation."""
+    """Of every class for every training image (n, C), in evaluation mode, without augmentation."""
     training.model.eval()
     rows = torch.arange(len(training.labels), device=training.device).split(train.EVALUATION_BATCH)
     batches = training._batches(training.pictures.train_images, "none", 0)

@@ -3,7 +3,7 @@
 python docs/drawings/trimming.py
 
 A small network learns scikit-learn's digits with the paper's schedule. After every epoch the same 128 training samples
-are scored; the picture shows them at six epochs.
+are scored; the drawing shows them at six epochs.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def train(epochs: int = EPOCHS) -> list[Moment]:
     from sklearn.datasets import load_digits
 
     torch.manual_seed(0)
-    pictures = load_digits()
-    x = torch.tensor(pictures.data, dtype=torch.float32) / 16.0
-    y = torch.tensor(pictures.target, dtype=torch.int64)
+    digits = load_digits()
+    x = torch.tensor(digits.data, dtype=torch.float32) / 16.0
+    y = torch.tensor(digits.target, dtype=torch.int64)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     trim = batchtrim.Trimmer(batchtrim.linear(1.0, 0.2), total=epochs)

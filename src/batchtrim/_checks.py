@@ -19,7 +19,7 @@ from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRan
 
 
 def describe(value: object) -> str:
-    """What arrived, in a few words: shape and dtype of a tensor, otherwise the value itself."""
+    """Return a description of what arrived: shape and dtype of a tensor, otherwise the value itself."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     if isinstance(value, (tuple, list)) and any(isinstance(each, Tensor) for each in value):
@@ -138,7 +138,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def check_schedule_output(schedule: object, at: str, value: Any) -> float:
-    """What a schedule returned, as a keep fraction; ``at`` names the point, as in ``progress 0.5``."""
+    """Return a schedule's value as a keep fraction; ``at`` names the point, as in ``progress 0.5``."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if not is_number(value) or not 0.0 < value <= 1.0:

@@ -25,7 +25,7 @@ def moved(name: str) -> Any:
 
 
 def trimmer_log(log: KeepLog | None, unit: str) -> KeepLog | None:
-    """The argument ``log`` of a Trimmer."""
+    """Return the argument ``log`` of a Trimmer, with a warning."""
     if log is None:
         return None
     if unit != "sample":
@@ -35,7 +35,7 @@ def trimmer_log(log: KeepLog | None, unit: str) -> KeepLog | None:
 
 
 def record_as_before(log: KeepLog | None, last: Choice | None, given: dict[str, Any], call: str) -> None:
-    """What ``trim(losses, ids=..., outputs=..., labels=...)`` does beyond the choice."""
+    """Record a batch, as ``trim(losses, ids=..., outputs=..., labels=...)`` did."""
     unknown = sorted(given.keys() - {"ids", "outputs", "labels"})
     if unknown:
         raise TypeError(f"{call}() got an unexpected keyword argument '{unknown[0]}'")

@@ -152,7 +152,7 @@ def _choose(
 
 
 def _versions(batch: Any) -> list[int]:
-    """How often each tensor of a batch was changed in place."""
+    """Return each tensor's count of changes in place."""
     found: list[int] = []
     map_tensors(lambda t: t if t.is_inference() else found.append(t._version) or t, batch)
     return found

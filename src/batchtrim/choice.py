@@ -1,4 +1,4 @@
-"""What a trimmer chose from a batch, with what it chose from."""
+"""The choice a trimmer made from a batch, and the losses it chose from."""
 
 from __future__ import annotations
 

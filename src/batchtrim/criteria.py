@@ -1,4 +1,4 @@
-"""What torch's criteria take, give back and divide by; and the proof for those of others.
+"""The arguments, results and divisors of torch's criteria; and the proof for those of others.
 
 Most criteria average over all entries. The ones that do not are told apart here: cross-entropy divides by the class
 weights of the entries that count, CTC each sample by its target's length first.

@@ -71,7 +71,7 @@ _CLOSE = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """What was chosen from all ranks' losses.
+    """The choice from all ranks' losses.
 
     Attributes:
         selection: this rank's part: rows of its own losses, and divisors that make the mean over ranks right.
@@ -292,7 +292,7 @@ def _choose_alike(
     ranks: int,
     group: dist.ProcessGroup | None,
 ) -> tuple[Selection, float]:
-    """What ``choose`` returns and its divisor, which are compared: all ranks choose from the same numbers.
+    """Return what ``choose`` returns and its divisor, which are compared: all ranks choose from the same numbers.
 
     Args:
         weights: (N,), class weights.

@@ -1,7 +1,7 @@
-"""Whether trimming trains ever more on wrong labels: what a keep log counts of each epoch, and the rule that reads it.
+"""Detect that trimming trains ever more on wrong labels: the counts of each epoch, and the rule that reads them.
 
 Two signs are looked for. Random wrong labels are contradicted by the network's surest predictions; people's mistakes,
-made where a picture is hard to tell, rarely are. But both stay the hardest however often they are trained on, while on
+made where an image is hard to tell, rarely are. But both stay the hardest however often they are trained on, while on
 clean data training on the hardest samples makes others the hardest. The numbers below were chosen on runs with seeds 0
 and 1 and tried on others: ``studies/noise_warning.py``.
 
@@ -75,7 +75,7 @@ def warn_of(history: Sequence[dict[str, Any]], stacklevel: int) -> bool:
 
 
 def sign(history: Sequence[dict[str, Any]]) -> str | None:
-    """What in the last epoch of a log's history speaks for wrong labels, in words; None where nothing does."""
+    """Return the sign of wrong labels in the last epoch of a log's history, in words; None where there is none."""
     line = history[-1]
     if doubt_rises(history):
         return (
@@ -91,7 +91,7 @@ def sign(history: Sequence[dict[str, Any]]) -> str | None:
 
 
 def doubt_rises(history: Sequence[dict[str, Any]]) -> bool:
-    """Whether more and more of the kept samples is in doubt; ``history`` is a log's, the last epoch the question.
+    """True if more and more of the kept samples are in doubt; ``history`` is a log's, the last epoch the question.
 
     On clean data the doubtful part of the kept samples falls as the network learns; with random wrong labels it falls
     first and then rises while keep falls.
@@ -105,7 +105,7 @@ def doubt_rises(history: Sequence[dict[str, Any]]) -> bool:
 
 
 def hardest_stay(history: Sequence[dict[str, Any]]) -> bool:
-    """Whether the hardest samples stay the hardest more than the easiest stay the easiest, as keep falls."""
+    """True if the hardest samples stay the hardest more than the easiest stay the easiest, as keep falls."""
     if not _falls(history) or history[-1]["keep"] > STAY_JUDGED:
         return False
     if history[-1]["stay_hard"] is None or history[-1]["stay_easy"] is None:
@@ -132,6 +132,6 @@ def _compares(line: dict[str, Any]) -> bool:
 
 
 def _falls(history: Sequence[dict[str, Any]]) -> bool:
-    """Whether less is kept than before, with predictions and labels to judge by."""
+    """True if less is kept than before, with predictions and labels to judge by."""
     before = [line["keep"] for line in history[:-1] if line["doubt_kept"] is not None]
     return bool(before) and history[-1]["doubt_kept"] is not None and history[-1]["keep"] < max(before)

@@ -71,7 +71,7 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
 
 
 def _dot_is_exact(losses: Tensor) -> bool:
-    """Where a dot product serves: its backward is one product, against three operators for a gathered mean.
+    """True if a dot product serves: its backward is one product, against three operators for a gathered mean.
 
     Not in half precision, where the shares would be rounded, and not on a device, where reading the result is a sync.
     """

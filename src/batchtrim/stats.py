@@ -1,4 +1,4 @@
-"""What was kept, in numbers. They stay on the device until asked for."""
+"""Statistics of what was kept. They stay on the device until asked for."""
 
 from __future__ import annotations
 

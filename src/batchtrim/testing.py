@@ -21,7 +21,7 @@ _COSINE = 0.9
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What :func:`check_engine` found, engine against a plain step, worst over the steps.
+    """The findings of :func:`check_engine`, engine against a plain step, worst over the steps.
 
     Attributes:
         engine: the engine that ran, or the engines, where they changed: ``"exact, shared"``.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from batchtrim._checks import check_choice, import_extra
 from batchtrim.accumulation import OVER
 from batchtrim.integrations import CLOCKS, build, log_values
-from batchtrim.integrations.numbered import IDS, numbered_rows
+from batchtrim.integrations._numbered import IDS, numbered_rows
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
@@ -36,8 +36,8 @@ from transformers import Trainer  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from batchtrim.integrations.trainer_loss import TrainerLoss  # noqa: E402
-from batchtrim.integrations.trainer_state import StateKeeper, check_arguments  # noqa: E402
+from batchtrim.integrations._trainer_loss import TrainerLoss  # noqa: E402
+from batchtrim.integrations._trainer_state import StateKeeper, check_arguments  # noqa: E402
 
 __all__ = ["TrimmedTrainer"]
 

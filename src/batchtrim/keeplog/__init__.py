@@ -1,4 +1,4 @@
-"""What was kept, sample by sample: times seen and kept, first and last loss, mean and variance, last dropped.
+"""A log of what was kept, sample by sample: times seen and kept, first and last loss, mean and variance, last dropped.
 
 :mod:`~batchtrim.keeplog.log` is the log itself. What it is made of: ``batch``, what is recorded of a batch;
 ``columns``, the numbers of each sample; ``epoch``, the sums of an epoch; ``exchange``, several ranks; ``state``, a

@@ -21,7 +21,7 @@ _SUMS = _COUNTED + 6
 
 
 def length(classes: int | None) -> int:
-    """How many sums there are: those of all samples, then seen and kept of each class."""
+    """Return the number of sums: those of all samples, then seen and kept of each class."""
     return _SUMS + 2 * (classes or 0)
 
 
@@ -51,7 +51,7 @@ def count(entries: Entries, stays: Tensor, *, n: int, classes: int | None) -> Te
 
 
 def outside(sums: list[int]) -> int:
-    """How many entries were out of range."""
+    """Return the number of entries out of range."""
     return sums[_COUNTED - 1]
 
 

@@ -41,7 +41,7 @@ def gathered(entries: Entries, batches: int, n: int, classes: int | None, *, wid
 
 
 def meeting_device(held: torch.device) -> torch.device:
-    """Where ranks can meet: ``held``, or this rank's GPU where the CPU's tensors cannot be sent."""
+    """Return where ranks can meet: ``held``, or this rank's GPU where the CPU's tensors cannot be sent."""
     if held.type == "cpu" and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return held

@@ -204,7 +204,7 @@ class KeepLog:
 
     @property
     def _several(self) -> bool:
-        """Whether other ranks record too."""
+        """True if other ranks record too."""
         return self.distributed and world_size() > 1
 
     def _check_nothing_apart(self) -> None:

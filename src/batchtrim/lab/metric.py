@@ -1,4 +1,4 @@
-"""What runs are compared by: the name of a number, which way is better, and how it is written."""
+"""The metric that runs are compared by: the name of a number, which way is better, and how it is written."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Metric:
 
     @property
     def unit(self) -> str:
-        """What a difference is counted in, with a space before it: points of a percentage, or nothing."""
+        """Return the unit of a difference, with a space before it: points of a percentage, or nothing."""
         return " points" if self.in_percent else ""
 
     def number(self, value: float, digits: int = 2) -> str:

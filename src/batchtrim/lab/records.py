@@ -74,7 +74,7 @@ class Records:
         return list(self._rows.values())
 
     def is_done(self, key: str) -> bool:
-        """Whether the run of that key finished or diverged; one that failed is tried again."""
+        """True if the run of that key finished or diverged; one that failed is tried again."""
         self._refresh()
         return self._rows.get(key, {}).get("status") in DONE
 
@@ -149,7 +149,7 @@ class Records:
         return there, [cell for cell in cells if cell not in there], [cell for cell in there if cell not in cells]
 
     def _begun(self) -> bool:
-        """Whether anything of the experiment is here: a recorded run, a checkpoint, or a run in the works.
+        """True if anything of the experiment is here: a recorded run, a checkpoint, or a run in the works.
 
         A first run that failed for a wrong setting leaves none.
         """

@@ -1,4 +1,4 @@
-"""What a rule returns, and what rules are built from: counting, ranking, leaving out what is masked."""
+"""The result of a rule, and helpers that rules share: counting, ranking, leaving out what is masked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Rule", "Selection", "keep_count", "keep_count_tensor", "rank_mask", 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a rule chose from a batch.
+    """The samples that a rule chose from a batch.
 
     Attributes:
         indices: int64 (k,), the kept rows, in no particular order; see :meth:`rising`.
@@ -33,12 +33,12 @@ class Selection:
 
     @property
     def k(self) -> int:
-        """How many samples are kept."""
+        """Return the number of samples kept."""
         return self.indices.shape[0]
 
     @property
     def everything(self) -> bool:
-        """Whether the selection is the whole vector, each entry counting the same."""
+        """True if the selection is the whole vector, each entry counting the same."""
         return self.k == self.size and self.weights is None
 
     def rising(self) -> Selection:
@@ -61,7 +61,7 @@ class Rule(Protocol):
 
 
 def keep_count(keep: float, n: int) -> int:
-    """How many of n samples a keep fraction keeps: ``k = max(1, round(keep * n))``, and 0 of 0.
+    """Return the number of n samples that a keep fraction keeps: ``k = max(1, round(keep * n))``, and 0 of 0.
 
     The one place that owns the rounding: Python's ``round``, half to even, as in the author's code.
 

@@ -232,7 +232,7 @@ class loss_mass:
         return self.offset + _tolerance(self.offset, dtype) if self.offset else 0.0
 
     def _mass(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """What each loss is above the floor."""
+        """Return each loss's height above the floor."""
         if not self.offset:
             return values.clamp(min=0)
         return torch.where(values > self._nothing(dtype), values - self.offset, 0.0)

@@ -256,7 +256,7 @@ def test_rho_loss_ranks_by_excess_over_the_held_out_network() -> None:
 
 def test_rho_loss_counts_the_held_out_networks() -> None:
     plain, rho = finish(start("full")), finish(start("rho_loss", method_params={"reference_epochs": 2}))
-    # two networks on 150 pictures for 2 epochs each, and both score all 300
+    # two networks on 150 images for 2 epochs each, and both score all 300
     assert rho["counts"]["samples_forward"] == plain["counts"]["samples_forward"] + 2 * 150 * 2 + 2 * 300
 
 

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from batchtrim.lab.execute import progress, scheduler
 from batchtrim.lab.present import gallery
 from batchtrim.lab.run import train
 from batchtrim.lab.run.config import RunConfig
+from browser import find_browser
 
 NASTY = '</script><b>"x"&'
 
@@ -252,12 +252,9 @@ def test_two_processes_write_one_log_of_all_samples(tmp_path):
 
 
 def _browse(page, address, profile):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium on this machine")
     done = subprocess.run(
         [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            find_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom",
             page.as_uri() + address,

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import re
-import shutil
 import subprocess
 import time
 from html.parser import HTMLParser
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from batchtrim.lab.analyse import comparison
 from batchtrim.lab.present import charts, tables, wording
+from browser import find_browser
 
 NASTY = '<script>alert("x")</script>&\'|'
 VOID = {"meta", "link", "br", "wbr", "img", "input"}
@@ -204,13 +204,10 @@ def test_a_thousand_runs_in_ten_seconds(make_row, tmp_path):
 @pytest.mark.slow
 def test_page_opens_in_a_browser(rows, tmp_path):
     """The script runs without an error: the browser would print it to its log."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium on this machine")
     page = tables.write_report(rows, tmp_path)
     done = subprocess.run(
         [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            find_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom", page.as_uri(),
         ],

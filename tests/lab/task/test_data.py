@@ -1,4 +1,4 @@
-"""Data sets: Parquet in the hub's layout, the cache, conditions, augmentation; made-up pictures and real ones."""
+"""Data sets: Parquet in the hub's layout, the cache, conditions, augmentation; made-up images and real ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchtrim.lab.task import augment, conditions, data
 
 
 def write_split(folder: Path, split: str, labels: list[int], files: int = 1, picture: bytes | None = None) -> None:
-    """Parquet files like the hub's: grey pictures saved as RGB, pixel (0, 0) holding the row number."""
+    """Parquet files like the hub's: grey images saved as RGB, pixel (0, 0) holding the row number."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, label in enumerate(labels):
@@ -113,8 +113,8 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
 
 
 def test_a_picture_that_is_none_is_named(folder: Path) -> None:
-    write_split(folder / "fashion_mnist", "test", [0, 1], picture=b"no picture")
-    with pytest.raises(data.ReplaceFile, match=r"a picture in row 0 of .*test-00000-of-00001\.parquet"):
+    write_split(folder / "fashion_mnist", "test", [0, 1], picture=b"no image")
+    with pytest.raises(data.ReplaceFile, match=r"an image in row 0 of .*test-00000-of-00001\.parquet"):
         data.load("fashion_mnist", folder)
 
 
@@ -271,7 +271,7 @@ def test_a_plain_batch_is_the_normalised_picture() -> None:
 
 
 def test_each_picture_has_a_crop_and_a_flip_of_its_own() -> None:
-    """Against a slow oracle: every augmented picture is one of the 2 x 5 x 5 cuts of its padded original."""
+    """Against a slow oracle: every augmented image is one of the 2 x 5 x 5 cuts of its padded original."""
     images = pictures_with_numbers(side=16)  # margin 2
     batches = augment.Batches(images, (0.0,) * 3, (1.0,) * 3, "crop+flip", seed=1)
     padded = torch.nn.functional.pad(images, [2] * 4)

@@ -138,7 +138,7 @@ class Group:
 
     @property
     def metric(self) -> Metric:
-        """What its arms are compared by."""
+        """Return what its arms are compared by."""
         return Metric.of(self.settings)
 
     @property

@@ -87,7 +87,7 @@ class _Mailbox:
 
 
 def _news(ray: Any, mailbox: Any) -> list[tuple[str, dict[str, Any]]]:
-    """What runs have written since the last time; nothing where the mailbox does not answer at once."""
+    """Return what runs have written since the last time; nothing where the mailbox does not answer at once."""
     try:
         return ray.get(mailbox.take.remote(), timeout=LOOK_EVERY)
     except ray.exceptions.RayError:

@@ -66,7 +66,7 @@ class Workplace:
             self.checkpoint(config).unlink(missing_ok=True)
 
     def log(self, config: AnyConfig) -> contextlib.AbstractContextManager[train.OnEpoch | None]:
-        """What writes a run's TensorBoard events, if that is asked for."""
+        """Return what writes a run's TensorBoard events, if that is asked for."""
         if not self.tensorboard:
             return contextlib.nullcontext()
         return tensorboard_log(self.out / "tensorboard" / f"{config.label.replace(' ', '_')}-{config.key}")

@@ -65,7 +65,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """A straight map from data to picture."""
+    """A straight map from data to the drawing."""
 
     low: float
     high: float

@@ -1,7 +1,7 @@
 """What was kept, to look at: one self-contained page with the hardest samples, a map, confusions and classes over time.
 
 :func:`build` makes it from a folder of runs that recorded a keep log (``batchtrim show``), :func:`write` from a log and
-samples of your own: pictures, or rows of text or fields.
+samples of your own: images, or rows of text or fields.
 
 n samples, C classes, S samples with a thumbnail.
 """
@@ -40,7 +40,7 @@ PER_CLASS = 200  # hardest of a class that get a thumbnail or a row of text
 MOST_SHOWN = 6000  # of them in all, so that a page of a thousand classes stays light
 MOST_SUSPECTS = 500
 SHEET_SIDE = 20  # thumbnails on a side of a sprite sheet
-THUMB = 64  # longest side of a thumbnail; smaller pictures are kept as they are
+THUMB = 64  # longest side of a thumbnail; smaller images are kept as they are
 MOST_LINES = 12  # classes drawn as lines of their own
 LONGEST_TEXT = 400
 NO_CLASSES = ("all samples",)
@@ -151,7 +151,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     """Write the page of ``log`` over ``samples`` to ``out``.
 
     Raises:
-        ValueError: log and samples are of different length, or there is neither a picture nor a row to show.
+        ValueError: log and samples are of different length, or there is neither an image nor a row to show.
     """
     by_class = samples.labels is not None
     if samples.labels is None:
@@ -280,7 +280,7 @@ def _sheets(pictures: Tensor) -> tuple[list[str], dict[str, int]]:
 
 
 def _fields(row: str | Mapping[str, Any]) -> list[list[str]]:
-    """A sample that is no picture, as names and values; a plain text has an empty name."""
+    """A sample that is no image, as names and values; a plain text has an empty name."""
     pairs = [("", row)] if isinstance(row, str) else row.items()
     return [[str(name), text if len(text := str(value)) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"]
             for name, value in pairs]  # fmt: skip

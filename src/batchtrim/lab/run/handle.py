@@ -172,7 +172,7 @@ class Run:
         }
 
     def _kept_since(self) -> dict[str, float]:
-        """What the run's own trimmer kept since the last point; a trainer's logs its own numbers."""
+        """Return what the run's own trimmer kept since the last point; a trainer's logs its own numbers."""
         values = log_values(self.trim)
         return {name: values[f"trim/{name}"] for name in ("keep", "kept_loss", "mean_loss", "ratio") if values}
 

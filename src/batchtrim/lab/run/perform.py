@@ -113,7 +113,7 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
 
 
 def _told(run: Run, seen: _Seen) -> dict[str, Any]:
-    """What is to be said of a run that ended well; a method that was never applied is a mistake."""
+    """Return what is to be said of a run that ended well; a method that was never applied is a mistake."""
     if run.method != "full" and not run.rule.used:
         raise TaskMistake(
             f"expected the task to choose with run.trim, got a run of {run.method!r} in which it was never called: it "

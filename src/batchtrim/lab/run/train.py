@@ -289,7 +289,7 @@ class Training:
         return rate
 
     def _reference(self, rows: Tensor, epochs: int, seed: int) -> Tensor:
-        """Losses of all training pictures under a fresh network that was plainly trained on ``rows``."""
+        """Losses of all training images under a fresh network that was plainly trained on ``rows``."""
         part = self.pictures.with_train(self.pictures.train_images[rows], self.pictures.train_labels[rows])
         config = replace(self.config, method="full", method_params={}, epochs=epochs, seed=REFERENCE_SEED + seed)
         training = Training(config.resolved(), part)
@@ -301,7 +301,7 @@ class Training:
 
     @torch.inference_mode()
     def losses_of(self, batches: Batches, labels: Tensor) -> Tensor:
-        """Cross-entropy of every picture in evaluation mode, (N,), on the CPU."""
+        """Cross-entropy of every image in evaluation mode, (N,), on the CPU."""
         self.model.eval()
         rows = torch.arange(len(labels), device=self.device).split(EVALUATION_BATCH)
         parts = [F.cross_entropy(self.model(batches(part)), labels[part], reduction="none") for part in rows]

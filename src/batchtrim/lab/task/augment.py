@@ -1,6 +1,6 @@
-"""Batches from a picture tensor: gather, crop, flip and normalise whole batches by tensor indexing.
+"""Batches from an image tensor: gather, crop, flip and normalise whole batches by tensor indexing.
 
-N pictures, B batch, C channels, H and W pixels.
+N images, B batch, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ AUGMENTS = ("none", "crop", "flip", "crop+flip")
 class Batches:
     """Turns row numbers into network input: float32 (B, C, H, W), normalised per channel.
 
-    Crop: each picture is padded with black by an eighth of its side (4 pixels at 28 or 32) and cut back to its size
-    at an offset of its own. Flip: each picture is mirrored with probability one half. All draws come from one
+    Crop: each image is padded with black by an eighth of its side (4 pixels at 28 or 32) and cut back to its size
+    at an offset of its own. Flip: each image is mirrored with probability one half. All draws come from one
     generator, whose state is this object's whole state.
 
     Args:
@@ -26,7 +26,7 @@ class Batches:
         mean: per channel, in [0, 255]; ``std`` likewise.
         augment: one of ``AUGMENTS``.
         seed: of the draws.
-        device: where the pictures are kept and the batches made.
+        device: where the images are kept and the batches made.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class Batches:
         padded = images.to(self.device)  # no copy without a margin: images may be mapped from a file
         if self.margin:
             padded = F.pad(padded, [self.margin] * 4)
-        # A view (N, C, 2m+1, 2m+1, H, W) of every cut: choosing one per picture is then a plain gather of rows.
+        # A view (N, C, 2m+1, 2m+1, H, W) of every cut: choosing one per image is then a plain gather of rows.
         self.cuts = padded.unfold(2, height, 1).unfold(3, width, 1)
         self.mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1)
         self.scale = 1.0 / torch.tensor(std, device=self.device).view(1, -1, 1, 1)
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
 
     def __call__(self, rows: Tensor, share: slice = slice(None)) -> Tensor:
-        """The pictures of ``rows`` int64 (B,), augmented and normalised; or only of a ``share`` of them.
+        """The images of ``rows`` int64 (B,), augmented and normalised; or only of a ``share`` of them.
 
         Draws are made for all rows either way, so generators of processes that share batches stay alike.
         """
@@ -73,7 +73,7 @@ class Batches:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generator's state: with it, the same rows give the same pictures again."""
+        """The generator's state: with it, the same rows give the same images again."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

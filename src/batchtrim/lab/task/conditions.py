@@ -1,4 +1,4 @@
-"""Harder versions of a training set: wrong labels, unequal classes, fewer pictures. The test set is never touched.
+"""Harder versions of a training set: wrong labels, unequal classes, fewer images. The test set is never touched.
 
 Everything is drawn from the run's seed, so that methods compared at one seed see the same training set.
 """
@@ -58,13 +58,13 @@ def apply(
     seed: int = 0,
     data_dir: str | Path | None = None,
 ) -> PictureData:
-    """The data with label noise, then class imbalance, then fewer pictures, each as asked for.
+    """The data with label noise, then class imbalance, then fewer images, each as asked for.
 
     Args:
         label_noise: ``none``; ``symmetric:RATE`` (a wrong class, each equally likely); ``asymmetric:RATE`` (one
             similar class); ``human:WHICH`` (labels people gave, CIFAR-10N, for cifar10 only).
         imbalance: size of the largest class over that of the smallest, falling exponentially in between; 1 is none.
-        train_size: keep this many pictures, the same part of every class; None keeps all.
+        train_size: keep this many images, the same part of every class; None keeps all.
         test_size: test on this many, the same part of every class, whatever the seed; None keeps all.
         data_dir: where ``cifar10n/train_labels.parquet`` lies, for human labels.
     """
@@ -126,7 +126,7 @@ def _human_labels(data: PictureData, which: str, data_dir: str | Path | None) ->
     if len(clean) != len(data.train_labels) or not np.array_equal(clean, data.train_labels.numpy()):
         raise ValueError(
             f"expected the clean labels of {path} to equal those of the cifar10 training set, row by row, got others. "
-            "The pictures may stand in another order."
+            "The images may stand in another order."
         )
     human = torch.from_numpy(table.column(HUMAN_COLUMNS[which]).to_numpy().astype(np.int64))
     if int(human.min()) < 0 or int(human.max()) >= data.classes:
@@ -135,7 +135,7 @@ def _human_labels(data: PictureData, which: str, data_dir: str | Path | None) ->
 
 
 def _imbalanced(labels: Tensor, classes: int, ratio: float, generator: Generator) -> Tensor:
-    """Class c keeps n * ratio^(-c / (classes - 1)) of its n pictures, at least one."""
+    """Class c keeps n * ratio^(-c / (classes - 1)) of its n images, at least one."""
     rows = []
     for label in range(classes):
         members = _shuffled_class(labels, label, generator)

@@ -1,11 +1,11 @@
-"""Picture data sets, decoded once and kept as uint8 tensors.
+"""Image data sets, decoded once and kept as uint8 tensors.
 
 A data set comes from the Hugging Face hub by its usual name, or from a folder in the hub's own layout,
 ``DIR/<name>/{train,test}-*.parquet``, given as ``data_dir`` or in the environment variable BATCHTRIM_DATA.
-scikit-learn's handwritten digits need neither. Decoded pictures are kept in a cache folder (BATCHTRIM_CACHE, or the
+scikit-learn's handwritten digits need neither. Decoded images are kept in a cache folder (BATCHTRIM_CACHE, or the
 platform's own), as plain .npy files without pickle, under a key made of the source files' names, sizes and times.
 
-N pictures, C channels, H and W pixels.
+N images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Spec:
 
     name: str
     classes: int
-    mode: str  # Pillow's word for what a picture is decoded to: L is grey, RGB is colour
+    mode: str  # Pillow's word for what an image is decoded to: L is grey, RGB is colour
     augment: str  # what `augment="auto"` becomes
     hub: str = ""
     hub_config: str | None = None
@@ -74,7 +74,7 @@ class PictureData:
         classes: how many classes the labels stand for.
         train_images: uint8 (N, C, H, W), and ``train_labels`` int64 (N,), each in [0, classes).
         test_images: the same for the test split, with ``test_labels``.
-        mean: of the training pictures, one number per channel in [0, 255]; ``std`` likewise.
+        mean: of the training images, one number per channel in [0, 255]; ``std`` likewise.
         class_names: in the order of the labels, where they are known.
         notes: what is to be said of the data before anybody trains on them.
     """
@@ -92,7 +92,7 @@ class PictureData:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one picture."""
+        """Channels, height and width of one image."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
 
@@ -112,7 +112,7 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
     Args:
         name: one of ``SPECS``.
         data_dir: folder that holds ``<name>/{train,test}-*.parquet``; default: BATCHTRIM_DATA, else the hub.
-        cache_dir: where decoded pictures are kept; default: BATCHTRIM_CACHE, else the platform's cache folder.
+        cache_dir: where decoded images are kept; default: BATCHTRIM_CACHE, else the platform's cache folder.
 
     Raises:
         ValueError: for an unknown name, or labels outside [0, classes).
@@ -135,7 +135,7 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
         _check_labels(spec, split, labels)
         if len(images) != len(labels):
             raise ReplaceFile(
-                f"expected as many labels as pictures in {name} {split}, got {len(labels)} for {len(images)}. "
+                f"expected as many labels as images in {name} {split}, got {len(labels)} for {len(images)}. "
                 "The decoded cache may be damaged: remove it and try again."
             )
     mean, std = _moments(splits["train"][0])
@@ -150,7 +150,7 @@ def data_folder(data_dir: str | Path | None) -> Path | None:
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where decoded pictures are kept: the argument, else BATCHTRIM_CACHE, else the platform's place for caches."""
+    """Return the cache folder of decoded images: the argument, else BATCHTRIM_CACHE, else the platform's own."""
     if found := cache_dir or os.environ.get("BATCHTRIM_CACHE"):
         return Path(found).expanduser()
     if sys.platform == "win32":
@@ -270,7 +270,7 @@ def _save_whole(path: Path, array: np.ndarray) -> None:
         write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
     except OSError as error:
         raise OSError(
-            f"cannot keep decoded pictures in {path.parent} ({_first_line(error)}). "
+            f"cannot keep decoded images in {path.parent} ({_first_line(error)}). "
             "Set BATCHTRIM_CACHE to a folder that can be written."
         ) from error
 
@@ -286,25 +286,25 @@ def _decode(spec: Spec, tables: list[tuple[str, Any, Any]]) -> tuple[np.ndarray,
                 pixels = np.asarray(Image.open(io.BytesIO(picture["bytes"].as_py())).convert(spec.mode))
             except (UnidentifiedImageError, OSError, TypeError) as error:
                 raise ReplaceFile(
-                    f"expected a picture in row {row} of {origin}, got bytes that cannot be decoded "
+                    f"expected an image in row {row} of {origin}, got bytes that cannot be decoded "
                     f"({_first_line(error)}). Fetch the file again."
                 ) from error
             if images and pixels.shape != images[0].shape:
                 raise ValueError(
-                    f"expected pictures of shape {images[0].shape}, got {pixels.shape} in row {row} of {origin}."
+                    f"expected images of shape {images[0].shape}, got {pixels.shape} in row {row} of {origin}."
                 )
             images.append(pixels)
         labels.append(numbers.to_numpy().astype(np.int64))
         _check_labels(spec, origin, labels[-1])
     if not images:
-        raise ReplaceFile(f"expected pictures in {', '.join(origin for origin, _, _ in tables)}, got none.")
+        raise ReplaceFile(f"expected images in {', '.join(origin for origin, _, _ in tables)}, got none.")
     stacked = np.stack(images)
     channels_first = stacked[:, None] if stacked.ndim == 3 else stacked.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(channels_first), np.concatenate(labels)
 
 
 def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """1,797 digits of 8 x 8 pixels; every third picture of each class, in the data's own order, is a test picture."""
+    """1,797 digits of 8 x 8 pixels; every third image of each class, in the data's own order, is a test image."""
     from batchtrim._checks import import_extra
 
     digits: Any = import_extra("sklearn.datasets", "lab", "the data set 'digits'").load_digits()

@@ -1,4 +1,4 @@
-"""Networks for small pictures, in one registry: residual networks, a small CNN, an MLP, a small vision transformer."""
+"""Networks for small images, in one registry: residual networks, a small CNN, an MLP, a small vision transformer."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _mlp(shape: tuple[int, int, int], classes: int, width: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One network of the registry: its builder takes (picture shape, classes, width, norm)."""
+    """One network of the registry: its builder takes (image shape, classes, width, norm)."""
 
     build: Callable[[tuple[int, int, int], int, int, Norm], nn.Module]
     width: int | None
@@ -168,7 +168,7 @@ def find_model(name: str) -> ModelRow:
 def build(
     name: str, shape: tuple[int, int, int], classes: int, width: int | None = None, norm: str = "batch"
 ) -> nn.Module:
-    """Make a network for pictures of ``shape`` (channels, height, width); its weights come from torch's global seed.
+    """Make a network for images of ``shape`` (channels, height, width); its weights come from torch's global seed.
 
     Args:
         name: a name in ``MODELS``. resnet8, 14, 20, 26 and 32 have 6n+2 layers in three stages (He et al. 2015,
