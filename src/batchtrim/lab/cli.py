@@ -372,9 +372,7 @@ def _report(
     if as_json:
         typer.echo(json.dumps(tables.to_json(summary)))
         return
-    from rich.console import Console
-
-    Console().print(tables.console_table(summary))
+    tables.print_table(summary)
     typer.echo(f"report: {page}")
 
 

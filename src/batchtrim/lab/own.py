@@ -21,8 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from batchtrim._checks import check_choice
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, foreign
@@ -105,7 +103,7 @@ def compare(
     page = tables.write_report(rows, folder, baseline)
     summary = comparison.summarize(rows, baseline)
     if not quiet:
-        Console().print(tables.console_table(summary))
+        tables.print_table(summary)
         print(f"report: {page}")
     return summary
 

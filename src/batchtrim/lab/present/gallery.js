@@ -36,6 +36,9 @@
     return node;
   }
 
+  // Percent, from how often: the column has steps of half a percent, and rounding those again makes 34 of a third.
+  const kept = i => Math.round(100 * Math.round(col.keep[i] / 200 * col.seen[i]) / (col.seen[i] || 1));
+
   function card(i, size) {
     const node = make("article", "sample");
     if (slot.has(i) && data.thumb) node.append(thumb(i, size));
@@ -58,8 +61,8 @@
     const rate = make("div", "pair"), track = make("span", "rate"), bar = make("b");
     bar.style.width = col.keep[i] / 2 + "%";
     track.append(bar);
-    rate.append(track, make("i", "", Math.round(col.keep[i] / 2) + " %"));
-    rate.title = "kept " + Math.round(col.keep[i] / 2) + " % of " + col.seen[i] + " times";
+    rate.append(track, make("i", "", kept(i) + " %"));
+    rate.title = "kept " + kept(i) + " % of " + col.seen[i] + " times";
     node.append(rate, make("small", "", "#" + col.id[i] + " · loss " + col.mean[i].toPrecision(2)));
     node.dataset.id = col.id[i];
     return node;

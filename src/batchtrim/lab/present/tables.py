@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from batchtrim.lab.present.caveats import caveat_texts
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["console_table", "to_json", "write_report"]
+__all__ = ["console_table", "print_table", "to_json", "write_report"]
 
 
 def write_report(rows: Iterable[Row], out_dir: str | Path, baseline: str = "full") -> Path:
@@ -81,6 +83,14 @@ def console_table(summary: Summary) -> RenderableType:
         parts.append(Text(""))
     parts.extend(Text(text, style="dim") for text in _legends(summary))
     return Stack(*parts)
+
+
+def print_table(summary: Summary) -> None:
+    """Print the tables and verdicts on standard output; lines are wrapped for a terminal alone, not for a pipe."""
+    from rich.console import Console
+
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
+    Console(width=wide).print(console_table(summary))
 
 
 def _legends(summary: Summary) -> list[str]:
