@@ -1,13 +1,13 @@
 """Is the loss that TrimmedTrainer finds the model's own? Over the model classes of transformers that take labels.
 
-    python studies/hf_losses.py                          # all: about 10 minutes, results to stdout
-    python studies/hf_losses.py --family ForCausalLM --only gpt2 llama
-    python studies/hf_losses.py --out records/2026-11-25-hf-losses
+    python -m studies.hf_losses                          # all: about 10 minutes, results to stdout
+    python -m studies.hf_losses --family ForCausalLM --only gpt2 llama
+    python -m studies.hf_losses --out records/2026-11-25-hf-losses
 
 Every class is made with a tiny random configuration and given one batch of 4, with padding and ignored labels where
 its task knows them. Then, under the same dropout:
 
-* the loss of ``batchtrim.integrations.decompose.LossFinder`` with everything kept, and its gradient, against
+* the loss of ``batchtrim.integrations._decompose.LossFinder`` with everything kept, and its gradient, against
   ``model(**batch).loss`` and its gradient, in training mode, for ``unit="sample"`` and ``"element"``;
 * each sample's own loss against the model's loss of a batch of that sample alone, in evaluation mode.
 
@@ -35,10 +35,10 @@ import transformers
 from torch import Tensor, nn
 
 from batchtrim import Trimmer
-from batchtrim.integrations.decompose import LossFinder
-from batchtrim.integrations.intercept import NotFound
-from batchtrim.integrations.labels import labels_of, loss_of
-from hf_models import FAMILIES, Family, tiny_config
+from batchtrim.integrations._decompose import LossFinder
+from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._labels import labels_of, loss_of
+from studies.hf_models import FAMILIES, Family, tiny_config
 
 PARAMETERS = 5_000_000  # above that a configuration did not come out tiny
 SECONDS = 60

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 
 import transformers
 from hf_cases import Gradient, arguments, data, flat_gradient, new_model
@@ -26,9 +25,9 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadMo
 
 import batchtrim
 from batchtrim.errors import ChooseLength
-from batchtrim.integrations.decompose import LossFinder
-from batchtrim.integrations.intercept import NotFound
-from batchtrim.integrations.labels import labels_of, loss_of
+from batchtrim.integrations._decompose import LossFinder
+from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._labels import labels_of, loss_of
 from batchtrim.integrations.transformers import TrimmedTrainer
 from batchtrim.losses import per_sample
 
@@ -487,7 +486,7 @@ def test_a_batch_of_which_some_losses_are_left_out_later() -> None:
 @pytest.mark.slow
 def test_a_part_of_the_sweep() -> None:
     """No class of transformers gets another loss than its own; the whole is in records/2026-11-25-hf-losses."""
-    study = importlib.import_module("hf_losses")
+    study = importlib.import_module("studies.hf_losses")
     only = ["bert", "gpt2", "llama", "t5", "bart", "mixtral", "segformer", "beit", "vit", "hubert", "clip", "electra"]
     results = [study.judged(*case[1:]) for case in study.cases([], only)]
     assert not [each for each in results if each[0] == "different"]

@@ -16,7 +16,7 @@ from hf_cases import CASES, Gradient, Recording, arguments, check, data, new_mod
 from transformers import Trainer, TrainerCallback
 
 import batchtrim
-from batchtrim.integrations.labels import Counting, shares
+from batchtrim.integrations._labels import Counting, shares
 from batchtrim.integrations.transformers import TrimmedTrainer
 from launch import run_ranks
 

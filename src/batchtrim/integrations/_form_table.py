@@ -13,9 +13,9 @@ from batchtrim.engine.capture import uncompiled
 from batchtrim.engine.state import GeneratorStates, ModelState, device_of
 from batchtrim.integrations._form_search import find_form, fits
 from batchtrim.integrations._forms import Form
-from batchtrim.integrations.intercept import NotFound
-from batchtrim.integrations.labels import loss_of, named_labels
-from batchtrim.integrations.parts import near
+from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._labels import loss_of, named_labels
+from batchtrim.integrations._parts import near
 
 __all__ = ["Forms", "left_as_found"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations.intercept import Call, NotFound, Part
+from batchtrim.integrations._intercept import Call, NotFound, Part
 
 __all__ = ["label_sizes", "output_tensors", "prove_rows", "rows_of", "shift_of"]
 

@@ -35,7 +35,7 @@ import_extra("lightning.pytorch", "lightning", "the Lightning callback")
 from lightning.pytorch import Callback, LightningModule  # noqa: E402
 from lightning.pytorch import Trainer as LightningTrainer  # noqa: E402
 
-from batchtrim.integrations.lightning_step import Clock, Interception  # noqa: E402
+from batchtrim.integrations._lightning_step import Clock, Interception  # noqa: E402
 
 __all__ = ["TrimmingCallback"]
 
@@ -55,7 +55,7 @@ class TrimmingCallback(Callback):
             ``trim/ratio`` every ``log_every_n_steps`` and at the end of an epoch, averaged over ranks.
         attribute: the name on the module.
         intercept: trim the number that an unchanged ``training_step`` returns (or that its dict has as "loss"); see
-            :class:`batchtrim.integrations.lightning_step.Interception` for what it cannot do.
+            :class:`batchtrim.integrations._lightning_step.Interception` for what it cannot do.
         keep_log: a :class:`batchtrim.KeepLog` that the module records in,
             ``self.keep_log.record(self.trim.last, ids=ids)``; set on the module, saved in the checkpoint, and its
             epochs are closed.

@@ -5,7 +5,7 @@
     trainer = TrimmedTrainer(model=model, args=args, train_dataset=data, keep=batchtrim.linear(1.0, 0.2))
 
 The loss is the one that the model computes from its labels, found and proven by
-:class:`batchtrim.integrations.decompose.LossFinder`. Micro-batch m of rank r, trimmed to the loss L_rm of n_rm samples
+:class:`batchtrim.integrations._decompose.LossFinder`. Micro-batch m of rank r, trimmed to the loss L_rm of n_rm samples
 (or tokens), counts by its share of the N in the window of all ranks:
 
     ``L = sum_rm (n_rm / N) * L_rm``

@@ -5,7 +5,7 @@ A model's ``forward`` or a module's ``training_step`` returns one number. :class
 ``torch.nn.functional`` passes through it, also those that ``nn.CrossEntropyLoss()`` and its like make. The caller gets
 the value it would have got, cut off from the graph. The un-reduced losses are kept, with their graph. Differentiating
 the returned number by these values then tells what each loss contributes to it:
-:func:`batchtrim.integrations.parts.parts_of`.
+:func:`batchtrim.integrations._parts.parts_of`.
 
 Legend: L the returned number, u_j un-reduced losses, r the reduced value the caller got, D its divisor.
 """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations.intercept import Call, NotFound, Part
+from batchtrim.integrations._intercept import Call, NotFound, Part
 
 __all__ = ["parts_of"]
 

@@ -1,6 +1,6 @@
 """From the one number that a model or a training step computes to one loss a sample, proven.
 
-:class:`LossFinder` runs the model's own code under :class:`batchtrim.integrations.intercept.Recorder`, so the loss is
+:class:`LossFinder` runs the model's own code under :class:`batchtrim.integrations._intercept.Recorder`, so the loss is
 what that code computes and nothing is guessed from names, configurations or the form of the labels. The first time it
 sees a kind of batch, and now and then after that, it checks that the losses add up to the model's own loss, and that
 each lies in the row of its sample. What does not is an error, and never another loss.
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchtrim.integrations._intercept import NotFound, Part, Recorder
 from batchtrim.integrations._merging import Term, merged
+from batchtrim.integrations._parts import compare, parts_of
 from batchtrim.integrations._rows import label_sizes, output_tensors, prove_rows, rows_of
-from batchtrim.integrations.intercept import NotFound, Part, Recorder
-from batchtrim.integrations.parts import compare, parts_of
 from batchtrim.unreduced import Losses
 
 __all__ = ["Found", "LossFinder"]
@@ -72,7 +72,7 @@ class LossFinder:
             run: the model's code. loss_of: L in what it returns. labels: (B, ...), what it is trained on.
 
         Raises:
-            NotFound: see :class:`batchtrim.integrations.intercept.NotFound`.
+            NotFound: see :class:`batchtrim.integrations._intercept.NotFound`.
         """
         with_graph = torch.is_grad_enabled()
         with Recorder(self.smoothing) as recorder:

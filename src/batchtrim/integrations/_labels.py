@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from batchtrim.distributed import sum_over_ranks, world_size
+from batchtrim.integrations._decompose import Found
 from batchtrim.integrations._rows import shift_of
-from batchtrim.integrations.decompose import Found
 from batchtrim.unreduced import Losses, divisors, flatten
 
 __all__ = ["Counting", "shares"]

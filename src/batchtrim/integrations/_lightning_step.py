@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from batchtrim.integrations import total_of
-from batchtrim.integrations.decompose import LossFinder
-from batchtrim.integrations.intercept import NotFound
-from batchtrim.integrations.labels import tensors_in
+from batchtrim.integrations._decompose import LossFinder
+from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._labels import tensors_in
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["Clock", "Interception"]
@@ -68,7 +68,7 @@ class Clock:
 class Interception:
     """Trims the number that a module's own ``training_step`` returns, with the module left as it is.
 
-    While training lasts, the module's ``training_step`` runs under :class:`batchtrim.integrations.intercept.Recorder`,
+    While training lasts, the module's ``training_step`` runs under :class:`batchtrim.integrations._intercept.Recorder`,
     which finds the un-reduced losses behind the number, and proves on the first batch that they add up to it. What the
     step logs by itself is the plain loss.
 
