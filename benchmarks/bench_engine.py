@@ -267,6 +267,87 @@ def near_one(rounds: int) -> list[dict[str, float]]:
     return rows
 
 
+def language_model(batch: int = 4, length: int = 128, keep: float = 0.5, rounds: int = 5) -> dict[str, Any]:
+    """A GPT-2 of 4 layers with its full vocabulary, half of the tokens kept: step time, peak memory, gradient error."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
+    x = torch.randint(0, model.config.vocab_size, (batch, length))
+
+    def per_token(outputs: Any, y: Tensor) -> Any:
+        return batchtrim.token_losses(outputs.logits, y, shift=True)
+
+    def make(name: str) -> Callable[[], Tensor]:
+        trim = batchtrim.Trimmer(keep, unit="element")
+        engine = None if name == "plain" else batchtrim.TrimmedForward(model, per_token, trim, name)
+
+        def step() -> Tensor:
+            model.zero_grad(set_to_none=True)
+            inputs = {"input_ids": x, "use_cache": False}
+            loss = per_token(model(**inputs), x).values.mean() if engine is None else engine(inputs, x)
+            loss.backward()
+            return loss.detach()
+
+        return step
+
+    steps = {name: make(name) for name in ("plain", "exact", "shared")}
+    found = {}
+    for name in ("exact", "shared"):
+        steps[name]()
+        found[name] = gradients(model).double()
+    times = interleaved(steps, rounds)
+    row: dict[str, Any] = {name: ratio(times, name, "plain") for name in ("exact", "shared")}
+    row["plain_ms"] = 1e3 * statistics.median(times["plain"])
+    row["error"] = float((found["shared"] - found["exact"]).norm() / found["exact"].norm())
+    row["memory"] = {name: peak_memory(step) for name, step in steps.items()}
+    told = " ".join(f"{name} {value:.0f}" for name, value in row["memory"].items())
+    print(
+        f"language model, {batch} x {length} tokens, q={keep}: plain {row['plain_ms']:.0f} ms | "
+        f"exact {row['exact']:.3f} shared {row['shared']:.3f} | error {row['error']:.1e} | MiB {told}",
+        flush=True,
+    )
+    return {"batch": batch, "length": length, "keep": keep, **row}
+
+
+def traces(names: tuple[str, ...]) -> dict[str, float]:
+    """Seconds of the first step of the shared engine beyond a plain one: what a trace takes, once a run."""
+    seconds = {}
+    for name in names:
+        build, inputs, _ = CASES[name]
+        torch.manual_seed(0)
+        model, (x, y) = build().train(), inputs()
+        make_step("plain", model, x, y, 0.5)()
+        start = time.perf_counter()
+        make_step("plain", model, x, y, 0.5)()
+        plain = time.perf_counter() - start
+        step = make_step("shared", model, x, y, 0.5)
+        start = time.perf_counter()
+        step()
+        seconds[name] = time.perf_counter() - start - plain
+        print(f"trace of {name}: {seconds[name]:.1f} s (limit 10 for resnet18-group)", flush=True)
+    return seconds
+
+
+def compiled(name: str, keeps: tuple[float, ...], rounds: int) -> list[dict[str, float]]:
+    """Engines on a model that the user compiled, over a compiled plain step."""
+    build, inputs, _ = CASES[name]
+    torch.manual_seed(0)
+    model, (x, y) = build().train(), inputs()
+    model.compile()
+    rows = []
+    for keep in keeps:
+        steps = {engine: make_step(engine, model, x, y, keep) for engine in ("plain", "two_pass", "shared", "auto")}
+        for step in steps.values():
+            step()
+        times = interleaved(steps, rounds)
+        row = {engine: ratio(times, engine, "plain") for engine in steps}
+        rows.append({"keep": keep, "limit": (1 + 2 * keep) / 3 + 0.08, **row})
+        told = " ".join(f"{engine} {value:.3f}" for engine, value in row.items())
+        print(f"compiled {name} q={keep}: {told} (limit {rows[-1]['limit']:.3f})", flush=True)
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(CASES), help="comma-separated, of: " + ", ".join(CASES))
@@ -276,17 +357,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run-steps", type=int, default=60, help="steps of the whole run; 0 leaves it out")
     parser.add_argument("--run-engines", default="exact,two_pass,shared,auto", help="engines of the whole runs")
+    parser.add_argument("--compiled", default="", help="networks to measure compiled, comma-separated")
+    parser.add_argument("--traces", default="resnet18-group", help="networks whose trace is timed, comma-separated")
+    parser.add_argument("--language-model", action="store_true", help="measure a language model that keeps tokens")
     parser.add_argument("--json", help="write the result here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     keeps = tuple(float(keep) for keep in options.keeps.split(","))
     results = [measure(name, keeps, options.rounds, options.seed) for name in options.models.split(",") if name]
+    extra = {
+        "traces": traces(tuple(filter(None, options.traces.split(",")))),
+        "compiled": {name: compiled(name, keeps, options.rounds) for name in options.compiled.split(",") if name},
+        "language_model": language_model(rounds=options.rounds) if options.language_model else None,
+    }
     engines = tuple(options.run_engines.split(","))
     runs = [whole_run(options.run_steps, engines, norm) for norm in ("group", "batch")] if options.run_steps else []
     near = near_one(options.rounds) if options.run_steps else None
     save(
         options.json,
-        {"engines": results, "whole_runs": runs, "near_one": near, "batch": BATCH, "rounds": options.rounds},
+        {"engines": results, "whole_runs": runs, "near_one": near, "batch": BATCH, "rounds": options.rounds, **extra},
     )
 
 

@@ -44,11 +44,8 @@ PUBLIC = (
 )
 # What the public modules are made of: no page lists it, and it may change without notice.
 INTERNAL = {
-    "batchtrim.integrations": {
-        "decompose", "engine_step", "form_table", "forms", "intercept", "labels", "lightning_step", "merging",
-        "model_losses", "numbered", "parts", "rows", "trainer_loss", "trainer_state",
-    },
-}  # fmt: skip
+    "batchtrim.integrations": {"decompose", "intercept", "labels", "lightning_step", "parts"},
+}
 
 
 def blocks(text: str, *languages: str) -> list[str]:

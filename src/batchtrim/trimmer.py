@@ -51,7 +51,8 @@ class Trimmer:
     more than one dimension are averaged per sample first (``unit``).
 
     Args:
-        keep: a schedule, a number in (0, 1], or a callable from progress in [0, 1] to such a number.
+        keep: a schedule, a number in (0, 1], or a callable from progress in [0, 1] to such a number. What it is a
+            part of, the rule says: of the samples, or with :class:`batchtrim.loss_mass` of their loss.
         total: how many times :meth:`step` is called in the whole training: epochs, if it is called once an epoch,
             or batches. Progress is ``min(1, steps / (total - 1))``, so the first of ``total`` runs at 0, the last at 1.
             Needed wherever progress is.

@@ -30,6 +30,7 @@ __all__ = [
     "pin",
     "uncompiled",
     "unfit",
+    "without_logging",
 ]
 
 
@@ -176,6 +177,20 @@ def _settings(limit: int) -> Iterator[None]:
         functorch.patch(donated_buffer=False),
         shapes.patch(use_duck_shape=False),  # two sizes that are equal by chance are two sizes
     ):
+        yield
+
+
+@contextlib.contextmanager
+def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
+    """Leave calls of these functions of ``logging.Logger`` out of the traces made meanwhile; they would end a trace."""
+    import torch._dynamo.config as dynamo
+
+    names = ("ignore_logging_functions", "ignore_logger_methods")  # a release has the second name, or both
+    name = next((each for each in names if hasattr(dynamo, each)), None)
+    if name is None:
+        yield
+        return
+    with dynamo.patch({name: {*getattr(dynamo, name), *methods}}):
         yield
 
 

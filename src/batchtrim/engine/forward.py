@@ -97,6 +97,7 @@ class TrimmedForward:
         batch_dim = check_count("batch_dim", batch_dim, minimum=0)
         self.forward = Forward(model, per_sample_loss, rank_by, batch_dim, trim.unit)
         self.trim = trim
+        self._kind = engine
         self.engine = ENGINES[engine](self.forward, trim)
         self.last: StepResult | None = None
 
@@ -116,6 +117,15 @@ class TrimmedForward:
         mask = None if chosen is None else chosen.mask
         self.last = step._replace(loss=step.loss.detach(), mask=mask, engine=step.engine or self.engine.name)
         return step.loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what makes the step anew, for pickle and deepcopy: what an engine found out it finds out again."""
+        return {"forward": self.forward, "trim": self.trim, "engine": self._kind}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.forward, self.trim, self._kind = state["forward"], state["trim"], state["engine"]
+        self.engine = ENGINES[self._kind](self.forward, self.trim)
+        self.last = None
 
     def __repr__(self) -> str:
         name = self.engine.name

@@ -91,7 +91,7 @@ class TwoPassEngine:
 
     def pays(self, x: Any, y: Any) -> bool:
         """True where (1 + 3q) / 3 is below 1."""
-        return self.trim.keep < 2 / 3
+        return self.trim.expected_keep < 2 / 3
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: tuple[Moment, Tensor] | None = None) -> Tensor:
         """Return the loss of the kept rows, with a graph, from the second pass alone.

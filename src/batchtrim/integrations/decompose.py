@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchtrim.integrations._merging import Term, merged
+from batchtrim.integrations._rows import label_sizes, output_tensors, prove_rows, rows_of
 from batchtrim.integrations.intercept import NotFound, Part, Recorder
-from batchtrim.integrations.merging import Term, merged
 from batchtrim.integrations.parts import compare, parts_of
-from batchtrim.integrations.rows import label_sizes, output_tensors, prove_rows, rows_of
 from batchtrim.unreduced import Losses
 
 __all__ = ["Found", "LossFinder"]

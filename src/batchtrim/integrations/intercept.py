@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Call", "NotFound", "Part", "Recorder", "entries"]
+__all__ = ["Call", "NotFound", "Part", "Recorder"]
 
 _CLASSES = (F.cross_entropy, F.nll_loss)  # divide by the targets that count, weighted
 _ENTRIES = (  # divide by all entries

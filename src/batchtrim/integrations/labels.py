@@ -13,21 +13,11 @@ import torch
 from torch import Tensor
 
 from batchtrim.distributed import sum_over_ranks, world_size
+from batchtrim.integrations._rows import shift_of
 from batchtrim.integrations.decompose import Found
-from batchtrim.integrations.rows import shift_of
 from batchtrim.unreduced import Losses, divisors, flatten
 
-__all__ = [
-    "Counting",
-    "counting_of",
-    "counting_of_own",
-    "labels_of",
-    "loss_of",
-    "named_labels",
-    "plain_sums",
-    "shares",
-    "tensors_in",
-]
+__all__ = ["Counting", "shares"]
 
 _SPANS = ("start_positions", "end_positions")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchtrim.integrations.intercept import Call, NotFound, Part
 
-__all__ = ["compare", "near", "parts_of", "tolerance_of"]
+__all__ = ["parts_of"]
 
 
 def parts_of(loss: Any, calls: list[Call], *, check: bool) -> list[Part]:

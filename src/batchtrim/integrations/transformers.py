@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from batchtrim._checks import check_choice, import_extra
 from batchtrim.accumulation import OVER
 from batchtrim.integrations import CLOCKS, build, log_values
-from batchtrim.integrations.numbered import IDS, numbered_rows
+from batchtrim.integrations._numbered import IDS, numbered_rows
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
@@ -34,11 +34,14 @@ import_extra("transformers", "transformers", "TrimmedTrainer")
 
 from transformers import Trainer  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
-from batchtrim.integrations.trainer_loss import TrainerLoss  # noqa: E402
-from batchtrim.integrations.trainer_state import StateKeeper, check_arguments  # noqa: E402
+from batchtrim.integrations._trainer_loss import TrainerLoss  # noqa: E402
+from batchtrim.integrations._trainer_state import StateKeeper, check_arguments  # noqa: E402
 
 __all__ = ["TrimmedTrainer"]
+
+logger = logging.get_logger(__name__)
 
 
 class TrimmedTrainer(Trainer):
@@ -79,6 +82,7 @@ class TrimmedTrainer(Trainer):
         check_choice("over", over, OVER)
         self.keep, self.trim_options, self.resume_length = keep, dict(trim_options or {}), resume_length
         self.keep_log = keep_log
+        self.explained = False  # what the logged loss is
         check_arguments(kwargs.get("compute_loss_func"), over, engine, self.trim_options, keep_log)
         build(keep, 2, self.trim_options)  # a wrong argument shows here and not when training starts
         super().__init__(*args, **kwargs)
@@ -142,8 +146,18 @@ class TrimmedTrainer(Trainer):
         return found
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does, with the values of :func:`batchtrim.integrations.log_values` beside ``loss``.
+
+        ``loss`` is the mean over the kept samples alone: it rises as keep falls, while nothing is wrong. Compare
+        ``trim/mean_loss``, over all samples, and ``eval_loss``.
+        """
         if "loss" in logs and self.trim is not None:
             logs.update(log_values(self.trim, self._mean_over_ranks))
+            if not self.explained and self.trim.keep < 1.0:
+                self.explained = True
+                logger.warning(
+                    "`loss` is the mean over the kept samples, so it rises as keep falls; `trim/mean_loss` is over all."
+                )
         super().log(logs, *args, **kwargs)
 
     def _mean_over_ranks(self, numbers: Tensor) -> Any:

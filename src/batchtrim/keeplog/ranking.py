@@ -16,7 +16,9 @@ __all__ = ["suspects"]
 
 
 def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
-    """Samples by how likely their label is wrong, judged by how hard they stayed and how often they were kept.
+    """Return samples by how hard they stayed and how often they were kept, where wrong labels gather.
+
+    The score is a rank and no probability: 0.99 says that 99 % of the samples rank lower, in clean data too.
 
     ``score = keep_rate * mean_loss``, given as its rank among all samples. Where nothing was ever dropped that is the
     order of the mean loss over training, the area under the loss curve.

@@ -28,10 +28,9 @@ app = typer.Typer(
     name="batchtrim",
     help="Train the same network with mini-batch trimming and its relatives, and see honestly whether it helped.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"max_content_width": 130},
+    context_settings={"max_content_width": 130, "help_option_names": ["-h", "--help"]},
 )
 
 # What a wrong option, file or folder raises. --debug shows where.
@@ -145,6 +144,9 @@ def report_command(
         Path | None, typer.Option(help="where the report goes [the same folder]", show_default=False)
     ] = None,
     baseline: Annotated[str, typer.Option(help="method the others are compared with")] = "full",
+    figures: Annotated[
+        Path | None, typer.Option(help="write the charts there too, as SVG and PNG", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON and write nothing")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -161,6 +163,12 @@ def report_command(
         if baseline != "full":  # which gives way to another where there is none
             check_choice("baseline", baseline, methods)
         _report(rows, out or place, baseline, as_json)
+        if figures is not None:
+            from batchtrim.lab.analyse import comparison
+            from batchtrim.lab.present import figures as drawing
+
+            paths = drawing.save(comparison.summarize(rows, baseline), figures)
+            typer.echo(f"figures: {len(paths)} files in {figures}", err=as_json)
 
     _guard(work, debug)
 
@@ -195,10 +203,15 @@ def claims_command(
 @app.command("show")
 def show_command(
     run: Annotated[Path, typer.Argument(help="folder of runs made with --keep-log")],
-    key: Annotated[str | None, typer.Option(help="which run, by its key [the last]", show_default=False)] = None,
+    key: Annotated[str | None, typer.Option(help="which run, by its key", show_default=False)] = None,
+    method: Annotated[
+        str | None, typer.Option(help="which run, by its method [trim, else the last that chose]", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="which run, by its seed [the first]", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="the page [keep/KEY.html in the folder]", show_default=False)] = None,
     data_dir: Annotated[
-        str | None, typer.Option(help="folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]")
+        str | None,
+        typer.Option(help="folder with NAME/{train,test}-*.parquet [where the runs found them]", show_default=False),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -211,7 +224,7 @@ def show_command(
         from batchtrim.lab.present import gallery
 
         with _fitting("the records and the keep log"):
-            page = gallery.build(run, out, key=key, data_dir=data_dir)
+            page = gallery.build(run, out, key=key, method=method, seed=seed, data_dir=data_dir)
         typer.echo(f"gallery: {page}")
 
     _guard(work, debug)
@@ -276,7 +289,7 @@ def main() -> None:
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     from batchtrim.lab import own, records
-    from batchtrim.lab.execute import grid, local, progress, scheduler
+    from batchtrim.lab.execute import cores, folders, foresee, grid, progress, scheduler
     from batchtrim.lab.run.ranks import Ranks
     from batchtrim.lab.task.code import Code
 
@@ -292,11 +305,17 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         if given.get(name, least) < least:
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
     ranks = Ranks.from_environment()
-    workers, threads = local.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
+    workers, threads = cores.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
     workers = workers if ranks.world == 1 else 1
     if "threads" not in settings:
         configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
-    out = given["out"] or (_default_out(configs) if task is None else own.default_out(configs))
+    said = [cores.crowded(workers, max(config.threads for config in configs))] if not given.get("ray") else []
+    said += foresee.foresee(settings, configs)
+    out = given["out"]
+    if out is None:
+        base = _default_out(configs) if task is None else own.default_out(configs)
+        out, note = folders.free_folder(base, grid.cells(configs))
+        said.append(note)
     place = scheduler.Workplace(
         out,
         given.get("data_dir"),
@@ -306,6 +325,8 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     )
     try:
         with progress.Quiet() if given["quiet"] or ranks.rank > 0 else progress.Live() as watcher:
+            for text in filter(None, said):
+                watcher.note(text)
             failed = scheduler.run_all(
                 configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2),
                 isolated=task is not None,

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import tomllib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 Entry = TypeVar("Entry")
+
+
+class CannotWrite(OSError):
+    """A file of the output folder cannot be written: the disk is full, or the folder read-only or gone.
+
+    No other run could be recorded either, so whoever does runs stops at once. The message names the file.
+    """
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the file system inside the block into :class:`CannotWrite`, which names ``path``."""
+    try:
+        yield
+    except (CannotWrite, TimeoutError):  # a lock that another process holds is no fault of the disk
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error).strip().partition("\n")[0]
+        raise CannotWrite(
+            f"cannot write {path} ({reason}). What is recorded stays; with room in a folder that can be written, the "
+            "same command goes on."
+        ) from error
+
+
 PART = ".part"
 """The suffix of a file that is being written."""
 
@@ -32,7 +57,6 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Args:
         write: called with the open file. What it raises is passed on, and nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # the name begins as the file's own, so that remove_parts finds what a process that died left behind
     part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}{PART}")
     try:

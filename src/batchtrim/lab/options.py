@@ -26,7 +26,10 @@ def option(kind: Any, help: str, *names: str, default: Any = None) -> tuple[Any,
 
 
 MANY: Table = {
-    "grid": (Annotated[Path | None, typer.Argument(help="TOML file with settings; options go before it")], None),
+    "grid": (
+        Annotated[Path | None, typer.Argument(help="TOML file with settings; options win over it")],
+        None,
+    ),
     "methods": option(str | None, "methods, comma-separated; `batchtrim methods` lists them"),
     "seeds": option(str | None, "how many seeds, or which, comma-separated"),
 }

@@ -27,7 +27,7 @@ from batchtrim._checks import check_choice
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, foreign
 from batchtrim.lab.analyse.comparison import Summary
-from batchtrim.lab.execute import grid, local, progress, scheduler
+from batchtrim.lab.execute import cores, grid, progress, scheduler
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.present import tables
 from batchtrim.lab.present.wording import headline
@@ -83,7 +83,7 @@ def compare(
     if baseline != "full":  # which gives way to another where there is none
         check_choice("baseline", baseline, methods)
     configs = grid.expand_task(code, {"methods": methods, "seeds": listed, **settings})
-    workers, threads = local.share_cores(len(configs), workers)
+    workers, threads = cores.share_cores(len(configs), workers)
     if "threads" not in settings:
         configs = [replace(config, threads=1 if ray else threads) for config in configs]
     if workers > 1 or ray:

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from batchtrim._checks import describe, is_number
-from batchtrim.lab.files import remove_parts, write_whole
+from batchtrim.lab.files import CannotWrite, remove_parts, write_whole, writing
 from batchtrim.lab.metric import Metric
 
 SCHEMA = 1
@@ -86,7 +86,7 @@ class Records:
         """
         short = {**row, "curve": _six_figures(row["curve"])} if "curve" in row else row
         line = (json.dumps(_plain(short), allow_nan=False, separators=(",", ":")) + "\n").encode()
-        with self._lock("append"):
+        with writing(self.path), self._lock("append"):
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 end = self._close_last_line(file)
@@ -108,7 +108,8 @@ class Records:
         """
         lock = self._lock(key)
         try:
-            lock.acquire(timeout=0)
+            with writing(self.folder):
+                lock.acquire(timeout=0)
         except Timeout:
             yield False
             return
@@ -128,14 +129,24 @@ class Records:
         """
         path = self.folder / "grid.json"
         with self._lock("settle"):
-            there = _read_cells(path) if path.exists() and self._begun() else []
-            ours = [cell for cell in cells if cell not in there]
-            gone = [cell for cell in there if cell not in cells]
+            there, ours, gone = self._compared(cells)
             if ours and gone:
                 raise UseAnotherFolder(_difference(self.folder, gone, ours))
             if ours:
                 text = json.dumps(there + ours, indent=1) + "\n"
                 write_whole(path, lambda file: file.write(text.encode()))
+
+    def differing(self, cells: list[Row]) -> dict[str, tuple[Any, Any]]:
+        """Return the settings, there and here, that make these cells another experiment; {} where they are not."""
+        with self._lock("settle"):
+            _, ours, gone = self._compared(cells)
+        return _differing(gone, ours) if ours and gone else {}
+
+    def _compared(self, cells: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+        """Return the folder's cells, those of ``cells`` that it lacks, and those it has that are not among them."""
+        path = self.folder / "grid.json"
+        there = _read_cells(path) if path.exists() and self._begun() else []
+        return there, [cell for cell in cells if cell not in there], [cell for cell in there if cell not in cells]
 
     def _begun(self) -> bool:
         """True if anything of the experiment is here: a recorded run, a checkpoint, or a run in the works.
@@ -167,7 +178,10 @@ class Records:
         return start
 
     def _lock(self, name: str) -> FileLock:
-        return FileLock(self.folder / ".claims" / f"{name}.lock")
+        claims = self.folder / ".claims"
+        if not claims.is_dir():  # the lock would make it again, and a row go into a new file without the others
+            raise CannotWrite(f"cannot write {self.path}: the folder is gone. Was it moved or removed?")
+        return FileLock(claims / f"{name}.lock")
 
     def _refresh(self) -> None:
         if not self.path.exists():
@@ -358,14 +372,18 @@ def _six_figures(value: Any) -> Any:
     return [_six_figures(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _difference(folder: Path, there: list[Row], here: list[Row]) -> str:
-    """Names what differs between the two cells that differ least."""
+def _differing(there: list[Row], here: list[Row]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between the two cells that differ least, there and here."""
 
     def differing(pair: tuple[Row, Row]) -> list[str]:
         return [name for name in sorted(pair[0] | pair[1]) if pair[0].get(name) != pair[1].get(name)]
 
-    nearest = min(((old, new) for old in there for new in here), key=lambda pair: len(differing(pair)))
-    parts = [f"{name} {nearest[0].get(name)} there and {nearest[1].get(name)} here" for name in differing(nearest)]
+    old, new = min(((old, new) for old in there for new in here), key=lambda pair: len(differing(pair)))
+    return {name: (old.get(name), new.get(name)) for name in differing((old, new))}
+
+
+def _difference(folder: Path, there: list[Row], here: list[Row]) -> str:
+    parts = [f"{name} {old} there and {new} here" for name, (old, new) in _differing(there, here).items()]
     return (
         f"expected the configuration that {folder} already holds runs of, got another: {'; '.join(parts)}. "
         "Pass another --out, or the old settings to go on."

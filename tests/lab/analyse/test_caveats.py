@@ -48,7 +48,7 @@ def test_missing_pairs_on_either_side(make_row: MakeRow) -> None:
 def test_a_failed_run_is_a_missing_pair_and_a_diverged_one_is_not(make_row: MakeRow) -> None:
     rows = runs(make_row, {"full": [0, 1, 2], "trim": [0]})
     rows += [make_row("trim", 1, None, status="failed"), make_row("trim", 2, None)]
-    assert found(rows) == (Caveat(Kind.ARM_LACKS, "trim", (1,), 1),)
+    assert found(rows) == (Caveat(Kind.FEW, "", (), 1), Caveat(Kind.ARM_LACKS, "trim", (1,), 1))
 
 
 def test_one_seed_for_several(make_row: MakeRow) -> None:

@@ -104,6 +104,18 @@ def test_too_many_backward_samples_make_a_claim_not_supported(limit: int, status
     assert f"with {limit}% of its backward samples at most (it took 60%)" in results.page([folder])
 
 
+def test_claims_of_a_partial_record_may_have_no_runs_yet(tmp_path: Path) -> None:
+    errors = {"full": [5.0, 5.5, 6.0], "trim": [5.0, 5.5, 6.0]}
+    text = CLAIMS.replace("effect", "partial = true\neffect")
+    record = claims.read(write(tmp_path / "r", errors, text))
+    assert [(found.status, found.difference.n) for found in record.findings][1] == (Status.NOT_DECIDABLE, 0)
+    assert "no runs yet" not in results.page([tmp_path / "r"]).partition("could have seen")[0]
+    for wrong in (CLAIMS, text.replace("random", "radnom"), text.replace("true", '"yes"')):
+        (tmp_path / "r" / "claims.toml").write_text(wrong)
+        with pytest.raises((ValueError, TypeError), match="expected"):
+            claims.read(tmp_path / "r")
+
+
 def test_a_corrected_p_value_decides() -> None:
     values = [-0.010, -0.002, -0.008, -0.001, -0.012]
     spread = inference.moments(values)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from batchtrim.lab import files, records
-from batchtrim.lab.execute import grid, local, progress, scheduler, workplace
+from batchtrim.lab.execute import cores, grid, local, progress, scheduler, workplace
 from batchtrim.lab.records import UseAnotherFolder
 from batchtrim.lab.run import train
 from batchtrim.lab.run.config import RunConfig
@@ -224,11 +224,12 @@ def test_what_another_process_is_at_is_waited_for(tmp_path: Path, monkeypatch: p
 
 
 def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert local.share_cores(100) == (8, 2)
-    assert local.share_cores(1) == (1, 16)
-    assert local.share_cores(100, workers=5) == (5, 3)
-    assert local.share_cores(100, workers=40) == (40, 1)
+    monkeypatch.setattr(cores.joblib, "cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert cores.share_cores(100) == (8, 2)
+    assert cores.share_cores(1) == (1, 16)
+    assert cores.share_cores(100, workers=5) == (5, 3)
+    assert cores.share_cores(100, workers=40) == (40, 1)
 
 
 # --- in several processes -----------------------------------------------------------------------------------------

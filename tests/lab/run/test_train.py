@@ -26,7 +26,11 @@ SMALL = RunConfig(method="trim", epochs=3, train_size=300, batch_size=64, lr=0.0
 
 def comparable(row: dict[str, Any]) -> str:
     """A row without what time of day and speed of the machine put into it."""
-    row = {name: value for name, value in row.items() if name not in ("seconds", "seconds_eval", "started")}
+    row = {
+        name: value
+        for name, value in row.items()
+        if name not in ("seconds", "seconds_eval", "seconds_total", "started")
+    }
     row["curve"] = {name: values for name, values in row["curve"].items() if name != "seconds"}
     return json.dumps(row)
 

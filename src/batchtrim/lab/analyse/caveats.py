@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from batchtrim.lab.analyse.inference import MIN_PAIRS
+
 if TYPE_CHECKING:
     from batchtrim.lab.analyse.comparison import Arm, Group
 
@@ -26,6 +28,8 @@ class Kind(Enum):
     """The task seeded torch with one number for several seeds of the arm."""
     ALIKE = "alike"
     """Every seed of the arm gave the same value, to the last bit."""
+    FEW = "few"
+    """Fewer pairs than a verdict needs."""
     SOURCES = "sources"
     """Runs of the group were made by several versions of the reader's program."""
     NOTED = "noted"
@@ -51,7 +55,13 @@ class Caveat:
 
 def caveats(group: Group) -> tuple[Caveat, ...]:
     """Return what is to be said beside the group's verdict."""
-    return (*_missing_pairs(group), *_seeds(group), *_sources(group), *_notes(group))
+    return (*_few(group), *_missing_pairs(group), *_seeds(group), *_sources(group), *_notes(group))
+
+
+def _few(group: Group) -> Iterator[Caveat]:
+    pairs = [arm.paired.moments.n for arm in group.arms if arm.paired and 0 < arm.paired.moments.n < MIN_PAIRS]
+    if pairs:
+        yield Caveat(Kind.FEW, "", (), max(pairs))
 
 
 def _missing_pairs(group: Group) -> Iterator[Caveat]:

@@ -5,6 +5,7 @@ A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written befor
     title = "Digits, every method"
     note = "What a reader has to know."
     effect = 0.2                     # the smallest difference of interest, in points of test error
+    partial = true                   # only while runs are missing: claims without any are then not decidable
 
     [[claim]]
     text = "Trimming lowers the final test error."
@@ -124,7 +125,7 @@ def read(folder: str | Path) -> Record:
         ValueError, TypeError: claims.toml is not what the module says. FileNotFoundError: a file is missing.
     """
     folder = Path(folder)
-    title, note, effect, claims = _load(folder / "claims.toml")
+    title, note, effect, partial, claims = _load(folder / "claims.toml")
     groups = comparison.summarize(records.read_results(folder)).groups
     other = next((group.metric.name for group in groups if group.metric != ERROR), None)
     if other is not None:
@@ -132,6 +133,10 @@ def read(folder: str | Path) -> Record:
     findings = [found for group in groups for found in _judge_group(claims, group, effect)]
     for claim in claims:
         if not any(found.claim == claim for found in findings):
+            if partial and claim.method in METHODS and claim.against in METHODS:
+                nothing = inference.moments([])
+                findings.append(Finding(claim, "no runs yet", Status.NOT_DECIDABLE, nothing, (), None, None))
+                continue
             there = dict.fromkeys(arm.label for group in groups for arm in group.arms)
             raise ValueError(
                 f"expected runs of {claim.method!r} and {claim.against!r} in {folder}, got none of one of them for "
@@ -179,7 +184,7 @@ def _status(found: Finding, effect: float) -> Status:
     return Status.NOT_SUPPORTED if spent > claim.backward else status
 
 
-def _load(path: Path) -> tuple[str, str, float, list[Claim]]:
+def _load(path: Path) -> tuple[str, str, float, bool, list[Claim]]:
     values = load_toml(path)
     effect = check_positive("effect", values.get("effect"), "The smallest difference of interest, in points.") / 100
     tables = values.get("claim")
@@ -188,7 +193,10 @@ def _load(path: Path) -> tuple[str, str, float, list[Claim]]:
             f"expected `claim` to be tables, each under a line [[claim]], got {describe(tables)} in {path}."
         )
     claims = [claim for table in tables for claim in _claims(table, path)]
-    return str(values.get("title", path.parent.name)), str(values.get("note", "")), effect, claims
+    partial = values.get("partial", False)
+    if not isinstance(partial, bool):
+        raise TypeError(f"expected `partial` to be true or false, got {describe(partial)} in {path}.")
+    return str(values.get("title", path.parent.name)), str(values.get("note", "")), effect, partial, claims
 
 
 def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:

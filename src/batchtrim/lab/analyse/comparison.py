@@ -278,7 +278,7 @@ def _unit(values: Collection[float], metric: Metric) -> float:
 
 def _moments(values: Collection[float], metric: Metric) -> Moments:
     unit = _unit(values, metric)
-    return moments([value / unit for value in values]).times(unit)
+    return _within(moments([value / unit for value in values]).times(unit), metric, 0.0)
 
 
 def _paired(
@@ -291,7 +291,7 @@ def _paired(
     return Paired(
         seeds=tuple(seeds),
         differences=tuple(differences),
-        moments=spread.times(unit),
+        moments=_within(spread.times(unit), arm.metric, -1.0),
         p_t=p_t,
         p_wilcoxon=wilcoxon(values),
         p_holm=p_holm,
@@ -299,6 +299,17 @@ def _paired(
         verdict=verdict,
         metric=arm.metric,
     )
+
+
+def _within(spread: Moments, metric: Metric, least: float) -> Moments:
+    """Return the moments with their t interval cut to what can be: a fraction of the test samples ends at 0 and at 1.
+
+    Args:
+        least: the lower end: 0 of a fraction, -1 of a difference of two.
+    """
+    if not metric.in_percent or spread.t is None:
+        return spread
+    return replace(spread, t=(max(least, spread.t[0]), min(1.0, spread.t[1])))
 
 
 def judge(differences: Moments, p: float | None) -> Verdict:

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 
-from batchtrim._checks import check_count
 from batchtrim.lab.execute.workplace import Tally, Workplace, attempt
+from batchtrim.lab.files import CannotWrite
 from batchtrim.lab.records import Records
 from batchtrim.lab.run import train
 from batchtrim.lab.run.own import AnyConfig
@@ -20,20 +20,9 @@ from batchtrim.lab.run.own import AnyConfig
 ASK_AGAIN = 0.5
 
 
-def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
-    """Return the number of processes, and of threads in each, for so many runs on this machine.
-
-    As many processes as there are cores, runs, or eight (each holds the images in memory), unless ``workers`` says
-    otherwise: small networks gain more from runs side by side than from threads. The cores are shared out evenly.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, min(cores, runs, 8)) if workers is None else check_count("workers", workers)
-    return workers, max(1, cores // workers)
-
-
 def run_here(tally: Tally, records: Records, place: Workplace) -> None:
     for config in _until_over(tally):
-        over, row = attempt(config, records, place, lambda point, config=config: tally.watcher.epoch(config, point))
+        over, row = attempt(config, records, place, lambda point, config=config: tally.tell(config, point))
         if over:
             tally.settle(config, row)
         else:
@@ -41,7 +30,7 @@ def run_here(tally: Tally, records: Records, place: Workplace) -> None:
 
 
 def _until_over(tally: Tally) -> Iterator[AnyConfig]:
-    """Yield what is left, again and again; with a pause once all of it has been found claimed elsewhere."""
+    """What is left, again and again; with a pause once all of it has been found claimed elsewhere."""
     refused = 0
     while tally.left:
         before = len(tally.left)
@@ -91,7 +80,10 @@ def _work(line: Connection, place: Workplace) -> None:
             config = line.recv()
         except (EOFError, OSError):
             return
-        tell("over", attempt(config, records, place, lambda point: tell("epoch", point)))
+        try:
+            tell("over", attempt(config, records, place, lambda point: tell("epoch", point)))
+        except CannotWrite as error:
+            tell("unwritable", str(error))
 
 
 def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: int, retries: int) -> None:
@@ -112,8 +104,10 @@ def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: 
                     continue
                 assert worker.config is not None
                 if what == "epoch":
-                    tally.watcher.epoch(worker.config, news)
+                    tally.tell(worker.config, news)
                     continue
+                if what == "unwritable":
+                    raise CannotWrite(news)
                 config, worker.config = worker.config, None
                 over, row = news
                 if over:

@@ -10,6 +10,7 @@ import contextlib
 from typing import Any
 
 from batchtrim._checks import import_extra
+from batchtrim.lab.execute import reach
 from batchtrim.lab.execute.workplace import Tally, Workplace, do_run
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run import train
@@ -28,8 +29,11 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
     """
     ray = import_extra("ray", "ray", "--ray")
     try:
-        ray.init(address=address, log_to_driver=False, ignore_reinit_error=True, logging_level="error")
-    except (ConnectionError, ValueError) as error:
+        reach.check_address(address)
+        reach.in_time(
+            lambda: ray.init(address=address, log_to_driver=False, ignore_reinit_error=True, logging_level="error")
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConnectionError(
             f"expected a Ray cluster at {address!r}, got none ({_sentence(error)}). Start one with: ray start --head"
         ) from error
@@ -54,7 +58,7 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
             running = {config.key: config for config, _ in claims.values()}
             for key, point in _news(ray, mailbox):
                 if key in running:
-                    tally.watcher.epoch(running[key], point)
+                    tally.tell(running[key], point)
             for done in finished:
                 config, claim = claims.pop(done)
                 row = _result(ray, done, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import Row
 from batchtrim.lab.run.own import TaskConfig
 from batchtrim.lab.run.train import OnEpoch
+
+SAY_EVERY = 30.0  # seconds between two lines inside an epoch, where there is no terminal
 
 
 class Quiet:
@@ -26,6 +29,8 @@ class Quiet:
 
     def epoch(self, config: Any, point: dict[str, Any]) -> None: ...
 
+    def batch(self, config: Any, point: dict[str, Any]) -> None: ...
+
     def finished(self, config: Any, row: Row | None) -> None: ...
 
     def note(self, text: str) -> None: ...
@@ -39,6 +44,7 @@ class Live(Quiet):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True)
+        self.said = -SAY_EVERY
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -51,7 +57,7 @@ class Live(Quiet):
             transient=True,
         )
         self.runs = self.done = 0
-        self.shown: dict[str, tuple[Any, int]] = {}  # key -> its bar, epochs it has counted
+        self.shown: dict[str, tuple[Any, float]] = {}  # key -> its bar, epochs it has counted
 
     def __enter__(self) -> Live:
         self.bars.start()
@@ -69,11 +75,27 @@ class Live(Quiet):
         self.total = self.bars.add_task("all runs", total=epochs - share, news=self._tally())
 
     def epoch(self, config: Any, point: dict[str, Any]) -> None:
-        bar, _ = self.shown.get(config.key) or (self.bars.add_task(config.label, total=point["epochs"], news=""), 0)
+        bar, before = self._bar(config, point)
         epoch, total = point["epoch"] + 1, point["epochs"]
         self.bars.update(bar, completed=epoch, news=f"epoch {epoch}/{total}, {_said(point)}")
-        self.bars.advance(self.total, 1)
+        self.bars.advance(self.total, epoch - before)
         self.shown[config.key] = bar, epoch
+
+    def batch(self, config: Any, point: dict[str, Any]) -> None:
+        bar, before = self._bar(config, point)
+        epoch = point["epoch"] + point["batch"] / point["batches"]
+        where = f"epoch {point['epoch'] + 1}/{point['epochs']}, batch {point['batch']}/{point['batches']}"
+        self.bars.update(bar, completed=epoch, news=where)
+        self.bars.advance(self.total, epoch - before)
+        self.shown[config.key] = bar, epoch
+        if not self.console.is_terminal and time.monotonic() - self.said >= SAY_EVERY:
+            self.said = time.monotonic()
+            self._say(config, where)
+
+    def _bar(self, config: Any, point: dict[str, Any]) -> tuple[Any, float]:
+        if config.key not in self.shown:
+            self.shown[config.key] = self.bars.add_task(config.label, total=point["epochs"], news=""), 0.0
+        return self.shown[config.key]
 
     def finished(self, config: Any, row: Row | None) -> None:
         bar, counted = self.shown.pop(config.key, (None, 0))
@@ -86,7 +108,7 @@ class Live(Quiet):
         elif row["status"] == "finished":
             if not self.console.is_terminal:
                 metric = Metric.of(row["config"])
-                self._say(config, f"{metric.text(row[metric.field])}, {row['seconds']:.1f} s")
+                self._say(config, f"{metric.text(row[metric.field])}, {_times(row)}")
         else:
             self._say(config, f"{row['status']}: {row.get('error', '')}")
         for note in (row or {}).get("notes", ()) if isinstance(config, TaskConfig) else ():
@@ -119,6 +141,13 @@ def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
         yield log
     finally:
         writer.close()
+
+
+def _times(row: Row) -> str:
+    """Training alone, evaluation, and the whole of the run, as far as they were measured."""
+    more = [f"{row[name]:.1f} s {what}" for name, what in (("seconds_eval", "testing"), ("seconds_total", "in all"))
+            if row.get(name)]  # fmt: skip
+    return ", ".join([f"{row['seconds']:.1f} s training", *more])
 
 
 def _said(point: dict[str, Any]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+from pathlib import Path
 
 from batchtrim._checks import check_count
 from batchtrim.lab.execute import grid, local, on_ray
-from batchtrim.lab.execute.workplace import Tally, Watcher, Workplace, do_run
+from batchtrim.lab.execute.workplace import DATA_DIR, Tally, Watcher, Workplace, do_run
+from batchtrim.lab.files import writing
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run import train
 from batchtrim.lab.run.config import SETTINGS
@@ -14,7 +16,6 @@ from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.perform import check_task
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.settings import Role
-from batchtrim.lab.task.own_models import is_own_model
 
 
 def run_all(
@@ -45,6 +46,9 @@ def run_all(
     records = Records(place.out)
     records.settle(grid.cells(configs))
     left = collections.deque(config for config in configs if not records.is_done(config.key))
+    if place.data_dir and place.keep_log:
+        with writing(place.out / DATA_DIR):
+            (place.out / DATA_DIR).write_text(str(Path(place.data_dir).resolve()) + "\n", encoding="utf-8")
     watcher.begin(configs, len(configs) - len(left))
     tally = Tally(left, watcher)
     if not left:
@@ -68,10 +72,10 @@ def run_all(
 
 
 def _one_per_data_set(configs: collections.deque[AnyConfig]) -> list[AnyConfig]:
-    """One run for each task, or way the training data are made but for the seed, and network of the reader's own."""
+    """One run for each task, or way the training data are made but for the seed, and network."""
     seen = {}
     for config in configs:
         made_by = tuple(getattr(config, name, None) for name, each in SETTINGS.items() if each.role is Role.DATA)
-        model = getattr(config, "model", "")
-        seen.setdefault((*made_by, model if is_own_model(model) else ""), config)
+        network = [getattr(config, name, None) for name in ("model", "width", "norm", "batch_size")]
+        seen.setdefault((*made_by, *network), config)
     return list(seen.values())

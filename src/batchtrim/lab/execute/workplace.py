@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from batchtrim.lab.execute.progress import tensorboard_log
-from batchtrim.lab.files import remove_parts
+from batchtrim.lab.files import CannotWrite, remove_parts
 from batchtrim.lab.records import DONE, Records, Row
 from batchtrim.lab.run import train
 from batchtrim.lab.run.checkpoint import DamagedCheckpoint
 from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.perform import perform
+
+DATA_DIR = "data-dir.txt"
+"""The file in a folder of runs that says where their data sets lay, for `batchtrim show`."""
 
 
 class Watcher(Protocol):
@@ -27,6 +30,8 @@ class Watcher(Protocol):
     def begin(self, configs: list[AnyConfig], done: int) -> None: ...
 
     def epoch(self, config: AnyConfig, point: dict[str, Any]) -> None: ...
+
+    def batch(self, config: AnyConfig, point: dict[str, Any]) -> None: ...
 
     def finished(self, config: AnyConfig, row: Row | None) -> None: ...
 
@@ -76,6 +81,10 @@ class Tally:
     failed: list[Row] = field(default_factory=list)
     lost: collections.Counter[str] = field(default_factory=collections.Counter)
 
+    def tell(self, config: AnyConfig, point: dict[str, Any]) -> None:
+        """Pass on what a run says after an epoch, or inside one."""
+        (self.watcher.batch if "batch" in point else self.watcher.epoch)(config, point)
+
     def settle(self, config: AnyConfig, row: Row | None) -> None:
         """A run is over; None where another process recorded it."""
         if row is not None and row["status"] == "failed":
@@ -117,8 +126,11 @@ def do_run(config: AnyConfig, place: Workplace, on_epoch: train.OnEpoch | None =
                 checkpoint=place.checkpoint(config),
                 checkpoint_seconds=place.checkpoint_seconds,
                 on_epoch=_both(log, on_epoch),
+                on_batch=on_epoch,
                 keep_log=place.out / "keep" / f"{config.key}.parquet" if place.keep_log else None,
             )
+    except CannotWrite:  # nothing can be recorded: no run is to blame
+        raise
     except DamagedCheckpoint as error:  # nothing can go on from it: the next try starts at the beginning
         place.checkpoint(config).unlink(missing_ok=True)
         return train.failed_row(config, error)

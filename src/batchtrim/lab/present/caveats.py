@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from batchtrim.lab.analyse.caveats import Caveat, Kind, caveats
 from batchtrim.lab.analyse.comparison import Group
+from batchtrim.lab.analyse.inference import MIN_PAIRS
 
 __all__ = ["caveat_texts"]
 
@@ -29,6 +30,10 @@ def _text(caveat: Caveat, group: Group) -> str:
         ),
         Kind.ALIKE: (
             f"{arm}: the same value on every seed, to the last bit. Does the task draw from another seed than run.seed?"
+        ),
+        Kind.FEW: (
+            f"{number} seed{'s are' if number != 1 else ' is'} too few: no verdict is given below {MIN_PAIRS}, and an "
+            "interval over two pairs is thirteen times as wide as their spread. Five seeds are a start: --seeds 5."
         ),
         Kind.SOURCES: (
             f"The runs were made by {number} versions of the program. To compare one version, pass another --out."

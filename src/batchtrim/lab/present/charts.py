@@ -11,7 +11,7 @@ import html
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -125,7 +125,7 @@ def lines(
         _axes(x, y, x_label, y_label, str, fmt, whole=True),
         f'<g clip-path="url(#{clip})">',
         *(_band(each, x, y) for each in drawn),
-        *(_line(each, x, y) for each in drawn),
+        *(_line(each, x, y, shared) for each, shared in zip(drawn, _covering(drawn, y), strict=True)),
         "</g>",
     ]
     known = {
@@ -163,13 +163,16 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
             )
         parts.append(f'<g class="{style_class(row.style)}">')
         parts.append(f'<text class="name" x="16" y="{base + 17}">{esc(row.label)}</text>')
+        wide = 7 * len(row.text)  # a clear ground, so that no line of the axis crosses the numbers
+        parts.append(f'<rect class="clear" x="{WIDTH - 16 - wide}" y="{base + 5}" width="{wide + 8}" height="16"/>')
         parts.append(f'<text class="tick" x="{WIDTH - 16}" y="{base + 17}" text-anchor="end">{esc(row.text)}</text>')
         if row.interval:
             start, end = (x(edge) for edge in row.interval)
             parts.append(f'<line class="bar" x1="{start:.1f}" x2="{end:.1f}" y1="{middle}" y2="{middle}"/>')
-        for seed, value in zip(row.seeds, row.values, strict=True):
+        levels = _apart([x(value) for value in row.values])
+        for seed, value, level in zip(row.seeds, row.values, levels, strict=True):
             parts.append(
-                f'<circle class="dot" cx="{x(value):.1f}" cy="{middle}" r="4.5">'
+                f'<circle class="dot" cx="{x(value):.1f}" cy="{middle + level}" r="4.5">'
                 f"<title>seed {seed}: {fmt(value)}</title></circle>"
             )
         centre = x(row.mean)
@@ -180,9 +183,19 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
 
 
 def scatter(
-    points: Sequence[Point], *, x_label: str, y_label: str, x_fmt: Format, fmt: Format, title: str = ""
+    points: Sequence[Point],
+    *,
+    x_label: str,
+    y_label: str,
+    x_fmt: Format,
+    fmt: Format,
+    title: str = "",
+    named: Collection[str] | None = None,
 ) -> Markup:
     """Cost on x from zero, error on y with its interval; each point has its name beside it.
+
+    Args:
+        named: labels of the points that are named where all would be too many; those of the front are besides.
 
     A line joins the front: the points that no other has both a lower cost and a lower error than.
     """
@@ -208,7 +221,7 @@ def scatter(
             f'<circle class="big" cx="{centre:.1f}" cy="{middle:.1f}" r="5.5">'
             f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}{there}</title></circle></g>"
         )
-    parts += _labels(points, x, y)
+    parts += _labels([point for point in points if named is None or point.label in named or point in best], x, y)
     return _svg("".join(parts), title, HEIGHT, ' class="chart"')
 
 
@@ -283,8 +296,8 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str, x_fmt: Format, fmt: Fo
     return "".join(parts)
 
 
-def _line(series: Series, x: Scale, y: Scale) -> str:
-    dash = " dashed" if series.dashed else ""
+def _line(series: Series, x: Scale, y: Scale, shared: int) -> str:
+    dash = (" dashed" if series.dashed else "") + (f" over{min(shared, 3)}" if shared else "")
     data = f'data-series="{esc(series.label)}"'
     if len(series.x) == 1:
         return (
@@ -295,6 +308,27 @@ def _line(series: Series, x: Scale, y: Scale) -> str:
         f'<g class="{style_class(series.style)}" {data}>'
         f'<polyline class="line{dash}" points="{_path(series.x, series.y, x, y)}"/></g>'
     )
+
+
+def _apart(places: Sequence[float], near: float = 7.0) -> list[int]:
+    """Return how far up or down each dot moves so that it hides no other: 0, 6 up, 6 down, 12 up or 12 down."""
+    taken: list[tuple[float, int]] = []
+    for place in places:
+        beside = {level for other, level in taken if abs(place - other) <= near}
+        taken.append((place, next((level for level in (0, -6, 6, -12, 12) if level not in beside), 0)))
+    return [level for _, level in taken]
+
+
+def _covering(drawn: Sequence[Series], y: Scale, near: float = 1.5) -> list[int]:
+    """Return how many earlier lines each would cover over most of its way: its gaps are the wider, the more."""
+
+    def covers(line: Series, other: Series) -> bool:
+        if list(other.x) != list(line.x) or other.dashed != line.dashed or len(line.x) < 2:
+            return False
+        close = sum(abs(y(a) - y(b)) < near for a, b in zip(other.y, line.y, strict=True))
+        return close > 0.8 * len(line.x)
+
+    return [sum(covers(line, other) for other in drawn[:number]) for number, line in enumerate(drawn)]
 
 
 def _band(series: Series, x: Scale, y: Scale) -> str:

@@ -59,7 +59,7 @@
     bar.style.width = col.keep[i] / 2 + "%";
     track.append(bar);
     rate.append(track, make("i", "", Math.round(col.keep[i] / 2) + " %"));
-    rate.title = "kept " + col.keep[i] / 2 + " % of " + col.seen[i] + " times";
+    rate.title = "kept " + Math.round(col.keep[i] / 2) + " % of " + col.seen[i] + " times";
     node.append(rate, make("small", "", "#" + col.id[i] + " · loss " + col.mean[i].toPrecision(2)));
     node.dataset.id = col.id[i];
     return node;
@@ -114,6 +114,23 @@
   const place = (i, width, height) => [
     LEFT + Math.min(1, col.spread[i] / most.x) * (width - LEFT - 8),
     height - BOTTOM - Math.min(1, col.mean[i] / most.y) * (height - BOTTOM - TOP)];
+  const outside = i => col.spread[i] > most.x || col.mean[i] > most.y;
+  const clipped = Array.from(col.spread).filter((_, i) => outside(i)).length;
+  if (clipped)
+    by("outside").textContent = clipped.toLocaleString() + (clipped > 1 ? " samples lie" : " sample lies")
+      + " beyond the axes: triangles at the edge.";
+  by("scale").querySelector("span").style.background =
+    "linear-gradient(to right, " + [0, 50, 100, 150, 200].map(k => hue[k]).join(", ") + ")";
+
+  // A triangle that points out of the map, where a sample lies beyond an axis.
+  function arrow(pen, x, y, above, right) {
+    const [dx, dy] = [right ? 1 : 0, above ? -1 : 0], long = Math.hypot(dx, dy), [a, b] = [dx / long * 6, dy / long * 6];
+    pen.beginPath();
+    pen.moveTo(x + a, y + b);
+    pen.lineTo(x - a - b * 0.8, y - b + a * 0.8);
+    pen.lineTo(x - a + b * 0.8, y - b - a * 0.8);
+    pen.fill();
+  }
   function paint() {
     const ratio = devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;
     canvas.width = width * ratio;
@@ -128,7 +145,8 @@
         pen.globalAlpha = match ? (data.n > 20000 ? 0.45 : 0.7) : 0.06;
         pen.fillStyle = hue[Math.min(200, col.keep[i])];
         const [x, y] = place(i, width, height), size = data.n > 5000 ? 2 : 4;
-        pen.fillRect(x - size / 2, y - size / 2, size, size);
+        if (outside(i)) arrow(pen, x, y, col.mean[i] > most.y, col.spread[i] > most.x);
+        else pen.fillRect(x - size / 2, y - size / 2, size, size);
       }
     pen.globalAlpha = 1;
     pen.fillStyle = pen.strokeStyle = ink;

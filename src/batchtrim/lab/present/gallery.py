@@ -27,6 +27,7 @@ from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.lab import records
 from batchtrim.lab.present import charts, wording
 from batchtrim.lab.present.charts import Series
+from batchtrim.lab.present.logged import choose, remembered
 from batchtrim.lab.present.pages import Tile
 from batchtrim.lab.present.templating import render
 from batchtrim.lab.run import train
@@ -51,6 +52,9 @@ ORDERS = (
     ("keep", "keep rate"),
 )
 
+DRAWN = ("random", "loss_mass_random", "data_dropout")
+"""Methods that draw what they keep by lot."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -62,7 +66,8 @@ class Samples:
         rows: a text for each sample, or a mapping of field names to values.
         predicted, confidence: (n,), class and probability, where the log's own (the last seen in training, augmentation
             and all) should not be used.
-        title: heading of the page. ``facts``: settings to print at its foot.
+        title: heading of the page. ``facts``: settings to print at its foot. ``random``: what was kept was
+            drawn by lot, so the keep rates say nothing of the samples.
     """
 
     labels: Tensor | None = None
@@ -73,17 +78,25 @@ class Samples:
     confidence: Tensor | None = None
     title: str = "What was kept"
     facts: Mapping[str, str] | None = None
+    random: bool = False
 
 
 def build(
-    run: str | Path, out: str | Path | None = None, *, key: str | None = None, data_dir: str | None = None
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    key: str | None = None,
+    method: str | None = None,
+    seed: int | None = None,
+    data_dir: str | None = None,
 ) -> Path:
     """Write the gallery of a run that recorded a keep log; returns the page's path.
 
     Args:
         run: the folder that holds ``runs.jsonl`` and ``keep/KEY.parquet``. ``out``: the page, by default
-            ``keep/KEY.html`` in that folder. ``key``: which run; by default the last one with a log that trimmed.
-        data_dir: where data sets lie, as for training.
+            ``keep/KEY.html`` in that folder. ``key``, ``method``, ``seed``: which
+            run; see :func:`batchtrim.lab.present.logged.choose`.
+        data_dir: where data sets lie; by default where the runs found them.
 
     Raises:
         ValueError: the folder holds no keep log, or none of that key.
@@ -94,25 +107,21 @@ def build(
         raise ValueError(
             f"expected a keep log in {folder / 'keep'}, found none. Train with --keep-log, into a new folder."
         )
-    found = [row for row in logged if key is None or row["key"].startswith(key)]
-    if not found:
-        raise ValueError(
-            f"expected a run with a keep log, got {key!r}. There are {', '.join(r['key'] for r in logged)}."
-        )
-    row = max(found, key=lambda each: (each["config"]["method"] != "full", each["started"]))
+    row = choose(logged, key=key, method=method, seed=seed)
     path = folder / "keep" / f"{row['key']}.parquet"
     out = out or path.with_suffix(".html")
     facts = {name: str(value) for name, value in row["config"].items() if value not in (None, {})}
     if "task" in row["config"]:
         return write(KeepLog.from_parquet(path), _told_by_the_task(path, row, facts), out)
     config = RunConfig.from_dict(row["config"])
-    pictures = train.load_pictures(config, data_dir)
+    pictures = train.load_pictures(config, data_dir or remembered(folder))
     samples = Samples(
         labels=pictures.train_labels,
         classes=pictures.class_names or _class_names(config.dataset, pictures.classes),
         pictures=pictures.train_images,
         title=f"What was kept: {config.label}",
         facts=facts,
+        random=config.method in DRAWN,
     )
     return write(KeepLog.from_parquet(path), samples, out)
 
@@ -134,6 +143,7 @@ def _told_by_the_task(path: Path, row: Mapping[str, Any], facts: Mapping[str, st
         rows=told["rows"],
         title=f"What was kept: {TaskConfig.from_dict(row['config']).label}",
         facts=facts,
+        random=row["config"]["method"] in DRAWN,
     )
 
 
@@ -180,6 +190,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         title=samples.title,
         sheets_css=Markup("".join(f".t{i}{{background-image:url({sheet})}}" for i, sheet in enumerate(sheets))),
         by_class=by_class,
+        random=samples.random,
         numbers=_numbers(log, columns) if by_class else _numbers(log, columns)[:-1],
         shown=f"{len(shown):,}",
         classes=list(enumerate(samples.classes)),

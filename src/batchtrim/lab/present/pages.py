@@ -16,11 +16,12 @@ from markupsafe import Markup
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary
 from batchtrim.lab.metric import ERROR, Metric
-from batchtrim.lab.present import charts, wording
+from batchtrim.lab.present import charts, sweep, wording
 from batchtrim.lab.present.caveats import caveat_texts
 from batchtrim.lab.present.charts import Series, style_class
 from batchtrim.lab.present.templating import render
 
+MOST_LABELS = 10  # points that are named in a chart of costs; of more, the best of each method
 MOST_BANDS = 4  # methods; bands of more than these cover one another
 OPEN_GROUPS = 3  # more groups than this start folded
 MARKS = {"lower": "▼ ", "higher": "▲ ", "same": "≈ ", "none": ""}
@@ -72,7 +73,7 @@ def comparison_page(summary: Summary) -> str:
         verdict=wording.sentence(wording.headline(summary)),
         counts=wording.counts(summary),
         overview=_overview(summary) if several else None,
-        groups=[_group(group) for group in summary.groups],
+        groups=[group_values(group) for group in summary.groups],
         folded=len(summary.groups) > OPEN_GROUPS,
         environment=wording.environment(summary),
     )
@@ -108,26 +109,30 @@ def _overview_cell(arm: Arm | None, base: Arm | None) -> dict[str, str]:
     }
 
 
-def _group(group: Group) -> dict[str, Any]:
-    styles = _styles(group)
+def group_values(group: Group) -> dict[str, Any]:
+    """Return what the page says and draws of a group."""
+    chosen = styles(group)
     return {
         "title": group.title,
         "verdict": wording.group_verdict(group),
         "caveats": caveat_texts(group),
         "legend_note": wording.legend(group.metric),
+        "terms": sweep.TERMS,
+        "times": sweep.times(group),
         "metric": group.metric,
         "baseline": group.baseline,
         "tiles": _tiles(group),
-        "table": _table(group.arms, group, styles),
-        "differences": _differences(group, styles),
-        "legend": charts.legend([(arm.label, styles[arm.label]) for arm in group.arms]),
-        "curves": _curves(group, styles),
-        "costs": _costs(group, styles),
+        "sweeps": sweep.grids(group),
+        "table": _table(group.arms, group, chosen),
+        "differences": _differences(group, chosen),
+        "legend": charts.legend([(arm.label, chosen[arm.label]) for arm in group.arms]),
+        "curves": _curves(group, chosen),
+        "costs": _costs(group, chosen),
         "views": [
             {
                 "title": wording.view_title(view),
                 "note": wording.view_note(view),
-                "table": _table(view.arms, group, styles, cost=False) if view.budget is not None else None,
+                "table": _table(view.arms, group, chosen, cost=False) if view.budget is not None else None,
             }
             for view in group.views
         ],
@@ -136,7 +141,7 @@ def _group(group: Group) -> dict[str, Any]:
     }
 
 
-def _styles(group: Group) -> dict[str, int]:
+def styles(group: Group) -> dict[str, int]:
     """The baseline is grey, style 0; the others take the colours in turn."""
     others = [arm.label for arm in group.arms if arm.label != group.baseline]
     return ({group.baseline: 0} if group.baseline else {}) | {label: 1 + i for i, label in enumerate(others)}
@@ -182,7 +187,8 @@ def _table(arms: Sequence[Arm], group: Group, styles: dict[str, int], cost: bool
             names = ("seconds", "samples_backward")
             cells += [Cell(wording.cost(arm, name), wording.share(arm, base, name) if base else "") for name in names]
         kind = wording.kind(arm.paired) if arm.paired else ""
-        colour = wording.colour(arm.paired) if arm.paired else ""
+        # a view at an equal budget counts against full, whose rate has not fallen yet: no colour of a verdict
+        colour = wording.colour(arm.paired) if arm.paired and cost else ""
         first, _, rest = wording.verdict(arm, group.reference).partition("; ")
         said = MARKS[kind] + first if arm.paired else "baseline" if arm is base else ""
         rows.append(
@@ -306,6 +312,12 @@ def _error_range(series: Sequence[Series]) -> tuple[tuple[float, float] | None, 
     return (low, high), True
 
 
+def _methods(group: Group) -> list[list[Arm]]:
+    """Return the arms of each method."""
+    names = dict.fromkeys(arm.settings["method"] for arm in group.arms)
+    return [[arm for arm in group.arms if arm.settings["method"] == name] for name in names]
+
+
 def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
     axes = [
         ("samples backward", "samples that went backward", "samples_backward"),
@@ -320,8 +332,10 @@ def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
         ]
         if not dots and group.metric != ERROR:
             continue
+        best = {arm.label for method in _methods(group) if (arm := wording.best_of(method))}
         chart = charts.scatter(
-            dots, x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group.metric),
+            dots, named=best if len(dots) > MOST_LABELS else None,
+            x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group.metric),
             title=f"{wording.capital(group.metric.title)} against {name}",
         )  # fmt: skip
         cards.append(Card(f"{wording.capital(group.metric.name)} against {name}", "", chart))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Row, Summary, View, summarize
+from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import pages, wording
 from batchtrim.lab.present.caveats import caveat_texts
 
@@ -32,9 +33,10 @@ def write_report(rows: Iterable[Row], out_dir: str | Path, baseline: str = "full
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     page = out_dir / "report.html"
-    page.write_text(pages.comparison_page(summary), encoding="utf-8")
-    (out_dir / "report.md").write_text(to_markdown(summary), encoding="utf-8")
-    (out_dir / "report.csv").write_text(to_csv(summary), encoding="utf-8", newline="")
+    texts = {page: pages.comparison_page(summary), out_dir / "report.md": to_markdown(summary)}
+    for path, text in (texts | {out_dir / "report.csv": to_csv(summary)}).items():
+        with writing(path):
+            write_whole(path, lambda file, text=text: file.write(text.encode()))
     return page
 
 

@@ -35,5 +35,5 @@ def _environment() -> Environment:
 
 
 def _breakable(text: object) -> Markup:
-    """Free to go on in the next line after an underscore."""
-    return escape(text).replace("_", Markup("_<wbr>"))
+    """Free to go on in the next line before a bracket and after a comma, and nowhere inside an identifier."""
+    return escape(text).replace("(", Markup("<wbr>(")).replace(",", Markup(",<wbr>"))

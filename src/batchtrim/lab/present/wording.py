@@ -13,6 +13,7 @@ from batchtrim.lab.analyse.inference import MIN_PAIRS
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.run.config import ARM_SETTINGS
 
+MOST_NAMED = 4  # arms that a verdict lists by name, where some are the same method
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 LEGEND = (
@@ -101,10 +102,39 @@ def group_verdict(group: Group) -> str:
         return _nothing_compared(group.arms, group.against)
     if len(compared) == 1:
         return f"{compared[0].label}: {verdict(compared[0], group.reference)}"
+    if all(arm.paired and arm.paired.verdict is Verdict.TOO_FEW for arm in compared):
+        return finding(max((arm.paired for arm in compared if arm.paired), key=lambda paired: paired.moments.n))
+    if len(compared) > MOST_NAMED and len({arm.settings["method"] for arm in compared}) < len(compared):
+        return _sweep_verdict(compared, group.metric)
     labels: dict[str, list[str]] = {name: [] for name in FINDINGS}
     for arm in compared:
         labels[kind(arm.paired)].append(arm.label + (" (some diverged)" if arm.diverged and arm.errors else ""))
     return "; ".join(f"{_found(name, group.metric)}: {', '.join(each)}" for name, each in labels.items() if each)
+
+
+def _sweep_verdict(compared: list[Arm], metric: Metric) -> str:
+    """How often each method was found lower, higher or neither over its schedules, and its best."""
+    lines = []
+    for method in dict.fromkeys(str(arm.settings["method"]) for arm in compared):
+        arms = [arm for arm in compared if arm.settings["method"] == method]
+        tally = collections.Counter(kind(arm.paired) for arm in arms)
+        found = ", ".join(f"{_found(name, metric)} in {count}" for name, count in tally.items())
+        best = best_of(arms)
+        lines.append(f"{method}: {found} of {len(arms)}" + (f" (best: {place(best)})" if best else ""))
+    return "; ".join(lines)
+
+
+def best_of(arms: Iterable[Arm]) -> Arm | None:
+    """The arm with the best mean; None where no run finished."""
+    known = [arm for arm in arms if arm.moments.mean is not None]
+    sign = -1.0 if known and known[0].metric.higher_is_better else 1.0
+    return min(known, key=lambda arm: sign * (arm.moments.mean or 0.0), default=None)
+
+
+def place(arm: Arm) -> str:
+    """Where in a sweep an arm stands: cosine to 0.2."""
+    schedule, end = arm.settings.get("schedule"), arm.settings.get("keep_end")
+    return f"{schedule} to {end:g}" if schedule is not None and end is not None else arm.label
 
 
 def headline(summary: Summary) -> str:

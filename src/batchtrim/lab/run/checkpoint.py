@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from batchtrim.lab.files import write_whole
+from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.task.data import ReplaceFile
 
 
@@ -23,7 +23,9 @@ class Resumable(Protocol):
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write beside it and rename: a checkpoint is the old one or the new one, never half of one."""
-    write_whole(path, lambda file: torch.save(state, file))
+    with writing(path):  # a folder that vanished is not made again: its records are gone
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, lambda file: torch.save(state, file))
 
 
 def load(run: Resumable, path: Path, device: torch.device) -> None:

@@ -97,6 +97,10 @@ class RunConfig:
     train_size: int | None = setting(
         None, "train on so many images, the same part of every class", role=Role.DATA, default_help="all"
     )
+    test_size: int | None = setting(
+        None, "test on so many images, the same part of every class and the same ones in every run", later=True,
+        default_help="all",
+    )  # fmt: skip
     label_noise: str = setting(
         "none", "wrong labels: none, symmetric:RATE, asymmetric:RATE, human:WHICH", role=Role.DATA
     )
@@ -140,6 +144,13 @@ class RunConfig:
             check_count(
                 "train_size", self.train_size, minimum=spec.classes if spec else 2, hint="At least one image a class."
             )
+        if self.test_size is not None:
+            check_count(
+                "test_size", self.test_size, minimum=spec.classes if spec else 2, hint="At least one image a class."
+            )
+        for name in ("keep_start", "keep_end"):  # a method without a schedule ignores them, but not a wrong number
+            if getattr(self, name) is not None:
+                check_keep(name, getattr(self, name))
         if check_number("imbalance", self.imbalance) < 1.0:
             raise ValueError(
                 f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest."

@@ -57,6 +57,9 @@ class TaskConfig:
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, minimum=0)
         check_choice("engine", self.engine, ENGINES)
+        for name in ("keep_start", "keep_end"):  # a method without a schedule ignores them, but not a wrong number
+            if getattr(self, name) is not None:
+                check_keep(name, getattr(self, name))
         metric = Metric.called(self.metric, self.higher_is_better)
         method = find_method(self.method)
         keep: dict[str, Any] = {"keep_start": None, "keep_end": None, "schedule": None}

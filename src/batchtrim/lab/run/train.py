@@ -25,10 +25,13 @@ from torch import Generator, Tensor, nn
 
 import batchtrim
 from batchtrim import Choice, KeepLog
+from batchtrim.lab.files import writing
 from batchtrim.lab.methods.rules import Setting
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
+from batchtrim.lab.run import trial
+from batchtrim.lab.run.beat import beat
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.counts import Counts, Criterion
 from batchtrim.lab.run.environment import environment
@@ -42,6 +45,7 @@ CURVES = (
     "epoch", "test_error", "train_error", "keep", "kept_loss", "mean_loss", "lr", "seconds", "samples_backward",
 )  # fmt: skip
 EVALUATION_BATCH = 500
+DID_NOT_LEARN = "did not learn: no better than naming the commonest class"
 REFERENCE_SEED = 1_000_003  # held-out networks start from weights no run starts from
 
 OnEpoch = Callable[[dict[str, Any]], None]
@@ -66,9 +70,11 @@ class Training:
     counts: Counts = field(default_factory=Counts)
     epoch: int = 0
     log: KeepLog | None = None
+    on_batch: Callable[[int, int, int], None] | None = None
 
     def __post_init__(self) -> None:
         config = self.config
+        self.before, self.begun = 0.0, time.perf_counter()  # seconds of the run before it was resumed, and since when
         self.ranks = Ranks.from_environment()
         self.fabric = self.ranks.fabric(config)
         self.device = self.fabric.device
@@ -163,6 +169,8 @@ class Training:
                 self.fabric.backward(loss)
                 self.optimizer.step()
                 method.after_batch()
+                if self.on_batch is not None:
+                    self.on_batch(self.epoch, step, len(batches))
             train_error, stats = self._over_all_ranks()
             method.after_epoch(1.0 - train_error)
             if self.log is not None:
@@ -244,6 +252,7 @@ class Training:
             "batches": self.batches.state_dict(),
             "order": self.order.get_state(),
             "counts": vars(self.counts).copy(),
+            "seconds_total": self.before + time.perf_counter() - self.begun,
             "curve": {name: list(values) for name, values in self.curve.items()},
             **({"log": self.log.state_dict()} if self.log is not None else {}),
         }
@@ -269,6 +278,7 @@ class Training:
         self.batches.load_state_dict(state["batches"])
         self.order.set_state(state["order"])
         self.counts = Counts(**state["counts"])
+        self.before = state.get("seconds_total", 0.0)
         self.curve = {name: list(values) for name, values in state["curve"].items()}
 
     def _set_rate(self, progress: float) -> float:
@@ -316,6 +326,7 @@ def run(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     on_epoch: OnEpoch | None = None,
+    on_batch: OnEpoch | None = None,
     keep_log: Path | None = None,
 ) -> dict[str, Any]:
     """Do one run and return its row for ``runs.jsonl``.
@@ -325,11 +336,11 @@ def run(
         data_dir: where data sets lie, see :func:`batchtrim.lab.task.data.load`.
         checkpoint: a file to go on from, if it is there, and to save to between epochs; the caller removes it.
         checkpoint_seconds: save when at least so long has passed since the last time.
-        on_epoch: called after every epoch.
+        on_epoch: called after every epoch. on_batch: called after the first batch, and about twice a second from then.
         keep_log: a Parquet file to write what happened to every training sample to.
     """
     config = config.resolved()
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    started, begun = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
@@ -339,22 +350,29 @@ def run(
             n, classes = len(pictures.train_labels), pictures.classes
             log = KeepLog(n, classes=classes, distributed=several) if keep_log else None
             training = Training(config, pictures, log=log)
+            training.on_batch = beat(on_batch, training.epochs) if on_batch else None
             status, error = _to_the_end(training, checkpoint, checkpoint_seconds, on_epoch)
             if log is not None and keep_log is not None and training.ranks.rank == 0:
-                keep_log.parent.mkdir(parents=True, exist_ok=True)
-                log.to_parquet(keep_log, label=pictures.train_labels.numpy())
+                with writing(keep_log):
+                    keep_log.parent.mkdir(exist_ok=True)
+                    log.to_parquet(keep_log, label=pictures.train_labels.numpy())
     finally:
         torch.set_num_threads(threads)
         Ranks.from_environment().leave()
+    final = training.curve["test_error"][-1] if status == "finished" else None
+    learnt = final is None or not trial.no_better_than_chance(final, pictures.test_labels)
+    notes = [*pictures.notes, *([] if learnt else [DID_NOT_LEARN])]
     return {
         "schema": SCHEMA,
         "key": config.key,
         "config": config.to_dict(),
         "status": status,
         **({"error": error} if error else {}),
-        **({"notes": list(pictures.notes)} if pictures.notes else {}),
-        "test_error": training.curve["test_error"][-1] if status == "finished" else None,
+        **({"notes": notes} if notes else {}),
+        **({"did_not_learn": True} if not learnt else {}),
+        "test_error": final,
         **vars(training.counts),
+        "seconds_total": training.before + time.perf_counter() - begun,
         "params": models.count_parameters(training.model),
         "curve": training.curve,
         "environment": environment(config),
@@ -386,10 +404,11 @@ def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Pat
         What is to be said of the data.
     """
     pictures = load_pictures(config, data_dir, cache_dir)
+    trial.check_network(config, pictures)
     if own_models.is_own_model(config.model):
         with torch.random.fork_rng(devices=[]):
             own_models.build_own(config.model, pictures.shape, pictures.classes)
-    return pictures.notes
+    return (*pictures.notes, *trial.notes_on(config, pictures))
 
 
 def load_pictures(
@@ -401,6 +420,7 @@ def load_pictures(
         label_noise=config.label_noise,
         imbalance=config.imbalance,
         train_size=config.train_size,
+        test_size=config.test_size,
         seed=config.seed,
         data_dir=data_dir,
     )

@@ -5,6 +5,7 @@ Everything is drawn from the run's seed, so that methods compared at one seed se
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def apply(
     label_noise: str = "none",
     imbalance: float = 1.0,
     train_size: int | None = None,
+    test_size: int | None = None,
     seed: int = 0,
     data_dir: str | Path | None = None,
 ) -> PictureData:
@@ -63,8 +65,11 @@ def apply(
             similar class); ``human:WHICH`` (labels people gave, CIFAR-10N, for cifar10 only).
         imbalance: size of the largest class over that of the smallest, falling exponentially in between; 1 is none.
         train_size: keep this many images, the same part of every class; None keeps all.
+        test_size: test on this many, the same part of every class, whatever the seed; None keeps all.
         data_dir: where ``cifar10n/train_labels.parquet`` lies, for human labels.
     """
+    if test_size is not None:
+        data = _smaller_test(data, test_size)
     labels = _noisy_labels(data, label_noise, _generator(seed, 1), data_dir)
     rows = torch.arange(len(labels))
     if imbalance != 1.0:
@@ -76,6 +81,13 @@ def apply(
     if len(rows) == len(labels):
         return data.with_train(data.train_images, labels)
     return data.with_train(data.train_images[rows], labels[rows])
+
+
+def _smaller_test(data: PictureData, size: int) -> PictureData:
+    if size > len(data.test_labels):
+        raise ValueError(f"expected `test_size` of at most {len(data.test_labels)}, got {size}.")
+    rows = _stratified(data.test_labels, data.classes, size, _generator(0, 4))
+    return replace(data, test_images=data.test_images[rows], test_labels=data.test_labels[rows])
 
 
 def _generator(seed: int, purpose: int) -> Generator:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from batchtrim.lab.files import look_up, write_whole
+from batchtrim.lab.task import hub
 
 CACHE_VERSION = 1
 SPLITS = ("train", "test")
@@ -230,7 +231,7 @@ class _Hub:
 
             datasets = import_extra("datasets", "lab", f"the data set '{self.spec.name}'")
             try:
-                self.splits = datasets.load_dataset(self.spec.hub, self.spec.hub_config)
+                self.splits = hub.load_dataset(datasets, self.spec.hub, self.spec.hub_config)
             except (OSError, ValueError, RuntimeError) as error:  # what hub clients raise varies with their versions
                 raise PassDataDir(
                     f"could not get '{self.spec.hub}' from the Hugging Face hub ({_first_line(error)}). Without a "
@@ -265,6 +266,7 @@ def _cached(spec: Spec, source: _Folder | _Hub, split: str, cache: Path) -> tupl
 
 def _save_whole(path: Path, array: np.ndarray) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
     except OSError as error:
         raise OSError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import describe, import_extra
+from batchtrim.lab.task import hub
 from batchtrim.lab.task.decode import Source
 
 __all__ = ["Listing", "find_images"]
@@ -319,7 +320,7 @@ def _hub(dataset: str, data_dir: Path | None, columns: dict[str, str | None]) ->
         )
     datasets = import_extra("datasets", "lab", f"the data set '{dataset}'")
     try:
-        splits = datasets.load_dataset(name, config or None)
+        splits = hub.load_dataset(datasets, name, config or None)
     except Exception as error:  # what hub clients raise varies with their versions
         text = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise OSError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchtrim.engine.capture import uncompiled
 from batchtrim.engine.state import GeneratorStates, ModelState, device_of
-from batchtrim.integrations.forms import Form, find_form, fits
+from batchtrim.integrations._forms import Form, find_form, fits
 from batchtrim.integrations.intercept import NotFound
 from batchtrim.integrations.labels import loss_of, named_labels
 from batchtrim.integrations.parts import near
@@ -39,7 +39,7 @@ class Forms:
     step the model's own loss is held against the form's besides.
 
     Args:
-        losses: a :class:`batchtrim.integrations.model_losses.ModelLosses`.
+        losses: a :class:`batchtrim.integrations._model_losses.ModelLosses`.
     """
 
     def __init__(self, losses: Any) -> None:

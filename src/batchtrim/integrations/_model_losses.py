@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from batchtrim.engine.capture import uncompiled
+from batchtrim.integrations._form_table import Forms, left_as_found
+from batchtrim.integrations._numbered import IDS
 from batchtrim.integrations.decompose import Found, LossFinder
-from batchtrim.integrations.form_table import Forms, left_as_found
 from batchtrim.integrations.intercept import NotFound
 from batchtrim.integrations.labels import Counting, counting_of, counting_of_own, labels_of, loss_of
-from batchtrim.integrations.numbered import IDS
 from batchtrim.unreduced import Losses, flatten
 
 __all__ = ["FlatLosses", "ModelLosses"]

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchtrim.integrations._merging import Term, merged
 from batchtrim.integrations.decompose import Found
 from batchtrim.integrations.intercept import Part, entries
-from batchtrim.integrations.merging import Term, merged
 from batchtrim.integrations.parts import tolerance_of
 from batchtrim.unreduced import Losses
 

@@ -15,10 +15,10 @@ from batchtrim.accumulation import first_pass, select_window
 from batchtrim.choice import Choice
 from batchtrim.engine.state import GeneratorStates
 from batchtrim.integrations import follow
-from batchtrim.integrations.engine_step import EngineStep
+from batchtrim.integrations._engine_step import EngineStep
+from batchtrim.integrations._model_losses import FlatLosses, ModelLosses
+from batchtrim.integrations._numbered import IDS
 from batchtrim.integrations.labels import Counting, loss_of, plain_sums, shares
-from batchtrim.integrations.model_losses import FlatLosses, ModelLosses
-from batchtrim.integrations.numbered import IDS
 from batchtrim.reduction import reduce
 from batchtrim.selection import Selection
 

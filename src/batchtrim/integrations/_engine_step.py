@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from batchtrim.distributed import world_size
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import Step
+from batchtrim.engine.capture import without_logging
 from batchtrim.errors import EngineFallback, EngineRefused
-from batchtrim.integrations.forms import Form
-from batchtrim.integrations.model_losses import FlatLosses, ModelLosses
+from batchtrim.integrations._forms import Form
+from batchtrim.integrations._model_losses import FlatLosses, ModelLosses
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["EngineStep"]
@@ -21,7 +23,7 @@ __all__ = ["EngineStep"]
 class EngineStep:
     """Forward, choose, and a loss whose backward may cost the kept rows only.
 
-    Where the model's loss has a standard form (:mod:`batchtrim.integrations.forms`), the model itself runs in the
+    Where the model's loss has a standard form (:mod:`batchtrim.integrations._forms`), the model itself runs in the
     engine, with its labels, and the losses are the form's. Otherwise its losses are recorded while it runs, which no
     graph can be traced of: "shared" refuses, and "auto" goes on with "exact".
 
@@ -62,7 +64,8 @@ class EngineStep:
         if step is None:
             rank_by = None if form.alike else form.scores
             step = self._steps[form] = TrimmedForward(model, form, self.trim, self.engine, rank_by=rank_by)
-        loss = step(inputs, self.losses.forms.labels(inputs))
+        with without_logging(logging.Logger.warning_once):  # type: ignore[attr-defined]  # transformers adds it
+            loss = step(inputs, self.losses.forms.labels(inputs))
         last = step.last
         assert last is not None
         self.last = last

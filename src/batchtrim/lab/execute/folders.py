@@ -1,0 +1,41 @@
+"""The folder of a command that names none: named after what its runs share, and another where that is taken."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from batchtrim.lab.records import Records, Row
+
+LONGEST = 80  # characters that the differing settings add to a name; more of them become a number
+
+
+def free_folder(base: Path, cells: list[Row]) -> tuple[Path, str]:
+    """Return the folder for these cells, and what to say where it is not ``base``; the same call finds it again.
+
+    ``base`` unless it holds another experiment; else ``base`` and the settings that differ: ``...-lr0.01``.
+
+    Args:
+        cells: settings that the runs share, see :meth:`batchtrim.lab.records.Records.settle`.
+    """
+    if _fits(base, cells):
+        return base, ""
+    differing = Records(base).differing(cells)
+    named = "".join(f"-{name}{_plain(value)}" for name, (_, value) in differing.items())
+    tails = [named] if named and len(named) <= LONGEST else []
+    for tail in itertools.chain(tails, (f"{named[:LONGEST]}-{number}" for number in itertools.count(2))):
+        folder = base.with_name(base.name + tail)
+        if _fits(folder, cells):
+            break
+    there = ", ".join(f"{name} {old}" for name, (old, _) in differing.items())
+    return folder, f"runs go to {folder}: {base} holds runs with other settings ({there})"
+
+
+def _fits(folder: Path, cells: list[Row]) -> bool:
+    return not (folder / "grid.json").exists() or not Records(folder).differing(cells)
+
+
+def _plain(value: Any) -> str:
+    return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-.")

@@ -1,0 +1,55 @@
+"""What can be said of a command before its first run: settings that play no part, or hardly what was meant."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from batchtrim.lab.run.own import AnyConfig
+
+LARGE_LR = 100.0  # no network of the lab learns at such a rate
+KEEP = ("keep_start", "keep_end", "schedule")
+
+
+def foresee(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
+    """Return a line for each surprise in the settings given and in the runs they make."""
+    return [*_repeats(settings), *_schedule(settings, configs), *_rate(configs)]
+
+
+def _repeats(settings: Mapping[str, Any]) -> list[str]:
+    said = []
+    for name, values in settings.items():
+        if isinstance(values, list) and not any(isinstance(value, (list, dict)) for value in values):
+            twice = [value for value, count in Counter(values).items() if count > 1]
+            if twice:
+                said.append(f"{name}: {', '.join(map(str, twice))} is given more than once, and done once")
+    return said
+
+
+def _schedule(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
+    scheduled = [config for config in configs if config.schedule is not None]
+    given = [name for name in KEEP if name in settings]
+    if given and not scheduled:
+        methods = ", ".join(dict.fromkeys(config.method for config in configs))
+        return [f"{', '.join(given)}: without effect, no method here has a keep schedule ({methods})"]
+    said = {}
+    for config in scheduled:
+        assert config.keep_start is not None
+        assert config.keep_end is not None
+        if config.schedule == "constant" and "keep_start" in settings and config.keep_start != config.keep_end:
+            said["constant"] = (
+                f"keep_start {config.keep_start:g}: without effect under the constant schedule, which keeps keep_end "
+                f"({config.keep_end:g}) throughout"
+            )
+        elif config.schedule != "constant" and config.keep_start < config.keep_end:
+            said["rising"] = (
+                f"keep_start {config.keep_start:g} is below keep_end {config.keep_end:g}: the schedule "
+                "rises, and keeps most at the end"
+            )
+    return list(said.values())
+
+
+def _rate(configs: Sequence[AnyConfig]) -> list[str]:
+    rates = sorted({lr for config in configs if (lr := getattr(config, "lr", None)) and lr >= LARGE_LR})
+    return [f"lr {', '.join(f'{rate:g}' for rate in rates)}: hardly any network learns at such a rate"] if rates else []

@@ -1,0 +1,44 @@
+"""Whether something answers at an address, asked with a short wait before a library asks with a long one."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+WAIT = 5.0  # seconds for a connection
+LONGEST_START = 20.0  # seconds for a cluster to take us in
+
+
+def check_address(address: str) -> None:
+    """Raise a ConnectionError where nothing listens at ``host:port`` or ``ray://host:port``; other forms pass."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        with contextlib.closing(socket.create_connection((host.strip("[]"), int(port)), WAIT)):
+            return
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ConnectionError(str(getattr(error, "strerror", None) or error or "no answer")) from error
+
+
+def in_time(start: Callable[[], Any], seconds: float | None = None) -> None:
+    """Call ``start``, and raise what it raises, or a ConnectionError where it has not returned after ``seconds``."""
+    seconds = LONGEST_START - WAIT if seconds is None else seconds
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            start()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise ConnectionError(f"no answer within {seconds:.0f} seconds")
+    if failed:
+        raise failed[0]

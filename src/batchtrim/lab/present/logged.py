@@ -1,0 +1,58 @@
+"""Which run of a folder is shown: by key, by name, or the one that is meant most often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from batchtrim.lab.execute.workplace import DATA_DIR
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.own import TaskConfig
+
+MOST_NAMED = 12
+
+
+def choose(
+    rows: Sequence[Mapping[str, Any]], *, key: str | None = None, method: str | None = None, seed: int | None = None
+) -> Mapping[str, Any]:
+    """Return the run with this key (or its beginning), method and seed.
+
+    Where several fit: ``trim`` before others, any method before plain training, the smallest seed, the last started.
+
+    Raises:
+        ValueError: none fits; the message lists the runs by name.
+    """
+    found = [
+        row
+        for row in rows
+        if (key is None or row["key"].startswith(key))
+        and (method is None or row["config"]["method"] == method)
+        and (seed is None or row["config"]["seed"] == seed)
+    ]
+    if not found:
+        asked = {"key": key, "method": method, "seed": seed}
+        said = ", ".join(f"{name} {value!r}" for name, value in asked.items() if value is not None).removeprefix("key ")
+        listed = "\n".join(f"  {name(row)}  (--key {row['key'][:6]})" for row in rows[:MOST_NAMED])
+        more = f"\n  and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
+        raise ValueError(f"expected a run with a keep log, got {said}. There are:\n{listed}{more}")
+    return max(found, key=lambda row: (_rank(row["config"]["method"]), -row["config"]["seed"], row["started"]))
+
+
+def name(row: Mapping[str, Any]) -> str:
+    """Return a run's name, as progress lines have it."""
+    config = row["config"]
+    return (TaskConfig if "task" in config else RunConfig).from_dict(config).label
+
+
+def remembered(folder: Path) -> str | None:
+    """Return the folder of data sets that the runs in ``folder`` were given, if it is there still."""
+    path = folder / DATA_DIR
+    if not path.exists():
+        return None
+    there = path.read_text(encoding="utf-8").strip()
+    return there if Path(there).is_dir() else None
+
+
+def _rank(method: str) -> int:
+    return {"trim": 2, "full": 0}.get(method, 1)

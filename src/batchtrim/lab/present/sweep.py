@@ -1,0 +1,91 @@
+"""A sweep over schedules and ends: its headline, and a grid for each method with the best cell marked.
+
+Besides, what the page explains where it stands: its terms, and the seconds that a run's parts took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from batchtrim.lab.analyse.comparison import Arm, Group
+from batchtrim.lab.present import wording
+
+LEAST = 4  # cells; fewer are read in the table of methods
+
+TERMS = (
+    "Samples backward: for how many samples the backward pass was computed, over the whole training. Holm: with "
+    "several methods in a table every p is raised, so that the chance of one false finding among all of them stays at "
+    "5 %. Wilcoxon: a test of the same pairs by their ranks alone."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The arm of a schedule and an end; ``best`` marks the one with the best mean."""
+
+    main: str
+    small: str
+    colour: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A method's arms: schedules downwards, keep ends to the right. ``said``: the best in a line."""
+
+    method: str
+    ends: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    said: str
+
+
+def grids(group: Group) -> list[Grid]:
+    """Return a grid for each method that was run with several schedules and ends; none of other comparisons."""
+    by_method: dict[str, list[Arm]] = {}
+    for arm in group.arms:
+        if arm.settings.get("schedule") is not None and arm.settings.get("keep_end") is not None:
+            by_method.setdefault(str(arm.settings["method"]), []).append(arm)
+    return [grid for method, arms in by_method.items() if (grid := _grid(method, arms)) is not None]
+
+
+def times(group: Group) -> str:
+    """Return the mean seconds of a run in training and in testing, for each method that has them; "" where none has."""
+    parts = [
+        f"{arm.label} {wording.amount(arm.cost['seconds'])} + {wording.amount(arm.cost['seconds_eval'])}"
+        for arm in group.arms
+        if "seconds" in arm.cost and arm.cost.get("seconds_eval")
+    ]
+    return f"Seconds of training + of testing, a run: {', '.join(parts)}." if parts else ""
+
+
+def _grid(method: str, arms: Sequence[Arm]) -> Grid | None:
+    cells = {(arm.settings["schedule"], arm.settings["keep_end"]): arm for arm in arms}
+    schedules = list(dict.fromkeys(schedule for schedule, _ in cells))
+    ends = sorted({end for _, end in cells})
+    if len(cells) < LEAST or len(cells) < len(arms) or min(len(schedules), len(ends)) < 2:
+        return None
+    best = wording.best_of(arms)
+    return Grid(
+        method,
+        tuple(f"{end:g}" for end in ends),
+        tuple((schedule, tuple(_cell(cells.get((schedule, end)), best) for end in ends)) for schedule in schedules),
+        _best_said(best, len(cells)) if best else "No run finished.",
+    )
+
+
+def _cell(arm: Arm | None, best: Arm | None) -> Cell | None:
+    if arm is None:
+        return None
+    colour = wording.colour(arm.paired) if arm.paired else ""
+    return Cell(wording.error(arm), wording.difference(arm.paired), colour, arm is best)
+
+
+def _best_said(best: Arm, of: int) -> str:
+    """Return the best of several in words, with the warning that goes with picking it."""
+    unit = best.metric.unit
+    against = f", {wording.difference(best.paired)}{unit} against the baseline" if best.paired else ""
+    return (
+        f"Best: {wording.place(best)}, {best.metric.title} {wording.error(best)}{against}. Picked out of {of} on the "
+        "test set, so it looks better than it is: confirm it on fresh seeds."
+    )

@@ -1,0 +1,23 @@
+"""Signs of life inside an epoch: the first batch at once, then one every half second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+EVERY = 0.5
+
+
+def beat(tell: Callable[[dict[str, Any]], None], epochs: int) -> Callable[[int, int, int], None]:
+    """Return what a training calls after every batch, with its epoch, the batch and how many the epoch has."""
+    told = -EVERY
+
+    def after(epoch: int, batch: int, batches: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= EVERY:
+            told = now
+            tell({"epoch": epoch, "epochs": epochs, "batch": batch + 1, "batches": batches})
+
+    return after

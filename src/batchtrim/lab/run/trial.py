@@ -1,0 +1,64 @@
+"""What is looked at before the first run: whether the network fits the images and the memory, the batch the data."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.task import models
+from batchtrim.lab.task.data import PictureData
+from batchtrim.lab.task.own_models import is_own_model
+
+BYTES_A_PARAMETER = 16  # weight, gradient and two moments, in float32
+
+
+def check_network(config: RunConfig, pictures: PictureData) -> None:
+    """Raise a ValueError where the network cannot be built for these images, or cannot fit into the memory.
+
+    Built and called without storage, so that even an absurd width costs nothing. The reader's own are tried elsewhere.
+    """
+    if is_own_model(config.model):
+        return
+    named = f"`{config.model}` of `width` {config.width} to fit images of {' x '.join(map(str, pictures.shape))}"
+    try:
+        with torch.device("meta"):
+            model = models.build(config.model, pictures.shape, pictures.classes, config.width, config.norm)
+            model.eval()(torch.empty(2, *pictures.shape))
+    except (AssertionError, RuntimeError, ZeroDivisionError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+        raise ValueError(f"expected {named}, got an error: {first}. Pass another --width or --model.") from error
+    needed, there = BYTES_A_PARAMETER * models.count_parameters(model), _memory()
+    if config.device == "cpu" and there and needed > there:
+        raise ValueError(
+            f"expected {named} and {there / 1e9:.0f} GB of memory, got one that needs {needed / 1e9:,.0f} GB. "
+            "Pass a smaller --width."
+        )
+
+
+def notes_on(config: RunConfig, pictures: PictureData) -> list[str]:
+    """Return what to say of the settings beside the data."""
+    size = len(pictures.train_labels)
+    if config.batch_size <= size:
+        return []
+    return [
+        f"batch_size {config.batch_size} is more than the {size:,} training images of {config.dataset}: every epoch "
+        "is a single step"
+    ]
+
+
+def no_better_than_chance(error: float, labels: Tensor) -> bool:
+    """True if a test error is that of naming the commonest class always, within two standard errors of it."""
+    chance = 1.0 - float(torch.bincount(labels).max()) / len(labels)
+    return error >= chance - 2.0 * math.sqrt(chance * (1.0 - chance) / len(labels))
+
+
+def _memory() -> int:
+    """Return this machine's memory in bytes; 0 where it does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0

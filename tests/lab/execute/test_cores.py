@@ -1,0 +1,30 @@
+"""Processes and threads: what the machine and the reader say wins over our own guess."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchtrim.lab.execute import cores
+
+
+@pytest.fixture(autouse=True)
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores.joblib, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+@pytest.mark.parametrize(("asked", "shared"), [("2", (4, 2)), ("16", (1, 16)), ("1", (8, 1)), ("3,2", (2, 3))])
+def test_omp_num_threads_wins(monkeypatch: pytest.MonkeyPatch, asked: str, shared: tuple[int, int]) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert cores.share_cores(100) == shared
+
+
+@pytest.mark.parametrize("nonsense", ["", "many", "0", "-2"])
+def test_an_omp_num_threads_that_is_no_number_counts_as_none(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", nonsense)
+    assert cores.share_cores(2) == (2, 4)
+
+
+def test_more_threads_than_cores_are_told() -> None:
+    assert cores.crowded(4, 2) == ""
+    assert "4 processes of 3 threads on 8 cores" in cores.crowded(4, 3)

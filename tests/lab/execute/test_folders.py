@@ -1,0 +1,44 @@
+"""The folder of a command that names none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from batchtrim.lab.execute.folders import free_folder
+from batchtrim.lab.records import Records
+
+OLD, NEW, THIRD = ({"dataset": "digits", "lr": lr, "norm": "batch"} for lr in (0.001, 0.01, 0.1))
+
+
+def begin(folder: Path, cell: dict[str, object]) -> None:
+    records = Records(folder)
+    records.settle([cell])
+    row = {"schema": 1, "key": "a", "config": {"method": "full", "seed": 0, **cell}, "status": "finished"}
+    records.path.write_text(json.dumps(row) + "\n")
+
+
+def test_an_empty_place_and_the_same_experiment_keep_the_name(tmp_path: Path) -> None:
+    base = tmp_path / "digits"
+    assert free_folder(base, [OLD]) == (base, "")
+    begin(base, OLD)
+    assert free_folder(base, [OLD]) == (base, "")
+
+
+def test_another_experiment_gets_a_folder_that_names_the_difference_and_is_found_again(tmp_path: Path) -> None:
+    base = tmp_path / "digits"
+    begin(base, OLD)
+    folder, said = free_folder(base, [NEW])
+    assert folder == tmp_path / "digits-lr0.01"
+    assert "lr 0.001" in said
+    begin(folder, NEW)
+    assert free_folder(base, [NEW])[0] == folder
+    assert free_folder(base, [THIRD])[0] == tmp_path / "digits-lr0.1"
+    assert not (tmp_path / "digits-lr0.1").exists()  # asking makes nothing
+
+
+def test_a_long_or_taken_name_gets_a_number(tmp_path: Path) -> None:
+    base = tmp_path / "digits"
+    begin(base, OLD)
+    begin(tmp_path / "digits-lr0.01", THIRD)
+    assert free_folder(base, [NEW])[0].name == "digits-lr0.01-2"

@@ -1,0 +1,43 @@
+"""What is said of settings before the first run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from batchtrim.lab.execute import grid
+from batchtrim.lab.execute.foresee import foresee
+
+
+def said(**settings: Any) -> str:
+    return "\n".join(foresee(settings, grid.expand(settings)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seeds": [1, 1]}, "seeds: 1 is given more than once"),
+        ({"methods": ["full", "full", "trim"]}, "methods: full is given more than once"),
+        (
+            {"methods": ["full", "focal"], "keep_end": 0.2},
+            "keep_end: without effect, no method here has a keep schedule",
+        ),
+        ({"methods": ["trim"], "keep_start": 0.2, "keep_end": 0.8}, "keep_start 0.2 is below keep_end 0.8"),
+        ({"methods": ["trim"], "schedule": "constant", "keep_start": 0.9}, "keep_start 0.9: without effect"),
+        ({"lr": 1e9}, "lr 1e+09: hardly any network learns"),
+    ],
+)
+def test_a_surprise_is_told(settings: dict[str, Any], words: str) -> None:
+    assert words in said(**settings)
+
+
+def test_ordinary_settings_say_nothing() -> None:
+    assert said(methods=["full", "trim"], seeds=3, keep_start=1.0, keep_end=0.2, lr=0.1) == ""
+    assert said(methods=["full", "trim"], schedule=["constant", "linear"], keep_end=[0.2, 0.5]) == ""
+
+
+@pytest.mark.parametrize("method", ["full", "focal", "trim"])
+def test_a_keep_of_20_is_refused_by_every_method(method: str) -> None:
+    with pytest.raises(ValueError, match="keep_end"):
+        grid.expand({"methods": [method], "keep_end": 20.0})

@@ -1,0 +1,105 @@
+"""A sweep as a grid, few seeds, and charts as files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from batchtrim.lab.analyse import comparison
+from batchtrim.lab.present import charts, figures, pages, sweep, wording
+from batchtrim.lab.present.caveats import caveat_texts
+
+MakeRow = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def swept(make_row: MakeRow) -> comparison.Summary:
+    rows = [make_row("full", seed, 0.10 + seed / 1000) for seed in range(3)]
+    for schedule in ("linear", "cosine"):
+        for end in (0.1, 0.5):
+            least = 0.02 if (schedule, end) == ("cosine", 0.1) else 0.0
+            rows += [
+                make_row("trim", s, 0.09 - least + (s * 3 % 5) / 500, schedule=schedule, keep_end=end) for s in range(3)
+            ]
+            rows += [make_row("random", s, 0.10 + (s * 3 % 5) / 500, schedule=schedule, keep_end=end) for s in range(3)]
+    return comparison.summarize(rows)
+
+
+def test_a_sweep_has_a_grid_for_each_method_with_the_best_marked(swept: comparison.Summary) -> None:
+    trim, random = sweep.grids(swept.groups[0])
+    assert (trim.method, random.method, trim.ends) == ("trim", "random", ("0.1", "0.5"))
+    best = [
+        (name, end)
+        for name, cells in trim.rows
+        for end, cell in zip(trim.ends, cells, strict=True)
+        if cell and cell.best
+    ]
+    assert best == [("cosine", "0.1")]
+    assert "Picked out of 4 on the test set" in trim.said
+    page = pages.comparison_page(swept)
+    assert page.count("★") == 2
+    assert "trim: schedule by end" in page
+
+
+def test_the_headline_of_a_sweep_is_a_line(swept: comparison.Summary) -> None:
+    said = wording.headline(swept)
+    assert said.startswith("trim: ")
+    assert "best: cosine to 0.1" in said
+    assert len(said) < 200
+
+
+def test_other_comparisons_have_no_grid(make_row: MakeRow) -> None:
+    rows = [make_row(method, seed, 0.1 + seed / 100) for method in ("full", "trim") for seed in range(3)]
+    assert sweep.grids(comparison.summarize(rows).groups[0]) == []
+
+
+def test_two_seeds_are_too_few_and_no_interval_leaves_what_can_be(make_row: MakeRow) -> None:
+    rows = [make_row(m, s, error) for m in ("full", "trim", "random") for s, error in enumerate((0.02, 0.9))]
+    summary = comparison.summarize(rows)
+    for arm in summary.groups[0].arms:
+        assert arm.moments.t == (0.0, 1.0)
+        assert arm.paired is None or max(map(abs, arm.paired.moments.t or ())) <= 1.0
+    assert wording.headline(summary).startswith("too few seeds to tell: 2 pairs")
+    assert "2 seeds are too few" in caveat_texts(summary.groups[0])[0]
+
+
+def test_views_at_an_equal_budget_carry_no_colour_of_a_verdict(make_row: MakeRow) -> None:
+    rows = [
+        make_row(m, s, (0.1 if m == "full" else 0.05) + s / 1000 * (1 + (m == "trim")))
+        for m in ("full", "trim")
+        for s in range(4)
+    ]
+    values = pages.group_values(comparison.summarize(rows).groups[0])
+    assert [row["colour"] for row in values["table"]["rows"]] == ["", "lower"]
+    assert {row["colour"] for view in values["views"] for row in view["table"]["rows"]} == {""}
+
+
+def test_dots_and_lines_on_one_another_are_told_apart() -> None:
+    row = charts.Differences("trim", 1, (0, 1, 2), (0.1, 0.1, 0.1), 0.1, None, None, "")
+    drawn = str(charts.differences([row], x_label="", fmt=str))
+    assert len({part.partition('"')[0] for part in drawn.split('cy="')[1:]}) == 3
+    same = [charts.Series(name, n, (1, 2, 3), (3.0, 2.0, 1.0)) for n, name in enumerate("abc")]
+    drawn = str(charts.lines(same, x_label="", y_label="", fmt=str))
+    assert ("over1" in drawn, "over2" in drawn) == (True, True)
+    assert "over1" not in str(
+        charts.lines([same[0], charts.Series("d", 1, (1, 2, 3), (9.0, 8.0, 7.0))], x_label="", y_label="", fmt=str)
+    )
+
+
+def test_charts_are_written_as_svg_and_png(swept: comparison.Summary, tmp_path: Path) -> None:
+    from PIL import Image
+
+    paths = figures.save(swept, tmp_path / "figures")
+    assert {path.suffix for path in paths} == {".svg", ".png"}
+    assert {path.stem for path in paths} >= {"differences", "test-error", "error-against-samples-backward"}
+    for path in paths:
+        if path.suffix == ".svg":
+            text = path.read_text()
+            ElementTree.fromstring(text)
+            assert "var(--" not in text
+        else:
+            assert len(Image.open(path).convert("RGB").resize((64, 64)).getcolors(4096) or []) > 3

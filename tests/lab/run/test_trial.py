@@ -1,0 +1,55 @@
+"""What is looked at before the first run, and whether a run learnt anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchtrim.lab.run import train, trial
+from batchtrim.lab.run.config import RunConfig
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "words"), [("vit", 7, "another --width"), ("mlp", 10**7, "GB"), ("resnet8", 10**6, "GB")]
+)
+def test_a_width_that_does_not_fit_is_found_before_the_first_run(model: str, width: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        train.prepare(RunConfig(model=model, width=width).resolved(), None, None)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "vit", "speed", "speed_lite", "resnet8", "resnet18"])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_registry_fits(model: str, norm: str) -> None:
+    assert train.prepare(RunConfig(model=model, norm=norm).resolved(), None, None) == ()
+
+
+def test_a_batch_larger_than_the_data_is_told() -> None:
+    (note,) = train.prepare(RunConfig(batch_size=300, train_size=200).resolved(), None, None)
+    assert "batch_size 300 is more than the 200 training images" in note
+
+
+def test_a_run_no_better_than_chance_did_not_learn() -> None:
+    labels = torch.arange(10).repeat(100)
+    assert trial.no_better_than_chance(0.9, labels)
+    assert trial.no_better_than_chance(0.89, labels)
+    assert not trial.no_better_than_chance(0.8, labels)
+    row = train.run(RunConfig(lr=1e9, epochs=1, train_size=200))
+    assert row["status"] == "diverged" or row["did_not_learn"]
+    assert "did_not_learn" not in train.run(RunConfig(lr=1e-2, epochs=3, train_size=400))
+
+
+def test_the_test_set_can_be_smaller_and_is_the_same_for_every_seed() -> None:
+    first, second = (train.load_pictures(RunConfig(seed=seed, test_size=50)) for seed in (0, 1))
+    assert len(first.test_labels) == 50
+    assert first.test_labels.unique().tolist() == list(range(10))
+    assert torch.equal(first.test_images, second.test_images)
+    assert RunConfig().resolved().key != RunConfig(test_size=50).resolved().key
+    with pytest.raises(ValueError, match="test_size"):
+        train.load_pictures(RunConfig(test_size=10**6))
+
+
+def test_signs_of_life_come_from_the_first_batch_on() -> None:
+    told: list[dict[str, int]] = []
+    row = train.run(RunConfig(epochs=1, train_size=300, batch_size=100).resolved(), on_batch=told.append)
+    assert told[0] == {"epoch": 0, "epochs": 1, "batch": 1, "batches": 3}
+    assert row["seconds_total"] >= row["seconds"] + row["seconds_eval"]
