@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import batchtrim
+from browser import find_browser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -235,3 +236,9 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for page in [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.css")]:
         assert not FETCHED.findall(page.read_text()), page.name
+    notebook = (tmp_path / "notebooks" / "first-steps.html").read_text()
+    assert "of the samples backward" in notebook, "what the notebook prints"
+    command = [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=10000", "--dump-dom", (tmp_path / "index.html").as_uri() + "?q=superquantile"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"\d+ matching documents", found), "search in a site opened as a folder"

@@ -1,0 +1,34 @@
+"""The scripts that `make` and CI run before anything else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not (ROOT / ".ci").exists(), reason="Linux, in a checkout")
+@pytest.mark.parametrize(
+    ("names", "env", "stops"),
+    [
+        (["torch", "nvidia-cublas"], {}, True),
+        (["torch"], {}, False),
+        (["torch", "nvidia-cublas"], {"CUDA": "1"}, False),
+    ],
+)
+def test_cuda_is_not_downloaded_without_a_driver(
+    tmp_path: Path, names: list[str], env: dict[str, str], stops: bool
+) -> None:
+    report = json.dumps({"install": [{"metadata": {"name": name}} for name in names]})
+    (tmp_path / "pip.py").write_text(f"print({report!r})")
+    env = {"PATH": "", "PYTHONPATH": str(tmp_path), **env}
+    # -S: no site-packages, so torch is not there yet
+    done = subprocess.run([sys.executable, "-S", ROOT / ".ci/cuda.py"], env=env, capture_output=True, text=True)
+    assert done.returncode == (1 if stops else 0), done.stderr
+    assert ("Stopped before the download" in done.stderr) == stops
+    assert "Traceback" not in done.stderr
