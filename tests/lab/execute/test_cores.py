@@ -9,7 +9,7 @@ from batchtrim.lab.execute import cores
 
 @pytest.fixture(autouse=True)
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores.joblib, "cpu_count", lambda: 8)
+    monkeypatch.setattr(cores, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 

@@ -224,7 +224,7 @@ def test_what_another_process_is_at_is_waited_for(tmp_path: Path, monkeypatch: p
 
 
 def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores.joblib, "cpu_count", lambda: 16)
+    monkeypatch.setattr(cores, "cpu_count", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert cores.share_cores(100) == (8, 2)
     assert cores.share_cores(1) == (1, 16)
