@@ -170,6 +170,14 @@ def test_a_twin_leaves_the_network_and_the_draws_as_they_are() -> None:
     assert torch.equal(plain.order.get_state(), proxy.order.get_state())
 
 
+@pytest.mark.parametrize("name", ["proxy", "gradient_norm", "loss_drop", "data_dropout"])
+def test_relatives_train_in_half_precision(name: str) -> None:
+    training = start(name, model="cnn", width=8, precision="bf16-mixed")
+    while training.epoch < training.config.epochs:
+        training.advance()
+    assert all(parameter.isfinite().all() for parameter in training.model.parameters())
+
+
 @pytest.mark.parametrize("name", ["trim", "loss_mass", "infobatch", "rho_loss", "loss_drop", "data_dropout", "proxy"])
 def test_label_smoothing_ranks_by_the_plain_loss(name: str) -> None:
     training = start(name, label_smoothing=0.2)

@@ -134,7 +134,7 @@ class ProxySelection(Method):
         self.counted = [0, 0]
 
     def connect(self, network: NewNetwork) -> None:
-        self.twin, self.optimizer = network(self.width, self.seed)
+        self.twin, self.optimizer, self.backward = network(self.width, self.seed)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -148,7 +148,7 @@ class ProxySelection(Method):
             losses = F.cross_entropy(self.twin(inputs).float(), targets, reduction="none")
         if learns:
             self.optimizer.zero_grad()
-            losses.mean().backward()
+            self.backward(losses.mean())
             self.optimizer.step()
         selection = self.trim.select(losses.detach())
         # the training loop counts the whole batch forward and what is kept backward

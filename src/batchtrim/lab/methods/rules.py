@@ -41,9 +41,13 @@ class Reference(Protocol):
 
 
 class NewNetwork(Protocol):
-    """What :meth:`Method.connect` is given: makes a network of the run's kind, of some width, and its optimizer."""
+    """What :meth:`Method.connect` is given: makes a network of the run's kind, of some width.
 
-    def __call__(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer]: ...
+    Returns:
+        The network, its optimizer, and what to call in place of ``loss.backward()`` at the run's precision.
+    """
+
+    def __call__(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer, Callable[[Tensor], None]]: ...
 
 
 @dataclass(frozen=True)

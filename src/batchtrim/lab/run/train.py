@@ -115,12 +115,12 @@ class Training:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
 
-    def _beside(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer]:
-        """A further network of the run's kind, from weights of its own."""
+    def _beside(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer, Callable[[Tensor], None]]:
+        """Return a further network of the run's kind, from weights of its own, its optimizer and its backward."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._network(width)
-        return self.fabric.setup_module(model), make_optimizer(model, self.config)
+        return self.fabric.setup_module(model), make_optimizer(model, self.config), self.fabric.backward
 
     def _batches(self, images: Tensor, augment: str, seed: int) -> Batches:
         return Batches(images, self.pictures.mean, self.pictures.std, augment, seed, self.device)
