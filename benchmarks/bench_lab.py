@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from batchtrim.lab import records
 from batchtrim.lab.execute import grid, progress, scheduler
 from batchtrim.lab.present import tables
-from batchtrim.lab.run import train
+from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
 from batchtrim.lab.task.code import Code
@@ -39,7 +39,7 @@ def loop(method: str, rounds: int, network: str = "resnet8") -> dict[str, Any]:
         dataset=dataset, model=network, method=method, epochs=100, train_size=size, threads=1,
         label_smoothing=0.1 if network == "speed" else 0.0, **settings,
     ).resolved()  # fmt: skip
-    pictures = train.load_pictures(config, None, None)
+    pictures = loading.load_images(config, None, None)
     training = train.Training(config, pictures)
     mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in (pictures.mean, pictures.std))
     x, y = (pictures.train_images.float() - mean) / std, pictures.train_labels

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import batchtrim
 from batchtrim import Selection
-from batchtrim.lab.run import train
+from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import conditions, data
 
@@ -48,7 +48,7 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
     if path and path.exists():
         with np.load(path) as found:
             return dict(found)
-    pictures = train.load_pictures(config, data_dir)
+    pictures = loading.load_images(config, data_dir)
     log = Recorder(len(pictures.train_labels), classes=pictures.classes)
     training = train.Training(config, pictures, log=log)
     training.prepare()

@@ -13,13 +13,13 @@ import batchtrim
 from batchtrim.lab.methods.relatives import Importance
 from batchtrim.lab.methods.rules import Setting
 from batchtrim.lab.methods.table import METHODS
-from batchtrim.lab.run import train
+from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
 
 
 def start(name: str, epochs: int = 4, **settings: Any) -> train.Training:
     config = RunConfig(method=name, epochs=epochs, train_size=300, batch_size=64, lr=0.003, **settings).resolved()
-    training = train.Training(config, train.load_pictures(config))
+    training = train.Training(config, loading.load_images(config))
     training.prepare()
     return training
 

@@ -15,7 +15,7 @@ import torch
 import batchtrim
 from batchtrim.lab.methods.rules import InfoBatch, Setting
 from batchtrim.lab.methods.table import METHODS, find_method, make_schedule
-from batchtrim.lab.run import train
+from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
 
 ISSUE = {
@@ -33,7 +33,7 @@ def config(name: str, **settings: Any) -> RunConfig:
 
 def start(name: str, **settings: Any) -> train.Training:
     chosen = config(name, **settings)
-    training = train.Training(chosen, train.load_pictures(chosen))
+    training = train.Training(chosen, loading.load_images(chosen))
     training.prepare()
     return training
 
@@ -110,7 +110,7 @@ def test_it_refuses_bad_values_of_each_parameter(place: str, value: object) -> N
 @every_method
 def test_a_last_batch_of_one_and_a_single_epoch_work(name: str) -> None:
     chosen = replace(config(name), epochs=1, train_size=65).resolved()
-    training = train.Training(chosen, train.load_pictures(chosen))
+    training = train.Training(chosen, loading.load_images(chosen))
     training.prepare()
     assert finish(training)["counts"]["steps"] == 2
 

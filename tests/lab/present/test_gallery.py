@@ -20,7 +20,7 @@ from batchtrim import Choice, KeepLog, hardest
 from batchtrim.lab import records
 from batchtrim.lab.execute import progress, scheduler
 from batchtrim.lab.present import gallery
-from batchtrim.lab.run import train
+from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
 from browser import find_browser
 
@@ -191,7 +191,7 @@ def test_build_without_a_log_says_how_to_get_one(tmp_path):
 
 def test_a_resumed_run_keeps_its_log():
     config = RunConfig(method="trim", epochs=4, train_size=200, model="mlp").resolved()
-    pictures = train.load_pictures(config)
+    pictures = loading.load_images(config)
     whole = train.Training(config, pictures, log=KeepLog(200, classes=10))
     for _ in range(4):
         whole.train_epoch()

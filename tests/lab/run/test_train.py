@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from batchtrim.errors import ApproximateGradient
 from batchtrim.lab import records
-from batchtrim.lab.run import train
+from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
 
@@ -40,7 +40,7 @@ def comparable(row: dict[str, Any]) -> str:
 def test_it_equals_a_loop_written_by_hand() -> None:
     """The same weights as fifteen lines that use nothing of the loop, up to the rounding of the learning rate."""
     config = replace(SMALL, method="full", optimizer="adam", lr_schedule="cosine").resolved()
-    pictures = train.load_pictures(config)
+    pictures = loading.load_images(config)
     training = train.Training(config, pictures)
     while training.epoch < 3:
         training.advance()
@@ -140,7 +140,7 @@ def test_a_run_that_diverges_is_recorded_as_such() -> None:
 def test_a_network_that_breaks_in_its_last_step_has_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses of the last epoch are still fine; only the weights are not."""
     config = replace(SMALL, epochs=1).resolved()
-    training = train.Training(config, train.load_pictures(config))
+    training = train.Training(config, loading.load_images(config))
     step, calls = training.optimizer.step, []
 
     def breaking_step() -> None:
@@ -179,7 +179,7 @@ def test_every_optimizer_learns_with_every_learning_rate(optimizer: str, lr_sche
 
 def test_sharing_the_seed_shares_start_and_order() -> None:
     """What makes comparisons paired: at one seed two methods see the same images first."""
-    trainings = [train.Training(config, train.load_pictures(config)) for config in (
+    trainings = [train.Training(config, loading.load_images(config)) for config in (
         replace(SMALL, method=name).resolved() for name in ("full", "random")
     )]  # fmt: skip
     first, second = (training.model.state_dict() for training in trainings)
@@ -256,7 +256,7 @@ def test_testing_now_and_then_changes_what_is_known_and_not_what_is_learnt(
 
 def test_the_mirror_image_may_have_a_say() -> None:
     config = replace(SMALL, test_views="mirror").resolved()
-    training = train.Training(config, train.load_pictures(config))
+    training = train.Training(config, loading.load_images(config))
     seen: list[torch.Tensor] = []
     training.model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     training.evaluate()

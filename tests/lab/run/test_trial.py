@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchtrim.lab.run import train, trial
+from batchtrim.lab.run import loading, train, trial
 from batchtrim.lab.run.config import RunConfig
 
 
@@ -14,17 +14,17 @@ from batchtrim.lab.run.config import RunConfig
 )
 def test_a_width_that_does_not_fit_is_found_before_the_first_run(model: str, width: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        train.prepare(RunConfig(model=model, width=width).resolved(), None, None)
+        loading.prepare(RunConfig(model=model, width=width).resolved(), None, None)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "vit", "speed", "speed_lite", "resnet8", "resnet18"])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_the_registry_fits(model: str, norm: str) -> None:
-    assert train.prepare(RunConfig(model=model, norm=norm).resolved(), None, None) == ()
+    assert loading.prepare(RunConfig(model=model, norm=norm).resolved(), None, None) == ()
 
 
 def test_a_batch_larger_than_the_data_is_told() -> None:
-    (note,) = train.prepare(RunConfig(batch_size=300, train_size=200).resolved(), None, None)
+    (note,) = loading.prepare(RunConfig(batch_size=300, train_size=200).resolved(), None, None)
     assert "batch_size 300 is more than the 200 training images" in note
 
 
@@ -39,13 +39,13 @@ def test_a_run_no_better_than_chance_did_not_learn() -> None:
 
 
 def test_the_test_set_can_be_smaller_and_is_the_same_for_every_seed() -> None:
-    first, second = (train.load_pictures(RunConfig(seed=seed, test_size=50)) for seed in (0, 1))
+    first, second = (loading.load_images(RunConfig(seed=seed, test_size=50)) for seed in (0, 1))
     assert len(first.test_labels) == 50
     assert first.test_labels.unique().tolist() == list(range(10))
     assert torch.equal(first.test_images, second.test_images)
     assert RunConfig().resolved().key != RunConfig(test_size=50).resolved().key
     with pytest.raises(ValueError, match="test_size"):
-        train.load_pictures(RunConfig(test_size=10**6))
+        loading.load_images(RunConfig(test_size=10**6))
 
 
 def test_signs_of_life_come_from_the_first_batch_on() -> None:

@@ -206,7 +206,7 @@ def test_human_labels_of_another_order_are_refused(tmp_path: Path) -> None:
     table = pa.table({"clean_label": [1, 0], "aggre_label": [1, 1]})
     pq.write_table(table, tmp_path / "cifar10n" / "train_labels.parquet")
     pixels, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1])
-    pictures = data.PictureData("cifar10", 10, pixels, labels, pixels, labels, (0.0,) * 3, (1.0,) * 3)
+    pictures = data.ImageData("cifar10", 10, pixels, labels, pixels, labels, (0.0,) * 3, (1.0,) * 3)
     with pytest.raises(ValueError, match="row by row, got others"):
         conditions.apply(pictures, label_noise="human:aggre", data_dir=tmp_path)
     digits = data.load("digits")

@@ -381,5 +381,5 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
 def test_pixels_stay_on_disk(tmp_path: Path) -> None:
     tree(tmp_path / "mine", {"a": 5, "b": 5})
     found = load("mine", ImageOptions(test_split=0.2))
-    assert isinstance(found, data.PictureData)
+    assert isinstance(found, data.ImageData)
     assert found.train_images.untyped_storage().data_ptr() == found.test_images.untyped_storage().data_ptr()

@@ -10,7 +10,7 @@ from batchtrim.lab.execute import grid, local, on_ray
 from batchtrim.lab.execute.workplace import DATA_DIR, Tally, Watcher, Workplace, do_run
 from batchtrim.lab.files import writing
 from batchtrim.lab.records import Records, Row
-from batchtrim.lab.run import train
+from batchtrim.lab.run import loading
 from batchtrim.lab.run.config import SETTINGS
 from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.perform import check_task
@@ -62,7 +62,7 @@ def run_all(
         if isinstance(config, TaskConfig):
             check_task(config)
         else:
-            for note in train.prepare(config, place.data_dir, place.cache_dir):
+            for note in loading.prepare(config, place.data_dir, place.cache_dir):
                 watcher.note(note)
     if workers == 1 and not isolated:
         local.run_here(tally, records, place)

@@ -30,7 +30,7 @@ from batchtrim.lab.present.charts import Series
 from batchtrim.lab.present.logged import choose, remembered
 from batchtrim.lab.present.pages import Tile
 from batchtrim.lab.present.templating import render
-from batchtrim.lab.run import train
+from batchtrim.lab.run import loading
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.own import TaskConfig
 
@@ -114,7 +114,7 @@ def build(
     if "task" in row["config"]:
         return write(KeepLog.from_parquet(path), _told_by_the_task(path, row, facts), out)
     config = RunConfig.from_dict(row["config"])
-    pictures = train.load_pictures(config, data_dir or remembered(folder))
+    pictures = loading.load_images(config, data_dir or remembered(folder))
     samples = Samples(
         labels=pictures.train_labels,
         classes=pictures.class_names or _class_names(config.dataset, pictures.classes),

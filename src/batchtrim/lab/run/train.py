@@ -10,7 +10,6 @@ N training samples, B batch.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +34,11 @@ from batchtrim.lab.run.beat import beat
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.counts import Counts, Criterion
 from batchtrim.lab.run.environment import environment
+from batchtrim.lab.run.loading import load_images
 from batchtrim.lab.run.optimizers import lr_factor, make_optimizer
 from batchtrim.lab.run.own import AnyConfig
 from batchtrim.lab.run.ranks import Ranks
-from batchtrim.lab.task import conditions, data, images, models, own_models
+from batchtrim.lab.task import data, models
 from batchtrim.lab.task.augment import Batches
 
 CURVES = (
@@ -66,7 +66,7 @@ class Training:
     """
 
     config: RunConfig
-    pictures: data.PictureData
+    pictures: data.ImageData
     counts: Counts = field(default_factory=Counts)
     epoch: int = 0
     log: KeepLog | None = None
@@ -345,7 +345,7 @@ def run(
     torch.set_num_threads(config.threads)
     try:
         with torch.random.fork_rng(devices=[]):
-            pictures = load_pictures(config, data_dir, cache_dir)
+            pictures = load_images(config, data_dir, cache_dir)
             several = Ranks.from_environment().world > 1
             n, classes = len(pictures.train_labels), pictures.classes
             log = KeepLog(n, classes=classes, distributed=several) if keep_log else None
@@ -397,35 +397,6 @@ def failed_row(config: AnyConfig, error: BaseException) -> dict[str, Any]:
     }
 
 
-def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Path | None) -> tuple[str, ...]:
-    """Load the data and, if it is the reader's own, try the network, so that a fault is found before the first run.
-
-    Returns:
-        What is to be said of the data.
-    """
-    pictures = load_pictures(config, data_dir, cache_dir)
-    trial.check_network(config, pictures)
-    if own_models.is_own_model(config.model):
-        with torch.random.fork_rng(devices=[]):
-            own_models.build_own(config.model, pictures.shape, pictures.classes)
-    return (*pictures.notes, *trial.notes_on(config, pictures))
-
-
-def load_pictures(
-    config: RunConfig, data_dir: str | Path | None = None, cache_dir: str | Path | None = None
-) -> data.PictureData:
-    """The run's data set with its label noise, imbalance and size."""
-    return conditions.apply(
-        _load_once(config.dataset, images.options_of(config), data_dir, cache_dir),
-        label_noise=config.label_noise,
-        imbalance=config.imbalance,
-        train_size=config.train_size,
-        test_size=config.test_size,
-        seed=config.seed,
-        data_dir=data_dir,
-    )
-
-
 def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_epoch: OnEpoch | None) -> tuple[str, str]:
     """Train what is left; returns the status and, if it diverged, the reason."""
     if checkpoint and checkpoint.exists():
@@ -444,12 +415,3 @@ def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_ep
             checkpoints.save(training.state_dict(), checkpoint)
             saved = time.monotonic()
     return "finished", ""
-
-
-@functools.lru_cache(maxsize=2)
-def _load_once(
-    name: str, options: images.ImageOptions, data_dir: str | Path | None, cache_dir: str | Path | None
-) -> data.PictureData:
-    if images.is_own(name):
-        return images.load(name, options, data_dir, cache_dir)
-    return data.load(name, data_dir, cache_dir)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
-from batchtrim.lab.task.data import PictureData
+from batchtrim.lab.task.data import ImageData
 from batchtrim.lab.task.own_models import is_own_model
 
 BYTES_A_PARAMETER = 16  # weight, gradient and two moments, in float32
 
 
-def check_network(config: RunConfig, pictures: PictureData) -> None:
+def check_network(config: RunConfig, pictures: ImageData) -> None:
     """Raise a ValueError where the network cannot be built for these images, or cannot fit into the memory.
 
     Built and called without storage, so that even an absurd width costs nothing. The reader's own are tried elsewhere.
@@ -39,7 +39,7 @@ def check_network(config: RunConfig, pictures: PictureData) -> None:
         )
 
 
-def notes_on(config: RunConfig, pictures: PictureData) -> list[str]:
+def notes_on(config: RunConfig, pictures: ImageData) -> list[str]:
     """Return what to say of the settings beside the data."""
     size = len(pictures.train_labels)
     if config.batch_size <= size:

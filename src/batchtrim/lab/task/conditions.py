@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from batchtrim.lab.task.data import PassDataDir, PictureData, data_folder, read_parquet
+from batchtrim.lab.task.data import ImageData, PassDataDir, data_folder, read_parquet
 
 HUMAN_COLUMNS = {
     "aggre": "aggre_label",
@@ -49,7 +49,7 @@ def parse_label_noise(text: str) -> tuple[str, str]:
 
 
 def apply(
-    data: PictureData,
+    data: ImageData,
     *,
     label_noise: str = "none",
     imbalance: float = 1.0,
@@ -57,7 +57,7 @@ def apply(
     test_size: int | None = None,
     seed: int = 0,
     data_dir: str | Path | None = None,
-) -> PictureData:
+) -> ImageData:
     """The data with label noise, then class imbalance, then fewer images, each as asked for.
 
     Args:
@@ -83,7 +83,7 @@ def apply(
     return data.with_train(data.train_images[rows], labels[rows])
 
 
-def _smaller_test(data: PictureData, size: int) -> PictureData:
+def _smaller_test(data: ImageData, size: int) -> ImageData:
     if size > len(data.test_labels):
         raise ValueError(f"expected `test_size` of at most {len(data.test_labels)}, got {size}.")
     rows = _stratified(data.test_labels, data.classes, size, _generator(0, 4))
@@ -94,7 +94,7 @@ def _generator(seed: int, purpose: int) -> Generator:
     return torch.Generator().manual_seed(seed * 8 + purpose)
 
 
-def _noisy_labels(data: PictureData, label_noise: str, generator: Generator, data_dir: str | Path | None) -> Tensor:
+def _noisy_labels(data: ImageData, label_noise: str, generator: Generator, data_dir: str | Path | None) -> Tensor:
     kind, value = parse_label_noise(label_noise)
     labels = data.train_labels
     if kind == "none":
@@ -112,7 +112,7 @@ def _noisy_labels(data: PictureData, label_noise: str, generator: Generator, dat
     return torch.where(chosen, wrong, labels)
 
 
-def _human_labels(data: PictureData, which: str, data_dir: str | Path | None) -> Tensor:
+def _human_labels(data: ImageData, which: str, data_dir: str | Path | None) -> Tensor:
     if data.name != "cifar10":
         raise ValueError(f"expected dataset cifar10 for human labels, got {data.name!r}. They are CIFAR-10N's.")
     folder = data_folder(data_dir)

@@ -66,7 +66,7 @@ SPECS = {
 
 
 @dataclass(frozen=True)
-class PictureData:
+class ImageData:
     """A data set in memory.
 
     Args:
@@ -96,7 +96,7 @@ class PictureData:
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
 
-    def with_train(self, images: Tensor, labels: Tensor) -> PictureData:
+    def with_train(self, images: Tensor, labels: Tensor) -> ImageData:
         """The same data with another training split; the normalisation stays, so that runs stay comparable."""
         return replace(self, train_images=images, train_labels=labels)
 
@@ -106,7 +106,7 @@ def find_spec(name: str) -> Spec:
     return look_up("dataset", name, SPECS)
 
 
-def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> PictureData:
+def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> ImageData:
     """Load a data set, from the cache where it was decoded before.
 
     Args:
@@ -140,7 +140,7 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
             )
     mean, std = _moments(splits["train"][0])
     train, test = (tuple(torch.from_numpy(part) for part in splits[split]) for split in SPLITS)
-    return PictureData(name, spec.classes, train[0], train[1], test[0], test[1], mean, std)
+    return ImageData(name, spec.classes, train[0], train[1], test[0], test[1], mean, std)
 
 
 def data_folder(data_dir: str | Path | None) -> Path | None:

@@ -1,6 +1,6 @@
 """Images of the reader's own as a data set: split, decoded once on all cores, and kept as a memory-mapped array.
 
-What is said of them (resized, left out, the same image on both sides) is in ``PictureData.notes``.
+What is said of them (resized, left out, the same image on both sides) is in ``ImageData.notes``.
 
 N images, C channels, H and W pixels.
 """
@@ -92,7 +92,7 @@ def load(
     options: ImageOptions,
     data_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
-) -> data.PictureData:
+) -> data.ImageData:
     """Load images of the reader's own, from the cache where they were decoded before.
 
     Args:
@@ -126,7 +126,7 @@ def load(
     first_test = int(kept[: len(train)].sum())
     kept_labels = torch.from_numpy(labels[order[kept]])
     images = torch.from_numpy(pixels)
-    found = data.PictureData(
+    found = data.ImageData(
         dataset, len(classes), images[:first_test], kept_labels[:first_test], images[first_test:],
         kept_labels[first_test:], tuple(about["mean"]), tuple(about["std"]), tuple(classes),
     )  # fmt: skip
@@ -282,7 +282,7 @@ def _moments(counts: np.ndarray) -> tuple[list[float], list[float]]:
     return mean.tolist(), [each or 1.0 for each in std.tolist()]
 
 
-def _check_sides(found: data.PictureData, names: Sequence[str], hashes: np.ndarray, first_test: int) -> list[str]:
+def _check_sides(found: data.ImageData, names: Sequence[str], hashes: np.ndarray, first_test: int) -> list[str]:
     """Refuse classes that cannot be learnt, and say what makes the test less than one."""
     train, test = (torch.bincount(part, minlength=found.classes) for part in (found.train_labels, found.test_labels))
     listed = found.class_names
