@@ -282,16 +282,17 @@ def _train(noise, method):
     """Digits with part of the labels wrong, trimmed; returns the warnings and the log."""
     lab = pytest.importorskip("batchtrim.lab.run.train")
     from batchtrim.lab.run.config import RunConfig
+    from batchtrim.lab.run.loading import load_images
 
     config = RunConfig(method=method, epochs=20, label_noise=noise, seed=1).resolved()
-    pictures = lab.load_pictures(config)
+    pictures = load_images(config)
     log = KeepLog(len(pictures.train_labels), classes=10)
     training = lab.Training(config, pictures, log=log)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", keeplog.NoiseAmplified)
         for _ in range(20):
             training.train_epoch()
-    clean = lab.load_pictures(RunConfig(seed=1).resolved()).train_labels
+    clean = load_images(RunConfig(seed=1).resolved()).train_labels
     return [each for each in caught if each.category is keeplog.NoiseAmplified], log, clean != pictures.train_labels
 
 

@@ -28,7 +28,7 @@ POINTS = 201
 
 def typed(text: str) -> Callable[[float], float]:
     """The schedule that ``text`` makes."""
-    return eval(text, dict(vars(batchtrim)))  # what stands over a line is what is drawn
+    return eval(text, dict(vars(batchtrim.schedules)))  # what stands over a line is what is drawn
 
 
 def figure(palette: Any) -> Any:

@@ -130,6 +130,7 @@ def test_selection_and_reduction(rule: Any, losses: Tensor, keep: float, scale: 
         assert bool(loss.isnan())
 
 
+@pytest.mark.filterwarnings("ignore::batchtrim.errors.NothingToChoose")
 @settings(FUZZ)
 @given(st.data())
 def test_trimmer(data: st.DataObject) -> None:

@@ -104,8 +104,8 @@ def test_a_wrong_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PART = {
-    "ForSequenceClassification": ["bert", "xlnet", "funnel"],
-    "ForImageClassification": ["vit", "swin", "convnext"],
+    "ForSequenceClassification": ["bert", "electra", "funnel"],
+    "ForImageClassification": ["vit", "swin", "resnet"],
     "ForAudioClassification": ["wav2vec2", "whisper"],
     "ForCausalLM": ["gpt2", "llama", "mixtral"],
     "ForSeq2SeqLM": ["t5", "bart"],

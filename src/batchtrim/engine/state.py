@@ -119,7 +119,8 @@ def _same_numpy(a: Any, b: Any) -> bool:
 class ModelState:
     """Buffers and plain attributes of modules, as they are now.
 
-    Buffers registered as None are among them, and so are generators and tensors that a module holds as attributes.
+    Buffers registered as None are among them, and so are generators and tensors that a module holds as attributes, and
+    the attributes of plain objects that it holds (a schedule that counts how often it is asked).
     Modules of ``torch.distributed`` keep their own attributes: they set themselves up in their first forward.
     """
 
@@ -131,9 +132,8 @@ class ModelState:
             for name, buffer in module._buffers.items()
         ]
         self.attributes = [
-            (module, {name: _noted(value) for name, value in vars(module).items() if _is_state(name, value)})
-            for module in modules
-            if not type(module).__module__.startswith("torch.distributed")
+            (holder, {name: _noted(value) for name, value in vars(holder).items() if _is_state(name, value)})
+            for holder in _holders([m for m in modules if not type(m).__module__.startswith("torch.distributed")])
         ]
 
     def restore(self) -> None:
@@ -166,7 +166,7 @@ class ModelState:
     def other_attributes(self, other: ModelState) -> list[str]:
         """Return the names of plain numbers and strings that differ; containers and tensors are not compared."""
         names = []
-        for (module, ours), (_, theirs) in zip(self.attributes, other.attributes, strict=True):
+        for (module, ours), (_, theirs) in zip(self.attributes, other.attributes, strict=False):
             for name in ours.keys() | theirs.keys():
                 a, b = ours.get(name, (None, None))[0], theirs.get(name, (None, None))[0]
                 simple = isinstance(a, (bool, int, float, str)) or isinstance(b, (bool, int, float, str))
@@ -185,6 +185,23 @@ def relative_difference(exact: Tensor, other: Tensor) -> float:
     scale = float(exact.norm())
     difference = float((exact - other).norm())
     return difference / scale if scale else difference
+
+
+def _holders(modules: list[nn.Module]) -> list[Any]:
+    """Return the modules, and behind them the plain objects that they hold, each once."""
+    found: dict[int, Any] = {id(module): module for module in modules}
+    for module in modules:
+        for name, value in vars(module).items():
+            if name not in _OF_EVERY_MODULE and _is_plain_object(value):
+                found.setdefault(id(value), value)
+    return list(found.values())
+
+
+def _is_plain_object(value: Any) -> bool:
+    if isinstance(value, (nn.Module, Tensor, type)) or callable(getattr(value, "__get__", None)):
+        return False  # functions and methods have a __get__
+    outside = type(value).__module__.partition(".")[0] in ("builtins", "functools", "numpy", "torch", "random")
+    return not outside and isinstance(getattr(value, "__dict__", None), dict)
 
 
 def _is_state(name: str, value: Any) -> bool:

@@ -148,7 +148,8 @@ class KeepLog:
         is -1 and ``confidence`` NaN where no outputs were given. ``variance`` divides by the times seen.
         """
         self._check_nothing_apart()
-        self._flush()
+        if self._pending:
+            self._flush()
         return columns.read(self._columns)
 
     def merge(self, later: KeepLog) -> None:
@@ -162,7 +163,8 @@ class KeepLog:
                 )
         for log in (self, later):
             log._check_nothing_apart()
-            log._flush()
+            if log._pending:
+                log._flush()
         device = self._columns["seen"].device
         theirs = {name: column.to(device) for name, column in later._columns.items()}
         self._columns = columns.merged(self._columns, theirs, self.steps)

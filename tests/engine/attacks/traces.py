@@ -85,7 +85,7 @@ class Schedule:
         return 1.0 + 0.1 * self.asked
 
 
-@attack(15, parts=lambda: {"schedule": Schedule()})  # type: ignore[dict-item]
+@attack(15, parts=lambda: {"schedule": Schedule()}, two_pass="right")  # type: ignore[dict-item]
 def object_that_counts(net: Any, x: Tensor) -> Tensor:
     return net.t(net.a(x) * net.schedule.now())
 
