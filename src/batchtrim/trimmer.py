@@ -69,8 +69,7 @@ class Trimmer:
         seed: for rules that draw. The generator is the trimmer's own and part of :meth:`state_dict`.
 
     Attributes:
-        last: the :class:`batchtrim.Choice` made last, to look at or to log; None before the first, and after a compiled
-            step, which leaves none.
+        last: the last :class:`batchtrim.Choice`, to look at or to log; None before the first or after a compiled step.
 
     Raises:
         ScheduleOutOfRange: the schedule leaves (0, 1] somewhere.

@@ -1,9 +1,4 @@
-"""The command line: ``batchtrim compare``, ``sweep``, ``train``, ``demo``, ``report``, ``claims``, ``show``,
-``methods``. Thin.
-
-Commands that run something take every setting of a run as an option; their signatures, which typer reads, are put
-together in :mod:`batchtrim.lab.options`.
-"""
+"""The command line, kept thin: ``batchtrim compare``, ``report`` and the rest; options come from ``lab/options.py``."""
 
 from __future__ import annotations
 

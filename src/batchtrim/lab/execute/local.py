@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from batchtrim.lab.execute.workplace import Tally, Workplace, attempt
 from batchtrim.lab.files import CannotWrite
 from batchtrim.lab.records import Records
-from batchtrim.lab.run import train
+from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.own import AnyConfig
 
 # How long to wait before asking again for runs that another process has claimed, in seconds.
@@ -135,7 +135,7 @@ def _replace_dead(worker: _Worker, tally: Tally, records: Records, place: Workpl
         tally.watcher.note(f"{config.label}: {reason}; trying again")
         tally.left.append(config)
     else:
-        row = train.failed_row(config, RuntimeError(f"{reason}, {tally.lost[config.key]} times. Out of memory?"))
+        row = failed_row(config, RuntimeError(f"{reason}, {tally.lost[config.key]} times. Out of memory?"))
         records.append(row)
         tally.settle(config, row)
     return _Worker(place)

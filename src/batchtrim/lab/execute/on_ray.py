@@ -13,7 +13,7 @@ from batchtrim._checks import import_extra
 from batchtrim.lab.execute import reach
 from batchtrim.lab.execute.workplace import Tally, Workplace, do_run
 from batchtrim.lab.records import Records, Row
-from batchtrim.lab.run import train
+from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.own import AnyConfig
 
 LOOK_EVERY = 0.5  # seconds between two looks at what runs have written of their epochs
@@ -106,4 +106,4 @@ def _result(ray: Any, reference: Any, config: AnyConfig) -> Row:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
-        return train.failed_row(config, error)
+        return failed_row(config, error)

@@ -17,6 +17,7 @@ from batchtrim.lab.files import CannotWrite, remove_parts
 from batchtrim.lab.records import DONE, Records, Row
 from batchtrim.lab.run import train
 from batchtrim.lab.run.checkpoint import DamagedCheckpoint
+from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.perform import perform
 
@@ -133,9 +134,9 @@ def do_run(config: AnyConfig, place: Workplace, on_epoch: train.OnEpoch | None =
         raise
     except DamagedCheckpoint as error:  # nothing can go on from it: the next try starts at the beginning
         place.checkpoint(config).unlink(missing_ok=True)
-        return train.failed_row(config, error)
+        return failed_row(config, error)
     except Exception as error:  # whatever it was, it goes into the record, and the other runs go on
-        return train.failed_row(config, error)
+        return failed_row(config, error)
 
 
 def _both(first: train.OnEpoch | None, second: train.OnEpoch | None) -> train.OnEpoch | None:

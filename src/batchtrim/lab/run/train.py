@@ -34,16 +34,13 @@ from batchtrim.lab.run.beat import beat
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.counts import Counts, Criterion
 from batchtrim.lab.run.environment import environment
+from batchtrim.lab.run.failed import CURVES
 from batchtrim.lab.run.loading import load_images
 from batchtrim.lab.run.optimizers import lr_factor, make_optimizer
-from batchtrim.lab.run.own import AnyConfig
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.task import data, models
 from batchtrim.lab.task.augment import Batches
 
-CURVES = (
-    "epoch", "test_error", "train_error", "keep", "kept_loss", "mean_loss", "lr", "seconds", "samples_backward",
-)  # fmt: skip
 EVALUATION_BATCH = 500
 DID_NOT_LEARN = "did not learn: no better than naming the commonest class"
 REFERENCE_SEED = 1_000_003  # held-out networks start from weights no run starts from
@@ -377,23 +374,6 @@ def run(
         "curve": training.curve,
         "environment": environment(config),
         "started": started,
-    }
-
-
-def failed_row(config: AnyConfig, error: BaseException) -> dict[str, Any]:
-    """The row of a run that an exception ended; it is tried again when the same command is given again."""
-    return {
-        "schema": SCHEMA,
-        "key": config.key,
-        "config": config.to_dict(),
-        "status": "failed",
-        "error": f"{type(error).__name__}: {error}"[:500],
-        "test_error": None,
-        **vars(Counts()),
-        "params": None,
-        "curve": {name: [] for name in CURVES},
-        "environment": environment(config),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -1,0 +1,34 @@
+"""The row of a run that ended in an exception, with every field that a finished run has."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from batchtrim.lab.records import SCHEMA
+from batchtrim.lab.run.counts import Counts
+from batchtrim.lab.run.environment import environment
+from batchtrim.lab.run.own import AnyConfig
+
+__all__ = ["CURVES", "failed_row"]
+
+CURVES = (
+    "epoch", "test_error", "train_error", "keep", "kept_loss", "mean_loss", "lr", "seconds", "samples_backward",
+)  # fmt: skip
+
+
+def failed_row(config: AnyConfig, error: BaseException) -> dict[str, Any]:
+    """Return the row; the run is tried again when the same command is given again."""
+    return {
+        "schema": SCHEMA,
+        "key": config.key,
+        "config": config.to_dict(),
+        "status": "failed",
+        "error": f"{type(error).__name__}: {error}"[:500],
+        "test_error": None,
+        **vars(Counts()),
+        "params": None,
+        "curve": {name: [] for name in CURVES},
+        "environment": environment(config),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
