@@ -16,6 +16,7 @@ TINY = ["--epochs", "1", "--train-size", "100", "--seeds", "0,", "--workers", "1
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BATCHTRIM_DATA", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)  # a terminal's width, which whoever runs the tests may have set
 
 
 def batchtrim(*words: str) -> Result:
