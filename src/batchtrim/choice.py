@@ -31,3 +31,6 @@ class Choice:
     losses: Tensor
     selection: Selection
     mask: Tensor | None = None
+
+    def __init__(self, losses: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
+        vars(self).update(losses=losses, selection=selection, mask=mask)  # as in Selection, for its cost

@@ -54,10 +54,9 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
     Returns:
         0-d, dtype of ``losses``. With everything kept and no weights: ``losses.mean()``, bit for bit.
     """
-    if weights is None and selection.weights is None and _dot_is_exact(losses) and 0 < selection.k < selection.size:
-        divisor = _divisor(selection, scale)
-        shares = torch.zeros(selection.size, dtype=losses.dtype).index_fill_(0, selection.indices, 1.0 / divisor)
-        loss = losses.dot(shares)
+    if weights is None and selection.weights is None and 0 < selection.k < selection.size and _dot_is_exact(losses):
+        shares = losses.new_zeros(selection.size)
+        loss = losses.dot(shares.index_fill_(0, selection.indices, 1.0 / _divisor(selection, scale)))
         # 0 * inf is NaN: where a dropped loss is not finite, or a kept one is NaN, take the way below
         value = loss.item()
         if value == value:

@@ -92,19 +92,23 @@ class KeepStats:
     def _flush(self) -> None:
         if not self._pending:
             return
+        losses, indices, candidates = (list(parts) for parts in zip(*self._pending, strict=True))
+        sizes, ks = [each.shape[0] for each in losses], [each.shape[0] for each in indices]
         counts = self._counts
-        counts["batches"] += len(self._pending)
-        counts["seen"] += sum(candidates for _, _, candidates in self._pending)
-        counts["kept"] += sum(indices.shape[0] for _, indices, _ in self._pending)
-        losses = torch.cat([losses for losses, _, _ in self._pending])
-        batches = torch.arange(len(self._pending))
-        sizes = torch.tensor([losses.shape[0] for losses, _, _ in self._pending])
-        ks = torch.tensor([indices.shape[0] for _, indices, _ in self._pending])
-        batch_of = batches.repeat_interleave(ks).to(losses.device)
-        starts = (sizes.cumsum(0) - sizes).to(losses.device)
-        kept = losses[torch.cat([indices for _, indices, _ in self._pending]) + starts[batch_of]]
-        lows = kept.new_full((len(self._pending),), float("inf")).scatter_reduce_(0, batch_of, kept, "amin")
-        sums = torch.stack([part.sum(dtype=_SUM_DTYPE) for part in (losses, kept, lows)])
+        counts["batches"] += len(sizes)
+        counts["seen"] += sum(candidates)
+        counts["kept"] += sum(ks)
+        if len(set(sizes)) == len(set(ks)) == 1:
+            seen = torch.stack(losses)
+            kept = seen.gather(1, torch.stack(indices))
+            lows = kept.amin(1)
+        else:
+            seen, device = torch.cat(losses), losses[0].device
+            batch_of = torch.arange(len(ks)).repeat_interleave(torch.tensor(ks)).to(device)
+            starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).to(device)
+            kept = seen[torch.cat(indices) + starts[batch_of]]
+            lows = kept.new_full((len(ks),), float("inf")).scatter_reduce_(0, batch_of, kept, "amin")
+        sums = torch.stack([part.sum(dtype=_SUM_DTYPE) for part in (seen, kept, lows)])
         self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
         self._pending = []
 

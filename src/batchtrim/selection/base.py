@@ -31,6 +31,25 @@ class Selection:
     normalizer: float | Tensor | None = None
     batch_normalizer: float | Tensor | None = None
 
+    def __init__(
+        self,
+        indices: Tensor,
+        size: int,
+        candidates: int,
+        weights: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        batch_normalizer: float | Tensor | None = None,
+    ) -> None:
+        # one is made a batch, and a frozen dataclass sets its fields one by one, at twice the cost
+        vars(self).update(
+            indices=indices,
+            size=size,
+            candidates=candidates,
+            weights=weights,
+            normalizer=normalizer,
+            batch_normalizer=batch_normalizer,
+        )
+
     @property
     def k(self) -> int:
         """Return the number of samples kept."""

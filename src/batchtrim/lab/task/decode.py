@@ -162,12 +162,20 @@ def _header(source: Source) -> Header:
     image = _open(source)
     width, height = image.size
     try:
-        turned = (image.getexif() or {}).get(0x0112, 1) in (5, 6, 7, 8)
+        turned = _may_be_turned(image, source) and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except Exception:  # metadata that cannot be read turns nothing
         turned = False
     grey = image.mode in GREY
     image.close()
     return Header(height, width, grey) if turned else Header(width, height, grey)
+
+
+def _may_be_turned(image: Any, source: Source) -> bool:
+    """False for a PNG in which no metadata could say so: Pillow decodes all of a PNG to look for what lies behind."""
+    if image.format != "PNG":
+        return True
+    held = source if isinstance(source, bytes) else source.read_bytes()
+    return any(mark in held for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp"))
 
 
 def _pixels(source: Source, size: tuple[int, int], grey: bool) -> np.ndarray:
@@ -178,7 +186,8 @@ def _pixels(source: Source, size: tuple[int, int], grey: bool) -> np.ndarray:
         if image.format == "JPEG":
             image.draft("L" if grey else "RGB", (2 * size[0], 2 * size[1]))  # decodes at a fraction where it is larger
         image.load()
-        image = _in_mode(ops.exif_transpose(image), grey)
+        ops.exif_transpose(image, in_place=True)
+        image = _in_mode(image, grey)
         if image.size != size:
             image = ops.fit(image, size, method=2, bleed=0.0)  # 2: bilinear, over all pixels that go into one
     except BrokenImage:
@@ -201,7 +210,8 @@ def _in_mode(image: Any, grey: bool) -> Any:
         image = image.convert("RGBA")
         white = module.new("RGBA", image.size, (255, 255, 255, 255))
         image = module.alpha_composite(white, image)
-    return image.convert("L" if grey else "RGB")
+    mode = "L" if grey else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _reason(error: BaseException, source: Source) -> str:
