@@ -183,6 +183,11 @@ def test_non_ascii_names_and_hidden_files(tmp_path: Path) -> None:
     assert any("class folder without images left out: empty" in note for note in found.notes)
 
 
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    tree(tmp_path / "mine", {"bad\udcff": 2, "b": 2})
+    assert "expected names of files and folders in UTF-8, got b'bad\\xff/" in mistake("mine", test_split=0.5)
+
+
 def test_ten_thousand_classes(tmp_path: Path) -> None:
     labels = np.repeat(np.arange(10_000), 2)
     train, test = images.split_rows(labels, 0.5)
