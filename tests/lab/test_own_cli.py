@@ -155,6 +155,11 @@ def test_a_changed_program_is_said() -> None:
     Path("my_task.py").write_text(TASK.replace("rand(8)", "rand(9)"))
     done = batchtrim("compare", "--task", "my_task.py:train", "--seeds", "4", *ARGUMENTS[2:], "-q")
     assert "The runs were made by 2 versions of the program" in done.stdout.replace("\n", " ")
+    assert "helper.py" not in done.stdout
+    Path("helper.py").write_text(HELPER.replace("0.05", "0.06"))
+    done = batchtrim("compare", "--task", "my_task.py:train", "--seeds", "5", *ARGUMENTS[2:], "-q")
+    assert "The runs were made by 2 versions of helper.py." in done.stdout.replace("\n", " ")
+    assert list(records.read("here")[0]["environment"]["helpers"]) == ["helper.py"]
 
 
 def test_a_task_does_not_run_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,9 +58,11 @@ def load_toml(path: str | Path) -> dict[str, Any]:
 
 def in_a_line(error: Exception) -> str:
     """Return an error's message; where it is the file system's own, one that names the file in words."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"cannot use {os.fsdecode(error.filename)} ({error.strerror})."
-    return str(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    if error.filename is None:
+        return f"cannot print, or write a file ({error.strerror})."
+    return f"cannot use {os.fsdecode(error.filename)} ({error.strerror})."
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
