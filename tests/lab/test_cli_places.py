@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
@@ -119,6 +120,32 @@ def test_a_dumb_terminal_is_told_line_by_line(monkeypatch: pytest.MonkeyPatch) -
     done = batchtrim("compare", *TINY, "--out", "here")
     assert "1/2 runs  digits mlp" in done.stderr
     assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "\nstopped\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "cannot print, or write a file (No space left on device)",
+        ),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),
+    ],
+)
+def test_what_happens_outside_of_runs_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.options, "read_settings", fails)
+    done = batchtrim("compare")
+    assert done.exit_code == code
+    assert says in done.stderr
+    assert bool(says) == bool(done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 def test_claims_make_the_folder_of_their_page(monkeypatch: pytest.MonkeyPatch) -> None:

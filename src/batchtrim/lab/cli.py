@@ -380,6 +380,9 @@ def _guard(work: Callable[[], None], debug: bool) -> None:
     """Turn a user's mistake into one line on standard error and exit code 2."""
     try:
         work()
+    except KeyboardInterrupt:  # before the first run, or in a command without runs
+        typer.echo("\nstopped", err=True)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # as of `| head -1`: the reader has gone, and wants nothing more
         raise
     except USER_ERRORS as error:
