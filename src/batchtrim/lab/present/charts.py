@@ -16,8 +16,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from batchtrim.lab.present import names
+from batchtrim.lab.present.names import Box
+
 WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
+FAR = 15  # from a point to its name
 BOLD = 7.6  # width of a letter of a name, about
 COLOURS = 8  # besides the baseline's
 MOST_POINTS = 150  # of a line: more cannot be seen at this size
@@ -226,7 +230,9 @@ def scatter(
             f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}{there}</title></circle></g>"
         )
     shown = [point for point in points if named is None or point.label in named or point in best]
-    parts += _labels(shown, x, y, [*(_reach(each, x, y) for each in points), *_along(best, x, y)])
+    dots = [[(x(each.x) - 6, x(each.x) + 6, y(each.y) - 6, y(each.y) + 6)] for each in points]
+    whiskers = [[_reach(each, x, y)] for each in points]
+    parts += _labels(shown, x, y, [*dots, *dots, *whiskers, _along(best, x, y)])  # twice: rather a line than a dot
     return _svg("".join(parts), title, HEIGHT, ' class="chart"')
 
 
@@ -249,39 +255,28 @@ def legend(entries: Sequence[tuple[str, int]]) -> Markup:
     return Markup(f'<ul class="legend">{items}</ul>')
 
 
-Box = tuple[float, float, float, float]  # left, right, top and bottom of something drawn
-
-
-def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: list[Box]) -> list[str]:
-    """Names beside their points, moved up or down as little as it takes to cover neither another nor what is taken."""
-    parts = []
-    for point in sorted(points, key=lambda each: y(each.y)):
-        width, centre, wanted = BOLD * len(point.label), x(point.x), y(point.y) + 4
-        sides = (centre + 10, centre - 10 - width)
-        starts = [each for each in sides if LEFT <= each <= WIDTH - width] or [max(LEFT, sides[1])]
-        places = [
-            (abs(level - wanted) + 2 * (start < centre), start, level)
-            for start in starts
-            for level in range(TOP + 8, HEIGHT - BOTTOM - 3)
-            if not any(
-                start < right and left < start + width and level - 10 < bottom and top < level + 3
-                for left, right, top, bottom in taken
-            )
-        ]
-        _, start, level = min(places, default=(0.0, starts[0], wanted))
-        taken.append((start, start + width, level - 10, level + 3))
-        at, anchor = (start, "start") if start > centre else (start + width, "end")
-        parts.append(
-            f'<text class="name {style_class(point.style)}" x="{at:.1f}" y="{level:.1f}" text-anchor="{anchor}">'
-            f"{esc(point.label)}</text>"
-        )
-    return parts
+def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: Sequence[Sequence[Box]]) -> list[str]:
+    """Names beside their points, a stroke to those that are far; see :func:`batchtrim.lab.present.names.place`."""
+    ordered = sorted(points, key=lambda each: y(each.y))
+    room = (LEFT, WIDTH, TOP - 2, HEIGHT - BOTTOM)
+    places = names.place([(x(each.x), y(each.y), BOLD * len(each.label)) for each in ordered], taken, room)
+    strokes = [
+        f'<line class="lead {style_class(point.style)}" x1="{x(point.x):.1f}" y1="{y(point.y):.1f}" x2="{at:.1f}" '
+        f'y2="{level - 4:.1f}"/>'
+        for point, (at, level, _) in zip(ordered, places, strict=True)
+        if abs(level - 4 - y(point.y)) > FAR
+    ]
+    return strokes + [
+        f'<text class="name {style_class(point.style)}" x="{at:.1f}" y="{level:.1f}" text-anchor="{anchor}">'
+        f"{esc(point.label)}</text>"
+        for point, (at, level, anchor) in zip(ordered, places, strict=True)
+    ]
 
 
 def _reach(point: Point, x: Scale, y: Scale) -> Box:
     """A point with its interval."""
     ends = [y(edge) for edge in (point.y, *(point.interval or ()))]
-    return x(point.x) - 6, x(point.x) + 6, min(ends) - 6, max(ends) + 6
+    return x(point.x) - 6, x(point.x) + 6, min(ends) - 5, max(ends) + 5
 
 
 def _along(best: Sequence[Point], x: Scale, y: Scale, pieces: int = 24) -> list[Box]:
