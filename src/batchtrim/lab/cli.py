@@ -139,7 +139,9 @@ def report_command(
     out: Annotated[
         Path | None, typer.Option(help="where the report goes [the same folder]", show_default=False)
     ] = None,
-    baseline: Annotated[str, typer.Option(help="method the others are compared with")] = "full",
+    baseline: Annotated[
+        str, typer.Option(help="method the others are compared with [full]", show_default=False)
+    ] = "full",
     figures: Annotated[
         Path | None, typer.Option(help="write the charts there too, as SVG and PNG", show_default=False)
     ] = None,
