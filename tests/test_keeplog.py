@@ -285,15 +285,15 @@ def _train(noise, method):
     from batchtrim.lab.run.loading import load_images
 
     config = RunConfig(method=method, epochs=20, label_noise=noise, seed=1).resolved()
-    pictures = load_images(config)
-    log = KeepLog(len(pictures.train_labels), classes=10)
-    training = lab.Training(config, pictures, log=log)
+    images = load_images(config)
+    log = KeepLog(len(images.train_labels), classes=10)
+    training = lab.Training(config, images, log=log)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", keeplog.NoiseAmplified)
         for _ in range(20):
             training.train_epoch()
     clean = load_images(RunConfig(seed=1).resolved()).train_labels
-    return [each for each in caught if each.category is keeplog.NoiseAmplified], log, clean != pictures.train_labels
+    return [each for each in caught if each.category is keeplog.NoiseAmplified], log, clean != images.train_labels
 
 
 def test_warning_is_right_on_noisy_and_silent_on_clean_data():

@@ -40,8 +40,8 @@ def comparable(row: dict[str, Any]) -> str:
 def test_it_equals_a_loop_written_by_hand() -> None:
     """The same weights as fifteen lines that use nothing of the loop, up to the rounding of the learning rate."""
     config = replace(SMALL, method="full", optimizer="adam", lr_schedule="cosine").resolved()
-    pictures = loading.load_images(config)
-    training = train.Training(config, pictures)
+    images = loading.load_images(config)
+    training = train.Training(config, images)
     while training.epoch < 3:
         training.advance()
 
@@ -49,7 +49,7 @@ def test_it_equals_a_loop_written_by_hand() -> None:
     model = models.build("mlp", (1, 8, 8), 10)
     optimizer = torch.optim.Adam(model.parameters())
     order = torch.Generator().manual_seed(0)
-    inputs = (pictures.train_images.float() - pictures.mean[0]) * (1.0 / torch.tensor(pictures.std[0]))
+    inputs = (images.train_images.float() - images.mean[0]) * (1.0 / torch.tensor(images.std[0]))
     for step in range(3 * 5):
         if step % 5 == 0:
             batches = torch.randperm(300, generator=order).split(64)
@@ -57,7 +57,7 @@ def test_it_equals_a_loop_written_by_hand() -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.003 * (1 + math.cos(math.pi * (step // 5 + step % 5 / 5) / 3)) / 2
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs[rows]), pictures.train_labels[rows]).backward()
+        F.cross_entropy(model(inputs[rows]), images.train_labels[rows]).backward()
         optimizer.step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(training.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)

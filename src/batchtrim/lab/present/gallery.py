@@ -23,6 +23,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from batchtrim._checks import import_extra
+from batchtrim._deprecated import renamed
 from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.lab import records
 from batchtrim.lab.present import charts, wording
@@ -56,13 +57,14 @@ DRAWN = ("random", "loss_mass_random", "data_dropout")
 """Methods that draw what they keep by lot."""
 
 
+@renamed("pictures", "images")
 @dataclass(frozen=True)
 class Samples:
     """What the log's ids stand for.
 
     Args:
         labels: int (n,), as trained on. ``classes``: their C names. Neither for samples of no class, as in regression.
-        pictures: uint8 (n, channels, H, W), one or three channels; or
+        images: uint8 (n, channels, H, W), one or three channels; or
         rows: a text for each sample, or a mapping of field names to values.
         predicted, confidence: (n,), class and probability, where the log's own (the last seen in training, augmentation
             and all) should not be used.
@@ -72,7 +74,7 @@ class Samples:
 
     labels: Tensor | None = None
     classes: Sequence[str] = ()
-    pictures: Tensor | None = None
+    images: Tensor | None = None
     rows: Sequence[str | Mapping[str, Any]] | None = None
     predicted: Tensor | None = None
     confidence: Tensor | None = None
@@ -114,11 +116,11 @@ def build(
     if "task" in row["config"]:
         return write(KeepLog.from_parquet(path), _told_by_the_task(path, row, facts), out)
     config = RunConfig.from_dict(row["config"])
-    pictures = loading.load_images(config, data_dir or remembered(folder))
+    images = loading.load_images(config, data_dir or remembered(folder))
     samples = Samples(
-        labels=pictures.train_labels,
-        classes=pictures.class_names or _class_names(config.dataset, pictures.classes),
-        pictures=pictures.train_images,
+        labels=images.train_labels,
+        classes=images.class_names or _class_names(config.dataset, images.classes),
+        images=images.train_images,
         title=f"What was kept: {config.label}",
         facts=facts,
         random=config.method in DRAWN,
@@ -135,11 +137,11 @@ def _told_by_the_task(path: Path, row: Mapping[str, Any], facts: Mapping[str, st
             f"expected {path.with_suffix('.json')} with what the samples are, got nothing there. Let the task say it: "
             "run.show(rows=...) or run.show(images=...)."
         ) from error
-    images = path.with_suffix(".npy")
+    pixels = path.with_suffix(".npy")
     return Samples(
         labels=None if told["labels"] is None else torch.tensor(told["labels"]),
         classes=told["classes"],
-        pictures=torch.from_numpy(np.load(images, allow_pickle=False)) if images.exists() else None,
+        images=torch.from_numpy(np.load(pixels, allow_pickle=False)) if pixels.exists() else None,
         rows=told["rows"],
         title=f"What was kept: {TaskConfig.from_dict(row['config']).label}",
         facts=facts,
@@ -160,9 +162,9 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     assert samples.labels is not None
     if len(samples.labels) != log.n:
         raise ValueError(f"expected {log.n} labels, one per sample of the log, got {len(samples.labels)}.")
-    if (samples.pictures is None) == (samples.rows is None):
-        raise ValueError("expected either `pictures` or `rows` of the samples, got both or neither.")
-    for name in ("pictures", "rows", "predicted", "confidence"):
+    if (samples.images is None) == (samples.rows is None):
+        raise ValueError("expected either `images` or `rows` of the samples, got both or neither.")
+    for name in ("images", "rows", "predicted", "confidence"):
         value = getattr(samples, name)
         if value is not None and len(value) != log.n:
             raise ValueError(f"expected `{name}` of {log.n} samples, got {len(value)}.")
@@ -179,8 +181,8 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         "scale": {"loss": _loss_scale(columns)},
     }
     sheets: list[str] = []
-    if samples.pictures is not None:
-        sheets, data["thumb"] = _sheets(samples.pictures[torch.from_numpy(columns["id"][shown].astype(np.int64))])
+    if samples.images is not None:
+        sheets, data["thumb"] = _sheets(samples.images[torch.from_numpy(columns["id"][shown].astype(np.int64))])
         data["sheets"] = len(sheets)
     else:
         assert samples.rows is not None
@@ -255,16 +257,16 @@ def _packed(values: np.ndarray) -> dict[str, str]:
     return {"type": kinds[values.dtype.str[1:]], "data": base64.b64encode(little.tobytes()).decode()}
 
 
-def _sheets(pictures: Tensor) -> tuple[list[str], dict[str, int]]:
+def _sheets(images: Tensor) -> tuple[list[str], dict[str, int]]:
     """Sprite sheets of (S, channels, H, W) as data addresses, and the size of a thumbnail on them."""
     image = import_extra("PIL.Image", "lab", "the gallery")
-    count, channels, height, width = pictures.shape
+    count, channels, height, width = images.shape
     shrink = min(1.0, THUMB / max(height, width))
     size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
     per_sheet = SHEET_SIDE * SHEET_SIDE
     sheets = []
     for first in range(0, count, per_sheet):
-        part = pictures[first : first + per_sheet]
+        part = images[first : first + per_sheet]
         rows = math.ceil(len(part) / SHEET_SIDE)
         if shrink < 1.0:
             part = torch.nn.functional.interpolate(part.float(), size=size[::-1], mode="area").round().to(torch.uint8)

@@ -59,11 +59,11 @@ class Training:
 
     Args:
         config: resolved.
-        pictures: the data set, label noise and the like applied.
+        images: the data set, label noise and the like applied.
     """
 
     config: RunConfig
-    pictures: data.ImageData
+    images: data.ImageData
     counts: Counts = field(default_factory=Counts)
     epoch: int = 0
     log: KeepLog | None = None
@@ -78,13 +78,13 @@ class Training:
         torch.manual_seed(config.seed)
         model = self._network(config.width)
         self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, config))
-        self.labels = self.pictures.train_labels.to(self.device)
-        self.test_labels = self.pictures.test_labels.to(self.device)
-        self.batches = self._batches(self.pictures.train_images, config.augment or "none", config.seed)
-        self.test_batches = self._batches(self.pictures.test_images, "none", 0)
+        self.labels = self.images.train_labels.to(self.device)
+        self.test_labels = self.images.test_labels.to(self.device)
+        self.batches = self._batches(self.images.train_images, config.augment or "none", config.seed)
+        self.test_batches = self._batches(self.images.test_images, "none", 0)
         self.order = Generator().manual_seed(config.seed)
         keep = make_schedule(config.schedule or "constant", config.keep_start or 1.0, config.keep_end or 1.0)
-        samples, classes, width = len(self.labels), self.pictures.classes, config.width or 1
+        samples, classes, width = len(self.labels), self.images.classes, config.width or 1
         setting = Setting(samples, classes, config.epochs, config.batch_size, config.seed, keep, width)
         self.method = find_method(config.method).build(setting, dict(config.method_params))
         self.method.connect(self._beside)
@@ -104,11 +104,11 @@ class Training:
         self.curve: dict[str, list[Any]] = {name: [] for name in CURVES}
 
     def _network(self, width: int | None) -> nn.Module:
-        config, pictures = self.config, self.pictures
-        model = models.build(config.model, pictures.shape, pictures.classes, width, config.norm)
+        config, images = self.config, self.images
+        model = models.build(config.model, images.shape, images.classes, width, config.norm)
         if hasattr(model, "prepare"):
-            model.prepare(pictures.train_images, pictures.mean, pictures.std)  # type: ignore[operator]
-        if pictures.shape[0] > 1:
+            model.prepare(images.train_images, images.mean, images.std)  # type: ignore[operator]
+        if images.shape[0] > 1:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
 
@@ -120,7 +120,7 @@ class Training:
         return self.fabric.setup_module(model), make_optimizer(model, self.config), self.fabric.backward
 
     def _batches(self, images: Tensor, augment: str, seed: int) -> Batches:
-        return Batches(images, self.pictures.mean, self.pictures.std, augment, seed, self.device)
+        return Batches(images, self.images.mean, self.images.std, augment, seed, self.device)
 
     def prepare(self) -> None:
         """What the method wants done before the first epoch; a resumed run has it in its checkpoint."""
@@ -287,14 +287,14 @@ class Training:
 
     def _reference(self, rows: Tensor, epochs: int, seed: int) -> Tensor:
         """Losses of all training images under a fresh network that was plainly trained on ``rows``."""
-        part = self.pictures.with_train(self.pictures.train_images[rows], self.pictures.train_labels[rows])
+        part = self.images.with_train(self.images.train_images[rows], self.images.train_labels[rows])
         config = replace(self.config, method="full", method_params={}, epochs=epochs, seed=REFERENCE_SEED + seed)
         training = Training(config.resolved(), part)
         for _ in range(epochs):
             training.train_epoch()
         self.counts.samples_forward += training.counts.samples_forward + len(self.labels)
         self.counts.samples_backward += training.counts.samples_backward
-        return training.losses_of(self._batches(self.pictures.train_images, "none", 0), self.labels)
+        return training.losses_of(self._batches(self.images.train_images, "none", 0), self.labels)
 
     @torch.inference_mode()
     def losses_of(self, batches: Batches, labels: Tensor) -> Tensor:
@@ -342,23 +342,23 @@ def run(
     torch.set_num_threads(config.threads)
     try:
         with torch.random.fork_rng(devices=[]):
-            pictures = load_images(config, data_dir, cache_dir)
+            images = load_images(config, data_dir, cache_dir)
             several = Ranks.from_environment().world > 1
-            n, classes = len(pictures.train_labels), pictures.classes
+            n, classes = len(images.train_labels), images.classes
             log = KeepLog(n, classes=classes, distributed=several) if keep_log else None
-            training = Training(config, pictures, log=log)
+            training = Training(config, images, log=log)
             training.on_batch = beat(on_batch, training.epochs) if on_batch else None
             status, error = _to_the_end(training, checkpoint, checkpoint_seconds, on_epoch)
             if log is not None and keep_log is not None and training.ranks.rank == 0:
                 with writing(keep_log):
                     keep_log.parent.mkdir(exist_ok=True)
-                    log.to_parquet(keep_log, label=pictures.train_labels.numpy())
+                    log.to_parquet(keep_log, label=images.train_labels.numpy())
     finally:
         torch.set_num_threads(threads)
         Ranks.from_environment().leave()
     final = training.curve["test_error"][-1] if status == "finished" else None
-    learnt = final is None or not trial.no_better_than_chance(final, pictures.test_labels)
-    notes = [*pictures.notes, *([] if learnt else [DID_NOT_LEARN])]
+    learnt = final is None or not trial.no_better_than_chance(final, images.test_labels)
+    notes = [*images.notes, *([] if learnt else [DID_NOT_LEARN])]
     return {
         "schema": SCHEMA,
         "key": config.key,

@@ -16,18 +16,18 @@ from batchtrim.lab.task.own_models import is_own_model
 BYTES_A_PARAMETER = 16  # weight, gradient and two moments, in float32
 
 
-def check_network(config: RunConfig, pictures: ImageData) -> None:
+def check_network(config: RunConfig, images: ImageData) -> None:
     """Raise a ValueError where the network cannot be built for these images, or cannot fit into the memory.
 
     Built and called without storage, so that even an absurd width costs nothing. The reader's own are tried elsewhere.
     """
     if is_own_model(config.model):
         return
-    named = f"`{config.model}` of `width` {config.width} to fit images of {' x '.join(map(str, pictures.shape))}"
+    named = f"`{config.model}` of `width` {config.width} to fit images of {' x '.join(map(str, images.shape))}"
     try:
         with torch.device("meta"):
-            model = models.build(config.model, pictures.shape, pictures.classes, config.width, config.norm)
-            model.eval()(torch.empty(2, *pictures.shape))
+            model = models.build(config.model, images.shape, images.classes, config.width, config.norm)
+            model.eval()(torch.empty(2, *images.shape))
     except (AssertionError, RuntimeError, ZeroDivisionError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
         raise ValueError(f"expected {named}, got an error: {first}. Pass another --width or --model.") from error
@@ -39,9 +39,9 @@ def check_network(config: RunConfig, pictures: ImageData) -> None:
         )
 
 
-def notes_on(config: RunConfig, pictures: ImageData) -> list[str]:
+def notes_on(config: RunConfig, images: ImageData) -> list[str]:
     """Return what to say of the settings beside the data."""
-    size = len(pictures.train_labels)
+    size = len(images.train_labels)
     if config.batch_size <= size:
         return []
     return [

@@ -280,10 +280,10 @@ def _decode(spec: Spec, tables: list[tuple[str, Any, Any]]) -> tuple[np.ndarray,
 
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    for origin, pictures, numbers in tables:
-        for row, picture in enumerate(pictures):
+    for origin, column, numbers in tables:
+        for row, image in enumerate(column):
             try:
-                pixels = np.asarray(Image.open(io.BytesIO(picture["bytes"].as_py())).convert(spec.mode))
+                pixels = np.asarray(Image.open(io.BytesIO(image["bytes"].as_py())).convert(spec.mode))
             except (UnidentifiedImageError, OSError, TypeError) as error:
                 raise ReplaceFile(
                     f"expected an image in row {row} of {origin}, got bytes that cannot be decoded "
