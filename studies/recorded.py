@@ -18,7 +18,7 @@ from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import conditions, data
 
 
-class Recorder(batchtrim.KeepLog):
+class StoringLog(batchtrim.KeepLog):
     """A keep log that also stores what it is given."""
 
     def __init__(self, n: int, **options: Any) -> None:
@@ -49,7 +49,7 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
         with np.load(path) as found:
             return dict(found)
     images = loading.load_images(config, data_dir)
-    log = Recorder(len(images.train_labels), classes=images.classes)
+    log = StoringLog(len(images.train_labels), classes=images.classes)
     training = train.Training(config, images, log=log)
     training.prepare()
     errors = [training.train_epoch()["train_error"] for _ in range(training.epochs)]

@@ -20,7 +20,7 @@ class Counts:
     steps: int = 0
 
 
-class Criterion:
+class CountingLoss:
     """Cross-entropy of each sample, and on the side the errors of the epoch so far; they stay on the device.
 
     Args:

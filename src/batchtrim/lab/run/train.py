@@ -25,14 +25,14 @@ from torch import Generator, Tensor, nn
 import batchtrim
 from batchtrim import Choice, KeepLog
 from batchtrim.lab.files import writing
-from batchtrim.lab.methods.rules import Setting
+from batchtrim.lab.methods.rules import RunInfo
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
 from batchtrim.lab.run import trial
 from batchtrim.lab.run.beat import beat
 from batchtrim.lab.run.config import RunConfig
-from batchtrim.lab.run.counts import Counts, Criterion
+from batchtrim.lab.run.counts import CountingLoss, Counts
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import CURVES
 from batchtrim.lab.run.loading import load_images
@@ -85,11 +85,11 @@ class Training:
         self.order = Generator().manual_seed(config.seed)
         keep = make_schedule(config.schedule or "constant", config.keep_start or 1.0, config.keep_end or 1.0)
         samples, classes, width = len(self.labels), self.images.classes, config.width or 1
-        setting = Setting(samples, classes, config.epochs, config.batch_size, config.seed, keep, width)
-        self.method = find_method(config.method).build(setting, dict(config.method_params))
+        info = RunInfo(samples, classes, config.epochs, config.batch_size, config.seed, keep, width)
+        self.method = find_method(config.method).build(info, dict(config.method_params))
         self.method.connect(self._beside)
         self.epochs = math.ceil(self.method.epochs)
-        self.criterion = Criterion(self.device, config.label_smoothing)
+        self.criterion = CountingLoss(self.device, config.label_smoothing)
         self.forward = None
         if config.engine != "exact":
             loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
