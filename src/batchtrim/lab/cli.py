@@ -172,6 +172,7 @@ def report_command(
 def claims_command(
     folder: Annotated[Path, typer.Argument(help="folder of records: folders with claims.toml and runs.jsonl")],
     out: Annotated[Path | None, typer.Option(help="Markdown page to write [printed]", show_default=False)] = None,
+    table: Annotated[Path | None, typer.Option(help="page to write a short table into", show_default=False)] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Judge the claims written down beside recorded runs: supported, not supported, or not decidable.
@@ -180,17 +181,20 @@ def claims_command(
     """
 
     def work() -> None:
-        from batchtrim.lab.present import results
+        from batchtrim.lab.present import overview, results
 
         found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not found:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
         with _fitting("the records"):
-            if out is None:
-                typer.echo(results.page(found), nl=False)
-            else:
+            if table is not None:
+                overview.write(found, table)
+                typer.echo(f"table: {table}")
+            if out is not None:
                 results.write(found, out)
                 typer.echo(f"results: {out}")
+            if out is None and table is None:
+                typer.echo(results.page(found), nl=False)
 
     _guard(work, debug)
 
