@@ -13,7 +13,7 @@ collect_ignore = ["typed_usage.py"]  # for the type checker: --doctest-modules w
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of garbage collections: every ``Trainer.train`` of Hugging Face runs full ones."""
+    """Leave what is imported by now out of garbage collections: ``Trainer.train`` of Hugging Face runs a full one."""
     gc.collect()
     gc.freeze()
 

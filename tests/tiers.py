@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 
-def few(names: Iterable[str], default: Collection[str]) -> list[Any]:
+def few(names: Iterable[Any], default: Collection[Any]) -> list[Any]:
     """Return one parameter for each name; those not in ``default`` are slow."""
     names = list(names)
     missing = set(default) - set(names)

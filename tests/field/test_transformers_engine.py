@@ -19,6 +19,7 @@ from hf_cases import arguments, data, new_model
 
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.integrations.transformers import TrimmedTrainer
+from tiers import few
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 
@@ -111,7 +112,7 @@ def last(trainer: TrimmedTrainer) -> Any:
     return step.last
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few(CASES, ["causal"]))  # a trace takes seconds
 def test_the_shared_engine_runs(case: str, tmp_path: Path) -> None:
     """It was refused: a forward whose loss functions are being recorded cannot be traced."""
     model, rows = CASES[case]
