@@ -232,15 +232,24 @@ def _line(text: str) -> str:
 
 
 def cases(tasks: list[str], only: list[str], engines: list[str]) -> Iterator[tuple[Task, str, str, bool, str]]:
-    """Every case, the first engine with dropout first: what is stopped early has seen the most."""
-    for engine in engines:
-        for dropout in (True, False):
-            for task in TASKS:
-                if tasks and task.family not in tasks:
-                    continue
-                for kind, name in task.table.classes():
-                    if (not only or kind in only) and hasattr(transformers, name):
-                        yield task, kind, name, dropout, engine
+    """Every case. First one class of each model type, with dropout: what is stopped early has seen every architecture."""
+    first: dict[str, tuple[Task, str, str]] = {}
+    others: list[tuple[Task, str, str]] = []
+    for task in TASKS:
+        if tasks and task.family not in tasks:
+            continue
+        for kind, name in task.table.classes():
+            if (only and kind not in only) or not hasattr(transformers, name):
+                continue
+            if kind in first:
+                others.append((task, kind, name))
+            else:
+                first[kind] = task, kind, name
+    for dropout in (True, False):
+        for group in (list(first.values()), others):
+            for each in group:
+                for engine in engines:
+                    yield (*each, dropout, engine)
 
 
 def read(path: Path) -> dict[tuple[str, str, bool, str], Row]:
