@@ -2,6 +2,7 @@
 
     python -m studies.engine_sweep --out runs/engine-sweep                     # everything, resumable
     python -m studies.engine_sweep --out runs/engine-sweep --part 1/2          # one of two processes
+    python -m studies.engine_sweep --out runs/engine-sweep --first             # one class of each model type alone
     python -m studies.engine_sweep --out runs/engine-sweep --engines shared --only bert gpt2 vit
     python -m studies.engine_sweep --out runs/engine-sweep --table             # only write table.md again
 
@@ -231,8 +232,10 @@ def _line(text: str) -> str:
     return " ".join(text.split())[:400]
 
 
-def cases(tasks: list[str], only: list[str], engines: list[str]) -> Iterator[tuple[Task, str, str, bool, str]]:
-    """Every case. First one class of each model type, with dropout: what is stopped early has seen every architecture."""
+def cases(
+    tasks: list[str], only: list[str], engines: list[str], every: bool = True
+) -> Iterator[tuple[Task, str, str, bool, str]]:
+    """Every case. First, or without ``every`` alone, one class of each model type, with dropout: what is stopped early has seen every architecture."""
     first: dict[str, tuple[Task, str, str]] = {}
     others: list[tuple[Task, str, str]] = []
     for task in TASKS:
@@ -250,6 +253,8 @@ def cases(tasks: list[str], only: list[str], engines: list[str]) -> Iterator[tup
             for each in group:
                 for engine in engines:
                     yield (*each, dropout, engine)
+            if not every:
+                return
 
 
 def read(path: Path) -> dict[tuple[str, str, bool, str], Row]:
@@ -311,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), help="of exact, two_pass, shared, auto")
     parser.add_argument("--tasks", nargs="*", default=[], help=", ".join(task.family for task in TASKS))
     parser.add_argument("--only", nargs="*", default=[], help="model types such as gpt2")
+    parser.add_argument("--first", action="store_true", help="one class of each model type alone, with dropout")
     parser.add_argument("--part", default="1/1", help="1/2 and 2/2 in two processes share the work")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="stop a check that takes longer")
     parser.add_argument("--table", action="store_true", help="only make table.md from results.jsonl")
@@ -320,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = options.out / "results.jsonl"
     done = read(results)
     part, parts = map(int, options.part.split("/"))
-    for number, case in enumerate(cases(options.tasks, options.only, options.engines)):
+    for number, case in enumerate(cases(options.tasks, options.only, options.engines, not options.first)):
         task, _, name, dropout, engine = case
         if options.table or number % parts != part - 1 or (task.family, name, dropout, engine) in done:
             continue
