@@ -235,7 +235,10 @@ def _line(text: str) -> str:
 def cases(
     tasks: list[str], only: list[str], engines: list[str], every: bool = True
 ) -> Iterator[tuple[Task, str, str, bool, str]]:
-    """Every case. First, or without ``every`` alone, one class of each model type, with dropout: what is stopped early has seen every architecture."""
+    """One class of each model type, with dropout, and then, with ``every``, all else.
+
+    So what is stopped early has seen every architecture.
+    """
     first: dict[str, tuple[Task, str, str]] = {}
     others: list[tuple[Task, str, str]] = []
     for task in TASKS:
