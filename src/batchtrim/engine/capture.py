@@ -230,11 +230,16 @@ def keeps_graph() -> bool:
 
 
 def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
-    """A graph as a function of a list of its inputs, which it empties, so that each is freed once it is used."""
+    """A graph as a function of a list of its inputs, which it empties, so that each is freed once it is used.
+
+    A view becomes a reshape: on kept rows a value may lie in memory in another order than the one that was traced.
+    """
     from torch.fx.graph import _BoxedCodeGen  # type: ignore[attr-defined]
 
     own = fx.Graph()
     own.output(own.graph_copy(graph.graph, {}))
+    for node in own.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
     own.set_codegen(_BoxedCodeGen())
     return _boxed(fx.GraphModule(graph, own).forward)
 
