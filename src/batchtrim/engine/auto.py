@@ -52,7 +52,6 @@ class AutoEngine:
         from batchtrim.engine.shared import SharedEngine  # brings in sympy, which takes its time
 
         try:
-            self._refuse_compiled(forward)
             self.saving = SharedEngine(forward, trim)
             self.saving.judge = self._judge
         except EngineRefused as refused:
@@ -98,13 +97,6 @@ class AutoEngine:
     def running(self) -> Engine:
         """The engine that steps are handed to, where it pays."""
         return self.exact if self.saving is None else self.saving
-
-    @staticmethod
-    def _refuse_compiled(forward: Forward) -> None:
-        for name, module in forward.model.named_modules():
-            if _is_compiled(module):
-                what = f"{name or 'the model'} ({type(module).__name__})"
-                raise EngineRefused(f"{what} is compiled, and a trace of it would run operator by operator")
 
     def _tell(self, shared: SharedEngine) -> None:
         """Say once what runs and why; give up for good what never pays."""
