@@ -260,9 +260,10 @@ def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
 
 
 def any_strides(graph: fx.GraphModule) -> bool:
-    """Make a graph right for inputs that lie in memory otherwise than it was traced with; False where that cannot be."""
+    """Make a graph right for inputs that lie in memory otherwise than when it was traced; False where it cannot be."""
+    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        if node.op == "call_function" and node.target in views:
             node.target = torch.ops.aten.reshape.default
         elif node.op == "call_function" and "as_strided" in str(node.target):
             return False

@@ -1,4 +1,4 @@
-"""The other file that touches what torch keeps private: have Inductor compile graphs, as the user had it compile a model.
+"""The other file that touches what torch keeps private: have Inductor compile a trace's graphs.
 
 A model that went through ``torch.compile`` runs compiled here too: the graphs of one trace become two functions, the
 forward and the backward of the kept rows, with symbols for the sizes that change, so that no batch size and no k is
@@ -20,7 +20,16 @@ from torch import Tensor, fx, nn
 from batchtrim.engine.capture import expression_of
 from batchtrim.engine.layout import product
 
-__all__ = ["CannotCompile", "Compiled", "Inductor", "as_symbolic", "inductor_of", "is_compiled", "new_size", "uncompiled_calls"]
+__all__ = [
+    "CannotCompile",
+    "Compiled",
+    "Inductor",
+    "as_symbolic",
+    "inductor_of",
+    "is_compiled",
+    "new_size",
+    "uncompiled_calls",
+]
 
 # BatchNorm is one operator to the proof, which may take its means over the kept rows; what draws random numbers is one,
 # so that a trace that runs operator by operator draws as the model does.
