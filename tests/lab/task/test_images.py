@@ -141,7 +141,7 @@ def test_images_are_decoded_without_what_windows_lacks(tmp_path: Path, monkeypat
     tree(tmp_path / "mine" / "test", {"a": 1}, first=500)
     found = load("mine", ImageOptions())
     order = sorted(range(70), key=lambda i: f"clip{i // 4}_{i:03}")
-    drawn = [picture(value + i) for value in (0, 1000) for i in order]
+    drawn = [image(value + i) for value in (0, 1000) for i in order]
     assert np.array_equal(found.train_images, np.stack([np.array(each).transpose(2, 0, 1) for each in drawn]))
 
 
