@@ -346,7 +346,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def _default_out(configs: list[Any]) -> Path:
-    """A folder named after what the runs share, so that the same command finds it again."""
+    """Return a folder named after what the runs share, so that the same command finds it again."""
     names = [sorted({str(getattr(config, name)) for config in configs}) for name in ("dataset", "model", "optimizer")]
     epochs = sorted({config.epochs for config in configs})
     names[0] = [re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in names[0]]  # a data set may be a path

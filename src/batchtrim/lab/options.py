@@ -73,12 +73,12 @@ def _setting_option(setting: Setting) -> tuple[Any, Any]:
 
 
 def _flag(setting: Setting) -> tuple[str, ...]:
-    """The name of a yes-or-no setting, which has no opposite on the command line."""
+    """Return the option of a yes-or-no setting that has no ``--no-`` form."""
     return (f"--{setting.name.replace('_', '-')}",) if setting.kind is bool else ()
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names in a line, ``resnet8 .. resnet34`` for a family of more than three."""
+    """Return names in a line, ``resnet8 .. resnet34`` for a family of more than three."""
     names = list(names)
     family = [name for name in names if name.rstrip("0123456789") == names[-1].rstrip("0123456789")]
     if len(family) > 3:
@@ -190,7 +190,7 @@ def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
-    """``method.name=value`` texts as tables; several values, comma-separated, are an axis."""
+    """Return ``method.name=value`` texts as tables; several values, comma-separated, are an axis."""
     tables = {method: dict(table) for method, table in base.items()}
     for text in texts:
         place, equals, value = text.partition("=")

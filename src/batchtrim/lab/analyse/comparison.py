@@ -254,7 +254,7 @@ def _arm(label: str, settings: dict[str, Any], rows: list[Row]) -> Arm:
 
 
 def _compare(arms: Sequence[Arm], reference: Arm | None) -> tuple[Arm, ...]:
-    """The arms with their paired comparison to ``reference``, p-values corrected over all of them."""
+    """Return the arms with their paired comparison to ``reference``, p-values corrected over all of them."""
     if reference is None:
         return tuple(arms)
     others = [arm for arm in arms if arm is not reference]

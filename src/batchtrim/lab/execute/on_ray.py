@@ -68,7 +68,7 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
 
 
 def _sentence(error: Exception) -> str:
-    """The first sentence of an error, whole."""
+    """Return the first sentence of an error, whole."""
     return str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
 
 
@@ -95,7 +95,7 @@ def _news(ray: Any, mailbox: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _task(config: AnyConfig, place: Workplace, mailbox: Any) -> Row:
-    """Runs on a node; the checkpoint helps where the output folder is one that all nodes see."""
+    """Do a run on a node; its checkpoint helps if all nodes see the output folder."""
     row = do_run(config, place, lambda point: mailbox.put.remote(config.key, point))
     with contextlib.suppress(OSError):
         place.clear(config, row)

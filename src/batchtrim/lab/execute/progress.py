@@ -144,14 +144,14 @@ def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
 
 
 def _times(row: Row) -> str:
-    """Training alone, evaluation, and the whole of the run, as far as they were measured."""
+    """Return the seconds of training, of evaluation and of the whole run, as far as measured."""
     more = [f"{row[name]:.1f} s {what}" for name, what in (("seconds_eval", "testing"), ("seconds_total", "in all"))
             if row.get(name)]  # fmt: skip
     return ", ".join([f"{row['seconds']:.1f} s training", *more])
 
 
 def _said(point: dict[str, Any]) -> str:
-    """The metric of an epoch in words: a task says it itself; an epoch may not have been tested."""
+    """Return the metric of an epoch in words; an own task words its own, and an epoch may be untested."""
     if "said" in point:
         return point["said"]
     error = point["test_error"]

@@ -115,7 +115,7 @@ class RunConfig:
     threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
 
     def resolved(self) -> RunConfig:
-        """The same run with every default written out and every setting checked.
+        """Return the run with every default written out and every setting checked.
 
         Settings that play no part are set to None (the keep schedule of ``full``), so that equal runs have equal keys.
 
@@ -195,7 +195,7 @@ class RunConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; settings that came later only where they are not the default."""
+        """Return plain values for JSON; settings added later only if they are not the default."""
         values = asdict(replace(self, method_params=dict(self.method_params)))
         return {
             name: value for name, value in values.items() if not SETTINGS[name].later or value != SETTINGS[name].default
@@ -203,7 +203,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """From plain values; a name that is no setting is an error that suggests the nearest one."""
+        """Make a config from plain values; an unknown name is an error that suggests the nearest one."""
         for name in values:
             if name not in SETTINGS:
                 hint = nearest(name, SETTINGS) or f" Settings are {', '.join(SETTINGS)}."
@@ -233,7 +233,7 @@ COMPARED = tuple(name for name, each in SETTINGS.items() if each.role in (Role.A
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` becomes cuda or mps where there is one, else cpu; an absent device is an error."""
+    """Resolve ``auto`` to cuda, mps or cpu, the first available; an absent device is an error."""
     import torch
 
     check_choice("device", device, DEVICES)

@@ -17,7 +17,7 @@ from batchtrim.lab.task.own_models import is_own_model, source_of
 
 
 def environment(config: AnyConfig) -> dict[str, Any]:
-    """Versions and hardware a run's numbers belong to."""
+    """Return the versions and hardware that a run's numbers belong to."""
     return {
         **_machine(),
         "threads": config.threads,
@@ -28,7 +28,7 @@ def environment(config: AnyConfig) -> dict[str, Any]:
 
 
 def _source(config: AnyConfig) -> str:
-    """A hash of the reader's own code that the run was made with; "" where there is none, or it is gone."""
+    """Return a hash of the reader's own code used by the run; "" if there is none, or it is gone."""
     if isinstance(config, TaskConfig):
         return config.code.source if config.code is not None else ""
     if not is_own_model(config.model):
@@ -61,7 +61,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with + when files differ; None when it is installed."""
+    """Return the commit of the checkout this package runs from, with + when files differ; None when it is installed."""
     here = Path(batchtrim.__file__).resolve().parent
 
     def git(*words: str) -> str:
