@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Caveat", "Kind", "caveats"]
 
-MIN_ALIKE = 3  # so many seeds with the same value to the last bit are no chance
+MIN_ALIKE = 3  # this many seeds with the same value to the last bit are no coincidence
 
 
 class Kind(Enum):

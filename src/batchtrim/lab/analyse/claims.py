@@ -18,7 +18,7 @@ A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written befor
     method = "loss_mass"
     against = "full"
     says = "not worse"
-    margin = 0.3                     # by so many points at the most; fixed before the first run
+    margin = 0.3                     # points, at most; fixed before the first run
     backward = 50                    # percent of the other's backward samples, at the most; may be left out
 
 Any setting of a run, or parameter of a method, may be named to tell arms of one method apart (``keep_end = 0.5``,
@@ -68,7 +68,7 @@ class Claim:
 
     Attributes:
         margin: by how much an error may be higher and is still not worse, in [0, 1]; of claims of that kind alone.
-        backward: the largest part of the other's backward samples it may take; None where nothing is said of it.
+        backward: the largest part of the other's backward samples it may take; None if unlimited.
         settings: of the arm of ``method``; ``against_settings``: of the other; ``shared``: of the groups to read it in.
     """
 

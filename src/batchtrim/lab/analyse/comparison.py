@@ -272,7 +272,7 @@ def _compare(arms: Sequence[Arm], reference: Arm | None) -> tuple[Arm, ...]:
 
 
 def _unit(values: Collection[float], metric: Metric) -> float:
-    """Return what values are counted in where spread is told from rounding: errors in 1, others by their size."""
+    """Return the unit in which spread is distinguished from rounding: 1 for errors, for others by their size."""
     return 1.0 if metric.in_percent else unit_of(values)
 
 

@@ -37,13 +37,13 @@ def _until_over(tally: Tally) -> Iterator[AnyConfig]:
         yield tally.left.popleft()
         refused = refused + 1 if len(tally.left) == before else 0
         if tally.left and refused >= len(tally.left):
-            tally.watcher.note("waiting for runs that another process on this folder is at")
+            tally.watcher.note("waiting for runs that another process is doing in this folder")
             time.sleep(ASK_AGAIN)
             refused = 0
 
 
 class _Worker:
-    """A process that does one run at a time, and the line to it."""
+    """A process that does one run at a time, and the pipe to it."""
 
     def __init__(self, place: Workplace):
         context = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""What a person sees while runs go on, on standard error: which run, which epoch, the error so far, time left."""
+"""Progress on standard error: which run, which epoch, the error so far, the time left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAY_EVERY = 30.0  # seconds between two lines inside an epoch, where there is no
 
 
 class Quiet:
-    """Says nothing."""
+    """Show nothing."""
 
     def __enter__(self) -> Quiet:
         return self

@@ -1,4 +1,4 @@
-"""What every way of doing runs shares: where they leave things, who is told, and one run done and recorded.
+"""Shared by all ways of doing runs: the output folder, progress, and doing and recording one run.
 
 Whoever does a run claims it first and records it itself (on Ray the driver does both), so nothing that has finished
 hangs on the life of another process. A run that was interrupted, or that failed, goes on from its last checkpoint.

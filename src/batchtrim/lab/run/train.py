@@ -113,7 +113,7 @@ class Training:
         return model
 
     def _beside(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer, Callable[[Tensor], None]]:
-        """Return a further network of the run's kind, from weights of its own, its optimizer and its backward."""
+        """Return another network of the run's kind with fresh weights, its optimizer and its backward."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._network(width)
