@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
+
+from hf_cases import arguments, data, new_model
+
+import batchtrim
+from batchtrim.errors import ChooseLength
+from batchtrim.integrations.transformers import TrimmedTrainer
+from tiers import few
 
 
 @pytest.mark.parametrize("length", [None, "stretch", "saved"])
