@@ -73,7 +73,7 @@ class Forward:
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def __call__(self, x: Any, y: Any, model: nn.Module | None = None) -> tuple[Losses, Any]:
-        """Losses of one value a sample or element (with mask and weights, if any), and the model's outputs."""
+        """Return one loss per sample or element (with mask and weights, if any), and the model's outputs."""
         model = self.model if model is None else model
         if isinstance(x, Mapping):
             outputs = model(**x)

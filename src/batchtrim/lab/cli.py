@@ -22,7 +22,7 @@ from batchtrim.lab.terminal import print_plainly
 
 app = typer.Typer(
     name="batchtrim",
-    help="Train the same network with mini-batch trimming and its relatives, and see honestly whether it helped.",
+    help="Train the same network with mini-batch trimming and its relatives, and test whether it helped.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -84,7 +84,7 @@ def _about(
 def compare(given: dict[str, Any]) -> None:
     """Train with several methods on the same data and seeds.
 
-    The same command goes on where it stopped.
+    Run the same command again to continue where it stopped.
     """
     _run_and_report(_over(COMPARE, options.read_settings(given)), given)
 
@@ -93,7 +93,7 @@ def compare(given: dict[str, Any]) -> None:
 def sweep(given: dict[str, Any]) -> None:
     """Compare over keep schedules and keep ends, or a grid.
 
-    By default three schedules by three keep ends; or what a TOML file says.
+    The default is three schedules by three keep ends; a TOML file can define another grid.
     """
     settings = options.read_settings(given)
     _run_and_report(_over(SWEEP, settings) if given["grid"] is None else settings, given)
@@ -103,7 +103,7 @@ def sweep(given: dict[str, Any]) -> None:
 def train(given: dict[str, Any]) -> None:
     """Do one run, with checkpoints.
 
-    The same command goes on from the last checkpoint.
+    Run the same command again to continue from the last checkpoint.
     """
     settings = {**TRAIN, **options.read_settings(given)}
     options.check_one_run(settings)
@@ -112,7 +112,7 @@ def train(given: dict[str, Any]) -> None:
 
 @_command("demo", {"out": options.PLACE["out"], "workers": options.SCALE["workers"]}, options.TALK)
 def demo(given: dict[str, Any]) -> None:
-    """Digits, full against trim, five seeds, in a minute or two.
+    """Compare full and trim on digits with five seeds, in a minute or two.
 
     The images come with scikit-learn; nothing is downloaded.
     """
@@ -137,7 +137,7 @@ def report_command(
         bool, typer.Option("--lower-is-better", help="a lower metric is better [by its name]", show_default=False)
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="where the report goes [the same folder]", show_default=False)
+        Path | None, typer.Option(help="folder for the report [the same folder]", show_default=False)
     ] = None,
     baseline: Annotated[str, typer.Option(help="method the others are compared with")] = "full",
     figures: Annotated[
@@ -148,7 +148,7 @@ def report_command(
 ) -> None:
     """Write the report on the runs in a folder, or on the numbers in a CSV file.
 
-    report.html is self-contained; report.md and report.csv lie beside it. That on FILE.csv goes to the folder FILE.
+    It is written as report.html (self-contained), report.md and report.csv. For FILE.csv they go to the folder FILE.
     """
 
     def work() -> None:
@@ -178,7 +178,7 @@ def claims_command(
 ) -> None:
     """Judge the claims written down beside recorded runs: supported, not supported, or not decidable.
 
-    claims.toml says which method is to have a lower, higher or the same error as which other.
+    claims.toml states which method should have a lower, a higher or the same error as which other.
     """
 
     def work() -> None:
@@ -203,12 +203,13 @@ def claims_command(
 @app.command("show")
 def show_command(
     run: Annotated[Path, typer.Argument(help="folder of runs made with --keep-log")],
-    key: Annotated[str | None, typer.Option(help="which run, by its key", show_default=False)] = None,
+    key: Annotated[str | None, typer.Option(help="key of the run", show_default=False)] = None,
     method: Annotated[
-        str | None, typer.Option(help="which run, by its method [trim, else the last that chose]", show_default=False)
+        str | None,
+        typer.Option(help="method of the run [trim, else the last that selects]", show_default=False),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="which run, by its seed [the first]", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="the page [keep/KEY.html in the folder]", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of the run [the first]", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="page [keep/KEY.html in the folder]", show_default=False)] = None,
     data_dir: Annotated[
         str | None,
         typer.Option(help="folder with NAME/{train,test}-*.parquet [where the runs found them]", show_default=False),
@@ -283,7 +284,7 @@ def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The ``batchtrim`` command."""
+    """Run the ``batchtrim`` command."""
     print_plainly()
     app()
 
@@ -370,7 +371,7 @@ def _report(
 
 @contextlib.contextmanager
 def _fitting(what: str) -> Iterator[None]:
-    """Files that another program wrote or a person changed may lack a field, or hold a word where a number belongs."""
+    """Report files that lack a field, or hold a word instead of a number: another program or a person wrote them."""
     try:
         yield
     except (LookupError, AttributeError, ArithmeticError, RuntimeError, NotImplementedError) as error:

@@ -91,11 +91,11 @@ class Metric:
         return " points" if self.in_percent else ""
 
     def number(self, value: float, digits: int = 2) -> str:
-        """The number alone: 0.0213 of an error is 2.13, of another metric four figures."""
+        """Return the number alone: 0.0213 of an error is 2.13, of another metric four figures."""
         return f"{100 * value:.{digits}f}" if self.in_percent else f"{value:.4g}"
 
     def text(self, value: float | None) -> str:
-        """The number with its name: error 2.13 %, rmse 0.4512."""
+        """Return the number with its name: error 2.13 %, rmse 0.4512."""
         if value is None:
             return f"{self.name} unknown"
         return f"{self.name} {self.number(value)}{' %' if self.in_percent else ''}"

@@ -70,7 +70,7 @@ class Records:
         self._offset = self._line = 0
 
     def rows(self) -> list[Row]:
-        """The runs recorded so far, by anyone: one per key, the last one recorded."""
+        """Return the runs recorded so far, by anyone: one per key, the last one recorded."""
         self._refresh()
         return list(self._rows.values())
 
@@ -314,7 +314,7 @@ def _read_cells(path: Path) -> list[Row]:
 
 
 def _folders_near(path: Path) -> str:
-    """Names folders of runs under a folder, or under the nearest one there is of a wrong path."""
+    """Return a hint naming folders of runs under a folder, or under the nearest existing one of a wrong path."""
     while not path.exists() and path != path.parent:
         path = path.parent
     found = sorted(str(each.parent) for each in path.glob("*/runs.jsonl")) if path.is_dir() else []
@@ -347,7 +347,7 @@ def _read_at(file: int, count: int, start: int) -> bytes:
 
 
 def _end_of_last_line(file: int) -> int:
-    """The offset just behind the last newline."""
+    """Return the offset just behind the last newline."""
     end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - 65536)
@@ -359,7 +359,7 @@ def _end_of_last_line(file: int) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows no NaN or infinity: they become null."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -370,7 +370,7 @@ def _plain(value: Any) -> Any:
 
 
 def _six_figures(value: Any) -> Any:
-    """A run of many epochs is mostly curves, and nobody reads more of them than this."""
+    """Round to six figures: a run of many epochs is mostly curves, which need no more."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):

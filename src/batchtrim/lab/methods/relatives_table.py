@@ -17,14 +17,14 @@ __all__ = ["RELATIVES"]
 
 
 def _trim_late(info: RunInfo, params: Params) -> Method:
-    """Everything until ``start``, then the whole of the run's schedule."""
+    """Keep everything until ``start``, then follow the run's whole schedule."""
     start = params["start"]
     keep = info.keep if start == 0.0 else join([batchtrim.constant(1.0), info.keep], at=[start])
     return Method(Trimmer(keep, total=info.epochs), info.epochs)
 
 
 def _trim_full_end(info: RunInfo, params: Params) -> Method:
-    """The whole of the run's schedule, then everything in the last part, one epoch at least."""
+    """Follow the run's whole schedule, then keep everything in the last part, at least one epoch."""
     epochs = info.epochs
     trimmed = epochs - max(1, round(params["last"] * epochs))
     keep = info.keep if trimmed > 0 else batchtrim.constant(1.0)
@@ -55,7 +55,7 @@ _MASS_PARAMS = {
 
 
 def _dropout(matched: bool) -> Callable[[RunInfo, Params], Method]:
-    """Progressive Data Dropout by difficulty, or as many at random."""
+    """Drop samples progressively, by difficulty or the same number at random."""
 
     def build(info: RunInfo, params: Params) -> Method:
         threshold = batchtrim.selection.above(-math.log(params["threshold"]))

@@ -87,14 +87,14 @@ class Method:
         self.epochs = epochs
 
     def prepare(self, reference: Reference) -> None:
-        """Whatever must be done once before the first epoch; it is on the training clock."""
+        """Prepare once, before the first epoch; the time counts as training."""
 
     def rows(self, order: Tensor, epoch: int) -> Tensor:
-        """Which rows ``epoch`` visits, given all of them in a random order."""
+        """Return the rows that ``epoch`` visits, given all of them in a random order."""
         return order
 
     def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
-        """The loss to step on, from the losses (B,) of the training set's ``rows`` (B,).
+        """Return the loss to step on, from the losses (B,) of the training set's ``rows`` (B,).
 
         Args:
             plain: losses (B,) to rank by, where those that are trained on have something added (label smoothing).
@@ -102,17 +102,17 @@ class Method:
         return self.trim(losses, rank_by=plain)
 
     def connect(self, network: NewNetwork) -> None:
-        """Called once, before anything else: the way to further networks, for methods that train one beside."""
+        """Receive a way to make further networks; called once, first. For methods that train a second one."""
 
     def choose(self, inputs: Tensor, targets: Tensor) -> Selection | None:
-        """Which samples of a batch the network is to see at all; None for all of them."""
+        """Return the samples of a batch that the network is to see; None for all."""
         return None
 
     def watch(self, outputs: Tensor, targets: Tensor) -> None:
-        """Called before :meth:`loss` with the batch's detached outputs (B, classes)."""
+        """Receive the batch's detached outputs (B, classes), before :meth:`loss`."""
 
     def more_samples(self) -> tuple[int, int]:
-        """Forward and backward samples since the last call that the training loop does not see."""
+        """Return forward and backward samples since the last call that the training loop does not see."""
         return 0, 0
 
     @property
@@ -121,14 +121,14 @@ class Method:
         return []
 
     def after_batch(self) -> None:
-        """Called after every step."""
+        """Act after every step."""
 
     def after_epoch(self, accuracy: float) -> None:
-        """Called after every epoch with its running training accuracy."""
+        """Act after every epoch; ``accuracy`` is its running training accuracy."""
         self.trim.step(accuracy=accuracy)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if it had never stopped."""
+        """Return all that a resumed run needs to go on as if it had never stopped."""
         return {"trim": self.trim.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ from batchtrim.lab.methods.spec import (
 
 
 def make_schedule(name: str, start: float, end: float) -> Callable[[float], float]:
-    """The keep schedule a run's ``schedule``, ``keep_start`` and ``keep_end`` stand for.
+    """Return the keep schedule a run's ``schedule``, ``keep_start`` and ``keep_end`` stand for.
 
     ``step`` goes down in three levels, the middle one halfway; ``constant`` is ``end`` throughout.
     """
@@ -54,7 +54,7 @@ def make_schedule(name: str, start: float, end: float) -> Callable[[float], floa
 
 
 def _scheduled(rule: Callable[[Params], Any]) -> Callable[[RunInfo, Params], Method]:
-    """A method that follows the run's keep schedule with some selection rule."""
+    """Return a method that follows the run's keep schedule with some selection rule."""
 
     def build(info: RunInfo, params: Params) -> Method:
         trim = Trimmer(info.keep, total=info.epochs, select=rule(params), seed=info.seed)
@@ -88,7 +88,7 @@ def _selective_backprop_topk(info: RunInfo, params: Params) -> Method:
 
 
 def _equal_compute(info: RunInfo, params: Params) -> Method:
-    """As many samples backward as ``trim`` would take under the run's schedule."""
+    """Return plain training that stops after as many backward samples as ``trim`` takes on the run's schedule."""
     trim = Trimmer(info.keep, total=info.epochs)
     whole, rest = divmod(info.samples, info.batch_size)
     budget = 0
@@ -224,7 +224,7 @@ _SPECS = (
         lambda s, p: RhoLoss(s, p["keep"], p["reference_epochs"]),
         {
             "keep": Param(0.1, check_keep, "part of the batch kept"),
-            "reference_epochs": Param(0, check_or_all, "epochs of the held-out networks; 0 is as many as the run"),
+            "reference_epochs": Param(0, check_or_all, "epochs of the held-out networks; 0: those of the run"),
         },
         any_engine=False,
     ),
@@ -234,5 +234,5 @@ METHODS: dict[str, MethodSpec] = {row.name: row for row in (*_SPECS, *RELATIVES)
 
 
 def find_method(name: str) -> MethodSpec:
-    """The row of that name, or an error that suggests the nearest one."""
+    """Return the row of that name, or an error that suggests the nearest one."""
     return look_up("method", name, METHODS)

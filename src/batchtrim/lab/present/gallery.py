@@ -1,4 +1,4 @@
-"""What was kept, to look at: one self-contained page with the hardest samples, a map, confusions and classes over time.
+"""The gallery: one self-contained page with the hardest samples, a map, confusions and classes over time.
 
 :func:`build` makes it from a folder of runs that recorded a keep log (``batchtrim show``), :func:`write` from a log and
 samples of your own: images, or rows of text or fields.
@@ -55,7 +55,7 @@ ORDERS = (
 )
 
 DRAWN = ("random", "loss_mass_random", "data_dropout")
-"""Methods that draw what they keep by lot."""
+"""Methods that choose the kept samples at random."""
 
 
 @renamed("pictures", "images")
@@ -69,8 +69,8 @@ class Samples:
         rows: a text for each sample, or a mapping of field names to values.
         predicted, confidence: (n,), class and probability, where the log's own (the last seen in training, augmentation
             and all) should not be used.
-        title: heading of the page. ``facts``: settings to print at its foot. ``random``: what was kept was
-            drawn by lot, so the keep rates say nothing of the samples.
+        title: heading of the page. ``facts``: settings to print at its foot. ``random``: the kept samples were
+            drawn at random, so keep rates say nothing about them.
     """
 
     labels: Tensor | None = None
@@ -130,7 +130,7 @@ def build(
 
 
 def _told_by_the_task(path: Path, row: Mapping[str, Any], facts: Mapping[str, str]) -> Samples:
-    """What a training function said of its samples, with ``run.show``."""
+    """Return the samples that a training function described with ``run.show``."""
     try:
         told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -211,7 +211,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
 
 
 def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
-    """What the page knows of each sample that was seen, most suspect first, in as few bytes as it takes."""
+    """Return the page's data on each sample that was seen, most suspect first, packed into few bytes."""
     assert samples.labels is not None
     table = log.table()
     ids, scores = suspects(log)
@@ -232,13 +232,13 @@ def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
 
 
 def _percent(values: Tensor) -> np.ndarray:
-    """A part of one in 200 steps; 255 where unknown."""
+    """Return fractions as 200ths in a byte; 255 if unknown."""
     known = (values * 200).round().clamp(0, 200).nan_to_num(255)
     return known.cpu().numpy().astype(np.uint8)
 
 
 def _shown(columns: dict[str, np.ndarray], classes: int) -> np.ndarray:
-    """Positions of the samples to show: the hardest of each class by mean loss, and the most suspect of all."""
+    """Return positions of the samples to show: the hardest of each class by mean loss, and the most suspect of all."""
     each = min(PER_CLASS, max(4, MOST_SHOWN // max(1, classes)))
     order = np.argsort(-np.nan_to_num(columns["mean"], nan=np.inf), kind="stable")
     labels = columns["label"][order]
@@ -248,7 +248,7 @@ def _shown(columns: dict[str, np.ndarray], classes: int) -> np.ndarray:
 
 
 def _loss_scale(columns: dict[str, np.ndarray]) -> float:
-    """A loss that nearly all stay below, so that a few outliers do not squeeze the map."""
+    """Return a loss that nearly all samples stay below, so that a few outliers do not squeeze the map."""
     mean = columns["mean"][np.isfinite(columns["mean"])]
     return float(np.quantile(mean, 0.999)) or 1.0 if len(mean) else 1.0
 
@@ -260,7 +260,7 @@ def _packed(values: np.ndarray) -> dict[str, str]:
 
 
 def _sheets(images: Tensor) -> tuple[list[str], dict[str, int]]:
-    """Sprite sheets of (S, channels, H, W) as data addresses, and the size of a thumbnail on them."""
+    """Return sprite sheets of (S, channels, H, W) as data URLs, and the size of a thumbnail on them."""
     image = import_extra("PIL.Image", "lab", "the gallery")
     count, channels, height, width = images.shape
     shrink = min(1.0, THUMB / max(height, width))
@@ -284,14 +284,14 @@ def _sheets(images: Tensor) -> tuple[list[str], dict[str, int]]:
 
 
 def _fields(row: str | Mapping[str, Any]) -> list[list[str]]:
-    """A sample that is no image, as names and values; a plain text has an empty name."""
+    """Return a sample that is no image, as names and values; a plain text has an empty name."""
     pairs = [("", row)] if isinstance(row, str) else row.items()
     return [[str(name), text if len(text := str(value)) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"]
             for name, value in pairs]  # fmt: skip
 
 
 def _numbers(log: KeepLog, columns: dict[str, np.ndarray]) -> list[Tile]:
-    """What stands at the head of the page."""
+    """Return the numbers at the top of the page."""
     table = log.table()
     seen, kept = int(table["seen"].sum()), int(table["kept"].sum())
     never_dropped = int((table["kept"] == table["seen"])[table["seen"] > 0].sum())

@@ -50,7 +50,7 @@ OnEpoch = Callable[[dict[str, Any]], None]
 
 
 class Diverged(ArithmeticError):
-    """The losses or the network's outputs are no numbers any more."""
+    """The losses or the network's outputs are not finite."""
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Training:
         return model
 
     def _beside(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer, Callable[[Tensor], None]]:
-        """Return a further network of the run's kind, from weights of its own, its optimizer and its backward."""
+        """Return another network of the run's kind with fresh weights, its optimizer and its backward."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._network(width)
@@ -123,7 +123,7 @@ class Training:
         return Batches(images, self.images.mean, self.images.std, augment, seed, self.device)
 
     def prepare(self) -> None:
-        """What the method wants done before the first epoch; a resumed run has it in its checkpoint."""
+        """Prepare the method before the first epoch; a resumed run has that in its checkpoint."""
         with self._clock("seconds"):
             self.method.prepare(self._reference)
 
@@ -148,7 +148,7 @@ class Training:
         return point
 
     def train_epoch(self) -> dict[str, Any]:
-        """One epoch of training; returns what the curves hold of it, but for the test error and the clock."""
+        """Train for one epoch; return its point of the curves without test error and clock."""
         method, counts, size, share = self.method, self.counts, self.config.batch_size, self.ranks.share
         method.trim.stats.reset()
         with self._clock("seconds"):
@@ -187,7 +187,7 @@ class Training:
         }
 
     def _over_all_ranks(self) -> tuple[float, dict[str, float]]:
-        """Training error and kept-sample statistics of the epoch, over all processes."""
+        """Return training error and kept-sample statistics of the epoch, over all processes."""
         stats = self.method.trim.stats.compute()
         wrong, seen, kept, mean_sum, kept_sum = self.ranks.sum(
             self.criterion.wrong.item(),
@@ -224,7 +224,7 @@ class Training:
 
     @torch.inference_mode()
     def evaluate(self) -> float:
-        """Error on the test split in [0, 1]; NaN where the network gives numbers no more."""
+        """Return the error on the test split in [0, 1]; NaN if an output is not finite."""
         self.model.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         broken = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -239,7 +239,7 @@ class Training:
         return math.nan if all_broken else all_wrong / len(self.test_labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on bit for bit; tensors, numbers and strings only."""
+        """Return everything a run needs to continue bit for bit: tensors, numbers and strings only."""
         return {
             "key": self.config.key,
             "epoch": self.epoch,
@@ -286,7 +286,7 @@ class Training:
         return rate
 
     def _reference(self, rows: Tensor, epochs: int, seed: int) -> Tensor:
-        """Losses of all training images under a fresh network that was plainly trained on ``rows``."""
+        """Return losses of all training images under a fresh network that was plainly trained on ``rows``."""
         part = self.images.with_train(self.images.train_images[rows], self.images.train_labels[rows])
         config = replace(self.config, method="full", method_params={}, epochs=epochs, seed=REFERENCE_SEED + seed)
         training = Training(config.resolved(), part)
@@ -298,7 +298,7 @@ class Training:
 
     @torch.inference_mode()
     def losses_of(self, batches: Batches, labels: Tensor) -> Tensor:
-        """Cross-entropy of every image in evaluation mode, (N,), on the CPU."""
+        """Return the cross-entropy of every image in evaluation mode, (N,), on the CPU."""
         self.model.eval()
         rows = torch.arange(len(labels), device=self.device).split(EVALUATION_BATCH)
         parts = [F.cross_entropy(self.model(batches(part)), labels[part], reduction="none") for part in rows]

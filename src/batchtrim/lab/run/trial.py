@@ -1,4 +1,4 @@
-"""What is looked at before the first run: whether the network fits the images and the memory, the batch the data."""
+"""Checks before the first run: does the network fit the images and the memory, and the batch the data?"""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BYTES_A_PARAMETER = 16  # weight, gradient and two moments, in float32
 
 
 def check_network(config: RunConfig, images: ImageData) -> None:
-    """Raise a ValueError where the network cannot be built for these images, or cannot fit into the memory.
+    """Raise a ValueError if the network cannot be built for these images, or does not fit into memory.
 
-    Built and called without storage, so that even an absurd width costs nothing. The reader's own are tried elsewhere.
+    It is built and called without storage, so even an absurd width costs nothing. Own networks are tried elsewhere.
     """
     if is_own_model(config.model):
         return
@@ -40,7 +40,7 @@ def check_network(config: RunConfig, images: ImageData) -> None:
 
 
 def notes_on(config: RunConfig, images: ImageData) -> list[str]:
-    """Return what to say of the settings beside the data."""
+    """Return notes on settings that do not suit the data."""
     size = len(images.train_labels)
     if config.batch_size <= size:
         return []
@@ -51,13 +51,13 @@ def notes_on(config: RunConfig, images: ImageData) -> list[str]:
 
 
 def no_better_than_chance(error: float, labels: Tensor) -> bool:
-    """True if a test error is that of naming the commonest class always, within two standard errors of it."""
+    """Return True if a test error is within two standard errors of always predicting the commonest class."""
     chance = 1.0 - float(torch.bincount(labels).max()) / len(labels)
     return error >= chance - 2.0 * math.sqrt(chance * (1.0 - chance) / len(labels))
 
 
 def _memory() -> int:
-    """Return this machine's memory in bytes; 0 where it does not tell."""
+    """Return this machine's memory in bytes; 0 if unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
