@@ -127,7 +127,7 @@ class Recorder(TorchFunctionMode):
         leaf.requires_grad_()
         own = functools.partial(function, **given)
         self.calls.append(Call(function.__name__, values, leaf, target, ignored, counted, weights, divisor, own))
-        return leaf
+        return leaf.clone()  # which may be added to in place
 
 
 @torch.compiler.disable

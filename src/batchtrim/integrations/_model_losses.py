@@ -12,7 +12,7 @@ from batchtrim.engine.capture import uncompiled
 from batchtrim.integrations._decompose import Found, LossFinder
 from batchtrim.integrations._form_table import Forms, left_as_found
 from batchtrim.integrations._intercept import NotFound
-from batchtrim.integrations._labels import Counting, counting_of, counting_of_own, labels_of, loss_of
+from batchtrim.integrations._labels import Counting, check_own, counting_of, counting_of_own, labels_of, loss_of
 from batchtrim.integrations._numbered import IDS
 from batchtrim.unreduced import Losses, flatten
 
@@ -125,4 +125,5 @@ class ModelLosses:
                 return counting_of(found, labels_of(inputs, trainer.label_names))
             losses = self.own(model, inputs)[0]
             self.one_mean(losses)
+            check_own(losses, labels_of(inputs, trainer.label_names), self.unit)
             return counting_of_own(losses, inputs, self.unit, trainer.label_names)
