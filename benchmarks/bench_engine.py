@@ -73,7 +73,7 @@ def bert(dropout: float = 0.1) -> nn.Module:
 
 
 @functools.cache
-def _pictures() -> tuple[Tensor, Tensor]:
+def _labelled_images() -> tuple[Tensor, Tensor]:
     """CIFAR-10 where it is at hand, else scikit-learn's digits at the same size: real, so that a network learns."""
     name = "cifar10" if os.environ.get("BATCHTRIM_DATA") else "digits"
     found = data.load(name)
@@ -83,8 +83,8 @@ def _pictures() -> tuple[Tensor, Tensor]:
     return images, found.train_labels[:10_000].long()
 
 
-def pictures() -> tuple[Any, Tensor]:
-    images, labels = _pictures()
+def some_images() -> tuple[Any, Tensor]:
+    images, labels = _labelled_images()
     rows = torch.randint(len(labels), (BATCH,))
     return images[rows], labels[rows]
 
@@ -100,10 +100,10 @@ def classify(outputs: Any, y: Tensor) -> Tensor:
 
 # network, inputs, and how far above (1 + 2q) / 3 its shared step may be
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, Tensor]], float]] = {
-    "resnet18-group": (lambda: resnet18("group"), pictures, 0.06),
-    "resnet18-batch": (lambda: resnet18("batch"), pictures, 0.06),
-    "vit": (lambda: Vit("batch_first"), pictures, 0.08),
-    "vit-mha": (lambda: Vit("time_major"), pictures, 0.08),
+    "resnet18-group": (lambda: resnet18("group"), some_images, 0.06),
+    "resnet18-batch": (lambda: resnet18("batch"), some_images, 0.06),
+    "vit": (lambda: Vit("batch_first"), some_images, 0.08),
+    "vit-mha": (lambda: Vit("time_major"), some_images, 0.08),
     "bert": (bert, sentences, 0.08),
     "bert-no-dropout": (lambda: bert(0.0), sentences, 0.08),
 }
@@ -239,7 +239,7 @@ def whole_run(steps: int, names: tuple[str, ...], norm: str = "group") -> dict[s
     engines = {name: batchtrim.TrimmedForward(networks[name], classify, trims[name], name) for name in names}
     seconds = dict.fromkeys(networks, 0.0)
     for _ in range(steps):
-        x, y = pictures()
+        x, y = some_images()
         for name, network in networks.items():
             start = time.perf_counter()
             loss = classify(network(x), y).mean() if name == "plain" else engines[name](x, y)
@@ -258,7 +258,7 @@ def whole_run(steps: int, names: tuple[str, ...], norm: str = "group") -> dict[s
 def near_one(rounds: int) -> list[dict[str, float]]:
     """auto against plain where little can be saved."""
     torch.manual_seed(0)
-    model, (x, y) = resnet18("group").train(), pictures()
+    model, (x, y) = resnet18("group").train(), some_images()
     rows = []
     for keep in (0.85, 0.9, 0.95, 1.0):
         steps = {engine: make_step(engine, model, x, y, keep) for engine in ("plain", "auto")}

@@ -39,12 +39,12 @@ def loop(method: str, rounds: int, network: str = "resnet8") -> dict[str, Any]:
         dataset=dataset, model=network, method=method, epochs=100, train_size=size, threads=1,
         label_smoothing=0.1 if network == "speed" else 0.0, **settings,
     ).resolved()  # fmt: skip
-    pictures = loading.load_images(config, None, None)
-    training = train.Training(config, pictures)
-    mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in (pictures.mean, pictures.std))
-    x, y = (pictures.train_images.float() - mean) / std, pictures.train_labels
-    model = models.build(network, pictures.shape, pictures.classes)
-    if pictures.shape[0] > 1:  # the layout the lab trains in
+    images = loading.load_images(config, None, None)
+    training = train.Training(config, images)
+    mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in (images.mean, images.std))
+    x, y = (images.train_images.float() - mean) / std, images.train_labels
+    model = models.build(network, images.shape, images.classes)
+    if images.shape[0] > 1:  # the layout the lab trains in
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], 1e-3)
 

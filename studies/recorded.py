@@ -18,7 +18,7 @@ from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import conditions, data
 
 
-class Recorder(batchtrim.KeepLog):
+class StoringLog(batchtrim.KeepLog):
     """A keep log that also stores what it is given."""
 
     def __init__(self, n: int, **options: Any) -> None:
@@ -48,9 +48,9 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
     if path and path.exists():
         with np.load(path) as found:
             return dict(found)
-    pictures = loading.load_images(config, data_dir)
-    log = Recorder(len(pictures.train_labels), classes=pictures.classes)
-    training = train.Training(config, pictures, log=log)
+    images = loading.load_images(config, data_dir)
+    log = StoringLog(len(images.train_labels), classes=images.classes)
+    training = train.Training(config, images, log=log)
     training.prepare()
     errors = [training.train_epoch()["train_error"] for _ in range(training.epochs)]
     epochs = [[torch.cat(parts).numpy() for parts in zip(*epoch, strict=True)] for epoch in log.given if epoch]
@@ -60,7 +60,7 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
         "losses": losses,
         "kept": kept,
         "outputs": outputs,
-        "labels": pictures.train_labels.numpy(),
+        "labels": images.train_labels.numpy(),
         "wrong": wrong_labels(config, data_dir).numpy(),
         "probabilities": _probabilities(training).numpy(),
         "errors": np.array(errors),
@@ -110,5 +110,5 @@ def _probabilities(training: train.Training) -> Tensor:
     """Of every class for every training image (n, C), in evaluation mode, without augmentation."""
     training.model.eval()
     rows = torch.arange(len(training.labels), device=training.device).split(train.EVALUATION_BATCH)
-    batches = training._batches(training.pictures.train_images, "none", 0)
+    batches = training._batches(training.images.train_images, "none", 0)
     return torch.cat([training.model(batches(part)).float().softmax(1).cpu() for part in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,12 @@ import pytest
 import torch
 
 collect_ignore = ["typed_usage.py"]  # for the type checker: --doctest-modules would run it
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of garbage collections: ``Trainer.train`` of Hugging Face runs a full one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

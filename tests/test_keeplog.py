@@ -2,93 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 
 import batchtrim
-from batchtrim import keeplog, noise
+from batchtrim import keeplog
 from batchtrim.keeplog import KeepLog
-from batchtrim.selection import Selection
+from keeplogs import Oracle, choice, random_batches, record
 
 # Trimmer(log=...), which goes in the next release
 AS_BEFORE = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-def _choice(rows, size):
-    return Selection(indices=torch.tensor(rows, dtype=torch.int64), size=size, candidates=size)
-
-
-def _record(log, ids, losses, selection, mask=None, **beside):
-    log.record(batchtrim.Choice(losses, selection, mask), ids=ids, **beside)
-
-
-def _batches(n, count, size, seed=0, duplicates=True):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        if duplicates:
-            ids = torch.randint(n, (size,), generator=generator)
-        else:
-            ids = torch.randperm(n, generator=generator)[:size]
-        losses = torch.rand(size, generator=generator) * 3
-        yield ids, losses, batchtrim.hardest()(losses, 0.4)
-
-
-class _Oracle:
-    """The same record as lists, kept one sample at a time."""
-
-    def __init__(self, n):
-        self.losses = [[] for _ in range(n)]
-        self.kept = [0] * n
-        self.last_dropped = [-1] * n
-        self.steps = 0
-
-    def record(self, ids, losses, selection):
-        kept = set(selection.indices.tolist())
-        for row, (sample, loss) in enumerate(zip(ids.tolist(), losses.tolist(), strict=True)):
-            self.losses[sample].append(loss)
-            if row in kept:
-                self.kept[sample] += 1
-            else:
-                self.last_dropped[sample] = self.steps
-        self.steps += 1
-
-    def check(self, table):
-        for sample, losses in enumerate(self.losses):
-            row = {name: column[sample].item() for name, column in table.items()}
-            assert row["seen"] == len(losses)
-            assert row["kept"] == self.kept[sample]
-            assert row["last_dropped"] == self.last_dropped[sample]
-            if not losses:
-                assert all(math.isnan(row[name]) for name in ("first", "last", "mean", "variance", "keep_rate"))
-                continue
-            mean = sum(losses) / len(losses)
-            assert row["first"] == pytest.approx(losses[0])
-            assert row["last"] == pytest.approx(losses[-1])
-            assert row["mean"] == pytest.approx(mean, rel=1e-5)
-            assert row["variance"] == pytest.approx(sum((x - mean) ** 2 for x in losses) / len(losses), abs=1e-5)
-            assert row["keep_rate"] == pytest.approx(self.kept[sample] / len(losses))
 
 
 @pytest.mark.parametrize(
     ("n", "count", "size"), [(50, 10, 16), (7, 200, 5), (1000, 70, 128), (3, 65, 1), (5, 2, 40000)]
 )
 def test_table_equals_a_plain_loop(n, count, size):
-    log, oracle = KeepLog(n), _Oracle(n)
-    for batch in _batches(n, count, size):
-        _record(log, *batch)
+    log, oracle = KeepLog(n), Oracle(n)
+    for batch in random_batches(n, count, size):
+        record(log, *batch)
         oracle.record(*batch)
     oracle.check(log.table())
 
 
 def test_by_hand():
     log = KeepLog(3)
-    _record(log, torch.tensor([0, 1]), torch.tensor([1.0, 3.0]), _choice([1], 2))
-    _record(log, torch.tensor([0, 0]), torch.tensor([2.0, 6.0]), _choice([1], 2))
+    record(log, torch.tensor([0, 1]), torch.tensor([1.0, 3.0]), choice([1], 2))
+    record(log, torch.tensor([0, 0]), torch.tensor([2.0, 6.0]), choice([1], 2))
     table = log.table()
     assert table["seen"].tolist() == [3, 1, 0]
     assert table["kept"].tolist() == [1, 1, 0]
@@ -100,9 +43,9 @@ def test_by_hand():
 
 def test_reading_midway_changes_nothing():
     read, unread = KeepLog(30), KeepLog(30)
-    for i, batch in enumerate(_batches(30, 40, 8)):
-        _record(read, *batch)
-        _record(unread, *batch)
+    for i, batch in enumerate(random_batches(30, 40, 8)):
+        record(read, *batch)
+        record(unread, *batch)
         if i % 7 == 0:
             read.table()
     for name, column in unread.table().items():
@@ -118,7 +61,7 @@ def test_thirty_two_bytes_a_sample():
 def test_losses_may_be_changed_in_place_afterwards():
     log = KeepLog(2)
     ids, losses = torch.tensor([0, 1]), torch.tensor([1.0, 2.0])
-    _record(log, ids, losses, _choice([1], 2))
+    record(log, ids, losses, choice([1], 2))
     ids.zero_()
     losses.zero_()
     assert log.table()["last"].tolist() == [1.0, 2.0]
@@ -127,7 +70,7 @@ def test_losses_may_be_changed_in_place_afterwards():
 def test_mask_leaves_samples_out():
     log = KeepLog(3)
     ids, losses = torch.tensor([0, 2, -1]), torch.tensor([1.0, 2.0, 9.0])
-    _record(log, ids, losses, _choice([1], 3), mask=torch.tensor([True, True, False]))
+    record(log, ids, losses, choice([1], 3), mask=torch.tensor([True, True, False]))
     assert log.table()["seen"].tolist() == [1, 0, 1]
     assert log.end_epoch()["seen"] == 2
 
@@ -135,8 +78,8 @@ def test_mask_leaves_samples_out():
 def test_last_prediction_and_its_confidence():
     log = KeepLog(3)
     outputs = torch.log(torch.tensor([[0.1, 0.9], [0.75, 0.25]]))
-    _record(log, torch.tensor([0, 1]), torch.ones(2), _choice([0], 2), outputs=outputs)
-    _record(log, torch.tensor([1]), torch.ones(1), _choice([0], 1))
+    record(log, torch.tensor([0, 1]), torch.ones(2), choice([0], 2), outputs=outputs)
+    record(log, torch.tensor([1]), torch.ones(1), choice([0], 1))
     table = log.table()
     assert table["predicted"].tolist() == [1, 0, -1]
     assert table["confidence"][:2].tolist() == pytest.approx([0.9, 0.75], abs=1e-3)
@@ -145,175 +88,21 @@ def test_last_prediction_and_its_confidence():
 def test_epoch_line_counts_by_class():
     log = KeepLog(4, classes=3)
     labels = torch.tensor([0, 0, 2, 2])
-    _record(log, torch.arange(4), torch.arange(4.0), _choice([1, 2, 3], 4), labels=labels)
+    record(log, torch.arange(4), torch.arange(4.0), choice([1, 2, 3], 4), labels=labels)
     line = log.end_epoch()
     assert (line["seen"], line["kept"], line["keep"], line["steps"]) == (4, 3, 0.75, 1)
     assert line["class_seen"] == [2, 0, 2]
     assert line["class_kept"] == [1, 0, 2]
-    _record(log, torch.arange(1), torch.ones(1), _choice([0], 1), labels=labels[:1])
+    record(log, torch.arange(1), torch.ones(1), choice([0], 1), labels=labels[:1])
     assert log.end_epoch()["class_seen"] == [1, 0, 0]
 
 
-def test_doubt_is_a_sure_prediction_against_the_label():
-    log = KeepLog(8)
-    sure = torch.tensor([9.0, 8.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])  # the first two are the surest quarter, for class 0
-    outputs = torch.stack([sure, torch.zeros(8)], 1)
-    labels = torch.tensor([0, 1, 1, 1, 0, 0, 0, 0])  # of the surest, one is contradicted; of the others, two
-    _record(log, torch.arange(8), torch.rand(8), _choice([1, 2], 8), outputs=outputs, labels=labels)
-    line = log.end_epoch()
-    assert (line["doubt"], line["doubt_kept"]) == (1 / 8, 1 / 2)
-
-
-def _history(keeps, doubts, kept=1000):
-    return [{"keep": keep, "kept": kept, "doubt_kept": doubt} for keep, doubt in zip(keeps, doubts, strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("keeps", "doubts", "kept", "amplified"),
-    [
-        ([1.0, 0.6, 0.2], [0.06, 0.04, 0.10], 1000, True),
-        ([1.0, 0.6, 0.2], [0.06, 0.04, 0.055], 1000, False),  # has not risen half as much again
-        ([1.0, 0.6, 0.2], [0.15, 0.09, 0.06], 1000, False),  # a network that learns little, on clean data
-        ([1.0, 0.6, 0.2], [0.02, 0.002, 0.01], 1000, False),  # rises, but next to nothing is in doubt
-        ([1.0, 1.0, 1.0], [0.06, 0.04, 0.10], 1000, False),  # nothing is dropped
-        ([1.0, 0.6, 0.2], [0.06, 0.04, 0.10], 100, False),  # ten samples
-        ([1.0, 0.6, 0.2], [None, None, None], 1000, False),
-        ([0.2], [0.3], 1000, False),
-    ],
-)
-def test_when_doubt_rises(keeps, doubts, kept, amplified):
-    assert noise.doubt_rises(_history(keeps, doubts, kept)) is amplified
-
-
-def _lines(keeps, excess, compared=500, hard_kept=1.0):
-    return [
-        {
-            "keep": keep,
-            "doubt_kept": 0.1,
-            "compared": compared,
-            "stay_hard": 0.5 + excess,
-            "stay_easy": 0.5,
-            "hard_kept": hard_kept,
-        }
-        for keep in keeps
-    ]
-
-
-@pytest.mark.parametrize(
-    ("lines", "stay"),
-    [
-        (_lines([1.0, 0.5, 0.45, 0.4], 0.2), True),
-        (_lines([1.0, 0.5, 0.45, 0.4], 0.1), False),  # as on clean data
-        (_lines([1.0, 0.5, 0.45, 0.41], 0.2), False),  # too much is kept to judge
-        (_lines([1.0, 0.5, 0.45, 0.4], 0.2, compared=100), False),
-        (_lines([1.0, 0.9, 0.7, 0.4], 0.2), False),  # one epoch below 0.6 is 500 samples
-        (_lines([0.4, 0.4, 0.4, 0.4], 0.2), False),  # keep does not fall
-        (_lines([1.0, 0.5, 0.45, 0.4], 0.2, hard_kept=0.5), False),  # half of the hardest is left out
-        ([{**line, "doubt_kept": None} for line in _lines([1.0, 0.5, 0.45, 0.4], 0.2)], False),
-        ([{**line, "compared": 0, "stay_hard": None} for line in _lines([1.0, 0.5, 0.45, 0.4], 0.2)], False),
-    ],
-)
-def test_when_the_hardest_stay(lines, stay):
-    assert noise.hardest_stay(lines) is stay
-
-
-def _stay_by_sorting(before, now, kept):
-    """As noise.stays says it, with the losses of samples that have both; no ties."""
-    k = math.ceil(len(now) * noise.EXTREME_PART)
-    order = [sorted(range(len(now)), key=losses.__getitem__) for losses in (before.tolist(), now.tolist())]
-    hard, easy = [set(each[-k:]) for each in order], [set(each[:k]) for each in order]
-    return [k, len(hard[0] & hard[1]), k, len(easy[0] & easy[1]), k, len(hard[1] & set(kept))]
-
-
-@pytest.mark.parametrize("n", [1, 7, 10, 300])
-def test_stays_counts_the_extremes(n):
-    generator = torch.Generator().manual_seed(n)
-    before = torch.rand(n, generator=generator)
-    now = before + 0.3 * torch.rand(n, generator=generator)
-    kept = batchtrim.hardest()(now, 0.05).indices.tolist()
-    expected = _stay_by_sorting(before, now, kept)
-    rows = torch.randperm(2 * n, generator=generator)  # among as many that have no earlier loss
-    at = rows[:n]
-    mixed = [torch.full((2 * n,), math.nan), torch.rand(2 * n, generator=generator) * 9 - 3]
-    mixed[0][at], mixed[1][at] = before, now
-    compared, mask = torch.zeros(2 * n, dtype=torch.bool), torch.zeros(2 * n, dtype=torch.bool)
-    compared[at] = True
-    mask[at[kept]] = True
-    assert noise.stays(*mixed, compared, mask).tolist() == expected
-
-
-def test_epoch_line_says_who_stayed():
-    log = KeepLog(100)
-    losses = torch.arange(100.0)
-    _record(log, torch.arange(100), losses, _choice(range(100), 100))
-    first = log.end_epoch()
-    assert (first["compared"], first["stay_hard"]) == (0, None)
-    moved = losses.clone()
-    moved[:5] += 50  # five of the easiest go to the middle; the hardest stay
-    _record(log, torch.arange(100), moved, _choice(range(92, 100), 100))
-    line = log.end_epoch()
-    assert (line["compared"], line["stay_hard"], line["stay_easy"], line["hard_kept"]) == (10, 1.0, 0.5, 0.8)
-
-
-@pytest.mark.parametrize("stubborn", [True, False])
-@pytest.mark.parametrize("select", [batchtrim.hardest(), batchtrim.between(skip=0.1), batchtrim.uniform()])
-def test_warning_where_the_hardest_stay_however_often_kept(stubborn, select):
-    """Losses of a made-up training: each sample's is new in every epoch, but for a stubborn tenth."""
-    generator = torch.Generator().manual_seed(0)
-    n = 6000
-    log, labels = KeepLog(n), torch.zeros(n, dtype=torch.int64)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for keep in (1.0, 0.8, 0.6, 0.5, 0.45, 0.4):
-            for rows in torch.randperm(n, generator=generator).split(500):
-                losses = torch.rand(len(rows), generator=generator) + (stubborn & (rows < n // 20))
-                outputs = torch.tensor([1.0, 0.0]).expand(len(rows), 2)  # contradicts no label
-                _record(log, rows, losses, select(losses, keep), outputs=outputs, labels=labels[rows])
-            log.end_epoch()
-    warned = [each for each in caught if each.category is keeplog.NoiseAmplified]
-    if stubborn and select == batchtrim.hardest():
-        assert "stay the hardest" in str(warned[0].message)
-        assert "two_sided" in str(warned[0].message)
-    else:
-        assert not warned
-
-
-def _train(noise, method):
-    """Digits with part of the labels wrong, trimmed; returns the warnings and the log."""
-    lab = pytest.importorskip("batchtrim.lab.run.train")
-    from batchtrim.lab.run.config import RunConfig
-    from batchtrim.lab.run.loading import load_images
-
-    config = RunConfig(method=method, epochs=20, label_noise=noise, seed=1).resolved()
-    pictures = load_images(config)
-    log = KeepLog(len(pictures.train_labels), classes=10)
-    training = lab.Training(config, pictures, log=log)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", keeplog.NoiseAmplified)
-        for _ in range(20):
-            training.train_epoch()
-    clean = load_images(RunConfig(seed=1).resolved()).train_labels
-    return [each for each in caught if each.category is keeplog.NoiseAmplified], log, clean != pictures.train_labels
-
-
-def test_warning_is_right_on_noisy_and_silent_on_clean_data():
-    warned, log, wrong = _train("symmetric:0.2", "trim")
-    assert len(warned) == 1, [line["doubt_kept"] for line in log.history]
-    assert "two_sided" in str(warned[0].message)
-    ids, scores = batchtrim.suspects(log, top=int(wrong.sum()))
-    assert wrong[ids].float().mean() > 0.9
-    assert scores[0] == 1.0
-    assert (scores.diff() <= 0).all()
-    assert not _train("none", "trim")[0]
-    assert not _train("symmetric:0.2", "full")[0], "without trimming there is nothing to amplify"
-
-
 def test_merge_is_as_if_recorded_one_after_the_other():
-    batches = list(_batches(40, 30, 12))
+    batches = list(random_batches(40, 30, 12))
     whole, first, second = KeepLog(40), KeepLog(40), KeepLog(40)
     for i, batch in enumerate(batches):
-        _record(whole, *batch)
-        _record(first if i < 17 else second, *batch)
+        record(whole, *batch)
+        record(first if i < 17 else second, *batch)
     first.merge(second)
     assert first.steps == whole.steps
     for name, column in whole.table().items():
@@ -322,13 +111,13 @@ def test_merge_is_as_if_recorded_one_after_the_other():
 
 def test_resumed_log_goes_on_as_an_uninterrupted_one(tmp_path):
     whole, part = KeepLog(40, classes=2), KeepLog(40, classes=2)
-    for i, (ids, losses, selection) in enumerate(_batches(40, 30, 12)):
+    for i, (ids, losses, selection) in enumerate(random_batches(40, 30, 12)):
         if i == 11:
             torch.save(part.state_dict(), tmp_path / "log.pt")
             part = KeepLog(40, classes=2)
             part.load_state_dict(torch.load(tmp_path / "log.pt", weights_only=True))
         for log in (whole, part):
-            _record(log, ids, losses, selection, labels=ids % 2, outputs=torch.stack([losses, 1.5 - losses], 1))
+            record(log, ids, losses, selection, labels=ids % 2, outputs=torch.stack([losses, 1.5 - losses], 1))
     assert part.end_epoch() == whole.end_epoch()
     for name, column in whole.table().items():
         torch.testing.assert_close(part.table()[name], column, equal_nan=True)
@@ -341,8 +130,8 @@ def test_resumed_log_goes_on_as_an_uninterrupted_one(tmp_path):
 def test_parquet_round_trip(tmp_path):
     pytest.importorskip("pyarrow")
     log = KeepLog(40, classes=2)
-    for ids, losses, selection in _batches(40, 9, 12):
-        _record(log, ids, losses, selection, labels=ids % 2, outputs=torch.rand(12, 2))
+    for ids, losses, selection in random_batches(40, 9, 12):
+        record(log, ids, losses, selection, labels=ids % 2, outputs=torch.rand(12, 2))
     log.end_epoch()
     log.to_parquet(tmp_path / "log.parquet", label=[i % 2 for i in range(40)])
     found = KeepLog.from_parquet(tmp_path / "log.parquet")
@@ -407,7 +196,7 @@ def test_two_ranks_hold_the_log_of_one(tmp_path):
             losses = torch.rand(len(ids), generator=generator)
             torch.save((ids, losses), tmp_path / f"{step}-{rank}.pt")
             selection = batchtrim.hardest()(losses, 0.5)
-            _record(one, ids, losses, selection, labels=ids % 2, outputs=torch.stack([losses, -losses], 1))
+            record(one, ids, losses, selection, labels=ids % 2, outputs=torch.stack([losses, -losses], 1))
     line, table = one.end_epoch(), one.table()
     ranks = [subprocess.Popen([sys.executable, "-c", _RANK, str(rank), str(tmp_path)]) for rank in range(2)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
@@ -427,23 +216,23 @@ def test_two_ranks_hold_the_log_of_one(tmp_path):
         (lambda: batchtrim.Trimmer(0.5, log=KeepLog(3))(torch.ones(2)), "expected `ids`"),
         (lambda: batchtrim.Trimmer(0.5, unit="element", log=KeepLog(3)), "expected `unit` 'sample' with a `log`"),
         (
-            lambda: _record(KeepLog(3), torch.tensor([0, 3]), torch.ones(2), _choice([0], 2)),
+            lambda: record(KeepLog(3), torch.tensor([0, 3]), torch.ones(2), choice([0], 2)),
             "expected `ids` from 0 to 2",
         ),
         (
-            lambda: _record(KeepLog(3), torch.tensor([0, -1]), torch.ones(2), _choice([0], 2)),
+            lambda: record(KeepLog(3), torch.tensor([0, -1]), torch.ones(2), choice([0], 2)),
             "expected `ids` from 0 to 2",
         ),
-        (lambda: _record(KeepLog(3), torch.tensor([0.0, 1.0]), torch.ones(2), _choice([0], 2)), "`ids` to be integers"),
+        (lambda: record(KeepLog(3), torch.tensor([0.0, 1.0]), torch.ones(2), choice([0], 2)), "`ids` to be integers"),
         (
-            lambda: _record(KeepLog(3), torch.tensor([True, False]), torch.ones(2), _choice([0], 2)),
+            lambda: record(KeepLog(3), torch.tensor([True, False]), torch.ones(2), choice([0], 2)),
             "got a tensor of shape",
         ),
-        (lambda: _record(KeepLog(3), torch.ones(2) * 1j, torch.ones(2), _choice([0], 2)), "`ids` to be integers"),
-        (lambda: _record(KeepLog(3), torch.tensor([0]), torch.ones(2), _choice([0], 2)), "one per sample"),
+        (lambda: record(KeepLog(3), torch.ones(2) * 1j, torch.ones(2), choice([0], 2)), "`ids` to be integers"),
+        (lambda: record(KeepLog(3), torch.tensor([0]), torch.ones(2), choice([0], 2)), "one per sample"),
         (
-            lambda: _record(
-                KeepLog(3, classes=2), torch.arange(3), torch.ones(3), _choice([0], 3), labels=torch.tensor([0, 1, 2])
+            lambda: record(
+                KeepLog(3, classes=2), torch.arange(3), torch.ones(3), choice([0], 3), labels=torch.tensor([0, 1, 2])
             ),
             "expected `labels` from 0 to 1, got 2",
         ),

@@ -133,13 +133,13 @@ def test_the_report_escapes_all_that_a_record_says(tmp_path: Path) -> None:
     assert not re.search(r"(?<!\\)<[a-zA-Z!/]", outside), "no tag, and no way out of the block of code"
 
 
-@pytest.mark.parametrize("kind", ["pictures", "rows"])
+@pytest.mark.parametrize("kind", ["images", "rows"])
 def test_the_gallery_escapes_names_texts_and_titles(tmp_path: Path, kind: str) -> None:
     gallery = pytest.importorskip("batchtrim.lab.present.gallery")
     log = KeepLog(6, classes=2, warn=False)
     log.record(Choice(torch.rand(6), hardest()(torch.rand(6), 0.5)), ids=torch.arange(6), labels=torch.arange(6) % 2)
     log.end_epoch()
-    shown: Any = {"pictures": torch.zeros(6, 1, 4, 4, dtype=torch.uint8), "rows": [{HOSTILE: HOSTILE}] * 6}[kind]
+    shown: Any = {"images": torch.zeros(6, 1, 4, 4, dtype=torch.uint8), "rows": [{HOSTILE: HOSTILE}] * 6}[kind]
     samples = gallery.Samples(
         torch.arange(6) % 2, [HOSTILE, f"b{HOSTILE}"], title=HOSTILE, facts={HOSTILE: HOSTILE}, **{kind: shown}
     )

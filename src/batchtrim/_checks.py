@@ -42,7 +42,7 @@ def check_number(name: str, value: Any, hint: str = "") -> float:
 
 
 def check_within(name: str, value: float, dtype: torch.dtype) -> None:
-    """A number that the losses' dtype can hold: float16 ends at 65504."""
+    """Check that the losses' dtype can hold a number: float16 ends at 65504."""
     largest = torch.finfo(dtype).max
     if math.isfinite(value) and abs(value) > largest:
         raise ValueError(
@@ -51,7 +51,7 @@ def check_within(name: str, value: float, dtype: torch.dtype) -> None:
 
 
 def check_keep(name: str, value: Any) -> float:
-    """A keep fraction, in (0, 1]."""
+    """Check a keep fraction, in (0, 1]."""
     hint = "It is a fraction of the batch, not a percentage or a count."
     value = check_number(name, value, hint)
     if not 0.0 < value <= 1.0:  # NaN fails this too
@@ -60,7 +60,7 @@ def check_keep(name: str, value: Any) -> float:
 
 
 def check_fraction(name: str, value: Any, hint: str = "") -> float:
-    """A fraction in [0, 1)."""
+    """Check a fraction in [0, 1)."""
     value = check_number(name, value, hint)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"expected `{name}` in [0, 1), got {value:g}.{_space(hint)}")
@@ -68,7 +68,7 @@ def check_fraction(name: str, value: Any, hint: str = "") -> float:
 
 
 def check_part(name: str, value: Any, hint: str = "") -> float:
-    """A part of a whole, in [0, 1]."""
+    """Check a part of a whole, in [0, 1]."""
     value = check_number(name, value, hint)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"expected `{name}` in [0, 1], got {value:g}.{_space(hint)}")
@@ -81,7 +81,7 @@ def check_ordered(low_name: str, low: float, high_name: str, high: float) -> Non
 
 
 def check_not_below(name: str, low: float, limit: float, rounding: float, user: str) -> None:
-    """The smallest of some values against a lower limit, ``rounding`` allowed; NaN passes."""
+    """Check the smallest of some values against a lower limit, give or take ``rounding``; NaN passes."""
     if low < limit - rounding:
         offset = " Is `offset` larger than the loss's own floor?" if limit else ""
         raise ValueError(
@@ -92,13 +92,13 @@ def check_not_below(name: str, low: float, limit: float, rounding: float, user: 
 
 
 def check_rule(name: str, value: Any) -> None:
-    """A selection rule, made and not only named."""
+    """Check a selection rule: an instance, not its class."""
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"expected `{name}` to be a selection rule such as batchtrim.hardest(), got {describe(value)}.")
 
 
 def check_stateless(name: str, rule: object) -> None:
-    """A rule that has nothing to save: one inside another is not part of a trimmer's state."""
+    """Check that a rule has no state: a rule inside another is not part of a trimmer's state."""
     if hasattr(rule, "state_dict"):
         raise ValueError(
             f"expected `{name}` to be a rule without a memory, got {describe(rule)}. It would be lost on resume."
@@ -150,7 +150,7 @@ def check_schedule_output(schedule: object, at: str, value: Any) -> float:
 
 
 def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False) -> None:
-    """Un-reduced losses: a floating-point tensor whose first dimension is the batch."""
+    """Check un-reduced losses: a floating-point tensor whose first dimension is the batch."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"expected `{name}` to be a tensor, got {describe(losses)}.")
     if losses.ndim == 0:
@@ -171,7 +171,7 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
 
 
 def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None = None) -> None:
-    """A tensor that travels beside the losses: same shape, and the given dtype where one is asked for."""
+    """Check a tensor that goes with the losses: the same shape, and the given dtype if there is one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"expected `{name}` to be a tensor, got {describe(value)}.")
     if value.shape != losses.shape:
@@ -183,7 +183,7 @@ def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None 
 
 
 def check_integers(name: str, value: Any, losses: Tensor) -> None:
-    """A tensor of one integer per loss; bools are a mask, and no integers."""
+    """Check a tensor of one integer per loss; bools are a mask, not integers."""
     if not isinstance(value, Tensor):
         raise TypeError(f"expected `{name}` to be a tensor, got {describe(value)}.")
     whole = not (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype is torch.bool)
@@ -194,7 +194,7 @@ def check_integers(name: str, value: Any, losses: Tensor) -> None:
 
 
 def check_state(state: Any, names: Iterable[str], what: str) -> None:
-    """A state to go on from: a dict that holds at least these entries."""
+    """Check a state to load: a dict with at least these entries."""
     missing = [name for name in names if not isinstance(state, dict) or name not in state]
     if missing:
         got = f"one without '{missing[0]}'" if isinstance(state, dict) else describe(state)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchtrim.choice import Choice
 
 if TYPE_CHECKING:
     from batchtrim.keeplog import KeepLog
+
+T = TypeVar("T")
 
 _RECORD = "call `log.record(trim.last, ids=ids, outputs=outputs, labels=labels)` after `trim(losses)`"
 
@@ -22,6 +26,33 @@ def moved(name: str) -> Any:
     home = MOVED[name]
     warnings.warn(f"batchtrim.{name} goes in the next release: use {home}.{name}.", DeprecationWarning, stacklevel=3)
     return getattr(importlib.import_module(home), name)
+
+
+def renamed(old: str, new: str) -> Callable[[type[T]], type[T]]:
+    """Return a class decorator: ``old`` still works as the name of the argument and the attribute ``new``."""
+
+    def decorate(kind: type[T]) -> type[T]:
+        message = f"{kind.__name__}.{old} goes in the next release: use {new}."
+        make = kind.__init__
+
+        @functools.wraps(make)
+        def init(self: T, *args: Any, **given: Any) -> None:
+            if old in given:
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                if new in given:
+                    raise TypeError(f"expected `{new}` alone, got `{old}`, its old name, as well.")
+                given[new] = given.pop(old)
+            make(self, *args, **given)
+
+        def get(self: T) -> Any:
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return getattr(self, new)
+
+        kind.__init__ = init
+        setattr(kind, old, property(get))
+        return kind
+
+    return decorate
 
 
 def trimmer_log(log: KeepLog | None, unit: str) -> KeepLog | None:

@@ -20,8 +20,7 @@ from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import GeneratorStates, ModelState, device_of, modules_of, without_graph
-from batchtrim.engine.two_pass import Moment
+from batchtrim.engine.state import GeneratorStates, ModelState, Moment, device_of, modules_of, without_graph
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
@@ -35,7 +34,7 @@ Found = TypeVar("Found")
 
 
 def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: str = "window") -> Iterator[Tensor]:
-    """The losses of one optimizer step's micro-batches, to call backward on one after the other.
+    """Yield the losses of one optimizer step's micro-batches; call backward on each in turn.
 
     ::
 
@@ -56,7 +55,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         over: "window" or "micro".
 
     Yields:
-        0-d losses with a graph, as many as there are micro-batches.
+        0-d losses with a graph, one per micro-batch.
 
     Raises:
         ValueError: no micro-batch.
@@ -159,7 +158,7 @@ def _versions(batch: Any) -> list[int]:
 
 
 def _waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
-    """The groups whose ranks the model's own forward meets: not DDP's, which meet in backward."""
+    """Return the groups whose ranks the model's own forward meets: not DDP's, which meet in backward."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     found: dict[int, dist.ProcessGroup | None] = {}
@@ -183,7 +182,7 @@ def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | 
 
 
 def join_losses(parts: Sequence[Losses]) -> Losses:
-    """One after the other; a missing mask or weight counts as all True or 1 where another part has one."""
+    """Concatenate losses; a missing mask or weight counts as all True or 1 if another part has one."""
     joined: dict[str, Any] = {"values": torch.cat([part.values.detach() for part in parts])}
     for name in ("mask", "weights", "counts"):
         found = [getattr(part, name) for part in parts]
@@ -197,7 +196,7 @@ def join_losses(parts: Sequence[Losses]) -> Losses:
 
 
 def split(selection: Selection, sizes: Sequence[int], weights: Tensor | None = None) -> list[Selection]:
-    """A selection from a joined vector as selections from its parts, each divided by what the whole is divided by.
+    """Return a joined vector's selection as selections from its parts, each with the divisor of the whole.
 
     Example:
         >>> whole = Selection(torch.tensor([4, 0]), size=5, candidates=5)
@@ -217,7 +216,7 @@ def split(selection: Selection, sizes: Sequence[int], weights: Tensor | None = N
 
 
 def _shares(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> list[float]:
-    """n_m / N; with scope "global" of all ranks' samples."""
+    """Return n_m / N; with scope "global" of all ranks' samples."""
     sizes = torch.tensor([_samples(x, step.forward.batch_dim) for x, _ in batches], dtype=torch.int64)
     trim = step.trim
     if trim.scope == "global":

@@ -36,7 +36,7 @@ def get_adapted_loss_for_trimmed_minibatch(
     mbt_b: float = 0.2,
     mbt_epoch_scheme: str = "linear",
 ) -> Tensor:
-    """The ``k = max(1, round(q * B))`` largest losses of a batch; the caller takes their mean.
+    """Return the ``k = max(1, round(q * B))`` largest losses of a batch; the caller takes their mean.
 
     linear:   ``q = a + (b - a) * min(1, e / (E - 1))`` in epoch e of E, numbered from 0
     constant: ``q = (a + b) / 2``
@@ -90,7 +90,7 @@ def get_adapted_loss_for_trimmed_minibatch(
 
 
 def reduce_superquantile(batch: Tensor, superquantile_tail_fraction: float = 0.5) -> Tensor:
-    """The superquantile (CVaR) of a batch of losses: the mean of the worst fraction f of them.
+    """Return the superquantile (CVaR) of a batch of losses: the mean of the worst fraction f of them.
 
     ``L = max <q, l>`` over weights ``0 <= q_i <= 1 / (f n)`` that sum to 1: with ``t = f n`` and ``m = floor(t)`` the m
     largest losses weigh ``1 / t`` each, the next one ``(t - m) / t``.
@@ -145,7 +145,7 @@ class SuperquantileReducer(nn.Module):
         self.superquantile_tail_fraction = _check_tail(superquantile_tail_fraction)
 
     def forward(self, batch: Tensor) -> Tensor:
-        """The superquantile of ``batch``, 0-d."""
+        """Return the superquantile of ``batch``, 0-d."""
         return reduce_superquantile(batch, self.superquantile_tail_fraction)
 
     def extra_repr(self) -> str:

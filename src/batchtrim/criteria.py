@@ -1,6 +1,6 @@
 """The arguments, results and divisors of torch's criteria; and the proof for those of others.
 
-Most criteria average over all entries. The ones that do not are told apart here: cross-entropy divides by the class
+Most criteria average over all entries. The exceptions are handled here: cross-entropy divides by the class
 weights of the entries that count, CTC each sample by its target's length first.
 """
 
@@ -268,7 +268,7 @@ def _reduction(asked: Any) -> str | None:
 
 
 def not_its_own(name: str, own: Tensor, ours: Tensor) -> ValueError:
-    """The error for a criterion whose own value is no mean of its un-reduced losses."""
+    """Return the error for a criterion whose own value is no mean of its un-reduced losses."""
     return ValueError(
         f"expected {name} to give the mean of its un-reduced losses, {float(ours):.6g}, got {float(own):.6g}. It "
         f"divides in a way of its own. {_WAY_OUT}"

@@ -102,7 +102,7 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 
 
 def _untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """A graph break in a compiled function.
+    """Break the graph in a compiled function.
 
     As ``torch.compiler.disable``, which imports the compiler at the first call (seconds) even where none is in use.
     """
@@ -254,7 +254,7 @@ def meet(
 
 
 def gather(tensor: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tensor:
-    """(R, ...): every rank's tensor of the same shape."""
+    """Return every rank's tensor, (R, ...); all have the same shape."""
     parts = [torch.empty_like(tensor) for _ in range(ranks)]
     try:
         dist.all_gather(parts, tensor, group=group)
@@ -322,7 +322,7 @@ def _choose_alike(
 
 
 def _checksum(chosen: Selection, weights: Tensor | None) -> list[float]:
-    """Of the rows, exactly; the divisor; a sum that tells the weights of the rows apart."""
+    """Return numbers that ranks must agree on: a hash of the rows, the divisor, a sum that depends on the weights."""
     rows, order = torch.sort(chosen.indices)
     told = 0.0
     if chosen.weights is not None:

@@ -127,7 +127,7 @@ class per_sample:
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, shift: bool = False) -> Losses:
-    """Cross-entropy of every token, padding masked.
+    """Return the cross-entropy of every token, padding masked.
 
     Args:
         logits: (B, T, C). labels: int64 (B, T).
@@ -144,7 +144,7 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, sh
 
 
 def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
-    """Focal loss of cross-entropy losses: ``(1 - p_i)^gamma * l_i`` with ``p_i = exp(-l_i)``.
+    """Return the focal loss of cross-entropy losses: ``(1 - p_i)^gamma * l_i`` with ``p_i = exp(-l_i)``.
 
     Source: arXiv 1708.02002. Weights instead of selection; gradient flows through the factor, as in the source.
 
@@ -163,7 +163,7 @@ def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
 
 
 def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:
-    """SuperLoss: ``(l - tau) * s + lam * log(s)^2`` with ``s = exp(-W(max(-2/e, (l - tau)/lam) / 2))``.
+    """Return the SuperLoss ``(l - tau) * s + lam * log(s)^2`` with ``s = exp(-W(max(-2/e, (l - tau)/lam) / 2))``.
 
     Source: Castells et al., NeurIPS 2020. Weighs hard samples down, the opposite of trimming. W is the principal
     branch of Lambert's function; s is a constant in backward, which is exact since s minimises the expression.
@@ -189,7 +189,7 @@ def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:
 
 
 def lambert_w(z: Tensor) -> Tensor:
-    """Principal branch of Lambert's W, ``W e^W = z`` for z >= -1/e, by Halley steps in float64, on the device.
+    """Return Lambert's W, principal branch: ``W e^W = z`` for z >= -1/e, by Halley steps in float64.
 
     Starts from the branch-point series near -1/e and from log(1 + z) elsewhere. At -1/e itself it is -1.
     """

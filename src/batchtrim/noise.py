@@ -39,7 +39,7 @@ class NoiseAmplified(UserWarning):
 
 
 def surest(confidence: Tensor, judged: Tensor) -> Tensor:
-    """bool (P,), True for the most confident part of the predictions there are; the cut is found on the device."""
+    """Return bool (P,), True for the most confident part of the predictions; the cut is found on the device."""
     values = torch.where(judged, confidence, -1.0)
     last = (judged.sum() * CONFIDENT_PART).ceil().long().clamp(min=1) - 1
     cut = torch.sort(values, descending=True).values.gather(0, last.view(1))
@@ -115,7 +115,7 @@ def hardest_stay(history: Sequence[dict[str, Any]]) -> bool:
 
 
 def stay_excess(history: Sequence[dict[str, Any]]) -> tuple[int, float]:
-    """By how much the part of the hardest that stay exceeds that of the easiest, over the epochs that kept little.
+    """Return how much more of the hardest stay than of the easiest, over the epochs that kept little.
 
     And over how many samples; none where a rule leaves the hardest out.
     """

@@ -28,7 +28,7 @@ class Schedule:
     needs_total: ClassVar[bool] = True  # False where progress plays no part
 
     def __call__(self, progress: float, /) -> float:
-        """The keep fraction, in (0, 1], at ``progress`` in [0, 1]."""
+        """Return the keep fraction, in (0, 1], at ``progress`` in [0, 1]."""
         raise TypeError(f"{type(self).__name__} is an abstract schedule; use one of {', '.join(__all__[1:])}.")
 
 
@@ -234,7 +234,7 @@ class by_accuracy(Schedule):
 
 
 def as_schedule(keep: Any, name: str = "keep") -> Callable[[float], float]:
-    """``keep`` as a schedule: a schedule or any callable of progress as it is, a number as :class:`constant`."""
+    """Return ``keep`` as a schedule: a callable of progress as it is, a number as :class:`constant`."""
     if is_number(keep):
         return constant(check_keep(name, keep))
     if callable(keep) and not isinstance(keep, type):
@@ -246,7 +246,7 @@ def as_schedule(keep: Any, name: str = "keep") -> Callable[[float], float]:
 
 
 def progress_at(steps: int, total: int | None) -> float:
-    """From a count of steps (epochs or batches) to progress: ``min(1, steps / (total - 1))``, and 0 of one or unknown.
+    """Return progress after ``steps`` (epochs or batches): ``min(1, steps / (total - 1))``; 0 if total is 1 or unknown.
 
     Example:
         >>> progress_at(0, 5), progress_at(2, 5), progress_at(9, 5), progress_at(0, 1)

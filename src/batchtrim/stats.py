@@ -46,7 +46,7 @@ class KeepStats:
             self._flush()
 
     def compute(self) -> dict[str, float]:
-        """The numbers since the last reset, as Python floats and ints.
+        """Return the numbers since the last reset, as Python floats and ints.
 
         Returns:
             batches, seen, kept: counts; ``keep``: kept / seen.
@@ -70,7 +70,7 @@ class KeepStats:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and sums; safe for ``torch.load(weights_only=True)``."""
+        """Return counts and sums, safe for ``torch.load(weights_only=True)``."""
         self._flush()
         return {**self._counts, "sums": None if self._sums is None else self._sums.cpu()}
 

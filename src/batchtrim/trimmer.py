@@ -135,7 +135,7 @@ class Trimmer:
         mask: Tensor | None = None,
         **logged: Any,
     ) -> Tensor:
-        """The trimmed loss of a batch: in place of ``losses.mean()``.
+        """Return the trimmed loss of a batch; use it in place of ``losses.mean()``.
 
         Args:
             losses: (B,) or (B, ...), one loss per sample or entry, floating point, not reduced. Gradient is not
@@ -175,7 +175,7 @@ class Trimmer:
         mask: Tensor | None = None,
         **logged: Any,
     ) -> Selection:
-        """Only choose, as :meth:`__call__` would, and count it in ``stats``. :func:`batchtrim.reduce` does the rest."""
+        """Choose as :meth:`__call__` does, and count it in ``stats``; :func:`batchtrim.reduce` does the rest."""
         flat, scores = self._flatten(losses, rank_by, mask)
         if flat.terms:
             raise ValueError(f"expected `losses` with one divisor, got {SUM_OF_TERMS}")
@@ -240,7 +240,7 @@ class Trimmer:
         return self._clock.keep
 
     def state_dict(self) -> dict[str, Any]:
-        """Clock, generator, statistics, and the rule's own state where it has one.
+        """Return clock, generator, statistics, and the rule's own state if it has one.
 
         Holds tensors, numbers and strings only, so ``torch.load(weights_only=True)`` reads it. A run that loads it goes
         on exactly as an uninterrupted one.
@@ -320,7 +320,7 @@ class Trimmer:
     def _flatten(
         self, losses: Tensor | Losses, rank_by: Tensor | Losses | None, mask: Tensor | None
     ) -> tuple[Losses, Tensor]:
-        """The vector there is to choose from, and the scores to rank it by."""
+        """Return the vector there is to choose from, and the scores to rank it by."""
         joint = self.scope == "global"
         values = losses.values if isinstance(losses, Losses) else losses
         check_losses(values, allow_empty=joint)
@@ -385,7 +385,7 @@ class Trimmer:
         return selection
 
     def _compiled(self, flat: Losses, scores: Tensor) -> Tensor:
-        """The same loss with fixed shapes. Statistics are not recorded in a compiled step."""
+        """Return the loss with fixed shapes. Statistics are not recorded in a compiled step."""
         self.last = None  # not the choice of an earlier batch
         mask = flat.mask
         n: Tensor | int = scores.shape[0]

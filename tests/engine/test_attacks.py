@@ -11,9 +11,10 @@ from attacks import ATTACKS, KINDS, Attack
 
 import batchtrim
 from batchtrim.engine import ENGINES
+from batchtrim.engine.batch import kept_loss, padded_rows
 from batchtrim.engine.exact import ExactEngine
-from batchtrim.engine.two_pass import kept_loss, padded_rows
 from batchtrim.testing import EngineReport, check_engine
+from tiers import few, one_of_each
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd models is not the subject
 
@@ -31,14 +32,18 @@ def test_every_kind_has_several_members() -> None:
     assert len(ATTACKS) >= 120
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+# two of each kind in every run, all of them among the slow tests
+DEFAULT = one_of_each(ATTACKS, lambda name: ATTACKS[name].kind, 2)
+
+
+@pytest.mark.parametrize("name", few(ATTACKS, DEFAULT))
 def test_exact_is_right(name: str) -> None:
     report = tried(ATTACKS[name], "exact")
     assert report.verdict == "right", report
     assert report.gradient_error == 0.0
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", few(ATTACKS, DEFAULT))
 def test_two_pass_is_never_silently_wrong(name: str) -> None:
     attack = ATTACKS[name]
     report = tried(attack, "two_pass")
@@ -105,7 +110,10 @@ class Naive:
 RIGHT_BY_LUCK = {"packed_sequence", "names_of_samples", "identity_over_the_batch"}
 
 
-@pytest.mark.parametrize("name", [n for n, attack in ATTACKS.items() if attack.two_pass == "refused"])
+CUT_WRONG = [name for name, attack in ATTACKS.items() if attack.two_pass == "refused"]
+
+
+@pytest.mark.parametrize("name", few(CUT_WRONG, one_of_each(CUT_WRONG, lambda name: ATTACKS[name].kind)))
 def test_check_engine_finds_each_attack(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "naive", Naive)
     report = tried(ATTACKS[name], "naive", steps=6)

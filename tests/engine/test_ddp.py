@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from harness import error
 
 
+@pytest.mark.slow
 def test_engines_agree_on_two_ranks(tmp_path: Path) -> None:
     here = Path(__file__).parent
     command = [sys.executable, str(here / "ddp_worker.py")]

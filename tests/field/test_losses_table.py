@@ -112,7 +112,8 @@ def make(kind: Kind, form: str, reduction: str, weighted: bool, ignoring: bool) 
 
 
 def combinations() -> list[Any]:
-    found = []
+    """All of them; of each criterion, reduction and unit one in every run, each time with other switches."""
+    groups: dict[tuple[str, str, str], list[Any]] = {}
     for number, ((name, kind), reduction, weighted, ignoring, masked, ranked, unit) in enumerate(
         product(KINDS.items(), ("mean", "sum", "batchmean", "none"), *[(False, True)] * 4, ("sample", "element"))
     ):
@@ -123,7 +124,15 @@ def combinations() -> list[Any]:
         form = ("module", "partial")[bin(number).count("1") % 2]  # half of all combinations, of every setting
         switches = {"weight": weighted, "ignore": ignoring, "mask": masked, "rank_by": ranked}
         label = "-".join([name, form, reduction, unit, *(switch for switch, on in switches.items() if on)])
-        found.append(pytest.param(kind, form, reduction, weighted, ignoring, masked, ranked, unit, id=label))
+        case = pytest.param(kind, form, reduction, weighted, ignoring, masked, ranked, unit, id=label)
+        groups.setdefault((name, reduction, unit), []).append(case)
+    found = []
+    for number, cases in enumerate(groups.values()):
+        default = 5 * number % len(cases)  # 5 shares no factor with 4, 8 or 16 cases
+        found += [
+            case if at == default else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+            for at, case in enumerate(cases)
+        ]
     return found
 
 

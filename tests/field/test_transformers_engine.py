@@ -19,6 +19,7 @@ from hf_cases import arguments, data, new_model
 
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.integrations.transformers import TrimmedTrainer
+from tiers import few
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 
@@ -111,7 +112,7 @@ def last(trainer: TrimmedTrainer) -> Any:
     return step.last
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few(CASES, ["causal"]))  # a trace takes seconds
 def test_the_shared_engine_runs(case: str, tmp_path: Path) -> None:
     """It was refused: a forward whose loss functions are being recorded cannot be traced."""
     model, rows = CASES[case]
@@ -121,7 +122,7 @@ def test_the_shared_engine_runs(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(shared, plain, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["exact", "shared", "two_pass"])
+@pytest.mark.parametrize("engine", few(["exact", "shared", "two_pass"], ["exact", "two_pass"]))
 def test_outputs_are_the_models_own(engine: str, tmp_path: Path) -> None:
     _, trainer = trained(new_model("sequence"), data("sequence", 40), engine, tmp_path)
     outputs = last(trainer).outputs
@@ -130,7 +131,7 @@ def test_outputs_are_the_models_own(engine: str, tmp_path: Path) -> None:
     assert outputs.loss.ndim == 0
 
 
-@pytest.mark.parametrize("engine", ["exact", "shared", "two_pass"])
+@pytest.mark.parametrize("engine", few(["exact", "shared", "two_pass"], ["shared"]))
 def test_a_function_of_ones_own(engine: str, tmp_path: Path) -> None:
     def loss(outputs: Any, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs.logits, labels, reduction="none", label_smoothing=0.1)
@@ -142,6 +143,7 @@ def test_a_function_of_ones_own(engine: str, tmp_path: Path) -> None:
     torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_label_smoothing(tmp_path: Path) -> None:
     plain, _ = trained(new_model("sequence"), data("sequence", 40), None, tmp_path, label_smoothing_factor=0.2)
     shared, trainer = trained(
@@ -168,18 +170,19 @@ class Head(nn.Module):
 WEIGHTS = torch.tensor([0.1, 1.0, 20.0])
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda out, y, _: F.cross_entropy(out, y, weight=WEIGHTS),
-        lambda out, y, _: F.cross_entropy(out, y, label_smoothing=0.2),
-        lambda out, y, _: F.cross_entropy(out, y, reduction="sum") / len(y),
-        lambda out, y, _: F.cross_entropy(out, y, reduction="none").mean(),
-        lambda out, y, _: F.cross_entropy(out, y) + F.cross_entropy(out, y, ignore_index=0),
-        lambda out, y, _: 0.5 * F.cross_entropy(out, y),
-    ],
-)
-def test_a_loss_of_ones_own(loss: Any, tmp_path: Path) -> None:
+LOSSES: dict[str, Any] = {
+    "weights": lambda out, y, _: F.cross_entropy(out, y, weight=WEIGHTS),
+    "smoothing": lambda out, y, _: F.cross_entropy(out, y, label_smoothing=0.2),
+    "sum": lambda out, y, _: F.cross_entropy(out, y, reduction="sum") / len(y),
+    "none": lambda out, y, _: F.cross_entropy(out, y, reduction="none").mean(),
+    "two terms": lambda out, y, _: F.cross_entropy(out, y) + F.cross_entropy(out, y, ignore_index=0),
+    "factor": lambda out, y, _: 0.5 * F.cross_entropy(out, y),
+}
+
+
+@pytest.mark.parametrize("name", few(LOSSES, ["weights"]))
+def test_a_loss_of_ones_own(name: str, tmp_path: Path) -> None:
+    loss = LOSSES[name]
     plain, _ = trained(Head(loss), data("sequence", 40), None, tmp_path)
     shared, trainer = trained(Head(loss), data("sequence", 40), "shared", tmp_path)
     assert last(trainer).engine == "shared"
@@ -220,7 +223,7 @@ def test_a_loss_that_changes_later(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, at a graph break
-@pytest.mark.parametrize("case", ["causal", "sequence"])
+@pytest.mark.parametrize("case", few(["causal", "sequence"], ["sequence"]))
 def test_a_compiled_model_runs_compiled(case: str, tmp_path: Path) -> None:
     model, rows = CASES[case]
     plain, _ = trained(model(), rows(), None, tmp_path)

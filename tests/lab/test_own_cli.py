@@ -78,10 +78,10 @@ def test_a_task_is_compared_in_a_process_of_its_own() -> None:
     ("body", "says"),
     [
         ("import os\n    os._exit(3)", "its worker ended with exit code 3"),
-        ("import sys\n    sys.exit(4)", "the task called exit(4)"),
-        ("return 'done'", "got 'done'"),
+        pytest.param("import sys\n    sys.exit(4)", "the task called exit(4)", marks=pytest.mark.slow),
+        pytest.param("return 'done'", "got 'done'", marks=pytest.mark.slow),
         ("raise ValueError('my own')", "ValueError: my own"),
-        ("run.trim(1)", "expected `losses` to be a tensor, got 1"),
+        pytest.param("run.trim(1)", "expected `losses` to be a tensor, got 1", marks=pytest.mark.slow),
     ],
 )
 def test_tasks_that_go_wrong_fail_with_a_line_and_lose_nothing(body: str, says: str) -> None:

@@ -55,7 +55,7 @@ class Rows:
     iota: bool = False
 
     def moved(self, to: dict[int, int] | Sequence[int | None], **changes: Any) -> Rows:
-        """The same after dimensions were moved: dimension d is now ``to[d]``."""
+        """Return the layout after dimensions were moved: dimension d is now ``to[d]``."""
         axes = tuple(None if a is None else replace(a, dim=to[a.dim]) for a in self.axes)
         return replace(self, axes=axes, **changes)
 

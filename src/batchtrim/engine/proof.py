@@ -48,7 +48,7 @@ def _flat(outputs: Any) -> list[Any]:
 
 
 def make_call(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Any, symbols: Any, see: Any) -> Call:
-    """A call with its arguments by name; ``see`` turns what stands for a tensor into a :class:`Value`."""
+    """Return a call with its arguments by name; ``see`` turns what stands for a tensor into a :class:`Value`."""
     bound: dict[str, Any] = {}
     for i, argument in enumerate(func._schema.arguments):
         if i < len(args):
@@ -172,7 +172,7 @@ def label(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...], skip: set[fx.Node]
 
 
 def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -> Layout:
-    """A label for what no rule gives one: that of an operand of the same shape, or the only dimension it can be."""
+    """Return a layout where no rule gives one: an operand's of the same shape, or the only dimension it can be."""
     if not isinstance(value, Tensor):
         return Whole()
     shape = _shape(value)
@@ -302,7 +302,7 @@ def _kept_batch_norm(node: fx.Node, walk: _Walk, proof: Proof) -> list[Layout] |
 
 
 def place_of(node: fx.Node) -> str:
-    """The operator and the module it runs in: ``aten.mean in layers.3 (Attention)``."""
+    """Return the operator and the module it runs in: ``aten.mean in layers.3 (Attention)``."""
     name = str(node.target).removesuffix(".default")
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     for path, kind in reversed(list(stack.values())):

@@ -124,7 +124,7 @@ def apply_rule(call: Call) -> list[Layout]:
 
 
 def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbol]) -> Layout:
-    """The layout, held against the shape: a rule that is wrong here is refused, not believed."""
+    """Return the layout, checked against the shape: a rule that is wrong here is refused."""
     if output is None:
         return Whole()
     axes = layout.axes if isinstance(layout, Rows) else (None,) * len(symbols)
@@ -248,7 +248,7 @@ def _same(a: Axis | None, b: Axis) -> Axis:
 
 
 def only_dim(shape: Sequence[Size], symbol: sympy.Symbol, symbols: Sequence[sympy.Symbol]) -> Axis:
-    """The axis of a tensor in which every row is alike, from its shape. Tokens may be missing at the end."""
+    """Return the axis of a tensor in which every row is alike, from its shape. Tokens may be missing at the end."""
     dims = [dim for dim, size in enumerate(shape) if holds(size, (symbol,))]
     if len(dims) != 1:
         raise Mixes("it makes a tensor in which rows meet rows")
@@ -290,7 +290,7 @@ def _zero(value: Any) -> bool:
 
 
 def one_with_rows(call: Call) -> tuple[Value, Rows]:
-    """The only operand that has rows."""
+    """Return the only operand that has rows."""
     rows = call.rows
     if len(rows) != 1:
         raise Mixes("no rule tells what it does with rows")

@@ -13,7 +13,7 @@ __all__ = ["BATCH_NORM_BACKWARD"]
 
 
 def _summed_gradients(call: Call, *gradients: Value) -> Layout:
-    """The layout of a sum over all rows: right where the rows that are not kept vanish."""
+    """Return the layout of a sum over all rows: right where the rows that are not kept vanish."""
     if not all(gradient.zero for gradient in gradients):
         raise Mixes("it sums over the rows")
     rows = [value.layout for value in gradients if isinstance(value.layout, Rows)]
@@ -28,7 +28,7 @@ def _whole(value: Value | None, what: str) -> None:
 
 
 def _only_batch(call: Call, values: list[Value | None], dims: tuple[int, ...] = (0,)) -> tuple[Axis | None, ...]:
-    """All operands with rows have them at one place, which is one of ``dims``."""
+    """Return the row axes that all operands with rows share; they must lie along ``dims``."""
     given = [value for value in values if value is not None and isinstance(value.layout, Rows)]
     axes = aligned(call, given[0], given)
     if any(axis is not None and axis.dim not in dims for axis in axes):
@@ -103,7 +103,7 @@ BATCH_NORM_BACKWARD = ("native_batch_norm_backward", "cudnn_batch_norm_backward"
 
 @rule(*_BATCH_NORMS)
 def batch_norm(call: Call) -> list[Layout]:
-    """Rows among the channels (instance norm) stay apart, as all do in evaluation; else the batch is mixed."""
+    """Keep rows apart among the channels (instance norm) and in evaluation; otherwise the batch is mixed."""
     x = call["input"]
     layout = x.layout
     among_channels = isinstance(layout, Rows) and layout.dims == {1}
@@ -157,8 +157,10 @@ def attention_backward(call: Call) -> list[Layout]:
     if call["dropout_p"]:
         raise Mixes("it draws its dropout again from a seed for all rows")
     gradient = call.values[0]
-    given = [gradient, *(call[name] for name in ("query", "key", "value", "out", "logsumexp"))]
-    axes = _attention_axes(call, given)
+    axes = _attention_axes(call, [gradient, *(call[name] for name in ("query", "key", "value", "out"))])
+    sums = call["logsumexp"]  # has no last dimension, so that it cannot be aligned with the others
+    if sums is not None and isinstance(sums.layout, Rows) and sums.layout.axes != axes:
+        raise Mixes("it puts different rows together")
     layouts: list[Layout] = [Rows(axes, gradient.zero)] * 3
     if len(call.outputs) > 3:  # of the mask
         mask = call["attn_bias"]

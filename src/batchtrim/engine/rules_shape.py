@@ -83,7 +83,7 @@ def squeeze(call: Call) -> Layout:
 
 @rule("expand", "broadcast_to")
 def expand(call: Call) -> Layout:
-    """A dimension of size 1 may become that of the rows: each row then holds the same."""
+    """Let a dimension of size 1 become the row dimension: every row then holds the same values."""
     value = call.values[0]
     axes = aligned(call, call.out)
     layout = value.layout

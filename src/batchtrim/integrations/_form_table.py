@@ -37,7 +37,7 @@ class Forms:
     """The forms of a model's loss.
 
     A form is proven on the first batch of each kind, and on every hundredth batch, in a forward of its own. In every
-    step the model's own loss is held against the form's besides.
+    step the form's loss is also checked against the model's own.
 
     Args:
         losses: a :class:`batchtrim.integrations._model_losses.ModelLosses`.

@@ -52,7 +52,7 @@ class Entries(NamedTuple):
 def as_before(
     ids: Tensor, losses: Tensor | None, selection: Selection | None, mask: Tensor | None
 ) -> tuple[Tensor, Choice]:
-    """The form ``record(ids, losses, selection, mask=mask)``, deprecated, as ids and a choice."""
+    """Return the form ``record(ids, losses, selection, mask=mask)``, deprecated, as ids and a choice."""
     if losses is None or selection is None:
         raise TypeError(f"expected `last` to be what was chosen, such as `trim.last`, got {describe(ids)}.")
     message = "record(ids, losses, selection) goes in the next release: record(Choice(losses, selection), ids=ids)."
@@ -61,7 +61,7 @@ def as_before(
 
 
 def parts_of(last: Any) -> tuple[Tensor, Selection, Tensor | None]:
-    """Losses, selection and mask of what was chosen last."""
+    """Return losses, selection and mask of what was chosen last."""
     if last is None:
         raise ValueError(
             "expected `last` to be what was chosen, got None. Record after the trimmer was called; a compiled step "
@@ -80,7 +80,7 @@ def parts_of(last: Any) -> tuple[Tensor, Selection, Tensor | None]:
 
 
 def logits_of(outputs: Any, size: int) -> Tensor | None:
-    """A model's outputs where they are (B, C) logits, by themselves or as ``logits``; else nothing to record."""
+    """Return a model's outputs where they are (B, C) logits, by themselves or as ``logits``; else nothing to record."""
     if not isinstance(outputs, Tensor):
         outputs = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     fits = isinstance(outputs, Tensor) and outputs.ndim == 2 and len(outputs) == size and outputs.shape[1] > 1
@@ -88,7 +88,7 @@ def logits_of(outputs: Any, size: int) -> Tensor | None:
 
 
 def check_batch(losses: Tensor, mask: Tensor | None, ids: Any, outputs: Any, labels: Any) -> Tensor:
-    """Shapes and dtypes of what is recorded beside the losses; returns the ids."""
+    """Check the tensors recorded with the losses; return the ids."""
     if ids is None:
         raise ValueError(
             "expected `ids`, the samples' row numbers in the data set, got None. Let the data set return its index."
@@ -117,7 +117,7 @@ def pack(
     classes: int | None,
     step: int,
 ) -> Entries:
-    """A batch as entries. All are copies: the caller may change the losses in place afterwards.
+    """Return a batch as entries. All are copies: the caller may change the losses in place afterwards.
 
     Raises:
         ValueError: ids or labels are out of range, and lie on the CPU: elsewhere looking would stall the device.
@@ -152,7 +152,7 @@ def pack(
 
 
 def joined(batches: list[Entries], device: torch.device) -> Entries:
-    """The entries of several batches, one after the other; of none, no entries."""
+    """Return the entries of several batches, one after the other; of none, no entries."""
     if batches:
         return Entries(*(torch.cat([part.to(device) for part in parts]) for parts in zip(*batches, strict=True)))
     numbers = (torch.int64, torch.float32, torch.bool, torch.int32, torch.int32, torch.float16, torch.int32)

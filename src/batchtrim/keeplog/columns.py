@@ -33,7 +33,7 @@ Columns = dict[str, Tensor]
 
 
 def empty(n: int) -> Columns:
-    """Columns of n samples never seen."""
+    """Return columns for n samples, none seen yet."""
     try:
         return {name: torch.full((n + 1,), fill, dtype=dtype) for name, (dtype, fill) in COLUMNS.items()}
     except (RuntimeError, MemoryError, TypeError, OverflowError):  # torch has no error of its own for this
@@ -41,7 +41,7 @@ def empty(n: int) -> Columns:
 
 
 def widened(columns: Columns) -> Columns:
-    """The same with room for more than 32,768 classes."""
+    """Return the columns with room for more than 32,768 classes."""
     return {**columns, "predicted": columns["predicted"].to(torch.int32)}
 
 
@@ -61,11 +61,11 @@ def enter(columns: Columns, entries: Entries) -> Tensor:
     losses, kept, steps, predicted, confidence = (part[order] for part in entries[1:6])
 
     def total(values: Tensor) -> Tensor:
-        """Sum over the entries of each sample, given to every one of them."""
+        """Return the sum over the entries of each sample, repeated for each entry."""
         return torch.zeros_like(values).index_add_(0, start, values)[start]
 
     def largest(values: Tensor) -> Tensor:
-        """Likewise the largest, at least -1."""
+        """Return the largest over the entries of each sample, at least -1, repeated for each entry."""
         return torch.full_like(values, -1).scatter_reduce_(0, start, values, "amax")[start]
 
     count = (end - start + 1).to(torch.int32)
@@ -95,7 +95,7 @@ def enter(columns: Columns, entries: Entries) -> Tensor:
 
 
 def merged(mine: Columns, theirs: Columns, steps: int) -> Columns:
-    """As if what is in ``theirs`` had been entered after ``mine``, and ``steps`` batches after its start."""
+    """Return the columns as if ``theirs`` had been entered after ``mine``, ``steps`` batches after its start."""
     there = theirs["seen"] > 0
     mean, m2 = _combine(mine, theirs["seen"], theirs["mean"], theirs["m2"])
     return {
@@ -112,7 +112,7 @@ def merged(mine: Columns, theirs: Columns, steps: int) -> Columns:
 
 
 def read(columns: Columns) -> Columns:
-    """The table: n rows on the CPU, with keep rate and variance."""
+    """Return the table: n rows on the CPU, with keep rate and variance."""
     found = {name: column[:-1].cpu() for name, column in columns.items()}
     seen = found["seen"]
     never = torch.where(seen > 0, 0.0, float("nan"))
@@ -123,7 +123,7 @@ def read(columns: Columns) -> Columns:
 
 
 def unread(table: Mapping[str, Tensor], columns: Columns) -> Columns:
-    """Columns filled from a table; the opposite of :func:`read`."""
+    """Return columns filled from a table; the inverse of :func:`read`."""
     known = table["seen"] > 0
     found = {name: table[name] for name in COLUMNS.keys() - {"m2"}}
     found["m2"] = torch.where(known, table["variance"] * table["seen"], 0.0)
@@ -136,7 +136,7 @@ def unread(table: Mapping[str, Tensor], columns: Columns) -> Columns:
 
 
 def _combine(mine: Columns, count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations of two sets of losses (Chan, Golub and LeVeque 1979)."""
+    """Return mean and sum of squared deviations of two sets of losses (Chan, Golub and LeVeque 1979)."""
     both = (mine["seen"] + count).clamp(min=1)
     apart = mean - mine["mean"]
     share = count / both

@@ -26,7 +26,7 @@ def length(classes: int | None) -> int:
 
 
 def count(entries: Entries, stays: Tensor, *, n: int, classes: int | None) -> Tensor:
-    """The sums of entries; those that a mask left out do not count.
+    """Return the sums of entries; those that a mask left out do not count.
 
     Args:
         entries: as recorded, rows out of range included.
@@ -56,7 +56,7 @@ def outside(sums: list[int]) -> int:
 
 
 def line(sums: list[int], steps: int, classes: int | None) -> dict[str, Any]:
-    """The line of history that :meth:`batchtrim.KeepLog.end_epoch` describes."""
+    """Return the line of history that :meth:`batchtrim.KeepLog.end_epoch` describes."""
     seen, kept, judged, judged_kept, doubt, doubt_kept, _ = sums[:_COUNTED]
     hard_before, hard_again, easy_before, easy_again, hard, hard_kept = sums[_COUNTED:_SUMS]
     found: dict[str, Any] = {

@@ -15,7 +15,7 @@ _CURE = "Make the log alike, and record every batch, one of no rows too, and end
 
 
 def gathered(entries: Entries, batches: int, n: int, classes: int | None, *, wide: bool) -> tuple[Entries, bool]:
-    """The entries of all ranks, in the order of steps and then of ranks; and whether any of them is ``wide``.
+    """Return the entries of all ranks, in the order of steps and then of ranks; and whether any of them is ``wide``.
 
     Args:
         batches: how many were recorded since the last time.

@@ -142,7 +142,7 @@ class KeepLog:
         return line
 
     def table(self) -> dict[str, Tensor]:
-        """All samples, on the CPU: seen, kept, keep_rate, first, last, mean, variance, last_dropped and the rest.
+        """Return all samples on the CPU: seen, kept, keep_rate, first, last, mean, variance, last_dropped and more.
 
         Losses of samples never seen are NaN; ``last_dropped`` is the number of the batch, -1 for never; ``predicted``
         is -1 and ``confidence`` NaN where no outputs were given. ``variance`` divides by the times seen.
@@ -173,7 +173,7 @@ class KeepLog:
         self.steps += later.steps
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything; tensors, numbers and strings only. A run that loads it goes on as if it had never stopped."""
+        """Return the whole state: tensors, numbers and strings only. A run that loads it continues exactly."""
         self._check_nothing_apart()
         return states.save(self)
 

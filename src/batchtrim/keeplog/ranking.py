@@ -51,7 +51,7 @@ def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Each value's rank in [0, 1], ties at their mean rank; NaN ranks highest."""
+    """Return each value's rank in [0, 1], ties at their mean rank; NaN ranks highest."""
     values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     ordered = torch.sort(values).values
     low = torch.searchsorted(ordered, values)

@@ -19,7 +19,7 @@ STATE_VERSION = 2
 
 
 def save(log: KeepLog) -> dict[str, Any]:
-    """Everything; tensors, numbers and strings only."""
+    """Return the whole state: tensors, numbers and strings only."""
     return {
         "version": STATE_VERSION,
         "n": log.n,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +16,12 @@ import typer
 from batchtrim import __version__
 from batchtrim._checks import check_choice
 from batchtrim.lab import options
-from batchtrim.lab.files import in_a_line
+from batchtrim.lab.files import as_written, in_a_line
 from batchtrim.lab.terminal import print_plainly
 
 app = typer.Typer(
     name="batchtrim",
-    help="Train the same network with mini-batch trimming and its relatives, and see honestly whether it helped.",
+    help="Train the same network with mini-batch trimming and its relatives, and test whether it helped.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -84,7 +83,7 @@ def _about(
 def compare(given: dict[str, Any]) -> None:
     """Train with several methods on the same data and seeds.
 
-    The same command goes on where it stopped.
+    Run the same command again to continue where it stopped.
     """
     _run_and_report(_over(COMPARE, options.read_settings(given)), given)
 
@@ -93,7 +92,7 @@ def compare(given: dict[str, Any]) -> None:
 def sweep(given: dict[str, Any]) -> None:
     """Compare over keep schedules and keep ends, or a grid.
 
-    By default three schedules by three keep ends; or what a TOML file says.
+    The default is three schedules by three keep ends; a TOML file can define another grid.
     """
     settings = options.read_settings(given)
     _run_and_report(_over(SWEEP, settings) if given["grid"] is None else settings, given)
@@ -103,7 +102,7 @@ def sweep(given: dict[str, Any]) -> None:
 def train(given: dict[str, Any]) -> None:
     """Do one run, with checkpoints.
 
-    The same command goes on from the last checkpoint.
+    Run the same command again to continue from the last checkpoint.
     """
     settings = {**TRAIN, **options.read_settings(given)}
     options.check_one_run(settings)
@@ -112,7 +111,7 @@ def train(given: dict[str, Any]) -> None:
 
 @_command("demo", {"out": options.PLACE["out"], "workers": options.SCALE["workers"]}, options.TALK)
 def demo(given: dict[str, Any]) -> None:
-    """Digits, full against trim, five seeds, in a minute or two.
+    """Compare full and trim on digits with five seeds, in a minute or two.
 
     The images come with scikit-learn; nothing is downloaded.
     """
@@ -137,7 +136,7 @@ def report_command(
         bool, typer.Option("--lower-is-better", help="a lower metric is better [by its name]", show_default=False)
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="where the report goes [the same folder]", show_default=False)
+        Path | None, typer.Option(help="folder for the report [the same folder]", show_default=False)
     ] = None,
     baseline: Annotated[
         str, typer.Option(help="method the others are compared with [full]", show_default=False)
@@ -150,13 +149,13 @@ def report_command(
 ) -> None:
     """Write the report on the runs in a folder, or on the numbers in a CSV file.
 
-    report.html is self-contained; report.md and report.csv lie beside it. That on FILE.csv goes to the folder FILE.
+    It is written as report.html (self-contained), report.md and report.csv. For FILE.csv they go to the folder FILE.
     """
 
     def work() -> None:
         way = options.direction(higher_is_better, lower_is_better)
         rows, place = _rows_of(folder, csv, metric, way)
-        with _fitting("the records"):
+        with as_written("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
             check_choice("baseline", baseline, methods)
@@ -175,25 +174,29 @@ def report_command(
 def claims_command(
     folder: Annotated[Path, typer.Argument(help="folder of records: folders with claims.toml and runs.jsonl")],
     out: Annotated[Path | None, typer.Option(help="Markdown page to write [printed]", show_default=False)] = None,
+    table: Annotated[Path | None, typer.Option(help="page to write a short table into", show_default=False)] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Judge the claims written down beside recorded runs: supported, not supported, or not decidable.
 
-    claims.toml says which method is to have a lower, higher or the same error as which other.
+    claims.toml states which method should have a lower, a higher or the same error as which other.
     """
 
     def work() -> None:
-        from batchtrim.lab.present import results
+        from batchtrim.lab.present import overview, results
 
         found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not found:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
-        with _fitting("the records"):
-            if out is None:
-                typer.echo(results.page(found), nl=False)
-            else:
+        with as_written("the records"):
+            if table is not None:
+                overview.write(found, table)
+                typer.echo(f"table: {table}")
+            if out is not None:
                 results.write(found, out)
                 typer.echo(f"results: {out}")
+            if out is None and table is None:
+                typer.echo(results.page(found), nl=False)
 
     _guard(work, debug)
 
@@ -201,12 +204,13 @@ def claims_command(
 @app.command("show")
 def show_command(
     run: Annotated[Path, typer.Argument(help="folder of runs made with --keep-log")],
-    key: Annotated[str | None, typer.Option(help="which run, by its key", show_default=False)] = None,
+    key: Annotated[str | None, typer.Option(help="key of the run", show_default=False)] = None,
     method: Annotated[
-        str | None, typer.Option(help="which run, by its method [trim, else the last that chose]", show_default=False)
+        str | None,
+        typer.Option(help="method of the run [trim, else the last that selects]", show_default=False),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="which run, by its seed [the first]", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="the page [keep/KEY.html in the folder]", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of the run [the first]", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="page [keep/KEY.html in the folder]", show_default=False)] = None,
     data_dir: Annotated[
         str | None,
         typer.Option(help="folder with NAME/{train,test}-*.parquet [where the runs found them]", show_default=False),
@@ -221,7 +225,7 @@ def show_command(
     def work() -> None:
         from batchtrim.lab.present import gallery
 
-        with _fitting("the records and the keep log"):
+        with as_written("the records and the keep log"):
             page = gallery.build(run, out, key=key, method=method, seed=seed, data_dir=data_dir)
         typer.echo(f"gallery: {page}")
 
@@ -281,7 +285,7 @@ def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The ``batchtrim`` command."""
+    """Run the ``batchtrim`` command."""
     print_plainly()
     app()
 
@@ -356,7 +360,7 @@ def _report(
     there = [row["config"]["method"] for row in rows]
     if baseline == "full" and "full" not in there:
         baseline = next(iter([*(methods or ()), *there]), baseline)
-    with _fitting("the records"):
+    with as_written("the records"):
         summary = comparison.summarize(rows, baseline=baseline)
         page = tables.write_report(rows, out, baseline)
     if as_json:
@@ -364,18 +368,6 @@ def _report(
         return
     tables.print_table(summary)
     typer.echo(f"report: {page}")
-
-
-@contextlib.contextmanager
-def _fitting(what: str) -> Iterator[None]:
-    """Files that another program wrote or a person changed may lack a field, or hold a word where a number belongs."""
-    try:
-        yield
-    except (LookupError, AttributeError, ArithmeticError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"expected {what} to be as batchtrim writes them, got {type(error).__name__}: {error}. "
-            "Was a file changed by hand, or made by another release? --debug shows where."
-        ) from error
 
 
 def _guard(work: Callable[[], None], debug: bool) -> None:

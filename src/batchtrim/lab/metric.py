@@ -93,7 +93,7 @@ class Metric:
         return " points" if self.in_percent else ""
 
     def number(self, value: float, digits: int = 2, spread: float | None = None) -> str:
-        """The number alone: 0.0213 of an error is 2.13, of another metric four figures.
+        """Return the number alone: 0.0213 of an error is 2.13, of another metric four figures.
 
         Args:
             spread: what another metric is uncertain by: as many decimals as show two figures of it.
@@ -105,7 +105,7 @@ class Metric:
         return f"{value:.4g}"
 
     def text(self, value: float | None) -> str:
-        """The number with its name: error 2.13 %, rmse 0.4512."""
+        """Return the number with its name: error 2.13 %, rmse 0.4512."""
         if value is None:
             return f"{self.name} unknown"
         return f"{self.name} {self.number(value)}{' %' if self.in_percent else ''}"

@@ -47,23 +47,23 @@ ONE: Table = {
 PLACE: Table = {
     "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]", parser=_folder, metavar="PATH"),
     "data_dir": option(str | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
-    "checkpoint_seconds": option(float, "save a run between epochs when so much time has passed [60]", default=60.0),
+    "checkpoint_seconds": option(float, "least seconds between two checkpoints of a run [60]", default=60.0),
     "tensorboard": option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
-    "keep_log": option(bool, "record what is kept of every sample, for `batchtrim show`", "--keep-log", default=False),
+    "keep_log": option(bool, "record which samples are kept, for `batchtrim show`", "--keep-log", default=False),
 }
 TASK: Table = {
-    "task": option(str | None, "training function of your own, in place of data set and network: my_task.py:train"),
-    "metric": option(str | None, "number that the function returns, by which methods are compared [error]"),
+    "task": option(str | None, "your own training function, instead of data set and network: my_task.py:train"),
+    "metric": option(str | None, "number that your function returns, to compare methods by [error]"),
     "higher_is_better": option(bool, "a higher metric is better [by its name]", "--higher-is-better", default=False),
     "lower_is_better": option(bool, "a lower metric is better [by its name]", "--lower-is-better", default=False),
 }
 SCALE: Table = {
-    "workers": option(int | None, "processes on this machine [one a core, up to 8]"),
+    "workers": option(int | None, "processes on this machine [one per core, up to 8]"),
     "ray": option(str | None, "send the runs to a Ray cluster: auto, or its address"),
-    "retries": option(int, "how often a run whose worker died is done again [2]", default=2),
+    "retries": option(int, "retries of a run whose worker died [2]", default=2),
 }
 TALK: Table = {
-    "as_json": option(bool, "print the result as JSON, and nothing else on standard output", "--json", default=False),
+    "as_json": option(bool, "print the result as JSON, alone on standard output", "--json", default=False),
     "quiet": option(bool, "no progress on standard error", "--quiet", "-q", default=False),
     "debug": option(bool, "show the traceback of an error", "--debug", default=False),
 }
@@ -80,12 +80,12 @@ def _setting_option(setting: Setting) -> tuple[Any, Any]:
 
 
 def _flag(setting: Setting) -> tuple[str, ...]:
-    """The name of a yes-or-no setting, which has no opposite on the command line."""
+    """Return the option of a yes-or-no setting that has no ``--no-`` form."""
     return (f"--{setting.name.replace('_', '-')}",) if setting.kind is bool else ()
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names in a line, ``resnet8 .. resnet34`` for a family of more than three."""
+    """Return names in a line, ``resnet8 .. resnet34`` for a family of more than three."""
     names = list(names)
     family = [name for name in names if name.rstrip("0123456789") == names[-1].rstrip("0123456789")]
     if len(family) > 3:
@@ -173,7 +173,7 @@ def direction(higher_is_better: bool, lower_is_better: bool) -> bool | None:
 
 
 def refuse_without_task(settings: Mapping[str, Any]) -> None:
-    """Refuse what only a training function of the reader's has."""
+    """Refuse options that only own training functions have."""
     given = next((name for name in ("metric", "higher_is_better") if name in settings), None)
     if given is not None:
         raise ValueError(
@@ -182,7 +182,7 @@ def refuse_without_task(settings: Mapping[str, Any]) -> None:
 
 
 def refuse_with_task(given: Mapping[str, Any]) -> None:
-    """Refuse what a training function of the reader's decides itself."""
+    """Refuse settings that an own training function decides itself."""
     if given.get("keep_log"):
         raise ValueError("expected no --keep-log with --task, got one. The function keeps its log: run.keep_log(n).")
     if given.get("data_dir"):
@@ -210,7 +210,7 @@ def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
-    """``method.name=value`` texts as tables; several values, comma-separated, are an axis."""
+    """Return ``method.name=value`` texts as tables; several values, comma-separated, are an axis."""
     tables = {method: dict(table) for method, table in base.items()}
     for text in texts:
         place, equals, value = text.partition("=")

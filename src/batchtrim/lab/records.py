@@ -59,9 +59,7 @@ class Records:
             (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
             writable = os.access(self.folder, os.W_OK)
         except FileExistsError as error:
-            raise FileExistsError(
-                f"expected `out` to be a folder, got {folder}, where a file is in the way."
-            ) from error
+            raise FileExistsError(f"expected `out` to be a folder, got {folder}, a file in the way.") from error
         except OSError as error:
             raise PermissionError(_not_writable(self.folder, error.strerror)) from error
         if not writable:
@@ -70,7 +68,7 @@ class Records:
         self._offset = self._line = 0
 
     def rows(self) -> list[Row]:
-        """The runs recorded so far, by anyone: one per key, the last one recorded."""
+        """Return the runs recorded so far, by anyone: one per key, the last one recorded."""
         self._refresh()
         return list(self._rows.values())
 
@@ -314,7 +312,7 @@ def _read_cells(path: Path) -> list[Row]:
 
 
 def _folders_near(path: Path) -> str:
-    """Names folders of runs under a folder, or under the nearest one there is of a wrong path."""
+    """Return a hint naming folders of runs under a folder, or under the nearest existing one of a wrong path."""
     while not path.exists() and path != path.parent:
         path = path.parent
     found = sorted(str(each.parent) for each in path.glob("*/runs.jsonl")) if path.is_dir() else []
@@ -342,12 +340,12 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
 
 
 def _read_at(file: int, count: int, start: int) -> bytes:
-    os.lseek(file, start, os.SEEK_SET)
+    os.lseek(file, start, os.SEEK_SET)  # not os.pread, which Windows lacks
     return os.read(file, count)
 
 
 def _end_of_last_line(file: int) -> int:
-    """The offset just behind the last newline."""
+    """Return the offset just behind the last newline."""
     end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - 65536)
@@ -359,7 +357,7 @@ def _end_of_last_line(file: int) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows no NaN or infinity: they become null."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -370,7 +368,7 @@ def _plain(value: Any) -> Any:
 
 
 def _six_figures(value: Any) -> Any:
-    """A run of many epochs is mostly curves, and nobody reads more of them than this."""
+    """Round to six figures: a run of many epochs is mostly curves, which need no more."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):

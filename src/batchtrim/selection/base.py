@@ -61,12 +61,12 @@ class Selection:
         return self.k == self.size and self.weights is None
 
     def rising(self) -> Selection:
-        """The same selection with its rows in rising order: cheaper to slice by."""
+        """Return the selection with its rows in rising order: cheaper to slice by."""
         indices, order = torch.sort(self.indices)
         return replace(self, indices=indices, weights=None if self.weights is None else self.weights[order])
 
     def mask(self) -> Tensor:
-        """bool (B,), True where kept."""
+        """Return bool (B,), True for kept samples."""
         mask = torch.zeros(self.size, dtype=torch.bool, device=self.indices.device)
         return mask.index_fill_(0, self.indices, True)
 
@@ -92,7 +92,7 @@ def keep_count(keep: float, n: int) -> int:
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Rows of the k largest ``scores`` (n,). Ties at the edge: lower row first. NaN is largest."""
+    """Return rows of the k largest ``scores`` (n,). Ties at the edge: lower row first. NaN is largest."""
     n = scores.shape[0]
     if k >= n:
         return torch.arange(n, device=scores.device)
@@ -108,7 +108,7 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
 
 
 def rank_mask(scores: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
-    """bool (n,), True for the k largest: :func:`top_indices` with tensor ``k``, fixed shapes, for torch.compile."""
+    """Return bool (n,), True for the k largest: :func:`top_indices` with tensor ``k`` and fixed shapes."""
     n = scores.shape[0]
     order = torch.argsort(scores, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=scores.device))
@@ -116,7 +116,7 @@ def rank_mask(scores: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
 
 
 def keep_count_tensor(keep: Tensor, n: Tensor | int) -> Tensor:
-    """:func:`keep_count` on tensors; ``torch.round`` rounds half to even too."""
+    """Return :func:`keep_count` on tensors; ``torch.round`` rounds half to even too."""
     return torch.round(keep * n).clamp(min=1)
 
 

@@ -141,7 +141,7 @@ class loss_mass:
         return Selection(rows[skipped : skipped + k], n, n)
 
     def compiled_mask(self, losses: Tensor, keep: Tensor, n: Tensor | int) -> Tensor:
-        """bool, True where kept: :meth:`__call__` with fixed shapes. Beyond the ``n`` that count losses are -inf."""
+        """Return bool, kept or not: :meth:`__call__` in fixed shapes. Beyond the ``n`` that count, losses are -inf."""
         ordered, rows = torch.sort(losses, descending=True, stable=True)
         place = torch.arange(losses.shape[0], device=losses.device)
         share = keep.to(losses.device, _wide(losses))
@@ -161,7 +161,7 @@ class loss_mass:
         return torch.zeros_like(kept).scatter(0, rows, kept)
 
     def _count(self, ordered: Tensor, active: Tensor, share: Tensor) -> Tensor:
-        """0-d: how many of the ``active`` entries, hardest first, hold the share of their mass. The definition."""
+        """Return how many of the ``active`` entries, hardest first, hold the share of their mass, 0-d."""
         finite = active & ordered.isfinite()
         mass = torch.where(finite, self._mass(ordered.to(share.dtype), ordered.dtype), 0.0)
         mass = mass / mass.amax().clamp(min=torch.finfo(share.dtype).tiny)  # so that no sum overflows
@@ -172,7 +172,7 @@ class loss_mass:
         return torch.where(share >= 1.0, active.sum(), torch.minimum(k, active.sum())).to(share.dtype)
 
     def _listed(self, losses: Tensor, share: float, skipped: int) -> Tensor | None:
-        """Rows kept of few losses, counted in Python: a dozen tensor operators cost more. None if one is not finite."""
+        """Return the rows kept of few losses, counted in Python, which is cheaper. None if a loss is not finite."""
         n = losses.shape[0]
         ordered, rows = torch.topk(losses, n)  # half the cost of a stable sort
         values = ordered.tolist()
@@ -197,7 +197,7 @@ class loss_mass:
         return rows[skipped:end]
 
     def _by_bins(self, losses: Tensor, share: float) -> Tensor | None:
-        """Rows of the largest losses that hold the share, without sorting them all. None where one is not finite.
+        """Return the rows of the largest losses that hold the share, without a full sort. None if one is not finite.
 
         The sum is taken bin by bin from the top. Only the bin where it reaches the share is looked into: in finer
         bins while it holds many, sorted where it holds few.
@@ -228,7 +228,7 @@ class loss_mass:
         return torch.cat([over, (losses == edge).nonzero().squeeze(1)[:tied]])
 
     def _nothing(self, dtype: torch.dtype) -> float:
-        """The largest loss without mass: the floor, and what lies above it by rounding alone, in the losses' dtype."""
+        """Return the largest loss without mass: the floor, plus what rounding adds to it in the losses' dtype."""
         return self.offset + _tolerance(self.offset, dtype) if self.offset else 0.0
 
     def _mass(self, values: Tensor, dtype: torch.dtype) -> Tensor:

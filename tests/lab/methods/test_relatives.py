@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import batchtrim
 from batchtrim.lab.methods.relatives import Importance
-from batchtrim.lab.methods.rules import Setting
+from batchtrim.lab.methods.rules import RunInfo
 from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
@@ -32,7 +32,7 @@ def finish(training: train.Training) -> train.Training:
 
 def build(name: str, epochs: int = 10, **params: Any) -> Any:
     row = METHODS[name]
-    return row.build(Setting(1000, 10, epochs, 100, 0), row.check_params(params))
+    return row.build(RunInfo(1000, 10, epochs, 100, 0), row.check_params(params))
 
 
 def keeps(method: Any, epochs: int) -> list[float]:

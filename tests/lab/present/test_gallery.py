@@ -53,14 +53,14 @@ def _column(data, name, dtype):
 
 
 @pytest.fixture
-def pictures():
+def images():
     generator = torch.Generator().manual_seed(1)
     return torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8, generator=generator)
 
 
-def test_page_holds_the_log(tmp_path, pictures):
+def test_page_holds_the_log(tmp_path, images):
     log, labels, _ = _log(300, 3)
-    samples = gallery.Samples(labels, ["a", "b", NASTY], pictures=pictures, title=NASTY)
+    samples = gallery.Samples(labels, ["a", "b", NASTY], images=images, title=NASTY)
     page = gallery.write(log, samples, tmp_path / "new" / "page.html").read_text(encoding="utf-8")
     assert page.count("</script>") == 2
     assert "<b>&quot;" not in page.replace("&lt;b&gt;", "")
@@ -72,10 +72,10 @@ def test_page_holds_the_log(tmp_path, pictures):
     assert (_column(data, "keep", "u1") == (table["keep_rate"][ids.astype(int)] * 200).round().numpy()).all()
 
 
-def test_each_sample_has_its_own_picture(tmp_path):
+def test_each_sample_has_its_own_image(tmp_path):
     log, labels, _ = _log(700, 3)
-    pictures = (torch.arange(700) % 251).to(torch.uint8)[:, None, None, None].expand(700, 1, 8, 8)
-    text = gallery.write(log, gallery.Samples(labels, "abc", pictures=pictures), tmp_path / "page.html").read_text()
+    images = (torch.arange(700) % 251).to(torch.uint8)[:, None, None, None].expand(700, 1, 8, 8)
+    text = gallery.write(log, gallery.Samples(labels, "abc", images=images), tmp_path / "page.html").read_text()
     data = _data(text)
     shown = np.frombuffer(base64.b64decode(data["shown"]["data"]), "<u4")
     ids = _column(data, "id", "<u4")[shown]
@@ -101,10 +101,10 @@ def test_hardest_of_every_class_are_shown():
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 100, 200)])
-def test_sheets_hold_the_pictures(shape):
-    pictures = torch.zeros(410, *shape, dtype=torch.uint8)
-    pictures[405] = 255
-    sheets, thumb = gallery._sheets(pictures)
+def test_sheets_hold_the_images(shape):
+    images = torch.zeros(410, *shape, dtype=torch.uint8)
+    images[405] = 255
+    sheets, thumb = gallery._sheets(images)
     assert len(sheets) == 2
     assert max(thumb["width"], thumb["height"]) <= gallery.THUMB
     sheet = Image.open(io.BytesIO(base64.b64decode(sheets[1].partition(",")[2]))).convert("L")
@@ -123,17 +123,32 @@ def test_text_and_tables_are_rows(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["length", "neither", "both", "rows", "classes"])
-def test_samples_that_do_not_fit_are_refused(tmp_path, pictures, bad):
+def test_samples_that_do_not_fit_are_refused(tmp_path, images, bad):
     log, labels, _ = _log(300, 3)
     samples = {
-        "length": gallery.Samples(labels[:9], "abc", pictures=pictures),
+        "length": gallery.Samples(labels[:9], "abc", images=images),
         "neither": gallery.Samples(labels, "abc"),
-        "both": gallery.Samples(labels, "abc", pictures=pictures, rows=["x"] * 300),
+        "both": gallery.Samples(labels, "abc", images=images, rows=["x"] * 300),
         "rows": gallery.Samples(labels, "abc", rows=["x"] * 299),
-        "classes": gallery.Samples(labels, "ab", pictures=pictures),
+        "classes": gallery.Samples(labels, "ab", images=images),
     }[bad]
-    with pytest.raises(ValueError, match=r"expected (300 labels|either `pictures` or `rows`|`rows` of 300|a name in)"):
+    with pytest.raises(ValueError, match=r"expected (300 labels|either `images` or `rows`|`rows` of 300|a name in)"):
         gallery.write(log, samples, tmp_path / "page.html")
+
+
+def test_the_old_name_of_the_images_works_with_a_warning(images):
+    _, labels, _ = _log(300, 3)
+    with pytest.warns(DeprecationWarning, match=r"Samples\.pictures goes in the next release: use images") as caught:
+        samples = gallery.Samples(labels, "abc", pictures=images)
+    assert samples.images is images
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=r"Samples\.pictures"):
+        assert samples.pictures is images
+    with (
+        pytest.warns(DeprecationWarning, match="images"),
+        pytest.raises(TypeError, match="`images` alone, got `pictures`"),
+    ):
+        gallery.Samples(labels, "abc", pictures=images, images=images)
 
 
 def test_a_log_without_predictions_or_classes_makes_a_page(tmp_path):
@@ -147,11 +162,11 @@ def test_a_log_without_predictions_or_classes_makes_a_page(tmp_path):
     assert _data(text)["n"] == 4
 
 
-def test_fifty_thousand_pictures(tmp_path):
+def test_fifty_thousand_images(tmp_path):
     log, labels, _ = _log(50_000, 10, epochs=2, batch=512)
-    pictures = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)  # noise: what compresses worst
+    images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)  # noise: what compresses worst
     start = time.perf_counter()
-    page = gallery.write(log, gallery.Samples(labels, list("abcdefghij"), pictures=pictures), tmp_path / "page.html")
+    page = gallery.write(log, gallery.Samples(labels, list("abcdefghij"), images=images), tmp_path / "page.html")
     assert time.perf_counter() - start < 60
     assert page.stat().st_size < 20e6
 
@@ -191,13 +206,13 @@ def test_build_without_a_log_says_how_to_get_one(tmp_path):
 
 def test_a_resumed_run_keeps_its_log():
     config = RunConfig(method="trim", epochs=4, train_size=200, model="mlp").resolved()
-    pictures = loading.load_images(config)
-    whole = train.Training(config, pictures, log=KeepLog(200, classes=10))
+    images = loading.load_images(config)
+    whole = train.Training(config, images, log=KeepLog(200, classes=10))
     for _ in range(4):
         whole.train_epoch()
-    first = train.Training(config, pictures, log=KeepLog(200, classes=10))
+    first = train.Training(config, images, log=KeepLog(200, classes=10))
     first.train_epoch()
-    resumed = train.Training(config, pictures, log=KeepLog(200, classes=10))
+    resumed = train.Training(config, images, log=KeepLog(200, classes=10))
     resumed.load_state_dict(first.state_dict())
     for _ in range(3):
         resumed.train_epoch()
@@ -205,7 +220,7 @@ def test_a_resumed_run_keeps_its_log():
     for name, column in whole.log.table().items():
         assert column.equal(resumed.log.table()[name]), name
     with pytest.raises(ValueError, match="keeps a log"):
-        train.Training(config, pictures).load_state_dict(first.state_dict())
+        train.Training(config, images).load_state_dict(first.state_dict())
 
 
 def _command(folder, *words):
@@ -266,9 +281,9 @@ def _browse(page, address, profile):
 
 
 @pytest.mark.slow
-def test_page_works_in_a_browser(tmp_path, pictures):
+def test_page_works_in_a_browser(tmp_path, images):
     log, labels, hard = _log(300, 3)
-    page = gallery.write(log, gallery.Samples(labels, ["ant", "bee", "cow"], pictures=pictures), tmp_path / "page.html")
+    page = gallery.write(log, gallery.Samples(labels, ["ant", "bee", "cow"], images=images), tmp_path / "page.html")
     dom = _browse(page, "", tmp_path / "profile")
     assert 'data-sheets="1"' in dom, "the sprite sheet did not decode"
     assert dom.count('class="thumb t0"') == 24, "eight of each class"

@@ -16,7 +16,7 @@ from PIL import Image
 from batchtrim.lab.task import augment, conditions, data, hub
 
 
-def write_split(folder: Path, split: str, labels: list[int], files: int = 1, picture: bytes | None = None) -> None:
+def write_split(folder: Path, split: str, labels: list[int], files: int = 1, encoded: bytes | None = None) -> None:
     """Parquet files like the hub's: grey images saved as RGB, pixel (0, 0) holding the row number."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -25,7 +25,7 @@ def write_split(folder: Path, split: str, labels: list[int], files: int = 1, pic
         pixels[0, 0] = number
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        rows.append({"image": {"bytes": picture or buffer.getvalue(), "path": None}, "label": label})
+        rows.append({"image": {"bytes": encoded or buffer.getvalue(), "path": None}, "label": label})
     for part, some in enumerate(np.array_split(np.arange(len(rows)), files)):
         table = pa.Table.from_pylist([rows[i] for i in some])
         pq.write_table(table, folder / f"{split}-{part:05d}-of-{files:05d}.parquet")
@@ -42,13 +42,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_parquet_files_are_read_in_order_and_as_grey(folder: Path) -> None:
-    pictures = data.load("fashion_mnist", folder)
-    assert pictures.train_images.shape == (20, 1, 28, 28)
-    assert pictures.train_images.dtype == torch.uint8
-    assert pictures.train_images[:, 0, 0, 0].tolist() == list(range(20))
-    assert pictures.train_labels.tolist() == [i % 10 for i in range(20)]
-    assert pictures.shape == (1, 28, 28)
-    assert len(pictures.test_labels) == 10
+    images = data.load("fashion_mnist", folder)
+    assert images.train_images.shape == (20, 1, 28, 28)
+    assert images.train_images.dtype == torch.uint8
+    assert images.train_images[:, 0, 0, 0].tolist() == list(range(20))
+    assert images.train_labels.tolist() == [i % 10 for i in range(20)]
+    assert images.shape == (1, 28, 28)
+    assert len(images.test_labels) == 10
 
 
 def test_the_environment_names_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,13 +57,13 @@ def test_the_environment_names_the_folder(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_moments_equal_numpy(folder: Path) -> None:
-    pictures = data.load("fashion_mnist", folder)
-    pixels = pictures.train_images.double().numpy()
-    assert pictures.mean[0] == pytest.approx(pixels.mean())
-    assert pictures.std[0] == pytest.approx(pixels.std())
+    images = data.load("fashion_mnist", folder)
+    pixels = images.train_images.double().numpy()
+    assert images.mean[0] == pytest.approx(pixels.mean())
+    assert images.std[0] == pytest.approx(pixels.std())
 
 
-def test_pictures_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = data.load("fashion_mnist", folder)
     monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("decoded again"))
     assert data.load("fashion_mnist", folder).train_images.equal(first.train_images)
@@ -112,8 +112,8 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
         data.load("fashion_mnist", folder)
 
 
-def test_a_picture_that_is_none_is_named(folder: Path) -> None:
-    write_split(folder / "fashion_mnist", "test", [0, 1], picture=b"no image")
+def test_bytes_that_are_no_image_are_named(folder: Path) -> None:
+    write_split(folder / "fashion_mnist", "test", [0, 1], encoded=b"no image")
     with pytest.raises(data.ReplaceFile, match=r"an image in row 0 of .*test-00000-of-00001\.parquet"):
         data.load("fashion_mnist", folder)
 
@@ -186,10 +186,10 @@ def test_digits_are_split_by_class() -> None:
 def test_real_data_has_the_published_moments(
     data_dir: Path, name: str, shape: tuple[int, ...], mean: list[float], std: list[float]
 ) -> None:
-    pictures = data.load(name, data_dir)
-    assert pictures.train_images.shape == shape
-    assert [value / 255 for value in pictures.mean] == pytest.approx(mean, abs=1e-4)
-    assert [value / 255 for value in pictures.std] == pytest.approx(std, abs=1e-4)
+    images = data.load(name, data_dir)
+    assert images.train_images.shape == shape
+    assert [value / 255 for value in images.mean] == pytest.approx(mean, abs=1e-4)
+    assert [value / 255 for value in images.std] == pytest.approx(std, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -206,9 +206,9 @@ def test_human_labels_of_another_order_are_refused(tmp_path: Path) -> None:
     table = pa.table({"clean_label": [1, 0], "aggre_label": [1, 1]})
     pq.write_table(table, tmp_path / "cifar10n" / "train_labels.parquet")
     pixels, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1])
-    pictures = data.ImageData("cifar10", 10, pixels, labels, pixels, labels, (0.0,) * 3, (1.0,) * 3)
+    images = data.ImageData("cifar10", 10, pixels, labels, pixels, labels, (0.0,) * 3, (1.0,) * 3)
     with pytest.raises(ValueError, match="row by row, got others"):
-        conditions.apply(pictures, label_noise="human:aggre", data_dir=tmp_path)
+        conditions.apply(images, label_noise="human:aggre", data_dir=tmp_path)
     digits = data.load("digits")
     with pytest.raises(ValueError, match="CIFAR-10N"):
         conditions.apply(digits, label_noise="human:aggre", data_dir=tmp_path)
@@ -257,12 +257,12 @@ def test_noise_of_no_kind_is_refused(text: str) -> None:
         conditions.parse_label_noise(text)
 
 
-def pictures_with_numbers(count: int = 6, side: int = 16) -> torch.Tensor:
+def numbered_images(count: int = 6, side: int = 16) -> torch.Tensor:
     return torch.arange(count * 3 * side * side).view(count, 3, side, side).remainder(251).to(torch.uint8)
 
 
-def test_a_plain_batch_is_the_normalised_picture() -> None:
-    images = pictures_with_numbers()
+def test_a_plain_batch_is_the_normalised_image() -> None:
+    images = numbered_images()
     batches = augment.Batches(images, (10.0, 20.0, 30.0), (2.0, 4.0, 5.0))
     rows = torch.tensor([4, 1])
     wanted = (images[rows].double() - torch.tensor([10.0, 20, 30]).view(3, 1, 1)) / torch.tensor([2.0, 4, 5]).view(
@@ -271,20 +271,20 @@ def test_a_plain_batch_is_the_normalised_picture() -> None:
     torch.testing.assert_close(batches(rows).double(), wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_each_picture_has_a_crop_and_a_flip_of_its_own() -> None:
+def test_each_image_has_a_crop_and_a_flip_of_its_own() -> None:
     """Against a slow oracle: every augmented image is one of the 2 x 5 x 5 cuts of its padded original."""
-    images = pictures_with_numbers(side=16)  # margin 2
+    images = numbered_images(side=16)  # margin 2
     batches = augment.Batches(images, (0.0,) * 3, (1.0,) * 3, "crop+flip", seed=1)
     padded = torch.nn.functional.pad(images, [2] * 4)
     seen, within = set(), set()
     for _ in range(40):
         batch = []
-        for row, picture in zip(range(6), batches(torch.arange(6)), strict=True):
+        for row, image in zip(range(6), batches(torch.arange(6)), strict=True):
             found = [
                 (y, x, flip)
                 for y in range(5)
                 for x in range(5)
-                for flip, turned in ((0, picture), (1, picture.flip(2)))
+                for flip, turned in ((0, image), (1, image.flip(2)))
                 if padded[row, :, y : y + 16, x : x + 16].float().equal(turned)
             ]
             assert found
@@ -297,7 +297,7 @@ def test_each_picture_has_a_crop_and_a_flip_of_its_own() -> None:
 
 
 def test_augmentation_goes_on_from_its_state() -> None:
-    batches = augment.Batches(pictures_with_numbers(), (0.0,) * 3, (1.0,) * 3, "crop+flip", seed=5)
+    batches = augment.Batches(numbered_images(), (0.0,) * 3, (1.0,) * 3, "crop+flip", seed=5)
     batches(torch.arange(6))
     state = batches.state_dict()
     wanted = batches(torch.arange(6))

@@ -19,7 +19,7 @@ from batchtrim.lab.task.images import ImageOptions, load
 Draw = Callable[..., Path]
 
 
-def picture(value: int, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
+def image(value: int, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
     pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
 
@@ -37,7 +37,7 @@ def tree(root: Path, counts: dict[str, int], first: int = 0, **how: Any) -> Path
     for number, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for i in range(count):
-            picture(first + 1000 * number + i, **how).save(root / name / f"clip{i // 4}_{i:03}.png")
+            image(first + 1000 * number + i, **how).save(root / name / f"clip{i // 4}_{i:03}.png")
     return root
 
 
@@ -141,7 +141,7 @@ def test_images_are_decoded_without_what_windows_lacks(tmp_path: Path, monkeypat
     tree(tmp_path / "mine" / "test", {"a": 1}, first=500)
     found = load("mine", ImageOptions())
     order = sorted(range(70), key=lambda i: f"clip{i // 4}_{i:03}")
-    drawn = [picture(value + i) for value in (0, 1000) for i in order]
+    drawn = [image(value + i) for value in (0, 1000) for i in order]
     assert np.array_equal(found.train_images, np.stack([np.array(each).transpose(2, 0, 1) for each in drawn]))
 
 
@@ -208,7 +208,7 @@ def test_ten_thousand_classes(tmp_path: Path) -> None:
 def test_leakage_is_counted_and_said(tmp_path: Path) -> None:
     tree(tmp_path / "mine" / "train", {"a": 5, "b": 5})
     tree(tmp_path / "mine" / "test", {"a": 3, "b": 3}, first=500)
-    picture(2).save(tmp_path / "mine" / "test" / "b" / "renamed.bmp")
+    image(2).save(tmp_path / "mine" / "test" / "b" / "renamed.bmp")
     found = load("mine", ImageOptions())
     (note,) = found.notes
     assert note.startswith("mine: 1 of 7 images to test on are in the training split too")
@@ -242,7 +242,7 @@ def test_broken_images_are_named_and_skipped_only_if_asked(tmp_path: Path) -> No
 
 def test_animated_and_floating_point_images_are_broken(tmp_path: Path) -> None:
     root = tree(tmp_path / "mine", {"a": 4, "b": 4})
-    frames = [picture(1), picture(2)]
+    frames = [image(1), image(2)]
     frames[0].save(root / "a" / "moving.gif", save_all=True, append_images=frames[1:])
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(root / "b" / "depth.tiff")
     said = mistake("mine", test_split=0.3)
@@ -278,9 +278,9 @@ def test_splits_that_do_not_fit(tmp_path: Path) -> None:
     assert "which does not exist" in mistake("no/such/folder/at/all")
     (tmp_path / "file.txt").write_text("x")
     assert "a file of another kind" in mistake("file.txt")
-    picture(1).save(tmp_path / "loose.png")
+    image(1).save(tmp_path / "loose.png")
     (tmp_path / "flat").mkdir()
-    picture(1).save(tmp_path / "flat" / "loose.png")
+    image(1).save(tmp_path / "flat" / "loose.png")
     assert "1 images lie in flat itself, in no class" in mistake("flat", test_split=0.2)
 
 
@@ -336,7 +336,7 @@ def hub_file(path: Path, count: int, first: int = 0, names: list[str] | None = N
     cells = []
     for i in range(count):
         out = io.BytesIO()
-        picture(first + i, (8 + i % 3, 9)).save(out, "PNG")
+        image(first + i, (8 + i % 3, 9)).save(out, "PNG")
         cells.append({"bytes": out.getvalue(), "path": None})
     table = pyarrow.table({"image": cells, "label": pyarrow.array([i % 2 for i in range(count)], pyarrow.int64())})
     features = {"image": {"_type": "Image"}, "label": {"names": names or ["no", "yes"], "_type": "ClassLabel"}}
@@ -376,7 +376,7 @@ def test_the_cache_is_used_and_made_again_when_a_file_changes(tmp_path: Path, ca
     stamp = (folder / "pixels.npy").stat().st_mtime_ns
     load("mine", ImageOptions(test_split=0.2))
     assert (folder / "pixels.npy").stat().st_mtime_ns == stamp
-    picture(77_777).save(root / "a" / "clip0_000.png")
+    image(77_777).save(root / "a" / "clip0_000.png")
     second = load("mine", ImageOptions(test_split=0.2))
     assert len(list((cache / "images").iterdir())) == 2
     together = [torch.cat([each.train_images, each.test_images]).double().sum() for each in (first, second)]

@@ -1,4 +1,4 @@
-"""What makes a comparison less than it looks: missing pairs, seeds that were not used, programs that changed."""
+"""Reasons to trust a comparison less than it looks: missing pairs, seeds that were not used, programs that changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Caveat", "Kind", "caveats"]
 
-MIN_ALIKE = 3  # so many seeds with the same value to the last bit are no chance
+MIN_ALIKE = 3  # this many seeds with the same value to the last bit are no coincidence
 
 
 class Kind(Enum):
@@ -111,7 +111,7 @@ def _sources(group: Group) -> Iterator[Caveat]:
 
 
 def _notes(group: Group) -> Iterator[Caveat]:
-    """One for each arm and note; one for the group where every run of it has the note."""
+    """Yield one for each arm and note; one for the group if all its runs have the note."""
     found: dict[str, list[tuple[str, int]]] = {}
     runs = 0
     for arm in group.arms:

@@ -18,7 +18,7 @@ A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written befor
     method = "loss_mass"
     against = "full"
     says = "not worse"
-    margin = 0.3                     # by so many points at the most; fixed before the first run
+    margin = 0.3                     # points, at most; fixed before the first run
     backward = 50                    # percent of the other's backward samples, at the most; may be left out
 
 Any setting of a run, or parameter of a method, may be named to tell arms of one method apart (``keep_end = 0.5``,
@@ -68,7 +68,7 @@ class Claim:
 
     Attributes:
         margin: by how much an error may be higher and is still not worse, in [0, 1]; of claims of that kind alone.
-        backward: the largest part of the other's backward samples it may take; None where nothing is said of it.
+        backward: the largest part of the other's backward samples it may take; None if unlimited.
         settings: of the arm of ``method``; ``against_settings``: of the other; ``shared``: of the groups to read it in.
     """
 
@@ -235,7 +235,7 @@ def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:
 
 
 def _claim(table: Mapping[str, Any], method: str) -> Claim:
-    """One method's claim, the settings sorted by what they tell apart."""
+    """Return one method's claim, its settings sorted into arm, other arm and group."""
     picked: dict[str, dict[str, Any]] = {"settings": {}, "against_settings": {}, "shared": {}}
     for key, value in table.items():
         if place := _place(key, table, method):
@@ -246,7 +246,7 @@ def _claim(table: Mapping[str, Any], method: str) -> Claim:
 
 
 def _place(key: str, table: Mapping[str, Any], method: object) -> str:
-    """Which settings of a :class:`Claim` a key belongs to; "" where it is none."""
+    """Return which settings of a :class:`Claim` a key belongs to; "" if none."""
     name = key.removeprefix("against_")
     place, owner = ("settings", method) if name == key else ("against_settings", table.get("against"))
     if name in ARM_SETTINGS[1:] or name in _parameters(owner):
@@ -282,13 +282,13 @@ def _judge_group(claims: Sequence[Claim], group: Group, effect: float) -> list[F
 
 
 def _backward(mine: Arm, other: Arm) -> float | None:
-    """Backward samples over the other's."""
+    """Return the backward samples over the other's."""
     spent, full = (arm.cost.get("samples_backward") for arm in (mine, other))
     return spent / full if spent is not None and full else None
 
 
 def _arm(group: Group, claim: Claim, method: str, chosen: Mapping[str, Any], prefix: str) -> Arm | None:
-    """The one arm of a method that has the settings chosen; None where there is none in this group."""
+    """Return the one arm of a method that has the settings chosen; None where there is none in this group."""
     arms = [
         arm
         for arm in group.arms
@@ -306,5 +306,5 @@ def _arm(group: Group, claim: Claim, method: str, chosen: Mapping[str, Any], pre
 
 
 def _value(arm: Arm, name: str) -> Any:
-    """A setting of an arm, or a parameter of its method."""
+    """Return a setting of an arm, or a parameter of its method."""
     return arm.settings[name] if name in arm.settings else (arm.settings["method_params"] or {}).get(name)

@@ -254,7 +254,7 @@ def _arm(label: str, settings: dict[str, Any], rows: list[Row]) -> Arm:
 
 
 def _compare(arms: Sequence[Arm], reference: Arm | None) -> tuple[Arm, ...]:
-    """The arms with their paired comparison to ``reference``, p-values corrected over all of them."""
+    """Return the arms with their paired comparison to ``reference``, p-values corrected over all of them."""
     if reference is None:
         return tuple(arms)
     others = [arm for arm in arms if arm is not reference]
@@ -272,7 +272,7 @@ def _compare(arms: Sequence[Arm], reference: Arm | None) -> tuple[Arm, ...]:
 
 
 def _unit(values: Collection[float], metric: Metric) -> float:
-    """Return what values are counted in where spread is told from rounding: errors in 1, others by their size."""
+    """Return the unit in which spread is distinguished from rounding: 1 for errors, for others by their size."""
     return 1.0 if metric.in_percent else unit_of(values)
 
 

@@ -148,7 +148,7 @@ def _seed(value: Any, place: str, where: str) -> int:
 
 
 def _number(name: str | None, value: Any, place: str, where: str) -> float | None:
-    """A number, or None where nothing stands."""
+    """Return a number, or None for an empty cell."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, bool):

@@ -41,7 +41,7 @@ class Moments:
     bootstrap: tuple[float, float] | None
 
     def times(self, unit: float) -> Moments:
-        """Return the same in numbers ``unit`` times as large."""
+        """Return the moments of ``unit`` times the values."""
 
         def scaled(ends: tuple[float, float] | None) -> tuple[float, float] | None:
             return None if ends is None else (ends[0] * unit, ends[1] * unit)
@@ -57,7 +57,7 @@ def unit_of(values: Iterable[float]) -> float:
 
 
 def moments(values: Sequence[float]) -> Moments:
-    """Mean, spread and 95 % intervals of a few values; intervals need two of them."""
+    """Return mean, spread and 95 % intervals of a few values; intervals need two of them."""
     n = len(values)
     if n == 0:
         return Moments(0, None, None, None, None)
@@ -116,7 +116,7 @@ def _wilcoxon_with_ties(data: np.ndarray, ranks: np.ndarray) -> float:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction: the i-th smallest of m p-values times m - i + 1, never falling. None stays None."""
+    """Apply Holm's step-down correction: the i-th smallest of m p-values times m - i + 1, never falling."""
     order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i] or 0.0)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -127,7 +127,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def detectable(differences: Moments) -> float | None:
-    """The smallest mean difference that so many pairs with this spread could have seen; None where that is unknown."""
+    """Return the smallest mean difference detectable with this many pairs and this spread; None if unknown."""
     if differences.n < MIN_PAIRS or not differences.std:
         return None
     return detectable_effect(differences.n) * differences.std
@@ -135,9 +135,9 @@ def detectable(differences: Moments) -> float | None:
 
 @lru_cache(maxsize=1024)
 def detectable_effect(n: int) -> float:
-    """The mean difference, in standard deviations of the differences, that a paired t-test over n pairs would find.
+    """Return the mean difference, in standard deviations of the differences, that a paired t-test over n pairs finds.
 
-    Found means: with 80 % probability at the two-sided 0.05 level, from the noncentral t distribution.
+    Finding it means: with 80 % power at the two-sided 0.05 level, from the noncentral t distribution.
     """
     from scipy import optimize, stats
 

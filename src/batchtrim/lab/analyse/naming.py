@@ -10,7 +10,7 @@ Settings = dict[str, Any]
 
 
 def key(settings: Settings) -> str:
-    """Return what arms and groups are told apart by: their settings, to the last bit."""
+    """Return the key of an arm or a group: its settings, to the last bit."""
     return json.dumps(settings, sort_keys=True, default=str)
 
 
@@ -28,7 +28,7 @@ def titles(settings: Sequence[Settings]) -> list[str]:
 def labels(settings: Sequence[Settings]) -> dict[str, str]:
     """Return a label for each arm, by :func:`key`: its method; where arms share it, the settings they differ in too.
 
-    Numbers are printed short where that tells them apart, in full where it does not.
+    Numbers are rounded unless two labels would then be equal.
     """
     arms = {key(each): each for each in settings}
     found: dict[str, str] = {}
@@ -36,7 +36,7 @@ def labels(settings: Sequence[Settings]) -> dict[str, str]:
         flat = [_flat(other) for other in arms.values() if other["method"] == each["method"]]
         mine = _flat(each)
         parts = [
-            f"{setting} {_told_apart(mine.get(setting), [other.get(setting) for other in flat])}"
+            f"{setting} {_shortest(mine.get(setting), [other.get(setting) for other in flat])}"
             for setting in _varying(flat, exclude=("method",))
         ]
         label = f"{each['method']} ({', '.join(parts)})" if parts else str(each["method"])
@@ -55,8 +55,8 @@ def _varying(settings: Sequence[Settings], exclude: Sequence[str] = ()) -> list[
     return [name for name in names if len({json.dumps(each.get(name), default=str) for each in settings}) > 1]
 
 
-def _told_apart(value: Any, values: Sequence[Any]) -> str:
-    """Return ``value`` as short as tells it from every other of ``values``."""
+def _shortest(value: Any, values: Sequence[Any]) -> str:
+    """Return the shortest form of ``value`` that differs from every other of ``values``."""
     others = [other for other in values if other != value or type(other) is not type(value)]
     for write in (lambda each: f"{each:g}" if isinstance(each, float) else str(each), str, repr):
         if write(value) not in map(write, others):

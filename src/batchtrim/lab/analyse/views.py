@@ -1,4 +1,4 @@
-"""Comparisons read at one budget that every run reached: as many samples backward, or as much training time."""
+"""Comparisons at an equal budget that every run reached: the same backward samples, or the same training time."""
 
 from __future__ import annotations
 

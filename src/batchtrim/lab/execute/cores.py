@@ -1,4 +1,4 @@
-"""How many processes and threads to do runs with: the cores there are, unless the machine or the reader says less."""
+"""The numbers of processes and threads for runs: the cores, unless the machine or the user sets fewer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def cores() -> int:
 
 
 def asked_threads() -> int | None:
-    """Return the threads that OMP_NUM_THREADS asks for; None where it is not set, or is no number."""
+    """Return the threads set by OMP_NUM_THREADS; None if it is not set, or not a number."""
     text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
 def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
-    """Return how many processes, and threads in each, to do so many runs with on this machine.
+    """Return how many processes, and threads in each, to use for this number of runs on this machine.
 
-    As many processes as there are cores, runs, or eight, unless ``workers`` says otherwise: small networks gain more
-    from runs side by side than from threads. The cores are shared out evenly. OMP_NUM_THREADS wins over our own guess
-    of threads; then there are as many processes as fit beside one another.
+    The processes are limited by cores, runs and eight, unless ``workers`` sets them: small networks gain more from
+    parallel runs than from threads. Cores are shared evenly. OMP_NUM_THREADS, if set, fixes the threads, and the number
+    of processes follows.
     """
     have, threads = cores(), asked_threads()
     if workers is None:
@@ -37,7 +37,7 @@ def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
 
 
 def crowded(workers: int, threads: int) -> str:
-    """Return what to say where the runs use more threads than there are cores, which slows all of them; else ""."""
+    """Return a warning if the runs use more threads than there are cores, which slows all of them; else ""."""
     have = cores()
     if workers * threads <= have:
         return ""

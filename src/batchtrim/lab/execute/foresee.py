@@ -1,4 +1,4 @@
-"""What can be said of a command before its first run: settings that play no part, or hardly what was meant."""
+"""Warnings before the first run of a command: settings without effect, or hardly intended."""
 
 from __future__ import annotations
 

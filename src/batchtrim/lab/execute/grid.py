@@ -37,7 +37,7 @@ Config = TypeVar("Config", RunConfig, TaskConfig)
 
 
 def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[Config]:
-    """All runs of the settings, resolved and checked, without repeats; seeds vary slowest, so that a sweep that is
+    """Return all runs of the settings, resolved, checked, without repeats; seeds vary slowest, so that a sweep that is
     stopped early has compared all methods on the seeds it reached.
 
     Args:
@@ -63,7 +63,7 @@ def expand_task(code: Code, settings: Mapping[str, Any]) -> list[TaskConfig]:
 
 
 def cells(configs: Sequence[AnyConfig]) -> list[Settings]:
-    """The settings that runs of each part share; see :meth:`batchtrim.lab.records.Records.settle`."""
+    """Return the settings that runs of each part share; see :meth:`batchtrim.lab.records.Records.settle`."""
     found: list[Settings] = []
     for config in configs:
         cell = {name: value for name, value in config.to_dict().items() if name not in COMPARED}

@@ -30,20 +30,20 @@ def run_here(tally: Tally, records: Records, place: Workplace) -> None:
 
 
 def _until_over(tally: Tally) -> Iterator[AnyConfig]:
-    """What is left, again and again; with a pause once all of it has been found claimed elsewhere."""
+    """Yield the runs left, again and again, pausing once all of them were found claimed elsewhere."""
     refused = 0
     while tally.left:
         before = len(tally.left)
         yield tally.left.popleft()
         refused = refused + 1 if len(tally.left) == before else 0
         if tally.left and refused >= len(tally.left):
-            tally.watcher.note("waiting for runs that another process on this folder is at")
+            tally.watcher.note("waiting for runs that another process is doing in this folder")
             time.sleep(ASK_AGAIN)
             refused = 0
 
 
 class _Worker:
-    """A process that does one run at a time, and the line to it."""
+    """A process that does one run at a time, and the pipe to it."""
 
     def __init__(self, place: Workplace):
         context = multiprocessing.get_context("spawn")
@@ -64,7 +64,7 @@ class _Worker:
 
 
 def _work(line: Connection, place: Workplace) -> None:
-    """The life of a worker process: it ends with its parent, whose end of the line closes then."""
+    """Work until the parent is done, or gone: its end of the pipe then closes."""
     os.dup2(2, 1)  # what a task prints is for people: standard output is the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     records = Records(place.out)
@@ -123,7 +123,7 @@ def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: 
 
 
 def _replace_dead(worker: _Worker, tally: Tally, records: Records, place: Workplace, retries: int) -> _Worker:
-    """A worker died in a run: give the run to another, unless that has been tried often enough."""
+    """Give the run of a worker that died to another one, unless it has been tried often enough."""
     assert worker.config is not None
     config = worker.config
     worker.stop()

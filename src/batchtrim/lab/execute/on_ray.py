@@ -16,7 +16,7 @@ from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.own import AnyConfig
 
-LOOK_EVERY = 0.5  # seconds between two looks at what runs have written of their epochs
+LOOK_EVERY = 0.5  # seconds between two looks at the runs' progress
 
 
 def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, retries: int) -> None:
@@ -68,12 +68,12 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
 
 
 def _sentence(error: Exception) -> str:
-    """The first sentence of an error, whole."""
+    """Return the first sentence of an error, whole."""
     return str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 class _Mailbox:
-    """An actor to which runs write after every epoch. What it holds is news, not records: it may be lost."""
+    """An actor to which runs report after every epoch. It holds progress, not records, and may be lost."""
 
     def __init__(self) -> None:
         self.news: list[tuple[str, dict[str, Any]]] = []
@@ -87,7 +87,7 @@ class _Mailbox:
 
 
 def _news(ray: Any, mailbox: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Return what runs have written since the last time; nothing where the mailbox does not answer at once."""
+    """Return what runs have reported since the last call; nothing if the mailbox does not answer at once."""
     try:
         return ray.get(mailbox.take.remote(), timeout=LOOK_EVERY)
     except ray.exceptions.RayError:
@@ -95,7 +95,7 @@ def _news(ray: Any, mailbox: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _task(config: AnyConfig, place: Workplace, mailbox: Any) -> Row:
-    """Runs on a node; the checkpoint helps where the output folder is one that all nodes see."""
+    """Do a run on a node; its checkpoint helps if all nodes see the output folder."""
     row = do_run(config, place, lambda point: mailbox.put.remote(config.key, point))
     with contextlib.suppress(OSError):
         place.clear(config, row)

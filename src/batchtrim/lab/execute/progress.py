@@ -1,4 +1,4 @@
-"""What a person sees while runs go on, on standard error: which run, which epoch, the error so far, time left."""
+"""Progress on standard error: which run, which epoch, the error so far, the time left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAY_EVERY = 30.0  # seconds between two lines inside an epoch, where there is no
 
 
 class Quiet:
-    """Says nothing."""
+    """Show nothing."""
 
     def __enter__(self) -> Quiet:
         return self
@@ -146,14 +146,14 @@ def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
 
 
 def _times(row: Row) -> str:
-    """Training alone, evaluation, and the whole of the run, as far as they were measured."""
+    """Return the seconds of training, of evaluation and of the whole run, as far as measured."""
     more = [f"{row[name]:.1f} s {what}" for name, what in (("seconds_eval", "testing"), ("seconds_total", "in all"))
             if row.get(name)]  # fmt: skip
     return ", ".join([f"{row['seconds']:.1f} s training", *more])
 
 
 def _said(point: dict[str, Any]) -> str:
-    """The metric of an epoch in words: a task says it itself; an epoch may not have been tested."""
+    """Return the metric of an epoch in words; an own task words its own, and an epoch may be untested."""
     if "said" in point:
         return point["said"]
     error = point["test_error"]

@@ -1,4 +1,4 @@
-"""Whether something answers at an address, asked with a short wait before a library asks with a long one."""
+"""Short checks that an address answers, before a library waits long for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LONGEST_START = 20.0  # seconds for a cluster to take us in
 
 
 def check_address(address: str) -> None:
-    """Raise a ConnectionError where nothing listens at ``host:port`` or ``ray://host:port``; other forms pass."""
+    """Raise a ConnectionError if nothing listens at ``host:port`` or ``ray://host:port``; other forms pass."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
         return
@@ -25,7 +25,7 @@ def check_address(address: str) -> None:
 
 
 def in_time(start: Callable[[], Any], seconds: float | None = None) -> None:
-    """Call ``start``, and raise what it raises, or a ConnectionError where it has not returned after ``seconds``."""
+    """Call ``start``; raise what it raises, or a ConnectionError if it has not returned after ``seconds``."""
     seconds = LONGEST_START - WAIT if seconds is None else seconds
     failed: list[BaseException] = []
 

@@ -72,7 +72,7 @@ def run_all(
 
 
 def _one_per_data_set(configs: collections.deque[AnyConfig]) -> list[AnyConfig]:
-    """One run for each task, or way the training data are made but for the seed, and network."""
+    """Return one run for each network and each task or training set, seeds aside."""
     seen = {}
     for config in configs:
         made_by = tuple(getattr(config, name, None) for name, each in SETTINGS.items() if each.role is Role.DATA)

@@ -1,4 +1,4 @@
-"""What every way of doing runs shares: where they leave things, who is told, and one run done and recorded.
+"""Shared by all ways of doing runs: the output folder, progress, and doing and recording one run.
 
 Whoever does a run claims it first and records it itself (on Ray the driver does both), so nothing that has finished
 hangs on the life of another process. A run that was interrupted, or that failed, goes on from its last checkpoint.
@@ -58,7 +58,7 @@ class Workplace:
     keep_log: bool = False
 
     def checkpoint(self, config: AnyConfig) -> Path:
-        """The file a run goes on from."""
+        """Return the checkpoint file of a run."""
         return self.out / "checkpoints" / f"{config.key}.pt"
 
     def clear(self, config: AnyConfig, row: Row) -> None:
@@ -75,7 +75,7 @@ class Workplace:
 
 @dataclass
 class Tally:
-    """What is left to do, and what came of the rest."""
+    """The runs left to do, and the results of the others."""
 
     left: collections.deque[AnyConfig]
     watcher: Watcher
@@ -87,7 +87,7 @@ class Tally:
         (self.watcher.batch if "batch" in point else self.watcher.epoch)(config, point)
 
     def settle(self, config: AnyConfig, row: Row | None) -> None:
-        """A run is over; None where another process recorded it."""
+        """Count a run as over; None if another process recorded it."""
         if row is not None and row["status"] == "failed":
             self.failed.append(row)
         self.watcher.finished(config, row)
@@ -115,7 +115,7 @@ def attempt(
 
 
 def do_run(config: AnyConfig, place: Workplace, on_epoch: train.OnEpoch | None = None) -> Row:
-    """The run's row, whatever happens in it."""
+    """Return the run's row, also if it fails."""
     try:
         with place.log(config) as log:
             if isinstance(config, TaskConfig):

@@ -22,7 +22,7 @@ class _NeedsMore(Exception):
 
 
 @dataclass(frozen=True)
-class _Setting:
+class _Info:
     """What can be said of a run whose data nobody but the task has seen."""
 
     epochs: int
@@ -43,7 +43,7 @@ def trimmer_for(
     """
     row = find_method(method)
     try:
-        built = row.build(_Setting(epochs, seed, keep), dict(params))  # type: ignore[arg-type]
+        built = row.build(_Info(epochs, seed, keep), dict(params))  # type: ignore[arg-type]
         reason = "" if type(built) is Method else _first_line(type(built))
     except _NeedsMore as error:
         built, reason = None, f"It needs to know the run's {error}."
@@ -60,7 +60,7 @@ def driven_methods() -> list[str]:
     found = []
     for name, row in METHODS.items():
         try:
-            built = row.build(_Setting(2, 0, lambda progress: 1.0), row.check_params({}))  # type: ignore[arg-type]
+            built = row.build(_Info(2, 0, lambda progress: 1.0), row.check_params({}))  # type: ignore[arg-type]
         except _NeedsMore:
             continue
         if type(built) is Method:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import batchtrim
 from batchtrim import Selection, Trimmer
-from batchtrim.lab.methods.rules import Method, NewNetwork, Setting
+from batchtrim.lab.methods.rules import Method, NewNetwork, RunInfo
 from batchtrim.selection import Rule
 
 __all__ = ["Decaying", "FullEnd", "GradientNorm", "Importance", "LossDrop", "ProxySelection", "UnlessFull"]
@@ -81,8 +81,8 @@ class Importance:
 class GradientNorm(Method):
     """Draw by the norm of the gradient at the outputs, ``|softmax(z_i) - y_i|``, and weigh by 1 / (B p_i)."""
 
-    def __init__(self, setting: Setting, keep: float):
-        super().__init__(Trimmer(keep, select=Importance(), seed=setting.seed), setting.epochs)
+    def __init__(self, info: RunInfo, keep: float):
+        super().__init__(Trimmer(keep, select=Importance(), seed=info.seed), info.epochs)
         self.norms: Tensor | None = None
 
     def watch(self, outputs: Tensor, targets: Tensor) -> None:
@@ -99,10 +99,10 @@ class GradientNorm(Method):
 class LossDrop(Method):
     """Drop the part of a batch whose loss fell furthest below its first loss; the first epoch keeps everything."""
 
-    def __init__(self, setting: Setting, drop: float):
-        afterwards = {0.5 / (setting.epochs - 1): 1.0 - drop} if setting.epochs > 1 else {1.0: 1.0}
-        super().__init__(Trimmer(batchtrim.schedules.step(afterwards), total=setting.epochs), setting.epochs)
-        self.first = torch.full((setting.samples,), math.nan)
+    def __init__(self, info: RunInfo, drop: float):
+        afterwards = {0.5 / (info.epochs - 1): 1.0 - drop} if info.epochs > 1 else {1.0: 1.0}
+        super().__init__(Trimmer(batchtrim.schedules.step(afterwards), total=info.epochs), info.epochs)
+        self.first = torch.full((info.samples,), math.nan)
 
     def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
         now = (losses if plain is None else plain).detach()
@@ -126,10 +126,10 @@ class ProxySelection(Method):
     The twin trains on the whole batch in every ``every``-th step. Every forward and backward of it is counted.
     """
 
-    def __init__(self, setting: Setting, keep: float, width: int, every: int):
-        super().__init__(Trimmer(keep), setting.epochs)
-        self.width = width or max(1, setting.width // 2)
-        self.every, self.seed = every, _TWIN_SEED + setting.seed
+    def __init__(self, info: RunInfo, keep: float, width: int, every: int):
+        super().__init__(Trimmer(keep), info.epochs)
+        self.width = width or max(1, info.width // 2)
+        self.every, self.seed = every, _TWIN_SEED + info.seed
         self.steps = 0
         self.counted = [0, 0]
 

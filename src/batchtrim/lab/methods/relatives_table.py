@@ -9,39 +9,39 @@ import batchtrim
 from batchtrim import Trimmer
 from batchtrim._checks import check_count, check_fraction, check_keep, check_part
 from batchtrim.lab.methods.relatives import Decaying, FullEnd, GradientNorm, LossDrop, ProxySelection, UnlessFull
-from batchtrim.lab.methods.row import Param, Params, Row, check_open, check_or_all
-from batchtrim.lab.methods.rules import Method, Setting
+from batchtrim.lab.methods.rules import Method, RunInfo
+from batchtrim.lab.methods.spec import MethodSpec, Param, Params, check_open, check_or_all
 from batchtrim.schedules import join
 
 __all__ = ["RELATIVES"]
 
 
-def _trim_late(setting: Setting, params: Params) -> Method:
-    """Everything until ``start``, then the whole of the run's schedule."""
+def _trim_late(info: RunInfo, params: Params) -> Method:
+    """Keep everything until ``start``, then follow the run's whole schedule."""
     start = params["start"]
-    keep = setting.keep if start == 0.0 else join([batchtrim.constant(1.0), setting.keep], at=[start])
-    return Method(Trimmer(keep, total=setting.epochs), setting.epochs)
+    keep = info.keep if start == 0.0 else join([batchtrim.constant(1.0), info.keep], at=[start])
+    return Method(Trimmer(keep, total=info.epochs), info.epochs)
 
 
-def _trim_full_end(setting: Setting, params: Params) -> Method:
-    """The whole of the run's schedule, then everything in the last part, one epoch at least."""
-    epochs = setting.epochs
+def _trim_full_end(info: RunInfo, params: Params) -> Method:
+    """Follow the run's whole schedule, then keep everything in the last part, at least one epoch."""
+    epochs = info.epochs
     trimmed = epochs - max(1, round(params["last"] * epochs))
-    keep = setting.keep if trimmed > 0 else batchtrim.constant(1.0)
+    keep = info.keep if trimmed > 0 else batchtrim.constant(1.0)
     if trimmed > 0:
         keep = join([keep, batchtrim.constant(1.0)], at=[(trimmed - 0.5) / (epochs - 1)])
     return Method(Trimmer(keep, total=epochs), epochs)
 
 
-def _loss_mass(scale: str, control: bool = False) -> Callable[[Setting, Params], Method]:
-    def build(setting: Setting, params: Params) -> Method:
+def _loss_mass(scale: str, control: bool = False) -> Callable[[RunInfo, Params], Method]:
+    def build(info: RunInfo, params: Params) -> Method:
         if params["at_least"] > params["at_most"]:
             raise ValueError(
                 f"expected `loss_mass.at_least` up to `at_most`, got {params['at_least']:g} and {params['at_most']:g}."
             )
         mass = batchtrim.loss_mass(params["skip"], params["at_least"], params["at_most"])
         rule = batchtrim.uniform(like=mass) if control else mass
-        return Method(Trimmer(params["share"], select=rule, scale=scale, seed=setting.seed), setting.epochs)
+        return Method(Trimmer(params["share"], select=rule, scale=scale, seed=info.seed), info.epochs)
 
     return build
 
@@ -54,50 +54,50 @@ _MASS_PARAMS = {
 }
 
 
-def _dropout(matched: bool) -> Callable[[Setting, Params], Method]:
-    """Progressive Data Dropout by difficulty, or as many at random."""
+def _dropout(matched: bool) -> Callable[[RunInfo, Params], Method]:
+    """Drop samples progressively, by difficulty or the same number at random."""
 
-    def build(setting: Setting, params: Params) -> Method:
+    def build(info: RunInfo, params: Params) -> Method:
         threshold = batchtrim.selection.above(-math.log(params["threshold"]))
         rule = UnlessFull(batchtrim.uniform(like=threshold) if matched else threshold)
         # keep 0.5 stands for "by the rule", which does not read it
-        keep = FullEnd(batchtrim.constant(0.5), setting.epochs, min(setting.epochs, params["last"]))
-        return Method(Trimmer(keep, total=setting.epochs, select=rule, seed=setting.seed), setting.epochs)
+        keep = FullEnd(batchtrim.constant(0.5), info.epochs, min(info.epochs, params["last"]))
+        return Method(Trimmer(keep, total=info.epochs, select=rule, seed=info.seed), info.epochs)
 
     return build
 
 
-def _dropout_scalar(setting: Setting, params: Params) -> Method:
-    keep = FullEnd(Decaying(params["decay"], setting.epochs), setting.epochs, min(setting.epochs, params["last"]))
-    return Method(Trimmer(keep, total=setting.epochs, select=batchtrim.uniform(), seed=setting.seed), setting.epochs)
+def _dropout_scalar(info: RunInfo, params: Params) -> Method:
+    keep = FullEnd(Decaying(params["decay"], info.epochs), info.epochs, min(info.epochs, params["last"]))
+    return Method(Trimmer(keep, total=info.epochs, select=batchtrim.uniform(), seed=info.seed), info.epochs)
 
 
 _LAST = Param(1, check_count, "last epochs, which see everything")
 
 
 RELATIVES = (
-    Row(
+    MethodSpec(
         "loss_mass",
         "the fewest samples that hold a share of the batch's loss; divided by the batch size",
         "batchtrim",
         _loss_mass("batch"),
         _MASS_PARAMS,
     ),
-    Row(
+    MethodSpec(
         "loss_mass_kept",
         "the same samples, their losses averaged as the paper averages them",
         "batchtrim",
         _loss_mass("kept"),
         _MASS_PARAMS,
     ),
-    Row(
+    MethodSpec(
         "loss_mass_random",
         "as many samples as loss_mass would keep of the batch, drawn at random",
         "control",
         _loss_mass("kept", control=True),
         _MASS_PARAMS,
     ),
-    Row(
+    MethodSpec(
         "trim_late",
         "everything at first, then trim's schedule in what is left",
         "batchtrim",
@@ -105,7 +105,7 @@ RELATIVES = (
         {"start": Param(0.5, check_fraction, "progress at which the schedule starts")},
         uses_schedule=True,
     ),
-    Row(
+    MethodSpec(
         "trim_full_end",
         "trim, with a last part of training on everything",
         "batchtrim",
@@ -113,28 +113,28 @@ RELATIVES = (
         {"last": Param(0.125, check_part, "last part of training, which sees everything; one epoch at least")},
         uses_schedule=True,
     ),
-    Row(
+    MethodSpec(
         "data_dropout",
         "samples whose true class has a probability below a threshold; everything in the last epoch",
         "arXiv 2505.22342 (DBPD)",
         _dropout(matched=False),
         {"threshold": Param(0.3, check_open, "probability from which a sample is dropped"), "last": _LAST},
     ),
-    Row(
+    MethodSpec(
         "data_dropout_matched",
         "as many samples of the batch as data_dropout would keep, drawn at random",
         "arXiv 2505.22342 (SMRD)",
         _dropout(matched=True),
         {"threshold": Param(0.3, check_open, "probability from which a sample is dropped"), "last": _LAST},
     ),
-    Row(
+    MethodSpec(
         "data_dropout_scalar",
         "samples drawn at random, fewer by a factor each epoch; everything in the last epoch",
         "arXiv 2505.22342 (SRD)",
         _dropout_scalar,
         {"decay": Param(0.95, check_keep, "factor on the part kept, an epoch"), "last": _LAST},
     ),
-    Row(
+    MethodSpec(
         "proxy",
         "the hardest half by a narrow twin's losses; the network sees no others",
         "the airbench96 speed record of 2025",
@@ -146,7 +146,7 @@ RELATIVES = (
         },
         any_engine=False,
     ),
-    Row(
+    MethodSpec(
         "gradient_norm",
         "draws by the norm of the gradient at the outputs, weighted so that the expected loss is the mean",
         "arXiv 1803.00942",
@@ -154,7 +154,7 @@ RELATIVES = (
         {"keep": Param(0.5, check_keep, "draws, as a part of the batch")},
         any_engine=False,
     ),
-    Row(
+    MethodSpec(
         "loss_drop",
         "the samples whose loss has fallen furthest below their first loss are dropped",
         "TailSFT, 2026",

@@ -28,20 +28,20 @@ __all__ = [
     "Reference",
     "Reweighted",
     "RhoLoss",
-    "Setting",
+    "RunInfo",
     "Shortened",
     "SuperLoss",
 ]
 
 
 class Reference(Protocol):
-    """What ``Setting.reference`` does: train a fresh network on some rows, and give every row's loss under it."""
+    """Train a fresh network on some rows and return every row's loss under it; :meth:`Method.prepare` gets one."""
 
     def __call__(self, rows: Tensor, epochs: int, seed: int) -> Tensor: ...
 
 
 class NewNetwork(Protocol):
-    """What :meth:`Method.connect` is given: makes a network of the run's kind, of some width.
+    """Make a network of the run's kind with another width; :meth:`Method.connect` gets one.
 
     Returns:
         The network, its optimizer, and what to call in place of ``loss.backward()`` at the run's precision.
@@ -51,8 +51,8 @@ class NewNetwork(Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a method is told about the run it is built for.
+class RunInfo:
+    """The run that a method is built for.
 
     Args:
         samples: N; ``classes``: of the labels; ``epochs``, ``batch_size``, ``seed``: of the run.
@@ -87,14 +87,14 @@ class Method:
         self.epochs = epochs
 
     def prepare(self, reference: Reference) -> None:
-        """Whatever must be done once before the first epoch; it is on the training clock."""
+        """Prepare once, before the first epoch; the time counts as training."""
 
     def rows(self, order: Tensor, epoch: int) -> Tensor:
-        """Which rows ``epoch`` visits, given all of them in a random order."""
+        """Return the rows that ``epoch`` visits, given all of them in a random order."""
         return order
 
     def loss(self, losses: Tensor, rows: Tensor, plain: Tensor | None = None) -> Tensor:
-        """The loss to step on, from the losses (B,) of the training set's ``rows`` (B,).
+        """Return the loss to step on, from the losses (B,) of the training set's ``rows`` (B,).
 
         Args:
             plain: losses (B,) to rank by, where those that are trained on have something added (label smoothing).
@@ -102,17 +102,17 @@ class Method:
         return self.trim(losses, rank_by=plain)
 
     def connect(self, network: NewNetwork) -> None:
-        """Called once, before anything else: the way to further networks, for methods that train one beside."""
+        """Receive a way to make further networks; called once, first. For methods that train a second one."""
 
     def choose(self, inputs: Tensor, targets: Tensor) -> Selection | None:
-        """Which samples of a batch the network is to see at all; None for all of them."""
+        """Return the samples of a batch that the network is to see; None for all."""
         return None
 
     def watch(self, outputs: Tensor, targets: Tensor) -> None:
-        """Called before :meth:`loss` with the batch's detached outputs (B, classes)."""
+        """Receive the batch's detached outputs (B, classes), before :meth:`loss`."""
 
     def more_samples(self) -> tuple[int, int]:
-        """Forward and backward samples since the last call that the training loop does not see."""
+        """Return forward and backward samples since the last call that the training loop does not see."""
         return 0, 0
 
     @property
@@ -121,14 +121,14 @@ class Method:
         return []
 
     def after_batch(self) -> None:
-        """Called after every step."""
+        """Act after every step."""
 
     def after_epoch(self, accuracy: float) -> None:
-        """Called after every epoch with its running training accuracy."""
+        """Act after every epoch; ``accuracy`` is its running training accuracy."""
         self.trim.step(accuracy=accuracy)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if it had never stopped."""
+        """Return all that a resumed run needs to go on as if it had never stopped."""
         return {"trim": self.trim.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -151,10 +151,10 @@ class Reweighted(Method):
 class Shortened(Method):
     """Plain training that ends, learning rate and all, after a given number of samples."""
 
-    def __init__(self, samples: int, setting: Setting):
-        super().__init__(Trimmer(1.0), samples / setting.samples)
+    def __init__(self, samples: int, info: RunInfo):
+        super().__init__(Trimmer(1.0), samples / info.samples)
         self.budget = samples
-        self.samples = setting.samples
+        self.samples = info.samples
 
     def rows(self, order: Tensor, epoch: int) -> Tensor:
         return order[: max(1, self.budget - epoch * self.samples)]
@@ -176,13 +176,13 @@ class InfoBatch(Method):
     Those of them that stay weigh 1 / (1 - r), so the expected gradient is the full one. The last epochs see everything.
     """
 
-    def __init__(self, setting: Setting, ratio: float, anneal: float):
-        super().__init__(Trimmer(1.0), setting.epochs)
+    def __init__(self, info: RunInfo, ratio: float, anneal: float):
+        super().__init__(Trimmer(1.0), info.epochs)
         self.ratio = ratio
-        self.last_pruned = math.floor(setting.epochs * (1.0 - anneal))  # pruning ends before this epoch
-        self.scores = torch.full((setting.samples,), math.inf)
-        self.weights = torch.ones(setting.samples)
-        self.generator = Generator().manual_seed(setting.seed)
+        self.last_pruned = math.floor(info.epochs * (1.0 - anneal))  # pruning ends before this epoch
+        self.scores = torch.full((info.samples,), math.inf)
+        self.weights = torch.ones(info.samples)
+        self.generator = Generator().manual_seed(info.seed)
 
     def rows(self, order: Tensor, epoch: int) -> Tensor:
         self.weights.fill_(1.0)
@@ -219,11 +219,11 @@ class RhoLoss(Method):
     There is no spare data to hold out here, so two networks are trained, each on one half, and each scores the other.
     """
 
-    def __init__(self, setting: Setting, keep: float, reference_epochs: int):
-        super().__init__(Trimmer(keep, seed=setting.seed), setting.epochs)
-        self.reference_epochs = reference_epochs or setting.epochs
-        self.seed = setting.seed
-        self.irreducible = torch.zeros(setting.samples)
+    def __init__(self, info: RunInfo, keep: float, reference_epochs: int):
+        super().__init__(Trimmer(keep, seed=info.seed), info.epochs)
+        self.reference_epochs = reference_epochs or info.epochs
+        self.seed = info.seed
+        self.irreducible = torch.zeros(info.samples)
 
     def prepare(self, reference: Reference) -> None:
         order = torch.randperm(len(self.irreducible), generator=Generator().manual_seed(self.seed))

@@ -15,16 +15,6 @@ from batchtrim import Trimmer
 from batchtrim._checks import check_count, check_fraction, check_keep, check_positive
 from batchtrim.lab.files import look_up
 from batchtrim.lab.methods.relatives_table import RELATIVES
-from batchtrim.lab.methods.row import (
-    Param,
-    Params,
-    Row,
-    check_beta,
-    check_or_all,
-    check_place,
-    check_ramp,
-    check_tau,
-)
 from batchtrim.lab.methods.rules import (
     EveryStep,
     FocalLoss,
@@ -33,14 +23,24 @@ from batchtrim.lab.methods.rules import (
     Method,
     Reweighted,
     RhoLoss,
-    Setting,
+    RunInfo,
     Shortened,
     SuperLoss,
+)
+from batchtrim.lab.methods.spec import (
+    MethodSpec,
+    Param,
+    Params,
+    check_beta,
+    check_or_all,
+    check_place,
+    check_ramp,
+    check_tau,
 )
 
 
 def make_schedule(name: str, start: float, end: float) -> Callable[[float], float]:
-    """The keep schedule a run's ``schedule``, ``keep_start`` and ``keep_end`` stand for.
+    """Return the keep schedule a run's ``schedule``, ``keep_start`` and ``keep_end`` stand for.
 
     ``step`` goes down in three levels, the middle one halfway; ``constant`` is ``end`` throughout.
     """
@@ -53,89 +53,89 @@ def make_schedule(name: str, start: float, end: float) -> Callable[[float], floa
     return batchtrim.constant(end)
 
 
-def _scheduled(rule: Callable[[Params], Any]) -> Callable[[Setting, Params], Method]:
-    """A method that follows the run's keep schedule with some selection rule."""
+def _scheduled(rule: Callable[[Params], Any]) -> Callable[[RunInfo, Params], Method]:
+    """Return a method that follows the run's keep schedule with some selection rule."""
 
-    def build(setting: Setting, params: Params) -> Method:
-        trim = Trimmer(setting.keep, total=setting.epochs, select=rule(params), seed=setting.seed)
-        return Method(trim, setting.epochs)
+    def build(info: RunInfo, params: Params) -> Method:
+        trim = Trimmer(info.keep, total=info.epochs, select=rule(params), seed=info.seed)
+        return Method(trim, info.epochs)
 
     return build
 
 
-def _small_loss(setting: Setting, params: Params) -> Method:
+def _small_loss(info: RunInfo, params: Params) -> Method:
     """Keep 1 - rate * min(1, e / ramp) of the easiest in epoch e."""
-    rate, ramp, last = params["noise_rate"], params["ramp_epochs"], setting.epochs - 1
+    rate, ramp, last = params["noise_rate"], params["ramp_epochs"], info.epochs - 1
     if last == 0:
         keep: Any = 1.0
     elif ramp >= last:
         keep = batchtrim.linear(1.0, 1.0 - rate * last / ramp)
     else:
         keep = batchtrim.piecewise({0.0: 1.0, ramp / last: 1.0 - rate})
-    return Method(Trimmer(keep, total=setting.epochs, select=batchtrim.easiest()), setting.epochs)
+    return Method(Trimmer(keep, total=info.epochs, select=batchtrim.easiest()), info.epochs)
 
 
-def _selective_backprop_topk(setting: Setting, params: Params) -> Method:
+def _selective_backprop_topk(info: RunInfo, params: Params) -> Method:
     if params["start"] >= params["end"]:
         raise ValueError(
             "expected `selective_backprop_topk.start` to be less than `end`, "
             f"got {params['start']:g} and {params['end']:g}."
         )
-    total = setting.epochs * setting.batches
+    total = info.epochs * info.batches
     keep = Interrupted(total=total, **params)
-    trim = Trimmer(keep, total=total, select=batchtrim.percentile_topk(), seed=setting.seed)
-    return EveryStep(trim, setting.epochs)
+    trim = Trimmer(keep, total=total, select=batchtrim.percentile_topk(), seed=info.seed)
+    return EveryStep(trim, info.epochs)
 
 
-def _equal_compute(setting: Setting, params: Params) -> Method:
-    """As many samples backward as ``trim`` would take under the run's schedule."""
-    trim = Trimmer(setting.keep, total=setting.epochs)
-    whole, rest = divmod(setting.samples, setting.batch_size)
+def _equal_compute(info: RunInfo, params: Params) -> Method:
+    """Return plain training that stops after as many backward samples as ``trim`` takes on the run's schedule."""
+    trim = Trimmer(info.keep, total=info.epochs)
+    whole, rest = divmod(info.samples, info.batch_size)
     budget = 0
-    for _ in range(setting.epochs):
-        budget += whole * batchtrim.keep_count(trim.keep, setting.batch_size)
+    for _ in range(info.epochs):
+        budget += whole * batchtrim.keep_count(trim.keep, info.batch_size)
         budget += batchtrim.keep_count(trim.keep, rest)
         trim.step()
-    return Shortened(budget, setting)
+    return Shortened(budget, info)
 
 
-_ROWS = (
-    Row("full", "mean of all losses", "plain training", lambda s, p: Method(Trimmer(1.0), s.epochs)),
-    Row(
+_SPECS = (
+    MethodSpec("full", "mean of all losses", "plain training", lambda s, p: Method(Trimmer(1.0), s.epochs)),
+    MethodSpec(
         "full_equal_compute",
         "plain training with as many backward samples as trim, learning rate fully decayed",
         "control; arXiv 2307.06440",
         _equal_compute,
         uses_schedule=True,
     ),
-    Row(
+    MethodSpec(
         "trim",
         "the hardest q of the batch, q falling along the schedule",
         "arXiv 2110.13058",
         _scheduled(lambda p: batchtrim.hardest()),
         uses_schedule=True,
     ),
-    Row(
+    MethodSpec(
         "random",
         "as many samples as trim, drawn at random",
         "control; arXiv 2111.12621",
         _scheduled(lambda p: batchtrim.uniform()),
         uses_schedule=True,
     ),
-    Row(
+    MethodSpec(
         "ordered_sgd",
         "the hardest q, q falling as training accuracy rises",
         "arXiv 1907.04371",
         lambda s, p: Method(Trimmer(batchtrim.by_accuracy()), s.epochs),
     ),
-    Row(
+    MethodSpec(
         "superquantile",
         "the mean above the (1 - q) quantile, boundary sample weighted in",
         "CVaR; Rockafellar and Uryasev 2000",
         lambda s, p: Method(Trimmer(p["keep"], select=batchtrim.superquantile()), s.epochs),
         {"keep": Param(0.5, check_keep, "tail fraction q")},
     ),
-    Row(
+    MethodSpec(
         "ohem",
         "losses above a threshold, and a least number of the hardest",
         "arXiv 1604.03540",
@@ -145,7 +145,7 @@ _ROWS = (
             "min_keep": Param(8, check_count, "least number kept of a batch"),
         },
     ),
-    Row(
+    MethodSpec(
         "selective_backprop",
         "each sample kept with probability (percentile among recent losses) ^ beta",
         "arXiv 1910.00762",
@@ -155,7 +155,7 @@ _ROWS = (
             "history": Param(1024, check_count, "recent losses the percentile is taken over"),
         },
     ),
-    Row(
+    MethodSpec(
         "selective_backprop_topk",
         "a percentile-weighted draw of half the batch, on every second step in mid-training",
         "MosaicML Composer",
@@ -167,7 +167,7 @@ _ROWS = (
             "every": Param(2, check_count, "one selective step in so many"),
         },
     ),
-    Row(
+    MethodSpec(
         "small_loss",
         "the easiest samples, dropping as many as the noise rate",
         "arXiv 1804.06872",
@@ -177,7 +177,7 @@ _ROWS = (
             "ramp_epochs": Param(10, check_ramp, "epochs until that many are dropped"),
         },
     ),
-    Row(
+    MethodSpec(
         "two_sided",
         "the hardest skipped, the next q kept along the schedule",
         "batchtrim",
@@ -185,7 +185,7 @@ _ROWS = (
         {"skip": Param(0.1, check_fraction, "part dropped from the hard end")},
         uses_schedule=True,
     ),
-    Row(
+    MethodSpec(
         "focal",
         "losses weighted by (1 - p) ^ gamma",
         "arXiv 1708.02002",
@@ -194,7 +194,7 @@ _ROWS = (
         any_engine=False,
         smoothing=False,
     ),
-    Row(
+    MethodSpec(
         "superloss",
         "hard samples weighted down, in closed form",
         "Castells et al., NeurIPS 2020",
@@ -206,7 +206,7 @@ _ROWS = (
         any_engine=False,
         smoothing=False,
     ),
-    Row(
+    MethodSpec(
         "infobatch",
         "each epoch, samples below the mean loss dropped at random and the rest of them weighted up",
         "arXiv 2303.04947",
@@ -217,22 +217,22 @@ _ROWS = (
         },
         any_engine=False,
     ),
-    Row(
+    MethodSpec(
         "rho_loss",
         "the hardest by loss minus a held-out network's loss",
         "arXiv 2206.07137",
         lambda s, p: RhoLoss(s, p["keep"], p["reference_epochs"]),
         {
             "keep": Param(0.1, check_keep, "part of the batch kept"),
-            "reference_epochs": Param(0, check_or_all, "epochs of the held-out networks; 0 is as many as the run"),
+            "reference_epochs": Param(0, check_or_all, "epochs of the held-out networks; 0: those of the run"),
         },
         any_engine=False,
     ),
 )
 
-METHODS: dict[str, Row] = {row.name: row for row in (*_ROWS, *RELATIVES)}
+METHODS: dict[str, MethodSpec] = {row.name: row for row in (*_SPECS, *RELATIVES)}
 
 
-def find_method(name: str) -> Row:
-    """The row of that name, or an error that suggests the nearest one."""
+def find_method(name: str) -> MethodSpec:
+    """Return the row of that name, or an error that suggests the nearest one."""
     return look_up("method", name, METHODS)

@@ -82,12 +82,12 @@ class Scale:
 
 
 def esc(value: object) -> str:
-    """Safe as text and inside a quoted attribute."""
+    """Escape text for HTML, also inside a quoted attribute."""
     return html.escape(str(value), quote=True)
 
 
 def style_class(style: int) -> str:
-    """CSS classes of a series: its colour, and dashes where the colours have run out."""
+    """Return the CSS classes of a series: its colour, and dashes if the colours have run out."""
     if style == 0:
         return "s0"
     return f"s{1 + (style - 1) % COLOURS}" + (f" d{(style - 1) // COLOURS}" if style > COLOURS else "")
@@ -113,7 +113,7 @@ def lines(
     y_range: tuple[float, float] | None = None,
     title: str = "",
 ) -> Markup:
-    """Lines with bands over a common x axis; the pointer reads the values where the page's script runs."""
+    """Draw lines with bands over a common x axis; with scripts, the pointer reads the values."""
     drawn = [_thin(each) for each in series if len(each.x)]
     xs = [x for each in drawn for x in each.x]
     if not xs:
@@ -145,7 +145,7 @@ def lines(
 
 
 def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title: str = "") -> Markup:
-    """One row a method: dots for seeds, a bar for the interval, a shade for what could not have been seen."""
+    """Draw one row per method: dots for seeds, a bar for the interval, a shade for differences too small to see."""
     values = [value for row in rows for value in (*row.values, *(row.interval or ()), 0.0)]
     low, high = data_range(values)
     step, top = 58, 8
@@ -200,7 +200,7 @@ def scatter(
     title: str = "",
     named: Collection[str] | None = None,
 ) -> Markup:
-    """Cost on x from zero, error on y with its interval; each point has its name beside it.
+    """Draw cost on x from zero, error on y with its interval; each point has its name beside it.
 
     Args:
         named: labels of the points that are named where all would be too many; those of the front are besides.
@@ -246,7 +246,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def legend(entries: Sequence[tuple[str, int]]) -> Markup:
-    """Names with a stroke of their colour; pointing at one brings its lines forward."""
+    """Draw names with a stroke of their colour; pointing at one brings its lines forward."""
     items = "".join(
         f'<li class="{style_class(style)}" data-series="{esc(label)}"><svg width="26" height="10" aria-hidden="true">'
         f'<line class="line" x1="1" x2="25" y1="5" y2="5"/></svg>{esc(label)}</li>'
@@ -256,7 +256,7 @@ def legend(entries: Sequence[tuple[str, int]]) -> Markup:
 
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: Sequence[Sequence[Box]]) -> list[str]:
-    """Names beside their points, a stroke to those that are far; see :func:`batchtrim.lab.present.names.place`."""
+    """Draw names beside their points, a stroke to those that are far; see :func:`batchtrim.lab.present.names.place`."""
     ordered = sorted(points, key=lambda each: y(each.y))
     room = (LEFT, WIDTH, TOP - 2, HEIGHT - BOTTOM)
     places = names.place([(x(each.x), y(each.y), BOLD * len(each.label)) for each in ordered], taken, room)
@@ -274,13 +274,13 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: Sequence[Sequenc
 
 
 def _reach(point: Point, x: Scale, y: Scale) -> Box:
-    """A point with its interval."""
+    """Return the box of a point with its interval."""
     ends = [y(edge) for edge in (point.y, *(point.interval or ()))]
     return x(point.x) - 6, x(point.x) + 6, min(ends) - 5, max(ends) + 5
 
 
 def _along(best: Sequence[Point], x: Scale, y: Scale, pieces: int = 24) -> list[Box]:
-    """The line that joins the front, in small pieces."""
+    """Return the line that joins the front, in small pieces."""
     places = [
         (x(one.x + part * (other.x - one.x)), y(one.y + part * (other.y - one.y)))
         for one, other in itertools.pairwise(best)
@@ -369,7 +369,7 @@ def _path(xs: Sequence[float], ys: Sequence[float], x: Scale, y: Scale) -> str:
 
 
 def _thin(series: Series) -> Series:
-    """Every n-th point of a long line, the last one always."""
+    """Return every n-th point of a long line, the last one always."""
     n = len(series.x)
     if n <= MOST_POINTS:
         return series
@@ -380,14 +380,14 @@ def _thin(series: Series) -> Series:
 
 
 def data_range(values: Sequence[float]) -> tuple[float, float]:
-    """From the least to the largest, with a little air."""
+    """Return the range from the smallest value to the largest, with a little margin."""
     low, high = _widen(min(values), max(values))
     air = 0.06 * (high - low)
     return low - air if low < 0 or low - air > 0 else 0.0, high + air
 
 
 def _widen(low: float, high: float) -> tuple[float, float]:
-    """A range that is never a single point."""
+    """Return a range that is never a single point."""
     if high > low:
         return low, high
     air = abs(low) * 0.1 or 0.01

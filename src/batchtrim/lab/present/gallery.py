@@ -1,4 +1,4 @@
-"""What was kept, to look at: one self-contained page with the hardest samples, a map, confusions and classes over time.
+"""The gallery: one self-contained page with the hardest samples, a map, confusions and classes over time.
 
 :func:`build` makes it from a folder of runs that recorded a keep log (``batchtrim show``), :func:`write` from a log and
 samples of your own: images, or rows of text or fields.
@@ -23,6 +23,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from batchtrim._checks import import_extra
+from batchtrim._deprecated import renamed
 from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.lab import records
 from batchtrim.lab.files import writing
@@ -54,26 +55,27 @@ ORDERS = (
 )
 
 DRAWN = ("random", "loss_mass_random", "data_dropout")
-"""Methods that draw what they keep by lot."""
+"""Methods that choose the kept samples at random."""
 
 
+@renamed("pictures", "images")
 @dataclass(frozen=True)
 class Samples:
     """What the log's ids stand for.
 
     Args:
         labels: int (n,), as trained on. ``classes``: their C names. Neither for samples of no class, as in regression.
-        pictures: uint8 (n, channels, H, W), one or three channels; or
+        images: uint8 (n, channels, H, W), one or three channels; or
         rows: a text for each sample, or a mapping of field names to values.
         predicted, confidence: (n,), class and probability, where the log's own (the last seen in training, augmentation
             and all) should not be used.
-        title: heading of the page. ``facts``: settings to print at its foot. ``random``: what was kept was
-            drawn by lot, so the keep rates say nothing of the samples.
+        title: heading of the page. ``facts``: settings to print at its foot. ``random``: the kept samples were
+            drawn at random, so keep rates say nothing about them.
     """
 
     labels: Tensor | None = None
     classes: Sequence[str] = ()
-    pictures: Tensor | None = None
+    images: Tensor | None = None
     rows: Sequence[str | Mapping[str, Any]] | None = None
     predicted: Tensor | None = None
     confidence: Tensor | None = None
@@ -115,11 +117,11 @@ def build(
     if "task" in row["config"]:
         return write(KeepLog.from_parquet(path), _told_by_the_task(path, row, facts), out)
     config = RunConfig.from_dict(row["config"])
-    pictures = loading.load_images(config, data_dir or remembered(folder))
+    images = loading.load_images(config, data_dir or remembered(folder))
     samples = Samples(
-        labels=pictures.train_labels,
-        classes=pictures.class_names or _class_names(config.dataset, pictures.classes),
-        pictures=pictures.train_images,
+        labels=images.train_labels,
+        classes=images.class_names or _class_names(config.dataset, images.classes),
+        images=images.train_images,
         title=f"What was kept: {config.label}",
         facts=facts,
         random=config.method in DRAWN,
@@ -128,7 +130,7 @@ def build(
 
 
 def _told_by_the_task(path: Path, row: Mapping[str, Any], facts: Mapping[str, str]) -> Samples:
-    """What a training function said of its samples, with ``run.show``."""
+    """Return the samples that a training function described with ``run.show``."""
     try:
         told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -136,11 +138,11 @@ def _told_by_the_task(path: Path, row: Mapping[str, Any], facts: Mapping[str, st
             f"expected {path.with_suffix('.json')} with what the samples are, got nothing there. Let the task say it: "
             "run.show(rows=...) or run.show(images=...)."
         ) from error
-    images = path.with_suffix(".npy")
+    pixels = path.with_suffix(".npy")
     return Samples(
         labels=None if told["labels"] is None else torch.tensor(told["labels"]),
         classes=told["classes"],
-        pictures=torch.from_numpy(np.load(images, allow_pickle=False)) if images.exists() else None,
+        images=torch.from_numpy(np.load(pixels, allow_pickle=False)) if pixels.exists() else None,
         rows=told["rows"],
         title=f"What was kept: {TaskConfig.from_dict(row['config']).label}",
         facts=facts,
@@ -161,9 +163,9 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     assert samples.labels is not None
     if len(samples.labels) != log.n:
         raise ValueError(f"expected {log.n} labels, one per sample of the log, got {len(samples.labels)}.")
-    if (samples.pictures is None) == (samples.rows is None):
-        raise ValueError("expected either `pictures` or `rows` of the samples, got both or neither.")
-    for name in ("pictures", "rows", "predicted", "confidence"):
+    if (samples.images is None) == (samples.rows is None):
+        raise ValueError("expected either `images` or `rows` of the samples, got both or neither.")
+    for name in ("images", "rows", "predicted", "confidence"):
         value = getattr(samples, name)
         if value is not None and len(value) != log.n:
             raise ValueError(f"expected `{name}` of {log.n} samples, got {len(value)}.")
@@ -180,8 +182,8 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         "scale": {"loss": _loss_scale(columns)},
     }
     sheets: list[str] = []
-    if samples.pictures is not None:
-        sheets, data["thumb"] = _sheets(samples.pictures[torch.from_numpy(columns["id"][shown].astype(np.int64))])
+    if samples.images is not None:
+        sheets, data["thumb"] = _sheets(samples.images[torch.from_numpy(columns["id"][shown].astype(np.int64))])
         data["sheets"] = len(sheets)
     else:
         assert samples.rows is not None
@@ -209,7 +211,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
 
 
 def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
-    """What the page knows of each sample that was seen, most suspect first, in as few bytes as it takes."""
+    """Return the page's data on each sample that was seen, most suspect first, packed into few bytes."""
     assert samples.labels is not None
     table = log.table()
     ids, scores = suspects(log)
@@ -230,13 +232,13 @@ def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
 
 
 def _percent(values: Tensor) -> np.ndarray:
-    """A part of one in 200 steps; 255 where unknown."""
+    """Return fractions as 200ths in a byte; 255 if unknown."""
     known = (values * 200).round().clamp(0, 200).nan_to_num(255)
     return known.cpu().numpy().astype(np.uint8)
 
 
 def _shown(columns: dict[str, np.ndarray], classes: int) -> np.ndarray:
-    """Positions of the samples to show: the hardest of each class by mean loss, and the most suspect of all."""
+    """Return positions of the samples to show: the hardest of each class by mean loss, and the most suspect of all."""
     each = min(PER_CLASS, max(4, MOST_SHOWN // max(1, classes)))
     order = np.argsort(-np.nan_to_num(columns["mean"], nan=np.inf), kind="stable")
     labels = columns["label"][order]
@@ -246,7 +248,7 @@ def _shown(columns: dict[str, np.ndarray], classes: int) -> np.ndarray:
 
 
 def _loss_scale(columns: dict[str, np.ndarray]) -> float:
-    """A loss that nearly all stay below, so that a few outliers do not squeeze the map."""
+    """Return a loss that nearly all samples stay below, so that a few outliers do not squeeze the map."""
     mean = columns["mean"][np.isfinite(columns["mean"])]
     return float(np.quantile(mean, 0.999)) or 1.0 if len(mean) else 1.0
 
@@ -257,16 +259,16 @@ def _packed(values: np.ndarray) -> dict[str, str]:
     return {"type": kinds[values.dtype.str[1:]], "data": base64.b64encode(little.tobytes()).decode()}
 
 
-def _sheets(pictures: Tensor) -> tuple[list[str], dict[str, int]]:
-    """Sprite sheets of (S, channels, H, W) as data addresses, and the size of a thumbnail on them."""
+def _sheets(images: Tensor) -> tuple[list[str], dict[str, int]]:
+    """Return sprite sheets of (S, channels, H, W) as data URLs, and the size of a thumbnail on them."""
     image = import_extra("PIL.Image", "lab", "the gallery")
-    count, channels, height, width = pictures.shape
+    count, channels, height, width = images.shape
     shrink = min(1.0, THUMB / max(height, width))
     size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
     per_sheet = SHEET_SIDE * SHEET_SIDE
     sheets = []
     for first in range(0, count, per_sheet):
-        part = pictures[first : first + per_sheet]
+        part = images[first : first + per_sheet]
         rows = math.ceil(len(part) / SHEET_SIDE)
         if shrink < 1.0:
             part = torch.nn.functional.interpolate(part.float(), size=size[::-1], mode="area").round().to(torch.uint8)
@@ -282,14 +284,14 @@ def _sheets(pictures: Tensor) -> tuple[list[str], dict[str, int]]:
 
 
 def _fields(row: str | Mapping[str, Any]) -> list[list[str]]:
-    """A sample that is no image, as names and values; a plain text has an empty name."""
+    """Return a sample that is no image, as names and values; a plain text has an empty name."""
     pairs = [("", row)] if isinstance(row, str) else row.items()
     return [[str(name), text if len(text := str(value)) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"]
             for name, value in pairs]  # fmt: skip
 
 
 def _numbers(log: KeepLog, columns: dict[str, np.ndarray]) -> list[Tile]:
-    """What stands at the head of the page."""
+    """Return the numbers at the top of the page."""
     table = log.table()
     seen, kept = int(table["seen"].sum()), int(table["kept"].sum())
     never_dropped = int((table["kept"] == table["seen"])[table["seen"] > 0].sum())

@@ -80,7 +80,7 @@ def comparison_page(summary: Summary) -> str:
 
 
 def _overview(summary: Summary) -> dict[str, Any] | None:
-    """Settings by methods: the difference in points, marked where it is a finding."""
+    """Return a table of settings by methods: the difference in points, marked if it is a finding."""
     labels = list(dict.fromkeys(arm.label for group in summary.groups for arm in group.arms if arm.paired))
     if not labels:
         return None
@@ -142,13 +142,13 @@ def group_values(group: Group) -> dict[str, Any]:
 
 
 def styles(group: Group) -> dict[str, int]:
-    """The baseline is grey, style 0; the others take the colours in turn."""
+    """Return a style for each arm: 0, grey, for the baseline; the others take the colours in turn."""
     others = [arm.label for arm in group.arms if arm.label != group.baseline]
     return ({group.baseline: 0} if group.baseline else {}) | {label: 1 + i for i, label in enumerate(others)}
 
 
 def _tiles(group: Group) -> list[Tile]:
-    """A comparison of two arms in four numbers; larger ones have the table."""
+    """Return a comparison of two arms as four tiles; none for more arms, which have the table."""
     if len(group.arms) != 2 or group.arms[1].paired is None:
         return []
     base, arm = group.arms
@@ -273,7 +273,7 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
 def _series(
     group: Group, styles: dict[str, int], name: str, *, band: bool = True, dashed: bool = False
 ) -> list[Series]:
-    """Mean over seeds of one curve, an arm a line; epochs are counted from 1 and must have a value from some seed."""
+    """Return one line per arm: a curve's mean over seeds. Epochs count from 1; some seed must have a value."""
     series = []
     for arm in group.arms:
         curves = [row["curve"].get(name) or [] for row in arm.runs if row["status"] == "finished"]
@@ -305,7 +305,7 @@ def _series(
 
 
 def _error_range(series: Sequence[Series]) -> tuple[tuple[float, float] | None, bool]:
-    """A range that shows the end of training well: up to the worst after a fifth of it; and whether that cuts any."""
+    """Return a range for the end of training, up to the worst error after a fifth of it, and whether it cuts any."""
     late = [y for each in series for part in (each.y, each.low, each.high) for y in (part or [])[len(each.y) // 5 :]]
     if not late:
         return None, False
@@ -366,5 +366,5 @@ def _axis(metric: Metric) -> Callable[[float], str]:
 
 
 def _axis_percent(value: float) -> str:
-    """As few decimals as an axis of errors needs."""
+    """Return a percentage with as few decimals as an axis of errors needs."""
     return f"{100 * value:.4g}"

@@ -49,12 +49,12 @@ def write(folders: Sequence[str | Path], out: Path) -> None:
 
 
 def page(folders: Sequence[str | Path]) -> str:
-    """A Markdown page on all records: the claims first, then each record's tables."""
+    """Return a Markdown page on all records: the claims first, then each record's tables."""
     return _page([claims.read(folder) for folder in folders])
 
 
 def drawings(folders: Sequence[str | Path]) -> dict[str, str]:
-    """The page's drawings, SVG by file name."""
+    """Return the page's drawings, SVG by file name."""
     return _drawings([claims.read(folder) for folder in folders])
 
 
@@ -79,7 +79,7 @@ def _topic(record: Record) -> str:
 
 
 def _drawing_name(record: Record, group: Group) -> str:
-    """The file a group is drawn in; "" where there is too little to draw."""
+    """Return the file a group is drawn in; "" where there is too little to draw."""
     if len(_drawn(group)) < 3:
         return ""
     topic = _topic(record)
@@ -119,7 +119,7 @@ def _drawings(read: Sequence[Record]) -> dict[str, str]:
 
 
 def _css() -> list[str]:
-    """The lines of the page's style sheet that its charts use, for a drawing that stands alone."""
+    """Return the lines of the page's style sheet that its charts use, for a drawing that stands alone."""
     lines = (Path(__file__).parent / "page.css").read_text(encoding="utf-8").splitlines()
     end = lines.index("* { box-sizing: border-box; }")
     font = 'svg { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }'
@@ -127,7 +127,7 @@ def _css() -> list[str]:
 
 
 def _gains(read: Sequence[Record]) -> list[str]:
-    """When does it help: each method's gain, the problems in the order of how well plain training fits them."""
+    """Return each method's gain, with the problems ordered by how well plain training fits them."""
     rows = []
     for record in read:
         for group in record.groups:
@@ -179,6 +179,6 @@ def _findings_table(record: Record) -> list[str]:
 
 
 def _seeds(found: Finding) -> str:
-    """How many pairs there are, and how many a diverged run has cost."""
+    """Return the number of pairs, and how many were lost to a diverged run."""
     lost = f" ({len(found.diverged)} diverged)" if found.diverged else ""
     return f"{found.difference.n}{lost}"

@@ -21,7 +21,7 @@ TERMS = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """The arm of a schedule and an end; ``best`` marks the one with the best mean."""
 
     main: str
@@ -36,7 +36,7 @@ class Grid:
 
     method: str
     ends: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[GridCell | None, ...]], ...]
     said: str
 
 
@@ -74,11 +74,11 @@ def _grid(method: str, arms: Sequence[Arm]) -> Grid | None:
     )
 
 
-def _cell(arm: Arm | None, best: Arm | None) -> Cell | None:
+def _cell(arm: Arm | None, best: Arm | None) -> GridCell | None:
     if arm is None:
         return None
     colour = wording.colour(arm.paired) if arm.paired else ""
-    return Cell(wording.error(arm), wording.difference(arm.paired), colour, arm is best)
+    return GridCell(wording.error(arm), wording.difference(arm.paired), colour, arm is best)
 
 
 def _best_said(best: Arm, of: int) -> str:

@@ -44,7 +44,7 @@ def write_report(rows: Iterable[Row], out_dir: str | Path, baseline: str = "full
 
 
 def console_table(summary: Summary) -> RenderableType:
-    """The tables and verdicts, for ``rich.console.Console().print``."""
+    """Return the tables and verdicts, for ``rich.console.Console().print``."""
     from rich.console import Group as Stack
     from rich.table import Table
     from rich.text import Text
@@ -99,7 +99,7 @@ def _legends(summary: Summary) -> list[str]:
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
-    """Everything but the curves, as plain values."""
+    """Return everything but the curves as plain values."""
     return {
         "verdict": wording.headline(summary),
         "runs": summary.runs,
@@ -122,7 +122,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 
 def to_markdown(summary: Summary) -> str:
-    """The report in Markdown: verdict, tables, equal-budget views, settings, environment, how to run it again."""
+    """Return the report in Markdown: verdict, tables, equal-budget views, settings, environment, command."""
     lines = [
         "# batchtrim comparison",
         "",
@@ -152,7 +152,7 @@ def to_markdown(summary: Summary) -> str:
 
 
 def to_csv(summary: Summary) -> str:
-    """One line a method and view: settings, mean, spread, intervals, differences, tests, cost and verdict."""
+    """Return one line per method and view: settings, mean, spread, intervals, differences, tests, cost, verdict."""
     lines = [
         {**group.settings, "view": name, **_flat(arm, group)}
         for group in summary.groups
@@ -194,7 +194,7 @@ def _view_json(view: View, group: Group) -> dict[str, Any]:
 
 
 def _flat(arm: Arm, group: Group) -> dict[str, Any]:
-    """An arm as one line of CSV."""
+    """Return an arm as one line of CSV."""
     paired, spread = arm.paired, arm.moments
     return {
         **{name: value for name, value in arm.settings.items() if name != "method_params"},
@@ -247,7 +247,7 @@ def markdown_table(group: Group, arms: Iterable[Arm], cost: bool = True) -> list
 
 
 def cell(value: object) -> str:
-    """Text that cannot break a Markdown table or turn into markup."""
+    """Escape text so that it cannot break a Markdown table or turn into markup."""
     text = str(value).replace("\n", " ")
     for mark in "\\|<>*_`[]":
         text = text.replace(mark, "\\" + mark)

@@ -35,5 +35,5 @@ def _environment() -> Environment:
 
 
 def _breakable(text: object) -> Markup:
-    """Free to go on in the next line before a bracket and after a comma, and nowhere inside an identifier."""
+    """Allow line breaks before a bracket and after a comma, and nowhere inside an identifier."""
     return escape(text).replace("(", Markup("<wbr>(")).replace(",", Markup(",<wbr>"))

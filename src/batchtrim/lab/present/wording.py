@@ -23,7 +23,7 @@ LEGEND = (
 
 
 def legend(metric: Metric) -> str:
-    """How to read a table of a metric."""
+    """Return how to read a table of a metric."""
     if metric == ERROR:
         return LEGEND
     sign = "above" if metric.higher_is_better else "below"
@@ -35,7 +35,7 @@ def legend(metric: Metric) -> str:
 
 
 KINDS = {Verdict.LOWER: "lower", Verdict.HIGHER: "higher", Verdict.NOT_SEEN: "same", Verdict.SAME: "same"}
-"""Which way a verdict goes; any other goes no way."""
+"""The direction of a verdict; the others have none."""
 FINDINGS = {"lower": "lower", "higher": "higher", "same": "no difference seen", "none": "no verdict"}
 VIEWS = {
     "samples_backward": ("Equal samples backward", "samples backward"),
@@ -44,12 +44,12 @@ VIEWS = {
 
 
 def kind(paired: Paired | None) -> str:
-    """Which way a comparison goes: lower, higher, same or none."""
+    """Return the direction of a comparison: lower, higher, same or none."""
     return KINDS.get(paired.verdict, "none") if paired else "none"
 
 
 def colour(paired: Paired | None) -> str:
-    """The class that colours a comparison: "lower" for a gain, as of errors, "higher" for a loss."""
+    """Return the CSS class of a comparison: "lower" if the method is better, "higher" if it is worse."""
     way = kind(paired)
     if paired is None or not paired.metric.higher_is_better:
         return way
@@ -57,12 +57,12 @@ def colour(paired: Paired | None) -> str:
 
 
 def _found(way: str, metric: Metric) -> str:
-    """Which way a comparison goes, with what is compared: lower error."""
+    """Return the direction of a comparison with its metric: lower error."""
     return f"{FINDINGS[way]} {metric.name}" if way in ("lower", "higher") else FINDINGS[way]
 
 
 def finding(paired: Paired) -> str:
-    """What the pairs say."""
+    """Return the finding over the pairs as a phrase."""
     n, mean, verdict, metric = paired.moments.n, paired.moments.mean or 0.0, paired.verdict, paired.metric
     by, way = f"{metric.number(abs(mean))}{metric.unit}", "lower" if mean < 0 else "higher"
     return {
@@ -79,7 +79,7 @@ def finding(paired: Paired) -> str:
 
 
 def verdict(arm: Arm, reference: Arm | None) -> str:
-    """What is seen of an arm against the baseline's, diverged runs of either named; "" where nothing is compared."""
+    """Return an arm's verdict against the baseline, naming diverged runs of either; "" if nothing is compared."""
     if arm.paired is None or reference is None:
         return ""
     said = finding(arm.paired)
@@ -96,7 +96,7 @@ def verdict(arm: Arm, reference: Arm | None) -> str:
 
 
 def group_verdict(group: Group) -> str:
-    """What is seen in a group, in a line."""
+    """Return the verdict on a group in one line."""
     compared = [arm for arm in group.arms if arm.paired is not None]
     if not compared:
         return _nothing_compared(group.arms, group.against)
@@ -113,7 +113,7 @@ def group_verdict(group: Group) -> str:
 
 
 def _sweep_verdict(compared: list[Arm], metric: Metric) -> str:
-    """How often each method was found lower, higher or neither over its schedules, and its best."""
+    """Return how often each method was lower, higher or neither over its schedules, and its best."""
     lines = []
     for method in dict.fromkeys(str(arm.settings["method"]) for arm in compared):
         arms = [arm for arm in compared if arm.settings["method"] == method]
@@ -125,20 +125,20 @@ def _sweep_verdict(compared: list[Arm], metric: Metric) -> str:
 
 
 def best_of(arms: Iterable[Arm]) -> Arm | None:
-    """The arm with the best mean; None where no run finished."""
+    """Return the arm with the best mean; None where no run finished."""
     known = [arm for arm in arms if arm.moments.mean is not None]
     sign = -1.0 if known and known[0].metric.higher_is_better else 1.0
     return min(known, key=lambda arm: sign * (arm.moments.mean or 0.0), default=None)
 
 
 def place(arm: Arm) -> str:
-    """Where in a sweep an arm stands: cosine to 0.2."""
+    """Return an arm's place in a sweep: cosine to 0.2."""
     schedule, end = arm.settings.get("schedule"), arm.settings.get("keep_end")
     return f"{schedule} to {end:g}" if schedule is not None and end is not None else arm.label
 
 
 def headline(summary: Summary) -> str:
-    """What is seen in all groups, in a line: how often each method was found lower, higher or neither."""
+    """Return the verdict on all groups in one line: how often each method was lower, higher or neither."""
     if len(summary.groups) == 1:
         return group_verdict(summary.groups[0])
     arms = [arm for group in summary.groups for arm in group.arms]
@@ -164,24 +164,24 @@ def _nothing_compared(arms: Iterable[Arm], against: str) -> str:
 
 
 def view_title(view: View) -> str:
-    """The heading of a comparison at an equal budget."""
+    """Return the heading of a comparison at an equal budget."""
     return VIEWS[view.name][0]
 
 
 def view_note(view: View) -> str:
-    """How its errors were read."""
+    """Return how the errors of a view were read."""
     if view.budget is None:
         return "Not every run has a curve, so no budget in common can be read."
     return (
         f"Read at {view.budget:,.0f} {VIEWS[view.name][1]}, the largest budget that every run reached, on a straight "
         "line between the evaluations before and after it. A run with a larger total is read before its learning rate "
-        "has fallen, which counts against it: full_equal_compute is the control that is trained to the end on the "
+        "has fallen, which counts against it: full_equal_compute is the control that finishes its training on the "
         "smaller budget."
     )
 
 
 def claim(claim: Claim) -> str:
-    """A claim's sides, in Markdown, with the settings that tell their arms from others: `trim` (engine shared)."""
+    """Return a claim's two sides in Markdown, with the settings that identify their arms: `trim` (engine shared)."""
     sides = []
     for method, chosen in ((claim.method, claim.settings), (claim.against, claim.against_settings)):
         named = ", ".join(f"{name} {value}" for name, value in chosen.items())
@@ -192,22 +192,22 @@ def claim(claim: Claim) -> str:
 
 
 def better(metric: Metric) -> str:
-    """Which way a metric is better, and how it is compared."""
+    """Return which direction of a metric is better, and how it is compared."""
     return f"{capital(metric.better)} {metric.name} is better; differences are paired by seed."
 
 
 def capital(text: str) -> str:
-    """With a capital letter."""
+    """Return the text with a capital letter."""
     return text[:1].upper() + text[1:]
 
 
 def sentence(text: str) -> str:
-    """With a capital letter, unless a method's name comes first, and a full stop."""
+    """Return the text with a full stop."""
     return text.rstrip(".") + "."
 
 
 def counts(summary: Summary) -> str:
-    """How many runs there were, and what became of those that did not finish."""
+    """Return the number of runs, and how many diverged or failed."""
     text = f"{summary.runs} run{'s' if summary.runs != 1 else ''}"
     if summary.diverged:
         text += f", {summary.diverged} diverged (counted and named, in no mean)"
@@ -217,17 +217,17 @@ def counts(summary: Summary) -> str:
 
 
 def points(value: float, digits: int = 2) -> str:
-    """A difference of errors in percentage points: 0.0123 is 1.23."""
+    """Return a difference of errors in percentage points: 0.0123 is 1.23."""
     return f"{100 * value:.{digits}f}"
 
 
 def percent(value: float | None, digits: int = 2, metric: Metric = ERROR, spread: float | None = None) -> str:
-    """A metric's number; an error as percent, without the sign: 0.0213 is 2.13; another's decimals by its spread."""
+    """Return a metric's number: an error in percent, without the sign; another's decimals by its spread."""
     return UNKNOWN if value is None else metric.number(value, digits, spread)
 
 
 def signed(value: float | None, digits: int = 2, metric: Metric = ERROR, spread: float | None = None) -> str:
-    """A difference, of errors in points, with a real minus sign."""
+    """Return a difference, of errors in points, with a real minus sign."""
     if value is None:
         return UNKNOWN
     text = metric.number(abs(value), digits, spread)
@@ -237,7 +237,7 @@ def signed(value: float | None, digits: int = 2, metric: Metric = ERROR, spread:
 
 
 def error(arm: Arm) -> str:
-    """Mean and standard deviation of the metric, of the test error in percent."""
+    """Return mean ± standard deviation of the metric; test errors in percent."""
     mean, std, metric = arm.moments.mean, arm.moments.std, arm.metric
     if std is None:
         return percent(mean, 2, metric)
@@ -245,46 +245,46 @@ def error(arm: Arm) -> str:
 
 
 def runs(arm: Arm) -> str:
-    """How many runs finished, and what became of the others."""
+    """Return how many runs finished, diverged and failed."""
     lost = [f"{len(seeds)} {word}" for seeds, word in ((arm.diverged, "diverged"), (arm.failed, "failed")) if seeds]
     return ", ".join([str(arm.moments.n), *lost])
 
 
 def short_runs(arm: Arm) -> str:
-    """How many runs finished, of how many where some did not: 4/5."""
+    """Return how many runs finished; 4/5 if one did not."""
     tried = arm.moments.n + len(arm.diverged) + len(arm.failed)
     return str(tried) if tried == arm.moments.n else f"{arm.moments.n}/{tried}"
 
 
 def difference(paired: Paired | None) -> str:
-    """Mean paired difference, of errors in points."""
+    """Return the mean paired difference; of errors in points."""
     return signed(paired.moments.mean, 2, paired.metric, _half(paired.moments.t)) if paired else ""
 
 
 def interval(ends: tuple[float, float] | None, metric: Metric = ERROR) -> str:
-    """Two ends of an interval of the metric, of errors in percent."""
+    """Return the ends of an interval of the metric; of errors in percent."""
     return UNKNOWN if ends is None else " to ".join(percent(each, 2, metric, _half(ends)) for each in ends)
 
 
 def signed_interval(ends: tuple[float, float] | None, metric: Metric = ERROR) -> str:
-    """Two ends of an interval of differences, of errors in points."""
+    """Return the ends of an interval of differences; of errors in points."""
     return UNKNOWN if ends is None else " to ".join(signed(each, 2, metric, _half(ends)) for each in ends)
 
 
 def _half(ends: tuple[float, float] | None) -> float | None:
-    """Half the width of an interval."""
+    """Return half the width of an interval."""
     return (ends[1] - ends[0]) / 2 if ends else None
 
 
 def p_value(p: float | None) -> str:
-    """Three decimals, and no pretence below them."""
+    """Return a p-value with three decimals; below that, <0.001."""
     if p is None:
         return UNKNOWN
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def amount(value: float) -> str:
-    """A count or a time in at most four figures and a letter: 1.2M."""
+    """Return a count or a time in at most four figures and a letter: 1.2M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -292,12 +292,12 @@ def amount(value: float) -> str:
 
 
 def cost(arm: Arm, name: str) -> str:
-    """Mean over finished runs."""
+    """Return a cost, averaged over finished runs."""
     return amount(arm.cost[name]) if name in arm.cost else UNKNOWN
 
 
 def backward(arm: Arm, group: Group) -> str:
-    """Samples that went backward, as a share of plain training's where that is the baseline."""
+    """Return the backward samples, as a share of plain training's if that is the baseline."""
     reference = group.reference
     if reference is not None and reference.settings["method"] != "full":
         reference = None
@@ -305,14 +305,14 @@ def backward(arm: Arm, group: Group) -> str:
 
 
 def share(arm: Arm, reference: Arm | None, name: str) -> str:
-    """A cost as a percentage of the baseline's, or in full where that has none."""
+    """Return a cost as a percentage of the baseline's; the cost itself if the baseline has none."""
     if name not in arm.cost or reference is None or not reference.cost.get(name):
         return cost(arm, name)
     return f"{100 * arm.cost[name] / reference.cost[name]:.0f} %"
 
 
 def environment(summary: Summary) -> dict[str, str]:
-    """Versions and hardware; where runs differ, every value there was."""
+    """Return versions and hardware; if runs differ, every value."""
     seen: dict[str, list[str]] = {}
     for row in summary.rows:
         for name, value in (row.get("environment") or {}).items():
@@ -324,7 +324,7 @@ def environment(summary: Summary) -> dict[str, str]:
 
 
 def command(group: Group) -> str:
-    """The command that runs this group again; runs that are recorded in the folder are not done twice.
+    """Return the command that runs this group again; runs already recorded in the folder are skipped.
 
     "" for numbers that were made elsewhere.
     """

@@ -26,7 +26,7 @@ ENGINES = ("exact", "two_pass", "shared", "auto")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
-# What an optimizer starts from where nothing is said: learning rate and weight decay in common use.
+# Default learning rate and weight decay of each optimizer, those in common use.
 OPTIMIZER_DEFAULTS = {"adam": (1e-3, 0.0), "adamw": (1e-3, 0.05), "sgd": (0.1, 5e-4), "nesterov": (0.1, 5e-4)}
 
 
@@ -53,26 +53,26 @@ class RunConfig:
         own="a folder, a table, owner/name",
     )  # fmt: skip
     image_size: int | None = setting(
-        None, "side in pixels that your images are resized to", role=Role.DATA, later=True,
-        default_help="64 unless alike and small",
+        None, "resize your images to squares of this many pixels", role=Role.DATA, later=True,
+        default_help="64, unless all have one small size",
     )  # fmt: skip
     test_split: float | None = setting(
-        None, "part of your images to test on, where they have no test split", role=Role.DATA, later=True,
+        None, "fraction of your images to test on, if there is no test split", role=Role.DATA, later=True,
         default_help="none",
     )  # fmt: skip
     split_seed: int = setting(0, "seed of that split", role=Role.DATA, later=True)
     group: str | None = setting(
-        None, "column, or pattern of file names: what stays on one side of the split", role=Role.DATA, later=True,
+        None, "column or file-name pattern whose values are never split between sides", role=Role.DATA, later=True,
         default_help="none",
     )  # fmt: skip
     image_column: str | None = setting(
-        None, "column of a table with the images", role=Role.DATA, later=True, default_help="image, img, path or file"
+        None, "table column with the images", role=Role.DATA, later=True, default_help="image, img, path or file"
     )
     label_column: str | None = setting(
-        None, "column of a table with the classes", role=Role.DATA, later=True, default_help="label, class or target"
+        None, "table column with the classes", role=Role.DATA, later=True, default_help="label, class or target"
     )
     skip_broken: bool = setting(
-        False, "go on without images that cannot be decoded", role=Role.DATA, later=True, default_help="refused"
+        False, "skip images that cannot be decoded", role=Role.DATA, later=True, default_help="refused"
     )
     data_version: str = setting("", role=Role.DATA, later=True)
     model: str = setting("mlp", "network", choices=MODELS, many=True, own="FILE.py:FUNCTION, hf:ARCHITECTURE")
@@ -89,35 +89,35 @@ class RunConfig:
     batch_size: int = setting(128, "images in a batch, over all processes")
     seed: int = setting(0, role=Role.SEED)
     augment: str | None = setting(None, "augmentation", choices=AUGMENTS, default_help="by data set")
-    label_smoothing: float = setting(0.0, "label smoothing; ranks by the plain loss", later=True)
+    label_smoothing: float = setting(0.0, "label smoothing; samples are ranked by the loss without it", later=True)
     test_views: str = setting(
         "plain",
-        "views tested of an image",
+        "views of each test image",
         choices=TEST_VIEWS,
         later=True,
     )
     train_size: int | None = setting(
-        None, "train on so many images, the same part of every class", role=Role.DATA, default_help="all"
+        None, "number of training images, in the classes' proportions", role=Role.DATA, default_help="all"
     )
     test_size: int | None = setting(
-        None, "test on so many images, the same ones in every run", later=True,
+        None, "number of test images, the same ones in every run", later=True,
         default_help="all",
     )  # fmt: skip
     label_noise: str = setting(
         "none", "wrong labels: none, symmetric:RATE, asymmetric:RATE, human:WHICH", role=Role.DATA
     )
-    imbalance: float = setting(1.0, "size of the largest class over that of the smallest", role=Role.DATA)
-    keep_start: float | None = setting(1.0, "part of a batch kept at the start", role=Role.ARM, many=True)
-    keep_end: float | None = setting(0.2, "part of a batch kept at the end", role=Role.ARM, many=True)
-    schedule: str | None = setting("linear", "way between them", role=Role.ARM, choices=SCHEDULES, many=True)
+    imbalance: float = setting(1.0, "size of the largest class divided by that of the smallest", role=Role.DATA)
+    keep_start: float | None = setting(1.0, "fraction of each batch kept at the start", role=Role.ARM, many=True)
+    keep_end: float | None = setting(0.2, "fraction of each batch kept at the end", role=Role.ARM, many=True)
+    schedule: str | None = setting("linear", "keep schedule between them", role=Role.ARM, choices=SCHEDULES, many=True)
     engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
     precision: str = setting("32-true", "number format", choices=PRECISIONS)
-    device: str = setting("auto", "where to train", choices=DEVICES)
-    eval_every: int = setting(1, "test every so many epochs, and at the end", role=Role.SPEED)
+    device: str = setting("auto", "device to train on", choices=DEVICES)
+    eval_every: int = setting(1, "epochs between tests; the last epoch is always tested", role=Role.SPEED)
     threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
 
     def resolved(self) -> RunConfig:
-        """The same run with every default written out and every setting checked.
+        """Return the run with every default written out and every setting checked.
 
         Settings that play no part are set to None (the keep schedule of ``full``), so that equal runs have equal keys.
 
@@ -197,7 +197,7 @@ class RunConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; settings that came later only where they are not the default."""
+        """Return plain values for JSON; settings added later only if they are not the default."""
         values = asdict(replace(self, method_params=dict(self.method_params)))
         return {
             name: value for name, value in values.items() if not SETTINGS[name].later or value != SETTINGS[name].default
@@ -205,7 +205,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """From plain values; a name that is no setting is an error that suggests the nearest one."""
+        """Make a config from plain values; an unknown name is an error that suggests the nearest one."""
         for name in values:
             if name not in SETTINGS:
                 hint = nearest(name, SETTINGS) or f" Settings are {', '.join(SETTINGS)}."
@@ -235,7 +235,7 @@ COMPARED = tuple(name for name, each in SETTINGS.items() if each.role in (Role.A
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` becomes cuda or mps where there is one, else cpu; an absent device is an error."""
+    """Resolve ``auto`` to cuda, mps or cpu, the first available; an absent device is an error."""
     import torch
 
     check_choice("device", device, DEVICES)

@@ -1,4 +1,4 @@
-"""What a run has cost so far, and what it got wrong."""
+"""The cost of a run so far, and its training errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Counts:
-    """What a run has cost so far."""
+    """The cost of a run so far."""
 
     seconds: float = 0.0
     seconds_eval: float = 0.0
@@ -20,7 +20,7 @@ class Counts:
     steps: int = 0
 
 
-class Criterion:
+class CountingLoss:
     """Cross-entropy of each sample, and on the side the errors of the epoch so far; they stay on the device.
 
     Args:
@@ -37,12 +37,12 @@ class Criterion:
         self.wrong = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Losses (B,) of ``outputs`` (B, classes) for ``targets`` (B,)."""
+        """Return losses (B,) of ``outputs`` (B, classes) for ``targets`` (B,)."""
         self.count(outputs.detach(), targets)
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.smoothing)
 
     def plain(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """The losses to rank by where smoothing is in those that are trained on; None where it is not."""
+        """Return the losses to rank by if label smoothing is trained on; None if it is not."""
         return F.cross_entropy(outputs.detach(), targets, reduction="none") if self.smoothing else None
 
     def count(self, outputs: Tensor, targets: Tensor) -> None:

@@ -17,7 +17,7 @@ from batchtrim.lab.task.own_models import code_of, is_own_model
 
 
 def environment(config: AnyConfig) -> dict[str, Any]:
-    """Versions and hardware a run's numbers belong to."""
+    """Return the versions and hardware that a run's numbers belong to."""
     return {
         **_machine(),
         "threads": config.threads,
@@ -28,7 +28,7 @@ def environment(config: AnyConfig) -> dict[str, Any]:
 
 
 def _sources(config: AnyConfig) -> dict[str, Any]:
-    """Hashes of the reader's own code that the run was made with: its file, and modules beside it that it imports."""
+    """Return hashes of the reader's own code in the run: its file, and modules beside it that it imports."""
     if isinstance(config, TaskConfig):
         code = config.code
     elif is_own_model(config.model):
@@ -66,7 +66,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with + when files differ; None when it is installed."""
+    """Return the commit of the checkout this package runs from, with + when files differ; None when it is installed."""
     here = Path(batchtrim.__file__).resolve().parent
 
     def git(*words: str) -> str:

@@ -67,7 +67,8 @@ class Run:
             ``trim.step()`` once an epoch. For the method ``full`` it keeps everything.
         keep, trim_options: the same for a trainer, which makes the trimmer itself and steps it:
             ``TrimmedTrainer(..., keep=run.keep, trim_options=run.trim_options)``, or
-            ``TrimmingCallback(run.keep, **run.trim_options)``.
+            ``TrimmingCallback(run.keep, **run.trim_options)``. For tokens or pixels make your own:
+            ``Trimmer(run.keep, total=run.epochs, unit="element", **run.trim_options)``.
         method, params: the method's name and its parameters. ``seed``: to draw everything from; torch, NumPy and
             ``random`` are seeded with it. ``epochs``: how many to train.
         device: "cpu", "cuda" or "mps". ``threads``: torch's number of threads is set to it.
@@ -81,7 +82,8 @@ class Run:
         self.trim = config.trimmer()
         self.rule = WatchedRule(self.trim.rule)
         self.trim.rule = self.rule
-        self.keep, self.trim_options = self.trim.schedule, {"select": self.rule, "seed": config.seed}
+        self.keep = self.trim.schedule
+        self.trim_options = {"select": self.rule, "scale": self.trim.scale, "seed": config.seed}
         self.metric = Metric.of(config.to_dict())
         self.curve: dict[str, list[float | None]] = {}
         self.kept: KeepLog | None = None

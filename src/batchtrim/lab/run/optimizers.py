@@ -13,7 +13,7 @@ __all__ = ["lr_factor", "make_optimizer"]
 
 
 def lr_factor(schedule: str, progress: float) -> float:
-    """The learning rate as a part of its peak, at ``progress`` in [0, 1].
+    """Return the learning rate as a part of its peak, at ``progress`` in [0, 1].
 
     ``step`` divides by ten at one half and at three quarters; ``onecycle`` rises for 30 % from 1/25, then falls to
     1/250,000, both as half cosines (torch's OneCycleLR with momentum left alone). ``triangle`` rises on a line from 0
@@ -34,7 +34,7 @@ def lr_factor(schedule: str, progress: float) -> float:
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over all parameters."""
+    """Return the configured optimizer over all parameters."""
     parameters = [each for each in model.parameters() if each.requires_grad]
     lr, decay = config.lr or 0.0, config.weight_decay or 0.0
     if config.optimizer == "adam":

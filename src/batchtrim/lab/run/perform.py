@@ -84,7 +84,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
 
 
 def _value(returned: Any, metric: Metric) -> dict[str, Any]:
-    """Status and value of a run from what the function returned."""
+    """Return status and value of a run from what the function returned."""
     example = f'return {{"{metric.name}": ...}}'
     if not isinstance(returned, Mapping):
         raise TaskMistake(f"expected the task to {example}, got {describe(returned)}.")
@@ -187,14 +187,14 @@ def _as_it_was(config: TaskConfig) -> Iterator[_Seen]:
 
 
 def _counts(run: Run) -> dict[str, Any]:
-    """Samples that were chosen from and kept; unknown where the trimmer saw none of them, as in plain training."""
+    """Return the numbers of samples seen and kept; unknown if the trimmer saw none, as in plain training."""
     if not run.rule.calls:
         return {"samples_forward": None, "samples_backward": None, "steps": None}
     return {"samples_forward": run.rule.seen, "samples_backward": run.rule.kept, "steps": run.rule.calls}
 
 
 def _write_log(run: Run, config: TaskConfig, out: Path) -> None:
-    """The keep log, and beside it what its samples are, for ``batchtrim show``."""
+    """Write the keep log, and beside it what its samples are, for ``batchtrim show``."""
     if run.kept is None:
         return
     path = out / "keep" / f"{config.key}.parquet"

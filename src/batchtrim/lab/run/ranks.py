@@ -28,7 +28,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """As ``torchrun`` says, or alone."""
+        """Return the ranks as ``torchrun`` sets them, or one rank alone."""
         rank, world, local = (int(os.environ.get(name, "1")) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         return cls(rank, world, local) if world > 1 else cls()
 
@@ -38,7 +38,7 @@ class Ranks:
         return slice(self.rank, None, self.world)
 
     def sum(self, *numbers: float, device: torch.device) -> list[float]:
-        """Each number, summed over all processes."""
+        """Return each number summed over all processes."""
         if self.world == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -66,10 +66,10 @@ class Ranks:
         return launched
 
     def leave(self) -> None:
-        """Part from the other processes; the next run meets them anew."""
+        """Leave the process group; the next run joins one again."""
         if self.world > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
     def batches(self, rows: Tensor, size: int) -> list[Tensor]:
-        """``rows`` in batches; a last one with fewer rows than processes is left out, since each must have work."""
+        """Split ``rows`` into batches; drop a last one with fewer rows than processes, since each needs work."""
         return [batch for batch in rows.split(size) if len(batch) >= self.world]

@@ -19,7 +19,7 @@ class Role(Enum):
     """What a setting does to a comparison."""
 
     ARM = "arm"
-    """Told apart inside a comparison: runs that differ only in these are compared with each other."""
+    """Varies inside a comparison: runs that differ only in these are compared with each other."""
     SEED = "seed"
     """Paired: two runs of one seed share all that is drawn."""
     GROUP = "group"

@@ -25,14 +25,14 @@ from torch import Generator, Tensor, nn
 import batchtrim
 from batchtrim import Choice, KeepLog
 from batchtrim.lab.files import writing
-from batchtrim.lab.methods.rules import Setting
+from batchtrim.lab.methods.rules import RunInfo
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
 from batchtrim.lab.run import trial
 from batchtrim.lab.run.beat import beat
 from batchtrim.lab.run.config import RunConfig
-from batchtrim.lab.run.counts import Counts, Criterion
+from batchtrim.lab.run.counts import CountingLoss, Counts
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import CURVES
 from batchtrim.lab.run.loading import load_images
@@ -50,7 +50,7 @@ OnEpoch = Callable[[dict[str, Any]], None]
 
 
 class Diverged(ArithmeticError):
-    """The losses or the network's outputs are no numbers any more."""
+    """The losses or the network's outputs are not finite."""
 
 
 @dataclass
@@ -59,11 +59,11 @@ class Training:
 
     Args:
         config: resolved.
-        pictures: the data set, label noise and the like applied.
+        images: the data set, label noise and the like applied.
     """
 
     config: RunConfig
-    pictures: data.ImageData
+    images: data.ImageData
     counts: Counts = field(default_factory=Counts)
     epoch: int = 0
     log: KeepLog | None = None
@@ -78,18 +78,18 @@ class Training:
         torch.manual_seed(config.seed)
         model = self._network(config.width)
         self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, config))
-        self.labels = self.pictures.train_labels.to(self.device)
-        self.test_labels = self.pictures.test_labels.to(self.device)
-        self.batches = self._batches(self.pictures.train_images, config.augment or "none", config.seed)
-        self.test_batches = self._batches(self.pictures.test_images, "none", 0)
+        self.labels = self.images.train_labels.to(self.device)
+        self.test_labels = self.images.test_labels.to(self.device)
+        self.batches = self._batches(self.images.train_images, config.augment or "none", config.seed)
+        self.test_batches = self._batches(self.images.test_images, "none", 0)
         self.order = Generator().manual_seed(config.seed)
         keep = make_schedule(config.schedule or "constant", config.keep_start or 1.0, config.keep_end or 1.0)
-        samples, classes, width = len(self.labels), self.pictures.classes, config.width or 1
-        setting = Setting(samples, classes, config.epochs, config.batch_size, config.seed, keep, width)
-        self.method = find_method(config.method).build(setting, dict(config.method_params))
+        samples, classes, width = len(self.labels), self.images.classes, config.width or 1
+        info = RunInfo(samples, classes, config.epochs, config.batch_size, config.seed, keep, width)
+        self.method = find_method(config.method).build(info, dict(config.method_params))
         self.method.connect(self._beside)
         self.epochs = math.ceil(self.method.epochs)
-        self.criterion = Criterion(self.device, config.label_smoothing)
+        self.criterion = CountingLoss(self.device, config.label_smoothing)
         self.forward = None
         if config.engine != "exact":
             loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
@@ -104,26 +104,26 @@ class Training:
         self.curve: dict[str, list[Any]] = {name: [] for name in CURVES}
 
     def _network(self, width: int | None) -> nn.Module:
-        config, pictures = self.config, self.pictures
-        model = models.build(config.model, pictures.shape, pictures.classes, width, config.norm)
+        config, images = self.config, self.images
+        model = models.build(config.model, images.shape, images.classes, width, config.norm)
         if hasattr(model, "prepare"):
-            model.prepare(pictures.train_images, pictures.mean, pictures.std)  # type: ignore[operator]
-        if pictures.shape[0] > 1:
+            model.prepare(images.train_images, images.mean, images.std)  # type: ignore[operator]
+        if images.shape[0] > 1:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
 
     def _beside(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer, Callable[[Tensor], None]]:
-        """Return a further network of the run's kind, from weights of its own, its optimizer and its backward."""
+        """Return another network of the run's kind with fresh weights, its optimizer and its backward."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._network(width)
         return self.fabric.setup_module(model), make_optimizer(model, self.config), self.fabric.backward
 
     def _batches(self, images: Tensor, augment: str, seed: int) -> Batches:
-        return Batches(images, self.pictures.mean, self.pictures.std, augment, seed, self.device)
+        return Batches(images, self.images.mean, self.images.std, augment, seed, self.device)
 
     def prepare(self) -> None:
-        """What the method wants done before the first epoch; a resumed run has it in its checkpoint."""
+        """Prepare the method before the first epoch; a resumed run has that in its checkpoint."""
         with self._clock("seconds"):
             self.method.prepare(self._reference)
 
@@ -148,7 +148,7 @@ class Training:
         return point
 
     def train_epoch(self) -> dict[str, Any]:
-        """One epoch of training; returns what the curves hold of it, but for the test error and the clock."""
+        """Train for one epoch; return its point of the curves without test error and clock."""
         method, counts, size, share = self.method, self.counts, self.config.batch_size, self.ranks.share
         method.trim.stats.reset()
         with self._clock("seconds"):
@@ -187,7 +187,7 @@ class Training:
         }
 
     def _over_all_ranks(self) -> tuple[float, dict[str, float]]:
-        """Training error and kept-sample statistics of the epoch, over all processes."""
+        """Return training error and kept-sample statistics of the epoch, over all processes."""
         stats = self.method.trim.stats.compute()
         wrong, seen, kept, mean_sum, kept_sum = self.ranks.sum(
             self.criterion.wrong.item(),
@@ -224,7 +224,7 @@ class Training:
 
     @torch.inference_mode()
     def evaluate(self) -> float:
-        """Error on the test split in [0, 1]; NaN where the network gives numbers no more."""
+        """Return the error on the test split in [0, 1]; NaN if an output is not finite."""
         self.model.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         broken = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -239,7 +239,7 @@ class Training:
         return math.nan if all_broken else all_wrong / len(self.test_labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on bit for bit; tensors, numbers and strings only."""
+        """Return everything a run needs to continue bit for bit: tensors, numbers and strings only."""
         return {
             "key": self.config.key,
             "epoch": self.epoch,
@@ -286,19 +286,19 @@ class Training:
         return rate
 
     def _reference(self, rows: Tensor, epochs: int, seed: int) -> Tensor:
-        """Losses of all training images under a fresh network that was plainly trained on ``rows``."""
-        part = self.pictures.with_train(self.pictures.train_images[rows], self.pictures.train_labels[rows])
+        """Return losses of all training images under a fresh network that was plainly trained on ``rows``."""
+        part = self.images.with_train(self.images.train_images[rows], self.images.train_labels[rows])
         config = replace(self.config, method="full", method_params={}, epochs=epochs, seed=REFERENCE_SEED + seed)
         training = Training(config.resolved(), part)
         for _ in range(epochs):
             training.train_epoch()
         self.counts.samples_forward += training.counts.samples_forward + len(self.labels)
         self.counts.samples_backward += training.counts.samples_backward
-        return training.losses_of(self._batches(self.pictures.train_images, "none", 0), self.labels)
+        return training.losses_of(self._batches(self.images.train_images, "none", 0), self.labels)
 
     @torch.inference_mode()
     def losses_of(self, batches: Batches, labels: Tensor) -> Tensor:
-        """Cross-entropy of every image in evaluation mode, (N,), on the CPU."""
+        """Return the cross-entropy of every image in evaluation mode, (N,), on the CPU."""
         self.model.eval()
         rows = torch.arange(len(labels), device=self.device).split(EVALUATION_BATCH)
         parts = [F.cross_entropy(self.model(batches(part)), labels[part], reduction="none") for part in rows]
@@ -342,23 +342,23 @@ def run(
     torch.set_num_threads(config.threads)
     try:
         with torch.random.fork_rng(devices=[]):
-            pictures = load_images(config, data_dir, cache_dir)
+            images = load_images(config, data_dir, cache_dir)
             several = Ranks.from_environment().world > 1
-            n, classes = len(pictures.train_labels), pictures.classes
+            n, classes = len(images.train_labels), images.classes
             log = KeepLog(n, classes=classes, distributed=several) if keep_log else None
-            training = Training(config, pictures, log=log)
+            training = Training(config, images, log=log)
             training.on_batch = beat(on_batch, training.epochs) if on_batch else None
             status, error = _to_the_end(training, checkpoint, checkpoint_seconds, on_epoch)
             if log is not None and keep_log is not None and training.ranks.rank == 0:
                 with writing(keep_log):
                     keep_log.parent.mkdir(exist_ok=True)
-                    log.to_parquet(keep_log, label=pictures.train_labels.numpy())
+                    log.to_parquet(keep_log, label=images.train_labels.numpy())
     finally:
         torch.set_num_threads(threads)
         Ranks.from_environment().leave()
     final = training.curve["test_error"][-1] if status == "finished" else None
-    learnt = final is None or not trial.no_better_than_chance(final, pictures.test_labels)
-    notes = [*pictures.notes, *([] if learnt else [DID_NOT_LEARN])]
+    learnt = final is None or not trial.no_better_than_chance(final, images.test_labels)
+    notes = [*images.notes, *([] if learnt else [DID_NOT_LEARN])]
     return {
         "schema": SCHEMA,
         "key": config.key,

@@ -1,4 +1,4 @@
-"""What is looked at before the first run: whether the network fits the images and the memory, the batch the data."""
+"""Checks before the first run: does the network fit the images and the memory, and the batch the data?"""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from batchtrim.lab.task.own_models import is_own_model
 BYTES_A_PARAMETER = 16  # weight, gradient and two moments, in float32
 
 
-def check_network(config: RunConfig, pictures: ImageData) -> None:
-    """Raise a ValueError where the network cannot be built for these images, or cannot fit into the memory.
+def check_network(config: RunConfig, images: ImageData) -> None:
+    """Raise a ValueError if the network cannot be built for these images, or does not fit into memory.
 
-    Built and called without storage, so that even an absurd width costs nothing. The reader's own are tried elsewhere.
+    It is built and called without storage, so even an absurd width costs nothing. Own networks are tried elsewhere.
     """
     if is_own_model(config.model):
         return
-    named = f"`{config.model}` of `width` {config.width} to fit images of {' x '.join(map(str, pictures.shape))}"
+    named = f"`{config.model}` of `width` {config.width} to fit images of {' x '.join(map(str, images.shape))}"
     try:
         with torch.device("meta"):
-            model = models.build(config.model, pictures.shape, pictures.classes, config.width, config.norm)
-            model.eval()(torch.empty(2, *pictures.shape))
+            model = models.build(config.model, images.shape, images.classes, config.width, config.norm)
+            model.eval()(torch.empty(2, *images.shape))
     except (AssertionError, RuntimeError, ZeroDivisionError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
         raise ValueError(f"expected {named}, got an error: {first}. Pass another --width or --model.") from error
@@ -39,9 +39,9 @@ def check_network(config: RunConfig, pictures: ImageData) -> None:
         )
 
 
-def notes_on(config: RunConfig, pictures: ImageData) -> list[str]:
-    """Return what to say of the settings beside the data."""
-    size = len(pictures.train_labels)
+def notes_on(config: RunConfig, images: ImageData) -> list[str]:
+    """Return notes on settings that do not suit the data."""
+    size = len(images.train_labels)
     if config.batch_size <= size:
         return []
     return [
@@ -51,13 +51,13 @@ def notes_on(config: RunConfig, pictures: ImageData) -> list[str]:
 
 
 def no_better_than_chance(error: float, labels: Tensor) -> bool:
-    """True if a test error is that of naming the commonest class always, within two standard errors of it."""
+    """Return True if a test error is within two standard errors of always predicting the commonest class."""
     chance = 1.0 - float(torch.bincount(labels).max()) / len(labels)
     return error >= chance - 2.0 * math.sqrt(chance * (1.0 - chance) / len(labels))
 
 
 def _memory() -> int:
-    """Return this machine's memory in bytes; 0 where it does not tell."""
+    """Return this machine's memory in bytes; 0 if unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

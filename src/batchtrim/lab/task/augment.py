@@ -54,7 +54,7 @@ class Batches:
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
 
     def __call__(self, rows: Tensor, share: slice = slice(None)) -> Tensor:
-        """The images of ``rows`` int64 (B,), augmented and normalised; or only of a ``share`` of them.
+        """Return the images of ``rows`` int64 (B,), augmented and normalised; or only of a ``share`` of them.
 
         Draws are made for all rows either way, so generators of processes that share batches stay alike.
         """
@@ -73,7 +73,7 @@ class Batches:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generator's state: with it, the same rows give the same images again."""
+        """Return the generator's state: with it, the same rows give the same images again."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -136,7 +136,7 @@ class Code:
         raise ValueError(f"expected a function {self.attribute!r} in {self.path}, got none.{hint}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """A function of a notebook or a closure goes to another process by value."""
+        """Send a notebook's function or a closure to another process by value."""
         state = dict(vars(self))
         if self.function is not None:
             pickler = import_extra("cloudpickle", "lab", "a function in another process")
@@ -158,7 +158,7 @@ class Code:
 
 
 def own_traceback(error: BaseException) -> str:
-    """The traceback of an error in the reader's code, from their first line on and without lines of this package."""
+    """Return the traceback of an error in the reader's code, from their first line on, without this package's lines."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame.filename.startswith((_PACKAGE, "<frozen importlib")) for frame in frames]
     first = ours.index(False) if False in ours else len(frames)
@@ -168,7 +168,7 @@ def own_traceback(error: BaseException) -> str:
 
 
 def _module(path: Path, source: str) -> ModuleType:
-    """The file as a module, run once a process and again when it has changed."""
+    """Return the file as a module, run once a process and again when it has changed."""
     known = str(path), source
     if known in _loaded:
         return _loaded[known]

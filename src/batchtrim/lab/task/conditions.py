@@ -58,7 +58,7 @@ def apply(
     seed: int = 0,
     data_dir: str | Path | None = None,
 ) -> ImageData:
-    """The data with label noise, then class imbalance, then fewer images, each as asked for.
+    """Return the data with label noise, then class imbalance, then fewer images, each as asked for.
 
     Args:
         label_noise: ``none``; ``symmetric:RATE`` (a wrong class, each equally likely); ``asymmetric:RATE`` (one
@@ -135,7 +135,7 @@ def _human_labels(data: ImageData, which: str, data_dir: str | Path | None) -> T
 
 
 def _imbalanced(labels: Tensor, classes: int, ratio: float, generator: Generator) -> Tensor:
-    """Class c keeps n * ratio^(-c / (classes - 1)) of its n images, at least one."""
+    """Keep n * ratio^(-c / (classes - 1)) of the n images of class c, at least one."""
     rows = []
     for label in range(classes):
         members = _shuffled_class(labels, label, generator)
@@ -145,7 +145,7 @@ def _imbalanced(labels: Tensor, classes: int, ratio: float, generator: Generator
 
 
 def _stratified(labels: Tensor, classes: int, size: int, generator: Generator) -> Tensor:
-    """``size`` rows with each class's share kept; what rounding leaves over goes to the largest remainders."""
+    """Return ``size`` rows in the classes' proportions; rounding goes to the largest remainders."""
     counts = torch.bincount(labels, minlength=classes)
     exact = counts.double() * size / len(labels)
     shares = exact.floor().long()

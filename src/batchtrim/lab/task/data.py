@@ -99,12 +99,12 @@ class ImageData:
         return channels, height, width
 
     def with_train(self, images: Tensor, labels: Tensor) -> ImageData:
-        """The same data with another training split; the normalisation stays, so that runs stay comparable."""
+        """Return the data with another training split; the normalisation stays, so that runs stay comparable."""
         return replace(self, train_images=images, train_labels=labels)
 
 
 def find_spec(name: str) -> Spec:
-    """The data set of that name, or an error that suggests the nearest one."""
+    """Return the data set of that name, or an error that suggests the nearest one."""
     return look_up("dataset", name, SPECS, "a folder of class folders, a .csv or .parquet file, owner/name on the hub")
 
 
@@ -146,7 +146,7 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
 
 
 def data_folder(data_dir: str | Path | None) -> Path | None:
-    """The folder with Parquet files: the argument, else BATCHTRIM_DATA, else none (the hub is asked)."""
+    """Return the folder with Parquet files: the argument, else BATCHTRIM_DATA, else none (the hub is asked)."""
     found = data_dir or os.environ.get("BATCHTRIM_DATA")
     return Path(found).expanduser() if found else None
 
@@ -165,7 +165,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
-    """The Parquet files of one split, in order, or an error that says what was looked for and what is there."""
+    """Return the Parquet files of one split, in order, or an error that says what was looked for and what is there."""
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "no such folder"
@@ -183,7 +183,7 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Any:
-    """Columns of one Parquet file as an Arrow table, or an error that names the file."""
+    """Return columns of one Parquet file as an Arrow table; an error names the file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -282,10 +282,10 @@ def _decode(spec: Spec, tables: list[tuple[str, Any, Any]]) -> tuple[np.ndarray,
 
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    for origin, pictures, numbers in tables:
-        for row, picture in enumerate(pictures):
+    for origin, column, numbers in tables:
+        for row, image in enumerate(column):
             try:
-                pixels = np.asarray(Image.open(io.BytesIO(picture["bytes"].as_py())).convert(spec.mode))
+                pixels = np.asarray(Image.open(io.BytesIO(image["bytes"].as_py())).convert(spec.mode))
             except (UnidentifiedImageError, OSError, TypeError) as error:
                 raise ReplaceFile(
                     f"expected an image in row {row} of {origin}, got bytes that cannot be decoded "
@@ -306,7 +306,7 @@ def _decode(spec: Spec, tables: list[tuple[str, Any, Any]]) -> tuple[np.ndarray,
 
 
 def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """1,797 digits of 8 x 8 pixels; every third image of each class, in the data's own order, is a test image."""
+    """Return 1,797 digits of 8 x 8 pixels; every third image of each class, in the data's order, is a test image."""
     from batchtrim._checks import import_extra
 
     digits: Any = import_extra("sklearn.datasets", "lab", "the data set 'digits'").load_digits()
@@ -330,7 +330,7 @@ def _check_labels(spec: Spec, origin: str, labels: np.ndarray) -> None:
 
 
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, exactly, from counts of the 256 values."""
+    """Return mean and standard deviation per channel, exactly, from counts of the 256 values."""
     values = np.arange(256, dtype=np.float64)
     means, stds = [], []
     for channel in range(images.shape[1]):

@@ -46,7 +46,7 @@ class Header:
 
 @dataclass
 class Decoded:
-    """What came of all images: a hash of each one's pixels, how often each value came, broken ones with the reason."""
+    """The result of decoding: each image's hash, how often each value occurs, broken images with the reason."""
 
     hashes: np.ndarray
     counts: np.ndarray

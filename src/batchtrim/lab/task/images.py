@@ -147,7 +147,7 @@ def _version(found: data.ImageData, hashes: np.ndarray) -> str:
 
 
 def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
-    """Class names in order, and each image's number among them."""
+    """Return the class names in order, and each image's number among them."""
     labels = listing.labels
     if listing.classes is not None and all(isinstance(each, int) for each in labels):
         wrong = next((each for each in labels if not 0 <= each < len(listing.classes)), None)
@@ -169,7 +169,7 @@ def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
 
 
 def _sides(listing: Listing, labels: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on, and to test on."""
+    """Return the rows to train on and the rows to test on."""
     if listing.split is not None:
         if options.test_split is not None:
             raise ValueError(
@@ -286,7 +286,7 @@ def _named(listing: Listing, broken: dict[int, str], what: str) -> str:
 
 
 def _moments(counts: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel from how often each of 256 values came."""
+    """Return mean and standard deviation of each channel from how often each of 256 values came."""
     values = np.arange(256, dtype=np.float64)
     mean = counts @ values / counts.sum(1)
     std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1))

@@ -251,7 +251,7 @@ def _column(table: Any, what: str, asked: str | None, path: Path) -> str:
 
 
 def _class_names(table: Any, label: str) -> list[str] | None:
-    """The names that the hub's own files carry for their numbered labels."""
+    """Return the names that the hub's own files carry for their numbered labels."""
     metadata = (table.schema.metadata or {}).get(b"huggingface")
     if metadata is None:
         return None
@@ -299,7 +299,7 @@ def _table_chunks(spans: Sequence[tuple[int, Path, str, Sequence[Any] | None]]) 
 
 
 def _source(cell: Any, path: Path) -> Source:
-    """A cell: a path beside the table, bytes, or the hub's mapping of both."""
+    """Return a cell: a path beside the table, bytes, or the hub's mapping of both."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, bytes):

@@ -159,7 +159,7 @@ MODELS: dict[str, ModelRow] = {
 
 
 def find_model(name: str) -> ModelRow:
-    """The registry's row of that name, or one of the reader's own; an error suggests the nearest name."""
+    """Return the registry's row of that name, or one of the reader's own; an error suggests the nearest name."""
     if isinstance(name, str) and own_models.is_own_model(name):
         return ModelRow(lambda shape, classes, width, norm: own_models.build_own(name, shape, classes), None, False)
     return look_up("model", name, MODELS)
@@ -186,5 +186,5 @@ def build(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trained parameters."""
+    """Return the number of trained parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -77,7 +77,7 @@ class Logits(nn.Module):
 
 
 def _try(name: str, model: nn.Module, shape: Shape, classes: int) -> None:
-    """Two images go through once, so that a network of the wrong form is told before training."""
+    """Send two images through once, so that a network of the wrong form is reported before training."""
     training = model.training
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model.eval()
@@ -97,7 +97,7 @@ def _try(name: str, model: nn.Module, shape: Shape, classes: int) -> None:
 
 
 def _configuration(name: str) -> tuple[Any, dict[str, Any]]:
-    """The configuration of an architecture with its settings, and those that were given."""
+    """Return the configuration of an architecture with its settings, and those that were given."""
     transformers: Any = import_extra("transformers", "transformers", name)
     import_extra("transformers.models.auto.modeling_auto", "transformers", name)
     _, architecture, *settings = name.split(":")

@@ -52,7 +52,7 @@ class SpeedNet(nn.Module):
     Args:
         shape: (channels, height, width). ``width``: of the first group; the others have twice as many.
         kernel: side of the whitened patches, ``stride``: between them; 2 makes the network four times cheaper.
-        norm: makes a norm layer for so many channels.
+        norm: makes a norm layer for a number of channels.
     """
 
     def __init__(

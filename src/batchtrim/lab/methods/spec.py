@@ -1,4 +1,4 @@
-"""What a row of the table of methods is, and the checks of its parameters that are not the core's."""
+"""A row of the table of methods, and checks of method parameters that the core does not have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchtrim._checks import check_count, check_number
-from batchtrim.lab.methods.rules import Method, Setting
+from batchtrim.lab.methods.rules import Method, RunInfo
 
 Params = dict[str, Any]
 
@@ -23,29 +23,29 @@ class Param:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method.
+class MethodSpec:
+    """One method of the table.
 
     Args:
         name: what one types; ``summary``: one line; ``source``: where the rule comes from.
-        build: makes the method for a setting and checked parameters.
+        build: makes the method from a :class:`RunInfo` and checked parameters.
         params: the parameters it takes, by name.
-        uses_schedule: whether it follows the run's keep schedule.
-        any_engine: whether its choice needs no more than the losses of the batch at hand.
-        smoothing: False where it reads probabilities off the loss, so that label smoothing is not for it.
+        uses_schedule: True if it follows the run's keep schedule.
+        any_engine: True if its choice needs only the losses of the current batch.
+        smoothing: False if it reads probabilities off the loss, which rules out label smoothing.
     """
 
     name: str
     summary: str
     source: str
-    build: Callable[[Setting, Params], Method]
+    build: Callable[[RunInfo, Params], Method]
     params: Mapping[str, Param] = field(default_factory=dict)
     uses_schedule: bool = False
     any_engine: bool = True
     smoothing: bool = True
 
     def check_params(self, given: Mapping[str, Any]) -> Params:
-        """All parameters, defaults filled in, or an error that names the wrong one."""
+        """Return all parameters with defaults filled in; an error names the wrong one."""
         for name in given:
             if name not in self.params:
                 takes = ", ".join(self.params) or "none"

@@ -1,12 +1,8 @@
-"""Small networks of every kind the engine must get right, and some that break naive slicing."""
+"""Networks in which rows never meet: all of their backward can run on the kept ones."""
 
 from __future__ import annotations
 
-import random
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +41,21 @@ class AddOnConvolution(nn.Module):
         y += self.b(x)
         y.relu_()
         return self.head(y.mean((2, 3)))
+
+
+class GatedAttention(nn.Module):
+    """A mask made of the values themselves: its gradient lies in memory in another order for one kept row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gate, self.head = nn.Embedding(11, 6), nn.Linear(6, 2), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.embed(x)
+        mask = F.softplus(self.gate(value)).transpose(1, 2)[:, :, None]
+        heads = value.unflatten(-1, (2, 3)).transpose(1, 2)
+        mixed = (heads @ heads.transpose(-1, -2) + mask).softmax(-1) @ heads
+        return self.head(mixed.transpose(1, 2).flatten(2).mean(1))
 
 
 class Encoder(nn.Module):
@@ -106,48 +117,6 @@ class StochasticDepth(nn.Module):
         x = self.a(x)
         mask = x.new_empty((x.shape[0], 1)).bernoulli_(0.5)
         x = x + torch.tanh(self.b(x)) * mask / 0.5
-        return self.head(x)
-
-
-class LayerDrop(nn.Module):
-    """Drops whole layers by Python's and by torch's generator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            draw = random.random() if i % 2 else torch.rand(1).item()
-            if draw < 0.5:
-                x = x + torch.tanh(layer(x))
-        return self.head(x)
-
-
-class Sparse(nn.Module):
-    """Features mixed by a sparse matrix, which has no memory in one piece."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
-        self.mix = torch.eye(8).roll(1, 0).to_sparse()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.a(x)
-        return self.head(x + torch.sparse.mm(self.mix, torch.tanh(x).t()).t())
-
-
-class Branching(nn.Module):
-    """Control flow that depends on the whole batch's values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        x = self.b(x) if x.mean() > 0 else torch.tanh(self.c(x))
         return self.head(x)
 
 
@@ -237,75 +206,6 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(self.embed(x))[0][:, -1])
 
 
-class BatchAttention(nn.Module):
-    """Samples attend to one another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.v, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.q(x)
-        return self.head((q @ q.t()).softmax(1) @ self.v(x))
-
-
-class BatchMean(nn.Module):
-    """The batch's mean goes through a layer and back to every sample."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        return self.head(torch.tanh(x + self.b(x.mean(0, keepdim=True))))
-
-
-class Shuffled(nn.Module):
-    """Mixes each sample with a random other one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        return self.head(torch.tanh(x + 0.5 * x[torch.randperm(x.shape[0])]))
-
-
-class HardCoded(nn.Module):
-    """Written for one batch size."""
-
-    def __init__(self, batch: int) -> None:
-        super().__init__()
-        self.batch, self.head = batch, nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x.view(self.batch, 8))
-
-
-def contrastive(outputs: Tensor, _: Tensor) -> Tensor:
-    """A loss of each sample against all others."""
-    z = F.normalize(outputs, dim=1)
-    return F.cross_entropy(z @ z.t(), torch.arange(len(z)), reduction="none")
-
-
-def images(batch: int) -> Tensor:
-    return torch.randn(batch, 3, 8, 8)
-
-
-def vectors(batch: int, size: int = 8) -> Tensor:
-    return torch.randn(batch, size)
-
-
-def tokens(batch: int, length: int = 6) -> Tensor:
-    return torch.randint(0, 11, (batch, length))
-
-
-def images_channels_last(batch: int) -> Tensor:
-    return images(batch).to(memory_format=torch.channels_last)
-
-
 def spectral() -> nn.Module:
     """torch's own spectral normalisation: power iteration on buffers in every forward."""
     first = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
@@ -324,61 +224,6 @@ class Autocast(nn.Module):
             return self.inner(x).float()
 
 
-class TwoInputs(nn.Module):
-    """Tokens of every sample, and a number that belongs to no sample."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(11, 16), nn.Linear(16, 5)
-
-    def forward(self, tokens: Tensor, scale: Tensor) -> Tensor:
-        return self.head(self.embed(tokens).mean(1) * scale)
-
-
-class TimeMajor(nn.Module):
-    """Takes (T, B, D)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mix(x)).mean(0))
-
-
-class Alternating(nn.Module):
-    """Runs other operators in every other step, by a counter that is no buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
-        self.register_buffer("number", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.number += 1
-        x = self.a(x)
-        if int(self.number) % 2:
-            x = torch.tanh(self.b(x))
-        return self.head(x)
-
-
-class Failing(nn.Module):
-    """Raises in the n-th forward from now, after its norm and its dropout have run."""
-
-    def __init__(self, error: type[BaseException]) -> None:
-        super().__init__()
-        self.a, self.norm, self.drop, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 5)
-        self.error = error
-        self.fail_in = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.norm(self.a(x)))
-        self.fail_in -= 1
-        if self.fail_in == 0:
-            raise self.error("planted")
-        return self.head(x)
-
-
 class ZeroInitDropout(nn.Module):
     """Dropout on time-major activations, batch and time merged, that are all zero at first."""
 
@@ -393,45 +238,6 @@ class ZeroInitDropout(nn.Module):
         h = self.embed(x).transpose(0, 1).reshape(-1, 16)
         h = h + F.dropout(self.branch(h), 0.5)
         return self.head(h.view(x.shape[1], x.shape[0], 16).mean(0))
-
-
-class Queue(nn.Module):
-    """A queue of limited length among its attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(8, 5)
-        self.queue: deque[int] = deque(maxlen=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.queue.append(len(self.queue) + 1)
-        return self.a(x) * sum(self.queue)
-
-
-class Named(NamedTuple):
-    logits: Tensor
-
-
-@dataclass
-class Data:
-    logits: Tensor
-
-
-class NamedOutput(nn.Linear):
-    """Returns a named tuple."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 5)
-
-    def forward(self, x: Tensor) -> Named:  # type: ignore[override]
-        return Named(super().forward(x))
-
-
-class DataOutput(NamedOutput):
-    """Returns a dataclass."""
-
-    def forward(self, x: Tensor) -> Data:  # type: ignore[override]
-        return Data(F.linear(x, self.weight, self.bias))
 
 
 class LanguageModel(nn.Module):

@@ -1,0 +1,68 @@
+"""One row a problem: the table of a README, written between two marks so that a command can write it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from batchtrim.lab.analyse import claims
+from batchtrim.lab.analyse.comparison import Arm, Group
+from batchtrim.lab.present import tables, wording
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+METHODS = ("random", "full_equal_compute", "trim", "loss_mass", "loss_mass_kept")
+"""Methods that have a column, beside plain training."""
+FEWEST = 3  # seeds
+
+
+def write(folders: Sequence[str | Path], page: Path) -> None:
+    """Replace what stands between the marks of a page by the table.
+
+    Raises:
+        ValueError: the page lacks the marks.
+    """
+    text = page.read_text(encoding="utf-8")
+    before, begun, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not begun or not ended:
+        raise ValueError(f"expected {BEGIN} and {END} around the table in {page}, got a page without them.")
+    page.write_text(f"{before}{BEGIN}\n\n{table(folders)}\n\n{END}{after}", encoding="utf-8")
+
+
+def table(folders: Sequence[str | Path]) -> str:
+    """Return a row for every problem that plain training and a trimmed one were run on, with three seeds or more.
+
+    A problem in several records has the row of the last. The order is that of plain training's error.
+    Cells: plain training's error, mean ± standard deviation in percent; then differences to it in points, with the
+    95 % interval and the share of backward samples.
+    """
+    rows: dict[str, tuple[float, str]] = {}
+    for record in map(claims.read, sorted(folders, key=str)):
+        rows |= {_title(group): row for group in record.groups if (row := _row(group)) is not None}
+    heads = ["problem", "seeds", "`full`, error %", *(f"`{name}`, points" for name in METHODS)]
+    return "\n".join(
+        [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(row for _, row in sorted(rows.values()))]
+    )
+
+
+def _title(group: Group) -> str:
+    size = group.settings.get("train_size")
+    return group.title + (f", {size:,} images" if size else "")
+
+
+def _row(group: Group) -> tuple[float, str] | None:
+    full = next((arm for arm in group.arms if arm.label == "full"), None)
+    arms = {arm.settings["method"]: arm for arm in group.arms if arm.settings.get("engine", "exact") == "exact"}
+    if full is None or full.moments.mean is None or full.moments.n < FEWEST or not {"trim", "loss_mass"} & arms.keys():
+        return None
+    error = f"{wording.percent(full.moments.mean)} ± {wording.percent(full.moments.std)}"
+    cells = [tables.cell(_title(group)), str(full.moments.n), error, *(_cell(arms.get(name), full) for name in METHODS)]
+    return full.moments.mean, f"| {' | '.join(cells)} |"
+
+
+def _cell(arm: Arm | None, full: Arm) -> str:
+    if arm is None or arm.paired is None or arm.paired.moments.mean is None or arm.moments.n < FEWEST:
+        return ""
+    used, of = arm.cost.get("samples_backward"), full.cost.get("samples_backward")
+    share = f"; {100 * used / of:.0f} %" if used and of else ""
+    return f"{wording.signed(arm.paired.moments.mean)} ({wording.signed_interval(arm.paired.moments.t)}{share})"

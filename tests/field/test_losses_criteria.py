@@ -1,0 +1,235 @@
+"""Criteria of every form: signatures of torch's and of others', what they divide by, and sums of several."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import batchtrim
+from batchtrim import Losses, Trimmer, per_sample
+from batchtrim.errors import PassUnreducedLosses
+from loss_cases import WEIGHT, pixels, token_losses_by_sample
+
+
+class Normalised(nn.Module):
+    """A stand-in for criteria that divide in a way of their own: by positives, or by ignored pixels too."""
+
+    def __init__(self, reduction: str = "mean", ignore_index: int = 255, own: bool = True) -> None:
+        super().__init__()
+        self.reduction, self.ignore_index, self.own = reduction, ignore_index, own
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = F.cross_entropy(outputs, targets, reduction="none", ignore_index=self.ignore_index)
+        if self.reduction == "none":
+            return losses
+        return losses.mean() if self.own else losses.sum() / (targets != self.ignore_index).sum()
+
+
+class TestCriteriaOfOthers:
+    def test_one_that_divides_in_a_way_of_its_own(self) -> None:
+        """mmsegmentation's avg_non_ignore=False: ignored pixels are in the divisor."""
+        logits, labels = pixels()
+        criterion = per_sample(Normalised())
+        criterion(logits, labels.clamp(max=2))  # nothing ignored: the same
+        with pytest.raises(ValueError, match=r"It divides in a way of its own\. Make it with reduction='none'"):
+            criterion(logits, labels)
+        plain = per_sample(Normalised("none"))(logits, labels)
+        torch.testing.assert_close(plain.mean(), F.cross_entropy(logits, labels, ignore_index=255))
+
+    def test_one_that_divides_as_torch_does(self) -> None:
+        logits, labels = pixels()
+        criterion = Normalised(own=False)
+        torch.testing.assert_close(per_sample(criterion)(logits, labels).mean(), criterion(logits, labels))
+
+    def test_a_focal_loss_divided_by_its_positives(self) -> None:
+        """RetinaNet's: a function with a reduction of its own."""
+
+        def focal(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+            losses = batchtrim.focal(F.binary_cross_entropy_with_logits(outputs, targets, reduction="none"))
+            return losses if reduction == "none" else losses.sum() / targets.sum()
+
+        outputs, targets = torch.randn(6, 4), (torch.rand(6, 4) > 0.8).float()
+        with pytest.raises(ValueError, match="divides in a way of its own"):
+            per_sample(focal)(outputs, targets)
+        assert per_sample(functools.partial(focal, reduction="none"))(outputs, targets).values.shape == (6,)
+
+    def test_state_and_generator_of_the_criterion_stay(self) -> None:
+        class Counting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.reduction = "mean"
+                self.register_buffer("calls", torch.zeros(()))
+
+            def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+                self.calls += 1
+                losses = (outputs - targets).square() * torch.rand(len(outputs), 1)
+                return losses if self.reduction == "none" else losses.mean()
+
+        criterion = Counting()
+        wrapped = per_sample(criterion)
+        torch.manual_seed(3)
+        first = wrapped(torch.ones(5, 2), torch.zeros(5, 2)).values
+        torch.manual_seed(3)
+        assert torch.equal(wrapped(torch.ones(5, 2), torch.zeros(5, 2)).values, first)
+        assert int(criterion.calls) == 2
+
+    @pytest.mark.parametrize(
+        "criterion",
+        [lambda o, t: F.cross_entropy(o, t), lambda o, t: torch.sum(-t * F.log_softmax(o, -1), -1).mean()],
+        ids=["LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"],
+    )
+    def test_averaging_losses_and_their_recipe(self, criterion: Callable[..., Tensor]) -> None:
+        """timm's LabelSmoothingCrossEntropy and SoftTargetCrossEntropy average by themselves."""
+        outputs = torch.randn(5, 3)
+        targets = torch.rand(5, 3).softmax(1)
+        with pytest.raises(PassUnreducedLosses, match=r"averages by itself.*torch\.stack\(\[criterion\(o\[None\]"):
+            per_sample(criterion)(outputs, targets)
+
+        def each(outputs: Tensor, targets: Tensor) -> Tensor:  # as the message says
+            return torch.stack([criterion(o[None], t[None]) for o, t in zip(outputs, targets, strict=True)])
+
+        torch.testing.assert_close(Trimmer(1.0)(per_sample(each)(outputs, targets)), criterion(outputs, targets))
+
+    def test_more_than_losses_returned(self) -> None:
+        with pytest.raises(TypeError, match=r"expected .* to return a tensor.*Take the losses out of it"):
+            per_sample(lambda o, t: ((o - t).abs().mean(1), {"l1": 0.0}))(torch.rand(3, 2), torch.rand(3, 2))
+
+
+SIGNATURES = {
+    "ctc": (
+        nn.CTCLoss(),
+        (
+            torch.randn(12, 3, 5).log_softmax(2),
+            torch.randint(1, 5, (3, 4)),
+            torch.full((3,), 12),
+            torch.tensor([4, 2, 3]),
+        ),
+    ),
+    "ctc function": (
+        F.ctc_loss,
+        (torch.randn(12, 3, 5).log_softmax(2), torch.randint(1, 5, (9,)), (12, 12, 10), (4, 2, 3)),
+    ),
+    "triplet": (nn.TripletMarginLoss(), tuple(torch.randn(3, 5, 4))),
+    "triplet with distance": (nn.TripletMarginWithDistanceLoss(), tuple(torch.randn(3, 5, 4))),
+    "gaussian": (nn.GaussianNLLLoss(), (torch.randn(5, 2), torch.randn(5, 2), torch.rand(5, 2) + 0.1)),
+    "gaussian, one variance": (nn.GaussianNLLLoss(), (torch.randn(5, 2), torch.randn(5, 2), torch.rand(5, 1) + 0.1)),
+    "cosine": (nn.CosineEmbeddingLoss(), (torch.randn(5, 4), torch.randn(5, 4), torch.tensor([1, -1, 1, 1, -1]))),
+    "ranking": (nn.MarginRankingLoss(0.3), (torch.randn(5), torch.randn(5), torch.tensor([1, -1, 1, 1, -1]))),
+    "multi margin": (nn.MultiMarginLoss(weight=WEIGHT), (torch.randn(5, 3), torch.randint(0, 3, (5,)))),
+    "multi-label margin": (nn.MultiLabelMarginLoss(), (torch.randn(5, 3), torch.tensor([[0, 2, -1]] * 5))),
+    "multi-label soft margin": (nn.MultiLabelSoftMarginLoss(weight=WEIGHT), (torch.randn(5, 3), torch.ones(5, 3))),
+    "pos_weight": (nn.BCEWithLogitsLoss(pos_weight=WEIGHT, weight=WEIGHT), (torch.randn(5, 3), torch.rand(5, 3))),
+    "bce": (nn.BCELoss(), (torch.rand(5, 3), torch.rand(5, 3))),
+}
+
+
+class TestSignatures:
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("name", SIGNATURES)
+    def test_criteria_of_other_arguments(self, name: str, reduction: str) -> None:
+        criterion, inputs = SIGNATURES[name]
+        if isinstance(criterion, nn.Module):
+            criterion.reduction = reduction
+        else:
+            criterion = functools.partial(criterion, reduction=reduction)
+        losses = per_sample(criterion)(*inputs)
+        torch.testing.assert_close(Trimmer(1.0)(losses), criterion(*inputs))
+        assert Trimmer(0.4).select(losses).k == max(1, round(0.4 * len(losses.values)))
+
+    def test_adaptive_softmax(self) -> None:
+        criterion = nn.AdaptiveLogSoftmaxWithLoss(8, 12, [4, 8], div_value=2.0)
+        inputs, targets = torch.randn(6, 8), torch.randint(0, 12, (6,))
+        torch.testing.assert_close(per_sample(criterion)(inputs, targets).mean(), criterion(inputs, targets).loss)
+
+    @pytest.mark.parametrize("name", ["ctc", "triplet", "gaussian", "cosine", "ranking"])
+    def test_too_few_arguments_name_the_recipe(self, name: str) -> None:
+        criterion, inputs = SIGNATURES[name]
+        with pytest.raises(TypeError, match=r"expected the arguments of .*, got 2\..*lambda outputs, targets"):
+            per_sample(criterion)(*inputs[:2])
+
+    def test_the_recipe(self) -> None:
+        criterion = per_sample(nn.GaussianNLLLoss())
+        model = nn.Linear(3, 4)
+        step = batchtrim.TrimmedForward(
+            model, lambda o, t: criterion(o[:, :2], t, o[:, 2:].exp()), Trimmer(0.5), engine="exact"
+        )
+        step(torch.randn(8, 3), torch.randn(8, 2)).backward()
+        assert model.weight.grad is not None
+
+    def test_weights_by_position(self) -> None:
+        with pytest.raises(TypeError, match=r"Bind the others by name.*functools\.partial"):
+            per_sample(F.cross_entropy)(torch.randn(4, 3), torch.randint(0, 3, (4,)), WEIGHT)
+
+
+def dice(outputs: Tensor, targets: Tensor) -> Tensor:
+    """One minus the overlap of the first class, one number an image."""
+    chance, true = outputs.softmax(1)[:, 0].flatten(1), (targets == 0).flatten(1).float()
+    return 1 - 2 * (chance * true).sum(1) / (chance.sum(1) + true.sum(1) + 1)
+
+
+class TestSums:
+    def test_a_main_and_an_auxiliary_loss(self) -> None:
+        """torchvision's reference training of segmentation: ``ce(out) + 0.4 * ce(aux)``."""
+        (main, labels), (aux, _) = pixels(), pixels()
+        plain = nn.CrossEntropyLoss(ignore_index=255, weight=WEIGHT)
+        for unit in ("sample", "element"):
+            ce = per_sample(plain, unit=unit)
+            losses = ce(main, labels) + 0.4 * ce(aux, labels)
+            right = plain(main, labels) + 0.4 * plain(aux, labels)
+            torch.testing.assert_close(losses.mean(), right)
+            torch.testing.assert_close(Trimmer(1.0, unit=unit)(losses), right)
+            assert not losses.terms, "alike: any engine takes it"
+            assert Trimmer(0.5, unit=unit).select(losses).k
+
+    @pytest.mark.parametrize("scale", ["kept", "batch"])
+    @pytest.mark.parametrize("weight", [None, WEIGHT])
+    def test_cross_entropy_and_dice(self, weight: Tensor | None, scale: str) -> None:
+        """smp and MONAI: terms of which only one has class weights and ignored pixels."""
+        logits, labels = pixels()
+        plain = nn.CrossEntropyLoss(ignore_index=255, weight=weight)
+        right = plain(logits, labels) + dice(logits, labels).mean()
+        for losses in (
+            per_sample(plain)(logits, labels) + per_sample(dice)(logits, labels),
+            per_sample(plain)(logits, labels) + dice(logits, labels),
+            dice(logits, labels) + per_sample(plain)(logits, labels),
+        ):
+            torch.testing.assert_close(losses.mean(), right)
+            torch.testing.assert_close(Trimmer(1.0, scale=scale)(losses), right)
+        trim = Trimmer(0.5)
+        loss = trim(losses)
+        kept = trim.last.selection.indices
+        torch.testing.assert_close(loss, plain(logits[kept], labels[kept]) + dice(logits[kept], labels[kept]).mean())
+        with pytest.raises(ValueError, match="a sum of terms that count differently"):
+            trim.select(losses)
+
+    def test_arithmetic(self) -> None:
+        one, two = Losses(torch.tensor([1.0, 2.0])), Losses(torch.tensor([3.0, 5.0]))
+        assert (one + two).values.tolist() == [4.0, 7.0]
+        assert (two - one).values.tolist() == [2.0, 3.0]
+        assert (-one / 2).values.tolist() == [-0.5, -1.0]
+        assert (torch.tensor(2.0) * one).values.tolist() == [2.0, 4.0]
+        assert sum([one, two, two]).values.tolist() == [7.0, 12.0]  # type: ignore[union-attr]
+        assert (one + two.values).values.tolist() == [4.0, 7.0]
+        assert (one.detach() * torch.tensor([2.0, 0.0])).values.tolist() == [2.0, 0.0]
+        values, mask, weights = one
+        assert (values.tolist(), mask, weights) == ([1.0, 2.0], None, None)
+
+    def test_what_does_not_add(self) -> None:
+        ce = per_sample(nn.CrossEntropyLoss())(torch.randn(4, 3), torch.randint(0, 3, (4,)))
+        with pytest.raises(PassUnreducedLosses, match=r"trim\(losses\) \+ term"):
+            ce + torch.tensor(1.0)
+        with pytest.raises(ValueError, match=r"expected a term of shape \(4,\)"):
+            ce + torch.rand(4, 3)
+        with pytest.raises(ValueError, match="expected two terms of one unit"):
+            ce + per_sample(nn.MSELoss(), unit="element")(torch.rand(4), torch.rand(4))
+        with pytest.raises(TypeError):
+            ce + 1.0
+        with pytest.raises(TypeError):
+            ce * "2"
+        with pytest.raises(TypeError, match="read by name"):
+            _, _, _ = token_losses_by_sample()

@@ -1,0 +1,75 @@
+"""Grids: what a file or a mapping of settings expands to, and which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchtrim.lab import files
+from batchtrim.lab.execute import grid
+
+ROOT = Path(__file__).parents[3]
+TINY = {"methods": ["full", "trim"], "seeds": 2, "epochs": 2, "train_size": 200, "batch_size": 64}
+
+
+def test_lists_are_axes_and_seeds_vary_slowest() -> None:
+    configs = grid.expand({**TINY, "keep_end": [0.2, 0.5]})
+    assert [(config.method, config.keep_end, config.seed) for config in configs] == [
+        ("full", None, 0), ("trim", 0.2, 0), ("trim", 0.5, 0), ("full", None, 1), ("trim", 0.2, 1), ("trim", 0.5, 1),
+    ]  # fmt: skip
+
+
+def test_parameters_are_axes_too() -> None:
+    configs = grid.expand(
+        {"methods": ["small_loss", "full"], "seeds": [7], "params": {"small_loss": {"noise_rate": [0.1, 0.2]}}}
+    )
+    assert [config.method_params.get("noise_rate") for config in configs] == [0.1, 0.2, None]
+    assert {config.seed for config in configs} == {7}
+
+
+def test_parts_of_a_grid_add_to_what_is_common() -> None:
+    configs = grid.expand({"seeds": 1, "epochs": 3, "grid": [{"model": "mlp"}, {"model": "cnn", "epochs": 5}]})
+    assert [(config.model, config.epochs) for config in configs] == [("mlp", 3), ("cnn", 5)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimiser": "adam"}, "Did you mean 'optimizer'"),
+        ({"methods": ["full", "trin"]}, "Did you mean 'trim'"),
+        ({"methods": []}, "at least one value"),
+        ({"methods": ["full"], "method": "trim"}, "either `methods` or `method`"),
+        ({"methods": ["full"], "params": {"ohem": {"threshold": 1.0}}}, r"got \[params\.ohem\]"),
+        ({"params": {"full": 3}}, "`params` to be tables"),
+        ({"grid": {"model": "mlp"}}, "`grid` to be tables"),
+        ({"method_params": {"beta": 2}}, "got `method_params`"),
+        ({"seeds": 0}, "`seeds` to be at least 1"),
+    ],
+)
+def test_wrong_grids_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        grid.expand(settings)
+
+
+GRIDS = [
+    path
+    for path in sorted([*ROOT.glob("examples/grids/*.toml"), *ROOT.glob("records/*/config.toml")])
+    if "batchtrim compare" in path.read_text() or "batchtrim sweep" in path.read_text()  # as its first lines say
+]
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_grids_of_examples_and_records_are_right(path: Path) -> None:
+    configs = grid.expand(files.load_toml(path))
+    assert {"full", "random"} <= {config.method for config in configs}
+    assert len({config.seed for config in configs}) >= (3 if path.name == "config.toml" else 5)
+
+
+def test_a_grid_that_is_no_toml_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text("epochs = = 3")
+    with pytest.raises(ValueError, match="line 1"):
+        files.load_toml(tmp_path / "grid.toml")
+    with pytest.raises(FileNotFoundError, match="got nothing there"):
+        files.load_toml(tmp_path / "other.toml")

@@ -1,0 +1,216 @@
+"""A training function that does wrong: what stops the comparison, what fails a run, and what is noted."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from batchtrim.lab import Run, compare, headline, records, run_once
+from own_tasks import calls, failing
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["infobatch", "rho_loss", "focal", "superloss", "full_equal_compute"])
+def test_a_method_no_trimmer_drives_is_refused_before_the_first_run(method: str) -> None:
+    with pytest.raises(ValueError, match=f"expected a method that a Trimmer drives.*got '{method}'"):
+        compare(calls(), ["full", method], 1, out="here")
+    assert not Path("here").exists()
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (None, 'expected the task to return {"error": ...}, got None'),
+        ("0.3", "got '0.3'"),
+        (0.3, "got 0.3"),
+        ([0.3], "got [0.3]"),
+        ({}, "got nothing in it"),
+        ({"accuracy": 0.3}, "got accuracy. --metric says which number is compared"),
+        ({"error": "low"}, "expected `error` to be a number, got 'low'"),
+        ({"error": True}, "expected `error` to be a number, got True"),
+        ({"error": None}, "expected `error` to be a number, got None"),
+        ({"error": 12.5}, "expected `error` in [0, 1], a fraction of the test samples, got 12.5"),
+        ({"error": -0.1}, "expected `error` in [0, 1]"),
+        ({"error": torch.rand(3)}, "expected `error` to be a number, got a tensor of shape (3,)"),
+    ],
+)
+def test_what_is_no_result_stops_the_comparison(returned: Any, says: str) -> None:
+    done = []
+
+    def train(run: Run) -> Any:
+        done.append(run)
+        calls()(run)
+        return returned
+
+    text = failing(train)
+    assert says in text
+    assert "\n" not in text
+    assert len(done) == 1, "the other runs would end the same way"
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.25), np.float64(0.25), np.array(0.25), torch.tensor([0.25]), 0.25])
+def test_numbers_of_every_kind_are_results(value: Any) -> None:
+    def train(run: Run) -> dict[str, Any]:
+        run.trim(torch.rand(4))
+        run.trim.step()
+        return {"error": value, "rmse": np.float32(2.0), "words": "ignored"}
+
+    compare(train, ["full"], 1, epochs=1, out="here", quiet=True)
+    (row,) = records.read("here")
+    assert row["test_error"] == 0.25
+    assert row["also"] == {"rmse": 2.0}
+
+
+def test_nan_is_a_run_that_diverged() -> None:
+    found = compare(calls(math.nan), ["full", "trim"], 2, epochs=2, quiet=True, out="here")
+    assert found.diverged == 4
+    assert "every run diverged" in headline(found)
+
+
+def test_another_metric_each_time_keeps_what_finished() -> None:
+    def train(run: Run) -> dict[str, float]:
+        calls()(run)
+        return {"error": 0.1} if run.method == "full" else {"accuracy": 0.9}
+
+    assert "got accuracy" in failing(train)
+    assert [row["status"] for row in records.read("here")] == ["finished", "failed"]
+
+
+def test_a_task_that_raises_is_told_by_its_own_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    def inner(run: Run) -> None:
+        raise KeyError("column")
+
+    def train(run: Run) -> dict[str, float]:
+        if run.method == "trim":
+            inner(run)
+        return calls()(run)
+
+    found = compare(train, ["full", "trim"], 2, epochs=2, quiet=True, out="here")
+    assert found.failed == 2
+    told = capfd.readouterr().err
+    assert told.count("Traceback") == 1, "the same for both seeds"
+    assert "in inner" in told
+    assert "KeyError: 'column'" in told
+    assert "perform.py" not in told
+    assert "own.py" not in told.replace("test_own.py", "")
+    assert "every run failed" in failing(lambda run: inner(run), out="there")
+
+
+def test_our_own_lines_are_left_out_below_theirs_too() -> None:
+    def train(run: Run) -> dict[str, float]:
+        run.trim(torch.rand(3).mean())
+        return {"error": 0.0}
+
+    told = failing(train)
+    assert "Did the loss function average already?" in told
+    assert "in train" in told
+    assert "trimmer.py" not in told
+    assert "_checks.py" not in told
+
+
+def test_exit_fails_one_run() -> None:
+    def train(run: Run) -> dict[str, float]:
+        if run.seed == 1 and run.method == "trim":
+            raise SystemExit(3)
+        return calls()(run)
+
+    found = compare(train, ["full", "trim"], 3, epochs=2, quiet=True, out="here")
+    assert (found.runs, found.failed) == (6, 1)
+    assert next(row for row in records.read("here") if row["status"] == "failed")["error"].startswith(
+        "the task called exit(3)"
+    )
+
+
+def test_a_task_that_forgets_its_trimmer_is_told() -> None:
+    text = failing(lambda run: {"error": 0.1})
+    assert "got a run of 'trim' in which it was never called: it would be plain training by another name" in text
+    assert [row["config"]["method"] for row in records.read("here") if row["status"] == "finished"] == ["full"]
+
+
+def test_a_task_that_forgets_the_clock_is_told() -> None:
+    assert "to call run.trim.step() once an epoch" in failing(calls(steps=False))
+
+
+def test_a_schedule_that_did_not_get_to_its_end_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
+    def train(run: Run) -> dict[str, float]:
+        for _ in range(2):
+            run.trim(torch.rand(8))
+            run.trim.step()
+        return {"error": 0.1}
+
+    compare(train, ["trim"], 1, epochs=10, out="here")
+    assert (
+        "run.trim.step() was called 2 times in 10 epochs, so the schedule ended at keep 0.82" in capfd.readouterr().err
+    )
+
+
+def test_a_compiled_step_counts_as_used() -> None:
+    def train(run: Run) -> dict[str, float]:
+        @torch.compile(fullgraph=True, backend="aot_eager")
+        def loss_of(losses: Tensor) -> Tensor:
+            return run.trim(losses)
+
+        for _ in range(run.epochs):
+            loss_of(torch.rand(8))
+            run.trim.step()
+        return {"error": 0.1}
+
+    assert run_once(train, "trim", epochs=2) == 0.1
+
+
+def test_threads_that_are_left_behind_are_noted(capfd: pytest.CaptureFixture[str]) -> None:
+    stop = threading.Event()
+
+    def train(run: Run) -> dict[str, float]:
+        threading.Thread(target=stop.wait, name="loader", daemon=True).start()
+        return calls()(run)
+
+    try:
+        compare(train, ["full"], 1, epochs=2, out="here")
+    finally:
+        stop.set()
+    assert "the task left 1 thread running (loader)" in capfd.readouterr().err
+
+
+def test_log_refuses_what_is_no_number_or_a_second_time() -> None:
+    def words(run: Run) -> dict[str, float]:
+        run.log(error="low")  # type: ignore[arg-type]
+        return {"error": 0.1}
+
+    assert "expected `error` to be a number, got 'low'" in failing(words)
+
+    def twice(run: Run) -> dict[str, float]:
+        run.log(epoch=0, error=0.2)
+        run.log(epoch=0, error=0.1)
+        return {"error": 0.1}
+
+    assert "expected `epoch` after 0, got 0" in failing(twice, out="there")
+
+
+def test_settings_that_are_wrong_are_refused() -> None:
+    for settings, says in (
+        ({"lr": 0.1}, "expected settings of a task"),
+        ({"epochs": 0}, "expected `epochs` to be at least 1"),
+        ({"keep_end": 20}, "It is a fraction of the batch"),
+        ({"metric": "score"}, "expected `higher_is_better` for the metric 'score'"),
+        ({"metric": "rmse", "higher_is_better": True}, "expected lower to be better for the metric 'rmse'"),
+        ({"metric": ""}, "expected `metric` to be a name"),
+        ({"schedule": "steep"}, "expected `schedule` to be one of"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=says.replace("(", r"\(")):
+            compare(calls(), **settings)
+    with pytest.raises(TypeError, match=r"expected a function or 'FILE.py:NAME', got 3"):
+        compare(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"to take one argument, the run"):
+        compare(lambda: None, out="here")  # type: ignore[arg-type, misc]
