@@ -18,6 +18,8 @@ from batchtrim.lab.run.own import AnyConfig
 
 # How long to wait before asking again for runs that another process has claimed, in seconds.
 ASK_AGAIN = 0.5
+# How long a worker whose line is closed may take to end, in seconds.
+ENDING = 10.0
 
 
 def run_here(tally: Tally, records: Records, place: Workplace) -> None:
@@ -126,6 +128,7 @@ def _replace_dead(worker: _Worker, tally: Tally, records: Records, place: Workpl
     """Give the run of a worker that died to another one, unless it has been tried often enough."""
     assert worker.config is not None
     config = worker.config
+    worker.process.join(ENDING)  # its line closes first: killed now, it would seem to have been killed
     worker.stop()
     tally.lost[config.key] += 1
     reason = f"its worker ended with exit code {worker.process.exitcode}"

@@ -9,12 +9,21 @@ from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.counts import Counts
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.own import AnyConfig
+from batchtrim.lab.task.code import YourCodeFailed
 
-__all__ = ["CURVES", "failed_row"]
+__all__ = ["CURVES", "error_line", "failed_row"]
+
+LONGEST = 500
 
 CURVES = (
     "epoch", "test_error", "train_error", "keep", "kept_loss", "mean_loss", "lr", "seconds", "samples_backward",
 )  # fmt: skip
+
+
+def error_line(error: BaseException) -> str:
+    """Return an error as one line, cut off where it is too long; one of the reader's own code keeps its traceback."""
+    text = f"{type(error).__name__}: {error}"
+    return (text if isinstance(error, YourCodeFailed) else " ".join(text.split()))[:LONGEST]
 
 
 def failed_row(config: AnyConfig, error: BaseException) -> dict[str, Any]:
@@ -24,7 +33,7 @@ def failed_row(config: AnyConfig, error: BaseException) -> dict[str, Any]:
         "key": config.key,
         "config": config.to_dict(),
         "status": "failed",
-        "error": f"{type(error).__name__}: {error}"[:500],
+        "error": error_line(error),
         "test_error": None,
         **vars(Counts()),
         "params": None,

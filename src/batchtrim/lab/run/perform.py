@@ -21,6 +21,7 @@ from batchtrim._checks import describe
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.environment import environment
+from batchtrim.lab.run.failed import error_line
 from batchtrim.lab.run.handle import OnEpoch, Run, TaskMistake, as_number
 from batchtrim.lab.run.own import TaskConfig
 from batchtrim.lab.task.code import own_traceback
@@ -66,7 +67,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         except SystemExit as error:
             result = {"status": "failed", "error": f"the task called exit({error.code}); return the result instead"}
         except Exception as error:  # the reader's code: whatever it raises is theirs, and the other runs go on
-            result = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+            result = {"status": "failed", "error": error_line(error)}
             result["traceback"] = own_traceback(error)[-LONGEST_TRACEBACK:]
     return {
         "schema": SCHEMA,
