@@ -25,10 +25,10 @@ __all__ = [
     "Compiled",
     "Inductor",
     "as_symbolic",
+    "compiled_part",
     "inductor_of",
-    "is_compiled",
     "new_size",
-    "uncompiled_calls",
+    "not_traced",
 ]
 
 # BatchNorm is one operator to the proof, which may take its means over the kept rows; what draws random numbers is one,
@@ -43,31 +43,26 @@ class CannotCompile(Exception):
 # --- what the user compiled ------------------------------------------------------------------------------------------
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Return True if a module, or its call, went through torch.compile."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+def compiled_part(model: nn.Module) -> Any:
+    """Return what torch.compile made of the model or of a part of it, the first there is; None where nothing is."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod"):
+            return module
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return module._compiled_call_impl
+    return None
 
 
 def inductor_of(model: nn.Module) -> Inductor | None:
     """Return Inductor with the user's options, where the model or a part of it is compiled by it; else None."""
-    for module in model.modules():
-        if not is_compiled(module):
-            continue
-        compiled = module if hasattr(module, "_orig_mod") else module._compiled_call_impl
-        settings = getattr(compiled, "get_compiler_config", lambda: None)()
-        if settings is not None:
-            return Inductor.of(settings)
-    return None
+    settings = getattr(compiled_part(model), "get_compiler_config", lambda: None)()
+    return None if settings is None else Inductor.of(settings)
 
 
-@contextlib.contextmanager
-def uncompiled_calls() -> Iterator[None]:
-    """Run what is compiled as plain Python meanwhile, where the torch release can."""
-    if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+@torch.compiler.disable
+def not_traced(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function from a compiled one that is not to be traced into it."""
+    return function(*args)
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
