@@ -31,9 +31,10 @@ __all__ = [
     "not_traced",
 ]
 
-# BatchNorm is one operator to the proof, which may take its means over the kept rows; what draws random numbers is one,
-# so that a trace that runs operator by operator draws as the model does.
-_WHOLE = ("batch_norm", "native_dropout", "rrelu_with_noise")
+# Left whole until a graph is proven and parted: BatchNorm, whose means the proof may take over the kept rows; what draws
+# random numbers, so that a trace that runs operator by operator draws as the model does; and what has a rule of its own
+# where its parts have none.
+_WHOLE = ("batch_norm", "native_dropout", "rrelu_with_noise", "bernoulli", "embedding_dense_backward")
 
 
 class CannotCompile(Exception):
@@ -119,15 +120,6 @@ class Inductor:
             table = dict(select_decomp_table())
         return {op: run for op, run in table.items() if not any(name in str(op) for name in _WHOLE)}
 
-    def simplified(self, joint: fx.GraphModule) -> fx.GraphModule:
-        """Return a joint graph after Inductor's own passes: attention put together, constants folded."""
-        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-        from torch._inductor.virtualized import V
-
-        _without_strides(joint)
-        with self._settings(fallback_random=True), V.set_fake_mode(_mode_of(joint)):
-            return joint_graph_passes(joint)
-
     def compile(
         self, function: Callable[..., Sequence[Any]], inputs: Sequence[Any], *, visible: int, backward: bool
     ) -> Compiled:
@@ -164,9 +156,10 @@ class Inductor:
         from torch._dispatch.python import enable_python_dispatcher
         from torch._dynamo.convert_frame import compile_lock
         from torch._guards import TracingContext, tracing
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.decomposition import select_decomp_table
-        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+        from torch._inductor.fx_passes.replace_random import replace_random_passes
         from torch._inductor.virtualized import V
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -174,7 +167,8 @@ class Inductor:
             with mode, enable_python_dispatcher():
                 graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
             graph.shape_env = mode.shape_env
-            graph = joint_graph_passes(graph)  # among them: random numbers from Inductor's own generator
+            if not config.fallback_random:
+                replace_random_passes(graph)  # random numbers from Inductor's own generator, within its loops
             (output,) = graph.graph.find_nodes(op="output")
             output.meta["user_visible_output_idxs"] = [
                 at for at, node in enumerate(output.args[0][:visible]) if isinstance(node, fx.Node)
@@ -220,7 +214,7 @@ def restrided(tensor: Tensor, strides: Sequence[Any] | None) -> Tensor:
         return torch.empty_strided(tensor.shape, steps, dtype=tensor.dtype, device=tensor.device)
 
 
-def _without_strides(graph: fx.GraphModule) -> None:
+def without_strides(graph: fx.GraphModule) -> None:
     """Make a plain reshape of each ``as_strided`` that is one: decompositions of norms are written so."""
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default):
         before, after = node.args[0].meta["val"], node.meta["val"]
@@ -241,11 +235,6 @@ def _contiguous(tensor: Tensor) -> list[Any]:
 
 def _numel(tensor: Tensor) -> Any:
     return sympy.sympify(product([expression_of(size) for size in tensor.shape]))
-
-
-def _mode_of(graph: fx.GraphModule) -> Any:
-    values = (node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder"))
-    return next(value.fake_mode for value in values if isinstance(value, Tensor))
 
 
 def _place(symbol: sympy.Symbol, inputs: Sequence[Any]) -> tuple[int, int | None]:

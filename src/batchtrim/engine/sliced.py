@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -13,13 +13,11 @@ from batchtrim.engine.capture import CannotCapture, any_strides, executable, exp
 from batchtrim.engine.compiled import CompiledStep, Runs
 from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
+from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, Rows, exact_ratio, factor_of
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
-
-if TYPE_CHECKING:
-    from batchtrim.engine.inductor import Inductor
 
 __all__ = ["NewTrace", "SlicedStep", "Tape"]
 
@@ -91,6 +89,8 @@ class SlicedStep:
 
     def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
         joint.graph.eliminate_dead_code()
+        if self.compiled is not None:
+            without_strides(joint)
         tangents = _after_tangents(joint.graph)
         self.symbols, self.lost = _row_symbols(joint.graph, tangents, self.unit)
         for node in label(joint.graph, self.symbols, tangents):
