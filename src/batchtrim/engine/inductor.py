@@ -31,9 +31,9 @@ __all__ = [
     "not_traced",
 ]
 
-# Left whole until a graph is proven and parted: BatchNorm, whose means the proof may take over the kept rows; what draws
-# random numbers, so that a trace that runs operator by operator draws as the model does; and what has a rule of its own
-# where its parts have none.
+# Left whole until a graph is proven and parted: BatchNorm, whose means the proof may take over the kept rows; what
+# draws random numbers, so that a trace that runs operator by operator draws as the model does; and what has a rule of
+# its own where its parts have none.
 _WHOLE = ("batch_norm", "native_dropout", "rrelu_with_noise", "bernoulli", "embedding_dense_backward")
 
 

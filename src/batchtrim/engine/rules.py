@@ -181,7 +181,8 @@ _SIZES = ("N", "end", "size", "length")
 # f(0) = 0, of one operand or of several
 _COPIES = {
     "_to_copy", "convert_element_type", "clone", "alias", "detach", "view", "_unsafe_view", "reshape", "permute",
-    "transpose", "t", "unsqueeze", "squeeze", "expand", "lift_fresh_copy", "contiguous", "unflatten", "to", "_reshape_alias",
+    "transpose", "t", "unsqueeze", "squeeze", "expand", "lift_fresh_copy", "contiguous", "unflatten", "to",
+    "_reshape_alias",
 }  # fmt: skip
 _ZERO_AT_ZERO = {
     "add", "sub", "neg", "relu", "abs", "tanh", "sin", "sign", "sgn", "sqrt", "copy", "maximum", "minimum", "asinh",

@@ -58,9 +58,9 @@ class Tape:
         self.chosen, self.approximate = self.step.kept(rows, batch, self.size), approximate
         slices = self.step.slices(approximate)
         self.kept = {}
-        for place in list(self.saved):
+        for place in sorted(self.saved, key=lambda place: self.saved[place].nbytes):  # small ones make room for large
             layout = slices.cuts.get(place)
-            later = self.compiled is not None and not again and place not in self.versions
+            later = self.compiled is not None and not again and place not in self.step.given
             if layout is not None and not later:
                 self.kept[place] = cut(self.saved[place], layout, self.chosen)
             if place not in slices.whole and not again and not (later and layout is not None):
@@ -122,7 +122,7 @@ class SlicedStep:
         mark.tape = tape  # type: ignore[attr-defined]
         for at, place in self._stashed.items():
             tape.saved[place] = results[at]
-            if place in self._read_only:
+            if place in self.given or compiled:
                 tape.versions[place] = results[at]._version
             results[at] = mark
         return results
@@ -135,7 +135,7 @@ class SlicedStep:
             if place in tape.saved and tape.saved[place]._version != version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    "a batch that was changed between forward and backward"
+                    "a batch, or the model's outputs, changed between forward and backward"
                 )
         keep = keeps_graph()
         if tape.chosen is not None and tape.compiled is not None:
@@ -167,13 +167,13 @@ class SlicedStep:
         self._place = {node: place for place, node in enumerate(self.places)}
         self._multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
         self._stashed: dict[int, int] = {}
-        self._read_only: set[int] = set()
+        self.given: set[int] = set()  # places of what is saved of the batch itself
         self.saved_at = {by_name[node.name]: at for at, node in enumerate(saved, start=self.outputs)}
         for at, node in enumerate(saved, start=self.outputs):
             if isinstance(node.meta.get("val"), Tensor) and isinstance(_layout(node), (Rows, Broken)):
                 self._stashed[at] = by_name[node.name]
                 if node in inputs:
-                    self._read_only.add(by_name[node.name])
+                    self.given.add(by_name[node.name])
 
     def _counts_rows(self, value: Any) -> bool:
         """True if a saved number is a multiple of the number of rows."""
