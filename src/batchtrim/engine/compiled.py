@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchtrim.engine.cutting import KeptRows, cut, gather, spread
-from batchtrim.engine.inductor import CannotCompile, Compiled, Inductor, as_symbolic, new_size, restrided
+from batchtrim.engine.inductor import CannotCompile, Compiled, Inductor, as_symbolic, new_size, restrided, without_data
 from batchtrim.errors import EngineFallback
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class CompiledStep:
             sizes.append(as_symbolic(step.symbols[1] - step.lost, like))
         chosen = KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
         wanted = self._wanted(slices, tape)
-        with like.fake_mode:
+        with without_data(like):
             kept = {at: cut(whole[at], slices.cuts[at], chosen) for at, on_kept in wanted if on_kept}
 
         def sliced(*inputs: Any) -> Sequence[Any]:

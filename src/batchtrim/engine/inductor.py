@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch.torch_version import TorchVersion
 
 from batchtrim.engine.capture import expression_of
 from batchtrim.engine.layout import product
@@ -29,7 +30,12 @@ __all__ = [
     "inductor_of",
     "new_size",
     "not_traced",
+    "restrided",
+    "without_data",
+    "without_strides",
 ]
+
+_OLDEST = TorchVersion("2.6")  # whose Inductor is told by the graph which outputs need their strides
 
 # Left whole until a graph is proven and parted: BatchNorm, whose means the proof may take over the kept rows; what
 # draws random numbers, so that a trace that runs operator by operator draws as the model does; and what has a rule of
@@ -56,14 +62,18 @@ def compiled_part(model: nn.Module) -> Any:
 
 def inductor_of(model: nn.Module) -> Inductor | None:
     """Return Inductor with the user's options, where the model or a part of it is compiled by it; else None."""
+    if torch.__version__ < _OLDEST:
+        return None
     settings = getattr(compiled_part(model), "get_compiler_config", lambda: None)()
     return None if settings is None else Inductor.of(settings)
 
 
-@torch.compiler.disable
-def not_traced(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function from a compiled one that is not to be traced into it."""
+def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
+
+
+# Call a function from a compiled one, without tracing it.
+not_traced: Callable[..., Any] = torch.compiler.disable(_call)
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -203,6 +213,11 @@ def as_symbolic(value: Any, like: Tensor) -> Any:
     if not isinstance(value, sympy.Expr) or value.is_Integer:
         return int(value)
     return like.fake_mode.shape_env.create_symintnode(value, hint=None)
+
+
+def without_data(like: Tensor) -> Any:
+    """Return the mode in which operators make tensors without data, as those of a trace."""
+    return like.fake_mode
 
 
 def restrided(tensor: Tensor, strides: Sequence[Any] | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -18,6 +19,8 @@ from batchtrim.engine.layout import Axis, Broken, Layout, Rows, exact_ratio, fac
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
+
+_COMPILED_OVERHEAD = 3e-4  # seconds that a step takes beside what was compiled
 
 __all__ = ["NewTrace", "SlicedStep", "Tape"]
 
@@ -218,6 +221,9 @@ class SlicedStep:
         slices = self.slices(approximate)
         device = next(n.meta["val"].device for n in self.places if isinstance(n.meta.get("val"), Tensor))
         machine = machine_of(device)
+        compiled = self.compiled is not None and self.compiled.failed is None
+        if compiled:
+            machine = replace(machine, start=0.0)  # operators are joined
         cost = Cost(forward=sum(cost_of(node, machine) for node in self.forward_graph.graph.nodes))
         for node, verdict in slices.proof.verdicts.items():
             if verdict.gradient and verdict.whole:
@@ -228,6 +234,9 @@ class SlicedStep:
             tensor = self.places[place].meta["val"]
             cost.cutting += hinted_size(tensor) * tensor.element_size() / machine.bytes
             cost.overhead += 2 * machine.start
+        if compiled:
+            cost.cutting /= 2  # what is read once is not copied
+            cost.overhead = _COMPILED_OVERHEAD
         return cost
 
     def mixing(self, approximate: bool) -> tuple[str, str] | None:
