@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _OLDEST = TorchVersion("2.6")  # whose Inductor is told by the graph which outputs need their strides
+_SHARED_BYTES = 2**15
 
 # Left whole until a graph is proven and parted: BatchNorm, whose means the proof may take over the kept rows; what
 # draws random numbers, so that a trace that runs operator by operator draws as the model does; and what has a rule of
@@ -148,7 +149,9 @@ class Inductor:
         known, frozen = len(env.guards), env.frozen
         env.frozen = False  # else it would forget what is assumed from here on
         try:
-            with self._settings():
+            # operators that have nothing but the rows' numbers in common are not to run as one, far from their readers
+            apart = {"score_fusion_memory_threshold": _SHARED_BYTES} if backward else {}
+            with self._settings(**apart):
                 run, strides = self._compile(function, inputs, mode, visible, backward)
             assumed = [guard.expr for guard in env.guards[known:]]
         except Exception as error:
