@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batchtrim.engine.batch import Forward
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.rows import copied, tensors_of
-from batchtrim.engine.state import GeneratorStates, ModelState, Moment, without_graph
+from batchtrim.engine.state import GeneratorStates, ModelState, Moment, uncompiled_calls, without_graph
 from batchtrim.errors import EngineRefused
 
 __all__ = ["Probe", "Tolerance"]
@@ -145,7 +145,8 @@ class Probe:
                 raise EngineRefused("an embedding with scale_grad_by_freq counts how often the whole batch has a word")
         rows = torch.linspace(0, batch - 1, min(batch, ROWS)).long()
         poisoned = torch.arange(len(rows)) % 2 == 1
-        with _restored(before):
+        # compiled, it would be compiled anew for so few rows, and its buffers be gone after one gradient
+        with uncompiled_calls(), _restored(before):
             if not redrawn and scored is not None:
                 self._ask(before, batch, rows, poisoned, scored)
                 return

@@ -25,7 +25,7 @@ def print_plainly() -> None:
     codecs.register_error("batchtrim.plain", _plain)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where something else stands in for it
-            stream.reconfigure(errors="batchtrim.plain")
+            stream.reconfigure(errors="batchtrim.plain")  # type: ignore[union-attr]
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
