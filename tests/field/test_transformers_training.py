@@ -17,6 +17,8 @@ from hf_cases import arguments, data, new_model
 import batchtrim
 from batchtrim.errors import ChooseLength
 from batchtrim.integrations.transformers import TrimmedTrainer
+
+pytestmark = pytest.mark.usefixtures("settled")
 from tiers import few
 
 

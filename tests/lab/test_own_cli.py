@@ -150,6 +150,7 @@ def test_higher_is_better_turns_the_verdict() -> None:
     assert "--higher-is-better" in page
 
 
+@pytest.mark.slow
 def test_a_changed_program_is_said() -> None:
     batchtrim("compare", "--task", "my_task.py:train", *ARGUMENTS, "-q")
     Path("my_task.py").write_text(TASK.replace("rand(8)", "rand(9)"))
@@ -198,6 +199,7 @@ def test_a_task_on_a_ray_cluster(tmp_path: Path) -> None:
         cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_finished_run(tmp_path: Path) -> None:
     Path("slow.py").write_text(TASK.replace("import torch", "import time, torch").replace(
         'print("for people")', "time.sleep(0.3)"))  # fmt: skip
