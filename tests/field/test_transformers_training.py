@@ -17,9 +17,9 @@ from hf_cases import arguments, data, new_model
 import batchtrim
 from batchtrim.errors import ChooseLength
 from batchtrim.integrations.transformers import TrimmedTrainer
+from tiers import few
 
 pytestmark = pytest.mark.usefixtures("settled")
-from tiers import few
 
 
 @pytest.mark.parametrize("length", [None, "stretch", "saved"])

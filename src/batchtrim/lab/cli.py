@@ -204,8 +204,7 @@ def show_command(
     run: Annotated[Path, typer.Argument(help="folder of runs made with --keep-log")],
     key: Annotated[str | None, typer.Option(help="key of the run", show_default=False)] = None,
     method: Annotated[
-        str | None,
-        typer.Option(help="method of the run [trim, else the last that selects]", show_default=False),
+        str | None, typer.Option(help="method of the run [trim, else the last that chose]", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the run [the first]", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="page [keep/KEY.html in the folder]", show_default=False)] = None,
