@@ -2,6 +2,7 @@
 
     python -m studies.engine_sweep --out runs/engine-sweep                     # everything, resumable
     python -m studies.engine_sweep --out runs/engine-sweep --part 1/2          # one of two processes
+    python -m studies.engine_sweep --out runs/engine-sweep --first             # one class of each model type alone
     python -m studies.engine_sweep --out runs/engine-sweep --engines shared --only bert gpt2 vit
     python -m studies.engine_sweep --out runs/engine-sweep --table             # only write table.md again
 
@@ -231,16 +232,32 @@ def _line(text: str) -> str:
     return " ".join(text.split())[:400]
 
 
-def cases(tasks: list[str], only: list[str], engines: list[str]) -> Iterator[tuple[Task, str, str, bool, str]]:
-    """Every case, the first engine with dropout first: what is stopped early has seen the most."""
-    for engine in engines:
-        for dropout in (True, False):
-            for task in TASKS:
-                if tasks and task.family not in tasks:
-                    continue
-                for kind, name in task.table.classes():
-                    if (not only or kind in only) and hasattr(transformers, name):
-                        yield task, kind, name, dropout, engine
+def cases(
+    tasks: list[str], only: list[str], engines: list[str], every: bool = True
+) -> Iterator[tuple[Task, str, str, bool, str]]:
+    """One class of each model type, with dropout, and then, with ``every``, all else.
+
+    So what is stopped early has seen every architecture.
+    """
+    first: dict[str, tuple[Task, str, str]] = {}
+    others: list[tuple[Task, str, str]] = []
+    for task in TASKS:
+        if tasks and task.family not in tasks:
+            continue
+        for kind, name in task.table.classes():
+            if (only and kind not in only) or not hasattr(transformers, name):
+                continue
+            if kind in first:
+                others.append((task, kind, name))
+            else:
+                first[kind] = task, kind, name
+    for dropout in (True, False):
+        for group in (list(first.values()), others):
+            for each in group:
+                for engine in engines:
+                    yield (*each, dropout, engine)
+            if not every:
+                return
 
 
 def read(path: Path) -> dict[tuple[str, str, bool, str], Row]:
@@ -302,6 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), help="of exact, two_pass, shared, auto")
     parser.add_argument("--tasks", nargs="*", default=[], help=", ".join(task.family for task in TASKS))
     parser.add_argument("--only", nargs="*", default=[], help="model types such as gpt2")
+    parser.add_argument("--first", action="store_true", help="one class of each model type alone, with dropout")
     parser.add_argument("--part", default="1/1", help="1/2 and 2/2 in two processes share the work")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="stop a check that takes longer")
     parser.add_argument("--table", action="store_true", help="only make table.md from results.jsonl")
@@ -311,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = options.out / "results.jsonl"
     done = read(results)
     part, parts = map(int, options.part.split("/"))
-    for number, case in enumerate(cases(options.tasks, options.only, options.engines)):
+    for number, case in enumerate(cases(options.tasks, options.only, options.engines, not options.first)):
         task, _, name, dropout, engine = case
         if options.table or number % parts != part - 1 or (task.family, name, dropout, engine) in done:
             continue

@@ -18,6 +18,9 @@ def main() -> None:
         print(f"error: the command `batchtrim` needs `{root}`, which is not installed. {install_hint('lab')}",
               file=sys.stderr)  # fmt: skip
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped before anything had begun", file=sys.stderr)
+        sys.exit(130)
     command()
 
 

@@ -20,8 +20,7 @@ from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import GeneratorStates, ModelState, device_of, modules_of, without_graph
-from batchtrim.engine.two_pass import Moment
+from batchtrim.engine.state import GeneratorStates, ModelState, Moment, device_of, modules_of, without_graph
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection

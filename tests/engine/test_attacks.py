@@ -11,8 +11,8 @@ from attacks import ATTACKS, KINDS, Attack
 
 import batchtrim
 from batchtrim.engine import ENGINES
+from batchtrim.engine.batch import kept_loss, padded_rows
 from batchtrim.engine.exact import ExactEngine
-from batchtrim.engine.two_pass import kept_loss, padded_rows
 from batchtrim.testing import EngineReport, check_engine
 from tiers import few, one_of_each
 

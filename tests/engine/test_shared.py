@@ -130,6 +130,12 @@ def test_any_keep(keep: float) -> None:
     agree(train(make, data, "exact", keep=keep), train(make, data, "shared", keep=keep))
 
 
+@pytest.mark.parametrize("keep", [0.02, 0.2])
+def test_one_kept_row_lies_in_memory_as_it_likes(keep: float) -> None:
+    """As in transformers' Doge: a view in backward was possible on all rows and not on one."""
+    agree(*(train(zoo.GatedAttention, zoo.tokens, engine, keep=keep) for engine in ("exact", "shared")))
+
+
 def test_autocast() -> None:
     make = lambda: zoo.Autocast(zoo.Residual(GROUP))  # noqa: E731
     agree(train(make, zoo.images, "exact"), train(make, zoo.images, "shared"), 2e-2)  # bf16 keeps 8 bits

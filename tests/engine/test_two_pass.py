@@ -11,7 +11,7 @@ from harness import BATCH, error, gradient, train
 from torch import nn
 
 import batchtrim
-from batchtrim.engine.two_pass import padded_rows
+from batchtrim.engine.batch import padded_rows
 from batchtrim.errors import EngineRefused
 
 CASES = {

@@ -156,6 +156,11 @@ def test_a_changed_program_is_said() -> None:
     Path("my_task.py").write_text(TASK.replace("rand(8)", "rand(9)"))
     done = batchtrim("compare", "--task", "my_task.py:train", "--seeds", "4", *ARGUMENTS[2:], "-q")
     assert "The runs were made by 2 versions of the program" in done.stdout.replace("\n", " ")
+    assert "helper.py" not in done.stdout
+    Path("helper.py").write_text(HELPER.replace("0.05", "0.06"))
+    done = batchtrim("compare", "--task", "my_task.py:train", "--seeds", "5", *ARGUMENTS[2:], "-q")
+    assert "The runs were made by 2 versions of helper.py." in done.stdout.replace("\n", " ")
+    assert list(records.read("here")[0]["environment"]["helpers"]) == ["helper.py"]
 
 
 def test_a_task_does_not_run_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,6 +328,31 @@ def test_a_page_of_samples_without_classes() -> None:
     assert "predicted as another class" not in page
     next(Path("here/keep").glob("*.json")).unlink()
     assert "Let the task say it: run.show(rows=...)" in mistake("show", "here")
+
+
+def test_images_that_changed_make_other_runs(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for kind in range(2):
+        (tmp_path / "mine" / str(kind)).mkdir(parents=True)
+        for i in range(6):
+            Image.new("L", (6, 6), 100 * kind + i).save(tmp_path / "mine" / str(kind) / f"{i}.png")
+    words = ["compare", "--dataset", "mine", "--test-split", "0.5", "--seeds", "1", "--epochs", "1", "--workers", "1"]
+    first = batchtrim(*words, "--keep-log")
+    assert first.exit_code == 0, first.output
+    os.utime("mine/0/0.png")  # the same image, written again
+    assert "2 of 2 runs are recorded already" in batchtrim(*words).stderr
+    assert batchtrim("show", "runs/mine-mlp-adam-1ep").exit_code == 0
+    Image.new("L", (6, 6), 50).save(tmp_path / "mine" / "0" / "0.png")
+    again = batchtrim(*words)
+    assert again.exit_code == 0, again.output
+    assert "runs go to runs/mine-mlp-adam-1ep-data_version" in again.stderr
+    assert "recorded already" not in again.stderr
+    old = records.read("runs/mine-mlp-adam-1ep")[0]["config"]["data_version"]
+    assert f"data_version {old} there" in mistake(*words, "--out", "runs/mine-mlp-adam-1ep")
+    assert "Images, labels or the split have changed since" in mistake("show", "runs/mine-mlp-adam-1ep")
+    Image.new("L", (6, 6), 51).save(tmp_path / "mine" / "0" / "7.png")  # one more
+    assert "recorded already" not in batchtrim(*words).stderr
 
 
 def test_images_and_a_network_of_ones_own(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.batch_norm import LEAST_COSINE
@@ -52,7 +52,6 @@ class AutoEngine:
         from batchtrim.engine.shared import SharedEngine  # brings in sympy, which takes its time
 
         try:
-            self._refuse_compiled(forward)
             self.saving = SharedEngine(forward, trim)
             self.saving.judge = self._judge
         except EngineRefused as refused:
@@ -99,13 +98,6 @@ class AutoEngine:
         """The engine that steps are handed to, where it pays."""
         return self.exact if self.saving is None else self.saving
 
-    @staticmethod
-    def _refuse_compiled(forward: Forward) -> None:
-        for name, module in forward.model.named_modules():
-            if _is_compiled(module):
-                what = f"{name or 'the model'} ({type(module).__name__})"
-                raise EngineRefused(f"{what} is compiled, and a trace of it would run operator by operator")
-
     def _tell(self, shared: SharedEngine) -> None:
         """Say once what runs and why; give up for good what never pays."""
         if shared.trace is None:
@@ -141,15 +133,12 @@ class AutoEngine:
     def _hand_on(self, refused: EngineRefused) -> None:
         """Take the next engine, for good; one warning."""
         forward = self.exact.forward
-        compiled = self.trim.unit == "sample" and any(_is_compiled(module) for module in forward.model.modules())
+        from batchtrim.engine.inductor import is_compiled  # brings in sympy, which takes its time
+
+        compiled = self.trim.unit == "sample" and any(is_compiled(module) for module in forward.model.modules())
         reason = redrawn(forward) if compiled else None
         two_pass = compiled and reason is None and not isinstance(self.saving, TwoPassEngine)
         self.saving = TwoPassEngine(forward, self.trim, approximate=False) if two_pass else None
         also = f", and {reason}" if reason else ""
         going_on = "two_pass" if two_pass else "exact"
         warnings.warn(f"{refused}{also}. Going on with engine={going_on!r}.", EngineFallback, stacklevel=4)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Return True if a module, or its call, went through torch.compile."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

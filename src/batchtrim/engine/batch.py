@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from batchtrim._checks import check_losses
 from batchtrim.engine.rows import RowCutter, map_tensors, tensors_of
 from batchtrim.losses import Losses, flatten
+from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
+from batchtrim.trimmer import Trimmer
 
-__all__ = ["Forward", "StepResult", "as_losses", "map_tensors", "tensor_shapes"]
+__all__ = ["Forward", "StepResult", "as_losses", "kept_loss", "map_tensors", "padded_rows", "tensor_shapes"]
 
 
 class StepResult(NamedTuple):
@@ -105,3 +107,27 @@ def as_losses(losses: Tensor | Losses, unit: str) -> Losses:
 def tensor_shapes(value: Any) -> tuple[Any, ...]:
     """Shapes and dtypes of every tensor in a batch: what decides how a model runs, as far as a batch can."""
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(value))
+
+
+def padded_rows(selection: Selection, companions: int = 0) -> Tensor:
+    """Return the kept rows, in rising order, and behind them ``companions`` dropped ones, spread over the batch.
+
+    At least one goes along where a single row or none is kept: a batch of one is a special case to BatchNorm and to
+    ``squeeze``. What they add is left out of the loss again by :func:`kept_loss`.
+    """
+    rows = selection.indices
+    wanted = min(max(companions, 2 - selection.k), selection.size - selection.k)
+    if wanted <= 0:
+        return rows
+    dropped = torch.ones(selection.size, dtype=torch.int8, device=rows.device).index_fill_(0, rows, 0)
+    others = dropped.argsort(descending=True, stable=True)[: selection.size - selection.k]
+    return torch.cat([rows, others[:: len(others) // wanted][:wanted]])
+
+
+def kept_loss(kept: Losses, selection: Selection, trim: Trimmer) -> Tensor:
+    """Return the loss from a forward over :func:`padded_rows`."""
+    weights = kept.weights
+    values = kept.values
+    if values.shape[0] != selection.k:
+        values, weights = values[: selection.k], None if weights is None else weights[: selection.k]
+    return reduce_kept(values, selection, trim.scale, weights)

@@ -1,4 +1,6 @@
-"""The only file that touches what torch keeps private: capture a function as graphs, and run them.
+"""The file that touches what torch keeps private: capture a function as graphs, and run them.
+
+``inductor.py``, which has them compiled, is the only other one.
 
 ``torch.compile``'s front end traces model and loss together, with guards that trace anew when something in Python
 changes; AOTAutograd makes one joint graph of forward and backward of it. :class:`Capture` gives that graph to a planner
@@ -12,17 +14,21 @@ import contextlib
 import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+if TYPE_CHECKING:
+    from batchtrim.engine.inductor import Inductor
+
 __all__ = [
     "CannotCapture",
     "Capture",
     "Planner",
+    "any_strides",
     "decomposed",
     "executable",
     "expression_of",
@@ -90,18 +96,26 @@ class Capture:
     Args:
         function: what to capture. make_planner: called once for every trace.
         limit: how many traces are made before it is given up.
+        compiler: what will compile the graphs. They are then made of smaller operators, and simplified.
 
     Raises:
         CannotCapture: on call, before anything of the function ran.
     """
 
-    def __init__(self, function: Callable[..., Any], make_planner: Callable[[], Planner], limit: int = 8) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        make_planner: Callable[[], Planner],
+        limit: int = 8,
+        compiler: Inductor | None = None,
+    ) -> None:
         # traces are cached by code object, and what is known of sizes by its name: each capture has its own
         name = f"{function.__name__}_{next(_numbers)}"
         code = function.__code__.replace(co_name=name, co_qualname=name)
         own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
         self.make_planner = make_planner
         self.limit = limit
+        self.compiler = compiler
         self.traces = 0
         self.running = False
         self._compiled = torch.compile(own, backend=self._backend, fullgraph=True)
@@ -129,6 +143,8 @@ class Capture:
         planner = self.make_planner()
 
         def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
+            joint = joint if self.compiler is None else self.compiler.simplified(joint)
+
             def split() -> Any:
                 return min_cut_rematerialization_partition(
                     joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **options
@@ -150,7 +166,11 @@ class Capture:
             return executable(graph)
 
         backend = aot_autograd(
-            fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, partition_fn=partition
+            fw_compiler=forward,
+            bw_compiler=backward,
+            inference_compiler=inference,
+            partition_fn=partition,
+            decompositions=None if self.compiler is None else self.compiler.decompositions(),
         )
         compiled = backend(graph, inputs)
         metadata = getattr(torch._guards.TracingContext.get(), "fw_metadata", None)
@@ -230,13 +250,30 @@ def keeps_graph() -> bool:
 
 
 def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
-    """A graph as a function of a list of its inputs, which it empties, so that each is freed once it is used."""
+    """A graph as a function of a list of its inputs, which it empties, so that each is freed once it is used.
+
+    A view becomes a reshape: on kept rows a value may lie in memory in another order than the one that was traced.
+    """
     from torch.fx.graph import _BoxedCodeGen  # type: ignore[attr-defined]
 
     own = fx.Graph()
     own.output(own.graph_copy(graph.graph, {}))
+    for node in own.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
     own.set_codegen(_BoxedCodeGen())
     return _boxed(fx.GraphModule(graph, own).forward)
+
+
+def any_strides(graph: fx.GraphModule) -> bool:
+    """Make a graph right for inputs that lie in memory otherwise than when it was traced; False where it cannot be."""
+    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target in views:
+            node.target = torch.ops.aten.reshape.default
+        elif node.op == "call_function" and "as_strided" in str(node.target):
+            return False
+    graph.recompile()
+    return True
 
 
 def pin(node: fx.Node) -> None:

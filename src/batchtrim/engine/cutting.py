@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchtrim.engine.layout import Rows
 
-__all__ = ["KeptRows", "can_be_cut", "cut", "put_back"]
+__all__ = ["KeptRows", "can_be_cut", "cut", "gather", "put_back", "spread"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,65 @@ def cut(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
 def put_back(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
     """Zeros for all rows, and the kept ones among them: what :func:`cut` takes, the other way."""
     return _put_samples(value, layout, kept) if kept.tokens is None else _put_tokens(value, layout, kept)
+
+
+# --- the same, to be compiled: nothing is written in place, and memory lies as the compiler likes ---------------------
+
+
+def gather(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+    """The kept rows of a tensor, as operators that are fused with what reads them."""
+    sample = layout.axes[0]
+    assert sample is not None
+    if kept.tokens is None:
+        dim, outer, inner = _factors(layout, tensor.shape[sample.dim], kept.batch)
+        if layout.iota:
+            return tensor.narrow(dim, 0, outer * kept.k * inner)
+        if outer == 1 and inner == 1:
+            return _take(tensor, {dim: kept.rows})
+        return _take(tensor.unflatten(dim, (outer, kept.batch, inner)), {dim + 1: kept.rows}).flatten(dim, dim + 2)
+    samples, places = kept.places()
+    token = layout.axes[1]
+    if token is None:
+        return _take(tensor, {sample.dim: samples})
+    if token.dim == sample.dim:
+        return _take(tensor, {sample.dim: samples * (tensor.shape[sample.dim] // kept.batch) + places})
+    rest = [d for d in range(tensor.ndim) if d not in (sample.dim, token.dim)]
+    order = [sample.dim, token.dim, *rest]
+    taken = _take(tensor.permute(order), {0: samples, 1: places}).unsqueeze(1)
+    return taken.permute([order.index(d) for d in range(tensor.ndim)])
+
+
+def spread(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+    """What :func:`put_back` gives: each of all rows takes its kept one, or is zero."""
+    sample = layout.axes[0]
+    assert sample is not None
+    k = torch.arange(kept.k, device=kept.rows.device)
+    if kept.tokens is None:
+        dim, outer, inner = _factors(layout, value.shape[sample.dim], kept.k)
+        from_row = kept.rows.new_full((kept.batch,), -1).scatter(0, kept.rows, k)
+        whole = _take_or_zero(value.unflatten(dim, (outer, kept.k, inner)), dim + 1, from_row)
+        return whole.flatten(dim, dim + 2)
+    token = layout.axes[1]
+    assert token is not None
+    samples, places = kept.places()
+    width = kept.tokens + kept.lost - int(token.lost)
+    from_row = kept.rows.new_full((kept.batch * width,), -1).scatter(0, samples * width + places, k)
+    if token.dim == sample.dim:
+        return _take_or_zero(value, sample.dim, from_row)
+    rest = [d for d in range(value.ndim) if d not in (sample.dim, token.dim)]
+    order = [sample.dim, token.dim, *rest]
+    whole = _take_or_zero(value.permute(order).squeeze(1), 0, from_row).unflatten(0, (kept.batch, width))
+    return whole.permute([order.index(d) for d in range(value.ndim)])
+
+
+def _take(tensor: Tensor, at: dict[int, Tensor]) -> Tensor:
+    """Index without a check of bounds: rows were chosen among those that there are."""
+    return torch.ops.aten._unsafe_index(tensor, [at.get(d) for d in range(max(at) + 1)])
+
+
+def _take_or_zero(value: Tensor, dim: int, from_row: Tensor) -> Tensor:
+    there = (from_row >= 0).view([-1 if d == dim else 1 for d in range(value.ndim)])
+    return torch.where(there, _take(value, {dim: from_row.clamp_min(0)}), value.new_zeros(()))
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

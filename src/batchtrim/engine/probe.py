@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from batchtrim.engine.batch import Forward
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.rows import copied, tensors_of
-from batchtrim.engine.state import GeneratorStates, ModelState, without_graph
+from batchtrim.engine.state import GeneratorStates, ModelState, Moment, without_graph
 from batchtrim.errors import EngineRefused
-
-if TYPE_CHECKING:
-    from batchtrim.engine.two_pass import Moment
 
 __all__ = ["Probe", "Tolerance"]
 

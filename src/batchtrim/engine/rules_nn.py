@@ -157,8 +157,10 @@ def attention_backward(call: Call) -> list[Layout]:
     if call["dropout_p"]:
         raise Mixes("it draws its dropout again from a seed for all rows")
     gradient = call.values[0]
-    given = [gradient, *(call[name] for name in ("query", "key", "value", "out", "logsumexp"))]
-    axes = _attention_axes(call, given)
+    axes = _attention_axes(call, [gradient, *(call[name] for name in ("query", "key", "value", "out"))])
+    sums = call["logsumexp"]  # has no last dimension, so that it cannot be aligned with the others
+    if sums is not None and isinstance(sums.layout, Rows) and sums.layout.axes != axes:
+        raise Mixes("it puts different rows together")
     layouts: list[Layout] = [Rows(axes, gradient.zero)] * 3
     if len(call.outputs) > 3:  # of the mask
         mask = call["attn_bias"]

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from batchtrim.engine.batch import Forward, StepResult, as_losses, map_tensors
+from batchtrim.engine.batch import Forward, StepResult, as_losses, map_tensors, padded_rows
 from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
+from batchtrim.engine.inductor import inductor_of, uncompiled_calls
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.state import GeneratorStates, is_lazy
-from batchtrim.engine.two_pass import Moment, padded_rows
+from batchtrim.engine.state import GeneratorStates, Moment, is_lazy
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
@@ -60,7 +60,8 @@ class SharedEngine:
         self.approximate = approximate
         self.exact = ExactEngine(forward, trim)
         self.refused: str | None = None
-        self.capture = Capture(_step_of(forward), self._planner)
+        self.compiler = inductor_of(forward.model)
+        self.capture = Capture(_step_of(forward), self._planner, compiler=self.compiler)
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # whether to approximate, given a cosine
         self.trace: SlicedStep | None = None  # the last that ran
         self._tape: Tape | None = None
@@ -105,7 +106,7 @@ class SharedEngine:
         tape.cut(rows, batch, self.approximate)
 
     def _planner(self) -> SlicedStep:
-        return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit)
+        return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit, self.compiler)
 
     def _forward(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
         """Run the traced step; what it saved, the losses with their graph, and the model's outputs."""
@@ -161,7 +162,8 @@ class _Plain:
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
         self.before = Moment(forward, x, y)
         try:
-            self.losses = forward(x, y, model=forward.inner)[0].values.detach()
+            with uncompiled_calls():
+                self.losses = forward(x, y, model=forward.inner)[0].values.detach()
             self.generators = GeneratorStates(self.before.generators.device)
         finally:
             self.before.restore(x, y)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from batchtrim.engine.capture import CannotCapture, executable, expression_of, keeps_graph, pin
+from batchtrim.engine.capture import CannotCapture, any_strides, executable, expression_of, keeps_graph, pin
+from batchtrim.engine.compiled import CompiledStep, Runs
 from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
 from batchtrim.engine.layout import Axis, Broken, Layout, Rows, exact_ratio, factor_of
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
+
+if TYPE_CHECKING:
+    from batchtrim.engine.inductor import Inductor
 
 __all__ = ["NewTrace", "SlicedStep", "Tape"]
 
@@ -30,6 +34,7 @@ class Tape:
     Attributes:
         chosen: the kept rows; None where backward runs on all.
         approximate: whether BatchNorm's means are to be taken over the kept rows.
+        compiled: what ran the forward and is to run the backward; None where that is operator by operator.
     """
 
     def __init__(self) -> None:
@@ -40,6 +45,7 @@ class Tape:
         self.kept: dict[int, Tensor] = {}
         self.chosen: KeptRows | None = None
         self.approximate = False
+        self.compiled: CompiledStep | None = None
 
     def cut(self, rows: Tensor, batch: int, approximate: bool, again: bool = False) -> None:
         """Keep of what was saved the given rows, and all rows of what the lower part reads.
@@ -47,6 +53,8 @@ class Tape:
         Args:
             rows: int64 (k,), places in the losses. batch: how many samples there are.
             again: keep everything else too, to be cut another time.
+
+        A compiled backward cuts by itself what it reads; but the batch, which may change until then, is cut here.
         """
         assert self.step is not None
         self.chosen, self.approximate = self.step.kept(rows, batch, self.size), approximate
@@ -54,20 +62,28 @@ class Tape:
         self.kept = {}
         for place in list(self.saved):
             layout = slices.cuts.get(place)
-            if layout is not None:
+            later = self.compiled is not None and not again and place not in self.versions
+            if layout is not None and not later:
                 self.kept[place] = cut(self.saved[place], layout, self.chosen)
-            if place not in slices.whole and not again:
+            if place not in slices.whole and not again and not (later and layout is not None):
                 del self.saved[place]
 
 
 class SlicedStep:
     """One trace: its forward, its backward, and the backward in two parts. A planner of :class:`Capture`."""
 
-    def __init__(self, current: Callable[[], Tape | None], approximate: bool = False, unit: str = "sample") -> None:
+    def __init__(
+        self,
+        current: Callable[[], Tape | None],
+        approximate: bool = False,
+        unit: str = "sample",
+        compiler: Inductor | None = None,
+    ) -> None:
         self.current = current
         self.unit = unit
         self.approximate = approximate
-        self.new = True
+        self.compiled = None if compiler is None else CompiledStep(self, compiler)
+        self.runs = 0
         self._slices: dict[bool, Slices] = {}
         self._costs: dict[bool, Cost] = {}
 
@@ -81,6 +97,8 @@ class SlicedStep:
             pin(node)
         forward, backward = split()
         self.outputs = outputs
+        if self.compiled is not None and not any_strides(backward):
+            self.compiled.failed = "its backward depends on how tensors lie in memory (as_strided)"
         self._read(forward, backward)
         mixing = self.mixing(self.approximate)
         if mixing is not None and not self.slices(self.approximate).worth:
@@ -88,14 +106,18 @@ class SlicedStep:
         return forward, backward
 
     def forward(self, args: list[Any]) -> Any:
-        if self.new:
-            self.new = False
+        self.runs += 1
+        if self.runs == 1:
             raise NewTrace
-        results = list(self._forward(args))
         tape = self.current()
+        # the second run is held against the model, operator by operator
+        results = None if self.compiled is None or tape is None or self.runs == 2 else self.compiled.forward(args)
+        compiled = results is not None
+        results = list(self._forward(args) if results is None else results)
         if tape is None:
             return results
         tape.step = self
+        tape.compiled = self.compiled if compiled else None
         mark = torch.empty(0)
         mark.tape = tape  # type: ignore[attr-defined]
         for at, place in self._stashed.items():
@@ -116,13 +138,20 @@ class SlicedStep:
                     "a batch that was changed between forward and backward"
                 )
         keep = keeps_graph()
+        if tape.chosen is not None and tape.compiled is not None:
+            found = tape.compiled.backward(args, tape, keep)
+            if found is not None:
+                return found
+        for place in self._stashed.values():
+            args[place] = tape.saved.get(place)
+        kept = dict(tape.kept)
+        if not keep:
+            tape.saved.clear()
+            tape.kept.clear()
         if tape.chosen is None:
-            for place, tensor in tape.saved.items():
-                args[place] = tensor
-            if not keep:
-                tape.saved.clear()
             return self._backward(args)
-        return self._sliced_backward(args, tape, keep)
+        slices = self.slices(tape.approximate)
+        return self.run(slices, tape.chosen, args, kept, Runs(slices.upper.run, slices.lower.run, cut, put_back))
 
     # made once
 
@@ -139,6 +168,7 @@ class SlicedStep:
         self._multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
         self._stashed: dict[int, int] = {}
         self._read_only: set[int] = set()
+        self.saved_at = {by_name[node.name]: at for at, node in enumerate(saved, start=self.outputs)}
         for at, node in enumerate(saved, start=self.outputs):
             if isinstance(node.meta.get("val"), Tensor) and isinstance(_layout(node), (Rows, Broken)):
                 self._stashed[at] = by_name[node.name]
@@ -213,43 +243,42 @@ class SlicedStep:
 
     # run
 
-    def _sliced_backward(self, args: list[Any], tape: Tape, keep: bool) -> list[Any]:
-        slices, chosen = self.slices(tape.approximate), tape.chosen
-        assert chosen is not None
+    def run(self, slices: Slices, chosen: KeptRows, whole: list[Any], kept: dict[int, Tensor], runs: Runs) -> list[Any]:
+        """Run the upper part on the kept rows, put its gradients back, run the lower part.
+
+        Args:
+            whole: the backward's inputs by place, on all rows; emptied. kept: what was cut already; emptied.
+        """
         known: dict[fx.Node, Any] = {}
 
-        def given(node: fx.Node, kept: bool) -> Any:
+        def given(node: fx.Node, on_kept: bool) -> Any:
             if node in known:
                 return known[node]
-            if kept and node in slices.upper.sizes:
+            if on_kept and node in slices.upper.sizes:
                 return slices.upper.sizes[node](chosen.k)
             place = self._place[node]
-            value = args[place]
-            if place in self._multiples:
-                return value // chosen.batch * chosen.k if kept else value
-            if place in tape.kept and kept:
-                return tape.kept[place]
-            if place in tape.saved and not kept:
-                return tape.saved[place]
+            if on_kept and place in kept:
+                return kept[place]
+            value = whole[place]
+            if on_kept and place in self._multiples:
+                return value // chosen.batch * chosen.k
             layout = slices.cuts.get(place)
-            return cut(value, layout, chosen) if kept and layout is not None else value
+            return runs.cut(value, layout, chosen) if on_kept and layout is not None else value
 
         inputs = [given(node, True) for node in slices.upper.inputs]
-        if not keep:
-            tape.kept.clear()
+        kept.clear()
         found: dict[fx.Node, Any] = {}
         if slices.upper.outputs:
-            found = dict(zip(slices.upper.outputs, slices.upper.run(inputs), strict=True))
+            found = dict(zip(slices.upper.outputs, runs.upper(inputs), strict=True))
         for node in list(found):
             layout = slices.proof.verdicts[node].layouts[0]
             if isinstance(layout, Rows):
-                found[node] = put_back(found[node], layout, chosen)
+                found[node] = runs.put_back(found[node], layout, chosen)
         if slices.lower.outputs:
             known = found
             inputs = [given(node, False) for node in slices.lower.inputs]
-            if not keep:
-                tape.saved.clear()
-            found.update(zip(slices.lower.outputs, slices.lower.run(inputs), strict=True))
+            whole.clear()
+            found.update(zip(slices.lower.outputs, runs.lower(inputs), strict=True))
         (output,) = self.backward_graph.graph.find_nodes(op="output")
         return [found[node] if isinstance(node, fx.Node) else node for node in output.args[0]]
 

@@ -12,12 +12,17 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GeneratorStates", "ModelState", "device_of", "is_lazy", "modules_of", "without_graph"]
+from batchtrim.engine.rows import copied, put_back
+
+if TYPE_CHECKING:
+    from batchtrim.engine.batch import Forward
+
+__all__ = ["GeneratorStates", "ModelState", "Moment", "device_of", "is_lazy", "modules_of", "without_graph"]
 
 # Values that a plain attribute may hold and that are noted as they are; containers are noted by a shallow copy.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), tuple)
@@ -173,6 +178,22 @@ class ModelState:
                 if simple and a != b and not (a != a and b != b):
                     names.append(f"{type(module).__name__}.{name}")
         return names
+
+
+class Moment:
+    """What a step may change, as it is now: buffers, plain attributes, generators, and the batch where one is given."""
+
+    def __init__(self, forward: Forward, x: Any = None, y: Any = None) -> None:
+        self.x, self.y = copied((x, y))
+        self.model = ModelState(modules_of(forward.inner, forward.per_sample_loss, forward.rank_by))
+        self.generators = GeneratorStates(device_of(forward.inner))
+
+    def restore(self, x: Any = None, y: Any = None) -> None:
+        """Put the model and the generators back, and the batch where it is given."""
+        self.model.restore()
+        self.generators.restore()
+        if x is not None or y is not None:
+            put_back((x, y), (self.x, self.y))
 
 
 def relative_difference(exact: Tensor, other: Tensor) -> float:

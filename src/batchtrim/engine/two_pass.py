@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.batch import Forward, StepResult
+from batchtrim.engine.batch import Forward, StepResult, kept_loss, padded_rows
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.probe import Probe, Tolerance
-from batchtrim.engine.rows import copied, put_back
-from batchtrim.engine.state import GeneratorStates, ModelState, device_of, is_lazy, modules_of, without_graph
+from batchtrim.engine.rows import copied
+from batchtrim.engine.state import Moment, is_lazy, without_graph
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
-from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["NOT_ELEMENTS", "Moment", "TwoPassEngine", "kept_loss", "padded_rows", "redrawn"]
+__all__ = ["NOT_ELEMENTS", "TwoPassEngine", "redrawn"]
 
 NOT_ELEMENTS = "it drops samples, and this trimmer chooses among elements (unit='element')"
 _logger = logging.getLogger("batchtrim")
@@ -144,22 +143,6 @@ class TwoPassEngine:
             raise EngineRefused(f"it cannot run on a part of the batch ({_said(error)})") from error
 
 
-class Moment:
-    """What a step may change, as it is now: buffers, plain attributes, generators, and the batch where one is given."""
-
-    def __init__(self, forward: Forward, x: Any = None, y: Any = None) -> None:
-        self.x, self.y = copied((x, y))
-        self.model = ModelState(modules_of(forward.inner, forward.per_sample_loss, forward.rank_by))
-        self.generators = GeneratorStates(device_of(forward.inner))
-
-    def restore(self, x: Any = None, y: Any = None) -> None:
-        """Put the model and the generators back, and the batch where it is given."""
-        self.model.restore()
-        self.generators.restore()
-        if x is not None or y is not None:
-            put_back((x, y), (self.x, self.y))
-
-
 def _said(error: BaseException) -> str:
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first[:200]}"
@@ -173,27 +156,3 @@ def redrawn(forward: Forward) -> str | None:
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in training):
         return "a second pass would draw dropout anew"
     return None
-
-
-def padded_rows(selection: Selection, companions: int = 0) -> Tensor:
-    """Return the kept rows, in rising order, and behind them ``companions`` dropped ones, spread over the batch.
-
-    At least one goes along where a single row or none is kept: a batch of one is a special case to BatchNorm and to
-    ``squeeze``. What they add is left out of the loss again by :func:`kept_loss`.
-    """
-    rows = selection.indices
-    wanted = min(max(companions, 2 - selection.k), selection.size - selection.k)
-    if wanted <= 0:
-        return rows
-    dropped = torch.ones(selection.size, dtype=torch.int8, device=rows.device).index_fill_(0, rows, 0)
-    others = dropped.argsort(descending=True, stable=True)[: selection.size - selection.k]
-    return torch.cat([rows, others[:: len(others) // wanted][:wanted]])
-
-
-def kept_loss(kept: Losses, selection: Selection, trim: Trimmer) -> Tensor:
-    """Return the loss from a forward over :func:`padded_rows`."""
-    weights = kept.weights
-    values = kept.values
-    if values.shape[0] != selection.k:
-        values, weights = values[: selection.k], None if weights is None else weights[: selection.k]
-    return reduce_kept(values, selection, trim.scale, weights)

@@ -27,19 +27,28 @@ __all__ = ["OF_CLASSES", "OF_NUMBERS", "Form", "FormCall"]
 Arranged = tuple[Tensor, Tensor, int]  # a loss function's input and target, and the label that does not count
 
 
+def _check_shapes(output: Tensor, label: Tensor) -> None:
+    """Refuse labels of other samples or tokens; tells a trace, too, that the sizes of the two are the same."""
+    if label.ndim == output.ndim - 1 and label.shape != output.shape[:-1]:
+        raise ValueError(f"expected labels of shape {tuple(output.shape[:-1])}, got {tuple(label.shape)}.")
+
+
 def _each(output: Tensor, label: Tensor, ignored: int) -> Arranged:
     """A label an output: classes of samples, tokens or choices."""
+    _check_shapes(output, label)
     return output.reshape(-1, output.shape[-1]), label.reshape(-1), ignored
 
 
 def _next_padded(output: Tensor, label: Tensor, ignored: int) -> Arranged:
     """The next token, the last one's being none: as transformers shifts."""
+    _check_shapes(output, label)
     shifted = F.pad(label, (0, 1), value=ignored)[..., 1:]
     return output.reshape(-1, output.shape[-1]), shifted.reshape(-1), ignored
 
 
 def _next_cut(output: Tensor, label: Tensor, ignored: int) -> Arranged:
     """The next token, without the last output."""
+    _check_shapes(output, label)
     return output[:, :-1].reshape(-1, output.shape[-1]), label[:, 1:].reshape(-1), ignored
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,8 @@ import typer
 from batchtrim import __version__
 from batchtrim._checks import check_choice
 from batchtrim.lab import options
+from batchtrim.lab.files import in_a_line
+from batchtrim.lab.terminal import print_plainly
 
 app = typer.Typer(
     name="batchtrim",
@@ -283,12 +284,14 @@ def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the ``batchtrim`` command."""
+    print_plainly()
     app()
 
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     from batchtrim.lab import own, records
     from batchtrim.lab.execute import cores, folders, foresee, grid, progress, scheduler
+    from batchtrim.lab.run import loading
     from batchtrim.lab.run.ranks import Ranks
     from batchtrim.lab.task.code import Code
 
@@ -296,7 +299,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     task = settings.pop("task", None)
     if task is None:
         options.refuse_without_task(settings)
-        configs: list[Any] = list(grid.expand(settings))
+        configs: list[Any] = loading.with_versions(grid.expand(settings), given.get("data_dir"))
     else:
         options.refuse_with_task(given)
         configs = list(grid.expand_task(Code.in_file(task, "task"), settings))
@@ -312,7 +315,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     said += foresee.foresee(settings, configs)
     out = given["out"]
     if out is None:
-        base = _default_out(configs) if task is None else own.default_out(configs)
+        base = folders.named_after(configs) if task is None else own.default_out(configs)
         out, note = folders.free_folder(base, grid.cells(configs))
         said.append(note)
     place = scheduler.Workplace(
@@ -343,16 +346,6 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if failed:
         typer.echo(f"{len(failed)} runs failed; the same command tries them again.", err=True)
         raise typer.Exit(FAILED)
-
-
-def _default_out(configs: list[Any]) -> Path:
-    """Return a folder named after what the runs share, so that the same command finds it again."""
-    names = [sorted({str(getattr(config, name)) for config in configs}) for name in ("dataset", "model", "optimizer")]
-    epochs = sorted({config.epochs for config in configs})
-    names[0] = [re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in names[0]]  # a data set may be a path
-    names[1] = [re.sub(r"[^\w.-]+", "-", name) for name in names[1]]
-    parts = ["+".join(values) for values in names] + ["+".join(map(str, epochs)) + "ep"]
-    return Path("runs") / "-".join(parts)
 
 
 def _report(
@@ -391,11 +384,16 @@ def _guard(work: Callable[[], None], debug: bool) -> None:
     """Turn a user's mistake into one line on standard error and exit code 2."""
     try:
         work()
+    except KeyboardInterrupt:  # before the first run, or in a command without runs
+        typer.echo("\nstopped", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # as of `| head -1`: the reader has gone, and wants nothing more
+        raise
     except USER_ERRORS as error:
         if debug:
             traceback.print_exc()
         else:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {in_a_line(error)}", err=True)
         sys.exit(MISTAKE)
 
 

@@ -43,12 +43,26 @@ PART = ".part"
 def load_toml(path: str | Path) -> dict[str, Any]:
     """Return the tables of a TOML file, or raise an error that names the line."""
     path = Path(path)
+    if path.is_dir():
+        hint = f" For the report on its runs: batchtrim report {path}" if (path / "runs.jsonl").exists() else ""
+        raise IsADirectoryError(f"expected a TOML file, got the folder {path}.{hint}")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"expected {path} to be TOML, got a line that is not: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"expected a TOML file {path}, got nothing there.") from error
+
+
+def in_a_line(error: Exception) -> str:
+    """Return an error's message; where it is the file system's own, one that names the file in words."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    if error.filename is None:
+        return f"cannot print, or write a file ({error.strerror})."
+    return f"cannot use {os.fsdecode(error.filename)} ({error.strerror})."
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -77,11 +91,16 @@ def remove_parts(folder: Path, stem: str = "") -> None:
             path.unlink(missing_ok=True)
 
 
-def look_up(what: str, name: Any, table: Mapping[str, Entry]) -> Entry:
-    """Return the entry called ``name``, or raise an error that suggests the nearest one."""
+def look_up(what: str, name: Any, table: Mapping[str, Entry], other: str = "") -> Entry:
+    """Return the entry called ``name``, or raise an error that suggests the nearest one.
+
+    Args:
+        other: what else the argument may be, for the message.
+    """
     if isinstance(name, str) and name in table:
         return table[name]
-    raise ValueError(f"expected `{what}` to be one of {', '.join(table)}, got {name!r}.{nearest(name, table)}")
+    listed = ", ".join(table) + (f"; or {other};" if other else ",")
+    raise ValueError(f"expected `{what}` to be one of {listed} got {name!r}.{nearest(name, table)}")
 
 
 def nearest(name: Any, names: Mapping[str, Any]) -> str:

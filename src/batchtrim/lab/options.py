@@ -21,8 +21,15 @@ Table = dict[str, tuple[Any, Any]]
 """Parameters of a command: name, annotation, default."""
 
 
-def option(kind: Any, help: str, *names: str, default: Any = None) -> tuple[Any, Any]:
-    return Annotated[kind, typer.Option(*names, help=help, show_default=False)], default
+def option(kind: Any, help: str, *names: str, default: Any = None, **more: Any) -> tuple[Any, Any]:
+    return Annotated[kind, typer.Option(*names, help=help, show_default=False, **more)], default
+
+
+def _folder(text: str | Path) -> Path:
+    """Return the folder of that name; none is most often a shell variable that is not set."""
+    if not str(text).strip():
+        raise typer.BadParameter("expected the name of a folder, got nothing.")
+    return Path(text)
 
 
 MANY: Table = {
@@ -38,7 +45,7 @@ ONE: Table = {
     "seed": option(int | None, "seed of everything drawn"),
 }
 PLACE: Table = {
-    "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]"),
+    "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]", parser=_folder, metavar="PATH"),
     "data_dir": option(str | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
     "checkpoint_seconds": option(float, "least seconds between two checkpoints of a run [60]", default=60.0),
     "tensorboard": option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
@@ -123,12 +130,13 @@ def _default(name: str, presets: Mapping[str, Any]) -> str:
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the TOML file, if there is one, under those given as options."""
     settings = files.load_toml(given["grid"]) if given.get("grid") else {}
+    _refuse_elsewhere(settings, given)
     options = {name: given[name] for name in NAMES if given.get(name) is not None}
     if options.keys() & {"methods", "seeds"}:  # a file may say `method` or `seed` instead
         settings = {name: value for name, value in settings.items() if f"{name}s" not in options}
     for name, text in list(options.items()):
         if name in _CONFIG and SETTINGS[name].many:
-            whole = name == "dataset" and Path(text).expanduser().exists()  # a path may have a comma in it
+            whole = name == "dataset" and text and Path(text).expanduser().exists()  # a path may have a comma in it
             options[name] = [text] if whole else _list(name, text, SETTINGS[name].kind)
     if "methods" in options:
         options["methods"] = _list("methods", options["methods"], str)
@@ -143,6 +151,18 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     if params:
         settings["params"] = _params(params, settings.get("params", {}))
     return {**settings, **options}
+
+
+def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse what belongs to the command and to no run, and is not told by a file of settings."""
+    parts = [part for part in settings.get("grid", ()) if isinstance(part, dict)]
+    named = {**PLACE, **SCALE, **TALK}
+    wrong = next((name for part in (settings, *parts) for name in part if name in named), None)
+    if wrong is not None:
+        way = wrong.removeprefix("as_").replace("_", "-")
+        raise ValueError(
+            f"expected settings of runs in {given['grid']}, got {wrong!r}. It belongs on the command line: --{way}."
+        )
 
 
 def direction(higher_is_better: bool, lower_is_better: bool) -> bool | None:
@@ -174,7 +194,7 @@ def refuse_with_task(given: Mapping[str, Any]) -> None:
 def check_one_run(settings: Mapping[str, Any]) -> None:
     """Refuse several values of a setting."""
     for name, value in settings.items():
-        if isinstance(value, list) and len(value) > 1:
+        if (isinstance(value, list) and len(value) > 1) or (name == "method" and "," in str(value)):
             raise ValueError(f"expected one run, got several values of `{name}`. `batchtrim compare` does many.")
 
 

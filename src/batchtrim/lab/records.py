@@ -27,6 +27,7 @@ SCHEMA = 1
 DONE = ("finished", "diverged")
 STATUSES = (*DONE, "failed")
 COSTS = ("seconds", "seconds_eval", "samples_forward", "samples_backward", "steps")
+BINARY = getattr(os, "O_BINARY", 0)  # Windows would write \r\n
 # Keys name files (checkpoints, keep logs), so one from a file made elsewhere must not lead out of the folder.
 _KEY = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
@@ -87,7 +88,7 @@ class Records:
         short = {**row, "curve": _six_figures(row["curve"])} if "curve" in row else row
         line = (json.dumps(_plain(short), allow_nan=False, separators=(",", ":")) + "\n").encode()
         with writing(self.path), self._lock("append"):
-            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | BINARY, 0o644)
             try:
                 end = self._close_last_line(file)
                 try:
@@ -168,7 +169,7 @@ class Records:
         start, size = _end_of_last_line(file), os.fstat(file).st_size
         if start == size:
             return size
-        rest = os.pread(file, size - start, start)
+        rest = _read_at(file, size - start, start)
         if _is_whole(rest):
             os.write(file, b"\n")
             return size + 1
@@ -340,12 +341,17 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
     return row
 
 
+def _read_at(file: int, count: int, start: int) -> bytes:
+    os.lseek(file, start, os.SEEK_SET)
+    return os.read(file, count)
+
+
 def _end_of_last_line(file: int) -> int:
     """Return the offset just behind the last newline."""
     end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - 65536)
-        found = os.pread(file, end - start, start).rfind(b"\n")
+        found = _read_at(file, end - start, start).rfind(b"\n")
         if found >= 0:
             return start + found + 1
         end = start

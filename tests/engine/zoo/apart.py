@@ -43,6 +43,21 @@ class AddOnConvolution(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
+class GatedAttention(nn.Module):
+    """A mask made of the values themselves: its gradient lies in memory in another order for one kept row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gate, self.head = nn.Embedding(11, 6), nn.Linear(6, 2), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.embed(x)
+        mask = F.softplus(self.gate(value)).transpose(1, 2)[:, :, None]
+        heads = value.unflatten(-1, (2, 3)).transpose(1, 2)
+        mixed = (heads @ heads.transpose(-1, -2) + mask).softmax(-1) @ heads
+        return self.head(mixed.transpose(1, 2).flatten(2).mean(1))
+
+
 class Encoder(nn.Module):
     """A transformer encoder, batch-first or time-major inside."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from batchtrim.lab.execute.folders import free_folder
+from batchtrim.lab.execute.folders import free_folder, named_after
 from batchtrim.lab.records import Records
+from batchtrim.lab.run.config import RunConfig
 
 OLD, NEW, THIRD = ({"dataset": "digits", "lr": lr, "norm": "batch"} for lr in (0.001, 0.01, 0.1))
 
@@ -42,3 +43,10 @@ def test_a_long_or_taken_name_gets_a_number(tmp_path: Path) -> None:
     begin(base, OLD)
     begin(tmp_path / "digits-lr0.01", THIRD)
     assert free_folder(base, [NEW])[0].name == "digits-lr0.01-2"
+
+
+def test_the_name_of_a_long_path_fits_into_a_file_system(tmp_path: Path) -> None:
+    found = [named_after([RunConfig(dataset=f"/home/{'long/' * 60}{end}")]) for end in ("a", "b")]
+    assert found[0] != found[1]
+    assert all(len(each.name.encode()) < 200 for each in found)
+    assert named_after([RunConfig()]) == Path("runs/digits-mlp-adam-10ep")

@@ -135,6 +135,16 @@ def test_16_bits_keep_their_upper_8(tmp_path: Path) -> None:
     assert pixels.unique().tolist() == [0x7F]
 
 
+def test_images_are_decoded_without_what_windows_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.pwrite", raising=False)
+    tree(tmp_path / "mine" / "train", {"a": 70, "b": 70})
+    tree(tmp_path / "mine" / "test", {"a": 1}, first=500)
+    found = load("mine", ImageOptions())
+    order = sorted(range(70), key=lambda i: f"clip{i // 4}_{i:03}")
+    drawn = [image(value + i) for value in (0, 1000) for i in order]
+    assert np.array_equal(found.train_images, np.stack([np.array(each).transpose(2, 0, 1) for each in drawn]))
+
+
 def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     pixels = one_each(
         tmp_path / "mine", lambda path: Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(path, quality=100), "odd.jpg"
@@ -181,6 +191,11 @@ def test_non_ascii_names_and_hidden_files(tmp_path: Path) -> None:
     assert found.class_names == ("Äpfel 🍎", "梨")
     assert any("1 files that are no images left out, such as notes.txt" in note for note in found.notes)
     assert any("class folder without images left out: empty" in note for note in found.notes)
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    tree(tmp_path / "mine", {"bad\udcff": 2, "b": 2})
+    assert "expected names of files and folders in UTF-8, got b'bad\\xff/" in mistake("mine", test_split=0.5)
 
 
 def test_ten_thousand_classes(tmp_path: Path) -> None:

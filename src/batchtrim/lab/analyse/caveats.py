@@ -31,7 +31,7 @@ class Kind(Enum):
     FEW = "few"
     """Fewer pairs than a verdict needs."""
     SOURCES = "sources"
-    """Runs of the group were made by several versions of the reader's program."""
+    """Runs of the group were made by several versions of the reader's program, or of a module beside it."""
     NOTED = "noted"
     """What was noted of a run when it was done: of its data, its schedule, the process."""
 
@@ -43,7 +43,7 @@ class Caveat:
     Attributes:
         arm: label of the arm; "" where it concerns the group.
         seeds: which it concerns. ``number``: of pairs that are left, the seed that was used, or how many versions.
-        note: as it was recorded.
+        note: as it was recorded; of versions, the module, "" for the program itself.
     """
 
     kind: Kind
@@ -96,14 +96,18 @@ def _alike(arm: Arm) -> bool:
 
 
 def _sources(group: Group) -> Iterator[Caveat]:
-    found = {
-        str(source)
-        for arm in group.arms
-        for row in arm.runs
-        if (source := (row.get("environment") or {}).get("source"))
-    }
-    if len(found) > 1:
-        yield Caveat(Kind.SOURCES, "", (), len(found))
+    found: dict[str, set[str]] = {}
+    for arm in group.arms:
+        for row in arm.runs:
+            environment = row.get("environment") or {}
+            helpers = environment.get("helpers")
+            files = {"": environment.get("source"), **(helpers if isinstance(helpers, dict) else {})}
+            for file, source in files.items():
+                if source:
+                    found.setdefault(file, set()).add(str(source))
+    for file, sources in found.items():
+        if len(sources) > 1:
+            yield Caveat(Kind.SOURCES, "", (), len(sources), file)
 
 
 def _notes(group: Group) -> Iterator[Caveat]:

@@ -185,7 +185,15 @@ def _status(found: Finding, effect: float) -> Status:
 
 
 def _load(path: Path) -> tuple[str, str, float, bool, list[Claim]]:
-    values = load_toml(path)
+    try:
+        return _parsed(load_toml(path), path)
+    except (ValueError, TypeError) as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{error} That is in {path}.") from error
+
+
+def _parsed(values: Mapping[str, Any], path: Path) -> tuple[str, str, float, bool, list[Claim]]:
     effect = check_positive("effect", values.get("effect"), "The smallest difference of interest, in points.") / 100
     tables = values.get("claim")
     if not isinstance(tables, list) or not tables:

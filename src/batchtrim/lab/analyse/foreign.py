@@ -17,6 +17,7 @@ __all__ = ["read_csv", "to_records"]
 
 KNOWN = ("method", "seed")
 TIMES = ("time", "seconds")
+MOST_NAMED, LONGEST_NAME = 12, 40  # columns of a table, and characters of each, in a message
 
 
 def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool | None = None) -> list[Row]:
@@ -30,6 +31,8 @@ def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool
         FileNotFoundError, ValueError, TypeError: there is no such file, or a line that cannot be read; it is named.
     """
     path = Path(path)
+    if path.suffix == ".jsonl" or path.is_dir():
+        raise ValueError(f"expected a CSV file, got {path}. The report on runs of the lab: batchtrim report FOLDER")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -86,7 +89,8 @@ def to_records(
 
 
 def _metric_column(names: Sequence[str], metric: str | None, where: str) -> str:
-    listed = ", ".join(names) or "none"
+    listed = ", ".join(name[:LONGEST_NAME] for name in names[:MOST_NAMED]) or "none"
+    listed += f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     for name in KNOWN:
         if name not in names:
             raise ValueError(f"expected a column {name!r} in {where}, got {listed}.")

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from batchtrim.lab.records import Records, Row
+from batchtrim.lab.run.config import RunConfig
 
+LONGEST_NAME = 150  # bytes
 LONGEST = 80  # characters that the differing settings add to a name; more of them become a number
+
+
+def named_after(configs: Sequence[RunConfig]) -> Path:
+    """Return a folder named after what the runs share, so that the same command finds it again."""
+    names = [sorted({str(getattr(config, name)) for config in configs}) for name in ("dataset", "model", "optimizer")]
+    epochs = sorted({config.epochs for config in configs})
+    parts = ["+".join(map(_plain, values)) for values in names] + ["+".join(map(str, epochs)) + "ep"]
+    name = "-".join(parts)
+    if len(name.encode()) > LONGEST_NAME:  # a long path, or many networks: file systems take 255 bytes
+        name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}-{name[-40:]}"
+    return Path("runs") / name
 
 
 def free_folder(base: Path, cells: list[Row]) -> tuple[Path, str]:

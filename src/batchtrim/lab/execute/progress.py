@@ -37,13 +37,15 @@ class Quiet:
 
 
 class Live(Quiet):
-    """A bar over all epochs of all runs, and a line for each run at work; without a terminal, a line a run."""
+    """A bar over all epochs of all runs, and a line for each run at work; a line a run where nothing can be redrawn:
+    in a pipe, and under ``TERM=dumb``."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True)
+        self.redraws = self.console.is_terminal and not self.console.is_dumb_terminal
         self.said = -SAY_EVERY
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -53,7 +55,7 @@ class Live(Quiet):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not self.redraws,
             transient=True,
         )
         self.runs = self.done = 0
@@ -88,7 +90,7 @@ class Live(Quiet):
         self.bars.update(bar, completed=epoch, news=where)
         self.bars.advance(self.total, epoch - before)
         self.shown[config.key] = bar, epoch
-        if not self.console.is_terminal and time.monotonic() - self.said >= SAY_EVERY:
+        if not self.redraws and time.monotonic() - self.said >= SAY_EVERY:
             self.said = time.monotonic()
             self._say(config, where)
 
@@ -106,7 +108,7 @@ class Live(Quiet):
         if row is None:
             self._say(config, "recorded by another process")
         elif row["status"] == "finished":
-            if not self.console.is_terminal:
+            if not self.redraws:
                 metric = Metric.of(row["config"])
                 self._say(config, f"{metric.text(row[metric.field])}, {_times(row)}")
         else:

@@ -36,7 +36,8 @@ def _text(caveat: Caveat, group: Group) -> str:
             "interval over two pairs is thirteen times as wide as their spread. Five seeds are a start: --seeds 5."
         ),
         Kind.SOURCES: (
-            f"The runs were made by {number} versions of the program. To compare one version, pass another --out."
+            f"The runs were made by {number} versions of {caveat.note or 'the program'}. To compare one version, pass "
+            "another --out."
         ),
         Kind.NOTED: f"{f'{arm}, {seeds}: ' if arm else ''}{caveat.note}.",
     }[caveat.kind]

@@ -26,6 +26,7 @@ from batchtrim._checks import import_extra
 from batchtrim._deprecated import renamed
 from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.lab import records
+from batchtrim.lab.files import writing
 from batchtrim.lab.present import charts, wording
 from batchtrim.lab.present.charts import Series
 from batchtrim.lab.present.logged import choose, remembered
@@ -203,8 +204,9 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         data=Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
     )
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
     return path
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from batchtrim.lab.analyse import claims
 from batchtrim.lab.analyse.claims import Finding, Record
 from batchtrim.lab.analyse.comparison import Arm, Group
+from batchtrim.lab.files import writing
 from batchtrim.lab.present import charts, tables, wording
 
 DRAWINGS = "drawings/results"
@@ -40,11 +41,11 @@ Made by `batchtrim claims records --out docs/results.md`.
 def write(folders: Sequence[str | Path], out: Path) -> None:
     """Write the page, and its drawings into a folder beside it."""
     read = [claims.read(folder) for folder in folders]
-    out.write_text(_page(read), encoding="utf-8")
-    for name, drawing in _drawings(read).items():
-        path = out.parent / DRAWINGS / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(drawing, encoding="utf-8")
+    files = {out: _page(read)} | {out.parent / DRAWINGS / name: each for name, each in _drawings(read).items()}
+    for path, text in files.items():
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
 
 
 def page(folders: Sequence[str | Path]) -> str:

@@ -33,7 +33,8 @@ def write_report(rows: Iterable[Row], out_dir: str | Path, baseline: str = "full
     """
     summary = summarize(rows, baseline)
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
     page = out_dir / "report.html"
     texts = {page: pages.comparison_page(summary), out_dir / "report.md": to_markdown(summary)}
     for path, text in (texts | {out_dir / "report.csv": to_csv(summary)}).items():

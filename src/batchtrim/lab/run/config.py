@@ -44,7 +44,8 @@ class RunConfig:
 
     Each field says what it means, what it may be and what part it plays: see :mod:`batchtrim.lab.run.settings`.
     ``label_noise`` is none, symmetric:RATE, asymmetric:RATE or human:WHICH; under the ``constant`` schedule
-    ``keep_end`` holds throughout.
+    ``keep_end`` holds throughout. ``data_version`` is a hash of a data set of the reader's own, by which runs on other
+    images are other runs; "" where nobody has looked.
     """
 
     dataset: str = setting(
@@ -73,6 +74,7 @@ class RunConfig:
     skip_broken: bool = setting(
         False, "skip images that cannot be decoded", role=Role.DATA, later=True, default_help="refused"
     )
+    data_version: str = setting("", role=Role.DATA, later=True)
     model: str = setting("mlp", "network", choices=MODELS, many=True, own="FILE.py:FUNCTION, hf:ARCHITECTURE")
     width: int | None = setting(None, "channels of the network's first stage", default_help="by network")
     norm: str = setting("batch", "normalisation layers", choices=NORMS)

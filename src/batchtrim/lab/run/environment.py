@@ -13,7 +13,7 @@ import torch
 import batchtrim
 from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.ranks import Ranks
-from batchtrim.lab.task.own_models import is_own_model, source_of
+from batchtrim.lab.task.own_models import code_of, is_own_model
 
 
 def environment(config: AnyConfig) -> dict[str, Any]:
@@ -23,20 +23,25 @@ def environment(config: AnyConfig) -> dict[str, Any]:
         "threads": config.threads,
         "processes": Ranks.from_environment().world,
         "device": _device_name(config.device),
-        **({"source": source} if (source := _source(config)) else {}),
+        **_sources(config),
     }
 
 
-def _source(config: AnyConfig) -> str:
-    """Return a hash of the reader's own code used by the run; "" if there is none, or it is gone."""
+def _sources(config: AnyConfig) -> dict[str, Any]:
+    """Return hashes of the reader's own code used by the run: its file, and modules beside it that it imports."""
     if isinstance(config, TaskConfig):
-        return config.code.source if config.code is not None else ""
-    if not is_own_model(config.model):
-        return ""
-    try:
-        return source_of(config.model)
-    except (OSError, ValueError):
-        return ""
+        code = config.code
+    elif is_own_model(config.model):
+        try:
+            code = code_of(config.model)
+        except (OSError, ValueError):
+            code = None  # the file is gone by now
+    else:
+        code = None
+    if code is None:
+        return {}
+    found = {"source": code.source, "helpers": code.helpers()}
+    return {name: value for name, value in found.items() if value}
 
 
 @functools.cache

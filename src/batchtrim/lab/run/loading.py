@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from batchtrim.lab.run import trial
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import conditions, data, images, own_models
 
-__all__ = ["load_images", "prepare"]
+__all__ = ["load_images", "prepare", "with_versions"]
 
 
 def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Path | None) -> tuple[str, ...]:
@@ -28,12 +30,43 @@ def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Pat
     return (*loaded.notes, *trial.notes_on(config, loaded))
 
 
+def with_versions(
+    configs: Sequence[RunConfig], data_dir: str | Path | None, cache_dir: str | Path | None = None
+) -> list[RunConfig]:
+    """Return the runs with the version of their data, so that runs on images that changed are not taken for the same.
+
+    Only data sets of the reader's own have one. They are loaded anew, and decoded where that has not been done.
+    """
+    found: dict[tuple[str, images.ImageOptions], str] = {}
+    if any(images.is_own(config.dataset) for config in configs):
+        _load_once.cache_clear()  # in a process that goes on, the files may have changed since
+    for config in configs:
+        if images.is_own(config.dataset) and not config.data_version:
+            which = config.dataset, images.options_of(config)
+            if which not in found:
+                found[which] = _load_once(*which, data_dir, cache_dir).version
+    return [
+        replace(config, data_version=found.get((config.dataset, images.options_of(config)), config.data_version))
+        for config in configs
+    ]
+
+
 def load_images(
     config: RunConfig, data_dir: str | Path | None = None, cache_dir: str | Path | None = None
 ) -> data.ImageData:
-    """Return the run's data set with its label noise, imbalance and size."""
+    """Return the run's data set with its label noise, imbalance and size.
+
+    Raises:
+        ReplaceFile: the images are not those that the run's ``data_version`` stands for.
+    """
+    loaded = _load_once(config.dataset, images.options_of(config), data_dir, cache_dir)
+    if config.data_version and config.data_version != loaded.version:
+        raise data.ReplaceFile(
+            f"expected the images of {config.dataset} that the run was made for (data_version {config.data_version}), "
+            f"got others ({loaded.version or 'none'}). Images, labels or the split have changed since."
+        )
     return conditions.apply(
-        _load_once(config.dataset, images.options_of(config), data_dir, cache_dir),
+        loaded,
         label_noise=config.label_noise,
         imbalance=config.imbalance,
         train_size=config.train_size,

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import hashlib
 import importlib.util
 import inspect
+import os
 import sys
+import sysconfig
 import textwrap
 import traceback
 from collections.abc import Callable
@@ -26,6 +29,8 @@ from batchtrim._checks import describe, import_extra
 __all__ = ["Code", "YourCodeFailed", "own_traceback"]
 
 _PACKAGE = str(Path(batchtrim.__file__).parent)
+_INSTALLED = (_PACKAGE, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
+"""Folders of what is no program of the reader's."""
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
@@ -41,7 +46,7 @@ class Code:
         name: as it is shown and recorded: ``my_task.py:train``, or a function's own name.
         path, attribute: where it lies; None for a function that was given.
         source: a short hash of the program in the file, or of the function. Comments, docstrings and layout do not
-            change it; what the file imports is not in it.
+            change it; what the file imports is in :meth:`helpers`.
     """
 
     name: str
@@ -87,6 +92,7 @@ class Code:
             YourCodeFailed: the file raised when it was run.
         """
         function = self.function if self.path is None else self._in_module(_module(Path(self.path), self.source))
+        self.helpers()
         if not callable(function):
             raise TypeError(f"expected {self.name} to be a function, got {describe(function)}.")
         try:
@@ -99,6 +105,27 @@ class Code:
             wanted = {1: "one argument, the run", 2: "the image shape and the number of classes"}[arguments]
             raise TypeError(f"expected {self.name} to take {wanted}, got {self.attribute}{signature}.") from error
         return function
+
+    def helpers(self) -> dict[str, str]:
+        """Return a hash of every module in the file's folder that is imported by now, by its file's name there.
+
+        Each is read when it is first seen here, so the hash is that of what runs, even where the file changes later.
+        """
+        if self.path is None:
+            return {}
+        folder, found = str(Path(self.path).parent) + os.sep, {}
+        for module in list(sys.modules.values()):
+            file = getattr(module, "__file__", None)
+            if (
+                not isinstance(file, str)
+                or not file.startswith(folder)
+                or not file.endswith(".py")
+                or file.startswith(_INSTALLED)
+            ):
+                continue
+            if file != self.path and (helper := _first_hash(file, id(module))):
+                found[file.removeprefix(folder)] = helper
+        return dict(sorted(found.items()))
 
     def _in_module(self, module: ModuleType) -> Any:
         if hasattr(module, self.attribute):
@@ -177,6 +204,15 @@ def _hash_of_file(path: Path) -> str:
         line = getattr(error, "lineno", None)
         at = f" in line {line}" if line else ""
         raise YourCodeFailed(f"expected {path} to be Python, got {type(error).__name__}{at}: {error}.") from error
+
+
+@functools.cache
+def _first_hash(file: str, module: int) -> str:
+    """The hash of a module's file when the module was first asked for; "" where it is gone, or no text."""
+    try:
+        return _hash_of_file(Path(file))
+    except (OSError, ValueError):
+        return ""
 
 
 def _hash_of_function(function: Callable[..., Any]) -> str:

@@ -77,6 +77,7 @@ class ImageData:
         mean: of the training images, one number per channel in [0, 255]; ``std`` likewise.
         class_names: in the order of the labels, where they are known.
         notes: what is to be said of the data before anybody trains on them.
+        version: a hash of the images, labels and split of data of the reader's own; "" for those in ``SPECS``.
     """
 
     name: str
@@ -89,6 +90,7 @@ class ImageData:
     std: tuple[float, ...]
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    version: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -103,7 +105,7 @@ class ImageData:
 
 def find_spec(name: str) -> Spec:
     """Return the data set of that name, or an error that suggests the nearest one."""
-    return look_up("dataset", name, SPECS)
+    return look_up("dataset", name, SPECS, "a folder of class folders, a .csv or .parquet file, owner/name on the hub")
 
 
 def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> ImageData:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,7 +91,7 @@ def decode_all(
     offset, length = array.offset, int(np.prod(shape[1:]))
     del array
     found = Decoded(np.zeros(n, dtype=np.uint64), np.zeros((shape[1], 256), dtype=np.int64))
-    out = os.open(file, os.O_WRONLY)
+    turn = threading.Lock()  # not os.pwrite, which Windows lacks; nor the mapped array, where a full disk kills
 
     def decode(first: int, sources: list[Source]) -> np.ndarray:
         counts = np.zeros((shape[1], 256), dtype=np.int64)
@@ -104,22 +105,15 @@ def decode_all(
             found.hashes[place] = int.from_bytes(hashlib.blake2b(held, digest_size=8).digest(), "little")
             if place < counted:
                 counts += [np.bincount(channel.ravel(), minlength=256) for channel in pixels]
-            _write(out, held, offset + place * length)
+            with turn:
+                out.seek(offset + place * length)
+                out.write(held)
         return counts
 
-    try:
+    with file.open("r+b") as out:
         for counts in _in_threads(decode, chunks):
             found.counts += counts
-    finally:
-        os.close(out)
     return found
-
-
-def _write(file: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(file, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _in_threads(work: Callable[[int, list[Source]], Any], chunks: Iterable[tuple[int, list[Source]]]) -> list[Any]:

@@ -132,7 +132,18 @@ def load(
     )  # fmt: skip
     names = [listing.names[row] for row in order[kept]]
     notes = [*listing.notes, *about["notes"], *_check_sides(found, names, hashes, first_test)]
-    return replace(found, notes=tuple(f"{dataset}: {note}" for note in notes))
+    version = _version(found, hashes)
+    return replace(found, notes=tuple(f"{dataset}: {note}" for note in notes), version=version)
+
+
+def _version(found: data.ImageData, hashes: np.ndarray) -> str:
+    """Hash what is trained and tested on, whatever the files are called and wherever and whenever they were written."""
+    labels = torch.cat([found.train_labels, found.test_labels]).numpy()
+    told = json.dumps([found.shape, len(found.train_labels), found.class_names])
+    digest = hashlib.sha256(told.encode())
+    for part in (hashes.astype("<u8"), labels.astype("<i8")):
+        digest.update(part.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:

@@ -6,6 +6,7 @@ N images, C classes.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ def find_images(
     Raises:
         FileNotFoundError, ValueError, OSError: there is nothing of that name, or no images in it.
     """
+    _check_text([dataset], "the path of the data set")
     path = Path(dataset).expanduser()
     columns = {"image": image_column, "label": label_column, "group": group}
     if path.is_dir():
@@ -123,6 +125,7 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
             f"expected images in class folders, as in {root}/CLASS/image.png, got none.{_loose(root, suffixes)}"
         )
     names = [str(each.relative_to(root)) for each in files]
+    _check_text(names, "names of files and folders")
     return Listing(
         where=str(root),
         names=names,
@@ -135,6 +138,17 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
         groups=None if group is None else _groups_by_name(names, group),
         notes=notes,
     )
+
+
+def _check_text(names: Sequence[str], what: str) -> None:
+    """Refuse names that are no text, which file systems allow: records and pages could not hold them."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"expected {what} in UTF-8, got {os.fsencode(name)!r}. Rename it, or mount the disk with its encoding."
+            ) from None
 
 
 def _loose(root: Path, suffixes: set[str]) -> str:
@@ -315,8 +329,8 @@ def _hub(dataset: str, data_dir: Path | None, columns: dict[str, str | None]) ->
             if folder.is_dir():
                 return _hub_folder(folder, dataset, columns)
         raise FileNotFoundError(
-            f"expected {data_dir / name / config} with the hub's files of {dataset!r}, got nothing there. "
-            "Without --data-dir and BATCHTRIM_DATA the hub itself is asked."
+            f"expected {data_dir / name / config} with the hub's files of {dataset!r}, got nothing there, "
+            f"and no folder {dataset!r} here. Without --data-dir and BATCHTRIM_DATA the hub itself is asked."
         )
     datasets = import_extra("datasets", "lab", f"the data set '{dataset}'")
     try:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from batchtrim._checks import describe, import_extra
 from batchtrim.lab.task.code import Code, YourCodeFailed, own_traceback
 
-__all__ = ["build_own", "check_own", "is_own_model", "source_of"]
+__all__ = ["build_own", "check_own", "code_of", "is_own_model"]
 
 Shape = tuple[int, int, int]
 
@@ -38,9 +38,9 @@ def check_own(name: str) -> None:
         Code.in_file(name, "model").load(arguments=2)
 
 
-def source_of(name: str) -> str:
-    """Return a short hash of a function's file, to tell versions by; "" for an architecture."""
-    return "" if name.startswith("hf:") else Code.in_file(name, "model").source
+def code_of(name: str) -> Code | None:
+    """Return the function in a file, to tell versions by; None for an architecture."""
+    return None if name.startswith("hf:") else Code.in_file(name, "model")
 
 
 def build_own(name: str, shape: Shape, classes: int) -> nn.Module:

@@ -1,0 +1,172 @@
+"""A trace that runs compiled: its forward, and its backward of the kept rows with the cutting inside.
+
+Rows are taken where backward reads them, so that the compiler joins that to what follows and nothing is copied that is
+read once. Both are compiled when they first run, for every batch size and every k.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from batchtrim.engine.cutting import KeptRows, cut, gather, spread
+from batchtrim.engine.inductor import CannotCompile, Compiled, Inductor, as_symbolic, new_size, restrided
+from batchtrim.errors import EngineFallback
+
+if TYPE_CHECKING:
+    from batchtrim.engine.sliced import SlicedStep, Tape
+
+__all__ = ["CompiledStep", "Runs"]
+
+
+# Inductor assumes of a size, where that makes better code, on which side of a bound it lies: k of 4096, say. What does
+# not fit is compiled once more, this often.
+_BACKWARDS = 3
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How the two parts of a backward run, how rows are cut, and how they are put back."""
+
+    upper: Callable[[list[Any]], Any]
+    lower: Callable[[list[Any]], Any]
+    cut: Callable[..., Tensor]
+    put_back: Callable[..., Tensor]
+
+
+@dataclass
+class _Backward:
+    """A compiled backward, and what it is given: places of the backward's inputs, whole or cut already."""
+
+    compiled: Compiled
+    given: list[tuple[int, bool]]
+
+
+class CompiledStep:
+    """Runs one trace compiled, as long as that goes.
+
+    Attributes:
+        failed: why it is not compiled, or None.
+    """
+
+    def __init__(self, step: SlicedStep, compiler: Inductor) -> None:
+        self.step = step
+        self.compiler = compiler
+        self.failed: str | None = None
+        self._forward: Compiled | None = None
+        self._backwards: dict[bool, list[_Backward]] = {False: [], True: []}
+
+    def forward(self, args: list[Any]) -> Any:
+        """Run the forward; None where it is to run operator by operator."""
+        if self._forward is None:
+            self._try(self._compile_forward)
+        if self.failed is not None or self._forward is None or not self._forward.fits(args):
+            return None
+        return self._forward.run(args)
+
+    def backward(self, args: list[Any], tape: Tape, keep: bool) -> list[Any] | None:
+        """Run the backward of what was chosen; None where it is to run operator by operator."""
+        known = self._backwards[tape.approximate]
+        found = self._fitting(known, args, tape)
+        if found is None and len(known) < _BACKWARDS:
+            self._try(lambda: known.append(self._compile_backward(tape)))
+            found = self._fitting(known, args, tape)
+        if found is None:
+            return None
+        run, inputs = found
+        if not keep:
+            tape.kept.clear()
+            tape.saved.clear()
+            args.clear()
+        return list(run(inputs))
+
+    def _fitting(self, known: list[_Backward], args: list[Any], tape: Tape) -> tuple[Callable[..., Any], Any] | None:
+        """The first compiled backward that is right for the sizes at hand, and its inputs."""
+        chosen = tape.chosen
+        assert chosen is not None
+        whole = {**dict(enumerate(args)), **tape.saved}
+        for each in known:
+            inputs = [chosen.batch, *([] if chosen.tokens is None else [chosen.tokens]), chosen.rows]
+            inputs += [tape.kept[at] if on_kept else whole[at] for at, on_kept in each.given]
+            if each.compiled.fits(inputs):
+                return each.compiled.run, inputs
+        return None
+
+    def _try(self, compile_: Callable[[], None]) -> None:
+        if self.failed is None:
+            try:
+                compile_()
+            except CannotCompile as error:
+                self.failed = str(error)
+        if self.failed is not None and not self._told:
+            self._told = True
+            warnings.warn(
+                f"Inductor does not compile the graphs of the shared engine ({self.failed}). Going on operator by "
+                "operator.",
+                EngineFallback,
+                stacklevel=2,
+            )
+
+    _told = False
+
+    def _compile_forward(self) -> None:
+        graph = self.step.forward_graph
+        inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        self._forward = self.compiler.compile(graph, inputs, visible=self.step.outputs, backward=False)
+
+    def _compile_backward(self, tape: Tape) -> _Backward:
+        assert tape.chosen is not None
+        step, slices = self.step, self.step.slices(tape.approximate)
+        whole = [self._as_saved(place) for place in range(len(step.places))]
+        like = next(each for each in whole if isinstance(each, Tensor))
+        rows, _ = new_size(like, tape.chosen.k)
+        sizes = [as_symbolic(step.symbols[0], like)]
+        if tape.chosen.tokens is not None:
+            sizes.append(as_symbolic(step.symbols[1] - step.lost, like))
+        chosen = KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
+        wanted = self._wanted(slices, tape)
+        with like.fake_mode:
+            kept = {at: cut(whole[at], slices.cuts[at], chosen) for at, on_kept in wanted if on_kept}
+
+        def sliced(*inputs: Any) -> Sequence[Any]:
+            sizes, (rows, *values) = inputs[: len(inputs_before)], inputs[len(inputs_before) :]
+            now = KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
+            given: list[Any] = [None] * len(step.places)
+            cut_before: dict[int, Tensor] = {}
+            for (at, on_kept), value in zip(wanted, values, strict=True):
+                if on_kept:
+                    cut_before[at] = value
+                else:
+                    given[at] = value
+            runs = Runs(_unboxed(slices.upper.graph), _unboxed(slices.lower.graph), gather, spread)
+            return step.run(slices, now, given, cut_before, runs)
+
+        inputs_before = sizes
+        inputs = [*sizes, rows, *(kept[at] if on_kept else whole[at] for at, on_kept in wanted)]
+        compiled = self.compiler.compile(sliced, inputs, visible=len(inputs), backward=True)
+        return _Backward(compiled, wanted)
+
+    def _as_saved(self, place: int) -> Any:
+        """What stands for an input of backward, lying in memory as the compiled forward leaves it."""
+        value = self.step.places[place].meta["val"]
+        at = self.step.saved_at.get(place)
+        if not isinstance(value, Tensor) or at is None or at >= len(self._forward.strides):  # type: ignore[union-attr]
+            return value
+        return restrided(value, self._forward.strides[at])  # type: ignore[union-attr]
+
+    def _wanted(self, slices: Any, tape: Tape) -> list[tuple[int, bool]]:
+        step = self.step
+        upper = {step._place[node] for node in slices.upper.inputs if node not in slices.upper.sizes}
+        lower = {step._place[node] for node in slices.lower.inputs if node in step._place}
+        cut_before = upper & tape.kept.keys()
+        whole = (upper - cut_before) | lower
+        return [*((at, True) for at in sorted(cut_before)), *((at, False) for at in sorted(whole))]
+
+
+def _unboxed(graph: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
+    return lambda args: graph(*args)

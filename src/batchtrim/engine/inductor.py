@@ -1,0 +1,270 @@
+"""The other file that touches what torch keeps private: have Inductor compile a trace's graphs.
+
+A model that went through ``torch.compile`` runs compiled here too: the graphs of one trace become two functions, the
+forward and the backward of the kept rows, with symbols for the sizes that change, so that no batch size and no k is
+compiled anew. What Inductor assumes of these sizes is held against them before each call.
+"""
+
+from __future__ import annotations
+
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from batchtrim.engine.capture import expression_of
+from batchtrim.engine.layout import product
+
+__all__ = [
+    "CannotCompile",
+    "Compiled",
+    "Inductor",
+    "as_symbolic",
+    "inductor_of",
+    "is_compiled",
+    "new_size",
+    "uncompiled_calls",
+]
+
+# BatchNorm is one operator to the proof, which may take its means over the kept rows; what draws random numbers is one,
+# so that a trace that runs operator by operator draws as the model does.
+_WHOLE = ("batch_norm", "native_dropout", "rrelu_with_noise")
+
+
+class CannotCompile(Exception):
+    """Inductor does not compile a graph; the message says why."""
+
+
+# --- what the user compiled ------------------------------------------------------------------------------------------
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return True if a module, or its call, went through torch.compile."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def inductor_of(model: nn.Module) -> Inductor | None:
+    """Return Inductor with the user's options, where the model or a part of it is compiled by it; else None."""
+    for module in model.modules():
+        if not is_compiled(module):
+            continue
+        compiled = module if hasattr(module, "_orig_mod") else module._compiled_call_impl
+        settings = getattr(compiled, "get_compiler_config", lambda: None)()
+        if settings is not None:
+            return Inductor.of(settings)
+    return None
+
+
+@contextlib.contextmanager
+def uncompiled_calls() -> Iterator[None]:
+    """Run what is compiled as plain Python meanwhile, where the torch release can."""
+    if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Compiled:
+    """A compiled function of a list of inputs, which it empties.
+
+    Attributes:
+        strides: of each output, or None where that is not known. They may be expressions of the inputs' symbols.
+    """
+
+    run: Callable[[list[Any]], Any]
+    strides: list[Any]
+    conditions: list[Callable[..., bool]] = field(default_factory=list)
+    sizes: list[tuple[int, int | None]] = field(default_factory=list)
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        """Return True if what was assumed of the sizes holds for these inputs."""
+        if not self.conditions:
+            return True
+        sizes = [args[at] if dim is None else args[at].shape[dim] for at, dim in self.sizes]
+        return all(condition(*sizes) for condition in self.conditions)
+
+
+@dataclass(frozen=True)
+class Inductor:
+    """Inductor, and the options that the user gave it, as far as they differ from its own."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> Inductor:
+        from torch._inductor import config
+
+        current = config.get_config_copy()
+        given = {name: value for name, value in settings.items() if name in current and value != current[name]}
+        # CUDA graphs are recorded for each size, and k is another one in every step
+        return cls({name: value for name, value in given.items() if name != "triton.cudagraphs"})
+
+    @contextlib.contextmanager
+    def _settings(self, **more: Any) -> Iterator[None]:
+        from torch._inductor import config
+
+        with config.patch({**self.options, "triton.cudagraphs": False, **more}):
+            yield
+
+    def decompositions(self) -> dict[Any, Any]:
+        """Return what to make smaller operators of, before a graph is proven and parted."""
+        from torch._inductor.decomposition import select_decomp_table
+
+        with self._settings():
+            table = dict(select_decomp_table())
+        return {op: run for op, run in table.items() if not any(name in str(op) for name in _WHOLE)}
+
+    def simplified(self, joint: fx.GraphModule) -> fx.GraphModule:
+        """Return a joint graph after Inductor's own passes: attention put together, constants folded."""
+        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+        from torch._inductor.virtualized import V
+
+        _without_strides(joint)
+        with self._settings(fallback_random=True), V.set_fake_mode(_mode_of(joint)):
+            return joint_graph_passes(joint)
+
+    def compile(
+        self, function: Callable[..., Sequence[Any]], inputs: Sequence[Any], *, visible: int, backward: bool
+    ) -> Compiled:
+        """Compile a function of tensors and symbolic sizes.
+
+        Args:
+            inputs: tensors without data, and symbolic sizes.
+            visible: how many of the first outputs need the strides they have by the operators' own rules; the others
+                lie in memory as suits.
+
+        Raises:
+            CannotCompile: with Inductor's reason.
+        """
+        mode = next(each.fake_mode for each in inputs if isinstance(each, Tensor))
+        env = mode.shape_env
+        known, frozen = len(env.guards), env.frozen
+        env.frozen = False  # else it would forget what is assumed from here on
+        try:
+            with self._settings():
+                run, strides = self._compile(function, inputs, mode, visible, backward)
+            assumed = [guard.expr for guard in env.guards[known:]]
+        except Exception as error:
+            raise CannotCompile(_reason(error)) from None
+        finally:
+            env.frozen = frozen
+        symbols = sorted({s for each in assumed for s in each.free_symbols}, key=str)
+        return Compiled(
+            run, strides, [sympy.lambdify(symbols, each) for each in assumed], [_place(s, inputs) for s in symbols]
+        )
+
+    def _compile(
+        self, function: Callable[..., Any], inputs: Sequence[Any], mode: Any, visible: int, backward: bool
+    ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+        from torch._dispatch.python import enable_python_dispatcher
+        from torch._dynamo.convert_frame import compile_lock
+        from torch._guards import TracingContext, tracing
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.decomposition import select_decomp_table
+        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+        from torch._inductor.virtualized import V
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        with compile_lock, torch.no_grad(), torch._C._DisableAutocast(), V.set_fake_mode(mode):
+            with mode, enable_python_dispatcher():
+                graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
+            graph.shape_env = mode.shape_env
+            graph = joint_graph_passes(graph)  # among them: random numbers from Inductor's own generator
+            (output,) = graph.graph.find_nodes(op="output")
+            output.meta["user_visible_output_idxs"] = [
+                at for at, node in enumerate(output.args[0][:visible]) if isinstance(node, fx.Node)
+            ]
+            with tracing(TracingContext(mode)):
+                run = compile_fx_inner(graph, list(inputs), is_backward=backward)
+        read = mode.shape_env.deserialize_symexpr
+        strides = getattr(run, "output_strides", None) or []
+        return run, [None if each is None else [read(step) for step in each] for each in strides]
+
+
+def new_size(like: Tensor, hint: int) -> tuple[Tensor, Any]:
+    """Return an int64 vector without data whose length is a new symbol, and that length."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    mode = like.fake_mode
+    frozen, mode.shape_env.frozen = mode.shape_env.frozen, False
+    try:
+        rows = mode.from_tensor(
+            torch.empty(max(hint, 2), dtype=torch.int64, device=like.device),
+            symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC]),
+            source=ConstantSource("kept_rows"),
+        )
+    finally:
+        mode.shape_env.frozen = frozen
+    return rows, rows.shape[0]
+
+
+def as_symbolic(value: Any, like: Tensor) -> Any:
+    """Return an expression as a symbolic size of the trace that ``like`` belongs to."""
+    if not isinstance(value, sympy.Expr) or value.is_Integer:
+        return int(value)
+    return like.fake_mode.shape_env.create_symintnode(value, hint=None)
+
+
+def restrided(tensor: Tensor, strides: Sequence[Any] | None) -> Tensor:
+    """Return a tensor without data of the same size that lies in memory otherwise."""
+    if strides is None:
+        return tensor
+    with tensor.fake_mode:
+        steps = [as_symbolic(expression_of(each), tensor) for each in strides]
+        return torch.empty_strided(tensor.shape, steps, dtype=tensor.dtype, device=tensor.device)
+
+
+def _without_strides(graph: fx.GraphModule) -> None:
+    """Make a plain reshape of each ``as_strided`` that is one: decompositions of norms are written so."""
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default):
+        before, after = node.args[0].meta["val"], node.meta["val"]
+        same = _strides(before) == _contiguous(before) and _strides(after) == _contiguous(after)
+        if same and len(node.args) == 3 and sympy.expand(_numel(before) - _numel(after)) == 0:
+            node.target, node.args = torch.ops.aten.reshape.default, node.args[:2]
+    graph.recompile()
+
+
+def _strides(tensor: Tensor) -> list[Any]:
+    return [expression_of(step) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
+
+
+def _contiguous(tensor: Tensor) -> list[Any]:
+    sizes = [expression_of(size) for size in tensor.shape]
+    return [product(sizes[at + 1 :]) for at, size in enumerate(sizes) if size != 1]
+
+
+def _numel(tensor: Tensor) -> Any:
+    return sympy.sympify(product([expression_of(size) for size in tensor.shape]))
+
+
+def _mode_of(graph: fx.GraphModule) -> Any:
+    values = (node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder"))
+    return next(value.fake_mode for value in values if isinstance(value, Tensor))
+
+
+def _place(symbol: sympy.Symbol, inputs: Sequence[Any]) -> tuple[int, int | None]:
+    """Return the input, and its dimension, whose size a symbol is."""
+    for at, each in enumerate(inputs):
+        if isinstance(each, Tensor):
+            for dim, size in enumerate(each.shape):
+                if expression_of(size) == symbol:
+                    return at, dim
+        elif expression_of(each) == symbol:
+            return at, None
+    raise CannotCompile(f"it assumes something of a size, {symbol}, that no input has")
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -1,0 +1,34 @@
+"""What is printed, where a terminal or a pipe knows fewer characters than a report."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+
+__all__ = ["print_plainly"]
+
+PLAIN = {
+    "\N{PLUS-MINUS SIGN}": "+-",
+    "\N{MINUS SIGN}": "-",
+    "\N{EN DASH}": "-",
+    "\N{MULTIPLICATION SIGN}": "x",
+    "\N{HORIZONTAL ELLIPSIS}": "...",
+}
+"""ASCII for what the tables print; a sign of a number must not get lost."""
+
+
+def print_plainly() -> None:
+    """Let standard output and error write plainer characters for those their encoding lacks, rather than fail.
+
+    So under ``LANG=C`` without UTF-8 mode, and in pipes of Windows.
+    """
+    codecs.register_error("batchtrim.plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where something else stands in for it
+            stream.reconfigure(errors="batchtrim.plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(each, "?") for each in error.object[error.start : error.end]), error.end
