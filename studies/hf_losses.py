@@ -7,8 +7,9 @@
 Every class is made with a tiny random configuration and given one batch of 4, with padding and ignored labels where
 its task knows them. Then, under the same dropout:
 
-* the loss of ``batchtrim.integrations._decompose.LossFinder`` with everything kept, and its gradient, against
-  ``model(**batch).loss`` and its gradient, in training mode, for ``unit="sample"`` and ``"element"``;
+* what a ``TrimmedTrainer`` finds (``batchtrim.integrations._model_losses.ModelLosses``), with everything kept, and its
+  gradient, against ``model(**batch).loss`` and its gradient, in training mode, for ``unit="sample"`` and ``"element"``;
+* the same in evaluation mode, without a gradient;
 * each sample's own loss against the model's loss of a batch of that sample alone, in evaluation mode.
 
 Ends in "equal", "refused" (batchtrim says that it cannot, and why), "different" (what must not be), or "not run" (the
@@ -27,20 +28,23 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.utils import find_labels
 
 from batchtrim import Trimmer
-from batchtrim.integrations._decompose import LossFinder
+from batchtrim.engine.capture import uncompiled
 from batchtrim.integrations._intercept import NotFound
-from batchtrim.integrations._labels import labels_of, loss_of
+from batchtrim.integrations._labels import loss_of
+from batchtrim.integrations._model_losses import ModelLosses
 from studies.hf_models import FAMILIES, Family, tiny_config
 
-PARAMETERS = 5_000_000  # above that a configuration did not come out tiny
+PARAMETERS = 14_000_000  # above that a configuration did not come out tiny
 SECONDS = 60
 BATCH = 4
 
@@ -79,9 +83,14 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def find(model: nn.Module, batch: dict[str, Tensor], unit: str) -> Any:
-    labels = labels_of(batch)
-    return LossFinder(unit)(lambda: model(**batch), loss_of, len(labels[0]), labels)
+def source(model: nn.Module, unit: str) -> ModelLosses:
+    """The losses of a TrimmedTrainer, without the trainer."""
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(label_smoothing_factor=0.0), label_smoother=None, trim_options={"unit": unit},
+        label_names=find_labels(type(uncompiled(model))), is_fsdp_enabled=False, is_deepspeed_enabled=False,
+        accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped),
+    )  # fmt: skip
+    return ModelLosses(trainer, None)
 
 
 def verdict(model: nn.Module, batch: dict[str, Tensor], unit: str) -> str:
@@ -95,32 +104,61 @@ def verdict(model: nn.Module, batch: dict[str, Tensor], unit: str) -> str:
     if not torch.equal(loss_of(model(**batch)), plain):
         return "not run: it draws from a generator that cannot be set"
     seed()
-    found = find(model, batch, unit)
+    losses = source(model, unit)
+    found = losses(model, batch)
     loss = trim(found.losses, rank_by=found.scores)
     if not torch.allclose(loss, plain, rtol=1e-4, atol=1e-5):
         return f"different: {loss.item():.6g} for {plain.item():.6g}"
     got = gradient(model, loss)
     if got.shape != expected.shape or (got - expected).norm() > 1e-3 * expected.norm() + 1e-7:
         return "different: the gradient"
-    if unit == "sample" and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+    if losses.ran_eager:
+        return "equal: without torch.compile"
+    if (
+        unit == "sample"
+        and uncompiled(model) is model
+        and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    ):
         return rows_verdict(model.eval(), batch)
+    return evaluation_verdict(model.eval(), batch, unit)
+
+
+@torch.no_grad()
+def evaluation_verdict(model: nn.Module, batch: dict[str, Any], unit: str) -> str:
+    seed()
+    plain = loss_of(model(**batch))
+    seed()
+    found = source(model, unit)(model, batch).losses.mean()
+    if plain.isfinite() and not torch.allclose(found, plain, rtol=1e-4, atol=1e-5):
+        return f"different: in evaluation {found.item():.6g} for {plain.item():.6g}"
     return "equal"
 
 
 @torch.no_grad()
 def rows_verdict(model: nn.Module, batch: dict[str, Tensor]) -> str:
-    found = find(model, batch, "sample")
+    evaluated = evaluation_verdict(model, batch, "sample")
+    if evaluated != "equal":
+        return evaluated
+    found = source(model, "sample")(model, batch)
     each = found.losses.values if found.scores is None else found.scores
     for row in range(BATCH):
         if found.losses.mask is not None and not found.losses.mask[row]:
             continue
-        outputs = model(**{name: tensor[row : row + 1] for name, tensor in batch.items()})
+        outputs = model(**{name: _of_row(value, row) for name, value in batch.items()})
         alone = loss_of(outputs)
         if not _as_in_batch(found.outputs, outputs, row):
             continue  # the model itself says something else of a sample alone
         if alone.isfinite() and not torch.allclose(each[row], alone, rtol=2e-3, atol=1e-4):
             return f"different: sample {row} has {each[row].item():.6g} for {alone.item():.6g}"
     return "equal"
+
+
+def _of_row(value: Any, row: int) -> Any:
+    """What a batch holds of a sample: one entry, or as many as there are patches of its image."""
+    if not hasattr(value, "__len__") or (isinstance(value, Tensor) and not value.ndim):
+        return value
+    each = len(value) // BATCH
+    return value[row * each : (row + 1) * each]
 
 
 def _as_in_batch(together: Any, alone: Any, row: int) -> bool:

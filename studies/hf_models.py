@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from studies.hf_vision import WHOLE, token_settings, vision_settings, with_images
+
 VOCABULARY, LENGTH, IMAGE, CHANNELS = 120, 16, 32, 3
 
 _SMALL: dict[str, Any] = dict(
@@ -30,10 +32,14 @@ _SMALL: dict[str, Any] = dict(
     num_mel_bins=16, max_source_positions=64, max_target_positions=64, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
     classifier_proj_size=16, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, projection_dim=16,
     depth_multiplier=0.25, decoder_hidden_size=16, fusion_hidden_size=16, layerdrop=0.0, ffn_hidden_size=48,
+    encoder_stride=8,
 )  # fmt: skip
+_LATENT = ("deepseek_v2", "deepseek_v3", "axk1", "axk2", "minicpm3", "youtu", "longcat_flash", "esmc")
+_HEAD_OF_8 = ("ministral", "hunyuan_v1_moe", "hunyuan_v1_dense", "hunyuan_vl", "hunyuan_vl_text")
 _STAGES = dict(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32])
 _SPEECH = dict(conv_dim=(16, 16, 16), conv_kernel=(10, 3, 3), conv_stride=(5, 2, 2), num_feat_extract_layers=3)
-_SPECIAL: dict[str, dict[str, Any]] = {
+_SPECIAL: dict[str, dict[str, Any]] = WHOLE | {
+    **{kind: {"num_key_value_heads": 4} for kind in _LATENT}, **{kind: {"head_dim": 8} for kind in _HEAD_OF_8},
     "deberta": dict(pos_att_type=["c2p", "p2c"], relative_attention=True, max_relative_positions=16),
     "deberta-v2": dict(pos_att_type=["c2p", "p2c"], relative_attention=True, position_buckets=8),
     "funnel": dict(block_sizes=[1, 1], num_decoder_layers=1),
@@ -47,11 +53,15 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mobilebert": dict(embedding_size=16, true_hidden_size=16, intra_bottleneck_size=16, num_feedforward_networks=2),
     "squeezebert": dict(q_groups=2, k_groups=2, v_groups=2, intermediate_groups=2, output_groups=2),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=4), "mpt": dict(max_seq_len=64),
-    "nystromformer": dict(segment_means_seq_len=16, num_landmarks=4, conv_kernel_size=5), "mra": dict(block_per_row=2),
+    "nystromformer": dict(segment_means_seq_len=16, num_landmarks=16, conv_kernel_size=5), "mra": dict(block_per_row=2),
     "xmod": dict(languages=["en_XX"], default_language="en_XX"), "luke": dict(entity_vocab_size=10, entity_emb_size=8),
-    "esm": dict(mask_token_id=3, position_embedding_type="rotary", emb_layer_norm_before=False),
-    "lilt": dict(channel_shrink_ratio=4), "rwkv": dict(attention_hidden_size=32, context_length=64),
+    "rwkv": dict(attention_hidden_size=32, context_length=64),
     "mamba2": dict(num_heads=8, head_dim=8, n_groups=2, chunk_size=8, expand=2),
+    "esm": dict(pad_token_id=1, vocab_size=VOCABULARY, mask_token_id=3, position_embedding_type="rotary",
+                emb_layer_norm_before=False),
+    "lilt": dict(hidden_size=48, channel_shrink_ratio=4, max_2d_position_embeddings=64),
+    "nemotron": dict(num_key_value_heads=2),
+    "layoutlmv3": dict(coordinate_size=6, shape_size=4, input_size=32, visual_embed=False),
     "falcon": dict(num_kv_heads=2, new_decoder_architecture=True),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
                   use_mamba_kernels=False),
@@ -75,6 +85,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
                                           time_stride=8),
     "whisper": dict(suppress_tokens=[], begin_suppress_tokens=[], max_source_positions=20),
     "wav2vec2-bert": dict(feature_projection_input_dim=16, conv_depthwise_kernel_size=5),
+    "yolos": dict(image_size=[32, 32], num_detection_tokens=4),
     "videomae": dict(image_size=16, num_frames=4), "timesformer": dict(image_size=16, num_frames=4),
     "sew": dict(squeeze_factor=2), "sew-d": dict(squeeze_factor=2),
 }  # fmt: skip
@@ -90,7 +101,11 @@ def _settings(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for key, value in given.items():
         own = names.get(key, key)
-        if isinstance(getattr(config, own, None), (int, float, str)) and not isinstance(getattr(config, own), bool):
+        try:
+            usual = getattr(config, own, None)
+        except Exception:  # transformers' own: it has another value in each layer
+            continue
+        if isinstance(usual, (int, float, str)) and not isinstance(usual, bool):
             found[own] = value
     return found
 
@@ -114,10 +129,8 @@ def tiny_config(kind: str, labels: int | None) -> Any:
             own = _settings(inner, _SMALL) | _SPECIAL.get(inner.model_type, {})
             if isinstance(getattr(inner, "layer_types", None), list):
                 own["layer_types"] = (list(dict.fromkeys(inner.layer_types)) * 2)[:2]
-            settings[part] = {"model_type": inner.model_type, **own}
-    for name in ("image_token_id", "image_token_index"):
-        if isinstance(getattr(usual, name, None), int):
-            settings[name] = VOCABULARY - 1
+            settings[part] = {"model_type": inner.model_type, **own, **vision_settings(kind, part, inner)}
+    settings |= token_settings(usual, VOCABULARY)
     config = _made(maker, settings)
     if getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = 0
@@ -255,20 +268,21 @@ def _transcripts(batch: int, config: Any) -> dict[str, Tensor]:
 
 
 def _captions(batch: int, config: Any) -> dict[str, Tensor]:
-    found = _lm(batch, config)
-    pixels = _images(batch, config)
-    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if isinstance(token, int):
-        vision = getattr(config, "vision_config", config)
-        side = getattr(vision, "image_size", IMAGE) // getattr(vision, "patch_size", 8)
-        ids = torch.full((batch, side * side), token)
-        ignored = torch.full_like(ids, -100)
-        found = {
-            "input_ids": torch.cat([ids, found["input_ids"]], 1),
-            "attention_mask": torch.cat([torch.ones_like(ids), found["attention_mask"]], 1),
-            "labels": torch.cat([ignored, found["labels"]], 1),
-        }
-    return found | {"pixel_values": pixels}
+    return with_images(_lm(batch, config), _images(batch, config), config)
+
+
+def _spoken(batch: int, config: Any) -> dict[str, Tensor]:
+    labels = _lm(batch, config)["labels"]
+    return {"input_features": torch.randn(batch, 16, 40), "labels": labels}
+
+
+def _answers(batch: int, config: Any) -> dict[str, Tensor]:
+    return _several(batch, config) | {"pixel_values": _images(batch, config)}
+
+
+def _boxes(batch: int, config: Any) -> dict[str, Any]:
+    labels = [{"class_labels": torch.randint(0, 4, (2,)), "boxes": 0.2 + 0.3 * torch.rand(2, 4)} for _ in range(batch)]
+    return {"pixel_values": _images(batch, config), "labels": labels}
 
 
 def _pairs(batch: int, config: Any) -> dict[str, Any]:
@@ -311,6 +325,11 @@ FAMILIES = {
     "ForSemanticSegmentation": Family("SEMANTIC_SEGMENTATION", _segments, 5),
     "ForVideoClassification": Family("VIDEO_CLASSIFICATION", _videos, 5),
     "ForAudioClassification": Family("AUDIO_CLASSIFICATION", _sounds, 5),
+    "ForAudioXVector": Family("AUDIO_XVECTOR", _sounds, 5),
+    "ForSpeechSeq2Seq": Family("SPEECH_SEQ_2_SEQ", _spoken),
+    "ForDocumentQuestionAnswering": Family("DOCUMENT_QUESTION_ANSWERING", _spans),
+    "ForVisualQuestionAnswering": Family("VISUAL_QUESTION_ANSWERING", _answers, 3),
+    "ForObjectDetection": Family("OBJECT_DETECTION", _boxes, 4),
     "ForCTC": Family("CTC", _transcripts),
     "ForImageTextToText": Family("IMAGE_TEXT_TO_TEXT", _captions),
     "ForZeroShotImageClassification": Family("ZERO_SHOT_IMAGE_CLASSIFICATION", _pairs),

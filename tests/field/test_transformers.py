@@ -222,6 +222,12 @@ class Weighted(nn.Module):
 WEIGHTS = torch.tensor([0.1, 1.0, 20.0])
 
 
+def in_place(out: Tensor, y: Tensor, _: Any) -> Tensor:
+    loss = F.cross_entropy(out, y)
+    loss += 0.4 * F.cross_entropy(out.flip(-1), y)
+    return loss
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -234,6 +240,8 @@ WEIGHTS = torch.tensor([0.1, 1.0, 20.0])
         lambda out, y, _: F.mse_loss(out, F.one_hot(y, 3).float()),
         lambda out, y, _: F.kl_div(out.log_softmax(-1), F.one_hot(y, 3).float(), reduction="batchmean"),
         lambda out, y, _: F.cross_entropy(out, y) + 0.4 * F.cross_entropy(out.flip(-1), y),
+        in_place,  # it raised torch's "a leaf Variable that requires grad is being used in an in-place operation"
+        lambda out, y, _: F.cross_entropy(out, y, reduction="none").mul_(WEIGHTS[y]).mean(),
         lambda out, y, _: F.cross_entropy(out, y) + F.cross_entropy(out, y, ignore_index=0),
         lambda out, y, _: F.cross_entropy(out, y, weight=WEIGHTS) + F.mse_loss(out, F.one_hot(y, 3).float()),
         lambda out, y, _: F.cross_entropy(out.repeat_interleave(2, 0).view(len(y), 2, 3)[:, 0], y),

@@ -146,6 +146,7 @@ def check(task: str, accumulation: int, folder: str, **options: Any) -> None:
         callbacks=[gradient],
         keep=KEEP,
         over=options.get("over", "micro"),
+        engine=options.get("engine"),
         trim_options={name: options[name] for name in ("unit", "scope", "scale") if name in options},
     )
     trainer.train()
@@ -173,6 +174,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("causal", {"unit": "element"}),
     ("sequence", {"over": "window"}),
     ("causal", {"unit": "element", "over": "window"}),
+    ("causal", {"unit": "element", "engine": "shared"}),
 ]
 RANK_CASES: list[tuple[str, dict[str, Any]]] = [
     ("sequence", {}),
@@ -183,6 +185,9 @@ RANK_CASES: list[tuple[str, dict[str, Any]]] = [
     ("causal", {"unit": "element", "scope": "global", "over": "window"}),
     ("causal", {"unit": "element", "over": "window"}),
     ("causal", {"unit": "sample", "over": "window", "across": False}),
+    ("sequence", {"engine": "shared"}),
+    ("causal", {"unit": "sample", "engine": "shared"}),
+    ("causal", {"unit": "element", "engine": "shared"}),
 ]
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class CompiledStep:
             sizes.append(as_symbolic(step.symbols[1] - step.lost, like))
         chosen = KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
         wanted = self._wanted(slices, tape)
-        with like.fake_mode:
+        with like.fake_mode:  # type: ignore[attr-defined]
             kept = {at: cut(whole[at], slices.cuts[at], chosen) for at, on_kept in wanted if on_kept}
 
         def sliced(*inputs: Any) -> Sequence[Any]:

@@ -31,7 +31,7 @@ _ENTRIES = (  # divide by all entries
     F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
     F.kl_div, F.soft_margin_loss, F.multilabel_soft_margin_loss, F.poisson_nll_loss,
 )  # fmt: skip
-_SIGNATURES = {function: inspect.signature(function) for function in (*_CLASSES, *_ENTRIES)}
+_SIGNATURES = {function: inspect.signature(function) for function in (*_CLASSES, *_ENTRIES, F.ctc_loss)}
 _WEIGHTED_MEAN = (F.mse_loss, F.l1_loss, F.huber_loss)  # with `weight`, which newer torch has, a mean of another kind
 
 
@@ -116,6 +116,8 @@ class Recorder(TorchFunctionMode):
         if self.smoothing and function is F.cross_entropy and of_classes and not given["label_smoothing"]:
             given["label_smoothing"] = self.smoothing
         values = function(**{**given, "reduction": "none"})
+        if function is F.ctc_loss and given["reduction"] == "mean":  # over the samples, each by its length
+            values = values / torch.as_tensor(given["target_lengths"], device=values.device).clamp(min=1)
         dtype = values.dtype
         values = values.float() if dtype in (torch.float16, torch.bfloat16) else values
         counted, weights = entries(given, values.dtype) if of_classes else (None, None)
@@ -123,11 +125,12 @@ class Recorder(TorchFunctionMode):
         plain = values.detach()
         leaf = (plain if divisor is None else plain.sum() / divisor).to(dtype, copy=True)
         torch.set_grad_enabled(True)  # what follows is told by its graph, in a pass without one too
-        target, ignored = given["target"], given.get("ignore_index") if of_classes else None
+        target = given["targets" if function is F.ctc_loss else "target"]
+        ignored = given.get("ignore_index") if of_classes else None
         leaf.requires_grad_()
         own = functools.partial(function, **given)
         self.calls.append(Call(function.__name__, values, leaf, target, ignored, counted, weights, divisor, own))
-        return leaf
+        return leaf.clone()  # which may be added to in place
 
 
 @torch.compiler.disable

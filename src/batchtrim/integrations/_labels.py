@@ -83,6 +83,27 @@ def counting_of_own(losses: Losses, batch: Mapping[str, Any], unit: str, names: 
     return Counting(-100, entries=unit == "element")
 
 
+def check_own(losses: Losses, labels: Sequence[Tensor], unit: str) -> None:
+    """Refuse losses of a user's function that are of other things than there is to choose from.
+
+    Raises:
+        ValueError: there is not one for each sample, or some are of labels that are ignored.
+    """
+    values, batch = losses.values, len(labels[0]) if labels else len(losses.values)
+    recipe = "batchtrim.token_losses(outputs.logits, labels) gives them (shift=True for a causal model)."
+    if unit == "sample" and len(values) != batch:
+        raise ValueError(
+            f"expected `per_sample_loss` to return losses whose first dimension is the batch, {batch} samples, got "
+            f"shape {tuple(values.shape)}. Of tokens return (samples, tokens): {recipe}"
+        )
+    several = values.numel() > batch and losses.mask is None and losses.weights is None and losses.counts is None
+    if several and labels and not labels[0].is_floating_point() and bool((labels[0] == -100).any()):
+        raise ValueError(
+            "expected `per_sample_loss` to say which losses count where labels are -100, got none left out. "
+            f"Return batchtrim.Losses(values, mask): {recipe}"
+        )
+
+
 def plain_sums(losses: Losses) -> Tensor:
     """Return (2,) float64: the sum of all losses that count and what it is divided by: their number, or weights."""
     flat = flatten(losses, losses.unit or "element")

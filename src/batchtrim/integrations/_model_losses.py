@@ -12,7 +12,7 @@ from batchtrim.engine.capture import uncompiled
 from batchtrim.integrations._decompose import Found, LossFinder
 from batchtrim.integrations._form_table import Forms, left_as_found
 from batchtrim.integrations._intercept import NotFound
-from batchtrim.integrations._labels import Counting, counting_of, counting_of_own, labels_of, loss_of
+from batchtrim.integrations._labels import Counting, check_own, counting_of, counting_of_own, labels_of, loss_of
 from batchtrim.integrations._numbered import IDS
 from batchtrim.unreduced import Losses, flatten
 
@@ -39,6 +39,9 @@ class ModelLosses:
 
     Args:
         trainer: a TrimmedTrainer. per_sample_loss: ``(outputs, labels) -> losses``, or None for the model's own loss.
+
+    Attributes:
+        ran_eager: True once a compiled model has run as the Python that it was.
     """
 
     def __init__(self, trainer: Any, per_sample_loss: Callable[[Any, Any], Any] | None) -> None:
@@ -47,7 +50,7 @@ class ModelLosses:
         self.unit = trainer.trim_options.get("unit", "sample")
         self.finder = LossFinder(self.unit, self.smoothing)
         self.forms = Forms(self)
-        self._told = False
+        self.ran_eager = False
 
     def inner(self, model: nn.Module) -> nn.Module:
         return model if self.trainer.is_fsdp_enabled else self.trainer.accelerator.unwrap_model(model)
@@ -102,8 +105,8 @@ class ModelLosses:
             losses, scores = form.with_scores(outputs, self.forms.labels(inputs))
             if self.forms.holds(form, losses.values, losses.mask, outputs, inputs):
                 return losses, scores, outputs
-        if not self._told:
-            self._told = True
+        if not self.ran_eager:
+            self.ran_eager = True
             warnings.warn(
                 f"{type(eager).__name__} runs without torch.compile here: only its Python shows its "
                 "losses. With per_sample_loss=(outputs, labels) -> un-reduced losses it runs compiled.",
@@ -122,4 +125,5 @@ class ModelLosses:
                 return counting_of(found, labels_of(inputs, trainer.label_names))
             losses = self.own(model, inputs)[0]
             self.one_mean(losses)
+            check_own(losses, labels_of(inputs, trainer.label_names), self.unit)
             return counting_of_own(losses, inputs, self.unit, trainer.label_names)

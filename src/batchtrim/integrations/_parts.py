@@ -48,17 +48,17 @@ def _part(call: Call, factor: Tensor) -> Part:
 
 
 def _has_other_leaves(loss: Tensor, leaves: list[Tensor]) -> bool:
-    known, seen, waiting = {id(leaf) for leaf in leaves}, set(), [loss.grad_fn]
-    if loss.grad_fn is None:
-        return id(loss) not in known
+    known, seen, waiting = {id(leaf) for leaf in leaves}, set(), [(loss.grad_fn, loss.output_nr)]
     while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
+        node, place = waiting.pop()
+        if node is None or (node, place) in seen:
             continue
-        seen.add(node)
-        if hasattr(node, "variable") and id(node.variable) not in known:
+        seen.add((node, place))
+        if hasattr(node, "variable") and id(node.variable) not in known:  # type: ignore[attr-defined]
             return True
-        waiting += [following for following, _ in node.next_functions]
+        following = node.next_functions
+        # DistributedDataParallel hands all of a model's outputs on through one node, each as it is
+        waiting += following[place : place + 1] if node.name() == "_DDPSinkBackward" else following
     return False
 
 

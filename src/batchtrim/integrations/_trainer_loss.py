@@ -69,7 +69,7 @@ class TrainerLoss:
             self._window[0][1].restore()
 
     def trimmed(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
-        """Return the loss of a micro-batch, times its share of the window, and the model's outputs."""
+        """Return the loss of a micro-batch, times its share of the window and the window's length, and the outputs."""
         self.waits = False
         trim = self.trainer.trim
         if self.engine is not None:
@@ -82,7 +82,9 @@ class TrainerLoss:
             else:
                 loss = trim(found.losses, rank_by=found.scores)
                 self._record(trim.last, ids, inputs, outputs)
-        return loss * self._shares.pop(0).to(loss) if self._shares else loss, outputs
+        if self._shares:
+            loss = loss * (self._shares.pop(0) * self.trainer.current_gradient_accumulation_steps).to(loss)
+        return loss, outputs
 
     def plain(self, model: nn.Module, inputs: Any) -> tuple[Tensor, Any]:
         """Return the loss with nothing left out, and the model's outputs: for evaluation.
@@ -99,7 +101,9 @@ class TrainerLoss:
             return found.loss, found.outputs
         losses, outputs = source.own(model, inputs)
         self.evaluated.append(plain_sums(losses))
-        return losses.mean(), outputs
+        loss = losses.mean()
+        # of a tuple the Trainer takes the first for the loss
+        return loss, (loss, *outputs) if type(outputs) is tuple else outputs
 
     def mean_evaluated(self) -> float:
         """Return the mean over all that :meth:`plain` saw, on all ranks: of entries, not of batches."""

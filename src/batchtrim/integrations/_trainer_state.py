@@ -16,7 +16,7 @@ from batchtrim.engine.forward import ENGINES
 from batchtrim.integrations import build, load_state, total_of
 from batchtrim.keeplog import KeepLog
 
-__all__ = ["StateKeeper", "check_arguments"]
+__all__ = ["StateKeeper", "check_arguments", "check_smoothing"]
 
 
 def check_arguments(
@@ -41,6 +41,15 @@ def check_arguments(
         raise TypeError(f"expected `keep_log` to be a batchtrim.KeepLog, got {describe(keep_log)}.")
     if keep_log is not None and options.get("unit", "sample") != "sample":
         raise ValueError("expected `unit` 'sample' with a `keep_log`, got 'element'. It counts whole samples.")
+
+
+def check_smoothing(factor: float, per_sample_loss: Any) -> None:
+    """Refuse label smoothing that nobody would do."""
+    if factor and per_sample_loss is not None:
+        raise ValueError(
+            f"expected `label_smoothing_factor` 0 with a `per_sample_loss`, got {factor}. Smooth in your function: "
+            f"F.cross_entropy(..., reduction='none', label_smoothing={factor})."
+        )
 
 
 class StateKeeper(TrainerCallback):

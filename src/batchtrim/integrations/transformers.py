@@ -37,11 +37,14 @@ from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from batchtrim.integrations._trainer_loss import TrainerLoss  # noqa: E402
-from batchtrim.integrations._trainer_state import StateKeeper, check_arguments  # noqa: E402
+from batchtrim.integrations._trainer_state import StateKeeper, check_arguments, check_smoothing  # noqa: E402
 
 __all__ = ["TrimmedTrainer"]
 
 logger = logging.get_logger(__name__)
+
+# what has the Trainer divide by the number of micro-batches, in every release
+_DIVISION = {"model_accepts_loss_kwargs": False, "loss_is_scaled_for_ga": False}
 
 
 class TrimmedTrainer(Trainer):
@@ -87,6 +90,7 @@ class TrimmedTrainer(Trainer):
         build(keep, 2, self.trim_options)  # a wrong argument shows here and not when training starts
         super().__init__(*args, **kwargs)
         check_arguments(self.compute_loss_func, over, engine, self.trim_options, keep_log)
+        check_smoothing(self.args.label_smoothing_factor, per_sample_loss)
         if self.args.n_gpu > 1:
             raise ValueError(f"expected one device a process, got n_gpu={self.args.n_gpu}. Use torchrun.")
         self.clock = check_choice("clock", clock or ("step" if self.args.max_steps > 0 else "epoch"), CLOCKS)
@@ -114,11 +118,14 @@ class TrimmedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         self.losses.start_micro_batch(model.train())
-        self.compute_loss_func = _normalised  # so that the Trainer does not divide by the window once more
+        # compute_loss returns a micro-batch's loss and the Trainer divides by their number, whatever the model takes:
+        # what a subclass adds to it is then averaged, too
+        said = {name: getattr(self, name, None) for name in _DIVISION}
+        vars(self).update(_DIVISION)
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         finally:
-            self.compute_loss_func = None
+            vars(self).update(said)
         if self.losses.waits:
             raise TypeError(
                 f"expected {type(self).__name__} to leave `compute_loss` alone, got one that trims nothing. "
@@ -162,7 +169,3 @@ class TrimmedTrainer(Trainer):
 
     def _mean_over_ranks(self, numbers: Tensor) -> Any:
         return self.accelerator.reduce(numbers.to(self.args.device), reduction="mean")
-
-
-def _normalised(*_: Any, **__: Any) -> Tensor:
-    raise RuntimeError("expected TrimmedTrainer.compute_loss to be called, got the Trainer's own.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ HIGHER = (
     "accuracy", "acc", "f1", "macro_f1", "micro_f1", "auc", "auroc", "roc_auc", "average_precision", "precision",
     "recall", "r2", "iou", "miou", "dice", "map", "bleu", "rouge", "mcc", "balanced_accuracy", "ndcg", "mrr",
 )  # fmt: skip
+MOST = 9  # decimals that are written out
 IN_PERCENT = ("error", "accuracy")  # fractions of the test samples, written as percent and compared in points
 
 
@@ -90,9 +92,17 @@ class Metric:
         """Return the unit of a difference, with a space before it: points of a percentage, or nothing."""
         return " points" if self.in_percent else ""
 
-    def number(self, value: float, digits: int = 2) -> str:
-        """Return the number alone: 0.0213 of an error is 2.13, of another metric four figures."""
-        return f"{100 * value:.{digits}f}" if self.in_percent else f"{value:.4g}"
+    def number(self, value: float, digits: int = 2, spread: float | None = None) -> str:
+        """Return the number alone: 0.0213 of an error is 2.13, of another metric four figures.
+
+        Args:
+            spread: what another metric is uncertain by: as many decimals as show two figures of it.
+        """
+        if self.in_percent:
+            return f"{100 * value:.{digits}f}"
+        if spread and math.isfinite(spread) and (decimals := max(0, 1 - math.floor(math.log10(abs(spread))))) < MOST:
+            return f"{value:.{decimals}f}"
+        return f"{value:.4g}"
 
     def text(self, value: float | None) -> str:
         """Return the number with its name: error 2.13 %, rmse 0.4512."""

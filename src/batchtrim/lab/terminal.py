@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import sys
 
 __all__ = ["print_plainly"]
@@ -24,7 +25,7 @@ def print_plainly() -> None:
     """
     codecs.register_error("batchtrim.plain", _plain)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where something else stands in for it
+        if isinstance(stream, io.TextIOWrapper):  # a notebook, say, has another
             stream.reconfigure(errors="batchtrim.plain")
 
 

@@ -180,6 +180,50 @@ def test_the_front_is_what_no_other_point_beats():
     assert 'class="front"' not in charts.scatter(points[:1], x_label="cost", y_label="error", x_fmt=str, fmt=str)
 
 
+def test_names_keep_clear_of_whiskers_and_of_the_front():
+    wide = charts.Point("selective_backprop_topk", 1, 60.0, 9.0, None)
+    tall = charts.Point("full", 0, 100.0, 8.5, (7.0, 10.0))
+    drawn = str(charts.scatter([wide, tall], x_label="", y_label="", x_fmt=str, fmt=str))
+    (at,) = re.findall(r'class="name s1" x="([0-9.]+)" y="[0-9.]+" text-anchor="end"', drawn)
+    assert float(at) < float(re.findall(r'class="big" cx="([0-9.]+)"', drawn)[0])
+    level = [charts.Point("left", 1, 50.0, 5.0, None), charts.Point("right", 2, 90.0, 4.9, None)]
+    level.append(charts.Point("far below", 3, 95.0, 1.0, None))
+    drawn = str(charts.scatter(level, x_label="", y_label="", x_fmt=str, fmt=str))
+    (name,) = re.findall(r'class="name s1" x="([0-9.]+)" y="([0-9.]+)" text-anchor="(\w+)"', drawn)
+    dot, *_ = re.findall(r'class="big" cx="([0-9.]+)" cy="([0-9.]+)"', drawn)
+    assert name[2] == "end" or abs(float(name[1]) - 4 - float(dot[1])) >= 5
+
+
+def test_a_row_of_differences_clears_the_ground_under_its_name():
+    label = "trim (keep_end 0.1, schedule linear, engine two_pass, momentum 0.9)"
+    row = charts.Differences(label, 1, [0], [0.1], 0.1, (0.0, 0.2), None, "+0.10  [0.00 to +0.20]")
+    drawn = str(charts.differences([row], x_label="", fmt=str))
+    assert '<rect class="clear" x="12"' in drawn
+    (room,) = re.findall(r'textLength="(\d+)" lengthAdjust', drawn)
+    assert 16 + int(room) < charts.WIDTH - 16 - 7 * len(row.text)
+
+
+def test_decimals_of_other_metrics_follow_their_spread(make_row):
+    values = {"full": (0.7797, 0.7843, 0.7751), "trim": (0.7825, 0.7923, 0.7727)}
+    rows = [
+        {**make_row(method, seed, None, status="finished", metric="rmse", higher_is_better=False), "value": value}
+        for method, each in values.items()
+        for seed, value in enumerate(each)
+    ]
+    full, trim = comparison.summarize(rows).groups[0].arms
+    assert wording.error(full) == "0.7797 ± 0.0046"
+    assert wording.difference(trim.paired) == "+0.003"
+    assert wording.signed_interval(trim.paired.moments.t, trim.metric) == "\N{MINUS SIGN}0.010 to +0.016"
+
+
+def test_a_task_without_training_errors_has_no_empty_chart(make_row, tmp_path):
+    rows = [make_row(method, seed, 0.1 + 0.01 * seed) for method in ("full", "trim") for seed in range(3)]
+    assert "<h3>Training error</h3>" in tables.write_report(rows, tmp_path).read_text()
+    for row in rows:
+        row["curve"].pop("train_error")
+    assert "<h3>Training error</h3>" not in tables.write_report(rows, tmp_path).read_text()
+
+
 def test_long_lines_are_thinned_and_end_where_they_end():
     long = charts.Series("x", 1, list(range(1000)), list(range(1000)))
     thin = charts._thin(long)
@@ -215,3 +259,32 @@ def test_page_opens_in_a_browser(rows, tmp_path):
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
     assert "<svg" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1400, 390])
+def test_no_table_is_cut_off(make_row, tmp_path, width):
+    names = {"full": 0.08, "trim": 0.07, "random": 0.1, "selective_backprop_topk": 0.09, "full_equal_compute": 0.08}
+    for name, settings in {"several": [{"dataset": "cifar10"}, {"dataset": "digits"}], "one": [{}]}.items():
+        rows = [
+            make_row(method, seed, None if (method, seed) == ("random", 3) else error + 0.001 * seed, **each)
+            for each in settings
+            for method, error in names.items()
+            for seed in range(5)
+        ]
+        if name == "one":
+            rows += [make_row("trim", seed, 0.07 + 0.001 * seed, keep_end=0.1, schedule=schedule)
+                     for schedule in ("linear", "step") for seed in range(5)]  # fmt: skip
+            rows += [make_row("trim", seed, 0.07 + 0.001 * seed, keep_end=0.2, schedule="step") for seed in range(5)]
+        page = tables.write_report(rows, tmp_path / name)
+        asks = (
+            "<script>document.title='cut: '+[...document.querySelectorAll('.scroll')]"
+            ".filter(each=>each.scrollWidth>each.clientWidth).map(each=>each.innerText.slice(0,40))</script></body>"
+        )
+        page.write_text(page.read_text().replace("</body>", asks))
+        done = subprocess.run(
+            [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+             f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        assert "<title>cut: </title>" in done.stdout, re.findall(r"<title>.*?</title>", done.stdout, re.DOTALL)

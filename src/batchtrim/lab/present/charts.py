@@ -16,8 +16,13 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from batchtrim.lab.present import names
+from batchtrim.lab.present.names import Box
+
 WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
+FAR = 15  # from a point to its name
+BOLD = 7.6  # width of a letter of a name, about
 COLOURS = 8  # besides the baseline's
 MOST_POINTS = 150  # of a line: more cannot be seen at this size
 
@@ -162,9 +167,12 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
                 f'<rect class="blind" x="{left:.1f}" y="{middle - 13}" width="{right - left:.1f}" height="26"/>'
             )
         parts.append(f'<g class="{style_class(row.style)}">')
-        parts.append(f'<text class="name" x="16" y="{base + 17}">{esc(row.label)}</text>')
-        wide = 7 * len(row.text)  # a clear ground, so that no line of the axis crosses the numbers
+        wide = 7 * len(row.text)  # a clear ground, so that no line of the axis crosses the name or the numbers
+        room, needed = WIDTH - 40 - wide, BOLD * len(row.label)  # longer names are squeezed, not cut off
+        parts.append(f'<rect class="clear" x="12" y="{base + 5}" width="{min(room, needed) + 8:.0f}" height="16"/>')
         parts.append(f'<rect class="clear" x="{WIDTH - 16 - wide}" y="{base + 5}" width="{wide + 8}" height="16"/>')
+        squeezed = f' textLength="{room}" lengthAdjust="spacingAndGlyphs"' if 0.92 * needed > room else ""
+        parts.append(f'<text class="name" x="16" y="{base + 17}"{squeezed}>{esc(row.label)}</text>')
         parts.append(f'<text class="tick" x="{WIDTH - 16}" y="{base + 17}" text-anchor="end">{esc(row.text)}</text>')
         if row.interval:
             start, end = (x(edge) for edge in row.interval)
@@ -221,7 +229,10 @@ def scatter(
             f'<circle class="big" cx="{centre:.1f}" cy="{middle:.1f}" r="5.5">'
             f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}{there}</title></circle></g>"
         )
-    parts += _labels([point for point in points if named is None or point.label in named or point in best], x, y)
+    shown = [point for point in points if named is None or point.label in named or point in best]
+    dots = [[(x(each.x) - 6, x(each.x) + 6, y(each.y) - 6, y(each.y) + 6)] for each in points]
+    whiskers = [[_reach(each, x, y)] for each in points]
+    parts += _labels(shown, x, y, [*dots, *dots, *whiskers, _along(best, x, y)])  # twice: rather a line than a dot
     return _svg("".join(parts), title, HEIGHT, ' class="chart"')
 
 
@@ -244,26 +255,38 @@ def legend(entries: Sequence[tuple[str, int]]) -> Markup:
     return Markup(f'<ul class="legend">{items}</ul>')
 
 
-def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[str]:
-    """Draw names beside their points, moved up or down just enough not to overlap."""
-    placed: list[tuple[float, float, float]] = []
-    parts = []
-    for point in sorted(points, key=lambda each: y(each.y)):
-        width = 7.2 * len(point.label)
-        right = x(point.x) + 10 + width < WIDTH
-        start = x(point.x) + 10 if right else max(LEFT, x(point.x) - 10 - width)
-        wanted = y(point.y) + 4
-        beside = [other for begin, end, other in placed if start < end and begin < start + width]
-        levels = range(TOP + 8, HEIGHT - BOTTOM - 3)
-        room = [each for each in levels if all(abs(each - other) >= 13 for other in beside)]
-        level = min(room, key=lambda each: abs(each - wanted), default=wanted)
-        placed.append((start, start + width, level))
-        at, anchor = (start, "start") if right else (x(point.x) - 10, "end")
-        parts.append(
-            f'<text class="name {style_class(point.style)}" x="{at:.1f}" y="{level:.1f}" text-anchor="{anchor}">'
-            f"{esc(point.label)}</text>"
-        )
-    return parts
+def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: Sequence[Sequence[Box]]) -> list[str]:
+    """Draw names beside their points, with a stroke to distant ones; see :func:`batchtrim.lab.present.names.place`."""
+    ordered = sorted(points, key=lambda each: y(each.y))
+    room = (LEFT, WIDTH, TOP - 2, HEIGHT - BOTTOM)
+    places = names.place([(x(each.x), y(each.y), BOLD * len(each.label)) for each in ordered], taken, room)
+    strokes = [
+        f'<line class="lead {style_class(point.style)}" x1="{x(point.x):.1f}" y1="{y(point.y):.1f}" x2="{at:.1f}" '
+        f'y2="{level - 4:.1f}"/>'
+        for point, (at, level, _) in zip(ordered, places, strict=True)
+        if abs(level - 4 - y(point.y)) > FAR
+    ]
+    return strokes + [
+        f'<text class="name {style_class(point.style)}" x="{at:.1f}" y="{level:.1f}" text-anchor="{anchor}">'
+        f"{esc(point.label)}</text>"
+        for point, (at, level, anchor) in zip(ordered, places, strict=True)
+    ]
+
+
+def _reach(point: Point, x: Scale, y: Scale) -> Box:
+    """Return the box of a point with its interval."""
+    ends = [y(edge) for edge in (point.y, *(point.interval or ()))]
+    return x(point.x) - 6, x(point.x) + 6, min(ends) - 5, max(ends) + 5
+
+
+def _along(best: Sequence[Point], x: Scale, y: Scale, pieces: int = 24) -> list[Box]:
+    """Return the line that joins the front, in small pieces."""
+    places = [
+        (x(one.x + part * (other.x - one.x)), y(one.y + part * (other.y - one.y)))
+        for one, other in itertools.pairwise(best)
+        for part in (k / pieces for k in range(pieces + 1))
+    ]
+    return [(across - 5, across + 5, down - 1, down + 1) for across, down in places]
 
 
 def _svg(body: str, title: str, height: int, attributes: str) -> Markup:

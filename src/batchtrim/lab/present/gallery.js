@@ -50,10 +50,10 @@
       }
       node.append(text);
     }
-    node.append(make("div", "", name(col.label[i])));
+    if (data.classes.length > 1) node.append(make("div", "", name(col.label[i])));
     if (col.predicted[i] >= 0) {
       const said = make("div", "pair said" + (differs(i) ? " wrong" : ""));
-      said.append(make("span", "", "→ " + name(col.predicted[i])));
+      said.append(make("span", "", "→\u00a0" + name(col.predicted[i])));
       if (col.confidence[i] !== UNKNOWN) said.append(make("i", "", Math.round(col.confidence[i] / 2) + " %"));
       said.title = name(col.predicted[i]);
       node.append(said);
@@ -109,8 +109,9 @@
     paint();
   }
 
-  // The map: keep rate from yellow over green to dark blue, as a table of colours.
-  const hue = Array.from({length: 201}, (_, k) => `hsl(${55 + k * 0.9} 75% ${62 - k * 0.14}%)`);
+  // The map: keep rate from yellow over green to blue, dark on a light ground.
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const hue = k => `hsl(${55 + k * 0.9} 75% ${62 + k * (dark.matches ? 0.04 : -0.14)}%)`;
   const canvas = by("map"), LEFT = 46, BOTTOM = 34, TOP = 8;
   const spreads = Array.from(col.spread).filter(Number.isFinite).sort((a, b) => a - b);
   const most = {x: spreads[Math.floor(0.999 * spreads.length)] || 1, y: data.scale.loss};
@@ -122,8 +123,6 @@
   if (clipped)
     by("outside").textContent = clipped.toLocaleString() + (clipped > 1 ? " samples lie" : " sample lies")
       + " beyond the axes: triangles at the edge.";
-  by("scale").querySelector("span").style.background =
-    "linear-gradient(to right, " + [0, 50, 100, 150, 200].map(k => hue[k]).join(", ") + ")";
 
   // A triangle that points out of the map, where a sample lies beyond an axis.
   function arrow(pen, x, y, above, right) {
@@ -136,6 +135,9 @@
   }
   function paint() {
     const ratio = devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;
+    const shades = Array.from({length: 201}, (_, k) => hue(k));
+    by("scale").querySelector("span").style.background =
+      "linear-gradient(to right, " + [0, 50, 100, 150, 200].map(k => shades[k]).join(", ") + ")";
     canvas.width = width * ratio;
     canvas.height = height * ratio;
     const pen = canvas.getContext("2d"), ink = getComputedStyle(document.body).getPropertyValue("--ink-2");
@@ -146,7 +148,7 @@
         const match = all || matches(i);
         if (match !== (turn === 1)) continue;
         pen.globalAlpha = match ? (data.n > 20000 ? 0.45 : 0.7) : 0.06;
-        pen.fillStyle = hue[Math.min(200, col.keep[i])];
+        pen.fillStyle = shades[Math.min(200, col.keep[i])];
         const [x, y] = place(i, width, height), size = data.n > 5000 ? 2 : 4;
         if (outside(i)) arrow(pen, x, y, col.mean[i] > most.y, col.spread[i] > most.x);
         else pen.fillRect(x - size / 2, y - size / 2, size, size);
@@ -186,7 +188,7 @@
   canvas.addEventListener("pointerdown", point);
   canvas.addEventListener("pointerleave", () => by("dot").replaceChildren());
   addEventListener("resize", paint);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+  dark.addEventListener("change", paint);
 
   // Pairs by how many of the samples to look at, the hard ones, they hold; beside it, of all samples.
   const counts = new Map();

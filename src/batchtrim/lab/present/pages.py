@@ -179,7 +179,7 @@ def _table(arms: Sequence[Arm], group: Group, styles: dict[str, int], cost: bool
     rows = []
     for arm in arms:
         cells = [
-            Cell(wording.runs(arm)),
+            Cell(*wording.runs(arm).split(", ", 1)),
             Cell(wording.error(arm), wording.interval(arm.moments.t, arm.metric)),
             *_paired_cells(arm.paired),
         ]
@@ -250,13 +250,17 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
         *(_series(group, styles, "mean_loss", band=False, dashed=True)),
     ]
     keep = _series(group, styles, "keep", band=False)
+    training = _series(group, styles, "train_error", band=banded)  # which a task need not log
+    fitted = [
+        Card("Training error", "Of the samples as they were trained on, while the network changed.",
+             charts.lines(training, x_label="epoch", y_label="training error %", fmt=_axis_percent,
+                           title="Training error over epochs"))
+    ] if any(len(each.x) for each in training) else []  # fmt: skip
     return [
         Card(wording.capital(metric.title), f"Mean over seeds{spread}.{note}",
              charts.lines(error, x_label="epoch", y_label=metric.heading, fmt=_axis(metric), y_range=shown,
                            title=f"{wording.capital(metric.title)} over epochs")),
-        Card("Training error", "Of the samples as they were trained on, while the network changed.",
-             charts.lines(_series(group, styles, "train_error", band=banded), x_label="epoch",
-                           y_label="training error %", fmt=_axis_percent, title="Training error over epochs")),
+        *fitted,
         Card("Part of the samples kept", "What went backward, as a part of the training set.",
              charts.lines(keep, x_label="epoch", y_label="kept %", fmt=lambda v: f"{100 * v:.0f}", y_range=(0.0, 1.05),
                            title="Keep fraction over epochs")),

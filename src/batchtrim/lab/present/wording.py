@@ -221,16 +221,16 @@ def points(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f}"
 
 
-def percent(value: float | None, digits: int = 2, metric: Metric = ERROR) -> str:
-    """Return a metric's number; an error as percent, without the sign: 0.0213 is 2.13."""
-    return UNKNOWN if value is None else metric.number(value, digits)
+def percent(value: float | None, digits: int = 2, metric: Metric = ERROR, spread: float | None = None) -> str:
+    """Return a metric's number; an error as percent without the sign: 0.0213 is 2.13; others rounded by their spread."""
+    return UNKNOWN if value is None else metric.number(value, digits, spread)
 
 
-def signed(value: float | None, digits: int = 2, metric: Metric = ERROR) -> str:
+def signed(value: float | None, digits: int = 2, metric: Metric = ERROR, spread: float | None = None) -> str:
     """Return a difference, of errors in points, with a real minus sign."""
     if value is None:
         return UNKNOWN
-    text = metric.number(abs(value), digits)
+    text = metric.number(abs(value), digits, spread)
     if float(text) == 0:
         return text
     return (MINUS if value < 0 else "+") + text
@@ -239,7 +239,9 @@ def signed(value: float | None, digits: int = 2, metric: Metric = ERROR) -> str:
 def error(arm: Arm) -> str:
     """Return mean ± standard deviation of the metric; test errors in percent."""
     mean, std, metric = arm.moments.mean, arm.moments.std, arm.metric
-    return percent(mean, 2, metric) if std is None else f"{percent(mean, 2, metric)} ± {percent(std, 2, metric)}"
+    if std is None:
+        return percent(mean, 2, metric)
+    return f"{percent(mean, 2, metric, std)} ± {percent(std, 2, metric, std)}"
 
 
 def runs(arm: Arm) -> str:
@@ -256,17 +258,22 @@ def short_runs(arm: Arm) -> str:
 
 def difference(paired: Paired | None) -> str:
     """Return the mean paired difference; of errors in points."""
-    return signed(paired.moments.mean, 2, paired.metric) if paired else ""
+    return signed(paired.moments.mean, 2, paired.metric, _half(paired.moments.t)) if paired else ""
 
 
 def interval(ends: tuple[float, float] | None, metric: Metric = ERROR) -> str:
     """Return the ends of an interval of the metric; of errors in percent."""
-    return UNKNOWN if ends is None else f"{percent(ends[0], 2, metric)} to {percent(ends[1], 2, metric)}"
+    return UNKNOWN if ends is None else " to ".join(percent(each, 2, metric, _half(ends)) for each in ends)
 
 
 def signed_interval(ends: tuple[float, float] | None, metric: Metric = ERROR) -> str:
     """Return the ends of an interval of differences; of errors in points."""
-    return UNKNOWN if ends is None else f"{signed(ends[0], 2, metric)} to {signed(ends[1], 2, metric)}"
+    return UNKNOWN if ends is None else " to ".join(signed(each, 2, metric, _half(ends)) for each in ends)
+
+
+def _half(ends: tuple[float, float] | None) -> float | None:
+    """Return half the width of an interval."""
+    return (ends[1] - ends[0]) / 2 if ends else None
 
 
 def p_value(p: float | None) -> str:
