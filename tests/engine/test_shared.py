@@ -165,6 +165,7 @@ def test_dict_and_tuple_inputs_and_time_major_batch_dim() -> None:
     agree(*runs)
 
 
+@pytest.mark.slow
 def test_one_odd_last_batch_makes_at_most_two_traces() -> None:
     for make, data in (EXACT["group_norm"], EXACT["encoder_time_major_dropout"]):
         torch.manual_seed(0)

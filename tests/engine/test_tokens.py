@@ -55,6 +55,7 @@ def test_a_language_model_is_exact_and_cut_down_to_its_last_attention(shift: boo
     assert upper.count("aten.mm.default") >= 2 + 2 * 3, "the head and the last block's three layers"
 
 
+@pytest.mark.slow
 def test_what_is_saved_of_the_head_is_that_of_the_kept_tokens() -> None:
     torch.manual_seed(0)
     model = zoo.LanguageModel(WORDS)
@@ -90,6 +91,7 @@ def test_pixels_are_no_tokens_and_go_on_exactly() -> None:
     torch.testing.assert_close(value, values.topk(k).values.mean())
 
 
+@pytest.mark.slow
 def test_a_loss_over_the_tokens_of_a_sample_is_refused() -> None:
     def entropy_of_neighbours(logits: Tensor, y: Tensor) -> Tensor:
         return (logits.mean(2) - logits.mean((1, 2))[:, None]).square()

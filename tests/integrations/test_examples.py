@@ -38,6 +38,7 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
 }
 TORCHRUN = ("02_ddp", "03_fsdp2")
 pytestmark = [
+    pytest.mark.usefixtures("settled"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
@@ -113,6 +114,7 @@ def test_what_is_typed_wrong_is_answered_in_a_sentence(
     assert answer in f"{stop.value.code} {capsys.readouterr().err}"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = load("10_resume", monkeypatch)
     expected = example["main"](tmp_path / "whole").state_dict()

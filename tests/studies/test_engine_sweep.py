@@ -31,6 +31,7 @@ def test_every_dropout_is_set_in_the_parts_too() -> None:
         assert config.text_config.attention_dropout == (0.1 if on else 0.0)
 
 
+@pytest.mark.slow
 def test_dropout_comes_first_and_engines_one_after_the_other() -> None:
     found = list(sweep.cases(["ForCausalLM"], ["gpt2", "bert"], ["two_pass", "exact"]))
     assert [(name, on, engine) for _, _, name, on, engine in found] == [

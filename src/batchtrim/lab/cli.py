@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ import typer
 from batchtrim import __version__
 from batchtrim._checks import check_choice
 from batchtrim.lab import options
-from batchtrim.lab.files import in_a_line
+from batchtrim.lab.files import fitting, in_a_line
 from batchtrim.lab.terminal import print_plainly
 
 app = typer.Typer(
@@ -154,7 +153,7 @@ def report_command(
     def work() -> None:
         way = options.direction(higher_is_better, lower_is_better)
         rows, place = _rows_of(folder, csv, metric, way)
-        with _fitting("the records"):
+        with fitting("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
             check_choice("baseline", baseline, methods)
@@ -187,7 +186,7 @@ def claims_command(
         found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not found:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
-        with _fitting("the records"):
+        with fitting("the records"):
             if table is not None:
                 overview.write(found, table)
                 typer.echo(f"table: {table}")
@@ -205,8 +204,7 @@ def show_command(
     run: Annotated[Path, typer.Argument(help="folder of runs made with --keep-log")],
     key: Annotated[str | None, typer.Option(help="key of the run", show_default=False)] = None,
     method: Annotated[
-        str | None,
-        typer.Option(help="method of the run [trim, else the last that selects]", show_default=False),
+        str | None, typer.Option(help="method of the run [trim, else the last that chose]", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the run [the first]", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="page [keep/KEY.html in the folder]", show_default=False)] = None,
@@ -224,7 +222,7 @@ def show_command(
     def work() -> None:
         from batchtrim.lab.present import gallery
 
-        with _fitting("the records and the keep log"):
+        with fitting("the records and the keep log"):
             page = gallery.build(run, out, key=key, method=method, seed=seed, data_dir=data_dir)
         typer.echo(f"gallery: {page}")
 
@@ -356,7 +354,7 @@ def _report(
     there = [row["config"]["method"] for row in rows]
     if baseline == "full" and "full" not in there:
         baseline = next(iter([*(methods or ()), *there]), baseline)
-    with _fitting("the records"):
+    with fitting("the records"):
         summary = comparison.summarize(rows, baseline=baseline)
         page = tables.write_report(rows, out, baseline)
     if as_json:
@@ -364,18 +362,6 @@ def _report(
         return
     tables.print_table(summary)
     typer.echo(f"report: {page}")
-
-
-@contextlib.contextmanager
-def _fitting(what: str) -> Iterator[None]:
-    """Report files that lack a field, or hold a word instead of a number: another program or a person wrote them."""
-    try:
-        yield
-    except (LookupError, AttributeError, ArithmeticError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"expected {what} to be as batchtrim writes them, got {type(error).__name__}: {error}. "
-            "Was a file changed by hand, or made by another release? --debug shows where."
-        ) from error
 
 
 def _guard(work: Callable[[], None], debug: bool) -> None:

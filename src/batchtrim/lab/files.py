@@ -36,6 +36,18 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Report files that lack a field, or hold a word instead of a number: another program or a person wrote them."""
+    try:
+        yield
+    except (LookupError, AttributeError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"expected {what} to be as batchtrim writes them, got {type(error).__name__}: {error}. "
+            "Was a file changed by hand, or made by another release? --debug shows where."
+        ) from error
+
+
 PART = ".part"
 """The suffix of a file that is being written."""
 

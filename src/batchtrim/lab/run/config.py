@@ -109,7 +109,7 @@ class RunConfig:
     imbalance: float = setting(1.0, "size of the largest class divided by that of the smallest", role=Role.DATA)
     keep_start: float | None = setting(1.0, "fraction of each batch kept at the start", role=Role.ARM, many=True)
     keep_end: float | None = setting(0.2, "fraction of each batch kept at the end", role=Role.ARM, many=True)
-    schedule: str | None = setting("linear", "keep schedule between them", role=Role.ARM, choices=SCHEDULES, many=True)
+    schedule: str | None = setting("linear", "keep schedule", role=Role.ARM, choices=SCHEDULES, many=True)
     engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
     precision: str = setting("32-true", "number format", choices=PRECISIONS)
     device: str = setting("auto", "device to train on", choices=DEVICES)

@@ -41,7 +41,7 @@ class TaskConfig:
     seed: int = setting(0, role=Role.SEED)
     keep_start: float | None = setting(1.0, "fraction of each batch kept at the start", role=Role.ARM, many=True)
     keep_end: float | None = setting(0.2, "fraction of each batch kept at the end", role=Role.ARM, many=True)
-    schedule: str | None = setting("linear", "keep schedule between them", role=Role.ARM, choices=SCHEDULES, many=True)
+    schedule: str | None = setting("linear", "keep schedule", role=Role.ARM, choices=SCHEDULES, many=True)
     engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
     device: str = setting("auto", "device to train on", choices=DEVICES)
     threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
