@@ -41,6 +41,7 @@ EXACT = {
     "zero_init_dropout": (zoo.ZeroInitDropout, zoo.tokens),
     "buffers": (zoo.Counter, zoo.vectors),
     "spectral_norm": (zoo.spectral, zoo.vectors),
+    "constant": (zoo.Slopes, zoo.vectors),
     "lstm": (lambda: zoo.Recurrent(layers=1), lambda batch: zoo.tokens(batch, 3)),
 }
 
