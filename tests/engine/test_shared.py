@@ -41,7 +41,6 @@ EXACT = {
     "zero_init_dropout": (zoo.ZeroInitDropout, zoo.tokens),
     "buffers": (zoo.Counter, zoo.vectors),
     "spectral_norm": (zoo.spectral, zoo.vectors),
-    "constant": (zoo.Slopes, zoo.vectors),
     "lstm": (lambda: zoo.Recurrent(layers=1), lambda batch: zoo.tokens(batch, 3)),
 }
 
@@ -49,6 +48,7 @@ EXACT = {
 PARTLY = {
     "batch_attention": (zoo.BatchAttention, zoo.vectors, "mm", "rows"),
     "batch_mean": (zoo.BatchMean, zoo.vectors, "expand", "rows that are not kept"),
+    "constant": (zoo.Slopes, zoo.vectors, "expand", "rows that are not kept"),
     "shuffled": (zoo.Shuffled, zoo.vectors, "index_put", "index into the batch"),
 }
 

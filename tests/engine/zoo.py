@@ -63,7 +63,7 @@ class GatedAttention(nn.Module):
 
 
 class Slopes(nn.Module):
-    """Scaled by powers of a constant, as ALiBi: backward computes them again from the constant."""
+    """Scaled by powers of a constant, as ALiBi, below a batch mean: backward computes them again on all rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,8 @@ class Slopes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         slopes = torch.pow(torch.tensor(2.0**-0.5), torch.arange(1, 5))
-        return self.head((self.embed(x) * slopes).tanh())
+        scaled = self.embed(x) * slopes
+        return self.head((scaled - scaled.mean(0)).tanh())
 
 
 class Encoder(nn.Module):
