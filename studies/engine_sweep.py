@@ -53,8 +53,9 @@ DROPOUT = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "dropout", "attention_dropout",
     "activation_dropout", "hidden_dropout", "classifier_dropout", "classifier_dropout_prob", "dropout_rate",
     "attn_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "drop_rate", "attention_drop_rate", "dropout_prob",
-    "drop_connect_rate", "summary_first_dropout", "summary_last_dropout", "feat_proj_dropout", "final_dropout", "emb_dropout", "embedding_dropout", "mlp_dropout",
-    "pooler_dropout", "seq_classif_dropout", "drop_mlp_rate", "drop_proj_rate", "residual_dropout",
+    "drop_connect_rate", "summary_first_dropout", "summary_last_dropout", "feat_proj_dropout", "final_dropout",
+    "emb_dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout", "seq_classif_dropout", "drop_mlp_rate",
+    "drop_proj_rate", "residual_dropout",
 )  # fmt: skip
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # always 0: a branch on a drawn number, no graph
 _PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "qformer_config", "backbone_config")
