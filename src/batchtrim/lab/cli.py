@@ -16,7 +16,7 @@ import typer
 from batchtrim import __version__
 from batchtrim._checks import check_choice
 from batchtrim.lab import options
-from batchtrim.lab.files import fitting, in_a_line
+from batchtrim.lab.files import as_written, in_a_line
 from batchtrim.lab.terminal import print_plainly
 
 app = typer.Typer(
@@ -138,7 +138,9 @@ def report_command(
     out: Annotated[
         Path | None, typer.Option(help="folder for the report [the same folder]", show_default=False)
     ] = None,
-    baseline: Annotated[str, typer.Option(help="method the others are compared with")] = "full",
+    baseline: Annotated[
+        str, typer.Option(help="method the others are compared with [full]", show_default=False)
+    ] = "full",
     figures: Annotated[
         Path | None, typer.Option(help="write the charts there too, as SVG and PNG", show_default=False)
     ] = None,
@@ -153,7 +155,7 @@ def report_command(
     def work() -> None:
         way = options.direction(higher_is_better, lower_is_better)
         rows, place = _rows_of(folder, csv, metric, way)
-        with fitting("the records"):
+        with as_written("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
             check_choice("baseline", baseline, methods)
@@ -186,7 +188,7 @@ def claims_command(
         found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not found:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
-        with fitting("the records"):
+        with as_written("the records"):
             if table is not None:
                 overview.write(found, table)
                 typer.echo(f"table: {table}")
@@ -222,7 +224,7 @@ def show_command(
     def work() -> None:
         from batchtrim.lab.present import gallery
 
-        with fitting("the records and the keep log"):
+        with as_written("the records and the keep log"):
             page = gallery.build(run, out, key=key, method=method, seed=seed, data_dir=data_dir)
         typer.echo(f"gallery: {page}")
 
@@ -354,7 +356,7 @@ def _report(
     there = [row["config"]["method"] for row in rows]
     if baseline == "full" and "full" not in there:
         baseline = next(iter([*(methods or ()), *there]), baseline)
-    with fitting("the records"):
+    with as_written("the records"):
         summary = comparison.summarize(rows, baseline=baseline)
         page = tables.write_report(rows, out, baseline)
     if as_json:

@@ -37,7 +37,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fitting(what: str) -> Iterator[None]:
+def as_written(what: str) -> Iterator[None]:
     """Report files that lack a field, or hold a word instead of a number: another program or a person wrote them."""
     try:
         yield

@@ -59,9 +59,7 @@ class Records:
             (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
             writable = os.access(self.folder, os.W_OK)
         except FileExistsError as error:
-            raise FileExistsError(
-                f"expected `out` to be a folder, got {folder}, where a file is in the way."
-            ) from error
+            raise FileExistsError(f"expected `out` to be a folder, got {folder}, a file in the way.") from error
         except OSError as error:
             raise PermissionError(_not_writable(self.folder, error.strerror)) from error
         if not writable:
@@ -342,7 +340,7 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
 
 
 def _read_at(file: int, count: int, start: int) -> bytes:
-    os.lseek(file, start, os.SEEK_SET)
+    os.lseek(file, start, os.SEEK_SET)  # not os.pread, which Windows lacks
     return os.read(file, count)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import sys
 
 __all__ = ["print_plainly"]
@@ -24,8 +25,8 @@ def print_plainly() -> None:
     """
     codecs.register_error("batchtrim.plain", _plain)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where something else stands in for it
-            stream.reconfigure(errors="batchtrim.plain")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):  # not where something else stands in for it
+            stream.reconfigure(errors="batchtrim.plain")
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -1,0 +1,42 @@
+"""The page on the command line names every option with what its help says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from batchtrim.lab import cli
+
+PAGE = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+COMMANDS: Any = typer.main.get_command(cli.app)
+REFERENCE = "compare"  # sweep, train and demo have its options, with presets that the page tells in words
+
+
+def row(option: Any) -> str:
+    meaning, default = option.help, ""
+    if meaning.endswith("]"):
+        meaning, _, default = meaning.removesuffix("]").rpartition(" [")
+    return f"| {', '.join(f'`{name}`' for name in option.opts)} | {meaning} | {default} |"
+
+
+@pytest.mark.parametrize("command", [REFERENCE, "report", "claims", "show", "methods"])
+def test_every_option_is_on_the_page(command: str) -> None:
+    options = [each for each in COMMANDS.commands[command].params if each.param_type_name == "option"]
+    assert options
+    missing = [line for line in map(row, options) if line not in PAGE.splitlines()]
+    assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize(("command", "own"), [("sweep", set()), ("train", {"method", "seed"}), ("demo", set())])
+def test_the_other_commands_have_no_option_beside(command: str, own: set[str]) -> None:
+    known = {each.name for each in COMMANDS.commands[REFERENCE].params}
+    assert {each.name for each in COMMANDS.commands[command].params} - known == own
+
+
+def test_presets_of_a_sweep_are_told() -> None:
+    for values in cli.SWEEP.values():
+        if isinstance(values, list):
+            assert f"`{','.join(map(str, values))}`" in PAGE or ", ".join(f"`{each}`" for each in values) in PAGE
