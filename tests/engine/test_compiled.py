@@ -18,6 +18,7 @@ import torch
 import zoo
 from harness import BATCH, error, gradient, train
 from torch import Tensor, fx, nn
+from torch.utils._sympy.printers import PythonPrinter
 
 import batchtrim
 from batchtrim.engine import inductor
@@ -53,7 +54,9 @@ class Uncompiled:
         values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in output.args[0]]
         self.graph = graph
         self.output_strides = [
-            [str(expression_of(step)) for step in value.stride()] if isinstance(value, Tensor) else None
+            [PythonPrinter().doprint(expression_of(step)) for step in value.stride()]
+            if isinstance(value, Tensor)
+            else None
             for value in values
         ]
 
