@@ -52,11 +52,10 @@ class Uncompiled:
         assert any_strides(graph)
         (output,) = graph.graph.find_nodes(op="output")
         values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in output.args[0]]
+        written = PythonPrinter().doprint
         self.graph = graph
         self.output_strides = [
-            [PythonPrinter().doprint(expression_of(step)) for step in value.stride()]
-            if isinstance(value, Tensor)
-            else None
+            [written(expression_of(step)) for step in value.stride()] if isinstance(value, Tensor) else None
             for value in values
         ]
 
@@ -115,6 +114,7 @@ def near(whole: list[Tensor], kept: list[Tensor], tolerance: float = 1e-5) -> No
         assert float((exact - ours).norm()) <= tolerance * max(float(exact.norm()), 1e-2 * total)
 
 
+MIXING = ("batch_mean", "batch_attention", "shuffled")
 FEW = ("mlp", "dropout", "batch_mean")  # in every run; each takes seconds
 
 
@@ -130,6 +130,8 @@ def test_equals_backward_on_all_rows(name: str, compiles: list[bool]) -> None:
     for batch in (BATCH, BATCH, 7, BATCH):
         near(*whole_and_kept(step, data(batch), torch.randint(0, 5, (batch,))))
     assert sorted(compiles) == [False, True]
+    step(data(BATCH), torch.randint(0, 5, (BATCH,)))
+    assert (step.engine.trace.mixing(True) is None) is (name not in MIXING)
 
 
 @pytest.mark.parametrize("name", several("dropout"))
