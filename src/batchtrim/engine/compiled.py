@@ -20,6 +20,7 @@ from batchtrim.errors import EngineFallback
 
 if TYPE_CHECKING:
     from batchtrim.engine.sliced import SlicedStep, Tape
+    from batchtrim.engine.split import Slices
 
 __all__ = ["CompiledStep", "Runs"]
 
@@ -129,7 +130,7 @@ class CompiledStep:
         if tape.chosen.tokens is not None:
             sizes.append(as_symbolic(step.symbols[1] - step.lost, like))
         chosen = KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
-        wanted = self._wanted(slices, tape)
+        wanted = self._wanted(slices)
         with without_data(like):
             kept = {at: cut(whole[at], slices.cuts[at], chosen) for at, on_kept in wanted if on_kept}
 
@@ -159,11 +160,11 @@ class CompiledStep:
             return value
         return restrided(value, self._forward.strides[at])  # type: ignore[union-attr]
 
-    def _wanted(self, slices: Any, tape: Tape) -> list[tuple[int, bool]]:
+    def _wanted(self, slices: Slices) -> list[tuple[int, bool]]:
         step = self.step
         upper = {step._place[node] for node in slices.upper.inputs if node not in slices.upper.sizes}
         lower = {step._place[node] for node in slices.lower.inputs if node in step._place}
-        cut_before = upper & tape.kept.keys()
+        cut_before = upper & step.given & slices.cuts.keys()
         whole = (upper - cut_before) | lower
         return [*((at, True) for at in sorted(cut_before)), *((at, False) for at in sorted(whole))]
 

@@ -41,7 +41,9 @@ _SHARED_BYTES = 2**15
 # Left whole until a graph is proven and parted: BatchNorm, whose means the proof may take over the kept rows; what
 # draws random numbers, so that a trace that runs operator by operator draws as the model does; and what has a rule of
 # its own where its parts have none.
-_WHOLE = ("batch_norm", "native_dropout", "rrelu_with_noise", "bernoulli", "embedding_dense_backward")
+_WHOLE = (
+    "batch_norm", "native_dropout", "rrelu_with_noise", "bernoulli", "embedding_dense_backward", "slice_backward",
+)  # fmt: skip
 
 
 class CannotCompile(Exception):
@@ -85,20 +87,25 @@ class Compiled:
     """A compiled function of a list of inputs, which it empties.
 
     Attributes:
-        strides: of each output, or None where that is not known. They may be expressions of the inputs' symbols.
+        strides: of each output, or None where that is not known. They may be symbolic.
+        assumed: conditions on the symbols of the inputs' sizes. sizes: where each symbol is found.
     """
 
     run: Callable[[list[Any]], Any]
     strides: list[Any]
-    conditions: list[Callable[..., bool]] = field(default_factory=list)
-    sizes: list[tuple[int, int | None]] = field(default_factory=list)
+    assumed: list[Any] = field(default_factory=list)
+    sizes: dict[Any, tuple[int, int | None]] = field(default_factory=dict)
+    _known: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
     def fits(self, args: Sequence[Any]) -> bool:
         """Return True if what was assumed of the sizes holds for these inputs."""
-        if not self.conditions:
+        if not self.assumed:
             return True
-        sizes = [args[at] if dim is None else args[at].shape[dim] for at, dim in self.sizes]
-        return all(condition(*sizes) for condition in self.conditions)
+        sizes = tuple(args[at] if dim is None else args[at].shape[dim] for at, dim in self.sizes.values())
+        if sizes not in self._known:
+            values = dict(zip(self.sizes, map(sympy.Integer, sizes), strict=True))
+            self._known[sizes] = all(each.subs(values) == sympy.true for each in self.assumed)
+        return self._known[sizes]
 
 
 @dataclass(frozen=True)
@@ -158,10 +165,8 @@ class Inductor:
             raise CannotCompile(_reason(error)) from None
         finally:
             env.frozen = frozen
-        symbols = sorted({s for each in assumed for s in each.free_symbols}, key=str)
-        return Compiled(
-            run, strides, [sympy.lambdify(symbols, each) for each in assumed], [_place(s, inputs) for s in symbols]
-        )
+        symbols = sorted({symbol for each in assumed for symbol in each.free_symbols}, key=str)
+        return Compiled(run, strides, assumed, {symbol: _place(symbol, inputs) for symbol in symbols})
 
     def _compile(
         self, function: Callable[..., Any], inputs: Sequence[Any], mode: Any, visible: int, backward: bool

@@ -35,7 +35,8 @@ class Tape:
     Attributes:
         chosen: the kept rows; None where backward runs on all.
         approximate: whether BatchNorm's means are to be taken over the kept rows.
-        compiled: what ran the forward and is to run the backward; None where that is operator by operator.
+        compiled: what ran the forward; None where that ran operator by operator.
+        late: backward is compiled too, and cuts by itself what it reads.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,7 @@ class Tape:
         self.chosen: KeptRows | None = None
         self.approximate = False
         self.compiled: CompiledStep | None = None
+        self.late = False
 
     def cut(self, rows: Tensor, batch: int, approximate: bool, again: bool = False) -> None:
         """Keep of what was saved the given rows, and all rows of what the lower part reads.
@@ -59,14 +61,15 @@ class Tape:
         """
         assert self.step is not None
         self.chosen, self.approximate = self.step.kept(rows, batch, self.size), approximate
+        self.late = self.compiled is not None and not again
         slices = self.step.slices(approximate)
         self.kept = {}
         for place in sorted(self.saved, key=lambda place: self.saved[place].nbytes):  # small ones make room for large
             layout = slices.cuts.get(place)
-            later = self.compiled is not None and not again and place not in self.step.given
+            later = self.late and place not in self.step.given
             if layout is not None and not later:
                 self.kept[place] = cut(self.saved[place], layout, self.chosen)
-            if place not in slices.whole and not again and not (later and layout is not None):
+            if place not in slices.whole and not again and (layout is None or not later):
                 del self.saved[place]
 
 
@@ -141,7 +144,7 @@ class SlicedStep:
                     "a batch, or the model's outputs, changed between forward and backward"
                 )
         keep = keeps_graph()
-        if tape.chosen is not None and tape.compiled is not None:
+        if tape.compiled is not None and tape.late:
             found = tape.compiled.backward(args, tape, keep)
             if found is not None:
                 return found
