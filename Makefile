@@ -29,7 +29,7 @@ demo: $(VENV)/.lab  ## train full and trim on handwritten digits, 5 seeds each, 
 test: $(VENV)/.dev  ## the default tests, about a minute
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.docs  ## long property, compile, browser and multi-process tests
+test-slow: $(VENV)/.docs  ## whole tables of cases, and long property, compile, browser and multi-process tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 test-all: test test-slow

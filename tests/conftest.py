@@ -13,7 +13,17 @@ collect_ignore = ["typed_usage.py"]  # for the type checker: --doctest-modules w
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of garbage collections: ``Trainer.train`` of Hugging Face runs a full one."""
+    """Leave what is imported by now out of garbage collections."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def settled() -> None:
+    """For modules that call ``Trainer.train``, which runs a full garbage collection: what is alive by now is left out.
+
+    torch's compiler alone leaves so many objects that each such call takes half a second without it.
+    """
     gc.collect()
     gc.freeze()
 

@@ -13,7 +13,8 @@ from launch import run_ranks
 WORKER = Path(__file__).parent / "scope_worker.py"
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_as_one_process_with_the_joined_batch(ranks: int, tmp_path: Path) -> None:
     run_ranks(WORKER, ranks, tmp_path)
 

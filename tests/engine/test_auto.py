@@ -122,9 +122,20 @@ def test_batch_norm_keeps_statistics_and_takes_its_means_over_the_kept_rows() ->
     assert step.last.approximate
 
 
-def test_a_compiled_model_goes_to_two_pass() -> None:
-    compiled = torch.compile(Wide(), backend="eager")
-    with pytest.warns(EngineFallback, match="compiled.*two_pass"):
-        step = batchtrim.TrimmedForward(compiled, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.3), "auto")
-    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+def test_a_compiled_model_runs_under_shared() -> None:
+    step = stepped(torch.compile(Wide(), backend="eager"), 0.3)  # type: ignore[arg-type]
+    assert step.last.engine == "shared"
+
+
+def test_a_compiled_model_goes_to_two_pass_where_shared_refuses() -> None:
+    torch.manual_seed(0)
+    compiled = torch.compile(zoo.Sparse(), backend="eager")
+    step = batchtrim.TrimmedForward(compiled, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.3), "auto")  # type: ignore[arg-type]
+    for number in range(2):
+        x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+        if number == 0:
+            with pytest.warns(EngineFallback, match="sparse.*two_pass"):
+                step(x, y).backward()
+        else:
+            step(x, y).backward()
     assert step.last.engine == "two_pass"

@@ -27,6 +27,7 @@ EXACT = {
     "instance_norm": (lambda: zoo.Residual(INSTANCE), zoo.images),
     "channels_last": (lambda: zoo.Residual(GROUP).to(memory_format=torch.channels_last), zoo.images_channels_last),
     "add_on_convolution": (zoo.AddOnConvolution, zoo.images),
+    "encoder": (lambda: zoo.Encoder(True, 0.0, 1), zoo.tokens),
     "encoder_batch_first_dropout": (lambda: zoo.Encoder(True, 0.2, 1), zoo.tokens),
     "encoder_time_major_dropout": (lambda: zoo.Encoder(False, 0.2, 1), zoo.tokens),
     "attention_weights_dropout": (lambda: zoo.Attention(0.3), zoo.tokens),
@@ -49,6 +50,7 @@ EXACT = {
 PARTLY = {
     "batch_attention": (zoo.BatchAttention, zoo.vectors, "mm", "rows"),
     "batch_mean": (zoo.BatchMean, zoo.vectors, "expand", "rows that are not kept"),
+    "constant": (zoo.Slopes, zoo.vectors, "expand", "rows that are not kept"),
     "shuffled": (zoo.Shuffled, zoo.vectors, "index_put", "index into the batch"),
 }
 
@@ -165,6 +167,7 @@ def test_dict_and_tuple_inputs_and_time_major_batch_dim() -> None:
     agree(*runs)
 
 
+@pytest.mark.slow
 def test_one_odd_last_batch_makes_at_most_two_traces() -> None:
     for make, data in (EXACT["group_norm"], EXACT["encoder_time_major_dropout"]):
         torch.manual_seed(0)
@@ -258,6 +261,20 @@ def test_what_was_saved_is_let_go() -> None:
     gc.collect()
     assert tapes
     assert all(ref() is None for ref in tapes)
+
+
+def test_small_tensors_are_cut_first_to_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    cut = batchtrim.engine.sliced.cut  # type: ignore[attr-defined]
+
+    def noted(tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return cut(tensor, *rest)
+
+    monkeypatch.setattr("batchtrim.engine.sliced.cut", noted)
+    train(lambda: zoo.Residual(GROUP), zoo.images, "shared", steps=1)
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) > 3
 
 
 def test_backward_twice_and_a_gradient_of_a_gradient() -> None:

@@ -12,7 +12,7 @@ from harness import error, gradient
 from torch import Tensor, nn
 
 import batchtrim
-from batchtrim.engine.cutting import KeptRows, cut, put_back
+from batchtrim.engine.cutting import KeptRows, cut, gather, put_back, spread
 from batchtrim.engine.layout import Axis, Rows
 from batchtrim.errors import EngineFallback, EngineRefused
 from tiers import few
@@ -55,6 +55,7 @@ def test_a_language_model_is_exact_and_cut_down_to_its_last_attention(shift: boo
     assert upper.count("aten.mm.default") >= 2 + 2 * 3, "the head and the last block's three layers"
 
 
+@pytest.mark.slow
 def test_what_is_saved_of_the_head_is_that_of_the_kept_tokens() -> None:
     torch.manual_seed(0)
     model = zoo.LanguageModel(WORDS)
@@ -90,6 +91,7 @@ def test_pixels_are_no_tokens_and_go_on_exactly() -> None:
     torch.testing.assert_close(value, values.topk(k).values.mean())
 
 
+@pytest.mark.slow
 def test_a_loss_over_the_tokens_of_a_sample_is_refused() -> None:
     def entropy_of_neighbours(logits: Tensor, y: Tensor) -> Tensor:
         return (logits.mean(2) - logits.mean((1, 2))[:, None]).square()
@@ -122,6 +124,8 @@ def test_what_was_cut_can_be_put_back(shape: tuple[int, ...], axes: tuple[Axis, 
     assert int((back != 0).sum()) == 4 * 3
     assert torch.equal(back[back != 0], whole[back != 0])
     assert torch.equal(cut(back, layout, kept), taken)
+    assert torch.equal(gather(whole, layout, kept), taken)
+    assert torch.equal(spread(taken, layout, kept), back)
 
 
 @pytest.mark.parametrize("axis", [Axis(1), Axis(1, 3, 1), Axis(1, 1, 2), Axis(1, 3, 2)])
@@ -132,5 +136,7 @@ def test_samples_that_were_cut_can_be_put_back(axis: Axis) -> None:
         taken = cut(each, Rows((axis,)), kept)
         back = put_back(taken, Rows((axis,)), kept)
         assert torch.equal(back[back != 0], whole[back != 0])
+        assert torch.equal(gather(each, Rows((axis,)), kept), taken)
+        assert torch.equal(spread(taken, Rows((axis,)), kept), back)
         assert taken.shape == (2, 2 * axis.outer * axis.inner)
         assert (taken.stride(0) > taken.stride(1)) == (each.stride(0) > each.stride(1)), "memory keeps its order"

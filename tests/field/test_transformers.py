@@ -29,7 +29,7 @@ from batchtrim.integrations._labels import labels_of, loss_of
 from batchtrim.integrations.transformers import TrimmedTrainer
 from batchtrim.losses import per_sample
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+pytestmark = [pytest.mark.usefixtures("settled"), pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")]
 
 
 class MyGPT(GPT2LMHeadModel):

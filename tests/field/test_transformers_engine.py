@@ -21,7 +21,7 @@ from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.integrations.transformers import TrimmedTrainer
 from tiers import few
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+pytestmark = [pytest.mark.usefixtures("settled"), pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")]
 
 BERT: dict[str, Any] = dict(
     vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,

@@ -18,6 +18,7 @@ from transformers import default_data_collator
 import batchtrim
 from batchtrim.integrations.transformers import TrimmedTrainer
 
+pytestmark = pytest.mark.usefixtures("settled")
 ROWS = 23
 
 

@@ -19,6 +19,8 @@ from batchtrim.errors import ChooseLength
 from batchtrim.integrations.transformers import TrimmedTrainer
 from tiers import few
 
+pytestmark = pytest.mark.usefixtures("settled")
+
 
 @pytest.mark.parametrize("length", [None, "stretch", "saved"])
 def test_resuming_with_more_epochs(length: str | None, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
 }
 TORCHRUN = ("02_ddp", "03_fsdp2")
 pytestmark = [
+    pytest.mark.usefixtures("settled"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
@@ -81,6 +82,7 @@ def test_the_text_task_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_example_under_torchrun(name: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["PYTHONFAULTHANDLER"] = "1"  # gloo's threads outlive the group: should one abort, say which
     path = str(EXAMPLES / f"{name}.py")
     done = subprocess.run([*command, path], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -113,6 +115,7 @@ def test_what_is_typed_wrong_is_answered_in_a_sentence(
     assert answer in f"{stop.value.code} {capsys.readouterr().err}"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = load("10_resume", monkeypatch)
     expected = example["main"](tmp_path / "whole").state_dict()

@@ -21,6 +21,7 @@ from batchtrim.integrations.transformers import TrimmedTrainer
 from launch import run_ranks
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

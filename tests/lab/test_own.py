@@ -183,6 +183,7 @@ def test_the_source_is_told_apart_by_what_it_does(tmp_path: Path) -> None:
     assert Code.in_file("task.py:train", "task").source != first
 
 
+@pytest.mark.slow
 def test_a_closure_goes_to_other_processes_and_what_cannot_is_said() -> None:
     scale = 0.25
 

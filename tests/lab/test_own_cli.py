@@ -1,4 +1,4 @@
-"""Training functions, tables and networks of one's own from the command line, as a person types it."""
+"""Training functions, images and networks of one's own from the command line, as a person types it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from batchtrim.lab import cli, records
+from batchtrim.lab import records
+from commands import batchtrim, mistake
 
 TASK = """
 import torch
@@ -44,17 +44,6 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("my_task", "helper"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-def batchtrim(*words: str) -> Result:
-    return CliRunner().invoke(cli.app, list(words))
-
-
-def mistake(*words: str) -> str:
-    done = batchtrim(*words)
-    assert done.exit_code == 2, done.output
-    assert done.stdout == ""
-    return done.stderr
 
 
 def test_a_task_is_compared_in_a_process_of_its_own() -> None:
@@ -150,6 +139,7 @@ def test_higher_is_better_turns_the_verdict() -> None:
     assert "--higher-is-better" in page
 
 
+@pytest.mark.slow
 def test_a_changed_program_is_said() -> None:
     batchtrim("compare", "--task", "my_task.py:train", *ARGUMENTS, "-q")
     Path("my_task.py").write_text(TASK.replace("rand(8)", "rand(9)"))
@@ -203,6 +193,7 @@ def test_a_task_on_a_ray_cluster(tmp_path: Path) -> None:
         cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_finished_run(tmp_path: Path) -> None:
     Path("slow.py").write_text(TASK.replace("import torch", "import time, torch").replace(
         'print("for people")', "time.sleep(0.3)"))  # fmt: skip
@@ -224,84 +215,6 @@ def test_kill_9_loses_no_finished_run(tmp_path: Path) -> None:
     after = {row["key"]: row for row in records.read("here")}
     assert len(after) == 8
     assert {key: after[key] for key in before} == before
-
-
-def table(path: Path, header: str = "method,seed,error,time") -> list[str]:
-    lines = [header]
-    for method, gain in (("full", 0.0), ("trim", 0.02)):
-        lines += [
-            f"{method},{seed},{0.2 + 0.01 * seed - gain - 0.001 * (seed % 2):.4f},{10 + seed}" for seed in range(6)
-        ]
-    path.write_text("\n".join(lines) + "\n")
-    return lines
-
-
-def test_a_csv_of_results_is_reported(tmp_path: Path) -> None:
-    table(tmp_path / "results.csv")
-    done = batchtrim("report", "--csv", "results.csv", "--json")
-    assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["verdict"] == "trim: exactly 2.00 points lower on every seed: no spread, so no test"
-    assert Path("results/report.html").exists()
-    assert "Run it again" not in Path("results/report.md").read_text()
-
-
-def test_missing_pairs_are_said_and_the_others_compared(tmp_path: Path) -> None:
-    lines = table(tmp_path / "results.csv")
-    del lines[2]  # full, seed 1
-    lines[-1] = "trim,5,,15"
-    lines.append("trim,9,0.3,1")
-    (tmp_path / "results.csv").write_text("\n".join(lines))
-    done = batchtrim("report", "--csv", "results.csv")
-    said = " ".join(done.stdout.split())
-    assert "trim has no finished run with seed 5: compared on the 4 pairs that are there." in said
-    assert "The baseline full has no finished run with seeds 1, 9 of trim" in said
-    page = Path("results/report.html").read_text()
-    assert "compared on the 4 pairs that are there" in page
-    told = json.loads(batchtrim("report", "--csv", "results.csv", "--json").stdout)
-    assert told["groups"][0]["methods"][1]["paired"]["seeds"] == [0, 2, 3, 4]
-    assert len(told["groups"][0]["caveats"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "options", "says"),
-    [
-        ("method;seed;rmse\nfull;0;1.5\ntrim;0;1.25\n", [], None),
-        ("method,seed,rmse\nfull,0,\"1,5\"\n", [], "Write a point for the decimals"),
-        ("method,seed,error\nfull,0,12.5\n", [], "expected `error` in [0, 1] in line 2 of results.csv, got 12.5"),
-        ("method,seed,error\nfull,0,0.1\nfull,0,0.2\n", [], "got 'full' with seed 0 again in line 3"),
-        ("method,seed,error\nfull,zero,0.1\n", [], "expected `seed` to be a whole number in line 2"),
-        ("method,seed,error\nfull,1.5,0.1\n", [], "expected `seed` to be a whole number in line 2"),
-        ("method,seed,error\n,1,0.1\n", [], "expected a method in line 2"),
-        ("method,error\nfull,0.1\n", [], "expected a column 'seed' in results.csv, got method, error"),
-        ("method,seed,rmse,mae\nfull,0,1,2\n", [], "besides method, seed and time, got rmse, mae. Say which: --metric"),
-        ("method,seed,rmse,mae\nfull,0,1,2\ntrim,0,1,2\n", ["--metric", "mae"], None),
-        ("method,seed,rmse\nfull,0,1\n", ["--metric", "mae"], "expected a column 'mae' in results.csv"),
-        ("method,seed,score\nfull,0,1\n", [], "Pass --higher-is-better or --lower-is-better"),
-        ("method,seed,score\nfull,0,1\ntrim,0,2\n", ["--higher-is-better"], None),
-        ("method,seed,rmse\nfull,0\n", [], "expected 3 columns in line 2 of results.csv"),
-        ("method,seed,seed,rmse\nfull,0,1,1\n", [], "got 'seed' twice"),
-        ("", [], "expected at least one run in results.csv, got none"),
-        ("method,seed,rmse\n", [], "expected at least one run in results.csv, got none"),
-        ("method,seed,rmse\nfull,0,1\n", ["--baseline", "ful"], "expected `baseline` to be one of 'full', got 'ful'"),
-    ],
-)  # fmt: skip
-def test_csv_files_of_every_kind(text: str, options: list[str], says: str | None) -> None:
-    Path("results.csv").write_text(text)
-    if says is None:
-        assert batchtrim("report", "--csv", "results.csv", *options).exit_code == 0
-        return
-    said = mistake("report", "--csv", "results.csv", *options)
-    assert says in said
-    assert len(said.strip().splitlines()) == 1
-
-
-def test_report_takes_a_folder_or_a_table() -> None:
-    assert "got neither" in mistake("report")
-    assert "got both" in mistake("report", "here", "--csv", "x.csv")
-    assert "expected a CSV file x.csv, got nothing there" in mistake("report", "--csv", "x.csv")
-    Path("bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
-    assert "to be text in UTF-8" in mistake("report", "--csv", "bytes.csv")
 
 
 def test_a_page_of_samples_without_classes() -> None:

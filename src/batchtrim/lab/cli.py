@@ -206,8 +206,7 @@ def show_command(
     run: Annotated[Path, typer.Argument(help="folder of runs made with --keep-log")],
     key: Annotated[str | None, typer.Option(help="key of the run", show_default=False)] = None,
     method: Annotated[
-        str | None,
-        typer.Option(help="method of the run [trim, else the last that selects]", show_default=False),
+        str | None, typer.Option(help="method of the run [trim, else the last that chose]", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the run [the first]", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="page [keep/KEY.html in the folder]", show_default=False)] = None,
@@ -321,12 +320,9 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         out, note = folders.free_folder(base, grid.cells(configs))
         said.append(note)
     place = scheduler.Workplace(
-        out,
-        given.get("data_dir"),
-        checkpoint_seconds=given.get("checkpoint_seconds", 60.0),
-        tensorboard=given.get("tensorboard", False),
-        keep_log=given.get("keep_log", False),
-    )
+        out, given.get("data_dir"), checkpoint_seconds=given.get("checkpoint_seconds", 60.0),
+        tensorboard=given.get("tensorboard", False), keep_log=given.get("keep_log", False),
+    )  # fmt: skip
     try:
         with progress.Quiet() if given["quiet"] or ranks.rank > 0 else progress.Live() as watcher:
             for text in filter(None, said):

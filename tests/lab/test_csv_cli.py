@@ -1,0 +1,93 @@
+"""Tables of numbers made elsewhere, reported from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from commands import batchtrim, mistake
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def table(path: Path, header: str = "method,seed,error,time") -> list[str]:
+    lines = [header]
+    for method, gain in (("full", 0.0), ("trim", 0.02)):
+        lines += [
+            f"{method},{seed},{0.2 + 0.01 * seed - gain - 0.001 * (seed % 2):.4f},{10 + seed}" for seed in range(6)
+        ]
+    path.write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def test_a_csv_of_results_is_reported(tmp_path: Path) -> None:
+    table(tmp_path / "results.csv")
+    done = batchtrim("report", "--csv", "results.csv", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["verdict"] == "trim: exactly 2.00 points lower on every seed: no spread, so no test"
+    assert Path("results/report.html").exists()
+    assert "Run it again" not in Path("results/report.md").read_text()
+
+
+def test_missing_pairs_are_said_and_the_others_compared(tmp_path: Path) -> None:
+    lines = table(tmp_path / "results.csv")
+    del lines[2]  # full, seed 1
+    lines[-1] = "trim,5,,15"
+    lines.append("trim,9,0.3,1")
+    (tmp_path / "results.csv").write_text("\n".join(lines))
+    done = batchtrim("report", "--csv", "results.csv")
+    said = " ".join(done.stdout.split())
+    assert "trim has no finished run with seed 5: compared on the 4 pairs that are there." in said
+    assert "The baseline full has no finished run with seeds 1, 9 of trim" in said
+    page = Path("results/report.html").read_text()
+    assert "compared on the 4 pairs that are there" in page
+    told = json.loads(batchtrim("report", "--csv", "results.csv", "--json").stdout)
+    assert told["groups"][0]["methods"][1]["paired"]["seeds"] == [0, 2, 3, 4]
+    assert len(told["groups"][0]["caveats"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("method;seed;rmse\nfull;0;1.5\ntrim;0;1.25\n", [], None),
+        ("method,seed,rmse\nfull,0,\"1,5\"\n", [], "Write a point for the decimals"),
+        ("method,seed,error\nfull,0,12.5\n", [], "expected `error` in [0, 1] in line 2 of results.csv, got 12.5"),
+        ("method,seed,error\nfull,0,0.1\nfull,0,0.2\n", [], "got 'full' with seed 0 again in line 3"),
+        ("method,seed,error\nfull,zero,0.1\n", [], "expected `seed` to be a whole number in line 2"),
+        ("method,seed,error\nfull,1.5,0.1\n", [], "expected `seed` to be a whole number in line 2"),
+        ("method,seed,error\n,1,0.1\n", [], "expected a method in line 2"),
+        ("method,error\nfull,0.1\n", [], "expected a column 'seed' in results.csv, got method, error"),
+        ("method,seed,rmse,mae\nfull,0,1,2\n", [], "besides method, seed and time, got rmse, mae. Say which: --metric"),
+        ("method,seed,rmse,mae\nfull,0,1,2\ntrim,0,1,2\n", ["--metric", "mae"], None),
+        ("method,seed,rmse\nfull,0,1\n", ["--metric", "mae"], "expected a column 'mae' in results.csv"),
+        ("method,seed,score\nfull,0,1\n", [], "Pass --higher-is-better or --lower-is-better"),
+        ("method,seed,score\nfull,0,1\ntrim,0,2\n", ["--higher-is-better"], None),
+        ("method,seed,rmse\nfull,0\n", [], "expected 3 columns in line 2 of results.csv"),
+        ("method,seed,seed,rmse\nfull,0,1,1\n", [], "got 'seed' twice"),
+        ("", [], "expected at least one run in results.csv, got none"),
+        ("method,seed,rmse\n", [], "expected at least one run in results.csv, got none"),
+        ("method,seed,rmse\nfull,0,1\n", ["--baseline", "ful"], "expected `baseline` to be one of 'full', got 'ful'"),
+    ],
+)  # fmt: skip
+def test_csv_files_of_every_kind(text: str, options: list[str], says: str | None) -> None:
+    Path("results.csv").write_text(text)
+    if says is None:
+        assert batchtrim("report", "--csv", "results.csv", *options).exit_code == 0
+        return
+    said = mistake("report", "--csv", "results.csv", *options)
+    assert says in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_report_takes_a_folder_or_a_table() -> None:
+    assert "got neither" in mistake("report")
+    assert "got both" in mistake("report", "here", "--csv", "x.csv")
+    assert "expected a CSV file x.csv, got nothing there" in mistake("report", "--csv", "x.csv")
+    Path("bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
+    assert "to be text in UTF-8" in mistake("report", "--csv", "bytes.csv")
