@@ -141,6 +141,8 @@ def rows_verdict(model: nn.Module, batch: dict[str, Tensor]) -> str:
         return evaluated
     found = source(model, "sample")(model, batch)
     each = found.losses.values if found.scores is None else found.scores
+    summed = type(model).__name__.endswith("ForCTC") and model.config.ctc_loss_reduction == "sum"
+    each = each / BATCH if summed else each  # their mean is the model's sum
     for row in range(BATCH):
         if found.losses.mask is not None and not found.losses.mask[row]:
             continue
