@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from batchtrim import Losses, token_losses
 from batchtrim.testing import check_engine
+from studies.hf_losses import seed
 from studies.hf_models import FAMILIES, Family, tiny_config
 
 PARAMETERS = 3_000_000  # above that a configuration did not come out tiny
@@ -189,12 +190,17 @@ def plain(task: Task, kind: str, name: str, dropout: bool) -> tuple[nn.Module, l
     """Return model and batches after a plain step on each; raise where the model does not train."""
     model, batches = make(task, kind, name, dropout)
     trial = copy.deepcopy(model)
+    drawn: list[Tensor] = []
     for x, y in batches[1:]:
-        losses = task.loss(trial(**x), y)
-        values = losses.values if isinstance(losses, Losses) else losses
-        if not values.isfinite().all():
+        for _ in range(2):
+            seed()
+            losses = task.loss(copy.deepcopy(trial)(**x), y)
+            drawn.append(losses.values if isinstance(losses, Losses) else losses)
+        if not torch.equal(*drawn[-2:]):
+            raise ValueError("it draws from a generator that cannot be set")
+        if not drawn[-1].isfinite().all():
             raise ValueError("its loss is not finite")
-        values.mean().backward()
+        drawn[-1].mean().backward()
     return model, batches
 
 
