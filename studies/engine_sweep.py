@@ -53,10 +53,11 @@ DROPOUT = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "dropout", "attention_dropout",
     "activation_dropout", "hidden_dropout", "classifier_dropout", "classifier_dropout_prob", "dropout_rate",
     "attn_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "drop_rate", "attention_drop_rate", "dropout_prob",
-    "drop_connect_rate", "summary_first_dropout", "summary_last_dropout", "layerdrop", "encoder_layerdrop",
-    "decoder_layerdrop", "feat_proj_dropout", "final_dropout", "emb_dropout", "embedding_dropout", "mlp_dropout",
-    "pooler_dropout", "seq_classif_dropout", "drop_mlp_rate", "drop_proj_rate", "residual_dropout",
+    "drop_connect_rate", "summary_first_dropout", "summary_last_dropout", "feat_proj_dropout", "final_dropout",
+    "emb_dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout", "seq_classif_dropout", "drop_mlp_rate",
+    "drop_proj_rate", "residual_dropout",
 )  # fmt: skip
+LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # always 0: a branch on a drawn number, no graph
 _PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "qformer_config", "backbone_config")
 
 
@@ -141,13 +142,16 @@ class Row:
 
 
 def with_dropout(config: Any, on: bool) -> Any:
-    """Set every dropout of a configuration, and of the configurations within it, to 0.1 or to 0."""
+    """Set every dropout of a configuration, and of the configurations within it, to 0.1 or to 0; layer drop to 0."""
     for name in DROPOUT:
         value = getattr(config, name, None)
         if isinstance(value, (list, tuple)):
             setattr(config, name, type(value)(0.1 if on else 0.0 for _ in value))
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, name, 0.1 if on else 0.0)
+    for name in LAYERDROP:
+        if isinstance(getattr(config, name, None), float):
+            setattr(config, name, 0.0)
     for part in _PARTS:
         if hasattr(getattr(config, part, None), "to_dict"):
             with_dropout(getattr(config, part), on)

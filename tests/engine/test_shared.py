@@ -49,6 +49,7 @@ EXACT = {
 PARTLY = {
     "batch_attention": (zoo.BatchAttention, zoo.vectors, "mm", "rows"),
     "batch_mean": (zoo.BatchMean, zoo.vectors, "expand", "rows that are not kept"),
+    "constant": (zoo.Slopes, zoo.vectors, "expand", "rows that are not kept"),
     "shuffled": (zoo.Shuffled, zoo.vectors, "index_put", "index into the batch"),
 }
 

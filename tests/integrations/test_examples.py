@@ -82,6 +82,7 @@ def test_the_text_task_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_example_under_torchrun(name: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["PYTHONFAULTHANDLER"] = "1"  # gloo's threads outlive the group: should one abort, say which
     path = str(EXAMPLES / f"{name}.py")
     done = subprocess.run([*command, path], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

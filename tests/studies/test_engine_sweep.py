@@ -32,14 +32,19 @@ def test_every_dropout_is_set_in_the_parts_too() -> None:
 
 
 @pytest.mark.slow
-def test_dropout_comes_first_and_engines_one_after_the_other() -> None:
-    found = list(sweep.cases(["ForCausalLM"], ["gpt2", "bert"], ["two_pass", "exact"]))
-    assert [(name, on, engine) for _, _, name, on, engine in found] == [
+def test_every_architecture_comes_first_by_every_engine_with_dropout() -> None:
+    tasks = ["ForCausalLM", "ForMaskedLM"]
+    found = [case[2:] for case in sweep.cases(tasks, ["gpt2", "bert"], ["two_pass", "exact"])]
+    expected = [
         (name, on, engine)
-        for engine in ("two_pass", "exact")
         for on in (True, False)
-        for name in ("BertLMHeadModel", "GPT2LMHeadModel")
+        for names in (("BertLMHeadModel", "GPT2LMHeadModel"), ("BertForMaskedLM",))
+        for name in names
+        for engine in ("two_pass", "exact")
     ]
+    assert found == expected
+    first = [case[2:] for case in sweep.cases(tasks, ["gpt2", "bert"], ["two_pass", "exact"], every=False)]
+    assert first == expected[:4]
     assert len({case[2] for case in sweep.cases([], [], ["exact"])}) >= 300
 
 

@@ -13,7 +13,8 @@ auto       shared, two_pass or exact         at most 1    as the engine it picks
 
 A tour of the shared engine, in the order of a step:
 
-1. ``shared.py``: a step. ``capture.py``: run model and loss as graphs; the only file that uses torch's private parts.
+1. ``shared.py``: a step. ``capture.py``: run model and loss as graphs; it and ``inductor.py`` alone use torch's private
+   parts.
 2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
    graph (which operators may run on kept rows?), by the rules of ``rules.py``, ``rules_shape.py`` and ``rules_nn.py``
    over the layouts of ``layout.py``. ``split.py`` makes two graphs of the backward, ``cost.py`` counts what that saves.
@@ -21,12 +22,16 @@ A tour of the shared engine, in the order of a step:
 3. ``sliced.py``: forward; what it saves goes onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
 4. ``loss.backward()``: ``sliced.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
 
+Where the user compiled the model, the first step of a trace runs so, to be held against the model. From the second on
+``compiled.py`` runs it: ``inductor.py`` compiles the forward, and one function of all that 4. does, cutting included.
+
 ===============  =======================  =======================  ===================================================
 exception        raised by                caught by                what follows
 ===============  =======================  =======================  ===================================================
 Mixes            a rule                   proof.py                 backward is whole from this operator on
 CannotCapture    capture.py, sliced.py    shared.py                EngineRefused; nothing has run
 NewTrace         sliced.py                shared.py                the model is run to compare, then the trace
+CannotCompile    inductor.py              compiled.py              a warning; the graphs run operator by operator
 EngineRefused    shared.py, two_pass.py   auto.py, or the caller   another engine; the state is as before
 ===============  =======================  =======================  ===================================================
 

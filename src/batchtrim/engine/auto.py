@@ -133,9 +133,9 @@ class AutoEngine:
     def _hand_on(self, refused: EngineRefused) -> None:
         """Take the next engine, for good; one warning."""
         forward = self.exact.forward
-        from batchtrim.engine.inductor import is_compiled  # brings in sympy, which takes its time
+        from batchtrim.engine.inductor import compiled_part  # brings in sympy, which takes its time
 
-        compiled = self.trim.unit == "sample" and any(is_compiled(module) for module in forward.model.modules())
+        compiled = self.trim.unit == "sample" and compiled_part(forward.model) is not None
         reason = redrawn(forward) if compiled else None
         two_pass = compiled and reason is None and not isinstance(self.saving, TwoPassEngine)
         self.saving = TwoPassEngine(forward, self.trim, approximate=False) if two_pass else None

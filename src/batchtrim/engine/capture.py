@@ -96,7 +96,7 @@ class Capture:
     Args:
         function: what to capture. make_planner: called once for every trace.
         limit: how many traces are made before it is given up.
-        compiler: what will compile the graphs. They are then made of smaller operators, and simplified.
+        compiler: what will compile the graphs. They are then made of smaller operators.
 
     Raises:
         CannotCapture: on call, before anything of the function ran.
@@ -143,8 +143,6 @@ class Capture:
         planner = self.make_planner()
 
         def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
-            joint = joint if self.compiler is None else self.compiler.simplified(joint)
-
             def split() -> Any:
                 return min_cut_rematerialization_partition(
                     joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **options
@@ -302,6 +300,7 @@ def decomposed(
         run = func.decompose
     else:
         return None
+    args = [list(arg) if isinstance(arg, list) else arg for arg in args]  # those of a graph must not be changed
     fakes = [arg for arg in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(arg, Tensor)]
     if not fakes:
         return None

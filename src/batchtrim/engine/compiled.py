@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from batchtrim.engine.cutting import KeptRows, cut, gather, spread
-from batchtrim.engine.inductor import CannotCompile, Compiled, Inductor, as_symbolic, new_size, restrided
+from batchtrim.engine.inductor import CannotCompile, Compiled, Inductor, as_symbolic, new_size, restrided, without_data
+from batchtrim.engine.layout import Rows
 from batchtrim.errors import EngineFallback
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Runs:
 
     upper: Callable[[list[Any]], Any]
     lower: Callable[[list[Any]], Any]
-    cut: Callable[..., Tensor]
+    cut: Callable[..., Any]
     put_back: Callable[..., Tensor]
 
 
@@ -130,7 +130,7 @@ class CompiledStep:
             sizes.append(as_symbolic(step.symbols[1] - step.lost, like))
         chosen = KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
         wanted = self._wanted(slices, tape)
-        with like.fake_mode:  # type: ignore[attr-defined]
+        with without_data(like):
             kept = {at: cut(whole[at], slices.cuts[at], chosen) for at, on_kept in wanted if on_kept}
 
         def sliced(*inputs: Any) -> Sequence[Any]:
@@ -143,7 +143,7 @@ class CompiledStep:
                     cut_before[at] = value
                 else:
                     given[at] = value
-            runs = Runs(_unboxed(slices.upper.graph), _unboxed(slices.lower.graph), gather, spread)
+            runs = Runs(_Late(slices.upper.graph).run_list, _Late(slices.lower.graph).run_list, _Rows, spread)
             return step.run(slices, now, given, cut_before, runs)
 
         inputs_before = sizes
@@ -168,5 +168,24 @@ class CompiledStep:
         return [*((at, True) for at in sorted(cut_before)), *((at, False) for at in sorted(whole))]
 
 
-def _unboxed(graph: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
-    return lambda args: graph(*args)
+class _Rows:
+    """The kept rows of a tensor, not taken yet."""
+
+    def __init__(self, tensor: Tensor, layout: Rows, kept: KeptRows) -> None:
+        self.taken = lambda: gather(tensor, layout, kept)
+
+
+class _Late(fx.Interpreter):
+    """Runs a graph and takes rows where they are first read: all at first, they would go cold, and fill memory."""
+
+    def run_list(self, args: list[Any]) -> Any:
+        return self.run(*args)
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        def value(node: fx.Node) -> Any:
+            found = self.env[node]
+            if isinstance(found, _Rows):
+                found = self.env[node] = found.taken()
+            return found
+
+        return fx.map_arg(args, value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from batchtrim._checks import check_choice, check_count, describe
@@ -111,12 +112,26 @@ class TrimmedForward:
         Returns:
             0-d. :attr:`last` holds all losses, the outputs and the selection, detached, until the next call.
         """
+        if self._kind != "exact" and torch.compiler.is_compiling():
+            from batchtrim.engine.inductor import not_traced
+
+            return not_traced(self._called_compiled, x, y)
         self.last = None  # free the last batch's outputs first
         step = self.engine(x, y)
         chosen = self.trim.last
         mask = None if chosen is None else chosen.mask
         self.last = step._replace(loss=step.loss.detach(), mask=mask, engine=step.engine or self.engine.name)
         return step.loss
+
+    def _called_compiled(self, x: Any, y: Any) -> Tensor:
+        """Run a step that a compiled function asks for: with the model compiled, as it would be inside."""
+        from batchtrim.engine.inductor import compiled_part
+
+        model = self.forward.model
+        if compiled_part(model) is None and not isinstance(model, nn.parallel.DistributedDataParallel):
+            self.forward.model = torch.compile(model)  # type: ignore[assignment]
+            self.engine = ENGINES[self._kind](self.forward, self.trim)
+        return self(x, y)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what makes the step anew, for pickle and deepcopy: what an engine found out it finds out again."""

@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch.torch_version import TorchVersion
 
 from batchtrim.engine.capture import expression_of
 from batchtrim.engine.layout import product
@@ -25,15 +26,22 @@ __all__ = [
     "Compiled",
     "Inductor",
     "as_symbolic",
+    "compiled_part",
     "inductor_of",
-    "is_compiled",
     "new_size",
-    "uncompiled_calls",
+    "not_traced",
+    "restrided",
+    "without_data",
+    "without_strides",
 ]
 
-# BatchNorm is one operator to the proof, which may take its means over the kept rows; what draws random numbers is one,
-# so that a trace that runs operator by operator draws as the model does.
-_WHOLE = ("batch_norm", "native_dropout", "rrelu_with_noise")
+_OLDEST = TorchVersion("2.6")  # whose Inductor is told by the graph which outputs need their strides
+_SHARED_BYTES = 2**15
+
+# Left whole until a graph is proven and parted: BatchNorm, whose means the proof may take over the kept rows; what
+# draws random numbers, so that a trace that runs operator by operator draws as the model does; and what has a rule of
+# its own where its parts have none.
+_WHOLE = ("batch_norm", "native_dropout", "rrelu_with_noise", "bernoulli", "embedding_dense_backward")
 
 
 class CannotCompile(Exception):
@@ -43,31 +51,30 @@ class CannotCompile(Exception):
 # --- what the user compiled ------------------------------------------------------------------------------------------
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Return True if a module, or its call, went through torch.compile."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+def compiled_part(model: nn.Module) -> Any:
+    """Return what torch.compile made of the model or of a part of it, the first there is; None where nothing is."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod"):
+            return module
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return module._compiled_call_impl
+    return None
 
 
 def inductor_of(model: nn.Module) -> Inductor | None:
     """Return Inductor with the user's options, where the model or a part of it is compiled by it; else None."""
-    for module in model.modules():
-        if not is_compiled(module):
-            continue
-        compiled = module if hasattr(module, "_orig_mod") else module._compiled_call_impl
-        settings = getattr(compiled, "get_compiler_config", lambda: None)()
-        if settings is not None:
-            return Inductor.of(settings)
-    return None
+    if torch.__version__ < _OLDEST:
+        return None
+    settings = getattr(compiled_part(model), "get_compiler_config", lambda: None)()
+    return None if settings is None else Inductor.of(settings)
 
 
-@contextlib.contextmanager
-def uncompiled_calls() -> Iterator[None]:
-    """Run what is compiled as plain Python meanwhile, where the torch release can."""
-    if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+# Call a function from a compiled one, without tracing it.
+not_traced: Callable[..., Any] = torch.compiler.disable(_call)
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -124,15 +131,6 @@ class Inductor:
             table = dict(select_decomp_table())
         return {op: run for op, run in table.items() if not any(name in str(op) for name in _WHOLE)}
 
-    def simplified(self, joint: fx.GraphModule) -> fx.GraphModule:
-        """Return a joint graph after Inductor's own passes: attention put together, constants folded."""
-        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-        from torch._inductor.virtualized import V
-
-        _without_strides(joint)
-        with self._settings(fallback_random=True), V.set_fake_mode(_mode_of(joint)):
-            return joint_graph_passes(joint)
-
     def compile(
         self, function: Callable[..., Sequence[Any]], inputs: Sequence[Any], *, visible: int, backward: bool
     ) -> Compiled:
@@ -151,7 +149,9 @@ class Inductor:
         known, frozen = len(env.guards), env.frozen
         env.frozen = False  # else it would forget what is assumed from here on
         try:
-            with self._settings():
+            # operators that have nothing but the rows' numbers in common are not to run as one, far from their readers
+            apart = {"score_fusion_memory_threshold": _SHARED_BYTES} if backward else {}
+            with self._settings(**apart):
                 run, strides = self._compile(function, inputs, mode, visible, backward)
             assumed = [guard.expr for guard in env.guards[known:]]
         except Exception as error:
@@ -169,9 +169,10 @@ class Inductor:
         from torch._dispatch.python import enable_python_dispatcher
         from torch._dynamo.convert_frame import compile_lock
         from torch._guards import TracingContext, tracing
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.decomposition import select_decomp_table
-        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+        from torch._inductor.fx_passes.replace_random import replace_random_passes
         from torch._inductor.virtualized import V
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -179,7 +180,8 @@ class Inductor:
             with mode, enable_python_dispatcher():
                 graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
             graph.shape_env = mode.shape_env
-            graph = joint_graph_passes(graph)  # among them: random numbers from Inductor's own generator
+            if not config.fallback_random:
+                replace_random_passes(graph)  # random numbers from Inductor's own generator, within its loops
             (output,) = graph.graph.find_nodes(op="output")
             output.meta["user_visible_output_idxs"] = [
                 at for at, node in enumerate(output.args[0][:visible]) if isinstance(node, fx.Node)
@@ -216,6 +218,11 @@ def as_symbolic(value: Any, like: Tensor) -> Any:
     return like.fake_mode.shape_env.create_symintnode(value, hint=None)
 
 
+def without_data(like: Tensor) -> Any:
+    """Return the mode in which operators make tensors without data, as those of a trace."""
+    return like.fake_mode
+
+
 def restrided(tensor: Tensor, strides: Sequence[Any] | None) -> Tensor:
     """Return a tensor without data of the same size that lies in memory otherwise."""
     if strides is None:
@@ -225,7 +232,7 @@ def restrided(tensor: Tensor, strides: Sequence[Any] | None) -> Tensor:
         return torch.empty_strided(tensor.shape, steps, dtype=tensor.dtype, device=tensor.device)
 
 
-def _without_strides(graph: fx.GraphModule) -> None:
+def without_strides(graph: fx.GraphModule) -> None:
     """Make a plain reshape of each ``as_strided`` that is one: decompositions of norms are written so."""
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default):
         before, after = node.args[0].meta["val"], node.meta["val"]
@@ -246,11 +253,6 @@ def _contiguous(tensor: Tensor) -> list[Any]:
 
 def _numel(tensor: Tensor) -> Any:
     return sympy.sympify(product([expression_of(size) for size in tensor.shape]))
-
-
-def _mode_of(graph: fx.GraphModule) -> Any:
-    values = (node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder"))
-    return next(value.fake_mode for value in values if isinstance(value, Tensor))
 
 
 def _place(symbol: sympy.Symbol, inputs: Sequence[Any]) -> tuple[int, int | None]:

@@ -180,8 +180,9 @@ _SIZES = ("N", "end", "size", "length")
 
 # f(0) = 0, of one operand or of several
 _COPIES = {
-    "_to_copy", "clone", "alias", "detach", "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze",
-    "squeeze", "expand", "lift_fresh_copy", "contiguous", "unflatten", "to", "_reshape_alias",
+    "_to_copy", "convert_element_type", "clone", "alias", "detach", "view", "_unsafe_view", "reshape", "permute",
+    "transpose", "t", "unsqueeze", "squeeze", "expand", "lift_fresh_copy", "contiguous", "unflatten", "to",
+    "_reshape_alias",
 }  # fmt: skip
 _ZERO_AT_ZERO = {
     "add", "sub", "neg", "relu", "abs", "tanh", "sin", "sign", "sgn", "sqrt", "copy", "maximum", "minimum", "asinh",
@@ -272,6 +273,8 @@ def _vanishes(call: Call, name: str) -> bool:
         return all(_zero(call[side]) for side in ("self", "other"))
     if name == "masked_fill":
         return _zero(call["self"]) and _zero(call["value"])
+    if name == "fma":
+        return (_zero(call["a"]) or _zero(call["b"])) and _zero(call["c"])
     if name == "copy":
         return _zero(call["src"])
     if name in _PRODUCTS:

@@ -15,9 +15,9 @@ from batchtrim.engine.batch import Forward, StepResult, as_losses, map_tensors, 
 from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
-from batchtrim.engine.inductor import inductor_of, uncompiled_calls
+from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.state import GeneratorStates, Moment, is_lazy
+from batchtrim.engine.state import GeneratorStates, Moment, is_lazy, uncompiled_calls
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import sympy
 import torch
@@ -13,13 +14,13 @@ from batchtrim.engine.capture import CannotCapture, any_strides, executable, exp
 from batchtrim.engine.compiled import CompiledStep, Runs
 from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
+from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, Rows, exact_ratio, factor_of
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
 
-if TYPE_CHECKING:
-    from batchtrim.engine.inductor import Inductor
+_COMPILED_OVERHEAD = 3e-4  # seconds that a step takes beside what was compiled
 
 __all__ = ["NewTrace", "SlicedStep", "Tape"]
 
@@ -60,9 +61,9 @@ class Tape:
         self.chosen, self.approximate = self.step.kept(rows, batch, self.size), approximate
         slices = self.step.slices(approximate)
         self.kept = {}
-        for place in list(self.saved):
+        for place in sorted(self.saved, key=lambda place: self.saved[place].nbytes):  # small ones make room for large
             layout = slices.cuts.get(place)
-            later = self.compiled is not None and not again and place not in self.versions
+            later = self.compiled is not None and not again and place not in self.step.given
             if layout is not None and not later:
                 self.kept[place] = cut(self.saved[place], layout, self.chosen)
             if place not in slices.whole and not again and not (later and layout is not None):
@@ -91,6 +92,8 @@ class SlicedStep:
 
     def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
         joint.graph.eliminate_dead_code()
+        if self.compiled is not None:
+            without_strides(joint)
         tangents = _after_tangents(joint.graph)
         self.symbols, self.lost = _row_symbols(joint.graph, tangents, self.unit)
         for node in label(joint.graph, self.symbols, tangents):
@@ -122,7 +125,7 @@ class SlicedStep:
         mark.tape = tape  # type: ignore[attr-defined]
         for at, place in self._stashed.items():
             tape.saved[place] = results[at]
-            if place in self._read_only:
+            if place in self.given or compiled:
                 tape.versions[place] = results[at]._version
             results[at] = mark
         return results
@@ -135,7 +138,7 @@ class SlicedStep:
             if place in tape.saved and tape.saved[place]._version != version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    "a batch that was changed between forward and backward"
+                    "a batch, or the model's outputs, changed between forward and backward"
                 )
         keep = keeps_graph()
         if tape.chosen is not None and tape.compiled is not None:
@@ -167,13 +170,13 @@ class SlicedStep:
         self._place = {node: place for place, node in enumerate(self.places)}
         self._multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
         self._stashed: dict[int, int] = {}
-        self._read_only: set[int] = set()
+        self.given: set[int] = set()  # places of what is saved of the batch itself
         self.saved_at = {by_name[node.name]: at for at, node in enumerate(saved, start=self.outputs)}
         for at, node in enumerate(saved, start=self.outputs):
             if isinstance(node.meta.get("val"), Tensor) and isinstance(_layout(node), (Rows, Broken)):
                 self._stashed[at] = by_name[node.name]
                 if node in inputs:
-                    self._read_only.add(by_name[node.name])
+                    self.given.add(by_name[node.name])
 
     def _counts_rows(self, value: Any) -> bool:
         """True if a saved number is a multiple of the number of rows."""
@@ -218,6 +221,9 @@ class SlicedStep:
         slices = self.slices(approximate)
         device = next(n.meta["val"].device for n in self.places if isinstance(n.meta.get("val"), Tensor))
         machine = machine_of(device)
+        compiled = self.compiled is not None and self.compiled.failed is None
+        if compiled:
+            machine = replace(machine, start=0.0)  # operators are joined
         cost = Cost(forward=sum(cost_of(node, machine) for node in self.forward_graph.graph.nodes))
         for node, verdict in slices.proof.verdicts.items():
             if verdict.gradient and verdict.whole:
@@ -228,6 +234,9 @@ class SlicedStep:
             tensor = self.places[place].meta["val"]
             cost.cutting += hinted_size(tensor) * tensor.element_size() / machine.bytes
             cost.overhead += 2 * machine.start
+        if compiled:
+            cost.cutting /= 2  # what is read once is not copied
+            cost.overhead = _COMPILED_OVERHEAD
         return cost
 
     def mixing(self, approximate: bool) -> tuple[str, str] | None:

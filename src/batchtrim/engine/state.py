@@ -22,7 +22,16 @@ from batchtrim.engine.rows import copied, put_back
 if TYPE_CHECKING:
     from batchtrim.engine.batch import Forward
 
-__all__ = ["GeneratorStates", "ModelState", "Moment", "device_of", "is_lazy", "modules_of", "without_graph"]
+__all__ = [
+    "GeneratorStates",
+    "ModelState",
+    "Moment",
+    "device_of",
+    "is_lazy",
+    "modules_of",
+    "uncompiled_calls",
+    "without_graph",
+]
 
 # Values that a plain attribute may hold and that are noted as they are; containers are noted by a shallow copy.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), tuple)
@@ -43,6 +52,16 @@ def without_graph() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(caching)
+
+
+@contextmanager
+def uncompiled_calls() -> Iterator[None]:
+    """Run what is compiled as plain Python meanwhile, where the torch release can."""
+    if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -123,7 +123,7 @@ class TwoPassEngine:
         self, kept: Tensor, scored: Tensor, selection: Selection, before: Moment, drawn: bool, normed: bool
     ) -> None:
         try:
-            self.tolerance.compare(kept, scored, selection.indices, before)
+            self.tolerance.compare(kept, scored, selection.indices, before, drawn=drawn)
         except EngineRefused as refused:
             if not (drawn or normed):
                 raise

@@ -77,7 +77,7 @@ class EngineStep:
 
     def _refuse(self, model: nn.Module, always: bool = False) -> None:
         """Say that the model's losses have no form that can be traced: an error, or once a warning."""
-        name = type(self.losses.inner(model)).__name__
+        name = self.losses.name(model)
         said = f"the shared engine cannot run {name} with the loss that it computes: {self.losses.forms.reason}"
         if always or self.engine == "shared":
             raise EngineRefused(f"{said}. Pass per_sample_loss=(outputs, labels) -> un-reduced losses.")

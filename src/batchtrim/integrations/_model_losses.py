@@ -55,6 +55,9 @@ class ModelLosses:
     def inner(self, model: nn.Module) -> nn.Module:
         return model if self.trainer.is_fsdp_enabled else self.trainer.accelerator.unwrap_model(model)
 
+    def name(self, model: nn.Module) -> str:
+        return type(uncompiled(self.inner(model))).__name__
+
     def find(self, model: nn.Module, inputs: Any) -> Found:
         labels = labels_of(inputs, self.trainer.label_names)
         eager = uncompiled(model)
@@ -62,7 +65,7 @@ class ModelLosses:
             return self.finder(lambda: eager(**inputs), loss_of, len(labels[0]), labels)
         except NotFound as reason:
             raise NotFound(
-                f"expected a model whose loss is made of one loss a sample, got {type(self.inner(model)).__name__}: "
+                f"expected a model whose loss is made of one loss a sample, got {self.name(model)}: "
                 f"{reason}. Pass per_sample_loss=(outputs, labels) -> un-reduced losses."
             ) from reason
 

@@ -54,7 +54,7 @@ def _has_other_leaves(loss: Tensor, leaves: list[Tensor]) -> bool:
         if node is None or (node, place) in seen:
             continue
         seen.add((node, place))
-        if hasattr(node, "variable") and id(node.variable) not in known:  # type: ignore[attr-defined]
+        if hasattr(node, "variable") and id(node.variable) not in known:  # type: ignore[union-attr]
             return True
         following = node.next_functions
         # DistributedDataParallel hands all of a model's outputs on through one node, each as it is

@@ -318,12 +318,9 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         out, note = folders.free_folder(base, grid.cells(configs))
         said.append(note)
     place = scheduler.Workplace(
-        out,
-        given.get("data_dir"),
-        checkpoint_seconds=given.get("checkpoint_seconds", 60.0),
-        tensorboard=given.get("tensorboard", False),
-        keep_log=given.get("keep_log", False),
-    )
+        out, given.get("data_dir"), checkpoint_seconds=given.get("checkpoint_seconds", 60.0),
+        tensorboard=given.get("tensorboard", False), keep_log=given.get("keep_log", False),
+    )  # fmt: skip
     try:
         with progress.Quiet() if given["quiet"] or ranks.rank > 0 else progress.Live() as watcher:
             for text in filter(None, said):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import io
 import sys
 
 __all__ = ["print_plainly"]
@@ -25,8 +24,8 @@ def print_plainly() -> None:
     """
     codecs.register_error("batchtrim.plain", _plain)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook, say, has another
-            stream.reconfigure(errors="batchtrim.plain")
+        if hasattr(stream, "reconfigure"):  # not where something else stands in for it
+            stream.reconfigure(errors="batchtrim.plain")  # type: ignore[union-attr]
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

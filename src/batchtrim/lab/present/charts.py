@@ -256,7 +256,7 @@ def legend(entries: Sequence[tuple[str, int]]) -> Markup:
 
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: Sequence[Sequence[Box]]) -> list[str]:
-    """Draw names beside their points, with a stroke to distant ones; see :func:`batchtrim.lab.present.names.place`."""
+    """Draw names beside their points, a stroke to far ones; see :func:`batchtrim.lab.present.names.place`."""
     ordered = sorted(points, key=lambda each: y(each.y))
     room = (LEFT, WIDTH, TOP - 2, HEIGHT - BOTTOM)
     places = names.place([(x(each.x), y(each.y), BOLD * len(each.label)) for each in ordered], taken, room)

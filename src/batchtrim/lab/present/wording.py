@@ -222,7 +222,7 @@ def points(value: float, digits: int = 2) -> str:
 
 
 def percent(value: float | None, digits: int = 2, metric: Metric = ERROR, spread: float | None = None) -> str:
-    """Return a metric's number; an error as percent without the sign: 0.0213 is 2.13; others by their spread."""
+    """Return a metric's number: an error in percent, without the sign; another with decimals by its spread."""
     return UNKNOWN if value is None else metric.number(value, digits, spread)
 
 

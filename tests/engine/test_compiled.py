@@ -1,0 +1,400 @@
+"""Models that the user compiled: their graphs run compiled, with the gradient of the exact engine.
+
+By default the graphs that would be compiled run as they are, in what memory layout the operators leave; the slow tests
+have Inductor compile them, which takes a C++ compiler and seconds each.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from harness import BATCH, error, gradient, train
+from torch import Tensor, fx, nn
+
+import batchtrim
+from batchtrim.engine import inductor
+from batchtrim.engine.capture import any_strides, expression_of
+from batchtrim.errors import ApproximateGradient, EngineFallback
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, once a process
+    import torch._inductor.compile_fx
+
+GROUP = lambda width: nn.GroupNorm(2, width)  # noqa: E731
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
+    "mlp": (lambda: zoo.Mlp(8), zoo.vectors),
+    "group_norm": (lambda: zoo.Residual(GROUP), zoo.images),
+    "encoder": (lambda: zoo.Encoder(True, 0.0, 1), zoo.tokens),
+    "time_major": (lambda: zoo.Encoder(False, 0.0, 1), zoo.tokens),
+    "dropout": (lambda: zoo.Encoder(True, 0.2, 1), zoo.tokens),
+    "tied": (zoo.Tied, zoo.tokens),
+    "batch_mean": (zoo.BatchMean, zoo.vectors),
+    "batch_attention": (zoo.BatchAttention, zoo.vectors),
+    "shuffled": (zoo.Shuffled, zoo.vectors),
+    "counter": (zoo.Counter, zoo.vectors),
+}
+
+
+class Uncompiled:
+    """A graph that Inductor would compile, as it is."""
+
+    def __init__(self, graph: fx.GraphModule, *_: Any, **__: Any) -> None:
+        assert any_strides(graph)
+        (output,) = graph.graph.find_nodes(op="output")
+        values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in output.args[0]]
+        self.graph = graph
+        self.output_strides = [
+            [str(expression_of(step)) for step in value.stride()] if isinstance(value, Tensor) else None
+            for value in values
+        ]
+
+    def __call__(self, args: list[Any]) -> Any:
+        given = list(args)
+        args.clear()
+        return self.graph(*given)
+
+
+@pytest.fixture(params=["graphs", pytest.param("inductor", marks=pytest.mark.slow)], autouse=True)
+def compiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Every compile of the engine's graphs in a test: True for a backward."""
+    torch._dynamo.reset()
+    found: list[bool] = []
+    if request.param == "graphs":
+        monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", Uncompiled)
+    compile_ = inductor.Inductor.compile
+
+    def counted(self: Any, *args: Any, backward: bool, **options: Any) -> Any:
+        found.append(backward)
+        return compile_(self, *args, backward=backward, **options)
+
+    monkeypatch.setattr(inductor.Inductor, "compile", counted)
+    yield found
+    torch._dynamo.reset()
+
+
+def compiled(make: Callable[[], nn.Module], **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = make().train()
+    model.compile(**options)
+    return model
+
+
+def stepper(model: nn.Module, engine: str = "shared", keep: float = 0.4, **options: Any) -> batchtrim.TrimmedForward:
+    return batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(keep), engine, **options)
+
+
+def whole_and_kept(step: batchtrim.TrimmedForward, x: Any, y: Any, keep: float = 0.4) -> tuple[list[Tensor], ...]:
+    """Gradients of one forward's kept losses: by backward on all rows, and by backward on the kept ones."""
+    engine: Any = step.engine
+    tape, losses, _ = engine._forward(x, y)
+    tape.size = len(losses.values)
+    k = batchtrim.keep_count(keep, tape.size)
+    rows = losses.values.topk(k).indices.sort().values
+    loss = losses.values[rows].mean()
+    parameters = [p for p in step.forward.inner.parameters() if p.requires_grad]
+    whole = torch.autograd.grad(loss, parameters, retain_graph=True)
+    tape.cut(rows, len(y), engine.approximate)
+    return list(whole), list(torch.autograd.grad(loss, parameters))
+
+
+def near(whole: list[Tensor], kept: list[Tensor], tolerance: float = 1e-5) -> None:
+    total = sum(float(each.norm()) ** 2 for each in whole) ** 0.5
+    for exact, ours in zip(whole, kept, strict=True):
+        assert float((exact - ours).norm()) <= tolerance * max(float(exact.norm()), 1e-2 * total)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_backward_on_all_rows(name: str, compiles: list[bool]) -> None:
+    make, data = NETWORKS[name]
+    step = stepper(compiled(make))
+    for batch in (BATCH, BATCH, 7, BATCH):
+        near(*whole_and_kept(step, data(batch), torch.randint(0, 5, (batch,))))
+    assert sorted(compiles) == [False, True]
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "dropout"])
+def test_equals_the_exact_engine_in_training(name: str, compiles: list[bool]) -> None:
+    make, data = NETWORKS[name]
+    exact = train(make, data, "exact", steps=4)
+    shared = train(lambda: compiled(make), data, "shared", steps=4)
+    assert compiles == [False, True]
+    assert shared.chosen == exact.chosen
+    assert shared.step.last.engine == "shared"
+    for ours, theirs in zip(shared.gradients, exact.gradients, strict=True):
+        assert error(theirs, ours) <= 1e-5
+    torch.testing.assert_close(shared.buffers, exact.buffers)
+    for ours, theirs in zip(shared.generators, exact.generators, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_neither_another_k_nor_an_odd_last_batch_is_compiled_again(compiles: list[bool]) -> None:
+    model = compiled(lambda: zoo.Residual(GROUP))
+    trim = batchtrim.Trimmer(batchtrim.linear(0.9, 0.1), total=10)
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), trim, "shared")
+    twin = copy.deepcopy(model)
+    exact = batchtrim.TrimmedForward(twin, nn.CrossEntropyLoss(), batchtrim.Trimmer(1.0), "exact")
+    for batch in (14, 14, 9, 14, 14, 9, 14, 5):
+        x, y = zoo.images(batch), torch.randint(0, 5, (batch,))
+        model.zero_grad()
+        twin.zero_grad()
+        step(x, y).backward()
+        losses, _ = exact.forward(x, y, model=zoo_call(twin))
+        losses.values[step.last.selection.indices].mean().backward()
+        assert error(gradient(twin), gradient(model)) <= 1e-5
+        trim.step()
+    assert step.engine.capture.traces == 1
+    assert compiles == [False, True]
+
+
+def zoo_call(model: nn.Module) -> Any:
+    """The model's own Python, without what compiled it."""
+    return model._call_impl
+
+
+def test_one_row_and_nearly_all(compiles: list[bool]) -> None:
+    model = compiled(lambda: zoo.Mlp(8))
+    step = stepper(model)
+    for keep in (0.4, 0.4, 0.01, 0.99, 1.0):
+        near(*whole_and_kept(step, zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)), keep))
+    assert compiles == [False, True]
+
+
+@pytest.mark.parametrize("approximate", [True, False])
+def test_batch_norm_in_both_forms(approximate: bool, compiles: list[bool]) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 32), nn.Linear(32, 5))
+
+    runs = []
+    for compile_ in (False, True):
+        model = make_batch_norm = compiled(make) if compile_ else seeded(make)
+        step = stepper(model)
+        step.engine.approximate = approximate
+        found = []
+        for number in range(3):
+            torch.manual_seed(number)
+            make_batch_norm.zero_grad()
+            step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+            found.append((gradient(model), [b.clone() for b in model.buffers()]))
+        runs.append(found)
+        assert bool(step.last.approximate) is approximate
+    for (exact, buffers), (ours, own_buffers) in zip(*runs, strict=True):
+        assert error(exact, ours) <= 1e-5
+        torch.testing.assert_close(own_buffers, buffers)
+    assert compiles == [False, True]
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().train()
+
+
+def test_the_cosine_of_batch_norm_is_measured(compiles: list[bool]) -> None:
+    model = compiled(lambda: nn.Sequential(nn.Linear(8, 512), nn.BatchNorm1d(512), nn.Tanh(), nn.Linear(512, 512)))
+    step = stepper(model, "auto", 0.2)
+    with pytest.warns(ApproximateGradient, match="cosine"):
+        step(zoo.vectors(128), torch.randint(0, 5, (128,))).backward()
+    for _ in range(2):
+        step(zoo.vectors(128), torch.randint(0, 5, (128,))).backward()
+    assert step.last.engine == "shared"
+    assert compiles == [False, True]
+
+
+def test_autocast(compiles: list[bool]) -> None:
+    step = stepper(compiled(lambda: zoo.Residual(GROUP)))
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            whole, kept = whole_and_kept(step, zoo.images(BATCH), torch.randint(0, 5, (BATCH,)))
+        near(whole, kept, 5e-2)
+    assert compiles == [False, True]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_tokens(shift: bool, compiles: list[bool]) -> None:
+    torch.manual_seed(0)
+    model = zoo.LanguageModel(30)
+    twin = copy.deepcopy(model)
+    model.compile()
+    loss = functools.partial(batchtrim.token_losses, shift=shift)
+    steps = [
+        batchtrim.TrimmedForward(each, loss, batchtrim.Trimmer(0.4, unit="element"), engine)
+        for each, engine in ((twin, "exact"), (model, "shared"))
+    ]
+    for size, length in ((6, 9), (6, 9), (4, 9), (5, 7)):
+        x = torch.randint(0, 30, (size, length))
+        y = x.clone()
+        y[0, length // 3 :] = -100
+        for step in steps:
+            step.forward.model.zero_grad()
+            step(x, y).backward()
+        assert error(gradient(twin), gradient(model)) <= 1e-5
+    assert "attention" in steps[1].engine.trace.mixing(True)[0]
+    assert compiles == [False, True]
+
+
+def test_accumulation_and_backward_twice() -> None:
+    model = compiled(lambda: zoo.Mlp(8))
+    twin = copy.deepcopy(model)
+    steps = [stepper(twin, "exact"), stepper(model)]
+    batches = [(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))) for _ in range(3)]
+    for step in steps:
+        for _ in range(2):
+            step.forward.model.zero_grad()
+            losses = [step(*batch) for batch in batches]  # all forwards before the first backward
+            for loss in losses:
+                loss.backward(retain_graph=True)
+            losses[0].backward()
+    assert error(gradient(twin), gradient(model)) <= 1e-5
+
+
+def test_a_batch_changed_between_forward_and_backward_does_not_change_the_gradient() -> None:
+    model = compiled(lambda: zoo.Mlp(8))
+    step = stepper(model)
+    x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+    parameters = list(model.parameters())
+    for _ in range(3):
+        expected = torch.autograd.grad(step(x, y), parameters)
+        loss = step(x, y)
+        kept = x.clone()
+        x.zero_()
+        torch.testing.assert_close(torch.autograd.grad(loss, parameters), expected)
+        x.copy_(kept)
+
+
+def test_outputs_changed_between_forward_and_backward_are_noticed() -> None:
+    model = compiled(lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5), nn.Sigmoid()))
+    step = stepper(model)
+    for _ in range(3):
+        loss = step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
+        if step.engine.trace is None or step.engine.trace.runs < 3:
+            continue  # operator by operator, what is read was cut by now
+        step.last.outputs.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_what_inductor_does_not_compile_runs_operator_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", fails)
+    exact = train(lambda: zoo.Residual(GROUP), zoo.images, "exact", steps=4)
+    with pytest.warns(EngineFallback, match=r"RuntimeError: no C\+\+ compiler") as told:
+        shared = train(lambda: compiled(lambda: zoo.Residual(GROUP)), zoo.images, "shared", steps=4)
+    assert sum(issubclass(each.category, EngineFallback) for each in told) == 1
+    for ours, theirs in zip(shared.gradients, exact.gradients, strict=True):
+        assert error(theirs, ours) <= 1e-5
+
+
+def test_a_backward_that_is_not_compiled_runs_operator_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = inductor.Inductor.compile
+
+    def forward_alone(self: Any, *args: Any, backward: bool, **options: Any) -> Any:
+        if backward:
+            raise inductor.CannotCompile("planted")
+        return compile_(self, *args, backward=backward, **options)
+
+    monkeypatch.setattr(inductor.Inductor, "compile", forward_alone)
+    exact = train(lambda: zoo.Residual(GROUP), zoo.images, "exact", steps=4)
+    with pytest.warns(EngineFallback, match="planted"):
+        shared = train(lambda: compiled(lambda: zoo.Residual(GROUP)), zoo.images, "shared", steps=4)
+    for ours, theirs in zip(shared.gradients, exact.gradients, strict=True):
+        assert error(theirs, ours) <= 1e-5
+
+
+def test_what_is_assumed_of_a_size_is_held_against_it(compiles: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = torch._inductor.compile_fx.compile_fx_inner
+
+    def assuming(graph: Any, inputs: list[Any], **options: Any) -> Any:
+        rows = inputs[1]
+        if options["is_backward"]:
+            assert bool(rows.shape[0] <= 6) in (True, False)  # a guard on k, as Inductor's own
+        return inner(graph, inputs, **options)
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", assuming)
+    step = stepper(compiled(lambda: zoo.Mlp(8)))
+    for keep in (0.4, 0.4, 0.3, 0.8, 0.9, 0.4):
+        near(*whole_and_kept(step, zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)), keep))
+    assert compiles == [False, True, True]
+
+
+def test_a_compiled_part_and_options() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.compile(zoo.Mlp(8), options={"max_fusion_size": 7})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    assert inductor.inductor_of(Outer()).options == {"max_fusion_size": 7}  # type: ignore[union-attr]
+    assert inductor.inductor_of(zoo.Mlp(8)) is None
+    assert inductor.inductor_of(torch.compile(zoo.Mlp(8), backend="aot_eager")) is None  # type: ignore[arg-type]
+    graphs = torch.compile(zoo.Mlp(8), mode="reduce-overhead")
+    assert inductor.inductor_of(graphs).options == {}  # type: ignore[arg-type, union-attr]
+    step = stepper(Outer())
+    for _ in range(3):
+        near(*whole_and_kept(step, zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))))
+    assert step.engine.trace.compiled._forward is not None
+
+
+@pytest.mark.parametrize("engine", ["shared", "auto", "two_pass"])
+def test_a_compiled_training_function(engine: str) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 5)))
+    twin = copy.deepcopy(model)
+    step, exact = stepper(model, engine), stepper(twin, "exact")
+
+    def trained(x: Tensor, y: Tensor) -> Tensor:
+        loss = step(x, y)
+        loss.backward()
+        return loss.detach() * 2
+
+    run = torch.compile(trained)
+    for _ in range(3):
+        x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+        model.zero_grad()
+        twin.zero_grad()
+        exact(x, y).backward()
+        torch.testing.assert_close(run(x, y), exact.last.loss * 2)
+        assert error(gradient(twin), gradient(model)) <= 1e-5
+
+
+def test_it_is_pickled_with_its_weights(compiles: list[bool]) -> None:
+    model = compiled(lambda: zoo.Mlp(8))
+    step = stepper(model)
+    x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+    for _ in range(2):
+        step(x, y).backward()
+    other = copy.deepcopy(step)
+    again = pickle.loads(pickle.dumps(step.forward.model.state_dict()))
+    torch.testing.assert_close(again, dict(model.state_dict()))
+    torch.testing.assert_close(other(x, y), step(x, y))
+
+
+def test_auto_runs_it_under_shared_and_two_pass_where_that_refuses() -> None:
+    class Wide(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 5))
+
+    step = stepper(compiled(Wide), "auto", 0.2)
+    for _ in range(3):
+        step(zoo.vectors(256), torch.randint(0, 5, (256,))).backward()
+    assert step.last.engine == "shared"
+
+
+@pytest.mark.slow
+def test_dropout_draws_what_the_compiled_model_draws(request: pytest.FixtureRequest) -> None:
+    if "graphs" in request.node.name:
+        pytest.skip("it is Inductor that draws")
+    make, data = NETWORKS["dropout"]
+    runs = [train(lambda: compiled(make), data, engine, steps=4, lr=0.0) for engine in ("exact", "shared")]
+    for ours, theirs in list(zip(runs[1].gradients, runs[0].gradients, strict=True))[1:]:
+        assert error(theirs, ours) <= 1e-5
