@@ -26,7 +26,7 @@ CORE := tests/test_*.py tests/engine/test_*.py tests/distributed/test_scope.py s
 demo: $(VENV)/.lab  ## train full and trim on handwritten digits, 5 seeds each, and write a report under runs/
 	$(BIN)/batchtrim demo $(ARGS)
 
-test: $(VENV)/.dev  ## the default tests, about a minute
+test: $(VENV)/.dev  ## the default tests, about two minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.docs  ## whole tables of cases, and long property, compile, browser and multi-process tests

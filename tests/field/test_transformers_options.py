@@ -22,8 +22,9 @@ from transformers import Trainer
 import batchtrim
 from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations.transformers import TrimmedTrainer
+from tiers import few
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+pytestmark = [pytest.mark.usefixtures("settled"), pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")]
 
 
 # renamed within transformers 5
@@ -119,7 +120,10 @@ def test_everything_kept_trains_as_the_trainer(case: str, tmp_path: Path) -> Non
     torch.testing.assert_close(trimmed.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["bf16", "checkpointing", "noise in the embeddings", "tuples", "low rank"])
+SHARED = ("bf16", "checkpointing", "noise in the embeddings", "tuples", "low rank")
+
+
+@pytest.mark.parametrize("case", few(SHARED, ["bf16"]))
 def test_the_shared_engine_trains_as_the_plain_graph(case: str, tmp_path: Path) -> None:
     make, rows, options = CASES[case]
     plain = train(TrimmedTrainer, make(), rows(), tmp_path, keep=0.4, **options)

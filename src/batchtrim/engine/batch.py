@@ -46,7 +46,7 @@ Step = StepResult  # its name until the next release
 
 @dataclass
 class Forward:
-    """What one forward is: ``per_sample_loss(model(x), y)``, un-reduced.
+    """One forward: ``per_sample_loss(model(x), y)``, un-reduced.
 
     Attributes:
         model: called as ``model(x)``, ``model(*x)`` for a plain tuple or list, ``model(**x)`` for a mapping. A named
@@ -84,7 +84,7 @@ class Forward:
         return as_losses(self.per_sample_loss(outputs, y), self.unit), outputs
 
     def scores(self, outputs: Any, y: Any) -> Tensor | None:
-        """What to rank by, detached, or None where it is the loss itself."""
+        """Return the values to rank by, detached; None if they are the losses."""
         if self.rank_by is None:
             return None
         with torch.no_grad():
@@ -96,7 +96,7 @@ class Forward:
 
 
 def as_losses(losses: Tensor | Losses, unit: str) -> Losses:
-    """Whatever a per-sample loss function returned, as one value a sample or element."""
+    """Return the result of a per-sample loss function as one value per sample or element."""
     if not isinstance(losses, Losses):
         # whether an empty batch is one too few is for the trimmer to say: with scope="global" it is not
         check_losses(losses, "per_sample_loss(outputs, y)", allow_empty=True)
@@ -105,7 +105,7 @@ def as_losses(losses: Tensor | Losses, unit: str) -> Losses:
 
 
 def tensor_shapes(value: Any) -> tuple[Any, ...]:
-    """Shapes and dtypes of every tensor in a batch: what decides how a model runs, as far as a batch can."""
+    """Return shapes and dtypes of every tensor in a batch: all of the batch that decides how a model runs."""
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(value))
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm, the one interaction of rows that may be approximated: how near that comes, and whether it is near enough.
+"""BatchNorm, the one interaction of rows that may be approximated: the error, and whether it is small enough.
 
 BatchNorm takes from a gradient its mean and its part along the normalised activations, over all rows of the batch. With
 the whole batch's mean M and deviation S and the k kept rows, a backward over these alone takes

@@ -20,7 +20,7 @@ Size = Any  # int or sympy.Expr
 
 
 class Mixes(Exception):
-    """An operator mixes rows, or no rule tells that it does not; the message says which."""
+    """An operator mixes rows, or no rule shows that it does not; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Whole:
-    """A value that belongs to no row: the same whether all rows run or the kept ones alone."""
+    """A value that belongs to no row: the same for all rows and for the kept ones alone."""
 
     zero: bool = False
 
@@ -89,7 +89,7 @@ def product(sizes: Sequence[Size]) -> Size:
 
 
 def exact_ratio(a: Size, b: Size) -> Size | None:
-    """a / b where it is whole for every value of the symbols, else None."""
+    """Return a / b if it is whole for every value of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
     if a == b:
@@ -102,7 +102,7 @@ def exact_ratio(a: Size, b: Size) -> Size | None:
 
 
 def factor_of(size: Size, symbol: sympy.Symbol) -> Size | None:
-    """c where ``size`` is ``c * symbol`` and c does not hold the symbol; None where it is something else."""
+    """Return c if ``size`` is ``c * symbol`` and c does not contain the symbol, else None."""
     factor = exact_ratio(size, symbol)
     if factor is None or (isinstance(factor, sympy.Expr) and symbol in factor.free_symbols):
         return None

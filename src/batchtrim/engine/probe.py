@@ -1,4 +1,4 @@
-"""Do samples depend on one another? Asked of a few rows, by what values can tell: losses, gradients, NaN.
+"""Checks whether samples depend on one another, from the losses, gradients and NaN of a few rows.
 
 No proof, which only the graph gives: a check for the engine that runs models no graph was captured of.
 """
@@ -32,7 +32,7 @@ _GRADIENT_APART = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1,
 
 
 class Tolerance:
-    """Compares losses and gradients with what the model's precision allows."""
+    """Compare losses and gradients within the model's precision."""
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
@@ -81,7 +81,7 @@ class Tolerance:
                 )
 
     def _dtype(self, losses: Tensor) -> torch.dtype:
-        """Return the least precise dtype at work, as far as it is seen from outside."""
+        """Return the least precise dtype in use, as far as it can be seen from outside."""
         device = losses.device.type
         seen = [losses.dtype, *(p.dtype for p in self.forward.inner.parameters() if p.dtype in _APART)]
         if torch.is_autocast_enabled(device):
@@ -113,7 +113,7 @@ class Tolerance:
 
 
 def _filled(own: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return zeros where there is no gradient, but the other has one."""
+    """Return zeros for a missing gradient if the other one is there."""
     return [torch.zeros_like(b) if a is None and b is not None else a for a, b in zip(own, other, strict=True)]
 
 
@@ -132,7 +132,7 @@ class Probe:
         self.calls = 0
 
     def __call__(self, before: Moment, batch: int, scored: Tensor | None, *, redrawn: bool) -> None:
-        """Look, where it is time to; everything is then as ``before``.
+        """Look if it is time to; then restore everything to ``before``.
 
         Args:
             before: the state before the first pass, and the batch as it was.
@@ -214,7 +214,7 @@ class Probe:
         self.tolerance.compare_gradients(a, b, [name for name, _ in named])
 
     def _beside_nan(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:
-        """Return the losses of ``rows`` where the poisoned ones are NaN; None where the model will not take NaN."""
+        """Return the losses of ``rows`` with the poisoned ones NaN; None if the model does not take NaN."""
         before.restore()
         try:
             with without_graph():
@@ -227,7 +227,7 @@ class Probe:
 
 @contextmanager
 def _restored(moment: Moment) -> Iterator[None]:
-    """Start from a moment, and leave the model and the generators as they were found."""
+    """Start from a recorded state, and leave the model and the generators as they were found."""
     found = ModelState(moment.model.modules), GeneratorStates(moment.generators.device)
     moment.restore()
     try:

@@ -1,4 +1,4 @@
-"""What a forward changes besides its result: generators, buffers, plain attributes, the batch. Noted and put back.
+"""Records and restores what a forward changes besides its result: generators, buffers, plain attributes, the batch.
 
 An engine that runs the model's Python twice starts the second run from the state before the first, and leaves
 everything as the first one left it: as one plain step would have.
@@ -65,7 +65,7 @@ def uncompiled_calls() -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's parameters lie, or its buffers where it has none."""
+    """Return the device of a model's parameters, or of its buffers if it has none."""
     held = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if held is None else held.device
 
@@ -101,7 +101,7 @@ def _content(cell: Any) -> Any:
 
 
 class GeneratorStates:
-    """The state of every generator a forward may draw from: torch's, Python's, and NumPy's where it is loaded."""
+    """The state of every generator a forward may draw from: torch's, Python's, and NumPy's if it is loaded."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -161,7 +161,7 @@ class ModelState:
         ]
 
     def restore(self) -> None:
-        """Put everything back, in place where it still is the same tensor."""
+        """Restore everything, in place if it is still the same tensor."""
         for module, name, buffer, value in self.buffers:
             if name in module._buffers:
                 module._buffers[name] = buffer
@@ -258,7 +258,7 @@ def _is_numpy(value: Any) -> bool:
 
 
 def _noted(value: Any) -> tuple[Any, Any]:
-    """Return an attribute's value, and a copy of its content where that may change in place."""
+    """Return an attribute's value, and a copy of its content if that may change in place."""
     if isinstance(value, Tensor):
         return value, value.detach().clone()
     if isinstance(value, torch.Generator):

@@ -49,7 +49,7 @@ def _seed(number: int) -> None:
 
 
 class _Keep:
-    """A schedule that is told from outside what to keep."""
+    """A schedule whose keep is set from outside."""
 
     needs_total = False
 
@@ -62,7 +62,7 @@ class _Keep:
 
 @dataclass
 class _Side:
-    """One of the two copies, with a loss and a trimmer of its own."""
+    """One of the two copies, with its own loss and trimmer."""
 
     step: TrimmedForward
     schedule: _Keep
@@ -125,7 +125,7 @@ class Trial:
             return []
 
     def step(self, number: int, batch: tuple[Any, Any], keep: float, lr: float) -> bool:
-        """Run one step on both sides and compare. False where the engine will not go on."""
+        """Run one step on both sides and compare. Return False if the engine refuses to continue."""
         if self.own.refused is not None:
             self.found["refused"] = str(self.own.refused)
             return False
@@ -167,7 +167,7 @@ class Trial:
         return value.detach(), None
 
     def _run_plain(self, number: int, batch: Any, keep: float, selection: Selection | None) -> GeneratorStates:
-        """One forward with a graph and the kept losses; those the engine kept, where they are as large.
+        """Run one forward with a graph and the kept losses; the rows the engine kept, if their losses are as large.
 
         Returns:
             The generators as they were before.
@@ -202,7 +202,7 @@ class Trial:
     def _judge_refusal(
         self, before: Any, started: GeneratorStates, after: GeneratorStates, ours: Any, same: Any
     ) -> None:
-        """Accept what a plain step leaves, and what there was before it."""
+        """Accept the state after a plain step, and the state before it."""
         state, batch = before
         own = self.own.state()
         self._note(
@@ -269,7 +269,7 @@ class Trial:
 
 
 def fresh(batch: Any) -> Any:
-    """Return a copy of a batch that has no graph; what asks for a gradient in it does so in the copy."""
+    """Return a copy of a batch without its graph; tensors that require a gradient do so in the copy."""
     copies: dict[int, Tensor] = {}
 
     def alone(tensor: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ def fresh(batch: Any) -> Any:
 
 
 def _input_gradients(batch: Any) -> dict[str, Tensor]:
-    """Return the gradient of each tensor of a batch that asks for one."""
+    """Return the gradient of each tensor of a batch that requires one."""
     asking = [tensor for tensor in tensors_of(batch) if tensor.requires_grad]
     return {
         f"input {number}": torch.zeros_like(tensor).double() if tensor.grad is None else tensor.grad.double()
@@ -297,5 +297,5 @@ def _same_batch(ours: Any, theirs: Any) -> bool:
 
 
 def max_or_nan(*values: float) -> float:
-    """Return the largest value, NaN where one is NaN: Python's ``max`` passes over a NaN that is not the first."""
+    """Return the largest value, NaN if one is NaN: Python's ``max`` skips a NaN that is not the first."""
     return float(torch.tensor(values, dtype=torch.float64).amax())
