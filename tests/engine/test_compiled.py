@@ -160,17 +160,12 @@ def test_neither_another_k_nor_an_odd_last_batch_is_compiled_again(compiles: lis
         model.zero_grad()
         twin.zero_grad()
         step(x, y).backward()
-        losses, _ = exact.forward(x, y, model=zoo_call(twin))
+        losses, _ = exact.forward(x, y, model=twin._call_impl)  # the model's own Python
         losses.values[step.last.selection.indices].mean().backward()
         assert error(gradient(twin), gradient(model)) <= 1e-5
         trim.step()
     assert step.engine.capture.traces == 1
     assert compiles == [False, True]
-
-
-def zoo_call(model: nn.Module) -> Any:
-    """The model's own Python, without what compiled it."""
-    return model._call_impl
 
 
 def test_one_row_and_nearly_all(compiles: list[bool]) -> None:
