@@ -15,8 +15,8 @@ from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
 from batchtrim.lab.task import images
 from batchtrim.lab.task.augment import AUGMENTS
 from batchtrim.lab.task.conditions import parse_label_noise
-from batchtrim.lab.task.data import SPECS, find_spec
-from batchtrim.lab.task.models import MODELS, NORMS, find_model
+from batchtrim.lab.task.data import SPECS, Spec, find_spec
+from batchtrim.lab.task.models import MODELS, NORMS, ModelRow, find_model
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "nesterov")
 LR_SCHEDULES = ("constant", "step", "cosine", "onecycle", "triangle")
@@ -134,36 +134,12 @@ class RunConfig:
         for each in SETTINGS.values():
             if each.choices is not None and not each.own:
                 check_choice(each.name, getattr(filled, each.name), each.choices)
-        parse_label_noise(self.label_noise)
-        for name in ("epochs", "batch_size", "eval_every", "threads"):
-            check_count(name, getattr(self, name))
-        check_count("seed", self.seed, minimum=0)
-        if self.width is not None:
-            check_count("width", self.width)
-            if model.width is None:
-                raise ValueError(f"expected no `width` for {self.model!r}, which decides itself, got {self.width}.")
-        if self.train_size is not None:
-            check_count(
-                "train_size", self.train_size, minimum=spec.classes if spec else 2, hint="At least one image a class."
-            )
-        if self.test_size is not None:
-            check_count(
-                "test_size", self.test_size, minimum=spec.classes if spec else 2, hint="At least one image a class."
-            )
-        for name in ("keep_start", "keep_end"):  # a method without a schedule ignores them, but not a wrong number
-            if getattr(self, name) is not None:
-                check_keep(name, getattr(self, name))
-        if check_number("imbalance", self.imbalance) < 1.0:
-            raise ValueError(
-                f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest."
-            )
+        self._check_numbers(spec, model)
         lr, weight_decay = OPTIMIZER_DEFAULTS[self.optimizer]
         lr = lr if self.lr is None else check_positive("lr", self.lr)
         weight_decay = weight_decay if self.weight_decay is None else check_number("weight_decay", self.weight_decay)
         if weight_decay < 0:
             raise ValueError(f"expected `weight_decay` to be at least 0, got {weight_decay:g}.")
-        if not 0.0 <= check_number("momentum", self.momentum) < 1.0:
-            raise ValueError(f"expected `momentum` in [0, 1), got {self.momentum:g}.")
         check_fraction("label_smoothing", self.label_smoothing)
         if self.label_smoothing and not method.smoothing:
             raise ValueError(
@@ -195,6 +171,30 @@ class RunConfig:
             imbalance=float(self.imbalance),
             **keep,
         )
+
+    def _check_numbers(self, spec: Spec | None, model: ModelRow) -> None:
+        """Check counts, sizes and fractions, each by itself."""
+        parse_label_noise(self.label_noise)
+        for name in ("epochs", "batch_size", "eval_every", "threads"):
+            check_count(name, getattr(self, name))
+        check_count("seed", self.seed, minimum=0)
+        if self.width is not None:
+            check_count("width", self.width)
+            if model.width is None:
+                raise ValueError(f"expected no `width` for {self.model!r}, which decides itself, got {self.width}.")
+        for name in ("train_size", "test_size"):
+            if getattr(self, name) is not None:
+                least = spec.classes if spec else 2
+                check_count(name, getattr(self, name), minimum=least, hint="At least one image a class.")
+        for name in ("keep_start", "keep_end"):  # a method without a schedule ignores them, but not a wrong number
+            if getattr(self, name) is not None:
+                check_keep(name, getattr(self, name))
+        if check_number("imbalance", self.imbalance) < 1.0:
+            raise ValueError(
+                f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest."
+            )
+        if not 0.0 <= check_number("momentum", self.momentum) < 1.0:
+            raise ValueError(f"expected `momentum` in [0, 1), got {self.momentum:g}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; settings added later only if they are not the default."""
