@@ -15,6 +15,7 @@ from harness import BATCH, error, train
 from torch import nn
 
 import batchtrim
+from batchtrim.engine import sliced
 from batchtrim.errors import EngineFallback, EngineRefused
 from tiers import few
 
@@ -265,13 +266,13 @@ def test_what_was_saved_is_let_go() -> None:
 
 def test_small_tensors_are_cut_first_to_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    cut = batchtrim.engine.sliced.cut  # type: ignore[attr-defined]
+    cut = sliced.cut
 
     def noted(tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
         sizes.append(tensor.nbytes)
         return cut(tensor, *rest)
 
-    monkeypatch.setattr("batchtrim.engine.sliced.cut", noted)
+    monkeypatch.setattr(sliced, "cut", noted)
     train(lambda: zoo.Residual(GROUP), zoo.images, "shared", steps=1)
     assert sizes == sorted(sizes)
     assert len(set(sizes)) > 3
