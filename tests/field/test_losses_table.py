@@ -150,7 +150,7 @@ def test_what_was_asked_for_is_done(
         with pytest.raises(ValueError, match="'mean' or 'sum' with unit='element', got 'batchmean'"):
             per_sample(criterion, unit=unit)
         return
-    for dtype in (torch.float32, HALF[masked]):
+    for dtype in (torch.float32, torch.float64, HALF[masked]):
         outputs, targets = batch(kind, dtype)
         if weighted:
             criterion = make(kind, form, reduction, weighted, ignoring)
