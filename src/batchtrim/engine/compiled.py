@@ -59,6 +59,7 @@ class CompiledStep:
         self.step = step
         self.compiler = compiler
         self.failed: str | None = None
+        self._told = False
         self._forward: Compiled | None = None
         self._backwards: dict[bool, list[_Backward]] = {False: [], True: []}
 
@@ -113,8 +114,6 @@ class CompiledStep:
                 stacklevel=2,
             )
 
-    _told = False
-
     def _compile_forward(self) -> None:
         graph = self.step.forward_graph
         inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
@@ -129,14 +128,18 @@ class CompiledStep:
         sizes = [as_symbolic(step.symbols[0], like)]
         if tape.chosen.tokens is not None:
             sizes.append(as_symbolic(step.symbols[1] - step.lost, like))
-        chosen = KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
+
+        def kept_rows(rows: Tensor, sizes: Sequence[Any]) -> KeptRows:
+            return KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
+
+        chosen = kept_rows(rows, sizes)
         wanted = self._wanted(slices)
         with without_data(like):
             kept = {at: cut(whole[at], slices.cuts[at], chosen) for at, on_kept in wanted if on_kept}
 
         def sliced(*inputs: Any) -> Sequence[Any]:
-            sizes, (rows, *values) = inputs[: len(inputs_before)], inputs[len(inputs_before) :]
-            now = KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
+            rows, *values = inputs[len(sizes) :]
+            now = kept_rows(rows, inputs[: len(sizes)])
             given: list[Any] = [None] * len(step.places)
             cut_before: dict[int, Tensor] = {}
             for (at, on_kept), value in zip(wanted, values, strict=True):
@@ -147,7 +150,6 @@ class CompiledStep:
             runs = Runs(_Late(slices.upper.graph).run_list, _Late(slices.lower.graph).run_list, _Rows, spread)
             return step.run(slices, now, given, cut_before, runs)
 
-        inputs_before = sizes
         inputs = [*sizes, rows, *(kept[at] if on_kept else whole[at] for at, on_kept in wanted)]
         compiled = self.compiler.compile(sliced, inputs, visible=len(inputs), backward=True)
         return _Backward(compiled, wanted)
