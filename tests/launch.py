@@ -1,8 +1,9 @@
-"""Start real processes over gloo and wait for all of them."""
+"""Start real processes over gloo and wait for all of them. As ``launch.py SCRIPT *ARGUMENTS``: one of them."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, limit: fl
     environment |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo"}
     for rank, log in enumerate(logs):
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(script), str(rank), str(ranks), str(store), *arguments]
+        command = [sys.executable, __file__, str(script), str(rank), str(ranks), str(store), *arguments]
         with log.open("w") as file:
             processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
     end = time.monotonic() + limit
@@ -42,3 +43,21 @@ def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, limit: fl
     if any(code != 0 for code in codes):
         pytest.fail("\n".join(f"--- rank {rank}: {code}\n{text[-3000:]}" for rank, (code, text) in enumerate(outputs)))
     return texts
+
+
+def run_and_leave(script: str, *arguments: str) -> None:
+    """Run a script as ``python script *arguments`` does, then leave the process without the interpreter's own end.
+
+    A thread of gloo that asks for the GIL while the interpreter ends is unwound by it, and C++ aborts the process
+    ("terminate called without an active exception"). A script that raises ends as it always does.
+    """
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).resolve().parent)
+    runpy.run_path(script, run_name="__main__")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    run_and_leave(*sys.argv[1:])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import launch
 import pytest
 import torch
 
@@ -82,9 +83,8 @@ def test_the_text_task_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_example_under_torchrun(name: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment["PYTHONFAULTHANDLER"] = "1"  # gloo's threads outlive the group: should one abort, say which
     path = str(EXAMPLES / f"{name}.py")
-    done = subprocess.run([*command, path], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([*command, launch.__file__, path], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.split()[-1]) >= 0.9
 
