@@ -24,6 +24,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import signal
 import sys
 import time
@@ -41,6 +42,8 @@ import transformers
 from torch import Tensor, nn
 
 from batchtrim import Losses, token_losses
+from batchtrim.engine.auto import AutoEngine
+from batchtrim.engine.cost import Forecast
 from batchtrim.testing import check_engine
 from studies.hf_losses import seed
 from studies.hf_models import FAMILIES, Family, tiny_config
@@ -316,7 +319,11 @@ def _alarm(*_: Any) -> None:
 
 
 def quiet() -> None:
-    """Keep what odd models make torch and transformers say out of the way, and be ready to stop what takes long."""
+    """Keep what odd models make torch and transformers say out of the way, and be ready to stop what takes long.
+
+    And have ``auto`` trace models that are too small for that to pay: it is the trace that is tried here.
+    """
+    AutoEngine.forecast = Forecast(math.inf, 0.0)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     signal.signal(signal.SIGALRM, _alarm)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+from batchtrim.engine.auto import AutoEngine
+from batchtrim.engine.cost import Forecast
 
 collect_ignore = ["typed_usage.py"]  # for the type checker: --doctest-modules would run it
 
@@ -32,6 +36,12 @@ def settled() -> None:
 def _repeatable() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _traced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `auto` trace models that are too small for that to pay."""
+    monkeypatch.setattr(AutoEngine, "forecast", Forecast(math.inf, 0.0))
 
 
 @pytest.fixture

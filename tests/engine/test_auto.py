@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 
 import pytest
@@ -12,7 +13,8 @@ from harness import BATCH, error, gradient
 from torch import nn
 
 import batchtrim
-from batchtrim.engine.cost import Cost
+from batchtrim.engine.auto import AutoEngine
+from batchtrim.engine.cost import Cost, Forecast, Machine, OperatorCount
 from batchtrim.errors import ApproximateGradient, EngineFallback
 
 
@@ -47,6 +49,70 @@ def test_a_model_too_small_to_pay_is_given_up_for_good(caplog: pytest.LogCapture
     step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
     assert step.last.engine == "exact"
     assert "engine='auto (exact)'" in repr(step)
+
+
+@pytest.fixture
+def counted_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `auto` decide by the model's size whether to trace it, as it does outside of tests."""
+    monkeypatch.setattr(AutoEngine, "forecast", None)
+
+
+@pytest.mark.usefixtures("counted_first")
+def test_a_model_whose_trace_is_not_paid_back_is_not_traced(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "batchtrim.engine"):
+        step = stepped(Wide(), 0.2, BATCH)
+    assert re.search(r"goes on with 'exact': a trace .* 0\.\d s, and 100 steps 0\.\d s", caplog.records[-1].message)
+    assert "engine='auto (exact)'" in repr(step)
+    for _ in range(2):
+        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+    assert step.last.engine == "exact"
+
+
+@pytest.mark.usefixtures("counted_first")
+def test_the_first_step_that_may_pay_is_counted_and_the_next_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchtrim.engine.cost.machine_of", lambda device: Machine(flops=4e10, bytes=6e9, start=6e-6))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 1280), nn.Tanh(), nn.Linear(1280, 1280), nn.Tanh(), nn.Linear(1280, 5))
+    batch = zoo.vectors(512), torch.randint(0, 5, (512,))
+    trim = batchtrim.Trimmer(lambda progress: (1.0, 0.8, 0.2)[min(int(4 * progress), 2)], total=4)
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), trim, "auto")
+    ran = []
+    for epoch in range(4):
+        ran += [(epoch, step(*batch).requires_grad and step.last.engine) for _ in range(2)]
+        trim.step()
+    assert ran == [
+        (0, "exact"), (0, "exact"),  # all are kept
+        (1, "exact"), (1, "exact"),  # counted; a trace saves too little at 0.8
+        (2, "shared"), (2, "shared"), (3, "shared"), (3, "shared"),
+    ]  # fmt: skip
+
+
+def test_what_a_forward_is_counted_to_cost() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.Flatten(0), nn.ReLU()), torch.ones(4, 8)
+    with OperatorCount(Machine(flops=1e9, bytes=1e30, start=1.0)) as count:
+        out = model(x)
+    assert out.requires_grad
+    assert count.operators >= 4, "t, addmm, view, relu"
+    assert count.seconds == pytest.approx(2 + 2 * 4 * 8 * 16 / 1e9), "views are free"
+
+
+def test_what_a_trace_is_worth() -> None:
+    assert Forecast(step=1.0, trace=30.0).pays(0.4), "100 steps of 0.65 and the trace: 95"
+    assert not Forecast(step=1.0, trace=40.0).pays(0.4)
+    assert Forecast(step=1.0, trace=40.0).pays(0.2), "100 steps of 0.52 and the trace: 92"
+    assert not Forecast(step=1.0, trace=1.0).pays(1.0)
+
+
+def test_counting_changes_nothing() -> None:
+    model, batch = Wide(nn.Dropout(0.3)), (zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
+    found = []
+    for counted in (False, True):
+        torch.manual_seed(0)
+        model.zero_grad()
+        engine = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "auto").engine
+        (engine._counted if counted else engine.exact)(*batch, None).loss.backward()
+        found.append(gradient(model))
+    assert torch.equal(*found)
 
 
 def test_nothing_is_traced_where_nearly_everything_is_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.batch_norm import LEAST_COSINE
-from batchtrim.engine.exact import ExactEngine
+from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.protocol import Engine
+from batchtrim.engine.state import device_of
 from batchtrim.engine.two_pass import TwoPassEngine, redrawn
 from batchtrim.errors import ApproximateGradient, EngineFallback, EngineRefused
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
 if TYPE_CHECKING:
+    from batchtrim.engine.cost import Forecast
     from batchtrim.engine.shared import SharedEngine
 
 __all__ = ["AutoEngine"]
@@ -37,10 +40,13 @@ class AutoEngine:
     """Shared where it pays, two-pass for compiled models that cannot be traced, exact otherwise.
 
     What pays is decided by the keep fraction and a count of operations and bytes, not by a clock, so that runs repeat.
+    The first step that might pay runs with ``exact`` and is counted: a trace takes about a second, and is made as soon
+    as 100 steps pay it back.
     BatchNorm's approximate form is taken while its measured cosine with the exact gradient is at least 0.95.
     """
 
     name = "auto"
+    forecast: Forecast | None = None  # what a trace is worth; None before the first step that might pay
 
     def __init__(self, forward: Forward, trim: Trimmer) -> None:
         self.trim = trim
@@ -49,11 +55,16 @@ class AutoEngine:
         self._judged = 0
         self._told = False
         self._warned = False
-        from batchtrim.engine.shared import SharedEngine  # brings in sympy, which takes its time
+        # these bring in sympy, which takes its time
+        from batchtrim.engine.cost import Forecast
+        from batchtrim.engine.inductor import compiled_part
+        from batchtrim.engine.shared import SharedEngine
 
         try:
             self.saving = SharedEngine(forward, trim)
             self.saving.judge = self._judge
+            if compiled_part(forward.model) is not None:
+                self.forecast = Forecast(math.inf, 0.0)  # its first step compiles in any case
         except EngineRefused as refused:
             self._hand_on(refused)
 
@@ -62,6 +73,8 @@ class AutoEngine:
         if not self.pays(x, y):
             return self.exact(x, y, selection)
         assert self.saving is not None
+        if self.forecast is None and is_training_step():
+            return self._counted(x, y, selection)
         try:
             step = self.saving(x, y, selection)
         except EngineRefused as error:
@@ -91,7 +104,29 @@ class AutoEngine:
             return False
         if isinstance(self.saving, TwoPassEngine):
             return self.trim.expected_keep <= _TWO_PASS_BELOW
-        return self.trim.expected_keep <= _SHARED_BELOW and self.saving.pays(x, y)
+        keep = self.trim.expected_keep
+        affordable = self.forecast is None or self.saving.trace is not None or self.forecast.pays(keep)
+        return keep <= _SHARED_BELOW and affordable and self.saving.pays(x, y)
+
+    def _counted(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
+        """Run an exact step, and count whether a trace would be paid back."""
+        from batchtrim.engine.cost import OperatorCount, machine_of
+
+        model = self.exact.forward.model
+        with OperatorCount(machine_of(device_of(model))) as count:
+            step = self.exact(x, y, selection)
+        self.forecast = count.forecast
+        assert self.saving is not None
+        self.saving.was_run = True
+        if not self.forecast.pays(_SMALLEST):
+            self.saving = None
+            _log.info(
+                "engine 'auto' goes on with 'exact': a trace of this model takes about %.1f s, and 100 steps %.1f s; "
+                "engine='shared' makes it all the same",
+                self.forecast.trace,
+                100 * self.forecast.step,
+            )
+        return step
 
     @property
     def running(self) -> Engine:

@@ -60,6 +60,7 @@ class SharedEngine:
         self.approximate = approximate
         self.exact = ExactEngine(forward, trim)
         self.refused: str | None = None
+        self.was_run = False  # the model's own Python, before the first trace
         self.compiler = inductor_of(forward.model)
         self.capture = Capture(_step_of(forward), self._planner, compiler=self.compiler)
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # whether to approximate, given a cosine
@@ -139,7 +140,7 @@ class SharedEngine:
             except CannotCapture:
                 # What a model sets up in its first forward (hooks, tables) may be all that stood in the way; and a
                 # model or a loss that is at fault says so itself.
-                if plain is not None:
+                if plain is not None or self.was_run:
                     raise
             else:
                 return *found, tape, plain
