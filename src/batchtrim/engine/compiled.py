@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from batchtrim.engine.cutting import KeptRows, cut, gather, spread
-from batchtrim.engine.inductor import CannotCompile, Compiled, Inductor, as_symbolic, new_size, restrided, without_data
+from batchtrim.engine.inductor import (
+    CannotCompile,
+    Compiled,
+    Inductor,
+    as_symbolic,
+    new_size,
+    restrided,
+    with_strides,
+    without_data,
+)
 from batchtrim.engine.layout import Rows
 from batchtrim.errors import EngineFallback
 
@@ -117,7 +126,7 @@ class CompiledStep:
     def _compile_forward(self) -> None:
         graph = self.step.forward_graph
         inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-        self._forward = self.compiler.compile(graph, inputs, visible=self.step.outputs, backward=False)
+        self._forward = self.compiler.compile(with_strides(graph), inputs, visible=self.step.outputs, backward=False)
 
     def _compile_backward(self, tape: Tape) -> _Backward:
         assert tape.chosen is not None
@@ -133,6 +142,7 @@ class CompiledStep:
             return KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
 
         chosen = kept_rows(rows, sizes)
+        upper, lower = (_Late(with_strides(part.graph)).run_list for part in (slices.upper, slices.lower))
         wanted = self._wanted(slices)
         with without_data(like):
             kept = {at: cut(whole[at], slices.cuts[at], chosen) for at, on_kept in wanted if on_kept}
@@ -147,7 +157,7 @@ class CompiledStep:
                     cut_before[at] = value
                 else:
                     given[at] = value
-            runs = Runs(_Late(slices.upper.graph).run_list, _Late(slices.lower.graph).run_list, _Rows, spread)
+            runs = Runs(upper, lower, _Rows, spread)
             return step.run(slices, now, given, cut_before, runs)
 
         inputs = [*sizes, rows, *(kept[at] if on_kept else whole[at] for at, on_kept in wanted)]

@@ -198,6 +198,9 @@ class Inductor:
         return run, [None if each is None else [read(step) for step in each] for each in strides]
 
 
+_STRIDED = "batchtrim_strided"  # in the meta of a node: it was an as_strided
+
+
 def new_size(like: Tensor, hint: int) -> tuple[Tensor, Any]:
     """Return an int64 vector without data whose length is a new symbol, and that length."""
     from torch._dynamo.source import ConstantSource
@@ -238,13 +241,36 @@ def restrided(tensor: Tensor, strides: Sequence[Any] | None) -> Tensor:
 
 
 def without_strides(graph: fx.GraphModule) -> None:
-    """Make a plain reshape of each ``as_strided`` that is one: decompositions of norms are written so."""
+    """Make a plain reshape of each ``as_strided`` that is one: decompositions of norms are written so.
+
+    :func:`with_strides` undoes that.
+    """
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default):
         before, after = node.args[0].meta["val"], node.meta["val"]
         same = _strides(before) == _contiguous(before) and _strides(after) == _contiguous(after)
         if same and len(node.args) == 3 and sympy.expand(_numel(before) - _numel(after)) == 0:
             node.target, node.args = torch.ops.aten.reshape.default, node.args[:2]
+            node.meta[_STRIDED] = True
     graph.recompile()
+
+
+def with_strides(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy in which the reshapes of :func:`without_strides` are ``as_strided`` again, of any number of rows.
+
+    It makes Inductor compute what it reads once, for each channel of a sample. What reads a reshape computes it anew,
+    for each pixel, and an index that it divides keeps the loop from being vectorised.
+    """
+    own = fx.Graph()
+    own.output(own.graph_copy(graph.graph, {}))
+    for node in own.find_nodes(op="call_function", target=torch.ops.aten.reshape.default):
+        if _STRIDED in node.meta:
+            node.target = _reshape_by_strides
+    return fx.GraphModule(graph, own)
+
+
+def _reshape_by_strides(tensor: Tensor, shape: Sequence[Any]) -> Tensor:
+    strides = [product(shape[at + 1 :]) for at in range(len(shape))]
+    return tensor.contiguous().as_strided(shape, strides)
 
 
 def _strides(tensor: Tensor) -> list[Any]:
