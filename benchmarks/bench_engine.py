@@ -16,6 +16,7 @@ import gc
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,52 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchtrim
-from batchtrim.lab.task import data, models
+from batchtrim.errors import EngineFallback
+from batchtrim.lab.task import data
+from benchmarks.networks import Refused, Vit, bert, resnet18, small
 from benchmarks.timing import interleaved, ratio, save
 
 BATCH = 128
 KEEPS = (0.2, 0.4, 0.6, 0.8)
 ENGINES = ("author", "exact", "two_pass", "shared", "auto")
-
-
-class Vit(nn.Module):
-    """Six layers of width 256 over the 16 patches of 8 x 8 pixels of a 32 x 32 image."""
-
-    def __init__(self, attention: str, width: int = 256, layers: int = 6) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, width, 8, stride=8)
-        self.position = nn.Parameter(torch.randn(1, 16, width) * 0.02)
-        self.batch_first = attention == "batch_first"
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=self.batch_first, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x).flatten(2).transpose(1, 2) + self.position
-        h = self.encoder(h) if self.batch_first else self.encoder(h.transpose(0, 1)).transpose(0, 1)
-        return self.head(h.mean(1))
-
-
-def resnet18(norm: str) -> nn.Module:
-    return models.build("resnet18", (3, 32, 32), 10, width=32, norm=norm)
-
-
-def bert(dropout: float = 0.1) -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=1024,
-        vocab_size=4096,
-        num_labels=10,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    return BertForSequenceClassification(config)
 
 
 @functools.cache
@@ -255,16 +218,46 @@ def whole_run(steps: int, names: tuple[str, ...], norm: str = "group") -> dict[s
     return {"norm": norm, "steps": steps, "seconds": seconds, "ratios": ratios, "limit": 0.80}
 
 
-def near_one(rounds: int) -> list[dict[str, float]]:
-    """auto against plain where little can be saved."""
+HUNDRED: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: small("mlp"),
+    "cnn": lambda: small("cnn"),
+    "resnet8": lambda: small("resnet8"),
+    "resnet20": lambda: small("resnet20"),
+    "resnet20-refused": lambda: Refused(small("resnet20")),
+    "vit": CASES["vit"][0],
+    "resnet18-group": CASES["resnet18-group"][0],
+}
+
+
+def first_hundred(name: str, keep: float, steps: int = 100) -> dict[str, Any]:
+    """The first hundred steps of auto, with all that it does before it knows what pays, over as many plain ones."""
     torch.manual_seed(0)
-    model, (x, y) = resnet18("group").train(), some_images()
-    rows = []
-    for keep in (0.85, 0.9, 0.95, 1.0):
-        steps = {engine: make_step(engine, model, x, y, keep) for engine in ("plain", "auto")}
-        rows.append({"keep": keep, "auto": ratio(interleaved(steps, rounds), "auto", "plain"), "limit": 1.02})
-        print(f"auto / plain at q={keep}: {rows[-1]['auto']:.3f} (limit 1.02)", flush=True)
-    return rows
+    model, (x, y) = HUNDRED[name]().train(), some_images()
+    run = {"plain": make_step("plain", model, x, y, keep)}
+    for _ in range(3):
+        run["plain"]()
+    trim = batchtrim.Trimmer(keep)
+    auto = batchtrim.TrimmedForward(model, classify, trim, "auto")
+    run["auto"] = lambda: (model.zero_grad(set_to_none=True), auto(x, y).backward())  # type: ignore[assignment]
+    seconds: dict[str, list[float]] = {"plain": [], "auto": []}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EngineFallback)
+        for _ in range(steps):
+            for engine, step in run.items():
+                start = time.perf_counter()
+                step()
+                seconds[engine].append(time.perf_counter() - start)
+    row = {
+        "model": name, "keep": keep, "ratio": sum(seconds["auto"]) / sum(seconds["plain"]),
+        "later": statistics.median(seconds["auto"][10:]) / statistics.median(seconds["plain"][10:]),
+        "plain_ms": 1e3 * statistics.median(seconds["plain"]), "engine": auto.last.engine, "limit": 1.02,
+    }  # fmt: skip
+    print(
+        f"auto, first {steps} steps of {name} at q={keep}: {row['ratio']:.3f} of plain (limit 1.02), "
+        f"later {row['later']:.3f}, by '{row['engine']}'; a plain step takes {row['plain_ms']:.1f} ms",
+        flush=True,
+    )
+    return row
 
 
 def language_model(batch: int = 4, length: int = 128, keep: float = 0.5, rounds: int = 5) -> dict[str, Any]:
@@ -364,6 +357,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run-engines", default="exact,two_pass,shared,auto", help="engines of the whole runs")
     parser.add_argument("--compiled", default="", help="networks to measure compiled, comma-separated")
     parser.add_argument("--traces", default="resnet18-group", help="networks whose trace is timed, comma-separated")
+    parser.add_argument(
+        "--hundred", default="mlp,cnn,resnet8", help="networks of auto's first hundred steps, of: " + ", ".join(HUNDRED)
+    )
     parser.add_argument("--language-model", action="store_true", help="measure a language model that keeps tokens")
     parser.add_argument("--json", help="write the result here")
     options = parser.parse_args(arguments)
@@ -374,13 +370,13 @@ def main(arguments: list[str] | None = None) -> None:
         "traces": traces(tuple(filter(None, options.traces.split(",")))),
         "compiled": {name: compiled(name, keeps, options.rounds) for name in options.compiled.split(",") if name},
         "language_model": language_model(rounds=options.rounds) if options.language_model else None,
+        "first_hundred": [first_hundred(name, q) for name in options.hundred.split(",") if name for q in keeps],
     }
     engines = tuple(options.run_engines.split(","))
     runs = [whole_run(options.run_steps, engines, norm) for norm in ("group", "batch")] if options.run_steps else []
-    near = near_one(options.rounds) if options.run_steps else None
     save(
         options.json,
-        {"engines": results, "whole_runs": runs, "near_one": near, "batch": BATCH, "rounds": options.rounds, **extra},
+        {"engines": results, "whole_runs": runs, "batch": BATCH, "rounds": options.rounds, **extra},
     )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import batchtrim
 from batchtrim.engine.auto import AutoEngine
+from batchtrim.engine.capture import Capture
 from batchtrim.engine.cost import Cost, Forecast, Machine, OperatorCount
 from batchtrim.errors import ApproximateGradient, EngineFallback
 
@@ -61,7 +62,7 @@ def counted_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_whose_trace_is_not_paid_back_is_not_traced(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "batchtrim.engine"):
         step = stepped(Wide(), 0.2, BATCH)
-    assert re.search(r"goes on with 'exact': a trace .* 0\.\d s, and 100 steps 0\.\d s", caplog.records[-1].message)
+    assert re.search(r"goes on with 'exact': a trace .* \d\.\d s, and 100 steps 0\.\d s", caplog.records[-1].message)
     assert "engine='auto (exact)'" in repr(step)
     for _ in range(2):
         step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
@@ -70,6 +71,7 @@ def test_a_model_whose_trace_is_not_paid_back_is_not_traced(caplog: pytest.LogCa
 
 @pytest.mark.usefixtures("counted_first")
 def test_the_first_step_that_may_pay_is_counted_and_the_next_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Capture, "traced", True)  # the first in a process takes longer
     monkeypatch.setattr("batchtrim.engine.cost.machine_of", lambda device: Machine(flops=4e10, bytes=6e9, start=6e-6))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 1280), nn.Tanh(), nn.Linear(1280, 1280), nn.Tanh(), nn.Linear(1280, 5))
@@ -97,10 +99,11 @@ def test_what_a_forward_is_counted_to_cost() -> None:
 
 
 def test_what_a_trace_is_worth() -> None:
-    assert Forecast(step=1.0, trace=30.0).pays(0.4), "100 steps of 0.65 and the trace: 95"
-    assert not Forecast(step=1.0, trace=40.0).pays(0.4)
-    assert Forecast(step=1.0, trace=40.0).pays(0.2), "100 steps of 0.52 and the trace: 92"
-    assert not Forecast(step=1.0, trace=1.0).pays(1.0)
+    assert Forecast(step=1.0, trace=40.0).pays(0.4), "100 steps of 0.6 and the trace: 100"
+    assert not Forecast(step=1.0, trace=45.0).pays(0.4)
+    assert Forecast(step=1.0, trace=45.0).pays(0.2), "100 steps of 0.47 and the trace: 92"
+    assert not Forecast(step=1.0, trace=45.0, cutting=0.1).pays(0.2), "100 steps of 0.59 and the trace: 104"
+    assert not Forecast(step=1.0, trace=3.0).pays(1.0)
 
 
 def test_counting_changes_nothing() -> None:

@@ -110,12 +110,13 @@ class AutoEngine:
 
     def _counted(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
         """Run an exact step, and count whether a trace would be paid back."""
+        from batchtrim.engine.capture import Capture
         from batchtrim.engine.cost import OperatorCount, machine_of
 
         model = self.exact.forward.model
         with OperatorCount(machine_of(device_of(model))) as count:
             step = self.exact(x, y, selection)
-        self.forecast = count.forecast
+        self.forecast = count.forecast(first=not Capture.traced)
         assert self.saving is not None
         self.saving.was_run = True
         if not self.forecast.pays(_SMALLEST):

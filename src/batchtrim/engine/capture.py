@@ -102,6 +102,8 @@ class Capture:
         CannotCapture: on call, before anything of the function ran.
     """
 
+    traced = False  # whether any was, in this process
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -140,6 +142,7 @@ class Capture:
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 
         self.traces += 1
+        Capture.traced = True
         planner = self.make_planner()
 
         def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:

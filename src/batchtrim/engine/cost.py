@@ -106,10 +106,14 @@ def _flops(name: str, args: Sequence[Any], output: Any) -> float:
     return 0.0
 
 
+def _bytes(tensors: Any) -> int:
+    found = tensors if isinstance(tensors, (list, tuple)) else [tensors]
+    return sum(hinted_size(t) * t.element_size() for t in found if isinstance(t, Tensor))
+
+
 def _seconds(name: str, args: Sequence[Any], inputs: Sequence[Any], output: Any, machine: Machine) -> float:
     """Return the seconds an operator takes; ``inputs`` are all it reads, lists and keywords included."""
-    outputs = output if isinstance(output, (list, tuple)) else [output]
-    moved = sum(hinted_size(t) * t.element_size() for t in [*outputs, *inputs] if isinstance(t, Tensor))
+    moved = _bytes(output) + _bytes(inputs)
     flops = _flops(name, args, output) if _is_costly(name) else 0.0
     return max(flops / machine.flops, moved / machine.bytes) + machine.start
 
@@ -127,26 +131,31 @@ def cost_of(node: fx.Node, machine: Machine) -> float:
 # --- before there is a trace -----------------------------------------------------------------------------------------
 
 # Seconds of a trace, and of each operator in it, those that move no memory included: fitted to nine models, from an MLP
-# of 30 operators (0.5 s) to a BERT of 315 (4.9 s), all within a third.
-_TRACE, _TRACE_OPERATOR = 0.5, 0.0145
-# A backward takes as long as two forwards; and a machine may be three times as fast as the numbers above.
+# of 30 operators (0.5 s) to a BERT of 315 (4.9 s), all within a third. The first one in a process imports more.
+_TRACE, _TRACE_OPERATOR, _FIRST = 0.5, 0.0145, 0.9
+# A plain step takes as long as three forwards, on a machine that may be three times as fast as the numbers above.
 _STEP_OVER_FORWARD = 3.0 / 3.0
+# Cutting, over what the forward's outputs take to be written: fitted to networks of 46 to 500 ms a step.
+_CUTTING_OVER_WRITING = 0.83
 # A trace is to be paid back within so many steps, up to what a step may be slower than a plain one.
 _PAID_WITHIN, _ALLOWED = 100, 0.02
-# What a step of the trace may cost above (1 + 2q) / 3 of a plain one.
-_EXTRA = 0.05
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of a plain step, and of tracing it, as far as one can tell before it is done."""
+    """Seconds of a plain step, of tracing it, and of cutting, as far as one can tell before it is traced."""
 
     step: float
     trace: float
+    cutting: float = 0.0
 
     def pays(self, q: float) -> bool:
-        """True if a trace is paid back by 100 steps that keep q each: they take at most 2 % more than plain ones."""
-        return _PAID_WITHIN * self.step * (1 + _ALLOWED - _EXTRA - (1 + 2 * q) / 3) >= self.trace
+        """True if 100 steps that keep q each, and the trace, take at most 2 % more than plain steps.
+
+        A step of the trace is taken for ``(1 + 2q) / 3`` of a plain one and the cutting of all rows and of the kept.
+        """
+        saved = self.step * (1 + _ALLOWED - (1 + 2 * q) / 3) - (1 + q) * self.cutting
+        return _PAID_WITHIN * saved >= self.trace
 
 
 class OperatorCount(TorchDispatchMode):
@@ -162,6 +171,7 @@ class OperatorCount(TorchDispatchMode):
         self.machine = machine
         self.operators = 0
         self.seconds = 0.0
+        self.writing = 0.0  # of the seconds, on writing outputs
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -172,9 +182,10 @@ class OperatorCount(TorchDispatchMode):
         if isinstance(func, torch._ops.OpOverload) and name not in _FREE:
             inputs = pytree.tree_leaves((args, dict(kwargs or {})))
             self.seconds += _seconds(name, args, inputs, output, self.machine)
+            self.writing += _bytes(output) / self.machine.bytes
         return output
 
-    @property
-    def forecast(self) -> Forecast:
-        """What a step and its trace take, given the forward that was counted."""
-        return Forecast(_STEP_OVER_FORWARD * self.seconds, _TRACE + _TRACE_OPERATOR * self.operators)
+    def forecast(self, *, first: bool) -> Forecast:
+        """Return what a step and its trace take, given the forward that was counted; is it the process's first?"""
+        trace = _TRACE + _TRACE_OPERATOR * self.operators + (_FIRST if first else 0.0)
+        return Forecast(_STEP_OVER_FORWARD * self.seconds, trace, _CUTTING_OVER_WRITING * self.writing)
