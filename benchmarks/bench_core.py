@@ -5,7 +5,6 @@ python -m benchmarks.bench_core [--rounds 40] [--json out.json]
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 
 import batchtrim
 from batchtrim.lab.task import models
-from benchmarks.timing import interleaved, ratio, save
+from benchmarks.timing import interleaved, parser_of, ratio, save
 
 KEEP = 0.2
 
@@ -102,11 +101,7 @@ def import_time(runs: int = 5) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the result here")
-    options = parser.parse_args(arguments)
+    options = parser_of(__doc__, rounds=40, threads=2).parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = [against_topk(128, options.rounds, 200), against_topk(65_536, options.rounds, 5)]
     mass = [mass_against_topk(128, options.rounds, 200), mass_against_topk(65_536, options.rounds, 5)]

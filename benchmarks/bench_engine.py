@@ -9,7 +9,6 @@ f the share of a forward without a graph in a plain step, f + (1 - f) q. It is (
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import gc
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.lab.task import data, models
-from benchmarks.timing import interleaved, ratio, save
+from benchmarks.timing import interleaved, parser_of, ratio, save
 
 BATCH = 128
 KEEPS = (0.2, 0.4, 0.6, 0.8)
@@ -354,18 +353,15 @@ def compiled(name: str, keeps: tuple[float, ...], rounds: int) -> list[dict[str,
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rounds=15, threads=2)
     parser.add_argument("--models", default=",".join(CASES), help="comma-separated, of: " + ", ".join(CASES))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="keep fractions")
-    parser.add_argument("--rounds", type=int, default=15, help="paired rounds per keep fraction")
     parser.add_argument("--seed", type=int, default=0, help="of the networks' weights and the batches")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run-steps", type=int, default=60, help="steps of the whole run; 0 leaves it out")
     parser.add_argument("--run-engines", default="exact,two_pass,shared,auto", help="engines of the whole runs")
     parser.add_argument("--compiled", default="", help="networks to measure compiled, comma-separated")
     parser.add_argument("--traces", default="resnet18-group", help="networks whose trace is timed, comma-separated")
     parser.add_argument("--language-model", action="store_true", help="measure a language model that keeps tokens")
-    parser.add_argument("--json", help="write the result here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     keeps = tuple(float(keep) for keep in options.keeps.split(","))

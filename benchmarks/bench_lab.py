@@ -5,7 +5,6 @@ python -m benchmarks.bench_lab [--runs 200] [--json out.json]
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -22,7 +21,7 @@ from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
 from batchtrim.lab.task.code import Code
-from benchmarks.timing import interleaved, ratio, save
+from benchmarks.timing import interleaved, parser_of, ratio, save
 
 SIZE, BATCH = 3200, 128
 
@@ -132,11 +131,8 @@ def own_task(runs: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=200)
+    parser = parser_of(__doc__, runs=200, rounds=7)
     parser.add_argument("--long-runs", type=int, default=16, help="runs that are long enough to earn a worker's start")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", help="write the result here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     loops = [loop(method, options.rounds) for method in ("full", "trim")]

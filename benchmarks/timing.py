@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -50,6 +51,19 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def parser_of(text: str | None, **numbers: int) -> argparse.ArgumentParser:
+    """Return a parser with ``--json`` and an option for each whole number, which is its default.
+
+    Args:
+        text: the docstring of the benchmark's module, which is its help.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"[{default}]")
+    parser.add_argument("--json", help="write the result here, as JSON")
+    return parser
 
 
 def save(path: str | None, result: dict[str, Any]) -> None:

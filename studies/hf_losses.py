@@ -22,7 +22,6 @@ import argparse
 import copy
 import random
 import re
-import signal
 import sys
 import warnings
 from collections import Counter
@@ -43,14 +42,11 @@ from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations._labels import loss_of
 from batchtrim.integrations._model_losses import ModelLosses
 from studies.hf_models import FAMILIES, Family, tiny_config
+from studies.time_limit import TooLong, time_limit
 
 PARAMETERS = 14_000_000  # above that a configuration did not come out tiny
 SECONDS = 60
 BATCH = 4
-
-
-class TooLong(Exception):
-    pass
 
 
 def make(family: Family, kind: str, name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -174,22 +170,22 @@ def _as_in_batch(together: Any, alone: Any, row: int) -> bool:
 
 def judged(family: Family, kind: str, name: str, options: dict[str, Any], compiled: bool = False) -> tuple[str, str]:
     """The verdict, and its reason where it is not "equal"."""
-    signal.alarm(SECONDS)
     try:
-        model, batch = make(family, kind, name, options)
-        plain = loss_of(model.train()(**batch))
-        if plain is None or not plain.isfinite() or not plain.requires_grad:
-            return "not run", "no loss of the labels"
-        plain.backward()
+        with time_limit(SECONDS):
+            model, batch = make(family, kind, name, options)
+            plain = loss_of(model.train()(**batch))
+            if plain is None or not plain.isfinite() or not plain.requires_grad:
+                return "not run", "no loss of the labels"
+            plain.backward()
+    except TooLong:
+        return "not run", "too long"
     except Exception as error:  # whatever a model does with a configuration that is not its own
         return "not run", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150]
-    finally:
-        signal.alarm(0)
-    signal.alarm(SECONDS)
     try:
         if compiled:
             model = torch.compile(model, backend="eager")  # type: ignore[assignment]
-        found = {unit: _or_refused(model, batch, unit) for unit in ("sample", "element")}
+        with time_limit(SECONDS):
+            found = {unit: _or_refused(model, batch, unit) for unit in ("sample", "element")}
         if found["sample"].startswith("not run"):
             return "not run", found["sample"].partition(": ")[2]
         different = next((each for each in found.values() if each.startswith("different")), None)
@@ -202,8 +198,6 @@ def judged(family: Family, kind: str, name: str, options: dict[str, Any], compil
         return "not run", "too long"
     except Exception as error:
         return "different", f"{type(error).__name__}: {error}"[:300]
-    finally:
-        signal.alarm(0)
 
 
 def _or_refused(model: nn.Module, batch: dict[str, Tensor], unit: str) -> str:
@@ -224,10 +218,6 @@ def cases(families: list[str], only: list[str]) -> Iterator[tuple[str, Family, s
                 yield label, family, kind, name, family.options
 
 
-def _alarm(*_: Any) -> None:
-    raise TooLong
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", nargs="*", default=[], help=", ".join(FAMILIES))
@@ -237,7 +227,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    signal.signal(signal.SIGALRM, _alarm)
     lines: list[tuple[str, ...]] = []
     for label, family, kind, name, extra in cases(options.family, options.only):
         result, reason = judged(family, kind, name, extra, options.compiled)

@@ -11,7 +11,6 @@ and less than the cross-validated probabilities its authors advise.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ def _confident_learning(run: dict[str, np.ndarray]) -> Tensor | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, score, and print a table of mean and standard deviation over seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.parser_of(__doc__, epochs=20, seeds=3)
     parser.add_argument("--data-dir", help="folder with cifar10 and cifar10n [BATCHTRIM_DATA]")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--model", default="resnet8")
@@ -81,12 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--noise", default="human:aggre,human:worse,symmetric:0.2", help="kinds of label noise, comma-separated"
     )
     parser.add_argument("--methods", default="trim,full", help="methods to train with, comma-separated")
-    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--train-size", type=int)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cache", type=Path, help="folder to store the runs' predictions in")
-    parser.add_argument("--json", help="JSON file to write")
     given = parser.parse_args(arguments)
     result: dict[str, Any] = {"arguments": {**vars(given), "cache": None}, "cells": []}
     for noise in given.noise.split(","):

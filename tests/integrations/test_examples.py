@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import launch
 import pytest
 import torch
+
+import launch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BACKEND = {"backend": "aot_eager"}
@@ -84,7 +85,9 @@ def test_example_under_torchrun(name: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     path = str(EXAMPLES / f"{name}.py")
-    done = subprocess.run([*command, launch.__file__, path], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(
+        [*command, launch.__file__, path], capture_output=True, text=True, timeout=120, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.split()[-1]) >= 0.9
 

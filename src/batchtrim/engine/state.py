@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.rows import copied, put_back
+from batchtrim.engine.rows import copied, restore_values
 
 if TYPE_CHECKING:
     from batchtrim.engine.batch import Forward
@@ -212,7 +212,7 @@ class Moment:
         self.model.restore()
         self.generators.restore()
         if x is not None or y is not None:
-            put_back((x, y), (self.x, self.y))
+            restore_values((x, y), (self.x, self.y))
 
 
 def relative_difference(exact: Tensor, other: Tensor) -> float:

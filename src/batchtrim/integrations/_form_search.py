@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchtrim.integrations._decompose import Found
 from batchtrim.integrations._forms import OF_CLASSES, OF_NUMBERS, Form, FormCall
-from batchtrim.integrations._intercept import Part
+from batchtrim.integrations._intercept import LossPart
 from batchtrim.integrations._merging import Term, merged
 from batchtrim.integrations._parts import tolerance_of
 from batchtrim.unreduced import Losses
@@ -50,13 +50,13 @@ def fits(form: Form, found: Found, labels: Mapping[str, Tensor], parameters: lis
     return _same_gradient(losses, other, parameters)
 
 
-def _all_count(term: Term, part: Part) -> Term:
+def _all_count(term: Term, part: LossPart) -> Term:
     """A term whose entries all count without the mask that says so, where the model took their mean itself."""
     every = part.call.divisor is None and term.counted is not None and bool(term.counted.all())
     return term._replace(counted=None) if every else term
 
 
-def _matching(part: Part, outputs: Any, labels: Mapping[str, Tensor]) -> Iterator[FormCall]:
+def _matching(part: LossPart, outputs: Any, labels: Mapping[str, Tensor]) -> Iterator[FormCall]:
     """The ways in which a recorded call can be made of an output and a label."""
     call = part.call
     given = dict(call.own.keywords)
@@ -84,7 +84,7 @@ def _matching(part: Part, outputs: Any, labels: Mapping[str, Tensor]) -> Iterato
                     yield made
 
 
-def _factor(part: Part) -> float | None:
+def _factor(part: LossPart) -> float | None:
     """The number by which a call's losses go into L; None where it is not one number."""
     own, used = part.call.values.detach().double().sum(), part.values.detach().double().sum()
     if not bool(own.isfinite() & used.isfinite()) or float(own) == 0.0:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations._intercept import Call, NotFound, Part
+from batchtrim.integrations._intercept import LossCall, LossPart, NotFound
 
 __all__ = ["label_sizes", "output_tensors", "prove_rows", "rows_of", "shift_of"]
 
@@ -43,7 +43,7 @@ def _flat_classes(values: Tensor, batch: int, sizes: set[int]) -> bool:
     return values.ndim == 2 and not values.shape[0] % batch and values.shape[0] // batch in sizes
 
 
-def prove_rows(parts: list[Part], rows: list[Tensor], outputs: list[Tensor], labels: Sequence[Tensor]) -> None:
+def prove_rows(parts: list[LossPart], rows: list[Tensor], outputs: list[Tensor], labels: Sequence[Tensor]) -> None:
     """Each row is of its sample, told by the gradient of the outputs; where none reaches them, by the labels."""
     batch = len(rows[0])
     outputs = [each for each in outputs if each.ndim and each.shape[0] == batch]
@@ -70,7 +70,7 @@ def _reaches_its_rows(rows: Tensor, outputs: list[Tensor]) -> bool:
     return reached
 
 
-def shift_of(call: Call, label: Tensor) -> int | None:
+def shift_of(call: LossCall, label: Tensor) -> int | None:
     """Return 0 where a call's targets are these labels, sample by sample, 1 where they are the next ones, else None."""
     batch = len(label)
     if not batch or call.target.numel() % batch:

@@ -35,7 +35,7 @@ import_extra("lightning.pytorch", "lightning", "the Lightning callback")
 from lightning.pytorch import Callback, LightningModule  # noqa: E402
 from lightning.pytorch import Trainer as LightningTrainer  # noqa: E402
 
-from batchtrim.integrations._lightning_step import Clock, Interception  # noqa: E402
+from batchtrim.integrations._lightning_step import Interception, LightningClock  # noqa: E402
 
 __all__ = ["TrimmingCallback"]
 
@@ -100,7 +100,7 @@ class TrimmingCallback(Callback):
         build(keep, 2, options)  # a wrong argument shows here and not when training starts
         self.keep, self.log, self.attribute, self.options = keep, log, attribute, options
         self.keep_log, self.resume_length = keep_log, resume_length
-        self.clock = Clock(clock)
+        self.clock = LightningClock(clock)
         self.interception = Interception(options) if intercept else None
         self.trim: Trimmer | None = None
         self._restored: dict[str, Any] | None = None

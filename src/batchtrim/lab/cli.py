@@ -183,12 +183,14 @@ def claims_command(
     """
 
     def work() -> None:
+        from batchtrim.lab.analyse import claims
         from batchtrim.lab.present import overview, results
 
-        found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
-        if not found:
+        folders = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
+        if not folders:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
         with as_written("the records"):
+            found = [claims.read(each) for each in folders]
             if table is not None:
                 overview.write(found, table)
                 typer.echo(f"table: {table}")

@@ -29,12 +29,10 @@ from batchtrim.lab.analyse.inference import (
     wilcoxon,
 )
 from batchtrim.lab.metric import ERROR, Metric
-from batchtrim.lab.records import COSTS, check_result
+from batchtrim.lab.records import COSTS, Row, check_result
 from batchtrim.lab.run.config import ARM_SETTINGS, COMPARED
 
-__all__ = ["Arm", "Group", "Paired", "Summary", "Verdict", "View", "judge", "summarize"]
-
-Row = Mapping[str, Any]
+__all__ = ["Arm", "Group", "Paired", "Summary", "Verdict", "View", "summarize", "verdict_of"]
 
 
 class Verdict(Enum):
@@ -287,7 +285,7 @@ def _paired(
     values = [value / unit for value in differences]
     spread = moments(values)
     smallest = detectable(spread)
-    verdict = Verdict.ALL_DIVERGED if arm.diverged and not arm.errors else judge(spread, p_holm)
+    verdict = Verdict.ALL_DIVERGED if arm.diverged and not arm.errors else verdict_of(spread, p_holm)
     return Paired(
         seeds=tuple(seeds),
         differences=tuple(differences),
@@ -312,7 +310,7 @@ def _within(spread: Moments, metric: Metric, least: float) -> Moments:
     return replace(spread, t=(max(least, spread.t[0]), min(1.0, spread.t[1])))
 
 
-def judge(differences: Moments, p: float | None) -> Verdict:
+def verdict_of(differences: Moments, p: float | None) -> Verdict:
     """Return the verdict on paired differences, method minus baseline, with the corrected p of their t-test."""
     mean = differences.mean
     if mean is None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from batchtrim.lab.metric import Metric
+from batchtrim.lab.records import Row
 
-Row = Mapping[str, Any]
 BUDGETS = ("samples_backward", "seconds")
 
 

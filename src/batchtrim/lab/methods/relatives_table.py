@@ -10,7 +10,7 @@ from batchtrim import Trimmer
 from batchtrim._checks import check_count, check_fraction, check_keep, check_part
 from batchtrim.lab.methods.relatives import Decaying, FullEnd, GradientNorm, LossDrop, ProxySelection, UnlessFull
 from batchtrim.lab.methods.rules import Method, RunInfo
-from batchtrim.lab.methods.spec import MethodSpec, Param, Params, check_open, check_or_all
+from batchtrim.lab.methods.spec import MethodSpec, Param, Params, check_count_or_zero, check_open_interval
 from batchtrim.schedules import join
 
 __all__ = ["RELATIVES"]
@@ -118,14 +118,14 @@ RELATIVES = (
         "samples whose true class has a probability below a threshold; everything in the last epoch",
         "arXiv 2505.22342 (DBPD)",
         _dropout(matched=False),
-        {"threshold": Param(0.3, check_open, "probability from which a sample is dropped"), "last": _LAST},
+        {"threshold": Param(0.3, check_open_interval, "probability from which a sample is dropped"), "last": _LAST},
     ),
     MethodSpec(
         "data_dropout_matched",
         "as many samples of the batch as data_dropout would keep, drawn at random",
         "arXiv 2505.22342 (SMRD)",
         _dropout(matched=True),
-        {"threshold": Param(0.3, check_open, "probability from which a sample is dropped"), "last": _LAST},
+        {"threshold": Param(0.3, check_open_interval, "probability from which a sample is dropped"), "last": _LAST},
     ),
     MethodSpec(
         "data_dropout_scalar",
@@ -141,7 +141,7 @@ RELATIVES = (
         lambda s, p: ProxySelection(s, p["keep"], p["width"], p["every"]),
         {
             "keep": Param(0.5, check_keep, "part of the batch the network sees"),
-            "width": Param(0, check_or_all, "channels of the twin's first stage; 0 is half the network's"),
+            "width": Param(0, check_count_or_zero, "channels of the twin's first stage; 0 is half the network's"),
             "every": Param(4, check_count, "the twin learns in one of so many steps"),
         },
         any_engine=False,

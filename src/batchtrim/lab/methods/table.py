@@ -6,13 +6,14 @@ docs/methods with its rule, cost, source, and when not to use it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import batchtrim
 from batchtrim import Trimmer
-from batchtrim._checks import check_count, check_fraction, check_keep, check_positive
+from batchtrim._checks import check_count, check_fraction, check_keep, check_positive, check_progress
 from batchtrim.lab.files import look_up
 from batchtrim.lab.methods.relatives_table import RELATIVES
 from batchtrim.lab.methods.rules import (
@@ -31,11 +32,8 @@ from batchtrim.lab.methods.spec import (
     MethodSpec,
     Param,
     Params,
-    check_beta,
-    check_or_all,
-    check_place,
-    check_ramp,
-    check_tau,
+    check_count_or_zero,
+    check_not_negative,
 )
 
 
@@ -99,6 +97,8 @@ def _equal_compute(info: RunInfo, params: Params) -> Method:
     return Shortened(budget, info)
 
 
+_check_tau = functools.partial(check_not_negative, hint="0 stands for log(classes).")
+
 _SPECS = (
     MethodSpec("full", "mean of all losses", "plain training", lambda s, p: Method(Trimmer(1.0), s.epochs)),
     MethodSpec(
@@ -151,7 +151,7 @@ _SPECS = (
         "arXiv 1910.00762",
         lambda s, p: Method(Trimmer(1.0, select=batchtrim.percentile(p["beta"], p["history"]), seed=s.seed), s.epochs),
         {
-            "beta": Param(2.0, check_beta, "exponent; 1 / (beta + 1) of the samples are kept"),
+            "beta": Param(2.0, check_not_negative, "exponent; 1 / (beta + 1) of the samples are kept"),
             "history": Param(1024, check_count, "recent losses the percentile is taken over"),
         },
     ),
@@ -162,8 +162,8 @@ _SPECS = (
         _selective_backprop_topk,
         {
             "keep": Param(0.5, check_keep, "part of the batch kept on a selective step"),
-            "start": Param(0.5, check_place, "progress at which selection begins"),
-            "end": Param(0.9, check_place, "progress at which it ends"),
+            "start": Param(0.5, check_progress, "progress at which selection begins"),
+            "end": Param(0.9, check_progress, "progress at which it ends"),
             "every": Param(2, check_count, "one selective step in so many"),
         },
     ),
@@ -174,7 +174,7 @@ _SPECS = (
         _small_loss,
         {
             "noise_rate": Param(0.2, check_fraction, "expected part of wrong labels"),
-            "ramp_epochs": Param(10, check_ramp, "epochs until that many are dropped"),
+            "ramp_epochs": Param(10, check_count, "epochs until that many are dropped"),
         },
     ),
     MethodSpec(
@@ -190,7 +190,7 @@ _SPECS = (
         "losses weighted by (1 - p) ^ gamma",
         "arXiv 1708.02002",
         lambda s, p: Reweighted(FocalLoss(p["gamma"]), s.epochs),
-        {"gamma": Param(2.0, check_beta, "0 is plain training")},
+        {"gamma": Param(2.0, check_not_negative, "0 is plain training")},
         any_engine=False,
         smoothing=False,
     ),
@@ -201,7 +201,7 @@ _SPECS = (
         lambda s, p: Reweighted(SuperLoss(p["tau"] or math.log(s.classes), p["lam"]), s.epochs),
         {
             "lam": Param(1.0, check_positive, "the larger, the closer to plain training"),
-            "tau": Param(0.0, check_tau, "loss between easy and hard; 0 is log(classes)"),
+            "tau": Param(0.0, _check_tau, "loss between easy and hard; 0 is log(classes)"),
         },
         any_engine=False,
         smoothing=False,
@@ -224,7 +224,7 @@ _SPECS = (
         lambda s, p: RhoLoss(s, p["keep"], p["reference_epochs"]),
         {
             "keep": Param(0.1, check_keep, "part of the batch kept"),
-            "reference_epochs": Param(0, check_or_all, "epochs of the held-out networks; 0: those of the run"),
+            "reference_epochs": Param(0, check_count_or_zero, "epochs of the held-out networks; 0: those of the run"),
         },
         any_engine=False,
     ),

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from batchtrim.lab.analyse import claims
 from batchtrim.lab.analyse.claims import Finding, Record
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.files import writing
@@ -38,29 +37,19 @@ Made by `batchtrim claims records --out docs/results.md`.
 """
 
 
-def write(folders: Sequence[str | Path], out: Path) -> None:
+def write(records: Sequence[Record], out: Path) -> None:
     """Write the page, and its drawings into a folder beside it."""
-    read = [claims.read(folder) for folder in folders]
-    files = {out: _page(read)} | {out.parent / DRAWINGS / name: each for name, each in _drawings(read).items()}
+    files = {out: page(records)} | {out.parent / DRAWINGS / name: each for name, each in drawings(records).items()}
     for path, text in files.items():
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
 
 
-def page(folders: Sequence[str | Path]) -> str:
+def page(records: Sequence[Record]) -> str:
     """Return a Markdown page on all records: the claims first, then each record's tables."""
-    return _page([claims.read(folder) for folder in folders])
-
-
-def drawings(folders: Sequence[str | Path]) -> dict[str, str]:
-    """Return the page's drawings, SVG by file name."""
-    return _drawings([claims.read(folder) for folder in folders])
-
-
-def _page(read: Sequence[Record]) -> str:
-    lines = [_INTRODUCTION, *_gains(read)]
-    for record in read:
+    lines = [_INTRODUCTION, *_gains(records)]
+    for record in records:
         name, topic = record.folder.name, _topic(record)
         lines += [f"## {record.title}", ""]
         matters = f"`records/{name}`; a difference of {wording.points(record.effect)} points matters here."
@@ -91,10 +80,11 @@ def _drawn(group: Group) -> list[Arm]:
     return [arm for arm in group.arms if arm.cost.get("samples_backward") and arm.moments.mean is not None]
 
 
-def _drawings(read: Sequence[Record]) -> dict[str, str]:
+def drawings(records: Sequence[Record]) -> dict[str, str]:
+    """Return the page's drawings, SVG by file name."""
     found = {}
     css = "\n".join(_css())
-    for record in read:
+    for record in records:
         for group in record.groups:
             name = _drawing_name(record, group)
             if not name:
@@ -126,10 +116,10 @@ def _css() -> list[str]:
     return [*lines[:end], font, *(line for line in lines[end:] if line.startswith((".s0", ".s5", "svg")))]
 
 
-def _gains(read: Sequence[Record]) -> list[str]:
+def _gains(records: Sequence[Record]) -> list[str]:
     """Return each method's gain, with the problems ordered by how well plain training fits them."""
     rows = []
-    for record in read:
+    for record in records:
         for group in record.groups:
             full = next((arm for arm in group.arms if arm.label == "full"), None)
             left = [error for error in map(_training_error, full.runs) if error is not None] if full else []
