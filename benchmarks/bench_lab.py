@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from batchtrim.lab import records
 from batchtrim.lab.execute import grid, progress, scheduler
-from batchtrim.lab.present import tables
+from batchtrim.lab.present import report
 from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
@@ -119,12 +119,12 @@ def own_task(runs: int) -> dict[str, Any]:
         wall = time.perf_counter() - start
         rows = records.read(folder)
         start = time.perf_counter()
-        tables.write_report(rows, folder)
-        report = time.perf_counter() - start
-    row = {"runs": runs, "overhead_ms": (wall - sum(row["seconds"] for row in rows)) / runs * 1e3, "report_s": report}
+        report.write_report(rows, folder)
+        report_s = time.perf_counter() - start
+    row = {"runs": runs, "overhead_ms": (wall - sum(row["seconds"] for row in rows)) / runs * 1e3, "report_s": report_s}
     print(
         f"{runs} runs of a task: {row['overhead_ms']:.1f} ms a run over the task itself (limit 50 ms), "
-        f"report {report:.2f} s",
+        f"report {report_s:.2f} s",
         flush=True,
     )
     return row

@@ -184,7 +184,7 @@ def claims_command(
 
     def work() -> None:
         from batchtrim.lab.analyse import claims
-        from batchtrim.lab.present import overview, results
+        from batchtrim.lab.present import readme_table, results
 
         folders = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not folders:
@@ -192,7 +192,7 @@ def claims_command(
         with as_written("the records"):
             found = [claims.read(each) for each in folders]
             if table is not None:
-                overview.write(found, table)
+                readme_table.write(found, table)
                 typer.echo(f"table: {table}")
             if out is not None:
                 results.write(found, out)
@@ -262,10 +262,10 @@ def _rows_of(
 ) -> tuple[list[dict[str, Any]], Path]:
     """Return the runs of a folder or of a table, and where their report goes."""
     from batchtrim.lab import records
-    from batchtrim.lab.analyse import foreign
+    from batchtrim.lab.analyse import csv_table
 
     if csv is not None and folder is None:
-        return foreign.read_csv(csv, metric, higher_is_better), csv.with_suffix("")
+        return csv_table.read_csv(csv, metric, higher_is_better), csv.with_suffix("")
     if folder is None or csv is not None:
         raise ValueError(
             f"expected a folder with runs.jsonl or --csv FILE, got {'neither' if csv is None else 'both'}."
@@ -293,7 +293,7 @@ def main() -> None:
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     from batchtrim.lab import own, records
-    from batchtrim.lab.execute import cores, folders, foresee, grid, progress, scheduler
+    from batchtrim.lab.execute import cores, folders, grid, preflight, progress, scheduler
     from batchtrim.lab.run import loading
     from batchtrim.lab.run.ranks import Ranks
     from batchtrim.lab.task.code import Code
@@ -315,7 +315,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if "threads" not in settings:
         configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
     said = [cores.crowded(workers, max(config.threads for config in configs))] if not given.get("ray") else []
-    said += foresee.foresee(settings, configs)
+    said += preflight.warnings_for(settings, configs)
     out = given["out"]
     if out is None:
         base = folders.named_after(configs) if task is None else own.default_out(configs)
@@ -353,14 +353,14 @@ def _report(
 ) -> None:
     """Print the table, or the numbers as JSON, and write the report."""
     from batchtrim.lab.analyse import comparison
-    from batchtrim.lab.present import tables
+    from batchtrim.lab.present import report, tables
 
     there = [row["config"]["method"] for row in rows]
     if baseline == "full" and "full" not in there:
         baseline = next(iter([*(methods or ()), *there]), baseline)
     with as_written("the records"):
         summary = comparison.summarize(rows, baseline=baseline)
-        page = tables.write_report(rows, out, baseline)
+        page = report.write_report(rows, out, baseline)
     if as_json:
         typer.echo(json.dumps(tables.to_json(summary)))
         return

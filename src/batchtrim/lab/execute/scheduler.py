@@ -12,10 +12,10 @@ from batchtrim.lab.files import writing
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run import loading
 from batchtrim.lab.run.config import SETTINGS
-from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.perform import check_task
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.settings import Role
+from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 
 
 def run_all(

@@ -8,7 +8,7 @@ from typing import Any
 
 from batchtrim.lab.execute.workplace import DATA_DIR
 from batchtrim.lab.run.config import RunConfig
-from batchtrim.lab.run.own import TaskConfig
+from batchtrim.lab.run.task_config import TaskConfig
 
 MOST_NAMED = 12
 

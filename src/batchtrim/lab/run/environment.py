@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import batchtrim
-from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.ranks import Ranks
+from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.own_models import code_of, is_own_model
 
 

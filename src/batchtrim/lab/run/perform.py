@@ -23,7 +23,7 @@ from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import error_line
 from batchtrim.lab.run.handle import OnEpoch, Run, TaskMistake, as_number
-from batchtrim.lab.run.own import TaskConfig
+from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.task.code import own_traceback
 
 __all__ = ["check_task", "perform"]
