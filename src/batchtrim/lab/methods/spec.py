@@ -1,4 +1,4 @@
-"""A row of the table of methods, and checks of method parameters that the core does not have."""
+"""A row of the table of methods, and the checks of parameters that only methods need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MethodSpec:
     """One method of the table.
 
     Args:
-        name: what one types; ``summary``: one line; ``source``: where the rule comes from.
+        name: as typed; ``summary``: one line; ``source``: where the rule comes from.
         build: makes the method from a :class:`RunInfo` and checked parameters.
         params: the parameters it takes, by name.
         uses_schedule: True if it follows the run's keep schedule.
