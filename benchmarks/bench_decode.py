@@ -62,7 +62,7 @@ def make_images(folder: Path, number: int) -> float:
 
 
 def bare(folder: Path) -> float:
-    """Seconds of a loop that reads, decodes and resizes every file, in as many threads as there are cores."""
+    """Return the seconds of a loop that reads, decodes and resizes every file, in a thread per core."""
 
     def one(files: list[Path]) -> None:
         for file in files:

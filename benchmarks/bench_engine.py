@@ -73,7 +73,7 @@ def bert(dropout: float = 0.1) -> nn.Module:
 
 @functools.cache
 def _labelled_images() -> tuple[Tensor, Tensor]:
-    """CIFAR-10 where it is at hand, else scikit-learn's digits at the same size: real, so that a network learns."""
+    """Return CIFAR-10, or scikit-learn's digits at the same size: real images, so that a network learns."""
     name = "cifar10" if os.environ.get("BATCHTRIM_DATA") else "digits"
     found = data.load(name)
     images = found.train_images[:10_000].float() / 255 * 2 - 1
@@ -109,7 +109,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, Tensor]]
 
 
 def make_step(name: str, model: nn.Module, x: Any, y: Tensor, keep: float) -> Callable[[], Tensor]:
-    """One step of an engine: the loss, after its backward."""
+    """Return one step of an engine, which returns the loss after its backward."""
     trim = batchtrim.Trimmer(keep)
     k = batchtrim.keep_count(keep, BATCH)
 
@@ -140,7 +140,7 @@ def gradients(model: nn.Module) -> Tensor:
 
 
 def warm_up(model: nn.Module, batches: Callable[[], tuple[Any, Tensor]], steps: int) -> None:
-    """Some steps of training, so that gradients and statistics are those of a network at work."""
+    """Train for some steps, so that gradients and statistics are those of a network at work."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(steps):
         x, y = batches()
@@ -151,7 +151,7 @@ def warm_up(model: nn.Module, batches: Callable[[], tuple[Any, Tensor]], steps: 
 
 
 def agreement(model: nn.Module, batches: list[tuple[Any, Tensor]], keep: float) -> dict[str, Any]:
-    """Gradient of two_pass and shared against exact, all parameters together.
+    """Compare the gradients of two_pass and shared with exact, all parameters together.
 
     The largest relative error, the median cosine, and every batch's cosine.
     """
@@ -176,7 +176,7 @@ def agreement(model: nn.Module, batches: list[tuple[Any, Tensor]], keep: float) 
 
 
 def peak_memory(step: Callable[[], Any]) -> float:
-    """Peak resident memory of one step above what was held before it, in MiB; on a GPU, of its allocator."""
+    """Return the peak resident memory of one step above what was held before it, in MiB; on a GPU, of its allocator."""
     step()
     gc.collect()
     if torch.cuda.is_available():
@@ -188,7 +188,7 @@ def peak_memory(step: Callable[[], Any]) -> float:
 
 
 def _allocated_peak(step: Callable[[], Any]) -> float:
-    """Peak of bytes allocated by tensors, from the profiler's own allocation records: resident size lags behind."""
+    """Return the peak of bytes allocated by tensors, from the profiler's records: resident size lags behind."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     held = peak = 0
@@ -229,7 +229,7 @@ def measure(name: str, keeps: tuple[float, ...], rounds: int, seed: int = 0) -> 
 
 
 def whole_run(steps: int, names: tuple[str, ...], norm: str = "group") -> dict[str, Any]:
-    """Plain training and trim on the paper's schedule with each engine, step by step in turn, optimizer included."""
+    """Time plain training, and trim on the paper's schedule with each engine, taking turns step by step."""
     torch.manual_seed(0)
     first = resnet18(norm).train()
     networks = {name: copy.deepcopy(first) for name in ("plain", *names)}
@@ -255,7 +255,7 @@ def whole_run(steps: int, names: tuple[str, ...], norm: str = "group") -> dict[s
 
 
 def near_one(rounds: int) -> list[dict[str, float]]:
-    """auto against plain where little can be saved."""
+    """Time auto against plain where little can be saved."""
     torch.manual_seed(0)
     model, (x, y) = resnet18("group").train(), some_images()
     rows = []
@@ -267,7 +267,7 @@ def near_one(rounds: int) -> list[dict[str, float]]:
 
 
 def language_model(batch: int = 4, length: int = 128, keep: float = 0.5, rounds: int = 5) -> dict[str, Any]:
-    """A GPT-2 of 4 layers with its full vocabulary, half of the tokens kept: step time, peak memory, gradient error."""
+    """Measure a GPT-2 of 4 layers that keeps half of its tokens: step time, peak memory, gradient error."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -310,7 +310,7 @@ def language_model(batch: int = 4, length: int = 128, keep: float = 0.5, rounds:
 
 
 def traces(names: tuple[str, ...]) -> dict[str, float]:
-    """Seconds of the first step of the shared engine beyond a plain one: what a trace takes, once a run."""
+    """Return the seconds that the shared engine's first step takes beyond a plain one: the trace, once a run."""
     seconds = {}
     for name in names:
         build, inputs, _ = CASES[name]
@@ -329,7 +329,7 @@ def traces(names: tuple[str, ...]) -> dict[str, float]:
 
 
 def compiled(name: str, keeps: tuple[float, ...], rounds: int) -> list[dict[str, float]]:
-    """Engines on a model that the user compiled, over a compiled plain step.
+    """Time engines on a model that the user compiled, over a compiled plain step.
 
     The first steps compile, and are not counted: the second of ``shared``, the first and the first with another k of
     the others. From q = 0.4 on ``shared`` is to be below ``two_pass``.

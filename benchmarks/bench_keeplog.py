@@ -21,7 +21,7 @@ BATCH, SAMPLES = 128, 50_000
 
 
 def step_cost(rounds: int) -> dict[str, Any]:
-    """Seconds of a resnet8 step, of recording a batch (its share of entering the log included), and their ratio."""
+    """Return the seconds of a resnet8 step and of recording a batch (entering the log included), and their ratio."""
     torch.manual_seed(0)
     model = models.build("resnet8", (3, 32, 32), 10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters())
@@ -65,7 +65,7 @@ def step_cost(rounds: int) -> dict[str, Any]:
 
 
 def memory(samples: int = 1_000_000) -> dict[str, Any]:
-    """Bytes that a log of a million samples holds on the device."""
+    """Return the bytes that a log of a million samples holds on the device."""
     log = batchtrim.KeepLog(samples)
     held = sum(column.untyped_storage().nbytes() for column in log._columns.values())
     return {"samples": samples, "MiB": held / 2**20, "bytes per sample": held / samples}

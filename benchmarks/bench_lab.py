@@ -27,7 +27,7 @@ SIZE, BATCH = 3200, 128
 
 
 def loop(method: str, rounds: int, network: str = "resnet8") -> dict[str, Any]:
-    """An epoch in the lab, with its augmentation and records, over one written by hand without either.
+    """Time an epoch in the lab, with augmentation and records, over one written by hand without either.
 
     The network ``speed`` goes with label smoothing, so that ranking by the unsmoothed loss is inside the clock.
     """
@@ -77,7 +77,7 @@ def loop(method: str, rounds: int, network: str = "resnet8") -> dict[str, Any]:
 
 
 def overhead(runs: int, workers: int, epochs: int) -> dict[str, Any]:
-    """Milliseconds a run that a sweep of digits runs adds to the training itself, and runs a second."""
+    """Return the milliseconds that a sweep of digits adds to the training of a run, and runs per second."""
     wanted = {"methods": ["full", "trim"], "seeds": runs // 2, "epochs": epochs, "threads": 1}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -103,7 +103,7 @@ def overhead(runs: int, workers: int, epochs: int) -> dict[str, Any]:
 
 
 def own_task(runs: int) -> dict[str, Any]:
-    """Milliseconds that the harness adds to each run of a training function of one's own, and those of the report."""
+    """Return the milliseconds that the harness adds to a run of a function of yours, and the report's seconds."""
 
     def task(run: Any) -> dict[str, float]:
         for _ in range(run.epochs):

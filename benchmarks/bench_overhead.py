@@ -164,7 +164,7 @@ TRAINERS: dict[str, Callable[[str, bool], list[float]]] = {
 
 
 def median_step(ends: list[float]) -> float:
-    """The first steps warm up."""
+    """Return the median time of a step; the first steps warm up."""
     gaps = [end - start for start, end in itertools.pairwise(ends)]
     return statistics.median(gaps[1:])
 
@@ -214,7 +214,7 @@ for scope in ("local", "global"):
 
 
 def over_ranks(losses: int) -> dict[str, float]:
-    """Microseconds of a call, forward and backward, on two ranks over gloo on this machine."""
+    """Return the microseconds of a call, forward and backward, on two ranks over gloo on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         commands = [[sys.executable, "-c", _RANK, str(rank), f"{folder}/store", str(losses)] for rank in range(2)]
         ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]

@@ -53,7 +53,7 @@ def step_of(package: ModuleType, model: Any, x: Any, y: Any, keep: float) -> Any
 
 
 def measure(name: str, other: ModuleType, keeps: tuple[float, ...], rounds: int) -> list[dict[str, Any]]:
-    """Both engines over a plain step."""
+    """Time both engines over a plain step."""
     build, inputs, _ = CASES[name]
     torch.manual_seed(0)
     model, (x, y) = build().train(), inputs()

@@ -18,7 +18,7 @@ import batchtrim
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, inner: int = 1) -> dict[str, list[float]]:
-    """Seconds per call of each function, ``rounds`` times, one after the other in every round."""
+    """Return the seconds per call of each function, ``rounds`` times, taking turns in every round."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -34,12 +34,12 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, inner: int
 
 
 def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
-    """Median of the ratios taken within each round."""
+    """Return the median of the ratios taken within each round."""
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
 def environment() -> dict[str, Any]:
-    """What a number has to be read with."""
+    """Return what belongs to a number: versions, machine and date."""
     return {
         "batchtrim": batchtrim.__version__,
         "torch": torch.__version__,

@@ -237,7 +237,7 @@ def _line(text: str) -> str:
 def cases(
     tasks: list[str], only: list[str], engines: list[str], every: bool = True
 ) -> Iterator[tuple[Task, str, str, bool, str]]:
-    """One class of each model type, with dropout, and then, with ``every``, all else.
+    """Yield one class of each model type, with dropout, and then, with ``every``, all else.
 
     So what is stopped early has seen every architecture.
     """

@@ -50,7 +50,7 @@ BATCH = 4
 
 
 def make(family: Family, kind: str, name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A tiny model of a class, and a batch."""
+    """Return a tiny model of a class, and a batch."""
     torch.manual_seed(0)
     config = tiny_config(kind, family.labels)
     for key, value in options.items():
@@ -80,7 +80,7 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
 
 
 def source(model: nn.Module, unit: str) -> ModelLosses:
-    """The losses of a TrimmedTrainer, without the trainer."""
+    """Return the losses of a TrimmedTrainer, without the trainer."""
     trainer = SimpleNamespace(
         args=SimpleNamespace(label_smoothing_factor=0.0), label_smoother=None, trim_options={"unit": unit},
         label_names=find_labels(type(uncompiled(model))), is_fsdp_enabled=False, is_deepspeed_enabled=False,
@@ -90,7 +90,7 @@ def source(model: nn.Module, unit: str) -> ModelLosses:
 
 
 def verdict(model: nn.Module, batch: dict[str, Tensor], unit: str) -> str:
-    """equal, or what differs."""
+    """Return "equal", or what differs."""
     trim = Trimmer(1.0, unit=unit)
     model.train()
     seed()
@@ -156,7 +156,7 @@ def rows_verdict(model: nn.Module, batch: dict[str, Tensor]) -> str:
 
 
 def _of_row(value: Any, row: int) -> Any:
-    """What a batch holds of a sample: one entry, or as many as there are patches of its image."""
+    """Return a sample's part of a batch: one entry, or one for each patch of its image."""
     if not hasattr(value, "__len__") or (isinstance(value, Tensor) and not value.ndim):
         return value
     each = len(value) // BATCH
@@ -169,7 +169,7 @@ def _as_in_batch(together: Any, alone: Any, row: int) -> bool:
 
 
 def judged(family: Family, kind: str, name: str, options: dict[str, Any], compiled: bool = False) -> tuple[str, str]:
-    """The verdict, and its reason where it is not "equal"."""
+    """Return the verdict, and its reason if it is not "equal"."""
     try:
         with time_limit(SECONDS):
             model, batch = make(family, kind, name, options)

@@ -27,7 +27,7 @@ from studies import recorded
 
 
 def scores(run: dict[str, np.ndarray], batch: int) -> dict[str, Tensor]:
-    """Of one recorded run, each score (n,), larger where a label is more likely wrong."""
+    """Return each score (n,) of one recorded run, larger where a label is more likely wrong."""
     n, classes = run["probabilities"].shape
     log = batchtrim.KeepLog(n, classes=classes, warn=False)
     for _ in recorded.epochs(log, run, batch):
@@ -46,7 +46,7 @@ def scores(run: dict[str, np.ndarray], batch: int) -> dict[str, Tensor]:
 
 
 def _mean_margin(run: dict[str, np.ndarray]) -> Tensor:
-    """Logit of the label minus the largest other, mean over epochs (Pleiss et al. 2020); (n,)."""
+    """Return the logit of the label minus the largest other, mean over epochs (Pleiss et al. 2020); (n,)."""
     labels = torch.from_numpy(run["labels"])
     total = torch.zeros(len(labels))
     for rows, outputs in zip(torch.from_numpy(run["ids"]).long(), torch.from_numpy(run["outputs"]), strict=True):
@@ -57,7 +57,7 @@ def _mean_margin(run: dict[str, np.ndarray]) -> Tensor:
 
 
 def _confident_learning(run: dict[str, np.ndarray]) -> Tensor | None:
-    """cleanlab: samples it calls label issues first, then the others, each by the probability of their label."""
+    """Rank by cleanlab: its label issues first, then the other samples, each by the probability of their label."""
     try:
         from cleanlab.filter import find_label_issues
         from cleanlab.rank import get_label_quality_scores

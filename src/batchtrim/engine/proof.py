@@ -33,7 +33,7 @@ LAYOUT = "batchtrim_layout"  # key in a node's meta
 
 
 def _plain(value: Any) -> Any:
-    """Symbolic numbers in nested arguments as expressions."""
+    """Return nested arguments with symbolic numbers as expressions."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return expression_of(value)
@@ -63,7 +63,7 @@ def make_call(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: A
 
 
 def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts: Any) -> list[Layout]:
-    """By rule, or by the rules of what the operator is made of."""
+    """Return layouts by the operator's rule, or by the rules of the operators it is made of."""
     if has_rule(call.func) or not any(isinstance(value.layout, Rows) for value in call.values):
         return apply_rule(call)
 
@@ -106,7 +106,7 @@ class _Walk:
         return _plain(value)
 
     def call(self, node: fx.Node) -> list[Layout]:
-        """What the rule of a node's operator says.
+        """Return what the rule of a node's operator says.
 
         Raises:
             Mixes: see :func:`batchtrim.engine.rules.apply_rule`.
@@ -291,7 +291,7 @@ def _fresh(node: fx.Node) -> bool:
 
 
 def _kept_batch_norm(node: fx.Node, walk: _Walk, proof: Proof) -> list[Layout] | None:
-    """BatchNorm's backward with its means over the kept rows, and the whole batch's statistics."""
+    """Return the layouts of BatchNorm's backward with means over the kept rows and the batch's own statistics."""
     if name_of(node.target) not in rules_nn.BATCH_NORM_BACKWARD:
         return None
     gradient, x = walk.see(node.args[0]), walk.see(node.args[1])

@@ -100,7 +100,7 @@ class LossFinder:
 
 
 def _alike(parts: list[LossPart], rows: list[Tensor]) -> bool:
-    """True where the parts add up entry by entry: the same entries, counted alike."""
+    """Return True if the parts add up entry by entry: the same entries, counted alike."""
     first = parts[0]
     return len(parts) == 1 or all(
         part.weights is None

@@ -36,7 +36,7 @@ def find_form(
 
 
 def fits(form: Form, found: Found, labels: Mapping[str, Tensor], parameters: list[nn.Parameter]) -> bool:
-    """True where a form gives the losses that were found: values, what counts, and the gradient."""
+    """Return True if a form gives the recorded losses: values, what counts, and the gradient."""
     try:
         losses, scores = form.with_scores(found.outputs, labels)
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError):  # shapes of another layout
@@ -51,13 +51,13 @@ def fits(form: Form, found: Found, labels: Mapping[str, Tensor], parameters: lis
 
 
 def _all_count(term: Term, part: LossPart) -> Term:
-    """A term whose entries all count without the mask that says so, where the model took their mean itself."""
+    """Return a term without its mask if all entries count, where the model took their mean itself."""
     every = part.call.divisor is None and term.counted is not None and bool(term.counted.all())
     return term._replace(counted=None) if every else term
 
 
 def _matching(part: LossPart, outputs: Any, labels: Mapping[str, Tensor]) -> Iterator[FormCall]:
-    """The ways in which a recorded call can be made of an output and a label."""
+    """Yield the ways to make a recorded call from an output and a label."""
     call = part.call
     given = dict(call.own.keywords)
     for name in ("input", "target", "reduction", "size_average", "reduce"):
@@ -85,7 +85,7 @@ def _matching(part: LossPart, outputs: Any, labels: Mapping[str, Tensor]) -> Ite
 
 
 def _factor(part: LossPart) -> float | None:
-    """The number by which a call's losses go into L; None where it is not one number."""
+    """Return the factor by which a call's losses enter L; None if it is not one number."""
     own, used = part.call.values.detach().double().sum(), part.values.detach().double().sum()
     if not bool(own.isfinite() & used.isfinite()) or float(own) == 0.0:
         return None
@@ -113,7 +113,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _same_gradient(one: Losses, other: Losses, parameters: list[nn.Parameter]) -> bool:
-    """Of the losses, each weighed by another number."""
+    """Return True if the losses, each weighted by another number, have the same gradient."""
     number = len(one.values)
     weights = torch.linspace(1.0, 2.0, number, device=one.values.device, dtype=one.values.dtype)
     sums = []

@@ -116,7 +116,7 @@ def plain_sums(losses: Losses) -> Tensor:
 
 
 def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:
-    """What the loss of each micro-batch is multiplied by: the Trainer adds them up and averages over R ranks.
+    """Return the factor of each micro-batch's loss: the Trainer adds the losses up and averages over R ranks.
 
     ``R * n_m / N``, n_m of N in the windows of all ranks; with scope "global", whose loss is that of all ranks already,
     ``sum_r(n_rm) / N``; and where the whole window is chosen from, its sum in place of n_m.

@@ -16,7 +16,7 @@ __all__ = ["parts_of"]
 
 
 def parts_of(loss: Any, calls: list[LossCall], *, check: bool) -> list[LossPart]:
-    """What each recorded call contributes to ``loss``.
+    """Return what each recorded call contributes to ``loss``.
 
     ``L = sum_i dL/dr_i * r_i``, with the values u of call i in place of its r. That holds where L is homogeneous in the
     recorded values: sums of them, with factors. The gradient with respect to the model is right for any L.
@@ -64,7 +64,7 @@ def _has_other_leaves(loss: Tensor, leaves: list[Tensor]) -> bool:
 
 
 def _check(loss: Tensor, calls: list[LossCall], factors: Any) -> None:
-    """Each reduced value against the caller's own call, and L against what it is made of."""
+    """Check each reduced value against the caller's own call, and L against the sum of its parts."""
     used = [(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
     for call, _ in used:
         with torch.no_grad():
@@ -84,7 +84,7 @@ def compare(true: Tensor, found: Tensor, what: str) -> None:
 
 
 def near(true: float, found: float, dtype: torch.dtype) -> bool:
-    """True where a loss is what was found, up to rounding; and where it is NaN, which it is in plain training too."""
+    """Return True if a loss is what was found, up to rounding, or is NaN, as it then is in plain training."""
     return true != true or abs(true - found) <= tolerance_of(dtype) * max(abs(true), 1e-2)
 
 

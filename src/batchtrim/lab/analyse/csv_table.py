@@ -1,4 +1,4 @@
-"""Numbers that another program made, as records: a table with a method, a seed and a number in each row."""
+"""Read the results of another program as records: a CSV table with a method, a seed and a number in each row."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def _trim_late(info: RunInfo, params: Params) -> Method:
 
 
 def _trim_full_end(info: RunInfo, params: Params) -> Method:
-    """Follow the run's whole schedule, then keep everything in the last part, at least one epoch."""
+    """Follow the run's whole schedule, then keep all samples in the last part, at least one epoch."""
     epochs = info.epochs
     trimmed = epochs - max(1, round(params["last"] * epochs))
     keep = info.keep if trimmed > 0 else batchtrim.constant(1.0)

@@ -94,7 +94,7 @@ def style_class(style: int) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers that span ``low`` to ``high``: multiples of 1, 2 or 5 times a power of ten."""
+    """Return round numbers that span ``low`` to ``high``: multiples of 1, 2 or 5 times a power of ten."""
     span = high - low
     if not span > 0:
         return [low]

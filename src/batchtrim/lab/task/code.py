@@ -208,7 +208,7 @@ def _hash_of_file(path: Path) -> str:
 
 @functools.cache
 def _first_hash(file: str, module: int) -> str:
-    """The hash of a module's file when the module was first asked for; "" where it is gone, or no text."""
+    """Return the hash of a module's file when it was first asked for; "" if it is gone, or no text."""
     try:
         return _hash_of_file(Path(file))
     except (OSError, ValueError):

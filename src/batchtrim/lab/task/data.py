@@ -94,7 +94,7 @@ class ImageData:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image."""
+        """The channels, height and width of one image."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
 

@@ -137,7 +137,7 @@ def load(
 
 
 def _version(found: data.ImageData, hashes: np.ndarray) -> str:
-    """Hash what is trained and tested on, whatever the files are called and wherever and whenever they were written."""
+    """Hash the pixels, labels and split, independent of file names, places and dates."""
     labels = torch.cat([found.train_labels, found.test_labels]).numpy()
     told = json.dumps([found.shape, len(found.train_labels), found.class_names])
     digest = hashlib.sha256(told.encode())
@@ -256,7 +256,7 @@ def _only(file: Path, places: np.ndarray) -> None:
 
 
 def _size(headers: Sequence[Header], options: ImageOptions) -> tuple[tuple[int, int], list[str]]:
-    """Width and height of all, and what is to be said of it."""
+    """Return the width and height of all images, and a note on it."""
     sizes = Counter((each.width, each.height) for each in headers)
     if options.image_size is not None:
         size = (options.image_size, options.image_size)
