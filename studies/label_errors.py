@@ -1,4 +1,4 @@
-"""How well samples with wrong labels are found: keep history against losses and confident learning.
+"""Measure how well wrong labels are found: keep history against losses and confident learning.
 
 ``python -m studies.label_errors --data-dir DIR --noise human:aggre,human:worse,symmetric:0.2 --seeds 3``
 

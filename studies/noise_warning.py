@@ -1,4 +1,4 @@
-"""Whether the noise warning is right: runs on clean, randomly wrong and humanly wrong labels, each told yes or no.
+"""Test the noise warning: runs on clean labels, random errors and human errors, each with a warning or none.
 
 ``python -m studies.noise_warning --data-dir DIR --seeds 2,3,4 --cache FOLDER --json FILE``
 

@@ -48,7 +48,7 @@ class CannotCapture(Exception):
 
 
 class Planner(Protocol):
-    """What is made of one trace."""
+    """Makes the graphs of one trace, and runs them."""
 
     def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
         """Return the forward and backward modules of a joint graph; ``split`` cuts it as torch does."""

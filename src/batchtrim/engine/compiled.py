@@ -32,7 +32,7 @@ _BACKWARDS = 3
 
 @dataclass(frozen=True)
 class Runs:
-    """How the two parts of a backward run, how rows are cut, and how they are put back."""
+    """The functions that run the two parts of a backward, cut rows, and put them back."""
 
     upper: Callable[[list[Any]], Any]
     lower: Callable[[list[Any]], Any]

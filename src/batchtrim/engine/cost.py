@@ -1,4 +1,4 @@
-"""What a traced step costs, counted from its graphs: nothing is timed, so that a run repeats.
+"""The cost of a traced step, counted from its graphs: nothing is timed, so that runs are reproducible.
 
 An operator costs the longest of its arithmetic and the memory it moves, and a share of time whatever it does. The
 machine's numbers are rough; what is decided by them is whether a step that cuts is cheaper than one that does not.

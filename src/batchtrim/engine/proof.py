@@ -201,7 +201,7 @@ def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -
 
 @dataclass
 class NodeProof:
-    """What is proven of one node of a backward graph.
+    """The proof of one node of a backward graph.
 
     Attributes:
         gradient: whether it depends on the losses' gradient.

@@ -1,4 +1,4 @@
-"""Which operators leave rows apart, and where rows lie in what they return: one rule a kind of operator.
+"""One rule per kind of operator: whether it keeps rows apart, and where rows lie in its results.
 
 A rule answers from shapes and layouts, never from values. It promises: computed on the kept rows alone, the operator
 gives exactly the kept rows of what it gives on all of them. A sum over rows keeps the promise where the rows that are

@@ -30,7 +30,7 @@ class NewTrace(Exception):
 
 
 class Tape:
-    """What one forward saved that has rows, until its backward.
+    """The tensors with rows that one forward saved for its backward.
 
     Attributes:
         chosen: the kept rows; None where backward runs on all.

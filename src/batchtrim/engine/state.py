@@ -200,7 +200,7 @@ class ModelState:
 
 
 class Moment:
-    """What a step may change, as it is now: buffers, plain attributes, generators, and the batch where one is given."""
+    """A copy of what a step may change: buffers, plain attributes, generators, and the batch if one is given."""
 
     def __init__(self, forward: Forward, x: Any = None, y: Any = None) -> None:
         self.x, self.y = copied((x, y))

@@ -29,7 +29,9 @@ _BATCH_NORM = "BatchNorm would take its statistics from the kept samples alone"
 
 
 class TwoPassEngine:
-    """What peers do, without their side effects, and checked. Cost: (1 + 3q) / 3 of a plain step, below 1 for q < 2/3.
+    """Two passes, as in other projects, but checked and without their side effects.
+
+    They cost (1 + 3q) / 3 of a plain step, which is below 1 for q < 2/3.
 
     The kept losses of the second pass must be those that were scored in the first, in every step; else the engine
     refuses, for the kept rows alone are then not what they were in the batch. What a loss does not show (a gate that

@@ -1,4 +1,4 @@
-"""Which standard form a model's loss has, for each kind of batch, and whether it still has it."""
+"""The standard form of a model's loss for each kind of batch, checked in every step."""
 
 from __future__ import annotations
 

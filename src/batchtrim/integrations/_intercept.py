@@ -64,7 +64,7 @@ class LossCall:
 
 @dataclass
 class LossPart:
-    """What one call contributes to L: ``L = sum over parts of sum_j(values_j / divisor)``.
+    """One call's contribution to L: ``L = sum over parts of sum_j(values_j / divisor)``.
 
     Attributes:
         values: the call's, times the factor they go into L with. weights: what is to be counted, or None for ones.

@@ -1,4 +1,4 @@
-"""What a Hugging Face batch trains on, and what it weighs in an optimizer step.
+"""The labels of a Hugging Face batch, and its weight in an optimizer step.
 
 Legend: B batch, T tokens, M micro-batches in a window (one optimizer step), R ranks.
 """
@@ -41,7 +41,7 @@ def named_labels(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> dict[s
 
 @dataclass(frozen=True)
 class Counting:
-    """How many losses of a batch there are to choose from, told by its labels.
+    """The way to count the losses of a batch to select from, by its labels.
 
     Attributes:
         ignored: the label that does not count; None where every sample counts as one.

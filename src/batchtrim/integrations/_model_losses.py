@@ -35,7 +35,7 @@ class FlatLosses(NamedTuple):
 
 
 class ModelLosses:
-    """What a TrimmedTrainer chooses from.
+    """The losses that a TrimmedTrainer selects from.
 
     Args:
         trainer: a TrimmedTrainer. per_sample_loss: ``(outputs, labels) -> losses``, or None for the model's own loss.

@@ -1,4 +1,4 @@
-"""What each recorded call of a loss function contributes to the number that was made of them.
+"""The contribution of each recorded call of a loss function to the number computed from them.
 
 Legend: L the number, u_j un-reduced losses of a call, r the value the caller got for them, D its divisor.
 """

@@ -1,4 +1,4 @@
-"""Which loss is of which sample: laid out by the number of labels, proven by the gradient of the model's outputs."""
+"""Assign losses to samples: by the number of labels, proven by the gradient of the model's outputs."""
 
 from __future__ import annotations
 

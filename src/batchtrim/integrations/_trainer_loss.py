@@ -26,7 +26,7 @@ __all__ = ["TrainerLoss"]
 
 
 class TrainerLoss:
-    """What a TrimmedTrainer trains on.
+    """The loss that a TrimmedTrainer trains on.
 
     Args:
         trainer: a TrimmedTrainer. per_sample_loss, over, engine: its arguments.

@@ -94,7 +94,7 @@ class TrimmingCallback(Callback):
             raise TypeError(f"expected `log` to be a bool and `keep_log` to be a batchtrim.KeepLog, got {given}.")
         if intercept and (keep_log is not None or options.get("scope", "local") != "local"):
             raise ValueError(
-                "expected `scope` 'local' and no `keep_log` with `intercept`, which knows no ids and no other rank, "
+                "expected `scope` 'local' and no `keep_log` with `intercept`, which has no ids and asks no other rank, "
                 "got one of them. Call self.trim(losses) in training_step."
             )
         build(keep, 2, options)  # a wrong argument shows here and not when training starts

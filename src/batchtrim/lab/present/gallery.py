@@ -61,7 +61,7 @@ DRAWN = ("random", "loss_mass_random", "data_dropout")
 @renamed("pictures", "images")
 @dataclass(frozen=True)
 class Samples:
-    """What the log's ids stand for.
+    """The samples that the log's ids stand for.
 
     Args:
         labels: int (n,), as trained on. ``classes``: their C names. Neither for samples of no class, as in regression.

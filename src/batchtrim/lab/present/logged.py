@@ -1,4 +1,4 @@
-"""Which run of a folder is shown: by key, by name, or the one that is meant most often."""
+"""Choose the run of a folder to show: by key, by name, or the likeliest one."""
 
 from __future__ import annotations
 

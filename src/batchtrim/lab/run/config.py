@@ -229,9 +229,9 @@ class RunConfig:
 
 SETTINGS: Mapping[str, Setting] = settings_of(RunConfig)
 ARM_SETTINGS = tuple(name for name, each in SETTINGS.items() if each.role is Role.ARM)
-"""What makes an arm of a comparison."""
+"""Settings that make an arm of a comparison."""
 COMPARED = tuple(name for name, each in SETTINGS.items() if each.role in (Role.ARM, Role.SEED, Role.SPEED))
-"""What runs of one comparison may differ in; all other settings make its group."""
+"""Settings in which runs of one comparison may differ; all others make its group."""
 
 
 def resolve_device(device: str) -> str:

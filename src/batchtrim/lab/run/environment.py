@@ -1,4 +1,4 @@
-"""What a run's numbers belong to: versions, hardware, and the commit the package runs from."""
+"""The environment of a run: versions, hardware, and the commit the package runs from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training function of the reader's is given: the run, with its trimmer, seed, folder and log."""
+"""The argument of a user's training function: the run, with its trimmer, seed, folder and log."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _moves(run: Run) -> bool:
 
 
 class _Seen:
-    """What the function did to the process."""
+    """Changes that the function made to the process."""
 
     def __init__(self) -> None:
         self._before = set(threading.enumerate())

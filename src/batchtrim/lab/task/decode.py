@@ -37,7 +37,7 @@ class BrokenImage(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What the head of an image file says."""
+    """The data in the head of an image file."""
 
     width: int
     height: int

@@ -36,7 +36,7 @@ MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How a data set of one's own is read.
+    """Options for reading a user's own data set.
 
     Args:
         image_size: side in pixels that every image is brought to; None keeps images of one small size as they are.
