@@ -85,9 +85,8 @@ def test_example_under_torchrun(name: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     path = str(EXAMPLES / f"{name}.py")
-    done = subprocess.run(
-        [*command, launch.__file__, path], capture_output=True, text=True, timeout=120, env=environment
-    )
+    command += [launch.__file__, path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.split()[-1]) >= 0.9
 

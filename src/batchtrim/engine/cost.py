@@ -1,4 +1,4 @@
-"""The cost of a traced step, counted from its graphs: nothing is timed, so that runs are reproducible.
+"""What a traced step costs, counted from its graphs: nothing is timed, so that a run repeats.
 
 An operator costs the longest of its arithmetic and the memory it moves, and a share of time whatever it does. The
 machine's numbers are rough; what is decided by them is whether a step that cuts is cheaper than one that does not.
@@ -28,7 +28,7 @@ class Machine:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """Return rough numbers of a device; of a CPU for the number of threads in use."""
+    """Rough numbers of a device; of a CPU for the number of threads in use."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return Machine(4e10 * threads, 6e9 * min(threads, 4), 6e-6)
@@ -50,14 +50,14 @@ class Cost:
     overhead: float = 0.0
 
     def ratio(self, q: float) -> float:
-        """Return the cost of a step that keeps q, over that of a plain step."""
+        """Cost of a step that keeps q, over a plain step's."""
         plain = self.forward + self.upper + self.lower
         step = self.forward + q * self.upper + self.lower + (1 + q) * self.cutting + self.overhead
         return step / plain if plain else math.inf
 
     @property
     def share(self) -> float:
-        """The share of a backward's work that runs on the kept rows."""
+        """How much of a backward's work runs on the kept rows."""
         return self.upper / (self.upper + self.lower) if self.upper else 0.0
 
 
@@ -101,7 +101,7 @@ def _flops(node: fx.Node, name: str) -> float:
 
 
 def cost_of(node: fx.Node, machine: Machine) -> float:
-    """Return the seconds that an operator takes."""
+    """Seconds an operator takes."""
     name = name_of(node.target)
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or name in _FREE:
         return 0.0
