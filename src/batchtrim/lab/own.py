@@ -1,4 +1,4 @@
-"""Compare methods on a training function of your own, and read numbers made elsewhere: the Python side of
+"""Compare methods on your own training function, or from the results of another program: the Python side of
 ``batchtrim compare --task`` and ``batchtrim report --csv``.
 
 ::
@@ -142,14 +142,14 @@ def summarize(
     metric: str | None = None,
     higher_is_better: bool | None = None,
 ) -> Summary:
-    """Compare methods from numbers made elsewhere, paired by seed, and return the comparison as data.
+    """Compare methods from the results of another program, paired by seed, and return the comparison as data.
 
     Args:
         rows: mappings with ``method``, ``seed``, the metric and, if known, ``time`` in seconds; one a run. Or rows of
             ``runs.jsonl``.
         baseline: the method the others are compared with.
-        metric: the field that is compared; by default the one there is besides the others. higher_is_better: needed
-            where the name does not tell.
+        metric: the field to compare; by default the only further one. higher_is_better: needed if the name does not
+            tell.
 
     Example:
         >>> rows = [{"method": m, "seed": s, "rmse": 1.0 + 0.1 * s - 0.2 * (m == "trim") + 0.01 * (m == "trim") * s}

@@ -58,7 +58,7 @@ def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[
 
 
 def expand_task(code: Code, settings: Mapping[str, Any]) -> list[TaskConfig]:
-    """Return all runs of a training function of the reader's; see :func:`expand`."""
+    """Return all runs of a user's training function; see :func:`expand`."""
     return [replace(config, code=code) for config in expand({**settings, "task": code.name}, TaskConfig)]
 
 

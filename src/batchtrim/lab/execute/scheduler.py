@@ -35,7 +35,7 @@ def run_all(
         workers: processes on this machine; 1 works in this one.
         ray: address of a Ray cluster, or "auto", instead of processes here.
         retries: how often a run whose worker died is given to another.
-        isolated: work in a process of its own where ``workers`` is 1 too, so that code of the reader's that exits or
+        isolated: work in a process of its own where ``workers`` is 1 too, so that the user's code that exits or
             prints leaves this one alone.
 
     Raises:

@@ -326,7 +326,7 @@ def environment(summary: Summary) -> dict[str, str]:
 def command(group: Group) -> str:
     """Return the command that runs this group again; runs already recorded in the folder are skipped.
 
-    "" for numbers that were made elsewhere.
+    "" for the results of another program.
     """
     if "epochs" not in group.settings:
         return ""

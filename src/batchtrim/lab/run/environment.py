@@ -28,7 +28,7 @@ def environment(config: AnyConfig) -> dict[str, Any]:
 
 
 def _sources(config: AnyConfig) -> dict[str, Any]:
-    """Return hashes of the reader's own code in the run: its file, and modules beside it that it imports."""
+    """Return hashes of the user's own code in the run: its file, and modules beside it that it imports."""
     if isinstance(config, TaskConfig):
         code = config.code
     elif is_own_model(config.model):

@@ -21,7 +21,7 @@ CURVES = (
 
 
 def error_line(error: BaseException) -> str:
-    """Return an error as one line, cut off where it is too long; one of the reader's own code keeps its traceback."""
+    """Return an error as one line, cut off where it is too long; one in the user's code keeps its traceback."""
     text = f"{type(error).__name__}: {error}"
     return (text if isinstance(error, YourCodeFailed) else " ".join(text.split()))[:LONGEST]
 

@@ -116,7 +116,7 @@ class TaskConfig:
 
 
 AnyConfig = RunConfig | TaskConfig
-"""A run of the lab's own loop, or of a training function of the reader's."""
+"""A run of the lab's own loop, or of a user's training function."""
 
 
 def _plain(value: Any) -> Any:

@@ -77,7 +77,7 @@ class ImageData:
         mean: of the training images, one number per channel in [0, 255]; ``std`` likewise.
         class_names: in the order of the labels, where they are known.
         notes: what is to be said of the data before anybody trains on them.
-        version: a hash of the images, labels and split of data of the reader's own; "" for those in ``SPECS``.
+        version: a hash of the images, labels and split of the user's own data; "" for those in ``SPECS``.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Images of the reader's own as a data set: split, decoded once on all cores, and kept as a memory-mapped array.
+"""The user's own images as a data set: split, decoded once on all cores, and kept as a memory-mapped array.
 
 What is said of them (resized, left out, the same image on both sides) is in ``ImageData.notes``.
 
@@ -72,7 +72,7 @@ def options_of(config: Any) -> ImageOptions:
 
 
 def check_options(config: Any) -> None:
-    """Refuse options of a data set of one's own beside one that the lab knows by name, and values out of range."""
+    """Refuse options of the user's own data set beside one that the lab knows by name, and values out of range."""
     options = options_of(config)
     if options.image_size is not None:
         check_count("image_size", options.image_size)
@@ -93,7 +93,7 @@ def load(
     data_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> data.ImageData:
-    """Load images of the reader's own, from the cache where they were decoded before.
+    """Load the user's own images, from the cache where they were decoded before.
 
     Args:
         dataset: a folder of class folders (with train/ and test/, or without and ``test_split``), a CSV or Parquet file

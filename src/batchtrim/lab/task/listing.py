@@ -1,4 +1,4 @@
-"""Images of the reader's own, found but not yet decoded: in class folders, in a table, or on the Hugging Face hub.
+"""The user's own images, found but not yet decoded: in class folders, in a table, or on the Hugging Face hub.
 
 N images, C classes.
 """
