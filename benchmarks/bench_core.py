@@ -5,7 +5,6 @@ python -m benchmarks.bench_core [--rounds 40] [--json out.json]
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -17,13 +16,13 @@ import torch.nn.functional as F
 
 import batchtrim
 from batchtrim.lab.task import models
-from benchmarks.timing import interleaved, ratio, save
+from benchmarks.timing import interleaved, parser_of, ratio, save
 
 KEEP = 0.2
 
 
 def against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
-    """Forward and backward of ``trim(losses)`` over those of ``losses.topk(k).values.mean()``."""
+    """Time forward and backward of ``trim(losses)`` over those of ``losses.topk(k).values.mean()``."""
     losses = torch.rand(batch, requires_grad=True)
     k = batchtrim.keep_count(KEEP, batch)
     trim = batchtrim.Trimmer(KEEP)
@@ -42,7 +41,7 @@ def against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
 
 
 def mass_against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
-    """The same for ``loss_mass``, whose k follows from the losses: against a topk of as many, which is told k."""
+    """Time ``loss_mass``, whose k follows from the losses, over a topk that is given the same k."""
     losses = (torch.rand(batch) ** 4).requires_grad_()  # a few hold most of the loss, as in a trained network
     trim = batchtrim.Trimmer(0.9, select=batchtrim.loss_mass())
     trim(losses)
@@ -64,7 +63,7 @@ def mass_against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
 
 
 def against_a_step(rounds: int) -> dict[str, Any]:
-    """The call's own time as a part of a resnet8 step at B = 128."""
+    """Time the call as a part of a resnet8 step at B = 128."""
     model = models.build("resnet8", (3, 32, 32), 10)
     x, y = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
     losses = torch.rand(128, requires_grad=True)
@@ -89,7 +88,7 @@ def against_a_step(rounds: int) -> dict[str, Any]:
 
 
 def import_time(runs: int = 5) -> dict[str, float]:
-    """Milliseconds that ``import batchtrim`` adds to ``import torch``; the least of some runs."""
+    """Return the milliseconds that ``import batchtrim`` adds to ``import torch``; the least of some runs."""
     code = "import time, torch; start = time.perf_counter(); import batchtrim; print(time.perf_counter() - start)"
     # with bytecode, which the first run leaves, also on a machine that is told to write none
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -102,11 +101,7 @@ def import_time(runs: int = 5) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the result here")
-    options = parser.parse_args(arguments)
+    options = parser_of(__doc__, rounds=40, threads=2).parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = [against_topk(128, options.rounds, 200), against_topk(65_536, options.rounds, 5)]
     mass = [mass_against_topk(128, options.rounds, 200), mass_against_topk(65_536, options.rounds, 5)]

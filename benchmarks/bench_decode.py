@@ -8,7 +8,6 @@ file in threads, and keeps nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import save
+from benchmarks.timing import parser_of, save
 
 CLASSES, SIDES = 10, (32, 64, 100, 160, 256, 400, 640)
 MEMORY_LIMIT_MB, RATIO_LIMIT = 2048, 2.0
@@ -63,7 +62,7 @@ def make_images(folder: Path, number: int) -> float:
 
 
 def bare(folder: Path) -> float:
-    """Seconds of a loop that reads, decodes and resizes every file, in as many threads as there are cores."""
+    """Return the seconds of a loop that reads, decodes and resizes every file, in a thread per core."""
 
     def one(files: list[Path]) -> None:
         for file in files:
@@ -97,10 +96,7 @@ def measure(number: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--json", help="write the result here")
-    options = parser.parse_args(arguments)
+    options = parser_of(__doc__, images=5000).parse_args(arguments)
     save(options.json, {"decode": measure(options.images)})
 
 

@@ -9,7 +9,6 @@ f the share of a forward without a graph in a plain step, f + (1 - f) q. It is (
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import gc
@@ -28,7 +27,7 @@ import batchtrim
 from batchtrim.errors import EngineFallback
 from batchtrim.lab.task import data
 from benchmarks.networks import Refused, Vit, bert, resnet18, small
-from benchmarks.timing import interleaved, ratio, save
+from benchmarks.timing import interleaved, parser_of, ratio, save
 
 BATCH = 128
 KEEPS = (0.2, 0.4, 0.6, 0.8)
@@ -37,7 +36,7 @@ ENGINES = ("author", "exact", "two_pass", "shared", "auto")
 
 @functools.cache
 def _labelled_images() -> tuple[Tensor, Tensor]:
-    """CIFAR-10 where it is at hand, else scikit-learn's digits at the same size: real, so that a network learns."""
+    """Return CIFAR-10, or scikit-learn's digits at the same size: real images, so that a network learns."""
     name = "cifar10" if os.environ.get("BATCHTRIM_DATA") else "digits"
     found = data.load(name)
     images = found.train_images[:10_000].float() / 255 * 2 - 1
@@ -73,7 +72,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, Tensor]]
 
 
 def make_step(name: str, model: nn.Module, x: Any, y: Tensor, keep: float) -> Callable[[], Tensor]:
-    """One step of an engine: the loss, after its backward."""
+    """Return one step of an engine, which returns the loss after its backward."""
     trim = batchtrim.Trimmer(keep)
     k = batchtrim.keep_count(keep, BATCH)
 
@@ -104,7 +103,7 @@ def gradients(model: nn.Module) -> Tensor:
 
 
 def warm_up(model: nn.Module, batches: Callable[[], tuple[Any, Tensor]], steps: int) -> None:
-    """Some steps of training, so that gradients and statistics are those of a network at work."""
+    """Train for some steps, so that gradients and statistics are those of a network at work."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(steps):
         x, y = batches()
@@ -115,7 +114,7 @@ def warm_up(model: nn.Module, batches: Callable[[], tuple[Any, Tensor]], steps: 
 
 
 def agreement(model: nn.Module, batches: list[tuple[Any, Tensor]], keep: float) -> dict[str, Any]:
-    """Gradient of two_pass and shared against exact, all parameters together.
+    """Compare the gradients of two_pass and shared with exact, all parameters together.
 
     The largest relative error, the median cosine, and every batch's cosine.
     """
@@ -140,7 +139,7 @@ def agreement(model: nn.Module, batches: list[tuple[Any, Tensor]], keep: float) 
 
 
 def peak_memory(step: Callable[[], Any]) -> float:
-    """Peak resident memory of one step above what was held before it, in MiB; on a GPU, of its allocator."""
+    """Return the peak resident memory of one step above what was held before it, in MiB; on a GPU, of its allocator."""
     step()
     gc.collect()
     if torch.cuda.is_available():
@@ -152,7 +151,7 @@ def peak_memory(step: Callable[[], Any]) -> float:
 
 
 def _allocated_peak(step: Callable[[], Any]) -> float:
-    """Peak of bytes allocated by tensors, from the profiler's own allocation records: resident size lags behind."""
+    """Return the peak of bytes allocated by tensors, from the profiler's records: resident size lags behind."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     held = peak = 0
@@ -193,7 +192,7 @@ def measure(name: str, keeps: tuple[float, ...], rounds: int, seed: int = 0) -> 
 
 
 def whole_run(steps: int, names: tuple[str, ...], norm: str = "group") -> dict[str, Any]:
-    """Plain training and trim on the paper's schedule with each engine, step by step in turn, optimizer included."""
+    """Time plain training, and trim on the paper's schedule with each engine, taking turns step by step."""
     torch.manual_seed(0)
     first = resnet18(norm).train()
     networks = {name: copy.deepcopy(first) for name in ("plain", *names)}
@@ -230,7 +229,7 @@ HUNDRED: dict[str, Callable[[], nn.Module]] = {
 
 
 def first_hundred(name: str, keep: float, steps: int = 100) -> dict[str, Any]:
-    """The first hundred steps of auto, with all that it does before it knows what pays, over as many plain ones."""
+    """Time auto's first hundred steps, counting and trace included, against as many plain ones."""
     torch.manual_seed(0)
     model, (x, y) = HUNDRED[name]().train(), some_images()
     run = {"plain": make_step("plain", model, x, y, keep)}
@@ -261,7 +260,7 @@ def first_hundred(name: str, keep: float, steps: int = 100) -> dict[str, Any]:
 
 
 def language_model(batch: int = 4, length: int = 128, keep: float = 0.5, rounds: int = 5) -> dict[str, Any]:
-    """A GPT-2 of 4 layers with its full vocabulary, half of the tokens kept: step time, peak memory, gradient error."""
+    """Measure a GPT-2 of 4 layers that keeps half of its tokens: step time, peak memory, gradient error."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -304,7 +303,7 @@ def language_model(batch: int = 4, length: int = 128, keep: float = 0.5, rounds:
 
 
 def traces(names: tuple[str, ...]) -> dict[str, float]:
-    """Seconds of the first step of the shared engine beyond a plain one: what a trace takes, once a run."""
+    """Return the seconds that the shared engine's first step takes beyond a plain one: the trace, once a run."""
     seconds = {}
     for name in names:
         build, inputs, _ = CASES[name]
@@ -323,7 +322,7 @@ def traces(names: tuple[str, ...]) -> dict[str, float]:
 
 
 def compiled(name: str, keeps: tuple[float, ...], rounds: int) -> list[dict[str, float]]:
-    """Engines on a model that the user compiled, over a compiled plain step.
+    """Time engines on a model that the user compiled, over a compiled plain step.
 
     The first steps compile, and are not counted: the second of ``shared``, the first and the first with another k of
     the others. From q = 0.4 on ``shared`` is to be below ``two_pass``.
@@ -347,12 +346,10 @@ def compiled(name: str, keeps: tuple[float, ...], rounds: int) -> list[dict[str,
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rounds=15, threads=2)
     parser.add_argument("--models", default=",".join(CASES), help="comma-separated, of: " + ", ".join(CASES))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="keep fractions")
-    parser.add_argument("--rounds", type=int, default=15, help="paired rounds per keep fraction")
     parser.add_argument("--seed", type=int, default=0, help="of the networks' weights and the batches")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run-steps", type=int, default=60, help="steps of the whole run; 0 leaves it out")
     parser.add_argument("--run-engines", default="exact,two_pass,shared,auto", help="engines of the whole runs")
     parser.add_argument("--compiled", default="", help="networks to measure compiled, comma-separated")
@@ -361,7 +358,6 @@ def main(arguments: list[str] | None = None) -> None:
         "--hundred", default="mlp,cnn,resnet8", help="networks of auto's first hundred steps, of: " + ", ".join(HUNDRED)
     )
     parser.add_argument("--language-model", action="store_true", help="measure a language model that keeps tokens")
-    parser.add_argument("--json", help="write the result here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     keeps = tuple(float(keep) for keep in options.keeps.split(","))

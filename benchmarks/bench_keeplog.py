@@ -1,12 +1,11 @@
 """What a keep log costs: time of a training step with one and without, and bytes of a million samples.
 
-``python -m benchmarks.bench_keeplog [--out FILE]``. Steps are interleaved, so that what else the machine does falls on
+``python -m benchmarks.bench_keeplog [--json FILE]``. Steps are interleaved, so that what else the machine does falls on
 both alike. Aim: under 1 % of a resnet8 step, under 64 MiB for a million samples.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from typing import Any
@@ -22,7 +21,7 @@ BATCH, SAMPLES = 128, 50_000
 
 
 def step_cost(rounds: int) -> dict[str, Any]:
-    """Seconds of a resnet8 step, of recording a batch (its share of entering the log included), and their ratio."""
+    """Return the seconds of a resnet8 step and of recording a batch (entering the log included), and their ratio."""
     torch.manual_seed(0)
     model = models.build("resnet8", (3, 32, 32), 10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters())
@@ -66,7 +65,7 @@ def step_cost(rounds: int) -> dict[str, Any]:
 
 
 def memory(samples: int = 1_000_000) -> dict[str, Any]:
-    """Bytes that a log of a million samples holds on the device."""
+    """Return the bytes that a log of a million samples holds on the device."""
     log = batchtrim.KeepLog(samples)
     held = sum(column.untyped_storage().nbytes() for column in log._columns.values())
     return {"samples": samples, "MiB": held / 2**20, "bytes per sample": held / samples}
@@ -78,10 +77,7 @@ def _record(log: batchtrim.KeepLog, losses: torch.Tensor, selection: Any, extra:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the numbers, and save them where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=30)
-    given = parser.parse_args(arguments)
+    given = timing.parser_of(__doc__, rounds=30).parse_args(arguments)
     result = {"resnet8, batch 128": step_cost(given.rounds), "memory": memory()}
     for name, values in result.items():
         print(name)

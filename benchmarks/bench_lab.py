@@ -5,7 +5,6 @@ python -m benchmarks.bench_lab [--runs 200] [--json out.json]
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -17,18 +16,18 @@ import torch.nn.functional as F
 
 from batchtrim.lab import records
 from batchtrim.lab.execute import grid, progress, scheduler
-from batchtrim.lab.present import tables
+from batchtrim.lab.present import report
 from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
 from batchtrim.lab.task.code import Code
-from benchmarks.timing import interleaved, ratio, save
+from benchmarks.timing import interleaved, parser_of, ratio, save
 
 SIZE, BATCH = 3200, 128
 
 
 def loop(method: str, rounds: int, network: str = "resnet8") -> dict[str, Any]:
-    """An epoch in the lab, with its augmentation and records, over one written by hand without either.
+    """Time an epoch in the lab, with augmentation and records, over one written by hand without either.
 
     The network ``speed`` goes with label smoothing, so that ranking by the unsmoothed loss is inside the clock.
     """
@@ -78,7 +77,7 @@ def loop(method: str, rounds: int, network: str = "resnet8") -> dict[str, Any]:
 
 
 def overhead(runs: int, workers: int, epochs: int) -> dict[str, Any]:
-    """Milliseconds a run that a sweep of digits runs adds to the training itself, and runs a second."""
+    """Return the milliseconds that a sweep of digits adds to the training of a run, and runs per second."""
     wanted = {"methods": ["full", "trim"], "seeds": runs // 2, "epochs": epochs, "threads": 1}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -104,7 +103,7 @@ def overhead(runs: int, workers: int, epochs: int) -> dict[str, Any]:
 
 
 def own_task(runs: int) -> dict[str, Any]:
-    """Milliseconds that the harness adds to each run of a training function of one's own, and those of the report."""
+    """Return the milliseconds that the harness adds to a run of a function of yours, and the report's seconds."""
 
     def task(run: Any) -> dict[str, float]:
         for _ in range(run.epochs):
@@ -120,23 +119,20 @@ def own_task(runs: int) -> dict[str, Any]:
         wall = time.perf_counter() - start
         rows = records.read(folder)
         start = time.perf_counter()
-        tables.write_report(rows, folder)
-        report = time.perf_counter() - start
-    row = {"runs": runs, "overhead_ms": (wall - sum(row["seconds"] for row in rows)) / runs * 1e3, "report_s": report}
+        report.write_report(rows, folder)
+        report_s = time.perf_counter() - start
+    row = {"runs": runs, "overhead_ms": (wall - sum(row["seconds"] for row in rows)) / runs * 1e3, "report_s": report_s}
     print(
         f"{runs} runs of a task: {row['overhead_ms']:.1f} ms a run over the task itself (limit 50 ms), "
-        f"report {report:.2f} s",
+        f"report {report_s:.2f} s",
         flush=True,
     )
     return row
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=200)
+    parser = parser_of(__doc__, runs=200, rounds=7)
     parser.add_argument("--long-runs", type=int, default=16, help="runs that are long enough to earn a worker's start")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", help="write the result here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     loops = [loop(method, options.rounds) for method in ("full", "trim")]

@@ -9,7 +9,6 @@ the same minutes. Half of each batch is kept, losses only: no engine saves anyth
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import logging
@@ -129,7 +128,7 @@ def with_transformers(size: str, trimmed: bool) -> list[float]:
 
     ends: list[float] = []
 
-    class Clock(TrainerCallback):
+    class StepStarts(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
@@ -148,7 +147,8 @@ def with_transformers(size: str, trimmed: bool) -> list[float]:
             save_strategy="no", disable_tqdm=True, logging_steps=50, dataloader_pin_memory=False,
         )  # fmt: skip
         common: dict[str, Any] = {
-            "model": BertForSequenceClassification(config), "args": args, "train_dataset": data, "callbacks": [Clock()],
+            "model": BertForSequenceClassification(config), "args": args, "train_dataset": data,
+            "callbacks": [StepStarts()],
         }  # fmt: skip
         trainer = TrimmedTrainer(**common, keep=KEEP) if trimmed else Trainer(**common)
         trainer.train()
@@ -164,7 +164,7 @@ TRAINERS: dict[str, Callable[[str, bool], list[float]]] = {
 
 
 def median_step(ends: list[float]) -> float:
-    """The first steps warm up."""
+    """Return the median time of a step; the first steps warm up."""
     gaps = [end - start for start, end in itertools.pairwise(ends)]
     return statistics.median(gaps[1:])
 
@@ -214,7 +214,7 @@ for scope in ("local", "global"):
 
 
 def over_ranks(losses: int) -> dict[str, float]:
-    """Microseconds of a call, forward and backward, on two ranks over gloo on this machine."""
+    """Return the microseconds of a call, forward and backward, on two ranks over gloo on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         commands = [[sys.executable, "-c", _RANK, str(rank), f"{folder}/store", str(losses)] for rank in range(2)]
         ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
@@ -224,10 +224,7 @@ def over_ranks(losses: int) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", default=None)
-    options = parser.parse_args(arguments)
+    options = timing.parser_of(__doc__, rounds=15).parse_args(arguments)
     result = {"overhead": overhead(options.rounds), "over_ranks": [over_ranks(n) for n in (128, 8192)]}
     for name, each in result["overhead"].items():  # type: ignore[union-attr]
         print(

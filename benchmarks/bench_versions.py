@@ -8,7 +8,6 @@ The other package is copied under another name and imported beside this one; bot
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import re
 import statistics
@@ -22,7 +21,7 @@ import torch
 
 import batchtrim
 from benchmarks.bench_engine import CASES, KEEPS, classify, make_step
-from benchmarks.timing import interleaved, ratio, save
+from benchmarks.timing import interleaved, parser_of, ratio, save
 
 OTHER = "batchtrim_other"
 ALLOWANCES = {0.2: 0.02, 0.4: 0.02, 0.6: 0.04}
@@ -54,7 +53,7 @@ def step_of(package: ModuleType, model: Any, x: Any, y: Any, keep: float) -> Any
 
 
 def measure(name: str, other: ModuleType, keeps: tuple[float, ...], rounds: int) -> list[dict[str, Any]]:
-    """Both engines over a plain step."""
+    """Time both engines over a plain step."""
     build, inputs, _ = CASES[name]
     torch.manual_seed(0)
     model, (x, y) = build().train(), inputs()
@@ -77,13 +76,10 @@ def measure(name: str, other: ModuleType, keeps: tuple[float, ...], rounds: int)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rounds=7, threads=2)
     parser.add_argument("checkout", type=Path, help="folder of the other checkout")
     parser.add_argument("--models", default="resnet18-group,vit,bert,bert-no-dropout")
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the result here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     keeps = tuple(float(keep) for keep in options.keeps.split(","))

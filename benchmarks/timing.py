@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import batchtrim
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, inner: int = 1) -> dict[str, list[float]]:
-    """Seconds per call of each function, ``rounds`` times, one after the other in every round."""
+    """Return the seconds per call of each function, ``rounds`` times, taking turns in every round."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -33,12 +34,12 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, inner: int
 
 
 def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
-    """Median of the ratios taken within each round."""
+    """Return the median of the ratios taken within each round."""
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
 def environment() -> dict[str, Any]:
-    """What a number has to be read with."""
+    """Return what belongs to a number: versions, machine and date."""
     return {
         "batchtrim": batchtrim.__version__,
         "torch": torch.__version__,
@@ -50,6 +51,19 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def parser_of(text: str | None, **numbers: int) -> argparse.ArgumentParser:
+    """Return a parser with ``--json`` and an option for each whole number, which is its default.
+
+    Args:
+        text: the docstring of the benchmark's module, which is its help.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"[{default}]")
+    parser.add_argument("--json", help="write the result here, as JSON")
+    return parser
 
 
 def save(path: str | None, result: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""What makes the evidence of `records/`: studies of methods and of the keep log. `benchmarks/` measures cost alone."""
+"""Studies of methods and of the keep log, which make the evidence in `records/`. `benchmarks/` measures cost only."""

@@ -25,7 +25,6 @@ import copy
 import gc
 import json
 import math
-import signal
 import sys
 import time
 import warnings
@@ -47,6 +46,7 @@ from batchtrim.engine.cost import Forecast
 from batchtrim.testing import check_engine
 from studies.hf_losses import seed
 from studies.hf_models import FAMILIES, Family, tiny_config
+from studies.time_limit import TooLong, time_limit
 
 PARAMETERS = 3_000_000  # above that a configuration did not come out tiny
 SECONDS = 150  # for a plain step, and for a check
@@ -63,10 +63,6 @@ DROPOUT = (
 )  # fmt: skip
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # always 0: a branch on a drawn number, no graph
 _PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "qformer_config", "backbone_config")
-
-
-class TooLong(BaseException):
-    """Raised by the alarm, past whatever catches errors of a model."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ TASKS = (
 
 
 @dataclass
-class Row:
+class CheckResult:
     """One line of results.jsonl."""
 
     task: str
@@ -207,24 +203,22 @@ def plain(task: Task, kind: str, name: str, dropout: bool) -> tuple[nn.Module, l
     return model, batches
 
 
-def judged(task: Task, kind: str, name: str, dropout: bool, engine: str, seconds: int = SECONDS) -> Row:
-    row = Row(task.family, kind, name, dropout, engine, "not run")
+def judged(task: Task, kind: str, name: str, dropout: bool, engine: str, seconds: int = SECONDS) -> CheckResult:
+    row = CheckResult(task.family, kind, name, dropout, engine, "not run")
     start = time.perf_counter()
     torch._dynamo.reset()
-    signal.alarm(seconds)
     try:
-        model, (first, *more) = plain(task, kind, name, dropout)
+        with time_limit(seconds):
+            model, (first, *more) = plain(task, kind, name, dropout)
     except TooLong:
         row.reason = f"a plain step takes more than {seconds} seconds"
         return row
     except Exception as error:  # whatever a model does with a configuration that is not its own
         row.reason = _line(f"{type(error).__name__}: {error}")
         return row
-    finally:
-        signal.alarm(0)
-    signal.alarm(seconds)
     try:
-        report = check_engine(model, first, task.loss, engine=engine, more=more, verbose=False)
+        with time_limit(seconds):
+            report = check_engine(model, first, task.loss, engine=engine, more=more, verbose=False)
         row.verdict, row.ran = report.verdict, report.engine
         row.error, row.cosine = max(report.gradient_error, report.parameter_error), report.gradient_cosine
         row.reason = _line(report.failed or report.refused or report.approximate or "")
@@ -234,8 +228,6 @@ def judged(task: Task, kind: str, name: str, dropout: bool, engine: str, seconds
         row.verdict, row.reason = "not run", f"the check takes more than {seconds} seconds"
     except Exception as error:
         row.verdict, row.reason = "wrong", _line(f"{type(error).__name__}: {error}")
-    finally:
-        signal.alarm(0)
         row.seconds = round(time.perf_counter() - start, 1)
         gc.collect()
     return row
@@ -248,7 +240,7 @@ def _line(text: str) -> str:
 def cases(
     tasks: list[str], only: list[str], engines: list[str], every: bool = True
 ) -> Iterator[tuple[Task, str, str, bool, str]]:
-    """One class of each model type, with dropout, and then, with ``every``, all else.
+    """Yield one class of each model type, with dropout, and then, with ``every``, all else.
 
     So what is stopped early has seen every architecture.
     """
@@ -273,14 +265,14 @@ def cases(
                 return
 
 
-def read(path: Path) -> dict[tuple[str, str, bool, str], Row]:
+def read(path: Path) -> dict[tuple[str, str, bool, str], CheckResult]:
     if not path.exists():
         return {}
-    rows = [Row(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
+    rows = [CheckResult(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
     return {row.key: row for row in rows}
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[CheckResult]) -> str:
     """Return the counts by engine and task, and below them whatever is neither right nor not run."""
     lines = [f"{len({row.model for row in rows if row.verdict != 'not run'})} model classes.", ""]
     lines += ["| engine | dropout | task | " + " | ".join(VERDICTS) + " | largest error where right |"]
@@ -307,26 +299,18 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _counted(engine: str, dropout: bool, task: str, rows: list[Row]) -> str:
+def _counted(engine: str, dropout: bool, task: str, rows: list[CheckResult]) -> str:
     counts = Counter(row.verdict for row in rows)
     largest = max((row.error for row in rows if row.verdict == "right"), default=0.0)
     numbers = " | ".join(str(counts[verdict]) for verdict in VERDICTS)
     return f"| {engine} | {'on' if dropout else 'off'} | {task} | {numbers} | {largest:.0e} |"
 
 
-def _alarm(*_: Any) -> None:
-    raise TooLong
-
-
 def quiet() -> None:
-    """Keep what odd models make torch and transformers say out of the way, and be ready to stop what takes long.
-
-    And have ``auto`` trace models that are too small for that to pay: it is the trace that is tried here.
-    """
+    """Silence what torch and transformers say of odd models, and have ``auto`` trace even models too small to pay."""
     AutoEngine.forecast = Forecast(math.inf, 0.0)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    signal.signal(signal.SIGALRM, _alarm)
     torch.set_num_threads(1)
 
 

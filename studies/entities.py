@@ -33,7 +33,7 @@ IGNORED = -100
 
 @cache
 def sentences(split: str) -> tuple[list[list[str]], list[list[int]]]:
-    """Words and tags of a split."""
+    """Return the words and tags of a split."""
     (path,) = Path(os.environ["BATCHTRIM_DATA"], "wnut_17").glob(f"{split}-*.parquet")
     table = pyarrow.parquet.read_table(path)
     return table["tokens"].to_pylist(), table["ner_tags"].to_pylist()
@@ -41,7 +41,7 @@ def sentences(split: str) -> tuple[list[list[str]], list[list[int]]]:
 
 @cache
 def tag_names() -> tuple[str, ...]:
-    """The names of the tags: O, and B- and I- of every kind."""
+    """Return the names of the tags: O, and B- and I- of every kind."""
     (path,) = Path(os.environ["BATCHTRIM_DATA"], "wnut_17").glob("train-*.parquet")
     about = json.loads(pyarrow.parquet.read_schema(path).metadata[b"huggingface"])
     return tuple(about["info"]["features"]["ner_tags"]["feature"]["names"])
@@ -49,13 +49,13 @@ def tag_names() -> tuple[str, ...]:
 
 @cache
 def vocabulary() -> dict[str, int]:
-    """Words that the training sentences use at least twice; 0 is padding, 1 any other."""
+    """Return the words that the training sentences use at least twice; 0 is padding, 1 any other."""
     counts = Counter(word.lower() for words in sentences("train")[0] for word in words)
     return {word: 2 + row for row, word in enumerate(sorted(word for word, n in counts.items() if n > 1))}
 
 
 def features(word: str) -> list[int]:
-    """A word's row in the table of words, and those of its start, its ends and its shape in the hashed table."""
+    """Return a word's row in the table of words, and those of its start, ends and shape in the hashed table."""
     shape = re.sub(r"(.)\1+", r"\1", re.sub(r"\d", "0", re.sub(r"[a-z]", "a", re.sub(r"[A-Z]", "A", word))))
     parts = (f"s{word[:3].lower()}", f"e{word[-2:].lower()}", f"f{word[-3:].lower()}", f"w{shape}")
     return [vocabulary().get(word.lower(), 1), *(1 + zlib.crc32(part.encode()) % (HASHED - 1) for part in parts)]
@@ -63,7 +63,7 @@ def features(word: str) -> list[int]:
 
 @cache
 def encoded(split: str) -> tuple[Tensor, Tensor]:
-    """Features (N, T, 5) and tags (N, T) of a split; ``IGNORED`` where a sentence has ended."""
+    """Return features (N, T, 5) and tags (N, T) of a split; ``IGNORED`` after the end of a sentence."""
     words, tags = sentences(split)
     longest = max(map(len, words))
     x, y = torch.zeros(len(words), longest, 5, dtype=torch.int64), torch.full((len(words), longest), IGNORED)
@@ -89,7 +89,7 @@ class Tagger(nn.Module):
 
 
 def entities(tags: list[int]) -> set[tuple[str, int, int]]:
-    """Kind, first word and end of each entity in a sentence."""
+    """Return the kind, first word and end of each entity in a sentence."""
     found, start, kind = set(), 0, ""
     for place, name in enumerate([*(tag_names()[tag] for tag in tags), "O"]):
         if kind and name != f"I-{kind}":
@@ -101,7 +101,7 @@ def entities(tags: list[int]) -> set[tuple[str, int, int]]:
 
 
 def f1(predicted: list[list[int]], wanted: list[list[int]]) -> float:
-    """``2 * right / (found + there)`` over all entities; 0 where there is none."""
+    """Return ``2 * right / (found + there)`` over all entities; 0 if there are none."""
     right = found = there = 0
     for guess, truth in zip(predicted, wanted, strict=True):
         ours, theirs = entities(guess), entities(truth)
@@ -111,7 +111,7 @@ def f1(predicted: list[list[int]], wanted: list[list[int]]) -> float:
 
 @torch.no_grad()
 def tested(model: nn.Module, split: str) -> dict[str, float]:
-    """1 - F1 of entities, and the error of tokens."""
+    """Return 1 - F1 of entities, and the error of tokens."""
     (x, y), (_, wanted) = encoded(split), sentences(split)
     model.eval()
     guess = torch.cat([model(part).argmax(-1) for part in x.split(256)])

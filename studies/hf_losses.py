@@ -22,7 +22,6 @@ import argparse
 import copy
 import random
 import re
-import signal
 import sys
 import warnings
 from collections import Counter
@@ -43,18 +42,15 @@ from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations._labels import loss_of
 from batchtrim.integrations._model_losses import ModelLosses
 from studies.hf_models import FAMILIES, Family, tiny_config
+from studies.time_limit import TooLong, time_limit
 
 PARAMETERS = 14_000_000  # above that a configuration did not come out tiny
 SECONDS = 60
 BATCH = 4
 
 
-class TooLong(Exception):
-    pass
-
-
 def make(family: Family, kind: str, name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A tiny model of a class, and a batch."""
+    """Return a tiny model of a class, and a batch."""
     torch.manual_seed(0)
     config = tiny_config(kind, family.labels)
     for key, value in options.items():
@@ -84,7 +80,7 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
 
 
 def source(model: nn.Module, unit: str) -> ModelLosses:
-    """The losses of a TrimmedTrainer, without the trainer."""
+    """Return the losses of a TrimmedTrainer, without the trainer."""
     trainer = SimpleNamespace(
         args=SimpleNamespace(label_smoothing_factor=0.0), label_smoother=None, trim_options={"unit": unit},
         label_names=find_labels(type(uncompiled(model))), is_fsdp_enabled=False, is_deepspeed_enabled=False,
@@ -94,7 +90,7 @@ def source(model: nn.Module, unit: str) -> ModelLosses:
 
 
 def verdict(model: nn.Module, batch: dict[str, Tensor], unit: str) -> str:
-    """equal, or what differs."""
+    """Return "equal", or what differs."""
     trim = Trimmer(1.0, unit=unit)
     model.train()
     seed()
@@ -160,7 +156,7 @@ def rows_verdict(model: nn.Module, batch: dict[str, Tensor]) -> str:
 
 
 def _of_row(value: Any, row: int) -> Any:
-    """What a batch holds of a sample: one entry, or as many as there are patches of its image."""
+    """Return a sample's part of a batch: one entry, or one for each patch of its image."""
     if not hasattr(value, "__len__") or (isinstance(value, Tensor) and not value.ndim):
         return value
     each = len(value) // BATCH
@@ -173,23 +169,23 @@ def _as_in_batch(together: Any, alone: Any, row: int) -> bool:
 
 
 def judged(family: Family, kind: str, name: str, options: dict[str, Any], compiled: bool = False) -> tuple[str, str]:
-    """The verdict, and its reason where it is not "equal"."""
-    signal.alarm(SECONDS)
+    """Return the verdict, and its reason if it is not "equal"."""
     try:
-        model, batch = make(family, kind, name, options)
-        plain = loss_of(model.train()(**batch))
-        if plain is None or not plain.isfinite() or not plain.requires_grad:
-            return "not run", "no loss of the labels"
-        plain.backward()
+        with time_limit(SECONDS):
+            model, batch = make(family, kind, name, options)
+            plain = loss_of(model.train()(**batch))
+            if plain is None or not plain.isfinite() or not plain.requires_grad:
+                return "not run", "no loss of the labels"
+            plain.backward()
+    except TooLong:
+        return "not run", "too long"
     except Exception as error:  # whatever a model does with a configuration that is not its own
         return "not run", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150]
-    finally:
-        signal.alarm(0)
-    signal.alarm(SECONDS)
     try:
         if compiled:
             model = torch.compile(model, backend="eager")  # type: ignore[assignment]
-        found = {unit: _or_refused(model, batch, unit) for unit in ("sample", "element")}
+        with time_limit(SECONDS):
+            found = {unit: _or_refused(model, batch, unit) for unit in ("sample", "element")}
         if found["sample"].startswith("not run"):
             return "not run", found["sample"].partition(": ")[2]
         different = next((each for each in found.values() if each.startswith("different")), None)
@@ -202,8 +198,6 @@ def judged(family: Family, kind: str, name: str, options: dict[str, Any], compil
         return "not run", "too long"
     except Exception as error:
         return "different", f"{type(error).__name__}: {error}"[:300]
-    finally:
-        signal.alarm(0)
 
 
 def _or_refused(model: nn.Module, batch: dict[str, Tensor], unit: str) -> str:
@@ -224,10 +218,6 @@ def cases(families: list[str], only: list[str]) -> Iterator[tuple[str, Family, s
                 yield label, family, kind, name, family.options
 
 
-def _alarm(*_: Any) -> None:
-    raise TooLong
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", nargs="*", default=[], help=", ".join(FAMILIES))
@@ -237,7 +227,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    signal.signal(signal.SIGALRM, _alarm)
     lines: list[tuple[str, ...]] = []
     for label, family, kind, name, extra in cases(options.family, options.only):
         result, reason = judged(family, kind, name, extra, options.compiled)

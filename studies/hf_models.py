@@ -96,7 +96,7 @@ _SUB = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "q
 
 
 def _settings(config: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Those of the small settings that a configuration knows under some name, as numbers."""
+    """Return the small settings that a configuration knows under some name, as numbers."""
     names = getattr(type(config), "attribute_map", {}) or {}
     found = {}
     for key, value in given.items():
@@ -111,7 +111,7 @@ def _settings(config: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny_config(kind: str, labels: int | None) -> Any:
-    """A configuration of a model type, as small as the names of its settings allow."""
+    """Return a configuration of a model type, as small as the names of its settings allow."""
     maker = CONFIG_MAPPING[kind]
     usual = maker()
     settings = _settings(usual, _SMALL) | _SPECIAL.get(kind, {})
@@ -153,7 +153,7 @@ def _made(maker: Any, settings: dict[str, Any]) -> Any:
 
 
 def _tokens(batch: int, config: Any) -> dict[str, Tensor]:
-    """Sequences padded to one length; the first is full."""
+    """Return sequences padded to one length; the first is full."""
     lengths = torch.randint(LENGTH // 2, LENGTH + 1, (batch,))
     lengths[0] = LENGTH
     mask = (torch.arange(LENGTH)[None] < lengths[:, None]).long()
@@ -205,7 +205,7 @@ def _per_token(batch: int, config: Any) -> dict[str, Tensor]:
 
 
 def _spans(batch: int, config: Any) -> dict[str, Tensor]:
-    """One end lies outside, which counts not."""
+    """Return starts and ends of answers; one end lies outside and does not count."""
     starts, ends = torch.randint(0, 8, (batch,)), torch.randint(0, 8, (batch,))
     ends[-1] = 99
     return _tokens(batch, config) | {"start_positions": starts, "end_positions": ends}

@@ -125,7 +125,7 @@ def _with_tokens(found: dict[str, Tensor], token: int, number: int) -> dict[str,
 
 
 def _with_grids(found: dict[str, Tensor], config: Any, token: int) -> dict[str, Tensor]:
-    """As of Qwen2-VL: the patches of all images in a row, and (frames, height, width) of each."""
+    """Return a batch as of Qwen2-VL: the patches of all images in a row, and (frames, height, width) of each."""
     vision, batch = config.vision_config, len(found["input_ids"])
     merge = getattr(vision, "spatial_merge_size", 2)
     patch, frames = vision.patch_size, getattr(vision, "temporal_patch_size", 1)

@@ -1,4 +1,4 @@
-"""How well samples with wrong labels are found: keep history against losses and confident learning.
+"""Measure how well wrong labels are found: keep history against losses and confident learning.
 
 ``python -m studies.label_errors --data-dir DIR --noise human:aggre,human:worse,symmetric:0.2 --seeds 3``
 
@@ -11,7 +11,6 @@ and less than the cross-validated probabilities its authors advise.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from studies import recorded
 
 
 def scores(run: dict[str, np.ndarray], batch: int) -> dict[str, Tensor]:
-    """Of one recorded run, each score (n,), larger where a label is more likely wrong."""
+    """Return each score (n,) of one recorded run, larger where a label is more likely wrong."""
     n, classes = run["probabilities"].shape
     log = batchtrim.KeepLog(n, classes=classes, warn=False)
     for _ in recorded.epochs(log, run, batch):
@@ -47,7 +46,7 @@ def scores(run: dict[str, np.ndarray], batch: int) -> dict[str, Tensor]:
 
 
 def _mean_margin(run: dict[str, np.ndarray]) -> Tensor:
-    """Logit of the label minus the largest other, mean over epochs (Pleiss et al. 2020); (n,)."""
+    """Return the logit of the label minus the largest other, mean over epochs (Pleiss et al. 2020); (n,)."""
     labels = torch.from_numpy(run["labels"])
     total = torch.zeros(len(labels))
     for rows, outputs in zip(torch.from_numpy(run["ids"]).long(), torch.from_numpy(run["outputs"]), strict=True):
@@ -58,7 +57,7 @@ def _mean_margin(run: dict[str, np.ndarray]) -> Tensor:
 
 
 def _confident_learning(run: dict[str, np.ndarray]) -> Tensor | None:
-    """cleanlab: samples it calls label issues first, then the others, each by the probability of their label."""
+    """Rank by cleanlab: its label issues first, then the other samples, each by the probability of their label."""
     try:
         from cleanlab.filter import find_label_issues
         from cleanlab.rank import get_label_quality_scores
@@ -72,7 +71,7 @@ def _confident_learning(run: dict[str, np.ndarray]) -> Tensor | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, score, and print a table of mean and standard deviation over seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.parser_of(__doc__, epochs=20, seeds=3)
     parser.add_argument("--data-dir", help="folder with cifar10 and cifar10n [BATCHTRIM_DATA]")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--model", default="resnet8")
@@ -81,12 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--noise", default="human:aggre,human:worse,symmetric:0.2", help="kinds of label noise, comma-separated"
     )
     parser.add_argument("--methods", default="trim,full", help="methods to train with, comma-separated")
-    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--train-size", type=int)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cache", type=Path, help="folder to store the runs' predictions in")
-    parser.add_argument("--json", help="JSON file to write")
     given = parser.parse_args(arguments)
     result: dict[str, Any] = {"arguments": {**vars(given), "cache": None}, "cells": []}
     for noise in given.noise.split(","):

@@ -1,4 +1,4 @@
-"""Whether the noise warning is right: runs on clean, randomly wrong and humanly wrong labels, each told yes or no.
+"""Test the noise warning: runs on clean labels, random errors and human errors, each with a warning or none.
 
 ``python -m studies.noise_warning --data-dir DIR --seeds 2,3,4 --cache FOLDER --json FILE``
 
@@ -10,7 +10,6 @@ without training again.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ RUNS = (
 )
 
 
-def judge(config: RunConfig, data_dir: str | None, cache: Path | None) -> dict[str, Any]:
-    """What the log saw of a run, and in which epoch, counted from 1, it warned; None if it did not."""
+def warnings_of(config: RunConfig, data_dir: str | None, cache: Path | None) -> dict[str, Any]:
+    """Return what the log saw of a run, and the epoch, counted from 1, in which it warned; None if it did not."""
     run = recorded.recorded(config, data_dir, cache)
     log = batchtrim.KeepLog(len(run["labels"]), classes=int(run["outputs"].shape[-1]), warn=False)
     warned: dict[str, int | None] = {"doubt rises": None, "the hardest stay": None}
@@ -59,17 +58,14 @@ def judge(config: RunConfig, data_dir: str | None, cache: Path | None) -> dict[s
 
 def main(arguments: list[str] | None = None) -> None:
     """Train or read the runs, print a line for each kind of run, and save all where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.parser_of(__doc__, epochs=10, train_size=10_000)
     parser.add_argument("--data-dir", help="folder with the data sets [BATCHTRIM_DATA]")
     parser.add_argument(
         "--runs", default=",".join("/".join(map(str, run)) for run in RUNS), help="which, comma-separated"
     )
     parser.add_argument("--seeds", default="2,3,4", help="which, comma-separated; 0 and 1 chose the rule")
     parser.add_argument("--stored", action="store_true", help="train nothing; say what the cache holds")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--train-size", type=int, default=10_000)
     parser.add_argument("--cache", type=Path, help="folder to store the runs' predictions in")
-    parser.add_argument("--json", help="JSON file to write")
     given = parser.parse_args(arguments)
     result: dict[str, Any] = {"arguments": {**vars(given), "cache": None}, "cells": {}}
     print(f"{'run':36s}  wrong   kept  error    rise  excess  warned: doubt, stay, either")
@@ -83,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
             ).resolved()  # fmt: skip
             if given.stored and not recorded.stored(config, given.cache).exists():
                 continue
-            cell.append(judge(config, given.data_dir, given.cache))
+            cell.append(warnings_of(config, given.data_dir, given.cache))
             timing.save(given.json, result)
         if not cell:
             del result["cells"][name]

@@ -38,7 +38,7 @@ class StoringLog(batchtrim.KeepLog):
 
 
 def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dict[str, np.ndarray]:
-    """What the log of a run is given: ids, losses and kept (E, n), outputs (E, n, C), in the order of training.
+    """Return what a run's log receives: ids, losses and kept (E, n), outputs (E, n, C), in the order of training.
 
     And labels (n,), whether each is wrong (n,), the trained network's probabilities (n, C) for the same samples, and
     the training error of each epoch (E,). Where ``cache`` holds the run it is read from there.
@@ -72,7 +72,7 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
 
 
 def stored(config: RunConfig, cache: Path) -> Path:
-    """The file that holds the run, if it was done."""
+    """Return the file that holds the run, if it was done."""
     settings = repr({**config.resolved().to_dict(), "threads": None})
     return cache / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.npz"
 
@@ -90,7 +90,7 @@ def epochs(log: batchtrim.KeepLog, run: dict[str, np.ndarray], batch: int) -> It
 
 
 def wrong_labels(config: RunConfig, data_dir: str | None) -> Tensor:
-    """bool (n,): where the run's training label is not the data set's own."""
+    """Return bool (n,), True where the run's training label is not the data set's own."""
     clean = data.load(config.dataset, data_dir)
     # row numbers go through the run's conditions in the place of the images, so that each is found again
     numbered = clean.with_train(torch.arange(len(clean.train_labels)), clean.train_labels)
@@ -107,7 +107,7 @@ def wrong_labels(config: RunConfig, data_dir: str | None) -> Tensor:
 
 @torch.inference_mode()
 def _probabilities(training: train.Training) -> Tensor:
-    """Of every class for every training image (n, C), in evaluation mode, without augmentation."""
+    """Return the probabilities of all classes for every training image (n, C), in evaluation mode, unaugmented."""
     training.model.eval()
     rows = torch.arange(len(training.labels), device=training.device).split(train.EVALUATION_BATCH)
     batches = training._batches(training.images.train_images, "none", 0)

@@ -42,7 +42,7 @@ PADDING, UNKNOWN, WORDS = 0, 1, 2
 
 @cache
 def texts(folder: str, split: str) -> tuple[list[list[str]], list[int]]:
-    """Words and kinds (6) of the questions of a split."""
+    """Return the words and kinds (6) of the questions of a split."""
     (path,) = Path(folder, "trec").glob(f"{split}-*.parquet")
     table = pyarrow.parquet.read_table(path)
     return [re.findall(r"\w+|[^\w\s]", text.lower()) for text in table["text"].to_pylist()], table[
@@ -52,13 +52,13 @@ def texts(folder: str, split: str) -> tuple[list[list[str]], list[int]]:
 
 @cache
 def vocabulary(folder: str) -> dict[str, int]:
-    """Words that the training questions use at least twice."""
+    """Return the words that the training questions use at least twice."""
     counts = Counter(word for words in texts(folder, "train")[0] for word in words)
     return {word: WORDS + row for row, word in enumerate(sorted(word for word, n in counts.items() if n > 1))}
 
 
 def questions(folder: str, split: str, length: int) -> list[dict[str, Tensor]]:
-    """As a Hugging Face data set gives them: ``input_ids``, ``attention_mask`` (length,), ``labels`` ()."""
+    """Return questions as a Hugging Face data set does: ``input_ids``, ``attention_mask`` (length,), ``labels`` ()."""
     words, labels = texts(folder, split)
     known = vocabulary(folder)
     rows = []
@@ -76,7 +76,7 @@ def questions(folder: str, split: str, length: int) -> list[dict[str, Tensor]]:
 
 
 def trimming(method: str, end: float) -> dict[str, Any]:
-    """How a method trims: keep, and options of the Trimmer."""
+    """Return how a method trims: keep, and options of the Trimmer."""
     fall = batchtrim.linear(1.0, end)
     everything = batchtrim.constant(1.0)
     mass = {"keep": 0.9, "select": batchtrim.loss_mass()}
@@ -94,7 +94,7 @@ def trimming(method: str, end: float) -> dict[str, Any]:
 
 
 def trainer_for(method: str, settings: dict[str, Any], common: dict[str, Any]) -> Trainer:
-    """The Trainer of a method: transformers' own, or ours with a schedule and a rule."""
+    """Return the Trainer of a method: transformers' own, or ours with a schedule and a rule."""
     if method in ("full", "full_equal_compute"):
         return Trainer(**common)
     options = trimming(method, settings["keep_end"])
@@ -102,7 +102,7 @@ def trainer_for(method: str, settings: dict[str, Any], common: dict[str, Any]) -
 
 
 def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, Any]:
-    """One run; its row for ``runs.jsonl``."""
+    """Do one run; return its row for ``runs.jsonl``."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
     torch.manual_seed(config.seed)
     size, length = settings["size"], settings["length"]
@@ -149,7 +149,7 @@ def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, A
 
 
 def configs(settings: dict[str, Any]) -> list[RunConfig]:
-    """The runs, seeds varying slowest."""
+    """Return the runs, seeds varying slowest."""
     keep = {"keep_start": 1.0, "keep_end": settings["keep_end"], "schedule": "linear"}
     shared = {"dataset": "trec", "model": "bert", "optimizer": "adamw", "weight_decay": 0.01, "momentum": 0.0}
     shared |= {"lr_schedule": "cosine", "augment": "none", "device": "cpu"}

@@ -13,7 +13,7 @@ from batchtrim import keeplog
 from batchtrim.keeplog import KeepLog
 from keeplogs import Oracle, choice, random_batches, record
 
-# Trimmer(log=...), which goes in the next release
+# Trimmer(log=...), which is removed in the next release
 AS_BEFORE = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 

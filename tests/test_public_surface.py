@@ -54,7 +54,7 @@ def test_all_is_sorted_and_complete() -> None:
 def test_names_that_moved_work_for_one_more_release(name: str, home: str) -> None:
     assert name not in batchtrim.__all__
     assert name not in dir(batchtrim)
-    expected = f"batchtrim.{name} goes in the next release: use batchtrim.{home}.{name}."
+    expected = f"batchtrim.{name} is removed in the next release: use batchtrim.{home}.{name}."
     with pytest.warns(DeprecationWarning, match=re.escape(expected)) as warned:
         old = getattr(batchtrim, name)
     assert old is getattr(getattr(batchtrim, home), name)

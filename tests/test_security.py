@@ -118,7 +118,7 @@ def harmless(page: str, scripts: int) -> bool:
 
 
 def test_the_report_escapes_all_that_a_record_says(tmp_path: Path) -> None:
-    report = pytest.importorskip("batchtrim.lab.present.tables")
+    report = pytest.importorskip("batchtrim.lab.present.report")
     from lab.conftest import _make_row
 
     rows = [_make_row(method, seed, 0.1 + seed / 100) for method in ("full", "trim") for seed in range(3)]

@@ -24,7 +24,9 @@ MOVED = {"above": "batchtrim.selection", "join": "batchtrim.schedules", "step": 
 def moved(name: str) -> Any:
     """Return what ``batchtrim.<name>`` was; warns the caller of the package's ``__getattr__``."""
     home = MOVED[name]
-    warnings.warn(f"batchtrim.{name} goes in the next release: use {home}.{name}.", DeprecationWarning, stacklevel=3)
+    warnings.warn(
+        f"batchtrim.{name} is removed in the next release: use {home}.{name}.", DeprecationWarning, stacklevel=3
+    )
     return getattr(importlib.import_module(home), name)
 
 
@@ -32,7 +34,7 @@ def renamed(old: str, new: str) -> Callable[[type[T]], type[T]]:
     """Return a class decorator: ``old`` still works as the name of the argument and the attribute ``new``."""
 
     def decorate(kind: type[T]) -> type[T]:
-        message = f"{kind.__name__}.{old} goes in the next release: use {new}."
+        message = f"{kind.__name__}.{old} is removed in the next release: use {new}."
         make = kind.__init__
 
         @functools.wraps(make)
@@ -61,7 +63,7 @@ def trimmer_log(log: KeepLog | None, unit: str) -> KeepLog | None:
         return None
     if unit != "sample":
         raise ValueError("expected `unit` 'sample' with a `log`, got 'element'. A KeepLog counts whole samples.")
-    warnings.warn(f"Trimmer(log=...) goes in the next release: {_RECORD}.", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"Trimmer(log=...) is removed in the next release: {_RECORD}.", DeprecationWarning, stacklevel=3)
     return log
 
 
@@ -80,6 +82,6 @@ def record_as_before(log: KeepLog | None, last: Choice | None, given: dict[str, 
             "expected `ids`, the samples' row numbers in the data set, which the log needs, got None. "
             "Let the data set return its index, or use a trimmer without a log here."
         )
-    message = f"{call}(losses, ids=...) goes in the next release: {_RECORD}."
+    message = f"{call}(losses, ids=...) is removed in the next release: {_RECORD}."
     warnings.warn(message, DeprecationWarning, stacklevel=3)
     log.record(last, **given)

@@ -47,7 +47,7 @@ def surest(confidence: Tensor, judged: Tensor) -> Tensor:
 
 
 def stays(before: Tensor, now: Tensor, compared: Tensor, kept: Tensor) -> Tensor:
-    """int64 (6,): of losses ``before`` and ``now`` (P,), how many were the hardest, and are again; the same for the
+    """Return int64 (6,): of losses ``before`` and ``now`` (P,), how many were and are the hardest; the same for the
     easiest; how many are the hardest, and are kept. ``compared``: bool (P,), which have both."""  # fmt: skip
     count = compared.sum()
     k = (count * EXTREME_PART).ceil().long().clamp(min=1)

@@ -87,9 +87,13 @@ def compiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def outer(request: pytest.FixtureRequest) -> str:  # the backend of what a test compiles around a step
+    return {"graphs": "aot_eager", "inductor": "inductor"}[request.node.callspec.params["compiles"]]
+
+
 def compiled(make: Callable[[], nn.Module], **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = make().train()
+    model = seeded(make)
     model.compile(**options)
     return model
 
@@ -195,8 +199,7 @@ def test_neither_another_k_nor_an_odd_last_batch_is_compiled_again(compiles: lis
 
 
 def test_one_row_and_nearly_all(compiles: list[bool]) -> None:
-    model = compiled(lambda: zoo.Mlp(8))
-    step = stepper(model)
+    step = stepper(compiled(lambda: zoo.Mlp(8)))
     for keep in (0.4, 0.4, 0.01, 0.99, 1.0):
         near(*whole_and_kept(step, zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)), keep))
     assert compiles == [False, True]
@@ -209,13 +212,13 @@ def test_batch_norm_in_both_forms(approximate: bool, compiles: list[bool]) -> No
 
     runs = []
     for compile_ in (False, True):
-        model = make_batch_norm = compiled(make) if compile_ else seeded(make)
+        model = compiled(make) if compile_ else seeded(make)
         step = stepper(model)
         step.engine.approximate = approximate
         found = []
         for number in range(3):
             torch.manual_seed(number)
-            make_batch_norm.zero_grad()
+            model.zero_grad()
             step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
             found.append((gradient(model), [b.clone() for b in model.buffers()]))
         runs.append(found)
@@ -305,8 +308,7 @@ def test_a_batch_changed_between_forward_and_backward_does_not_change_the_gradie
 
 
 def test_outputs_changed_between_forward_and_backward_are_noticed() -> None:
-    model = compiled(lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5), nn.Sigmoid()))
-    step = stepper(model)
+    step = stepper(compiled(lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5), nn.Sigmoid())))
     for _ in range(3):
         loss = step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
         if step.engine.trace is None or step.engine.trace.runs < 3:
@@ -321,9 +323,9 @@ def test_what_inductor_does_not_compile_runs_operator_by_operator(monkeypatch: p
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", fails)
-    exact = train(lambda: zoo.Residual(GROUP), zoo.images, "exact", steps=4)
+    exact = train(lambda: zoo.Mlp(8), zoo.vectors, "exact", steps=4)
     with pytest.warns(EngineFallback, match=r"RuntimeError: no C\+\+ compiler") as told:
-        shared = train(lambda: compiled(lambda: zoo.Residual(GROUP)), zoo.images, "shared", steps=4)
+        shared = train(lambda: compiled(lambda: zoo.Mlp(8)), zoo.vectors, "shared", steps=4)
     assert sum(issubclass(each.category, EngineFallback) for each in told) == 1
     for ours, theirs in zip(shared.gradients, exact.gradients, strict=True):
         assert error(theirs, ours) <= 1e-5
@@ -383,7 +385,7 @@ def test_a_compiled_part_and_options(compiles: list[bool]) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, of its own look at a loss
 @pytest.mark.parametrize("engine", ["shared", "auto", "two_pass"])
-def test_a_compiled_training_function(engine: str) -> None:
+def test_a_compiled_training_function(engine: str, outer: str) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 5)))
     twin = copy.deepcopy(model)
     step, exact = stepper(model, engine), stepper(twin, "exact")
@@ -393,7 +395,7 @@ def test_a_compiled_training_function(engine: str) -> None:
         loss.backward()
         return loss.detach() * 2
 
-    run = torch.compile(trained)
+    run = torch.compile(trained, backend=outer)
     for _ in range(3):
         x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
         model.zero_grad()
@@ -416,11 +418,8 @@ def test_it_is_pickled_with_its_weights(compiles: list[bool]) -> None:
 
 
 def test_auto_runs_it_under_shared_and_two_pass_where_that_refuses() -> None:
-    class Wide(nn.Sequential):
-        def __init__(self) -> None:
-            super().__init__(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 5))
-
-    step = stepper(compiled(Wide), "auto", 0.2)
+    layers = lambda: (nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 5))  # noqa: E731
+    step = stepper(compiled(lambda: nn.Sequential(*layers())), "auto", 0.2)
     for _ in range(3):
         step(zoo.vectors(256), torch.randint(0, 5, (256,))).backward()
     assert step.last.engine == "shared"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchtrim.engine.rows import RowCutter, copied, map_tensors, put_back, tensors_of
+from batchtrim.engine.rows import RowCutter, copied, map_tensors, restore_values, tensors_of
 from batchtrim.errors import EngineRefused
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -62,7 +62,7 @@ def test_copies_keep_what_is_one_tensor_one() -> None:
     (a, b), c = copied(((x, x), x))
     assert a is b is c is not x
     a.mul_(2)
-    put_back(x, a)
+    restore_values(x, a)
     assert torch.equal(x, a)
 
 

@@ -51,13 +51,13 @@ def test_ids_without_a_log_are_an_error() -> None:
 def test_the_forms_of_before_work_and_say_that_they_go() -> None:
     log = KeepLog(10)
     with pytest.warns(
-        DeprecationWarning, match=r"Trimmer\(log=...\) goes in the next release: call `log.record\(trim.last"
+        DeprecationWarning, match=r"Trimmer\(log=...\) is removed in the next release: call `log.record\(trim.last"
     ):
         trim = Trimmer(0.5, log=log)
-    with pytest.warns(DeprecationWarning, match=r"trim\(losses, ids=...\) goes in the next release") as caught:
+    with pytest.warns(DeprecationWarning, match=r"trim\(losses, ids=...\) is removed in the next release") as caught:
         trim(LOSSES, ids=IDS, labels=torch.zeros(4, dtype=torch.int64))
     assert caught[0].filename == __file__
-    with pytest.warns(DeprecationWarning, match=r"record\(ids, losses, selection\) goes in the next release"):
+    with pytest.warns(DeprecationWarning, match=r"record\(ids, losses, selection\) is removed in the next release"):
         log.record(IDS, LOSSES, batchtrim.hardest()(LOSSES, 0.5))  # type: ignore[arg-type]
     assert log.table()["kept"].tolist() == [0] * 7 + [2, 2, 0]
 

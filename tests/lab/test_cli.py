@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from batchtrim import __version__
 from batchtrim.lab import cli, records
+from batchtrim.lab.analyse import claims
 from batchtrim.lab.methods.table import METHODS
 
 TINY = ["--epochs", "2", "--train-size", "200", "--seeds", "2", "--workers", "1", "--threads", "1"]
@@ -163,7 +165,7 @@ def test_version() -> None:
     assert batchtrim("--version").stdout == f"batchtrim {__version__}\n"
 
 
-def test_claims_are_judged(tmp_path: Path) -> None:
+def test_claims_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batchtrim("compare", "--out", "records/here", *TINY, "-q")
     assert "expected claims.toml beside runs.jsonl in or under records" in mistake("claims", "records")
     claim = 'effect = 0.5\n[[claim]]\ntext = "It helps."\nmethod = "trim"\nagainst = "full"\nsays = "lower"\n'
@@ -173,6 +175,11 @@ def test_claims_are_judged(tmp_path: Path) -> None:
     assert "| **not decidable** | It helps. `trim` against `full`: lower | 2 |" in done.stdout
     assert batchtrim("claims", "records", "--out", "results.md").stdout == "results: results.md\n"
     assert (tmp_path / "results.md").read_text() == done.stdout
+    (tmp_path / "page.md").write_text("<!-- results --><!-- /results -->")
+    reads = MagicMock(wraps=claims.read)
+    monkeypatch.setattr(claims, "read", reads)
+    assert batchtrim("claims", "records", "--out", "results.md", "--table", "page.md").exit_code == 0
+    assert reads.call_count == 1
     rows = (tmp_path / "records" / "here" / "runs.jsonl").read_text()
     (tmp_path / "records" / "here" / "runs.jsonl").write_text(rows.replace('"seconds":', '"second":'))
     assert "expected the records to be as batchtrim writes them" in mistake("claims", "records")

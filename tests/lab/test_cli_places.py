@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from batchtrim.lab import cli, terminal
+from batchtrim.lab.analyse import claims
 from batchtrim.lab.present import results
 
 NUMBERS = "8 \N{PLUS-MINUS SIGN} 1, \N{MINUS SIGN}0.8 to \N{EN DASH}0.2"
@@ -151,9 +152,9 @@ def test_what_happens_outside_of_runs_is_told_in_a_line(
 def test_claims_make_the_folder_of_their_page(monkeypatch: pytest.MonkeyPatch) -> None:
     write_row(Path("here"))
     Path("here/claims.toml").write_text("")
-    monkeypatch.setattr(results.claims, "read", lambda folder: folder)
-    monkeypatch.setattr(results, "_page", lambda read: "the page")
-    monkeypatch.setattr(results, "_drawings", lambda read: {"a.svg": "<svg/>"})
+    monkeypatch.setattr(claims, "read", lambda folder: folder)
+    monkeypatch.setattr(results, "page", lambda records: "the page")
+    monkeypatch.setattr(results, "drawings", lambda records: {"a.svg": "<svg/>"})
     done = batchtrim("claims", "here", "--out", "new/deep/page.md")
     assert done.exit_code == 0, done.output
     assert Path("new/deep/page.md").read_text() == "the page"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from batchtrim.lab import headline, summarize
-from batchtrim.lab.analyse.foreign import to_records
+from batchtrim.lab.analyse.csv_table import to_records
 from batchtrim.lab.metric import ERROR, HIGHER, LOWER, Metric
-from batchtrim.lab.present import tables
+from batchtrim.lab.present import report
 
 
 def rows(name: str, gain: float, level: float = 0.5) -> list[dict[str, float | str]]:
@@ -56,7 +56,7 @@ def test_verdicts_name_the_metric(name: str, gain: float, says: str) -> None:
 def test_the_page_colours_a_gain_as_a_gain_and_says_no_error(
     name: str, gain: float, colour: str, tmp_path: Path
 ) -> None:
-    tables.write_report(to_records(rows(name, gain), "results.csv"), tmp_path)
+    report.write_report(to_records(rows(name, gain), "results.csv"), tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert f'<div class="verdict {colour}">' in page
     text = re.sub(r"<style>.*?</style>|<script.*?</script>", "", page, flags=re.DOTALL)
@@ -94,5 +94,5 @@ def test_a_thousand_rows_report_in_seconds(tmp_path: Path) -> None:
         for s in range(100)
     ]
     start = time.process_time()
-    tables.write_report(to_records(many, "results.csv"), tmp_path, "m0")
+    report.write_report(to_records(many, "results.csv"), tmp_path, "m0")
     assert time.process_time() - start < 5.0

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from batchtrim.lab import records
+from batchtrim.lab.execute import local
 from commands import batchtrim, mistake
 
 TASK = """
@@ -44,6 +46,16 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("my_task", "helper"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run tasks in this process: starting one takes longer than all that is asserted, and other tests here do it."""
+
+    def run(tally: Any, recorded: Any, place: Any, workers: int, retries: int) -> None:
+        local.run_here(tally, recorded, place)
+
+    monkeypatch.setattr(local, "run_in_processes", run)
 
 
 def test_a_task_is_compared_in_a_process_of_its_own() -> None:
@@ -128,6 +140,7 @@ def test_commands_that_cannot_run(words: list[str], says: str) -> None:
         assert len(said.strip().splitlines()) == 1
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_higher_is_better_turns_the_verdict() -> None:
     Path("f1.py").write_text(TASK.replace('return {"error": value(run)}', 'return {"f1": 1 - value(run)}'))
     done = batchtrim("compare", "--task", "f1.py:train", "--metric", "f1", *ARGUMENTS, "-q")
@@ -158,6 +171,7 @@ def test_a_task_does_not_run_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> 
     assert "expected --task in one process" in mistake("compare", "--task", "my_task.py:train", *ARGUMENTS)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_train_and_sweep_take_a_task() -> None:
     done = batchtrim("train", "--task", "my_task.py:train", "--epochs", "2", "--out", "here", "-q")
     assert done.exit_code == 0, done.output
@@ -217,6 +231,7 @@ def test_kill_9_loses_no_finished_run(tmp_path: Path) -> None:
     assert {key: after[key] for key in before} == before
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_page_of_samples_without_classes() -> None:
     Path("logs.py").write_text(
         "import torch\n"

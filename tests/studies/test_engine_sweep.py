@@ -48,8 +48,8 @@ def test_every_architecture_comes_first_by_every_engine_with_dropout() -> None:
     assert len({case[2] for case in sweep.cases([], [], ["exact"])}) >= 300
 
 
-def row(verdict: str, model: str = "A", **given: Any) -> sweep.Row:
-    return sweep.Row(
+def row(verdict: str, model: str = "A", **given: Any) -> sweep.CheckResult:
+    return sweep.CheckResult(
         **{"task": "t", "kind": "a", "model": model, "dropout": True, "engine": "shared"} | given | {"verdict": verdict}
     )
 
@@ -73,9 +73,9 @@ def test_the_table_counts_and_gives_reasons() -> None:
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, bool]] = []
 
-    def judged(task: Any, kind: str, name: str, dropout: bool, engine: str, seconds: int) -> sweep.Row:
+    def judged(task: Any, kind: str, name: str, dropout: bool, engine: str, seconds: int) -> sweep.CheckResult:
         asked.append((name, dropout))
-        return sweep.Row(task.family, kind, name, dropout, engine, "wrong" if dropout else "right")
+        return sweep.CheckResult(task.family, kind, name, dropout, engine, "wrong" if dropout else "right")
 
     monkeypatch.setattr(sweep, "judged", judged)
     arguments = ["--out", str(tmp_path), "--engines", "shared", "--tasks", "ForCausalLM", "--only", "gpt2", "bert"]

@@ -69,7 +69,7 @@ class AutoEngine:
             self._hand_on(refused)
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
-        """One step; ``selection`` is given where the choice was made already."""
+        """Run one step; ``selection`` is given if the choice is already made."""
         if not self.pays(x, y):
             return self.exact(x, y, selection)
         assert self.saving is not None
@@ -93,7 +93,7 @@ class AutoEngine:
         return self.saving is None or self.saving.repeats_forward
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
-        """The loss of rows that were chosen before, with a graph."""
+        """Return the loss, with a graph, of rows that were chosen before."""
         if self.pays(x, y) and self.saving is not None and not self.saving.repeats_forward:
             return self.saving.train_on_kept(x, y, selection, first)
         return self(x, y, selection).loss
@@ -148,7 +148,7 @@ class AutoEngine:
             _log.info("engine 'auto' goes on with 'exact': this model is too small for cutting to pay")
 
     def _judge(self, measure: Callable[[], float]) -> bool:
-        """Whether BatchNorm's backward may take its means over the kept rows in this step."""
+        """Return True if BatchNorm's backward may take its means over the kept rows in this step."""
         shared: Any = self.saving
         self._judged += 1
         if self._judged % _JUDGE_EVERY != 1:

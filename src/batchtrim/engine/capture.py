@@ -48,10 +48,10 @@ class CannotCapture(Exception):
 
 
 class Planner(Protocol):
-    """What is made of one trace."""
+    """Makes the graphs of one trace, and runs them."""
 
     def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
-        """Forward and backward module of a joint graph; ``split`` cuts it as torch does."""
+        """Return the forward and backward modules of a joint graph; ``split`` cuts it as torch does."""
         ...
 
     def forward(self, args: list[Any]) -> Any:
@@ -64,7 +64,7 @@ class Planner(Protocol):
 
 
 def unfit() -> str | None:
-    """Why this torch release cannot be used for capture, or None."""
+    """Return why this torch release cannot be used for capture, or None."""
     try:
         from torch._dynamo.backends.common import aot_autograd  # noqa: F401
         from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: F401
@@ -79,7 +79,7 @@ def unfit() -> str | None:
 
 
 def expression_of(value: Any) -> Any:
-    """A symbolic number as a sympy expression, or as int where it is one; anything else as it is."""
+    """Return a symbolic number as a sympy expression, or as an int if it is one; anything else unchanged."""
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value
     node = value.node
@@ -203,7 +203,7 @@ def _settings(limit: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
-    """Leave calls of these functions of ``logging.Logger`` out of the traces made meanwhile; they would end a trace."""
+    """Leave calls of these functions of ``logging.Logger`` out of traces, which they would end."""
     import torch._dynamo.config as dynamo
 
     names = ("ignore_logging_functions", "ignore_logger_methods")  # a release has the second name, or both
@@ -238,7 +238,7 @@ def _reason(error: BaseException) -> str:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module a user gave to torch.compile."""
+    """Return the module that the user gave to torch.compile."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -251,7 +251,7 @@ def keeps_graph() -> bool:
 
 
 def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
-    """A graph as a function of a list of its inputs, which it empties, so that each is freed once it is used.
+    """Return a graph as a function of a list of inputs, which it empties so that each is freed once used.
 
     A view becomes a reshape: on kept rows a value may lie in memory in another order than the one that was traced.
     """

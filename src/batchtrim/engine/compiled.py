@@ -41,7 +41,7 @@ _BACKWARDS = 3
 
 @dataclass(frozen=True)
 class Runs:
-    """How the two parts of a backward run, how rows are cut, and how they are put back."""
+    """The functions that run the two parts of a backward, cut rows, and put them back."""
 
     upper: Callable[[list[Any]], Any]
     lower: Callable[[list[Any]], Any]
@@ -97,7 +97,7 @@ class CompiledStep:
         return list(run(inputs))
 
     def _fitting(self, known: list[_Backward], args: list[Any], tape: Tape) -> tuple[Callable[..., Any], Any] | None:
-        """The first compiled backward that is right for the sizes at hand, and its inputs."""
+        """Return the first compiled backward that is right for the current sizes, and its inputs."""
         chosen = tape.chosen
         assert chosen is not None
         whole = {**dict(enumerate(args)), **tape.saved}
@@ -165,7 +165,7 @@ class CompiledStep:
         return _Backward(compiled, wanted)
 
     def _as_saved(self, place: int) -> Any:
-        """What stands for an input of backward, lying in memory as the compiled forward leaves it."""
+        """Return a stand-in for an input of backward, in the memory layout that the compiled forward leaves."""
         value = self.step.places[place].meta["val"]
         at = self.step.saved_at.get(place)
         if not isinstance(value, Tensor) or at is None or at >= len(self._forward.strides):  # type: ignore[union-attr]

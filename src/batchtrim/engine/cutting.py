@@ -36,7 +36,7 @@ class KeptRows:
         return self.rows.shape[0]
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """The sample and the place in it of every token."""
+        """Return the sample of every token, and its place in the sample."""
         assert self.tokens is not None
         return self.rows // self.tokens, self.rows % self.tokens
 
@@ -59,12 +59,12 @@ def can_be_cut(layout: Rows, symbols: int) -> bool:
 
 
 def cut(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
-    """The kept rows of a tensor."""
+    """Return the kept rows of a tensor."""
     return _cut_samples(tensor, layout, kept) if kept.tokens is None else _cut_tokens(tensor, layout, kept)
 
 
 def put_back(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
-    """Zeros for all rows, and the kept ones among them: what :func:`cut` takes, the other way."""
+    """Return zeros for all rows with the kept rows among them: the inverse of :func:`cut`."""
     return _put_samples(value, layout, kept) if kept.tokens is None else _put_tokens(value, layout, kept)
 
 
@@ -72,7 +72,7 @@ def put_back(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
 
 
 def gather(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
-    """The kept rows of a tensor, as operators that are fused with what reads them."""
+    """Return the kept rows of a tensor, by operators that fuse with those that read them."""
     sample = layout.axes[0]
     assert sample is not None
     if kept.tokens is None:
@@ -95,7 +95,7 @@ def gather(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
 
 
 def spread(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
-    """What :func:`put_back` gives: each of all rows takes its kept one, or is zero."""
+    """Return what :func:`put_back` returns: each row reads its kept row, or is zero."""
     sample = layout.axes[0]
     assert sample is not None
     k = torch.arange(kept.k, device=kept.rows.device)
@@ -141,7 +141,7 @@ def _factors(layout: Rows, size: int, batch: int) -> tuple[int, int, int]:
 
 
 def _cut_samples(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
-    """In memory the result has its dimensions in the order in which the tensor has them."""
+    """Cut samples; the result keeps the tensor's order of dimensions in memory."""
     dim, outer, inner = _factors(layout, tensor.shape[layout.axes[0].dim], kept.batch)  # type: ignore[union-attr]
     size = outer * kept.k * inner
     strides = tensor.stride()

@@ -25,7 +25,7 @@ class ExactEngine:
         self.trim = trim
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
-        """One step; ``selection`` is given where the choice was made already."""
+        """Run one step; ``selection`` is given if the choice is already made."""
         losses, outputs = self.forward(x, y)
         if selection is None:
             selection = self.trim.select(losses.detach(), rank_by=self.forward.scores(outputs, y)).rising()
@@ -39,14 +39,14 @@ class ExactEngine:
         )
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> torch.Tensor:
-        """The loss of rows that were chosen before."""
+        """Return the loss of rows that were chosen before."""
         return self(x, y, selection).loss
 
     def pays(self, x: Any, y: Any) -> bool:
-        """False: it saves nothing."""
+        """Return False: it saves nothing."""
         return False
 
 
 def is_training_step() -> bool:
-    """Whether a backward may follow. Where none may, all engines are one forward."""
+    """Return True if a backward may follow. If none can, every engine is one forward."""
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

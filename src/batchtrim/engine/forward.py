@@ -103,7 +103,7 @@ class TrimmedForward:
         self.last: StepResult | None = None
 
     def __call__(self, x: Any, y: Any = None) -> Tensor:
-        """The trimmed loss of a batch, with a graph.
+        """Return the trimmed loss of a batch, with a graph.
 
         Args:
             x: what the model takes: a tensor, a tuple or list of them (``model(*x)``), or a mapping (``model(**x)``).

@@ -23,7 +23,7 @@ from batchtrim.engine.cutting import can_be_cut
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Whole
 from batchtrim.engine.rules import Call, Value, apply_rule, has_rule, holds, name_of, only_dim
 
-__all__ = ["Proof", "Verdict", "label", "place_of", "prove"]
+__all__ = ["NodeProof", "Proof", "label", "place_of", "prove"]
 
 _UNCUT: Layout = Broken("its rows lie where they cannot be cut")
 LAYOUT = "batchtrim_layout"  # key in a node's meta
@@ -33,7 +33,7 @@ LAYOUT = "batchtrim_layout"  # key in a node's meta
 
 
 def _plain(value: Any) -> Any:
-    """Symbolic numbers in nested arguments as expressions."""
+    """Return nested arguments with symbolic numbers as expressions."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return expression_of(value)
@@ -63,7 +63,7 @@ def make_call(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: A
 
 
 def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts: Any) -> list[Layout]:
-    """By rule, or by the rules of what the operator is made of."""
+    """Return layouts by the operator's rule, or by the rules of the operators it is made of."""
     if has_rule(call.func) or not any(isinstance(value.layout, Rows) for value in call.values):
         return apply_rule(call)
 
@@ -106,7 +106,7 @@ class _Walk:
         return _plain(value)
 
     def call(self, node: fx.Node) -> list[Layout]:
-        """What the rule of a node's operator says.
+        """Return what the rule of a node's operator says.
 
         Raises:
             Mixes: see :func:`batchtrim.engine.rules.apply_rule`.
@@ -200,8 +200,8 @@ def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -
 
 
 @dataclass
-class Verdict:
-    """What is proven of one node of a backward graph.
+class NodeProof:
+    """The proof of one node of a backward graph.
 
     Attributes:
         gradient: whether it depends on the losses' gradient.
@@ -220,7 +220,7 @@ class Verdict:
 class Proof:
     """Verdicts of all nodes, and the approximations they rest on."""
 
-    verdicts: dict[fx.Node, Verdict] = field(default_factory=dict)
+    verdicts: dict[fx.Node, NodeProof] = field(default_factory=dict)
     batch_norms: list[fx.Node] = field(default_factory=list)
 
     @property
@@ -245,11 +245,11 @@ def prove(
             layouts = [tangents[node]] if node in tangents else node.meta.get(LAYOUT, [Whole()])
             if any(isinstance(each, Rows) and not can_be_cut(each, len(symbols)) for each in layouts):
                 layouts = [_UNCUT]
-            verdict = Verdict(node in tangents, layouts)
+            verdict = NodeProof(node in tangents, layouts)
         elif node.op == "call_function":
-            verdict = _judge(node, walk, proof, batch_norm)
+            verdict = _prove_node(node, walk, proof, batch_norm)
         elif node.op == "get_attr":  # a constant
-            verdict = Verdict(False, [Whole()])
+            verdict = NodeProof(False, [Whole()])
         else:
             continue
         walk.layouts[node] = verdict.layouts
@@ -257,16 +257,16 @@ def prove(
     return proof
 
 
-def _judge(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> Verdict:
+def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> NodeProof:
     sources = [proof.verdicts[each] for each in node.all_input_nodes if each in proof.verdicts]
     gradient = any(source.gradient for source in sources)
     below = Broken("what it needs has to run on all rows")
     count = len(_flat(node.meta.get("val")))
     if any(source.whole for source in sources):
-        return Verdict(gradient, [below] * count, whole=gradient)
+        return NodeProof(gradient, [below] * count, whole=gradient)
     item = _getitem(walk, node)
     if item is not None:
-        return Verdict(gradient, item)
+        return NodeProof(gradient, item)
     try:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise Mixes("it draws random numbers again")
@@ -279,9 +279,9 @@ def _judge(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> Verdic
             raise Mixes("it puts rows where they cannot be put back")
     except Mixes as mixes:
         if gradient:
-            return Verdict(True, [Broken(str(mixes))] * count, whole=True, reason=str(mixes))
-        return Verdict(False, [Broken(f"{mixes} ({place_of(node)})")] * count)
-    return Verdict(gradient, layouts)
+            return NodeProof(True, [Broken(str(mixes))] * count, whole=True, reason=str(mixes))
+        return NodeProof(False, [Broken(f"{mixes} ({place_of(node)})")] * count)
+    return NodeProof(gradient, layouts)
 
 
 def _fresh(node: fx.Node) -> bool:
@@ -291,7 +291,7 @@ def _fresh(node: fx.Node) -> bool:
 
 
 def _kept_batch_norm(node: fx.Node, walk: _Walk, proof: Proof) -> list[Layout] | None:
-    """BatchNorm's backward with its means over the kept rows, and the whole batch's statistics."""
+    """Return the layouts of BatchNorm's backward with means over the kept rows and the batch's own statistics."""
     if name_of(node.target) not in rules_nn.BATCH_NORM_BACKWARD:
         return None
     gradient, x = walk.see(node.args[0]), walk.see(node.args[1])

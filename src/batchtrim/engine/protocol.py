@@ -1,4 +1,4 @@
-"""What every engine offers."""
+"""The interface of every engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Engine(Protocol):
     def repeats_forward(self) -> bool: ...
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
-        """One step; ``selection`` is given where the choice was made already.
+        """Run one step; ``selection`` is given if the choice is already made.
 
         Raises:
             EngineRefused: the model cannot be run so. Everything is as before the call.
@@ -35,7 +35,7 @@ class Engine(Protocol):
         ...
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
-        """The loss of rows that were chosen before, with a graph.
+        """Return the loss, with a graph, of rows that were chosen before.
 
         Args:
             first: where the forward is not repeated: the state before the pass that scored, and its losses.

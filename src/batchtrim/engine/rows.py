@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from batchtrim.errors import EngineRefused
 
-__all__ = ["RowCutter", "copied", "map_tensors", "put_back", "tensors_of"]
+__all__ = ["RowCutter", "copied", "map_tensors", "restore_values", "tensors_of"]
 
 # What may travel with a batch and belongs to no row of it. A list of labels is told apart before its items are seen.
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), slice, enum.Enum, torch.dtype, torch.device)
@@ -40,7 +40,7 @@ def copied(value: Any) -> Any:
     return map_tensors(lambda tensor: copies.setdefault(id(tensor), tensor.clone()), value)
 
 
-def put_back(value: Any, copy_of_it: Any) -> None:
+def restore_values(value: Any, copy_of_it: Any) -> None:
     """Give a batch's tensors the values they had when :func:`copied` was called."""
     with torch.no_grad():
         for tensor, was in zip(tensors_of(value), tensors_of(copy_of_it), strict=True):

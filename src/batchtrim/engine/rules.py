@@ -1,4 +1,4 @@
-"""Which operators leave rows apart, and where rows lie in what they return: one rule a kind of operator.
+"""One rule per kind of operator: whether it keeps rows apart, and where rows lie in its results.
 
 A rule answers from shapes and layouts, never from values. It promises: computed on the kept rows alone, the operator
 gives exactly the kept rows of what it gives on all of them. A sum over rows keeps the promise where the rows that are
@@ -78,7 +78,7 @@ _RULES: dict[str, Rule] = {}
 
 
 def name_of(func: Any) -> str:
-    """``mm`` of ``aten.mm.default``."""
+    """Return an operator's name: ``mm`` of ``aten.mm.default``."""
     schema = getattr(func, "_schema", None)
     return schema.name.split("::")[-1] if schema is not None else str(func)
 
@@ -98,7 +98,7 @@ def has_rule(func: Any) -> bool:
 
 
 def apply_rule(call: Call) -> list[Layout]:
-    """Layouts of a call's outputs.
+    """Return the layouts of a call's outputs.
 
     Raises:
         Mixes: it mixes rows, or no rule tells that it does not.
@@ -208,7 +208,7 @@ _POINTWISE = (
 
 @rule(*_POINTWISE)
 def pointwise(call: Call) -> list[Layout]:
-    """Entry by entry, with broadcasting: where operands have rows, they must have them at one place."""
+    """Compute entry by entry, with broadcasting: operands that have rows must have them in the same place."""
     name = name_of(call.func)
     if any(value.layout.iota for value in call.rows) and name not in _COPIES:  # type: ignore[union-attr]
         raise Mixes("it computes with the rows' own numbers")
@@ -222,7 +222,7 @@ def pointwise(call: Call) -> list[Layout]:
 
 
 def aligned(call: Call, out: Value, values: list[Value] | None = None) -> tuple[Axis | None, ...]:
-    """Where rows lie after broadcasting to ``out``."""
+    """Return where rows lie after broadcasting to ``out``."""
     found: list[Axis | None] = []
     for i, symbol in enumerate(call.symbols):
         place: Axis | None = None
@@ -331,7 +331,7 @@ def contraction(call: Call) -> Layout:
 
 
 def contract(symbols: Sequence[Any], inputs: Sequence[str], out: str, values: Sequence[Value]) -> Layout:
-    """``einsum`` of values: rows must lie along one letter; a letter that is summed needs rows that vanish."""
+    """Apply ``einsum`` to values: rows must lie along one letter; a summed letter needs rows that vanish."""
     axes: list[Axis | None] = []
     summed: list[bool] = []
     for i in range(len(symbols)):

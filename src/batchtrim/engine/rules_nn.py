@@ -200,7 +200,7 @@ _SPATIAL_BACKWARD = (
 
 @rule(*_SPATIAL, *_SPATIAL_BACKWARD)
 def spatial(call: Call) -> list[Layout]:
-    """Batch first, each sample by itself."""
+    """Treat each sample by itself, batch first."""
     if any(isinstance(value.layout, Whole) for value in call.values):
         raise Mixes("one of its inputs belongs to no row")
     name = name_of(call.func)
@@ -273,7 +273,7 @@ def _no_iota(index: Value) -> None:
 
 
 def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
-    """Where rows lie in ``base[indices]``, and its dimensions; rows may be indexed by their own numbers alone."""
+    """Return where rows lie in ``base[indices]``, and its dimensions; rows may only be indexed by their own numbers."""
     indices = list(call["indices"]) + [None] * (base.ndim - len(call["indices"]))
     given = [dim for dim, index in enumerate(indices) if index is not None]
     if any(len(i.shape) == 0 for i in indices if i is not None) and not given:
@@ -315,7 +315,7 @@ def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
 
 
 def _masked(call: Call) -> Layout:
-    """``base[mask] = number``: entry by entry, where the mask lies as the base does."""
+    """Set ``base[mask] = number`` entry by entry, if the mask is laid out like the base."""
     base, values = call["self"], call["values"]
     at = next(dim for dim, index in enumerate(call["indices"]) if index is not None)
     mask = call["indices"][at]

@@ -29,7 +29,7 @@ def view(call: Call) -> Layout:
 
 
 def view_axis(axis: Axis, symbol: sympy.Symbol, before: Sequence[Size], after: Sequence[Size]) -> Axis:
-    """Where an axis lies once a tensor of one shape is viewed as another."""
+    """Return where an axis lies once a tensor of one shape is viewed as another."""
     if axis.outer is None:
         return only_dim(after, symbol, (symbol,))
     major = product(before[: axis.dim]) * axis.outer
@@ -92,7 +92,7 @@ def expand(call: Call) -> Layout:
 
 @rule("repeat")
 def repeat(call: Call) -> Layout:
-    """One copy after the other: the rows' dimension gets a factor in front."""
+    """Repeat one copy after the other: the rows' dimension gets a factor in front."""
     value = call.values[0]
     repeats = call["repeats"]
     shift = len(repeats) - value.ndim
@@ -118,7 +118,7 @@ def repeat(call: Call) -> Layout:
 
 @rule("slice", "slice_backward")
 def slice_(call: Call) -> Layout:
-    """Along another dimension than the rows', or one that takes nothing away; tokens may lose some at the end."""
+    """Slice along a dimension without rows, or without removing any; tokens may be cut off at the end."""
     value = call.values[0]
     layout = value.layout
     if not isinstance(layout, Rows):
@@ -197,7 +197,7 @@ def create(call: Call) -> Layout:
 
 @rule("arange")
 def arange(call: Call) -> Layout:
-    """0 to B - 1 are the rows' own numbers."""
+    """Return the rows' own numbers for 0 to B - 1."""
     if call["start"] not in (None, 0) or call["step"] not in (None, 1) or call.out.shape[0] != call.symbols[0]:
         raise Mixes("it counts rows")
     return Rows((Axis(0), *(None,) * (len(call.symbols) - 1)), iota=True)
@@ -257,7 +257,7 @@ _LINEAR_ALONG = {"mean", "cumsum", "flip", "roll", "_fft_r2c", "_fft_c2r", "_fft
 
 @rule(*_ALONG)
 def along(call: Call) -> Layout:
-    """Over given dimensions, which must not be the rows'."""
+    """Go over given dimensions, which must not be the rows'."""
     value = call.values[0]
     layout = Rows(aligned(call, value))
     dims = next((call[name] for name in ("dim", "dims") if call[name] is not None), None)

@@ -89,11 +89,11 @@ class SharedEngine:
         return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
-        """The loss of rows that were chosen before."""
+        """Return the loss of rows that were chosen before."""
         return self(x, y, selection).loss
 
     def pays(self, x: Any, y: Any) -> bool:
-        """True where a trace tells so, and before there is one."""
+        """Return True if the trace says so, and before there is a trace."""
         if self.refused is not None:
             return False
         return self.trace is None or self.trace.cost(self.approximate).ratio(self.trim.expected_keep) < _WORTH
@@ -170,7 +170,7 @@ class _Plain:
             self.before.restore(x, y)
 
     def difference(self, losses: Tensor) -> str | None:
-        """Why a trace is not the model's, or None. Called right after it ran."""
+        """Return why a trace is not that of the model, or None. Call it right after the trace ran."""
         if not self.generators.same_torch_state(GeneratorStates(self.generators.device)):
             return "it draws random numbers in another order"
         apart = 1e-4 if losses.dtype in (torch.float32, torch.float64) else 1e-2
@@ -182,7 +182,7 @@ class _Plain:
 
 
 def refusal(forward: Forward) -> str | None:
-    """Why the engine cannot run a model, as far as looking at it tells; None where nothing speaks against it."""
+    """Return why the engine cannot run a model, as far as can be seen without running it; None if nothing is wrong."""
     reason = unfit()
     if reason is not None:
         return reason
@@ -202,7 +202,7 @@ def refusal(forward: Forward) -> str | None:
 
 
 def _step_of(forward: Forward) -> Callable[..., Any]:
-    """What is traced: model, loss, and one loss a sample."""
+    """Return the traced function: model, loss, and one loss per sample."""
     model = uncompiled(forward.inner)
     per_sample_loss, unit = forward.per_sample_loss, forward.unit
 
@@ -226,14 +226,14 @@ def _step_of(forward: Forward) -> Callable[..., Any]:
 
 
 def _rows(x: Any, dim: int) -> int:
-    """How many samples a batch holds: the batch dimension of the first tensor that has one."""
+    """Return the number of samples in a batch: the batch dimension of the first tensor that has one."""
     found: list[int] = []
     map_tensors(lambda t: (found.append(t.shape[dim]) if t.ndim > dim else None, t)[1], x)
     return found[0] if found else 0
 
 
 def _marked(x: Any, y: Any, forward: Forward) -> tuple[Any, Any]:
-    """The batch, with the dimensions of its rows marked as ones that change.
+    """Return the batch, with the dimensions of its rows marked as dynamic.
 
     What is marked are aliases, so that nothing is noted on the caller's tensors.
     """
@@ -277,7 +277,7 @@ class _StandIn(nn.Module):
 
 @contextmanager
 def _with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """``call`` in place of the model inside its wrapper: the wrapper's own work is none of the model's."""
+    """Return ``call`` in place of the model inside its wrapper, whose own work is not part of the model."""
     if not isinstance(model, DistributedDataParallel):
         yield call
         return

@@ -30,7 +30,7 @@ class NewTrace(Exception):
 
 
 class Tape:
-    """What one forward saved that has rows, until its backward.
+    """The tensors with rows that one forward saved for its backward.
 
     Attributes:
         chosen: the kept rows; None where backward runs on all.
@@ -187,7 +187,7 @@ class SlicedStep:
         return isinstance(size, sympy.Expr) and factor_of(size, self.symbols[0]) is not None
 
     def slices(self, approximate: bool) -> Slices:
-        """The backward in two parts, made when it is first asked for."""
+        """Return the backward in two parts, made at the first call."""
         if approximate not in self._slices:
             self._slices[approximate] = self._split(approximate)
         return self._slices[approximate]
@@ -199,7 +199,7 @@ class SlicedStep:
         return split_backward(self.backward_graph, proof, self.places, self.symbols)
 
     def _tangent(self, value: Tensor) -> Layout:
-        """Where the rows of an output's gradient lie. They vanish where they are not kept."""
+        """Return where the rows of an output's gradient lie. Rows that are not kept are zero."""
         if self.unit == "element" and value.ndim == 1:
             batch, tokens = self.symbols
             shape, flat = (batch, tokens - self.lost), (expression_of(value.shape[0]),)
@@ -209,13 +209,13 @@ class SlicedStep:
         return Rows(layout.axes, vanish=True) if isinstance(layout, Rows) else layout
 
     def kept(self, rows: Tensor, batch: int, size: int) -> KeptRows:
-        """The rows at the given places among ``size`` losses."""
+        """Return the rows at the given places among ``size`` losses."""
         if self.unit == "sample":
             return KeptRows(rows, batch)
         return KeptRows(rows, batch, size // batch, self.lost)
 
     def cost(self, approximate: bool) -> Cost:
-        """What a step of this trace costs."""
+        """Return the cost of a step of this trace."""
         if approximate not in self._costs:
             self._costs[approximate] = self._count(approximate)
         return self._costs[approximate]
@@ -243,7 +243,7 @@ class SlicedStep:
         return cost
 
     def mixing(self, approximate: bool) -> tuple[str, str] | None:
-        """The first operator from the loss down that mixes rows, and how; None where none does."""
+        """Return the first operator from the loss down that mixes rows, and how; None if none does."""
         proof = self.slices(approximate).proof
         node = proof.first_mixing
         return None if node is None else (place_of(node), str(proof.verdicts[node].reason))
@@ -301,7 +301,7 @@ def _layout(node: fx.Node) -> Layout | None:
 
 
 def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of a joint graph that are tangents or depend on them."""
+    """Return the nodes of a joint graph that are tangents or depend on them."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if (node.op == "placeholder" and "tangents" in node.name) or any(n in found for n in node.all_input_nodes):
@@ -310,7 +310,7 @@ def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _row_symbols(graph: fx.Graph, tangents: set[fx.Node], unit: str) -> tuple[tuple[sympy.Symbol, ...], int]:
-    """The symbols that count rows, from the size of the losses, which are a vector with a gradient.
+    """Return the symbols that count rows, from the size of the losses, which are a vector with a gradient.
 
     Returns:
         The batch size's symbol; for tokens also that of their number, and how many at the end have no loss.

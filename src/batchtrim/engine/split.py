@@ -60,7 +60,7 @@ class Slices:
 def split_backward(
     module: fx.GraphModule, proof: Proof, places: list[fx.Node], symbols: tuple[sympy.Symbol, ...]
 ) -> Slices:
-    """Two graphs of one: what runs on the kept rows, and what runs on all."""
+    """Split one graph into two: what runs on the kept rows, and what runs on all."""
     graph = module.graph
     (output,) = graph.find_nodes(op="output")
     wanted = [node for node in output.args[0] if isinstance(node, fx.Node)]
@@ -100,7 +100,7 @@ def split_backward(
 
 
 def _kept_sizes(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...]) -> dict[fx.Node, Callable[[int], int]]:
-    """Every symbolic size, for k samples of one token each."""
+    """Return every symbolic size for k samples of one token each."""
     sizes: dict[fx.Node, Callable[[int], int]] = {}
     for node in graph.nodes:
         if isinstance(node.meta.get("val"), torch.SymInt):
@@ -109,7 +109,7 @@ def _kept_sizes(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...]) -> dict[fx.N
 
 
 def _kept_size(size: Any, symbols: tuple[sympy.Symbol, ...]) -> Callable[[int], int]:
-    """``c * batch * (tokens - lost)`` becomes ``c * k``, and either of the two alone as it should."""
+    """Return ``c * k`` for ``c * batch * (tokens - lost)``, and accordingly for either factor alone."""
     batch, tokens = symbols
     factor, rows = 1, False
     for each in sympy.Mul.make_args(sympy.sympify(size)):
@@ -123,7 +123,7 @@ def _kept_size(size: Any, symbols: tuple[sympy.Symbol, ...]) -> Callable[[int], 
 
 
 def _cut_by_slices(proof: Proof) -> set[fx.Node]:
-    """The slices that take tokens off the end, or put them back: of kept tokens none is there."""
+    """Return the slices that cut tokens off the end, or put them back; no kept token lies there."""
     found = set()
     for node, verdict in proof.verdicts.items():
         if name_of(node.target) in ("slice", "slice_backward"):
@@ -134,7 +134,7 @@ def _cut_by_slices(proof: Proof) -> set[fx.Node]:
 
 
 def _extract(module: fx.GraphModule, outputs: list[fx.Node], given: set[fx.Node], same: set[fx.Node]) -> Part:
-    """A graph that computes some nodes, with others given to it; ``same`` are left out for what they take."""
+    """Return a graph that computes some nodes from given ones; nodes in ``same`` are replaced by their operand."""
     needed: set[fx.Node] = set()
     stack = list(outputs)
     while stack:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.rows import copied, put_back
+from batchtrim.engine.rows import copied, restore_values
 
 if TYPE_CHECKING:
     from batchtrim.engine.batch import Forward
@@ -200,7 +200,7 @@ class ModelState:
 
 
 class Moment:
-    """What a step may change, as it is now: buffers, plain attributes, generators, and the batch where one is given."""
+    """A copy of what a step may change: buffers, plain attributes, generators, and the batch if one is given."""
 
     def __init__(self, forward: Forward, x: Any = None, y: Any = None) -> None:
         self.x, self.y = copied((x, y))
@@ -212,7 +212,7 @@ class Moment:
         self.model.restore()
         self.generators.restore()
         if x is not None or y is not None:
-            put_back((x, y), (self.x, self.y))
+            restore_values((x, y), (self.x, self.y))
 
 
 def relative_difference(exact: Tensor, other: Tensor) -> float:

@@ -29,7 +29,9 @@ _BATCH_NORM = "BatchNorm would take its statistics from the kept samples alone"
 
 
 class TwoPassEngine:
-    """What peers do, without their side effects, and checked. Cost: (1 + 3q) / 3 of a plain step, below 1 for q < 2/3.
+    """Two passes, as in other projects, but checked and without their side effects.
+
+    They cost (1 + 3q) / 3 of a plain step, which is below 1 for q < 2/3.
 
     The kept losses of the second pass must be those that were scored in the first, in every step; else the engine
     refuses, for the kept rows alone are then not what they were in the batch. What a loss does not show (a gate that
@@ -62,7 +64,7 @@ class TwoPassEngine:
         self.said = False
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
-        """One step; ``selection`` is given where the choice was made already."""
+        """Run one step; ``selection`` is given if the choice is already made."""
         if self.trim.keep == 1.0 or not is_training_step() or is_lazy(self.forward.inner):
             return self.exact(x, y, selection)
         if not self.approximate and (reason := redrawn(self.forward)) is not None:
@@ -89,7 +91,7 @@ class TwoPassEngine:
             raise EngineRefused(_CANNOT.format(f"it does not run without a graph ({_said(error)})")) from error
 
     def pays(self, x: Any, y: Any) -> bool:
-        """True where (1 + 3q) / 3 is below 1."""
+        """Return True if (1 + 3q) / 3 is below 1."""
         return self.trim.expected_keep < 2 / 3
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: tuple[Moment, Tensor] | None = None) -> Tensor:

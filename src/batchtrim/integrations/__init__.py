@@ -23,7 +23,7 @@ CLOCKS = ("epoch", "step")
 
 
 def build(keep: Callable[[float], float] | float, total: int | None, options: Mapping[str, Any]) -> Trimmer:
-    """A trimmer whose clock the trainer drives."""
+    """Return a trimmer whose clock the trainer drives."""
     trim = Trimmer(keep, total=total, **options)
     if getattr(trim.schedule, "reads", "progress") == "accuracy":
         raise ValueError(
@@ -34,7 +34,7 @@ def build(keep: Callable[[float], float] | float, total: int | None, options: Ma
 
 
 def total_of(clock: str, epochs: float | None, steps: float | None) -> int | None:
-    """What a trimmer's clock counts up to; None where the trainer does not know."""
+    """Return what a trimmer's clock counts up to; None if the trainer does not know."""
     total = {"epoch": epochs, "step": steps}[check_choice("clock", clock, CLOCKS)]
     return None if total is None or total < 1 or math.isinf(total) else math.ceil(total)
 
@@ -46,7 +46,7 @@ def follow(trim: Trimmer, now: int) -> None:
 
 
 def log_values(trim: Trimmer, mean: Callable[[Tensor], Any] | None = None) -> dict[str, float]:
-    """What was kept since the last call, to log: nothing where no batch was seen. Syncs the device.
+    """Return the statistics since the last call, to log; none if there was no batch. Syncs the device.
 
     Args:
         mean: of a vector over the ranks. Every rank calls it, whether it has seen batches or not.

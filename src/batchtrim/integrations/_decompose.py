@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations._intercept import NotFound, Part, Recorder
+from batchtrim.integrations._intercept import LossPart, NotFound, Recorder
 from batchtrim.integrations._merging import Term, merged
 from batchtrim.integrations._parts import compare, parts_of
 from batchtrim.integrations._rows import label_sizes, output_tensors, prove_rows, rows_of
@@ -44,7 +44,7 @@ class Found:
     scores: Tensor | None
     loss: Tensor
     outputs: Any
-    parts: list[Part]
+    parts: list[LossPart]
     terms: list[Term]
     alike: bool
 
@@ -99,8 +99,8 @@ class LossFinder:
         return Found(losses, scores, loss.detach(), outputs, parts, terms, alike)
 
 
-def _alike(parts: list[Part], rows: list[Tensor]) -> bool:
-    """True where the parts add up entry by entry: the same entries, counted alike."""
+def _alike(parts: list[LossPart], rows: list[Tensor]) -> bool:
+    """Return True if the parts add up entry by entry: the same entries, counted alike."""
     first = parts[0]
     return len(parts) == 1 or all(
         part.weights is None

@@ -50,7 +50,7 @@ class EngineStep:
         return self._recorded(model, inputs)
 
     def _own(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """By the user's function: as it is when it is called by hand."""
+        """Run the engine with the user's function, as in a loop of one's own."""
         step = self._steps.get(None)
         if step is None:
             step = TrimmedForward(model, self.losses.per_sample_loss, self.trim, self.engine)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchtrim.integrations._decompose import Found
 from batchtrim.integrations._forms import OF_CLASSES, OF_NUMBERS, Form, FormCall
-from batchtrim.integrations._intercept import Part
+from batchtrim.integrations._intercept import LossPart
 from batchtrim.integrations._merging import Term, merged
 from batchtrim.integrations._parts import tolerance_of
 from batchtrim.unreduced import Losses
@@ -36,7 +36,7 @@ def find_form(
 
 
 def fits(form: Form, found: Found, labels: Mapping[str, Tensor], parameters: list[nn.Parameter]) -> bool:
-    """True where a form gives the losses that were found: values, what counts, and the gradient."""
+    """Return True if a form gives the recorded losses: values, what counts, and the gradient."""
     try:
         losses, scores = form.with_scores(found.outputs, labels)
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError):  # shapes of another layout
@@ -50,14 +50,14 @@ def fits(form: Form, found: Found, labels: Mapping[str, Tensor], parameters: lis
     return _same_gradient(losses, other, parameters)
 
 
-def _all_count(term: Term, part: Part) -> Term:
-    """A term whose entries all count without the mask that says so, where the model took their mean itself."""
+def _all_count(term: Term, part: LossPart) -> Term:
+    """Return a term without its mask if all entries count, where the model took their mean itself."""
     every = part.call.divisor is None and term.counted is not None and bool(term.counted.all())
     return term._replace(counted=None) if every else term
 
 
-def _matching(part: Part, outputs: Any, labels: Mapping[str, Tensor]) -> Iterator[FormCall]:
-    """The ways in which a recorded call can be made of an output and a label."""
+def _matching(part: LossPart, outputs: Any, labels: Mapping[str, Tensor]) -> Iterator[FormCall]:
+    """Yield the ways to make a recorded call from an output and a label."""
     call = part.call
     given = dict(call.own.keywords)
     for name in ("input", "target", "reduction", "size_average", "reduce"):
@@ -84,8 +84,8 @@ def _matching(part: Part, outputs: Any, labels: Mapping[str, Tensor]) -> Iterato
                     yield made
 
 
-def _factor(part: Part) -> float | None:
-    """The number by which a call's losses go into L; None where it is not one number."""
+def _factor(part: LossPart) -> float | None:
+    """Return the factor by which a call's losses enter L; None if it is not one number."""
     own, used = part.call.values.detach().double().sum(), part.values.detach().double().sum()
     if not bool(own.isfinite() & used.isfinite()) or float(own) == 0.0:
         return None
@@ -113,7 +113,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _same_gradient(one: Losses, other: Losses, parameters: list[nn.Parameter]) -> bool:
-    """Of the losses, each weighed by another number."""
+    """Return True if the losses, each weighted by another number, have the same gradient."""
     number = len(one.values)
     weights = torch.linspace(1.0, 2.0, number, device=one.values.device, dtype=one.values.dtype)
     sums = []

@@ -1,4 +1,4 @@
-"""Which standard form a model's loss has, for each kind of batch, and whether it still has it."""
+"""The standard form of a model's loss for each kind of batch, checked in every step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHECK_EVERY = 100
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """For a forward of its own: buffers, plain attributes and random generators are what they were, afterwards."""
+    """Restore buffers, plain attributes and random generators after an extra forward."""
     states, buffers = GeneratorStates(device_of(model)), ModelState(list(model.modules()))
     try:
         yield
@@ -82,7 +82,7 @@ class Forms:
         return False
 
     def _prove(self, model: nn.Module, inputs: Mapping[str, Any], labels: Mapping[str, Tensor]) -> Form | None:
-        """In a forward of its own, of the model's own Python."""
+        """Prove the form in an extra forward of the model's own Python."""
         losses, eager = self.losses, uncompiled(model)
         parameters = [each for each in eager.parameters() if each.requires_grad]
         with left_as_found(eager), torch.enable_grad():
@@ -103,7 +103,7 @@ class Forms:
 
 
 def _kind(inputs: Mapping[str, Any]) -> Any:
-    """What decides how a model computes its loss, as far as a batch can."""
+    """Return what decides how a model computes its loss, as far as a batch can."""
     tensors = [(name, each.ndim, each.dtype, len(each) > 1) for name, each in inputs.items() if _is_batch(each)]
     return frozenset(tensors)
 

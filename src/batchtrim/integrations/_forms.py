@@ -34,41 +34,41 @@ def _check_shapes(output: Tensor, label: Tensor) -> None:
 
 
 def _each(output: Tensor, label: Tensor, ignored: int) -> Arranged:
-    """A label an output: classes of samples, tokens or choices."""
+    """Pair one label with each output: classes of samples, tokens or choices."""
     _check_shapes(output, label)
     return output.reshape(-1, output.shape[-1]), label.reshape(-1), ignored
 
 
 def _next_padded(output: Tensor, label: Tensor, ignored: int) -> Arranged:
-    """The next token, the last one's being none: as transformers shifts."""
+    """Pair each output with the next token, the last one with none: as transformers shifts."""
     _check_shapes(output, label)
     shifted = F.pad(label, (0, 1), value=ignored)[..., 1:]
     return output.reshape(-1, output.shape[-1]), shifted.reshape(-1), ignored
 
 
 def _next_cut(output: Tensor, label: Tensor, ignored: int) -> Arranged:
-    """The next token, without the last output."""
+    """Pair each output but the last with the next token."""
     _check_shapes(output, label)
     return output[:, :-1].reshape(-1, output.shape[-1]), label[:, 1:].reshape(-1), ignored
 
 
 def _pixels(output: Tensor, label: Tensor, ignored: int) -> Arranged:
-    """(B, C, ...) and (B, ...), classes in the second dimension."""
+    """Pair (B, C, ...) with (B, ...), classes in the second dimension."""
     return output, label, ignored
 
 
 def _pixels_resized(output: Tensor, label: Tensor, ignored: int) -> Arranged:
-    """The same, the output brought to the labels' size."""
+    """Pair pixels after resizing the output to the labels' size."""
     return F.interpolate(output, size=label.shape[-2:], mode="bilinear", align_corners=False), label, ignored
 
 
 def _position(output: Tensor, label: Tensor, _: int) -> Arranged:
-    """Where an answer starts or ends: one of T places; what lies outside does not count."""
+    """Pair scores of T places with the start or end of an answer; one outside does not count."""
     return output, label.reshape(-1).clamp(0, output.shape[1]), output.shape[1]
 
 
 def _numbers(output: Tensor, label: Tensor, ignored: int) -> Arranged:
-    """As many numbers as outputs."""
+    """Pair one number with each output."""
     batch = label.shape[0]
     return output.reshape(batch, -1), label.reshape(batch, -1).to(output.dtype), ignored
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Call", "NotFound", "Part", "Recorder"]
+__all__ = ["LossCall", "LossPart", "NotFound", "Recorder"]
 
 _CLASSES = (F.cross_entropy, F.nll_loss)  # divide by the targets that count, weighted
 _ENTRIES = (  # divide by all entries
@@ -40,7 +40,7 @@ class NotFound(ValueError):
 
 
 @dataclass
-class Call:
+class LossCall:
     """One call of a loss function.
 
     Attributes:
@@ -63,14 +63,14 @@ class Call:
 
 
 @dataclass
-class Part:
-    """What one call contributes to L: ``L = sum over parts of sum_j(values_j / divisor)``.
+class LossPart:
+    """One call's contribution to L: ``L = sum over parts of sum_j(values_j / divisor)``.
 
     Attributes:
         values: the call's, times the factor they go into L with. weights: what is to be counted, or None for ones.
     """
 
-    call: Call
+    call: LossCall
     values: Tensor
     counted: Tensor | None
     weights: Tensor | None
@@ -87,7 +87,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, smoothing: float = 0.0) -> None:
         super().__init__()
         self.smoothing = smoothing
-        self.calls: list[Call] = []
+        self.calls: list[LossCall] = []
 
     def __enter__(self) -> Recorder:
         self._grad = torch.is_grad_enabled()
@@ -129,7 +129,7 @@ class Recorder(TorchFunctionMode):
         ignored = given.get("ignore_index") if of_classes else None
         leaf.requires_grad_()
         own = functools.partial(function, **given)
-        self.calls.append(Call(function.__name__, values, leaf, target, ignored, counted, weights, divisor, own))
+        self.calls.append(LossCall(function.__name__, values, leaf, target, ignored, counted, weights, divisor, own))
         return leaf.clone()  # which may be added to in place
 
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face batch trains on, and what it weighs in an optimizer step.
+"""The labels of a Hugging Face batch, and its weight in an optimizer step.
 
 Legend: B batch, T tokens, M micro-batches in a window (one optimizer step), R ranks.
 """
@@ -41,7 +41,7 @@ def named_labels(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> dict[s
 
 @dataclass(frozen=True)
 class Counting:
-    """How many losses of a batch there are to choose from, told by its labels.
+    """The way to count the losses of a batch to select from, by its labels.
 
     Attributes:
         ignored: the label that does not count; None where every sample counts as one.
@@ -116,7 +116,7 @@ def plain_sums(losses: Losses) -> Tensor:
 
 
 def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:
-    """What the loss of each micro-batch is multiplied by: the Trainer adds them up and averages over R ranks.
+    """Return the factor of each micro-batch's loss: the Trainer adds the losses up and averages over R ranks.
 
     ``R * n_m / N``, n_m of N in the windows of all ranks; with scope "global", whose loss is that of all ranks already,
     ``sum_r(n_rm) / N``; and where the whole window is chosen from, its sum in place of n_m.

@@ -15,10 +15,10 @@ from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations._labels import tensors_in
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["Clock", "Interception"]
+__all__ = ["Interception", "LightningClock"]
 
 
-class Clock:
+class LightningClock:
     """Lightning's progress, counted in epochs or steps.
 
     Under automatic optimization a step is an optimizer's. ``trainer.global_step`` counts all optimizers' steps. Under

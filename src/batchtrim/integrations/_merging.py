@@ -29,7 +29,7 @@ class Term(NamedTuple):
     weights: Tensor | None
 
     def numbers(self) -> Tensor:
-        """(B,): what a sample adds to the divisor."""
+        """Return (B,), what each sample adds to the divisor."""
         counts = self.counted if self.weights is None else self.weights
         counts = torch.ones_like(self.values) if counts is None else counts
         return counts.reshape(self.values.shape).sum(1).to(self.values.dtype)

@@ -35,7 +35,7 @@ class FlatLosses(NamedTuple):
 
 
 class ModelLosses:
-    """What a TrimmedTrainer chooses from.
+    """The losses that a TrimmedTrainer selects from.
 
     Args:
         trainer: a TrimmedTrainer. per_sample_loss: ``(outputs, labels) -> losses``, or None for the model's own loss.
@@ -98,7 +98,7 @@ class ModelLosses:
         return flat
 
     def _compiled(self, model: nn.Module, inputs: Any) -> tuple[Losses, Tensor | None, Any] | None:
-        """A compiled model's losses by their standard form; None where it is to run as the Python that it was."""
+        """Return a compiled model's losses by their standard form; None if it has to run uncompiled."""
         eager = uncompiled(model)
         if eager is model:
             return None

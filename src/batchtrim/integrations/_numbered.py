@@ -45,7 +45,7 @@ class _Collator:
 
 @contextmanager
 def numbered_rows(trainer: Any) -> Iterator[None]:
-    """While entered, the Trainer makes its training loader of numbered rows.
+    """Make the Trainer build its training loader from numbered rows while entered.
 
     Raises:
         ValueError: its data set has no length or its rows are no mappings.

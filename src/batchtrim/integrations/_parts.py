@@ -1,4 +1,4 @@
-"""What each recorded call of a loss function contributes to the number that was made of them.
+"""The contribution of each recorded call of a loss function to the number computed from them.
 
 Legend: L the number, u_j un-reduced losses of a call, r the value the caller got for them, D its divisor.
 """
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations._intercept import Call, NotFound, Part
+from batchtrim.integrations._intercept import LossCall, LossPart, NotFound
 
 __all__ = ["parts_of"]
 
 
-def parts_of(loss: Any, calls: list[Call], *, check: bool) -> list[Part]:
-    """What each recorded call contributes to ``loss``.
+def parts_of(loss: Any, calls: list[LossCall], *, check: bool) -> list[LossPart]:
+    """Return what each recorded call contributes to ``loss``.
 
     ``L = sum_i dL/dr_i * r_i``, with the values u of call i in place of its r. That holds where L is homogeneous in the
     recorded values: sums of them, with factors. The gradient with respect to the model is right for any L.
@@ -35,16 +35,16 @@ def parts_of(loss: Any, calls: list[Call], *, check: bool) -> list[Part]:
     return [_part(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
 
 
-def _part(call: Call, factor: Tensor) -> Part:
+def _part(call: LossCall, factor: Tensor) -> LossPart:
     factor = factor.to(call.values.dtype)
     if call.divisor is None:  # the caller reduced: dL/du_j says how
         counted = factor != 0
         divisor = counted.sum().clamp(min=1)
-        return Part(call, call.values * (factor * divisor), counted, None, divisor)
+        return LossPart(call, call.values * (factor * divisor), counted, None, divisor)
     counts = call.weights if call.weights is not None else call.counted
     divisor = call.values.new_tensor(call.values.numel()) if counts is None else counts.sum().to(call.values.dtype)
     divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
-    return Part(call, call.values * (factor * divisor / call.divisor), call.counted, call.weights, divisor)
+    return LossPart(call, call.values * (factor * divisor / call.divisor), call.counted, call.weights, divisor)
 
 
 def _has_other_leaves(loss: Tensor, leaves: list[Tensor]) -> bool:
@@ -63,8 +63,8 @@ def _has_other_leaves(loss: Tensor, leaves: list[Tensor]) -> bool:
     return False
 
 
-def _check(loss: Tensor, calls: list[Call], factors: Any) -> None:
-    """Each reduced value against the caller's own call, and L against what it is made of."""
+def _check(loss: Tensor, calls: list[LossCall], factors: Any) -> None:
+    """Check each reduced value against the caller's own call, and L against the sum of its parts."""
     used = [(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
     for call, _ in used:
         with torch.no_grad():
@@ -84,7 +84,7 @@ def compare(true: Tensor, found: Tensor, what: str) -> None:
 
 
 def near(true: float, found: float, dtype: torch.dtype) -> bool:
-    """True where a loss is what was found, up to rounding; and where it is NaN, which it is in plain training too."""
+    """Return True if a loss is what was found, up to rounding, or is NaN, as it then is in plain training."""
     return true != true or abs(true - found) <= tolerance_of(dtype) * max(abs(true), 1e-2)
 
 

@@ -1,4 +1,4 @@
-"""Which loss is of which sample: laid out by the number of labels, proven by the gradient of the model's outputs."""
+"""Assign losses to samples: by the number of labels, proven by the gradient of the model's outputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations._intercept import Call, NotFound, Part
+from batchtrim.integrations._intercept import LossCall, LossPart, NotFound
 
 __all__ = ["label_sizes", "output_tensors", "prove_rows", "rows_of", "shift_of"]
 
@@ -20,14 +20,14 @@ def label_sizes(labels: Iterable[Tensor], batch: int) -> set[int]:
 
 
 def output_tensors(outputs: Any, loss: Any) -> list[Tensor]:
-    """The tensors with a graph that a model returned, but for its loss."""
+    """Return the tensors with a graph that a model returned, except its loss."""
     values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (tuple, list)) else ()
     tensors = [each for value in values for each in (value if isinstance(value, (tuple, list)) else (value,))]
     return [each for each in tensors if isinstance(each, Tensor) and each.grad_fn is not None and each is not loss]
 
 
 def rows_of(values: Tensor, batch: int, sizes: set[int]) -> Tensor:
-    """(B, t). A flat vector is B times as many entries as the labels have: with some left out, none could be placed."""
+    """Return (B, t). A flat vector must have every entry of the labels: with some left out, none can be placed."""
     each, rest = divmod(values.numel(), batch)
     whole = values.ndim > 2 and values.shape[0] == batch
     if batch == 1 or (not rest and (each in sizes or whole or _flat_classes(values, batch, sizes))):
@@ -39,12 +39,12 @@ def rows_of(values: Tensor, batch: int, sizes: set[int]) -> Tensor:
 
 
 def _flat_classes(values: Tensor, batch: int, sizes: set[int]) -> bool:
-    """(B * t, C): several losses of each of a sample's labels."""
+    """Return (B * t, C), several losses for each of a sample's labels."""
     return values.ndim == 2 and not values.shape[0] % batch and values.shape[0] // batch in sizes
 
 
-def prove_rows(parts: list[Part], rows: list[Tensor], outputs: list[Tensor], labels: Sequence[Tensor]) -> None:
-    """Each row is of its sample, told by the gradient of the outputs; where none reaches them, by the labels."""
+def prove_rows(parts: list[LossPart], rows: list[Tensor], outputs: list[Tensor], labels: Sequence[Tensor]) -> None:
+    """Prove that each row belongs to its sample, by the gradient of the outputs or, without one, by the labels."""
     batch = len(rows[0])
     outputs = [each for each in outputs if each.ndim and each.shape[0] == batch]
     for part, each in zip(parts, rows, strict=True):
@@ -53,7 +53,7 @@ def prove_rows(parts: list[Part], rows: list[Tensor], outputs: list[Tensor], lab
 
 
 def _reaches_its_rows(rows: Tensor, outputs: list[Tensor]) -> bool:
-    """Weighing the rows weighs the gradient of each output's row alike. False where there is no gradient."""
+    """Return True if weighting the rows weights the gradient of each output's row alike; False without a gradient."""
     if not outputs or not rows.requires_grad:
         return False
     weights = torch.arange(1, len(rows) + 1, device=rows.device, dtype=rows.dtype)
@@ -70,7 +70,7 @@ def _reaches_its_rows(rows: Tensor, outputs: list[Tensor]) -> bool:
     return reached
 
 
-def shift_of(call: Call, label: Tensor) -> int | None:
+def shift_of(call: LossCall, label: Tensor) -> int | None:
     """Return 0 where a call's targets are these labels, sample by sample, 1 where they are the next ones, else None."""
     batch = len(label)
     if not batch or call.target.numel() % batch:

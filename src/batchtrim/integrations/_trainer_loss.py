@@ -26,7 +26,7 @@ __all__ = ["TrainerLoss"]
 
 
 class TrainerLoss:
-    """What a TrimmedTrainer trains on.
+    """The loss that a TrimmedTrainer trains on.
 
     Args:
         trainer: a TrimmedTrainer. per_sample_loss, over, engine: its arguments.
@@ -50,7 +50,7 @@ class TrainerLoss:
         self._step: EngineStep | None = None
 
     def start_window(self, batches: list[Any]) -> None:
-        """Before the first micro-batch of an optimizer step: set the clock, and work out what each one weighs."""
+        """Set the clock and compute each micro-batch's weight, before the first one of an optimizer step."""
         trainer, trim = self.trainer, self.trainer.trim
         if self._counting is None:
             self._counting = self.model_losses.prove(batches[0])
@@ -61,7 +61,7 @@ class TrainerLoss:
         self._batches = batches if self.over == "window" else []
 
     def start_micro_batch(self, model: nn.Module) -> None:
-        """Before each micro-batch: choose from the window where that is still to do, and repeat its dropout."""
+        """Choose from the window if not yet done, and repeat its dropout, before each micro-batch."""
         self.waits = True
         if self._batches:
             self._choose_window(self.model_losses.inner(model))
@@ -120,7 +120,7 @@ class TrainerLoss:
         return loss, outputs
 
     def _choose_window(self, model: nn.Module) -> None:
-        """From all of the window's micro-batches; what they are trained under is what they were scored under."""
+        """Choose from all micro-batches of the window; they are trained under the generators they were scored under."""
         trainer = self.trainer
         ids: list[Tensor] = []
 

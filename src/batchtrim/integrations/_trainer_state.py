@@ -1,4 +1,4 @@
-"""What a ``TrimmedTrainer`` keeps beside its checkpoints, and which arguments it refuses."""
+"""The state that a ``TrimmedTrainer`` saves beside its checkpoints, and the arguments that it refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_arguments(
     if compute_loss_func is not None:
         raise ValueError(
             f"expected `per_sample_loss` in place of `compute_loss_func`, got {describe(compute_loss_func)}. "
-            "There is nothing to choose from in the one number that it returns: give "
+            "It returns one number, from which nothing can be selected: pass "
             "per_sample_loss=(outputs, labels) -> un-reduced losses, such as "
             "lambda outputs, labels: F.cross_entropy(outputs.logits, labels, reduction='none')."
         )
@@ -35,7 +35,7 @@ def check_arguments(
         if over == "window":
             raise ValueError(
                 f"expected `over` 'micro' with an engine, got 'window' and {engine!r}. "
-                "A window is chosen from in a pass of its own: leave `engine` out."
+                "A window is scored in a pass of its own: leave `engine` out."
             )
     if keep_log is not None and not isinstance(keep_log, KeepLog):
         raise TypeError(f"expected `keep_log` to be a batchtrim.KeepLog, got {describe(keep_log)}.")
@@ -44,7 +44,7 @@ def check_arguments(
 
 
 def check_smoothing(factor: float, per_sample_loss: Any) -> None:
-    """Refuse label smoothing that nobody would do."""
+    """Refuse label smoothing that nothing would apply."""
     if factor and per_sample_loss is not None:
         raise ValueError(
             f"expected `label_smoothing_factor` 0 with a `per_sample_loss`, got {factor}. Smooth in your function: "

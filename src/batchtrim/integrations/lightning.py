@@ -35,7 +35,7 @@ import_extra("lightning.pytorch", "lightning", "the Lightning callback")
 from lightning.pytorch import Callback, LightningModule  # noqa: E402
 from lightning.pytorch import Trainer as LightningTrainer  # noqa: E402
 
-from batchtrim.integrations._lightning_step import Clock, Interception  # noqa: E402
+from batchtrim.integrations._lightning_step import Interception, LightningClock  # noqa: E402
 
 __all__ = ["TrimmingCallback"]
 
@@ -94,13 +94,13 @@ class TrimmingCallback(Callback):
             raise TypeError(f"expected `log` to be a bool and `keep_log` to be a batchtrim.KeepLog, got {given}.")
         if intercept and (keep_log is not None or options.get("scope", "local") != "local"):
             raise ValueError(
-                "expected `scope` 'local' and no `keep_log` with `intercept`, which knows no ids and no other rank, "
+                "expected `scope` 'local' and no `keep_log` with `intercept`, which has no ids and asks no other rank, "
                 "got one of them. Call self.trim(losses) in training_step."
             )
         build(keep, 2, options)  # a wrong argument shows here and not when training starts
         self.keep, self.log, self.attribute, self.options = keep, log, attribute, options
         self.keep_log, self.resume_length = keep_log, resume_length
-        self.clock = Clock(clock)
+        self.clock = LightningClock(clock)
         self.interception = Interception(options) if intercept else None
         self.trim: Trimmer | None = None
         self._restored: dict[str, Any] | None = None

@@ -144,7 +144,7 @@ class TrimmedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; with ``per_sample_loss`` the loss is the (weighted) mean over the whole of the data."""
+        """Evaluate as the Trainer; with ``per_sample_loss`` the loss is the (weighted) mean over the whole data set."""
         self.losses.evaluated = []
         found = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")

@@ -55,7 +55,9 @@ def as_before(
     """Return the form ``record(ids, losses, selection, mask=mask)``, deprecated, as ids and a choice."""
     if losses is None or selection is None:
         raise TypeError(f"expected `last` to be what was chosen, such as `trim.last`, got {describe(ids)}.")
-    message = "record(ids, losses, selection) goes in the next release: record(Choice(losses, selection), ids=ids)."
+    message = (
+        "record(ids, losses, selection) is removed in the next release: record(Choice(losses, selection), ids=ids)."
+    )
     warnings.warn(message, DeprecationWarning, stacklevel=3)
     return ids, Choice(losses, selection, mask)
 

@@ -1,10 +1,10 @@
 """The lab: the whole family of methods under one harness, from the command line.
 
 ``batchtrim compare`` trains the same network with several methods and seeds, records every run, and reports with
-paired statistics; :func:`batchtrim.lab.compare` does so with a training function of your own, and
-:func:`batchtrim.lab.summarize` with numbers made elsewhere. A run's way down: ``cli``, ``execute`` (many runs), ``run``
-(one run), then ``methods`` and ``task``. A record's way up: ``records``, ``analyse`` (numbers and verdicts),
-``present`` (sentences, tables, pages).
+paired statistics; :func:`batchtrim.lab.compare` does so with your own training function, and
+:func:`batchtrim.lab.summarize` with the results of another program. A run goes down: ``cli``, ``execute`` (many runs),
+``run`` (one run), then ``methods`` and ``task``. Its record goes up: ``records``, ``analyse`` (numbers and verdicts),
+``present`` (sentences, tables, report).
 """
 
 from __future__ import annotations

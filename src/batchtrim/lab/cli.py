@@ -21,7 +21,7 @@ from batchtrim.lab.terminal import print_plainly
 
 app = typer.Typer(
     name="batchtrim",
-    help="Train the same network with mini-batch trimming and its relatives, and test whether it helped.",
+    help="Train the same network with mini-batch trimming and other methods, and test whether it helps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -90,7 +90,7 @@ def compare(given: dict[str, Any]) -> None:
 
 @_command("sweep", options.settings_table(SWEEP, options.MANY), options.PLACE, options.SCALE, options.TALK)
 def sweep(given: dict[str, Any]) -> None:
-    """Compare over keep schedules and keep ends, or a grid.
+    """Compare keep schedules and keep ends, or another grid.
 
     The default is three schedules by three keep ends; a TOML file can define another grid.
     """
@@ -100,7 +100,7 @@ def sweep(given: dict[str, Any]) -> None:
 
 @_command("train", options.settings_table(TRAIN, options.ONE), options.PLACE, options.TALK)
 def train(given: dict[str, Any]) -> None:
-    """Do one run, with checkpoints.
+    """Train once, with checkpoints.
 
     Run the same command again to continue from the last checkpoint.
     """
@@ -111,9 +111,9 @@ def train(given: dict[str, Any]) -> None:
 
 @_command("demo", {"out": options.PLACE["out"], "workers": options.SCALE["workers"]}, options.TALK)
 def demo(given: dict[str, Any]) -> None:
-    """Compare full and trim on digits with five seeds, in a minute or two.
+    """Compare full and trim on digits, in a minute or two.
 
-    The images come with scikit-learn; nothing is downloaded.
+    It trains with five seeds. The images come with scikit-learn; nothing is downloaded.
     """
     settings = {"dataset": "digits", "model": "cnn", "methods": ["full", "trim"], "seeds": 5, "epochs": 30}
     _run_and_report(settings, {**given, "out": given["out"] or Path("runs/demo")})
@@ -124,10 +124,10 @@ def report_command(
     folder: Annotated[Path | None, typer.Argument(help="folder with runs.jsonl", show_default=False)] = None,
     csv: Annotated[
         Path | None,
-        typer.Option(help="table made elsewhere: columns method, seed, a metric, time", show_default=False),
+        typer.Option(help="results of another program: columns method, seed, a metric, time", show_default=False),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="column of the table to compare by [the one there is]", show_default=False)
+        str | None, typer.Option(help="column to compare by [the only other column]", show_default=False)
     ] = None,
     higher_is_better: Annotated[
         bool, typer.Option("--higher-is-better", help="a higher metric is better [by its name]", show_default=False)
@@ -142,14 +142,14 @@ def report_command(
         str, typer.Option(help="method the others are compared with [full]", show_default=False)
     ] = "full",
     figures: Annotated[
-        Path | None, typer.Option(help="write the charts there too, as SVG and PNG", show_default=False)
+        Path | None, typer.Option(help="folder to write the charts to, as SVG and PNG", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON and write nothing")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Write the report on the runs in a folder, or on the numbers in a CSV file.
+    """Write the report on a folder of runs or a CSV file.
 
-    It is written as report.html (self-contained), report.md and report.csv. For FILE.csv they go to the folder FILE.
+    It writes report.html (self-contained), report.md and report.csv. For FILE.csv they go to the folder FILE.
     """
 
     def work() -> None:
@@ -172,25 +172,28 @@ def report_command(
 
 @app.command("claims")
 def claims_command(
-    folder: Annotated[Path, typer.Argument(help="folder of records: folders with claims.toml and runs.jsonl")],
+    folder: Annotated[Path, typer.Argument(help="folder of records, each a folder with claims.toml and runs.jsonl")],
     out: Annotated[Path | None, typer.Option(help="Markdown page to write [printed]", show_default=False)] = None,
     table: Annotated[Path | None, typer.Option(help="page to write a short table into", show_default=False)] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Judge the claims written down beside recorded runs: supported, not supported, or not decidable.
+    """Judge the claims written down beside recorded runs.
 
-    claims.toml states which method should have a lower, a higher or the same error as which other.
+    claims.toml states which method should have a lower, higher or equal error than which other. Each claim is
+    supported, not supported, or not decidable.
     """
 
     def work() -> None:
-        from batchtrim.lab.present import overview, results
+        from batchtrim.lab.analyse import claims
+        from batchtrim.lab.present import readme_table, results
 
-        found = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
-        if not found:
+        folders = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
+        if not folders:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
         with as_written("the records"):
+            found = [claims.read(each) for each in folders]
             if table is not None:
-                overview.write(found, table)
+                readme_table.write(found, table)
                 typer.echo(f"table: {table}")
             if out is not None:
                 results.write(found, out)
@@ -206,7 +209,7 @@ def show_command(
     run: Annotated[Path, typer.Argument(help="folder of runs made with --keep-log")],
     key: Annotated[str | None, typer.Option(help="key of the run", show_default=False)] = None,
     method: Annotated[
-        str | None, typer.Option(help="method of the run [trim, else the last that chose]", show_default=False)
+        str | None, typer.Option(help="method of the run [trim, else the last that selects]", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the run [the first]", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="page [keep/KEY.html in the folder]", show_default=False)] = None,
@@ -216,9 +219,10 @@ def show_command(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Write a page with the samples that stayed hard: images, a map, confusions, classes over time.
+    """Write a page of the samples that stayed hard.
 
-    For runs made with --keep-log. The page is self-contained and opens offline.
+    It shows images, a map, confusions and classes over time, of a run made with --keep-log. The page is self-contained
+    and opens offline.
     """
 
     def work() -> None:
@@ -260,10 +264,10 @@ def _rows_of(
 ) -> tuple[list[dict[str, Any]], Path]:
     """Return the runs of a folder or of a table, and where their report goes."""
     from batchtrim.lab import records
-    from batchtrim.lab.analyse import foreign
+    from batchtrim.lab.analyse import csv_table
 
     if csv is not None and folder is None:
-        return foreign.read_csv(csv, metric, higher_is_better), csv.with_suffix("")
+        return csv_table.read_csv(csv, metric, higher_is_better), csv.with_suffix("")
     if folder is None or csv is not None:
         raise ValueError(
             f"expected a folder with runs.jsonl or --csv FILE, got {'neither' if csv is None else 'both'}."
@@ -291,7 +295,7 @@ def main() -> None:
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     from batchtrim.lab import own, records
-    from batchtrim.lab.execute import cores, folders, foresee, grid, progress, scheduler
+    from batchtrim.lab.execute import cores, folders, grid, preflight, progress, scheduler
     from batchtrim.lab.run import loading
     from batchtrim.lab.run.ranks import Ranks
     from batchtrim.lab.task.code import Code
@@ -313,7 +317,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if "threads" not in settings:
         configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
     said = [cores.crowded(workers, max(config.threads for config in configs))] if not given.get("ray") else []
-    said += foresee.foresee(settings, configs)
+    said += preflight.warnings_for(settings, configs)
     out = given["out"]
     if out is None:
         base = folders.named_after(configs) if task is None else own.default_out(configs)
@@ -351,14 +355,14 @@ def _report(
 ) -> None:
     """Print the table, or the numbers as JSON, and write the report."""
     from batchtrim.lab.analyse import comparison
-    from batchtrim.lab.present import tables
+    from batchtrim.lab.present import report, tables
 
     there = [row["config"]["method"] for row in rows]
     if baseline == "full" and "full" not in there:
         baseline = next(iter([*(methods or ()), *there]), baseline)
     with as_written("the records"):
         summary = comparison.summarize(rows, baseline=baseline)
-        page = tables.write_report(rows, out, baseline)
+        page = report.write_report(rows, out, baseline)
     if as_json:
         typer.echo(json.dumps(tables.to_json(summary)))
         return

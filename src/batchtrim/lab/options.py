@@ -47,23 +47,23 @@ ONE: Table = {
 PLACE: Table = {
     "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]", parser=_folder, metavar="PATH"),
     "data_dir": option(str | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
-    "checkpoint_seconds": option(float, "least seconds between two checkpoints of a run [60]", default=60.0),
+    "checkpoint_seconds": option(float, "minimum seconds between checkpoints of a run [60]", default=60.0),
     "tensorboard": option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
     "keep_log": option(bool, "record which samples are kept, for `batchtrim show`", "--keep-log", default=False),
 }
 TASK: Table = {
     "task": option(str | None, "your own training function, instead of data set and network: my_task.py:train"),
-    "metric": option(str | None, "number that your function returns, to compare methods by [error]"),
+    "metric": option(str | None, "metric that your function returns, to compare methods by [error]"),
     "higher_is_better": option(bool, "a higher metric is better [by its name]", "--higher-is-better", default=False),
     "lower_is_better": option(bool, "a lower metric is better [by its name]", "--lower-is-better", default=False),
 }
 SCALE: Table = {
     "workers": option(int | None, "processes on this machine [one per core, up to 8]"),
     "ray": option(str | None, "send the runs to a Ray cluster: auto, or its address"),
-    "retries": option(int, "retries of a run whose worker died [2]", default=2),
+    "retries": option(int, "times to retry a run whose worker died [2]", default=2),
 }
 TALK: Table = {
-    "as_json": option(bool, "print the result as JSON, alone on standard output", "--json", default=False),
+    "as_json": option(bool, "print only the result, as JSON, on standard output", "--json", default=False),
     "quiet": option(bool, "no progress on standard error", "--quiet", "-q", default=False),
     "debug": option(bool, "show the traceback of an error", "--debug", default=False),
 }

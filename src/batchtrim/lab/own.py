@@ -1,4 +1,4 @@
-"""Compare methods on a training function of your own, and read numbers made elsewhere: the Python side of
+"""Compare methods on your own training function, or from the results of another program: the Python side of
 ``batchtrim compare --task`` and ``batchtrim report --csv``.
 
 ::
@@ -23,15 +23,15 @@ from typing import Any
 
 from batchtrim._checks import check_choice
 from batchtrim.lab import records
-from batchtrim.lab.analyse import comparison, foreign
+from batchtrim.lab.analyse import comparison, csv_table
 from batchtrim.lab.analyse.comparison import Summary
 from batchtrim.lab.execute import cores, grid, progress, scheduler
 from batchtrim.lab.metric import Metric
-from batchtrim.lab.present import tables
+from batchtrim.lab.present import report, tables
 from batchtrim.lab.present.wording import headline
 from batchtrim.lab.run.handle import Run, TaskMistake
-from batchtrim.lab.run.own import TaskConfig
 from batchtrim.lab.run.perform import perform
+from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.task.code import Code, YourCodeFailed
 
 __all__ = ["Run", "compare", "default_out", "headline", "run_once", "summarize"]
@@ -100,7 +100,7 @@ def compare(
         print(text, file=sys.stderr)
     there = {row["config"]["method"] for row in rows}
     baseline = baseline if baseline in there else next(iter(methods))
-    page = tables.write_report(rows, folder, baseline)
+    page = report.write_report(rows, folder, baseline)
     summary = comparison.summarize(rows, baseline)
     if not quiet:
         tables.print_table(summary)
@@ -142,14 +142,14 @@ def summarize(
     metric: str | None = None,
     higher_is_better: bool | None = None,
 ) -> Summary:
-    """Compare methods from numbers made elsewhere, paired by seed, and return the comparison as data.
+    """Compare methods from the results of another program, paired by seed, and return the comparison as data.
 
     Args:
         rows: mappings with ``method``, ``seed``, the metric and, if known, ``time`` in seconds; one a run. Or rows of
             ``runs.jsonl``.
         baseline: the method the others are compared with.
-        metric: the field that is compared; by default the one there is besides the others. higher_is_better: needed
-            where the name does not tell.
+        metric: the field to compare; by default the only further one. higher_is_better: needed if the name does not
+            tell.
 
     Example:
         >>> rows = [{"method": m, "seed": s, "rmse": 1.0 + 0.1 * s - 0.2 * (m == "trim") + 0.01 * (m == "trim") * s}
@@ -160,7 +160,7 @@ def summarize(
     rows = list(rows)
     if rows and all("config" in row for row in rows):
         return comparison.summarize(rows, baseline)
-    return comparison.summarize(foreign.to_records(rows, "rows", metric, higher_is_better), baseline)
+    return comparison.summarize(csv_table.to_records(rows, "rows", metric, higher_is_better), baseline)
 
 
 def default_out(configs: Sequence[TaskConfig]) -> Path:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -199,13 +199,7 @@ class Records:
 
 def read(path: str | Path) -> list[Row]:
     """Return the runs in a folder or in a ``runs.jsonl``: one per key, the last one recorded. Writes nothing."""
-    path = _record_file(path)
-    rows: dict[str, Row] = {}
-    for number, line in _lines(path.read_bytes()):
-        row = _parse(line, path, number)
-        rows.pop(row["key"], None)
-        rows[row["key"]] = row
-    return list(rows.values())
+    return _read(path)
 
 
 def read_results(path: str | Path) -> list[Row]:
@@ -214,10 +208,18 @@ def read_results(path: str | Path) -> list[Row]:
     Raises:
         ReplaceRecords: a run lacks something, or has a word where a number belongs; file and line are named.
     """
+    return _read(path, check_result)
+
+
+def _read(path: str | Path, check: Callable[[Row, str], None] = lambda row, place: None) -> list[Row]:
     path = _record_file(path)
+    rows: dict[str, Row] = {}
     for number, line in _lines(path.read_bytes()):
-        check_result(_parse(line, path, number), f"{path}, line {number}")
-    return read(path)
+        row = _parse(line, path, number)
+        check(row, f"{path}, line {number}")
+        rows.pop(row["key"], None)
+        rows[row["key"]] = row
+    return list(rows.values())
 
 
 def torn(path: str | Path) -> str:

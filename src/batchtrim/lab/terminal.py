@@ -1,4 +1,4 @@
-"""What is printed, where a terminal or a pipe knows fewer characters than a report."""
+"""Print plainer characters where the encoding of a terminal or pipe lacks those of a report."""
 
 from __future__ import annotations
 

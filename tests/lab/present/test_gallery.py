@@ -138,7 +138,9 @@ def test_samples_that_do_not_fit_are_refused(tmp_path, images, bad):
 
 def test_the_old_name_of_the_images_works_with_a_warning(images):
     _, labels, _ = _log(300, 3)
-    with pytest.warns(DeprecationWarning, match=r"Samples\.pictures goes in the next release: use images") as caught:
+    with pytest.warns(
+        DeprecationWarning, match=r"Samples\.pictures is removed in the next release: use images"
+    ) as caught:
         samples = gallery.Samples(labels, "abc", pictures=images)
     assert samples.images is images
     assert caught[0].filename == __file__

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from batchtrim.lab.analyse import comparison
-from batchtrim.lab.present import charts, tables, wording
+from batchtrim.lab.present import charts, report, tables, wording
 from browser import find_browser
 
 NASTY = '<script>alert("x")</script>&\'|'
@@ -61,7 +61,7 @@ def rows(make_row):
 
 
 def test_page_is_whole_and_fetches_nothing(rows, tmp_path):
-    path = tables.write_report(rows, tmp_path / "new" / "folder")
+    path = report.write_report(rows, tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "report.html"
     page = _Page(path.read_text(encoding="utf-8"))
     assert all(link.startswith("data:") for link in page.links)
@@ -79,7 +79,7 @@ def test_every_label_is_escaped(make_row, tmp_path):
     ]
     for row in rows:
         row["environment"]["cpu"] = NASTY
-    text = tables.write_report(rows, tmp_path).read_text(encoding="utf-8")
+    text = report.write_report(rows, tmp_path).read_text(encoding="utf-8")
     assert _Page(text).tags.count("script") == 1
     assert "alert(" in text
     assert '<script>alert("x")' not in text
@@ -87,7 +87,7 @@ def test_every_label_is_escaped(make_row, tmp_path):
 
 
 def test_markdown_and_csv_hold_the_numbers(rows, tmp_path):
-    tables.write_report(rows, tmp_path)
+    report.write_report(rows, tmp_path)
     lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
     assert any(re.match(r"\| trim \| 5 \| 11.04 ± 1.58 \| .0.96 \|", line) for line in lines)
     table = list(csv.DictReader(io.StringIO((tmp_path / "report.csv").read_text(encoding="utf-8"))))
@@ -134,14 +134,14 @@ def test_degenerate_records_make_a_page_without_warnings(make_row, tmp_path, err
         for method, each in errors.items()
         for seed, error in enumerate(each)
     ]
-    page = _Page(tables.write_report(rows, tmp_path).read_text(encoding="utf-8"))
+    page = _Page(report.write_report(rows, tmp_path).read_text(encoding="utf-8"))
     assert not re.search(r"\bnan\b|\binf\b", page.text)
     Console(file=io.StringIO()).print(tables.console_table(comparison.summarize(rows)))
 
 
 def test_rows_without_curves_make_a_page(make_row, tmp_path):
     rows = [make_row("full", 0, None, status="failed") | {"curve": {}, "params": None}, make_row("full", 1)]
-    assert "1 failed" in _Page(tables.write_report(rows, tmp_path).read_text(encoding="utf-8")).text
+    assert "1 failed" in _Page(report.write_report(rows, tmp_path).read_text(encoding="utf-8")).text
 
 
 def test_command_runs_the_same_settings_again(rows):
@@ -218,10 +218,10 @@ def test_decimals_of_other_metrics_follow_their_spread(make_row):
 
 def test_a_task_without_training_errors_has_no_empty_chart(make_row, tmp_path):
     rows = [make_row(method, seed, 0.1 + 0.01 * seed) for method in ("full", "trim") for seed in range(3)]
-    assert "<h3>Training error</h3>" in tables.write_report(rows, tmp_path).read_text()
+    assert "<h3>Training error</h3>" in report.write_report(rows, tmp_path).read_text()
     for row in rows:
         row["curve"].pop("train_error")
-    assert "<h3>Training error</h3>" not in tables.write_report(rows, tmp_path).read_text()
+    assert "<h3>Training error</h3>" not in report.write_report(rows, tmp_path).read_text()
 
 
 def test_long_lines_are_thinned_and_end_where_they_end():
@@ -240,7 +240,7 @@ def test_a_thousand_runs_in_ten_seconds(make_row, tmp_path):
         for seed in range(5)
     ]
     start = time.perf_counter()
-    page = tables.write_report(rows, tmp_path)
+    page = report.write_report(rows, tmp_path)
     assert time.perf_counter() - start < 10
     assert page.stat().st_size < 20e6
 
@@ -248,7 +248,7 @@ def test_a_thousand_runs_in_ten_seconds(make_row, tmp_path):
 @pytest.mark.slow
 def test_page_opens_in_a_browser(rows, tmp_path):
     """The script runs without an error: the browser would print it to its log."""
-    page = tables.write_report(rows, tmp_path)
+    page = report.write_report(rows, tmp_path)
     done = subprocess.run(
         [
             find_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -276,7 +276,7 @@ def test_no_table_is_cut_off(make_row, tmp_path, width):
             rows += [make_row("trim", seed, 0.07 + 0.001 * seed, keep_end=0.1, schedule=schedule)
                      for schedule in ("linear", "step") for seed in range(5)]  # fmt: skip
             rows += [make_row("trim", seed, 0.07 + 0.001 * seed, keep_end=0.2, schedule="step") for seed in range(5)]
-        page = tables.write_report(rows, tmp_path / name)
+        page = report.write_report(rows, tmp_path / name)
         asks = (
             "<script>document.title='cut: '+[...document.querySelectorAll('.scroll')]"
             ".filter(each=>each.scrollWidth>each.clientWidth).map(each=>each.innerText.slice(0,40))</script></body>"

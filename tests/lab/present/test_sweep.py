@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from batchtrim.lab.analyse import comparison
-from batchtrim.lab.present import charts, figures, pages, sweep, wording
+from batchtrim.lab.present import charts, figures, report, sweep, wording
 from batchtrim.lab.present.caveats import caveat_texts
 
 MakeRow = Callable[..., dict[str, Any]]
@@ -40,7 +40,7 @@ def test_a_sweep_has_a_grid_for_each_method_with_the_best_marked(swept: comparis
     ]
     assert best == [("cosine", "0.1")]
     assert "Picked out of 4 on the test set" in trim.said
-    page = pages.comparison_page(swept)
+    page = report.comparison_page(swept)
     assert page.count("★") == 2
     assert "trim: schedule by end" in page
 
@@ -73,7 +73,7 @@ def test_views_at_an_equal_budget_carry_no_colour_of_a_verdict(make_row: MakeRow
         for m in ("full", "trim")
         for s in range(4)
     ]
-    values = pages.group_values(comparison.summarize(rows).groups[0])
+    values = report.group_values(comparison.summarize(rows).groups[0])
     assert [row["colour"] for row in values["table"]["rows"]] == ["", "lower"]
     assert {row["colour"] for view in values["views"] for row in view["table"]["rows"]} == {""}
 

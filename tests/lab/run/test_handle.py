@@ -9,7 +9,7 @@ import torch
 
 from batchtrim import Trimmer
 from batchtrim.lab.run.handle import Run
-from batchtrim.lab.run.own import TaskConfig
+from batchtrim.lab.run.task_config import TaskConfig
 
 
 @pytest.mark.parametrize("method", ["full", "trim", "random", "loss_mass", "loss_mass_kept", "two_sided", "small_loss"])

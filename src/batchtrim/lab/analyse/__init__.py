@@ -1,1 +1,1 @@
-"""Recorded runs into numbers: paired comparisons with intervals and tests, and claims judged by them."""
+"""From recorded runs to verdicts: paired comparisons with intervals and tests, and claims judged by them."""

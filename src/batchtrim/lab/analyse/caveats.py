@@ -18,7 +18,7 @@ MIN_ALIKE = 3  # this many seeds with the same value to the last bit are no coin
 
 
 class Kind(Enum):
-    """What is the matter."""
+    """The kind of a caveat."""
 
     ARM_LACKS = "arm lacks"
     """The arm has no finished run for seeds of the baseline."""
@@ -31,18 +31,18 @@ class Kind(Enum):
     FEW = "few"
     """Fewer pairs than a verdict needs."""
     SOURCES = "sources"
-    """Runs of the group were made by several versions of the reader's program, or of a module beside it."""
+    """Several versions of the user's program, or of a module beside it, made the runs of the group."""
     NOTED = "noted"
-    """What was noted of a run when it was done: of its data, its schedule, the process."""
+    """Noted when the run was done, on its data, its schedule or the process."""
 
 
 @dataclass(frozen=True)
 class Caveat:
-    """One of them.
+    """A reason to trust a comparison less.
 
     Attributes:
         arm: label of the arm; "" where it concerns the group.
-        seeds: which it concerns. ``number``: of pairs that are left, the seed that was used, or how many versions.
+        seeds: which it concerns. ``number``: of pairs left, of versions, or the seed that was used.
         note: as it was recorded; of versions, the module, "" for the program itself.
     """
 
@@ -54,7 +54,7 @@ class Caveat:
 
 
 def caveats(group: Group) -> tuple[Caveat, ...]:
-    """Return what is to be said beside the group's verdict."""
+    """Return the caveats that belong to the group's verdict."""
     return (*_few(group), *_missing_pairs(group), *_seeds(group), *_sources(group), *_notes(group))
 
 

@@ -1,15 +1,15 @@
-"""Claims written down beside their runs, and what the runs say of each: supported, not supported, or not decidable.
+"""Judge claims written down beside their runs: supported, not supported, or not decidable.
 
 A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written before the runs are done::
 
     title = "Digits, every method"
-    note = "What a reader has to know."
+    note = "What a reader should know."
     effect = 0.2                     # the smallest difference of interest, in points of test error
-    partial = true                   # only while runs are missing: claims without any are then not decidable
+    partial = true                   # only while runs are missing: claims without runs are then not decidable
 
     [[claim]]
     text = "Trimming lowers the final test error."
-    method = "trim"                  # a list makes one finding of each
+    method = "trim"                  # a list gives one finding for each
     against = "full"
     says = "lower"                   # or "higher", "same", or "not worse"
 
@@ -19,12 +19,12 @@ A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written befor
     against = "full"
     says = "not worse"
     margin = 0.3                     # points, at most; fixed before the first run
-    backward = 50                    # percent of the other's backward samples, at the most; may be left out
+    backward = 50                    # optional: at most this percentage of the other's backward samples
 
-Any setting of a run, or parameter of a method, may be named to tell arms of one method apart (``keep_end = 0.5``,
-``engine = "shared"``) or to read the claim in some groups only (``optimizer = "sgd"``); with ``against_`` before it,
-it picks the arm of the other side. A claim is read in every group of runs that share all settings but method and seed,
-paired by seed; p-values are Holm-corrected over the findings of a group.
+A claim may also name any setting of a run or parameter of a method. It picks one of several arms of the method
+(``keep_end = 0.5``, ``engine = "shared"``), or limits the claim to some groups (``optimizer = "sgd"``). With
+``against_`` in front, it picks the arm of the other side. A claim is judged, paired by seed, in every group of runs
+that share all settings but method and seed; p-values are Holm-corrected over the findings of a group.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LIMITS = ("margin", "backward")
 
 
 class Status(Enum):
-    """What the runs say of a claim."""
+    """The status of a claim, judged by the runs."""
 
     SUPPORTED = "supported"
     NOT_SUPPORTED = "not supported"
@@ -64,11 +64,11 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Claim:
-    """That ``method`` has a lower, higher, the same or no worse test error than ``against``.
+    """A claim: ``method`` has a lower, higher, the same or no worse test error than ``against``.
 
     Attributes:
-        margin: by how much an error may be higher and is still not worse, in [0, 1]; of claims of that kind alone.
-        backward: the largest part of the other's backward samples it may take; None if unlimited.
+        margin: how much higher the error may be and still be "not worse", in [0, 1]; only for claims of that kind.
+        backward: the largest share of the other's backward samples that it may take; None if unlimited.
         settings: of the arm of ``method``; ``against_settings``: of the other; ``shared``: of the groups to read it in.
     """
 
@@ -85,15 +85,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the pairs of one group say of a claim.
+    """A claim judged in one group of runs.
 
     Attributes:
         difference: of test errors in [0, 1], method minus the other, over the pairs.
-        diverged: seeds at which a run of either side diverged, so that there is no pair.
+        diverged: seeds without a pair, because a run of either side diverged.
         p: paired t-test, Holm-corrected; of "not worse", of the differences less the margin.
-        backward: backward samples over those of the other, means of the finished runs; None where they are not known.
-        detectable: the smallest difference the design could have seen, with 80 % power at the 0.05 level; None where
-            that cannot be said.
+        backward: backward samples over those of the other, means of the finished runs; None if unknown.
+        detectable: the smallest difference that the design could have detected, with 80 % power at the 0.05 level; None
+            if unknown.
     """
 
     claim: Claim
@@ -148,10 +148,10 @@ def read(folder: str | Path) -> Record:
 def judge(says: str, difference: Moments, p: float | None, effect: float, margin: float = 0.0) -> Status:
     """Return the status of a claim.
 
-    Supported is a difference in the direction claimed that the test finds; not supported is one the other way, or an
-    interval that rules out a difference of ``effect`` in the direction claimed. "Same" is supported where the whole
-    interval lies within ``effect`` of zero, and not where it lies outside. "Not worse" is supported where the test
-    finds the difference below ``margin``, and not where the whole interval lies above it.
+    A claim is supported if the test finds a difference in the claimed direction. It is not supported if the test finds
+    one in the other direction, or if the interval rules out a difference of ``effect`` in the claimed direction. "Same"
+    is supported if the whole interval lies within ``effect`` of zero, and not supported if it lies outside. "Not worse"
+    is supported if the test finds the difference below ``margin``, and not supported if the whole interval is above.
     """
     if difference.n < inference.MIN_PAIRS or difference.mean is None or difference.t is None:
         return Status.NOT_DECIDABLE
@@ -174,7 +174,7 @@ def judge(says: str, difference: Moments, p: float | None, effect: float, margin
 
 
 def _status(found: Finding, effect: float) -> Status:
-    """Return what the errors say, and no more than what the backward samples allow."""
+    """Return the status by the errors, and by the limit on backward samples if the claim has one."""
     claim, spent = found.claim, found.backward
     status = judge(claim.says, found.difference, found.p, effect, claim.margin or 0.0)
     if claim.backward is None or found.difference.n < inference.MIN_PAIRS:
@@ -235,7 +235,7 @@ def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:
 
 
 def _claim(table: Mapping[str, Any], method: str) -> Claim:
-    """Return one method's claim, its settings sorted into arm, other arm and group."""
+    """Return the claim of one method, with its settings assigned to arm, other arm and group."""
     picked: dict[str, dict[str, Any]] = {"settings": {}, "against_settings": {}, "shared": {}}
     for key, value in table.items():
         if place := _place(key, table, method):

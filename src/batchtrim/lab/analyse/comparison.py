@@ -1,4 +1,4 @@
-"""What a set of finished runs says: paired comparisons with intervals, and verdicts. Numbers and enums, no sentences.
+"""Decide the verdict on finished runs: paired comparisons, intervals and tests. Numbers and enums, no sentences.
 
 Runs that differ in nothing but method and seed form a group; inside it every method is compared with the baseline,
 seed by seed, because two runs of one seed share data order, augmentation and initial weights. Errors are fractions in
@@ -29,16 +29,14 @@ from batchtrim.lab.analyse.inference import (
     wilcoxon,
 )
 from batchtrim.lab.metric import ERROR, Metric
-from batchtrim.lab.records import COSTS, check_result
+from batchtrim.lab.records import COSTS, Row, check_result
 from batchtrim.lab.run.config import ARM_SETTINGS, COMPARED
 
-__all__ = ["Arm", "Group", "Paired", "Summary", "Verdict", "View", "judge", "summarize"]
-
-Row = Mapping[str, Any]
+__all__ = ["Arm", "Group", "Paired", "Summary", "Verdict", "View", "summarize", "verdict_of"]
 
 
 class Verdict(Enum):
-    """What the pairs of an arm and the baseline say; the numbers stand beside it in :class:`Paired`."""
+    """The verdict on an arm against the baseline; :class:`Paired` holds its numbers."""
 
     LOWER = "lower"
     """The test finds a lower error than the baseline's."""
@@ -65,8 +63,8 @@ class Paired:
         seeds, differences: one per pair, method minus baseline. ``p_t``: paired t-test, two-sided. ``p_wilcoxon``:
             signed-rank test, exact; with n pairs it cannot fall below 2 / 2^n, so five seeds never reach 0.05.
         p_holm: ``p_t`` corrected for the number of methods in the group. ``detectable``: the true difference that
-            this number of pairs with this spread finds in 80 % of cases at the 0.05 level, before the correction.
-        verdict: what all that says; :mod:`batchtrim.lab.present.wording` has the sentence.
+            this many pairs with this spread would find in 80 % of cases at the 0.05 level, before the correction.
+        verdict: decided by :func:`verdict_of`; :mod:`batchtrim.lab.present.wording` has the sentence.
     """
 
     seeds: tuple[int, ...]
@@ -87,10 +85,10 @@ class Arm:
     Attributes:
         label: the method's name, with the settings that tell it from other arms of the same method.
         runs: finished and diverged rows, by seed. ``errors``: by seed, the ``metric`` of those that finished: the test
-            error, unless a task or a table says another.
+            error, unless a task or a table names another.
         diverged, failed: seeds of runs that diverged, and of runs that an exception ended.
-        cost: means over the finished runs of seconds, seconds_eval, samples_forward, samples_backward and steps, as far
-            as all of them have it.
+        cost: means over the finished runs of seconds, seconds_eval, samples_forward, samples_backward and steps, each
+            if all of them have it.
         paired: None for the baseline, and where there is none.
     """
 
@@ -138,7 +136,7 @@ class Group:
 
     @property
     def metric(self) -> Metric:
-        """Return what its arms are compared by."""
+        """The metric its arms are compared by."""
         return Metric.of(self.settings)
 
     @property
@@ -148,7 +146,7 @@ class Group:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Every seed that any arm ran, diverged and failed ones included."""
+        """The seeds that any arm ran, diverged and failed ones included."""
         return tuple(sorted({seed for arm in self.arms for seed in (*arm.errors, *arm.diverged, *arm.failed)}))
 
 
@@ -175,8 +173,8 @@ def summarize(rows: Iterable[Row], baseline: str = "full") -> Summary:
         ValueError: there are no rows, or one lacks what a result has; its key is named.
 
     Notes:
-        A diverged run has no error and takes part in no mean, but it is counted, and its seed is named. A failed one
-        (an exception, not a property of the method) is counted and left out.
+        A diverged run has no error and is in no mean, but it is counted and its seed is named. A failed run (an
+        exception, not a property of the method) is counted and left out.
     """
     latest = {str(row["key"]): row for row in rows}
     if not latest:
@@ -287,7 +285,7 @@ def _paired(
     values = [value / unit for value in differences]
     spread = moments(values)
     smallest = detectable(spread)
-    verdict = Verdict.ALL_DIVERGED if arm.diverged and not arm.errors else judge(spread, p_holm)
+    verdict = Verdict.ALL_DIVERGED if arm.diverged and not arm.errors else verdict_of(spread, p_holm)
     return Paired(
         seeds=tuple(seeds),
         differences=tuple(differences),
@@ -312,7 +310,7 @@ def _within(spread: Moments, metric: Metric, least: float) -> Moments:
     return replace(spread, t=(max(least, spread.t[0]), min(1.0, spread.t[1])))
 
 
-def judge(differences: Moments, p: float | None) -> Verdict:
+def verdict_of(differences: Moments, p: float | None) -> Verdict:
     """Return the verdict on paired differences, method minus baseline, with the corrected p of their t-test."""
     mean = differences.mean
     if mean is None:

@@ -1,4 +1,4 @@
-"""A few numbers and what they can tell: intervals, paired tests, correction, the smallest difference a design can see.
+"""Statistics of a few paired values: intervals, tests, correction, and the smallest detectable difference.
 
 Errors are fractions in [0, 1] throughout; a *point* is one percentage point of error.
 """
@@ -26,12 +26,12 @@ NO_SPREAD = 1e-12
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean of some values, with what is known about its precision; None where n is too small to say.
+    """The mean of some values and its precision; None where n is too small.
 
     Attributes:
         n: how many; ``std``: with n - 1. ``t``: 95 % interval of the mean from Student's t. ``bootstrap``: 95 %
-            percentile interval over resamples, which is too narrow for a handful of values: it is there to show
-            whether the t interval hangs on the shape of the distribution.
+            percentile interval over resamples. It is too narrow for a handful of values, and only shows whether the
+            t interval depends on the shape of the distribution.
     """
 
     n: int
@@ -73,7 +73,7 @@ def moments(values: Sequence[float]) -> Moments:
 def paired_t(differences: Sequence[float]) -> float | None:
     """Return the two-sided p-value of Student's paired t-test: t = mean / (std / sqrt(n)) on n - 1 degrees of freedom.
 
-    None for fewer than two pairs, and where all differences are equal but not zero, which a t-test has no answer to.
+    None for fewer than two pairs, and if all differences are equal but not zero, where the test is undefined.
     """
     from scipy import stats
 

@@ -1,24 +1,23 @@
-"""Comparisons at an equal budget that every run reached: the same backward samples, or the same training time."""
+"""Errors at an equal budget that every run reached: the same backward samples, or the same training time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from batchtrim.lab.metric import Metric
+from batchtrim.lab.records import Row
 
-Row = Mapping[str, Any]
 BUDGETS = ("samples_backward", "seconds")
 
 
 def error_at(row: Row, budget: float, axis: str) -> float | None:
     """Return the test error of a run when it had spent ``budget`` of ``axis`` ("samples_backward" or "seconds").
 
-    Read on the straight line between the two evaluations around the budget; None before the first of them, because
-    nothing was measured there.
+    Interpolated linearly between the evaluations around the budget; None before the first evaluation, where nothing
+    was measured.
     """
     spent, errors = spent_curve(row, axis)
     if not spent or budget < spent[0] * (1 - 1e-9):

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from batchtrim._checks import check_count
 from batchtrim.lab.run.config import COMPARED, RunConfig
-from batchtrim.lab.run.own import AnyConfig, TaskConfig
+from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.code import Code
 
 MOST_RUNS = 100_000  # more are a slip of the hand, and would fill the memory before the first starts
@@ -58,7 +58,7 @@ def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[
 
 
 def expand_task(code: Code, settings: Mapping[str, Any]) -> list[TaskConfig]:
-    """Return all runs of a training function of the reader's; see :func:`expand`."""
+    """Return all runs of a user's training function; see :func:`expand`."""
     return [replace(config, code=code) for config in expand({**settings, "task": code.name}, TaskConfig)]
 
 

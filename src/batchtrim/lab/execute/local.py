@@ -14,7 +14,7 @@ from batchtrim.lab.execute.workplace import Tally, Workplace, attempt
 from batchtrim.lab.files import CannotWrite
 from batchtrim.lab.records import Records
 from batchtrim.lab.run.failed import failed_row
-from batchtrim.lab.run.own import AnyConfig
+from batchtrim.lab.run.task_config import AnyConfig
 
 # How long to wait before asking again for runs that another process has claimed, in seconds.
 ASK_AGAIN = 0.5

@@ -14,7 +14,7 @@ from batchtrim.lab.execute import reach
 from batchtrim.lab.execute.workplace import Tally, Workplace, do_run
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run.failed import failed_row
-from batchtrim.lab.run.own import AnyConfig
+from batchtrim.lab.run.task_config import AnyConfig
 
 LOOK_EVERY = 0.5  # seconds between two looks at the runs' progress
 

@@ -12,10 +12,10 @@ from batchtrim.lab.files import writing
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run import loading
 from batchtrim.lab.run.config import SETTINGS
-from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.perform import check_task
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.settings import Role
+from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 
 
 def run_all(
@@ -35,7 +35,7 @@ def run_all(
         workers: processes on this machine; 1 works in this one.
         ray: address of a Ray cluster, or "auto", instead of processes here.
         retries: how often a run whose worker died is given to another.
-        isolated: work in a process of its own where ``workers`` is 1 too, so that code of the reader's that exits or
+        isolated: work in a process of its own where ``workers`` is 1 too, so that the user's code that exits or
             prints leaves this one alone.
 
     Raises:

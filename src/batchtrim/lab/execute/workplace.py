@@ -18,8 +18,8 @@ from batchtrim.lab.records import DONE, Records, Row
 from batchtrim.lab.run import train
 from batchtrim.lab.run.checkpoint import DamagedCheckpoint
 from batchtrim.lab.run.failed import failed_row
-from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.perform import perform
+from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 
 DATA_DIR = "data-dir.txt"
 """The file in a folder of runs that says where their data sets lay, for `batchtrim show`."""

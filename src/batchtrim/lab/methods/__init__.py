@@ -1,1 +1,1 @@
-"""The methods that are compared: ``table`` has a row for each, ``rules`` those that are more than a trimmer."""
+"""The methods: ``table`` has a row for each, ``rules`` and ``relatives`` those that are more than a trimmer."""

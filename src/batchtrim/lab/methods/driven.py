@@ -1,6 +1,6 @@
-"""Which methods a :class:`batchtrim.Trimmer` alone can drive: those a training function of the reader's can be run by.
+"""Methods that a :class:`batchtrim.Trimmer` alone can drive: those that work with a training function of your own.
 
-Others decide which rows an epoch visits, train a second network or transform the loss, which the lab's own loop does.
+The others choose the rows of an epoch, train a second network or transform the loss: only the lab's own loop does that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _NeedsMore(Exception):
 
 @dataclass(frozen=True)
 class _Info:
-    """What can be said of a run whose data nobody but the task has seen."""
+    """All that is known of a run whose data only its training function sees."""
 
     epochs: int
     seed: int

@@ -1,4 +1,4 @@
-"""Relatives of trimming that need more than a schedule and a rule: see the cards in docs/methods.
+"""Methods that need more than a schedule and a rule; see the cards in docs/methods.
 
 N training samples, B batch, E epochs, q keep fraction, p true-class probability.
 """
@@ -26,7 +26,7 @@ _TWIN_SEED = 2_000_003  # twins start from weights no run starts from
 
 @dataclass(frozen=True)
 class FullEnd:
-    """A schedule that ends in ``last`` of ``epochs`` epochs on everything; before that it is ``keep``."""
+    """A schedule: ``keep``, then 1 in the ``last`` of ``epochs`` epochs."""
 
     keep: Callable[[float], float]
     epochs: int
@@ -50,7 +50,7 @@ class Decaying:
 
 @dataclass(frozen=True)
 class UnlessFull:
-    """``rule``, but with keep 1 everything: for rules that do not read keep, under :class:`FullEnd`."""
+    """``rule``, but all samples at keep 1: for rules that do not read keep, under :class:`FullEnd`."""
 
     rule: Rule
 
@@ -60,10 +60,10 @@ class UnlessFull:
 
 @dataclass(frozen=True)
 class Importance:
-    """Draw k = keep_count(keep, B) times, with replacement, with chance ``p_i`` in proportion to the scores.
+    """Draw k = keep_count(keep, B) times, with replacement, with probability ``p_i`` proportional to the scores.
 
     A sample drawn c_i times weighs ``c_i / (B * p_i)`` and the sum is divided by k: the expected loss is the mean of
-    the batch, whatever the scores. Kept are the samples drawn at least once.
+    the batch, whatever the scores. The samples drawn at least once are kept.
     """
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
@@ -79,7 +79,7 @@ class Importance:
 
 
 class GradientNorm(Method):
-    """Draw by the norm of the gradient at the outputs, ``|softmax(z_i) - y_i|``, and weigh by 1 / (B p_i)."""
+    """Draw by the norm of the gradient at the outputs, ``|softmax(z_i) - y_i|``, and weight by 1 / (B p_i)."""
 
     def __init__(self, info: RunInfo, keep: float):
         super().__init__(Trimmer(keep, select=Importance(), seed=info.seed), info.epochs)
@@ -97,7 +97,7 @@ class GradientNorm(Method):
 
 
 class LossDrop(Method):
-    """Drop the part of a batch whose loss fell furthest below its first loss; the first epoch keeps everything."""
+    """Drop the part of a batch whose loss fell furthest below its first loss; the first epoch keeps all samples."""
 
     def __init__(self, info: RunInfo, drop: float):
         afterwards = {0.5 / (info.epochs - 1): 1.0 - drop} if info.epochs > 1 else {1.0: 1.0}
@@ -121,9 +121,9 @@ class LossDrop(Method):
 
 
 class ProxySelection(Method):
-    """A narrow twin sees every sample and ranks the batch; the network sees the hardest ``keep`` alone.
+    """Rank the batch by a narrow twin, and run the network on the hardest ``keep`` only.
 
-    The twin trains on the whole batch in every ``every``-th step. Every forward and backward of it is counted.
+    The twin trains on the whole batch in every ``every``-th step. Its forwards and backwards are counted too.
     """
 
     def __init__(self, info: RunInfo, keep: float, width: int, every: int):

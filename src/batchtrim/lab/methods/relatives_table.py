@@ -1,4 +1,4 @@
-"""Rows of the table for loss mass, later and earlier ends of trimming, and relatives seen since 2025."""
+"""Rows of the table of methods: loss mass, later starts and earlier ends of trimming, and methods seen since 2025."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batchtrim import Trimmer
 from batchtrim._checks import check_count, check_fraction, check_keep, check_part
 from batchtrim.lab.methods.relatives import Decaying, FullEnd, GradientNorm, LossDrop, ProxySelection, UnlessFull
 from batchtrim.lab.methods.rules import Method, RunInfo
-from batchtrim.lab.methods.spec import MethodSpec, Param, Params, check_open, check_or_all
+from batchtrim.lab.methods.spec import MethodSpec, Param, Params, check_count_or_zero, check_open_interval
 from batchtrim.schedules import join
 
 __all__ = ["RELATIVES"]
@@ -24,7 +24,7 @@ def _trim_late(info: RunInfo, params: Params) -> Method:
 
 
 def _trim_full_end(info: RunInfo, params: Params) -> Method:
-    """Follow the run's whole schedule, then keep everything in the last part, at least one epoch."""
+    """Follow the run's whole schedule, then keep all samples in the last part, at least one epoch."""
     epochs = info.epochs
     trimmed = epochs - max(1, round(params["last"] * epochs))
     keep = info.keep if trimmed > 0 else batchtrim.constant(1.0)
@@ -47,10 +47,10 @@ def _loss_mass(scale: str, control: bool = False) -> Callable[[RunInfo, Params],
 
 
 _MASS_PARAMS = {
-    "share": Param(0.9, check_keep, "part of the batch's loss that is kept"),
-    "skip": Param(0.0, check_fraction, "part of the batch dropped from the hard end first"),
-    "at_least": Param(0.0, check_part, "least part of the batch kept"),
-    "at_most": Param(1.0, check_keep, "largest part of the batch kept"),
+    "share": Param(0.9, check_keep, "share of the batch's loss that is kept"),
+    "skip": Param(0.0, check_fraction, "fraction of the batch dropped from the hard end first"),
+    "at_least": Param(0.0, check_part, "smallest fraction of the batch kept"),
+    "at_most": Param(1.0, check_keep, "largest fraction of the batch kept"),
 }
 
 
@@ -72,7 +72,11 @@ def _dropout_scalar(info: RunInfo, params: Params) -> Method:
     return Method(Trimmer(keep, total=info.epochs, select=batchtrim.uniform(), seed=info.seed), info.epochs)
 
 
-_LAST = Param(1, check_count, "last epochs, which see everything")
+_LAST = Param(1, check_count, "last epochs, on all samples")
+_DROPOUT_PARAMS = {
+    "threshold": Param(0.3, check_open_interval, "probability of the true class from which a sample is dropped"),
+    "last": _LAST,
+}
 
 
 RELATIVES = (
@@ -85,7 +89,7 @@ RELATIVES = (
     ),
     MethodSpec(
         "loss_mass_kept",
-        "the same samples, their losses averaged as the paper averages them",
+        "the samples of loss_mass, their losses averaged as in the paper",
         "batchtrim",
         _loss_mass("kept"),
         _MASS_PARAMS,
@@ -99,7 +103,7 @@ RELATIVES = (
     ),
     MethodSpec(
         "trim_late",
-        "everything at first, then trim's schedule in what is left",
+        "all samples at first, then trim's schedule in the rest of training",
         "batchtrim",
         _trim_late,
         {"start": Param(0.5, check_fraction, "progress at which the schedule starts")},
@@ -107,42 +111,42 @@ RELATIVES = (
     ),
     MethodSpec(
         "trim_full_end",
-        "trim, with a last part of training on everything",
+        "trim, then all samples in the last part of training",
         "batchtrim",
         _trim_full_end,
-        {"last": Param(0.125, check_part, "last part of training, which sees everything; one epoch at least")},
+        {"last": Param(0.125, check_part, "last part of training, on all samples; at least one epoch")},
         uses_schedule=True,
     ),
     MethodSpec(
         "data_dropout",
-        "samples whose true class has a probability below a threshold; everything in the last epoch",
+        "samples whose true class has a probability below a threshold; all samples in the last epoch",
         "arXiv 2505.22342 (DBPD)",
         _dropout(matched=False),
-        {"threshold": Param(0.3, check_open, "probability from which a sample is dropped"), "last": _LAST},
+        _DROPOUT_PARAMS,
     ),
     MethodSpec(
         "data_dropout_matched",
         "as many samples of the batch as data_dropout would keep, drawn at random",
         "arXiv 2505.22342 (SMRD)",
         _dropout(matched=True),
-        {"threshold": Param(0.3, check_open, "probability from which a sample is dropped"), "last": _LAST},
+        _DROPOUT_PARAMS,
     ),
     MethodSpec(
         "data_dropout_scalar",
-        "samples drawn at random, fewer by a factor each epoch; everything in the last epoch",
+        "samples drawn at random, fewer by a factor each epoch; all samples in the last epoch",
         "arXiv 2505.22342 (SRD)",
         _dropout_scalar,
-        {"decay": Param(0.95, check_keep, "factor on the part kept, an epoch"), "last": _LAST},
+        {"decay": Param(0.95, check_keep, "factor on the kept fraction, each epoch"), "last": _LAST},
     ),
     MethodSpec(
         "proxy",
-        "the hardest half by a narrow twin's losses; the network sees no others",
+        "the hardest samples by the losses of a narrow twin; the network sees no others",
         "the airbench96 speed record of 2025",
         lambda s, p: ProxySelection(s, p["keep"], p["width"], p["every"]),
         {
-            "keep": Param(0.5, check_keep, "part of the batch the network sees"),
-            "width": Param(0, check_or_all, "channels of the twin's first stage; 0 is half the network's"),
-            "every": Param(4, check_count, "the twin learns in one of so many steps"),
+            "keep": Param(0.5, check_keep, "fraction of the batch the network trains on"),
+            "width": Param(0, check_count_or_zero, "channels of the twin's first stage; 0 is half the network's"),
+            "every": Param(4, check_count, "steps from one step of the twin to the next"),
         },
         any_engine=False,
     ),
@@ -151,7 +155,7 @@ RELATIVES = (
         "draws by the norm of the gradient at the outputs, weighted so that the expected loss is the mean",
         "arXiv 1803.00942",
         lambda s, p: GradientNorm(s, p["keep"]),
-        {"keep": Param(0.5, check_keep, "draws, as a part of the batch")},
+        {"keep": Param(0.5, check_keep, "draws, as a fraction of the batch")},
         any_engine=False,
     ),
     MethodSpec(
@@ -159,7 +163,7 @@ RELATIVES = (
         "the samples whose loss has fallen furthest below their first loss are dropped",
         "TailSFT, 2026",
         lambda s, p: LossDrop(s, p["drop"]),
-        {"drop": Param(0.5, check_fraction, "part of the batch dropped, from the second epoch on")},
+        {"drop": Param(0.5, check_fraction, "fraction of the batch dropped, from the second epoch on")},
         any_engine=False,
     ),
 )

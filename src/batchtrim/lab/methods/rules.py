@@ -1,4 +1,4 @@
-"""What a method is to the training loop: which rows an epoch visits, and how a batch's losses become one loss.
+"""The training loop's view of a method: which rows an epoch visits, and how a batch's losses become one loss.
 
 Most methods only put a :class:`batchtrim.Trimmer` together; those that need more are here. The table of all of them is
 in :mod:`batchtrim.lab.methods.table`.
@@ -74,12 +74,11 @@ class RunInfo:
 
 
 class Method:
-    """A method under training: by default everything it knows is its trimmer.
+    """A method in training: by default it is a trimmer and nothing else.
 
     Attributes:
         trim: chooses, counts, and is the clock.
         epochs: how many epochs to train, a whole number or not.
-        fixed_keep: whether the loss depends on the batch's losses through ``trim`` alone, so any engine serves.
     """
 
     def __init__(self, trim: Trimmer, epochs: float):
@@ -117,7 +116,7 @@ class Method:
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Of networks beside; their learning rate is the run's."""
+        """Optimizers of further networks; they follow the run's learning rate."""
         return []
 
     def after_batch(self) -> None:
@@ -137,7 +136,7 @@ class Method:
 
 
 class Reweighted(Method):
-    """Every sample is kept and its loss transformed; statistics are those of the plain losses."""
+    """Keep every sample and transform its loss; statistics are those of the plain losses."""
 
     def __init__(self, transform: Callable[[Tensor], Tensor], epochs: float):
         super().__init__(Trimmer(1.0), epochs)
@@ -149,7 +148,7 @@ class Reweighted(Method):
 
 
 class Shortened(Method):
-    """Plain training that ends, learning rate and all, after a given number of samples."""
+    """Plain training that ends after a given number of samples, with the learning rate fully decayed."""
 
     def __init__(self, samples: int, info: RunInfo):
         super().__init__(Trimmer(1.0), samples / info.samples)
@@ -161,7 +160,7 @@ class Shortened(Method):
 
 
 class EveryStep(Method):
-    """The trimmer's clock counts steps instead of epochs."""
+    """A method whose clock counts steps instead of epochs."""
 
     def after_batch(self) -> None:
         self.trim.step()
@@ -171,9 +170,9 @@ class EveryStep(Method):
 
 
 class InfoBatch(Method):
-    """Before each epoch, samples whose last loss is below the mean are dropped with probability r.
+    """Before each epoch, drop samples whose last loss is below the mean with probability r.
 
-    Those of them that stay weigh 1 / (1 - r), so the expected gradient is the full one. The last epochs see everything.
+    Those that stay weigh 1 / (1 - r), so the expected gradient is the full one. The last epochs use all samples.
     """
 
     def __init__(self, info: RunInfo, ratio: float, anneal: float):
@@ -214,9 +213,9 @@ class InfoBatch(Method):
 
 
 class RhoLoss(Method):
-    """The hardest by loss minus the loss of a network that never trained on the sample.
+    """Keep the hardest by loss minus the loss of a network that never trained on the sample.
 
-    There is no spare data to hold out here, so two networks are trained, each on one half, and each scores the other.
+    There is no spare data to hold out, so two networks are trained, each on one half, and each scores the other half.
     """
 
     def __init__(self, info: RunInfo, keep: float, reference_epochs: int):

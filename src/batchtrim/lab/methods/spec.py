@@ -1,4 +1,4 @@
-"""A row of the table of methods, and checks of method parameters that the core does not have."""
+"""A row of the table of methods, and the checks of parameters that only methods need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MethodSpec:
     """One method of the table.
 
     Args:
-        name: what one types; ``summary``: one line; ``source``: where the rule comes from.
+        name: as typed; ``summary``: one line; ``source``: where the rule comes from.
         build: makes the method from a :class:`RunInfo` and checked parameters.
         params: the parameters it takes, by name.
         uses_schedule: True if it follows the run's keep schedule.
@@ -56,37 +56,19 @@ class MethodSpec:
         }
 
 
-def check_open(name: str, value: Any) -> float:
+def check_open_interval(name: str, value: Any) -> float:
     value = check_number(name, value)
     if not 0.0 < value < 1.0:
         raise ValueError(f"expected `{name}` between 0 and 1, got {value:g}.")
     return value
 
 
-def check_beta(name: str, value: Any) -> float:
-    value = check_number(name, value)
+def check_not_negative(name: str, value: Any, hint: str = "") -> float:
+    value = check_number(name, value, hint)
     if not (value >= 0.0 and math.isfinite(value)):
-        raise ValueError(f"expected `{name}` to be at least 0 and finite, got {value:g}.")
+        raise ValueError(f"expected `{name}` to be at least 0 and finite, got {value:g}.{hint and ' '}{hint}")
     return value
 
 
-def check_ramp(name: str, value: Any) -> int:
-    return check_count(name, value)
-
-
-def check_or_all(name: str, value: Any) -> int:
+def check_count_or_zero(name: str, value: Any) -> int:
     return check_count(name, value, minimum=0)
-
-
-def check_place(name: str, value: Any) -> float:
-    value = check_number(name, value)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"expected `{name}` in [0, 1], got {value:g}. It is a place in training.")
-    return value
-
-
-def check_tau(name: str, value: Any) -> float:
-    value = check_number(name, value)
-    if not (value >= 0.0 and math.isfinite(value)):
-        raise ValueError(f"expected `{name}` to be at least 0, got {value:g}. 0 stands for log(classes).")
-    return value

@@ -1,4 +1,4 @@
-"""The whole family in one table: every method the lab can train with is one row of ``METHODS``.
+"""All methods in one table: every method the lab can train with is one row of ``METHODS``.
 
 A row builds a :class:`batchtrim.lab.methods.rules.Method`, the training loop's view of it. Each row has a card in
 docs/methods with its rule, cost, source, and when not to use it.
@@ -6,13 +6,14 @@ docs/methods with its rule, cost, source, and when not to use it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import batchtrim
 from batchtrim import Trimmer
-from batchtrim._checks import check_count, check_fraction, check_keep, check_positive
+from batchtrim._checks import check_count, check_fraction, check_keep, check_positive, check_progress
 from batchtrim.lab.files import look_up
 from batchtrim.lab.methods.relatives_table import RELATIVES
 from batchtrim.lab.methods.rules import (
@@ -31,16 +32,13 @@ from batchtrim.lab.methods.spec import (
     MethodSpec,
     Param,
     Params,
-    check_beta,
-    check_or_all,
-    check_place,
-    check_ramp,
-    check_tau,
+    check_count_or_zero,
+    check_not_negative,
 )
 
 
 def make_schedule(name: str, start: float, end: float) -> Callable[[float], float]:
-    """Return the keep schedule a run's ``schedule``, ``keep_start`` and ``keep_end`` stand for.
+    """Return the keep schedule of a run's ``schedule``, ``keep_start`` and ``keep_end``.
 
     ``step`` goes down in three levels, the middle one halfway; ``constant`` is ``end`` throughout.
     """
@@ -64,7 +62,7 @@ def _scheduled(rule: Callable[[Params], Any]) -> Callable[[RunInfo, Params], Met
 
 
 def _small_loss(info: RunInfo, params: Params) -> Method:
-    """Keep 1 - rate * min(1, e / ramp) of the easiest in epoch e."""
+    """Keep the easiest 1 - rate * min(1, e / ramp) in epoch e."""
     rate, ramp, last = params["noise_rate"], params["ramp_epochs"], info.epochs - 1
     if last == 0:
         keep: Any = 1.0
@@ -99,6 +97,8 @@ def _equal_compute(info: RunInfo, params: Params) -> Method:
     return Shortened(budget, info)
 
 
+_check_tau = functools.partial(check_not_negative, hint="0 stands for log(classes).")
+
 _SPECS = (
     MethodSpec("full", "mean of all losses", "plain training", lambda s, p: Method(Trimmer(1.0), s.epochs)),
     MethodSpec(
@@ -130,19 +130,19 @@ _SPECS = (
     ),
     MethodSpec(
         "superquantile",
-        "the mean above the (1 - q) quantile, boundary sample weighted in",
+        "the mean above the (1 - q) quantile, the boundary sample by its fraction",
         "CVaR; Rockafellar and Uryasev 2000",
         lambda s, p: Method(Trimmer(p["keep"], select=batchtrim.superquantile()), s.epochs),
         {"keep": Param(0.5, check_keep, "tail fraction q")},
     ),
     MethodSpec(
         "ohem",
-        "losses above a threshold, and a least number of the hardest",
+        "losses above a threshold, but at least a minimum number of the hardest",
         "arXiv 1604.03540",
         lambda s, p: Method(Trimmer(1.0, select=batchtrim.selection.above(p["threshold"], p["min_keep"])), s.epochs),
         {
             "threshold": Param(0.357, check_positive, "loss above which a sample is kept (-ln 0.7)"),
-            "min_keep": Param(8, check_count, "least number kept of a batch"),
+            "min_keep": Param(8, check_count, "minimum number kept of a batch"),
         },
     ),
     MethodSpec(
@@ -151,7 +151,7 @@ _SPECS = (
         "arXiv 1910.00762",
         lambda s, p: Method(Trimmer(1.0, select=batchtrim.percentile(p["beta"], p["history"]), seed=s.seed), s.epochs),
         {
-            "beta": Param(2.0, check_beta, "exponent; 1 / (beta + 1) of the samples are kept"),
+            "beta": Param(2.0, check_not_negative, "exponent; 1 / (beta + 1) of the samples are kept"),
             "history": Param(1024, check_count, "recent losses the percentile is taken over"),
         },
     ),
@@ -161,28 +161,28 @@ _SPECS = (
         "MosaicML Composer",
         _selective_backprop_topk,
         {
-            "keep": Param(0.5, check_keep, "part of the batch kept on a selective step"),
-            "start": Param(0.5, check_place, "progress at which selection begins"),
-            "end": Param(0.9, check_place, "progress at which it ends"),
-            "every": Param(2, check_count, "one selective step in so many"),
+            "keep": Param(0.5, check_keep, "fraction of the batch kept on a selective step"),
+            "start": Param(0.5, check_progress, "progress at which selection begins"),
+            "end": Param(0.9, check_progress, "progress at which it ends"),
+            "every": Param(2, check_count, "steps from one selective step to the next"),
         },
     ),
     MethodSpec(
         "small_loss",
-        "the easiest samples, dropping as many as the noise rate",
+        "the easiest samples; the dropped fraction rises to the noise rate",
         "arXiv 1804.06872",
         _small_loss,
         {
-            "noise_rate": Param(0.2, check_fraction, "expected part of wrong labels"),
-            "ramp_epochs": Param(10, check_ramp, "epochs until that many are dropped"),
+            "noise_rate": Param(0.2, check_fraction, "expected fraction of wrong labels"),
+            "ramp_epochs": Param(10, check_count, "epochs until that fraction is dropped"),
         },
     ),
     MethodSpec(
         "two_sided",
-        "the hardest skipped, the next q kept along the schedule",
+        "the hardest skipped, the next q kept, q falling along the schedule",
         "batchtrim",
         _scheduled(lambda p: batchtrim.between(p["skip"])),
-        {"skip": Param(0.1, check_fraction, "part dropped from the hard end")},
+        {"skip": Param(0.1, check_fraction, "fraction dropped from the hard end")},
         uses_schedule=True,
     ),
     MethodSpec(
@@ -190,7 +190,7 @@ _SPECS = (
         "losses weighted by (1 - p) ^ gamma",
         "arXiv 1708.02002",
         lambda s, p: Reweighted(FocalLoss(p["gamma"]), s.epochs),
-        {"gamma": Param(2.0, check_beta, "0 is plain training")},
+        {"gamma": Param(2.0, check_not_negative, "0 is plain training")},
         any_engine=False,
         smoothing=False,
     ),
@@ -201,7 +201,7 @@ _SPECS = (
         lambda s, p: Reweighted(SuperLoss(p["tau"] or math.log(s.classes), p["lam"]), s.epochs),
         {
             "lam": Param(1.0, check_positive, "the larger, the closer to plain training"),
-            "tau": Param(0.0, check_tau, "loss between easy and hard; 0 is log(classes)"),
+            "tau": Param(0.0, _check_tau, "loss between easy and hard; 0 is log(classes)"),
         },
         any_engine=False,
         smoothing=False,
@@ -212,8 +212,8 @@ _SPECS = (
         "arXiv 2303.04947",
         lambda s, p: InfoBatch(s, p["ratio"], p["anneal"]),
         {
-            "ratio": Param(0.5, check_fraction, "chance of an easy sample to be dropped"),
-            "anneal": Param(0.125, check_fraction, "last part of training that sees everything"),
+            "ratio": Param(0.5, check_fraction, "probability that an easy sample is dropped"),
+            "anneal": Param(0.125, check_fraction, "last part of training, on all samples"),
         },
         any_engine=False,
     ),
@@ -223,8 +223,8 @@ _SPECS = (
         "arXiv 2206.07137",
         lambda s, p: RhoLoss(s, p["keep"], p["reference_epochs"]),
         {
-            "keep": Param(0.1, check_keep, "part of the batch kept"),
-            "reference_epochs": Param(0, check_or_all, "epochs of the held-out networks; 0: those of the run"),
+            "keep": Param(0.1, check_keep, "fraction of the batch kept"),
+            "reference_epochs": Param(0, check_count_or_zero, "epochs of the held-out networks; 0 is those of the run"),
         },
         any_engine=False,
     ),

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from batchtrim.lab.present import names
-from batchtrim.lab.present.names import Box
+from batchtrim.lab.present import point_labels
+from batchtrim.lab.present.point_labels import Box
 
 WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
@@ -94,7 +94,7 @@ def style_class(style: int) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers that span ``low`` to ``high``: multiples of 1, 2 or 5 times a power of ten."""
+    """Return round numbers that span ``low`` to ``high``: multiples of 1, 2 or 5 times a power of ten."""
     span = high - low
     if not span > 0:
         return [low]
@@ -256,10 +256,10 @@ def legend(entries: Sequence[tuple[str, int]]) -> Markup:
 
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: Sequence[Sequence[Box]]) -> list[str]:
-    """Draw names beside their points, a stroke to those that are far; see :func:`batchtrim.lab.present.names.place`."""
+    """Draw names beside their points, with a stroke to those that are far."""
     ordered = sorted(points, key=lambda each: y(each.y))
     room = (LEFT, WIDTH, TOP - 2, HEIGHT - BOTTOM)
-    places = names.place([(x(each.x), y(each.y), BOLD * len(each.label)) for each in ordered], taken, room)
+    places = point_labels.place([(x(each.x), y(each.y), BOLD * len(each.label)) for each in ordered], taken, room)
     strokes = [
         f'<line class="lead {style_class(point.style)}" x1="{x(point.x):.1f}" y1="{y(point.y):.1f}" x2="{at:.1f}" '
         f'y2="{level - 4:.1f}"/>'

@@ -12,7 +12,7 @@ from markupsafe import escape
 from batchtrim._checks import import_extra
 from batchtrim.lab.analyse.comparison import Group, Summary
 from batchtrim.lab.files import write_whole, writing
-from batchtrim.lab.present import charts, pages
+from batchtrim.lab.present import charts, report
 from batchtrim.lab.present.templating import shipped
 
 SCALE = 3  # pixels of the PNG to one of the chart
@@ -47,7 +47,7 @@ def standalone(chart: str, group: Group) -> str:
     found = re.match(r"<svg[^>]*viewBox=\"0 0 (\d+) (\d+)\"[^>]*>(.*)</svg>$", chart, re.DOTALL)
     assert found is not None
     width, height, body = int(found[1]), int(found[2]), found[3]
-    names = [(arm.label, pages.styles(group)[arm.label]) for arm in group.arms]
+    names = [(arm.label, report.styles(group)[arm.label]) for arm in group.arms]
     keys = _legend(names, height) if '<polyline class="line' in body else ""
     whole = height + (ROW * len(names) + 8 if keys else 0)
     return (
@@ -59,7 +59,7 @@ def standalone(chart: str, group: Group) -> str:
 
 
 def _charts(group: Group) -> Iterator[tuple[str, str]]:
-    drawn = pages.group_values(group)
+    drawn = report.group_values(group)
     if drawn["differences"]:
         yield "differences", str(drawn["differences"])
     for card in (*drawn["curves"], *drawn["costs"]):

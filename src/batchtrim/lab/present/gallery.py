@@ -30,11 +30,11 @@ from batchtrim.lab.files import writing
 from batchtrim.lab.present import charts, wording
 from batchtrim.lab.present.charts import Series
 from batchtrim.lab.present.logged import choose, remembered
-from batchtrim.lab.present.pages import Tile
+from batchtrim.lab.present.report import Tile
 from batchtrim.lab.present.templating import render
 from batchtrim.lab.run import loading
 from batchtrim.lab.run.config import RunConfig
-from batchtrim.lab.run.own import TaskConfig
+from batchtrim.lab.run.task_config import TaskConfig
 
 __all__ = ["Samples", "build", "write"]
 
@@ -61,7 +61,7 @@ DRAWN = ("random", "loss_mass_random", "data_dropout")
 @renamed("pictures", "images")
 @dataclass(frozen=True)
 class Samples:
-    """What the log's ids stand for.
+    """The samples that the log's ids stand for.
 
     Args:
         labels: int (n,), as trained on. ``classes``: their C names. Neither for samples of no class, as in regression.

@@ -1,4 +1,4 @@
-"""Which run of a folder is shown: by key, by name, or the one that is meant most often."""
+"""Choose the run of a folder to show: by key, by name, or the likeliest one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from batchtrim.lab.execute.workplace import DATA_DIR
 from batchtrim.lab.run.config import RunConfig
-from batchtrim.lab.run.own import TaskConfig
+from batchtrim.lab.run.task_config import TaskConfig
 
 MOST_NAMED = 12
 

@@ -1,6 +1,6 @@
-"""The page of results: every record's claims with what the runs say of them, then its tables, in Markdown.
+"""The page of results in Markdown: the claims of every record, judged by its runs, then its tables.
 
-Beside the page lie its drawings: test error against backward samples, one a problem, the front joined by a line.
+Its drawings are written to a folder beside it: test error against backward samples, one for each problem.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from batchtrim.lab.analyse import claims
 from batchtrim.lab.analyse.claims import Finding, Record
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.files import writing
@@ -18,52 +17,42 @@ from batchtrim.lab.present import charts, tables, wording
 
 DRAWINGS = "drawings/results"
 GAINS = ("trim", "loss_mass", "ordered_sgd")
-"""Methods whose gain is set against how well plain training fits its training set."""
+"""Methods whose gain is shown beside the training error of plain training."""
 
 _INTRODUCTION = """\
 # Results
 
-Each claim below was written into the `claims.toml` of its record together with the difference that matters, and is
-judged from the runs beside it, paired by seed.
+The `claims.toml` of each record states its claims and the smallest difference of interest. Each claim is judged from
+the runs in the same folder, paired by seed.
 
-* *Supported*: the difference claimed is there (paired t-test, p < 0.05 after Holm's correction over the claims).
-* *Not supported*: it is there the other way round, or the 95 % interval rules out a difference
-  of the size that matters.
-* *Not worse* by a margin, which was fixed before the runs, is supported where the same test finds the difference
-  below it. Where a claim says how many backward samples may be taken, more of them make it not supported.
-* *Not decidable*: neither, with this many seeds. The smallest difference that the design could have seen (with 80 %
-  power) stands beside it.
+* *Supported*: the test finds the claimed difference (paired t-test, p < 0.05 after Holm's correction over the claims).
+* *Not supported*: the test finds a difference in the other direction, or the 95 % interval excludes a difference as
+  large as the smallest of interest.
+* *Not worse* by a margin, which was fixed before the runs: supported if the same test finds the difference below the
+  margin. A claim that also limits the backward samples is not supported if more were used.
+* *Not decidable*: neither, with this many seeds. The table shows the smallest difference that could have been detected
+  with 80 % power.
 
 Made by `batchtrim claims records --out docs/results.md`.
 """
 
 
-def write(folders: Sequence[str | Path], out: Path) -> None:
+def write(records: Sequence[Record], out: Path) -> None:
     """Write the page, and its drawings into a folder beside it."""
-    read = [claims.read(folder) for folder in folders]
-    files = {out: _page(read)} | {out.parent / DRAWINGS / name: each for name, each in _drawings(read).items()}
+    files = {out: page(records)} | {out.parent / DRAWINGS / name: each for name, each in drawings(records).items()}
     for path, text in files.items():
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
 
 
-def page(folders: Sequence[str | Path]) -> str:
+def page(records: Sequence[Record]) -> str:
     """Return a Markdown page on all records: the claims first, then each record's tables."""
-    return _page([claims.read(folder) for folder in folders])
-
-
-def drawings(folders: Sequence[str | Path]) -> dict[str, str]:
-    """Return the page's drawings, SVG by file name."""
-    return _drawings([claims.read(folder) for folder in folders])
-
-
-def _page(read: Sequence[Record]) -> str:
-    lines = [_INTRODUCTION, *_gains(read)]
-    for record in read:
+    lines = [_INTRODUCTION, *_gains(records)]
+    for record in records:
         name, topic = record.folder.name, _topic(record)
         lines += [f"## {record.title}", ""]
-        matters = f"`records/{name}`; a difference of {wording.points(record.effect)} points matters here."
+        matters = f"`records/{name}`. The smallest difference of interest is {wording.points(record.effect)} points."
         lines += [f"{matters} {record.note}".rstrip()]
         lines += ["", *_findings_table(record), ""]
         for group in record.groups:
@@ -79,7 +68,7 @@ def _topic(record: Record) -> str:
 
 
 def _drawing_name(record: Record, group: Group) -> str:
-    """Return the file a group is drawn in; "" where there is too little to draw."""
+    """Return the file name of a group's drawing; "" if there is too little to draw."""
     if len(_drawn(group)) < 3:
         return ""
     topic = _topic(record)
@@ -91,10 +80,11 @@ def _drawn(group: Group) -> list[Arm]:
     return [arm for arm in group.arms if arm.cost.get("samples_backward") and arm.moments.mean is not None]
 
 
-def _drawings(read: Sequence[Record]) -> dict[str, str]:
+def drawings(records: Sequence[Record]) -> dict[str, str]:
+    """Return the page's drawings, SVG by file name."""
     found = {}
     css = "\n".join(_css())
-    for record in read:
+    for record in records:
         for group in record.groups:
             name = _drawing_name(record, group)
             if not name:
@@ -126,10 +116,10 @@ def _css() -> list[str]:
     return [*lines[:end], font, *(line for line in lines[end:] if line.startswith((".s0", ".s5", "svg")))]
 
 
-def _gains(read: Sequence[Record]) -> list[str]:
-    """Return each method's gain, with the problems ordered by how well plain training fits them."""
+def _gains(records: Sequence[Record]) -> list[str]:
+    """Return a table of each method's gain; problems are ordered by the training error of plain training."""
     rows = []
-    for record in read:
+    for record in records:
         for group in record.groups:
             full = next((arm for arm in group.arms if arm.label == "full"), None)
             left = [error for error in map(_training_error, full.runs) if error is not None] if full else []
@@ -141,11 +131,11 @@ def _gains(read: Sequence[Record]) -> list[str]:
                 rows.append((mean, f"| {' | '.join(cells)} |"))
     if not rows:
         return []
-    heads = ["problem", "seeds", "plain training's error on its training set, %", *(f"`{name}`" for name in GAINS)]
+    heads = ["problem", "seeds", "training error of plain training, %", *(f"`{name}`" for name in GAINS)]
     return [
         "## When does trimming help?", "",
-        "Difference of test errors to plain training, in points (95 % interval); below zero is better. Problems are in "
-        "the order of the training error that plain training ends with, under augmentation and in training mode.", "",
+        "Difference in test error to plain training, in points (95 % interval); below zero is better. Problems are "
+        "ordered by the training error at the end of plain training, measured with augmentation in training mode.", "",
         f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(line for _, line in sorted(rows)), "",
     ]  # fmt: skip
 
@@ -164,12 +154,12 @@ def _gain(arm: Arm | None) -> str:
 def _findings_table(record: Record) -> list[str]:
     several = len(record.groups) > 1
     heads = ["status", "claim", *(["where"] if several else []), "seeds", "difference, points (95 % interval)", "p"]
-    heads += ["could have seen"]
+    heads += ["detectable"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for found in record.findings:
         said = f"{tables.cell(found.claim.text)} {wording.claim(found.claim)}"
         if found.claim.backward is not None and found.backward is not None:
-            said += f" (it took {found.backward:.0%})"
+            said += f" (it used {found.backward:.0%})"
         cells = [f"**{found.status.value}**", said, *([tables.cell(found.group)] if several else [])]
         cells += [_seeds(found)]
         cells += [f"{wording.signed(found.difference.mean)} ({wording.signed_interval(found.difference.t)})"]
@@ -179,6 +169,6 @@ def _findings_table(record: Record) -> list[str]:
 
 
 def _seeds(found: Finding) -> str:
-    """Return the number of pairs, and how many were lost to a diverged run."""
+    """Return the number of pairs, and how many are missing because a run diverged."""
     lost = f" ({len(found.diverged)} diverged)" if found.diverged else ""
     return f"{found.difference.n}{lost}"

@@ -1,7 +1,6 @@
-"""A comparison in tables: Markdown, CSV, JSON, and one for the console; and the report's files written.
+"""A comparison in tables: Markdown, CSV, JSON, and one for the console.
 
-The numbers come from :mod:`batchtrim.lab.analyse.comparison`, their words from :mod:`batchtrim.lab.present.wording`,
-the page from :mod:`batchtrim.lab.present.pages`.
+The numbers come from :mod:`batchtrim.lab.analyse.comparison`, their words from :mod:`batchtrim.lab.present.wording`.
 """
 
 from __future__ import annotations
@@ -11,36 +10,16 @@ import io
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchtrim.lab.analyse.comparison import Arm, Group, Row, Summary, View, summarize
-from batchtrim.lab.files import write_whole, writing
-from batchtrim.lab.present import pages, wording
+from batchtrim.lab.analyse.comparison import Arm, Group, Summary, View
+from batchtrim.lab.present import wording
 from batchtrim.lab.present.caveats import caveat_texts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["console_table", "print_table", "to_json", "write_report"]
-
-
-def write_report(rows: Iterable[Row], out_dir: str | Path, baseline: str = "full") -> Path:
-    """Write report.html, report.md and report.csv on ``rows`` of runs.jsonl into ``out_dir``; returns the page's path.
-
-    Raises:
-        ValueError: there are no rows. OSError: the folder cannot be written.
-    """
-    summary = summarize(rows, baseline)
-    out_dir = Path(out_dir)
-    with writing(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-    page = out_dir / "report.html"
-    texts = {page: pages.comparison_page(summary), out_dir / "report.md": to_markdown(summary)}
-    for path, text in (texts | {out_dir / "report.csv": to_csv(summary)}).items():
-        with writing(path):
-            write_whole(path, lambda file, text=text: file.write(text.encode()))
-    return page
+__all__ = ["console_table", "print_table", "to_json"]
 
 
 def console_table(summary: Summary) -> RenderableType:

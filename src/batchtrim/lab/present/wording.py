@@ -187,7 +187,7 @@ def claim(claim: Claim) -> str:
         named = ", ".join(f"{name} {value}" for name, value in chosen.items())
         sides.append(f"`{method}`" + (f" ({named})" if named else ""))
     by = "" if claim.margin is None else f" by {points(claim.margin)} points"
-    at = "" if claim.backward is None else f", with {claim.backward:.0%} of its backward samples at most"
+    at = "" if claim.backward is None else f", with at most {claim.backward:.0%} of its backward samples"
     return f"{sides[0]} against {sides[1]}: {claim.says}{by}{at}"
 
 
@@ -210,7 +210,7 @@ def counts(summary: Summary) -> str:
     """Return the number of runs, and how many diverged or failed."""
     text = f"{summary.runs} run{'s' if summary.runs != 1 else ''}"
     if summary.diverged:
-        text += f", {summary.diverged} diverged (counted and named, in no mean)"
+        text += f", {summary.diverged} diverged (named, and not in the means)"
     if summary.failed:
         text += f", {summary.failed} failed with an error and left out"
     return text + "."
@@ -326,7 +326,7 @@ def environment(summary: Summary) -> dict[str, str]:
 def command(group: Group) -> str:
     """Return the command that runs this group again; runs already recorded in the folder are skipped.
 
-    "" for numbers that were made elsewhere.
+    "" for the results of another program.
     """
     if "epochs" not in group.settings:
         return ""

@@ -16,7 +16,7 @@ class DamagedCheckpoint(ReplaceFile):
 
 
 class Resumable(Protocol):
-    """What goes on from a state: a run."""
+    """Anything that continues from a state: a run."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 

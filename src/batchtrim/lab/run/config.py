@@ -1,4 +1,4 @@
-"""What one run is: a frozen record of settings, checked, with a key that names it."""
+"""The settings of one run: frozen, checked, and hashed into the key that names the run."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class RunConfig:
     """The settings of one run. None stands for a default that :meth:`resolved` fills in.
 
     Each field says what it means, what it may be and what part it plays: see :mod:`batchtrim.lab.run.settings`.
-    ``label_noise`` is none, symmetric:RATE, asymmetric:RATE or human:WHICH; under the ``constant`` schedule
-    ``keep_end`` holds throughout. ``data_version`` is a hash of a data set of the reader's own, by which runs on other
-    images are other runs; "" where nobody has looked.
+    ``label_noise`` is none, symmetric:RATE, asymmetric:RATE or human:WHICH. Under the ``constant`` schedule
+    ``keep_end`` holds throughout. ``data_version`` is a hash of the user's own images, so that runs on other images are
+    other runs; "" if not yet computed.
     """
 
     dataset: str = setting(
@@ -60,10 +60,10 @@ class RunConfig:
         None, "fraction of your images to test on, if there is no test split", role=Role.DATA, later=True,
         default_help="none",
     )  # fmt: skip
-    split_seed: int = setting(0, "seed of that split", role=Role.DATA, later=True)
+    split_seed: int = setting(0, "seed of the test split", role=Role.DATA, later=True)
     group: str | None = setting(
-        None, "column or file-name pattern whose values are never split between sides", role=Role.DATA, later=True,
-        default_help="none",
+        None, "column or file-name pattern; images with one value stay on one side of the split", role=Role.DATA,
+        later=True, default_help="none",
     )  # fmt: skip
     image_column: str | None = setting(
         None, "table column with the images", role=Role.DATA, later=True, default_help="image, img, path or file"
@@ -229,9 +229,9 @@ class RunConfig:
 
 SETTINGS: Mapping[str, Setting] = settings_of(RunConfig)
 ARM_SETTINGS = tuple(name for name, each in SETTINGS.items() if each.role is Role.ARM)
-"""What makes an arm of a comparison."""
+"""Settings that make an arm of a comparison."""
 COMPARED = tuple(name for name, each in SETTINGS.items() if each.role in (Role.ARM, Role.SEED, Role.SPEED))
-"""What runs of one comparison may differ in; all other settings make its group."""
+"""Settings in which runs of one comparison may differ; all others make its group."""
 
 
 def resolve_device(device: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run's numbers belong to: versions, hardware, and the commit the package runs from."""
+"""The environment of a run: versions, hardware, and the commit the package runs from."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import batchtrim
-from batchtrim.lab.run.own import AnyConfig, TaskConfig
 from batchtrim.lab.run.ranks import Ranks
+from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.own_models import code_of, is_own_model
 
 
@@ -28,7 +28,7 @@ def environment(config: AnyConfig) -> dict[str, Any]:
 
 
 def _sources(config: AnyConfig) -> dict[str, Any]:
-    """Return hashes of the reader's own code in the run: its file, and modules beside it that it imports."""
+    """Return hashes of the user's own code in the run: its file, and modules beside it that it imports."""
     if isinstance(config, TaskConfig):
         code = config.code
     elif is_own_model(config.model):

@@ -8,7 +8,7 @@ from typing import Any
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.counts import Counts
 from batchtrim.lab.run.environment import environment
-from batchtrim.lab.run.own import AnyConfig
+from batchtrim.lab.run.task_config import AnyConfig
 from batchtrim.lab.task.code import YourCodeFailed
 
 __all__ = ["CURVES", "error_line", "failed_row"]
@@ -21,7 +21,7 @@ CURVES = (
 
 
 def error_line(error: BaseException) -> str:
-    """Return an error as one line, cut off where it is too long; one of the reader's own code keeps its traceback."""
+    """Return an error as one line, cut off where it is too long; one in the user's code keeps its traceback."""
     text = f"{type(error).__name__}: {error}"
     return (text if isinstance(error, YourCodeFailed) else " ".join(text.split()))[:LONGEST]
 

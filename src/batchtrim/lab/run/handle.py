@@ -1,4 +1,4 @@
-"""What a training function of the reader's is given: the run, with its trimmer, seed, folder and log."""
+"""The argument of a user's training function: the run, with its trimmer, seed, folder and log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchtrim import KeepLog, Losses, Selection, TrimmedForward
 from batchtrim._checks import check_count, describe
 from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
-from batchtrim.lab.run.own import TaskConfig
+from batchtrim.lab.run.task_config import TaskConfig
 
 __all__ = ["Run", "TaskMistake", "as_number"]
 

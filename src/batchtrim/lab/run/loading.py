@@ -17,7 +17,7 @@ __all__ = ["load_images", "prepare", "with_versions"]
 
 
 def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Path | None) -> tuple[str, ...]:
-    """Load the data and, if it is the reader's own, try the network, so that a fault is found before the first run.
+    """Load the data and, if they are the user's own, try the network, so that a fault is found before the first run.
 
     Returns:
         What is to be said of the data.
@@ -35,7 +35,7 @@ def with_versions(
 ) -> list[RunConfig]:
     """Return the runs with the version of their data, so that runs on images that changed are not taken for the same.
 
-    Only data sets of the reader's own have one. They are loaded anew, and decoded where that has not been done.
+    Only the user's own data sets have one. They are loaded anew, and decoded where that has not been done.
     """
     found: dict[tuple[str, images.ImageOptions], str] = {}
     if any(images.is_own(config.dataset) for config in configs):

@@ -1,4 +1,4 @@
-"""Do one run of a training function of the reader's: everything around the call that makes its result comparable."""
+"""Do one run of a user's training function: everything around the call that makes its result comparable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import error_line
 from batchtrim.lab.run.handle import OnEpoch, Run, TaskMistake, as_number
-from batchtrim.lab.run.own import TaskConfig
+from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.task.code import own_traceback
 
 __all__ = ["check_task", "perform"]
@@ -66,7 +66,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
             result = {"status": "failed", "error": str(error), "mistake": True}
         except SystemExit as error:
             result = {"status": "failed", "error": f"the task called exit({error.code}); return the result instead"}
-        except Exception as error:  # the reader's code: whatever it raises is theirs, and the other runs go on
+        except Exception as error:  # the user's code: whatever it raises is theirs, and the other runs go on
             result = {"status": "failed", "error": error_line(error)}
             result["traceback"] = own_traceback(error)[-LONGEST_TRACEBACK:]
     return {
@@ -151,7 +151,7 @@ def _moves(run: Run) -> bool:
 
 
 class _Seen:
-    """What the function did to the process."""
+    """Changes that the function made to the process."""
 
     def __init__(self) -> None:
         self._before = set(threading.enumerate())

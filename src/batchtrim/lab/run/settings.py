@@ -1,4 +1,4 @@
-"""How a setting of a run is defined: one dataclass field that says all there is to know of it.
+"""The definition of a setting of a run: one dataclass field that holds all there is to know about it.
 
 The command line, TOML grids, keys, groups of the report and ``--help`` are derived from these definitions; no other
 file lists settings.
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Role(Enum):
-    """What a setting does to a comparison."""
+    """The part that a setting plays in a comparison."""
 
     ARM = "arm"
     """Varies inside a comparison: runs that differ only in these are compared with each other."""

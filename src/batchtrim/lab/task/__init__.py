@@ -1,1 +1,1 @@
-"""What is trained on: data sets, their conditions, augmentation and networks."""
+"""Data sets, their conditions, augmentation and networks."""

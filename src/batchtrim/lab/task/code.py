@@ -1,4 +1,4 @@
-"""Code of the reader's own: a function in a file, such as ``my_task.py:train``, or one that is there already.
+"""The user's own code: a function in a file, such as ``my_task.py:train``, or one that is there already.
 
 It is loaded as Python itself would load a script: its folder comes first on ``sys.path``. What goes wrong inside it is
 told with its own lines alone.
@@ -30,7 +30,7 @@ __all__ = ["Code", "YourCodeFailed", "own_traceback"]
 
 _PACKAGE = str(Path(batchtrim.__file__).parent)
 _INSTALLED = (_PACKAGE, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
-"""Folders of what is no program of the reader's."""
+"""Folders that hold no program of the user."""
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
@@ -40,7 +40,7 @@ class YourCodeFailed(ValueError):
 
 @dataclass(frozen=True)
 class Code:
-    """A function of the reader's.
+    """A user's function.
 
     Attributes:
         name: as it is shown and recorded: ``my_task.py:train``, or a function's own name.
@@ -158,7 +158,7 @@ class Code:
 
 
 def own_traceback(error: BaseException) -> str:
-    """Return the traceback of an error in the reader's code, from their first line on, without this package's lines."""
+    """Return the traceback of an error in the user's code, from their first line on, without this package's lines."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame.filename.startswith((_PACKAGE, "<frozen importlib")) for frame in frames]
     first = ours.index(False) if False in ours else len(frames)
@@ -208,7 +208,7 @@ def _hash_of_file(path: Path) -> str:
 
 @functools.cache
 def _first_hash(file: str, module: int) -> str:
-    """The hash of a module's file when the module was first asked for; "" where it is gone, or no text."""
+    """Return the hash of a module's file when it was first asked for; "" if it is gone, or no text."""
     try:
         return _hash_of_file(Path(file))
     except (OSError, ValueError):

@@ -77,7 +77,7 @@ class ImageData:
         mean: of the training images, one number per channel in [0, 255]; ``std`` likewise.
         class_names: in the order of the labels, where they are known.
         notes: what is to be said of the data before anybody trains on them.
-        version: a hash of the images, labels and split of data of the reader's own; "" for those in ``SPECS``.
+        version: a hash of the images, labels and split of the user's own data; "" for those in ``SPECS``.
     """
 
     name: str
@@ -94,7 +94,7 @@ class ImageData:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image."""
+        """The channels, height and width of one image."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
 

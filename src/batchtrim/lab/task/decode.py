@@ -37,7 +37,7 @@ class BrokenImage(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What the head of an image file says."""
+    """The data in the head of an image file."""
 
     width: int
     height: int
@@ -165,7 +165,7 @@ def _header(source: Source) -> Header:
 
 
 def _may_be_turned(image: Any, source: Source) -> bool:
-    """False for a PNG in which no metadata could say so: Pillow decodes all of a PNG to look for what lies behind."""
+    """Return False for a PNG without metadata that could say so: Pillow decodes all of a PNG to look for it."""
     if image.format != "PNG":
         return True
     held = source if isinstance(source, bytes) else source.read_bytes()
@@ -173,7 +173,7 @@ def _may_be_turned(image: Any, source: Source) -> bool:
 
 
 def _pixels(source: Source, size: tuple[int, int], grey: bool) -> np.ndarray:
-    """(C, H, W): turned as its EXIF says, transparency on white, scaled to cover ``size`` and cut at the centre."""
+    """Return (C, H, W), turned by its EXIF, transparency on white, scaled to cover ``size`` and centre-cropped."""
     ops = import_extra("PIL.ImageOps", "lab", "images")
     try:
         image = _open(source)
@@ -193,7 +193,7 @@ def _pixels(source: Source, size: tuple[int, int], grey: bool) -> np.ndarray:
 
 
 def _in_mode(image: Any, grey: bool) -> Any:
-    """8 bits a channel, grey or RGB. 16 bits keep their upper 8, where Pillow itself would cut off all above 255."""
+    """Convert to 8 bits a channel, grey or RGB. 16 bits keep their upper 8; Pillow would clip all above 255."""
     module = import_extra("PIL.Image", "lab", "images")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)

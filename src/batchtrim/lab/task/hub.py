@@ -31,7 +31,7 @@ def _answers() -> bool:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return True  # the reader's own wish: the library knows it
+        return True  # the user's own wish: the library knows it
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=WAIT).close()
     except urllib.error.HTTPError:

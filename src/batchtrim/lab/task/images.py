@@ -1,4 +1,4 @@
-"""Images of the reader's own as a data set: split, decoded once on all cores, and kept as a memory-mapped array.
+"""The user's own images as a data set: split, decoded once on all cores, and kept as a memory-mapped array.
 
 What is said of them (resized, left out, the same image on both sides) is in ``ImageData.notes``.
 
@@ -36,7 +36,7 @@ MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How a data set of one's own is read.
+    """Options for reading a user's own data set.
 
     Args:
         image_size: side in pixels that every image is brought to; None keeps images of one small size as they are.
@@ -72,7 +72,7 @@ def options_of(config: Any) -> ImageOptions:
 
 
 def check_options(config: Any) -> None:
-    """Refuse options of a data set of one's own beside one that the lab knows by name, and values out of range."""
+    """Refuse options of the user's own data set beside one that the lab knows by name, and values out of range."""
     options = options_of(config)
     if options.image_size is not None:
         check_count("image_size", options.image_size)
@@ -93,7 +93,7 @@ def load(
     data_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> data.ImageData:
-    """Load images of the reader's own, from the cache where they were decoded before.
+    """Load the user's own images, from the cache where they were decoded before.
 
     Args:
         dataset: a folder of class folders (with train/ and test/, or without and ``test_split``), a CSV or Parquet file
@@ -137,7 +137,7 @@ def load(
 
 
 def _version(found: data.ImageData, hashes: np.ndarray) -> str:
-    """Hash what is trained and tested on, whatever the files are called and wherever and whenever they were written."""
+    """Hash the pixels, labels and split, independent of file names, places and dates."""
     labels = torch.cat([found.train_labels, found.test_labels]).numpy()
     told = json.dumps([found.shape, len(found.train_labels), found.class_names])
     digest = hashlib.sha256(told.encode())
@@ -256,7 +256,7 @@ def _only(file: Path, places: np.ndarray) -> None:
 
 
 def _size(headers: Sequence[Header], options: ImageOptions) -> tuple[tuple[int, int], list[str]]:
-    """Width and height of all, and what is to be said of it."""
+    """Return the width and height of all images, and a note on it."""
     sizes = Counter((each.width, each.height) for each in headers)
     if options.image_size is not None:
         size = (options.image_size, options.image_size)

@@ -1,4 +1,4 @@
-"""Images of the reader's own, found but not yet decoded: in class folders, in a table, or on the Hugging Face hub.
+"""The user's own images, found but not yet decoded: in class folders, in a table, or on the Hugging Face hub.
 
 N images, C classes.
 """
@@ -173,7 +173,7 @@ def _groups_by_name(names: Sequence[str], pattern: str) -> list[str]:
 
 
 def _tables(files: dict[str, list[Path]], where: str, columns: dict[str, str | None]) -> Listing:
-    """Tables of one split each, or of none; a column 'split' says which where there is one."""
+    """Return tables of one split each, or of none; a column 'split' names it if there is one."""
     names: list[str] = []
     labels: list[Any] = []
     split: list[str] = []
@@ -308,7 +308,7 @@ def _source(cell: Any, path: Path) -> Source:
 
 
 def _hub_folder(root: Path, where: str, columns: dict[str, str | None]) -> Listing:
-    """Parquet files in the hub's layout, TRAIN-*.parquet and TEST-*.parquet, in the folder or in its folder data."""
+    """Find Parquet files in the hub's layout, TRAIN-*.parquet and TEST-*.parquet, in the folder or its folder data."""
     folder = root / "data" if (root / "data").is_dir() else root
     files = {"train": sorted(folder.glob("train*.parquet"))}
     test = next((name for name in TEST_NAMES if any(folder.glob(f"{name}*.parquet"))), None)

@@ -159,7 +159,7 @@ MODELS: dict[str, ModelRow] = {
 
 
 def find_model(name: str) -> ModelRow:
-    """Return the registry's row of that name, or one of the reader's own; an error suggests the nearest name."""
+    """Return the registry's row of that name, or the user's own; an error suggests the nearest name."""
     if isinstance(name, str) and own_models.is_own_model(name):
         return ModelRow(lambda shape, classes, width, norm: own_models.build_own(name, shape, classes), None, False)
     return look_up("model", name, MODELS)

@@ -54,7 +54,7 @@ def split_rows(
 def _whole_groups(
     labels: np.ndarray, fraction: float, random: np.random.Generator, groups: Sequence[str]
 ) -> np.ndarray:
-    """bool (N,): a group is taken where the distance to the wanted count of each class falls by it."""
+    """Return bool (N,): a group is taken if that brings the count of each class closer to the wanted one."""
     _, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     order = np.argsort(group, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)

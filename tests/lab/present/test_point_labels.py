@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
-from batchtrim.lab.present.names import ABOVE, BELOW, GAP, place
+from batchtrim.lab.present.point_labels import ABOVE, BELOW, GAP, place
 
 ROOM = (0.0, 480.0, 0.0, 250.0)
 

@@ -1,4 +1,4 @@
-"""Where the names of a chart's points go: beside them, clear of each other, and of other points and lines if they can.
+"""Place the names of a chart's points: beside them, clear of each other, and of other points and lines if possible.
 
 All lengths are those of the drawing, y downwards.
 """
@@ -16,7 +16,7 @@ ABOVE, BELOW = 10, 3  # of a name's base line, that its letters take
 GAP = 10  # between the middle of a point and its name
 CROSSED = 16.0  # how far a name is moved rather than laid over a point or a line
 SIDES = {"start": 0.0, "end": 2.0, "middle": 4.0}
-"""Where a name may lie, as its anchor: to the right, to the left, above or below; with what makes it less liked."""
+"""Anchors of a name: to the right, to the left, above or below; each with its penalty."""
 
 
 def place(

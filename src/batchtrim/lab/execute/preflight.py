@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from batchtrim.lab.run.own import AnyConfig
+from batchtrim.lab.run.task_config import AnyConfig
 
 LARGE_LR = 100.0  # no network of the lab learns at such a rate
 KEEP = ("keep_start", "keep_end", "schedule")
 
 
-def foresee(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
+def warnings_for(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
     """Return a line for each surprise in the settings given and in the runs they make."""
     return [*_repeats(settings), *_schedule(settings, configs), *_rate(configs)]
 

@@ -7,16 +7,18 @@ This file gathers what ``templates/report.html`` lays out. What the page says is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary
+from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Row, Summary, summarize
+from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.metric import ERROR, Metric
-from batchtrim.lab.present import charts, sweep, wording
+from batchtrim.lab.present import charts, sweep, tables, wording
 from batchtrim.lab.present.caveats import caveat_texts
 from batchtrim.lab.present.charts import Series, style_class
 from batchtrim.lab.present.templating import render
@@ -51,6 +53,24 @@ class Card:
     heading: str
     note: str
     chart: Markup
+
+
+def write_report(rows: Iterable[Row], out_dir: str | Path, baseline: str = "full") -> Path:
+    """Write report.html, report.md and report.csv on ``rows`` of runs.jsonl into ``out_dir``; return the page's path.
+
+    Raises:
+        ValueError: there are no rows. OSError: the folder cannot be written.
+    """
+    summary = summarize(rows, baseline)
+    out_dir = Path(out_dir)
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+    page = out_dir / "report.html"
+    texts = {page: comparison_page(summary), out_dir / "report.md": tables.to_markdown(summary)}
+    for path, text in (texts | {out_dir / "report.csv": tables.to_csv(summary)}).items():
+        with writing(path):
+            write_whole(path, lambda file, text=text: file.write(text.encode()))
+    return page
 
 
 def comparison_page(summary: Summary) -> str:

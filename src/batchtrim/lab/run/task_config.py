@@ -1,4 +1,4 @@
-"""What one run of the reader's own training function is: settings, checked, with a key that names the run."""
+"""The settings of one run of a user's training function: checked, and hashed into the key that names the run."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class TaskConfig:
 
 
 AnyConfig = RunConfig | TaskConfig
-"""A run of the lab's own loop, or of a training function of the reader's."""
+"""A run of the lab's own loop, or of a user's training function."""
 
 
 def _plain(value: Any) -> Any:

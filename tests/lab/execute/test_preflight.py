@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from batchtrim.lab.execute import grid
-from batchtrim.lab.execute.foresee import foresee
+from batchtrim.lab.execute.preflight import warnings_for
 
 
 def said(**settings: Any) -> str:
-    return "\n".join(foresee(settings, grid.expand(settings)))
+    return "\n".join(warnings_for(settings, grid.expand(settings)))
 
 
 @pytest.mark.parametrize(

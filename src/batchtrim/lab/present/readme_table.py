@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchtrim.lab.analyse import claims
+from batchtrim.lab.analyse.claims import Record
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.present import tables, wording
 
@@ -15,7 +15,7 @@ METHODS = ("random", "full_equal_compute", "trim", "loss_mass", "loss_mass_kept"
 FEWEST = 3  # seeds
 
 
-def write(folders: Sequence[str | Path], page: Path) -> None:
+def write(records: Sequence[Record], page: Path) -> None:
     """Replace what stands between the marks of a page by the table.
 
     Raises:
@@ -26,10 +26,10 @@ def write(folders: Sequence[str | Path], page: Path) -> None:
     _, ended, after = rest.partition(END)
     if not begun or not ended:
         raise ValueError(f"expected {BEGIN} and {END} around the table in {page}, got a page without them.")
-    page.write_text(f"{before}{BEGIN}\n\n{table(folders)}\n\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n\n{table(records)}\n\n{END}{after}", encoding="utf-8")
 
 
-def table(folders: Sequence[str | Path]) -> str:
+def table(records: Sequence[Record]) -> str:
     """Return a row for every problem that plain training and a trimmed one were run on, with three seeds or more.
 
     A problem in several records has the row of the last. The order is that of plain training's error.
@@ -37,7 +37,7 @@ def table(folders: Sequence[str | Path]) -> str:
     95 % interval and the share of backward samples.
     """
     rows: dict[str, tuple[float, str]] = {}
-    for record in map(claims.read, sorted(folders, key=str)):
+    for record in sorted(records, key=lambda record: str(record.folder)):
         rows |= {_title(group): row for group in record.groups if (row := _row(group)) is not None}
     heads = ["problem", "seeds", "`full`, error %", *(f"`{name}`, points" for name in METHODS)]
     return "\n".join(

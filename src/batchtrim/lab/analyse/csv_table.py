@@ -1,4 +1,4 @@
-"""Numbers that another program made, as records: a table with a method, a seed and a number in each row."""
+"""Read the results of another program as records: a CSV table with a method, a seed and a number in each row."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool
     """Return the runs of a CSV file with columns method, seed, a number and, if known, time in seconds.
 
     Args:
-        metric: the column that is compared; by default the one there is besides the others.
-        higher_is_better: needed where the column's name does not tell.
+        metric: the column to compare; by default the only further one.
+        higher_is_better: needed if the column's name does not tell.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: there is no such file, or a line that cannot be read; it is named.

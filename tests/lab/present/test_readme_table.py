@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batchtrim.lab.present import overview
+from batchtrim.lab.analyse import claims
+from batchtrim.lab.present import readme_table
 
 CLAIM = 'effect = 0.5\n[[claim]]\ntext = "It helps."\nmethod = "trim"\nagainst = "full"\nsays = "lower"\n'
 
@@ -27,7 +28,7 @@ def record(make_row, tmp_path):
 
 def test_a_row_holds_differences_intervals_and_backward_samples(record):
     here = record("one", {"full": [0.10, 0.12, 0.14], "trim": [0.09, 0.11, 0.13], "random": [0.2, 0.2]})
-    _, _, row = overview.table([here]).splitlines()
+    _, _, row = readme_table.table([claims.read(here)]).splitlines()
     assert row == "| digits, mlp, adam | 3 | 12.00 ± 2.00 |  |  | −1.00 (−1.00 to −1.00; 60 %) |  |  |"  # noqa: RUF001
 
 
@@ -36,7 +37,7 @@ def test_the_last_record_of_a_problem_counts_and_easy_problems_come_first(record
     new = record("2", {"full": [0.3] * 3, "trim": [0.3] * 3})
     hard = record("0", {"full": [0.6] * 3, "trim": [0.6] * 3}, train_size=10_000)
     few = record("3", {"full": [0.1] * 2, "trim": [0.1] * 2}, model="cnn")
-    rows = overview.table([hard, new, few, old]).splitlines()[2:]
+    rows = readme_table.table([claims.read(each) for each in (hard, new, few, old)]).splitlines()[2:]
     assert [row.split(" | ")[0:3] for row in rows] == [
         ["| digits, mlp, adam", "3", "30.00 ± 0.00"],
         ["| digits, mlp, adam, 10,000 images", "3", "60.00 ± 0.00"],
@@ -46,18 +47,18 @@ def test_the_last_record_of_a_problem_counts_and_easy_problems_come_first(record
 def test_only_what_is_between_the_marks_changes(record, tmp_path):
     here = record("one", {"full": [0.10, 0.12, 0.14], "trim": [0.09, 0.11, 0.13]})
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{overview.BEGIN}\nold\n{overview.END}\nafter\n")
-    overview.write([here], page)
+    page.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")
+    read = [claims.read(here)]
+    readme_table.write(read, page)
     once = page.read_text()
-    overview.write([here], page)
-    assert (
-        page.read_text() == once == f"before\n{overview.BEGIN}\n\n{overview.table([here])}\n\n{overview.END}\nafter\n"
-    )
+    readme_table.write(read, page)
+    marked = f"{readme_table.BEGIN}\n\n{readme_table.table(read)}\n\n{readme_table.END}"
+    assert page.read_text() == once == f"before\n{marked}\nafter\n"
 
 
 def test_a_page_without_marks_is_left_alone(tmp_path):
     page = tmp_path / "README.md"
     page.write_text("no table here\n")
     with pytest.raises(ValueError, match="expected <!-- results --> and"):
-        overview.write([], page)
+        readme_table.write([], page)
     assert page.read_text() == "no table here\n"
