@@ -84,7 +84,7 @@ class per_sample:
         check_values(self._criterion, values, inputs, self.unit)
         targets = inputs[1] if len(inputs) == 2 and isinstance(inputs[1], Tensor) else None
         mask = self._mask(values, targets)
-        weights = None if targets is None else self._criterion.class_weights(targets, mask, values)
+        weights = None if targets is None else self._criterion.weights(targets, mask, values)
         losses = Losses(values, mask, weights, reduction="mean" if self.reduction == "mean" else "sum")
         if self.unit == "sample":
             losses = flatten(losses, "sample")
