@@ -61,10 +61,10 @@ class KeepLog:
         self.warn = warn
         self.steps = 0
         self.history: list[dict[str, Any]] = []
-        self._columns = columns.empty(n)
+        self._columns = columns.empty(self.n)
         self._pending: list[Entries] = []
         self._entries = 0
-        self._epoch = torch.zeros(epoch.length(classes), dtype=torch.int64)
+        self._epoch = torch.zeros(epoch.length(self.classes), dtype=torch.int64)
         self._wide = False  # more classes than the columns have room for
         self._warned = False
 
