@@ -6,8 +6,10 @@ Checks read shapes, dtypes and Python values, never the contents of a tensor: th
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
+import numbers
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -28,11 +30,20 @@ def describe(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def plain(value: Any) -> Any:
+    """Return a number of NumPy's, or an array or tensor of one entry, as a number of Python's; all else as it is."""
+    if hasattr(value, "item"):
+        with contextlib.suppress(ValueError, RuntimeError, TypeError):  # of several entries
+            return value.item()
+    return value
+
+
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_number(name: str, value: Any, hint: str = "") -> float:
+    value = plain(value)
     if not is_number(value):
         raise TypeError(f"expected `{name}` to be a number, got {describe(value)}.{_space(hint)}")
     try:
@@ -55,7 +66,7 @@ def check_keep(name: str, value: Any) -> float:
     hint = "It is a fraction of the batch, not a percentage or a count."
     value = check_number(name, value, hint)
     if not 0.0 < value <= 1.0:  # NaN fails this too
-        raise ValueError(f"expected `{name}` in (0, 1], got {value:g}. {hint}")
+        raise ValueError(f"expected `{name}` in (0, 1], got {_shown(value)}. {hint}")
     return value
 
 
@@ -63,7 +74,7 @@ def check_fraction(name: str, value: Any, hint: str = "") -> float:
     """Check a fraction in [0, 1)."""
     value = check_number(name, value, hint)
     if not 0.0 <= value < 1.0:
-        raise ValueError(f"expected `{name}` in [0, 1), got {value:g}.{_space(hint)}")
+        raise ValueError(f"expected `{name}` in [0, 1), got {_shown(value)}.{_space(hint)}")
     return value
 
 
@@ -71,13 +82,15 @@ def check_part(name: str, value: Any, hint: str = "") -> float:
     """Check a part of a whole, in [0, 1]."""
     value = check_number(name, value, hint)
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"expected `{name}` in [0, 1], got {value:g}.{_space(hint)}")
+        raise ValueError(f"expected `{name}` in [0, 1], got {_shown(value)}.{_space(hint)}")
     return value
 
 
 def check_ordered(low_name: str, low: float, high_name: str, high: float) -> None:
     if low > high:
-        raise ValueError(f"expected `{low_name}` up to `{high_name}`, got {low:g} and {high:g}. Are they swapped?")
+        raise ValueError(
+            f"expected `{low_name}` up to `{high_name}`, got {_shown(low)} and {_shown(high)}. Are they swapped?"
+        )
 
 
 def check_not_below(name: str, low: float, limit: float, rounding: float, user: str) -> None:
@@ -85,7 +98,7 @@ def check_not_below(name: str, low: float, limit: float, rounding: float, user: 
     if low < limit - rounding:
         offset = " Is `offset` larger than the loss's own floor?" if limit else ""
         raise ValueError(
-            f"expected `{name}` of at least {limit:g} for {user}, got {low:g}. Losses that can be negative "
+            f"expected `{name}` of at least {limit:g} for {user}, got {_shown(low)}. Losses that can be negative "
             f"(likelihoods of densities, rewards) have no mass to take a share of: rank by a loss that cannot, with "
             f"rank_by=..., or use another rule such as batchtrim.hardest().{offset}"
         )
@@ -108,18 +121,19 @@ def check_stateless(name: str, rule: object) -> None:
 def check_progress(name: str, value: Any) -> float:
     value = check_number(name, value)
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"expected `{name}` in [0, 1], got {value:g}. Progress is the part of training done.")
+        raise ValueError(f"expected `{name}` in [0, 1], got {_shown(value)}. Progress is the part of training done.")
     return value
 
 
 def check_positive(name: str, value: Any, hint: str = "") -> float:
     value = check_number(name, value, hint)
     if not (value > 0.0 and math.isfinite(value)):
-        raise ValueError(f"expected `{name}` to be positive and finite, got {value:g}.{_space(hint)}")
+        raise ValueError(f"expected `{name}` to be positive and finite, got {_shown(value)}.{_space(hint)}")
     return value
 
 
 def check_count(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
+    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"expected `{name}` to be an int, got {describe(value)}.{_space(hint)}")
     if value < minimum:
@@ -139,8 +153,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 def check_schedule_output(schedule: object, at: str, value: Any) -> float:
     """Return a schedule's value as a keep fraction; ``at`` names the point, as in ``progress 0.5``."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
+    value = plain(value)
     if not is_number(value) or not 0.0 < value <= 1.0:
         raise ScheduleOutOfRange(
             f"expected the keep schedule to return a fraction in (0, 1], got {describe(value)} at {at} "
@@ -162,6 +175,11 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
         raise TypeError(
             f"expected `{name}` to be floating point, got dtype {losses.dtype}. "
             "Are these labels or counts? Losses come from a criterion with reduction='none'."
+        )
+    if losses.layout is not torch.strided or losses.is_nested:
+        raise TypeError(
+            f"expected `{name}` to be dense, got {'a nested tensor' if losses.is_nested else losses.layout}. "
+            "Make it dense (to_dense(), to_padded_tensor(0.0)) and leave out what is none with mask=."
         )
     if losses.numel() == 0 and not allow_empty:
         raise ValueError(
@@ -215,6 +233,11 @@ def import_extra(module: str, extra: str, wanted_by: str) -> ModuleType:
 def install_hint(extra: str) -> str:
     """Return how to install an extra, from an index as well as from a clone."""
     return f"Run: pip install 'batchtrim[{extra}]', or in a clone of the repository: pip install -e '.[{extra}]'"
+
+
+def _shown(value: float) -> str:
+    """Return a number in a few figures where that is the number: 1.0000001 is not 1."""
+    return f"{value:g}" if float(f"{value:g}") == value or value != value else repr(value)
 
 
 def _space(hint: str) -> str:

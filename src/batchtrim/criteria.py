@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn._reduction import legacy_get_string
 
 from batchtrim._checks import describe
 from batchtrim.errors import PassUnreducedLosses
@@ -24,6 +25,9 @@ __all__ = ["Criterion", "Generators", "check_values", "not_its_own", "same_shape
 
 _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 _CTC = (nn.CTCLoss, F.ctc_loss)
+# In newer torch these take `weight`, of the outputs' shape, and divide by its sum. F.huber_loss divides by the entries.
+_WEIGHTED = (F.mse_loss, F.l1_loss)
+_LEGACY = ("size_average", "reduce")  # what torch had before `reduction`, over which they win
 # Criteria whose outputs and targets are of one shape: anything else would be broadcast against each other.
 _ELEMENTWISE = (
     nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss,
@@ -66,24 +70,32 @@ class Criterion:
     """
 
     def __init__(self, given: Callable[..., Any], ignore_index: int | None = None) -> None:
+        given = getattr(given, "_orig_mod", given)  # compiled: what is set on it would be set on the module inside
+        if isinstance(given, functools.partial) and not (given.args or given.keywords):
+            given = given.func
         function, named = _unwrapped(given)
         known = _torchs(function)
         self.given = given
         self.classes = _is_one(known, _CLASSES)
         self.ctc = _is_one(known, _CTC)
         self.elementwise = _is_one(known, _ELEMENTWISE)
+        self.weighted = _is_one(known, _WEIGHTED)
         self.adaptive = known is nn.AdaptiveLogSoftmaxWithLoss
         self._module = given if isinstance(given, nn.Module) else None
+        if self._module is not None and not hasattr(given, "reduction") and "reduction" in _defaults(_function(given)):
+            self._module = None  # its forward takes the reduction, as a function does
         self._named = named
-        self._parameters = {} if self._module is not None else _defaults(given)
+        self._parameters = {} if self._module is not None else _defaults(_function(given))
         self.foreign = (
             getattr(known, "__module__", "") not in (nn.modules.loss.__name__, F.__name__) and not self.classes
         )
-        self.reduction = _reduction(self._own("reduction"))
+        legacy = [self._parameters.get(name) for name in _LEGACY]
+        asked = self._own("reduction") if legacy == [None, None] else legacy_get_string(*legacy, emit_warning=False)
+        self.reduction = _reduction(asked)
         self.ignore_index = self._own("ignore_index")
         settings: dict[str, Any] = {}
         if self._has("reduction"):
-            settings["reduction"] = "none"
+            settings = {"reduction": "none"} | ({} if legacy == [None, None] else dict.fromkeys(_LEGACY))
         if ignore_index is not None and self.classes:
             settings["ignore_index"] = self.ignore_index = ignore_index
         self.call = self._with(settings)
@@ -105,9 +117,10 @@ class Criterion:
         if self.adaptive:
             values = -values.output
         if not isinstance(values, Tensor):
+            place = repr(next(iter(values), "loss")) if isinstance(values, dict) else 0
             raise TypeError(
                 f"expected {self.name} to return a tensor of un-reduced losses, got {describe(values)}. "
-                "Take the losses out of it: per_sample(lambda outputs, targets: criterion(outputs, targets)[0])."
+                f"Take the losses out of it: per_sample(lambda outputs, targets: criterion(outputs, targets)[{place}])."
             )
         if values.ndim == 0:
             raise PassUnreducedLosses(
@@ -125,13 +138,15 @@ class Criterion:
     def name(self) -> str:
         return describe(self.given)
 
-    def class_weights(self, targets: Tensor, mask: Tensor | None, values: Tensor) -> Tensor | None:
-        """Return each entry's class weight, 0 where the mask leaves it out, or None where there are none."""
-        weight = self._own("weight") if self.classes else None
-        if weight is None or targets.dtype.is_floating_point:
+    def weights(self, targets: Tensor, mask: Tensor | None, values: Tensor) -> Tensor | None:
+        """Return what each entry adds to the divisor, 0 where the mask leaves it out, or None where that is 1."""
+        weight = self._own("weight") if self.classes or self.weighted else None
+        if weight is None or (self.classes and targets.dtype.is_floating_point):
             return None
-        known = targets.long() if mask is None else torch.where(mask, targets, torch.zeros_like(targets)).long()
-        weights = weight.to(torch.promote_types(values.dtype, torch.float32))[known]
+        weights = weight.to(torch.promote_types(values.dtype, torch.float32))
+        if self.classes:
+            known = targets.long() if mask is None else torch.where(mask, targets, torch.zeros_like(targets)).long()
+            weights = weights[known]
         return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
 
     def own_value(self, inputs: Sequence[Any], generators: Generators) -> Tensor | None:
@@ -140,7 +155,7 @@ class Criterion:
         Args:
             generators: the state to draw from, that of the un-reduced call. State of the criterion stays as it is.
         """
-        criterion = copy.deepcopy(self.given) if self._module is not None else self.given
+        criterion = copy.deepcopy(self.given) if isinstance(self.given, nn.Module) else self.given
         with torch.no_grad(), torch.random.fork_rng(list(generators.devices)):
             generators.restore()
             value = criterion(*inputs)
@@ -157,6 +172,13 @@ class Criterion:
     def _with(self, settings: dict[str, Any]) -> Callable[..., Any]:
         if not settings:
             return self.given
+        if isinstance(self.given, torch.jit.ScriptModule):
+            if settings == {"reduction": self._own("reduction")}:
+                return self.given
+            raise TypeError(
+                f"expected `criterion` in Python, got one of TorchScript, in which {sorted(settings)} cannot be set. "
+                "Give what was scripted, or script it with reduction='none'."
+            )
         if self._module is None:
             return functools.partial(self.given, **settings)
         module = copy.copy(self._module)
@@ -234,6 +256,10 @@ def _unwrapped(criterion: Any) -> tuple[Any, dict[str, Any]]:
     return criterion, named
 
 
+def _function(criterion: Callable[..., Any]) -> Callable[..., Any]:
+    return criterion.forward if isinstance(criterion, nn.Module) else criterion
+
+
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """Return a function's parameters by name with their defaults, those bound by functools.partial included."""
     try:
@@ -244,12 +270,10 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _torchs(function: Any) -> Any:
-    """Return the class of a module, or the class of torch's whose forward it runs; a function as it is."""
+    """Return the class of a module whose forward it runs, which may be torch's; a function as it is."""
     if not isinstance(function, nn.Module):
         return function
-    own = type(function)
-    inherited = (each for each in own.__mro__ if each.__module__.startswith("torch.") and own.forward is each.forward)
-    return next(inherited, own)
+    return next((each for each in type(function).__mro__ if "forward" in vars(each)), type(function))
 
 
 def _is_one(known: Any, among: Sequence[Any]) -> bool:

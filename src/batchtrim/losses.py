@@ -24,8 +24,9 @@ class per_sample:
     """Any criterion, without its reduction: ``per_sample(criterion)(outputs, targets) -> Losses``.
 
     A criterion module is copied with ``reduction='none'``; a function that takes ``reduction`` (or a
-    ``functools.partial`` of one) is called with ``'none'``; any other callable is expected to return un-reduced losses
-    itself. The reduction that was asked for is kept: trimmed with keep 1, the losses give the criterion's own value.
+    ``functools.partial`` of one, or a module whose ``forward`` does) is called with ``'none'``; any other callable is
+    expected to return un-reduced losses itself. A compiled criterion runs as the Python that it was. The reduction that
+    was asked for is kept: trimmed with keep 1, the losses give the criterion's own value.
 
     * "mean": class weights and the number of entries that count go along, so the divisor is the criterion's own.
     * "sum": the loss is the sum over what is kept, whatever the trimmer's scale.
@@ -84,7 +85,7 @@ class per_sample:
         check_values(self._criterion, values, inputs, self.unit)
         targets = inputs[1] if len(inputs) == 2 and isinstance(inputs[1], Tensor) else None
         mask = self._mask(values, targets)
-        weights = None if targets is None else self._criterion.class_weights(targets, mask, values)
+        weights = None if targets is None else self._criterion.weights(targets, mask, values)
         losses = Losses(values, mask, weights, reduction="mean" if self.reduction == "mean" else "sum")
         if self.unit == "sample":
             losses = flatten(losses, "sample")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from batchtrim._checks import check_keep, check_progress, describe, is_number
+from batchtrim._checks import check_keep, check_progress, describe, is_number, plain
 
 __all__ = ["Schedule", "by_accuracy", "constant", "cosine", "join", "linear", "piecewise", "step"]
 
@@ -235,7 +235,7 @@ class by_accuracy(Schedule):
 
 def as_schedule(keep: Any, name: str = "keep") -> Callable[[float], float]:
     """Return ``keep`` as a schedule: a callable of progress as it is, a number as :class:`constant`."""
-    if is_number(keep):
+    if is_number(keep := plain(keep)):
         return constant(check_keep(name, keep))
     if callable(keep) and not isinstance(keep, type):
         return keep  # pyright: ignore[reportReturnType]

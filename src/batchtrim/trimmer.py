@@ -119,7 +119,7 @@ class Trimmer:
             world_size(process_group)
         self.process_group = process_group
         self.seed = check_count("seed", seed, minimum=0)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
         self.log = trimmer_log(log, self.unit)
         self.stats = KeepStats()
         self.last: Choice | None = None

@@ -105,7 +105,8 @@ class Losses:
         whole = isinstance(factor, Tensor) and factor.shape in ((), self.values.shape)
         if not (is_number(factor) or whole):
             return NotImplemented
-        return replace(self, values=self.values * factor, terms=tuple(each * factor for each in self.terms))  # type: ignore[operator]
+        factor = factor if isinstance(factor, Tensor) else float(factor)  # type: ignore[arg-type]
+        return replace(self, values=self.values * factor, terms=tuple(each * factor for each in self.terms))
 
     __rmul__ = __mul__
 

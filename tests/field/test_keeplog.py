@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -328,3 +330,65 @@ def test_a_state_of_other_shapes(damage: str) -> None:
     inside[damage] = inside[damage][:-1]
     with pytest.raises(ValueError, match=f"expected `state` to hold '{damage}' of shape"):
         log.load_state_dict(state)
+
+
+class TestWhatIsGivenAndKept:
+    @pytest.mark.parametrize("ids", [[2, 0], (2, 0), np.array([2, 0]), np.array([2, 0], dtype=np.uint8), range(2)])
+    def test_row_numbers_of_any_collator(self, ids: Any) -> None:
+        log, trim = KeepLog(3), Trimmer(0.5)
+        trim(torch.tensor([1.0, 5.0]))
+        log.record(trim.last, ids=ids)
+        assert log.table()["last"][torch.as_tensor(list(ids)).long()].tolist() == [1.0, 5.0]
+
+    def test_names_in_place_of_row_numbers(self) -> None:
+        log, trim = KeepLog(3), Trimmer(0.5)
+        trim(torch.ones(2))
+        with pytest.raises(
+            TypeError, match=r"row numbers in the data set, got \['a', 'b'\]\. Samples that go by a name"
+        ):
+            log.record(trim.last, ids=["a", "b"])
+
+    def test_an_added_column_does_not_replace_the_logs_own(self, tmp_path: Path) -> None:
+        """``seen=...`` stood in the file, and in the log that was read from it."""
+        log = _recorded()
+        with pytest.raises(ValueError, match="expected `columns` of other names than the log's own, got 'seen'"):
+            log.to_parquet(tmp_path / "log.parquet", seen=[9] * log.n)
+        with pytest.raises(ValueError, match="expected column 'group' of 3 values, one a sample, got "):
+            log.to_parquet(tmp_path / "log.parquet", group=[1, 2])
+        log.to_parquet(tmp_path / "log.parquet", group=torch.arange(3, dtype=torch.float32, requires_grad=True))
+        assert KeepLog.from_parquet(tmp_path / "log.parquet").table()["seen"].tolist() == [2, 1, 1]
+
+    def test_an_epoch_goes_on_in_the_log_that_was_read(self, tmp_path: Path) -> None:
+        log = _recorded()
+        log.to_parquet(tmp_path / "log.parquet")
+        read = KeepLog.from_parquet(tmp_path / "log.parquet")
+        assert read.end_epoch() == log.end_epoch()
+
+    def test_one_huge_loss_has_no_variance(self) -> None:
+        log, trim = KeepLog(1), Trimmer(1.0)
+        trim(torch.tensor([1e30]))
+        log.record(trim.last, ids=torch.tensor([0]))
+        assert log.table()["variance"].tolist() == [0.0]
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            {"pending": [[1, 2]]},
+            {"history": None},
+            {"steps": "x"},
+            {"pending": [[torch.zeros(1)] * 6 + [torch.zeros(2)]]},
+        ],
+    )
+    def test_a_damaged_state_leaves_the_log_as_it_was(self, damage: dict[str, Any]) -> None:
+        log = _recorded()
+        with pytest.raises((ValueError, TypeError), match="expected `state"):
+            log.load_state_dict({**KeepLog(3).state_dict(), **damage})
+        assert log.table()["seen"].tolist() == [2, 1, 1]
+
+
+def _recorded() -> KeepLog:
+    log, trim = KeepLog(3), Trimmer(0.5)
+    for ids in ([0, 1], [0, 2]):
+        trim(torch.tensor([1.0, 2.0]))
+        log.record(trim.last, ids=torch.tensor(ids))
+    return log

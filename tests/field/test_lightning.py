@@ -15,9 +15,9 @@ from torch import Tensor, nn
 pytest.importorskip("lightning")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 
-from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
-from lightning_cases import BATCH, SAMPLES, Module, data, loader, trainer
+from lightning_cases import BATCH, SAMPLES, Module, Plain, data, loader, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchtrim
@@ -32,14 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*exists and is not empty:UserWarning"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
 ]
-
-
-class Plain(Module):
-    """A module as found: it returns the mean."""
-
-    def training_step(self, batch: Any, index: int) -> Any:
-        x, y = batch
-        return F.cross_entropy(self.model(x), y)
 
 
 class AsDict(Plain):
@@ -307,3 +299,54 @@ def test_resuming_with_more_epochs_at_a_constant_keep(tmp_path: Path) -> None:
     module = Module()
     trainer(tmp_path, TrimmingCallback(0.5), max_epochs=3).fit(module, loader(), ckpt_path=tmp_path / "two.ckpt")
     assert module.keeps == [0.5] * 4
+
+
+def test_accumulation_that_changes_from_epoch_to_epoch(tmp_path: Path) -> None:
+    """Lightning's estimate of the steps is that of the first epoch's: the schedule ended half way."""
+    changing = GradientAccumulationScheduler({1: 4, 2: 2})
+    fit = trainer(tmp_path, TrimmingCallback(clock="step"), max_epochs=3)
+    fit.callbacks.append(changing)  # type: ignore[attr-defined]
+    module = Module()
+    fit.fit(module, loader())
+    assert fit.global_step == 4 + 1 + 2
+    assert module.trim.total == 7
+    assert (module.keeps[0], module.keeps[-1]) == (1.0, 0.2)
+
+
+def test_two_callbacks_with_a_trimmer_each(tmp_path: Path) -> None:
+    class TwoHeads(Module):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            losses = F.cross_entropy(self.model(batch[0]), batch[1], reduction="none")
+            return self.trim(losses) + self.other(losses)
+
+    def fit(resume: Path | None) -> Any:
+        found = trainer(tmp_path, TrimmingCallback(0.5), max_epochs=1 if resume is None else 2)
+        found.callbacks.append(TrimmingCallback(0.25, attribute="other"))
+        found.fit(TwoHeads(), loader(), ckpt_path=resume)
+        return found
+
+    first = fit(None)
+    assert {"trim/keep": 0.5, "other/keep": 0.25}.items() <= {
+        k: float(v) for k, v in first.callback_metrics.items()
+    }.items()
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    assert fit(tmp_path / "one.ckpt").lightning_module.other.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"resume_length": "strech"}, "expected `resume_length` to be one of 'stretch', 'saved', got 'strech'"),
+        ({"attribute": "my trim"}, "expected `attribute` to be the name of an attribute, got 'my trim'"),
+        ({"total": 3}, "expected options of the trimmer besides `keep` and `total`, got 'total'"),
+    ],
+)
+def test_arguments_are_checked_when_it_is_made(options: dict[str, Any], says: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=says):
+        TrimmingCallback(**options)
+
+
+def test_the_attribute_is_not_taken_from_the_module(tmp_path: Path) -> None:
+    for name in ("model", "forward"):
+        with pytest.raises(ValueError, match=f"expected `attribute` to be free on Module, got '{name}'"):
+            trained(Module(), TrimmingCallback(0.5, attribute=name), tmp_path)

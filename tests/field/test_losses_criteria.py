@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -233,3 +234,77 @@ class TestSums:
             ce * "2"
         with pytest.raises(TypeError, match="read by name"):
             _, _, _ = token_losses_by_sample()
+
+
+class TestDivisorsOfTorchs:
+    """What a mean is divided by is the criterion's own, however it is given."""
+
+    @pytest.mark.filterwarnings("ignore:.*NLLLoss2d.*:FutureWarning")
+    def test_a_class_of_torchs_that_inherits_its_forward(self) -> None:
+        logits, labels = pixels()
+        weight = torch.tensor([0.2, 1.0, 3.0])[: logits.shape[1]]
+        criterion = nn.NLLLoss2d(weight=weight, ignore_index=255)
+        found = per_sample(criterion)(logits.log_softmax(1), labels)
+        torch.testing.assert_close(found.mean(), criterion(logits.log_softmax(1), labels))
+
+    @pytest.mark.skipif("weight" not in inspect.signature(F.mse_loss).parameters, reason="newer torch has it")
+    @pytest.mark.parametrize("unit", ["sample", "element"])
+    @pytest.mark.parametrize("function", [F.mse_loss, F.l1_loss, F.huber_loss])
+    def test_weights_of_entries(self, function: Callable[..., Tensor], unit: str) -> None:
+        """mse_loss and l1_loss divide by the sum of their weights, huber_loss by the number of entries."""
+        outputs, targets, weight = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6, 4)
+        weighted = functools.partial(function, weight=weight)
+        found = Trimmer(1.0, unit=unit)(per_sample(weighted, unit=unit)(outputs, targets))
+        torch.testing.assert_close(found, weighted(outputs, targets))
+        kept = Trimmer(0.25, unit="element")(per_sample(weighted, unit="element")(outputs, targets))
+        losses = function(outputs, targets, weight=weight, reduction="none").flatten()
+        rows = losses.topk(6).indices
+        divisor = 6 if function is F.huber_loss else weight.flatten()[rows].sum()
+        torch.testing.assert_close(kept, losses[rows].sum() / divisor)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_a_compiled_criterion(self, reduction: str) -> None:
+        """Setting its reduction set that of the module inside: the caller's own criterion averaged no more."""
+        logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, -100, 1])
+        own = nn.CrossEntropyLoss(weight=WEIGHT[:3], reduction=reduction)
+        value = own(logits, labels)
+        compiled = torch.compile(own, backend="eager")
+        torch.testing.assert_close(Trimmer(1.0)(per_sample(compiled)(logits, labels)), value)
+        assert own.reduction == reduction
+        torch.testing.assert_close(compiled(logits, labels), value)
+
+    @pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
+    @pytest.mark.parametrize(
+        "legacy", [{"size_average": False}, {"reduce": True}, {"reduce": False}, {"size_average": True}]
+    )
+    def test_arguments_that_came_before_reduction(self, legacy: dict[str, bool]) -> None:
+        outputs, targets = torch.randn(6, 4), torch.randn(6, 4)
+        criterion = functools.partial(F.mse_loss, **legacy)
+        torch.testing.assert_close(
+            Trimmer(1.0)(per_sample(criterion)(outputs, targets)), criterion(outputs, targets).mean()
+        )
+
+    def test_a_forward_that_takes_the_reduction(self) -> None:
+        class Focal(nn.Module):
+            def forward(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+                losses = batchtrim.focal(F.cross_entropy(outputs, targets, reduction="none"))
+                return losses if reduction == "none" else getattr(losses, reduction)()
+
+        outputs, targets = torch.randn(6, 4), torch.randint(0, 4, (6,))
+        torch.testing.assert_close(per_sample(Focal())(outputs, targets).mean(), Focal()(outputs, targets))
+        bound = functools.partial(nn.CrossEntropyLoss())
+        torch.testing.assert_close(per_sample(bound)(outputs, targets).mean(), bound(outputs, targets))
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+    def test_a_scripted_criterion_is_refused_with_the_way_out(self) -> None:
+        with pytest.raises(TypeError, match="expected `criterion` in Python, got one of TorchScript"):
+            per_sample(torch.jit.script(nn.MSELoss()))
+        outputs = torch.randn(3, 2)
+        plain = per_sample(torch.jit.script(nn.MSELoss(reduction="none")))
+        torch.testing.assert_close(plain(outputs, -outputs).mean(), F.mse_loss(outputs, -outputs))
+
+    def test_a_dict_of_losses_names_the_way_out(self) -> None:
+        with pytest.raises(TypeError, match=r"criterion\(outputs, targets\)\['ce'\]"):
+            per_sample(lambda outputs, targets: {"ce": F.cross_entropy(outputs, targets)})(
+                torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)
+            )

@@ -320,3 +320,8 @@ def test_what_is_no_mean_of_losses_of_samples_is_refused(make: Any, engine: str 
     with pytest.raises((NotFound, ValueError), match="expected"):
         train(TrimmedTrainer, model, rows, tmp_path, keep=0.5, engine=engine)
     torch.testing.assert_close(model.state_dict(), before)
+
+
+def test_a_resume_length_is_checked_when_the_trainer_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected `resume_length` to be one of 'stretch', 'saved', got 'strech'"):
+        TrimmedTrainer(model=new_model("sequence"), args=arguments(str(tmp_path)), resume_length="strech")

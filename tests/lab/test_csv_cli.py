@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from batchtrim.lab.analyse.foreign import read_csv
 from commands import batchtrim, mistake
 
 
@@ -91,3 +93,38 @@ def test_report_takes_a_folder_or_a_table() -> None:
     assert "expected a CSV file x.csv, got nothing there" in mistake("report", "--csv", "x.csv")
     Path("bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
     assert "to be text in UTF-8" in mistake("report", "--csv", "bytes.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",method,seed,f1\n0,full,0,0.5\n1,trim,0,0.75\n",  # pandas' row numbers
+        "method;seed;f1;\nfull;0;0.5;\ntrim;0;0.75;\n;;;\n;;;\n",  # a spreadsheet's empty cells
+        "\n\nmethod,seed,f1\nfull,0,0.5\n\ntrim,0,0.75\n",
+        '\ufeff"method"\t"seed"\t"f1"\r\nfull\t0\t5e-1\r\ntrim\t0.0\t+0.75\r\n',
+    ],
+)
+def test_what_other_programs_write_around_the_numbers(text: str, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text(text, newline="")
+    rows = read_csv("results.csv")
+    assert [(row["config"]["method"], row["value"]) for row in rows] == [("full", 0.5), ("trim", 0.75)]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("method,seed,f1\nfull,0,1_0.5\n", "expected `f1` to be a number in line 2 of results.csv, got '1_0.5'"),
+        ("method,seed,f1\nfull,1_0,0.5\n", "expected `seed` to be a whole number in line 2 of results.csv"),
+        ("# mine\nmethod,seed,f1\nfull,0,0.5\n", "expected a column 'method' in results.csv, got # mine"),
+        ("\n\nmethod,seed,f1\nfull,0,x\n", "in line 4 of results.csv, got 'x'"),
+    ],
+)
+def test_what_is_no_number_and_no_table(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        read_csv("results.csv")
+
+
+def test_a_line_break_in_a_name_stays_in_it(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text('method,seed,f1\n"a\nb",0,0.5\nab,0,0.75\n')
+    assert [row["config"]["method"] for row in read_csv("results.csv")] == ["a\nb", "ab"]

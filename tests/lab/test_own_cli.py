@@ -349,3 +349,15 @@ def test_an_architecture_of_transformers_is_made_from_its_configuration() -> Non
         models.build(name, (1, 10, 10), 5)
     resnet = "hf:ResNetForImageClassification:embedding_size=8:hidden_sizes=[8,16]:depths=[1,1]"
     assert models.build(resnet, (3, 16, 16), 4)(torch.rand(2, 3, 16, 16)).shape == (2, 4)
+
+
+def test_what_a_network_prints_is_not_in_the_json() -> None:
+    Path("net.py").write_text(
+        "from torch import nn\nprint('loading')\n"
+        "def build(shape, classes):\n    print('building')\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    )
+    words = ["--methods", "full", "--seeds", "1", "--epochs", "1", "--train-size", "50", "--workers", "1", "--json"]
+    done = batchtrim("compare", "--model", "net.py:build", *words)
+    assert json.loads(done.stdout)["groups"]
+    assert "loading\nbuilding\n" in done.stderr

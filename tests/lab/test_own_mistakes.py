@@ -155,6 +155,22 @@ def test_a_schedule_that_did_not_get_to_its_end_is_noted(capfd: pytest.CaptureFi
     )
 
 
+@pytest.mark.filterwarnings("ignore::batchtrim.errors.ClockPastTotal")
+def test_a_clock_that_counts_batches_for_epochs_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
+    """The warning went by; the record said nothing of a schedule that was over in the first epoch."""
+
+    def train(run: Run) -> dict[str, float]:
+        for _ in range(40):
+            run.trim(torch.rand(8))
+            run.trim.step()
+        return {"error": 0.1}
+
+    compare(train, ["trim"], 1, epochs=10, out="here")
+    said = "run.trim.step() was called 40 times in 10 epochs, so the schedule was over after 22% of them"
+    assert said in capfd.readouterr().err
+    assert records.read("here")[0]["notes"] == [said]
+
+
 def test_a_compiled_step_counts_as_used() -> None:
     def train(run: Run) -> dict[str, float]:
         @torch.compile(fullgraph=True, backend="aot_eager")

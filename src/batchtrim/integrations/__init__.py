@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from batchtrim._checks import check_choice
+from batchtrim.clock import LENGTHS
 from batchtrim.errors import ChooseLength
 from batchtrim.trimmer import Trimmer
 
@@ -24,6 +25,9 @@ CLOCKS = ("epoch", "step")
 
 def build(keep: Callable[[float], float] | float, total: int | None, options: Mapping[str, Any]) -> Trimmer:
     """Return a trimmer whose clock the trainer drives."""
+    for name in ("keep", "total"):
+        if name in options:
+            raise TypeError(f"expected options of the trimmer besides `keep` and `total`, got {name!r} among them.")
     trim = Trimmer(keep, total=total, **options)
     if getattr(trim.schedule, "reads", "progress") == "accuracy":
         raise ValueError(
@@ -37,6 +41,11 @@ def total_of(clock: str, epochs: float | None, steps: float | None) -> int | Non
     """Return what a trimmer's clock counts up to; None if the trainer does not know."""
     total = {"epoch": epochs, "step": steps}[check_choice("clock", clock, CLOCKS)]
     return None if total is None or total < 1 or math.isinf(total) else math.ceil(total)
+
+
+def check_resume_length(length: Any) -> str | None:
+    """Check how to go on from a checkpoint of another length, long before there is one."""
+    return None if length is None else check_choice("resume_length", length, LENGTHS)
 
 
 def follow(trim: Trimmer, now: int) -> None:

@@ -1,8 +1,8 @@
 """From the one number that a model or a training step computes to one loss a sample, proven.
 
 :class:`LossFinder` runs the model's own code under :class:`batchtrim.integrations._intercept.Recorder`, so the loss is
-what that code computes and nothing is guessed from names, configurations or the form of the labels. The first time it
-sees a kind of batch, and now and then after that, it checks that the losses add up to the model's own loss, and that
+what that code computes and nothing is guessed from names, configurations or the form of the labels. It checks that the
+losses add up to the model's own loss, and, the first time it sees a kind of batch and now and then after that, that
 each lies in the row of its sample. What does not is an error, and never another loss.
 
 Legend: B batch, t entries a sample, L the model's loss.
@@ -90,7 +90,8 @@ class LossFinder:
         if check and with_graph:
             if batch > 1:
                 prove_rows(parts, rows, output_tensors(outputs, loss), labels)
-            self._proven.add(form)
+            if bool(loss.isfinite()):  # NaN and inf prove nothing
+                self._proven.add(form)
         terms = [Term(each, part.counted, part.weights) for part, each in zip(parts, rows, strict=True)]
         alike = _alike(parts, rows)
         losses, scores = merged(terms, alike, self.unit)

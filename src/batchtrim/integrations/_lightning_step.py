@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from batchtrim.integrations import total_of
@@ -43,7 +44,12 @@ class LightningClock:
             self._batches = self._all_batches(trainer)
             return total_of("step", None, trainer.max_steps if trainer.max_steps > 0 else self._batches)
         steps = trainer.estimated_stepping_batches
-        if trainer.max_epochs and self.max_epochs and trainer.max_epochs > self.max_epochs > 0:
+        epochs, scheduling = self.max_epochs, _accumulation(trainer)
+        if scheduling is not None and epochs is not None and epochs > 0 and trainer.num_training_batches < math.inf:
+            factors = [scheduling[max(start for start in scheduling if start <= epoch)] for epoch in range(epochs)]
+            steps = sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
+            steps = min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+        elif trainer.max_epochs and self.max_epochs and trainer.max_epochs > self.max_epochs > 0:
             steps = min(steps, math.ceil(self._all_batches(trainer) / trainer.accumulate_grad_batches))
         return total_of("step", None, steps)
 
@@ -63,6 +69,14 @@ class LightningClock:
     def _all_batches(self, trainer: Any) -> float:
         epochs = self.max_epochs if self.max_epochs is not None and self.max_epochs > 0 else math.inf
         return trainer.num_training_batches * epochs
+
+
+def _accumulation(trainer: Any) -> dict[int, int] | None:
+    """Return how many batches are accumulated from which epoch on, where that changes."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler) and len(callback.scheduling) > 1:
+            return {0: 1, **callback.scheduling}
+    return None
 
 
 class Interception:
@@ -113,6 +127,8 @@ class Interception:
             raise ValueError("expected a batch with tensors, got none. Call self.trim(losses) in training_step.")
         try:
             found = self.finder(lambda: own(*args, **kwargs), _loss_of, len(tensors[0]), tensors)
+        except _Skipped:
+            return None
         except NotFound as reason:
             raise NotFound(
                 f"expected a training_step whose loss is made of one loss a sample, got one where {reason}. "
@@ -122,7 +138,13 @@ class Interception:
         return {**found.outputs, "loss": loss} if isinstance(found.outputs, Mapping) else loss
 
 
+class _Skipped(NotFound):
+    """The step returned None, at which Lightning leaves the batch out."""
+
+
 def _loss_of(output: Any) -> Any:
+    if output is None:
+        raise _Skipped
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise NotFound(f"it returned {type(output).__name__} and no loss")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from batchtrim._checks import check_choice, describe, import_extra
-from batchtrim.integrations import CLOCKS, build, follow, load_state, log_values
+from batchtrim.integrations import CLOCKS, build, check_resume_length, follow, load_state, log_values
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
@@ -53,7 +53,7 @@ class TrimmingCallback(Callback):
             ``max_steps`` is set, otherwise epochs.
         log: log ``trim/keep``, ``trim/kept``, ``trim/threshold``, ``trim/kept_loss``, ``trim/mean_loss`` and
             ``trim/ratio`` every ``log_every_n_steps`` and at the end of an epoch, averaged over ranks.
-        attribute: the name on the module.
+        attribute: the name on the module. Several callbacks have one each, and log under it.
         intercept: trim the number that an unchanged ``training_step`` returns (or that its dict has as "loss"); see
             :class:`batchtrim.integrations._lightning_step.Interception` for what it cannot do.
         keep_log: a :class:`batchtrim.KeepLog` that the module records in,
@@ -97,9 +97,11 @@ class TrimmingCallback(Callback):
                 "expected `scope` 'local' and no `keep_log` with `intercept`, which has no ids and asks no other rank, "
                 "got one of them. Call self.trim(losses) in training_step."
             )
+        if not isinstance(attribute, str) or not attribute.isidentifier():
+            raise ValueError(f"expected `attribute` to be the name of an attribute, got {describe(attribute)}.")
         build(keep, 2, options)  # a wrong argument shows here and not when training starts
         self.keep, self.log, self.attribute, self.options = keep, log, attribute, options
-        self.keep_log, self.resume_length = keep_log, resume_length
+        self.keep_log, self.resume_length = keep_log, check_resume_length(resume_length)
         self.clock = LightningClock(clock)
         self.interception = Interception(options) if intercept else None
         self.trim: Trimmer | None = None
@@ -110,6 +112,12 @@ class TrimmingCallback(Callback):
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # a tuner runs without callbacks, and the sanity check before training
             self.clock.max_epochs = trainer.max_epochs
+            there = getattr(pl_module, self.attribute, None)
+            if not isinstance(there, (Trimmer, type(None))):
+                raise ValueError(
+                    f"expected `attribute` to be free on {type(pl_module).__name__}, got {self.attribute!r}, which it "
+                    "has for something else. Take another name, and call that one in training_step."
+                )
             setattr(pl_module, self.attribute, build(1.0, None, self.options))
             if self.keep_log is not None:
                 pl_module.keep_log = self.keep_log  # type: ignore[assignment]
@@ -174,9 +182,17 @@ class TrimmingCallback(Callback):
             return
         strategy, device = trainer.strategy, pl_module.device
         values = log_values(self.trim, lambda numbers: strategy.reduce(numbers.to(device), reduce_op="mean"))
+        if sum(isinstance(each, TrimmingCallback) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            values = {name.replace("trim/", f"{self.attribute}/", 1): value for name, value in values.items()}
         for logger in trainer.loggers if values else ():
             logger.log_metrics(values, step=trainer.global_step)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
+    @property
+    def state_key(self) -> str:
+        """The name of its state in a checkpoint: another for each ``attribute``, so that there may be several."""
+        own = super().state_key
+        return own if self.attribute == "trim" else f"{own}[{self.attribute}]"
 
     def state_dict(self) -> dict[str, Any]:
         if self.trim is None:

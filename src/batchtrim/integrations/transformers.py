@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from batchtrim._checks import check_choice, import_extra
 from batchtrim.accumulation import OVER
-from batchtrim.integrations import CLOCKS, build, log_values
+from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values
 from batchtrim.integrations._numbered import IDS, numbered_rows
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
@@ -83,7 +83,11 @@ class TrimmedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_choice("over", over, OVER)
-        self.keep, self.trim_options, self.resume_length = keep, dict(trim_options or {}), resume_length
+        self.keep, self.trim_options, self.resume_length = (
+            keep,
+            dict(trim_options or {}),
+            check_resume_length(resume_length),
+        )
         self.keep_log = keep_log
         self.explained = False  # what the logged loss is
         check_arguments(kwargs.get("compute_loss_func"), over, engine, self.trim_options, keep_log)

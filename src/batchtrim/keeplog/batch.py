@@ -95,6 +95,7 @@ def check_batch(losses: Tensor, mask: Tensor | None, ids: Any, outputs: Any, lab
         raise ValueError(
             "expected `ids`, the samples' row numbers in the data set, got None. Let the data set return its index."
         )
+    ids = _as_tensor(ids)
     check_integers("ids", ids, losses)
     if labels is not None:
         check_integers("labels", labels, losses)
@@ -105,6 +106,19 @@ def check_batch(losses: Tensor, mask: Tensor | None, ids: Any, outputs: Any, lab
         if outputs.ndim != 2 or outputs.shape[0] != len(losses) or not outputs.shape[1]:
             raise ValueError(f"expected `outputs` to have shape ({len(losses)}, C), got {tuple(outputs.shape)}.")
     return ids
+
+
+def _as_tensor(ids: Any) -> Any:
+    """Return row numbers that a collator left as a list or an array as a tensor."""
+    if isinstance(ids, Tensor):
+        return ids
+    try:
+        return torch.as_tensor(ids if hasattr(ids, "__array__") else list(ids))
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"expected `ids` to be integers, the samples' row numbers in the data set, got {describe(ids)}. Samples "
+            "that go by a name have a row all the same: rows = {name: row for row, name in enumerate(names)}."
+        ) from None
 
 
 def pack(

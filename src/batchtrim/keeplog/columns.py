@@ -140,4 +140,4 @@ def _combine(mine: Columns, count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Te
     both = (mine["seen"] + count).clamp(min=1)
     apart = mean - mine["mean"]
     share = count / both
-    return mine["mean"] + apart * share, mine["m2"] + m2 + apart**2 * mine["seen"] * share
+    return mine["mean"] + apart * share, mine["m2"] + m2 + (apart * mine["seen"] * share) * apart

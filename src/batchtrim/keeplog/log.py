@@ -9,6 +9,7 @@ Legend: n samples in the data set, B batch, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,10 @@ class KeepLog:
         self.warn = warn
         self.steps = 0
         self.history: list[dict[str, Any]] = []
-        self._columns = columns.empty(n)
+        self._columns = columns.empty(self.n)
         self._pending: list[Entries] = []
         self._entries = 0
-        self._epoch = torch.zeros(epoch.length(classes), dtype=torch.int64)
+        self._epoch = torch.zeros(epoch.length(self.classes), dtype=torch.int64)
         self._wide = False  # more classes than the columns have room for
         self._warned = False
 
@@ -74,7 +75,7 @@ class KeepLog:
         losses: Tensor | None = None,
         selection: Selection | None = None,
         *,
-        ids: Tensor | None = None,
+        ids: Iterable[int] | Tensor | None = None,
         outputs: Tensor | None = None,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
@@ -84,7 +85,8 @@ class KeepLog:
         Args:
             last: what was chosen from what: :attr:`batchtrim.Trimmer.last`, :attr:`batchtrim.TrimmedForward.last`, or
                 a :class:`batchtrim.Choice` of your own.
-            ids: integers (B,), which samples these are, as row numbers in the data set; one may come twice.
+            ids: integers (B,), a tensor, an array or a list: which samples these are, as rows of the data set; one may
+                come twice.
             outputs: (B, C) logits, for the last prediction of each sample and its confidence. Where ``last`` is a
                 TrimmedForward's and there are ``labels``, the model's outputs if they are of that form.
             labels: integers (B,); below 0 for none.

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from batchtrim._checks import check_count, import_extra
+from batchtrim._checks import check_count, describe, import_extra
 from batchtrim.keeplog.columns import COLUMNS, unread
 from batchtrim.keeplog.state import STATE_VERSION
 
@@ -25,8 +26,15 @@ def write(log: KeepLog, path: str | Path, columns: dict[str, Any]) -> None:
     arrow = import_extra("pyarrow", "lab", "KeepLog.to_parquet")
     parquet = import_extra("pyarrow.parquet", "lab", "KeepLog.to_parquet")
     table = {"id": torch.arange(log.n), **log.table()}
-    arrays = {name: column.numpy() for name, column in table.items()} | columns
+    arrays = {name: column.numpy() for name, column in table.items()}
+    for name, values in columns.items():
+        if name in table:
+            raise ValueError(f"expected `columns` of other names than the log's own, got {name!r}.")
+        if len(values) != log.n or getattr(values, "ndim", 1) != 1:
+            raise ValueError(f"expected column {name!r} of {log.n} values, one a sample, got {describe(values)}.")
+        arrays[name] = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
     known = {"version": STATE_VERSION, "classes": log.classes, "steps": log.steps, "history": log.history}
+    known["epoch"] = log._epoch.tolist()  # of the one that is not over
     built = arrow.table(arrays)
     parquet.write_table(built.replace_schema_metadata({"batchtrim": json.dumps(known)}), path)
 
@@ -40,6 +48,7 @@ def read(kind: type[KeepLog], path: str | Path) -> KeepLog:
         log = kind(found.num_rows, classes=known["classes"])
         log.steps = check_count("steps", known["steps"], minimum=0)
         log.history = [dict(line) for line in known["history"]]
+        log._epoch = torch.tensor(known.get("epoch", log._epoch.tolist()), dtype=torch.int64).reshape(log._epoch.shape)
         table = {name: torch.from_numpy(found[name].to_numpy().copy()) for name in _READ}
         log._columns = unread(table, log._columns)
     except FileNotFoundError:

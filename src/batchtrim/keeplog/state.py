@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from batchtrim._checks import check_state, describe
+from batchtrim._checks import check_count, check_state, describe
 from batchtrim.keeplog.batch import Entries
 from batchtrim.keeplog.columns import COLUMNS
 
@@ -50,20 +51,31 @@ def load(log: KeepLog, state: Any) -> None:
                 "Make the log with the saved number."
             )
     _check_shapes(log, {**{name: state["columns"][name] for name in COLUMNS}, "epoch": state["epoch"]})
-    log._pending = [Entries(*batch) for batch in state["pending"]]
-    log._entries = sum(len(batch.rows) for batch in log._pending)
-    log.steps = int(state["steps"])
+    try:
+        pending = [Entries(*batch) for batch in state["pending"]]
+        sizes = [{len(part) for part in batch} for batch in pending]
+        history = [dict(line) for line in state["history"]]
+        if any(len(each) != 1 for each in sizes):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            "expected `state` to hold batches and a history of a KeepLog, got others. It is damaged."
+        ) from None
+    log.steps = check_count("state['steps']", state["steps"], minimum=0)
+    log._pending, log.history = pending, history
+    log._entries = sum(len(batch.rows) for batch in pending)
     log._columns = {name: state["columns"][name].clone() for name in COLUMNS}
     log._epoch = state["epoch"].clone()
-    log.history = [dict(line) for line in state["history"]]
     log._warned = bool(state["warned"])
 
 
 def _check_shapes(log: KeepLog, found: dict[str, Any]) -> None:
     expected = {**log._columns, "epoch": log._epoch}
     for name, value in found.items():
-        if not isinstance(value, Tensor) or value.shape != expected[name].shape:
+        wanted = expected[name]
+        known = (wanted.dtype, torch.int32) if name == "predicted" else (wanted.dtype,)  # int32 for many classes
+        if not isinstance(value, Tensor) or value.shape != wanted.shape or value.dtype not in known:
             raise ValueError(
-                f"expected `state` to hold '{name}' of shape {tuple(expected[name].shape)}, got {describe(value)}. "
-                "It was saved by something else, or is damaged."
+                f"expected `state` to hold '{name}' of shape {tuple(wanted.shape)} and dtype {wanted.dtype}, got "
+                f"{describe(value)}. It was saved by something else, or is damaged."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import sys
@@ -294,6 +295,23 @@ def main() -> None:
 
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """Do the runs that are not done yet, then print their comparison and write its report."""
+    from batchtrim.lab import records
+
+    with contextlib.redirect_stdout(sys.stderr):  # what code of the reader's prints is for people, as in a worker
+        configs, out, failed, rank = _run(settings, given)
+    if rank == 0:
+        _report(records.read_results(out), out, "full", given["as_json"], [config.method for config in configs])
+    for row in failed:
+        typer.echo(f"failed: {row['config']['method']} seed {row['config']['seed']}: {row.get('error')}", err=True)
+    for text in dict.fromkeys(row["traceback"] for row in failed if "traceback" in row):
+        typer.echo(text, err=True)
+    if failed:
+        typer.echo(f"{len(failed)} runs failed; the same command tries them again.", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Path, list[dict[str, Any]], int]:
     from batchtrim.lab import own, records
     from batchtrim.lab.execute import cores, folders, grid, preflight, progress, scheduler
     from batchtrim.lab.run import loading
@@ -339,15 +357,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         done = len(records.Records(out).rows())
         typer.echo(f"\nstopped; {done} runs are recorded in {out}. The same command goes on from there.", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    if ranks.rank == 0:
-        _report(records.read_results(out), out, "full", given["as_json"], [config.method for config in configs])
-    for row in failed:
-        typer.echo(f"failed: {row['config']['method']} seed {row['config']['seed']}: {row.get('error')}", err=True)
-    for text in dict.fromkeys(row["traceback"] for row in failed if "traceback" in row):
-        typer.echo(text, err=True)
-    if failed:
-        typer.echo(f"{len(failed)} runs failed; the same command tries them again.", err=True)
-        raise typer.Exit(FAILED)
+    return configs, out, failed, ranks.rank
 
 
 def _report(

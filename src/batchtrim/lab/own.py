@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from batchtrim._checks import check_choice
+from batchtrim._checks import check_choice, plain
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, csv_table
 from batchtrim.lab.analyse.comparison import Summary
@@ -76,7 +76,7 @@ def compare(
         ValueError, TypeError: a setting is wrong, or a trimmer cannot drive a method. Nothing has been run by then.
     """
     code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
-    listed = seeds if isinstance(seeds, int) else list(seeds)
+    listed = list(seeds) if isinstance(seeds, Iterable) else plain(seeds)
     methods = methods.split(",") if isinstance(methods, str) else list(methods)
     if baseline != "full":  # which gives way to another where there is none
         check_choice("baseline", baseline, methods)

@@ -149,7 +149,7 @@ class above:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
-        check_count("min_keep", self.min_keep)
+        object.__setattr__(self, "min_keep", check_count("min_keep", self.min_keep))
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = losses.shape[0]
@@ -205,7 +205,7 @@ class percentile:
         self.beta = check_number("beta", self.beta)
         if not self.beta >= 0:
             raise ValueError(f"expected `beta` to be at least 0, got {self.beta:g}. 0 keeps everything.")
-        check_count("history", self.history)
+        self.history = check_count("history", self.history)
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = losses.shape[0]

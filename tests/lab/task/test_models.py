@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from batchtrim.lab.task import models
+from batchtrim.lab.task.code import YourCodeFailed
+from batchtrim.lab.task.own_models import build_own
 
 # He et al. 2015, table 6, gives 0.27M and 0.46M for 20 and 32 layers; these are the exact counts of that design with
 # padded shortcuts. resnet18 and resnet34 with a 3 x 3 stem: the counts in common use for CIFAR-10.
@@ -56,3 +60,10 @@ def test_weights_come_from_the_global_seed() -> None:
     )
     assert all(first[name].equal(again[name]) for name in first)
     assert not first["0.weight"].equal(other["0.weight"])
+
+
+def test_a_network_that_ends_the_process_is_an_error(tmp_path: Path) -> None:
+    """The command ended without a word."""
+    (tmp_path / "mine.py").write_text("def build(shape, classes):\n    raise SystemExit(2)\n")
+    with pytest.raises(YourCodeFailed, match=r"expected mine\.py:build to return a network, got exit\(2\)"):
+        build_own(f"{tmp_path / 'mine.py'}:build", (1, 8, 8), 10)

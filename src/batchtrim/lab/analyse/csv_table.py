@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,24 +40,30 @@ def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool
         raise FileNotFoundError(f"expected a CSV file {path}, got nothing there.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
-    first = text.partition("\n")[0]
+    begin = len(text) - len(text.lstrip())
+    blank = text.count("\n", 0, begin)
+    first = text[begin:].partition("\n")[0]
     delimiter = max(",;\t", key=first.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+    lines = io.StringIO(text[begin:], newline="")
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     names = [(name or "").strip() for name in reader.fieldnames or []]
-    doubled = [name for name in names if names.count(name) > 1]
+    doubled = [name for name in names if name and names.count(name) > 1]
     if doubled:
         raise ValueError(f"expected columns of different names in {path}, got {doubled[0]!r} twice.")
+    if names:
+        _check_known(names, str(path))
     reader.fieldnames = names
     rows = []
     try:
         for row in reader:
+            line = reader.line_num + blank
             if None in row or any(value is None for value in row.values()):
-                raise ValueError(
-                    f"expected {len(names)} columns in line {reader.line_num} of {path}, got another number."
-                )
-            rows.append({**row, "line": reader.line_num})
+                raise ValueError(f"expected {len(names)} columns in line {line} of {path}, got another number.")
+            if any(value.strip() for value in row.values()):  # spreadsheets write rows of nothing at the end
+                rows.append({**{name: value for name, value in row.items() if name}, "line": line})
     except csv.Error as error:
-        raise ValueError(f"expected {path} to be CSV, got a line {reader.line_num} that is not: {error}.") from error
+        at = reader.line_num + blank
+        raise ValueError(f"expected {path} to be CSV, got a line {at} that is not: {error}.") from error
     return to_records(rows, str(path), metric, higher_is_better)
 
 
@@ -88,15 +95,18 @@ def to_records(
     return list(found.values())
 
 
-def _metric_column(names: Sequence[str], metric: str | None, where: str) -> str:
+def _check_known(names: Sequence[str], where: str, wanted: Sequence[str] = KNOWN) -> None:
     listed = ", ".join(name[:LONGEST_NAME] for name in names[:MOST_NAMED]) or "none"
     listed += f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    for name in KNOWN:
+    for name in wanted:
         if name not in names:
             raise ValueError(f"expected a column {name!r} in {where}, got {listed}.")
+
+
+def _metric_column(names: Sequence[str], metric: str | None, where: str) -> str:
+    _check_known(names, where)
     if metric is not None:
-        if metric not in names:
-            raise ValueError(f"expected a column {metric!r} in {where}, got {listed}.")
+        _check_known(names, where, [metric])
         return metric
     others = [name for name in names if name not in (*KNOWN, *TIMES)]
     if len(others) != 1:
@@ -136,7 +146,7 @@ def _record(row: Mapping[str, Any], place: str, where: str, metric: Metric, time
 
 def _seed(value: Any, place: str, where: str) -> int:
     try:
-        number = float(value)
+        number = _float(value)
         if number != int(number):
             raise ValueError
         return int(value) if isinstance(value, str) and value.strip().lstrip("-").isdigit() else int(number)
@@ -154,9 +164,15 @@ def _number(name: str | None, value: Any, place: str, where: str) -> float | Non
     if isinstance(value, bool):
         raise TypeError(f"expected `{name}` to be a number in {place} of {where}, got {value}.")
     try:
-        return float(value)
+        return _float(value)
     except (ValueError, TypeError):
         hint = " Write a point for the decimals." if isinstance(value, str) and "," in value else ""
         raise ValueError(
             f"expected `{name}` to be a number in {place} of {where}, got {describe(value)}.{hint}"
         ) from None
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, str) and "_" in value:  # which Python reads as 1_000
+        raise ValueError(value)
+    return float(value)

@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from batchtrim._checks import check_count
 from batchtrim.lab.run.config import COMPARED, RunConfig
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
@@ -84,7 +86,7 @@ def _expand_part(settings: Settings, kind: type[Config]) -> list[Config]:
             raise ValueError(f"expected either `{plural}` or `{name}`, got both.")
         if plural in axes:
             axes[name] = axes.pop(plural)
-            if plural == "seeds" and not isinstance(axes[name], list):
+            if plural == "seeds" and not isinstance(axes[name], (list, tuple, range)):
                 axes[name] = list(range(_few_enough(check_count("seeds", axes[name]))))
     values = _as_lists(axes)
     for name, value in values.items():
@@ -112,7 +114,8 @@ def _few_enough(runs: int) -> int:
 
 
 def _as_lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    several = (list, tuple, range, np.ndarray)
+    return {name: list(value) if isinstance(value, several) else [value] for name, value in values.items()}
 
 
 def _product(axes: Mapping[str, list[Any]]) -> list[Settings]:

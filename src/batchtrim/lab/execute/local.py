@@ -138,7 +138,17 @@ def _replace_dead(worker: _Worker, tally: Tally, records: Records, place: Workpl
         tally.watcher.note(f"{config.label}: {reason}; trying again")
         tally.left.append(config)
     else:
-        row = failed_row(config, RuntimeError(f"{reason}, {tally.lost[config.key]} times. Out of memory?"))
+        row = failed_row(config, RuntimeError(f"{reason}, {tally.lost[config.key]} times. {_likely(worker)}"))
         records.append(row)
         tally.settle(config, row)
     return _Worker(place)
+
+
+def _likely(worker: _Worker) -> str:
+    """Return the likeliest reason for which a worker ended."""
+    code = worker.process.exitcode or 0
+    if code == -signal.SIGKILL:
+        return "Out of memory?"
+    if code < 0:
+        return f"It was ended by signal {-code} ({signal.strsignal(-code) or 'unknown'}), most often in compiled code."
+    return "Does the program, or what it calls, end the process (os._exit, an interrupt)?"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from batchtrim._checks import check_choice, check_count, check_fraction, check_keep, check_number, check_positive
+from batchtrim._checks import check_choice, check_count, check_fraction, check_keep, check_number, check_positive, plain
 from batchtrim.lab.files import nearest
 from batchtrim.lab.methods.table import METHODS, find_method
 from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
@@ -210,7 +210,7 @@ class RunConfig:
             if name not in SETTINGS:
                 hint = nearest(name, SETTINGS) or f" Settings are {', '.join(SETTINGS)}."
                 raise ValueError(f"expected a setting of a run, got {name!r}.{hint}")
-        return cls(**values)
+        return cls(**{name: plain(value) for name, value in values.items()})
 
     @property
     def key(self) -> str:

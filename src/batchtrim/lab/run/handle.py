@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from batchtrim import KeepLog, Losses, Selection, TrimmedForward
-from batchtrim._checks import check_count, describe
+from batchtrim._checks import check_count, describe, plain
 from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.run.task_config import TaskConfig
@@ -191,9 +190,7 @@ class Run:
 
 def as_number(name: str, value: Any) -> float:
     """Return a number, a NumPy scalar or a tensor of one entry as a float, or raise an error that names it."""
-    if hasattr(value, "item"):
-        with contextlib.suppress(ValueError, RuntimeError):  # more than one entry: said below
-            value = value.item()
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"expected `{name}` to be a number, got {describe(value)}.")
     try:

@@ -134,6 +134,11 @@ def _told(run: Run, seen: _Seen) -> dict[str, Any]:
                 f"run.trim.step() was called {run.trim.steps} times in {run.epochs} epochs, so the schedule ended at "
                 f"keep {run.trim.keep:.2g}"
             )
+        if run.trim.steps > run.epochs:
+            notes.append(
+                f"run.trim.step() was called {run.trim.steps} times in {run.epochs} epochs, so the schedule was over "
+                f"after {(run.epochs - 1) / run.trim.steps:.0%} of them"
+            )
     if seen.torch_seed != run.seed:
         more["torch_seed"] = seen.torch_seed  # judged beside the other seeds', in batchtrim.lab.analyse.caveats
     left = seen.threads()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from batchtrim import Trimmer
-from batchtrim._checks import check_choice, check_count, check_keep
+from batchtrim._checks import check_choice, check_count, check_keep, plain
 from batchtrim.lab.methods.driven import trimmer_for
 from batchtrim.lab.methods.table import METHODS, find_method, make_schedule
 from batchtrim.lab.metric import Metric
@@ -99,7 +99,7 @@ class TaskConfig:
                     f"expected settings of a task ({listed}), got {name!r}. A training function of your own decides "
                     "on data, network and optimizer itself."
                 )
-        return cls(**values)
+        return cls(**{name: plain(value) for name, value in values.items()})
 
     @property
     def key(self) -> str:

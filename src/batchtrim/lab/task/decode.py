@@ -199,6 +199,8 @@ def _in_mode(image: Any, grey: bool) -> Any:
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise BrokenImage(f"its pixels go from {values.min()} to {values.max()}, beyond 16 bits")
+        if image.mode == "I" and 0 < values.max(initial=0) < 256:  # the upper 8 of 16 bits would be black
+            raise BrokenImage(f"its pixels of 32 bits go up to {values.max()}, of unknown range")
         image = module.fromarray((values >> 8).astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -28,7 +28,7 @@ from batchtrim.lab.task.split import split_rows
 
 __all__ = ["ImageOptions", "is_own", "load"]
 
-VERSION = 1
+VERSION = 2
 SMALL = 128  # images of one size are kept as they are up to this many pixels a side
 SIZE = 64  # side of the others, unless another is asked for
 MOST_NAMED = 3

@@ -16,6 +16,7 @@ from typing import Any
 from batchtrim._checks import describe, import_extra
 from batchtrim.lab.task import hub
 from batchtrim.lab.task.decode import Source
+from batchtrim.lab.task.walk import check_link, images_in
 
 __all__ = ["Listing", "find_images"]
 
@@ -108,11 +109,12 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
     labels: list[str] = []
     split: list[str] = []
     others: list[str] = []
+    linked: list[Path] = []
     for name, folder in splits.items():
         for kind in sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")):
-            found = sorted(each for each in kind.rglob("*") if each.is_file() and not each.name.startswith("."))
-            here = [each for each in found if each.suffix.lower() in suffixes]
-            others += [each.name for each in found if each.suffix.lower() not in suffixes]
+            check_link(kind, root)
+            found = images_in(kind, suffixes)
+            here, others, linked = found.images, others + found.others, linked + found.linked
             if not here:
                 notes.append(f"class folder without images left out: {kind.relative_to(root)}")
             files += here
@@ -120,6 +122,8 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
             split += [name] * len(here)
     if others:
         notes.append(f"{len(others)} files that are no images left out, such as {others[0]}")
+    if linked:
+        notes.append(f"{len(linked)} linked folders in class folders left out, such as {linked[0].relative_to(root)}")
     if not files:
         raise ValueError(
             f"expected images in class folders, as in {root}/CLASS/image.png, got none.{_loose(root, suffixes)}"
@@ -131,13 +135,15 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
         names=names,
         labels=labels,
         chunks=lambda: [(0, list(files))],
-        key=[
-            f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, map(Path.stat, files), strict=True)
-        ],
+        key=[f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, map(_stat, files), strict=True)],
         split=split if "train" in splits else None,
         groups=None if group is None else _groups_by_name(names, group),
         notes=notes,
     )
+
+
+def _stat(path: Path) -> os.stat_result:
+    return path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
 
 
 def _check_text(names: Sequence[str], what: str) -> None:

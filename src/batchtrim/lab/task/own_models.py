@@ -59,6 +59,8 @@ def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
             model = function(shape, classes)
         except Exception as error:
             raise YourCodeFailed(f"{code.name}({shape}, {classes}) raised.\n{own_traceback(error)}") from error
+        except SystemExit as error:
+            raise YourCodeFailed(f"expected {code.name} to return a network, got exit({error.code}).") from error
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected {code.name} to return a torch.nn.Module, got {describe(model)}.")
     _try(name, model, shape, classes)
@@ -85,6 +87,8 @@ def _try(name: str, model: nn.Module, shape: Shape, classes: int) -> None:
             outputs = model(torch.zeros(2, *shape))
         except Exception as error:
             raise YourCodeFailed(f"{name} failed on images of shape {shape}.\n{own_traceback(error)}") from error
+        except SystemExit as error:
+            raise YourCodeFailed(f"expected {name} to return logits, got exit({error.code}).") from error
         finally:
             model.train(training)
     if not isinstance(outputs, Tensor) or outputs.shape != (2, classes):

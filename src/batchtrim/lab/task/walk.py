@@ -1,0 +1,46 @@
+"""The images below a class folder, and what lies beside them: nothing is left out without being told."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Found", "check_link", "images_in"]
+
+
+@dataclass
+class Found:
+    """What lies below class folders.
+
+    Attributes:
+        images: files by their suffix, links that lead nowhere among them, which are told as broken images.
+        others: names of files that are no images. linked: folders that links lead to, which are not entered.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    linked: list[Path] = field(default_factory=list)
+
+
+def images_in(folder: Path, suffixes: Collection[str]) -> Found:
+    """Return what lies below ``folder``; hidden files, and all in hidden folders, are left out."""
+    found = Found()
+    for path in sorted(folder.rglob("*")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.is_dir():
+            found.linked += [path] if path.is_symlink() else []
+        elif path.suffix.lower() in suffixes:
+            found.images.append(path)
+        else:
+            found.others.append(path.name)
+    return found
+
+
+def check_link(folder: Path, root: Path) -> None:
+    """Refuse a class folder that is a link to ``root`` or to what holds it: it would hold every image once more."""
+    if folder.is_symlink() and root.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"expected class folders in {root}, got {folder.name}, a link to {folder.resolve()}. Remove it."
+        )

@@ -1,0 +1,77 @@
+"""A module's own training_step, intercepted: losses that are made otherwise from one batch to the next."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("lightning")
+sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
+
+from lightning.pytorch import Callback
+from lightning_cases import Plain, loader, trainer
+
+from batchtrim.integrations._decompose import LossFinder
+from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations.lightning import TrimmingCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
+]
+
+
+class Flooded(Plain):
+    """arXiv 2002.08709, which keeps the loss from falling below b: its gradient turns round there."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        loss = super().training_step(batch, index)
+        return loss if self.global_step < 3 else (loss - 5.0).abs() + 5.0
+
+
+def test_a_loss_that_is_made_otherwise_in_a_later_batch(tmp_path: Path) -> None:
+    """The first batch proved it: from the fourth on the easiest were kept, and the loss was negative."""
+    with pytest.raises(NotFound, match="the sum of the losses found is -"):
+        trainer(tmp_path, TrimmingCallback(0.5, intercept=True), max_epochs=2).fit(Flooded(), loader())
+
+
+def test_a_loss_that_is_not_finite_goes_on() -> None:
+    """A gradient scaler skips such a step. It read "is inf where the loss is inf"; and it proves nothing."""
+    outputs, targets = torch.zeros(4, 3, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+    finder = LossFinder()
+
+    def run() -> Tensor:
+        return F.cross_entropy(outputs + torch.tensor([-torch.inf, 0.0, 0.0]), targets)
+
+    found = finder(run, lambda output: output, 4, [targets])
+    assert found.loss.isinf()
+    assert found.losses.mean().isinf()
+    assert not finder._proven
+
+
+class Quiet(Callback):
+    """Nothing."""
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+def test_a_step_that_leaves_a_batch_out(tmp_path: Path) -> None:
+    """Lightning skips a batch where ``training_step`` returns None."""
+
+    class Skips(Plain):
+        def training_step(self, batch: Any, index: int) -> Any:
+            return None if index % 2 else super().training_step(batch, index)
+
+    modules = []
+    for callback in (TrimmingCallback(1.0, intercept=True), Quiet()):
+        modules.append(Skips())
+        trainer(tmp_path, callback, max_epochs=2).fit(modules[-1], loader())  # type: ignore[arg-type]
+    torch.testing.assert_close(modules[0].model.state_dict(), modules[1].model.state_dict())

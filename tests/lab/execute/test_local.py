@@ -1,0 +1,19 @@
+"""Workers that end before their run is done: the likeliest reason is told."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from batchtrim.lab.execute.local import _likely
+
+
+@pytest.mark.parametrize(
+    ("code", "says"), [(-9, "Out of memory?"), (-11, "ended by signal 11 (Segmentation fault)"), (5, "os._exit")]
+)
+def test_the_likeliest_reason(code: int, says: str) -> None:
+    """All of them read "Out of memory?"."""
+    worker: Any = SimpleNamespace(process=SimpleNamespace(exitcode=code))
+    assert says in _likely(worker)
