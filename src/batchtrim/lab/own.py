@@ -159,7 +159,7 @@ def summarize(
     """
     rows = list(rows)
     if rows and all("config" in row for row in rows):
-        return comparison.summarize(rows, baseline)
+        return comparison.summarize([dict(row) for row in rows], baseline)
     return comparison.summarize(csv_table.to_records(rows, "rows", metric, higher_is_better), baseline)
 
 
