@@ -89,6 +89,18 @@ def test_the_first_step_that_may_pay_is_counted_and_the_next_traced(monkeypatch:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("counted_first")
+def test_two_passes_need_no_trace_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the shared engine is refused before its first step, nothing is counted for it."""
+    monkeypatch.setattr("batchtrim.engine.shared.refusal", lambda forward: "refused")
+    compiled = torch.compile(zoo.Mlp(8), backend="eager")
+    with pytest.warns(EngineFallback, match="two_pass"):
+        step = batchtrim.TrimmedForward(compiled, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.3), "auto")  # type: ignore[arg-type]
+    for _ in range(2):
+        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+        assert step.last.engine == "two_pass"
+
+
 def test_what_a_forward_is_counted_to_cost() -> None:
     model, x = nn.Sequential(nn.Linear(8, 16), nn.Flatten(0), nn.ReLU()), torch.ones(4, 8)
     with OperatorCount(Machine(flops=1e9, bytes=1e30, start=1.0)) as count:

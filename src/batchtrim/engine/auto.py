@@ -73,7 +73,7 @@ class AutoEngine:
         if not self.pays(x, y):
             return self.exact(x, y, selection)
         assert self.saving is not None
-        if self.forecast is None and is_training_step():
+        if self.forecast is None and not isinstance(self.saving, TwoPassEngine) and is_training_step():
             return self._counted(x, y, selection)
         try:
             step = self.saving(x, y, selection)
@@ -116,9 +116,9 @@ class AutoEngine:
         model = self.exact.forward.model
         with OperatorCount(machine_of(device_of(model))) as count:
             step = self.exact(x, y, selection)
+        shared: Any = self.saving
+        shared.was_run = True
         self.forecast = count.forecast(first=not Capture.traced)
-        assert self.saving is not None
-        self.saving.was_run = True
         if not self.forecast.pays(_SMALLEST):
             self.saving = None
             _log.info(

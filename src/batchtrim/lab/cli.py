@@ -180,8 +180,7 @@ def claims_command(
 ) -> None:
     """Judge the claims written down beside recorded runs.
 
-    claims.toml states which method should have a lower, higher or equal error than which other. Each claim is
-    supported, not supported, or not decidable.
+    A claim in claims.toml (that one method errs less than another, say) is supported, not supported or not decidable.
     """
 
     def work() -> None:
