@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from batchtrim.lab.analyse.foreign import read_csv
 
+from batchtrim.lab.analyse.csv_table import read_csv
 from commands import batchtrim, mistake
 
 

@@ -18,14 +18,14 @@ To trim a whole window use manual optimization and :func:`batchtrim.accumulate`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from batchtrim._checks import check_choice, describe, import_extra
+from batchtrim._checks import check_choice, import_extra
 from batchtrim.integrations import CLOCKS, build, check_resume_length, follow, load_state, log_values
+from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_used
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
@@ -89,16 +89,7 @@ class TrimmingCallback(Callback):
     ) -> None:
         if clock is not None:
             check_choice("clock", clock, CLOCKS)
-        if not isinstance(log, bool) or not isinstance(keep_log, (KeepLog, type(None))):
-            given = describe(keep_log if isinstance(log, bool) else log)
-            raise TypeError(f"expected `log` to be a bool and `keep_log` to be a batchtrim.KeepLog, got {given}.")
-        if intercept and (keep_log is not None or options.get("scope", "local") != "local"):
-            raise ValueError(
-                "expected `scope` 'local' and no `keep_log` with `intercept`, which has no ids and asks no other rank, "
-                "got one of them. Call self.trim(losses) in training_step."
-            )
-        if not isinstance(attribute, str) or not attribute.isidentifier():
-            raise ValueError(f"expected `attribute` to be the name of an attribute, got {describe(attribute)}.")
+        check_arguments(log, keep_log, attribute, intercept, options)
         build(keep, 2, options)  # a wrong argument shows here and not when training starts
         self.keep, self.log, self.attribute, self.options = keep, log, attribute, options
         self.keep_log, self.resume_length = keep_log, check_resume_length(resume_length)
@@ -112,12 +103,7 @@ class TrimmingCallback(Callback):
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # a tuner runs without callbacks, and the sanity check before training
             self.clock.max_epochs = trainer.max_epochs
-            there = getattr(pl_module, self.attribute, None)
-            if not isinstance(there, (Trimmer, type(None))):
-                raise ValueError(
-                    f"expected `attribute` to be free on {type(pl_module).__name__}, got {self.attribute!r}, which it "
-                    "has for something else. Take another name, and call that one in training_step."
-                )
+            check_free(pl_module, self.attribute)
             setattr(pl_module, self.attribute, build(1.0, None, self.options))
             if self.keep_log is not None:
                 pl_module.keep_log = self.keep_log  # type: ignore[assignment]
@@ -157,24 +143,9 @@ class TrimmingCallback(Callback):
         self._log(trainer, pl_module)
         self._epochs += 1
         if self._epochs == 1:
-            self._check_used(pl_module)
+            check_used(pl_module, self.attribute, self.trim, self.keep_log)
         if self.keep_log is not None:
             self.keep_log.end_epoch()
-
-    def _check_used(self, pl_module: LightningModule) -> None:
-        name, attribute = type(pl_module).__name__, self.attribute
-        if self.trim is not None and self.trim.last is None:
-            warnings.warn(
-                f"{name}.training_step has not called self.{attribute} in a whole epoch: it trains on everything. "
-                f"Return self.{attribute}(losses) of un-reduced losses, or leave the module as it is and use "
-                "TrimmingCallback(intercept=True). (Ignore this where a compiled step calls it: that leaves no trace.)",
-                stacklevel=2,
-            )
-        if self.keep_log is not None and not self.keep_log.steps:
-            raise ValueError(
-                f"expected {name}.training_step to record in the `keep_log`, got none in a whole epoch. "
-                f"After self.{attribute}(losses) call self.keep_log.record(self.{attribute}.last, ids=ids)."
-            )
 
     def _log(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self._logged_at = trainer.global_step

@@ -1,0 +1,52 @@
+"""Check what the Lightning callback is given, and that a module uses it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from batchtrim._checks import describe
+from batchtrim.keeplog import KeepLog
+from batchtrim.trimmer import Trimmer
+
+__all__ = ["check_arguments", "check_free", "check_used"]
+
+
+def check_arguments(log: Any, keep_log: Any, attribute: Any, intercept: bool, options: dict[str, Any]) -> None:
+    """Raise an error for arguments that do not fit, alone or together."""
+    if not isinstance(log, bool) or not isinstance(keep_log, (KeepLog, type(None))):
+        given = describe(keep_log if isinstance(log, bool) else log)
+        raise TypeError(f"expected `log` to be a bool and `keep_log` to be a batchtrim.KeepLog, got {given}.")
+    if intercept and (keep_log is not None or options.get("scope", "local") != "local"):
+        raise ValueError(
+            "expected `scope` 'local' and no `keep_log` with `intercept`, which has no ids and asks no other rank, "
+            "got one of them. Call self.trim(losses) in training_step."
+        )
+    if not isinstance(attribute, str) or not attribute.isidentifier():
+        raise ValueError(f"expected `attribute` to be the name of an attribute, got {describe(attribute)}.")
+
+
+def check_free(module: Any, attribute: str) -> None:
+    """Raise an error if the module uses the trimmer's name for something else."""
+    if not isinstance(getattr(module, attribute, None), (Trimmer, type(None))):
+        raise ValueError(
+            f"expected `attribute` to be free on {type(module).__name__}, got {attribute!r}, which it has for "
+            "something else. Take another name, and call that one in training_step."
+        )
+
+
+def check_used(module: Any, attribute: str, trim: Trimmer | None, keep_log: KeepLog | None) -> None:
+    """Warn if no step of an epoch called the trimmer; raise an error if none recorded in the keep log."""
+    name = type(module).__name__
+    if trim is not None and trim.last is None:
+        warnings.warn(
+            f"{name}.training_step has not called self.{attribute} in a whole epoch: it trains on everything. "
+            f"Return self.{attribute}(losses) of un-reduced losses, or leave the module as it is and use "
+            "TrimmingCallback(intercept=True). (Ignore this where a compiled step calls it: that leaves no trace.)",
+            stacklevel=2,
+        )
+    if keep_log is not None and not keep_log.steps:
+        raise ValueError(
+            f"expected {name}.training_step to record in the `keep_log`, got none in a whole epoch. "
+            f"After self.{attribute}(losses) call self.keep_log.record(self.{attribute}.last, ids=ids)."
+        )
