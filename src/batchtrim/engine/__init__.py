@@ -22,8 +22,8 @@ A tour of the shared engine, in the order of a step:
 3. ``sliced.py``: forward; what it saves goes onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
 4. ``loss.backward()``: ``sliced.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
 
-``auto.py`` runs its first step that might pay with ``exact`` while ``cost.py`` counts it, and has a trace made as soon as
-100 steps pay it back.
+``auto.py`` runs its first step that might pay with ``exact`` while ``cost.py`` counts it, and has a trace made as soon
+as 100 steps pay it back.
 
 Where the user compiled the model, the first step of a trace runs so, to be held against the model. From the second on
 ``compiled.py`` runs it: ``inductor.py`` compiles the forward, and one function of all that 4. does, cutting included.
