@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
-from lightning_cases import BATCH, SAMPLES, Module, Plain, data, loader, trainer
+from lightning_cases import BATCH, QUIET, SAMPLES, Module, Plain, data, loader, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchtrim
@@ -25,13 +25,7 @@ from batchtrim.errors import ChooseLength
 from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations.lightning import TrimmingCallback
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
-]
+pytestmark = QUIET
 
 
 class AsDict(Plain):

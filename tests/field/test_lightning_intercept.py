@@ -15,19 +15,13 @@ pytest.importorskip("lightning")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 
 from lightning.pytorch import Callback
-from lightning_cases import Plain, loader, trainer
+from lightning_cases import QUIET, Plain, loader, trainer
 
 from batchtrim.integrations._decompose import LossFinder
 from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations.lightning import TrimmingCallback
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
-]
+pytestmark = QUIET
 
 
 class Flooded(Plain):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,20 @@ def test_a_task_that_forgets_the_clock_is_told() -> None:
     assert "to call run.trim.step() once an epoch" in failing(calls(steps=False))
 
 
-def test_a_schedule_that_did_not_get_to_its_end_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
+def stepping(times: int) -> Callable[[Run], dict[str, float]]:
+    """Return a task that steps its clock so often, whatever its epochs."""
+
     def train(run: Run) -> dict[str, float]:
-        for _ in range(2):
+        for _ in range(times):
             run.trim(torch.rand(8))
             run.trim.step()
         return {"error": 0.1}
 
-    compare(train, ["trim"], 1, epochs=10, out="here")
+    return train
+
+
+def test_a_schedule_that_did_not_get_to_its_end_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
+    compare(stepping(2), ["trim"], 1, epochs=10, out="here")
     assert (
         "run.trim.step() was called 2 times in 10 epochs, so the schedule ended at keep 0.82" in capfd.readouterr().err
     )
@@ -159,13 +166,7 @@ def test_a_schedule_that_did_not_get_to_its_end_is_noted(capfd: pytest.CaptureFi
 def test_a_clock_that_counts_batches_for_epochs_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
     """The warning went by; the record said nothing of a schedule that was over in the first epoch."""
 
-    def train(run: Run) -> dict[str, float]:
-        for _ in range(40):
-            run.trim(torch.rand(8))
-            run.trim.step()
-        return {"error": 0.1}
-
-    compare(train, ["trim"], 1, epochs=10, out="here")
+    compare(stepping(40), ["trim"], 1, epochs=10, out="here")
     said = "run.trim.step() was called 40 times in 10 epochs, so the schedule was over after 22% of them"
     assert said in capfd.readouterr().err
     assert records.read("here")[0]["notes"] == [said]
