@@ -1,4 +1,4 @@
-"""Start real processes over gloo and wait for all of them. As ``launch.py SCRIPT *ARGUMENTS``: one of them."""
+"""Start real processes over gloo and wait for all of them. As ``launch.py SCRIPT`` or ``-m MODULE``: one."""
 
 from __future__ import annotations
 
@@ -45,15 +45,24 @@ def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str, limit: fl
     return texts
 
 
-def run_and_leave(script: str, *arguments: str) -> None:
-    """Run a script as ``python script *arguments`` does, then leave the process without the interpreter's own end.
+def run_and_leave(*words: str) -> None:
+    """Run ``SCRIPT`` or ``-m MODULE`` with arguments as ``python`` does, then leave without the interpreter's own end.
 
     A thread of gloo that asks for the GIL while the interpreter ends is unwound by it, and C++ aborts the process
-    ("terminate called without an active exception"). A script that raises ends as it always does.
+    ("terminate called without an active exception"). A program that raises, or exits with an error, ends as it always
+    does.
     """
-    sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).resolve().parent)
-    runpy.run_path(script, run_name="__main__")
+    try:
+        if words[0] == "-m":
+            sys.argv = list(words[1:])
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = list(words)
+            sys.path[0] = str(Path(words[0]).resolve().parent)
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

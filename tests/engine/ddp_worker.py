@@ -31,9 +31,9 @@ def train(engine: str, scope: str, rank: int) -> torch.Tensor:
     return gradients if rank else torch.cat([gradients, 1e-3 * torch.cat(buffers).float()])
 
 
-def main(rank: int, store: str, out: str) -> None:
+def main(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     result = {}
     for engine in ("exact", "shared", "two_pass"):
         for scope in ("local", "global"):
@@ -44,4 +44,4 @@ def main(rank: int, store: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from harness import error
 
+from launch import run_ranks
+
 
 @pytest.mark.slow
 def test_engines_agree_on_two_ranks(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, str(here / "ddp_worker.py")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)])}
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(tmp_path)], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=240) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
+    run_ranks(Path(__file__).parent / "ddp_worker.py", 2, tmp_path, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for engine in ("shared", "two_pass"):
         for scope in ("local", "global"):

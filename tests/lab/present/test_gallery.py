@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import launch
 from batchtrim import Choice, KeepLog, hardest
 from batchtrim.lab import records
 from batchtrim.lab.execute import progress, scheduler
@@ -259,7 +260,8 @@ def test_a_killed_run_that_goes_on_writes_the_same_log(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_one_log_of_all_samples(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun += [launch.__file__, "-m"]
     command = [*torchrun, *_command(tmp_path, "--epochs", "3", "--batch-size", "64")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

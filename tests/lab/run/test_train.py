@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import launch
 from batchtrim.errors import ApproximateGradient
 from batchtrim.lab import records
 from batchtrim.lab.run import loading, train
@@ -298,7 +299,7 @@ def test_two_processes_do_one_run(tmp_path: Path) -> None:
     """With torchrun; where everything is kept the steps are those of one process, up to the order of sums."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "batchtrim.lab.cli", "train", "--epochs", "3", "--out", str(tmp_path), "--threads", "1",
+        launch.__file__, "-m", "batchtrim.lab.cli", "train", "--epochs", "3", "--out", str(tmp_path), "--threads", "1",
         "--augment", "crop+flip", "--batch-size", "64",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
