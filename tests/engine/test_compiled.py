@@ -18,14 +18,11 @@ import torch
 import zoo
 from harness import BATCH, error, gradient, train
 from torch import Tensor, fx, nn
-from torch._decomp import decomposition_table
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._sympy.printers import PythonPrinter
 
 import batchtrim
 from batchtrim.engine import inductor
 from batchtrim.engine.capture import any_strides, expression_of
-from batchtrim.engine.inductor import with_strides, without_strides
 from batchtrim.errors import ApproximateGradient, EngineFallback
 
 with warnings.catch_warnings():
@@ -52,7 +49,7 @@ class Uncompiled:
     """A graph that Inductor would compile, as it is."""
 
     def __init__(self, graph: fx.GraphModule, *_: Any, **__: Any) -> None:
-        without_strides(graph)
+        inductor.without_strides(graph)
         assert any_strides(graph)
         (output,) = graph.graph.find_nodes(op="output")
         values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in output.args[0]]
@@ -120,28 +117,6 @@ def near(whole: list[Tensor], kept: list[Tensor], tolerance: float = 1e-5) -> No
     total = sum(float(each.norm()) ** 2 for each in whole) ** 0.5
     for exact, ours in zip(whole, kept, strict=True):
         assert float((exact - ours).norm()) <= tolerance * max(float(exact.norm()), 1e-2 * total)
-
-
-def strided(graph: fx.GraphModule) -> int:
-    return sum("stride" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-
-
-def test_a_norm_by_strides_is_proven_without_them_and_compiled_with_them() -> None:
-    """Without strides, Inductor computes the scale of a GroupNorm anew for every pixel."""
-
-    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
-        return [torch.ops.aten.native_group_norm(x, weight, bias, x.shape[0], 8, 16, 4, 1e-5)[0]]
-
-    table = decomposition_table[torch.ops.aten.native_group_norm.default]
-    batches = [(torch.randn(rows, 8, 4, 4), torch.randn(8), torch.randn(8)) for rows in (6, 5)]
-    graph = make_fx(norm, {torch.ops.aten.native_group_norm.default: table}, tracing_mode="symbolic")(*batches[0])
-    assert strided(graph) == 2
-    without_strides(graph)
-    assert strided(graph) == 0, "of a scale and an offset"
-    again = with_strides(graph)
-    assert (strided(graph), strided(again)) == (0, 2)
-    for batch in batches:
-        torch.testing.assert_close(again(*batch), norm(*batch))
 
 
 MIXING = ("batch_mean", "batch_attention", "shuffled")

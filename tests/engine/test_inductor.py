@@ -1,0 +1,32 @@
+"""What is done to a graph around Inductor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import decomposition_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from batchtrim.engine.inductor import with_strides, without_strides
+
+
+def strided(graph: fx.GraphModule) -> int:
+    return sum("stride" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+
+
+def test_a_norm_by_strides_is_proven_without_them_and_compiled_with_them() -> None:
+    """Without strides, Inductor computes the scale of a GroupNorm anew for every pixel."""
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        return [torch.ops.aten.native_group_norm(x, weight, bias, x.shape[0], 8, 16, 4, 1e-5)[0]]
+
+    table = decomposition_table[torch.ops.aten.native_group_norm.default]
+    batches = [(torch.randn(rows, 8, 4, 4), torch.randn(8), torch.randn(8)) for rows in (6, 5)]
+    graph = make_fx(norm, {torch.ops.aten.native_group_norm.default: table}, tracing_mode="symbolic")(*batches[0])
+    assert strided(graph) == 2
+    without_strides(graph)
+    assert strided(graph) == 0, "of a scale and an offset"
+    again = with_strides(graph)
+    assert (strided(graph), strided(again)) == (0, 2)
+    for batch in batches:
+        torch.testing.assert_close(again(*batch), norm(*batch))
