@@ -250,6 +250,13 @@ def keeps_graph() -> bool:
 # --- graphs ----------------------------------------------------------------------------------------------------------
 
 
+def graph_copy(graph: fx.GraphModule) -> fx.Graph:
+    """Return a copy of a module's graph, to be changed."""
+    own = fx.Graph()
+    own.output(own.graph_copy(graph.graph, {}))
+    return own
+
+
 def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
     """Return a graph as a function of a list of inputs, which it empties so that each is freed once used.
 
@@ -257,8 +264,7 @@ def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
     """
     from torch.fx.graph import _BoxedCodeGen  # type: ignore[attr-defined]
 
-    own = fx.Graph()
-    own.output(own.graph_copy(graph.graph, {}))
+    own = graph_copy(graph)
     for node in own.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
     own.set_codegen(_BoxedCodeGen())

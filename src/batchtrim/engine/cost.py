@@ -133,8 +133,6 @@ def cost_of(node: fx.Node, machine: Machine) -> float:
 # Seconds of a trace, and of each operator in it, those that move no memory included: fitted to nine models, from an MLP
 # of 30 operators (0.5 s) to a BERT of 315 (4.9 s), all within a third. The first one in a process imports more.
 _TRACE, _TRACE_OPERATOR, _FIRST = 0.5, 0.0145, 0.9
-# A plain step takes as long as three forwards, on a machine that may be three times as fast as the numbers above.
-_STEP_OVER_FORWARD = 3.0 / 3.0
 # Cutting, over what the forward's outputs take to be written: fitted to networks of 46 to 500 ms a step.
 _CUTTING_OVER_WRITING = 0.83
 # A trace is to be paid back within so many steps, up to what a step may be slower than a plain one.
@@ -186,6 +184,9 @@ class OperatorCount(TorchDispatchMode):
         return output
 
     def forecast(self, *, first: bool) -> Forecast:
-        """Return what a step and its trace take, given the forward that was counted; is it the process's first?"""
+        """Return what a step and its trace take, given the forward that was counted; is it the process's first?
+
+        A step is three forwards, on a machine that may be three times as fast as the numbers here: what was counted.
+        """
         trace = _TRACE + _TRACE_OPERATOR * self.operators + (_FIRST if first else 0.0)
-        return Forecast(_STEP_OVER_FORWARD * self.seconds, trace, _CUTTING_OVER_WRITING * self.writing)
+        return Forecast(self.seconds, trace, _CUTTING_OVER_WRITING * self.writing)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.torch_version import TorchVersion
 
-from batchtrim.engine.capture import expression_of
+from batchtrim.engine.capture import expression_of, graph_copy
 from batchtrim.engine.layout import product
 
 __all__ = [
@@ -260,8 +260,7 @@ def with_strides(graph: fx.GraphModule) -> fx.GraphModule:
     It makes Inductor compute what it reads once, for each channel of a sample. What reads a reshape computes it anew,
     for each pixel, and an index that it divides keeps the loop from being vectorised.
     """
-    own = fx.Graph()
-    own.output(own.graph_copy(graph.graph, {}))
+    own = graph_copy(graph)
     for node in own.find_nodes(op="call_function", target=torch.ops.aten.reshape.default):
         if _STRIDED in node.meta:
             node.target = _reshape_by_strides
