@@ -228,8 +228,8 @@ def judged(task: Task, kind: str, name: str, dropout: bool, engine: str, seconds
         row.verdict, row.reason = "not run", f"the check takes more than {seconds} seconds"
     except Exception as error:
         row.verdict, row.reason = "wrong", _line(f"{type(error).__name__}: {error}")
-        row.seconds = round(time.perf_counter() - start, 1)
-        gc.collect()
+    row.seconds = round(time.perf_counter() - start, 1)
+    gc.collect()
     return row
 
 
