@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 
+_OLDEST = TorchVersion("2.8")  # that the tests of the engine have passed with
 _numbers = itertools.count()
 
 
@@ -65,11 +67,12 @@ class Planner(Protocol):
 
 def unfit() -> str | None:
     """Return why this torch release cannot be used for capture, or None."""
+    if torch.__version__ < _OLDEST:
+        return f"capture needs torch {_OLDEST} or newer, and this is torch {torch.__version__}"
     try:
         from torch._dynamo.backends.common import aot_autograd  # noqa: F401
         from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: F401
         from torch.fx.experimental._config import use_duck_shape  # type: ignore[attr-defined]  # noqa: F401
-        from torch.fx.graph import _BoxedCodeGen  # type: ignore[attr-defined]  # noqa: F401
     except ImportError as error:
         return f"torch {torch.__version__} lacks what it captures with ({error})"
     return None
@@ -262,13 +265,27 @@ def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
 
     A view becomes a reshape: on kept rows a value may lie in memory in another order than the one that was traced.
     """
-    from torch.fx.graph import _BoxedCodeGen  # type: ignore[attr-defined]
-
     own = graph_copy(graph)
     for node in own.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
-    own.set_codegen(_BoxedCodeGen())
+    _take_from_list(own)
     return _boxed(fx.GraphModule(graph, own).forward)
+
+
+def _take_from_list(graph: fx.Graph) -> None:
+    """Make one input of all: a list, of which each is taken when it is due."""
+    inputs = list(graph.find_nodes(op="placeholder"))
+    with graph.inserting_before():
+        args = graph.placeholder("args")
+    for at, node in enumerate(inputs):
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_function(_take, (args, at)))
+        graph.erase_node(node)
+
+
+def _take(args: list[Any], at: int) -> Any:
+    taken, args[at] = args[at], None
+    return taken
 
 
 def any_strides(graph: fx.GraphModule) -> bool:

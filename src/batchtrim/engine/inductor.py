@@ -16,7 +16,6 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.torch_version import TorchVersion
 
 from batchtrim.engine.capture import expression_of, graph_copy
 from batchtrim.engine.layout import product
@@ -35,7 +34,6 @@ __all__ = [
     "without_strides",
 ]
 
-_OLDEST = TorchVersion("2.6")  # whose Inductor is told by the graph which outputs need their strides
 _SHARED_BYTES = 2**15
 
 # Left whole until a graph is proven and parted: BatchNorm, whose means the proof may take over the kept rows; what
@@ -65,8 +63,6 @@ def compiled_part(model: nn.Module) -> Any:
 
 def inductor_of(model: nn.Module) -> Inductor | None:
     """Return Inductor with the user's options, where the model or a part of it is compiled by it; else None."""
-    if torch.__version__ < _OLDEST:
-        return None
     settings = getattr(compiled_part(model), "get_compiler_config", lambda: None)()
     return None if settings is None else Inductor.of(settings)
 

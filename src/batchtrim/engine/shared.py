@@ -28,6 +28,7 @@ __all__ = ["SharedEngine"]
 
 _WORTH = 0.96  # of a plain step's estimated cost: what is nearer to it is not worth a step of another kind
 _TRIES = 4  # traces of one step
+_CANNOT = "the shared engine cannot run this model: {}"
 _FEWEST = 4  # rows in a batch below which a step is not worth a trace: torch makes one of its own for 1
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
@@ -54,7 +55,7 @@ class SharedEngine:
     def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
         reason = refusal(forward)
         if reason is not None:
-            raise EngineRefused(reason)
+            raise EngineRefused(_CANNOT.format(reason))
         self.forward = forward
         self.trim = trim
         self.approximate = approximate
@@ -150,7 +151,7 @@ class SharedEngine:
         raise CannotCapture("its Python changes from run to run, so that no trace lasts")
 
     def _refuse(self, reason: str) -> NoReturn:
-        self.refused = f"the shared engine cannot run this model: {reason}"
+        self.refused = _CANNOT.format(reason)
         raise EngineRefused(self.refused)
 
 
