@@ -25,7 +25,7 @@ def older(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("older")
 def test_shared_names_the_release_it_needs() -> None:
-    with pytest.raises(EngineRefused, match=r"cannot run this model: capture needs torch 2\.8 or newer, and this is torch 2\.7\.1"):
+    with pytest.raises(EngineRefused, match=r"capture needs torch 2\.8 or newer, and this is torch 2\.7\.1"):
         stepper("shared")(X, Y)
 
 

@@ -202,7 +202,8 @@ _POINTWISE = (
     "masked_fill", "_prelu_kernel_backward", "bucketize", "rrelu_with_noise_functional", "nan_to_num", "view_dtype",
     "_conj", "resolve_conj", "threshold_backward", "gelu_backward", "silu_backward", "sigmoid_backward",
     "tanh_backward", "native_dropout_backward", "log_sigmoid_forward", "hardswish", "hardsigmoid", "leaky_relu",
-    "elu", "softplus", "mish", "celu", "selu", "hardtanh", "isnan", "isinf", "isfinite", "real", "imag", "random", "fma",
+    "elu", "softplus", "mish", "celu", "selu", "hardtanh", "isnan", "isinf", "isfinite", "real", "imag", "random",
+    "fma",
 )  # fmt: skip
 
 
