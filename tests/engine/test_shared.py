@@ -85,7 +85,7 @@ def traced() -> batchtrim.TrimmedForward:
 
 
 # In every run: images, tokens, dropout, shared weights, checkpoints, buffers.
-DEFAULT = ("group_norm", "width_is_batch", "stochastic_depth", "tied", "checkpoint_dropout", "zero_init", "buffers")
+DEFAULT = ("group_norm", "width_is_batch", "stochastic_depth", "tied", "checkpoint_dropout", "buffers")
 
 
 @pytest.mark.parametrize("name", few(EXACT, DEFAULT))
@@ -136,7 +136,7 @@ def test_contrastive_loss_is_refused_by_its_operator() -> None:
         train(lambda: zoo.Mlp(8), zoo.vectors, "shared", loss=zoo.contrastive)
 
 
-@pytest.mark.parametrize("keep", few([0.02, 0.2, 0.6, 0.95, 1.0], [0.2, 1.0]))
+@pytest.mark.parametrize("keep", few([0.02, 0.2, 0.6, 0.95, 1.0], [1.0]))
 def test_any_keep(keep: float) -> None:
     make, data = EXACT["group_norm"]
     agree(train(make, data, "exact", keep=keep), train(make, data, "shared", keep=keep))
@@ -260,6 +260,7 @@ def _fails_once(step: batchtrim.TrimmedForward, x: Any, y: Any, error_type: type
 
 
 def test_what_was_saved_is_let_go() -> None:
+    gc.freeze()  # leaves what is alive by now out of the collection below
     torch.manual_seed(0)
     step = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
@@ -320,11 +321,9 @@ def test_weights_changed_between_forward_and_backward_are_noticed(traced: batcht
         loss.backward()
 
 
-def test_nothing_is_noted_on_the_callers_tensors() -> None:
-    torch.manual_seed(0)
-    step = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+def test_nothing_is_noted_on_the_callers_tensors(traced: batchtrim.TrimmedForward) -> None:
     x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
-    step(x, y)
+    traced(x, y)
     assert not vars(x)
     assert not vars(y)
 
