@@ -23,33 +23,44 @@ def python(code: str, env: dict[str, str] | None = None) -> str:
     return run.stdout.strip()
 
 
-STAGES = ("import batchtrim", "batchtrim.testing", "batchtrim.compat", "batchtrim.lab", "import scipy.special")
+STAGES = ("import batchtrim", "batchtrim.testing", "batchtrim.compat", "batchtrim.lab")
+HELP = """
+from typer.testing import CliRunner
+from batchtrim.lab import cli
+assert CliRunner().invoke(cli.app, ["compare", "--help"]).exit_code == 0
+"""
+HEAVY = "import scipy.special"
 
 
 @pytest.fixture(scope="module")
 def brought_in() -> dict[str, set[str]]:
     """For each stage of one fresh process, the modules that it loads beyond those of ``import torch``."""
     lines = ["import sys, torch", "before = set(sys.modules)"]
-    for stage in STAGES:
+    for stage in (*STAGES, HELP, HEAVY):
         lines += [stage, "print(*(set(sys.modules) - before))"]
-    return {stage: set(line.split()) for stage, line in zip(STAGES, python("\n".join(lines)).split("\n"), strict=True)}
+    told = python("\n".join(lines)).split("\n")
+    return {stage: set(line.split()) for stage, line in zip((*STAGES, HELP, HEAVY), told, strict=True)}
 
 
 def optional(modules: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in modules} & set(OPTIONAL)
 
 
-@pytest.mark.parametrize("stage", STAGES[:-1])
+@pytest.mark.parametrize("stage", STAGES)
 def test_importing_brings_in_nothing_optional(stage: str, brought_in: dict[str, set[str]]) -> None:
     assert optional(brought_in[stage]) == set()
 
 
 def test_the_test_above_can_fail(brought_in: dict[str, set[str]]) -> None:
-    assert "scipy" in optional(brought_in["import scipy.special"])
+    assert "scipy" in optional(brought_in[HEAVY])
+
+
+def test_help_needs_no_more_than_what_prints_it(brought_in: dict[str, set[str]]) -> None:
+    assert optional(brought_in[HELP]) <= {"rich", "typer"}
 
 
 def test_submodules_come_when_asked_for(brought_in: dict[str, set[str]]) -> None:
-    for before, stage in itertools.pairwise(STAGES[:-1]):
+    for before, stage in itertools.pairwise(STAGES):
         assert stage not in brought_in[before]
         assert stage in brought_in[stage]
     with pytest.raises(AttributeError, match="module 'batchtrim' has no attribute 'nothing'"):

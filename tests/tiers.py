@@ -11,7 +11,7 @@ import pytest
 def few(names: Iterable[Any], default: Collection[Any]) -> list[Any]:
     """Return one parameter for each name, or several for a tuple; what is not in ``default`` is slow."""
     names = list(names)
-    missing = set(default) - set(names)
+    missing = [name for name in default if name not in names]
     assert not missing, f"no such cases: {missing}"
     values = [name if isinstance(name, tuple) else (name,) for name in names]
     marks = [() if name in default else pytest.mark.slow for name in names]

@@ -97,7 +97,7 @@ def test_equals_exact(name: str) -> None:
     agree(exact, shared)
 
 
-@pytest.mark.parametrize("name", PARTLY)
+@pytest.mark.parametrize("name", few(PARTLY, ["batch_mean", "shuffled"]))
 def test_rows_that_meet_are_exact_and_whole_from_there_on(name: str) -> None:
     make, data, operator, reason = PARTLY[name]
     exact, shared = (train(make, data, engine) for engine in ("exact", "shared"))
@@ -131,6 +131,7 @@ def test_auto_goes_on_exactly_with_one_warning(name: str) -> None:
     assert auto.step.trim.stats.compute() == exact.step.trim.stats.compute()
 
 
+@pytest.mark.slow  # by default test_testing.py has a report on one
 def test_contrastive_loss_is_refused_by_its_operator() -> None:
     with pytest.raises(EngineRefused, match=r"aten\.\w+.* mixes rows"):
         train(lambda: zoo.Mlp(8), zoo.vectors, "shared", loss=zoo.contrastive)
@@ -153,6 +154,7 @@ def test_autocast() -> None:
     agree(train(make, zoo.images, "exact"), train(make, zoo.images, "shared"), 2e-2)  # bf16 keeps 8 bits
 
 
+@pytest.mark.slow  # by default test_accumulation.py has a window of it
 def test_autocast_around_the_step_and_a_gradient_scaler() -> None:
     found = []
     for engine in ("exact", "shared"):
@@ -167,10 +169,16 @@ def test_autocast_around_the_step_and_a_gradient_scaler() -> None:
     assert error(found[0], found[1]) <= 2e-2
 
 
-def test_dict_and_tuple_inputs_and_time_major_batch_dim() -> None:
-    as_dict = lambda batch: {"tokens": zoo.tokens(batch), "scale": torch.tensor(2.0)}  # noqa: E731
-    for data in (as_dict, lambda batch: tuple(as_dict(batch).values())):
-        agree(train(zoo.TwoInputs, data, "exact"), train(zoo.TwoInputs, data, "shared"))
+@pytest.mark.parametrize("kind", few([dict, tuple], [dict]))
+def test_dict_and_tuple_inputs(kind: type) -> None:
+    def data(batch: int) -> Any:
+        found = {"tokens": zoo.tokens(batch), "scale": torch.tensor(2.0)}
+        return found if kind is dict else tuple(found.values())
+
+    agree(train(zoo.TwoInputs, data, "exact"), train(zoo.TwoInputs, data, "shared"))
+
+
+def test_time_major_batch_dim() -> None:
     time_major = lambda batch: torch.randn(7, batch, 8)  # noqa: E731
     runs = [train(zoo.TimeMajor, time_major, engine, batch_dim=1) for engine in ("exact", "shared")]
     assert runs[1].share == 1.0

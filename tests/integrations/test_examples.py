@@ -66,6 +66,7 @@ def test_example_learns(
     assert load(name, monkeypatch)["main"](**options) >= least
 
 
+@pytest.mark.slow  # by default test_engine_in_the_training_step is run
 def test_lightning_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     example = load("05_lightning", monkeypatch)
     assert example["main"](4, example["FasterDigits"]) >= 0.85
