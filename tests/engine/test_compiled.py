@@ -9,27 +9,21 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import zoo
 from harness import BATCH, error, gradient, train
-from torch import Tensor, fx, nn
-from torch.utils._sympy.printers import PythonPrinter
+from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.engine import inductor
-from batchtrim.engine.capture import any_strides, expression_of
 from batchtrim.errors import ApproximateGradient, EngineFallback
 from tiers import few
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, once a process
-    import torch._inductor.compile_fx
-
+pytestmark = pytest.mark.usefixtures("compiles")
 GROUP = lambda width: nn.GroupNorm(2, width)  # noqa: E731
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
@@ -45,45 +39,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
     "shuffled": (zoo.Shuffled, zoo.vectors),
     "counter": (zoo.Counter, zoo.vectors),
 }
-
-
-class Uncompiled:
-    """A graph that Inductor would compile, as it is."""
-
-    def __init__(self, graph: fx.GraphModule, *_: Any, **__: Any) -> None:
-        inductor.without_strides(graph)
-        assert any_strides(graph)
-        (output,) = graph.graph.find_nodes(op="output")
-        values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in output.args[0]]
-        written = PythonPrinter().doprint
-        self.graph = graph
-        self.output_strides = [
-            [written(expression_of(step)) for step in value.stride()] if isinstance(value, Tensor) else None
-            for value in values
-        ]
-
-    def __call__(self, args: list[Any]) -> Any:
-        given = list(args)
-        args.clear()
-        return self.graph(*given)
-
-
-@pytest.fixture(params=["graphs", pytest.param("inductor", marks=pytest.mark.slow)], autouse=True)
-def compiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Every compile of the engine's graphs in a test: True for a backward."""
-    torch._dynamo.reset()
-    found: list[bool] = []
-    if request.param == "graphs":
-        monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", Uncompiled)
-    compile_ = inductor.Inductor.compile
-
-    def counted(self: Any, *args: Any, backward: bool, **options: Any) -> Any:
-        found.append(backward)
-        return compile_(self, *args, backward=backward, **options)
-
-    monkeypatch.setattr(inductor.Inductor, "compile", counted)
-    yield found
-    torch._dynamo.reset()
 
 
 @pytest.fixture
