@@ -1,4 +1,4 @@
-"""Forms of call that work for one more release, each with a DeprecationWarning. Nothing else may import from here."""
+"""Old forms of calls, which work for one more release with a DeprecationWarning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradient accumulation: trim the whole window of micro-batches, or each micro-batch, scaled right both ways.
+"""Gradient accumulation: trim a window of micro-batches as one batch, or each on its own, with the right scale.
 
 Legend: M micro-batches in a window (one optimizer step), n_m samples in micro-batch m, N their sum.
 """

@@ -1,4 +1,4 @@
-"""The clock of a trimmer: how far training is, and the keep fraction its schedule gives for that."""
+"""The clock of a trimmer: the progress of training, and the keep fraction of its schedule at that point."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The arguments, results and divisors of torch's criteria; and the proof for those of others.
+"""The arguments, results and divisors of torch's criteria, and a check of criteria that are not torch's.
 
-Most criteria average over all entries. The exceptions are handled here: cross-entropy divides by the class
-weights of the entries that count, CTC each sample by its target's length first.
+Most criteria average over all entries. The exceptions are handled here: cross-entropy divides by the class weights of
+the entries that count, and CTC first divides each sample by the length of its target.
 """
 
 from __future__ import annotations

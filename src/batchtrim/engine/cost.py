@@ -1,8 +1,8 @@
-"""What a step costs, counted from a trace's graphs, or from what ran before there is one.
+"""Count the cost of a step from a trace's graphs, or from the operators of a plain step before there is a trace.
 
-Nothing is timed, so that a run repeats. An operator costs the longest of its arithmetic and the memory it moves, and a
-share of time whatever it does. The machine's numbers are rough; what is decided by them is whether a step that cuts is
-cheaper than one that does not.
+Nothing is timed, so runs repeat. An operator costs a fixed time for its start, and the longer of its arithmetic and its
+memory traffic. The machine's numbers are rough; they only decide whether a step that cuts rows is cheaper than a plain
+one.
 """
 
 from __future__ import annotations

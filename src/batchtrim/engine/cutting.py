@@ -1,6 +1,6 @@
 """Take rows of a tensor, and put rows back among zeros.
 
-Kept rows run as a batch of k samples; kept tokens as one of k samples with one token each.
+Kept rows run as a batch of k samples; kept tokens run as a batch of k samples with one token each.
 """
 
 from __future__ import annotations

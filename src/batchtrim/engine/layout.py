@@ -1,4 +1,4 @@
-"""Where the rows of a batch lie in a tensor.
+"""The layout of a tensor: the dimensions along which it holds the rows of a batch.
 
 A row is what is chosen: a sample, or a token. A tensor holds rows along the dimensions of the symbols that count them:
 along ``s0`` (the batch size) for samples, along ``s0`` and the number of tokens for tokens. Where dimensions were

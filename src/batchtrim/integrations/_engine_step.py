@@ -1,4 +1,4 @@
-"""A micro-batch of a TrimmedTrainer through an engine."""
+"""Run a micro-batch of a TrimmedTrainer through an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch as a log records it: checked, and packed so that many batches are entered together.
+"""A batch as a log records it: checked, and packed so that many batches are entered at once.
 
 Legend: n samples in the data set, B batch, C classes.
 """
