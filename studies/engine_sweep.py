@@ -1,4 +1,4 @@
-"""Which engine computes which model of transformers right? Tiny random configurations, dropout on and off.
+"""Check which engine computes which model of transformers right: tiny configurations, with and without dropout.
 
     python -m studies.engine_sweep --out runs/engine-sweep                     # everything, resumable
     python -m studies.engine_sweep --out runs/engine-sweep --part 1/2          # one of two processes

@@ -1,4 +1,4 @@
-"""Is the loss that TrimmedTrainer finds the model's own? Over the model classes of transformers that take labels.
+"""Check that the loss TrimmedTrainer finds is the model's own, for the classes of transformers that take labels.
 
     python -m studies.hf_losses                          # all: about 10 minutes, results to stdout
     python -m studies.hf_losses --family ForCausalLM --only gpt2 llama

@@ -1,4 +1,4 @@
-"""Tiny configurations of transformers' models, and batches for their tasks."""
+"""Tiny configurations of transformers' models, the models, and batches for their tasks."""
 
 from __future__ import annotations
 

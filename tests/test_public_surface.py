@@ -87,6 +87,18 @@ def test_names_that_moved_work_for_one_more_release(name: str, home: str) -> Non
     assert {warning.filename for warning in warned} == {__file__}
 
 
+def test_the_old_name_of_a_step_works_for_one_more_release() -> None:
+    from batchtrim.engine import batch
+
+    with pytest.warns(
+        DeprecationWarning, match=r"batchtrim\.engine\.batch\.Step is removed .* use StepResult"
+    ) as warned:
+        assert batch.Step is batch.StepResult
+    assert [warning.filename for warning in warned] == [__file__]
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        batch.nothing
+
+
 def test_completion_reads_like_a_table_of_contents() -> None:
     modules = {"compat", "errors", "integrations", "keeplog", "lab", "schedules", "selection", "testing"}
     assert dir(batchtrim) == sorted(dir(batchtrim))

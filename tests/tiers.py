@@ -1,4 +1,4 @@
-"""Which members of a table of cases run by default: a few of each kind. The others are marked slow."""
+"""Choose the members of a table of cases that run by default, a few of each kind; the others are marked slow."""
 
 from __future__ import annotations
 

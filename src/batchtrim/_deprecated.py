@@ -30,6 +30,12 @@ def moved(name: str) -> Any:
     return getattr(importlib.import_module(home), name)
 
 
+def old_name(module: str, old: str, new: str) -> Any:
+    """Return what ``old`` in a module is called now; warns the caller of the module's ``__getattr__``."""
+    warnings.warn(f"{module}.{old} is removed in the next release: use {new}.", DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(module), new)
+
+
 def renamed(old: str, new: str) -> Callable[[type[T]], type[T]]:
     """Return a class decorator: ``old`` still works as the name of the argument and the attribute ``new``."""
 

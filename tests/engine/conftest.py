@@ -1,4 +1,4 @@
-"""What engine tests share."""
+"""Shared by the tests of engines."""
 
 from __future__ import annotations
 

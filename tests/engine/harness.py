@@ -1,4 +1,4 @@
-"""What every engine test shares: one way to run a few steps of training and note what came out."""
+"""Run a few steps of training, and note everything that two engines must agree in."""
 
 from __future__ import annotations
 

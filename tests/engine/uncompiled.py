@@ -1,4 +1,4 @@
-"""What tests put in the place of Inductor, which takes a C++ compiler and seconds each."""
+"""A stand-in for Inductor, which takes a C++ compiler and seconds a graph."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ __all__ = ["KeptRows", "can_be_cut", "cut", "gather", "put_back", "spread"]
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Which rows are kept.
+    """The rows that are kept.
 
     Attributes:
         rows: int64 (k,), in rising order; of tokens, their places in the losses of shape (batch, tokens).

@@ -25,10 +25,10 @@ class Mixes(Exception):
 
 @dataclass(frozen=True)
 class Axis:
-    """Where one row symbol lies: in dimension ``dim``, between factors ``outer`` and ``inner``.
+    """The place of one row symbol: dimension ``dim``, between factors ``outer`` and ``inner``.
 
-    ``outer`` is None where every row holds the same, so that any order of factors is right. ``lost`` is how many rows
-    a slice has taken off the end.
+    ``outer`` is None where every row holds the same, so that any order of factors is right. ``lost`` counts the
+    rows that a slice has taken off the end.
     """
 
     dim: int

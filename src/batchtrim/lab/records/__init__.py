@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from batchtrim.lab.files import CannotWrite, remove_parts, write_whole, writing
-from batchtrim.lab.records.rows import (
+from batchtrim.lab.records.line import (
     COSTS,
     DONE,
     SCHEMA,
