@@ -215,7 +215,7 @@ class KeepLog:
     def _check_nothing_apart(self) -> None:
         if self.distributed and self._pending:
             raise RuntimeError(
-                "expected nothing held back when a distributed log is read. Call end_epoch() on every rank."
+                "expected end_epoch() before a distributed log is read, got batches held back. Call it on every rank."
             )
 
     def _flush(self) -> None:
