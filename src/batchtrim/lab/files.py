@@ -1,4 +1,4 @@
-"""Small things that several rooms of the lab need: a TOML file read, a file written whole, a name looked up."""
+"""Helpers that several rooms of the lab need: read a TOML file, write a file whole, look up a name."""
 
 from __future__ import annotations
 

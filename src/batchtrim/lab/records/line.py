@@ -1,4 +1,4 @@
-"""A line of runs.jsonl: how it is written, what it has to hold, and what is said of one that is damaged."""
+"""Write, read and check a line of runs.jsonl, with the errors for a damaged one."""
 
 from __future__ import annotations
 

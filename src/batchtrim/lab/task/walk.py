@@ -1,4 +1,4 @@
-"""The images below a class folder, and what lies beside them: nothing is left out without being told."""
+"""Find the images below a class folder, and the files beside them: nothing is left out without a word."""
 
 from __future__ import annotations
 
