@@ -1,4 +1,4 @@
-"""What the trimmer call costs: against a bare topk, against a training step, and at import.
+"""Measure the cost of the trimmer call, against a bare topk, against a training step, and at import.
 
 python -m benchmarks.bench_core [--rounds 40] [--json out.json]
 """

@@ -1,4 +1,4 @@
-"""What it costs to decode and cache images of one's own: beside a bare Pillow loop on all cores, and peak memory.
+"""Measure how long decoding and caching own images takes, beside a bare Pillow loop on all cores, and its peak memory.
 
 python -m benchmarks.bench_decode [--images 5000] [--json out.json]
 

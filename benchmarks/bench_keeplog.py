@@ -1,4 +1,4 @@
-"""What a keep log costs: time of a training step with one and without, and bytes of a million samples.
+"""Measure the cost of a keep log: a training step with one and without, and the bytes of a million samples.
 
 ``python -m benchmarks.bench_keeplog [--json FILE]``. Steps are interleaved, so that what else the machine does falls on
 both alike. Aim: under 1 % of a resnet8 step, under 64 MiB for a million samples.

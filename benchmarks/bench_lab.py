@@ -1,4 +1,4 @@
-"""What the lab costs: its loop beside a bare one, a sweep's overhead a run, two workers against one.
+"""Measure the cost of the lab: its loop beside a bare one, its overhead a run, two workers against one.
 
 python -m benchmarks.bench_lab [--runs 200] [--json out.json]
 """

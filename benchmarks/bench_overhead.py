@@ -1,4 +1,4 @@
-"""What trimming adds to a step of each trainer, beside the same trainer without it.
+"""Measure how much trimming adds to a step of each trainer.
 
 ``python -m benchmarks.bench_overhead [--rounds N] [--json FILE]``. What trimming adds does not depend on the network,
 so it is measured where it shows: on steps of a network so small that a step is little but the trainer. Short runs with

@@ -1,5 +1,5 @@
-"""What the examples share: small real data (handwritten digits, and questions to classify where BATCHTRIM_DATA has
-them), and their arguments on the command line."""
+"""Shared by the examples: small real data (handwritten digits, and questions to classify if BATCHTRIM_DATA has them),
+and their arguments on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which engine computes which model of transformers right? Tiny random configurations, dropout on and off.
+"""Check which engine computes which model of transformers right: tiny configurations, with and without dropout.
 
     python -m studies.engine_sweep --out runs/engine-sweep                     # everything, resumable
     python -m studies.engine_sweep --out runs/engine-sweep --part 1/2          # one of two processes
@@ -45,7 +45,7 @@ from batchtrim.engine.auto import AutoEngine
 from batchtrim.engine.cost import Forecast
 from batchtrim.testing import check_engine
 from studies.hf_losses import seed
-from studies.hf_models import FAMILIES, Family, tiny_config
+from studies.hf_models import FAMILIES, Family, tiny_config, tiny_model
 from studies.time_limit import TooLong, time_limit
 
 PARAMETERS = 3_000_000  # above that a configuration did not come out tiny
@@ -164,15 +164,7 @@ def make(task: Task, kind: str, name: str, dropout: bool) -> tuple[nn.Module, li
     config = with_dropout(tiny_config(kind, task.table.labels), dropout)
     for key, value in task.table.options.items():
         setattr(config, key, value)
-    model_class = getattr(transformers, name)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
-    if size > PARAMETERS:
-        raise ValueError(f"{size} parameters: not tiny")
-    model = model_class(config).train()
-    with torch.no_grad():
-        for parameter in model.parameters():  # heads that start at zero, norms at one
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = tiny_model(name, config, PARAMETERS).train()
     return model, [_split(task, task.table.batch(size, config)) for size in SIZES]
 
 

@@ -1,4 +1,4 @@
-"""Is the loss that TrimmedTrainer finds the model's own? Over the model classes of transformers that take labels.
+"""Check that the loss TrimmedTrainer finds is the model's own, for the classes of transformers that take labels.
 
     python -m studies.hf_losses                          # all: about 10 minutes, results to stdout
     python -m studies.hf_losses --family ForCausalLM --only gpt2 llama
@@ -19,7 +19,6 @@ plain model does not run with the tiny configuration; that says nothing about ba
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 import re
 import sys
@@ -41,7 +40,7 @@ from batchtrim.engine.capture import uncompiled
 from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations._labels import loss_of
 from batchtrim.integrations._model_losses import ModelLosses
-from studies.hf_models import FAMILIES, Family, tiny_config
+from studies.hf_models import FAMILIES, Family, tiny_config, tiny_model
 from studies.time_limit import TooLong, time_limit
 
 PARAMETERS = 14_000_000  # above that a configuration did not come out tiny
@@ -55,16 +54,7 @@ def make(family: Family, kind: str, name: str, options: dict[str, Any]) -> tuple
     config = tiny_config(kind, family.labels)
     for key, value in options.items():
         setattr(config, key, value)
-    model_class = getattr(transformers, name)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
-    if size > PARAMETERS:
-        raise ValueError(f"{size} parameters")
-    model = model_class(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # heads that start at zero, norms at one
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model, family.batch(BATCH, config)
+    return tiny_model(name, config, PARAMETERS), family.batch(BATCH, config)
 
 
 def seed() -> None:

@@ -1,14 +1,16 @@
-"""Tiny configurations of transformers' models, and batches for their tasks."""
+"""Tiny configurations of transformers' models, the models, and batches for their tasks."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -138,6 +140,20 @@ def tiny_config(kind: str, labels: int | None) -> Any:
         if getattr(config, name, value) in (None, True):
             setattr(config, name, value)
     return config
+
+
+def tiny_model(name: str, config: Any, most: int) -> nn.Module:
+    """Return a model of a class, with its zeros and ones moved; ValueError if it has more than ``most`` parameters."""
+    model_class = getattr(transformers, name)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
+    if size > most:
+        raise ValueError(f"{size} parameters: not tiny")
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # heads that start at zero, norms at one
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
 
 
 def _made(maker: Any, settings: dict[str, Any]) -> Any:

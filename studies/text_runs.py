@@ -1,4 +1,4 @@
-"""Does trimming help on text: TREC's question kinds, a small transformer, through the Hugging Face Trainer.
+"""Compare methods on text: TREC's question kinds with a small transformer, through the Hugging Face Trainer.
 
     python -m studies.text_runs records/2026-11-24-trec/config.toml --out runs/trec [--data-dir DIR]
 

@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Shared by all tests."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ collect_ignore = ["typed_usage.py"]  # for the type checker: --doctest-modules w
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of garbage collections."""
+    """Leave what is imported by now out of garbage collections, and make them rare: a trace makes a million objects."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module")

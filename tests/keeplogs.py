@@ -1,4 +1,4 @@
-"""What tests of the keep log share: batches to record, and the same record as plain lists."""
+"""Batches for the tests of the keep log, and the same record as plain lists."""
 
 from __future__ import annotations
 

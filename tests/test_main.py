@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import subprocess
 import sys
+from collections.abc import Callable
+
+import pytest
 
 from batchtrim import __version__
+from batchtrim.__main__ import main
 
 
 def test_the_module_runs_the_command() -> None:
@@ -13,22 +18,45 @@ def test_the_module_runs_the_command() -> None:
     assert done.stdout == f"batchtrim {__version__}\n"
 
 
-def test_without_the_lab_extra_one_line_names_it() -> None:
-    code = "import sys; sys.modules['typer'] = None; from batchtrim.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "pip install 'batchtrim[lab]'" in done.stderr
-    assert "pip install -e '.[lab]'" in done.stderr
+class Fails(importlib.abc.MetaPathFinder):
+    """Fails when ``typer`` is looked for."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "typer":
+            raise self.error
 
 
-def test_ctrl_c_while_libraries_are_imported_is_no_traceback() -> None:
-    code = (
-        "import sys, builtins; from batchtrim.__main__ import main; there = builtins.__import__\n"
-        "def stop(name, *rest, **more):\n"
-        "    if name == 'typer': raise KeyboardInterrupt\n"
-        "    return there(name, *rest, **more)\n"
-        "builtins.__import__ = stop; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "\nstopped before anything had begun\n")
+@pytest.fixture
+def first_import(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], int]:
+    """Run the command as in a process that has not imported its libraries, and fails to; return its exit code."""
+
+    def run(error: BaseException) -> int:
+        for name in [name for name in sys.modules if name in ("typer", "batchtrim.lab.cli")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(sys, "meta_path", [Fails(error), *sys.meta_path])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code
+
+    return run
+
+
+def test_without_the_lab_extra_one_line_names_it(
+    first_import: Callable[[BaseException], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert first_import(ModuleNotFoundError("No module named 'typer'", name="typer")) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert "pip install 'batchtrim[lab]'" in told
+    assert "pip install -e '.[lab]'" in told
+
+
+def test_ctrl_c_while_libraries_are_imported_is_no_traceback(
+    first_import: Callable[[BaseException], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert first_import(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "\nstopped before anything had begun\n"

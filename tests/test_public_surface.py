@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import batchtrim
 
 OPTIONAL = (
     "lightning", "lightning_fabric", "pytorch_lightning", "transformers", "accelerate", "datasets", "ray", "sklearn",
-    "scipy", "matplotlib", "rich", "typer", "pandas", "pyarrow", "tensorboard",
+    "scipy", "matplotlib", "rich", "typer", "pandas", "pyarrow", "tensorboard", "PIL",
 )  # fmt: skip
 
 
@@ -22,24 +23,46 @@ def python(code: str, env: dict[str, str] | None = None) -> str:
     return run.stdout.strip()
 
 
-def brought_in(code: str) -> set[str]:
-    """Optional libraries that are loaded after ``code`` and were not after ``import torch``."""
-    listing = "sorted({name.partition('.')[0] for name in sys.modules})"
-    out = python(f"import sys, torch; before = set({listing}); {code}; print(*(set({listing}) - before))")
-    return set(out.split()) & set(OPTIONAL)
+STAGES = ("import batchtrim", "batchtrim.testing", "batchtrim.compat", "batchtrim.lab")
+HELP = """
+from typer.testing import CliRunner
+from batchtrim.lab import cli
+assert CliRunner().invoke(cli.app, ["compare", "--help"]).exit_code == 0
+"""
+HEAVY = "import scipy.special"
 
 
-def test_importing_brings_in_nothing_optional() -> None:
-    assert brought_in("import batchtrim, batchtrim.testing") == set()
+@pytest.fixture(scope="module")
+def brought_in() -> dict[str, set[str]]:
+    """For each stage of one fresh process, the modules that it loads beyond those of ``import torch``."""
+    lines = ["import sys, torch", "before = set(sys.modules)"]
+    for stage in (*STAGES, HELP, HEAVY):
+        lines += [stage, "print(*(set(sys.modules) - before))"]
+    told = python("\n".join(lines)).split("\n")
+    return {stage: set(line.split()) for stage, line in zip((*STAGES, HELP, HEAVY), told, strict=True)}
 
 
-def test_the_test_above_can_fail() -> None:
-    assert "scipy" in brought_in("import batchtrim, scipy.special")
+def optional(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules} & set(OPTIONAL)
 
 
-def test_submodules_come_when_asked_for() -> None:
-    code = "import sys, batchtrim; print('batchtrim.testing' in sys.modules, batchtrim.testing.check_engine.__name__, "
-    assert python(code + "batchtrim.compat.__name__)") == "False check_engine batchtrim.compat"
+@pytest.mark.parametrize("stage", STAGES)
+def test_importing_brings_in_nothing_optional(stage: str, brought_in: dict[str, set[str]]) -> None:
+    assert optional(brought_in[stage]) == set()
+
+
+def test_the_test_above_can_fail(brought_in: dict[str, set[str]]) -> None:
+    assert "scipy" in optional(brought_in[HEAVY])
+
+
+def test_help_needs_no_more_than_what_prints_it(brought_in: dict[str, set[str]]) -> None:
+    assert optional(brought_in[HELP]) <= {"rich", "typer"}
+
+
+def test_submodules_come_when_asked_for(brought_in: dict[str, set[str]]) -> None:
+    for before, stage in itertools.pairwise(STAGES):
+        assert stage not in brought_in[before]
+        assert stage in brought_in[stage]
     with pytest.raises(AttributeError, match="module 'batchtrim' has no attribute 'nothing'"):
         batchtrim.nothing
 
@@ -62,6 +85,18 @@ def test_names_that_moved_work_for_one_more_release(name: str, home: str) -> Non
     with pytest.warns(DeprecationWarning, match=re.escape(expected)) as warned:
         exec(compile(f"from batchtrim import {name}", __file__, "exec"), {})
     assert {warning.filename for warning in warned} == {__file__}
+
+
+def test_the_old_name_of_a_step_works_for_one_more_release() -> None:
+    from batchtrim.engine import batch
+
+    with pytest.warns(
+        DeprecationWarning, match=r"batchtrim\.engine\.batch\.Step is removed .* use StepResult"
+    ) as warned:
+        assert batch.Step is batch.StepResult
+    assert [warning.filename for warning in warned] == [__file__]
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        batch.nothing
 
 
 def test_completion_reads_like_a_table_of_contents() -> None:

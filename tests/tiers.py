@@ -1,4 +1,4 @@
-"""Which members of a table of cases run by default: a few of each kind. The others are marked slow."""
+"""Choose the members of a table of cases that run by default, a few of each kind; the others are marked slow."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pytest
 
 
 def few(names: Iterable[Any], default: Collection[Any]) -> list[Any]:
-    """Return one parameter for each name; those not in ``default`` are slow."""
+    """Return one parameter for each name, or several for a tuple; what is not in ``default`` is slow."""
     names = list(names)
-    missing = set(default) - set(names)
+    missing = [name for name in default if name not in names]
     assert not missing, f"no such cases: {missing}"
-    return [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    values = [name if isinstance(name, tuple) else (name,) for name in names]
+    marks = [() if name in default else pytest.mark.slow for name in names]
+    return [pytest.param(*each, marks=mark) for each, mark in zip(values, marks, strict=True)]
 
 
 def one_of_each(names: Iterable[str], kind: Callable[[str], Any], count: int = 1) -> list[str]:

@@ -1,4 +1,4 @@
-"""How the public names look to a type checker; test_packaging.py gives this file to one. It is never run."""
+"""Public names as a type checker sees them; test_packaging.py gives it this file. It is never run."""
 
 from typing import Any, assert_type
 

@@ -1,4 +1,4 @@
-"""The ``batchtrim`` command, and ``python -m batchtrim``: the lab's command line, or what is missing for it."""
+"""The ``batchtrim`` command and ``python -m batchtrim``: run the lab's command line, or name the missing extra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Argument checks. The only place where the sentences of error messages are built.
+"""Argument checks that several modules need, and the pieces of their messages.
 
 Every message reads ``expected <argument> <what was required>, got <what arrived>. <likeliest cause or cure>``.
 Checks read shapes, dtypes and Python values, never the contents of a tensor: that would force a device sync.

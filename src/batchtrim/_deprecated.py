@@ -1,4 +1,4 @@
-"""Forms of call that work for one more release, each with a DeprecationWarning. Nothing else may import from here."""
+"""Old forms of calls, which work for one more release with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def moved(name: str) -> Any:
         f"batchtrim.{name} is removed in the next release: use {home}.{name}.", DeprecationWarning, stacklevel=3
     )
     return getattr(importlib.import_module(home), name)
+
+
+def old_name(module: str, old: str, new: str) -> Any:
+    """Return what ``old`` in a module is called now; warns the caller of the module's ``__getattr__``."""
+    warnings.warn(f"{module}.{old} is removed in the next release: use {new}.", DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(module), new)
 
 
 def renamed(old: str, new: str) -> Callable[[type[T]], type[T]]:

@@ -1,4 +1,4 @@
-"""Gradient accumulation: trim the whole window of micro-batches, or each micro-batch, scaled right both ways.
+"""Gradient accumulation: trim a window of micro-batches as one batch, or each on its own, with the right scale.
 
 Legend: M micro-batches in a window (one optimizer step), n_m samples in micro-batch m, N their sum.
 """
@@ -30,7 +30,7 @@ __all__ = ["OVER", "accumulate", "first_pass", "join_losses", "select_window", "
 
 OVER = ("window", "micro")
 Batch = TypeVar("Batch")
-Found = TypeVar("Found")
+Outcome = TypeVar("Outcome")
 
 
 def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: str = "window") -> Iterator[Tensor]:
@@ -97,8 +97,8 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
 
 
 def first_pass(
-    model: nn.Module, batches: Sequence[Batch], forward: Callable[[Batch], Found], *, undo_buffers: bool = True
-) -> tuple[list[Found], list[GeneratorStates]]:
+    model: nn.Module, batches: Sequence[Batch], forward: Callable[[Batch], Outcome], *, undo_buffers: bool = True
+) -> tuple[list[Outcome], list[GeneratorStates]]:
     """Return ``forward(batch)`` of each micro-batch, without a graph, and the generators' state before it.
 
     Args:

@@ -1,4 +1,4 @@
-"""The clock of a trimmer: how far training is, and the keep fraction its schedule gives for that."""
+"""The clock of a trimmer: the progress of training, and the keep fraction of its schedule at that point."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ class Clock:
         if self._moves(self.total):
             warnings.warn(
                 f"expected at most total={self.total} calls of step(), got {self.steps}. The schedule is over, and "
-                f"{self.keep:.4g} of each batch is kept from here on. Does `total` count epochs, and step() "
-                "is called once a batch? Count both alike.",
+                f"{self.keep:.4g} of each batch is kept from here on. Does `total` count epochs "
+                "while step() is called once a batch? Count both alike.",
                 ClockPastTotal,
                 stacklevel=4,
             )

@@ -1,4 +1,4 @@
-"""The calls that scripts written for two other projects already make: to migrate, change the import.
+"""Drop-in replacements for the calls of two other projects: to migrate, change the import.
 
 From the author's code (hfassold/mbtrim)::
 
@@ -8,8 +8,8 @@ From sqwash::
 
     from batchtrim.compat import SuperquantileReducer, reduce_superquantile      # was: from sqwash import ...
 
-The results are the same but where the other project is at fault; each docstring lists those cases. What these calls
-lack, a :class:`batchtrim.Trimmer` has: steps as well as epochs, masks, statistics, all ranks, resuming.
+The results are the same, except where the other project is at fault; each docstring lists those cases. A
+:class:`batchtrim.Trimmer` has what these calls lack: steps as well as epochs, masks, statistics, all ranks, resuming.
 
 Legend: B batch, k kept, a and b the keep fractions of the first and the last epoch.
 """

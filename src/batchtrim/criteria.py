@@ -1,7 +1,7 @@
-"""The arguments, results and divisors of torch's criteria; and the proof for those of others.
+"""The arguments, results and divisors of torch's criteria, and a check of criteria that are not torch's.
 
-Most criteria average over all entries. The exceptions are handled here: cross-entropy divides by the class
-weights of the entries that count, CTC each sample by its target's length first.
+Most criteria average over all entries. The exceptions are handled here: cross-entropy divides by the class weights of
+the entries that count, and CTC first divides each sample by the length of its target.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Criterion:
         if values.ndim == 0:
             raise PassUnreducedLosses(
                 f"expected {self.name} to return one loss per sample, got (). "
-                "It averages by itself and takes no `reduction`. If it is a mean over samples, ask it one at a time: "
+                "It averages by itself and takes no `reduction`. If it is a mean over samples, call it for each: "
                 "per_sample(lambda outputs, targets: torch.stack([criterion(o[None], t[None]) for o, t in zip(outputs, "
                 "targets)])); otherwise give a criterion that can return un-reduced losses."
             )
@@ -177,7 +177,7 @@ class Criterion:
                 return self.given
             raise TypeError(
                 f"expected `criterion` in Python, got one of TorchScript, in which {sorted(settings)} cannot be set. "
-                "Give what was scripted, or script it with reduction='none'."
+                "Pass the criterion before it was scripted, or script it with reduction='none'."
             )
         if self._module is None:
             return functools.partial(self.given, **settings)

@@ -1,4 +1,4 @@
-"""Selection over all ranks: the samples one process would keep of the joined batch.
+"""Selection over all ranks: keep the samples that one process would keep of the joined batch.
 
 With ``scope="local"`` each rank trims its own part. DDP averages gradients over ranks, so that equals trimming the
 joined batch only where each rank's hardest samples happen to be the joint ones. With ``scope="global"`` every rank
@@ -17,8 +17,8 @@ Three collectives a call, entered by every rank whatever it holds:
 3. a checksum of the result, four numbers: rows, divisor and weights chosen. Whatever differs between ranks and did not
    show in the header (a rule without a ``repr``, a lambda, the state of a rule) shows here, before a loss is returned.
 
-The third costs one more round trip of 32 bytes a rank: three in a call where there were two.
-A rank that never comes ends the wait at the time limit of the process group, ``init_process_group(timeout=...)``.
+The third costs one more round trip of 32 bytes a rank. A rank that never comes ends the wait at the time limit of the
+process group, ``init_process_group(timeout=...)``.
 """
 
 from __future__ import annotations

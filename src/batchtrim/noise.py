@@ -1,9 +1,9 @@
 """Detect that trimming trains ever more on wrong labels: the counts of each epoch, and the rule that reads them.
 
-Two signs are looked for. Random wrong labels are contradicted by the network's surest predictions; people's mistakes,
-made where an image is hard to tell, rarely are. But both stay the hardest however often they are trained on, while on
-clean data training on the hardest samples makes others the hardest. The numbers below were chosen on runs with seeds 0
-and 1 and tried on others: ``studies/noise_warning.py``.
+There are two signs. First, the network's surest predictions contradict random wrong labels; they rarely contradict
+people's mistakes, which are made where an image is hard to tell. Second, samples with wrong labels of either kind stay
+the hardest however often they are trained on; on clean data, other samples become the hardest. The numbers below were
+chosen on runs with seeds 0 and 1 and tried on others: ``studies/noise_warning.py``.
 
 Legend: P entries of a log that are entered together.
 """

@@ -1,9 +1,9 @@
-"""From losses and a selection to one number.
+"""Reduce the losses of a selection to one number.
 
-Two scales: ``kept`` divides by the number kept, as in the paper: the step gets larger as fewer, harder samples are
-averaged. ``batch`` divides by the number there was to choose from: a sample weighs what it weighs in plain training.
+There are two scales. ``kept`` divides by the number kept, as in the paper: the step gets larger as fewer, harder
+samples are averaged. ``batch`` divides by the number of candidates: a sample weighs what it weighs in plain training.
 
-Sums, weights and divisors are held in float32 at least, whatever the losses' dtype; the result is in theirs.
+Sums, weights and divisors are computed in float32 at least. The result has the dtype of the losses.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Keep schedules: how large a part of each batch is kept, as training goes on.
+"""Keep schedules: the fraction of each batch to keep, as training goes on.
 
-A schedule is a plain callable from a number in [0, 1] to a keep fraction in (0, 1]. All but one are asked with
-``progress``, the part of training that is done; :class:`by_accuracy` is asked with the running training accuracy
-and says so by ``reads = "accuracy"``. Schedules hold no state: the clock lives in :class:`batchtrim.Trimmer`.
+A schedule is a plain callable from a number in [0, 1] to a keep fraction in (0, 1]. The number is ``progress``, the
+part of training that is done; only :class:`by_accuracy` takes the running training accuracy instead, and says so by
+``reads = "accuracy"``. Schedules hold no state: the clock is in :class:`batchtrim.Trimmer`.
 
 They are small frozen dataclasses with lower-case names, so that what ``repr`` prints is what one types.
 """

@@ -1,4 +1,4 @@
-"""Checks to run on your own model: does an engine compute what a plain step does?"""
+"""Check on your own model that an engine computes what a plain step does."""
 
 from __future__ import annotations
 

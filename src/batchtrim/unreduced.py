@@ -1,7 +1,7 @@
-"""Un-reduced losses, and what travels with them on the way to one number.
+"""Un-reduced losses, with the mask, weights and counts that their reduction needs.
 
 A criterion's own mean is ``sum(l) / D``: D the number of entries that count, or the sum of their class weights.
-Trimming keeps that: over the kept it is ``sum_kept(l) / D_kept``, so keep 1 gives the criterion's own value.
+Trimming does the same over the kept entries, ``sum_kept(l) / D_kept``, so keep 1 gives the criterion's own value.
 
 Legend: B batch, P further positions of a sample (pixels, tokens), j one of them.
 """

@@ -1,4 +1,4 @@
-"""What every engine test shares: one way to run a few steps of training and note what came out."""
+"""Run a few steps of training, and note everything that two engines must agree in."""
 
 from __future__ import annotations
 
@@ -81,3 +81,15 @@ def gradient(model: nn.Module) -> Tensor:
 
 def error(exact: Tensor, other: Tensor) -> float:
     return float((exact - other).norm() / exact.norm())
+
+
+def agree(exact: Run, shared: Run, tolerance: float = 1e-5) -> None:
+    """Two runs chose the same samples and trained on them alike, and left buffers and generators alike."""
+    assert shared.chosen == exact.chosen
+    torch.testing.assert_close(shared.losses, exact.losses, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(shared.gradients, exact.gradients, strict=True):
+        assert error(theirs, ours) <= tolerance
+    torch.testing.assert_close(shared.buffers, exact.buffers, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(shared.generators, exact.generators, strict=True):
+        assert torch.equal(ours, theirs)
+    assert shared.python == exact.python

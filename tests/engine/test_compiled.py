@@ -9,26 +9,21 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import zoo
 from harness import BATCH, error, gradient, train
-from torch import Tensor, fx, nn
-from torch.utils._sympy.printers import PythonPrinter
+from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.engine import inductor
-from batchtrim.engine.capture import any_strides, expression_of
 from batchtrim.errors import ApproximateGradient, EngineFallback
+from tiers import few
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, once a process
-    import torch._inductor.compile_fx
-
+pytestmark = pytest.mark.usefixtures("compiles")
 GROUP = lambda width: nn.GroupNorm(2, width)  # noqa: E731
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
@@ -37,51 +32,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
     "encoder": (lambda: zoo.Encoder(True, 0.0, 1), zoo.tokens),
     "time_major": (lambda: zoo.Encoder(False, 0.0, 1), zoo.tokens),
     "dropout": (lambda: zoo.Encoder(True, 0.2, 1), zoo.tokens),
+    "mlp_dropout": (lambda: zoo.Mlp(8, 0.3), zoo.vectors),
     "tied": (zoo.Tied, zoo.tokens),
     "batch_mean": (zoo.BatchMean, zoo.vectors),
     "batch_attention": (zoo.BatchAttention, zoo.vectors),
     "shuffled": (zoo.Shuffled, zoo.vectors),
     "counter": (zoo.Counter, zoo.vectors),
 }
-
-
-class Uncompiled:
-    """A graph that Inductor would compile, as it is."""
-
-    def __init__(self, graph: fx.GraphModule, *_: Any, **__: Any) -> None:
-        inductor.without_strides(graph)
-        assert any_strides(graph)
-        (output,) = graph.graph.find_nodes(op="output")
-        values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in output.args[0]]
-        written = PythonPrinter().doprint
-        self.graph = graph
-        self.output_strides = [
-            [written(expression_of(step)) for step in value.stride()] if isinstance(value, Tensor) else None
-            for value in values
-        ]
-
-    def __call__(self, args: list[Any]) -> Any:
-        given = list(args)
-        args.clear()
-        return self.graph(*given)
-
-
-@pytest.fixture(params=["graphs", pytest.param("inductor", marks=pytest.mark.slow)], autouse=True)
-def compiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Every compile of the engine's graphs in a test: True for a backward."""
-    torch._dynamo.reset()
-    found: list[bool] = []
-    if request.param == "graphs":
-        monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", Uncompiled)
-    compile_ = inductor.Inductor.compile
-
-    def counted(self: Any, *args: Any, backward: bool, **options: Any) -> Any:
-        found.append(backward)
-        return compile_(self, *args, backward=backward, **options)
-
-    monkeypatch.setattr(inductor.Inductor, "compile", counted)
-    yield found
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -120,15 +77,10 @@ def near(whole: list[Tensor], kept: list[Tensor], tolerance: float = 1e-5) -> No
 
 
 MIXING = ("batch_mean", "batch_attention", "shuffled")
-FEW = ("mlp", "dropout", "batch_mean")  # in every run; each takes seconds
+SAME_NUMBERS = [name for name in NETWORKS if "dropout" not in name]  # Inductor draws others
 
 
-def several(*without: str) -> list[Any]:
-    slow = pytest.mark.slow
-    return [name if name in FEW else pytest.param(name, marks=slow) for name in NETWORKS if name not in without]
-
-
-@pytest.mark.parametrize("name", several())
+@pytest.mark.parametrize("name", few(NETWORKS, ["mlp_dropout", "batch_mean"]))
 def test_equals_backward_on_all_rows(name: str, compiles: list[bool]) -> None:
     make, data = NETWORKS[name]
     step = stepper(compiled(make))
@@ -139,7 +91,7 @@ def test_equals_backward_on_all_rows(name: str, compiles: list[bool]) -> None:
     assert (step.engine.trace.mixing(True) is None) is (name not in MIXING)
 
 
-@pytest.mark.parametrize("name", several("dropout"))
+@pytest.mark.parametrize("name", few(SAME_NUMBERS, ["mlp"]))
 def test_equals_the_exact_engine_in_training(name: str, compiles: list[bool]) -> None:
     make, data = NETWORKS[name]
     exact = train(make, data, "exact", steps=4)
@@ -154,14 +106,16 @@ def test_equals_the_exact_engine_in_training(name: str, compiles: list[bool]) ->
         assert torch.equal(ours, theirs)
 
 
-def test_neither_another_k_nor_an_odd_last_batch_is_compiled_again(compiles: list[bool]) -> None:
-    model = compiled(lambda: zoo.Residual(GROUP))
+@pytest.mark.parametrize("name", few(["mlp", "group_norm"], ["mlp"]))
+def test_neither_another_k_nor_an_odd_last_batch_is_compiled_again(name: str, compiles: list[bool]) -> None:
+    make, data = NETWORKS[name]
+    model = compiled(make)
     trim = batchtrim.Trimmer(batchtrim.linear(0.9, 0.1), total=10)
     step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), trim, "shared")
     twin = copy.deepcopy(model)
     exact = batchtrim.TrimmedForward(twin, nn.CrossEntropyLoss(), batchtrim.Trimmer(1.0), "exact")
     for batch in (14, 14, 9, 14, 14, 9, 14, 5):
-        x, y = zoo.images(batch), torch.randint(0, 5, (batch,))
+        x, y = data(batch), torch.randint(0, 5, (batch,))
         model.zero_grad()
         twin.zero_grad()
         step(x, y).backward()
@@ -180,7 +134,7 @@ def test_one_row_and_nearly_all(compiles: list[bool]) -> None:
     assert compiles == [False, True]
 
 
-@pytest.mark.parametrize("approximate", [True, False])
+@pytest.mark.parametrize("approximate", few([True, False], [False]))
 def test_batch_norm_in_both_forms(approximate: bool, compiles: list[bool]) -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 32), nn.Linear(32, 5))
@@ -230,10 +184,10 @@ def test_autocast(compiles: list[bool]) -> None:
     assert compiles == [False, True]
 
 
-@pytest.mark.parametrize("shift", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("shift", few([False, True], [True]))
 def test_tokens(shift: bool, compiles: list[bool]) -> None:
     torch.manual_seed(0)
-    model = zoo.LanguageModel(30)
+    model = zoo.LanguageModel(30, layers=1)
     twin = copy.deepcopy(model)
     model.compile()
     loss = functools.partial(batchtrim.token_losses, shift=shift)
@@ -306,7 +260,9 @@ def test_what_inductor_does_not_compile_runs_operator_by_operator(monkeypatch: p
         assert error(theirs, ours) <= 1e-5
 
 
-def test_a_backward_that_is_not_compiled_runs_operator_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", few(["mlp", "group_norm"], ["mlp"]))
+def test_a_backward_that_is_not_compiled_runs_operator_by_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, data = NETWORKS[name]
     compile_ = inductor.Inductor.compile
 
     def forward_alone(self: Any, *args: Any, backward: bool, **options: Any) -> Any:
@@ -315,9 +271,9 @@ def test_a_backward_that_is_not_compiled_runs_operator_by_operator(monkeypatch: 
         return compile_(self, *args, backward=backward, **options)
 
     monkeypatch.setattr(inductor.Inductor, "compile", forward_alone)
-    exact = train(lambda: zoo.Residual(GROUP), zoo.images, "exact", steps=4)
+    exact = train(make, data, "exact", steps=4)
     with pytest.warns(EngineFallback, match="planted"):
-        shared = train(lambda: compiled(lambda: zoo.Residual(GROUP)), zoo.images, "shared", steps=4)
+        shared = train(lambda: compiled(make), data, "shared", steps=4)
     for ours, theirs in zip(shared.gradients, exact.gradients, strict=True):
         assert error(theirs, ours) <= 1e-5
 
@@ -359,7 +315,7 @@ def test_a_compiled_part_and_options(compiles: list[bool]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, of its own look at a loss
-@pytest.mark.parametrize("engine", ["shared", "auto", "two_pass"])
+@pytest.mark.parametrize("engine", few(["shared", "auto", "two_pass"], ["shared", "two_pass"]))
 def test_a_compiled_training_function(engine: str, outer: str) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 5)))
     twin = copy.deepcopy(model)

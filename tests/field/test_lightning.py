@@ -25,7 +25,7 @@ from batchtrim.errors import ChooseLength
 from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations.lightning import TrimmingCallback
 
-pytestmark = QUIET
+pytestmark = [pytest.mark.usefixtures("settled"), *QUIET]
 
 
 class AsDict(Plain):

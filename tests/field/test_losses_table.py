@@ -194,15 +194,19 @@ def test_what_was_asked_for_is_done(
                 loss.backward()
                 right.backward()
                 torch.testing.assert_close(leaf.grad.double(), reference.grad, rtol=tolerance, atol=tolerance)
-                means = torch.where(counted, e, 0.0).sum(1) / torch.where(counted, w, 0.0).sum(1).clamp(min=1e-9)
-                if reduction in ("sum", "batchmean"):
-                    means = torch.where(counted, e, 0.0).sum(1)
-                if ranked:
-                    means = given["rank_by"].double() if unit == "sample" else means
                 if unit == "sample" and kind.shape:
-                    lowest = means[kept.any(1)].min()
-                    highest = means[~kept.any(1) & counted.any(1)]
-                    assert not len(highest) or lowest >= highest.max() - 1e-6, "the hardest, by their mean"
+                    assert_hardest(reduction, e, w, counted, kept, given.get("rank_by"))
+
+
+def assert_hardest(reduction: str, e: Tensor, w: Tensor, counted: Tensor, kept: Tensor, rank_by: Tensor | None) -> None:
+    """The kept samples are the hardest by the mean of what counts, its sum, or what they were ranked by."""
+    ranks = torch.where(counted, e, 0.0).sum(1)
+    if reduction not in ("sum", "batchmean"):
+        ranks = ranks / torch.where(counted, w, 0.0).sum(1).clamp(min=1e-9)
+    if rank_by is not None:
+        ranks = rank_by.double()
+    highest = ranks[~kept.any(1) & counted.any(1)]
+    assert not len(highest) or ranks[kept.any(1)].min() >= highest.max() - 1e-6
 
 
 def assert_own(

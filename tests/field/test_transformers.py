@@ -118,6 +118,7 @@ def test_a_causal_model_by_whatever_name(kind: str, unit: str, tmp_path: Path) -
     assert_trained_as(causal(kind), data("causal", 5), tmp_path, trim_options={"unit": unit})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, at a graph break
 def test_a_compiled_model(tmp_path: Path) -> None:
     """Its loss has a standard form: it runs compiled."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,21 @@ def test_the_shared_engine_trains_as_the_plain_graph(case: str, tmp_path: Path) 
     torch.testing.assert_close(shared.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=near)
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
-@pytest.mark.parametrize("task", ["causal", "token"])
-def test_kept_tokens_under_the_shared_engine(task: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """It was refused: the trace took the sizes of the labels for others than those of the tokens."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "bf16": {"bf16": True},
+}
+
+
+@pytest.mark.parametrize(("task", "setting"), few(itertools.product(["causal", "token"], SETTINGS), []))
+def test_kept_tokens_under_the_shared_engine(task: str, setting: str, tmp_path: Path) -> None:
+    """It was refused: the trace took the sizes of the labels for others than those of the tokens.
+
+    By default test_gradient_is_the_hand_computed_one (integrations/test_transformers.py) has a case of it.
+    """
     unit = {"unit": "element"}
+    options = SETTINGS[setting]
     found = []
     for engine in (None, "shared"):
         trainer = train(

@@ -1,4 +1,4 @@
-"""How long to look: 60 examples a test by default, as many as BATCHTRIM_FUZZ says otherwise."""
+"""Set the number of examples: 60 a test by default, or as many as BATCHTRIM_FUZZ says."""
 
 from __future__ import annotations
 

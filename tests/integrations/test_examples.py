@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import launch
+from tiers import few
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BACKEND = {"backend": "aot_eager"}
@@ -54,7 +55,8 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
-@pytest.mark.parametrize("name", RUNS)
+# by default test_docs.py runs the same calls in docs/engines.md as 11_engine
+@pytest.mark.parametrize("name", few(RUNS, set(RUNS) - {"11_engine"}))
 def test_example_learns(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,6 +68,7 @@ def test_example_learns(
     assert load(name, monkeypatch)["main"](**options) >= least
 
 
+@pytest.mark.slow  # by default test_engine_in_the_training_step is run
 def test_lightning_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     example = load("05_lightning", monkeypatch)
     assert example["main"](4, example["FasterDigits"]) >= 0.85

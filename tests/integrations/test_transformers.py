@@ -19,13 +19,17 @@ import batchtrim
 from batchtrim.integrations._labels import Counting, shares
 from batchtrim.integrations.transformers import TrimmedTrainer
 from launch import run_ranks
+from tiers import few
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("settled")
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize(("task", "options"), CASES)
+STEPS = [(task, options, steps) for task, options in CASES for steps in (1, 4)]
+QUICK = [case for case in STEPS if "engine" not in case[1] or case[2] == 4]  # a trace takes seconds
+
+
+@pytest.mark.parametrize(("task", "options", "accumulation"), few(STEPS, QUICK))
 def test_gradient_is_the_hand_computed_one(
     task: str, options: dict[str, Any], accumulation: int, tmp_path: Path
 ) -> None:

@@ -12,6 +12,17 @@ import pytest
 
 Row = dict[str, Any]
 
+ENVIRONMENT: Row = {
+    "torch": "2.13.0",
+    "python": "3.11.2",
+    "batchtrim": "0.1.0",
+    "platform": "Linux x86_64",
+    "cpu": "A processor, 2 cores",
+    "threads": 1,
+    "device": "cpu",
+    "commit": "0123456789ab",
+}
+
 
 @pytest.fixture
 def make_row() -> Callable[..., Row]:
@@ -68,15 +79,6 @@ def _make_row(
             "lr": [0.001] * epochs,
             "seconds": [seconds * (e + 1) / epochs for e in range(epochs)],
         },
-        "environment": {
-            "torch": "2.13.0",
-            "python": "3.11.2",
-            "batchtrim": "0.1.0",
-            "platform": "Linux x86_64",
-            "cpu": "A processor, 2 cores",
-            "threads": 1,
-            "device": "cpu",
-            "commit": "0123456789ab",
-        },
+        "environment": dict(ENVIRONMENT),
         "started": "2026-01-02T03:04:05+00:00",
     }

@@ -256,17 +256,6 @@ def test_help_has_a_line_for_every_option(command: str) -> None:
         assert len(line.split("  ")[-1]) > 5, f"no help: {line!r}"
 
 
-def test_help_is_quick_and_needs_no_lab_library() -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from batchtrim.lab import cli\n"
-        "assert CliRunner().invoke(cli.app, ['compare', '--help']).exit_code == 0\n"
-        "heavy = {'datasets', 'sklearn', 'scipy', 'matplotlib', 'lightning_fabric', 'pyarrow', 'ray', 'pandas'}\n"
-        "print(sorted(heavy & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, workers: str) -> None:

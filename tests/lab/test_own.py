@@ -224,15 +224,3 @@ def test_summarize_takes_rows_of_records_and_of_a_table() -> None:
     (group,) = summarize(rows).groups
     assert group.arms[1].paired is not None
     assert group.arms[1].paired.moments.mean == pytest.approx(-0.01)
-
-
-def test_importing_the_lab_brings_nothing_heavy() -> None:
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, batchtrim, batchtrim.lab\n"
-        "assert not {'scipy', 'typer', 'rich', 'pyarrow', 'PIL', 'lightning_fabric'} & set(sys.modules)\n"
-        "batchtrim.lab.compare"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

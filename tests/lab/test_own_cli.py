@@ -81,7 +81,7 @@ def test_a_task_is_compared_in_a_process_of_its_own() -> None:
         ("import os\n    os._exit(3)", "its worker ended with exit code 3"),
         pytest.param("import sys\n    sys.exit(4)", "the task called exit(4)", marks=pytest.mark.slow),
         pytest.param("return 'done'", "got 'done'", marks=pytest.mark.slow),
-        ("raise ValueError('my own')", "ValueError: my own"),
+        pytest.param("raise ValueError('my own')", "ValueError: my own", marks=pytest.mark.slow),
         pytest.param("run.trim(1)", "expected `losses` to be a tensor, got 1", marks=pytest.mark.slow),
     ],
 )

@@ -18,15 +18,16 @@ A tour of the shared engine, in the order of a step:
 2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
    graph (which operators may run on kept rows?), by the rules of ``rules.py``, ``rules_shape.py`` and ``rules_nn.py``
    over the layouts of ``layout.py``. ``split.py`` makes two graphs of the backward, ``cost.py`` counts what that saves.
-   ``shared.py`` runs the model's own Python once, to hold the trace against it.
+   ``shared.py`` runs the model's own Python once, to check the trace against it.
 3. ``sliced.py``: forward; what it saves goes onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
 4. ``loss.backward()``: ``sliced.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
 
-``auto.py`` runs its first step that might pay with ``exact`` while ``cost.py`` counts it, and has a trace made as soon
-as 100 steps pay it back.
+``auto.py`` runs the first step that might pay with ``exact`` while ``cost.py`` counts it, and traces the model as soon
+as 100 steps would pay the trace back.
 
-Where the user compiled the model, the first step of a trace runs so, to be held against the model. From the second on
-``compiled.py`` runs it: ``inductor.py`` compiles the forward, and one function of all that 4. does, cutting included.
+If the user compiled the model, the first step of a trace still runs as above, to be checked against the model. From the
+second step on ``compiled.py`` runs it: ``inductor.py`` compiles the forward, and all of step 4, cutting included, as
+one function.
 
 ===============  =======================  =======================  ===================================================
 exception        raised by                caught by                what follows
@@ -38,7 +39,7 @@ CannotCompile    inductor.py              compiled.py              a warning; th
 EngineRefused    shared.py, two_pass.py   auto.py, or the caller   another engine; the state is as before
 ===============  =======================  =======================  ===================================================
 
-Ten words. *Row*: what is chosen, a sample or a token. *Kept*: chosen. *Layout*: where a tensor holds its rows. *Axis*:
+Glossary. *Row*: what is chosen, a sample or a token. *Kept*: chosen. *Layout*: where a tensor holds its rows. *Axis*:
 the dimension of one row symbol, and its factors. *Whole*: a value that belongs to no row; a part that runs on all.
 *Vanish*: to be zero in every row that is not kept. *Mixes*: makes one row of another. *Upper*, *lower*: backward above
 and below the first operator that mixes rows. *Pinned*: must be saved, for kept rows cannot compute it again. *Tape*:

@@ -123,7 +123,7 @@ class AutoEngine:
             self.saving = None
             _log.info(
                 "engine 'auto' goes on with 'exact': a trace of this model takes about %.1f s, and 100 steps %.1f s; "
-                "engine='shared' makes it all the same",
+                "engine='shared' makes it anyway",
                 self.forecast.trace,
                 100 * self.forecast.step,
             )
@@ -159,8 +159,8 @@ class AutoEngine:
             self._warned = True
             done = "goes on with the kept rows alone" if near else "is whole from the last BatchNorm on, which is exact"
             warnings.warn(
-                f"BatchNorm with its backward's means over the kept rows has a gradient of cosine {cosine:.3f} with "
-                f"the exact one here: backward {done}.",
+                f"taking the means of BatchNorm's backward over the kept rows gives a gradient of cosine {cosine:.3f} "
+                f"with the exact one: backward {done}.",
                 ApproximateGradient,
                 stacklevel=6,
             )

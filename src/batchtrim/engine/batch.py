@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim._checks import check_losses
+from batchtrim._deprecated import old_name
 from batchtrim.engine.rows import RowCutter, map_tensors, tensors_of
 from batchtrim.losses import Losses, flatten
 from batchtrim.reduction import reduce_kept
@@ -41,7 +42,10 @@ class StepResult(NamedTuple):
     approximate: str | None = None
 
 
-Step = StepResult  # its name until the next release
+def __getattr__(name: str) -> Any:
+    if name == "Step":
+        return old_name("batchtrim.engine.batch", name, "StepResult")
+    raise AttributeError(f"module 'batchtrim.engine.batch' has no attribute {name!r}")
 
 
 @dataclass

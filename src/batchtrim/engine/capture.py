@@ -1,6 +1,4 @@
-"""The file that touches what torch keeps private: capture a function as graphs, and run them.
-
-``inductor.py``, which has them compiled, is the only other one.
+"""Capture a function as graphs, and run them. Only this file and ``inductor.py`` use torch's private parts.
 
 ``torch.compile``'s front end traces model and loss together, with guards that trace anew when something in Python
 changes; AOTAutograd makes one joint graph of forward and backward of it. :class:`Capture` gives that graph to a planner

@@ -1,7 +1,7 @@
-"""A trace that runs compiled: its forward, and its backward of the kept rows with the cutting inside.
+"""A trace that runs compiled: its forward, and one backward that cuts to the kept rows and runs on them.
 
-Rows are taken where backward reads them, so that the compiler joins that to what follows and nothing is copied that is
-read once. Both are compiled when they first run, for every batch size and every k.
+Backward takes the rows where it reads them, so the compiler fuses that with what follows, and a tensor that is read
+once is not copied. Both are compiled when they first run, for every batch size and every k.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a step costs, counted from a trace's graphs, or from what ran before there is one.
+"""Count the cost of a step from a trace's graphs, or from the operators of a plain step before there is a trace.
 
-Nothing is timed, so that a run repeats. An operator costs the longest of its arithmetic and the memory it moves, and a
-share of time whatever it does. The machine's numbers are rough; what is decided by them is whether a step that cuts is
-cheaper than one that does not.
+Nothing is timed, so runs repeat. An operator costs a fixed time for its start, and the longer of its arithmetic and its
+memory traffic. The machine's numbers are rough; they only decide whether a step that cuts rows is cheaper than a plain
+one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Machine:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """Rough numbers of a device; of a CPU for the number of threads in use."""
+    """Return rough numbers of a device; for a CPU, by the number of threads in use."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return Machine(4e10 * threads, 6e9 * min(threads, 4), 6e-6)
@@ -54,14 +54,14 @@ class Cost:
     overhead: float = 0.0
 
     def ratio(self, q: float) -> float:
-        """Cost of a step that keeps q, over a plain step's."""
+        """Return the cost of a step that keeps q, relative to a plain step."""
         plain = self.forward + self.upper + self.lower
         step = self.forward + q * self.upper + self.lower + (1 + q) * self.cutting + self.overhead
         return step / plain if plain else math.inf
 
     @property
     def share(self) -> float:
-        """How much of a backward's work runs on the kept rows."""
+        """The share of a backward's work that runs on the kept rows."""
         return self.upper / (self.upper + self.lower) if self.upper else 0.0
 
 
@@ -119,7 +119,7 @@ def _seconds(name: str, args: Sequence[Any], inputs: Sequence[Any], output: Any,
 
 
 def cost_of(node: fx.Node, machine: Machine) -> float:
-    """Seconds an operator takes."""
+    """Return the seconds that an operator takes."""
     name = name_of(node.target)
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or name in _FREE:
         return 0.0

@@ -1,6 +1,6 @@
 """Take rows of a tensor, and put rows back among zeros.
 
-Kept rows run as a batch of k samples; kept tokens as one of k samples with one token each.
+Kept rows run as a batch of k samples; kept tokens run as a batch of k samples with one token each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["KeptRows", "can_be_cut", "cut", "gather", "put_back", "spread"]
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Which rows are kept.
+    """The rows that are kept.
 
     Attributes:
         rows: int64 (k,), in rising order; of tokens, their places in the losses of shape (batch, tokens).

@@ -92,8 +92,7 @@ class TrimmedForward:
         if isinstance(per_sample_loss, per_sample) and per_sample_loss.unit != trim.unit:
             raise ValueError(
                 f"expected `per_sample_loss` and `trim` to have one unit, got {per_sample_loss.unit!r} and "
-                f"{trim.unit!r}. "
-                "It is what is to be chosen: give both the same."
+                f"{trim.unit!r}. Give both the unit that is to be chosen."
             )
         batch_dim = check_count("batch_dim", batch_dim, minimum=0)
         self.forward = Forward(model, per_sample_loss, rank_by, batch_dim, trim.unit)

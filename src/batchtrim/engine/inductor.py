@@ -1,8 +1,8 @@
-"""The other file that touches what torch keeps private: have Inductor compile a trace's graphs.
+"""Compile a trace's graphs with Inductor. Only this file and ``capture.py`` use torch's private parts.
 
 A model that went through ``torch.compile`` runs compiled here too: the graphs of one trace become two functions, the
 forward and the backward of the kept rows, with symbols for the sizes that change, so that no batch size and no k is
-compiled anew. What Inductor assumes of these sizes is held against them before each call.
+compiled anew. Before each call, the sizes are checked against what Inductor assumed of them.
 """
 
 from __future__ import annotations

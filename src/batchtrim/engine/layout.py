@@ -1,4 +1,4 @@
-"""Where the rows of a batch lie in a tensor.
+"""The layout of a tensor: the dimensions along which it holds the rows of a batch.
 
 A row is what is chosen: a sample, or a token. A tensor holds rows along the dimensions of the symbols that count them:
 along ``s0`` (the batch size) for samples, along ``s0`` and the number of tokens for tokens. Where dimensions were
@@ -25,10 +25,10 @@ class Mixes(Exception):
 
 @dataclass(frozen=True)
 class Axis:
-    """Where one row symbol lies: in dimension ``dim``, between factors ``outer`` and ``inner``.
+    """The place of one row symbol: dimension ``dim``, between factors ``outer`` and ``inner``.
 
-    ``outer`` is None where every row holds the same, so that any order of factors is right. ``lost`` is how many rows
-    a slice has taken off the end.
+    ``outer`` is None where every row holds the same, so that any order of factors is right. ``lost`` counts the
+    rows that a slice has taken off the end.
     """
 
     dim: int

@@ -1,6 +1,6 @@
-"""Checks whether samples depend on one another, from the losses, gradients and NaN of a few rows.
+"""Check on a few rows, by their losses, gradients and NaN, that samples do not depend on one another.
 
-No proof, which only the graph gives: a check for the engine that runs models no graph was captured of.
+This is no proof, which takes the graph. It is for the engine that runs models of which no graph was captured.
 """
 
 from __future__ import annotations

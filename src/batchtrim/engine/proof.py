@@ -1,9 +1,10 @@
-"""Prove from a graph which of its operators give the same on the kept rows as on all of them.
+"""Prove from a graph which of its operators give the same on the kept rows as on all rows.
 
-Two walks. :func:`label` follows rows through the forward part of a joint graph and notes in every node where they lie.
-:func:`prove` walks the backward graph, the one that runs on kept rows, and tells for every node whether it may. A label
-of the forward need not be right for the proof to hold: saved tensors are cut along their labels, whatever they are,
-and every operator of the backward must then agree with them. So the forward may mix rows where no gradient follows.
+There are two walks. :func:`label` follows rows through the forward part of a joint graph and notes in every node where
+they lie. :func:`prove` walks the backward graph, the one that runs on kept rows, and tells for every node whether it
+may. A label of the forward need not be right for the proof to hold: saved tensors are cut along their labels, whatever
+they are, and every operator of the backward must then agree with them. So the forward may mix rows where no gradient
+follows.
 """
 
 from __future__ import annotations

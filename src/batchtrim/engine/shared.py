@@ -192,7 +192,7 @@ def refusal(forward: Forward) -> str | None:
     for name, module in forward.model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
-            return f"{what} is a script module and runs no operators one could see"
+            return f"{what} is a script module, whose operators cannot be seen"
         if isinstance(module, nn.SyncBatchNorm):
             return f"{what} shares statistics between processes inside the forward"
         if isinstance(module, nn.DataParallel):

@@ -1,4 +1,4 @@
-"""A backward graph in two: what runs on the kept rows, and what runs on all.
+"""Split a backward graph in two: the upper part runs on the kept rows, the lower part on all rows.
 
 The upper part, from the loss down, is proven to give the same on the kept rows; it reads saved tensors that were cut to
 them. The lower part begins where an operator mixes rows: gradients that go into it are put back among zeros for the

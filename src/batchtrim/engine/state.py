@@ -1,4 +1,4 @@
-"""Records and restores what a forward changes besides its result: generators, buffers, plain attributes, the batch.
+"""Record and restore what a forward changes besides its result: generators, buffers, plain attributes, the batch.
 
 An engine that runs the model's Python twice starts the second run from the state before the first, and leaves
 everything as the first one left it: as one plain step would have.

@@ -1,4 +1,4 @@
-"""An engine and a plain step side by side on two copies of a model: what `check_engine` runs."""
+"""Run an engine and a plain step side by side on two copies of a model, for `check_engine`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""From the one number that a model or a training step computes to one loss a sample, proven.
+"""Turn the one number that a model or a training step computes into one loss per sample, with proof.
 
 :class:`LossFinder` runs the model's own code under :class:`batchtrim.integrations._intercept.Recorder`, so the loss is
 what that code computes and nothing is guessed from names, configurations or the form of the labels. It checks that the
-losses add up to the model's own loss, and, the first time it sees a kind of batch and now and then after that, that
-each lies in the row of its sample. What does not is an error, and never another loss.
+losses add up to the model's own loss. The first time it sees a kind of batch, and now and then after that, it also
+checks that each loss lies in the row of its sample. If a check fails, it raises an error; it never returns another
+loss.
 
 Legend: B batch, t entries a sample, L the model's loss.
 """

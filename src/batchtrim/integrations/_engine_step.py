@@ -1,4 +1,4 @@
-"""A micro-batch of a TrimmedTrainer through an engine."""
+"""Run a micro-batch of a TrimmedTrainer through an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchtrim.distributed import world_size
 from batchtrim.engine import TrimmedForward
-from batchtrim.engine.batch import Step
+from batchtrim.engine.batch import StepResult
 from batchtrim.engine.capture import without_logging
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.integrations._forms import Form
@@ -33,7 +33,7 @@ class EngineStep:
 
     def __init__(self, losses: ModelLosses, trim: Trimmer, engine: str) -> None:
         self.losses, self.trim, self.engine = losses, trim, engine
-        self.last: Step | None = None
+        self.last: StepResult | None = None
         self._steps: dict[Form | None, TrimmedForward] = {}
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -57,7 +57,9 @@ class Forms:
         """Return the form of a batch's losses, or None where it has none."""
         trainer, labels = self.losses.trainer, self.labels(inputs)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not labels:
-            self.reason = "its parameters are sharded" if labels else "the batch has no labels that are called so"
+            self.reason = (
+                "its parameters are sharded" if labels else "the batch has no labels under the Trainer's names"
+            )
             return None
         kind = _kind(inputs)
         if kind in self._by_kind and self._by_kind[kind] is None:

@@ -57,7 +57,7 @@ class Counting:
         """Return 0-d int64."""
         labels = labels_of(batch, names)
         if not labels:
-            raise ValueError(f"expected batches with a tensor `labels`, got keys {sorted(batch)}. Name the labels so.")
+            raise ValueError(f"expected batches with a tensor `labels`, got keys {sorted(batch)}. Rename yours.")
         first = labels[0]
         if self.ignored is None or first.is_floating_point():
             return torch.tensor(len(first), device=first.device)

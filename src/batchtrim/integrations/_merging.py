@@ -1,4 +1,4 @@
-"""From the terms of a loss to one value for each thing there is to choose from.
+"""Merge the terms of a loss into one value for each sample or element to choose from.
 
 Legend: B batch, t entries a sample.
 """

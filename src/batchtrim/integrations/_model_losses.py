@@ -1,4 +1,4 @@
-"""The un-reduced losses of a Hugging Face batch: those of the model itself, or of a function of the user's."""
+"""The un-reduced losses of a Hugging Face batch: those of the model itself, or of the user's function."""
 
 from __future__ import annotations
 

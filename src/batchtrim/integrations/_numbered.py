@@ -1,4 +1,4 @@
-"""Row numbers that travel with a Trainer's batches: past its column filter and its collator, and not to the model."""
+"""Carry row numbers along with a Trainer's batches, past its column filter and collator, but not into the model."""
 
 from __future__ import annotations
 

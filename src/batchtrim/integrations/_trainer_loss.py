@@ -1,4 +1,4 @@
-"""The loss of a :class:`batchtrim.integrations.transformers.TrimmedTrainer`: found, chosen from, weighed.
+"""The loss of a :class:`batchtrim.integrations.transformers.TrimmedTrainer`: found, trimmed and weighted.
 
 Legend: W ranks, M micro-batches in a window (one optimizer step), n_rm entries of micro-batch m of rank r, N their sum.
 """

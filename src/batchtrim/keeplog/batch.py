@@ -1,4 +1,4 @@
-"""A batch as a log records it: checked, and packed so that many batches are entered together.
+"""A batch as a log records it: checked, and packed so that many batches are entered at once.
 
 Legend: n samples in the data set, B batch, C classes.
 """
@@ -117,7 +117,7 @@ def _as_tensor(ids: Any) -> Any:
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"expected `ids` to be integers, the samples' row numbers in the data set, got {describe(ids)}. Samples "
-            "that go by a name have a row all the same: rows = {name: row for row, name in enumerate(names)}."
+            "that go by a name need one too: rows = {name: row for row, name in enumerate(names)}."
         ) from None
 
 

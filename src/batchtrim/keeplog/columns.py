@@ -1,4 +1,4 @@
-"""The numbers of every sample, as columns of n + 1 rows: the last row takes what a mask leaves out.
+"""The numbers of every sample, as columns of n + 1 rows; the last row takes the entries that a mask leaves out.
 
 Legend: n samples in the data set, P entries that are entered together.
 """

@@ -1,4 +1,4 @@
-"""The sums of an epoch, and the line of history they become.
+"""The sums of an epoch, which become a line of history.
 
 Legend: P entries that are entered together, C classes.
 """

@@ -1,4 +1,4 @@
-"""The entries of all ranks, so that each rank holds the whole log."""
+"""Exchange the entries of all ranks, so that each rank holds the whole log."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The log itself. See the guide *See what was kept*.
 
-The numbers stay on the device the losses are on, 32 bytes a sample. Batches are held back and entered together a few
-dozen at a time, so a step pays for a copy of its losses and little else; nothing waits for the device before
+The numbers stay on the device of the losses, 32 bytes a sample. Batches are held back and entered a few dozen at a
+time, so a step pays for a copy of its losses and little else. Nothing waits for the device before
 :meth:`KeepLog.end_epoch` or a read.
 
 Legend: n samples in the data set, B batch, C classes.
@@ -215,7 +215,7 @@ class KeepLog:
     def _check_nothing_apart(self) -> None:
         if self.distributed and self._pending:
             raise RuntimeError(
-                "expected nothing held back when a distributed log is read. Call end_epoch() on every rank."
+                "expected end_epoch() before a distributed log is read, got batches held back. Call it on every rank."
             )
 
     def _flush(self) -> None:

@@ -1,4 +1,4 @@
-"""A log as a Parquet file: the table, and the history as metadata."""
+"""Write a log as a Parquet file and read it: its table, and its history as metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples in the order in which their labels are likely to be wrong."""
+"""Rank samples by how likely their labels are wrong."""
 
 from __future__ import annotations
 

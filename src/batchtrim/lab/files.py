@@ -1,4 +1,4 @@
-"""Small things that several rooms of the lab need: a TOML file read, a file written whole, a name looked up."""
+"""Helpers that several rooms of the lab need: read a TOML file, write a file whole, look up a name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import os
 import tomllib
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -115,7 +115,11 @@ def look_up(what: str, name: Any, table: Mapping[str, Entry], other: str = "") -
     raise ValueError(f"expected `{what}` to be one of {listed} got {name!r}.{nearest(name, table)}")
 
 
-def nearest(name: Any, names: Mapping[str, Any]) -> str:
-    """Return a hint at the nearest of ``names``, with a space before it; nothing where none is near."""
-    near = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
-    return f" Did you mean '{near[0]}'?" if near else ""
+def nearest(name: Any, names: Iterable[str], before: str = "") -> str:
+    """Return a hint at the nearest of ``names``, with a space before it; nothing where none is near.
+
+    Args:
+        before: what the user has to write before the name.
+    """
+    near = difflib.get_close_matches(name, list(names), n=1) if isinstance(name, str) else []
+    return f" Did you mean '{before}{near[0]}'?" if near else ""

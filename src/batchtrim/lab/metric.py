@@ -79,7 +79,7 @@ class Metric:
 
     @property
     def better(self) -> str:
-        """Which way is better: lower or higher."""
+        """Return the better direction: lower or higher."""
         return "higher" if self.higher_is_better else "lower"
 
     @property

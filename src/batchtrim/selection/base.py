@@ -1,4 +1,4 @@
-"""The result of a rule, and helpers that rules share: counting, ranking, leaving out what is masked."""
+"""The result of a rule, and helpers that rules share: counting, ranking, masking."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep what holds the loss: k follows from the batch, and what is dropped is bounded.
+"""Keep the samples that hold most of the loss: k follows from the batch, and the dropped share is bounded.
 
 Legend: n samples to choose from, s skipped, k kept, v_1 >= v_2 >= ... the losses by falling size.
 """

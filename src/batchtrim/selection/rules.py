@@ -1,4 +1,4 @@
-"""Rules whose k is a matter of the keep fraction, of a threshold or of a draw."""
+"""Rules whose k follows from the keep fraction, a threshold or a draw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only backward sees, random operators of their own form, batch statistics by hand."""
+"""Attacks that only backward shows, random operators of their own form, batch statistics by hand."""
 
 from __future__ import annotations
 

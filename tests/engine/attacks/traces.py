@@ -1,4 +1,4 @@
-"""What a trace may miss, and rows that lie in unusual places."""
+"""Attacks on the trace, and rows that lie in unusual places."""
 
 from __future__ import annotations
 

@@ -165,6 +165,7 @@ def test_a_log_without_predictions_or_classes_makes_a_page(tmp_path):
     assert _data(text)["n"] == 4
 
 
+@pytest.mark.slow
 def test_fifty_thousand_images(tmp_path):
     log, labels, _ = _log(50_000, 10, epochs=2, batch=512)
     images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)  # noise: what compresses worst

@@ -231,6 +231,7 @@ def test_long_lines_are_thinned_and_end_where_they_end():
     assert (thin.x[0], thin.x[-1]) == (0, 999)
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_in_ten_seconds(make_row, tmp_path):
     methods = ["full", "trim", "random", "ohem", "focal"]
     rows = [

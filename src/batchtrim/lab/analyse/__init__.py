@@ -1,1 +1,1 @@
-"""From recorded runs to verdicts: paired comparisons with intervals and tests, and claims judged by them."""
+"""Turn recorded runs into verdicts: paired comparisons with intervals and tests, and claims judged by them."""

@@ -1,4 +1,4 @@
-"""Names of groups and arms: short, and never the same for two."""
+"""Short and unique names of groups and arms."""
 
 from __future__ import annotations
 

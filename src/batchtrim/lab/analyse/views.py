@@ -1,4 +1,4 @@
-"""Errors at an equal budget that every run reached: the same backward samples, or the same training time."""
+"""Compare errors at a budget that every run reached: equal backward samples, or equal training time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of processes and threads for runs: the cores, unless the machine or the user sets fewer."""
+"""Choose the numbers of processes and threads for runs: the cores, unless the machine or the user sets fewer."""
 
 from __future__ import annotations
 

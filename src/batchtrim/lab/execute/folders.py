@@ -1,4 +1,4 @@
-"""The folder of a command that names none: named after what its runs share, and another where that is taken."""
+"""Choose the output folder of a command that names none, after the settings that its runs share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From settings with several values to the list of runs: from the command line, or from a TOML file.
+"""Expand settings with several values into the list of runs, from the command line or from a TOML file.
 
 dataset = ["cifar10", "cifar100"]    # a list is an axis: every value with every other
 methods = ["full", "trim", "small_loss"]

@@ -1,4 +1,4 @@
-"""Many runs: which are left to do, and who does them."""
+"""Schedule many runs: find those that are left to do, and hand them to workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by all ways of doing runs: the output folder, progress, and doing and recording one run.
+"""Shared by all ways of doing runs: the output folder, progress, and the doing and recording of one run.
 
 Whoever does a run claims it first and records it itself (on Ray the driver does both), so nothing that has finished
 hangs on the life of another process. A run that was interrupted, or that failed, goes on from its last checkpoint.
@@ -102,7 +102,7 @@ def attempt(
     """Claim a run, do it, record it.
 
     Returns:
-        Whether the run is over, and its row if it was done here. (False, None): another process is at it.
+        True if the run is over, and its row if it was done here; (False, None) if another process is doing it.
     """
     with records.claim(config.key) as mine:
         if not mine:

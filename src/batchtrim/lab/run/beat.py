@@ -1,4 +1,4 @@
-"""Signs of life inside an epoch: the first batch at once, then one every half second."""
+"""Report progress inside an epoch: the first batch at once, then every half second."""
 
 from __future__ import annotations
 

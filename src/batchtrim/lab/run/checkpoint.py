@@ -1,4 +1,4 @@
-"""A run's checkpoint on disk: whole or absent, read without running anything it says."""
+"""A run's checkpoint on disk: whole or absent, and read without running any code in it."""
 
 from __future__ import annotations
 

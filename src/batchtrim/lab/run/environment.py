@@ -1,4 +1,4 @@
-"""The environment of a run: versions, hardware, and the commit the package runs from."""
+"""The environment of a run: versions, hardware, and the commit of the package."""
 
 from __future__ import annotations
 

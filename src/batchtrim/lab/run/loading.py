@@ -1,4 +1,4 @@
-"""The data of a run, loaded once for all runs that share it, and looked at before the first one."""
+"""The data of a run, loaded once for all runs that share it, and checked before the first one."""
 
 from __future__ import annotations
 

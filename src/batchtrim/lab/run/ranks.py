@@ -1,7 +1,7 @@
-"""One run on several processes: who we are under ``torchrun``, which part of a batch is ours, sums over all.
+"""One run on several processes: our rank under ``torchrun``, our part of a batch, sums over all ranks.
 
-Started as ``torchrun --nproc-per-node 2 -m batchtrim.lab.cli train ...``. Each process draws what all draw, so their
-generators stay alike, and works on its own part of each batch; DistributedDataParallel averages the gradients.
+Started as ``torchrun --nproc-per-node 2 -m batchtrim.lab.cli train ...``. Every process draws the same numbers, so
+their generators stay alike, and works on its own part of each batch; DistributedDataParallel averages the gradients.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Ranks:
 
     @property
     def share(self) -> slice:
-        """Which entries of a batch are this process's: every ``world``-th, so that shares differ by one at most."""
+        """Return this process's entries of a batch: every ``world``-th, so that shares differ by one at most."""
         return slice(self.rank, None, self.world)
 
     def sum(self, *numbers: float, device: torch.device) -> list[float]:

@@ -1,4 +1,4 @@
-"""Checks before the first run: does the network fit the images and the memory, and the batch the data?"""
+"""Check before the first run that the network fits the images and the memory, and the batch the data."""
 
 from __future__ import annotations
 

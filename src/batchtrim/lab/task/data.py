@@ -40,7 +40,7 @@ class ReplaceFile(OSError):
 
 @dataclass(frozen=True)
 class Spec:
-    """Where a data set lives and what it looks like."""
+    """The place of a data set, its shape and its classes."""
 
     name: str
     classes: int

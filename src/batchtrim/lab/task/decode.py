@@ -1,7 +1,7 @@
-"""Images of any size and mode into one array of uint8 pixels: on all cores, written as they are decoded.
+"""Decode images of any size and mode on all cores into one array of uint8 pixels.
 
-Decoding runs in threads: Pillow lets go of the interpreter while it decodes and resizes, and threads share one memory.
-Pixels go to the file by their offset, so no more than the images at hand are held.
+Decoding runs in threads: Pillow releases the GIL while it decodes and resizes, and threads share one memory. Pixels are
+written to the file at their offset, so memory holds only the images at hand.
 
 n images, C channels, H and W pixels.
 """

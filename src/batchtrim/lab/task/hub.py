@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked once with a short wait, so that a machine without a connection hears of it at once."""
+"""Check once, with a short wait, that the Hugging Face hub answers, so that a machine without it is told early."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 @dataclass
 class Listing:
-    """Where N images are and what they show.
+    """The places of N images, and what they show.
 
     Attributes:
         names: of each image, to name it by. ``labels``: class names, or numbers. ``classes``: all names in order, where

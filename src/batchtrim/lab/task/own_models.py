@@ -9,7 +9,6 @@ default, as in ``hf:vit:hidden_size=64:num_hidden_layers=4``, or ``hf:FOLDER`` w
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim._checks import describe, import_extra
+from batchtrim.lab.files import nearest
 from batchtrim.lab.task.code import Code, YourCodeFailed, own_traceback
 
 __all__ = ["build_own", "check_own", "code_of", "is_own_model"]
@@ -116,14 +116,13 @@ def _configuration(name: str) -> tuple[Any, dict[str, Any]]:
         }
         kind = classes.get(architecture, architecture)
         if kind not in mapping:
-            near = difflib.get_close_matches(architecture, [*mapping, *classes], n=1)
-            hint = f"Did you mean 'hf:{near[0]}'?" if near else f"There are {', '.join(list(mapping)[:8])}, ..."
-            raise ValueError(f"expected an image classifier of transformers, got {name!r}. {hint}")
+            some = ", ".join(list(mapping)[:8])
+            hint = nearest(architecture, [*mapping, *classes], "hf:") or f" There are {some}, ..."
+            raise ValueError(f"expected an image classifier of transformers, got {name!r}.{hint}")
         config = transformers.AutoConfig.for_model(kind)
     for setting, value in given.items():
         if not hasattr(config, setting):
-            near = difflib.get_close_matches(setting, config.to_dict(), n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
+            hint = nearest(setting, config.to_dict())
             raise ValueError(f"expected a setting of {kind}'s configuration in {name!r}, got {setting!r}.{hint}")
         setattr(config, setting, value)
     return config, given

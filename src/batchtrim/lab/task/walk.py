@@ -1,4 +1,4 @@
-"""The images below a class folder, and what lies beside them: nothing is left out without being told."""
+"""Find the images below a class folder, and the files beside them: nothing is left out without a word."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Found", "check_link", "images_in"]
+__all__ = ["FolderContents", "check_link", "images_in"]
 
 
 @dataclass
-class Found:
-    """What lies below class folders.
+class FolderContents:
+    """The files below class folders.
 
     Attributes:
         images: files by their suffix, links that lead nowhere among them, which are told as broken images.
@@ -23,9 +23,9 @@ class Found:
     linked: list[Path] = field(default_factory=list)
 
 
-def images_in(folder: Path, suffixes: Collection[str]) -> Found:
-    """Return what lies below ``folder``; hidden files, and all in hidden folders, are left out."""
-    found = Found()
+def images_in(folder: Path, suffixes: Collection[str]) -> FolderContents:
+    """Return the files below ``folder``, without hidden files and all that hidden folders hold."""
+    found = FolderContents()
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue

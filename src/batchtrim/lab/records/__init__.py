@@ -10,36 +10,38 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from batchtrim._checks import describe, is_number
 from batchtrim.lab.files import CannotWrite, remove_parts, write_whole, writing
-from batchtrim.lab.metric import Metric
+from batchtrim.lab.records.line import (
+    COSTS,
+    DONE,
+    SCHEMA,
+    STATUSES,
+    ReplaceRecords,
+    Row,
+    check_result,
+    is_whole,
+    line_of,
+    parse_row,
+    whole_lines,
+)
 
-SCHEMA = 1
-DONE = ("finished", "diverged")
-STATUSES = (*DONE, "failed")
-COSTS = ("seconds", "seconds_eval", "samples_forward", "samples_backward", "steps")
+__all__ = [
+    "COSTS", "DONE", "SCHEMA", "STATUSES", "Records", "ReplaceRecords", "Row", "UseAnotherFolder", "check_result",
+    "read", "read_results", "torn",
+]  # fmt: skip
+
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would write \r\n
-# Keys name files (checkpoints, keep logs), so one from a file made elsewhere must not lead out of the folder.
-_KEY = re.compile(r"[0-9A-Za-z_-]{1,64}")
-
-Row = dict[str, Any]
 
 
 class UseAnotherFolder(ValueError):
     """The folder holds runs of another experiment; the message names the difference."""
-
-
-class ReplaceRecords(ValueError):
-    """A line of the record file is damaged; the message names it."""
 
 
 class Records:
@@ -83,8 +85,7 @@ class Records:
         Raises:
             OSError: the disk is full, or the file cannot be written; nothing of the row is left in it.
         """
-        short = {**row, "curve": _six_figures(row["curve"])} if "curve" in row else row
-        line = (json.dumps(_plain(short), allow_nan=False, separators=(",", ":")) + "\n").encode()
+        line = line_of(row)
         with writing(self.path), self._lock("append"):
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | BINARY, 0o644)
             try:
@@ -168,7 +169,7 @@ class Records:
         if start == size:
             return size
         rest = _read_at(file, size - start, start)
-        if _is_whole(rest):
+        if is_whole(rest):
             os.write(file, b"\n")
             return size + 1
         with self.path.with_suffix(".torn").open("ab") as torn:
@@ -189,8 +190,8 @@ class Records:
             file.seek(self._offset)
             text = file.read()
         ended = text[: text.rfind(b"\n") + 1]
-        for number, line in _lines(text):
-            row = _parse(line, self.path, self._line + number)
+        for number, line in whole_lines(text):
+            row = parse_row(line, self.path, self._line + number)
             self._rows.pop(row["key"], None)
             self._rows[row["key"]] = row
         self._offset += len(ended)
@@ -214,8 +215,8 @@ def read_results(path: str | Path) -> list[Row]:
 def _read(path: str | Path, check: Callable[[Row, str], None] = lambda row, place: None) -> list[Row]:
     path = _record_file(path)
     rows: dict[str, Row] = {}
-    for number, line in _lines(path.read_bytes()):
-        row = _parse(line, path, number)
+    for number, line in whole_lines(path.read_bytes()):
+        row = parse_row(line, path, number)
         check(row, f"{path}, line {number}")
         rows.pop(row["key"], None)
         rows[row["key"]] = row
@@ -226,44 +227,7 @@ def torn(path: str | Path) -> str:
     """Return where the record file ends in a piece of a run, as ``FILE, line N``; "" where it does not."""
     path = _record_file(path)
     *ended, rest = path.read_bytes().split(b"\n")
-    return f"{path}, line {len(ended) + 1}" if rest and not _is_whole(rest) else ""
-
-
-def check_result(row: Mapping[str, Any], place: str) -> None:
-    """Refuse a row that lacks what a comparison reads of it; ``place`` names it in the error."""
-    config = row.get("config")
-    finished = row.get("status") == "finished"
-    wrong = None
-    if not isinstance(config, Mapping) or not isinstance(config.get("method"), str):
-        wrong = "config.method", "a name", None
-    elif not isinstance(config.get("seed"), int) or isinstance(config["seed"], bool):
-        wrong = "config.seed", "a whole number", config.get("seed")
-    elif row.get("status") not in STATUSES:
-        wrong = "status", f"one of {', '.join(STATUSES)}", row.get("status")
-    elif finished:
-        wrong = _wrong_number(row, config)
-    for name in ("curve", "environment"):
-        if wrong is None and not isinstance(row.get(name) or {}, Mapping):
-            wrong = name, "a table", row[name]
-    if wrong is not None:
-        name, needed, got = wrong
-        raise ReplaceRecords(
-            f"expected the records to be as batchtrim writes them, with `{name}` {needed}, "
-            f"got {describe(got) if got is not None else 'none'} in {place}. "
-            "Remove that line, and its run is done again by the command that made it."
-        )
-
-
-def _wrong_number(row: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str, Any] | None:
-    """Return the number that a finished run lacks, with what it has to be; costs may be unknown of other programs."""
-    metric = Metric.of(config)
-    value = row.get(metric.field)
-    if metric.in_percent and not (_is_finite(value) and 0 <= value <= 1):  # type: ignore[operator]
-        return metric.field, "a number in [0, 1]", value
-    if not _is_finite(value):
-        return metric.field, "a number", value
-    named = {name: row.get(name) for name in COSTS if "metric" not in config or row.get(name) is not None}
-    return next(((name, "a number", cost) for name, cost in named.items() if not _is_finite(cost)), None)
+    return f"{path}, line {len(ended) + 1}" if rest and not is_whole(rest) else ""
 
 
 def _record_file(path: str | Path) -> Path:
@@ -278,25 +242,6 @@ def _record_file(path: str | Path) -> Path:
     if path.suffix != ".jsonl":
         raise ValueError(f"expected a folder of runs, or its runs.jsonl, got {path}.")
     return path
-
-
-def _lines(text: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield each line with its number from 1; the last counts without a newline too, if a whole run stands there."""
-    *ended, rest = text.split(b"\n")
-    yield from enumerate(ended, 1)
-    if rest and _is_whole(rest):
-        yield len(ended) + 1, rest
-
-
-def _is_whole(rest: bytes) -> bool:
-    try:
-        return isinstance(json.loads(rest), dict)
-    except ValueError:
-        return False
-
-
-def _is_finite(value: object) -> bool:
-    return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _read_cells(path: Path) -> list[Row]:
@@ -321,26 +266,6 @@ def _folders_near(path: Path) -> str:
     return f" There are runs in: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}." if found else ""
 
 
-def _parse(line: bytes, path: Path, number: int) -> Row:
-    try:
-        row = json.loads(line)
-        schema, _ = row["schema"], (row["config"]["method"], row["status"])
-        if not _KEY.fullmatch(row["key"]):
-            raise ValueError("no key that this package makes")
-    except (ValueError, KeyError, TypeError) as error:
-        start = line[:60].decode(errors="replace")
-        raise ReplaceRecords(
-            f"expected a run on each line of {path}, got {start!r} on line {number}. The file was changed by hand, or "
-            "damaged: remove that line, and its run is done again."
-        ) from error
-    if schema != SCHEMA:
-        raise ReplaceRecords(
-            f"expected rows of schema {SCHEMA} in {path}, line {number}, got {schema}. "
-            "Another release of batchtrim made it."
-        )
-    return row
-
-
 def _read_at(file: int, count: int, start: int) -> bytes:
     os.lseek(file, start, os.SEEK_SET)  # not os.pread, which Windows lacks
     return os.read(file, count)
@@ -356,26 +281,6 @@ def _end_of_last_line(file: int) -> int:
             return start + found + 1
         end = start
     return 0
-
-
-def _plain(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return value
-
-
-def _six_figures(value: Any) -> Any:
-    """Round to six figures: a run of many epochs is mostly curves, which need no more."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, Mapping):
-        return {name: _six_figures(each) for name, each in value.items()}
-    return [_six_figures(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _differing(there: list[Row], here: list[Row]) -> dict[str, tuple[Any, Any]]:

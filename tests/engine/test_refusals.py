@@ -1,0 +1,64 @@
+"""What the shared engine refuses, with the reason, and how `auto` goes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from harness import BATCH, agree, train
+from torch import nn
+
+import batchtrim
+from batchtrim.errors import EngineFallback, EngineRefused
+from tiers import few
+
+REFUSED = {
+    "layer_drop": (zoo.LayerDrop, zoo.vectors, "cannot be traced as one graph"),
+    "branching": (zoo.Branching, zoo.vectors, "[Dd]ata-dependent"),
+    "sparse": (zoo.Sparse, zoo.vectors, "sparse"),
+    "one_batch_size": (lambda: zoo.HardCoded(BATCH), zoo.vectors, "one batch size only"),
+    "lstm_dropout": (lambda: zoo.Recurrent(0.3), lambda batch: zoo.tokens(batch, 2), "random numbers in another order"),
+}
+
+
+QUICK = ("layer_drop", "branching", "sparse", "one_batch_size")
+
+
+@pytest.mark.parametrize("name", few(REFUSED, QUICK))
+def test_refuses_and_says_why(name: str) -> None:
+    make, data, reason = REFUSED[name]
+    with pytest.raises(EngineRefused, match=reason):
+        train(make, data, "shared")
+
+
+@pytest.mark.parametrize("name", few(REFUSED, ("layer_drop", "one_batch_size")))
+def test_auto_goes_on_exactly_with_one_warning(name: str) -> None:
+    make, data, reason = REFUSED[name]
+    exact = train(make, data, "exact")
+    with pytest.warns(EngineFallback, match=reason) as caught:
+        auto = train(make, data, "auto")
+    assert sum(issubclass(each.category, EngineFallback) for each in caught) == 1
+    assert auto.step.last.engine == "exact"
+    torch.testing.assert_close(auto.gradients, exact.gradients, rtol=0, atol=0)
+    agree(exact, auto, 0.0)
+    assert auto.step.trim.stats.compute() == exact.step.trim.stats.compute()
+
+
+@pytest.mark.slow  # by default test_testing.py has a report on one
+def test_contrastive_loss_is_refused_by_its_operator() -> None:
+    with pytest.raises(EngineRefused, match=r"aten\.\w+.* mixes rows"):
+        train(lambda: zoo.Mlp(8), zoo.vectors, "shared", loss=zoo.contrastive)
+
+
+def test_a_trace_that_is_not_the_model_is_refused_with_the_state_put_back() -> None:
+    """torch 2.13 traces a deque of limited length as one without a limit."""
+    torch.manual_seed(0)
+    model = zoo.Queue()
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+    for factor in (1, 3):  # 1, 1 + 2; then 2 + 3, for the queue has lost its 1: the trace says 1 + 2 + 3
+        step(x, y)
+        torch.testing.assert_close(step.last.outputs, model.a(x) * factor)
+    with pytest.raises(EngineRefused, match="its trace differs from the model"):
+        step(x, y)
+    assert list(model.queue) == [1, 2]
