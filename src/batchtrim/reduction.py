@@ -157,6 +157,8 @@ def reduce_mask(losses: Losses, kept: Tensor, scale: str) -> Tensor:
     Args:
         losses: of shape (B,). kept: bool (B,), True where kept.
     """
+    if losses.terms:
+        return torch.stack([reduce_mask(term, kept, scale) for term in losses.terms]).sum()
     values, total = losses.values, accumulator(losses.values)
     if losses.counts is not None:
         values = values * losses.counts
