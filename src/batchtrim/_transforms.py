@@ -30,13 +30,15 @@ def batched(tensor: Tensor | None) -> bool:
     return False
 
 
-def fixed_shapes(rule: object, losses: Losses, scores: Tensor) -> bool:
-    """True if only a form of fixed shapes will do: in a compiled function, and inside of torch.vmap.
+def fixed_shapes(rule: object, scope: str, losses: Losses, scores: Tensor) -> bool:
+    """True if a form of fixed shapes is needed and the rule has one: in a compiled function, and inside of torch.vmap.
 
     A rule whose k follows from the losses checks them, which torch.vmap cannot.
     """
-    if torch.compiler.is_compiling() or not transforming():
-        return torch.compiler.is_compiling()
+    if scope != "local" or not hasattr(rule, "compiled_mask"):
+        return False
+    if torch.compiler.is_compiling():
+        return True
     return (batched(losses.values) or batched(scores)) and not getattr(rule, "k_follows_losses", False)
 
 

@@ -160,7 +160,7 @@ class Trimmer:
             graph: dropped samples still cost their backward; :class:`batchtrim.TrimmedForward` saves that.
         """
         flat, scores = self._flatten(losses, rank_by, mask)
-        if self.scope == "local" and hasattr(self.rule, "compiled_mask") and fixed_shapes(self.rule, flat, scores):
+        if (torch.compiler.is_compiling() or transforming()) and fixed_shapes(self.rule, self.scope, flat, scores):
             return self._fixed(flat, scores)
         selection = self._choose(flat, scores, rank_by is None)
         if logged or self.log is not None:
@@ -345,7 +345,7 @@ class Trimmer:
         return flat, ranked.values.detach()
 
     def _choose(self, flat: Losses, scores: Tensor, ranked_by_itself: bool) -> Selection:
-        if not torch.compiler.is_compiling() and transforming():
+        if transforming() and not torch.compiler.is_compiling():
             settled_ones = settled(flat, scores, repr(self.rule))
             with outside():
                 return self._choose(*settled_ones, ranked_by_itself)

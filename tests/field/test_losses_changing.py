@@ -16,6 +16,8 @@ from batchtrim import Trimmer, per_sample
 class Own(nn.Module):
     """A criterion as people write them: a reduction, and a divisor of its own."""
 
+    weight: Tensor
+
     def __init__(self, weight: Tensor | None = None, reduction: str = "mean") -> None:
         super().__init__()
         self.register_buffer("weight", torch.ones(3) if weight is None else weight)
