@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,8 @@ class Recorder(TorchFunctionMode):
             if func in _UNREAD:
                 self.unread.append(func.__name__)
             return func(*args, **(kwargs or {}))
+        if func is F.l1_loss and "weight" in _SIGNATURES[func].parameters:
+            kwargs = {**(kwargs or {}), "weight": _local_of(F.l1_loss, "weight")}
         return _record(self, func, args, kwargs or {})  # pyright: ignore[reportCallIssue]
 
     def record(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
@@ -139,6 +142,14 @@ class Recorder(TorchFunctionMode):
         own = functools.partial(function, **given)
         self.calls.append(LossCall(function.__name__, values, leaf, target, ignored, counted, weights, divisor, own))
         return leaf.clone()  # which may be added to in place
+
+
+def _local_of(function: Any, name: str) -> Any:
+    """Return a local variable of a function that is being called: l1_loss does not pass its weight on to a mode."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals[name]
 
 
 @torch.compiler.disable
