@@ -73,7 +73,7 @@ class Clock:
             check_choice("length", length, LENGTHS)
         if saved is not None:
             saved = check_count("state['total']", saved)
-        if saved == self.total or not self._moves(saved, self.total):
+        if saved == self.total or not self.moves(saved, self.total):
             return self.total
         if length == "saved" and saved is not None:
             return saved
@@ -91,7 +91,7 @@ class Clock:
             "length='saved' goes on by the saved total and stays at the schedule's end beyond it."
         )
 
-    def _moves(self, *totals: int | None) -> bool:
+    def moves(self, *totals: int | None) -> bool:
         """Return True where the keep fraction changes with progress, over trainings of these lengths."""
         if not getattr(self.schedule, "needs_total", True):
             return False
@@ -99,7 +99,7 @@ class Clock:
 
     def _tell_overrun(self) -> None:
         self._told = True
-        if self._moves(self.total):
+        if self.moves(self.total):
             warnings.warn(
                 f"expected at most total={self.total} calls of step(), got {self.steps}. The schedule is over, and "
                 f"{self.keep:.4g} of each batch is kept from here on. Does `total` count epochs "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn._reduction import legacy_get_string
 from batchtrim._checks import describe
 from batchtrim.errors import PassUnreducedLosses
 
-__all__ = ["Criterion", "Generators", "check_values", "not_its_own", "same_shape"]
+__all__ = ["Criterion", "check_values", "not_its_own", "same_shape"]
 
 _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 _CTC = (nn.CTCLoss, F.ctc_loss)
@@ -42,7 +43,11 @@ _WAY_OUT = (
 )
 
 
-class Generators:
+# A criterion of more numbers than this (a network, a memory bank) is not copied and called again in every batch.
+_LIGHT = 1 << 16
+
+
+class _Generators:
     """The state of torch's generators, on the CPU and on the devices of some tensors."""
 
     def __init__(self, inputs: Sequence[Any]) -> None:
@@ -60,11 +65,11 @@ class Generators:
 class Criterion:
     """A criterion called without its reduction, and what it would have divided by.
 
+    What is set on a criterion module later (its reduction, its weights) counts from then on.
+
     Attributes:
         given: the criterion as it was given.
         call: the same with ``reduction='none'``.
-        reduction: the one asked for, "mean", "sum" or "batchmean"; None where the criterion has none, or "none".
-        ignore_index: the criterion's own, or None.
         classes: cross-entropy of class labels, with or without class weights.
         foreign: not one of torch's, so that its mean has to be looked at.
     """
@@ -90,15 +95,38 @@ class Criterion:
             getattr(known, "__module__", "") not in (nn.modules.loss.__name__, F.__name__) and not self.classes
         )
         legacy = [self._parameters.get(name) for name in _LEGACY]
-        asked = self._own("reduction") if legacy == [None, None] else legacy_get_string(*legacy, emit_warning=False)
-        self.reduction = _reduction(asked)
-        self.ignore_index = self._own("ignore_index")
-        settings: dict[str, Any] = {}
+        self._legacy = None if legacy == [None, None] else legacy_get_string(*legacy, emit_warning=False)
+        self._settings: dict[str, Any] = {}
         if self._has("reduction"):
-            settings = {"reduction": "none"} | ({} if legacy == [None, None] else dict.fromkeys(_LEGACY))
+            self._settings = {"reduction": "none"} | ({} if self._legacy is None else dict.fromkeys(_LEGACY))
         if ignore_index is not None and self.classes:
-            settings["ignore_index"] = self.ignore_index = ignore_index
-        self.call = self._with(settings)
+            self._settings["ignore_index"] = ignore_index
+        self.call = self._with(self._settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "call"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.call = self._with(self._settings)
+
+    @property
+    def reduction(self) -> str | None:
+        """The reduction asked for, "mean", "sum" or "batchmean"; None where the criterion has none, or "none"."""
+        return _reduction(self._own("reduction") if self._legacy is None else self._legacy)
+
+    @property
+    def ignore_index(self) -> int | None:
+        """The label that the criterion itself leaves out, or None."""
+        return self._settings.get("ignore_index", self._own("ignore_index"))
+
+    @property
+    def light(self) -> bool:
+        """True if the criterion costs little to copy and to call again, as far as can be told."""
+        if not isinstance(self.given, nn.Module):
+            return True
+        held = itertools.chain(self.given.parameters(), self.given.buffers())
+        return sum(each.numel() for each in held) <= _LIGHT
 
     def __call__(self, *inputs: Any) -> Tensor:
         """Return the un-reduced losses.
@@ -149,17 +177,24 @@ class Criterion:
             weights = weights[known]
         return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
 
-    def own_value(self, inputs: Sequence[Any], generators: Generators) -> Tensor | None:
-        """Return what the criterion as given makes of the inputs, or None where that is not one number.
+    def own_call(self, inputs: Sequence[Any]) -> Callable[[], Tensor | None]:
+        """Return what computes the criterion's own value of the inputs, or None where that is not one number.
 
-        Args:
-            generators: the state to draw from, that of the un-reduced call. State of the criterion stays as it is.
+        To be made before the un-reduced call, whose generators it draws from. The criterion's state stays as it is.
         """
-        criterion = copy.deepcopy(self.given) if isinstance(self.given, nn.Module) else self.given
-        with torch.no_grad(), torch.random.fork_rng(list(generators.devices)):
-            generators.restore()
-            value = criterion(*inputs)
-        return value if isinstance(value, Tensor) and value.ndim == 0 else None
+        generators = _Generators(inputs)
+        try:
+            criterion = copy.deepcopy(self.given) if isinstance(self.given, nn.Module) else self.given
+        except (RuntimeError, TypeError):  # it holds what cannot be copied, such as a loss with its graph
+            return lambda: None
+
+        def call() -> Tensor | None:
+            with torch.no_grad(), torch.random.fork_rng(list(generators.devices)):
+                generators.restore()
+                value = criterion(*inputs)
+            return value if isinstance(value, Tensor) and value.ndim == 0 else None
+
+        return call
 
     def _has(self, name: str) -> bool:
         return hasattr(self._module, name) if self._module is not None else name in self._parameters
@@ -181,10 +216,7 @@ class Criterion:
             )
         if self._module is None:
             return functools.partial(self.given, **settings)
-        module = copy.copy(self._module)
-        for name, value in settings.items():
-            setattr(module, name, value)
-        return module
+        return _set_apart(self._module, settings)
 
     def _check_inputs(self, inputs: Sequence[Any]) -> None:
         if self.classes and len(inputs) != 2:
@@ -232,6 +264,19 @@ def check_values(criterion: Criterion, values: Tensor, inputs: Sequence[Any], un
             f"expected one loss for each of {tensors[0].shape[0]} samples, got {describe(values)}. "
             "Keep the batch dimension first in what the criterion returns, or choose among elements: unit='element'."
         )
+
+
+def _set_apart(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    """Return a module that shares all of another's state, now and later, but for some settings of its own."""
+    kind = type(module)
+    own = type(kind.__name__, (kind,), {name: _constant(value) for name, value in settings.items()})
+    found = own.__new__(own)
+    object.__setattr__(found, "__dict__", vars(module))
+    return found
+
+
+def _constant(value: Any) -> property:
+    return property(lambda _: value)
 
 
 def _broadcast(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...] | None:

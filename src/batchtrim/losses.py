@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn  # noqa: F401  (nn for the examples)
 
 from batchtrim._checks import check_choice, check_losses, check_number, check_positive, check_within, describe
-from batchtrim.criteria import Criterion, Generators, check_values, not_its_own, same_shape
-from batchtrim.unreduced import UNITS, Losses, flatten
+from batchtrim._transforms import batched, plain, transforming
+from batchtrim.criteria import Criterion, check_values, not_its_own, same_shape
+from batchtrim.unreduced import UNITS, Losses, accumulator, flatten
+
+# How often the value of a criterion that is not cheap to call again is compared.
+_CHECK_EVERY = 100
 
 __all__ = ["UNITS", "Losses", "flatten", "focal", "per_sample", "superloss", "token_losses"]
 
@@ -23,10 +27,10 @@ __all__ = ["UNITS", "Losses", "flatten", "focal", "per_sample", "superloss", "to
 class per_sample:
     """Any criterion, without its reduction: ``per_sample(criterion)(outputs, targets) -> Losses``.
 
-    A criterion module is copied with ``reduction='none'``; a function that takes ``reduction`` (or a
-    ``functools.partial`` of one, or a module whose ``forward`` does) is called with ``'none'``; any other callable is
-    expected to return un-reduced losses itself. A compiled criterion runs as the Python that it was. The reduction that
-    was asked for is kept: trimmed with keep 1, the losses give the criterion's own value.
+    A criterion module is called with ``reduction='none'``, in the state that it has then; a function that takes
+    ``reduction`` (or a ``functools.partial`` of one, or a module whose ``forward`` does) is called with ``'none'``; any
+    other callable is expected to return un-reduced losses itself. A compiled criterion runs as the Python that it was.
+    The reduction that was asked for is kept: trimmed with keep 1, the losses give the criterion's own value.
 
     * "mean": class weights and the number of entries that count go along, so the divisor is the criterion's own.
     * "sum": the loss is the sum over what is kept, whatever the trimmer's scale.
@@ -48,8 +52,11 @@ class per_sample:
 
     Notes:
         Where nothing counts the loss is 0; torch's own mean is NaN there. A criterion that is not torch's and has a
-        reduction is called once more, as it was given, on the first batch (and on the first with ignored targets), and
-        its value compared: one sync of the device each.
+        reduction is called once more in every batch, as it was given and without a graph, and its value compared: it
+        may divide by weights that not every batch shows. On a CPU that is an error at once; on a device at the next
+        call, so that nothing waits. Where it holds more than 65,536 numbers (a network) only the first batch, the first
+        with ignored targets and every hundredth are compared; in a compiled function, and where it cannot be copied,
+        none is.
 
     Example:
         >>> criterion = per_sample(nn.CrossEntropyLoss())
@@ -63,44 +70,62 @@ class per_sample:
         self.unit = check_choice("unit", unit, UNITS)
         if ignore_index is not None and check_number("ignore_index", ignore_index) != ignore_index:
             raise ValueError("expected `ignore_index` to be a number that equals itself, got nan. Give a mask instead.")
-        self._asked = ignore_index is not None
+        self._asked = ignore_index
         self._criterion = Criterion(criterion, ignore_index)
-        self.criterion = self._criterion.call
-        self.ignore_index = self._criterion.ignore_index if ignore_index is None else ignore_index
-        self.reduction = self._criterion.reduction or "mean"
-        if self.reduction == "batchmean" and unit == "element":
-            raise ValueError(
-                "expected `reduction` 'mean' or 'sum' with unit='element', got 'batchmean', which divides by the "
-                "number of samples. Choose samples (unit='sample'), or make the criterion with reduction='mean'."
-            )
-        # whether the mean of a criterion that is not torch's was compared: plainly, and with entries left out
-        self._proven = [not self._criterion.foreign or self._criterion.reduction is None] * 2
+        # of a criterion that is not torch's: whether a batch was compared, plainly and with entries left out
+        self._seen, self._calls = [False, False], 0
+        self._late: tuple[Tensor, Tensor, Tensor] | None = None  # a comparison on a device, to be looked at later
+        self._check_unit()
+
+    @property
+    def criterion(self) -> Callable[..., Any]:
+        """The criterion without its reduction."""
+        return self._criterion.call
+
+    @property
+    def ignore_index(self) -> int | None:
+        """The target value that does not count, or None."""
+        return self._criterion.ignore_index if self._asked is None else self._asked
+
+    @property
+    def reduction(self) -> str:
+        """The criterion's own: "mean", "sum" or "batchmean"."""
+        return self._criterion.reduction or "mean"
 
     def __call__(self, *inputs: Any) -> Losses:
         """Return the un-reduced losses of a batch, ``(outputs, targets)`` or whatever the criterion takes."""
-        proving = not all(self._proven) and not torch.compiler.is_compiling()
-        generators = Generators(inputs) if proving else None
+        reduction = self._check_unit()
+        own = self._criterion.own_call(inputs) if self._to_compare() else None
         values = self._criterion(*inputs)
         check_losses(values, "criterion(outputs, targets)", allow_empty=True)
         check_values(self._criterion, values, inputs, self.unit)
         targets = inputs[1] if len(inputs) == 2 and isinstance(inputs[1], Tensor) else None
         mask = self._mask(values, targets)
         weights = None if targets is None else self._criterion.weights(targets, mask, values)
-        losses = Losses(values, mask, weights, reduction="mean" if self.reduction == "mean" else "sum")
+        losses = Losses(values, mask, weights, reduction="mean" if reduction == "mean" else "sum")
         if self.unit == "sample":
             losses = flatten(losses, "sample")
-        reduction = "sum" if self.reduction == "sum" else "mean"
-        losses = replace(losses, unit=self.unit, reduction=reduction)
-        if generators is not None:
-            self._prove(losses, mask, inputs, generators)
+        losses = replace(losses, unit=self.unit, reduction="sum" if reduction == "sum" else "mean")
+        if own is not None:
+            self._compare(losses, mask, own)
         return losses
+
+    def _check_unit(self) -> str:
+        """Return the reduction, which may have been set since the last call."""
+        reduction = self.reduction
+        if reduction == "batchmean" and self.unit == "element":
+            raise ValueError(
+                "expected `reduction` 'mean' or 'sum' with unit='element', got 'batchmean', which divides by the "
+                "number of samples. Choose samples (unit='sample'), or make the criterion with reduction='mean'."
+            )
+        return reduction
 
     def _mask(self, values: Tensor, targets: Tensor | None) -> Tensor | None:
         if self.ignore_index is None:
             return None
         if targets is not None and same_shape(targets, values):
             return (targets != self.ignore_index).reshape(values.shape)
-        if self._asked:
+        if self._asked is not None:
             got = "no targets" if targets is None else f"targets of shape {tuple(targets.shape)}"
             raise ValueError(
                 f"expected a target for each loss, of shape {tuple(values.shape)}, to apply ignore_index="
@@ -108,20 +133,39 @@ class per_sample:
             )
         return None
 
-    def _prove(self, losses: Losses, mask: Tensor | None, inputs: tuple[Any, ...], generators: Generators) -> None:
-        """Compare the criterion's own value, once plainly and once where entries are left out."""
-        masked = mask is not None and not bool(mask.all())
-        if self._proven[masked] or losses.values.numel() == 0:
+    def _to_compare(self) -> bool:
+        """Return True if the criterion's own value is to be compared in this call."""
+        if torch.compiler.is_compiling() or not self._criterion.foreign or self._criterion.reduction is None:
+            return False
+        self._calls += 1
+        return not all(self._seen) or self._calls % _CHECK_EVERY == 0 or self._criterion.light
+
+    def _compare(self, losses: Losses, mask: Tensor | None, own_call: Callable[[], Tensor | None]) -> None:
+        """Compare the criterion's own value with the mean of its un-reduced losses."""
+        late, self._late = self._late, None
+        if late is not None and bool(late[0]):
+            raise not_its_own(self._criterion.name, *late[1:])
+        if transforming() and batched(losses.values):
+            if not self._seen[0]:  # nothing can be read here
+                plain(losses.values, f"a first look at {self._criterion.name}, which may divide in a way of its own")
             return
-        own, ours = self._criterion.own_value(inputs, generators), losses.detach().mean()
-        if own is None or not own.isfinite():
+        if losses.values.numel() == 0 or (own := own_call()) is None:
             return
-        half = losses.values.dtype in (torch.float16, torch.bfloat16)
-        if not torch.allclose(own.double(), ours.double(), rtol=3e-2 if half else 1e-3, atol=1e-6):
+        with torch.no_grad():
+            total = accumulator(losses.values)
+            ours, size = losses.mean().to(total), replace(losses, values=losses.values.abs()).mean().to(total)
+            half = losses.values.dtype in (torch.float16, torch.bfloat16)
+            within = 3e-2 * size if half else 1e-3 * own.to(total).abs() + 1e-5 * size
+            apart = own.isfinite() & ((own.to(total) - ours).abs() > within)
+            if mask is not None and self._criterion.ignore_index != self.ignore_index:
+                apart &= mask.all()  # it does not know what was to be ignored
+        if not own.is_cpu and not transforming():
+            self._late = (apart, own, ours)
+        elif bool(apart):
             raise not_its_own(self._criterion.name, own, ours)
-        self._proven[masked] = True
-        if mask is None:
-            self._proven[True] = True
+        if not all(self._seen) and bool(own.isfinite()):
+            left_out = mask is not None and not bool(mask.all())
+            self._seen = [True, True] if mask is None else [True, self._seen[1] or left_out]
 
     def __repr__(self) -> str:
         return f"per_sample({self.criterion!r}, unit={self.unit!r}, ignore_index={self.ignore_index!r})"

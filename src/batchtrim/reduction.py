@@ -56,9 +56,12 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
     Returns:
         0-d, dtype of ``losses``. With everything kept and no weights: ``losses.mean()``, bit for bit.
     """
-    if weights is None and selection.weights is None and 0 < selection.k < selection.size and _dot_is_exact(losses):
-        shares = losses.new_zeros(selection.size)
-        loss = losses.dot(shares.index_fill_(0, selection.indices, 1.0 / _divisor(selection, scale)))
+    rows = selection.indices
+    if weights is None and selection.weights is None and 0 < rows.shape[0] < selection.size and _dot_is_exact(losses):
+        divisor = selection.normalizer if scale == "kept" else selection.batch_normalizer
+        if divisor is None:
+            divisor = rows.shape[0] if scale == "kept" else selection.candidates
+        loss = losses.dot(losses.new_zeros(selection.size).index_fill_(0, rows, 1.0 / divisor))
         # 0 * inf is NaN: where a dropped loss is not finite, or a kept one is NaN, take the way below
         value = loss.item()
         if value == value:
@@ -157,6 +160,8 @@ def reduce_mask(losses: Losses, kept: Tensor, scale: str) -> Tensor:
     Args:
         losses: of shape (B,). kept: bool (B,), True where kept.
     """
+    if losses.terms:
+        return torch.stack([reduce_mask(term, kept, scale) for term in losses.terms]).sum()
     values, total = losses.values, accumulator(losses.values)
     if losses.counts is not None:
         values = values * losses.counts
@@ -174,13 +179,6 @@ def reduce_mask(losses: Losses, kept: Tensor, scale: str) -> Tensor:
             dtype=total
         )
     return (summed / nonzero(number)).to(losses.values.dtype)
-
-
-def _divisor(selection: Selection, scale: str) -> float | Tensor:
-    """Return what a sum over the kept without weights is divided by."""
-    if scale == "batch":
-        return selection.candidates if selection.batch_normalizer is None else selection.batch_normalizer
-    return selection.k if selection.normalizer is None else selection.normalizer
 
 
 def _times(values: Tensor, weights: Tensor | None) -> Tensor:

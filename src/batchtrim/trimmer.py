@@ -21,6 +21,7 @@ from batchtrim._checks import (
     describe,
 )
 from batchtrim._deprecated import record_as_before, trimmer_log
+from batchtrim._transforms import fixed_shapes, outside, settled, transforming
 from batchtrim.choice import Choice
 from batchtrim.clock import Clock
 from batchtrim.distributed import select_over_ranks, world_size
@@ -28,7 +29,7 @@ from batchtrim.errors import NothingToChoose
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear
 from batchtrim.selection import Rule, Selection, hardest
-from batchtrim.selection.base import select_valid
+from batchtrim.selection.base import masked_choice, select_valid
 from batchtrim.stats import KeepStats
 from batchtrim.unreduced import UNITS, Losses, divisors, flatten
 
@@ -69,7 +70,8 @@ class Trimmer:
         seed: for rules that draw. The generator is the trimmer's own and part of :meth:`state_dict`.
 
     Attributes:
-        last: the last :class:`batchtrim.Choice`, to look at or to log; None before the first or after a compiled step.
+        last: the last :class:`batchtrim.Choice`, to look at or to log; None before the first, and after a compiled step
+            or one inside of ``torch.vmap``, which ``stats`` do not count either.
 
     Raises:
         ScheduleOutOfRange: the schedule leaves (0, 1] somewhere.
@@ -158,8 +160,8 @@ class Trimmer:
             graph: dropped samples still cost their backward; :class:`batchtrim.TrimmedForward` saves that.
         """
         flat, scores = self._flatten(losses, rank_by, mask)
-        if torch.compiler.is_compiling() and self.scope == "local" and hasattr(self.rule, "compiled_mask"):
-            return self._compiled(flat, scores)
+        if (torch.compiler.is_compiling() or transforming()) and fixed_shapes(self.rule, self.scope, flat, scores):
+            return self._fixed(flat, scores)
         selection = self._choose(flat, scores, rank_by is None)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim")
@@ -343,6 +345,10 @@ class Trimmer:
         return flat, ranked.values.detach()
 
     def _choose(self, flat: Losses, scores: Tensor, ranked_by_itself: bool) -> Selection:
+        if transforming() and not torch.compiler.is_compiling():
+            settled_ones = settled(flat, scores, repr(self.rule))
+            with outside():
+                return self._choose(*settled_ones, ranked_by_itself)
         if self.scope == "global" and world_size(self.process_group) > 1:
             return self._choose_jointly(flat, scores)
         selection = select_valid(self.rule, scores, self.keep, flat.mask, self.generator)
@@ -384,17 +390,7 @@ class Trimmer:
         self.stats.record(joined.values, joined.chosen)
         return selection
 
-    def _compiled(self, flat: Losses, scores: Tensor) -> Tensor:
-        """Return the loss with fixed shapes. Statistics are not recorded in a compiled step."""
+    def _fixed(self, flat: Losses, scores: Tensor) -> Tensor:
+        """Return the loss with fixed shapes. Statistics are not recorded: not in a compiled step, nor by vmap."""
         self.last = None  # not the choice of an earlier batch
-        mask = flat.mask
-        n: Tensor | int = scores.shape[0]
-        if mask is not None:
-            n = mask.sum()
-            scores = torch.where(mask, scores, float("-inf"))
-        kept = self.rule.compiled_mask(scores, self._keep_tensor, n)  # type: ignore[attr-defined]
-        if mask is not None:
-            kept &= mask
-        if flat.terms:
-            return torch.stack([reduce_mask(term, kept, self.scale) for term in flat.terms]).sum()
-        return reduce_mask(flat, kept, self.scale)
+        return reduce_mask(flat, masked_choice(self.rule, scores, self._keep_tensor, flat.mask), self.scale)

@@ -54,6 +54,12 @@ def follow(trim: Trimmer, now: int) -> None:
         trim.step(now - trim.steps)
 
 
+def put(trim: Trimmer, now: int, total: int) -> None:
+    """Set the clock, also to another total: where a trainer learns only while it runs how long that will be."""
+    trim._clock.steps, trim._clock.total = now, total
+    trim.step(0)
+
+
 def log_values(trim: Trimmer, mean: Callable[[Tensor], Any] | None = None) -> dict[str, float]:
     """Return the statistics since the last call, to log; none if there was no batch. Syncs the device.
 

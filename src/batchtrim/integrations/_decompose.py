@@ -85,6 +85,8 @@ class LossFinder:
         form = (kinds, batch > 1, getattr(loss, "dtype", None))
         self._calls += 1
         check = form not in self._proven or self._calls % _CHECK_EVERY == 0
+        if recorder.unread and not recorder.calls:
+            raise NotFound(f"it calls {' and '.join(sorted(set(recorder.unread)))}, whose losses cannot be read")
         parts = parts_of(loss, recorder.calls, check=check)
         sizes = label_sizes(labels, batch)
         rows = [rows_of(part.values, batch, sizes) for part in parts]

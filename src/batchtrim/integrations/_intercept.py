@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +30,14 @@ __all__ = ["LossCall", "LossPart", "NotFound", "Recorder"]
 _CLASSES = (F.cross_entropy, F.nll_loss)  # divide by the targets that count, weighted
 _ENTRIES = (  # divide by all entries
     F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
-    F.kl_div, F.soft_margin_loss, F.multilabel_soft_margin_loss, F.poisson_nll_loss,
+    F.kl_div, F.soft_margin_loss, F.multilabel_soft_margin_loss, F.poisson_nll_loss, F.gaussian_nll_loss,
+    F.hinge_embedding_loss, F.margin_ranking_loss, F.cosine_embedding_loss, F.multi_margin_loss,
+    F.multilabel_margin_loss,
 )  # fmt: skip
 _SIGNATURES = {function: inspect.signature(function) for function in (*_CLASSES, *_ENTRIES, F.ctc_loss)}
-_WEIGHTED_MEAN = (F.mse_loss, F.l1_loss, F.huber_loss)  # with `weight`, which newer torch has, a mean of another kind
+_WEIGHTED = (F.mse_loss, F.l1_loss)  # with `weight`, which newer torch has, divide by its sum
+# Those whose losses cannot be told apart by their target; told by name where nothing else was found.
+_UNREAD = {F.triplet_margin_loss, F.triplet_margin_with_distance_loss}
 
 
 class NotFound(ValueError):
@@ -46,7 +51,8 @@ class LossCall:
     Attributes:
         name: of the function. values: un-reduced, in float32 at least, with a graph. leaf: what the caller got.
         target: what it was called with. counted: bool, shape of ``values``; None where every entry counts.
-        weights: class weights already in ``values``, shape of ``values``, 0 where nothing counts; None without.
+        weights: weights already in ``values`` that the mean divides by, of classes or of ``mse_loss(weight=)``; shape
+            of ``values``, 0 where nothing counts; None without.
         divisor: D, where ``leaf`` is ``sum(values) / D``; None where ``leaf`` is un-reduced.
         own: makes the caller's own call again; holds its function and arguments.
     """
@@ -88,6 +94,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.smoothing = smoothing
         self.calls: list[LossCall] = []
+        self.unread: list[str] = []  # loss functions called that cannot be recorded
 
     def __enter__(self) -> Recorder:
         self._grad = torch.is_grad_enabled()
@@ -100,7 +107,11 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _SIGNATURES:
+            if func in _UNREAD:
+                self.unread.append(func.__name__)
             return func(*args, **(kwargs or {}))
+        if func is F.l1_loss and "weight" in _SIGNATURES[func].parameters:
+            kwargs = {**(kwargs or {}), "weight": _local_of(F.l1_loss, "weight")}
         return _record(self, func, args, kwargs or {})  # pyright: ignore[reportCallIssue]
 
     def record(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
@@ -108,8 +119,6 @@ class Recorder(TorchFunctionMode):
         bound = _SIGNATURES[function].bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        if function in _WEIGHTED_MEAN and given.get("weight") is not None:
-            return function(*args, **kwargs)
         if given.get("size_average") is not None or given.get("reduce") is not None:
             given["reduction"] = _reduction.legacy_get_string(given.pop("size_average"), given.pop("reduce"), False)
         of_classes = function in _CLASSES and not given["target"].is_floating_point()
@@ -121,6 +130,8 @@ class Recorder(TorchFunctionMode):
         dtype = values.dtype
         values = values.float() if dtype in (torch.float16, torch.bfloat16) else values
         counted, weights = entries(given, values.dtype) if of_classes else (None, None)
+        if function in _WEIGHTED and given.get("weight") is not None:
+            weights = given["weight"].detach().to(values.dtype).expand_as(values)
         divisor = _divisor(given["reduction"], values, counted, weights)
         plain = values.detach()
         leaf = (plain if divisor is None else plain.sum() / divisor).to(dtype, copy=True)
@@ -131,6 +142,14 @@ class Recorder(TorchFunctionMode):
         own = functools.partial(function, **given)
         self.calls.append(LossCall(function.__name__, values, leaf, target, ignored, counted, weights, divisor, own))
         return leaf.clone()  # which may be added to in place
+
+
+def _local_of(function: Any, name: str) -> Any:
+    """Return a local variable of a function that is being called: l1_loss does not pass its weight on to a mode."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals[name]
 
 
 @torch.compiler.disable

@@ -9,7 +9,7 @@ from batchtrim._checks import describe
 from batchtrim.keeplog import KeepLog
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["check_arguments", "check_free", "check_used"]
+__all__ = ["check_arguments", "check_free", "check_over", "check_used"]
 
 
 def check_arguments(log: Any, keep_log: Any, attribute: Any, intercept: bool, options: dict[str, Any]) -> None:
@@ -50,3 +50,16 @@ def check_used(module: Any, attribute: str, trim: Trimmer | None, keep_log: Keep
             f"expected {name}.training_step to record in the `keep_log`, got none in a whole epoch. "
             f"After self.{attribute}(losses) call self.keep_log.record(self.{attribute}.last, ids=ids)."
         )
+
+
+def check_over(trim: Trimmer, trainer: Any, unit: str) -> None:
+    """Warn if training ran to its end and the schedule did not."""
+    if trainer.should_stop or trim.progress >= 1.0 or (trim.total or 1) == 1 or not trim._clock.moves(trim.total):
+        return
+    warnings.warn(
+        f"expected training of {trim.total} {unit}s, which the schedule spans, got {trim.steps + 1}. The last batches "
+        f"were trained at keep {trim.keep:.4g}: training is shorter than its settings say (max_steps with "
+        "clock='epoch', a loader with fewer batches than its length, a batch with more optimizer steps than all "
+        "before it).",
+        stacklevel=2,
+    )

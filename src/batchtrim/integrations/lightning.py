@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from batchtrim._checks import check_choice, import_extra
-from batchtrim.integrations import CLOCKS, build, check_resume_length, follow, load_state, log_values
-from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_used
+from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values
+from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
@@ -49,8 +49,9 @@ class TrimmingCallback(Callback):
 
     Args:
         keep: the schedule.
-        clock: "epoch" or "step" (optimizer steps; training batches under manual optimization); by default steps where
-            ``max_steps`` is set, otherwise epochs.
+        clock: "epoch" or "step"; by default steps where ``max_steps`` is set, otherwise epochs. A step is an
+            optimizer's; under manual optimization a training batch, and with ``max_steps`` the steps that several
+            optimizers make in one batch are one.
         log: log ``trim/keep``, ``trim/kept``, ``trim/threshold``, ``trim/kept_loss``, ``trim/mean_loss`` and
             ``trim/ratio`` every ``log_every_n_steps`` and at the end of an epoch, averaged over ranks.
         attribute: the name on the module. Several callbacks have one each, and log under it.
@@ -68,7 +69,8 @@ class TrimmingCallback(Callback):
             of the first epoch, where nothing was recorded in ``keep_log``.
 
     Warns:
-        UserWarning: at the end of the first epoch, where the module never called its trimmer.
+        UserWarning: at the end of the first epoch, where the module never called its trimmer; at the end of training,
+            where that came before the schedule's end and nothing had stopped it early.
 
     Notes:
         A checkpoint holds the trimmer's state, rank 0's where there are several; with ``scope="local"`` and a rule that
@@ -103,6 +105,7 @@ class TrimmingCallback(Callback):
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # a tuner runs without callbacks, and the sanity check before training
             self.clock.max_epochs = trainer.max_epochs
+            self.trim, self._restored = None, None
             check_free(pl_module, self.attribute)
             setattr(pl_module, self.attribute, build(1.0, None, self.options))
             if self.keep_log is not None:
@@ -112,7 +115,7 @@ class TrimmingCallback(Callback):
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self.trim = build(self.keep, self.clock.total(trainer, pl_module), self.options)
         if self._restored is not None:
-            self._load(self._restored)
+            self._load(self._restored, trainer)
             self._restored = None
         self._logged_at, self._epochs = trainer.global_step, 0
         setattr(pl_module, self.attribute, self.trim)
@@ -122,17 +125,20 @@ class TrimmingCallback(Callback):
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         if self.interception is not None:
             self.interception.end()
+        if self.trim is not None and not self.clock.kept:
+            check_over(self.trim, trainer, self.clock.unit)
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
+        if self.interception is not None:
+            self.interception.end()
 
     def on_train_epoch_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         if self.trim is not None and self.clock.unit == "epoch":
-            follow(self.trim, self.clock.now(trainer, pl_module))
+            self.clock.follow(self.trim, trainer, pl_module)
 
     def on_train_batch_start(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
         if self.trim is not None and self.clock.unit == "step":
-            follow(self.trim, self.clock.now(trainer, pl_module))
+            self.clock.follow(self.trim, trainer, pl_module)
 
     def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  (set outside its class)
@@ -169,18 +175,14 @@ class TrimmingCallback(Callback):
         if self.trim is None:
             return {}
         log = {} if self.keep_log is None else {"keep_log": self.keep_log.state_dict()}
-        return {**self.trim.state_dict(), **log}
+        return {**self.trim.state_dict(), **self.clock.state_dict(), **log}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not state_dict:
-            return
-        if self.trim is not None:  # restored in the middle
-            self._load(state_dict)
-        else:
+        if state_dict:  # before training; on_train_start goes on from it
             self._restored = state_dict
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: dict[str, Any], trainer: LightningTrainer) -> None:
         assert self.trim is not None
         if self.keep_log is not None and "keep_log" in state:
             self.keep_log.load_state_dict(state["keep_log"])
-        load_state(self.trim, state, self.resume_length, "TrimmingCallback", self.clock.unit)
+        self.clock.load(self.trim, state, self.resume_length, trainer)

@@ -8,7 +8,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Rule", "Selection", "keep_count", "keep_count_tensor", "rank_mask", "select_valid", "top_indices"]
+__all__ = [
+    "Rule",
+    "Selection",
+    "keep_count",
+    "keep_count_tensor",
+    "masked_choice",
+    "rank_mask",
+    "select_valid",
+    "top_indices",
+]
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def rank_mask(scores: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
     """Return bool (n,), True for the k largest: :func:`top_indices` with tensor ``k`` and fixed shapes."""
     n = scores.shape[0]
     order = torch.argsort(scores, descending=True, stable=True)
-    ranks = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=scores.device))
+    ranks = torch.zeros_like(order).scatter(0, order, torch.arange(n, device=scores.device))
     return ranks < k if skip is None else (ranks >= skip) & (ranks < skip + k)
 
 
@@ -135,3 +144,10 @@ def select_valid(
         return Selection(valid, losses.shape[0], 0)
     chosen = rule(losses[valid], keep, generator)
     return Selection(valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, chosen.normalizer)
+
+
+def masked_choice(rule: Rule, losses: Tensor, keep: Tensor, mask: Tensor | None) -> Tensor:
+    """Return bool (n,), True where kept: :func:`select_valid` in fixed shapes, by a rule's ``compiled_mask``."""
+    if mask is None:
+        return rule.compiled_mask(losses, keep, losses.shape[0])  # type: ignore[attr-defined]
+    return mask & rule.compiled_mask(torch.where(mask, losses, float("-inf")), keep, mask.sum())  # type: ignore[attr-defined]

@@ -1,0 +1,188 @@
+"""The step clock by hand (Lightning#17958): several optimizers, ``max_steps``, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("lightning")
+sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
+
+from lightning.pytorch import Callback
+from lightning_cases import BATCH, QUIET, Module, data, loader, trainer
+from torch.utils.data import DataLoader
+
+import batchtrim
+from batchtrim.errors import ChooseLength
+from batchtrim.integrations.lightning import TrimmingCallback
+
+pytestmark = QUIET
+
+# which optimizers step in which batch: (optimizer, batch, number of optimizers) -> bool
+MODES: dict[str, Callable[[int, int, int], bool]] = {
+    "each": lambda k, n, of: True,
+    "in turn": lambda k, n, of: n % of == k,
+    "one in every fifth": lambda k, n, of: k == 0 or n % 5 == 4,
+    "all in every fourth": lambda k, n, of: n % 4 == 3,
+    "one from the third on": lambda k, n, of: k == 0 or n >= 3,
+}
+BATCHES = 4  # in an epoch
+
+
+class Stepping(Module):
+    """Steps its optimizers as a mode says, by Lightning's manual optimization."""
+
+    automatic_optimization = False
+
+    def __init__(self, mode: str, optimizers: int) -> None:
+        super().__init__()
+        self.goes, self.number = MODES[mode], optimizers
+        self.parts = nn.ParameterList([nn.Parameter(torch.zeros(6, 3)) for _ in range(optimizers)])
+
+    def training_step(self, batch: Any, index: int) -> None:
+        x, y = batch
+        self.keeps.append(round(self.trim.keep, 6))
+        self.manual_backward(self.trim(F.cross_entropy(x @ sum(self.parts), y, reduction="none")))
+        made = self.optimizers()
+        done = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        for k, optimizer in enumerate(made if isinstance(made, list) else [made]):
+            if self.goes(k, done, self.number):
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([part], lr=0.1) for part in self.parts]
+
+
+def trained(mode: str, optimizers: int, folder: Path, callback: TrimmingCallback | None = None, **limits: Any) -> Any:
+    module = Stepping(mode, optimizers)
+    trainer(folder, callback or TrimmingCallback(clock="step"), **limits).fit(module, DataLoader(data(), BATCH))
+    return module
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_steps": 12, "max_epochs": -1},
+        {"max_steps": 12, "max_epochs": 20},
+        {"max_steps": 100, "max_epochs": 3},
+        {"max_epochs": 3},
+        {"max_epochs": 3, "limit_train_batches": 3, "max_steps": 12},
+    ],
+    ids=lambda limits: " ".join(f"{name}={value}" for name, value in limits.items()),
+)
+@pytest.mark.parametrize("optimizers", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_last_batch_is_at_the_schedules_end(
+    mode: str, optimizers: int, limits: dict[str, Any], tmp_path: Path
+) -> None:
+    keeps = trained(mode, optimizers, tmp_path, **limits).keeps
+    assert (keeps[0], keeps[-1]) == (1.0, pytest.approx(0.2))
+    assert keeps == sorted(keeps, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "optimizers", "limits", "batches"),
+    [
+        ("each", 2, {"max_steps": 20, "max_epochs": -1}, 10),
+        ("each", 3, {"max_steps": 20, "max_epochs": -1}, 7),
+        ("in turn", 2, {"max_steps": 8, "max_epochs": -1}, 8),
+        ("each", 2, {"max_steps": 16, "max_epochs": 5}, 8),
+        ("each", 2, {"max_steps": 80, "max_epochs": 2}, 8),
+    ],
+)
+def test_every_batch_is_where_the_schedule_says(
+    mode: str, optimizers: int, limits: dict[str, Any], batches: int, tmp_path: Path
+) -> None:
+    keeps = trained(mode, optimizers, tmp_path, **limits).keeps
+    assert keeps == pytest.approx([1.0 - 0.8 * b / (batches - 1) for b in range(batches)], abs=1e-5)
+
+
+def test_a_window_accumulated_by_hand_is_one_step(tmp_path: Path) -> None:
+    keeps = trained("all in every fourth", 2, tmp_path, max_steps=6, max_epochs=-1).keeps
+    assert keeps == pytest.approx([1.0] * 4 + [0.6] * 4 + [0.2] * 4)
+
+
+def test_an_end_that_could_not_be_foreseen_is_said(tmp_path: Path) -> None:
+    """The first five batches make one step each, the last one three."""
+    with pytest.warns(UserWarning, match="expected training of 7 steps, which the schedule spans, got 5"):
+        trained("one in every fifth", 3, tmp_path, max_steps=7, max_epochs=-1)
+
+
+def test_epochs_that_max_steps_cuts_short(tmp_path: Path) -> None:
+    module = Module()
+    trainer(tmp_path, TrimmingCallback(clock="epoch"), max_epochs=10, max_steps=3 * BATCHES).fit(module, loader())
+    assert module.keeps[::BATCHES] == pytest.approx([1.0, 0.6, 0.2])
+    with pytest.warns(UserWarning, match="expected training of 10 epochs, which the schedule spans, got 2"):
+        trained("each", 2, tmp_path, TrimmingCallback(clock="epoch"), max_epochs=10, max_steps=16)
+
+
+class Saving(Callback):
+    """Saves in the middle of an epoch."""
+
+    def __init__(self, after: int, path: Path) -> None:
+        self.after, self.path = after, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.after - 1:
+            trainer.save_checkpoint(self.path)
+
+
+def resumed(
+    mode: str, folder: Path, limits: dict[str, Any], after: int, longer: dict[str, Any], **options: Any
+) -> tuple[list[float], list[float]]:
+    """Return the keeps that were to come after a checkpoint, and those of the training that went on from it."""
+    whole, fit = Stepping(mode, 2), trainer(folder, TrimmingCallback(clock="step"), **limits)
+    fit.callbacks.append(Saving(after, folder / "middle.ckpt"))  # type: ignore[attr-defined]
+    fit.fit(whole, loader())
+    module = Stepping(mode, 2)
+    again = trainer(folder, TrimmingCallback(clock="step", **options), **longer)
+    again.fit(module, loader(), ckpt_path=folder / "middle.ckpt", weights_only=True)
+    return whole.keeps[after:], module.keeps
+
+
+@pytest.mark.filterwarnings("ignore:.*resume.*:UserWarning")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("limits", [{"max_steps": 20, "max_epochs": -1}, {"max_steps": 20, "max_epochs": 6}])
+@pytest.mark.parametrize("after", [1, 6])
+def test_a_resumed_training_goes_on_where_it_was(mode: str, limits: dict[str, Any], after: int, tmp_path: Path) -> None:
+    whole, again = resumed(mode, tmp_path, limits, after, limits)
+    assert again == whole
+
+
+@pytest.mark.filterwarnings("ignore:.*resume.*:UserWarning")
+def test_resuming_with_more_steps(tmp_path: Path) -> None:
+    limits, longer = ({"max_steps": steps, "max_epochs": -1} for steps in (12, 16))
+    with pytest.raises(ChooseLength, match="as many steps, total=15, got total=11"):
+        resumed("each", tmp_path, limits, 4, longer)
+    whole, again = resumed("each", tmp_path, limits, 4, longer, resume_length="saved")
+    assert again == [*whole, *[pytest.approx(0.2)] * 2]
+    again = resumed("each", tmp_path, limits, 4, longer, resume_length="stretch")[1]
+    assert again == pytest.approx([1.0 - 0.8 * b / 7 for b in range(4, 8)], abs=1e-5)
+    again = resumed("each", tmp_path, limits, 4, {"max_epochs": 2}, resume_length="stretch")[1]
+    assert again == pytest.approx([1.0 - 0.8 * b / 7 for b in range(4, 8)], abs=1e-5), "counting batches"
+
+
+def test_a_callback_that_trains_twice_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    """Its trimmer of the first training took the checkpoint, and the second training's was a new one."""
+    callback = TrimmingCallback(0.5, select=batchtrim.uniform(), seed=3)
+    first = trainer(tmp_path, callback, max_epochs=1)
+    first.fit(Module(), loader())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    assert callback.trim is not None
+    drawn = callback.trim.generator.get_state()
+
+    class Looks(Module):
+        def on_train_batch_start(self, batch: Any, index: int) -> None:
+            self.seen = getattr(self, "seen", self.trim.generator.get_state())
+
+    module = Looks()
+    trainer(tmp_path, callback, max_epochs=2).fit(module, loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert torch.equal(module.seen, drawn)
