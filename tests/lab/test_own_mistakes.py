@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import math
+import os
+import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +239,136 @@ def test_settings_that_are_wrong_are_refused() -> None:
         compare(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"to take one argument, the run"):
         compare(lambda: None, out="here")  # type: ignore[arg-type, misc]
+
+
+class OwnBase(BaseException):
+    pass
+
+
+class WithoutText(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("error", [OwnBase("mine"), asyncio.CancelledError(), GeneratorExit(), WithoutText()])
+def test_whatever_a_task_raises_fails_its_run_alone(error: BaseException, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is no Exception ended the comparison; one without a text hid the lines it came from."""
+
+    def train(run: Run) -> dict[str, float]:
+        if run.method == "trim":
+            raise error
+        return calls()(run)
+
+    compare(train, ["full", "trim"], 1, epochs=2, threads=1, quiet=True, out="here")
+    told = capfd.readouterr().err
+    assert "raise error" in told
+    assert type(error).__name__ in told
+    assert [row["status"] for row in records.read("here")] == ["finished", "failed"]
+
+
+def test_ctrl_c_is_no_failed_run() -> None:
+    def train(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(train, ["full"], 1, epochs=2, threads=1, quiet=True, out="here")
+    assert not Path("here/runs.jsonl").exists()
+
+
+def test_what_led_to_an_error_is_told() -> None:
+    def train(run: Run) -> None:
+        try:
+            run.trim(1)
+        except TypeError as error:
+            raise ExceptionGroup("training failed", [RuntimeError("deep inside")]) from error
+
+    text = failing(train)
+    assert text.index("run.trim(1)") < text.index("direct cause") < text.index("training failed")
+    assert "deep inside" in text
+    assert "trimmer.py" not in text
+
+
+async def waits(run: Run) -> dict[str, float]:
+    return {"error": 0.5}
+
+
+def yields(run: Run) -> Any:
+    yield {"error": 0.5}
+
+
+@pytest.mark.parametrize(("function", "kind"), [(waits, "an async one"), (yields, "one that yields")])
+def test_functions_that_return_later_are_refused_before_the_first_run(function: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"to be a function that returns, got {kind}"):
+        compare(function, ["full"], 1, out="here")
+
+
+@pytest.mark.parametrize("value", [Decimal("0.5"), Fraction(1, 2)])
+def test_numbers_of_the_standard_library_are_results(value: Any) -> None:
+    train = lambda run: {"error": value}  # noqa: E731
+    assert compare(train, ["full"], 1, quiet=True, out="here").groups[0].arms[0].moments.mean == 0.5
+
+
+def test_what_a_task_does_to_the_process_does_not_reach_the_next_run() -> None:
+    """A default device, closed streams' stand-ins and warnings made errors stayed, for all runs and the report."""
+    state = (
+        lambda: torch.get_default_device(), torch.are_deterministic_algorithms_enabled, torch.is_anomaly_enabled,
+        np.geterr, lambda: (sys.stdout, sys.stderr), lambda: [each for each in warnings.filters if each[0] == "error"],
+        torch.get_float32_matmul_precision,
+    )  # fmt: skip
+    before, begun = [read() for read in state], []
+
+    def train(run: Run) -> dict[str, float]:
+        begun.append([read() for read in state])
+        found = calls()(run)
+        torch.set_default_device("meta")
+        torch.use_deterministic_algorithms(True)
+        torch.autograd.set_detect_anomaly(True, check_nan=False)
+        torch.set_float32_matmul_precision("medium")
+        np.seterr(all="raise")
+        sys.stdout = sys.stderr = io.StringIO()
+        warnings.simplefilter("error", ResourceWarning)
+        return found
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        before[5] = state[5]()
+        compare(train, ["full", "trim"], 1, epochs=2, threads=1, quiet=True, out="here")
+        assert begun == [before, before]
+        assert [read() for read in state] == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_that_a_task_forks_records_nothing() -> None:
+    def train(run: Run) -> dict[str, float]:
+        if run.method == "trim" and (child := os.fork()):
+            os.waitpid(child, 0)
+        return calls()(run)
+
+    compare(train, ["full", "trim"], 1, epochs=2, threads=1, quiet=True, out="here")
+    assert len(Path("here/runs.jsonl").read_text().splitlines()) == 2
+
+
+class LibraryThread(threading.Thread):
+    """As tqdm's monitor."""
+
+
+def test_threads_of_libraries_are_not_told_and_processes_are(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import multiprocessing
+
+    monkeypatch.setattr(LibraryThread, "__module__", "numpy")
+    left: list[Any] = []
+
+    def train(run: Run) -> dict[str, float]:
+        left.append(LibraryThread(target=time.sleep, args=(0.5,), name="monitor", daemon=True))
+        left.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,), name="mine"))
+        for each in left[-2:]:
+            each.start()
+        return calls()(run)
+
+    compare(train, ["full"], 1, epochs=2, threads=1, quiet=True, out="here")
+    for each in left[1::2]:
+        each.kill()
+        each.join()
+    assert records.read("here")[0]["notes"] == ["the task left 1 process running (mine)"]

@@ -1,4 +1,7 @@
-"""Runs on this machine: in this process, or in several that are replaced when they die."""
+"""Runs on this machine: in this process, or in several that are replaced when they die.
+
+Each worker leads a process group, where the system has groups: what the user's code starts in it ends with it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 from batchtrim.lab.execute.workplace import Tally, Workplace, attempt
 from batchtrim.lab.files import CannotWrite
@@ -18,7 +23,9 @@ from batchtrim.lab.run.task_config import AnyConfig
 
 # How long to wait before asking again for runs that another process has claimed, in seconds.
 ASK_AGAIN = 0.5
-# How long a worker whose line is closed may take to end, in seconds.
+# How long to wait between two looks at which workers live, in seconds.
+LOOK_EVERY = 1.0
+# How long a worker whose line is closed may take to end, in seconds: loggers of the user's send their last points.
 ENDING = 10.0
 
 
@@ -52,30 +59,82 @@ class _Worker:
         self.line, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, place), daemon=True)
         self.config: AnyConfig | None = None
-        self.process.start()
+        resource_tracker.ensure_running()  # starting it would let Ctrl-C through
+        with _ctrl_c_held_back():
+            self.process.start()
         other.close()
 
     def give(self, config: AnyConfig) -> None:
         self.config = config
         self.line.send(config)
 
+    def hear(self) -> tuple[str, Any] | None:
+        """Return what it says; None if it died."""
+        if not self.process.is_alive() and not self.line.poll():  # a child of its own may hold the other end open
+            return None
+        try:
+            return self.line.recv()
+        except (EOFError, ConnectionResetError):
+            return None
+
+    def end(self) -> None:
+        """Let it end by itself, with all that the user's code does at the end of a program."""
+        self.line.close()
+        self.process.join(ENDING)
+        if self.process.is_alive():  # a thread that the user's code left behind
+            self.stop()
+
     def stop(self) -> None:
+        """Kill it, with the processes that it started."""
         self.process.kill()
         self.process.join()
         self.line.close()
+        if hasattr(os, "killpg") and self.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach until they are ready to ignore it; here it comes a moment later."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _settle_in() -> None:
+    """Leave the parent's process group, and be a process that may have children: a task may load its data in them."""
+    os.dup2(2, 1)  # what a task prints is for people: standard output is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    if hasattr(os, "setsid"):
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    multiprocessing.current_process().daemon = False
+    multiprocessing.set_start_method(None, force=True)  # the system's own, as in a program of the user's
+
+
+def _vanish() -> None:
+    """End at once, with all children, as if killed."""
+    if hasattr(os, "killpg"):
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+    os._exit(1)
 
 
 def _work(line: Connection, place: Workplace) -> None:
     """Work until the parent is done, or gone: its end of the pipe then closes."""
-    os.dup2(2, 1)  # what a task prints is for people: standard output is the parent's
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    _settle_in()
     records = Records(place.out)
 
     def tell(what: str, news: object) -> None:
         try:
             line.send((what, news))
         except OSError:  # the parent is dead: leave the run to whoever goes on, and no trace of a failure
-            raise SystemExit from None
+            _vanish()
 
     while True:
         try:
@@ -89,21 +148,21 @@ def _work(line: Connection, place: Workplace) -> None:
 
 
 def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: int, retries: int) -> None:
-    crew = [_Worker(place) for _ in range(workers)]
+    crew: list[_Worker] = []
     try:
+        crew += (_Worker(place) for _ in range(workers))
         while tally.left or any(worker.config for worker in crew):
             for worker in crew:
                 if worker.config is None and tally.left:
                     with contextlib.suppress(BrokenPipeError):  # it died: its line says so below
                         worker.give(tally.left.popleft())
             turned_away = []
-            for line in wait([worker.line for worker in crew if worker.config]):
-                worker = next(each for each in crew if each.line is line)
-                try:
-                    what, news = worker.line.recv()
-                except (EOFError, ConnectionResetError):
+            for worker in _heard(crew):
+                told = worker.hear()
+                if told is None:
                     crew[crew.index(worker)] = _replace_dead(worker, tally, records, place, retries)
                     continue
+                what, news = told
                 assert worker.config is not None
                 if what == "epoch":
                     tally.tell(worker.config, news)
@@ -119,9 +178,19 @@ def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: 
             if turned_away:
                 tally.left.extend(turned_away)
                 time.sleep(ASK_AGAIN if len(turned_away) == len(tally.left) else 0.0)
-    finally:
+    except BaseException:
         for worker in crew:
             worker.stop()
+        raise
+    for worker in crew:
+        worker.end()
+
+
+def _heard(crew: list[_Worker]) -> list[_Worker]:
+    """Wait for workers that say something, or that died."""
+    busy = [worker for worker in crew if worker.config]
+    ready = wait([worker.line for worker in busy], timeout=LOOK_EVERY)
+    return [worker for worker in busy if worker.line in ready or not worker.process.is_alive()]
 
 
 def _replace_dead(worker: _Worker, tally: Tally, records: Records, place: Workplace, retries: int) -> _Worker:

@@ -22,7 +22,10 @@ CURVES = (
 
 def error_line(error: BaseException) -> str:
     """Return an error as one line, cut off where it is too long; one in the user's code keeps its traceback."""
-    text = f"{type(error).__name__}: {error}"
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:  # an error of the user's own, whose text raises another
+        text = f"{type(error).__name__} without a text that can be read"
     return (text if isinstance(error, YourCodeFailed) else " ".join(text.split()))[:LONGEST]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from batchtrim import KeepLog, Losses, Selection, TrimmedForward
-from batchtrim._checks import check_count, describe, plain
+from batchtrim._checks import check_count, describe, is_number, plain
 from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.run.task_config import TaskConfig
@@ -189,11 +190,13 @@ class Run:
 
 
 def as_number(name: str, value: Any) -> float:
-    """Return a number, a NumPy scalar or a tensor of one entry as a float, or raise an error that names it."""
+    """Return a number of any kind, or a tensor or array of one entry, as a float, or raise an error that names it."""
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value) and not isinstance(value, Decimal):
         raise TypeError(f"expected `{name}` to be a number, got {describe(value)}.")
     try:
         return float(value)
     except OverflowError:
-        return math.inf
+        return math.inf if value > 0 else -math.inf
+    except ValueError:  # Decimal's signalling NaN
+        return math.nan

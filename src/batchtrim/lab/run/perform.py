@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import random
-import threading
+import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from batchtrim._checks import describe
 from batchtrim.lab.metric import Metric
@@ -23,6 +20,7 @@ from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import error_line
 from batchtrim.lab.run.handle import OnEpoch, Run, TaskMistake, as_number
+from batchtrim.lab.run.process import Seen, as_it_was
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.task.code import own_traceback
 
@@ -47,14 +45,15 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
 
     Notes:
         torch, NumPy and ``random`` are seeded with the run's seed, and what the function changes of the process (random
-        state, threads, default dtype, gradient mode, working folder) is put back.
+        state, threads, default dtype and device, modes of torch and NumPy, working folder, standard streams, warnings
+        that it made errors) is put back. A process that it forked, and that returns too, ends here.
     """
     assert config.code is not None
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begun = time.perf_counter()
     run = Run(config, out / "tasks" / config.key, on_epoch)
     result: dict[str, Any]
-    with _as_it_was(config) as seen:
+    with as_it_was(config.seed, config.threads) as seen:
         try:
             function = config.code.load()
             begun = time.perf_counter()  # what the file imports is no part of training
@@ -66,7 +65,9 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
             result = {"status": "failed", "error": str(error), "mistake": True}
         except SystemExit as error:
             result = {"status": "failed", "error": f"the task called exit({error.code}); return the result instead"}
-        except Exception as error:  # the user's code: whatever it raises is theirs, and the other runs go on
+        except BaseException as error:  # the user's code: whatever it raises is theirs, and the other runs go on
+            if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+                raise  # Ctrl-C, which a worker ignores
             result = {"status": "failed", "error": error_line(error)}
             result["traceback"] = own_traceback(error)[-LONGEST_TRACEBACK:]
     return {
@@ -113,7 +114,7 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
     return {"status": "finished", metric.field: value, **({"also": also} if also else {})}
 
 
-def _told(run: Run, seen: _Seen) -> dict[str, Any]:
+def _told(run: Run, seen: Seen) -> dict[str, Any]:
     """Return what is to be said of a run that ended well; a method that was never applied is a mistake."""
     if run.method != "full" and not run.rule.used:
         raise TaskMistake(
@@ -141,9 +142,9 @@ def _told(run: Run, seen: _Seen) -> dict[str, Any]:
             )
     if seen.torch_seed != run.seed:
         more["torch_seed"] = seen.torch_seed  # judged beside the other seeds', in batchtrim.lab.analyse.caveats
-    left = seen.threads()
-    if left:
-        notes.append(f"the task left {len(left)} thread{'s' if len(left) > 1 else ''} running ({', '.join(left[:3])})")
+    for one, many, left in (("thread", "threads", seen.threads()), ("process", "processes", seen.processes())):
+        if left:
+            notes.append(f"the task left {len(left)} {many if len(left) > 1 else one} running ({', '.join(left[:3])})")
     return {**more, **({"notes": notes} if notes else {})}
 
 
@@ -153,43 +154,6 @@ def _moves(run: Run) -> bool:
     if not getattr(schedule, "needs_total", True) or getattr(schedule, "reads", "progress") != "progress":
         return False
     return run.epochs > 1 and len({schedule(epoch / (run.epochs - 1)) for epoch in range(run.epochs)}) > 1
-
-
-class _Seen:
-    """Changes that the function made to the process."""
-
-    def __init__(self) -> None:
-        self._before = set(threading.enumerate())
-
-    @property
-    def torch_seed(self) -> int:
-        return torch.initial_seed()
-
-    def threads(self) -> list[str]:
-        return [each.name for each in threading.enumerate() if each not in self._before and each.is_alive()]
-
-
-@contextlib.contextmanager
-def _as_it_was(config: TaskConfig) -> Iterator[_Seen]:
-    """Seed everything, and put back what the function changes."""
-    threads, dtype, grad, folder = (
-        torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), Path.cwd(),
-    )  # fmt: skip
-    drawn, drawn_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one, which tasks use)
-    torch.set_num_threads(config.threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            random.seed(config.seed)
-            np.random.seed(config.seed % 2**32)  # noqa: NPY002
-            yield _Seen()
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(grad)
-        os.chdir(folder)
-        random.setstate(drawn)
-        np.random.set_state(drawn_numpy)  # noqa: NPY002
 
 
 def _counts(run: Run) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any
 import batchtrim
 from batchtrim._checks import describe, import_extra
 
-__all__ = ["Code", "YourCodeFailed", "own_traceback"]
+__all__ = ["Code", "YourCodeFailed", "is_installed", "own_traceback"]
 
 _PACKAGE = str(Path(batchtrim.__file__).parent)
 _INSTALLED = (_PACKAGE, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
@@ -95,6 +95,9 @@ class Code:
         self.helpers()
         if not callable(function):
             raise TypeError(f"expected {self.name} to be a function, got {describe(function)}.")
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            kind = "an async one" if inspect.iscoroutinefunction(function) else "one that yields"
+            raise TypeError(f"expected {self.name} to be a function that returns, got {kind}. Call it inside another.")
         try:
             signature = inspect.signature(function)
         except (ValueError, TypeError):
@@ -120,7 +123,7 @@ class Code:
                 not isinstance(file, str)
                 or not file.startswith(folder)
                 or not file.endswith(".py")
-                or file.startswith(_INSTALLED)
+                or is_installed(file)
             ):
                 continue
             if file != self.path and (helper := _first_hash(file, id(module))):
@@ -158,13 +161,28 @@ class Code:
 
 
 def own_traceback(error: BaseException) -> str:
-    """Return the traceback of an error in the user's code, from their first line on, without this package's lines."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """Return the traceback of an error in the user's code, from their first line on, without this package's lines.
+
+    Errors that led to it, and those of a group, are told in the same way.
+    """
+    told = traceback.TracebackException.from_exception(error)
+    _leave_out_ours(told)
+    return "".join(told.format()).rstrip()
+
+
+def is_installed(file: str | None) -> bool:
+    """True if a module's file is no program of the user."""
+    return file is not None and file.startswith(_INSTALLED)
+
+
+def _leave_out_ours(told: traceback.TracebackException) -> None:
+    frames = list(told.stack)
     ours = [frame.filename.startswith((_PACKAGE, "<frozen importlib")) for frame in frames]
-    first = ours.index(False) if False in ours else len(frames)
-    theirs = [frame for frame, is_ours in zip(frames[first:], ours[first:], strict=True) if not is_ours]
-    lines = ["Traceback (most recent call last):\n", *traceback.format_list(theirs)] if theirs else []
-    return "".join([*lines, *traceback.format_exception_only(error)]).rstrip()
+    theirs = [frame for frame, is_ours in zip(frames, ours, strict=True) if not is_ours]
+    told.stack = traceback.StackSummary.from_list(theirs) if theirs else None  # type: ignore[assignment]
+    for each in (told.__cause__, told.__context__, *(told.exceptions or ())):
+        if each is not None:
+            _leave_out_ours(each)
 
 
 def _module(path: Path, source: str) -> ModuleType:

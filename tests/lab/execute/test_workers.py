@@ -1,0 +1,89 @@
+"""Workers of tasks: what the user's code starts in them works, and ends with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from batchtrim.lab import records
+from commands import batchtrim
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+LOADS = """
+import multiprocessing, os, signal, torch
+
+def train(run):
+    data = torch.utils.data.DataLoader(torch.rand(16), batch_size=8, num_workers=1)
+    for epoch in range(run.epochs):
+        for losses in data:
+            run.trim(losses)
+        run.trim.step()
+    if run.method == "random":  # killed, as for want of memory, while children hold what they inherited
+        multiprocessing.get_context("fork").Pool(1).map(abs, [1])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"error": 0.5, "own": multiprocessing.get_start_method() == multiprocessing.get_all_start_methods()[0]}
+"""
+
+
+def test_a_task_may_load_its_data_in_processes() -> None:
+    """Workers were daemons, which may have no children: num_workers failed. Children outlived a worker that died."""
+    Path("loads.py").write_text(LOADS)
+    done = batchtrim(
+        "compare", "--task", "loads.py:train", "--methods", "full,random", "--seeds", "1", "--epochs", "2", "--workers",
+        "1", "--out", "here", "--retries", "0",
+    )  # fmt: skip
+    assert [row["status"] for row in records.read("here")] == ["finished", "failed"], done.output
+    assert "its worker ended with exit code -9" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+STARTS = """
+import subprocess, time, torch
+
+def train(run):
+    open("pids", "a").write(f"{subprocess.Popen(['sleep', '200']).pid} ")
+    for epoch in range(600):
+        time.sleep(0.1)
+        run.log(error=0.5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_what_a_task_started_ends_with_the_command(how: signal.Signals, tmp_path: Path) -> None:
+    """It outlived Ctrl-C; after kill -9 its run was recorded as one that called exit."""
+    Path("starts.py").write_text(STARTS)
+    words = ["compare", "--task", "starts.py:train", "--seeds", "1", "--workers", "1", "--out", "here"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchtrim.lab.cli", *words], env=environment, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not Path("pids").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(0.5)
+    (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+    said = process.communicate()[1]
+    assert "Traceback" not in said
+    while any(_lives(pid) for pid in Path("pids").read_text().split()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert not Path("here/runs.jsonl").exists()
+
+
+def _lives(pid: str) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
