@@ -14,14 +14,17 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 OLDEST := .venv-oldest
+OLDEST_ENGINE := .venv-oldest-engine
 NEWEST := .venv-newest
 NEWEST_PYTHON ?= $(shell for each in python3.14 python3.13 python3.12; do $$each --version > /dev/null 2>&1 && echo $$each && break; done)
 OLD_WARNINGS := -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::PendingDeprecationWarning
 # What the licence of anything that batchtrim needs may be; GPL in any form may not be part of one.
 LICENCES := MIT;BSD;Apache;ISC;Python Software Foundation;PSF;Mozilla;MPL
-# What a bare environment with the lab extra can run
-CORE := tests/test_*.py tests/engine/test_*.py tests/distributed/test_scope.py src/batchtrim/*.py src/batchtrim/engine/*.py \
-  tests/lab
+# What a bare environment with the lab extra can run: without the shared engine, which needs ENGINE_TORCH; and that engine
+CORE := $(filter-out tests/test_docs.py,$(wildcard tests/test_*.py)) tests/distributed/test_scope.py tests/lab \
+  $(filter-out src/batchtrim/testing.py,$(wildcard src/batchtrim/*.py))
+ENGINE := tests/engine tests/test_testing.py tests/test_accumulation.py src/batchtrim/engine/*.py src/batchtrim/testing.py
+ENGINE_TORCH := 2.8.0
 
 .PHONY: demo test test-slow test-all check licences audit matrix fuzz docs bench constraints clean
 
@@ -52,15 +55,18 @@ audit: $(VENV)/.dev  ## known vulnerabilities of the pinned versions; asks an ad
 	$(PIP) $(QUIET) pip-audit
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
-matrix: $(VENV)/.dev  ## the core tests with the oldest versions allowed, and on the newest Python found (downloads gigabytes)
+matrix: $(VENV)/.dev  ## the tests with the oldest versions allowed, and on the newest Python found (downloads gigabytes)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet $$($(BIN)/python .ci/requirements.py --oldest)
 	# warnings of old libraries about new ones say nothing about batchtrim
 	PYTHONPATH=$(CURDIR)/src $(OLDEST)/bin/python -m pytest -n 2 -m "not slow" $(OLD_WARNINGS) $(CORE)
+	test -x $(OLDEST_ENGINE)/bin/python || $(PYTHON) -m venv $(OLDEST_ENGINE)
+	$(OLDEST_ENGINE)/bin/python -m pip install --quiet torch==$(ENGINE_TORCH) numpy hypothesis pytest pytest-timeout pytest-xdist
+	PYTHONPATH=$(CURDIR)/src $(OLDEST_ENGINE)/bin/python -m pytest -n 2 -m "not slow" $(OLD_WARNINGS) $(ENGINE)
 	test -n "$(NEWEST_PYTHON)" || { echo "no Python newer than 3.11 was found. Run: make matrix NEWEST_PYTHON=python3.13"; exit 1; }
 	test -x $(NEWEST)/bin/python || $(NEWEST_PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet -c constraints.txt $$($(BIN)/python .ci/requirements.py)
-	PYTHONPATH=$(CURDIR)/src $(NEWEST)/bin/python -m pytest -n 2 -m "not slow" $(CORE)
+	PYTHONPATH=$(CURDIR)/src $(NEWEST)/bin/python -m pytest -n 2 -m "not slow" $(CORE) $(ENGINE)
 
 fuzz: $(VENV)/.dev  ## look for inputs that break out of the documented errors, for about 20 minutes
 	BATCHTRIM_FUZZ=$${BATCHTRIM_FUZZ:-4000} $(BIN)/python -m pytest -n 2 --timeout 3600 tests/fuzz
@@ -77,7 +83,7 @@ constraints: $(VENV)/.dev $(VENV)/.docs  ## write what is installed now into con
 	mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_ENGINE) $(NEWEST) build dist site .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

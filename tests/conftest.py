@@ -22,6 +22,17 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs the shared engine where torch is too old for it: tests marked so, and cases that name it."""
+    if torch.__version__ < "2.8":
+        case = getattr(item, "callspec", None)
+        named = case is not None and {"shared", "auto"} & {
+            each for each in case.params.values() if isinstance(each, str)
+        }
+        if named or item.get_closest_marker("torch28"):
+            pytest.skip("the shared engine needs torch 2.8")
+
+
 @pytest.fixture(scope="module")
 def settled() -> None:
     """For modules that call ``Trainer.train``, which runs a full garbage collection: what is alive by now is left out.

@@ -120,6 +120,7 @@ def test_a_window_trains_under_the_dropout_it_chose_under() -> None:
     torch.testing.assert_close(gradient(model), gradient(whole), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.torch28
 def test_everything_kept_is_the_plain_mean() -> None:
     for over in ("window", "micro"):
         whole, model = mlp(), mlp()
@@ -159,6 +160,7 @@ def test_under_autocast_and_a_scaler(engine: str, over: str) -> None:
     torch.testing.assert_close(gradient(model), gradient(whole), rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.torch28
 def test_only_the_two_names_and_no_empty_window() -> None:
     step = batchtrim.TrimmedForward(mlp(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5))
     for over in ("window", "micro"):

@@ -72,6 +72,7 @@ def contrastive(outputs: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return -(outputs @ outputs.t()).log_softmax(1).diagonal()
 
 
+@pytest.mark.torch28
 def test_refusal_is_reported() -> None:
     report = check_engine(model(), batch(), contrastive, verbose=False)
     assert not report.ok
@@ -79,6 +80,7 @@ def test_refusal_is_reported() -> None:
     assert "mixes rows, since it makes a tensor in which rows meet rows" in str(report)
 
 
+@pytest.mark.torch28
 def test_batch_norm_is_judged_by_its_direction() -> None:
     network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     report = check_engine(network, batch(), nn.CrossEntropyLoss(), keep=0.6, verbose=False)

@@ -180,6 +180,7 @@ def test_a_clock_that_counts_batches_for_epochs_is_noted(capfd: pytest.CaptureFi
     assert records.read("here")[0]["notes"] == [said]
 
 
+@pytest.mark.torch28
 def test_a_compiled_step_counts_as_used() -> None:
     def train(run: Run) -> dict[str, float]:
         @torch.compile(fullgraph=True, backend="aot_eager")

@@ -328,7 +328,8 @@ def _row_symbols(graph: fx.Graph, tangents: set[fx.Node], unit: str) -> tuple[tu
                 lost = None if counted is None else tokens - counted
                 if lost == 0 or getattr(lost, "is_Integer", False):
                     return (batch, tokens), int(lost)  # type: ignore[arg-type]
-        raise CannotCapture(f"unit='element' takes the tokens of inputs (B, T) for rows, and its losses are {size} others")
+        reason = f"its losses are {size} others than the tokens of inputs (B, T)"
+        raise CannotCapture(f"unit='element' takes tokens for rows, and {reason}")
     if not isinstance(size, sympy.Symbol):
         raise CannotCapture(f"its trace holds for one batch size only ({size} losses)")
     return (size,), 0

@@ -72,7 +72,9 @@ def _is_a_librarys(thread: threading.Thread) -> bool:
 
 def _default_device() -> str | None:
     device = str(torch.get_default_device())
-    return None if device == "cpu" else device
+    return (
+        None if device == "cpu" and torch.__version__ >= "2.5" else device
+    )  # before, it cannot be read once it is None
 
 
 def _deterministic() -> tuple[bool, bool]:
@@ -89,7 +91,8 @@ def _errors() -> list[Any]:
 
 def _set_errors(errors: list[Any]) -> None:
     """Leave no further warnings errors; other filters come with the modules that the function imported."""
-    warnings.filters[:] = [each for each in warnings.filters if each[0] != "error" or each in errors]
+    filters: Any = warnings.filters
+    filters[:] = [each for each in warnings.filters if each[0] != "error" or each in errors]
 
 
 _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
