@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,19 +79,24 @@ def is_lazy(model: nn.Module) -> bool:
 def modules_of(*roots: Any) -> list[nn.Module]:
     """Return the modules of a model and of what computes its loss, each once.
 
-    A loss may be a module, hold one as an attribute (``per_sample``) or in its closure, or be a bound method of one.
+    A loss may be a module, hold one as an attribute (``per_sample`` does, in a criterion of its own) or in its closure,
+    or be a bound method of one.
     """
     found: dict[int, nn.Module] = {}
     for root in roots:
-        holders = [root]
-        if not isinstance(root, nn.Module):
-            cells = getattr(root, "__closure__", None) or ()
-            holders += [getattr(root, "__self__", None), *getattr(root, "__dict__", {}).values()]
-            holders += [_content(cell) for cell in cells]
-        for each in holders:
-            if isinstance(each, nn.Module):
-                found.update((id(module), module) for module in each.modules())
+        for each in _held(root):
+            found.update((id(module), module) for module in each.modules())
     return list(found.values())
+
+
+def _held(value: Any, depth: int = 2) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth >= 0 and not isinstance(value, (type, ModuleType)):
+        cells = getattr(value, "__closure__", None) or ()
+        attributes = getattr(value, "__dict__", {})
+        for each in (getattr(value, "__self__", None), *attributes.values(), *map(_content, cells)):
+            yield from _held(each, depth - 1)
 
 
 def _content(cell: Any) -> Any:
