@@ -170,7 +170,8 @@ def _put_samples(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
     shape = list(value.shape)
     shape[dim] = outer * kept.batch * inner
     whole = value.new_zeros(shape)
-    if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
+    # one row may be both: its rows among zeros are then to be as most operators take them
+    if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
         whole = whole.to(memory_format=torch.channels_last)
     parts = whole.unflatten(dim, (outer, kept.batch, inner))
     parts.index_copy_(dim + 1, kept.rows, value.unflatten(dim, (outer, kept.k, inner)))
@@ -191,7 +192,8 @@ def _cut_tokens(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
     rest = [d for d in range(tensor.ndim) if d not in (sample.dim, token.dim)]
     order = [sample.dim, token.dim, *rest]
     taken = tensor.permute(order)[samples, places].unsqueeze(1)
-    return taken.permute([order.index(d) for d in range(tensor.ndim)])
+    taken = taken.permute([order.index(d) for d in range(tensor.ndim)])
+    return taken.contiguous() if tensor.is_contiguous() else taken
 
 
 def _put_tokens(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:

@@ -17,12 +17,13 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from batchtrim.engine import rules_nn, rules_shape  # noqa: F401  (they enter their rules)
 from batchtrim.engine.capture import decomposed, expression_of
 from batchtrim.engine.cutting import can_be_cut
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Whole
-from batchtrim.engine.rules import Call, Value, apply_rule, has_rule, holds, name_of, only_dim
+from batchtrim.engine.rules import Call, Value, alike, apply_rule, has_rule, holds, name_of, only_dim
 
 __all__ = ["NodeProof", "Proof", "label", "place_of", "prove"]
 
@@ -76,6 +77,8 @@ def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts:
 
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Mixes("it draws random numbers")
+        if func._schema.is_mutable:
+            raise Mixes("it is made of operators that write in place")
         return layouts_of(make_call(func, args, kwargs, outputs, call.symbols, see), args, kwargs, known)
 
     found = decomposed(call.func, args, kwargs, layouts, inner)
@@ -90,13 +93,19 @@ def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts:
 class _Walk:
     """Layouts of the nodes seen so far."""
 
-    def __init__(self, symbols: tuple[sympy.Symbol, ...]) -> None:
+    def __init__(self, symbols: tuple[sympy.Symbol, ...], lost: int = 0) -> None:
         self.symbols = symbols
+        self.lost = lost
         self.layouts: dict[fx.Node, list[Layout]] = {}
 
     def layout(self, node: fx.Node) -> Layout:
         found = self.layouts.get(node)
         return Whole() if not found else found[0]
+
+    def lacks(self, layouts: Sequence[Layout]) -> bool:
+        """True if one of the layouts has fewer tokens than there are losses: a kept one may be missing."""
+        axes = [axis for each in layouts if isinstance(each, Rows) for axis in each.axes[1:] if axis is not None]
+        return any(axis.lost > self.lost for axis in axes)
 
     def see(self, item: Any) -> Any:
         if not isinstance(item, fx.Node):
@@ -113,8 +122,11 @@ class _Walk:
             Mixes: see :func:`batchtrim.engine.rules.apply_rule`.
         """
         outputs = node.meta.get("val")
+        for each in node.all_input_nodes:  # a number that was read from a tensor shows no layout
+            if isinstance(layout := self.layout(each), Broken):
+                raise Mixes(layout.reason)
         if not isinstance(node.target, torch._ops.OpOverload):
-            if not any(isinstance(each, Tensor) for each in _flat(outputs)):
+            if not any(isinstance(each, Tensor) for each in pytree.tree_leaves(outputs)):
                 return [Whole()]
             raise Mixes("no rule tells what it does with rows")
         call = make_call(node.target, node.args, node.kwargs, outputs, self.symbols, self.see)
@@ -180,7 +192,7 @@ def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -
     if not holds(shape, symbols):
         return Whole()
     for each in near:
-        if isinstance(each, Value) and each.shape == shape and isinstance(each.layout, Rows):
+        if isinstance(each, Value) and each.shape == shape and isinstance(each.layout, Rows) and not alike(each.layout):
             return replace(each.layout, vanish=False, iota=False)
     axes: list[Axis | None] = []
     for symbol in symbols:
@@ -231,7 +243,12 @@ class Proof:
 
 
 def prove(
-    graph: fx.Graph, symbols: tuple[sympy.Symbol, ...], tangents: dict[fx.Node, Layout], *, batch_norm: bool
+    graph: fx.Graph,
+    symbols: tuple[sympy.Symbol, ...],
+    tangents: dict[fx.Node, Layout],
+    *,
+    batch_norm: bool,
+    lost: int = 0,
 ) -> Proof:
     """Walk a backward graph.
 
@@ -239,12 +256,15 @@ def prove(
         graph: its placeholders labelled by :func:`label`.
         tangents: the placeholders that are the outputs' gradients, and where their rows lie.
         batch_norm: whether BatchNorm's backward may take its means over the kept rows, which is not exact.
+        lost: how many tokens at the end of each sample have no loss.
     """
-    proof, walk = Proof(), _Walk(symbols)
+    proof, walk = Proof(), _Walk(symbols, lost)
     for node in graph.nodes:
         if node.op == "placeholder":
             layouts = [tangents[node]] if node in tangents else node.meta.get(LAYOUT, [Whole()])
-            if any(isinstance(each, Rows) and not can_be_cut(each, len(symbols)) for each in layouts):
+            if walk.lacks(layouts) or any(
+                isinstance(each, Rows) and not can_be_cut(each, len(symbols)) for each in layouts
+            ):
                 layouts = [_UNCUT]
             verdict = NodeProof(node in tangents, layouts)
         elif node.op == "call_function":
@@ -273,6 +293,8 @@ def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> N
             raise Mixes("it draws random numbers again")
         layouts = _kept_batch_norm(node, walk, proof) if batch_norm else None
         layouts = walk.call(node) if layouts is None else layouts
+        if walk.lacks(layouts):
+            raise Mixes("it takes some rows and leaves others")
         gradient = gradient and not _fresh(node)
         if gradient and any(isinstance(each, Rows) and not each.vanish for each in layouts):
             raise Mixes("it gives a gradient to rows that are not kept")

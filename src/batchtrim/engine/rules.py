@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 
+from batchtrim.engine.capture import is_zero_at_zero
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of
 
 __all__ = ["Call", "Value", "apply_rule", "has_rule", "holds", "name_of"]
@@ -107,6 +108,7 @@ def apply_rule(call: Call) -> list[Layout]:
         if isinstance(value.layout, Broken):
             raise Mixes(value.layout.reason)
     _no_count_as_number(call)
+    _no_own_numbers(call)
     sized = any(holds(arg, call.symbols) for arg in call.args.values() if not isinstance(arg, Value))
     shaped = any(holds(output.shape, call.symbols) for output in call.outputs if output is not None)
     if not call.rows and not sized and not shaped:
@@ -120,7 +122,15 @@ def apply_rule(call: Call) -> list[Layout]:
         found = pointwise
     layouts = found(call)
     layouts = layouts if isinstance(layouts, list) else [layouts] * len(call.outputs)
-    return [_checked(layout, output, call.symbols) for layout, output in zip(layouts, call.outputs, strict=True)]
+    layouts = [_checked(layout, output, call.symbols) for layout, output in zip(layouts, call.outputs, strict=True)]
+    if torch.Tag.nondeterministic_seeded in call.func.tags and any(map(alike, layouts)):
+        raise Mixes("it draws random numbers for a shape that does not tell where the rows are")
+    return layouts
+
+
+def alike(layout: Layout) -> bool:
+    """True if rows hold the same, and nothing else tells where they lie."""
+    return isinstance(layout, Rows) and any(axis is not None and axis.outer is None for axis in layout.axes)
 
 
 def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbol]) -> Layout:
@@ -128,9 +138,13 @@ def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbo
     if output is None:
         return Whole()
     axes = layout.axes if isinstance(layout, Rows) else (None,) * len(symbols)
+    if isinstance(layout, Rows) and layout.iota and output.dtype not in (torch.int32, torch.int64):
+        raise Mixes("it computes with the rows' own numbers")
     for axis, symbol in zip(axes, symbols, strict=True):
         if axis is None:
             fits = not holds(output.shape, (symbol,))
+        elif not 0 <= axis.dim < output.ndim:
+            fits = False
         elif axis.outer is None:
             fits = holds(output.shape[axis.dim], (symbol,))
         else:
@@ -163,43 +177,58 @@ def holds(size: Any, symbols: Sequence[sympy.Symbol]) -> bool:
 
 
 def _no_count_as_number(call: Call) -> None:
+    """Refuse the number of rows wherever it is not the size of something: on the kept rows it is another number."""
+    name = name_of(call.func)
     for argument in call.func._schema.arguments:
         value = call.args.get(argument.name)
-        numeric = str(argument.type) in ("number", "float", "Optional[number]", "Optional[float]")
-        numeric = numeric or (str(argument.type) == "Tensor" and isinstance(value, sympy.Basic))
-        numeric = numeric or (isinstance(value, sympy.Basic) and argument.name not in _SIZES)
-        if numeric and holds(value, call.symbols) and name_of(call.func) != "arange":
+        if isinstance(value, Value) or not holds(value, call.symbols):
+            continue
+        numeric = any(kind in str(argument.type) for kind in ("number", "float", "Tensor"))
+        strides = argument.name == "stride" and name in _WITH_STRIDES
+        if name != "arange" and (numeric or not (argument.name in _SIZES or strides)):
             raise Mixes("it computes with the number of rows")
 
 
-# arguments that are one size, and not a number to compute with or a place to look at
-_SIZES = ("N", "end", "size", "length")
+# arguments that are sizes, and not numbers to compute with or places to look at
+_SIZES = (
+    "N", "end", "size", "length", "sizes", "shape", "repeats", "input_size", "input_sizes", "split_sizes", "self_size",
+)  # fmt: skip
+_WITH_STRIDES = ("empty_strided", "new_empty_strided", "as_strided", "_reshape_alias")
+
+
+def _no_own_numbers(call: Call) -> None:
+    """Refuse the rows' own numbers, which the kept rows have not, to all but what copies them or indexes by them."""
+    name = name_of(call.func)
+    if name in _COPIES or name in ("slice", "select"):
+        return
+    indices = call["indices"] if name in ("index", "_unsafe_index", "index_put", "_unsafe_index_put") else ()
+    numbered = [value for value in call.rows if value.layout.iota]  # type: ignore[union-attr]
+    if any(not any(value is each for each in indices) for value in numbered):
+        raise Mixes("it computes with the rows' own numbers")
 
 
 # --- pointwise -------------------------------------------------------------------------------------------------------
 
-# f(0) = 0, of one operand or of several
+# the values of their operand and nothing else
 _COPIES = {
     "_to_copy", "convert_element_type", "clone", "alias", "detach", "view", "_unsafe_view", "reshape", "permute",
-    "transpose", "t", "unsqueeze", "squeeze", "expand", "lift_fresh_copy", "contiguous", "unflatten", "to",
-    "_reshape_alias",
+    "transpose", "t", "unsqueeze", "squeeze", "expand", "lift_fresh_copy", "_reshape_alias",
 }  # fmt: skip
-_ZERO_AT_ZERO = {
-    "add", "sub", "neg", "relu", "abs", "tanh", "sin", "sign", "sgn", "sqrt", "copy", "maximum", "minimum", "asinh",
-    "silu", "gelu", "hardswish", "expm1", "log1p", "square", "erf", "leaky_relu", "elu", "positive", "real", "conj",
-    "_conj", "resolve_conj", "view_as_real", "view_as_complex", "clamp_min", "native_dropout", "nan_to_num",
-} | _COPIES  # fmt: skip
+# zero where one of the operands is
 _PRODUCTS = {"mul", "logical_and", "bitwise_and"}
+# zero where the first operand is
 _ZERO_WHERE_FIRST_IS = {
-    "div", "pow", "native_dropout_backward", "threshold_backward", "fmod", "remainder", "prelu", "_prelu_kernel",
+    "div", "pow", "native_dropout_backward", "threshold_backward", "fmod", "remainder", "_prelu_kernel",
 }  # fmt: skip
+# where a result is to lie, which does not change what it is
+_PLACES = ("device", "layout", "pin_memory", "memory_format")
 # no Tag.pointwise in every release
 _POINTWISE = (
     "_to_copy", "clone", "alias", "detach", "lift_fresh_copy", "copy", "fill", "native_dropout", "bernoulli", "where",
     "rand_like", "randn_like", "randint_like", "full_like", "zeros_like", "ones_like", "empty_like", "uniform",
     "normal_functional", "exponential", "leaky_relu_backward", "hardswish_backward", "hardsigmoid_backward",
     "log_sigmoid_backward", "_prelu_kernel", "hardtanh_backward", "elu_backward", "softplus_backward", "mish_backward",
-    "masked_fill", "_prelu_kernel_backward", "bucketize", "rrelu_with_noise_functional", "nan_to_num", "view_dtype",
+    "masked_fill", "_prelu_kernel_backward", "rrelu_with_noise_functional", "nan_to_num",
     "_conj", "resolve_conj", "threshold_backward", "gelu_backward", "silu_backward", "sigmoid_backward",
     "tanh_backward", "native_dropout_backward", "log_sigmoid_forward", "hardswish", "hardsigmoid", "leaky_relu",
     "elu", "softplus", "mish", "celu", "selu", "hardtanh", "isnan", "isinf", "isfinite", "real", "imag", "random",
@@ -211,8 +240,6 @@ _POINTWISE = (
 def pointwise(call: Call) -> list[Layout]:
     """Compute entry by entry, with broadcasting: operands that have rows must have them in the same place."""
     name = name_of(call.func)
-    if any(value.layout.iota for value in call.rows) and name not in _COPIES:  # type: ignore[union-attr]
-        raise Mixes("it computes with the rows' own numbers")
     axes = aligned(call, call.out)
     vanish = _vanishes(call, name)
     iota = name in _COPIES and any(value.layout.iota for value in call.rows)  # type: ignore[union-attr]
@@ -265,11 +292,10 @@ def only_dim(shape: Sequence[Size], symbol: sympy.Symbol, symbols: Sequence[symp
 
 def _vanishes(call: Call, name: str) -> bool:
     values = call.values
-    numbers = [v for k, v in call.args.items() if isinstance(v, (int, float, complex)) and k in ("other", "value")]
     if name == "zeros_like":
         return True
     if name in ("full_like", "fill"):
-        return call["fill_value"] == 0 if name == "full_like" else call["value"] == 0
+        return _zero(call["fill_value"] if name == "full_like" else call["value"])
     if name == "where":
         return all(_zero(call[side]) for side in ("self", "other"))
     if name == "masked_fill":
@@ -278,15 +304,19 @@ def _vanishes(call: Call, name: str) -> bool:
         return (_zero(call["a"]) or _zero(call["b"])) and _zero(call["c"])
     if name == "copy":
         return _zero(call["src"])
+    if name == "native_dropout":
+        return values[0].zero
     if name in _PRODUCTS:
         return any(value.zero for value in values)
-    if name == "pow":
-        return _zero(call["self"]) and isinstance(call["exponent"], (int, float)) and call["exponent"] > 0
-    if name.endswith("_backward") or name in _ZERO_WHERE_FIRST_IS:
-        return bool(values) and values[0].zero and values[0] is next(iter(call.args.values()))
-    if name in _ZERO_AT_ZERO:
-        return all(value.zero for value in values) and not any(numbers)
-    return False
+    first = bool(values) and values[0].zero and values[0] is next(iter(call.args.values()))
+    if first and name == "pow":
+        return isinstance(call["exponent"], (int, float)) and call["exponent"] > 0
+    if first and (name.endswith("_backward") or name in _ZERO_WHERE_FIRST_IS):
+        return True
+    if not all(value.zero for value in values) or torch.Tag.nondeterministic_seeded in call.func.tags:
+        return False
+    zeros = {key: value.dtype for key, value in call.args.items() if isinstance(value, Value)}
+    return is_zero_at_zero(call.func, {**call.args, **dict.fromkeys(_PLACES)}, zeros)
 
 
 def _zero(value: Any) -> bool:

@@ -39,7 +39,7 @@ def _only_batch(call: Call, values: list[Value | None], dims: tuple[int, ...] = 
 # --- convolutions ----------------------------------------------------------------------------------------------------
 
 
-@rule("convolution", "conv2d", "conv1d", "conv3d")
+@rule("convolution")
 def convolution(call: Call) -> Layout:
     _whole(call["weight"], "weight")
     _whole(call["bias"], "bias")
@@ -105,32 +105,38 @@ BATCH_NORM_BACKWARD = ("native_batch_norm_backward", "cudnn_batch_norm_backward"
 def batch_norm(call: Call) -> list[Layout]:
     """Keep rows apart among the channels (instance norm) and in evaluation; otherwise the batch is mixed."""
     x = call["input"]
-    layout = x.layout
-    among_channels = isinstance(layout, Rows) and layout.dims == {1}
     training = call["training"] if call["training"] is not None else call["train"]
-    training = training is not False and name_of(call.func) not in _EVALUATING
-    if training and not among_channels:
-        raise Mixes("it normalises over the batch")
-    if not among_channels:
-        return [replace(layout, vanish=False), *[Whole()] * (len(call.outputs) - 1)]
-    axes = [None if a is None else replace(a, dim=0) for a in layout.axes]
-    return [replace(layout, vanish=False), *[Rows(tuple(axes))] * (len(call.outputs) - 1)]
+    channels = _channels(call, x, training is not False and name_of(call.func) not in _EVALUATING)
+    assert isinstance(x.layout, Rows)
+    return [replace(x.layout, vanish=False), *[channels] * (len(call.outputs) - 1)]
 
 
 @rule(*BATCH_NORM_BACKWARD)
 def batch_norm_backward(call: Call) -> list[Layout]:
-    gradient, x = call.values[0], call["input"]
-    layout = x.layout
+    gradient, x = call["grad_out"] or call["grad_output"], call["input"]
     training = call["train"] if call["train"] is not None else call["update"]
-    if isinstance(layout, Rows) and layout.dims == {1}:
-        axes = tuple(None if axis is None else replace(axis, dim=0) for axis in layout.axes)
-        aligned(call, x, [gradient, x])
-        rows = Rows(axes, gradient.zero)
-        return [replace(layout, vanish=gradient.zero), rows, rows]
-    axes = aligned(call, x, [gradient, x])
-    if training is not False:
+    channels = _channels(call, x, training is not False)
+    rows = Rows(aligned(call, x, [gradient, x]), gradient.zero)
+    if isinstance(channels, Rows):
+        return [rows, *[replace(channels, vanish=gradient.zero)] * 2]
+    return [rows, *[_summed_gradients(call, gradient)] * 2]
+
+
+def _channels(call: Call, x: Value, training: bool) -> Layout:
+    """Return the layout of what there is one of for each channel: weights and statistics."""
+    layout = x.layout
+    among_channels = isinstance(layout, Rows) and layout.dims == {1}
+    if not isinstance(layout, Rows) or (training and not among_channels):
         raise Mixes("it normalises over the batch")
-    return [Rows(axes, gradient.zero), *[_summed_gradients(call, gradient)] * 2]
+    not_along(layout, () if among_channels else (1,), x.ndim)
+    channels = Rows(tuple(None if axis is None else replace(axis, dim=0) for axis in layout.axes))
+    for name in ("weight", "bias", "running_mean", "running_var", "save_mean", "save_invstd", "save_var"):
+        value = call[name]
+        if not among_channels:
+            _whole(value, name)
+        elif value is not None and (not isinstance(value.layout, Rows) or value.layout.axes != channels.axes):
+            raise Mixes("it puts different rows together")
+    return channels if among_channels else Whole()
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -189,7 +195,7 @@ _SPATIAL = (
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "upsample_nearest1d", "upsample_nearest2d",
     "upsample_nearest3d", "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_trilinear3d", "im2col", "col2im", "pixel_shuffle",
-    "pixel_unshuffle", "channel_shuffle", "grid_sampler_2d", "grid_sampler_3d", "max_pool2d",
+    "pixel_unshuffle", "channel_shuffle", "grid_sampler_2d", "grid_sampler_3d",
 )  # fmt: skip
 _SPATIAL_BACKWARD = (
     *(f"{name}_backward" for name in _SPATIAL),
@@ -216,10 +222,7 @@ def spatial(call: Call) -> list[Layout]:
 @rule("embedding")
 def embedding(call: Call) -> Layout:
     _whole(call["weight"], "table")
-    layout = call["indices"].layout
-    if layout.iota:
-        raise Mixes("it computes with the rows' own numbers")
-    return replace(layout, vanish=False)
+    return replace(call["indices"].layout, vanish=False)
 
 
 @rule("embedding_dense_backward")
@@ -232,10 +235,9 @@ def embedding_backward(call: Call) -> Layout:
     return _summed_gradients(call, gradient)
 
 
-@rule("gather", "take_along_dim")
+@rule("gather")
 def gather(call: Call) -> Layout:
     layout = Rows(aligned(call, call.out, [call["self"], call["index"]]))
-    _no_iota(call["index"])
     not_along(layout, [call["dim"]], call.out.ndim, "it takes entries of other rows")
     if isinstance(call["index"].layout, Whole) or isinstance(call["self"].layout, Whole):
         raise Mixes("one of its inputs belongs to no row")
@@ -246,7 +248,6 @@ def gather(call: Call) -> Layout:
 def scatter(call: Call) -> Layout:
     values = [call["self"], call["index"], *([call["src"]] if isinstance(call["src"], Value) else [])]
     layout = Rows(aligned(call, call.out, values))
-    _no_iota(call["index"])
     not_along(layout, [call["dim"]], call.out.ndim, "it writes into other rows")
     if any(isinstance(value.layout, Whole) for value in values):
         raise Mixes("one of its inputs belongs to no row")
@@ -262,14 +263,8 @@ def index_select(call: Call) -> Layout:
     if isinstance(index.layout, Whole):
         not_along(value.layout, [at], value.ndim, "it takes some rows")
         return value.layout
-    _no_iota(index)
     _whole(value, "table")
     return replace(index.layout.moved([at]), vanish=False)
-
-
-def _no_iota(index: Value) -> None:
-    if isinstance(index.layout, Rows) and index.layout.iota:
-        raise Mixes("it computes with the rows' own numbers")
 
 
 def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
@@ -343,6 +338,10 @@ def index_put(call: Call) -> Layout:
     if _by_mask(call):
         return _masked(call)
     axes, ndim = _indexed(call, base)
+    if isinstance(base.layout, Rows) and any(
+        there is not None and mine is None for mine, there in zip(base.layout.axes, axes, strict=True)
+    ):
+        raise Mixes("it writes what rows have into one place")
     if isinstance(values.layout, Rows):
         for mine, theirs in zip(axes, values.layout.axes, strict=True):
             if theirs is not None and (mine is None or replace(theirs, dim=theirs.dim + ndim - values.ndim) != mine):
@@ -359,23 +358,35 @@ def index_put(call: Call) -> Layout:
 
 @rule("nll_loss_forward", "nll_loss2d_forward")
 def nll_loss(call: Call) -> list[Layout]:
-    if call["reduction"] != 0:
-        raise Mixes("it averages over the batch")
-    _whole(call["weight"], "weight")
-    return [replace(call["target"].layout, vanish=False), Whole()]
+    layout = _with_classes(call)
+    return [layout.moved([0, None, *range(1, call["target"].ndim)]), Whole()]
 
 
 @rule("nll_loss_backward", "nll_loss2d_backward")
 def nll_loss_backward(call: Call) -> Layout:
+    gradient, target = call["grad_output"], call["target"]
+    aligned(call, target, [gradient, target])
+    return replace(_with_classes(call), vanish=gradient.zero)
+
+
+def _with_classes(call: Call) -> Rows:
+    """Return where the rows of the predictions lie, which must be where those of the targets do."""
     if call["reduction"] != 0:
         raise Mixes("it averages over the batch")
     _whole(call["weight"], "weight")
-    gradient, target = call["grad_output"], call["target"]
-    aligned(call, target, [gradient, target])
-    layout = target.layout.moved([0, *range(2, target.ndim + 1)])
-    x = call["self"]
-    aligned(call, x, [x, Value(x.shape, layout)])
-    return replace(layout, vanish=gradient.zero)
+    x, target = call["self"], call["target"]
+    if not isinstance(target.layout, Rows) or not isinstance(x.layout, Rows):
+        raise Mixes("one of its inputs belongs to no row")
+    opened = Value(x.shape, target.layout.moved([0, *range(2, target.ndim + 1)]))
+    layout = Rows(aligned(call, x, [x, opened]))
+    not_along(layout, [1], x.ndim)
+    return layout
+
+
+@rule("bucketize")
+def bucketize(call: Call) -> Layout:
+    _whole(call["boundaries"], "table")
+    return Rows(aligned(call, call.out))
 
 
 @rule("mse_loss", "binary_cross_entropy", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits",

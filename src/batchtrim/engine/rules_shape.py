@@ -16,7 +16,7 @@ __all__ = ["view_axis"]
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", "contiguous")
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias")
 def view(call: Call) -> Layout:
     value = call.values[0]
     if not isinstance(value.layout, Rows):
@@ -53,7 +53,7 @@ def permute(call: Call) -> Layout:
     return layout.moved({old: new for new, old in enumerate(order)})
 
 
-@rule("transpose", "t", "adjoint", "swapaxes")
+@rule("transpose", "t")
 def transpose(call: Call) -> Layout:
     value, layout = one_with_rows(call)
     if value.ndim < 2:
@@ -76,12 +76,13 @@ def squeeze(call: Call) -> Layout:
     value, layout = one_with_rows(call)
     given = call["dim"]
     given = range(value.ndim) if given is None else given if isinstance(given, (list, tuple)) else [given]
-    gone = {dim % value.ndim for dim in given} - layout.dims
+    gone = {dim % value.ndim for dim in given}
+    not_along(layout, list(gone), value.ndim, "it drops the dimension of the rows where there is one row")
     gone = {dim for dim in gone if value.shape[dim] == 1}
     return layout.moved([dim - sum(g < dim for g in gone) for dim in range(value.ndim)])
 
 
-@rule("expand", "broadcast_to")
+@rule("expand")
 def expand(call: Call) -> Layout:
     """Let a dimension of size 1 become the row dimension: every row then holds the same values."""
     value = call.values[0]
@@ -154,7 +155,7 @@ def select_backward(call: Call) -> Layout:
     return layout.moved([dim + (dim >= at) for dim in range(value.ndim)])
 
 
-@rule("split", "split_with_sizes", "unbind", "unsafe_split", "chunk")
+@rule("split", "split_with_sizes", "unbind", "unsafe_split")
 def split(call: Call) -> Layout:
     value, layout = one_with_rows(call)
     at = (call["dim"] or 0) % value.ndim
@@ -213,6 +214,18 @@ def pad(call: Call) -> Layout:
     return replace(layout, vanish=layout.vanish and not call["value"])
 
 
+@rule("view_as_real")
+def view_as_real(call: Call) -> Layout:
+    return one_with_rows(call)[1]  # two numbers for each entry, behind all dimensions
+
+
+@rule("view_as_complex")
+def view_as_complex(call: Call) -> Layout:
+    value, layout = one_with_rows(call)
+    not_along(layout, [-1], value.ndim, "it makes one number of two rows")
+    return layout
+
+
 @rule("diagonal", "unfold", "as_strided", "diagonal_scatter", "as_strided_scatter")
 def strided(call: Call) -> Layout:
     value, layout = one_with_rows(call)
@@ -237,6 +250,8 @@ def scatter_part(call: Call) -> Layout:
         )
     axes = aligned(call, call.out, [call["self"], inner])
     layout = Rows(axes, call["self"].zero and inner.zero)
+    if at not in layout.dims and holds(call["end"], call.symbols):
+        raise Mixes("it computes with the number of rows")
     if inner.shape[at] != call.out.shape[at] or name_of(call.func) == "select_scatter":
         not_along(layout, [at], call.out.ndim, "it writes into some rows")
     return layout
@@ -245,14 +260,13 @@ def scatter_part(call: Call) -> Layout:
 # --- along other dimensions ------------------------------------------------------------------------------------------
 
 _ALONG = (
-    "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "flip", "sort", "topk", "argsort",
-    "roll",
+    "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "flip", "sort", "topk", "roll",
     "mean", "amax", "amin", "max", "min", "argmax", "argmin", "prod", "logsumexp", "any", "all", "var", "std",
     "var_mean", "std_mean", "linalg_vector_norm", "norm", "_fft_r2c", "_fft_c2r", "_fft_c2c", "cummax", "cummin",
     "logcumsumexp", "median", "kthvalue", "mode", "_softmax_backward_data", "_log_softmax_backward_data", "glu",
     "glu_backward", "linalg_cross", "count_nonzero", "aminmax",
 )  # fmt: skip
-_LINEAR_ALONG = {"mean", "cumsum", "flip", "roll", "_fft_r2c", "_fft_c2r", "_fft_c2c", "prod"}
+_LINEAR_ALONG = {"mean", "cumsum", "flip", "roll", "_fft_r2c", "_fft_c2r", "_fft_c2c"}
 
 
 @rule(*_ALONG)

@@ -132,6 +132,7 @@ class SharedEngine:
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace; before one runs for the first time, see what the model's own Python computes."""
         plain: _Plain | None = None
+        failed = ""
         for _ in range(_TRIES):
             tape = self._tape = Tape()
             try:
@@ -143,10 +144,19 @@ class SharedEngine:
                 # model or a loss that is at fault says so itself.
                 if plain is not None or self.was_run:
                     raise
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if plain is None:
+                    raise
+                failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
             else:
                 return *found, tape, plain
             finally:
                 self._tape = None
+            if failed and plain is not None:
+                plain.before.restore(x, y)
+                raise CannotCapture(f"its trace fails where the model itself has just run ({failed})")
             plain = _Plain(self.forward, x, y)
         raise CannotCapture("its Python changes from run to run, so that no trace lasts")
 

@@ -195,7 +195,8 @@ class SlicedStep:
     def _split(self, approximate: bool) -> Slices:
         graph = self.backward_graph.graph
         tangents = {n: self._tangent(n.meta["val"]) for n in self.places if "tangents" in n.name}
-        proof = prove(graph, self.symbols, tangents, batch_norm=approximate and self.unit == "sample")
+        batch_norm = approximate and self.unit == "sample"
+        proof = prove(graph, self.symbols, tangents, batch_norm=batch_norm, lost=self.lost)
         return split_backward(self.backward_graph, proof, self.places, self.symbols)
 
     def _tangent(self, value: Tensor) -> Layout:

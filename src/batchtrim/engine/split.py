@@ -70,9 +70,13 @@ def split_backward(
         verdict = verdicts[node]
         return not verdict.whole and not any(isinstance(each, Broken) for each in verdict.layouts)
 
+    def given_back(node: fx.Node) -> bool:
+        """True if a result is right as the kept rows give it: its other rows are zero."""
+        return on_kept(node) and not any(isinstance(each, Rows) and not each.vanish for each in verdicts[node].layouts)
+
     lower_needs: set[fx.Node] = set()
     frontier: list[fx.Node] = []
-    stack = [node for node in wanted if not on_kept(node)]
+    stack = [node for node in wanted if not given_back(node)]
     while stack:
         node = stack.pop()
         if node in lower_needs or (node.op == "placeholder" and verdicts[node].gradient):
@@ -84,8 +88,8 @@ def split_backward(
             continue
         lower_needs.add(node)
         stack.extend(node.all_input_nodes)
-    upper_outputs = list(dict.fromkeys([*(node for node in wanted if on_kept(node)), *frontier]))
-    lower_outputs = list(dict.fromkeys(node for node in wanted if not on_kept(node)))
+    upper_outputs = list(dict.fromkeys([*(node for node in wanted if given_back(node)), *frontier]))
+    lower_outputs = list(dict.fromkeys(node for node in wanted if not given_back(node)))
     sizes, same = (_kept_sizes(graph, symbols), _cut_by_slices(proof)) if len(symbols) > 1 else ({}, set())
     upper = _extract(module, upper_outputs, set(sizes), same)
     upper.sizes = sizes

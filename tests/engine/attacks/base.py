@@ -34,6 +34,8 @@ KINDS = {
     13: "what is cut, and how",
     14: "samples interact, plainly",
     15: "what a trace may miss, and rows that lie in unusual places",
+    16: "a rule that holds for some arguments only",
+    17: "layers and losses of many kinds",
 }
 
 

@@ -1,0 +1,100 @@
+"""Every rule is held against its operator: what it promises of rows must be so, for rows along every dimension."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import rule_samples
+import torch
+from rule_check import S, Sample, Spec, T, mapped, varied, violation
+
+from batchtrim.engine import rules, rules_nn, rules_shape  # noqa: F401  (they enter their rules)
+from batchtrim.engine.rules import name_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd calls is not the subject
+
+# rules that no call here can show: they need a GPU, give memory nobody has written, or refuse whatever they see
+NOT_SHOWN = {
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward",
+    "cudnn_batch_norm", "cudnn_batch_norm_backward", "miopen_batch_norm", "_batch_norm_with_update_functional",
+    "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided",
+    "as_strided", "as_strided_scatter", "diagonal_scatter", "_reshape_alias",
+    "bernoulli", "exponential", "normal_functional", "random", "uniform", "rrelu", "rrelu_with_noise_functional",
+}  # fmt: skip
+
+
+def operators() -> list[Any]:
+    """Return every functional operator of aten that has a rule or is pointwise."""
+    found = []
+    for schema in torch._C._jit_get_all_schemas():
+        if not schema.name.startswith("aten::") or any(argument.is_out for argument in schema.arguments):
+            continue
+        packet = getattr(torch.ops.aten, schema.name.split("::")[1], None)
+        func = getattr(packet, schema.overload_name or "default", None)
+        made = any("Tensor" in str(each.type) for each in schema.returns)
+        if func is not None and made and not func._schema.is_mutable and rules.has_rule(func):
+            found.append(func)
+    return sorted(set(found), key=str)
+
+
+def entry_by_entry(count: int) -> Callable[[random.Random], Iterable[Sample]]:
+    chosen = [each for each in operators() if rules._RULES.get(name_of(each), rules.pointwise) is rules.pointwise]
+    chosen = [each for each in chosen if not name_of(each).startswith(("empty", "rand"))]
+    return lambda draw: (sample for each in chosen for sample in rule_samples.pointwise(each, draw, count))
+
+
+def failures(
+    samples: Callable[[random.Random], Iterable[Sample]], seed: int, tries: int, symbols: Any = (S,)
+) -> tuple[list[str], Counter[str]]:
+    """Return what is wrong, and how often each operator was let through."""
+    draw = random.Random(seed)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    found, passed = [], Counter[str]()
+
+    def other(each: Any) -> Any:
+        return varied(each, draw) if isinstance(each, Spec) else each
+
+    for sample in samples(draw):
+        for number in range(tries):
+            one = Sample(sample.func, *mapped((list(sample.args), sample.kwargs), other))
+            try:
+                wrong = violation(one, symbols, k=1 if number % 4 == 3 else 3)
+            except (RuntimeError, IndexError, TypeError, ValueError, ZeroDivisionError):
+                continue  # no call that the operator takes
+            if wrong:
+                found.append(f"{one.func}: {wrong}; {one.args} {one.kwargs}")
+            elif wrong is not None:
+                passed[name_of(one.func)] += 1
+    return found, passed
+
+
+def test_rules_keep_their_promise() -> None:
+    wrong, by_hand = failures(rule_samples.by_hand, 0, 2)
+    others, entries = failures(entry_by_entry(2), 0, 1)
+    assert not [*wrong, *others]
+    assert by_hand.total() > 700
+    assert entries.total() > 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_rules_keep_their_promise_often(seed: int) -> None:
+    wrong, by_hand = failures(rule_samples.by_hand, seed, 24)
+    others, entries = failures(entry_by_entry(30), seed, 2)
+    assert not [*wrong, *others]
+    passed = by_hand + entries
+    assert {name_of(each) for each in operators()} - set(passed) <= NOT_SHOWN
+
+
+@pytest.mark.slow
+def test_rules_keep_their_promise_to_tokens() -> None:
+    wrong, passed = failures(rule_samples.tokens, 0, 8, (S, T))
+    assert not wrong
+    assert passed.total() > 50
