@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,16 @@ def assert_importable(module: str, names: list[str]) -> None:
     submodules = ROOT / "src" / module.replace(".", "/")
     for name in names:
         assert (submodules / f"{name}.py").exists() or name in public_names(module), f"{module}.{name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_its_fences_and_toml_are_whole(page: Path) -> None:
+    """A fence has its language and no more: text behind it is code that ran into its line."""
+    text = page.read_text()
+    for line in re.findall(r"(?m)^ *```(.*)$", text):
+        assert re.fullmatch(r"\w*( (title|hl_lines|linenums)=.*)?", line), line
+    for code in blocks(text, "toml"):
+        tomllib.loads(code)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if COMMAND.search(page.read_text())], ids=title)

@@ -58,7 +58,7 @@ def test_the_same_command_goes_on() -> None:
     batchtrim("compare", *TINY, "-q")
     done = batchtrim("compare", *TINY)
     assert done.exit_code == 0
-    assert "4 of 4 runs are recorded already" in done.stderr
+    assert "4 of 4 runs are recorded already\n" in done.stderr
 
 
 def test_json_is_alone_on_standard_output() -> None:

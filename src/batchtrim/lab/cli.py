@@ -17,6 +17,7 @@ import typer
 from batchtrim import __version__
 from batchtrim._checks import check_choice
 from batchtrim.lab import options
+from batchtrim.lab.execute import reach
 from batchtrim.lab.files import as_written, in_a_line
 from batchtrim.lab.terminal import print_plainly
 
@@ -32,7 +33,6 @@ app = typer.Typer(
 # What a wrong option, file or folder raises. --debug shows where.
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
-
 
 # What a command takes where nothing is said; the help tells these defaults.
 COMPARE = {"methods": ["full", "trim"], "seeds": 5}
@@ -290,7 +290,7 @@ def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Run the ``batchtrim`` command."""
     print_plainly()
-    app()
+    reach.call_and_leave(app)
 
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import subprocess
 import time
 from html.parser import HTMLParser
@@ -158,6 +159,27 @@ def test_command_runs_the_same_settings_again(rows):
     assert given["seeds"] == "5"
     assert given["lr"] == 0.001
     assert given["keep_end"] == "0.2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag", "kept"),
+    [
+        ({"dataset": "my photos", "test_split": 0.3, "data_version": "60a321c9967f"}, None, {"test_split": 0.3}),
+        ({"dataset": "my photos", "skip_broken": True}, "skip_broken", {"dataset": "my photos"}),
+        ({"dataset": "my photos", "skip_broken": False}, None, {}),
+    ],
+)
+def test_the_command_holds_only_options(make_row, settings, flag, kept):
+    import typer
+
+    from batchtrim.lab import cli
+
+    rows = [make_row(method, seed, **settings) for method in ("full", "trim") for seed in range(3)]
+    said = wording.command(comparison.summarize(rows).groups[0])
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    given = commands["compare"].make_context("compare", shlex.split(said)[2:]).params
+    assert bool(given["skip_broken"]) == (flag == "skip_broken")
+    assert {name: given[name] for name in kept} == kept
 
 
 @pytest.mark.parametrize(
