@@ -326,7 +326,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
         options.refuse_with_task(given)
         configs = list(grid.expand_task(Code.in_file(task, "task"), settings))
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
-        if given.get(name, least) < least:
+        if not given.get(name, least) >= least:  # NaN is not
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
     ranks = Ranks.from_environment()
     workers, threads = cores.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)

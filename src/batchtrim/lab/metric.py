@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from batchtrim.lab.files import nearest
+from batchtrim._checks import nearest
 
 __all__ = ["ERROR", "Metric"]
 
@@ -49,7 +49,7 @@ class Metric:
         if known is None and higher_is_better is None:
             raise ValueError(
                 f"expected `higher_is_better` for the metric {name!r}, whose name does not tell, got nothing."
-                f"{nearest(name, dict.fromkeys((*LOWER, *HIGHER)))} Pass --higher-is-better or --lower-is-better."
+                f"{nearest(name, (*LOWER, *HIGHER))} Pass --higher-is-better or --lower-is-better."
             )
         if known is not None and higher_is_better is not None and higher_is_better is not known:
             way = "higher" if known else "lower"

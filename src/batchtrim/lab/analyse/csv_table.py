@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from batchtrim._checks import describe
-from batchtrim.lab.files import nearest
+from batchtrim._checks import describe, nearest
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.records import COSTS, SCHEMA, Row
 
@@ -101,8 +100,7 @@ def _check_known(names: Sequence[str], where: str, wanted: Sequence[str] = KNOWN
     listed += f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     for name in wanted:
         if name not in names:
-            near = nearest(name, dict.fromkeys(names))
-            raise ValueError(f"expected a column {name!r} in {where}, got {listed}.{near}")
+            raise ValueError(f"expected a column {name!r} in {where}, got {listed}.{nearest(name, names)}")
 
 
 def _metric_column(names: Sequence[str], metric: str | None, where: str) -> str:

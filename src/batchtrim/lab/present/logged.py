@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from batchtrim._checks import nearest
 from batchtrim.lab.execute.workplace import DATA_DIR
-from batchtrim.lab.files import nearest
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.task_config import TaskConfig
 
@@ -36,7 +36,7 @@ def choose(
         said = ", ".join(f"{name} {value!r}" for name, value in asked.items() if value is not None).removeprefix("key ")
         listed = "\n".join(f"  {name(row)}  (--key {row['key'][:6]})" for row in rows[:MOST_NAMED])
         more = f"\n  and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
-        near = nearest(method, {row["config"]["method"]: row for row in rows})
+        near = nearest(method, {row["config"]["method"] for row in rows})
         raise ValueError(f"expected a run with a keep log, got {said}.{near} There are:\n{listed}{more}")
     return max(found, key=lambda row: (_rank(row["config"]["method"]), -row["config"]["seed"], row["started"]))
 
