@@ -85,6 +85,8 @@ def verdict(arm: Arm, reference: Arm | None) -> str:
     said = finding(arm.paired)
     if arm.paired.verdict is Verdict.ALL_DIVERGED:
         return f"{said} ({len(arm.diverged)} of {len(arm.diverged)})"
+    if failed := [each.label for each in (arm, reference) if each.failed and not each.errors and not each.diverged]:
+        return f"every run of {' and of '.join(failed)} failed"
     lost = [
         f"{len(each.diverged)} of {len(each.errors) + len(each.diverged)} runs"
         f"{' of ' + each.label if each is reference else ''} diverged"
@@ -172,11 +174,11 @@ def view_note(view: View) -> str:
     """Return how the errors of a view were read."""
     if view.budget is None:
         return "Not every run has a curve, so no budget in common can be read."
+    budget = f"{view.budget:,.0f}" if view.budget >= 100 else f"{view.budget:.3g}"
     return (
-        f"Read at {view.budget:,.0f} {VIEWS[view.name][1]}, the largest budget that every run reached, on a straight "
-        "line between the evaluations before and after it. A run with a larger total is read before its learning rate "
-        "has fallen, which counts against it: full_equal_compute is the control that finishes its training on the "
-        "smaller budget."
+        f"Read at {budget} {VIEWS[view.name][1]}, the largest budget that every run reached, on a straight line "
+        "between the evaluations before and after it. A run with a larger total is read before its learning rate has "
+        "fallen, which counts against it: full_equal_compute is the control that finishes its training on the smaller budget."
     )
 
 
