@@ -178,7 +178,8 @@ def view_note(view: View) -> str:
     return (
         f"Read at {budget} {VIEWS[view.name][1]}, the largest budget that every run reached, on a straight line "
         "between the evaluations before and after it. A run with a larger total is read before its learning rate has "
-        "fallen, which counts against it: full_equal_compute is the control that finishes its training on the smaller budget."
+        "fallen, which counts against it: full_equal_compute is the control that finishes its training on the smaller "
+        "budget."
     )
 
 
