@@ -162,6 +162,12 @@ def test_its_fences_and_toml_are_whole(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
+def test_what_it_installs_is_there(page: Path) -> None:
+    """There is no release yet: what an index lacks is installed from a clone."""
+    assert not re.findall(r"pip install '?batchtrim.*", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_its_blocks_of_html_stand_on_lines_of_their_own(page: Path) -> None:
     """Markdown beside a tag in one line is shown as it is typed."""
     text = BLOCK.sub("", page.read_text())
