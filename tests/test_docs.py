@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,29 @@ def assert_importable(module: str, names: list[str]) -> None:
         assert (submodules / f"{name}.py").exists() or name in public_names(module), f"{module}.{name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_its_fences_and_toml_are_whole(page: Path) -> None:
+    """A fence has its language and no more: text behind it is code that ran into its line."""
+    text = page.read_text()
+    for line in re.findall(r"(?m)^ *```(.*)$", text):
+        assert re.fullmatch(r"\w*( (title|hl_lines|linenums)=.*)?", line), line
+    for code in blocks(text, "toml"):
+        tomllib.loads(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_what_it_installs_is_there(page: Path) -> None:
+    """There is no release yet: what an index lacks is installed from a clone."""
+    assert not re.findall(r"pip install '?batchtrim.*", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_its_blocks_of_html_stand_on_lines_of_their_own(page: Path) -> None:
+    """Markdown beside a tag in one line is shown as it is typed."""
+    text = BLOCK.sub("", page.read_text())
+    assert not re.findall(r"(?m)^.*\S.*</div>.*$|^.*</div>.*\S.*$|^.*\S *<div markdown>.*$", text)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if COMMAND.search(page.read_text())], ids=title)
 def test_its_commands_parse(page: Path) -> None:
     commands = typer_commands()
@@ -227,6 +251,11 @@ def test_the_drawings_can_be_drawn(name: str, tmp_path: Path, monkeypatch: pytes
         assert drawn == committed, "draw it again"
 
 
+def shown(page: str) -> str:
+    """The text of an HTML page, without code."""
+    return re.sub(r"<[^>]+>", " ", re.sub(r"<(pre|code|script|style|svg)\b.*?</\1>", " ", page, flags=re.DOTALL))
+
+
 @pytest.mark.slow
 def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="mkdocs-material is not installed: make docs brings it")
@@ -236,6 +265,7 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for page in [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.css")]:
         assert not FETCHED.findall(page.read_text()), page.name
+        assert not re.findall(r"\*\*\[|\]\(|```", shown(page.read_text())), f"Markdown as it is typed: {page.name}"
     notebook = (tmp_path / "notebooks" / "first-steps.html").read_text()
     assert "of the samples backward" in notebook, "what the notebook prints"
     command = [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]

@@ -147,8 +147,20 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
     choices = list(choices)
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"expected `{name}` to be one of {listed}, got {describe(value)}.")
+        raise ValueError(f"expected `{name}` to be one of {listed}, got {describe(value)}.{nearest(value, choices)}")
     return value
+
+
+def nearest(name: Any, names: Iterable[str], before: str = "") -> str:
+    """Return a hint at the nearest of ``names``, with a space before it; nothing where none is near.
+
+    Args:
+        before: what the user has to write before the name.
+    """
+    import difflib  # only where a name is wrong: the core is imported often
+
+    near = difflib.get_close_matches(name, list(names), n=1) if isinstance(name, str) else []
+    return f" Did you mean '{before}{near[0]}'?" if near else ""
 
 
 def check_schedule_output(schedule: object, at: str, value: Any) -> float:

@@ -58,7 +58,7 @@ def test_the_same_command_goes_on() -> None:
     batchtrim("compare", *TINY, "-q")
     done = batchtrim("compare", *TINY)
     assert done.exit_code == 0
-    assert "4 of 4 runs are recorded already" in done.stderr
+    assert "4 of 4 runs are recorded already\n" in done.stderr
 
 
 def test_json_is_alone_on_standard_output() -> None:
@@ -154,6 +154,10 @@ def test_full_stays_the_baseline_of_a_folder_that_holds_it() -> None:
     [
         (["train", "--keep-end", "0.2,0.3"], "expected one run, got several values of `keep_end`"),
         (["train", "--checkpoint-seconds", "-1"], "expected `checkpoint_seconds` to be at least 0, got -1"),
+        (["train", "--checkpoint-seconds", "nan"], "expected `checkpoint_seconds` to be at least 0, got nan"),
+        (["compare", "--imbalance", "nan"], "expected `imbalance` to be at least 1 and finite, got nan"),
+        (["compare", "--imbalance", "inf"], "expected `imbalance` to be at least 1 and finite, got inf"),
+        (["compare", "--weight-decay", "nan"], "expected `weight_decay` to be at least 0 and finite, got nan"),
         (["compare", "--retries", "-1"], "expected `retries` to be at least 0, got -1"),
     ],
 )
@@ -198,6 +202,13 @@ def test_methods_are_listed() -> None:
         (["--dataset", "digit"], "Did you mean 'digits'?"),
         (["--model", "resnet9"], "Did you mean 'resnet"),
         (["--methods", "full,trimm"], "Did you mean 'trim'?"),
+        (["--engine", "shard"], "got 'shard'. Did you mean 'shared'?"),
+        (["--schedule", "lineal"], "Did you mean 'linear'?"),
+        (["--lr-schedule", "cosin"], "Did you mean 'cosine'?"),
+        (["--precision", "bf16mixed"], "Did you mean 'bf16-mixed'?"),
+        (["--label-noise", "symetric:0.2"], "Did you mean 'symmetric'?"),
+        (["--methods", "small_loss", "--param", "small_loss.noise_rat=0.1"], "Did you mean 'noise_rate'?"),
+        (["--methods", "small_loss", "--param", "smal_loss.noise_rate=0.1"], "Did you mean 'small_loss'?"),
         (["--optimizer", "rmsprop"], "expected `optimizer` to be one of"),
         (["--keep-end", "20"], "got 20. It is a fraction of the batch"),
         (["--keep-end", "20%"], "expected `keep_end` to be numbers, comma-separated, got '20%'"),

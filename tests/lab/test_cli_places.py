@@ -46,6 +46,7 @@ def test_show_takes_method_and_seed_and_lists_runs_by_name() -> None:
     assert "digits mlp full seed 0" in Path("full.html").read_text()
     wrong = batchtrim("show", "here", "--method", "tirm")
     assert wrong.exit_code == 2
+    assert "got method 'tirm'. Did you mean 'trim'? There are:" in wrong.stderr
     assert "digits mlp trim linear 1-0.2 seed 0  (--key" in wrong.stderr
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from batchtrim.lab import records
+from batchtrim import KeepLog, lab
+from batchtrim.lab import files, records
 from batchtrim.lab.execute import grid, progress, scheduler
 from batchtrim.lab.files import CannotWrite
+from batchtrim.lab.present import readme_table
 from batchtrim.lab.records import Records
 from batchtrim.lab.run.config import RunConfig
 
@@ -78,3 +80,33 @@ def test_a_row_is_not_written_into_a_folder_made_anew(tmp_path: Path) -> None:
     with pytest.raises(CannotWrite, match="the folder is gone"):
         there.append({"key": "a"})
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_disk_that_is_full_from_the_start_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "write_whole", full)
+    with pytest.raises(CannotWrite, match=r"cannot write .*grid\.json \(No space left on device\)"):
+        scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path), progress.Quiet())
+
+
+def test_a_keep_log_of_a_task_that_cannot_be_written_is_no_fault_of_the_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(run: lab.Run) -> dict[str, float]:
+        run.keep_log(8)
+        return {"error": 0.1}
+
+    monkeypatch.setattr(KeepLog, "to_parquet", full)
+    with pytest.raises(CannotWrite, match=r"cannot write .*keep/.*\.parquet \(No space left on device\)"):
+        lab.compare(train, ["full"], 2, epochs=1, out=tmp_path, quiet=True)
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_a_page_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("<!-- results --><!-- /results -->")
+    monkeypatch.setattr(readme_table, "table", lambda _: "| a |")
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(CannotWrite, match=r"cannot write .*README\.md"):
+        readme_table.write([], page)
+    assert page.read_text() == "<!-- results --><!-- /results -->"
+    assert os.listdir(tmp_path) == ["README.md"]

@@ -33,6 +33,8 @@ def test_other_names_have_to_say_it() -> None:
     assert Metric.called("score", True).better == "higher"
     with pytest.raises(ValueError, match="whose name does not tell"):
         Metric.called("score")
+    with pytest.raises(ValueError, match="Did you mean 'rmse'"):
+        Metric.called("rsme")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import typer
 from batchtrim import __version__
 from batchtrim._checks import check_choice
 from batchtrim.lab import options
+from batchtrim.lab.execute import reach
 from batchtrim.lab.files import as_written, in_a_line
 from batchtrim.lab.terminal import print_plainly
 
@@ -32,7 +33,6 @@ app = typer.Typer(
 # What a wrong option, file or folder raises. --debug shows where.
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
-
 
 # What a command takes where nothing is said; the help tells these defaults.
 COMPARE = {"methods": ["full", "trim"], "seeds": 5}
@@ -290,7 +290,7 @@ def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Run the ``batchtrim`` command."""
     print_plainly()
-    app()
+    reach.call_and_leave(app)
 
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
@@ -326,7 +326,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
         options.refuse_with_task(given)
         configs = list(grid.expand_task(Code.in_file(task, "task"), settings))
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
-        if given.get(name, least) < least:
+        if not given.get(name, least) >= least:  # NaN is not
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
     ranks = Ranks.from_environment()
     workers, threads = cores.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)

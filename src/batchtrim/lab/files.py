@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import tomllib
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
+
+from batchtrim._checks import nearest
 
 Entry = TypeVar("Entry")
 
@@ -113,13 +114,3 @@ def look_up(what: str, name: Any, table: Mapping[str, Entry], other: str = "") -
         return table[name]
     listed = ", ".join(table) + (f"; or {other};" if other else ",")
     raise ValueError(f"expected `{what}` to be one of {listed} got {name!r}.{nearest(name, table)}")
-
-
-def nearest(name: Any, names: Iterable[str], before: str = "") -> str:
-    """Return a hint at the nearest of ``names``, with a space before it; nothing where none is near.
-
-    Args:
-        before: what the user has to write before the name.
-    """
-    near = difflib.get_close_matches(name, list(names), n=1) if isinstance(name, str) else []
-    return f" Did you mean '{before}{near[0]}'?" if near else ""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from batchtrim._checks import nearest
+
 __all__ = ["ERROR", "Metric"]
 
 LOWER = ("error", "loss", "rmse", "mse", "mae", "mape", "nll", "perplexity", "wer", "cer", "brier", "ece", "fid", "eer")
@@ -46,8 +48,8 @@ class Metric:
         known = True if name.lower() in HIGHER else False if name.lower() in LOWER else None
         if known is None and higher_is_better is None:
             raise ValueError(
-                f"expected `higher_is_better` for the metric {name!r}, whose name does not tell, got nothing. "
-                "Pass --higher-is-better or --lower-is-better."
+                f"expected `higher_is_better` for the metric {name!r}, whose name does not tell, got nothing."
+                f"{nearest(name, (*LOWER, *HIGHER))} Pass --higher-is-better or --lower-is-better."
             )
         if known is not None and higher_is_better is not None and higher_is_better is not known:
             way = "higher" if known else "lower"

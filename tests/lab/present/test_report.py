@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import subprocess
 import time
 from html.parser import HTMLParser
@@ -161,6 +162,27 @@ def test_command_runs_the_same_settings_again(rows):
 
 
 @pytest.mark.parametrize(
+    ("settings", "flag", "kept"),
+    [
+        ({"dataset": "my photos", "test_split": 0.3, "data_version": "60a321c9967f"}, None, {"test_split": 0.3}),
+        ({"dataset": "my photos", "skip_broken": True}, "skip_broken", {"dataset": "my photos"}),
+        ({"dataset": "my photos", "skip_broken": False}, None, {}),
+    ],
+)
+def test_the_command_holds_only_options(make_row, settings, flag, kept):
+    import typer
+
+    from batchtrim.lab import cli
+
+    rows = [make_row(method, seed, **settings) for method in ("full", "trim") for seed in range(3)]
+    said = wording.command(comparison.summarize(rows).groups[0])
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    given = commands["compare"].make_context("compare", shlex.split(said)[2:]).params
+    assert bool(given["skip_broken"]) == (flag == "skip_broken")
+    assert {name: given[name] for name in kept} == kept
+
+
+@pytest.mark.parametrize(
     ("low", "high", "expected"),
     [(0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.02, 0.031, [0.02, 0.025, 0.03]), (5, 5, [5])],
 )
@@ -279,13 +301,38 @@ def test_no_table_is_cut_off(make_row, tmp_path, width):
             rows += [make_row("trim", seed, 0.07 + 0.001 * seed, keep_end=0.2, schedule="step") for seed in range(5)]
         page = report.write_report(rows, tmp_path / name)
         asks = (
-            "<script>document.title='cut: '+[...document.querySelectorAll('.scroll')]"
-            ".filter(each=>each.scrollWidth>each.clientWidth).map(each=>each.innerText.slice(0,40))</script></body>"
+            "<script>parent.postMessage('cut at '+innerWidth+': '+[...document.querySelectorAll('.scroll')]"
+            ".filter(each=>each.scrollWidth>each.clientWidth).map(each=>each.innerText.slice(0,40)),'*')</script></body>"
         )
         page.write_text(page.read_text().replace("</body>", asks))
+        frame = page.with_name("frame.html")  # a window of Chromium is 500 pixels wide at least
+        frame.write_text(
+            "<script>onmessage=event=>document.title=event.data</script>"
+            f"<iframe src='{page.name}' style='width:{width}px;height:900px;border:0'></iframe>"
+        )
         done = subprocess.run(
             [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-             f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+             "--window-size=1500,1000", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()],
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
-        assert "<title>cut: </title>" in done.stdout, re.findall(r"<title>.*?</title>", done.stdout, re.DOTALL)
+        assert f"<title>cut at {width}: </title>" in done.stdout, re.findall(
+            r"<title>.*?</title>", done.stdout, re.DOTALL
+        )
+
+
+def test_an_arm_whose_runs_all_failed_is_told_so(make_row):
+    rows = [make_row(method, seed, None, status="failed") for method in ("full", "trim") for seed in range(3)]
+    assert wording.headline(comparison.summarize(rows)) == "trim: every run of trim and of full failed"
+    rows = rows[3:] + [make_row("full", seed, 0.1) for seed in range(3)]
+    assert wording.headline(comparison.summarize(rows)) == "trim: every run of trim failed"
+
+
+def test_numbers_of_very_good_and_very_short_runs(make_row):
+    """Errors that are all 0 have no axis below it, and a budget under a second is not 0 seconds."""
+    rows = [make_row(method, seed, 0.0, seconds=0.13) for method in ("full", "trim") for seed in range(3)]
+    (group,) = comparison.summarize(rows).groups
+    for card in report.group_values(group)["costs"]:
+        assert "-" not in re.sub(r"<[^>]*>", "", str(card.chart))
+    notes = [wording.view_note(view) for view in group.views]
+    assert any(note.startswith("Read at 0.13 seconds of training") for note in notes), notes
+    assert any(note.startswith("Read at 3,000 samples backward") for note in notes), notes

@@ -36,12 +36,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from batchtrim._checks import check_choice, check_positive, describe
+from batchtrim._checks import check_choice, check_positive, describe, nearest
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, inference
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.analyse.inference import Moments
-from batchtrim.lab.files import load_toml, nearest
+from batchtrim.lab.files import load_toml
 from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.metric import ERROR
 from batchtrim.lab.run.config import ARM_SETTINGS, SETTINGS

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from batchtrim._checks import describe
+from batchtrim._checks import describe, nearest
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.records import COSTS, SCHEMA, Row
 
@@ -100,7 +100,7 @@ def _check_known(names: Sequence[str], where: str, wanted: Sequence[str] = KNOWN
     listed += f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     for name in wanted:
         if name not in names:
-            raise ValueError(f"expected a column {name!r} in {where}, got {listed}.")
+            raise ValueError(f"expected a column {name!r} in {where}, got {listed}.{nearest(name, names)}")
 
 
 def _metric_column(names: Sequence[str], metric: str | None, where: str) -> str:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from batchtrim._checks import check_count
+from batchtrim._checks import check_count, nearest
 from batchtrim.lab.run.config import COMPARED, RunConfig
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.code import Code
@@ -98,6 +98,7 @@ def _expand_part(settings: Settings, kind: type[Config]) -> list[Config]:
     if unused:
         raise ValueError(
             f"expected parameters of methods that are run ({', '.join(methods)}), got [params.{unused[0]}]."
+            f"{nearest(unused[0], methods)}"
         )
     chosen = [kind.from_dict(choice) for choice in _product(values)]
     return [

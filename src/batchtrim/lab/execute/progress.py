@@ -71,7 +71,8 @@ class Live(Quiet):
     def begin(self, configs: list[Any], done: int) -> None:
         self.runs, self.done = len(configs), done
         if done:
-            self.note(f"{done} of {self.runs} runs are recorded already; going on with the rest")
+            rest = "; going on with the rest" if done < self.runs else ""
+            self.note(f"{done} of {self.runs} runs are recorded already{rest}")
         epochs = sum(config.epochs for config in configs)
         share = epochs * done // max(1, self.runs)
         self.total = self.bars.add_task("all runs", total=epochs - share, news=self._tally())

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 WAIT = 5.0  # seconds for a connection
 LONGEST_START = 20.0  # seconds for a cluster to take us in
 
 
+_given_up: list[threading.Thread] = []
+
+
+def call_and_leave(command: Callable[[], Any]) -> None:
+    """Call ``command``; when it exits, leave at once even if a start that was given up still waits.
+
+    The interpreter's own end would wait for it, since it is inside a library of C++.
+    """
+    try:
+        command()
+    except SystemExit as end:
+        if not any(thread.is_alive() for thread in _given_up):
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
 def check_address(address: str) -> None:
-    """Raise a ConnectionError if nothing listens at ``host:port`` or ``ray://host:port``; other forms pass."""
+    """Raise a ConnectionError if nothing listens at ``host:port`` or ``ray://host:port``, or the port is left out.
+
+    Other forms pass: ``auto``, and those of a library's own.
+    """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://") and not (host and port.isdecimal()):
+        raise ConnectionError("it needs a host and a port: ray://HOST:10001")
     if not colon or not port.isdecimal():
         return
     try:
@@ -24,8 +49,24 @@ def check_address(address: str) -> None:
         raise ConnectionError(str(getattr(error, "strerror", None) or error or "no answer")) from error
 
 
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Lose what the process writes to file descriptor 2; a log of C++ cannot be turned off in Python."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def in_time(start: Callable[[], Any], seconds: float | None = None) -> None:
-    """Call ``start``; raise what it raises, or a ConnectionError if it has not returned after ``seconds``."""
+    """Call ``start``; raise what it raises, or a ConnectionError if it has not returned after ``seconds``.
+
+    What it writes to standard error is lost: at a port of another service, Ray's C++ repeats a line of its own.
+    """
     seconds = LONGEST_START - WAIT if seconds is None else seconds
     failed: list[BaseException] = []
 
@@ -36,9 +77,11 @@ def in_time(start: Callable[[], Any], seconds: float | None = None) -> None:
             failed.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    with _silence():
+        thread.start()
+        thread.join(seconds)
     if thread.is_alive():
+        _given_up.append(thread)
         raise ConnectionError(f"no answer within {seconds:.0f} seconds")
     if failed:
         raise failed[0]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchtrim._checks import check_count, check_number
+from batchtrim._checks import check_count, check_number, nearest
 from batchtrim.lab.methods.rules import Method, RunInfo
 
 Params = dict[str, Any]
@@ -49,7 +49,9 @@ class MethodSpec:
         for name in given:
             if name not in self.params:
                 takes = ", ".join(self.params) or "none"
-                raise ValueError(f"expected a parameter of method '{self.name}' ({takes}), got {name!r}.")
+                raise ValueError(
+                    f"expected a parameter of method '{self.name}' ({takes}), got {name!r}.{nearest(name, self.params)}"
+                )
         return {
             name: param.check(f"{self.name}.{name}", given.get(name, param.default))
             for name, param in self.params.items()

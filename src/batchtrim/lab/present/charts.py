@@ -210,7 +210,9 @@ def scatter(
     if not points:
         return Markup('<p class="note">No run finished.</p>')
     x = Scale(0.0, max(point.x for point in points) * 1.08 or 1.0, LEFT, WIDTH - RIGHT)
-    y = Scale(*data_range([v for point in points for v in (point.y, *(point.interval or ()))]), HEIGHT - BOTTOM, TOP)
+    values = [v for point in points for v in (point.y, *(point.interval or ()))]
+    low, high = data_range(values)
+    y = Scale(max(low, 0.0) if min(values) >= 0 else low, high, HEIGHT - BOTTOM, TOP)  # no error is below 0
     parts = [_axes(x, y, x_label, y_label, x_fmt, fmt)]
     best = front(points)
     if len(best) > 1:

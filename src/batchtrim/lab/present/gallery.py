@@ -26,7 +26,7 @@ from batchtrim._checks import import_extra
 from batchtrim._deprecated import renamed
 from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.lab import records
-from batchtrim.lab.files import writing
+from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import charts, wording
 from batchtrim.lab.present.charts import Series
 from batchtrim.lab.present.logged import choose, remembered
@@ -206,7 +206,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     path = Path(out)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        write_whole(path, lambda file: file.write(page.encode()))
     return path
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from batchtrim._checks import nearest
 from batchtrim.lab.execute.workplace import DATA_DIR
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.task_config import TaskConfig
@@ -35,7 +36,8 @@ def choose(
         said = ", ".join(f"{name} {value!r}" for name, value in asked.items() if value is not None).removeprefix("key ")
         listed = "\n".join(f"  {name(row)}  (--key {row['key'][:6]})" for row in rows[:MOST_NAMED])
         more = f"\n  and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
-        raise ValueError(f"expected a run with a keep log, got {said}. There are:\n{listed}{more}")
+        near = nearest(method, {row["config"]["method"] for row in rows})
+        raise ValueError(f"expected a run with a keep log, got {said}.{near} There are:\n{listed}{more}")
     return max(found, key=lambda row: (_rank(row["config"]["method"]), -row["config"]["seed"], row["started"]))
 
 

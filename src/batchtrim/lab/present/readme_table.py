@@ -7,6 +7,7 @@ from pathlib import Path
 
 from batchtrim.lab.analyse.claims import Record
 from batchtrim.lab.analyse.comparison import Arm, Group
+from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import tables, wording
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -26,7 +27,9 @@ def write(records: Sequence[Record], page: Path) -> None:
     _, ended, after = rest.partition(END)
     if not begun or not ended:
         raise ValueError(f"expected {BEGIN} and {END} around the table in {page}, got a page without them.")
-    page.write_text(f"{before}{BEGIN}\n\n{table(records)}\n\n{END}{after}", encoding="utf-8")
+    whole = f"{before}{BEGIN}\n\n{table(records)}\n\n{END}{after}"
+    with writing(page):
+        write_whole(page, lambda file: file.write(whole.encode()))
 
 
 def table(records: Sequence[Record]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from batchtrim.lab.analyse.claims import Finding, Record
 from batchtrim.lab.analyse.comparison import Arm, Group
-from batchtrim.lab.files import writing
+from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import charts, tables, wording
 
 DRAWINGS = "drawings/results"
@@ -43,7 +43,7 @@ def write(records: Sequence[Record], out: Path) -> None:
     for path, text in files.items():
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, lambda file, text=text: file.write(text.encode()))
 
 
 def page(records: Sequence[Record]) -> str:

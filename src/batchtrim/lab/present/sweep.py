@@ -56,7 +56,7 @@ def times(group: Group) -> str:
         for arm in group.arms
         if "seconds" in arm.cost and arm.cost.get("seconds_eval")
     ]
-    return f"Seconds of training + of testing, a run: {', '.join(parts)}." if parts else ""
+    return f"Seconds for a run, training + testing: {', '.join(parts)}." if parts else ""
 
 
 def _grid(method: str, arms: Sequence[Arm]) -> Grid | None:

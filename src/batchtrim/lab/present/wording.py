@@ -11,7 +11,7 @@ from batchtrim.lab.analyse.claims import Claim
 from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary, Verdict, View
 from batchtrim.lab.analyse.inference import MIN_PAIRS
 from batchtrim.lab.metric import ERROR, Metric
-from batchtrim.lab.run.config import ARM_SETTINGS
+from batchtrim.lab.run.config import ARM_SETTINGS, SETTINGS
 
 MOST_NAMED = 4  # arms that a verdict lists by name, where some are the same method
 UNKNOWN = "\N{EN DASH}"
@@ -85,6 +85,8 @@ def verdict(arm: Arm, reference: Arm | None) -> str:
     said = finding(arm.paired)
     if arm.paired.verdict is Verdict.ALL_DIVERGED:
         return f"{said} ({len(arm.diverged)} of {len(arm.diverged)})"
+    if failed := [each.label for each in (arm, reference) if each.failed and not each.errors and not each.diverged]:
+        return f"every run of {' and of '.join(failed)} failed"
     lost = [
         f"{len(each.diverged)} of {len(each.errors) + len(each.diverged)} runs"
         f"{' of ' + each.label if each is reference else ''} diverged"
@@ -172,11 +174,12 @@ def view_note(view: View) -> str:
     """Return how the errors of a view were read."""
     if view.budget is None:
         return "Not every run has a curve, so no budget in common can be read."
+    budget = f"{view.budget:,.0f}" if view.budget >= 100 else f"{view.budget:.3g}"
     return (
-        f"Read at {view.budget:,.0f} {VIEWS[view.name][1]}, the largest budget that every run reached, on a straight "
-        "line between the evaluations before and after it. A run with a larger total is read before its learning rate "
-        "has fallen, which counts against it: full_equal_compute is the control that finishes its training on the "
-        "smaller budget."
+        f"Read at {budget} {VIEWS[view.name][1]}, the largest budget that every run reached, on a straight line "
+        "between the evaluations before and after it. A run with a larger total is read before its learning rate has "
+        "fallen, which counts against it: full_equal_compute is the control that finishes its training on the smaller "
+        "budget."
     )
 
 
@@ -323,6 +326,10 @@ def environment(summary: Summary) -> dict[str, str]:
     return {name: ", ".join(values) for name, values in seen.items()} | dates
 
 
+_NOT_TYPED = ("device", *(name for name, each in SETTINGS.items() if not each.help))
+"""Settings that the command leaves out: the device is the machine's, and the others are no options."""
+
+
 def command(group: Group) -> str:
     """Return the command that runs this group again; runs already recorded in the folder are skipped.
 
@@ -331,7 +338,7 @@ def command(group: Group) -> str:
     if "epochs" not in group.settings:
         return ""
     settings: dict[str, Any] = {
-        name: value for name, value in group.settings.items() if value is not None and name != "device"
+        name: value for name, value in group.settings.items() if value is not None and name not in _NOT_TYPED
     }
     for name in ARM_SETTINGS:
         values = list(dict.fromkeys(arm.settings.get(name) for arm in group.arms if name != "method_params"))
@@ -343,7 +350,7 @@ def command(group: Group) -> str:
     settings["seeds"] = len(seeds) if counted else ",".join(map(str, seeds)) + ("," if len(seeds) == 1 else "")
     flags = {name: settings.pop(name) for name, value in list(settings.items()) if isinstance(value, bool)}
     words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in settings.items()]
-    words += [_flag(name, value) for name, value in flags.items()]
+    words += [flag for name, value in flags.items() if (flag := _flag(name, value))]
     params: dict[str, list[str]] = {}
     for arm in group.arms:
         for name, value in (arm.settings.get("method_params") or {}).items():
@@ -355,6 +362,7 @@ def command(group: Group) -> str:
 
 
 def _flag(name: str, value: bool) -> str:
+    """Return the flag that gives this value; "" where leaving it out does."""
     if name == "higher_is_better":
         return "--higher-is-better" if value else "--lower-is-better"
-    return f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')}" if value else ""

@@ -127,14 +127,14 @@ class Records:
         Raises:
             UseAnotherFolder: the folder's experiment neither contains these cells nor is contained in them.
         """
-        path = self.folder / "grid.json"
         with self._lock("settle"):
             there, ours, gone = self._compared(cells)
             if ours and gone:
                 raise UseAnotherFolder(_difference(self.folder, gone, ours))
             if ours:
                 text = json.dumps(there + ours, indent=1) + "\n"
-                write_whole(path, lambda file: file.write(text.encode()))
+                with writing(path := self.folder / "grid.json"):
+                    write_whole(path, lambda file: file.write(text.encode()))
 
     def differing(self, cells: list[Row]) -> dict[str, tuple[Any, Any]]:
         """Return the settings, there and here, that make these cells another experiment; {} where they are not."""

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from batchtrim._checks import check_choice, check_count, check_fraction, check_keep, check_number, check_positive, plain
-from batchtrim.lab.files import nearest
+from batchtrim._checks import (
+    check_choice,
+    check_count,
+    check_fraction,
+    check_keep,
+    check_number,
+    check_positive,
+    nearest,
+    plain,
+)
 from batchtrim.lab.methods.table import METHODS, find_method
 from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
 from batchtrim.lab.task import images
@@ -138,8 +147,8 @@ class RunConfig:
         lr, weight_decay = OPTIMIZER_DEFAULTS[self.optimizer]
         lr = lr if self.lr is None else check_positive("lr", self.lr)
         weight_decay = weight_decay if self.weight_decay is None else check_number("weight_decay", self.weight_decay)
-        if weight_decay < 0:
-            raise ValueError(f"expected `weight_decay` to be at least 0, got {weight_decay:g}.")
+        if not 0.0 <= weight_decay < math.inf:
+            raise ValueError(f"expected `weight_decay` to be at least 0 and finite, got {weight_decay:g}.")
         check_fraction("label_smoothing", self.label_smoothing)
         if self.label_smoothing and not method.smoothing:
             raise ValueError(
@@ -189,9 +198,9 @@ class RunConfig:
         for name in ("keep_start", "keep_end"):  # a method without a schedule ignores them, but not a wrong number
             if getattr(self, name) is not None:
                 check_keep(name, getattr(self, name))
-        if check_number("imbalance", self.imbalance) < 1.0:
+        if not 1.0 <= check_number("imbalance", self.imbalance) < math.inf:
             raise ValueError(
-                f"expected `imbalance` to be at least 1, got {self.imbalance:g}. It is largest / smallest."
+                f"expected `imbalance` to be at least 1 and finite, got {self.imbalance:g}. It is largest / smallest."
             )
         if not 0.0 <= check_number("momentum", self.momentum) < 1.0:
             raise ValueError(f"expected `momentum` in [0, 1), got {self.momentum:g}.")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from batchtrim._checks import describe
+from batchtrim.lab.files import CannotWrite, writing
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.environment import environment
@@ -61,6 +62,8 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
             seconds = time.perf_counter() - begun
             result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen)}
             _write_log(run, config, out)
+        except CannotWrite:  # the disk's fault, not the task's
+            raise
         except TaskMistake as error:
             result = {"status": "failed", "error": str(error), "mistake": True}
         except SystemExit as error:
@@ -168,11 +171,12 @@ def _write_log(run: Run, config: TaskConfig, out: Path) -> None:
     if run.kept is None:
         return
     path = out / "keep" / f"{config.key}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run.kept.to_parquet(path)
-    if run.shown is None:
-        return
-    if run.shown["images"] is not None:
-        np.save(path.with_suffix(".npy"), run.shown["images"], allow_pickle=False)
-    text = json.dumps({name: value for name, value in run.shown.items() if name != "images"}, default=str)
-    path.with_suffix(".json").write_text(text, encoding="utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run.kept.to_parquet(path)
+        if run.shown is None:
+            return
+        if run.shown["images"] is not None:
+            np.save(path.with_suffix(".npy"), run.shown["images"], allow_pickle=False)
+        text = json.dumps({name: value for name, value in run.shown.items() if name != "images"}, default=str)
+        path.with_suffix(".json").write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from batchtrim._checks import nearest
 from batchtrim.lab.task.data import ImageData, PassDataDir, data_folder, read_parquet
 
 HUMAN_COLUMNS = {
@@ -45,6 +46,7 @@ def parse_label_noise(text: str) -> tuple[str, str]:
         raise ValueError(f"expected one of {', '.join(HUMAN_COLUMNS)} after 'human:', got {value!r}.")
     raise ValueError(
         f"expected `label_noise` to be none, symmetric:RATE, asymmetric:RATE or human:WHICH, got {text!r}."
+        f"{nearest(kind, ('none', 'symmetric', 'asymmetric', 'human'))}"
     )
 
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim._checks import describe, import_extra
-from batchtrim.lab.files import nearest
+from batchtrim._checks import describe, import_extra, nearest
 from batchtrim.lab.task.code import Code, YourCodeFailed, own_traceback
 
 __all__ = ["build_own", "check_own", "code_of", "is_own_model"]
