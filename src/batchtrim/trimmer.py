@@ -29,7 +29,7 @@ from batchtrim.errors import NothingToChoose
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear
 from batchtrim.selection import Rule, Selection, hardest
-from batchtrim.selection.base import masked_choice, select_valid
+from batchtrim.selection.base import masked_choice, select_again, select_valid
 from batchtrim.stats import KeepStats
 from batchtrim.unreduced import UNITS, Losses, divisors, flatten
 
@@ -351,9 +351,13 @@ class Trimmer:
                 return self._choose(*settled_ones, ranked_by_itself)
         if self.scope == "global" and world_size(self.process_group) > 1:
             return self._choose_jointly(flat, scores)
-        selection = select_valid(self.rule, scores, self.keep, flat.mask, self.generator)
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # in a backward pass
+        select = select_again if again else select_valid
+        selection = select(self.rule, scores, self.keep, flat.mask, self.generator)
         if flat.weights is not None or flat.counts is not None or flat.reduction != "mean":
             selection = normalized(selection, flat)
+        if again:
+            return selection  # it is counted already
         values = scores if ranked_by_itself else flat.values.detach()
         self.last = Choice(values, selection, flat.mask)
         self.stats.record(values, selection, flat.mask)
