@@ -15,10 +15,11 @@ from torch import Tensor
 
 from batchtrim.unreduced import Losses
 
-__all__ = ["batched", "fixed_shapes", "outside", "plain", "settled", "transforming"]
+__all__ = ["batched", "fixed_shapes", "in_backward", "outside", "plain", "settled", "transforming"]
 
 _func = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
+in_backward = torch._C._current_graph_task_id  # -1 outside of a backward pass
 
 
 def batched(tensor: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.compiler import is_compiling
 
 from batchtrim._checks import (
     check_choice,
@@ -21,7 +22,7 @@ from batchtrim._checks import (
     describe,
 )
 from batchtrim._deprecated import record_as_before, trimmer_log
-from batchtrim._transforms import fixed_shapes, outside, settled, transforming
+from batchtrim._transforms import fixed_shapes, in_backward, outside, settled, transforming
 from batchtrim.choice import Choice
 from batchtrim.clock import Clock
 from batchtrim.distributed import select_over_ranks, world_size
@@ -29,7 +30,7 @@ from batchtrim.errors import NothingToChoose
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear
 from batchtrim.selection import Rule, Selection, hardest
-from batchtrim.selection.base import masked_choice, select_valid
+from batchtrim.selection.base import masked_choice, select_again, select_valid
 from batchtrim.stats import KeepStats
 from batchtrim.unreduced import UNITS, Losses, divisors, flatten
 
@@ -160,7 +161,7 @@ class Trimmer:
             graph: dropped samples still cost their backward; :class:`batchtrim.TrimmedForward` saves that.
         """
         flat, scores = self._flatten(losses, rank_by, mask)
-        if (torch.compiler.is_compiling() or transforming()) and fixed_shapes(self.rule, self.scope, flat, scores):
+        if (is_compiling() or transforming()) and fixed_shapes(self.rule, self.scope, flat, scores):
             return self._fixed(flat, scores)
         selection = self._choose(flat, scores, rank_by is None)
         if logged or self.log is not None:
@@ -345,16 +346,19 @@ class Trimmer:
         return flat, ranked.values.detach()
 
     def _choose(self, flat: Losses, scores: Tensor, ranked_by_itself: bool) -> Selection:
-        if transforming() and not torch.compiler.is_compiling():
+        if transforming() and not is_compiling():
             settled_ones = settled(flat, scores, repr(self.rule))
             with outside():
                 return self._choose(*settled_ones, ranked_by_itself)
         if self.scope == "global" and world_size(self.process_group) > 1:
             return self._choose_jointly(flat, scores)
-        selection = select_valid(self.rule, scores, self.keep, flat.mask, self.generator)
+        again = in_backward() != -1 and not is_compiling()
+        selection = (select_again if again else select_valid)(self.rule, scores, self.keep, flat.mask, self.generator)
         if flat.weights is not None or flat.counts is not None or flat.reduction != "mean":
             selection = normalized(selection, flat)
         values = scores if ranked_by_itself else flat.values.detach()
+        if again:
+            return selection  # it is counted already
         self.last = Choice(values, selection, flat.mask)
         self.stats.record(values, selection, flat.mask)
         self._single_rows = self._single_rows + 1 if selection.size == 1 and self.keep < 1.0 else 0

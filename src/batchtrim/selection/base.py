@@ -15,6 +15,7 @@ __all__ = [
     "keep_count_tensor",
     "masked_choice",
     "rank_mask",
+    "select_again",
     "select_valid",
     "top_indices",
 ]
@@ -144,6 +145,22 @@ def select_valid(
         return Selection(valid, losses.shape[0], 0)
     chosen = rule(losses[valid], keep, generator)
     return Selection(valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, chosen.normalizer)
+
+
+def select_again(rule: Rule, losses: Tensor, keep: float, mask: Tensor | None, generator: torch.Generator) -> Selection:
+    """Return :func:`select_valid` in a backward pass, where torch.utils.checkpoint computes a forward once more.
+
+    Raises:
+        ValueError: the rule draws or remembers, so that it would choose otherwise than it did in the forward.
+    """
+    before = generator.get_state()
+    selection = select_valid(rule, losses, keep, mask, generator)
+    if hasattr(rule, "state_dict") or not torch.equal(before, generator.get_state()):
+        raise ValueError(
+            f"expected a rule that chooses the same again inside of torch.utils.checkpoint, got {rule!r}, which draws "
+            "or remembers. Call the trimmer on losses that the checkpointed function returns."
+        )
+    return selection
 
 
 def masked_choice(rule: Rule, losses: Tensor, keep: Tensor, mask: Tensor | None) -> Tensor:
