@@ -166,3 +166,11 @@ def test_what_is_no_regular_file_is_broken(mine: Path) -> None:
     assert "a/pipe.png: it is no regular file" in told
     assert "a/self.png: it cannot be opened" in told
     assert "2 broken images left out" in str(load(mine, ImageOptions(test_split=0.5, skip_broken=True)).notes)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was left out without a word."""
+    tree(mine, "a", "b")
+    (mine / "a" / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may read everything
+    assert "which may not be" in refusal(mine)
