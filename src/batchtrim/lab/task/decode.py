@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -139,10 +140,10 @@ def _cut(chunks: Iterable[tuple[int, list[Source]]]) -> Iterator[tuple[int, list
 
 def _open(source: Source) -> Any:
     image_module = import_extra("PIL.Image", "lab", "images")
+    if isinstance(source, Path):
+        _check_file(source)
     try:
         image = image_module.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except FileNotFoundError:
-        raise BrokenImage("there is no such file") from None
     except Exception as error:  # what a damaged file raises depends on where it is damaged, and on the format
         raise BrokenImage(_reason(error, source)) from error
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones put a second view into a JPEG
@@ -150,6 +151,18 @@ def _open(source: Source) -> Any:
     if image.mode == "F":
         raise BrokenImage("its pixels are floating point, of unknown range")
     return image
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what cannot be opened, and what would wait for a writer for ever, as a pipe does."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise BrokenImage("there is no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        raise BrokenImage(f"it cannot be opened ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(mode):
+        raise BrokenImage("it is no regular file")
 
 
 def _header(source: Source) -> Header:
@@ -211,7 +224,9 @@ def _in_mode(image: Any, grey: bool) -> Any:
 
 
 def _reason(error: BaseException, source: Source) -> str:
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size if source.exists() else 0
+    if isinstance(error, OSError) and error.strerror:
+        return f"it cannot be opened ({error.strerror})"
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size == 0:
         return "it is empty"
     if type(error).__name__ == "UnidentifiedImageError":

@@ -7,9 +7,11 @@ N images, C channels, H and W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 
 from batchtrim._checks import check_count, check_fraction
-from batchtrim.lab.task import data
+from batchtrim.lab.task import data, tables
 from batchtrim.lab.task.decode import Header, decode_all, read_headers
 from batchtrim.lab.task.listing import Listing, find_images
 from batchtrim.lab.task.split import split_rows
@@ -62,7 +64,7 @@ def is_own(dataset: str) -> bool:
         "/" in dataset
         or "\\" in dataset
         or Path(dataset).expanduser().exists()
-        or dataset.endswith((".csv", ".parquet"))
+        or dataset.lower().endswith(tables.SUFFIXES)
     )
 
 
@@ -131,7 +133,7 @@ def load(
         kept_labels[first_test:], tuple(about["mean"]), tuple(about["std"]), tuple(classes),
     )  # fmt: skip
     names = [listing.names[row] for row in order[kept]]
-    notes = [*listing.notes, *about["notes"], *_check_sides(found, names, hashes, first_test)]
+    notes = [*listing.notes, *_alike(classes), *about["notes"], *_check_sides(found, names, hashes, first_test)]
     version = _version(found, hashes)
     return replace(found, notes=tuple(f"{dataset}: {note}" for note in notes), version=version)
 
@@ -166,6 +168,22 @@ def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
         raise ValueError(f"expected at least two classes in {listing.where}, got {len(values)}: {values[0]}.")
     found = np.asarray([number[each if numbers else str(each)] for each in labels], dtype=np.int64)
     return [f"{each:g}" if isinstance(each, float) else str(each) for each in values], found
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    """Return a note on names that are likely to mean one class."""
+    found: dict[Any, list[str]] = {}
+    for name in names:
+        plain: Any = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        with contextlib.suppress(ValueError):
+            plain = float(plain)
+        found.setdefault(plain, []).append(name)
+    return [
+        f"{', '.join(map(ascii, alike))} are {len(alike)} classes, though their names differ by case, spaces, zeros or "
+        "the encoding of letters alone"
+        for alike in found.values()
+        if len(alike) > 1
+    ][:MOST_NAMED]
 
 
 def _sides(listing: Listing, labels: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, np.ndarray]:

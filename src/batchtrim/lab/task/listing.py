@@ -5,7 +5,6 @@ N images, C classes.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import describe, import_extra
-from batchtrim.lab.task import hub
+from batchtrim.lab.task import hub, tables
 from batchtrim.lab.task.decode import Source
 from batchtrim.lab.task.walk import check_link, images_in
 
 __all__ = ["Listing", "find_images"]
 
-TABLES = (".csv", ".parquet")
 TEST_NAMES = ("test", "val", "valid", "validation")
-IMAGE_COLUMNS = ("image", "img", "path", "file", "file_name", "filename")
-LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "coarse_label")
 BATCH = 256  # rows of a table that are read at a time
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
@@ -70,7 +66,7 @@ def find_images(
     columns = {"image": image_column, "label": label_column, "group": group}
     if path.is_dir():
         return _folder(path, group, columns)
-    if path.suffix.lower() in TABLES:
+    if path.suffix.lower() in tables.SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"expected a table {path} for `dataset`, got nothing there.")
         return _tables({"": [path]}, str(path), columns)
@@ -84,7 +80,7 @@ def find_images(
 
 def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Listing:
     inside = sorted(each for each in root.iterdir() if not each.name.startswith("."))
-    if any(each.suffix == ".parquet" for each in inside) or (
+    if any(each.suffix.lower() == ".parquet" for each in inside) or (
         (root / "data").is_dir() and any((root / "data").glob("*.parquet"))
     ):
         return _hub_folder(root, str(root), columns)
@@ -110,7 +106,9 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
     split: list[str] = []
     others: list[str] = []
     linked: list[Path] = []
+    loose: list[Path] = []
     for name, folder in splits.items():
+        loose += _loose(folder, suffixes)
         for kind in sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")):
             check_link(kind, root)
             found = images_in(kind, suffixes)
@@ -125,9 +123,10 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
     if linked:
         notes.append(f"{len(linked)} linked folders in class folders left out, such as {linked[0].relative_to(root)}")
     if not files:
-        raise ValueError(
-            f"expected images in class folders, as in {root}/CLASS/image.png, got none.{_loose(root, suffixes)}"
-        )
+        hint = f" {len(loose)} images lie in {loose[0].parent} itself, in no class." if loose else ""
+        raise ValueError(f"expected images in class folders, as in {root}/CLASS/image.png, got none.{hint}")
+    if loose:
+        notes.append(f"{len(loose)} images in no class folder left out, such as {loose[0].relative_to(root)}")
     names = [str(each.relative_to(root)) for each in files]
     _check_text(names, "names of files and folders")
     return Listing(
@@ -157,9 +156,8 @@ def _check_text(names: Sequence[str], what: str) -> None:
             ) from None
 
 
-def _loose(root: Path, suffixes: set[str]) -> str:
-    loose = [each for each in root.iterdir() if each.is_file() and each.suffix.lower() in suffixes]
-    return f" {len(loose)} images lie in {root} itself, in no class." if loose else ""
+def _loose(folder: Path, suffixes: set[str]) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if each.suffix.lower() in suffixes and not each.is_dir())
 
 
 def _groups_by_name(names: Sequence[str], pattern: str) -> list[str]:
@@ -188,24 +186,14 @@ def _tables(files: dict[str, list[Path]], where: str, columns: dict[str, str | N
     classes = None
     for side, paths in files.items():
         for path in paths:
-            table = _read_table(path, columns)
-            image, label = (
-                _column(table, "image", columns["image"], path),
-                _column(table, "label", columns["label"], path),
-            )
-            classes = classes or _class_names(table, label)
-            values = table.column(label).to_pylist()
-            _check_labels(values, label, path)
-            if columns["group"] is not None:
-                groups += [
-                    str(each) for each in table.column(_column(table, "group", columns["group"], path)).to_pylist()
-                ]
-            split += _split_column(table, path) if "split" in table.column_names and not side else [side] * len(values)
-            spans.append(
-                (len(names), path, image, None if path.suffix == ".parquet" else table.column(image).to_pylist())
-            )
-            names += [f"{path.name} row {row}" for row in range(len(values))]
-            labels += values
+            table = tables.read(path, columns)
+            classes = classes or table.class_names
+            tables.check_labels(table.labels, table.label, path)
+            groups += [str(each) for each in table.groups or ()]
+            split += _split_column(table.split, path) if table.split and not side else [side] * len(table.labels)
+            spans.append((len(names), path, table.image, table.images))
+            names += [f"{path.name} row {row}" for row in range(len(table.labels))]
+            labels += table.labels
     if not names:
         raise ValueError(f"expected images in {where}, got a table without rows.")
     stats = [(path, path.stat()) for paths in files.values() for path in paths]
@@ -221,68 +209,8 @@ def _tables(files: dict[str, list[Path]], where: str, columns: dict[str, str | N
     )
 
 
-def _read_table(path: Path, columns: dict[str, str | None]) -> Any:
-    import pyarrow
-    import pyarrow.csv
-    import pyarrow.parquet
-
-    try:
-        if path.suffix.lower() == ".csv":
-            return pyarrow.csv.read_csv(path)
-        schema = pyarrow.parquet.read_schema(path)
-        image = _column(schema, "image", columns["image"], path)
-        wanted = [name for name in schema.names if name != image]
-        table = pyarrow.parquet.read_table(path, columns=wanted)
-        missing = pyarrow.nulls(table.num_rows)  # images are read when they are decoded
-        return table.append_column(image, missing)
-    except (pyarrow.ArrowException, OSError) as error:
-        text = (str(error).splitlines() or [""])[0][:160]
-        raise ValueError(
-            f"expected {path} to be a table that can be read, got {type(error).__name__}: {text}."
-        ) from error
-
-
-def _column(table: Any, what: str, asked: str | None, path: Path) -> str:
-    there = list(getattr(table, "column_names", None) or table.names)
-    if asked is not None:
-        if asked not in there:
-            raise ValueError(f"expected `{what}` column {asked!r} in {path}, got {', '.join(there)}.")
-        return asked
-    usual = IMAGE_COLUMNS if what == "image" else LABEL_COLUMNS
-    found = [name for name in usual if name in there]
-    if len(found) != 1:
-        got = f"{' and '.join(found)}" if found else ", ".join(there)
-        raise ValueError(f"expected one {what} column in {path}, got {got}. Say which: --{what}-column NAME.")
-    return found[0]
-
-
-def _class_names(table: Any, label: str) -> list[str] | None:
-    """Return the names that the hub's own files carry for their numbered labels."""
-    metadata = (table.schema.metadata or {}).get(b"huggingface")
-    if metadata is None:
-        return None
-    feature = json.loads(metadata).get("info", {}).get("features", {}).get(label, {})
-    return feature.get("names") if isinstance(feature, dict) else None
-
-
-def _check_labels(values: Sequence[Any], column: str, path: Path) -> None:
-    missing = [row for row, value in enumerate(values) if value is None or value == ""]
-    if missing:
-        raise ValueError(
-            f"expected a label in every row of {path}, got none in row {missing[0]} of column {column!r} "
-            f"({len(missing)} such rows)."
-        )
-    wrong = next((each for each in values if isinstance(each, float) and not each.is_integer()), None)
-    if wrong is not None or not all(isinstance(each, str | int | float) for each in values[:1]):
-        raise ValueError(
-            f"expected classes in column {column!r} of {path}, got {describe(values[0] if wrong is None else wrong)}. "
-            "The lab's own loop classifies; for other targets write a training function: batchtrim compare --task."
-        )
-
-
-def _split_column(table: Any, path: Path) -> list[str]:
-    values = [str(each) for each in table.column("split").to_pylist()]
-    renamed = ["test" if each in TEST_NAMES else each for each in values]
+def _split_column(values: Sequence[Any], path: Path) -> list[str]:
+    renamed = ["test" if each in TEST_NAMES else str(each) for each in values]
     wrong = next((each for each in renamed if each not in ("train", "test")), None)
     if wrong is not None:
         raise ValueError(f"expected train or test in column 'split' of {path}, got {wrong!r}.")
@@ -308,9 +236,16 @@ def _source(cell: Any, path: Path) -> Source:
     """Return a cell: a path beside the table, bytes, or the hub's mapping of both."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
+    if cell is None or cell == "":
+        return b""
     if isinstance(cell, bytes):
         return cell
-    return path.parent / str(cell) if cell else b""
+    if not isinstance(cell, str) or "://" in cell:
+        raise ValueError(
+            f"expected image files or their bytes in the image column of {path}, got {describe(cell)}. Save each image "
+            "as a file first, and give its path."
+        )
+    return path.parent / cell
 
 
 def _hub_folder(root: Path, where: str, columns: dict[str, str | None]) -> Listing:
@@ -360,27 +295,26 @@ def from_splits(splits: Any, where: str, columns: dict[str, str | None]) -> List
     labels: list[Any] = []
     split: list[str] = []
     groups: list[str] = []
-    tables: list[tuple[int, Any]] = []
+    held: list[tuple[int, Any]] = []
     classes = None
     for side, name in chosen.items():
         data = splits[name]
         place = Path(f"{where} {name}")
-        image, label = _column(data, "image", columns["image"], place), _column(data, "label", columns["label"], place)
+        image, label = (tables.column(data.column_names, what, columns[what], place) for what in ("image", "label"))
         feature = data.features[label]
         classes = classes or getattr(feature, "names", None)
         values = data.data.column(label).to_pylist()
-        _check_labels(values, label, place)
+        tables.check_labels(values, label, place)
         if columns["group"] is not None:
-            groups += [
-                str(each) for each in data.data.column(_column(data, "group", columns["group"], place)).to_pylist()
-            ]
-        tables.append((len(names), data.data.column(image)))
+            group = tables.column(data.column_names, "group", columns["group"], place)
+            groups += [str(each) for each in data.data.column(group).to_pylist()]
+        held.append((len(names), data.data.column(image)))
         names += [f"{where} {name} row {row}" for row in range(len(values))]
         labels += values
         split += [side if test else ""] * len(values)
 
     def chunks() -> Iterator[tuple[int, list[Source]]]:
-        for first, column in tables:
+        for first, column in held:
             for start in range(0, len(column), BATCH):
                 cells = column.slice(start, BATCH).to_pylist()
                 yield first + start, [_source(each, Path(where)) for each in cells]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,18 +25,31 @@ class FolderContents:
 
 
 def images_in(folder: Path, suffixes: Collection[str]) -> FolderContents:
-    """Return the files below ``folder``, without hidden files and all that hidden folders hold."""
+    """Return what lies below ``folder``; hidden files, and all in hidden folders, are left out.
+
+    Raises:
+        PermissionError: a folder cannot be read, which pathlib passes over.
+    """
     found = FolderContents()
+    _check_readable(folder)
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         if path.is_dir():
-            found.linked += [path] if path.is_symlink() else []
+            if path.is_symlink():
+                found.linked.append(path)
+            else:
+                _check_readable(path)
         elif path.suffix.lower() in suffixes:
             found.images.append(path)
         else:
             found.others.append(path.name)
     return found
+
+
+def _check_readable(folder: Path) -> None:
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise PermissionError(f"expected folders of images that can be read, got {folder}, which may not be.")
 
 
 def check_link(folder: Path, root: Path) -> None:

@@ -1,0 +1,176 @@
+"""Tables of images as other programs write them, and names that look alike."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from batchtrim.lab.task import images
+from batchtrim.lab.task.data import ImageData
+from batchtrim.lab.task.images import ImageOptions
+
+HALF = ImageOptions(test_split=0.5)
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BATCHTRIM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine").mkdir()
+    return tmp_path / "mine"
+
+
+def pixels(value: int) -> bytes:
+    held = io.BytesIO()
+    Image.fromarray(np.full((6, 6, 3), value, np.uint8)).save(held, "PNG")
+    return held.getvalue()
+
+
+def csv(
+    folder: Path, labels: list[str], head: str = "image,label", encoding: str = "utf-8", name: str = "a.csv"
+) -> Any:
+    delimiter = next(each for each in ",;\t" if each in head)
+    rows = [head]
+    for row, label in enumerate(labels):
+        (folder / f"{row}.png").write_bytes(pixels(20 * row))
+        rows.append(f"{row}.png{delimiter}{label}")
+    (folder / name).write_text("\n".join(rows) + "\n", encoding=encoding)
+    return folder / name
+
+
+def parquet(folder: Path, columns: dict[str, list[Any]], name: str = "a.parquet") -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / name)
+    return folder / name
+
+
+def load(path: Path, options: ImageOptions = HALF) -> ImageData:
+    return images.load(str(path), options)
+
+
+def refusal(path: Path, options: ImageOptions = HALF) -> str:
+    with pytest.raises((ValueError, OSError)) as caught:
+        load(path, options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["007", "008"], ("007", "008")),  # were 7 and 8
+        (["01", "1"], ("01", "1")),  # were one class
+        (["10", "9"], ("9", "10")),
+        (["true", "false"], ("false", "true")),
+        (["2020-01-01", "2020-01-02"], ("2020-01-01", "2020-01-02")),  # were refused
+        (["1", "99999999999999999999"], ("1", "99999999999999999999")),  # was 1e+20
+        (["NA", "DE"], ("DE", "NA")),
+        (["1_0", "2"], ("1_0", "2")),
+    ],
+)
+def test_classes_are_named_as_they_are_written(labels: list[str], names: tuple[str, ...], mine: Path) -> None:
+    assert load(csv(mine, labels * 2)).class_names == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["1", "nan"], "expected a label in every row"),
+        (["1", "NA"], "expected a label in every row"),
+        (["a", " "], "expected a label in every row"),
+        (["1", "0.5"], "expected classes in column 'label'"),
+        (["1", "1e400"], "expected classes in column 'label'"),
+    ],
+)
+def test_labels_that_are_none(labels: list[str], says: str, mine: Path) -> None:
+    assert says in refusal(csv(mine, labels * 2))
+
+
+@pytest.mark.parametrize(
+    ("head", "encoding", "name"),
+    [
+        ("image;label", "utf-8", "a.csv"),
+        ("image\tlabel", "utf-8", "a.csv"),
+        ("image , label", "utf-8-sig", "a.CSV"),
+    ],
+)
+def test_tables_of_other_programs(head: str, encoding: str, name: str, mine: Path) -> None:
+    assert load(csv(mine, ["a", "b"] * 2, head, encoding, name)).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_tables_in_another_encoding(encoding: str, mine: Path) -> None:
+    assert "to be text in UTF-8, got other bytes" in refusal(csv(mine, ["ä", "b"] * 2, encoding=encoding))
+
+
+def test_two_columns_of_one_name(mine: Path) -> None:
+    """A traceback for the label, the first of both for images of Parquet files."""
+    assert "Name them apart" in refusal(csv(mine, ["a,b", "b,a"] * 2, "image,label,label"))
+    held = pyarrow.array([pixels(1), pixels(2)] * 2)
+    table = pyarrow.table([held, held, pyarrow.array(["a", "b"] * 2)], names=["image", "image", "label"])
+    pyarrow.parquet.write_table(table, mine / "b.parquet")
+    assert "expected one image column 'image'" in refusal(mine / "b.parquet")
+
+
+def test_parquet_in_capitals(mine: Path) -> None:
+    """Every image was called empty."""
+    held = {"image": [pixels(10 * row) for row in range(4)], "label": ["a", "b"] * 2}
+    assert load(parquet(mine, held, "A.PARQUET")).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize("cell", [1, [[1, 2], [3, 4]], "https://example.org/a.png"])
+def test_cells_that_are_no_images(cell: Any, mine: Path) -> None:
+    """They read "there is no such file"."""
+    told = refusal(parquet(mine, {"image": [cell] * 4, "label": ["a", "b"] * 2}))
+    assert "expected image files or their bytes" in told
+
+
+def tree(folder: Path, *classes: str) -> Path:
+    for number, name in enumerate(classes):
+        (folder / name).mkdir()
+        for row in range(4):
+            (folder / name / f"{row}.png").write_bytes(pixels(40 * number + row))
+    return folder
+
+
+@pytest.mark.parametrize("alike", [("Cat", "cat"), ("cat", "cat "), ("e\u0301", "\u00e9"), ("1", "01")])
+def test_classes_whose_names_look_alike_are_noted(alike: tuple[str, str], mine: Path) -> None:
+    try:
+        notes = load(tree(mine, *alike, "dog")).notes
+    except FileExistsError:
+        pytest.skip("names that this file system does not tell apart")
+    assert [note for note in notes if "are 2 classes, though their names differ" in note]
+    assert not [note for note in notes if "dog" in note]
+
+
+def test_images_in_no_class_are_noted(mine: Path) -> None:
+    tree(mine, "a", "b")
+    (mine / "loose.PNG").write_bytes(pixels(9))
+    assert [note for note in load(mine).notes if "1 images in no class folder left out, such as loose.PNG" in note]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_is_broken(mine: Path) -> None:
+    """A pipe was waited for without end; a link to itself was called empty."""
+    tree(mine, "a", "b")
+    os.mkfifo(mine / "a" / "pipe.png")
+    (mine / "a" / "self.png").symlink_to("self.png")
+    told = refusal(mine)
+    assert "a/pipe.png: it is no regular file" in told
+    assert "a/self.png: it cannot be opened" in told
+    assert "2 broken images left out" in str(load(mine, ImageOptions(test_split=0.5, skip_broken=True)).notes)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was left out without a word."""
+    tree(mine, "a", "b")
+    (mine / "a" / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may read everything
+    assert "which may not be" in refusal(mine)
