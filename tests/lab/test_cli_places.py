@@ -150,6 +150,18 @@ def test_what_happens_outside_of_runs_is_told_in_a_line(
     assert "Traceback" not in done.stderr
 
 
+def test_a_listing_that_cannot_be_printed_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, err: bool = False, **__: object) -> None:
+        if not err:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        said.append(str(_[0]))
+
+    said: list[str] = []
+    monkeypatch.setattr(cli.typer, "echo", full)
+    assert batchtrim("methods").exit_code == batchtrim("methods", "--json").exit_code == 2
+    assert said == ["error: cannot print, or write a file (No space left on device)."] * 2
+
+
 def test_claims_make_the_folder_of_their_page(monkeypatch: pytest.MonkeyPatch) -> None:
     write_row(Path("here"))
     Path("here/claims.toml").write_text("")
