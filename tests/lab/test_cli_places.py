@@ -87,6 +87,7 @@ def write_row(folder: Path) -> None:
         (["compare", "bytes.toml"], "expected bytes.toml to be text in UTF-8"),
         (["compare", "place.toml"], "got 'out'. It belongs on the command line: --out."),
         (["compare", "part.toml"], "got 'as_json'. It belongs on the command line: --json."),
+        (["compare", "number.toml"], "expected `grid` to be tables, each under a line [[grid]]"),
         (["compare", "--out", ""], "expected the name of a folder, got nothing"),
         (["compare", "--dataset", ""], "expected `dataset` to have at least one value"),
         (["compare", "--dataset", "nowhere"], "svhn; or a folder of class folders"),
@@ -109,6 +110,7 @@ def test_files_and_folders_of_the_wrong_kind_are_named(words: list[str], says: s
     Path("claimed/claims.toml").write_text("[[claim]]\n")
     Path("bytes.toml").write_bytes(b"a = '\xff'")
     Path("place.toml").write_text("out = 'here'\n")
+    Path("number.toml").write_text("grid = 3\n")
     Path("part.toml").write_text("[[grid]]\nas_json = true\n")
     Path("wide.csv").write_text(",".join(f"c{i}" for i in range(40)) + "\n" + ",".join("1" * 40) + "\n")
     assert says in mistake(*words)
