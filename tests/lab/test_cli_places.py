@@ -87,6 +87,7 @@ def write_row(folder: Path) -> None:
         (["compare", "bytes.toml"], "expected bytes.toml to be text in UTF-8"),
         (["compare", "place.toml"], "got 'out'. It belongs on the command line: --out."),
         (["compare", "part.toml"], "got 'as_json'. It belongs on the command line: --json."),
+        (["compare", "number.toml"], "expected `grid` to be tables, each under a line [[grid]]"),
         (["compare", "--out", ""], "expected the name of a folder, got nothing"),
         (["compare", "--dataset", ""], "expected `dataset` to have at least one value"),
         (["compare", "--dataset", "nowhere"], "svhn; or a folder of class folders"),
@@ -109,6 +110,7 @@ def test_files_and_folders_of_the_wrong_kind_are_named(words: list[str], says: s
     Path("claimed/claims.toml").write_text("[[claim]]\n")
     Path("bytes.toml").write_bytes(b"a = '\xff'")
     Path("place.toml").write_text("out = 'here'\n")
+    Path("number.toml").write_text("grid = 3\n")
     Path("part.toml").write_text("[[grid]]\nas_json = true\n")
     Path("wide.csv").write_text(",".join(f"c{i}" for i in range(40)) + "\n" + ",".join("1" * 40) + "\n")
     assert says in mistake(*words)
@@ -148,6 +150,18 @@ def test_what_happens_outside_of_runs_is_told_in_a_line(
     assert says in done.stderr
     assert bool(says) == bool(done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def test_a_listing_that_cannot_be_printed_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, err: bool = False, **__: object) -> None:
+        if not err:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        said.append(str(_[0]))
+
+    said: list[str] = []
+    monkeypatch.setattr(cli.typer, "echo", full)
+    assert batchtrim("methods").exit_code == batchtrim("methods", "--json").exit_code == 2
+    assert said == ["error: cannot print, or write a file (No space left on device)."] * 2
 
 
 def test_claims_make_the_folder_of_their_page(monkeypatch: pytest.MonkeyPatch) -> None:

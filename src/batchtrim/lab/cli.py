@@ -242,21 +242,16 @@ def methods_command(
     """List the methods and their parameters."""
     from batchtrim.lab.methods.table import METHODS
 
-    if as_json:
-        rows = {
-            row.name: {
-                "summary": row.summary,
-                "source": row.source,
-                "params": {name: param.default for name, param in row.params.items()},
-            }
-            for row in METHODS.values()
-        }
-        typer.echo(json.dumps(rows, indent=1))
-        return
-    for row in METHODS.values():
-        typer.echo(f"{row.name}: {row.summary} ({row.source})")
-        for name, param in row.params.items():
-            typer.echo(f"    {row.name}.{name}={param.default}  {param.help}")
+    def work() -> None:
+        if as_json:
+            typer.echo(json.dumps({row.name: row.described() for row in METHODS.values()}, indent=1))
+            return
+        for row in METHODS.values():
+            typer.echo(f"{row.name}: {row.summary} ({row.source})")
+            for name, param in row.params.items():
+                typer.echo(f"    {row.name}.{name}={param.default}  {param.help}")
+
+    _guard(work, debug=False)
 
 
 def _rows_of(

@@ -155,7 +155,8 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse what belongs to the command and to no run, and is not told by a file of settings."""
-    parts = [part for part in settings.get("grid", ()) if isinstance(part, dict)]
+    grid = settings.get("grid")
+    parts = [part for part in grid if isinstance(part, dict)] if isinstance(grid, list) else []
     named = {**PLACE, **SCALE, **TALK}
     wrong = next((name for part in (settings, *parts) for name in part if name in named), None)
     if wrong is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,16 @@ def test_too_many_backward_samples_make_a_claim_not_supported(limit: int, status
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [found.status for found in claims.read(folder).findings] == [status] * 2
     assert f"with at most {limit}% of its backward samples (it used 60%)" in results.page([claims.read(folder)])
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [("effect", "efect", "Did you mean 'effect'?"), ('"trim"', '"tirm"', "Did you mean 'trim'?")],
+)
+def test_misspelt_names_in_claims_are_told(tmp_path: Path, right: str, wrong: str, says: str) -> None:
+    errors = {name: [5.0, 5.5, 6.0] for name in ("full", "trim", "random")}
+    with pytest.raises(ValueError, match=re.escape(says)):
+        claims.read(write(tmp_path / "r", errors, CLAIMS.replace(right, wrong)))
 
 
 def test_claims_of_a_partial_record_may_have_no_runs_yet(tmp_path: Path) -> None:

@@ -46,6 +46,9 @@ def test_parts_of_a_grid_add_to_what_is_common() -> None:
         ({"grid": {"model": "mlp"}}, "`grid` to be tables"),
         ({"method_params": {"beta": 2}}, "got `method_params`"),
         ({"seeds": 0}, "`seeds` to be at least 1"),
+        ({"dataset": {"name": "digits"}}, "`dataset` to be a value or a list of values, got {'name': 'digits'}"),
+        ({"keep_end": [[0.1]]}, r"`keep_end` to be a value or a list of values, got \[0.1\]"),
+        ({"methods": ["small_loss"], "params": {"small_loss": {"noise_rate": {"a": 1}}}}, "`noise_rate` to be a value"),
     ],
 )
 def test_wrong_grids_are_refused(settings: dict[str, Any], message: str) -> None:

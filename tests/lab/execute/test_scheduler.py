@@ -332,6 +332,14 @@ def test_a_cluster_that_loses_a_node_does_every_run_once(tmp_path: Path) -> None
         cluster.shutdown()
 
 
+def test_a_missing_tensorboard_is_told_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    place = scheduler.Workplace(tmp_path / "out", tensorboard=True)
+    with pytest.raises(ImportError, match="--tensorboard needs `tensorboard`"):
+        scheduler.run_all(grid.expand(TINY), place, progress.Quiet())
+    assert not (tmp_path / "out").exists()
+
+
 def test_events_for_tensorboard_need_tensorboard(tmp_path: Path) -> None:
     config = grid.expand(TINY)[0]
     place = replace(scheduler.Workplace(tmp_path), tensorboard=True)

@@ -117,6 +117,24 @@ def test_console_table_names_findings_and_losses(rows):
     assert "1 of 5 runs diverged (seed 4)" in text
 
 
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 200])
+def test_no_number_is_cut_off_on_a_narrow_console(make_row, width):
+    errors = {"full": 0.10, "selective_backprop_topk": 0.25}
+    rows = [make_row(m, s, error + 0.07 * (s % 2)) for m, error in errors.items() for s in range(4)]
+    rows += [make_row("trim", s, 0.2, keep_end=end) for end in (0.1, 0.2) for s in range(4)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    summary = comparison.summarize(rows)
+    console.print(tables.console_table(summary))
+    text = console.export_text()
+    assert "…" not in text
+    said = " ".join(text.split())
+    for arm in summary.groups[0].arms:
+        assert wording.error(arm) in said
+        if arm.paired:
+            assert wording.signed_interval(arm.paired.moments.t, arm.metric) in said
+    assert max(map(len, text.splitlines())) <= width
+
+
 @pytest.mark.parametrize(
     "errors",
     [

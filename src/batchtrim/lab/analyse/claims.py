@@ -141,6 +141,7 @@ def read(folder: str | Path) -> Record:
             raise ValueError(
                 f"expected runs of {claim.method!r} and {claim.against!r} in {folder}, got none of one of them for "
                 f"the claim {claim.text!r}. There are runs of {', '.join(there)}."
+                + "".join(nearest(name, METHODS) for name in (claim.method, claim.against) if name not in METHODS)
             )
     return Record(folder, title, note, effect, groups, tuple(findings))
 
@@ -184,6 +185,9 @@ def _status(found: Finding, effect: float) -> Status:
     return Status.NOT_SUPPORTED if spent > claim.backward else status
 
 
+_TOP = ("title", "note", "effect", "partial", "claim")
+
+
 def _load(path: Path) -> tuple[str, str, float, bool, list[Claim]]:
     try:
         return _parsed(load_toml(path), path)
@@ -194,6 +198,9 @@ def _load(path: Path) -> tuple[str, str, float, bool, list[Claim]]:
 
 
 def _parsed(values: Mapping[str, Any], path: Path) -> tuple[str, str, float, bool, list[Claim]]:
+    strange = next((name for name in values if name not in _TOP), None)
+    if strange is not None:
+        raise ValueError(f"expected {', '.join(_TOP)} in {path}, got {strange!r}.{nearest(strange, _TOP)}")
     effect = check_positive("effect", values.get("effect"), "The smallest difference of interest, in points.") / 100
     tables = values.get("claim")
     if not isinstance(tables, list) or not tables:

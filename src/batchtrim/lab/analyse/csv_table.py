@@ -100,7 +100,8 @@ def _check_known(names: Sequence[str], where: str, wanted: Sequence[str] = KNOWN
     listed += f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     for name in wanted:
         if name not in names:
-            raise ValueError(f"expected a column {name!r} in {where}, got {listed}.{nearest(name, names)}")
+            hint = "" if name in KNOWN else nearest(name, names)
+            raise ValueError(f"expected a column {name!r} in {where}, got {listed}.{hint}")
 
 
 def _metric_column(names: Sequence[str], metric: str | None, where: str) -> str:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from batchtrim._checks import check_count, nearest
+from batchtrim._checks import check_count, describe, nearest
 from batchtrim.lab.run.config import COMPARED, RunConfig
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.code import Code
@@ -116,7 +116,12 @@ def _few_enough(runs: int) -> int:
 
 def _as_lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:
     several = (list, tuple, range, np.ndarray)
-    return {name: list(value) if isinstance(value, several) else [value] for name, value in values.items()}
+    lists = {name: list(value) if isinstance(value, several) else [value] for name, value in values.items()}
+    for name, found in lists.items():
+        for value in found:
+            if isinstance(value, (Mapping, list, tuple, set)):
+                raise TypeError(f"expected `{name}` to be a value or a list of values, got {describe(value)} for one.")
+    return lists
 
 
 def _product(axes: Mapping[str, list[Any]]) -> list[Settings]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from pathlib import Path
 
-from batchtrim._checks import check_count
+from batchtrim._checks import check_count, import_extra
 from batchtrim.lab.execute import grid, local, on_ray
 from batchtrim.lab.execute.workplace import DATA_DIR, Tally, Watcher, Workplace, do_run
 from batchtrim.lab.files import writing
@@ -43,6 +43,8 @@ def run_all(
         KeyboardInterrupt: passed on; what has finished is recorded, and the same call goes on.
     """
     check_count("workers", workers)
+    if place.tensorboard and not ray:  # else every run would fail; on a cluster it is the nodes that need it
+        import_extra("tensorboard", "tensorboard", "--tensorboard")
     records = Records(place.out)
     records.settle(grid.cells(configs))
     left = collections.deque(config for config in configs if not records.is_done(config.key))

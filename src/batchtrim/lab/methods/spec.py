@@ -44,6 +44,11 @@ class MethodSpec:
     any_engine: bool = True
     smoothing: bool = True
 
+    def described(self) -> dict[str, Any]:
+        """Return what the method is, as plain values for JSON."""
+        params = {name: param.default for name, param in self.params.items()}
+        return {"summary": self.summary, "source": self.source, "params": params}
+
     def check_params(self, given: Mapping[str, Any]) -> Params:
         """Return all parameters with defaults filled in; an error names the wrong one."""
         for name in given:

@@ -9,7 +9,7 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Summary, View
@@ -17,37 +17,21 @@ from batchtrim.lab.present import wording
 from batchtrim.lab.present.caveats import caveat_texts
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 __all__ = ["console_table", "print_table", "to_json"]
+
+NARROWEST_LABEL = 20  # characters to which the names of methods are folded
 
 
 def console_table(summary: Summary) -> RenderableType:
     """Return the tables and verdicts, for ``rich.console.Console().print``."""
     from rich.console import Group as Stack
-    from rich.table import Table
     from rich.text import Text
 
     parts: list[RenderableType] = []
     for group in summary.groups:
-        table = Table(title=Text(group.title, style="bold"), title_justify="left", box=None, pad_edge=False)
-        table.add_column("method", overflow="fold", min_width=max(min(len(arm.label), 20) for arm in group.arms))
-        short = "error %" if group.metric.name == "error" else group.metric.heading
-        for heading in ("runs", short, "diff", "95 % interval", "p", "train s", "backward"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for arm in group.arms:
-            paired = arm.paired
-            table.add_row(
-                Text(arm.label),
-                wording.short_runs(arm),
-                wording.error(arm),
-                wording.difference(paired),
-                wording.signed_interval(paired.moments.t, paired.metric) if paired else "",
-                wording.p_value(paired.p_holm) if paired else "",
-                wording.cost(arm, "seconds"),
-                wording.backward(arm, group),
-            )
-        parts.append(table)
+        parts.append(_ConsoleTable(group))
         colours = {"lower": "green", "higher": "red"}
         parts.extend(
             Text(
@@ -63,6 +47,49 @@ def console_table(summary: Summary) -> RenderableType:
         parts.append(Text(""))
     parts.extend(Text(text, style="dim") for text in _legends(summary))
     return Stack(*parts)
+
+
+class _ConsoleTable:
+    """A group's table; where the console is too narrow for it, a paragraph for each arm: no number is cut off."""
+
+    def __init__(self, group: Group):
+        self.title = group.title
+        short = "error %" if group.metric.name == "error" else group.metric.heading
+        self.headings = ("runs", short, "diff", "95 % interval", "p", "train s", "backward")
+        self.rows = [(arm.label, self._numbers(arm, group)) for arm in group.arms]
+
+    def _numbers(self, arm: Arm, group: Group) -> tuple[str, ...]:
+        paired = arm.paired
+        return (
+            wording.short_runs(arm),
+            wording.error(arm),
+            wording.difference(paired),
+            wording.signed_interval(paired.moments.t, paired.metric) if paired else "",
+            wording.p_value(paired.p_holm) if paired else "",
+            wording.cost(arm, "seconds"),
+            wording.backward(arm, group),
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.table import Table
+        from rich.text import Text
+
+        title = Text(self.title, style="bold")
+        label = max(min(len(label), NARROWEST_LABEL) for label, _ in self.rows)
+        columns = zip(self.headings, *(numbers for _, numbers in self.rows), strict=True)
+        if label + sum(2 + max(map(len, column)) for column in columns) > options.max_width:
+            yield title
+            for label, numbers in self.rows:
+                said = (f"{head} {number}" for head, number in zip(self.headings, numbers, strict=True) if number)
+                yield Text(f"{label}: {', '.join(said)}")
+            return
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table.add_column("method", overflow="fold", min_width=label)
+        for heading in self.headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for label, numbers in self.rows:
+            table.add_row(Text(label), *numbers)
+        yield table
 
 
 def print_table(summary: Summary) -> None:
