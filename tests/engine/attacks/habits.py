@@ -138,6 +138,11 @@ def named(batch: int) -> tuple[dict[str, Tensor], Tensor]:
     return x, torch.randint(0, C, (batch,))
 
 
+@attack(17, two_pass="either", data=lambda b: ((torch.randn(12), torch.randn(b, D)), torch.randint(0, C, (b,))))
+def constant_in_front(net: Any, scale: Tensor, x: Tensor) -> Tensor:
+    return net.t(net.a(x) * scale[:H])
+
+
 @attack(17, two_pass="right", data=named)
 def named_inputs(net: Any, x: Tensor, scale: Tensor, flag: Tensor) -> dict[str, Any]:
     z = net.a(x) * scale[:, None]
