@@ -198,7 +198,7 @@ def map_over_columns(net: Any, x: Tensor) -> Tensor:
 
 
 @attack(17, two_pass="right")
-def other_compiled_part(net: Any, x: Tensor) -> Tensor:
+def part_compiled_for_another_backend(net: Any, x: Tensor) -> Tensor:
     return net.t(torch.compile(net.a, backend="eager")(x).tanh())
 
 
@@ -253,6 +253,14 @@ def hook_by_what_was_seen(net: Any, x: Tensor) -> Tensor:
     z = net.a(x)
     if z.requires_grad:
         z.register_hook(lambda g: g * x.detach().abs().sum())
+    return net.t(z)
+
+
+@attack(17, two_pass="either")
+def hook_by_a_number_that_was_seen(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x)
+    if z.requires_grad:
+        z.register_hook(lambda g: g * float(x.detach().abs().sum()))
     return net.t(z)
 
 
