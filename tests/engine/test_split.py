@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from attacks.arguments import backward_of
 from attacks.base import C, D, Net
 from torch import Tensor, nn
 
 from batchtrim.testing import check_engine
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd models is not the subject
 
 ones = backward_of(torch.ones_like)
 

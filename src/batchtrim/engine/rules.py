@@ -317,18 +317,15 @@ def _vanishes(call: Call, name: str) -> bool:
 
 
 def zero_outputs(call: Call) -> list[bool]:
-    """Return which outputs vanish since every operand does; none where that cannot be told."""
+    """Return which outputs vanish since every operand does; none where that cannot be told. Few entries tell it."""
     if not all(value.zero for value in call.values) or torch.Tag.nondeterministic_seeded in call.func.tags:
         return []
     zeros = {
-        key: ([min(size, _MANY) if isinstance(size, int) else 2 for size in value.shape], value.dtype)
+        key: ([min(size, 8) if isinstance(size, int) else 2 for size in value.shape], value.dtype)
         for key, value in call.args.items()
         if isinstance(value, Value)
     }
     return zeros_at_zero(call.func, {**call.args, **dict.fromkeys(_PLACES)}, zeros)
-
-
-_MANY = 8  # entries along a dimension are as good as any number
 
 
 def _zero(value: Any) -> bool:
