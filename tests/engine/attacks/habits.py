@@ -235,7 +235,7 @@ def _clipping(net: nn.Module) -> nn.Module:
     return net
 
 
-@attack(17, wrap=_clipping)
+@attack(17, wrap=_clipping, two_pass="right")
 def hooks_that_clip(net: Any, x: Tensor) -> Tensor:
     return net.t(net.b(net.a(x)).tanh())
 
@@ -362,7 +362,7 @@ def in_double_precision(net: Any, x: Tensor) -> Tensor:
     return net.t(net.a(x.double()).to(torch.float32).double())
 
 
-@attack(17, two_pass="right")
+@attack(17, two_pass="right", loss=lambda: lambda out, y: F.cross_entropy(out[0], y, reduction="none"))
 def view_of_the_input(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return net.t(net.a(x)), x[:, :2]
 
