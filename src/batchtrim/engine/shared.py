@@ -214,11 +214,9 @@ def refusal(forward: Forward) -> str | None:
 def _step_of(forward: Forward) -> Callable[..., Any]:
     """Return the traced function: model, loss, and one loss per sample."""
     model = uncompiled(forward.inner)
-    per_sample_loss, unit, dim = forward.per_sample_loss, forward.unit, forward.batch_dim
+    per_sample_loss, unit = forward.per_sample_loss, forward.unit
 
     def step(x: Any, y: Any) -> Any:
-        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim > dim and y.ndim > 0:
-            _ = x.shape[dim] == y.shape[0]  # asked, it is known: a loss that gathers by its targets does not ask
         if isinstance(x, dict):
             outputs = model(**x)
         elif type(x) in (tuple, list):
