@@ -31,14 +31,14 @@ def has_batch_norm(modules: list[nn.Module]) -> bool:
     return any(isinstance(each, nn.modules.batchnorm._BatchNorm) and each.training for each in modules)
 
 
-def cosine_of(tape: Tape, loss: Tensor, rows: Tensor, batch: int, parameters: Sequence[Tensor]) -> float:
+def cosine_of(tape: Tape, loss: Tensor, rows: Tensor, parameters: Sequence[Tensor]) -> float:
     """Return the cosine between the gradients of the approximate and of the exact form of one step.
 
     Costs two backwards. The step can still be cut and run in either form.
     """
     found = []
     for approximate in (True, False):
-        tape.cut(rows, batch, approximate, again=True)
+        tape.cut(rows, approximate, again=True)
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         found.append(torch.cat([g.flatten().double() for g in gradients if g is not None]))
     return float(torch.nn.functional.cosine_similarity(found[0], found[1], dim=0))

@@ -31,12 +31,12 @@ __all__ = [
     "decomposed",
     "executable",
     "expression_of",
-    "is_zero_at_zero",
     "keeps_graph",
     "pin",
     "uncompiled",
     "unfit",
     "without_logging",
+    "zeros_at_zero",
 ]
 
 
@@ -338,26 +338,26 @@ def decomposed(
     return [facts.of(output) if isinstance(output, Tensor) else None for output in outputs]
 
 
-def is_zero_at_zero(func: Any, args: dict[str, Any], zeros: dict[str, Any]) -> bool:
-    """True if a pointwise operator gives zeros where all its operands are zero.
+def zeros_at_zero(func: Any, args: dict[str, Any], zeros: dict[str, tuple[Sequence[int], Any]]) -> list[bool]:
+    """Return which outputs of an operator are zero where all its operands are; none where that cannot be told.
 
-    It is run on one entry, so that each of its numbers counts: ``relu(0)`` is zero, ``clamp_min(0, 0.1)`` is not.
+    It is run, so that each of its numbers counts: ``relu(0)`` is zero, ``clamp_min(0, 0.1)`` is not.
 
     Args:
-        args: by name. zeros: names of operands, and their types.
+        args: by name. zeros: names of operands, their sizes and types.
     """
     from torch.utils._python_dispatch import _disable_current_modes
 
     try:
         with _disable_current_modes(), torch.no_grad():
-            given = args | {name: torch.zeros(1, dtype=dtype) for name, dtype in zeros.items()}
+            given = args | {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in zeros.items()}
             arguments = func._schema.arguments
             positional = [given[each.name] for each in arguments if not each.kwarg_only]
             outputs = func(*positional, **{each.name: given[each.name] for each in arguments if each.kwarg_only})
             outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-            return not any(bool(output.any()) for output in outputs)
+            return [not bool(output.any()) for output in outputs]
     except Exception:  # it takes no such operands here, or one of its numbers is not known yet
-        return False
+        return []
 
 
 class _Facts(TorchDispatchMode):

@@ -15,7 +15,7 @@ from typing import Any
 import sympy
 import torch
 
-from batchtrim.engine.capture import is_zero_at_zero
+from batchtrim.engine.capture import zeros_at_zero
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of
 
 __all__ = ["Call", "Value", "apply_rule", "has_rule", "holds", "name_of"]
@@ -313,10 +313,20 @@ def _vanishes(call: Call, name: str) -> bool:
         return isinstance(call["exponent"], (int, float)) and call["exponent"] > 0
     if first and (name.endswith("_backward") or name in _ZERO_WHERE_FIRST_IS):
         return True
-    if not all(value.zero for value in values) or torch.Tag.nondeterministic_seeded in call.func.tags:
-        return False
-    zeros = {key: value.dtype for key, value in call.args.items() if isinstance(value, Value)}
-    return is_zero_at_zero(call.func, {**call.args, **dict.fromkeys(_PLACES)}, zeros)
+    found = zero_outputs(call)
+    return bool(found) and all(found)
+
+
+def zero_outputs(call: Call) -> list[bool]:
+    """Return which outputs vanish since every operand does; none where that cannot be told. Few entries tell it."""
+    if not all(value.zero for value in call.values) or torch.Tag.nondeterministic_seeded in call.func.tags:
+        return []
+    zeros = {
+        key: ([min(size, 8) if isinstance(size, int) else 2 for size in value.shape], value.dtype)
+        for key, value in call.args.items()
+        if isinstance(value, Value)
+    }
+    return zeros_at_zero(call.func, {**call.args, **dict.fromkeys(_PLACES)}, zeros)
 
 
 def _zero(value: Any) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import sympy
 
 from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of, product
-from batchtrim.engine.rules import Call, aligned, holds, name_of, not_along, one_with_rows, only_dim, rule
+from batchtrim.engine.rules import Call, aligned, holds, name_of, not_along, one_with_rows, only_dim, rule, zero_outputs
 
 __all__ = ["view_axis"]
 
@@ -266,11 +266,10 @@ _ALONG = (
     "logcumsumexp", "median", "kthvalue", "mode", "_softmax_backward_data", "_log_softmax_backward_data", "glu",
     "glu_backward", "linalg_cross", "count_nonzero", "aminmax",
 )  # fmt: skip
-_LINEAR_ALONG = {"mean", "cumsum", "flip", "roll", "_fft_r2c", "_fft_c2r", "_fft_c2c"}
 
 
 @rule(*_ALONG)
-def along(call: Call) -> Layout:
+def along(call: Call) -> list[Layout]:
     """Go over given dimensions, which must not be the rows'."""
     value = call.values[0]
     layout = Rows(aligned(call, value))
@@ -279,17 +278,13 @@ def along(call: Call) -> Layout:
         raise Mixes("it goes over all rows")
     dims = [dim % value.ndim for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
     not_along(layout, dims, value.ndim, "it goes over the rows")
-    name = name_of(call.func)
-    vanish = values_vanish(call, name)
-    layout = replace(layout, vanish=vanish)
     if call.out.ndim < value.ndim:
         layout = layout.moved([dim - sum(gone < dim for gone in set(dims)) for dim in range(value.ndim)])
-    return layout
-
-
-def values_vanish(call: Call, name: str) -> bool:
-    first = call.values[0]
-    return (name in _LINEAR_ALONG or name.endswith(("_backward", "_backward_data"))) and first.zero
+    if name_of(call.func).endswith(("_backward", "_backward_data")):
+        vanish = [value.zero]
+    else:
+        vanish = zero_outputs(call) or [False] * len(call.outputs)
+    return [replace(layout, vanish=each) for each in vanish]
 
 
 @rule("sum")

@@ -85,7 +85,7 @@ class SharedEngine:
         loss = reduce_kept(values, selection, self.trim.scale, weights)
         approximate = None
         if tape.step is not None and rows.shape[0] < batch:
-            self._cut(tape, loss, rows.sort().values, _rows(x, self.forward.batch_dim))
+            self._cut(tape, loss, rows.sort().values)
             approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
         return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
@@ -99,13 +99,13 @@ class SharedEngine:
             return False
         return self.trace is None or self.trace.cost(self.approximate).ratio(self.trim.expected_keep) < _WORTH
 
-    def _cut(self, tape: Tape, loss: Tensor, rows: Tensor, batch: int) -> None:
+    def _cut(self, tape: Tape, loss: Tensor, rows: Tensor) -> None:
         assert tape.step is not None
         self.trace = tape.step
         if self.judge is not None and tape.step.batch_norms:
             parameters = [each for each in self.forward.inner.parameters() if each.requires_grad]
-            self.approximate = self.judge(lambda: cosine_of(tape, loss, rows, batch, parameters))
-        tape.cut(rows, batch, self.approximate)
+            self.approximate = self.judge(lambda: cosine_of(tape, loss, rows, parameters))
+        tape.cut(rows, self.approximate)
 
     def _planner(self) -> SlicedStep:
         return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit, self.compiler)

@@ -44,23 +44,24 @@ class Tape:
         self.saved: dict[int, Tensor] = {}
         self.versions: dict[int, int] = {}
         self.size = 0  # how many losses there are
+        self.batch = 0  # and of how many samples
         self.kept: dict[int, Tensor] = {}
         self.chosen: KeptRows | None = None
         self.approximate = False
         self.compiled: CompiledStep | None = None
         self.late = False
 
-    def cut(self, rows: Tensor, batch: int, approximate: bool, again: bool = False) -> None:
+    def cut(self, rows: Tensor, approximate: bool, again: bool = False) -> None:
         """Keep of what was saved the given rows, and all rows of what the lower part reads.
 
         Args:
-            rows: int64 (k,), places in the losses. batch: how many samples there are.
+            rows: int64 (k,), places in the losses.
             again: keep everything else too, to be cut another time.
 
         A compiled backward cuts by itself what it reads; but the batch, which may change until then, is cut here.
         """
         assert self.step is not None
-        self.chosen, self.approximate = self.step.kept(rows, batch, self.size), approximate
+        self.chosen, self.approximate = self.step.kept(rows, self.batch, self.size), approximate
         self.late = self.compiled is not None and not again
         slices = self.step.slices(approximate)
         self.kept = {}
@@ -116,13 +117,14 @@ class SlicedStep:
         if self.runs == 1:
             raise NewTrace
         tape = self.current()
+        batch = 0 if self._batch_at is None else args[self._batch_at[0]].shape[self._batch_at[1]]
         # the second run is held against the model, operator by operator
         results = None if self.compiled is None or tape is None or self.runs == 2 else self.compiled.forward(args)
         compiled = results is not None
         results = list(self._forward(args) if results is None else results)
         if tape is None:
             return results
-        tape.step = self
+        tape.step, tape.batch = self, batch
         tape.compiled = self.compiled if compiled else None
         mark = torch.empty(0)
         mark.tape = tape  # type: ignore[attr-defined]
@@ -169,7 +171,10 @@ class SlicedStep:
         by_name = {node.name: place for place, node in enumerate(self.places)}
         (output,) = forward.graph.find_nodes(op="output")
         saved = list(output.args[0])[self.outputs :]
-        inputs = set(forward.graph.find_nodes(op="placeholder"))
+        inputs = list(forward.graph.find_nodes(op="placeholder"))
+        batch = self.symbols[0]
+        shapes = [tuple(map(expression_of, getattr(node.meta.get("val"), "shape", ()))) for node in inputs]
+        self._batch_at = next(((at, shape.index(batch)) for at, shape in enumerate(shapes) if batch in shape), None)
         self._place = {node: place for place, node in enumerate(self.places)}
         self._multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
         self._stashed: dict[int, int] = {}
@@ -210,9 +215,9 @@ class SlicedStep:
         return Rows(layout.axes, vanish=True) if isinstance(layout, Rows) else layout
 
     def kept(self, rows: Tensor, batch: int, size: int) -> KeptRows:
-        """Return the rows at the given places among ``size`` losses."""
+        """Return the rows at the given places among ``size`` losses of the tokens of ``batch`` samples."""
         if self.unit == "sample":
-            return KeptRows(rows, batch)
+            return KeptRows(rows, size)
         return KeptRows(rows, batch, size // batch, self.lost)
 
     def cost(self, approximate: bool) -> Cost:

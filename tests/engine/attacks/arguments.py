@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.base import C, D, H, attack, tokens, vectors
+from attacks.base import H, attack, tokens, vectors
 
 aten = torch.ops.aten
 
@@ -86,7 +86,7 @@ def dilated_by_the_batch(net: Any, x: Tensor) -> Tensor:
 
 @attack(16, parts=lambda: {"where": nn.Linear(1, H)})
 def number_in_the_batch(net: Any, x: Tensor) -> Tensor:
-    places = torch.arange(len(x), dtype=torch.float32)[:, None] / 10
+    places = torch.arange(len(x), dtype=torch.float32)[:, None]
     return net.t(net.a(x) + net.where(places))
 
 
@@ -148,18 +148,12 @@ def squeezed_with_one_kept(net: Any, x: Tensor) -> Tensor:
     return net.t(z.tanh().squeeze(0).squeeze(1))
 
 
-@attack(16, keep=(0.1, 0.15, 0.3))
+squeezed = backward_of(lambda g: (g[:, None] * torch.ones(1, 1, H)).squeeze())
+
+
+@attack(16, two_pass="either", keep=(0.1, 0.15, 0.3))
 def squeezed_gradient_with_one_kept(net: Any, x: Tensor) -> Tensor:
-    return net.t(backward_of(lambda g: (g[:, None] * torch.ones(1, 1, H)).squeeze())(net.a(x)))
-
-
-def _with_graph(batch: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, D, requires_grad=True), torch.randint(0, C, (batch,))
-
-
-@attack(16, data=_with_graph, two_pass="either")
-def gradient_of_ones_for_the_inputs(net: Any, x: Tensor) -> Tensor:
-    return net.t(net.a(backward_of(torch.ones_like)(x)))
+    return net.t(squeezed(net.a(x)).tanh())
 
 
 @attack(16)

@@ -138,6 +138,11 @@ def named(batch: int) -> tuple[dict[str, Tensor], Tensor]:
     return x, torch.randint(0, C, (batch,))
 
 
+@attack(17, two_pass="either", data=lambda b: ((torch.randn(12), torch.randn(b, D)), torch.randint(0, C, (b,))))
+def constant_in_front(net: Any, scale: Tensor, x: Tensor) -> Tensor:
+    return net.t(net.a(x) * scale[:H])
+
+
 @attack(17, two_pass="right", data=named)
 def named_inputs(net: Any, x: Tensor, scale: Tensor, flag: Tensor) -> dict[str, Any]:
     z = net.a(x) * scale[:, None]
@@ -193,7 +198,7 @@ def map_over_columns(net: Any, x: Tensor) -> Tensor:
 
 
 @attack(17, two_pass="right")
-def other_compiled_part(net: Any, x: Tensor) -> Tensor:
+def part_compiled_for_another_backend(net: Any, x: Tensor) -> Tensor:
     return net.t(torch.compile(net.a, backend="eager")(x).tanh())
 
 
@@ -230,7 +235,7 @@ def _clipping(net: nn.Module) -> nn.Module:
     return net
 
 
-@attack(17, wrap=_clipping)
+@attack(17, wrap=_clipping, two_pass="right")
 def hooks_that_clip(net: Any, x: Tensor) -> Tensor:
     return net.t(net.b(net.a(x)).tanh())
 
@@ -248,6 +253,14 @@ def hook_by_what_was_seen(net: Any, x: Tensor) -> Tensor:
     z = net.a(x)
     if z.requires_grad:
         z.register_hook(lambda g: g * x.detach().abs().sum())
+    return net.t(z)
+
+
+@attack(17, two_pass="either")
+def hook_by_a_number_that_was_seen(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x)
+    if z.requires_grad:
+        z.register_hook(lambda g: g * float(x.detach().abs().sum()))
     return net.t(z)
 
 
@@ -349,7 +362,7 @@ def in_double_precision(net: Any, x: Tensor) -> Tensor:
     return net.t(net.a(x.double()).to(torch.float32).double())
 
 
-@attack(17, two_pass="right")
+@attack(17, two_pass="right", loss=lambda: lambda out, y: F.cross_entropy(out[0], y, reduction="none"))
 def view_of_the_input(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return net.t(net.a(x)), x[:, :2]
 

@@ -208,7 +208,7 @@ def einsums(net: Any, x: Tensor) -> Tensor:
 
 
 @attack(17, data=lambda b: (torch.randn(b, H, H), torch.randint(0, C, (b,))))
-def other_einsum_over_the_batch(net: Any, x: Tensor) -> Tensor:
+def pairs_by_einsum(net: Any, x: Tensor) -> Tensor:
     return net.t(torch.einsum("bij,cij->bi", net.b(x), x))
 
 
