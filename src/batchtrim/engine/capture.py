@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import sympy
@@ -338,7 +338,7 @@ def decomposed(
     return [facts.of(output) if isinstance(output, Tensor) else None for output in outputs]
 
 
-def zeros_at_zero(func: Any, args: dict[str, Any], zeros: dict[str, tuple[Sequence[int], Any]]) -> list[bool]:
+def zeros_at_zero(func: Any, args: dict[str, Any], zeros: Mapping[str, tuple[Sequence[int], Any]]) -> list[bool]:
     """Return which outputs of an operator are zero where all its operands are; none where that cannot be told.
 
     It is run, so that each of its numbers counts: ``relu(0)`` is zero, ``clamp_min(0, 0.1)`` is not.

@@ -35,7 +35,8 @@ import_extra("lightning.pytorch", "lightning", "the Lightning callback")
 from lightning.pytorch import Callback, LightningModule  # noqa: E402
 from lightning.pytorch import Trainer as LightningTrainer  # noqa: E402
 
-from batchtrim.integrations._lightning_step import Interception, LightningClock  # noqa: E402
+from batchtrim.integrations._lightning_clock import LightningClock  # noqa: E402
+from batchtrim.integrations._lightning_step import Interception  # noqa: E402
 
 __all__ = ["TrimmingCallback"]
 

@@ -38,7 +38,7 @@ def test_a_link_that_leads_nowhere_is_a_broken_image(mine: Path) -> None:
         read()
     found = read(skip_broken=True)
     assert len(found.train_labels) + len(found.test_labels) == 10
-    assert any("1 broken images left out (a/gone.png: there is no such file)" in note for note in found.notes)
+    assert any("1 broken image left out (a/gone.png: there is no such file)" in note for note in found.notes)
 
 
 def test_a_linked_folder_in_a_class_is_said(mine: Path, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def _decode(listing: Listing, order: np.ndarray, train: int, folder: Path, optio
         _refuse_broken(listing, decoded.broken, options)
         kept = np.ones(len(order), dtype=bool)
         if decoded.broken:
-            notes.append(_named(listing, decoded.broken, "broken images left out"))
+            notes.append(_named(listing, decoded.broken, "broken {} left out"))
             kept[places[list(decoded.broken)]] = False
             _only(part / "pixels.npy", np.flatnonzero(kept))
         np.save(part / "kept.npy", kept)
@@ -300,7 +300,8 @@ def _refuse_broken(listing: Listing, broken: dict[int, str], options: ImageOptio
 
 def _named(listing: Listing, broken: dict[int, str], what: str) -> str:
     named = "; ".join(f"{listing.names[row]}: {broken[row]}" for row in sorted(broken)[:MOST_NAMED])
-    return f"{len(broken)} {what} ({named}{'; ...' if len(broken) > MOST_NAMED else ''})"
+    count = what.format("image" if len(broken) == 1 else "images")
+    return f"{len(broken)} {count} ({named}{'; ...' if len(broken) > MOST_NAMED else ''})"
 
 
 def _moments(counts: np.ndarray) -> tuple[list[float], list[float]]:
