@@ -89,7 +89,7 @@ def _errors() -> list[Any]:
 
 def _set_errors(errors: list[Any]) -> None:
     """Leave no further warnings errors; other filters come with the modules that the function imported."""
-    warnings.filters[:] = [each for each in warnings.filters if each[0] != "error" or each in errors]
+    warnings.filters[:] = [each for each in warnings.filters if each[0] != "error" or each in errors]  # type: ignore[index]
 
 
 _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
