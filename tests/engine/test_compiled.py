@@ -66,7 +66,7 @@ def whole_and_kept(step: batchtrim.TrimmedForward, x: Any, y: Any, keep: float =
     loss = losses.values[rows].mean()
     parameters = [p for p in step.forward.inner.parameters() if p.requires_grad]
     whole = torch.autograd.grad(loss, parameters, retain_graph=True)
-    tape.cut(rows, len(y), engine.approximate)
+    tape.cut(rows, engine.approximate)
     return list(whole), list(torch.autograd.grad(loss, parameters))
 
 
