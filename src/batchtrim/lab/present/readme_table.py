@@ -56,7 +56,11 @@ def _title(group: Group) -> str:
 def _row(group: Group) -> tuple[float, str] | None:
     full = next((arm for arm in group.arms if arm.label == "full"), None)
     arms = {arm.settings["method"]: arm for arm in group.arms if arm.settings.get("engine", "exact") == "exact"}
-    if full is None or full.moments.mean is None or full.moments.n < FEWEST or not {"trim", "loss_mass"} & arms.keys():
+    if (
+        full is None
+        or full.moments.mean is None
+        or not any(_cell(arms.get(name), full) for name in ("trim", "loss_mass"))
+    ):
         return None
     error = f"{wording.percent(full.moments.mean)} ± {wording.percent(full.moments.std)}"
     cells = [tables.cell(_title(group)), str(full.moments.n), error, *(_cell(arms.get(name), full) for name in METHODS)]
