@@ -215,9 +215,10 @@ def refusal(forward: Forward) -> str | None:
 def _step_of(forward: Forward) -> Callable[..., Any]:
     """Return the traced function: model, loss, and one loss per sample."""
     model = uncompiled(forward.inner)
-    per_sample_loss, unit = forward.per_sample_loss, forward.unit
+    per_sample_loss, unit, dim = forward.per_sample_loss, forward.unit, forward.batch_dim
 
     def step(x: Any, y: Any) -> Any:
+        _compare_rows(x, dim, y)
         if isinstance(x, dict):
             outputs = model(**x)
         elif type(x) in (tuple, list):
@@ -231,6 +232,18 @@ def _step_of(forward: Forward) -> Callable[..., Any]:
         return parts, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
 
     return step
+
+
+def _compare_rows(x: Any, dim: int, y: Any) -> None:
+    """Compare the sizes that may be the batch's: a trace then holds them for one number, and guards that they are."""
+    rows = None
+    for part, at in ((x, dim), (y, 0)):
+        for leaf in pytree.tree_leaves(part):
+            if isinstance(leaf, Tensor) and leaf.ndim > at:
+                if rows is None:
+                    rows = leaf.shape[at]
+                elif rows == leaf.shape[at]:
+                    continue  # the comparison is all there is to do
 
 
 # --- the batch -------------------------------------------------------------------------------------------------------

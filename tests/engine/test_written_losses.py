@@ -1,0 +1,42 @@
+"""Losses written by hand: inputs and targets have one number of rows, though nothing in the loss compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchtrim
+from batchtrim.testing import check_engine
+
+
+def focal(outputs: Tensor, y: Tensor) -> Tensor:
+    logp = outputs.log_softmax(1).gather(1, y[:, None]).squeeze(1)
+    return -((1 - logp.exp()) ** 2) * logp
+
+
+def picked(outputs: Tensor, y: Tensor) -> Tensor:
+    return -outputs.log_softmax(1)[torch.arange(len(y)), y]
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+
+
+def batch(size: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 8), torch.randint(0, 5, (size,))
+
+
+@pytest.mark.parametrize("loss", [focal, picked])
+def test_its_backward_runs_on_the_kept_rows(loss: Callable[..., Tensor]) -> None:
+    report = check_engine(network(), batch(16), loss, more=[batch(7)], verbose=False)
+    assert (report.verdict, report.engine) == ("right", "shared"), str(report)
+
+
+def test_one_trace_serves_other_batch_sizes() -> None:
+    step = batchtrim.TrimmedForward(network(), focal, batchtrim.Trimmer(0.5), "shared")
+    for size in (16, 16, 7, 12):
+        step(*batch(size)).backward()
+    assert step.engine.capture.traces <= 2  # type: ignore[union-attr]
