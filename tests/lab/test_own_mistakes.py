@@ -6,6 +6,7 @@ import asyncio
 import io
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -271,8 +272,12 @@ def test_ctrl_c_is_no_failed_run() -> None:
     def train(run: Run) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        compare(train, ["full"], 1, epochs=2, threads=1, quiet=True, out="here")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a command in the background has none
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compare(train, ["full"], 1, epochs=2, threads=1, quiet=True, out="here")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not Path("here/runs.jsonl").exists()
 
 
