@@ -244,25 +244,34 @@ class Criterion:
             raise TypeError(
                 f"expected the arguments of {self.name}, ({names}), got {len(inputs)}. Call per_sample(criterion) with "
                 "as many; for TrimmedForward, which gives (outputs, targets), write a function of these two: "
-                "lambda outputs, targets: per_sample(criterion)(*outputs, targets)."
+                "loss = per_sample(criterion), and then lambda outputs, targets: loss(*outputs, targets)."
             ) from error
 
 
 def check_values(criterion: Criterion, values: Tensor, inputs: Sequence[Any], unit: str) -> None:
     """Refuse losses that are not of the samples that went in: broadcast ones, and those of flattened batches."""
     tensors = [each for each in inputs if isinstance(each, Tensor) and each.ndim > 0]
-    if len(tensors) >= 2 and tensors[0].shape != tensors[1].shape and not criterion.classes:
-        shapes = [tuple(each.shape) for each in tensors[:2]]
-        across = len(shapes[0]) != len(shapes[1]) or shapes[0][0] != shapes[1][0]  # samples against other samples
-        if across and _broadcast(*shapes) == tuple(values.shape) and not same_shape(values, tensors[1]):
-            raise ValueError(
-                f"expected outputs and targets of one shape, got {shapes[0]} and {shapes[1]}, which {criterion.name} "
-                f"broadcast to {tuple(values.shape)}. Squeeze or unsqueeze one, or pick the channel."
-            )
+    if not criterion.classes:
+        _check_pairs(criterion, values, tensors)
     if unit == "sample" and tensors and all(values.shape[0] not in each.shape[:2] for each in tensors):
         raise ValueError(
             f"expected one loss for each of {tensors[0].shape[0]} samples, got {describe(values)}. "
             "Keep the batch dimension first in what the criterion returns, or choose among elements: unit='element'."
+        )
+
+
+def _check_pairs(criterion: Criterion, values: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Refuse losses of samples against other samples, which two of the inputs were broadcast to."""
+    for first, second in itertools.combinations(range(len(tensors)), 2):
+        one, other = (tuple(tensors[at].shape) for at in (first, second))
+        across = len(one) != len(other) or one[0] != other[0]
+        # a target of that shape says that pairs are meant; for a weight, so do the outputs
+        meant = tensors[1:] if (first, second) == (0, 1) else tensors
+        if not across or _broadcast(one, other) != tuple(values.shape) or any(same_shape(values, t) for t in meant):
+            continue
+        raise ValueError(
+            f"expected outputs and targets of one shape, got {one} and {other}, which {criterion.name} broadcast to "
+            f"{tuple(values.shape)}. Squeeze or unsqueeze one, or pick the channel."
         )
 
 

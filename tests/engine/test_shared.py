@@ -342,3 +342,17 @@ def test_outputs_are_of_the_models_own_type() -> None:
         step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
         assert type(step.last.outputs) is type(model(zoo.vectors(2)))
         assert not step.last.outputs.logits.requires_grad
+
+
+def test_the_approximate_form_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    """BatchNorm's means over the kept rows: the gradient is off, and only `step.last` told."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    for _ in range(3):
+        step(torch.randn(8, 5), torch.randint(0, 3, (8,))).backward()
+        assert step.last is not None
+        assert step.last.approximate == "the means of BatchNorm's backward are taken over the kept rows"
+    assert [record.message for record in caplog.records if record.name == "batchtrim"] == [
+        "engine='shared' is approximate for this model: the means of BatchNorm's backward are taken over the kept rows."
+    ]

@@ -18,7 +18,7 @@ pytest.importorskip("filelock")
 from batchtrim.lab import records
 from batchtrim.lab.analyse import claims, comparison, naming
 from batchtrim.lab.execute import grid, progress, scheduler
-from batchtrim.lab.present import wording
+from batchtrim.lab.present import readme_table, results, wording
 from batchtrim.lab.run import checkpoint, train
 from batchtrim.lab.run.config import RunConfig
 from lab.conftest import _make_row
@@ -144,6 +144,22 @@ def test_a_claim_on_several_arms_is_refused_and_lists_them(tmp_path: Path, arms:
         ValueError, match=r"to name one arm of 'trim', got 2 .*keep_end 0\.\d.*keep_end 0\.\d.*keep_end ="
     ):
         claims.read(record(tmp_path / "r", arms, CLAIM + extra))
+
+
+@pytest.mark.parametrize("arms", [TWO_ARMS, TWO_ARMS[::-1]], ids=["in order", "reversed"])
+def test_tables_by_method_show_every_arm_with_its_settings(tmp_path: Path, arms: Any) -> None:
+    """They had the number of whichever line came last, under the method's name."""
+    read = [claims.read(record(tmp_path / "r", arms, f"{CLAIM}keep_end = 0.2\n"))]
+    (row,) = [line for line in results.page(read).splitlines() if line.startswith("| digits")]
+    (cell,) = [each for each in row.split(" | ") if "keep\\_end" in each]
+    first, second = cell.split("<br>")
+    assert {first.partition(": ")[0], second.partition(": ")[0]} == {"keep\\_end 0.5", "keep\\_end 0.2"}
+    assert all(("0.5:" in each) == ("4." in each.partition("(")[0]) for each in (first, second))
+    _, _, row = readme_table.table(read).splitlines()
+    assert {each.partition(":")[0] for each in row.split(" | ")[-3].split("<br>")} == {
+        "keep\\_end 0.5",
+        "keep\\_end 0.2",
+    }
 
 
 @pytest.mark.parametrize(("keep_end", "mean"), [(0.5, -0.05), (0.2, 0.1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -308,3 +309,61 @@ class TestDivisorsOfTorchs:
             per_sample(lambda outputs, targets: {"ce": F.cross_entropy(outputs, targets)})(
                 torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)
             )
+
+
+class TestShapesBeyondTheFirstTwo:
+    @pytest.mark.parametrize(
+        ("criterion", "shapes"),
+        [
+            (nn.MarginRankingLoss(0.3), [(5, 1), (5, 1), (1, 5)]),
+            (lambda a, b, y: (a - b).abs() * y, [(5, 1), (5, 1), (5,)]),
+            (lambda a, b, y: (a - b).abs() * y, [(5,), (5,), (5, 1)]),
+        ],
+        ids=["ranking", "a column", "a column last"],
+    )
+    def test_samples_against_other_samples_are_refused(self, criterion: Any, shapes: Any) -> None:
+        """The mean is torch's, but every loss is of two samples: half of them is no half of the batch."""
+        with pytest.raises(ValueError, match=r"broadcast to \(5, 5\)"):
+            per_sample(criterion)(*(torch.rand(shape) for shape in shapes))
+
+    @pytest.mark.parametrize(
+        ("criterion", "shapes"),
+        [
+            (nn.MarginRankingLoss(0.3), [(5, 1), (1, 5), (5, 5)]),  # RankNet: a target for every pair
+            (nn.MarginRankingLoss(0.3), [(5,), (5,), (1,)]),
+            (nn.CosineEmbeddingLoss(), [(5, 4), (5, 4), (1,)]),
+            (lambda a, b, w: (a - b).abs() * w, [(5, 3), (5, 3), (3,)]),  # a weight for each class
+            (lambda a, b, w: (a - b[:, None]).abs() * w, [(5, 3), (5,), (3,)]),
+            (nn.BCEWithLogitsLoss(weight=torch.rand(5, 1), pos_weight=torch.rand(3)), [(5, 3), (5, 3)]),
+        ],
+        ids=["pairs", "one target", "one label", "class weight", "labels", "weight"],
+    )
+    def test_what_is_meant_goes_on(self, criterion: Any, shapes: Any) -> None:
+        inputs = [torch.rand(shape) for shape in shapes]
+        losses = per_sample(criterion)(*inputs)
+        torch.testing.assert_close(Trimmer(1.0)(losses), criterion(*inputs).mean())
+
+    def test_the_recipe_for_an_engine_can_be_traced(self) -> None:
+        """A per_sample made in every call cannot: the shared engine refused what the message advised."""
+        criterion = nn.CosineEmbeddingLoss()
+        y, x = torch.tensor([1, -1, 1, 1, -1, 1]), (torch.randn(6, 4), torch.randn(6, 4))
+
+        class Towers(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.tower = nn.Linear(4, 3)
+
+            def forward(self, a: Tensor, b: Tensor) -> Any:
+                return self.tower(a), self.tower(b)
+
+        with pytest.raises(
+            TypeError, match=r"loss = per_sample\(criterion\), and then lambda outputs, targets: loss\("
+        ):
+            batchtrim.TrimmedForward(Towers(), criterion, Trimmer(0.5), "exact")(x, y)
+        loss, towers = per_sample(criterion), Towers()
+        step = batchtrim.TrimmedForward(
+            towers, lambda outputs, targets: loss(*outputs, targets), Trimmer(0.5), "shared"
+        )
+        one, other = towers(*x)
+        each = F.cosine_embedding_loss(one, other, y, reduction="none")
+        torch.testing.assert_close(step(x, y), each.topk(3).values.mean())

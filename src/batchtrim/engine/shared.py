@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -25,6 +26,8 @@ from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["SharedEngine"]
+
+_logger = logging.getLogger("batchtrim")
 
 _WORTH = 0.96  # of a plain step's estimated cost: what is nearer to it is not worth a step of another kind
 _TRIES = 4  # traces of one step
@@ -65,6 +68,7 @@ class SharedEngine:
         self.compiler = inductor_of(forward.model)
         self.capture = Capture(_step_of(forward), self._planner, compiler=self.compiler)
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # whether to approximate, given a cosine
+        self.said = False  # that it is approximate; with a judge, who says so himself, it is not said here
         self.trace: SlicedStep | None = None  # the last that ran
         self._tape: Tape | None = None
 
@@ -87,6 +91,9 @@ class SharedEngine:
         if tape.step is not None and rows.shape[0] < batch:
             self._cut(tape, loss, rows.sort().values)
             approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
+        if approximate and self.judge is None and not self.said:
+            self.said = True
+            _logger.warning("engine='shared' is approximate for this model: %s.", approximate)
         return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:

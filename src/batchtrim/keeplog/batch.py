@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_integers, check_like, check_losses, describe
+from batchtrim._checks import check_count, check_integers, check_like, check_losses, describe
 from batchtrim.choice import Choice
 from batchtrim.selection import Selection
 
-__all__ = ["Chosen", "Entries", "as_before", "check_batch", "joined", "logits_of", "pack", "parts_of"]
+__all__ = ["Chosen", "Entries", "as_before", "check_batch", "check_classes", "joined", "logits_of", "pack", "parts_of"]
 
 _LARGEST_LABEL = torch.iinfo(torch.int32).max
+_MOST_CLASSES = 10_000_000  # each line of the history has two lists of as many counts
 
 
 class Chosen(Protocol):
@@ -29,6 +30,16 @@ class Chosen(Protocol):
 
     @property
     def selection(self) -> Selection: ...
+
+
+def check_classes(classes: Any) -> int:
+    """Check a number of classes to count by, long before an epoch's end."""
+    if check_count("classes", classes) > _MOST_CLASSES:
+        raise ValueError(
+            f"expected `classes` of at most {_MOST_CLASSES:,}, got {classes}. It is the number of classes; leave it "
+            "out where no keep rate of each is needed."
+        )
+    return int(classes)
 
 
 class Entries(NamedTuple):

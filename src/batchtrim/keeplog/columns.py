@@ -5,6 +5,8 @@ Legend: n samples in the data set, P entries that are entered together.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 
 import torch
@@ -29,15 +31,28 @@ COLUMNS: dict[str, tuple[torch.dtype, float]] = {
 }
 INT16_CLASSES = 2**15  # with more, ``predicted`` is int32, and a sample takes 34 bytes
 
+_BYTES = sum(dtype.itemsize for dtype, _ in COLUMNS.values())
+
 Columns = dict[str, Tensor]
+
+
+def _memory() -> float:
+    """Return the machine's memory in bytes; without end where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return math.inf
 
 
 def empty(n: int) -> Columns:
     """Return columns for n samples, none seen yet."""
+    beyond = ValueError(f"expected `n` samples of 32 bytes each to fit in memory, got {n}.")
+    if n * _BYTES > _memory():  # Linux would allocate it, and kill the process as it is filled
+        raise beyond
     try:
         return {name: torch.full((n + 1,), fill, dtype=dtype) for name, (dtype, fill) in COLUMNS.items()}
     except (RuntimeError, MemoryError, TypeError, OverflowError):  # torch has no error of its own for this
-        raise ValueError(f"expected `n` samples of 32 bytes each to fit in memory, got {n}.") from None
+        raise beyond from None
 
 
 def widened(columns: Columns) -> Columns:

@@ -57,7 +57,7 @@ class KeepLog:
 
     def __init__(self, n: int, *, classes: int | None = None, distributed: bool = False, warn: bool = True) -> None:
         self.n = check_count("n", n, hint="It is the number of samples in the data set.")
-        self.classes = None if classes is None else check_count("classes", classes)
+        self.classes = None if classes is None else batches.check_classes(classes)
         self.distributed = distributed
         self.warn = warn
         self.steps = 0

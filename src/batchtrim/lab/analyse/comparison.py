@@ -8,6 +8,7 @@ fewer errors than the baseline.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -293,7 +294,7 @@ def _paired(
         p_t=p_t,
         p_wilcoxon=wilcoxon(values),
         p_holm=p_holm,
-        detectable=None if smallest is None else smallest * unit,
+        detectable=None if smallest is None else min(smallest * unit, 1.0 if arm.metric.in_percent else math.inf),
         verdict=verdict,
         metric=arm.metric,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,20 +56,19 @@ def _title(group: Group) -> str:
 
 def _row(group: Group) -> tuple[float, str] | None:
     full = next((arm for arm in group.arms if arm.label == "full"), None)
-    arms = {arm.settings["method"]: arm for arm in group.arms if arm.settings.get("engine", "exact") == "exact"}
-    if (
-        full is None
-        or full.moments.mean is None
-        or not any(_cell(arms.get(name), full) for name in ("trim", "loss_mass"))
-    ):
+    arms = tables.by_method(arm for arm in group.arms if arm.settings.get("engine", "exact") == "exact")
+    if full is None or full.moments.mean is None or full.moments.n < FEWEST:
+        return None
+    if not any(_cell(arm, full) for name in ("trim", "loss_mass") for arm in arms.get(name, ())):
         return None
     error = f"{wording.percent(full.moments.mean)} ± {wording.percent(full.moments.std)}"
-    cells = [tables.cell(_title(group)), str(full.moments.n), error, *(_cell(arms.get(name), full) for name in METHODS)]
+    cells = [tables.cell(_title(group)), str(full.moments.n), error]
+    cells += [tables.of_arms(arms.get(name, ()), functools.partial(_cell, full=full)) for name in METHODS]
     return full.moments.mean, f"| {' | '.join(cells)} |"
 
 
-def _cell(arm: Arm | None, full: Arm) -> str:
-    if arm is None or arm.paired is None or arm.paired.moments.mean is None or arm.moments.n < FEWEST:
+def _cell(arm: Arm, full: Arm) -> str:
+    if arm.paired is None or arm.paired.moments.mean is None or arm.moments.n < FEWEST:
         return ""
     used, of = arm.cost.get("samples_backward"), full.cost.get("samples_backward")
     share = f"; {100 * used / of:.0f} %" if used and of else ""

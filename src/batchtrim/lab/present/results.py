@@ -123,11 +123,11 @@ def _gains(records: Sequence[Record]) -> list[str]:
         for group in record.groups:
             full = next((arm for arm in group.arms if arm.label == "full"), None)
             left = [error for error in map(_training_error, full.runs) if error is not None] if full else []
-            others = {arm.settings["method"]: arm for arm in group.arms if arm.settings.get("engine") == "exact"}
+            others = tables.by_method(arm for arm in group.arms if arm.settings.get("engine") == "exact")
             if left and any(name in others for name in GAINS):
                 mean = sum(left) / len(left)
                 cells = [f"{group.title} ({_topic(record)})", str(len(left)), wording.percent(mean)]
-                cells += [_gain(others.get(name)) for name in GAINS]
+                cells += [tables.of_arms(others.get(name, ()), _gain) or wording.UNKNOWN for name in GAINS]
                 rows.append((mean, f"| {' | '.join(cells)} |"))
     if not rows:
         return []
@@ -145,9 +145,9 @@ def _training_error(row: Mapping[str, Any]) -> float | None:
     return curve[-1] if row["status"] == "finished" and curve else None
 
 
-def _gain(arm: Arm | None) -> str:
-    if arm is None or arm.paired is None or arm.paired.moments.mean is None:
-        return "–"  # noqa: RUF001
+def _gain(arm: Arm) -> str:
+    if arm.paired is None or arm.paired.moments.mean is None:
+        return ""
     return f"{wording.signed(arm.paired.moments.mean)} ({wording.signed_interval(arm.paired.moments.t)})"
 
 

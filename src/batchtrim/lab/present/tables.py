@@ -9,7 +9,7 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Summary, View
@@ -258,3 +258,19 @@ def cell(value: object) -> str:
     for mark in "\\|<>*_`[]":
         text = text.replace(mark, "\\" + mark)
     return text
+
+
+def by_method(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
+    """Return all arms of each method: one method may have several, with other settings."""
+    found: dict[str, list[Arm]] = {}
+    for arm in arms:
+        found.setdefault(arm.settings["method"], []).append(arm)
+    return found
+
+
+def of_arms(arms: Sequence[Arm], text: Callable[[Arm], str]) -> str:
+    """Return the text of a method's only arm, or that of each with the settings that tell it from the others."""
+    if len(arms) == 1:
+        return text(arms[0])
+    named = ((arm.label.removeprefix(arm.settings["method"]).strip(" ()"), text(arm)) for arm in arms)
+    return "<br>".join(f"{cell(name)}: {said}" for name, said in named if said)
