@@ -143,6 +143,13 @@ def check_count(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
     return value
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Return True or False, or raise for what is neither: "no" is true in Python."""
+    if not isinstance(value, bool):
+        raise TypeError(f"expected `{name}` to be True or False, got {describe(value)}.")
+    return value
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
     choices = list(choices)
     if value not in choices:

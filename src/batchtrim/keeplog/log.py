@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from batchtrim import noise
-from batchtrim._checks import check_count
+from batchtrim._checks import check_count, check_flag
 from batchtrim.distributed import world_size
 from batchtrim.keeplog import batch as batches
 from batchtrim.keeplog import columns, epoch, exchange, parquet
@@ -58,8 +58,8 @@ class KeepLog:
     def __init__(self, n: int, *, classes: int | None = None, distributed: bool = False, warn: bool = True) -> None:
         self.n = check_count("n", n, hint="It is the number of samples in the data set.")
         self.classes = None if classes is None else batches.check_classes(classes)
-        self.distributed = distributed
-        self.warn = warn
+        self.distributed = check_flag("distributed", distributed)
+        self.warn = check_flag("warn", warn)
         self.steps = 0
         self.history: list[dict[str, Any]] = []
         self._columns = columns.empty(self.n)
