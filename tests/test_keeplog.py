@@ -178,7 +178,7 @@ for step in range(70):  # more than a log holds back, and batches of unequal siz
 try:
     log.table()
 except RuntimeError as error:
-    assert "Call end_epoch() on every rank" in str(error)
+    assert "Call it on every rank" in str(error)
 log.end_epoch()
 torch.save((log.table(), log.history), f"{folder}/out-{rank}.pt")
 dist.destroy_process_group()

@@ -319,7 +319,7 @@ TABLE: list[tuple[str, tuple[Any, ...]]] = [
     ("nll_loss_forward", (f(a * 3, 20), i(a * 3), None, 0, -100)),
     ("nll_loss_forward", (f(a, 20), i(a), None, 0, -100)),
     ("nll_loss2d_forward", (f(a, 3, b, 2), i(a, b, 2), None, 0, -100)),
-    ("nll_loss_backward", (f(a), f(a, 3), i(a, below=3), f(3), 0, -100, f())),
+    ("nll_loss_backward", (f(a), f(a, 20), i(a, below=3), f(20), 0, -100, f())),
     ("nll_loss_backward", (f(a), f(a, 20), i(a), None, 0, -100, f())),
     ("nll_loss_backward", (f(a * 3), f(a * 3, 20), i(a * 3), None, 0, -100, f())),
     ("nll_loss2d_backward", (f(a, b, 2), f(a, 3, b, 2), i(a, b, 2), None, 0, -100, f())),

@@ -26,7 +26,7 @@ NOT_SHOWN = {
     "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided",
     "as_strided", "as_strided_scatter", "diagonal_scatter", "_reshape_alias",
     "_fused_rms_norm_backward", "randint_like", "bernoulli", "exponential", "normal_functional", "random", "uniform",
-    "rrelu", "rrelu_with_noise_functional",
+    "rrelu", "rrelu_with_noise_functional", "celu",
 }  # fmt: skip
 
 
@@ -85,12 +85,14 @@ def test_rules_keep_their_promise() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 4))
-def test_rules_keep_their_promise_often(seed: int) -> None:
-    wrong, by_hand = failures(rule_samples.by_hand, seed, 24)
-    others, entries = failures(entry_by_entry(30), seed, 2)
-    assert not [*wrong, *others]
-    passed = by_hand + entries
+def test_rules_keep_their_promise_often() -> None:
+    found, passed = [], Counter[str]()
+    for seed in range(1, 4):
+        for samples, tries in ((rule_samples.by_hand, 24), (entry_by_entry(30), 2)):
+            wrong, right = failures(samples, seed, tries)
+            found += wrong
+            passed += right
+    assert not found
     assert {name_of(each) for each in operators()} - set(passed) <= NOT_SHOWN
 
 

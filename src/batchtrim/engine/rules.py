@@ -240,6 +240,8 @@ _POINTWISE = (
 def pointwise(call: Call) -> list[Layout]:
     """Compute entry by entry, with broadcasting: operands that have rows must have them in the same place."""
     name = name_of(call.func)
+    if name == "where" and "self" not in call.args:
+        raise Mixes("it makes as many entries as a condition holds")
     axes = aligned(call, call.out)
     vanish = _vanishes(call, name)
     iota = name in _COPIES and any(value.layout.iota for value in call.rows)  # type: ignore[union-attr]

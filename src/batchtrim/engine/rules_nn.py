@@ -358,18 +358,18 @@ def index_put(call: Call) -> Layout:
 
 @rule("nll_loss_forward", "nll_loss2d_forward")
 def nll_loss(call: Call) -> list[Layout]:
-    layout = _with_classes(call)
+    layout = _with_classes(call, call["target"].layout)
     return [layout.moved([0, None, *range(1, call["target"].ndim)]), Whole()]
 
 
 @rule("nll_loss_backward", "nll_loss2d_backward")
 def nll_loss_backward(call: Call) -> Layout:
     gradient, target = call["grad_output"], call["target"]
-    aligned(call, target, [gradient, target])
-    return replace(_with_classes(call), vanish=gradient.zero)
+    layout = Rows(aligned(call, target, [gradient, target]))  # targets that are alike tell nothing of where rows lie
+    return replace(_with_classes(call, layout), vanish=gradient.zero)
 
 
-def _with_classes(call: Call) -> Rows:
+def _with_classes(call: Call, per_row: Layout) -> Rows:
     """Return where the rows of the predictions lie, which must be where those of the targets do."""
     if call["reduction"] != 0:
         raise Mixes("it averages over the batch")
@@ -377,7 +377,8 @@ def _with_classes(call: Call) -> Rows:
     x, target = call["self"], call["target"]
     if not isinstance(target.layout, Rows) or not isinstance(x.layout, Rows):
         raise Mixes("one of its inputs belongs to no row")
-    opened = Value(x.shape, target.layout.moved([0, *range(2, target.ndim + 1)]))
+    assert isinstance(per_row, Rows)
+    opened = Value(x.shape, per_row.moved([0, *range(2, target.ndim + 1)]))
     layout = Rows(aligned(call, x, [x, opened]))
     not_along(layout, [1], x.ndim)
     return layout
