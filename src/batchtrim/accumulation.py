@@ -70,6 +70,8 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         SyncBatchNorm, tensor parallel), which is asked for first. A rank that has run out of data gives micro-batches
         of no rows. After "window", ``step.trim.last`` is the choice from all its samples, one after the other.
     """
+    if not isinstance(step, TrimmedForward):
+        raise TypeError(f"expected `step` to be a batchtrim.TrimmedForward, got {describe(step)}.")
     check_choice("over", over, OVER)
     if over == "micro" and getattr(step.forward.per_sample_loss, "reduction", "mean") == "sum":
         raise ValueError(

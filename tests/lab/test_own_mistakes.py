@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchtrim.lab import Run, compare, headline, records, run_once
+from batchtrim.lab import Run, compare, headline, records, run_once, summarize
 from own_tasks import calls, failing
 
 
@@ -378,3 +378,21 @@ def test_threads_of_libraries_are_not_told_and_processes_are(
         each.kill()
         each.join()
     assert records.read("here")[0]["notes"] == ["the task left 1 process running (mine)"]
+
+
+@pytest.mark.parametrize(
+    "rows", ["runs.csv", 5, None, {"method": "trim"}, ["method", "seed"], [("trim", 0, 0.1)], Path("runs")]
+)
+def test_rows_that_are_no_rows_are_refused(rows: Any) -> None:
+    with pytest.raises(TypeError, match="expected `rows` to be a list of mappings such as"):
+        summarize(rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"seeds": "two"}, "expected `seeds` to be a number .*got 'two'"), ({"methods": 5}, "expected `methods` .*got 5")],
+)
+def test_seeds_and_methods_of_another_kind_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        compare(calls(), **settings, out="here")
+    assert not Path("here").exists()

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from batchtrim._checks import check_choice, plain
+from batchtrim._checks import check_choice, describe, plain
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, csv_table
 from batchtrim.lab.analyse.comparison import Summary
@@ -76,6 +76,10 @@ def compare(
         ValueError, TypeError: a setting is wrong, or a trimmer cannot drive a method. Nothing has been run by then.
     """
     code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
+    if isinstance(seeds, str):
+        raise TypeError(f"expected `seeds` to be a number of seeds or a list of them, got {describe(seeds)}.")
+    if not isinstance(methods, Iterable):
+        raise TypeError(f"expected `methods` to be names such as ['full', 'trim'], got {describe(methods)}.")
     listed = list(seeds) if isinstance(seeds, Iterable) else plain(seeds)
     methods = methods.split(",") if isinstance(methods, str) else list(methods)
     if baseline != "full":  # which gives way to another where there is none
@@ -157,10 +161,22 @@ def summarize(
         >>> summarize(rows).groups[0].arms[1].paired.moments.n
         5
     """
+    if not isinstance(rows, Iterable) or isinstance(rows, (str, Path, Mapping)):
+        raise _no_rows(rows)
     rows = list(rows)
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise _no_rows(row)
     if rows and all("config" in row for row in rows):
         return comparison.summarize([dict(row) for row in rows], baseline)
     return comparison.summarize(csv_table.to_records(rows, "rows", metric, higher_is_better), baseline)
+
+
+def _no_rows(got: object) -> TypeError:
+    return TypeError(
+        f"expected `rows` to be a list of mappings such as {{'method': 'trim', 'seed': 0, 'error': 0.1}}, got "
+        f"{describe(got)}. From a data frame: frame.to_dict('records'); from a file: list(csv.DictReader(file))."
+    )
 
 
 def default_out(configs: Sequence[TaskConfig]) -> Path:
