@@ -31,6 +31,7 @@ def test_numbers_and_lists(make: Any, message: str) -> None:
         make()
 
 
+STEP = batchtrim.TrimmedForward(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(), Trimmer(0.5))
 LOSSES, WHOLE = torch.rand(4), hardest()(torch.rand(4), 1.0)
 
 
@@ -62,11 +63,16 @@ LOSSES, WHOLE = torch.rand(4), hardest()(torch.rand(4), 1.0)
             r"`labels` to be token ids of shape \(2, 4\), got .*shift=True",
         ),
         (lambda: batchtrim.token_losses(torch.rand(2, 4, 5), torch.rand(2, 4)), TypeError, "`labels` to be token ids"),
+        (lambda: next(batchtrim.accumulate(STEP, iter([]))), TypeError, "`batches` to be a list .*Make a list"),  # type: ignore[arg-type]
+        (lambda: next(batchtrim.accumulate(STEP, 4)), TypeError, "`batches` to be a list .*got 4"),  # type: ignore[arg-type]
+        (lambda: next(batchtrim.accumulate(STEP, "ab")), TypeError, "`batches` to be a list .*got 'ab'"),  # type: ignore[arg-type]
+        (lambda: next(batchtrim.accumulate(STEP, [torch.rand(2, 2)])), TypeError, "each of `batches` .*got a tensor"),  # type: ignore[list-item]
+        (lambda: KeepLog(3).merge(None), TypeError, "`later` to be a batchtrim.KeepLog, got None"),  # type: ignore[arg-type]
         (lambda: next(batchtrim.accumulate(torch.nn.Linear(2, 2), [(1, 2)])), TypeError, "`step` to be a .*got Linear"),  # type: ignore[arg-type]
     ],
 )
 def test_another_kind_of_argument(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"expected {message}" if message.startswith("`") else message):
+    with pytest.raises(error, match=f"expected {message}" if message.startswith(("`", "each")) else message):
         call()
 
 
