@@ -31,6 +31,51 @@ def test_numbers_and_lists(make: Any, message: str) -> None:
         make()
 
 
+STEP = batchtrim.TrimmedForward(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(), Trimmer(0.5))
+LOSSES, WHOLE = torch.rand(4), hardest()(torch.rand(4), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: suspects("keep.parquet"), TypeError, "`log` to be a batchtrim.KeepLog, got 'keep.parquet'"),  # type: ignore[arg-type]
+        (lambda: suspects(LOSSES), TypeError, "got a tensor of shape"),  # type: ignore[arg-type]
+        (lambda: batchtrim.reduce(LOSSES, [0, 1]), TypeError, "`selection` to be a batchtrim.Selection, got"),  # type: ignore[arg-type]
+        (
+            lambda: batchtrim.reduce(LOSSES, WHOLE, "mean"),
+            ValueError,
+            "`scale` to be one of 'kept', 'batch', got 'mean'",
+        ),
+        (lambda: batchtrim.reduce(LOSSES, WHOLE, scale="Batch"), ValueError, "Did you mean 'batch'"),
+        (lambda: batchtrim.keep_count(20, 128), ValueError, "`keep` in .* got 20. It is a fraction"),
+        (lambda: batchtrim.keep_count(float("nan"), 8), ValueError, "`keep` in .* got nan"),
+        (lambda: batchtrim.keep_count("0.2", 8), TypeError, "`keep` to be a number, got '0.2'"),  # type: ignore[arg-type]
+        (lambda: hardest()(LOSSES, 50.0), ValueError, "`keep` in .* got 50"),
+        (
+            lambda: batchtrim.token_losses(torch.ones(2, 3), torch.ones(2, 3)),
+            TypeError,
+            r"`logits` .* \(B, T, C\), got",
+        ),
+        (lambda: batchtrim.token_losses(None, None), TypeError, "`logits` .* got None"),  # type: ignore[arg-type]
+        (
+            lambda: batchtrim.token_losses(torch.rand(2, 4, 5), torch.zeros(2, 3, dtype=torch.long)),
+            TypeError,
+            r"`labels` to be token ids of shape \(2, 4\), got .*shift=True",
+        ),
+        (lambda: batchtrim.token_losses(torch.rand(2, 4, 5), torch.rand(2, 4)), TypeError, "`labels` to be token ids"),
+        (lambda: next(batchtrim.accumulate(STEP, iter([]))), TypeError, "`batches` to be a list .*Make a list"),  # type: ignore[arg-type]
+        (lambda: next(batchtrim.accumulate(STEP, 4)), TypeError, "`batches` to be a list .*got 4"),  # type: ignore[arg-type]
+        (lambda: next(batchtrim.accumulate(STEP, "ab")), TypeError, "`batches` to be a list .*got 'ab'"),  # type: ignore[arg-type]
+        (lambda: next(batchtrim.accumulate(STEP, [torch.rand(2, 2)])), TypeError, "each of `batches` .*got a tensor"),  # type: ignore[list-item]
+        (lambda: KeepLog(3).merge(None), TypeError, "`later` to be a batchtrim.KeepLog, got None"),  # type: ignore[arg-type]
+        (lambda: next(batchtrim.accumulate(torch.nn.Linear(2, 2), [(1, 2)])), TypeError, "`step` to be a .*got Linear"),  # type: ignore[arg-type]
+    ],
+)
+def test_another_kind_of_argument(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"expected {message}" if message.startswith(("`", "each")) else message):
+        call()
+
+
 def test_a_tiny_keep_draws_the_hardest() -> None:
     losses = torch.tensor([1.0, 3.0, 2.0])
     assert percentile_topk()(losses, 5e-324, torch.Generator().manual_seed(0)).indices.tolist() == [1]

@@ -70,6 +70,9 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         SyncBatchNorm, tensor parallel), which is asked for first. A rank that has run out of data gives micro-batches
         of no rows. After "window", ``step.trim.last`` is the choice from all its samples, one after the other.
     """
+    if not isinstance(step, TrimmedForward):
+        raise TypeError(f"expected `step` to be a batchtrim.TrimmedForward, got {describe(step)}.")
+    _check_batches(batches)
     check_choice("over", over, OVER)
     if over == "micro" and getattr(step.forward.per_sample_loss, "reduction", "mean") == "sum":
         raise ValueError(
@@ -94,6 +97,18 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
             else:
                 states[m].restore()
                 yield step.engine(x, y, selections[m].rising()).loss
+
+
+def _check_batches(batches: Any) -> None:
+    """Check that a window is a list of pairs: it is gone through twice, and a tensor of two rows unpacks as well."""
+    if not isinstance(batches, Sequence) or isinstance(batches, str):
+        raise TypeError(
+            f"expected `batches` to be a list of (x, y), one a micro-batch, got {describe(batches)}. "
+            "Make a list of a generator; a whole data loader is not one optimizer step."
+        )
+    for each in batches:
+        if not isinstance(each, (tuple, list)) or len(each) != 2:
+            raise TypeError(f"expected each of `batches` to be a pair (x, y), got {describe(each)}.")
 
 
 def first_pass(

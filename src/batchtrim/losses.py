@@ -182,10 +182,25 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, sh
     Returns:
         Losses with ``values`` (B, T) in fp32 and ``mask`` (B, T).
     """
+    _check_tokens(logits, labels)
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     values = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none", ignore_index=ignore_index)
     return Losses(values, labels != ignore_index)
+
+
+def _check_tokens(logits: Any, labels: Any) -> None:
+    """Check what the cross-entropy of tokens is computed from: torch's own errors speak of other dimensions."""
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.dtype.is_floating_point:
+        raise TypeError(
+            f"expected `logits` to be floating point of shape (B, T, C), got {describe(logits)}. "
+            "A model of the transformers library returns them as output.logits."
+        )
+    if not isinstance(labels, Tensor) or labels.shape != logits.shape[:2] or labels.dtype.is_floating_point:
+        raise TypeError(
+            f"expected `labels` to be token ids of shape {tuple(logits.shape[:2])}, got {describe(labels)}. "
+            "Give both unshifted, with shift=True, where the logits at t predict the label at t + 1."
+        )
 
 
 def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from batchtrim._checks import check_choice, describe
 from batchtrim.selection import Selection
 from batchtrim.unreduced import Losses, accumulator, divisors, nonzero
 
@@ -56,6 +57,11 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
     Returns:
         0-d, dtype of ``losses``. With everything kept and no weights: ``losses.mean()``, bit for bit.
     """
+    if scale not in SCALES:
+        check_choice("scale", scale, SCALES)
+    if not isinstance(selection, Selection):
+        hint = "A rule gives one: batchtrim.hardest()(losses, keep)."
+        raise TypeError(f"expected `selection` to be a batchtrim.Selection, got {describe(selection)}. {hint}")
     rows = selection.indices
     if weights is None and selection.weights is None and 0 < rows.shape[0] < selection.size and _dot_is_exact(losses):
         divisor = selection.normalizer if scale == "kept" else selection.batch_normalizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def test_a_task_is_compared_in_a_process_of_its_own() -> None:
     again = batchtrim("compare", "--task", "my_task.py:train", *ARGUMENTS)
     assert "6 of 6 runs are recorded already" in again.stderr
     page = Path("here/report.html").read_text()
-    assert "batchtrim compare --task my_task.py:train" in page
+    assert "batchtrim compare --task my_task.py:train" in re.sub("</?span[^>]*>", "", page)
+    assert '<span class="option">--keep-start</span>' in page  # which no line breaks after its dashes
     report = batchtrim("report", "here", "--json")
     assert json.loads(report.stdout)["verdict"] == told["verdict"]
 

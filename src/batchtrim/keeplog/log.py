@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from batchtrim import noise
-from batchtrim._checks import check_count, check_flag
+from batchtrim._checks import check_count, check_flag, describe
 from batchtrim.distributed import world_size
 from batchtrim.keeplog import batch as batches
 from batchtrim.keeplog import columns, epoch, exchange, parquet
@@ -156,6 +156,8 @@ class KeepLog:
 
     def merge(self, later: KeepLog) -> None:
         """Add another log of the same data set, as if its batches had been recorded after this one's."""
+        if not isinstance(later, KeepLog):
+            raise TypeError(f"expected `later` to be a batchtrim.KeepLog, got {describe(later)}.")
         for name in ("n", "classes"):
             mine, theirs = getattr(self, name), getattr(later, name)
             if mine != theirs:

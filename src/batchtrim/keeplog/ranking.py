@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_count
-
-if TYPE_CHECKING:
-    from batchtrim.keeplog.log import KeepLog
+from batchtrim._checks import check_count, describe
+from batchtrim.keeplog.log import KeepLog
 
 __all__ = ["suspects"]
 
@@ -41,6 +37,9 @@ def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
         >>> suspects(log, top=2)
         (tensor([1, 2]), tensor([1.0000, 0.5000]))
     """
+    if not isinstance(log, KeepLog):
+        hint = "Read a file with KeepLog.from_parquet(path)."
+        raise TypeError(f"expected `log` to be a batchtrim.KeepLog, got {describe(log)}. {hint}")
     if top is not None:
         check_count("top", top, minimum=0)
     table = log.table()

@@ -15,13 +15,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from batchtrim._checks import check_choice, plain
+from batchtrim._checks import check_choice, check_count, check_flag, describe, plain
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, csv_table
 from batchtrim.lab.analyse.comparison import Summary
@@ -76,6 +77,14 @@ def compare(
         ValueError, TypeError: a setting is wrong, or a trimmer cannot drive a method. Nothing has been run by then.
     """
     code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
+    if isinstance(seeds, str):
+        raise TypeError(f"expected `seeds` to be a number of seeds or a list of them, got {describe(seeds)}.")
+    if not isinstance(methods, Iterable):
+        raise TypeError(f"expected `methods` to be names such as ['full', 'trim'], got {describe(methods)}.")
+    _check_place(out, ray)
+    check_count("retries", retries, minimum=0)
+    for name, flag in (("tensorboard", tensorboard), ("quiet", quiet)):
+        check_flag(name, flag)
     listed = list(seeds) if isinstance(seeds, Iterable) else plain(seeds)
     methods = methods.split(",") if isinstance(methods, str) else list(methods)
     if baseline != "full":  # which gives way to another where there is none
@@ -122,7 +131,10 @@ def run_once(
     """
     out = Path(settings.pop("out", "runs/once"))
     code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
-    params = settings.pop("params", {}).get(method, {})
+    params = settings.pop("params", {})
+    if not isinstance(params, Mapping):
+        raise TypeError(f"expected `params` to be a mapping of methods to their parameters, got {describe(params)}.")
+    params = params.get(method, {})
     config = replace(
         TaskConfig.from_dict({"task": code.name, "method": method, "seed": seed, **settings}),
         method_params=params, code=code,
@@ -157,10 +169,31 @@ def summarize(
         >>> summarize(rows).groups[0].arms[1].paired.moments.n
         5
     """
+    if higher_is_better is not None:
+        check_flag("higher_is_better", higher_is_better)
+    if not isinstance(rows, Iterable) or isinstance(rows, (str, Path, Mapping)):
+        raise _no_rows(rows)
     rows = list(rows)
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise _no_rows(row)
     if rows and all("config" in row for row in rows):
         return comparison.summarize([dict(row) for row in rows], baseline)
     return comparison.summarize(csv_table.to_records(rows, "rows", metric, higher_is_better), baseline)
+
+
+def _check_place(out: Any, ray: Any) -> None:
+    if out is not None and not isinstance(out, (str, os.PathLike)):
+        raise TypeError(f"expected `out` to be the path of a folder, got {describe(out)}.")
+    if ray is not None and not isinstance(ray, str):
+        raise TypeError(f"expected `ray` to be the address of a cluster or 'auto', got {describe(ray)}.")
+
+
+def _no_rows(got: object) -> TypeError:
+    return TypeError(
+        f"expected `rows` to be a list of mappings such as {{'method': 'trim', 'seed': 0, 'error': 0.1}}, got "
+        f"{describe(got)}. From a data frame: frame.to_dict('records'); from a file: list(csv.DictReader(file))."
+    )
 
 
 def default_out(configs: Sequence[TaskConfig]) -> Path:

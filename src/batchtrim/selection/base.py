@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from batchtrim._checks import check_part
+
 __all__ = [
     "Rule",
     "Selection",
@@ -98,6 +100,8 @@ def keep_count(keep: float, n: int) -> int:
         >>> keep_count(0.2, 128), keep_count(0.25, 10), keep_count(0.2, 1)
         (26, 2, 1)
     """
+    if not (isinstance(keep, float) and 0.0 <= keep <= 1.0):
+        keep = check_part("keep", keep, "It is a fraction of the batch, not a percentage or a count.")
     return min(n, max(1, round(keep * n)))
 
 

@@ -101,5 +101,6 @@ def test_charts_are_written_as_svg_and_png(swept: comparison.Summary, tmp_path: 
             text = path.read_text()
             ElementTree.fromstring(text)
             assert "var(--" not in text
+            assert ("Dashed: of every sample seen." in text) == (path.stem == "loss-of-kept-samples-and-of-all")
         else:
             assert len(Image.open(path).convert("RGB").resize((64, 64)).getcolors(4096) or []) > 3

@@ -78,7 +78,7 @@ def _expand_part(settings: Settings, kind: type[Config]) -> list[Config]:
     axes = dict(settings)
     params = axes.pop("params", {})
     if not isinstance(params, Mapping) or not all(isinstance(each, Mapping) for each in params.values()):
-        raise TypeError("expected `params` to be tables such as [params.small_loss], got something else.")
+        raise TypeError(f"expected `params` to be tables such as [params.small_loss], got {describe(params)}.")
     if "method_params" in axes:
         raise ValueError("expected parameters of methods in tables such as [params.small_loss], got `method_params`.")
     for plural, name in (("methods", "method"), ("seeds", "seed")):

@@ -31,8 +31,8 @@ def save(summary: Summary, folder: str | Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     for number, group in enumerate(summary.groups):
         prefix = f"{number + 1}-" if len(summary.groups) > 1 else ""
-        for name, chart in _charts(group):
-            svg = standalone(chart, group)
+        for name, chart, note in _charts(group):
+            svg = standalone(chart, group, note)
             image = bytes(resvg.svg_to_bytes(svg_string=svg, zoom=SCALE))
             for suffix, content in ((".svg", svg.encode()), (".png", image)):
                 path = folder / f"{prefix}{name}{suffix}"
@@ -42,14 +42,20 @@ def save(summary: Summary, folder: str | Path) -> list[Path]:
     return paths
 
 
-def standalone(chart: str, group: Group) -> str:
-    """Return a chart as an SVG document: with its style, a white ground and a legend, and without the page's script."""
+def standalone(chart: str, group: Group, note: str = "") -> str:
+    """Return a chart as an SVG document: with its style, a white ground and a legend, and without the page's script.
+
+    Args:
+        note: a line under the legend.
+    """
     found = re.match(r"<svg[^>]*viewBox=\"0 0 (\d+) (\d+)\"[^>]*>(.*)</svg>$", chart, re.DOTALL)
     assert found is not None
     width, height, body = int(found[1]), int(found[2]), found[3]
     names = [(arm.label, report.styles(group)[arm.label]) for arm in group.arms]
     keys = _legend(names, height) if '<polyline class="line' in body else ""
-    whole = height + (ROW * len(names) + 8 if keys else 0)
+    if note:
+        keys += f'<text class="tick" x="0" y="{height + ROW * len(names) + 12}">{escape(note)}</text>'
+    whole = height + (ROW * (len(names) + bool(note)) + 8 if keys else 0)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-6 -6 {width + 12} {whole + 12}" width="{width + 12}" '
         f'height="{whole + 12}" class="chart" font-family="DejaVu Sans, Arial, Helvetica, sans-serif" font-size="12">'
@@ -58,13 +64,15 @@ def standalone(chart: str, group: Group) -> str:
     )
 
 
-def _charts(group: Group) -> Iterator[tuple[str, str]]:
+def _charts(group: Group) -> Iterator[tuple[str, str, str]]:
+    """Yield name, chart and the note it needs on its own: what dashes mean stands beside the chart on the page."""
     drawn = report.group_values(group)
     if drawn["differences"]:
-        yield "differences", str(drawn["differences"])
+        yield "differences", str(drawn["differences"]), ""
     for card in (*drawn["curves"], *drawn["costs"]):
         if card.chart.startswith("<svg"):
-            yield re.sub(r"\W+", "-", card.heading.lower()).strip("-"), str(card.chart)
+            name = re.sub(r"\W+", "-", card.heading.lower()).strip("-")
+            yield name, str(card.chart), card.note if 'class="line dashed' in card.chart else ""
 
 
 def _legend(names: list[tuple[str, int]], top: int) -> str:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
+from batchtrim._checks import describe
 from batchtrim.lab.analyse.claims import Claim
 from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Summary, Verdict, View
 from batchtrim.lab.analyse.inference import MIN_PAIRS
@@ -141,6 +142,8 @@ def place(arm: Arm) -> str:
 
 def headline(summary: Summary) -> str:
     """Return the verdict on all groups in one line: how often each method was lower, higher or neither."""
+    if not isinstance(summary, Summary):
+        raise TypeError(f"expected `summary` to be what compare or summarize returns, got {describe(summary)}.")
     if len(summary.groups) == 1:
         return group_verdict(summary.groups[0])
     arms = [arm for group in summary.groups for arm in group.arms]
