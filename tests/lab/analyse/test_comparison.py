@@ -182,3 +182,11 @@ def test_views_without_curves_say_so(make_row):
 def test_no_rows_is_an_error():
     with pytest.raises(ValueError, match="expected at least one finished run, got none"):
         comparison.summarize([])
+
+
+def test_a_default_that_older_runs_left_out_or_recorded_is_one(make_row):
+    """The setting came after the first runs of a record: the later half stood in a group of its own."""
+    older = _rows(make_row, "full", [0.1, 0.2], test_views="plain")
+    (group,) = comparison.summarize([*older, *_rows(make_row, "trim", [0.1, 0.2])]).groups
+    assert "test_views" not in group.settings
+    assert len(comparison.summarize([*older, *_rows(make_row, "trim", [0.1, 0.2], test_views="mirror")]).groups) == 2

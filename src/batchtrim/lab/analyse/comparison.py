@@ -31,7 +31,7 @@ from batchtrim.lab.analyse.inference import (
 )
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import COSTS, Row, check_result
-from batchtrim.lab.run.config import ARM_SETTINGS, COMPARED
+from batchtrim.lab.run.config import ARM_SETTINGS, COMPARED, SETTINGS
 
 __all__ = ["Arm", "Group", "Paired", "Summary", "Verdict", "View", "summarize", "verdict_of"]
 
@@ -205,8 +205,13 @@ def _settings(row: Row, shared: bool) -> dict[str, Any]:
     """Return a run's settings: those its group shares, or those that make its arm."""
     config = row["config"]
     if shared:
-        return {name: value for name, value in config.items() if name not in COMPARED}
+        return {name: value for name, value in config.items() if name not in COMPARED and not _unsaid(name, value)}
     return {name: config.get(name) for name in ARM_SETTINGS}
+
+
+def _unsaid(name: str, value: Any) -> bool:
+    """True for a default that a run may record or leave out: its setting came after runs had been recorded."""
+    return name in SETTINGS and SETTINGS[name].later and value == SETTINGS[name].default
 
 
 def _group(title: str, shared: dict[str, Any], rows: list[Row], against: str, labels: Mapping[str, str]) -> Group:
