@@ -86,20 +86,7 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
         return _hub_folder(root, str(root), columns)
     folders = {each.name: each for each in inside if each.is_dir()}
     notes: list[str] = []
-    splits = {"": root}
-    if "train" in folders:
-        tests = [name for name in TEST_NAMES if name in folders]
-        if not tests:
-            raise ValueError(
-                f"expected a folder 'test' (or {', '.join(TEST_NAMES[1:])}) beside 'train' in {root}, got "
-                f"{', '.join(folders)}. For one tree without splits, give its own path and --test-split."
-            )
-        splits = {"train": folders["train"], "test": folders[tests[0]]}
-        other = [name for name in folders if name not in ("train", tests[0])]
-        if tests[0] != "test":
-            notes.append(f"'{tests[0]}' is tested on")
-        if other:
-            notes.append(f"left out: {', '.join(other[:5])}")
+    splits = _splits(root, folders, notes)
     suffixes = set(import_extra("PIL.Image", "lab", "images").registered_extensions())
     files: list[Path] = []
     labels: list[str] = []
@@ -139,6 +126,24 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
         groups=None if group is None else _groups_by_name(names, group),
         notes=notes,
     )
+
+
+def _splits(root: Path, folders: dict[str, Path], notes: list[str]) -> dict[str, Path]:
+    """Return the folders of training and test images; the whole tree as "" where it has none."""
+    if "train" not in folders:
+        return {"": root}
+    tests = [name for name in TEST_NAMES if name in folders]
+    if not tests:
+        raise ValueError(
+            f"expected a folder 'test' (or {', '.join(TEST_NAMES[1:])}) beside 'train' in {root}, got "
+            f"{', '.join(folders)}. For one tree without splits, give its own path and --test-split."
+        )
+    other = [name for name in folders if name not in ("train", tests[0])]
+    if tests[0] != "test":
+        notes.append(f"'{tests[0]}' is tested on")
+    if other:
+        notes.append(f"left out: {', '.join(other[:5])}")
+    return {"train": folders["train"], "test": folders[tests[0]]}
 
 
 def _stat(path: Path) -> os.stat_result:
