@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attacks.arguments import backward_of
-from attacks.base import C, D, Net
+from attacks.base import C, D, Net, backward_of
 from torch import Tensor, nn
 
 from batchtrim.testing import check_engine

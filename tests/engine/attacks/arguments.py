@@ -9,24 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.base import H, attack, tokens, vectors
+from attacks.base import H, attack, backward_of, tokens, vectors
 
 aten = torch.ops.aten
-
-
-def backward_of(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return the identity whose backward is ``change``."""
-
-    class Changed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-            return change(g)
-
-    return Changed.apply
 
 
 def _entered(name: str, change: Callable[[Tensor], Tensor], two_pass: str = "either") -> None:

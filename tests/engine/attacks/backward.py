@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.base import C, D, H, V, attack, tokens
+from attacks.base import C, D, H, V, attack, backward_of, tokens
 
 # 4. Only backward looks at the batch
 
@@ -38,19 +38,12 @@ def hook_that_centres(net: Any, x: Tensor) -> Tensor:
     return net.t(z)
 
 
-class _Counts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-        return g / len(g)
+_counts = backward_of(lambda g: g / len(g))
 
 
 @attack(4)
 def function_that_counts(net: Any, x: Tensor) -> Tensor:
-    return net.t(_Counts.apply(net.a(x)))
+    return net.t(_counts(net.a(x)))
 
 
 class _Normalises(torch.autograd.Function):

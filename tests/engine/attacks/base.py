@@ -128,3 +128,18 @@ def attack(
 def zero(layer: nn.Linear) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     return layer
+
+
+def backward_of(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the identity whose backward is ``change``."""
+
+    class Changed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+            return change(g)
+
+    return Changed.apply
