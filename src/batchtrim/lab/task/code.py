@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import batchtrim
-from batchtrim._checks import describe, import_extra
+from batchtrim._checks import describe, import_extra, nearest
 
 __all__ = ["Code", "YourCodeFailed", "is_installed", "own_traceback"]
 
@@ -134,8 +134,7 @@ class Code:
         if hasattr(module, self.attribute):
             return getattr(module, self.attribute)
         there = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        near = difflib.get_close_matches(self.attribute, there, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else f" It has {', '.join(there[:5]) or 'no functions'}."
+        hint = nearest(self.attribute, there) or f" It has {', '.join(there[:5]) or 'no functions'}."
         raise ValueError(f"expected a function {self.attribute!r} in {self.path}, got none.{hint}")
 
     def __getstate__(self) -> dict[str, Any]:
