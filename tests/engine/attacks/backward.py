@@ -46,19 +46,12 @@ def function_that_counts(net: Any, x: Tensor) -> Tensor:
     return net.t(_counts(net.a(x)))
 
 
-class _Normalises(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-        return g / (g.norm() + 1e-6)
+_normalised = backward_of(lambda g: g / (g.norm() + 1e-6))
 
 
 @attack(4, two_pass="right")
 def function_that_normalises(net: Any, x: Tensor) -> Tensor:
-    return net.t(_Normalises.apply(net.a(x)))
+    return net.t(_normalised(net.a(x)))
 
 
 def _hooked(net: nn.Module) -> nn.Module:
