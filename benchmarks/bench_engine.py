@@ -9,6 +9,7 @@ f the share of a forward without a graph in a plain step, f + (1 - f) q. It is (
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -71,13 +72,23 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, Tensor]]
 }
 
 
-def make_step(name: str, model: nn.Module, x: Any, y: Tensor, keep: float) -> Callable[[], Tensor]:
-    """Return one step of an engine, which returns the loss after its backward."""
-    trim = batchtrim.Trimmer(keep)
-    k = batchtrim.keep_count(keep, BATCH)
+def make_step(
+    name: str,
+    model: nn.Module,
+    x: Any,
+    y: Tensor,
+    keep: float | batchtrim.Trimmer,
+    precision: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Callable[[], Tensor]:
+    """Return one step of an engine, which returns the loss after its backward.
+
+    ``keep`` may be a trimmer, whose fraction then holds; forward runs within ``precision()``.
+    """
+    trim = keep if isinstance(keep, batchtrim.Trimmer) else batchtrim.Trimmer(keep)
 
     def forward() -> Tensor:
-        return classify(model(**x) if isinstance(x, dict) else model(x), y)
+        with precision():
+            return classify(model(**x) if isinstance(x, dict) else model(x), y)
 
     if name == "forward":
         return torch.no_grad()(forward)
@@ -88,10 +99,13 @@ def make_step(name: str, model: nn.Module, x: Any, y: Tensor, keep: float) -> Ca
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
         if engine is not None:
-            loss = engine(x, y)
+            with precision():
+                loss = engine(x, y)
         else:
             losses = forward()
-            loss = losses.mean() if name == "plain" else losses.topk(k).values.mean()
+            loss = (
+                losses.mean() if name == "plain" else losses.topk(batchtrim.keep_count(trim.keep, len(y))).values.mean()
+            )
         loss.backward()
         return loss.detach()
 

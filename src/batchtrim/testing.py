@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from batchtrim._checks import check_count, check_keep, check_positive, describe
+from batchtrim.engine.state import full_float32
 from batchtrim.engine.trial import TOLERANCE, Trial, generators_kept, max_or_nan
 
 __all__ = ["EngineReport", "check_engine"]
@@ -160,6 +161,7 @@ def check_engine(
         TypeError, ValueError: an argument is none of the above. Whatever the model raises in a plain step.
 
     Notes:
+        TF32 is off meanwhile: what rounds to ten bits cannot be compared to 1e-5.
         Generators of torch, Python and NumPy are left as they were found. Cost: about two plain steps a step.
 
     Example:
@@ -177,7 +179,7 @@ def check_engine(
     trial = Trial(model, per_sample_loss, engine, batch_dim, tolerance)
     if len(batches) == 1:
         batches += trial.made_of(batches[0])
-    with generators_kept(model):
+    with generators_kept(model), full_float32():
         for number in range(steps):
             turn = number + number // len(batches)  # so that each batch meets each fraction
             if not trial.step(number, batches[number % len(batches)], keeps[turn % len(keeps)], lr):

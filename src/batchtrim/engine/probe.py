@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batchtrim.engine.batch import Forward
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.rows import copied, tensors_of
-from batchtrim.engine.state import GeneratorStates, ModelState, Moment, uncompiled_calls, without_graph
+from batchtrim.engine.state import GeneratorStates, ModelState, Moment, uncompiled_calls, uses_tf32, without_graph
 from batchtrim.errors import EngineRefused
 
 __all__ = ["Probe", "Tolerance"]
@@ -86,7 +86,7 @@ class Tolerance:
         seen = [losses.dtype, *(p.dtype for p in self.forward.inner.parameters() if p.dtype in _APART)]
         if torch.is_autocast_enabled(device):
             seen.append(torch.get_autocast_dtype(device))
-        if device == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
+        if uses_tf32(losses.device):
             seen.append(torch.float16)  # TF32 has float16's digits
         if self.coarsest is not None:
             seen.append(self.coarsest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -253,6 +254,12 @@ class SlicedStep:
         proof = self.slices(approximate).proof
         node = proof.first_mixing
         return None if node is None else (place_of(node), str(proof.verdicts[node].reason))
+
+    @functools.cached_property
+    def coarse(self) -> bool:
+        """True if some of the forward is computed with fewer digits than float32 has."""
+        values = (node.meta.get("val") for node in self.forward_graph.graph.nodes)
+        return any(isinstance(each, Tensor) and each.dtype in (torch.float16, torch.bfloat16) for each in values)
 
     @property
     def batch_norms(self) -> bool:

@@ -28,9 +28,11 @@ __all__ = [
     "ModelState",
     "Moment",
     "device_of",
+    "full_float32",
     "is_lazy",
     "modules_of",
     "uncompiled_calls",
+    "uses_tf32",
     "without_graph",
 ]
 
@@ -69,6 +71,35 @@ def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's parameters, or of its buffers if it has none."""
     held = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if held is None else held.device
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Return True if products of float32 may be computed with TF32's ten bits, which is cuDNN's default."""
+    return device.type == "cuda" and any(getattr(place, name) in (True, "tf32") for place, name in _tf32_switches())
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute products of float32 in float32 meanwhile, on a GPU too."""
+    before = [(place, name, getattr(place, name)) for place, name in _tf32_switches()]
+    try:
+        for place, name, value in before:
+            setattr(place, name, "ieee" if isinstance(value, str) else False)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def _tf32_switches() -> list[tuple[Any, str]]:
+    """Return where torch keeps whether TF32 is allowed. From 2.9 on each operator has a word of its own.
+
+    The older switches raise there once a user has set one of the new ones.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        return [(place, "fp32_precision") for place in (matmul, cudnn.conv, cudnn.rnn)]
+    return [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
 
 
 def is_lazy(model: nn.Module) -> bool:

@@ -124,6 +124,21 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert comparable(resumed) == comparable(train.run(config))
 
 
+def test_a_checkpoint_is_read_to_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of generators have to lie there, wherever the run trains."""
+    file = tmp_path / "run.pt"
+    train.run(SMALL, checkpoint=file, checkpoint_seconds=0.0)
+    places, load = [], torch.load
+
+    def noting(*args: Any, **options: Any) -> Any:
+        places.append(options["map_location"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", noting)
+    train.run(SMALL, checkpoint=file)
+    assert places == ["cpu"]
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "run.pt"
     train.run(SMALL, checkpoint=file, checkpoint_seconds=0.0)

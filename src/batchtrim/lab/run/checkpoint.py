@@ -28,7 +28,7 @@ def save(state: dict[str, Any], path: Path) -> None:
         write_whole(path, lambda file: torch.save(state, file))
 
 
-def load(run: Resumable, path: Path, device: torch.device) -> None:
+def load(run: Resumable, path: Path) -> None:
     """Let ``run`` go on from the checkpoint at ``path``.
 
     Raises:
@@ -36,7 +36,8 @@ def load(run: Resumable, path: Path, device: torch.device) -> None:
         OSError, MemoryError, torch.OutOfMemoryError: the file may be whole, but it could not be read now.
     """
     try:
-        run.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        # on the CPU, where the states of generators have to be; everything else is copied to where the run has it
+        run.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except ValueError as error:  # of another run: the message says which
         raise ValueError(f"{error} The file is {path}.") from error
     except (OSError, MemoryError, torch.OutOfMemoryError):

@@ -380,7 +380,7 @@ def run(
 def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_epoch: OnEpoch | None) -> tuple[str, str]:
     """Train what is left; returns the status and, if it diverged, the reason."""
     if checkpoint and checkpoint.exists():
-        checkpoints.load(training, checkpoint, training.device)
+        checkpoints.load(training, checkpoint)
     else:
         training.prepare()
     saved = time.monotonic()
