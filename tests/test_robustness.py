@@ -1,4 +1,4 @@
-"""What fuzzing found (tests/fuzz): each input that once broke out of the documented errors, by hand."""
+"""Inputs found by fuzzing (tests/fuzz) that once broke out of the documented errors."""
 
 from __future__ import annotations
 

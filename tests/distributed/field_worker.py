@@ -28,7 +28,7 @@ def joint(keep: Any = 0.5, **options: Any) -> Trimmer:
 
 
 def mean(loss: Tensor) -> float:
-    """What DDP makes of the ranks' losses."""
+    """Return the mean over ranks, as DDP takes it of gradients."""
     value = loss.detach().double().clone()
     dist.all_reduce(value)
     return value.item() / dist.get_world_size()
@@ -63,7 +63,7 @@ def first_call(rank: int) -> None:
 
 
 def results(rank: int) -> None:
-    """What differs is found in what was chosen, whatever made it differ."""
+    """A difference between ranks is found in the choice itself, whatever its cause."""
     for rule in (
         Without(0.1 + 0.5 * rank),
         Without(calls=3 * rank),
@@ -227,7 +227,7 @@ def uneven_windows(rank: int) -> None:
 
 
 def forward_that_waits(rank: int) -> None:
-    """Where the model's own forward meets the other ranks, all must have as many, and are asked before they run it."""
+    """Ranks whose forward waits for the others need equal counts, and compare them before they run it."""
     from torch.distributed.fsdp import fully_shard
 
     ran = []

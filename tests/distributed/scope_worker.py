@@ -63,7 +63,7 @@ class Rank:
         return value.item() / self.ranks
 
     def kept(self, trim: batchtrim.Trimmer, offset: int) -> list[int]:
-        """What all ranks kept, as rows of the joined batch."""
+        """Return the rows that all ranks kept, as rows of the joined batch."""
         found: list[Any] = [None] * self.ranks
         selection = trim.last_selection
         assert selection is not None
@@ -231,7 +231,7 @@ def engines(me: Rank) -> None:
 
 
 def disagreements(me: Rank) -> None:
-    """What differs is named, on every rank, and the group is still usable afterwards."""
+    """Every rank names the difference, and the group is still usable afterwards."""
     odd = me.rank == 1
     losses = torch.rand(4)
     stepped = batchtrim.Trimmer(0.5, total=5, scope="global")

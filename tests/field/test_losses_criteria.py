@@ -238,7 +238,7 @@ class TestSums:
 
 
 class TestDivisorsOfTorchs:
-    """What a mean is divided by is the criterion's own, however it is given."""
+    """Divide a mean as the criterion itself does, however it is given."""
 
     @pytest.mark.filterwarnings("ignore:.*NLLLoss2d.*:FutureWarning")
     def test_a_class_of_torchs_that_inherits_its_forward(self) -> None:

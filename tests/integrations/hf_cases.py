@@ -71,7 +71,7 @@ def arguments(folder: str, **options: Any) -> TrainingArguments:
 
 
 class Gradient(TrainerCallback):
-    """What the optimizer is about to step on."""
+    """Record the gradient that the optimizer is about to step on."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.value = flat_gradient(model)

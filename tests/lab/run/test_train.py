@@ -181,7 +181,7 @@ def test_every_optimizer_learns_with_every_learning_rate(optimizer: str, lr_sche
 
 
 def test_sharing_the_seed_shares_start_and_order() -> None:
-    """What makes comparisons paired: at one seed two methods see the same images first."""
+    """Comparisons are paired: at one seed two methods see the same images first."""
     trainings = [train.Training(config, loading.load_images(config)) for config in (
         replace(SMALL, method=name).resolved() for name in ("full", "random")
     )]  # fmt: skip

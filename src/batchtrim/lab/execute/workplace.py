@@ -41,7 +41,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where runs find their data and leave their checkpoints.
+    """The folders and options that all runs share: data, output, checkpoints, logs.
 
     Args:
         out: the folder of records. data_dir, cache_dir: see :func:`batchtrim.lab.task.data.load`.
