@@ -26,7 +26,7 @@ HUGE = 10**400
         (lambda: batchtrim.superloss(torch.rand(2), tau=None), "expected `tau` to be a number"),  # type: ignore[arg-type]
     ],
 )
-def test_numbers_and_lists(make: Any, message: str) -> None:
+def test_wrong_numbers_and_lists_are_refused_by_name(make: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         make()
 
