@@ -69,7 +69,9 @@ def by_hand(keeps: list[float], accumulation: int = 1, parts: int = 1, bf16: boo
         ({"max_epochs": 1}, None, [1.0] * 4),
     ],
 )
-def test_keep_follows_the_clock_and_weights_are_those_by_hand(options: dict[str, Any], clock: str | None, keeps: list[float], tmp_path: Path) -> None:
+def test_keep_and_weights_follow_the_clock(
+    options: dict[str, Any], clock: str | None, keeps: list[float], tmp_path: Path
+) -> None:
     module = Module()
     trainer(tmp_path, TrimmingCallback(clock=clock), **options).fit(module, loader())
     assert module.keeps == keeps

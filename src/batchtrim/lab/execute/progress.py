@@ -37,8 +37,10 @@ class Quiet:
 
 
 class Live(Quiet):
-    """A bar over all epochs of all runs, and a line for each run at work; a line a run where nothing can be redrawn:
-    in a pipe, and under ``TERM=dumb``."""
+    """A bar over all epochs of all runs, and a line for each run in progress.
+
+    Where nothing can be redrawn (in a pipe, under ``TERM=dumb``), one line for each run.
+    """
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -1,7 +1,7 @@
 """Shared by all ways of doing runs: the output folder, progress, and the doing and recording of one run.
 
-Whoever does a run claims it first and records it itself (on Ray the driver does both), so nothing that has finished
-hangs on the life of another process. A run that was interrupted, or that failed, goes on from its last checkpoint.
+The process that does a run claims it first and records it itself (on Ray the driver does both), so no finished run
+depends on another process. A run that was interrupted, or that failed, goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DATA_DIR = "data-dir.txt"
 
 
 class Watcher(Protocol):
-    """Told what happens, as it happens; see :mod:`batchtrim.lab.execute.progress`."""
+    """Receives events as they happen; see :mod:`batchtrim.lab.execute.progress`."""
 
     def begin(self, configs: list[AnyConfig], done: int) -> None: ...
 
@@ -83,11 +83,11 @@ class Tally:
     lost: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def tell(self, config: AnyConfig, point: dict[str, Any]) -> None:
-        """Pass on what a run says after an epoch, or inside one."""
+        """Pass on a run's progress, after an epoch or within one."""
         (self.watcher.batch if "batch" in point else self.watcher.epoch)(config, point)
 
     def settle(self, config: AnyConfig, row: Row | None) -> None:
-        """Count a run as over; None if another process recorded it."""
+        """Count a run as over; ``row`` is None if another process recorded it."""
         if row is not None and row["status"] == "failed":
             self.failed.append(row)
         self.watcher.finished(config, row)

@@ -234,7 +234,7 @@ def scatter(
     shown = [point for point in points if named is None or point.label in named or point in best]
     dots = [[(x(each.x) - 6, x(each.x) + 6, y(each.y) - 6, y(each.y) + 6)] for each in points]
     whiskers = [[_reach(each, x, y)] for each in points]
-    parts += _labels(shown, x, y, [*dots, *dots, *whiskers, _along(best, x, y)])  # twice: rather a line than a dot
+    parts += _labels(shown, x, y, [*dots, *dots, *whiskers, _along(best, x, y)])  # dots twice: rather cover a line
     return _svg("".join(parts), title, HEIGHT, ' class="chart"')
 
 
@@ -345,7 +345,7 @@ def _apart(places: Sequence[float], near: float = 7.0) -> list[int]:
 
 
 def _covering(drawn: Sequence[Series], y: Scale, near: float = 1.5) -> list[int]:
-    """Return how many earlier lines each would cover over most of its way: its gaps are the wider, the more."""
+    """Return how many earlier lines each would mostly cover; the more, the wider the gaps in it."""
 
     def covers(line: Series, other: Series) -> bool:
         if list(other.x) != list(line.x) or other.dashed != line.dashed or len(line.x) < 2:

@@ -10,7 +10,7 @@ EVERY = 0.5
 
 
 def beat(tell: Callable[[dict[str, Any]], None], epochs: int) -> Callable[[int, int, int], None]:
-    """Return what a training calls after every batch, with its epoch, the batch and how many the epoch has."""
+    """Return a function to call after every batch, with the epoch, the batch and the epoch's number of batches."""
     told = -EVERY
 
     def after(epoch: int, batch: int, batches: int) -> None:

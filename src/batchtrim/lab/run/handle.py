@@ -28,7 +28,7 @@ class TaskMistake(ValueError):
 
 
 class WatchedRule:
-    """A selection rule that counts what goes through it, whoever's trimmer it is in."""
+    """A selection rule that counts what it chooses from, in whatever trimmer it is used."""
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
