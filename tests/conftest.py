@@ -18,7 +18,7 @@ os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of garbage collections, and make them rare: a trace makes a million objects."""
+    """Keep imported objects out of garbage collections, and make these rare: a trace makes a million objects."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

@@ -275,7 +275,7 @@ def test_statistics_are_those_of_all_batches_since_the_start() -> None:
     for losses in (LOSSES, 2 * LOSSES):
         scratch = losses.clone()
         trim(scratch)
-        scratch.zero_()  # what the caller does with the losses afterwards is his own affair
+        scratch.zero_()  # the caller may change the losses afterwards
     found = trim.stats.compute()
     assert (found["batches"], found["seen"]) == (2, 10)
     assert found["kept"] == 4

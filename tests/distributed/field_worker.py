@@ -91,7 +91,7 @@ def results(rank: int) -> None:
 
 
 def failing_rule(rank: int) -> None:
-    """On one rank: its own error there, and one that says so elsewhere."""
+    """A rule that fails on one rank raises its own error there, and one that says so elsewhere."""
 
     def rule(losses: Tensor, keep: float, generator: Any = None) -> Selection:
         if rank:
@@ -105,7 +105,7 @@ def failing_rule(rank: int) -> None:
 
 
 def arguments(rank: int) -> None:
-    """On one rank only, or of another dtype there."""
+    """Arguments that only one rank has, or has in another dtype."""
     late = joint(batchtrim.cosine(), total=9)
     late.step(3 - rank)
     cases: dict[str, Callable[[], Any]] = {
@@ -127,7 +127,7 @@ def arguments(rank: int) -> None:
 
 
 def masked_on_one_rank(rank: int) -> None:
-    """May be: the other rank's samples all count."""
+    """A mask on one rank only is allowed: the other rank's samples all count."""
     trim = joint(0.5)
     loss = trim(LOSSES + rank, mask=torch.tensor([True, False, True, True]) if rank else None)
     joined = torch.tensor([0.5, 3.0, 1.0, 2.0, 1.5, 2.0, 3.0])
@@ -190,7 +190,7 @@ def half_precision(rank: int) -> None:
 
 
 def model_of(rows: list[int], rank: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """A linear model, the same everywhere, and this rank's micro-batches of so many rows."""
+    """Return a linear model, the same on every rank, and this rank's micro-batches of so many rows."""
     draw = torch.Generator().manual_seed(7 + rank)
     torch.manual_seed(0)
     parts = [(torch.randn(n, 5, generator=draw), torch.randint(0, 3, (n,), generator=draw)) for n in rows]
