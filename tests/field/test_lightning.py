@@ -48,7 +48,6 @@ class Regularised(Plain):
 
 class Manual(Plain):
     automatic_optimization = False
-    optimizers_made = 1
 
     def training_step(self, batch: Any, index: int) -> None:
         x, y = batch

@@ -11,8 +11,8 @@ from typing import Any
 from batchtrim._checks import import_extra
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import Row
+from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
-from batchtrim.lab.run.train import OnEpoch
 
 SAY_EVERY = 30.0  # seconds between two lines inside an epoch, where there is no terminal
 

@@ -16,6 +16,7 @@ from batchtrim.lab.execute.progress import tensorboard_log
 from batchtrim.lab.files import CannotWrite, remove_parts
 from batchtrim.lab.records import DONE, Records, Row
 from batchtrim.lab.run import train
+from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.checkpoint import DamagedCheckpoint
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.perform import perform
@@ -66,7 +67,7 @@ class Workplace:
         if row["status"] in DONE:
             self.checkpoint(config).unlink(missing_ok=True)
 
-    def log(self, config: AnyConfig) -> contextlib.AbstractContextManager[train.OnEpoch | None]:
+    def log(self, config: AnyConfig) -> contextlib.AbstractContextManager[OnEpoch | None]:
         """Return what writes a run's TensorBoard events, if that is asked for."""
         if not self.tensorboard:
             return contextlib.nullcontext()
@@ -97,7 +98,7 @@ class Tally:
 
 
 def attempt(
-    config: AnyConfig, records: Records, place: Workplace, on_epoch: train.OnEpoch | None = None
+    config: AnyConfig, records: Records, place: Workplace, on_epoch: OnEpoch | None = None
 ) -> tuple[bool, Row | None]:
     """Claim a run, do it, record it.
 
@@ -114,7 +115,7 @@ def attempt(
     return True, row
 
 
-def do_run(config: AnyConfig, place: Workplace, on_epoch: train.OnEpoch | None = None) -> Row:
+def do_run(config: AnyConfig, place: Workplace, on_epoch: OnEpoch | None = None) -> Row:
     """Return the run's row, also if it fails."""
     try:
         with place.log(config) as log:
@@ -139,7 +140,7 @@ def do_run(config: AnyConfig, place: Workplace, on_epoch: train.OnEpoch | None =
         return failed_row(config, error)
 
 
-def _both(first: train.OnEpoch | None, second: train.OnEpoch | None) -> train.OnEpoch | None:
+def _both(first: OnEpoch | None, second: OnEpoch | None) -> OnEpoch | None:
     if first is None or second is None:
         return first or second
     return lambda point: (first(point), second(point), None)[2]

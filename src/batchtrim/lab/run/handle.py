@@ -16,11 +16,10 @@ from batchtrim import KeepLog, Losses, Selection, TrimmedForward
 from batchtrim._checks import check_count, describe, is_number, plain
 from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
+from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
 
 __all__ = ["Run", "TaskMistake", "as_number"]
-
-OnEpoch = Callable[[dict[str, Any]], None]
 
 
 class TaskMistake(ValueError):
