@@ -226,6 +226,7 @@ def test_accumulation_and_backward_twice() -> None:
     assert error(gradient(twin), gradient(model)) <= 1e-5
 
 
+@pytest.mark.slow  # by default test_shared.py has it on a plain model
 def test_a_batch_changed_between_forward_and_backward_does_not_change_the_gradient() -> None:
     model = compiled(lambda: zoo.Mlp(8))
     step = stepper(model)
