@@ -345,7 +345,7 @@ def _apart(places: Sequence[float], near: float = 7.0) -> list[int]:
 
 
 def _covering(drawn: Sequence[Series], y: Scale, near: float = 1.5) -> list[int]:
-    """Return how many earlier lines each would mostly cover; the more, the wider the gaps in it."""
+    """Return how many earlier lines each would cover over most of its way: its gaps are the wider, the more."""
 
     def covers(line: Series, other: Series) -> bool:
         if list(other.x) != list(line.x) or other.dashed != line.dashed or len(line.x) < 2:
