@@ -1,4 +1,4 @@
-"""Exit with 0 where the service that `make audit` asks can be reached, as it cannot behind a mirror."""
+"""Exit with 0 if the advisory service of `make audit` can be reached; behind a package mirror it cannot."""
 
 import json
 import sys

@@ -13,7 +13,7 @@ project = content["project"]
 
 
 def group(name: str) -> list[str]:
-    """The requirements of a dependency group, those of the groups it includes among them."""
+    """Return the requirements of a dependency group and of the groups it includes."""
     found = []
     for each in content["dependency-groups"][name]:
         found += group(each["include-group"]) if isinstance(each, dict) else [each]

@@ -24,8 +24,8 @@ from benchmarks.bench_engine import CASES, KEEPS, classify, make_step
 from benchmarks.timing import interleaved, parser_of, ratio, save
 
 OTHER = "batchtrim_other"
+# The most by which the ratio may exceed the other's, by keep fraction.
 ALLOWANCES = {0.2: 0.02, 0.4: 0.02, 0.6: 0.04}
-"""How far the ratio may lie above the other's, by keep fraction."""
 
 
 def load(checkout: Path, into: Path) -> ModuleType:

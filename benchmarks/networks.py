@@ -61,5 +61,5 @@ class Refused(nn.Module):
 
 
 def small(name: str) -> nn.Module:
-    """A network of the lab that is small enough for its steps to take milliseconds."""
+    """Return a network of the lab, so small that its steps take milliseconds."""
     return models.build(name, (3, 32, 32), 10, norm="group")

@@ -13,7 +13,7 @@ PAGES = Path(__file__).parent / "api"
 
 
 def documented() -> set[str]:
-    """Every name that an API page has an entry for."""
+    """Return every name that has an entry on an API page."""
     return {name for page in PAGES.glob("*.md") for name in re.findall(r"(?m)^::: (\S+)", page.read_text())}
 
 
@@ -32,7 +32,7 @@ class Roles(griffe.Extension):
         obj.docstring.value = re.sub(r"(?m)^Example:$", "Examples:", text)  # the heading griffe reads doctests under
 
     def _link(self, name: str, obj: griffe.Object) -> str:
-        """``batchtrim.X`` where X has an entry; a bare method of a class that has one."""
+        """Return ``batchtrim.X`` if X has an entry, or the entry of a class for its bare method."""
         if name in self.names:
             return f"[`{name}`][{name}]"
         owner = obj if obj.is_class else obj.parent

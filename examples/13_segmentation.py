@@ -11,7 +11,7 @@ IGNORED = 255
 
 
 def ink(train: bool = True) -> TensorDataset:
-    """Digits under noise (N, 1, 8, 8), and what to find there (N, 8, 8): ink 1, paper 0, the outer pixels ignored."""
+    """Return noisy digits (N, 1, 8, 8), and their masks (N, 8, 8): ink 1, paper 0, the outer pixels ignored."""
     clean = digits(train).tensors[0].view(-1, 1, 8, 8)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(int(train)))
     mask = (clean.squeeze(1) > 0.5).long()
@@ -21,7 +21,7 @@ def ink(train: bool = True) -> TensorDataset:
 
 
 def overlap(logits: Tensor, mask: Tensor) -> float:
-    """Ink found and there, over ink found or there, among the pixels that count."""
+    """Return the intersection over union of the ink, among the pixels that count."""
     counts = mask != IGNORED
     found, there = (logits.argmax(1) == 1) & counts, (mask == 1) & counts
     return ((found & there).sum() / (found | there).sum()).item()

@@ -19,7 +19,7 @@ CLIP = 4  # images of one clip look alike: they have to stay on one side of the 
 
 
 def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """What ``--model examples/15_own_images.py:build`` calls."""
+    """Return the network; ``--model examples/15_own_images.py:build`` calls this."""
     channels, height, width = shape
     return nn.Sequential(
         nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),

@@ -13,7 +13,7 @@ from batchtrim.lab import Run, compare
 
 
 def table() -> tuple[Tensor, Tensor]:
-    """442 patients: ten numbers each, and how far their diabetes went in a year, in units of its spread."""
+    """Return 442 patients: ten numbers each, and how far their diabetes went in a year, in standard deviations."""
     found = load_diabetes()
     x, y = torch.tensor(found.data, dtype=torch.float32), torch.tensor(found.target, dtype=torch.float32)
     return x / x.std(0), (y - y.mean()) / y.std()

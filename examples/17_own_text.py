@@ -26,7 +26,7 @@ LENGTH, WIDTH = 24, 64
 
 @cache
 def texts(split: str) -> tuple[list[list[str]], list[int]]:
-    """Words and kinds (6) of the questions of a split."""
+    """Return the words and kinds (6) of the questions of a split."""
     (path,) = Path(os.environ["BATCHTRIM_DATA"], "trec").glob(f"{split}-*.parquet")
     found = pyarrow.parquet.read_table(path)
     words = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in found["text"].to_pylist()]
@@ -35,13 +35,13 @@ def texts(split: str) -> tuple[list[list[str]], list[int]]:
 
 @cache
 def vocabulary() -> dict[str, int]:
-    """Words that the training questions use at least twice."""
+    """Return the words that the training questions use at least twice."""
     counts = Counter(word for words in texts("train")[0] for word in words)
     return {word: WORDS + row for row, word in enumerate(sorted(word for word, n in counts.items() if n > 1))}
 
 
 def questions(split: str, rows: int | None = None) -> list[dict[str, Tensor]]:
-    """As a Hugging Face data set gives them: ``input_ids``, ``attention_mask`` (24,), ``labels`` ()."""
+    """Return questions as a Hugging Face data set does: ``input_ids``, ``attention_mask`` (24,), ``labels`` ()."""
     found = []
     for line, label in zip(*(part[:rows] for part in texts(split)), strict=True):
         ids = [vocabulary().get(word, UNKNOWN) for word in line[:LENGTH]]

@@ -20,7 +20,7 @@ VOCABULARY = 2000
 
 
 def digits(train: bool = True, rows: int | None = None) -> TensorDataset:
-    """1,797 images of 8 x 8 pixels as float vectors of 64, and their class; every fifth is for testing."""
+    """Return 1,797 images of 8 x 8 pixels as float vectors of 64, and their class; every fifth is for testing."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -31,9 +31,9 @@ def digits(train: bool = True, rows: int | None = None) -> TensorDataset:
 
 
 def questions(train: bool = True, rows: int | None = None, length: int = 16) -> list[dict[str, Tensor]]:
-    """TREC's questions and their kind (6), or where there are none, digits (10) as sequences of 16 tokens.
+    """Return TREC's questions and their kind (6), or, without TREC, digits (10) as sequences of 16 tokens.
 
-    As a Hugging Face data set gives them: ``input_ids``, ``attention_mask``, ``labels``.
+    They come as from a Hugging Face data set: ``input_ids``, ``attention_mask``, ``labels``.
     """
     root = os.environ.get("BATCHTRIM_DATA")
     folder = Path(root or "") / "trec"

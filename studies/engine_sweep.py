@@ -67,7 +67,7 @@ _PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", 
 
 @dataclass(frozen=True)
 class Task:
-    """How a family of model classes is trained: its per-sample loss, and what goes into ``x`` beside the inputs."""
+    """The training of a family of model classes: its per-sample loss, and what ``x`` holds beside the inputs."""
 
     family: str
     loss: Callable[[Any, Any], Tensor | Losses]

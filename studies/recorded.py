@@ -78,7 +78,7 @@ def stored(config: RunConfig, cache: Path) -> Path:
 
 
 def epochs(log: batchtrim.KeepLog, run: dict[str, np.ndarray], batch: int) -> Iterator[int]:
-    """Give ``log`` the batches of a recorded run; stops after every epoch, for the caller to close it."""
+    """Give ``log`` the batches of a recorded run; yield after every epoch, for the caller to close it."""
     labels = torch.from_numpy(run["labels"])
     for epoch in range(len(run["ids"])):
         parts = [torch.from_numpy(run[name][epoch]).split(batch) for name in ("ids", "losses", "kept", "outputs")]

@@ -5,9 +5,8 @@
 Writes rows as the lab does, so that ``batchtrim report`` and ``batchtrim claims`` read them. The same command goes on
 where it stopped; started twice at once, the two share the work. ``full`` is the Trainer itself, with nothing of ours.
 
-Superseded, for anything but the records that were made by it, by ``batchtrim compare --task
-examples/17_own_text.py:train``, which compares on the same data and network; here is ``full_equal_compute`` besides,
-which no trimmer drives.
+Superseded, except for the records made by it, by ``batchtrim compare --task examples/17_own_text.py:train``, which
+compares on the same data and network. Only this study has ``full_equal_compute``, which no trimmer drives.
 """
 
 from __future__ import annotations

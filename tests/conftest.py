@@ -1,29 +1,36 @@
-"""Shared by all tests."""
+"""Shared by all tests. It imports torch late: pytest-xdist reads this file before it starts a worker."""
 
 from __future__ import annotations
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-
-from batchtrim.engine.auto import AutoEngine
 
 collect_ignore = ["typed_usage.py"]  # for the type checker: --doctest-modules would run it
 
+# read when torch._dynamo is imported, here and in the processes that tests start: a collection takes 25 ms
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of garbage collections, and make them rare: a trace makes a million objects."""
+    """Keep imported objects out of garbage collections, and make these rare: a trace makes a million objects."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+    guards = sys.modules.get("torch._dynamo.guards")
+    if hasattr(guards, "profile_guard_manager"):  # it flushes the CPU's caches to time the guards of each compile
+        guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[union-attr]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs the shared engine where torch is too old for it: tests marked so, and cases that name it."""
+    import torch
+
     if torch.__version__ < "2.8":
         case = getattr(item, "callspec", None)
         named = case is not None and {"shared", "auto"} & {
@@ -34,24 +41,32 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="module")
-def settled() -> None:
-    """For modules that call ``Trainer.train``, which runs a full garbage collection: what is alive by now is left out.
+def settled() -> Iterator[None]:
+    """For modules that call ``Trainer.train``: skip the full garbage collection that each call starts with.
 
-    torch's compiler alone leaves so many objects that each such call takes half a second without it.
+    torch's compiler leaves so many objects that a collection takes up to half a second. The automatic ones go on.
     """
-    gc.collect()
-    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda *_: 0)
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
+    import torch
+
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # as that does, which also formats the stack three times, for devices that are not there
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def _traced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have `auto` trace models that are too small for that to pay."""
+    from batchtrim.engine.auto import AutoEngine
+
     # in place of a Forecast, whose module brings in sympy
     monkeypatch.setattr(AutoEngine, "forecast", SimpleNamespace(pays=lambda q: True))
 

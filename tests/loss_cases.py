@@ -11,7 +11,7 @@ WEIGHT = torch.tensor([1.0, 3.0, 0.5])
 
 
 def pixels(batch: int = 4, classes: int = 3, size: int = 6) -> tuple[Tensor, Tensor]:
-    """Logits and labels of small images, of which one is half and another wholly unlabelled."""
+    """Return logits and labels of small images, of which one is half and another wholly unlabelled."""
     labels = torch.randint(0, classes, (batch, size, size))
     labels[0, : size // 2] = 255
     labels[1] = 255

@@ -12,7 +12,7 @@ def keep_count(keep: float, n: int) -> int:
 
 
 def order_hardest_first(losses: np.ndarray) -> list[int]:
-    """Rows by falling loss; NaN is largest; of equal losses the lower row first."""
+    """Return the rows by falling loss; NaN is largest; of equal losses the lower row first."""
     return sorted(range(len(losses)), key=lambda i: (not np.isnan(losses[i]), -np.nan_to_num(losses[i], nan=0.0), i))
 
 

@@ -23,7 +23,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def fit(run: Run, engine: bool = False) -> dict[str, float]:
-    """A regression with a small network: rmse."""
+    """Fit a regression with a small network; return its rmse."""
     x, y = data()
     model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
@@ -48,7 +48,7 @@ QUICK: dict[str, Any] = {"epochs": 3, "metric": "rmse", "threads": 1, "quiet": T
 
 
 def calls(value: float = 0.5, *, error: str = "error", steps: bool = True, **more: Any) -> Function:
-    """A task that does the least that is asked of it."""
+    """Return a task that does the least that is required."""
 
     def train(run: Run) -> Mapping[str, Any]:
         for _ in range(run.epochs):

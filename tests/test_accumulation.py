@@ -139,7 +139,7 @@ ENGINES_OVER = list(itertools.product(["exact", "two_pass", "shared"], ["window"
     ("engine", "over"), few(ENGINES_OVER, [each for each in ENGINES_OVER if each != ("shared", "micro")])
 )
 def test_under_autocast_and_a_scaler(engine: str, over: str) -> None:
-    """What a first pass without a graph casts is not what the second one trains: autocast may not hand it on."""
+    """Autocast may not reuse in the second pass the weights that it cast in the first, without a graph."""
     whole, model = mlp(), mlp()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -232,7 +232,7 @@ def test_inputs_changed_in_place_are_changed_once(engine: str) -> None:
 
 
 def test_a_first_pass_that_changes_its_batch_is_refused() -> None:
-    """Where the caller runs it again on the same batch, as the Hugging Face Trainer's window does."""
+    """The caller runs the forward again on the same batch, as the Hugging Face Trainer's window does."""
     parts = [x for x, _ in window()]
     with pytest.raises(ValueError, match="expected the model and its loss to leave inputs and targets alone, got one"):
         first_pass(mlp(), parts, lambda x: x.add_(1))

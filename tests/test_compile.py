@@ -31,7 +31,6 @@ def test_twenty_keeps_compile_at_most_twice(rule: object, scale: str) -> None:
     assert counter.frame_count <= 2
 
 
-@pytest.mark.slow
 def test_masked_losses_compile() -> None:
     torch._dynamo.reset()
     trim = batchtrim.Trimmer(0.5)

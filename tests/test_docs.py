@@ -53,7 +53,7 @@ def blocks(text: str, *languages: str) -> list[str]:
 
 
 def unknown_names(code: str) -> set[str]:
-    """Names a block uses and does not set, and ``...`` where it leaves something out."""
+    """Return the names that a block uses and does not set, and ``...`` where it leaves something out."""
     nodes = list(ast.walk(ast.parse(code)))
     used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     used |= {"..." for node in nodes if isinstance(node, ast.Constant) and node.value is ...}
@@ -61,7 +61,7 @@ def unknown_names(code: str) -> set[str]:
 
 
 def names_set(code: str) -> set[str]:
-    """Names that a block binds, in whatever way."""
+    """Return the names that a block binds, in whatever way."""
     found = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -76,7 +76,7 @@ def names_set(code: str) -> set[str]:
 
 
 def programs(text: str) -> list[str]:
-    """The python blocks that run: those that use no names but their own and those of the programs before them.
+    """Return the Python blocks that run: those that use no names but their own and those of the programs before them.
 
     The others show a line to change in a loop of the reader's.
     """
@@ -205,12 +205,12 @@ def test_the_api_lists_only_what_is_public() -> None:
 
 
 def api_entries() -> list[str]:
-    """The names that the API pages have an entry for."""
+    """Return the names that have an entry on an API page."""
     return [name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"(?m)^::: ([\w.]+)", page.read_text())]
 
 
 def public_names(module: str) -> list[str]:
-    """``__all__``, read without importing: a trainer need not be installed."""
+    """Return ``__all__``, read without importing: a trainer need not be installed."""
     path = ROOT / "src" / module.replace(".", "/")
     tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
     return next(
@@ -252,7 +252,7 @@ def test_the_drawings_can_be_drawn(name: str, tmp_path: Path, monkeypatch: pytes
 
 
 def shown(page: str) -> str:
-    """The text of an HTML page, without code."""
+    """Return the text of an HTML page, without code."""
     return re.sub(r"<[^>]+>", " ", re.sub(r"<(pre|code|script|style|svg)\b.*?</\1>", " ", page, flags=re.DOTALL))
 
 

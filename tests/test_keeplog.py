@@ -28,7 +28,7 @@ def test_table_equals_a_plain_loop(n, count, size):
     oracle.check(log.table())
 
 
-def test_by_hand():
+def test_table_is_as_by_hand():
     log = KeepLog(3)
     record(log, torch.tensor([0, 1]), torch.tensor([1.0, 3.0]), choice([1], 2))
     record(log, torch.tensor([0, 0]), torch.tensor([2.0, 6.0]), choice([1], 2))

@@ -17,7 +17,7 @@ LOSSES = torch.rand(12)
 
 
 @pytest.mark.parametrize("half", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)])
-def test_a_fraction(half: Any) -> None:
+def test_numbers_of_any_kind_serve_as_fractions(half: Any) -> None:
     wanted = Trimmer(0.5)(LOSSES)
     assert Trimmer(half)(LOSSES) == wanted
     assert Trimmer(lambda progress: half, total=3)(LOSSES) == wanted
@@ -28,7 +28,7 @@ def test_a_fraction(half: Any) -> None:
 
 
 @pytest.mark.parametrize("three", [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)])
-def test_a_count(three: Any) -> None:
+def test_numbers_of_any_kind_serve_as_counts(three: Any) -> None:
     trim = Trimmer(total=three, seed=three)
     trim.step(three)
     assert (trim.total, trim.steps, trim.seed, trim.keep) == (3, 3, 3, 0.2)

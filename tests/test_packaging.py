@@ -1,4 +1,4 @@
-"""What is shipped: one version, a wheel that works outside the checkout, types that a checker of one's own sees."""
+"""The package as shipped: one version, a wheel that works outside the checkout, types that a checker sees."""
 
 from __future__ import annotations
 

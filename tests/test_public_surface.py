@@ -1,4 +1,4 @@
-"""What `import batchtrim` is: sorted, complete, and torch alone."""
+"""The public names are sorted and complete, and `import batchtrim` imports torch alone."""
 
 from __future__ import annotations
 

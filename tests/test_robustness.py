@@ -1,4 +1,4 @@
-"""What fuzzing found (tests/fuzz): each input that once broke out of the documented errors, by hand."""
+"""Inputs found by fuzzing (tests/fuzz) that once broke out of the documented errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HUGE = 10**400
         (lambda: batchtrim.superloss(torch.rand(2), tau=None), "expected `tau` to be a number"),  # type: ignore[arg-type]
     ],
 )
-def test_numbers_and_lists(make: Any, message: str) -> None:
+def test_wrong_numbers_and_lists_are_refused_by_name(make: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         make()
 

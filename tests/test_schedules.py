@@ -28,7 +28,7 @@ from batchtrim.schedules import join, step
         (by_accuracy(), {0.0: 1.0, 0.79: 1.0, 0.8: 0.5, 0.9: 0.25, 0.95: 0.125, 0.995: 0.0625, 1.0: 0.0625}),
     ],
 )
-def test_values(schedule: batchtrim.schedules.Schedule, values: dict[float, float]) -> None:
+def test_values_repr_and_copies(schedule: batchtrim.schedules.Schedule, values: dict[float, float]) -> None:
     for progress, keep in values.items():
         assert schedule(progress) == pytest.approx(keep, abs=1e-6)
     assert eval(repr(schedule), vars(batchtrim.schedules)) == schedule, "what repr prints is what one types"
@@ -49,7 +49,7 @@ def test_keep_out_of_range(value: float) -> None:
             make(value)
 
 
-def test_other_faults() -> None:
+def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="expected `keep` to be a number, got '20%'"):
         constant("20%")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one place fewer than `schedules`"):

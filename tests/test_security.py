@@ -42,7 +42,7 @@ HOSTILE = """<img src=x onerror=alert(1)>"'</script><!--<script>`</title>|\n```\
 
 
 def dangers(source: str) -> Iterator[str]:
-    """What in a source file could run something that a file it reads says."""
+    """Yield the imports and calls in a source file that could run code from a file it reads."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (f"import {each.name}" for each in node.names if each.name.partition(".")[0] in BANNED_MODULES)
@@ -184,7 +184,7 @@ def make_run(tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_that_holds_code_is_refused(tmp_path: Path) -> None:
-    """What every ``torch.load`` in the package does with such a file, a fault in which the first test would not see."""
+    """``weights_only=True``, which every ``torch.load`` in the package passes, keeps its promise in this torch."""
 
     class Code:
         def __reduce__(self) -> tuple[Any, ...]:

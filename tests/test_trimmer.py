@@ -23,7 +23,7 @@ LOSSES = torch.tensor([0.5, 3.0, 1.0, 0.1, 2.0])
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"B{row['batch']}-epoch{row['epoch']}of{row['epochs']}")
-def test_golden(row: dict[str, str]) -> None:
+def test_keep_k_and_loss_are_the_golden_ones(row: dict[str, str]) -> None:
     trim = Trimmer(total=int(row["epochs"]))
     trim.step(int(row["epoch"]))
     losses = torch.rand(int(row["batch"]), dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_keep_one_is_the_plain_mean_bit_for_bit(n: int, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", ["kept", "batch"])
-def test_loss_and_gradient(dtype: torch.dtype, scale: str) -> None:
+def test_loss_and_gradient_are_those_of_the_kept_samples(dtype: torch.dtype, scale: str) -> None:
     losses = LOSSES.to(dtype, copy=True).requires_grad_()
     loss = Trimmer(0.6, scale=scale)(losses)
     loss.backward()
@@ -159,7 +159,7 @@ def test_pickle_and_deepcopy() -> None:
         assert float(twin(LOSSES)) == float(trim(LOSSES))
 
 
-def test_samples_and_elements() -> None:
+def test_ranks_samples_by_their_mean_or_each_element() -> None:
     losses = torch.tensor([[1.0, 9.0], [4.0, 5.0], [0.0, 2.0]])
     assert float(Trimmer(0.4)(losses)) == 5.0, "the sample of largest mean"
     assert float(Trimmer(0.34, unit="element")(losses)) == 7.0, "the two largest entries"
@@ -270,12 +270,12 @@ def test_other_bad_arguments() -> None:
         Trimmer(0.5)(Losses(LOSSES), mask=torch.ones(5))
 
 
-def test_statistics() -> None:
+def test_statistics_are_those_of_all_batches_since_the_start() -> None:
     trim = Trimmer(0.4)
     for losses in (LOSSES, 2 * LOSSES):
         scratch = losses.clone()
         trim(scratch)
-        scratch.zero_()  # what the caller does with the losses afterwards is his own affair
+        scratch.zero_()  # the caller may change the losses afterwards
     found = trim.stats.compute()
     assert (found["batches"], found["seen"]) == (2, 10)
     assert found["kept"] == 4

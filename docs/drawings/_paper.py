@@ -1,4 +1,4 @@
-"""What the drawings share: a light and a dark version, the colours of each, and files that come out alike twice."""
+"""Shared by the drawings: a light and a dark version, their colours, and files that come out the same every time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STYLE = {
 
 
 def draw(name: str, figure: Callable[[Palette], Any], folder: Path) -> list[Path]:
-    """``name-light.svg`` and ``name-dark.svg`` in ``folder``, each on a transparent ground."""
+    """Draw ``name-light.svg`` and ``name-dark.svg`` into ``folder``, each on a transparent ground."""
     import matplotlib
 
     matplotlib.use("agg")

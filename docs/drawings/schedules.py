@@ -27,7 +27,7 @@ POINTS = 201
 
 
 def typed(text: str) -> Callable[[float], float]:
-    """The schedule that ``text`` makes."""
+    """Return the schedule that ``text`` makes."""
     return eval(text, dict(vars(batchtrim.schedules)))  # what stands over a line is what is drawn
 
 

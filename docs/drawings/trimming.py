@@ -36,7 +36,7 @@ class Moment(NamedTuple):
 
 
 def train(epochs: int = EPOCHS) -> list[Moment]:
-    """A whole run, and the batch at the start of every epoch."""
+    """Train a network; return the batch at the start of every epoch."""
     from sklearn.datasets import load_digits
 
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def train(epochs: int = EPOCHS) -> list[Moment]:
 
 
 def figure(moments: list[Moment], palette: Any) -> Any:
-    """Two rows of panels on one scale."""
+    """Draw two rows of panels on one scale."""
     import matplotlib.pyplot as plt
 
     made, panels = plt.subplots(2, 3, figsize=(9.6, 4.9), layout="constrained", sharey=True)

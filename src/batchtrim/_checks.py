@@ -31,7 +31,7 @@ def describe(value: object) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a number of NumPy's, or an array or tensor of one entry, as a number of Python's; all else as it is."""
+    """Return a NumPy number, or an array or tensor of one entry, as a Python number; anything else unchanged."""
     if hasattr(value, "item"):
         with contextlib.suppress(ValueError, RuntimeError, TypeError):  # of several entries
             return value.item()
@@ -144,7 +144,7 @@ def check_count(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Return True or False, or raise for what is neither: "no" is true in Python."""
+    """Return a flag that is True or False; raise an error for anything else: "no" is true in Python."""
     if not isinstance(value, bool):
         raise TypeError(f"expected `{name}` to be True or False, got {describe(value)}.")
     return value
@@ -159,12 +159,12 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def nearest(name: Any, names: Iterable[str], before: str = "") -> str:
-    """Return a hint at the nearest of ``names``, with a space before it; nothing where none is near.
+    """Return a hint at the nearest of ``names``, with a space before it; "" if none is near.
 
     Args:
         before: what the user has to write before the name.
     """
-    import difflib  # only where a name is wrong: the core is imported often
+    import difflib  # late: only a wrong name needs it
 
     near = difflib.get_close_matches(name, list(names), n=1) if isinstance(name, str) else []
     return f" Did you mean '{before}{near[0]}'?" if near else ""
@@ -255,7 +255,7 @@ def install_hint(extra: str) -> str:
 
 
 def _shown(value: float) -> str:
-    """Return a number in a few figures where that is the number: 1.0000001 is not 1."""
+    """Return a number in a few figures if that loses nothing, else in full: 1.0000001 is not 1."""
     return f"{value:g}" if float(f"{value:g}") == value or value != value else repr(value)
 
 

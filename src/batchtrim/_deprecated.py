@@ -22,7 +22,7 @@ MOVED = {"above": "batchtrim.selection", "join": "batchtrim.schedules", "step": 
 
 
 def moved(name: str) -> Any:
-    """Return what ``batchtrim.<name>`` was; warns the caller of the package's ``__getattr__``."""
+    """Return the object that was ``batchtrim.<name>``, and warn the caller of the package's ``__getattr__``."""
     home = MOVED[name]
     warnings.warn(
         f"batchtrim.{name} is removed in the next release: use {home}.{name}.", DeprecationWarning, stacklevel=3
@@ -31,7 +31,7 @@ def moved(name: str) -> Any:
 
 
 def old_name(module: str, old: str, new: str) -> Any:
-    """Return what ``old`` in a module is called now; warns the caller of the module's ``__getattr__``."""
+    """Return the object that a module used to call ``old``, and warn the caller of its ``__getattr__``."""
     warnings.warn(f"{module}.{old} is removed in the next release: use {new}.", DeprecationWarning, stacklevel=3)
     return getattr(importlib.import_module(module), new)
 

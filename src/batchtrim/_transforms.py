@@ -1,7 +1,7 @@
-"""Losses under torch.func: a choice is made from plain numbers, or with fixed shapes where there are many of it.
+"""Losses under torch.func: choose from plain tensors, or with fixed shapes under torch.vmap.
 
-``torch.func.grad`` and its like wrap a tensor and compute with its numbers; ``torch.vmap`` wraps many tensors in one,
-of which no number can be read.
+``torch.func.grad`` and the like wrap one tensor, whose values can be read. ``torch.vmap`` wraps a batch of tensors in
+one, whose values cannot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ in_backward = torch._C._current_graph_task_id  # -1 outside of a backward pass
 
 
 def batched(tensor: Tensor | None) -> bool:
-    """True if a tensor stands for many, inside of torch.vmap."""
+    """True if torch.vmap wraps many tensors in this one."""
     while tensor is not None and _func.is_functorch_wrapped_tensor(tensor):
         if _func.is_batchedtensor(tensor):
             return True
@@ -32,9 +32,9 @@ def batched(tensor: Tensor | None) -> bool:
 
 
 def fixed_shapes(rule: object, scope: str, losses: Losses, scores: Tensor) -> bool:
-    """True if a form of fixed shapes is needed and the rule has one: in a compiled function, and inside of torch.vmap.
+    """True if the choice needs fixed shapes and the rule has such a form: in a compiled function, and under torch.vmap.
 
-    A rule whose k follows from the losses checks them, which torch.vmap cannot.
+    Under torch.vmap, not for a rule whose k depends on the losses: it has to check their values.
     """
     if scope != "local" or not hasattr(rule, "compiled_mask"):
         return False
@@ -44,10 +44,10 @@ def fixed_shapes(rule: object, scope: str, losses: Losses, scores: Tensor) -> bo
 
 
 def plain(tensor: Tensor, what: str) -> Tensor:
-    """Return the tensor inside of torch.func's wrappers, detached.
+    """Unwrap a tensor of torch.func's, and detach it.
 
     Raises:
-        TypeError: there are many, inside of torch.vmap.
+        TypeError: torch.vmap wraps many tensors in it.
     """
     if batched(tensor):
         raise TypeError(
@@ -62,14 +62,14 @@ def plain(tensor: Tensor, what: str) -> Tensor:
 
 
 def outside() -> AbstractContextManager[Any]:
-    """Leave the transforms: inside, whatever is computed of plain tensors is plain, and may be kept and drawn."""
+    """Suspend the transforms: inside the block results of plain tensors are plain, and random numbers can be drawn."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     return temporarily_clear_interpreter_stack()
 
 
 def settled(losses: Losses, scores: Tensor, what: str) -> tuple[Losses, Tensor]:
-    """Return losses and scores without torch.func's wrappers, to choose from."""
+    """Unwrap losses and scores, so that a rule can choose from them."""
     parts = {name: getattr(losses, name) for name in ("values", "mask", "weights", "counts")}
     found = {name: None if part is None else plain(part, what) for name, part in parts.items()}
     return replace(losses, **found), plain(scores, what)

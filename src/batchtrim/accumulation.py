@@ -44,10 +44,10 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
 
     window: ``L = (1/k) * sum of the k largest of all N losses``, k = keep_count(keep, N). What one large batch would
             give. A first pass without a graph stores the losses of every micro-batch, then all is chosen at once.
-    micro:  ``L = sum_m (n_m / N) * L_m``, each micro-batch trimmed by itself: what equal micro-batches' mean is.
+    micro:  ``L = sum_m (n_m / N) * L_m``, each micro-batch trimmed by itself. Equal ones: the mean of L_m.
 
-    The losses add up to L, so nothing is left to divide by M: give a trainer that divides (Accelerate, Lightning) an
-    accumulation of 1. In DistributedDataParallel gradients are exchanged with the last micro-batch only.
+    The losses add up to L; do not divide them by M. In a trainer that divides (Accelerate, Lightning), set accumulation
+    to 1. In DistributedDataParallel gradients are exchanged with the last micro-batch only.
 
     Args:
         step: the model, its per-sample loss, the trimmer and the engine.
@@ -62,13 +62,13 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`; and where M differs and must not.
 
     Notes:
-        Cost of "window": one forward without a graph more than "micro". Engine "two_pass" then trains on the kept rows
+        "window" costs one more forward than "micro", without a graph. Engine "two_pass" then trains on the kept rows
         alone, with fresh dropout; "exact" and "shared" repeat the forward with the same dropout, so a window gives the
         gradient of one large batch (up to BatchNorm, which normalises micro-batches). Buffers and generators end up as
         after plain accumulation. With ``scope="global"`` windows of all ranks are joined, whatever their M; "micro"
         needs the same M on every rank, and so does a model whose own forward waits for the other ranks (FSDP,
-        SyncBatchNorm, tensor parallel), which is asked for first. A rank that has run out of data gives micro-batches
-        of no rows. After "window", ``step.trim.last`` is the choice from all its samples, one after the other.
+        SyncBatchNorm, tensor parallel); there M is compared first. A rank that has run out of data passes empty
+        micro-batches. After "window", ``step.trim.last`` is the choice from all samples of the window, in order.
     """
     if not isinstance(step, TrimmedForward):
         raise TypeError(f"expected `step` to be a batchtrim.TrimmedForward, got {describe(step)}.")
@@ -100,7 +100,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
 
 
 def _check_batches(batches: Any) -> None:
-    """Check that a window is a list of pairs: it is gone through twice, and a tensor of two rows unpacks as well."""
+    """Check that a window is a list of pairs: it is read twice, and a tensor of two rows would unpack as a pair."""
     if not isinstance(batches, Sequence) or isinstance(batches, str):
         raise TypeError(
             f"expected `batches` to be a list of (x, y), one a micro-batch, got {describe(batches)}. "
@@ -121,7 +121,7 @@ def first_pass(
             the same batches.
 
     Raises:
-        ValueError: a second pass follows, and the forward changes its batch in place. The second would get another.
+        ValueError: a second pass follows, and the forward changes its batch in place, so the second would differ.
     """
     before = ModelState(list(model.modules())) if undo_buffers else None
     device = device_of(model)
@@ -145,14 +145,14 @@ def first_pass(
 def _choose(
     step: TrimmedForward, batches: Sequence[tuple[Any, Any]]
 ) -> tuple[list[Selection], list[GeneratorStates], list[tuple[Moment, Tensor]]]:
-    """Return what is kept of each micro-batch, the generators before it, and what two-pass trains from."""
+    """Return each micro-batch's selection, the generators before it, and what the two-pass engine trains from."""
     forward, trim = step.forward, step.trim
     once = not step.engine.repeats_forward and trim.keep < 1.0  # its second pass leaves the buffers alone
     first: list[tuple[Moment, Tensor]] = []
 
     def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
         moment = Moment(forward, *batch) if once else None
-        x, y = batch if once else copied(batch)  # a model may change its batch in place: once, as one step would
+        x, y = batch if once else copied(batch)  # a model may change its batch in place, but only once, as in one step
         losses, outputs = forward(x, y, model=forward.inner)
         if moment is not None:
             first.append((moment, losses.values))
@@ -166,14 +166,14 @@ def _choose(
 
 
 def _versions(batch: Any) -> list[int]:
-    """Return each tensor's count of changes in place."""
+    """Return each tensor's version, which every change in place raises."""
     found: list[int] = []
     map_tensors(lambda t: t if t.is_inference() else found.append(t._version) or t, batch)
     return found
 
 
 def _waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
-    """Return the groups whose ranks the model's own forward meets: not DDP's, which meet in backward."""
+    """Return the process groups that the model's own forward waits for; not DDP's, which meets in backward."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     found: dict[int, dist.ProcessGroup | None] = {}
@@ -189,7 +189,7 @@ def _waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
 
 
 def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | None] = ()) -> list[Selection]:
-    """Choose from the losses of all micro-batches together: what is kept of each, with the window's divisors."""
+    """Choose from the losses of all micro-batches together; return a selection of each, with the window's divisors."""
     window = join_losses(parts)
     ranked = [score for score in scores if score is not None]
     selection = trim.select(window, rank_by=torch.cat(ranked) if ranked else None)
@@ -211,7 +211,7 @@ def join_losses(parts: Sequence[Losses]) -> Losses:
 
 
 def split(selection: Selection, sizes: Sequence[int], weights: Tensor | None = None) -> list[Selection]:
-    """Return a joined vector's selection as selections from its parts, each with the divisor of the whole.
+    """Split a selection from a joined vector into selections from its parts, each with the divisor of the whole.
 
     Example:
         >>> whole = Selection(torch.tensor([4, 0]), size=5, candidates=5)

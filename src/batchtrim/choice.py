@@ -33,4 +33,4 @@ class Choice:
     mask: Tensor | None = None
 
     def __init__(self, losses: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
-        vars(self).update(losses=losses, selection=selection, mask=mask)  # as in Selection, for its cost
+        vars(self).update(losses=losses, selection=selection, mask=mask)  # at once, for speed, as in Selection

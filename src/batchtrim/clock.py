@@ -14,7 +14,7 @@ __all__ = ["LENGTHS", "Clock"]
 
 # How to go on from a state that was saved with another total.
 LENGTHS = ("stretch", "saved")
-# A schedule is asked at up to this many points when the clock is made, so that a fault is found before training.
+# A new clock evaluates its schedule at up to this many points, to find faults before training.
 _PROBE_POINTS = 1001
 
 
@@ -63,7 +63,7 @@ class Clock:
         steps = check_count("state['steps']", steps, minimum=0)
         clock = Clock(self.schedule, self._resumed_total(steps, saved_total, length))
         clock.steps, clock.accuracy = steps, check_progress("state['accuracy']", accuracy)
-        # whoever keeps the saved length knows that this training goes on beyond it
+        # with "saved" the user expects training to go on past the total
         clock._told = length == "saved" and clock.total != self.total
         clock.keep = clock._at_present()
         return clock
@@ -92,7 +92,7 @@ class Clock:
         )
 
     def moves(self, *totals: int | None) -> bool:
-        """Return True where the keep fraction changes with progress, over trainings of these lengths."""
+        """True if the keep fraction changes with progress, in trainings of these lengths."""
         if not getattr(self.schedule, "needs_total", True):
             return False
         return len({self._ask(at) for total in totals for at in _probe_points(total)}) > 1
@@ -109,14 +109,17 @@ class Clock:
             )
 
     def _ask(self, at: float) -> float:
+        value = self.schedule(at)
+        if type(value) is float and 0.0 < value <= 1.0:  # the usual case, a thousand times for each new clock
+            return value
         name = "accuracy" if self.reads_accuracy else "progress"
-        return check_schedule_output(self.schedule, f"{name} {at:.4g}", self.schedule(at))
+        return check_schedule_output(self.schedule, f"{name} {at:.4g}", value)
 
     def _at_present(self) -> float:
         return self._ask(self.accuracy if self.reads_accuracy else self.progress)
 
 
 def _probe_points(total: int | None) -> list[float]:
-    """Return where to ask a schedule about itself: at every progress of a short training, at a thousand of a long."""
+    """Return the points at which to test a schedule: every progress of a short training, a thousand of a long one."""
     points = min(total or _PROBE_POINTS, _PROBE_POINTS)
     return [progress_at(i, points) for i in range(points)]

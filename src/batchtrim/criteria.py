@@ -28,8 +28,8 @@ _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 _CTC = (nn.CTCLoss, F.ctc_loss)
 # In newer torch these take `weight`, of the outputs' shape, and divide by its sum. F.huber_loss divides by the entries.
 _WEIGHTED = (F.mse_loss, F.l1_loss)
-_LEGACY = ("size_average", "reduce")  # what torch had before `reduction`, over which they win
-# Criteria whose outputs and targets are of one shape: anything else would be broadcast against each other.
+_LEGACY = ("size_average", "reduce")  # torch's older arguments, which override `reduction`
+# Criteria whose outputs and targets must have the same shape: others would be broadcast.
 _ELEMENTWISE = (
     nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss,
     nn.PoissonNLLLoss, nn.GaussianNLLLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss,
@@ -43,7 +43,7 @@ _WAY_OUT = (
 )
 
 
-# A criterion of more numbers than this (a network, a memory bank) is not copied and called again in every batch.
+# A criterion that holds more numbers than this (a network, a memory bank) is not copied and called in every batch.
 _LIGHT = 1 << 16
 
 
@@ -56,7 +56,7 @@ class _Generators:
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in self.devices}
 
     def restore(self) -> None:
-        """Put the generators back into that state."""
+        """Restore that state."""
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
@@ -65,17 +65,17 @@ class _Generators:
 class Criterion:
     """A criterion called without its reduction, and what it would have divided by.
 
-    What is set on a criterion module later (its reduction, its weights) counts from then on.
+    A change of a criterion module (its reduction, its weights) takes effect at the next call.
 
     Attributes:
         given: the criterion as it was given.
         call: the same with ``reduction='none'``.
         classes: cross-entropy of class labels, with or without class weights.
-        foreign: not one of torch's, so that its mean has to be looked at.
+        foreign: not one of torch's, so its mean has to be checked.
     """
 
     def __init__(self, given: Callable[..., Any], ignore_index: int | None = None) -> None:
-        given = getattr(given, "_orig_mod", given)  # compiled: what is set on it would be set on the module inside
+        given = getattr(given, "_orig_mod", given)  # compiled: setting an attribute would set it on the module inside
         if isinstance(given, functools.partial) and not (given.args or given.keywords):
             given = given.func
         function, named = _unwrapped(given)
@@ -134,7 +134,7 @@ class Criterion:
         Raises:
             TypeError: the criterion takes other arguments, or returns no tensor.
             ValueError: the arguments would be broadcast against each other.
-            PassUnreducedLosses: the criterion averages all the same.
+            PassUnreducedLosses: the criterion averages nevertheless.
         """
         self._check_inputs(inputs)
         try:
@@ -178,9 +178,9 @@ class Criterion:
         return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
 
     def own_call(self, inputs: Sequence[Any]) -> Callable[[], Tensor | None]:
-        """Return what computes the criterion's own value of the inputs, or None where that is not one number.
+        """Return a function that computes the criterion's own value of the inputs, or None if that is not one number.
 
-        To be made before the un-reduced call, whose generators it draws from. The criterion's state stays as it is.
+        Make it before the un-reduced call: it draws the same random numbers. It leaves the criterion's state unchanged.
         """
         generators = _Generators(inputs)
         try:
@@ -249,7 +249,7 @@ class Criterion:
 
 
 def check_values(criterion: Criterion, values: Tensor, inputs: Sequence[Any], unit: str) -> None:
-    """Refuse losses that are not of the samples that went in: broadcast ones, and those of flattened batches."""
+    """Refuse losses that do not match the samples: broadcast ones, and those of flattened batches."""
     tensors = [each for each in inputs if isinstance(each, Tensor) and each.ndim > 0]
     if not criterion.classes:
         _check_pairs(criterion, values, tensors)
@@ -261,7 +261,7 @@ def check_values(criterion: Criterion, values: Tensor, inputs: Sequence[Any], un
 
 
 def _check_pairs(criterion: Criterion, values: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Refuse losses of samples against other samples, which two of the inputs were broadcast to."""
+    """Refuse losses of samples paired with other samples, to which two of the inputs were broadcast."""
     for first, second in itertools.combinations(range(len(tensors)), 2):
         one, other = (tuple(tensors[at].shape) for at in (first, second))
         across = len(one) != len(other) or one[0] != other[0]
@@ -276,7 +276,7 @@ def _check_pairs(criterion: Criterion, values: Tensor, tensors: Sequence[Tensor]
 
 
 def _set_apart(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
-    """Return a module that shares all of another's state, now and later, but for some settings of its own."""
+    """Return a module that shares another's state, now and later, except for some settings of its own."""
     kind = type(module)
     own = type(kind.__name__, (kind,), {name: _constant(value) for name, value in settings.items()})
     found = own.__new__(own)
@@ -297,12 +297,12 @@ def _broadcast(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...] | No
 
 
 def same_shape(one: Tensor, other: Tensor) -> bool:
-    """True where two shapes differ at most by dimensions of one, so that entries correspond in their order."""
+    """True if two shapes differ at most by dimensions of size 1, so that entries correspond in order."""
     return [size for size in one.shape if size != 1] == [size for size in other.shape if size != 1]
 
 
 def _unwrapped(criterion: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the function inside of functools.partial, and the arguments bound by name."""
+    """Return the function inside functools.partial, and the arguments bound by name."""
     named: dict[str, Any] = {}
     while isinstance(criterion, functools.partial):
         named = {**criterion.keywords, **named}
@@ -324,7 +324,7 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _torchs(function: Any) -> Any:
-    """Return the class of a module whose forward it runs, which may be torch's; a function as it is."""
+    """Return the class whose forward a module runs, which may be torch's; a function unchanged."""
     if not isinstance(function, nn.Module):
         return function
     return next((each for each in type(function).__mro__ if "forward" in vars(each)), type(function))

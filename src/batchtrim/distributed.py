@@ -17,8 +17,8 @@ Three collectives a call, entered by every rank whatever it holds:
 3. a checksum of the result, four numbers: rows, divisor and weights chosen. Whatever differs between ranks and did not
    show in the header (a rule without a ``repr``, a lambda, the state of a rule) shows here, before a loss is returned.
 
-The third costs one more round trip of 32 bytes a rank. A rank that never comes ends the wait at the time limit of the
-process group, ``init_process_group(timeout=...)``.
+The third costs one more round trip of 32 bytes a rank. If a rank never arrives, the others wait until the time limit of
+the process group, ``init_process_group(timeout=...)``.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 def _untraced(function: Callable[P, R]) -> Callable[P, R]:
     """Break the graph in a compiled function.
 
-    As ``torch.compiler.disable``, which imports the compiler at the first call (seconds) even where none is in use.
+    ``torch.compiler.disable`` does so too, but imports the compiler at its first call: seconds, even if none is used.
     """
     disabled = _disable_dynamo(function)
 
@@ -138,16 +138,16 @@ def select_over_ranks(
         keep: keep fraction in (0, 1]. ``mask``: bool (B,), False where an entry does not count.
         weights: (B,), class weights already in ``values``.
         generator: for rules that draw; in the same state on every rank, so that all draw the same.
-        settings, steps, summed: what else must agree between ranks; ``summed``, whether the kept losses are added up,
-            between those that have something to choose from.
+        settings, steps, summed: what else must agree between ranks. ``summed``, whether the kept losses are added up,
+            must agree only between ranks that have something to choose from.
         group: the ranks that average their gradients; all of them by default.
 
     Returns:
         This rank's selection and the joined one.
 
     Raises:
-        RanksDisagree: on every rank where settings or results differ or the rule fails on one, and where a rank does
-            not come before the time limit.
+        RanksDisagree: on every rank, if settings or results differ or the rule fails on one; and if a rank does not
+            arrive before the time limit.
 
     Notes:
         A rank that has nothing to choose from may differ in dtype, weights and ``rank_by``.
@@ -209,7 +209,7 @@ def sum_over_ranks(numbers: Tensor, what: str, group: dist.ProcessGroup | None =
         numbers: (M,), int64. what: what M is, for the message.
 
     Raises:
-        RanksDisagree: on every rank where M differs, and where a rank does not come before the time limit.
+        RanksDisagree: on every rank, if M differs; and if a rank does not arrive before the time limit.
     """
     ranks = world_size(group)
     if ranks == 1:
@@ -238,10 +238,10 @@ def meet(
 ) -> list[list[int]]:
     """Return every rank's ``numbers``, which all ranks of ``group`` send each other.
 
-    Whatever the ranks meet for, what is sent has one size. So a rank that is elsewhere ends in an error on all of them.
+    Every meeting sends the same size, whatever it is for, so a rank that is elsewhere causes an error on all of them.
 
     Raises:
-        RanksDisagree: ranks came for something else, or one did not come before the time limit.
+        RanksDisagree: ranks came for something else, or one did not arrive before the time limit.
     """
     ranks = world_size(group)
     header = [_MEETINGS.index(what), *numbers]
@@ -292,7 +292,7 @@ def _choose_alike(
     ranks: int,
     group: dist.ProcessGroup | None,
 ) -> tuple[Selection, float]:
-    """Return what ``choose`` returns and its divisor, which are compared: all ranks choose from the same numbers.
+    """Return what ``choose`` returns, and its divisor; compare them, since all ranks choose from the same numbers.
 
     Args:
         weights: (N,), class weights.
@@ -301,7 +301,7 @@ def _choose_alike(
     try:
         chosen = choose()
         mine = [0.0, *_checksum(chosen, weights)]
-    except Exception as error:  # the others are told before it goes on its way
+    except Exception as error:  # tell the other ranks before it propagates
         failure = error
     verdicts = gather(torch.tensor(mine, dtype=torch.float64, device=device), ranks, group).tolist()
     if failure is not None:

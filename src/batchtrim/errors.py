@@ -35,7 +35,7 @@ class PassUnreducedLosses(ValueError):
 
 
 class ScheduleOutOfRange(ValueError):
-    """A keep schedule returned something that is no fraction in (0, 1]."""
+    """A keep schedule returned something that is not a fraction in (0, 1]."""
 
 
 class ChooseLength(ValueError):

@@ -29,7 +29,7 @@ class per_sample:
 
     A criterion module is called with ``reduction='none'``, in the state that it has then; a function that takes
     ``reduction`` (or a ``functools.partial`` of one, or a module whose ``forward`` does) is called with ``'none'``; any
-    other callable is expected to return un-reduced losses itself. A compiled criterion runs as the Python that it was.
+    other callable is expected to return un-reduced losses itself. A compiled criterion runs uncompiled.
     The reduction that was asked for is kept: trimmed with keep 1, the losses give the criterion's own value.
 
     * "mean": class weights and the number of entries that count go along, so the divisor is the criterion's own.
@@ -46,7 +46,7 @@ class per_sample:
             criterion with a target for each loss: floating-point targets too.
 
     Raises:
-        PassUnreducedLosses: on call, where the criterion averages all the same.
+        PassUnreducedLosses: on call, where the criterion averages nevertheless.
         ValueError, TypeError: on call, where outputs and targets would be broadcast, ``ignore_index`` cannot be
             applied, or a criterion that is not torch's divides in a way of its own. The message holds the way out.
 

@@ -22,16 +22,16 @@ __all__ = ["NoiseAmplified"]
 # A prediction is confident if it is in the surest quarter. Relative, because a network that trains on the hardest
 # samples is unsure of everything. A label is in doubt where such a prediction contradicts it.
 CONFIDENT_PART = 0.25
-# The first sign: so large a part of the kept samples is in doubt, so many times what it was at its least.
+# The first sign: at least this part of the kept samples is in doubt, and this many times the least so far.
 DOUBT_AT_LEAST, DOUBT_RISES = 0.05, 1.5
 DOUBT_SAMPLES = 20  # fewer than these in an epoch are no evidence
-# The second: of the hardest tenth of the epoch before so much more is the hardest again than of the easiest tenth is
-# the easiest again, over all epochs that kept less than STAY_BELOW; judged once no more than STAY_JUDGED is kept.
+# The second: the hardest tenth of an epoch stays the hardest by this much more than the easiest tenth stays the
+# easiest, over all epochs that kept less than STAY_BELOW. It is judged once no more than STAY_JUDGED is kept.
 EXTREME_PART = 0.1
 STAY_EXCESS = 0.115
 STAY_BELOW, STAY_JUDGED = 0.6, 0.4
-STAY_SAMPLES = 1500  # fewer than these and chance alone may do it
-HARD_KEPT = 0.8  # as many of the hardest must be kept: a rule that leaves them out, or draws, amplifies nothing
+STAY_SAMPLES = 1500  # with fewer, chance alone may do it
+HARD_KEPT = 0.8  # of the hardest, at least: a rule that leaves them out, or draws, amplifies nothing
 
 
 class NoiseAmplified(UserWarning):
@@ -117,7 +117,7 @@ def hardest_stay(history: Sequence[dict[str, Any]]) -> bool:
 def stay_excess(history: Sequence[dict[str, Any]]) -> tuple[int, float]:
     """Return how much more of the hardest stay than of the easiest, over the epochs that kept little.
 
-    And over how many samples; none where a rule leaves the hardest out.
+    The first number is that of the samples compared; 0 if a rule leaves the hardest out.
     """
     lines = [line for line in history if _compares(line) and line["keep"] < STAY_BELOW]
     samples = sum(line["compared"] for line in lines)

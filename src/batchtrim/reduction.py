@@ -90,7 +90,7 @@ def _dot_is_exact(losses: Tensor) -> bool:
 
 
 def reduce_kept(kept: Tensor, selection: Selection, scale: str = "kept", weights: Tensor | None = None) -> Tensor:
-    """Do as :func:`reduce`, from the losses of the kept rows alone: (k,), in the order of ``selection.indices``."""
+    """Return :func:`reduce` from the losses of the kept rows alone: (k,), in the order of ``selection.indices``."""
     if selection.k == 0:
         return kept.sum()  # 0, attached to the graph: a step that changes nothing, under DDP too
     dtype, total = kept.dtype, accumulator(kept)

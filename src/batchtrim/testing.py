@@ -84,7 +84,7 @@ class EngineReport:
     def verdict(self) -> str:
         """Return "right", "approximate" (and said so), "refused" or "wrong".
 
-        Refused is an engine only where every step before was right and nothing was left changed; else it was wrong.
+        "refused" needs every step before to be right, and nothing left changed; otherwise the verdict is "wrong".
         """
         said = self.approximate is not None or (self.batch_norm and self.gradient_cosine >= _COSINE)
         if self.failed is not None or not self.same_state or not (self.exact or said):

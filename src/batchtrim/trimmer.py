@@ -38,7 +38,7 @@ __all__ = ["Trimmer"]
 
 _STATE_VERSION = 1
 SCOPES = ("local", "global")
-# So many batches of one sample in a row are no chance: the last batch of an epoch may be one.
+# This many batches of one sample in a row are no accident; the last batch of an epoch may be one.
 _SINGLE_ROWS = 3
 
 

@@ -28,7 +28,7 @@ def joint(keep: Any = 0.5, **options: Any) -> Trimmer:
 
 
 def mean(loss: Tensor) -> float:
-    """What DDP makes of the ranks' losses."""
+    """Return the mean over ranks, as DDP takes it of gradients."""
     value = loss.detach().double().clone()
     dist.all_reduce(value)
     return value.item() / dist.get_world_size()
@@ -63,7 +63,7 @@ def first_call(rank: int) -> None:
 
 
 def results(rank: int) -> None:
-    """What differs is found in what was chosen, whatever made it differ."""
+    """A difference between ranks is found in the choice itself, whatever its cause."""
     for rule in (
         Without(0.1 + 0.5 * rank),
         Without(calls=3 * rank),
@@ -91,7 +91,7 @@ def results(rank: int) -> None:
 
 
 def failing_rule(rank: int) -> None:
-    """On one rank: its own error there, and one that says so elsewhere."""
+    """A rule that fails on one rank raises its own error there, and one that says so elsewhere."""
 
     def rule(losses: Tensor, keep: float, generator: Any = None) -> Selection:
         if rank:
@@ -105,7 +105,7 @@ def failing_rule(rank: int) -> None:
 
 
 def arguments(rank: int) -> None:
-    """On one rank only, or of another dtype there."""
+    """Arguments that only one rank has, or has in another dtype."""
     late = joint(batchtrim.cosine(), total=9)
     late.step(3 - rank)
     cases: dict[str, Callable[[], Any]] = {
@@ -127,7 +127,7 @@ def arguments(rank: int) -> None:
 
 
 def masked_on_one_rank(rank: int) -> None:
-    """May be: the other rank's samples all count."""
+    """A mask on one rank only is allowed: the other rank's samples all count."""
     trim = joint(0.5)
     loss = trim(LOSSES + rank, mask=torch.tensor([True, False, True, True]) if rank else None)
     joined = torch.tensor([0.5, 3.0, 1.0, 2.0, 1.5, 2.0, 3.0])
@@ -190,7 +190,7 @@ def half_precision(rank: int) -> None:
 
 
 def model_of(rows: list[int], rank: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """A linear model, the same everywhere, and this rank's micro-batches of so many rows."""
+    """Return a linear model, the same on every rank, and this rank's micro-batches of so many rows."""
     draw = torch.Generator().manual_seed(7 + rank)
     torch.manual_seed(0)
     parts = [(torch.randn(n, 5, generator=draw), torch.randint(0, 3, (n,), generator=draw)) for n in rows]
@@ -227,7 +227,7 @@ def uneven_windows(rank: int) -> None:
 
 
 def forward_that_waits(rank: int) -> None:
-    """Where the model's own forward meets the other ranks, all must have as many, and are asked before they run it."""
+    """Ranks whose forward waits for the others need equal counts, and compare them before they run it."""
     from torch.distributed.fsdp import fully_shard
 
     ran = []

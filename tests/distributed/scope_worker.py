@@ -27,7 +27,7 @@ SHARDS = {
 
 
 def batch_of(sizes: tuple[int, ...], spread: float = 1.0) -> list[tuple[Tensor, Tensor]]:
-    """Every rank's inputs and labels. A large ``spread`` makes all of rank 0 harder than anything elsewhere."""
+    """Return every rank's inputs and labels. A large ``spread`` makes all of rank 0 harder than anything elsewhere."""
     draw = torch.Generator().manual_seed(sum(sizes) * 100 + sizes[0])
     parts = []
     for rank, size in enumerate(sizes):
@@ -63,7 +63,7 @@ class Rank:
         return value.item() / self.ranks
 
     def kept(self, trim: batchtrim.Trimmer, offset: int) -> list[int]:
-        """What all ranks kept, as rows of the joined batch."""
+        """Return the rows that all ranks kept, as rows of the joined batch."""
         found: list[Any] = [None] * self.ranks
         selection = trim.last_selection
         assert selection is not None
@@ -72,7 +72,7 @@ class Rank:
         return sorted(row for rows in found for row in rows)
 
     def check_case(self, sizes: tuple[int, ...], keep: float, scale: str, spread: float, masked: bool) -> None:
-        """Samples, loss and gradient under DDP against the joined batch worked out by sorting in Python."""
+        """Compare samples, loss and gradient under DDP with those of the joined batch, sorted in Python."""
         sizes = sizes[: self.ranks]
         parts = batch_of(sizes, spread)
         masks = [torch.arange(size) % 3 != 1 if masked else torch.ones(size, dtype=torch.bool) for size in sizes]
@@ -99,7 +99,7 @@ class Rank:
             assert math.isclose(stats["threshold"], min(losses[row].item() for row in rows))
 
     def check_like_one_process(self, parts: list[Any], split: list[int], **options: Any) -> None:
-        """Everything a call takes, against a local trimmer on the joined batch."""
+        """Compare a call with every argument with a local trimmer on the joined batch."""
         whole = [torch.cat([part[i] for part in parts]).clone().requires_grad_(i == 0) for i in range(len(parts[0]))]
         alone = batchtrim.Trimmer(0.45, **options)
         call(alone, whole).backward()
@@ -118,7 +118,7 @@ class Rank:
 
 
 def _maybe(mask: Tensor) -> Tensor | None:
-    """None where a mask would change nothing: a rank may have one while another has none."""
+    """Return None for a mask that changes nothing: a rank may have one while another has none."""
     return None if bool(mask.all()) else mask
 
 
@@ -231,7 +231,7 @@ def engines(me: Rank) -> None:
 
 
 def disagreements(me: Rank) -> None:
-    """What differs is named, on every rank, and the group is still usable afterwards."""
+    """Every rank names the difference, and the group is still usable afterwards."""
     odd = me.rank == 1
     losses = torch.rand(4)
     stepped = batchtrim.Trimmer(0.5, total=5, scope="global")

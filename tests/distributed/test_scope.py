@@ -24,7 +24,7 @@ def test_without_a_process_group_it_is_the_local_choice() -> None:
     assert batchtrim.Trimmer(0.5, scope="global")(losses).item() == 2.5
 
 
-def test_arguments() -> None:
+def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="expected `scope` to be one of 'local', 'global', got 'all'"):
         batchtrim.Trimmer(0.5, scope="all")
     with pytest.raises(ValueError, match="expected `scope` 'global' with a `process_group`"):

@@ -27,7 +27,7 @@ class Run:
 
     @property
     def share(self) -> float:
-        """How much of the backward's work ran on the kept rows in the last trace; 0 where there is none."""
+        """The share of the backward's work on the kept rows in the last trace; 0 without a trace."""
         engine: Any = self.step.engine
         engine = getattr(engine, "saving", engine)
         trace = getattr(engine, "trace", None)

@@ -11,7 +11,7 @@ import sympy
 import torch
 from rule_check import BOOL, COMPLEX, FLOAT, INT, Spec
 
-a, b, c, d = LETTERS = sympy.symbols("a b c d", positive=True, integer=True)
+a, b, c, d = sympy.symbols("a b c d", positive=True, integer=True)
 NUMBERS = {a: 2, b: 3, c: 4, d: 6}
 
 

@@ -81,7 +81,7 @@ def traced(name: str, engine: str) -> None:
 
 
 class Naive:
-    """What a library does that thinks of none of this: forward, cut whatever has B rows, forward and backward."""
+    """The naive way: forward, cut every tensor that has B rows, then forward and backward."""
 
     name = "naive"
 

@@ -1,4 +1,4 @@
-"""What `auto` runs, when, and what it says."""
+"""The engine that `auto` runs, when it changes, and its messages."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_first_step_that_may_pay_is_counted_and_the_next_traced(monkeypatch:
 
 @pytest.mark.usefixtures("counted_first")
 def test_two_passes_need_no_trace_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the shared engine is refused before its first step, nothing is counted for it."""
+    """Count nothing for the shared engine where it is refused before its first step."""
     monkeypatch.setattr("batchtrim.engine.shared.refusal", lambda forward: "refused")
     compiled = torch.compile(zoo.Mlp(8), backend="eager")
     with pytest.warns(EngineFallback, match="two_pass"):

@@ -1,4 +1,4 @@
-"""What is done to a graph around Inductor."""
+"""Changes to a graph before and after Inductor."""
 
 from __future__ import annotations
 

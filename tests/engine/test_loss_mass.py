@@ -19,7 +19,7 @@ from tiers import few
     ("engine", "scale"),
     few(
         itertools.product(["exact", "two_pass", "shared", "auto"], ["kept", "batch"]),
-        [("exact", "kept"), ("exact", "batch"), ("two_pass", "kept"), ("shared", "batch"), ("auto", "kept")],
+        [("exact", "kept"), ("exact", "batch"), ("two_pass", "kept"), ("shared", "batch")],
     ),
 )
 def test_engines_read_k_from_the_selection(engine: str, scale: str) -> None:

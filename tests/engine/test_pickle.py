@@ -18,7 +18,7 @@ from tiers import few
     ("engine", "used"),
     few(
         itertools.product(["exact", "two_pass", "shared", "auto"], [False, True]),
-        [("exact", True), ("two_pass", True), ("shared", True), ("auto", False)],
+        [("exact", True), ("two_pass", True), ("shared", True)],
     ),
 )
 def test_a_step_goes_on_the_same_after_pickle_and_deepcopy(engine: str, used: bool) -> None:

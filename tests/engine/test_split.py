@@ -1,4 +1,4 @@
-"""What the kept rows alone do not give is given by all rows."""
+"""Gradients that the kept rows alone cannot give come from all rows."""
 
 from __future__ import annotations
 

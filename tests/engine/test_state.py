@@ -1,4 +1,4 @@
-"""What a forward changes is noted and put back: buffers, plain attributes, generators of every library."""
+"""State that a forward changes is recorded and restored: buffers, plain attributes, generators of every library."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_a_masked_sample_is_not_seen() -> None:
 
 @pytest.mark.parametrize("engine", ["exact", "two_pass", "shared"])
 def test_a_sample_whose_labels_are_all_ignored_is_not_seen(engine: str) -> None:
-    """What a TrimmedForward leaves had no mask: an ignored sample counted as one that was dropped."""
+    """A TrimmedForward's choice had no mask: an ignored sample counted as dropped."""
     model, log = nn.Linear(3, 4), KeepLog(6, classes=4)
     step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), Trimmer(0.5), engine)
     y = torch.tensor([0, -100, 1, 2, -100, 3])
@@ -267,7 +267,7 @@ def test_a_loss_that_is_not_finite_has_no_variance_in_a_file_either(tmp_path: Pa
 
 
 def test_a_merged_log_counts_an_open_epoch() -> None:
-    """What the later log had not closed was missing from the next line."""
+    """An epoch that the later log had not closed was missing from the next line."""
     one, later = KeepLog(4), KeepLog(4)
     record(one, LOSSES)
     record(later, LOSSES)
@@ -298,7 +298,7 @@ def test_out_of_range(name: str, value: Tensor, message: str) -> None:
 
 
 def test_out_of_range_on_a_device() -> None:
-    """Where looking at once would stall it: packed as there, and found at the end of the epoch."""
+    """Find it at the end of the epoch, where looking at once would stall the device."""
     log = KeepLog(4, classes=3)
     for ids, labels, wrong in (([0, 1, 2, 4], [0, 1, 2, 0], 1), ([0, -1, 2, 3], [0, 1, 3, -1], 2)):
         entries = Entries(

@@ -48,7 +48,6 @@ class Regularised(Plain):
 
 class Manual(Plain):
     automatic_optimization = False
-    optimizers_made = 1
 
     def training_step(self, batch: Any, index: int) -> None:
         x, y = batch
@@ -182,7 +181,7 @@ def test_averaging_weights_lengthens_no_schedule(clock: str, tmp_path: Path) -> 
         ({"max_epochs": 2, "accumulate_grad_batches": 3}, [1.0] * 4 + [0.2] * 4),
     ],
 )
-def test_clocks(options: dict[str, Any], keeps: list[float], tmp_path: Path) -> None:
+def test_keep_follows_epochs_or_steps(options: dict[str, Any], keeps: list[float], tmp_path: Path) -> None:
     module = Module()
     trained(module, TrimmingCallback(), tmp_path, **options)
     assert module.keeps == keeps
@@ -247,7 +246,7 @@ class Recording(Module):
         return loss
 
 
-def test_a_keep_log(tmp_path: Path) -> None:
+def test_a_keep_log_sees_every_sample_once_an_epoch(tmp_path: Path) -> None:
     rows = TensorDataset(*data().tensors, torch.arange(SAMPLES))
     log = batchtrim.KeepLog(SAMPLES)
     trainer(tmp_path, TrimmingCallback(0.5, keep_log=log), max_epochs=2).fit(Recording(), DataLoader(rows, BATCH))

@@ -309,7 +309,7 @@ def test_ids_without_a_log() -> None:
 
 
 class TestEngines:
-    """What a plain call divides by, an engine, a window and several ranks divide by."""
+    """An engine, a window and several ranks divide as a plain call does."""
 
     @pytest.mark.parametrize("engine", ["exact", "two_pass"])
     @pytest.mark.parametrize("scale", ["kept", "batch"])

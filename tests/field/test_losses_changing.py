@@ -134,7 +134,7 @@ class TestACriterionChangedAfterItWasWrapped:
             ("reduction", "sum"),
         ],
     )
-    def test_torchs(self, name: str, value: Any, copied: bool) -> None:
+    def test_torchs_criteria_are_read_at_each_call(self, name: str, value: Any, copied: bool) -> None:
         """Deferred re-weighting (LDAM-DRW) and smoothing that is switched off for the last epochs do this."""
         own = nn.CrossEntropyLoss()
         wrapped = per_sample(own)

@@ -154,7 +154,7 @@ class TestSignatures:
         with pytest.raises(TypeError, match=r"expected the arguments of .*, got 2\..*lambda outputs, targets"):
             per_sample(criterion)(*inputs[:2])
 
-    def test_the_recipe(self) -> None:
+    def test_the_recipe_trains(self) -> None:
         criterion = per_sample(nn.GaussianNLLLoss())
         model = nn.Linear(3, 4)
         step = batchtrim.TrimmedForward(
@@ -209,7 +209,7 @@ class TestSums:
         with pytest.raises(ValueError, match="a sum of terms that count differently"):
             trim.select(losses)
 
-    def test_arithmetic(self) -> None:
+    def test_losses_add_up_and_scale(self) -> None:
         one, two = Losses(torch.tensor([1.0, 2.0])), Losses(torch.tensor([3.0, 5.0]))
         assert (one + two).values.tolist() == [4.0, 7.0]
         assert (two - one).values.tolist() == [2.0, 3.0]
@@ -238,7 +238,7 @@ class TestSums:
 
 
 class TestDivisorsOfTorchs:
-    """What a mean is divided by is the criterion's own, however it is given."""
+    """Divide a mean as the criterion itself does, however it is given."""
 
     @pytest.mark.filterwarnings("ignore:.*NLLLoss2d.*:FutureWarning")
     def test_a_class_of_torchs_that_inherits_its_forward(self) -> None:

@@ -1,4 +1,4 @@
-"""What several ranks can do differently, by real processes over gloo; the cases are in distributed/field_worker.py.
+"""Ranks that differ, as real processes over gloo; the cases are in distributed/field_worker.py.
 
 Each ends in the value of the joined batch or in an error on every rank. Before, most gave each rank a choice of its
 own without a word, left a rank waiting, or aborted the process.

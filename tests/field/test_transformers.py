@@ -120,7 +120,7 @@ def test_a_causal_model_by_whatever_name(kind: str, unit: str, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, at a graph break
-def test_a_compiled_model(tmp_path: Path) -> None:
+def test_a_compiled_model_runs_compiled(tmp_path: Path) -> None:
     """Its loss has a standard form: it runs compiled."""
     model = causal("subclass")
     expected, _ = by_hand(model, data("causal", 5))
@@ -191,7 +191,7 @@ def test_classes_with_one_output(tmp_path: Path) -> None:
         assert first is second
 
 
-def test_segmentation(tmp_path: Path) -> None:
+def test_segmentation_with_labels_larger_than_the_logits(tmp_path: Path) -> None:
     """SegFormer#20: labels larger than the logits, 255 left out."""
     torch.manual_seed(0)
     config = transformers.SegformerConfig(

@@ -1,4 +1,4 @@
-"""What an engine saves for a Hugging Face model: it runs, in the model's own words, and trains as the plain graph."""
+"""Engines under the Hugging Face Trainer: they run, with the model's own outputs, and train as the plain graph."""
 
 from __future__ import annotations
 

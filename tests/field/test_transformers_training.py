@@ -75,7 +75,7 @@ def test_a_compute_loss_of_ones_own_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"over": "window"}, {"engine": "two_pass"}, {"engine": "exact"}])
-def test_a_keep_log(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_keep_log_gets_ids_with_every_batch(options: dict[str, Any], tmp_path: Path) -> None:
     """Ids travel with the batch: past the filter of columns, the collator, a sampler by length, accumulation."""
     rows = [{**row, "text": "not for the model"} for row in data("sequence", 24)]
     log = batchtrim.KeepLog(24)

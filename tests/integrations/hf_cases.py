@@ -48,7 +48,7 @@ def new_model(task: str, dropout: float = 0.0) -> PreTrainedModel:
 
 
 def data(task: str, n: int) -> list[dict[str, Any]]:
-    """Sequences of 4 to 9 tokens padded to 9; padding is no label."""
+    """Return sequences of 4 to 9 tokens padded to 9; padding is no label."""
     draw = torch.Generator().manual_seed(1)
     rows = []
     for _ in range(n):
@@ -71,7 +71,7 @@ def arguments(folder: str, **options: Any) -> TrainingArguments:
 
 
 class Gradient(TrainerCallback):
-    """What the optimizer is about to step on."""
+    """Record the gradient that the optimizer is about to step on."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.value = flat_gradient(model)
@@ -91,7 +91,7 @@ def flat_gradient(model: Any) -> Tensor:
 
 
 def losses_of(model: Any, batch: dict[str, Tensor], task: str, unit: str) -> tuple[Tensor, Tensor]:
-    """The losses of what there is to choose from, (n,), and how many tokens each is the mean of, (n,)."""
+    """Return the losses to choose from, (n,), and how many tokens each is the mean of, (n,)."""
     labels = batch["labels"]
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     if task == "sequence":
@@ -107,7 +107,7 @@ def losses_of(model: Any, batch: dict[str, Tensor], task: str, unit: str) -> tup
 
 
 def expected(model: Any, windows: list[list[dict[str, Tensor]]], task: str, options: dict[str, Any]) -> Tensor:
-    """The loss of one optimizer step; ``windows[rank][micro]`` are batches."""
+    """Return the loss of one optimizer step; ``windows[rank][micro]`` are batches."""
     unit, scope, over = (options.get(name, default) for name, default in DEFAULTS)
     grid = [[torch.stack(losses_of(model, batch, task, unit)) for batch in window] for window in windows]
     if scope == "global":  # ranks side by side are one batch
@@ -123,7 +123,7 @@ DEFAULTS = (("unit", "sample"), ("scope", "local"), ("over", "micro"))
 
 
 def _weighted(grid: list[list[Tensor]], options: dict[str, Any]) -> Tensor:
-    """The mean over the tokens of what is kept, each part by its share of all tokens."""
+    """Return the mean over the kept tokens, each part weighted by its share of all tokens."""
     total = sum(counts.sum() for row in grid for _, counts in row)
     loss = torch.zeros(())
     for losses, counts in itertools.chain(*grid):
@@ -134,7 +134,7 @@ def _weighted(grid: list[list[Tensor]], options: dict[str, Any]) -> Tensor:
 
 
 def check(task: str, accumulation: int, folder: str, **options: Any) -> None:
-    """One optimizer step of the trainer against the hand-computed gradient and loss."""
+    """Compare one optimizer step of the trainer with the gradient and loss worked out by hand."""
     torch.manual_seed(1)
     gradient = Gradient()
     trainer = Recording(

@@ -74,7 +74,7 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def test_log() -> None:
+def test_log_writes_the_statistics_to_the_trackers() -> None:
     tracker = Memory()
     accelerator = Accelerator(cpu=True, log_with=tracker)
     accelerator.init_trackers("test")

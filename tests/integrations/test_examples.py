@@ -55,8 +55,12 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
-# by default test_docs.py runs the same calls in docs/engines.md as 11_engine
-@pytest.mark.parametrize("name", few(RUNS, set(RUNS) - {"11_engine"}))
+# By default other tests run the same code: those of the Hugging Face trainer that of 06 and 07, test_compile.py that of
+# 09, test_docs.py, with docs/engines.md, that of 11, and the table of methods, with two_sided, that of 12.
+SLOW = {"06_huggingface_classification", "07_causal_lm_tokens", "09_compile", "11_engine", "12_noise_robust"}
+
+
+@pytest.mark.parametrize("name", few(RUNS, set(RUNS) - SLOW))
 def test_example_learns(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,7 @@ def test_every_trainer_has_its_section_and_diff() -> None:
 
 
 @pytest.mark.parametrize(("section", "example", "lines"), diffs(), ids=[example for _, example, _ in diffs()])
-def test_diff(section: str, example: str, lines: list[str]) -> None:
+def test_each_diff_leads_to_its_example(section: str, example: str, lines: list[str]) -> None:
     assert all(not line or line[0] in "+- " for line in lines)
     added, removed = ([line[1:] for line in lines if line.startswith(sign)] for sign in "+-")
     assert 1 <= len(added) <= 4, "lines to change"

@@ -69,7 +69,9 @@ def by_hand(keeps: list[float], accumulation: int = 1, parts: int = 1, bf16: boo
         ({"max_epochs": 1}, None, [1.0] * 4),
     ],
 )
-def test_clock_and_weights(options: dict[str, Any], clock: str | None, keeps: list[float], tmp_path: Path) -> None:
+def test_keep_and_weights_follow_the_clock(
+    options: dict[str, Any], clock: str | None, keeps: list[float], tmp_path: Path
+) -> None:
     module = Module()
     trainer(tmp_path, TrimmingCallback(clock=clock), **options).fit(module, loader())
     assert module.keeps == keeps
@@ -84,7 +86,7 @@ def test_engine_in_the_training_step(engine: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_bf16(precision: Any, tmp_path: Path) -> None:
+def test_trains_in_bf16(precision: Any, tmp_path: Path) -> None:
     module = Module()
     callback = TrimmingCallback(0.25)
     fit = trainer(tmp_path, callback, max_epochs=1, precision=precision)
@@ -111,7 +113,7 @@ def test_a_window_by_manual_optimization(tmp_path: Path) -> None:
     assert_same(module.model, by_hand([1.0, 0.733333, 0.466667, 0.2]), exactly=False)
 
 
-def test_logs(tmp_path: Path) -> None:
+def test_logs_are_of_the_batches_since_the_last_line(tmp_path: Path) -> None:
     """Two batches a line: the numbers of these two, and of nothing else."""
     logger = CSVLogger(tmp_path)
     module = Module()

@@ -81,7 +81,7 @@ class Watch(TrainerCallback):
     ],
 )
 @pytest.mark.parametrize("over", ["micro", "window"])
-def test_clock(options: dict[str, Any], expected: list[float], over: str, tmp_path: Path) -> None:
+def test_keep_follows_the_clock(options: dict[str, Any], expected: list[float], over: str, tmp_path: Path) -> None:
     watch = Watch()
     args = arguments(str(tmp_path), **options)
     watch.trainer = TrimmedTrainer(
@@ -91,7 +91,7 @@ def test_clock(options: dict[str, Any], expected: list[float], over: str, tmp_pa
     assert watch.keeps == expected
 
 
-def test_logs(tmp_path: Path) -> None:
+def test_logs_are_of_the_kept_and_of_all_samples(tmp_path: Path) -> None:
     trainer = Recording(
         model=new_model("sequence"), args=arguments(str(tmp_path)), train_dataset=data("sequence", 5), keep=0.4
     )
@@ -168,7 +168,7 @@ def test_a_window_without_labels_changes_nothing(tmp_path: Path) -> None:
             assert torch.equal(trainer.model.state_dict()[name], tensor), name  # type: ignore[union-attr]
 
 
-def test_bf16(tmp_path: Path) -> None:
+def test_scores_and_trains_in_bf16(tmp_path: Path) -> None:
     """Autocast in the scoring pass as in training: near the gradient in fp32, at accumulation 2."""
     found = []
     for bf16 in (False, True):
@@ -236,7 +236,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         Counting()({"input_ids": [0.0, 0.0]})
 
 
-def test_counting() -> None:
+def test_counts_the_labels_that_are_not_ignored() -> None:
     labels = torch.tensor([0, -100, 2, 1])
     assert Counting(-100)({"labels": labels}) == 3
     assert Counting()({"labels": labels}) == 4

@@ -34,7 +34,7 @@ def batchtrim(*words: str) -> Result:
 
 
 def mistake(*words: str) -> str:
-    """What is said on standard error about a wrong command; it must be short and end with code 2."""
+    """Return the message of a wrong command on standard error; it must be short and end with code 2."""
     done = batchtrim(*words)
     assert done.exit_code == 2, done.output
     assert "Traceback" not in done.stderr

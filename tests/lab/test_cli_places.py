@@ -1,4 +1,4 @@
-"""Where a command's runs go and come from, as a person types it."""
+"""Folders and tables that commands read and write, as a person types them."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ class WithoutText(Exception):
 
 @pytest.mark.parametrize("error", [OwnBase("mine"), asyncio.CancelledError(), GeneratorExit(), WithoutText()])
 def test_whatever_a_task_raises_fails_its_run_alone(error: BaseException, capfd: pytest.CaptureFixture[str]) -> None:
-    """What is no Exception ended the comparison; one without a text hid the lines it came from."""
+    """A BaseException ended the comparison; an error without a text hid the lines it came from."""
 
     def train(run: Run) -> dict[str, float]:
         if run.method == "trim":

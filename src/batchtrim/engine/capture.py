@@ -1,8 +1,8 @@
 """Capture a function as graphs, and run them. Only this file and ``inductor.py`` use torch's private parts.
 
 ``torch.compile``'s front end traces model and loss together, with guards that trace anew when something in Python
-changes; AOTAutograd makes one joint graph of forward and backward of it. :class:`Capture` gives that graph to a planner
-and runs what the planner makes of it. Where a torch release does not fit, :func:`unfit` says so and no engine uses it.
+changes. AOTAutograd turns that into one joint graph of forward and backward. :class:`Capture` gives the joint graph to
+a planner and runs the graphs that the planner returns. :func:`unfit` says which torch releases cannot be used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-_OLDEST = TorchVersion("2.8")  # that the tests of the engine have passed with
+_OLDEST = TorchVersion("2.8")  # the oldest release that the engine's tests have passed with
 _numbers = itertools.count()
 
 
@@ -65,7 +65,7 @@ class Planner(Protocol):
 
 
 def unfit() -> str | None:
-    """Return why this torch release cannot be used for capture, or None."""
+    """Return the reason why this torch release cannot be used for capture, or None."""
     if torch.__version__ < _OLDEST:
         return f"capture needs torch {_OLDEST} or newer, and this is torch {torch.__version__}"
     try:
@@ -97,14 +97,14 @@ class Capture:
 
     Args:
         function: what to capture. make_planner: called once for every trace.
-        limit: how many traces are made before it is given up.
+        limit: the most traces to make before giving up.
         compiler: what will compile the graphs. They are then made of smaller operators.
 
     Raises:
-        CannotCapture: on call, before anything of the function ran.
+        CannotCapture: on call, before any part of the function ran.
     """
 
-    traced = False  # whether any was, in this process
+    traced = False  # True once a trace was made in this process
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Capture:
         limit: int = 8,
         compiler: Inductor | None = None,
     ) -> None:
-        # traces are cached by code object, and what is known of sizes by its name: each capture has its own
+        # torch caches traces by code object, and facts on sizes by its name: each capture has its own
         name = f"{function.__name__}_{next(_numbers)}"
         code = function.__code__.replace(co_name=name, co_qualname=name)
         own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
@@ -133,10 +133,10 @@ class Capture:
                 return self._compiled(*args)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # but one of the model itself, once its graph runs, is the caller's
+            except Exception as error:  # an error of the model itself, once its graph runs, is the caller's
                 if self.running:
                     raise
-                reason = _reason(error)  # the error holds the model's frames: not to be kept
+                reason = _reason(error)  # do not keep the error: it holds the model's frames
         raise CannotCapture(reason)
 
     def _backend(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -205,7 +205,7 @@ def _settings(limit: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
-    """Leave calls of these functions of ``logging.Logger`` out of traces, which they would end."""
+    """Leave calls of these functions of ``logging.Logger`` out of traces: they would break the graph."""
     import torch._dynamo.config as dynamo
 
     names = ("ignore_logging_functions", "ignore_logger_methods")  # a release has the second name, or both
@@ -245,7 +245,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def keeps_graph() -> bool:
-    """True if the backward that is running will leave its graph for another."""
+    """True if the backward in progress keeps its graph for another one."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -260,9 +260,9 @@ def graph_copy(graph: fx.GraphModule) -> fx.Graph:
 
 
 def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
-    """Return a graph as a function of a list of inputs, which it empties so that each is freed once used.
+    """Return a graph as a function of a list of inputs, which it empties so that each is freed after its last use.
 
-    A view becomes a reshape: on kept rows a value may lie in memory in another order than the one that was traced.
+    Views become reshapes: on kept rows a value may have another memory layout than the traced one.
     """
     own = graph_copy(graph)
     for node in own.find_nodes(op="call_function", target=torch.ops.aten.view.default):
@@ -272,7 +272,7 @@ def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
 
 
 def _take_from_list(graph: fx.Graph) -> None:
-    """Make one input of all: a list, of which each is taken when it is due."""
+    """Replace all inputs by one list, from which each is taken when it is needed."""
     inputs = list(graph.find_nodes(op="placeholder"))
     with graph.inserting_before():
         args = graph.placeholder("args")
@@ -288,7 +288,7 @@ def _take(args: list[Any], at: int) -> Any:
 
 
 def any_strides(graph: fx.GraphModule) -> bool:
-    """Make a graph right for inputs that lie in memory otherwise than when it was traced; False where it cannot be."""
+    """Make a graph correct for inputs of other strides than the traced ones; return False if that is impossible."""
     views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target in views:
@@ -309,7 +309,7 @@ def pin(node: fx.Node) -> None:
 def decomposed(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any], known: Callable[[Tensor], Any], inner: Callable[..., Any]
 ) -> list[Any] | None:
-    """Run what an operator is made of on tensors without data; None where it is not made of others.
+    """Run an operator's decomposition on tensors without data; return None if it has no decomposition.
 
     Args:
         known: what is known of each tensor among the arguments.
@@ -339,9 +339,9 @@ def decomposed(
 
 
 def zeros_at_zero(func: Any, args: dict[str, Any], zeros: Mapping[str, tuple[Sequence[int], Any]]) -> list[bool]:
-    """Return which outputs of an operator are zero where all its operands are; none where that cannot be told.
+    """Return which outputs of an operator are zero if all its operands are; none if that cannot be decided.
 
-    It is run, so that each of its numbers counts: ``relu(0)`` is zero, ``clamp_min(0, 0.1)`` is not.
+    The operator is run, so that its numbers count: ``relu(0)`` is zero, ``clamp_min(0, 0.1)`` is not.
 
     Args:
         args: by name. zeros: names of operands, their sizes and types.
@@ -361,7 +361,7 @@ def zeros_at_zero(func: Any, args: dict[str, Any], zeros: Mapping[str, tuple[Seq
 
 
 class _Facts(TorchDispatchMode):
-    """Notes what is known of every tensor that operators inside it make."""
+    """Record the facts known of every tensor that operators inside it produce."""
 
     def __init__(self, known: Callable[[Tensor], Any], inner: Callable[..., Any]) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """A trace that runs compiled: its forward, and one backward that cuts to the kept rows and runs on them.
 
-Backward takes the rows where it reads them, so the compiler fuses that with what follows, and a tensor that is read
-once is not copied. Both are compiled when they first run, for every batch size and every k.
+Backward takes the rows where it reads them, so the compiler fuses the cut with the operators that follow, and a tensor
+that is read once is not copied. Both are compiled when they first run, for every batch size and every k.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["CompiledStep", "Runs"]
 
 
-# Inductor assumes of a size, where that makes better code, on which side of a bound it lies: k of 4096, say. What does
-# not fit is compiled once more, this often.
+# Where it makes better code, Inductor assumes on which side of a bound a size lies (k below 4096, say). For sizes that
+# do not fit, the backward is compiled again, at most this often.
 _BACKWARDS = 3
 
 
@@ -51,17 +51,17 @@ class Runs:
 
 @dataclass
 class _Backward:
-    """A compiled backward, and what it is given: places of the backward's inputs, whole or cut already."""
+    """A compiled backward and its arguments: places of the backward's inputs, whole or already cut."""
 
     compiled: Compiled
     given: list[tuple[int, bool]]
 
 
 class CompiledStep:
-    """Runs one trace compiled, as long as that goes.
+    """Run one trace compiled, as long as it compiles.
 
     Attributes:
-        failed: why it is not compiled, or None.
+        failed: the reason why it is not compiled, or None.
     """
 
     def __init__(self, step: SlicedStep, compiler: Inductor) -> None:
@@ -73,7 +73,7 @@ class CompiledStep:
         self._backwards: dict[bool, list[_Backward]] = {False: [], True: []}
 
     def forward(self, args: list[Any]) -> Any:
-        """Run the forward; None where it is to run operator by operator."""
+        """Run the forward; return None if it must run operator by operator."""
         if self._forward is None:
             self._try(self._compile_forward)
         if self.failed is not None or self._forward is None or not self._forward.fits(args):
@@ -81,7 +81,7 @@ class CompiledStep:
         return self._forward.run(args)
 
     def backward(self, args: list[Any], tape: Tape, keep: bool) -> list[Any] | None:
-        """Run the backward of what was chosen; None where it is to run operator by operator."""
+        """Run the backward of the kept rows; return None if it must run operator by operator."""
         known = self._backwards[tape.approximate]
         found = self._fitting(known, args, tape)
         if found is None and len(known) < _BACKWARDS:
@@ -97,7 +97,7 @@ class CompiledStep:
         return list(run(inputs))
 
     def _fitting(self, known: list[_Backward], args: list[Any], tape: Tape) -> tuple[Callable[..., Any], Any] | None:
-        """Return the first compiled backward that is right for the current sizes, and its inputs."""
+        """Return the first compiled backward that fits the current sizes, and its inputs."""
         chosen = tape.chosen
         assert chosen is not None
         whole = {**dict(enumerate(args)), **tape.saved}
@@ -182,14 +182,14 @@ class CompiledStep:
 
 
 class _Rows:
-    """The kept rows of a tensor, not taken yet."""
+    """The kept rows of a tensor, not yet taken."""
 
     def __init__(self, tensor: Tensor, layout: Rows, kept: KeptRows) -> None:
         self.taken = lambda: gather(tensor, layout, kept)
 
 
 class _Late(fx.Interpreter):
-    """Runs a graph and takes rows where they are first read: all at first, they would go cold, and fill memory."""
+    """Run a graph, and take rows where they are first read: earlier, they would leave the cache and fill memory."""
 
     def run_list(self, args: list[Any]) -> Any:
         return self.run(*args)

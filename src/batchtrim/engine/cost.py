@@ -32,7 +32,7 @@ class Machine:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """Return rough numbers of a device; for a CPU, by the number of threads in use."""
+    """Return rough numbers for a device; for a CPU, by the number of threads in use."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return Machine(4e10 * threads, 6e9 * min(threads, 4), 6e-6)
@@ -43,7 +43,7 @@ def machine_of(device: torch.device) -> Machine:
 class Cost:
     """Seconds of a plain step's forward, of backward's upper and lower part, and of cutting, on all rows.
 
-    :meth:`ratio` is what a step costs that keeps the fraction q, over a plain one:
+    :meth:`ratio` is the cost of a step that keeps the fraction q, over that of a plain one:
     ``(forward + q * upper + lower + (1 + q) * cutting + overhead) / (forward + upper + lower)``.
     """
 
@@ -77,7 +77,7 @@ def hinted_size(tensor: Any) -> int:
 
 
 def _shape(tensor: Any) -> list[int]:
-    # a size that the values decide (of nonzero) has no hint, and counts as one row
+    # a size that depends on values (of nonzero) has no hint, and counts as one row
     return [int(size.node.hint or 1) if isinstance(size, torch.SymInt) else size for size in tensor.shape]
 
 
@@ -133,15 +133,15 @@ def cost_of(node: fx.Node, machine: Machine) -> float:
 # Seconds of a trace, and of each operator in it, those that move no memory included: fitted to nine models, from an MLP
 # of 30 operators (0.5 s) to a BERT of 315 (4.9 s), all within a third. The first one in a process imports more.
 _TRACE, _TRACE_OPERATOR, _FIRST = 0.5, 0.0145, 0.9
-# Cutting, over what the forward's outputs take to be written: fitted to networks of 46 to 500 ms a step.
+# The time of cutting, over that of writing the forward's outputs: fitted to networks of 46 to 500 ms a step.
 _CUTTING_OVER_WRITING = 0.83
-# A trace is to be paid back within so many steps, up to what a step may be slower than a plain one.
+# The steps within which a trace must be paid back, and how much slower than plain training they may be.
 _PAID_WITHIN, _ALLOWED = 100, 0.02
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of a plain step, of tracing it, and of cutting, as far as one can tell before it is traced."""
+    """Seconds of a plain step, of tracing it, and of cutting, estimated before it is traced."""
 
     step: float
     trace: float
@@ -150,16 +150,16 @@ class Forecast:
     def pays(self, q: float) -> bool:
         """True if 100 steps that keep q each, and the trace, take at most 2 % more than plain steps.
 
-        A step of the trace is taken for ``(1 + 2q) / 3`` of a plain one and the cutting of all rows and of the kept.
+        A traced step is assumed to cost ``(1 + 2q) / 3`` of a plain one, plus the cutting of all rows and of the kept.
         """
         saved = self.step * (1 + _ALLOWED - (1 + 2 * q) / 3) - (1 + q) * self.cutting
         return _PAID_WITHIN * saved >= self.trace
 
 
 class OperatorCount(TorchDispatchMode):
-    """Counts the operators of a forward that run under it, and what they cost; changes nothing.
+    """Count the operators of a forward, and their cost; change nothing.
 
-    As a context manager around a forward with a graph.
+    Use it as a context manager around a forward with a graph.
     """
 
     supports_higher_order_operators = True
@@ -184,9 +184,10 @@ class OperatorCount(TorchDispatchMode):
         return output
 
     def forecast(self, *, first: bool) -> Forecast:
-        """Return what a step and its trace take, given the forward that was counted; is it the process's first?
+        """Return the time of a step and of its trace, from the counted forward; ``first``: of this process.
 
-        A step is three forwards, on a machine that may be three times as fast as the numbers here: what was counted.
+        A step takes three forwards, and the machine may be three times as fast as assumed here, so a step is taken for
+        the forward as counted.
         """
         trace = _TRACE + _TRACE_OPERATOR * self.operators + (_FIRST if first else 0.0)
         return Forecast(self.seconds, trace, _CUTTING_OVER_WRITING * self.writing)

@@ -23,7 +23,7 @@ class KeptRows:
         rows: int64 (k,), in rising order; of tokens, their places in the losses of shape (batch, tokens).
         batch: how many samples there are.
         tokens: how many tokens each has losses for, where tokens are rows.
-        lost: how many tokens at the end of each sample have none.
+        lost: how many tokens at the end of each sample have no loss.
     """
 
     rows: Tensor
@@ -42,10 +42,10 @@ class KeptRows:
 
 
 def can_be_cut(layout: Rows, symbols: int) -> bool:
-    """True if rows that lie so can be taken and put back.
+    """True if rows in this layout can be taken and put back.
 
-    Samples can in any layout with one factor that is a number. Tokens can where samples and tokens are dimensions of
-    their own, or one dimension of both, sample by sample; or where all tokens of a sample hold the same.
+    Samples can, in any layout with one factor that is a number. Tokens can, if samples and tokens are dimensions of
+    their own, or one dimension, sample by sample; or if all tokens of a sample hold the same.
     """
     if symbols == 1:
         (axis,) = layout.axes
@@ -68,11 +68,11 @@ def put_back(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
     return _put_samples(value, layout, kept) if kept.tokens is None else _put_tokens(value, layout, kept)
 
 
-# --- the same, to be compiled: nothing is written in place, and memory lies as the compiler likes ---------------------
+# --- the same, to be compiled: nothing is written in place, and the compiler picks the memory layout ------------------
 
 
 def gather(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
-    """Return the kept rows of a tensor, by operators that fuse with those that read them."""
+    """Return the kept rows of a tensor, through operators that fuse with their readers."""
     sample = layout.axes[0]
     assert sample is not None
     if kept.tokens is None:
@@ -118,7 +118,7 @@ def spread(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
 
 
 def _take(tensor: Tensor, at: dict[int, Tensor]) -> Tensor:
-    """Index without a check of bounds: rows were chosen among those that there are."""
+    """Index without a check of bounds: the rows are known to exist."""
     return torch.ops.aten._unsafe_index(tensor, [at.get(d) for d in range(max(at) + 1)])
 
 

@@ -27,7 +27,7 @@ class Mixes(Exception):
 class Axis:
     """The place of one row symbol: dimension ``dim``, between factors ``outer`` and ``inner``.
 
-    ``outer`` is None where every row holds the same, so that any order of factors is right. ``lost`` counts the
+    ``outer`` is None if every row holds the same, so that any order of factors is right. ``lost`` counts the
     rows that a slice has taken off the end.
     """
 
@@ -47,7 +47,7 @@ class Rows:
 
     Attributes:
         vanish: rows that are not kept are zero.
-        iota: entry b is b: the row's own number, good for indexing rows by themselves and for nothing else.
+        iota: entry b is b, the row's own number; it may only index rows by themselves.
     """
 
     axes: tuple[Axis | None, ...]
@@ -73,7 +73,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Broken:
-    """A value that kept rows alone cannot give."""
+    """A value that cannot be computed from the kept rows alone."""
 
     reason: str
 

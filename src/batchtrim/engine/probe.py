@@ -1,6 +1,6 @@
 """Check on a few rows, by their losses, gradients and NaN, that samples do not depend on one another.
 
-This is no proof, which takes the graph. It is for the engine that runs models of which no graph was captured.
+This is not a proof, which needs the graph. It serves the engine that runs models without a captured graph.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from batchtrim.errors import EngineRefused
 
 __all__ = ["Probe", "Tolerance"]
 
-ROWS = 8  # of which every second is left out
-# How far the same loss may lie apart between two batch sizes, relative to itself or to the batch's mean loss. Kernels
+ROWS = 8  # of which every second is then run alone
+# How far the same loss may differ between two batch sizes, relative to itself or to the batch's mean loss. Kernels
 # sum in another order for another batch size: 1e-7 to 3e-6 over 150 architectures in float32, about eps in the others.
-# What is wrong is off by 1e-3 and more, or by nothing (a gate that is zero), which the gradient and NaN show.
+# A wrong loss is off by 1e-3 or more, or not at all (a gate that is zero); the gradient and NaN show the latter.
 _APART = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Dropout drawn anew in front of a head with small weights moves a loss by 1e-5: where numbers were drawn the samples'
 # losses have to be the same but for rounding.
@@ -41,15 +41,15 @@ class Tolerance:
     def compare(
         self, losses: Tensor, scored: Tensor, rows: Tensor, moment: Moment, where: str = "kept", drawn: bool = False
     ) -> None:
-        """Refuse unless ``losses`` (k,) are ``scored[rows]``: more closely where random numbers were ``drawn``.
+        """Refuse unless ``losses`` (k,) equal ``scored[rows]``; to a closer tolerance if random numbers were ``drawn``.
 
         Raises:
-            EngineRefused: with the sample that is furthest off.
+            EngineRefused: names the sample that is furthest off.
         """
         expected = scored.index_select(0, rows)
         scale = scored.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()
         for dtype in (self._dtype(losses), None):
-            if dtype is None:  # in doubt: is some of it computed with fewer digits than one sees from outside?
+            if dtype is None:  # in doubt: does the model compute in a less precise dtype than is visible from outside?
                 dtype = self._look_inside(moment, len(scored))
             apart = _APART[dtype] * (_DRAWN_APART if drawn else 1.0)
             near = (losses - expected).abs() <= apart * (expected.abs() + scale)
@@ -64,7 +64,7 @@ class Tolerance:
     def compare_gradients(
         self, ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], names: list[str]
     ) -> None:
-        """Refuse unless each parameter's gradient is the same in both."""
+        """Refuse unless each parameter has the same gradient in both."""
         pairs = [
             (name, a.to_dense() if a.is_sparse else a, b.to_dense() if b.is_sparse else b)
             for name, a, b in zip(names, *map(_filled, (ours, theirs), (theirs, ours)), strict=True)
@@ -104,7 +104,7 @@ class Tolerance:
         try:
             with _restored(moment), without_graph():
                 self.forward(*self.forward.rows(moment.x, moment.y, rows, batch), model=self.forward.inner)
-        except Exception:  # what it is, is told by whoever runs it next
+        except Exception:  # whoever runs the model next reports this error
             return torch.float32
         finally:
             hook.remove()
@@ -118,12 +118,12 @@ def _filled(own: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> lis
 
 
 class Probe:
-    """Looks for samples that depend on one another, in steps 1, 2, 4, 8, ... of an engine.
+    """Look for samples that depend on one another, in steps 1, 2, 4, 8, ... of an engine.
 
     Eight rows go through the model, then every second of them alone. The losses of these must be the same; so must
     each parameter's gradient, which shows an interaction behind a weight that is zero, a hook that looks at the batch,
     a gradient that counts the batch; and so must the losses where every float of the rows between is NaN. A model with
-    dropout or BatchNorm is asked in evaluation mode; in training mode NaN alone can tell, and BatchNorm is left out.
+    dropout or BatchNorm is checked in evaluation mode; in training mode only by NaN, without its BatchNorm.
     """
 
     def __init__(self, forward: Forward, tolerance: Tolerance) -> None:
@@ -132,7 +132,7 @@ class Probe:
         self.calls = 0
 
     def __call__(self, before: Moment, batch: int, scored: Tensor | None, *, redrawn: bool) -> None:
-        """Look if it is time to; then restore everything to ``before``.
+        """Check if a check is due; then restore everything to ``before``.
 
         Args:
             before: the state before the first pass, and the batch as it was.

@@ -1,9 +1,9 @@
 """Prove from a graph which of its operators give the same on the kept rows as on all rows.
 
 There are two walks. :func:`label` follows rows through the forward part of a joint graph and notes in every node where
-they lie. :func:`prove` walks the backward graph, the one that runs on kept rows, and tells for every node whether it
-may. A label of the forward need not be right for the proof to hold: saved tensors are cut along their labels, whatever
-they are, and every operator of the backward must then agree with them. So the forward may mix rows where no gradient
+they lie. :func:`prove` walks the backward graph, which is to run on kept rows, and decides for every node whether it
+may. The proof holds even if a label of the forward is wrong: saved tensors are cut along their labels, whatever they
+are, and every operator of the backward must then agree with them. So the forward may mix rows where no gradient
 follows.
 """
 
@@ -83,7 +83,7 @@ def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts:
 
     found = decomposed(call.func, args, kwargs, layouts, inner)
     if found is None:
-        return apply_rule(call)  # which tells what is wrong
+        return apply_rule(call)  # it raises the error
     return [
         Whole() if output is None else Broken("no rule tells what it does with rows") if layout is None else layout
         for layout, output in zip(found, call.outputs, strict=True)
@@ -103,7 +103,7 @@ class _Walk:
         return Whole() if not found else found[0]
 
     def lacks(self, layouts: Sequence[Layout]) -> bool:
-        """True if one of the layouts has fewer tokens than there are losses: a kept one may be missing."""
+        """True if a layout has fewer tokens than there are losses: a kept token may be missing."""
         axes = [axis for each in layouts if isinstance(each, Rows) for axis in each.axes[1:] if axis is not None]
         return any(axis.lost > self.lost for axis in axes)
 
@@ -156,7 +156,7 @@ def label(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...], skip: set[fx.Node]
         graph: a joint graph; ``skip`` holds its nodes that belong to backward.
 
     Returns:
-        The nodes that kept rows alone cannot compute again, each with its reason: backward must find them saved.
+        The nodes that cannot be recomputed from the kept rows alone, each with its reason: they must be saved.
     """
     walk = _Walk(symbols)
     pinned: dict[fx.Node, str] = {}
@@ -185,7 +185,7 @@ def label(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...], skip: set[fx.Node]
 
 
 def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -> Layout:
-    """Return a layout where no rule gives one: an operand's of the same shape, or the only dimension it can be."""
+    """Return a layout if no rule gives one: that of an operand of the same shape, or the only possible dimension."""
     if not isinstance(value, Tensor):
         return Whole()
     shape = _shape(value)
@@ -220,7 +220,7 @@ class NodeProof:
         gradient: whether it depends on the losses' gradient.
         layouts: of its outputs, on the kept rows.
         whole: whether it has to run on all rows.
-        reason: why, where the node itself is the first on its way.
+        reason: why, if the node itself is the first on its path.
     """
 
     gradient: bool
@@ -308,7 +308,7 @@ def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> N
 
 
 def _fresh(node: fx.Node) -> bool:
-    """True if an operator takes nothing but the shape of its operand."""
+    """True if an operator reads nothing but the shape of its operand."""
     name = name_of(node.target)
     return name.startswith("new_") or name in ("zeros_like", "ones_like", "empty_like", "full_like")
 

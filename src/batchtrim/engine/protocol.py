@@ -16,7 +16,7 @@ class Engine(Protocol):
     """One way to compute a trimmed step.
 
     Attributes:
-        name: what it is asked for by.
+        name: as given to :class:`batchtrim.TrimmedForward`.
         repeats_forward: True if a step whose selection is given runs the forward of the whole batch; False if it runs
             the kept rows alone and leaves buffers and generators as an earlier pass left them.
     """
@@ -30,7 +30,7 @@ class Engine(Protocol):
         """Run one step; ``selection`` is given if the choice is already made.
 
         Raises:
-            EngineRefused: the model cannot be run so. Everything is as before the call.
+            EngineRefused: the engine cannot run the model. Everything is as before the call.
         """
         ...
 
@@ -38,7 +38,7 @@ class Engine(Protocol):
         """Return the loss, with a graph, of rows that were chosen before.
 
         Args:
-            first: where the forward is not repeated: the state before the pass that scored, and its losses.
+            first: if the forward is not repeated, the state before the scoring pass, and its losses.
         """
         ...
 

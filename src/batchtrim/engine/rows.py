@@ -1,4 +1,4 @@
-"""Walk through a batch: map its tensors, copy it, and cut it to some of its rows, or refuse what has none to cut."""
+"""Walk through a batch: map its tensors, copy it, cut it to some of its rows, or refuse what cannot be cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchtrim.errors import EngineRefused
 
 __all__ = ["RowCutter", "copied", "map_tensors", "restore_values", "tensors_of"]
 
-# What may travel with a batch and belongs to no row of it. A list of labels is told apart before its items are seen.
+# Values in a batch that belong to no row. A list of labels is recognised before its items are seen.
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), slice, enum.Enum, torch.dtype, torch.device)
 
 
@@ -35,7 +35,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def copied(value: Any) -> Any:
-    """Return a batch with copies of its tensors; what was one tensor in two places is one again."""
+    """Return a batch with copies of its tensors; a tensor that occurs twice is copied once."""
     copies: dict[int, Tensor] = {}
     return map_tensors(lambda tensor: copies.setdefault(id(tensor), tensor.clone()), value)
 
@@ -50,10 +50,10 @@ def restore_values(value: Any, copy_of_it: Any) -> None:
 
 @dataclasses.dataclass
 class RowCutter:
-    """Cuts batches to some of their rows.
+    """Cut batches to some of their rows.
 
-    A tensor holds the batch where its batch dimension is as long as the batch. One that was of another length in any
-    batch before never holds it: a constant of shape (C,) stays whole in a last batch of C samples.
+    A tensor holds the batch if its batch dimension is as long as the batch. One that had another length in any earlier
+    batch never holds it: a constant of shape (C,) stays whole in a last batch of C samples.
 
     Attributes:
         batch_dim: the dimension of the tensors in ``x`` that holds the batch; in ``y`` it is the first.
@@ -64,14 +64,14 @@ class RowCutter:
     whole: set[str] = dataclasses.field(default_factory=set)
 
     def __call__(self, x: Any, y: Any, rows: Tensor, batch: int, poisoned: Tensor | None = None) -> tuple[Any, Any]:
-        """Return copies of the given rows of inputs and targets; what does not hold the batch stays whole.
+        """Return copies of the given rows of inputs and targets; tensors that do not hold the batch stay whole.
 
         Args:
             rows: int64 (k,). batch: how many rows there are.
-            poisoned: bool (k,), rows of which every floating-point number is to be NaN.
+            poisoned: bool (k,), rows whose floating-point numbers are all set to NaN.
 
         Raises:
-            EngineRefused: something in the batch has rows that cannot be told or taken.
+            EngineRefused: something in the batch has rows that cannot be identified or taken.
         """
         cut: dict[tuple[int, int], Tensor] = {}
 

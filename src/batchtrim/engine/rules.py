@@ -102,7 +102,7 @@ def apply_rule(call: Call) -> list[Layout]:
     """Return the layouts of a call's outputs.
 
     Raises:
-        Mixes: it mixes rows, or no rule tells that it does not.
+        Mixes: it mixes rows, or no rule shows that it does not.
     """
     for value in call.values:
         if isinstance(value.layout, Broken):
@@ -129,12 +129,12 @@ def apply_rule(call: Call) -> list[Layout]:
 
 
 def alike(layout: Layout) -> bool:
-    """True if rows hold the same, and nothing else tells where they lie."""
+    """True if all rows hold the same, so that nothing else tells where they lie."""
     return isinstance(layout, Rows) and any(axis is not None and axis.outer is None for axis in layout.axes)
 
 
 def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbol]) -> Layout:
-    """Return the layout, checked against the shape: a rule that is wrong here is refused."""
+    """Return the layout after checking it against the shape: a rule that is wrong here is refused."""
     if output is None:
         return Whole()
     axes = layout.axes if isinstance(layout, Rows) else (None,) * len(symbols)
@@ -177,7 +177,7 @@ def holds(size: Any, symbols: Sequence[sympy.Symbol]) -> bool:
 
 
 def _no_count_as_number(call: Call) -> None:
-    """Refuse the number of rows wherever it is not the size of something: on the kept rows it is another number."""
+    """Refuse the number of rows as a number rather than a size: on the kept rows it is another number."""
     name = name_of(call.func)
     for argument in call.func._schema.arguments:
         value = call.args.get(argument.name)
@@ -197,7 +197,7 @@ _WITH_STRIDES = ("empty_strided", "new_empty_strided", "as_strided", "_reshape_a
 
 
 def _no_own_numbers(call: Call) -> None:
-    """Refuse the rows' own numbers, which the kept rows have not, to all but what copies them or indexes by them."""
+    """Refuse the rows' own numbers, which differ on kept rows, to all operators that do not copy or index by them."""
     name = name_of(call.func)
     if name in _COPIES or name in ("slice", "select"):
         return
@@ -220,7 +220,7 @@ _PRODUCTS = {"mul", "logical_and", "bitwise_and"}
 _ZERO_WHERE_FIRST_IS = {
     "div", "pow", "native_dropout_backward", "threshold_backward", "fmod", "remainder", "_prelu_kernel",
 }  # fmt: skip
-# where a result is to lie, which does not change what it is
+# where a result is stored, which does not change its values
 _PLACES = ("device", "layout", "pin_memory", "memory_format")
 # no Tag.pointwise in every release
 _POINTWISE = (
@@ -320,7 +320,7 @@ def _vanishes(call: Call, name: str) -> bool:
 
 
 def zero_outputs(call: Call) -> list[bool]:
-    """Return which outputs vanish since every operand does; none where that cannot be told. Few entries tell it."""
+    """Return which outputs vanish because every operand does; none if that cannot be decided. A few entries show it."""
     if not all(value.zero for value in call.values) or torch.Tag.nondeterministic_seeded in call.func.tags:
         return []
     zeros = {

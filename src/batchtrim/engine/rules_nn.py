@@ -103,7 +103,7 @@ BATCH_NORM_BACKWARD = ("native_batch_norm_backward", "cudnn_batch_norm_backward"
 
 @rule(*_BATCH_NORMS)
 def batch_norm(call: Call) -> list[Layout]:
-    """Keep rows apart among the channels (instance norm) and in evaluation; otherwise the batch is mixed."""
+    """Keep rows apart if they lie along the channels (instance norm) and in evaluation; otherwise mix the batch."""
     x = call["input"]
     training = call["training"] if call["training"] is not None else call["train"]
     channels = _channels(call, x, training is not False and name_of(call.func) not in _EVALUATING)
@@ -123,7 +123,7 @@ def batch_norm_backward(call: Call) -> list[Layout]:
 
 
 def _channels(call: Call, x: Value, training: bool) -> Layout:
-    """Return the layout of what there is one of for each channel: weights and statistics."""
+    """Return the layout of values per channel: weights and statistics."""
     layout = x.layout
     among_channels = isinstance(layout, Rows) and layout.dims == {1}
     if not isinstance(layout, Rows) or (training and not among_channels):

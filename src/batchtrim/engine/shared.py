@@ -29,10 +29,10 @@ __all__ = ["SharedEngine"]
 
 _logger = logging.getLogger("batchtrim")
 
-_WORTH = 0.96  # of a plain step's estimated cost: what is nearer to it is not worth a step of another kind
+_WORTH = 0.96  # of a plain step's estimated cost: a smaller saving is not worth another kind of step
 _TRIES = 4  # traces of one step
 _CANNOT = "the shared engine cannot run this model: {}"
-_FEWEST = 4  # rows in a batch below which a step is not worth a trace: torch makes one of its own for 1
+_FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separate one for a batch of 1)
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
 
@@ -67,8 +67,8 @@ class SharedEngine:
         self.was_run = False  # the model's own Python, before the first trace
         self.compiler = inductor_of(forward.model)
         self.capture = Capture(_step_of(forward), self._planner, compiler=self.compiler)
-        self.judge: Callable[[Callable[[], float]], bool] | None = None  # whether to approximate, given a cosine
-        self.said = False  # that it is approximate; with a judge, who says so himself, it is not said here
+        self.judge: Callable[[Callable[[], float]], bool] | None = None  # decides whether to approximate, by a cosine
+        self.said = False  # whether the log says that it is approximate; a judge warns by itself
         self.trace: SlicedStep | None = None  # the last that ran
         self._tape: Tape | None = None
 
@@ -101,7 +101,7 @@ class SharedEngine:
         return self(x, y, selection).loss
 
     def pays(self, x: Any, y: Any) -> bool:
-        """Return True if the trace says so, and before there is a trace."""
+        """True if the trace is cheap enough, or not yet made; False once the model was refused."""
         if self.refused is not None:
             return False
         return self.trace is None or self.trace.cost(self.approximate).ratio(self.trim.expected_keep) < _WORTH
@@ -118,7 +118,7 @@ class SharedEngine:
         return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit, self.compiler)
 
     def _forward(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
-        """Run the traced step; what it saved, the losses with their graph, and the model's outputs."""
+        """Run the traced step; return its tape, the losses with their graph, and the model's outputs."""
         if self.refused is not None:
             raise EngineRefused(self.refused)
         x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
@@ -138,7 +138,7 @@ class SharedEngine:
         return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
     def _traced(self, x: Any, y: Any) -> Any:
-        """Run the trace; before one runs for the first time, see what the model's own Python computes."""
+        """Run the trace; before its first run, run the model's own Python to compare."""
         plain: _Plain | None = None
         failed = ""
         for _ in range(_TRIES):
@@ -148,8 +148,8 @@ class SharedEngine:
             except NewTrace:
                 pass
             except CannotCapture:
-                # What a model sets up in its first forward (hooks, tables) may be all that stood in the way; and a
-                # model or a loss that is at fault says so itself.
+                # Perhaps only what a model sets up in its first forward (hooks, tables) prevented the trace; and a
+                # model or a loss at fault raises its own error.
                 if plain is not None or self.was_run:
                     raise
             except torch.OutOfMemoryError:
@@ -174,9 +174,10 @@ class SharedEngine:
 
 
 class _Plain:
-    """The step as the model's own Python runs it, to hold a new trace against. Everything is left as it was found.
+    """The step as the model's own Python runs it, to compare a new trace with. It leaves everything unchanged.
 
-    It is what runs that is proven; whether that is the model is the tracer's promise, which is not always kept.
+    The proof is about the traced graph; that the graph is the model is the tracer's promise, which it does not always
+    keep.
     """
 
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
@@ -189,7 +190,7 @@ class _Plain:
             self.before.restore(x, y)
 
     def difference(self, losses: Tensor, coarse: bool) -> str | None:
-        """Return why a trace is not that of the model, or None. Call it right after the trace ran.
+        """Return how a trace differs from the model, or None. Call it right after the trace ran.
 
         Args:
             coarse: a part of the model computes with fewer digits than float32 has: compiled, it rounds elsewhere.
@@ -206,7 +207,7 @@ class _Plain:
 
 
 def refusal(forward: Forward) -> str | None:
-    """Return why the engine cannot run a model, as far as can be seen without running it; None if nothing is wrong."""
+    """Return the reason why the engine cannot run a model, as far as is visible without running it, or None."""
     reason = unfit()
     if reason is not None:
         return reason
@@ -248,7 +249,7 @@ def _step_of(forward: Forward) -> Callable[..., Any]:
 
 
 def _compare_rows(x: Any, dim: int, y: Any) -> None:
-    """Compare the sizes that may be the batch's: a trace then holds them for one number, and guards that they are."""
+    """Compare the sizes that may be the batch size: a trace then treats them as one number, with a guard."""
     rows = None
     for part, at in ((x, dim), (y, 0)):
         for leaf in pytree.tree_leaves(part):
@@ -272,7 +273,7 @@ def _rows(x: Any, dim: int) -> int:
 def _marked(x: Any, y: Any, forward: Forward) -> tuple[Any, Any]:
     """Return the batch, with the dimensions of its rows marked as dynamic.
 
-    What is marked are aliases, so that nothing is noted on the caller's tensors.
+    It marks aliases, so that the caller's tensors stay unmarked.
     """
     dim = forward.batch_dim
     batch = _rows(x, dim)
@@ -300,12 +301,12 @@ def _marked(x: Any, y: Any, forward: Forward) -> tuple[Any, Any]:
 
 
 class _StandIn(nn.Module):
-    """Stands where a wrapper looks for its module: the module's parts, and another call."""
+    """Take the module's place in a wrapper: the same parts, another call."""
 
     def __init__(self, inner: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
         self.call = call
-        self.named_modules = inner.named_modules  # from which parameters and buffers are told
+        self.named_modules = inner.named_modules  # parameters and buffers are listed by it
         self.modules = inner.modules
 
     def forward(self, *args: Any) -> Any:

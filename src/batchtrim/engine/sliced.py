@@ -21,13 +21,13 @@ from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
 
-_COMPILED_OVERHEAD = 3e-4  # seconds that a step takes beside what was compiled
+_COMPILED_OVERHEAD = 3e-4  # seconds of a step outside the compiled functions
 
 __all__ = ["NewTrace", "SlicedStep", "Tape"]
 
 
 class NewTrace(Exception):
-    """A trace is about to run for the first time. Nothing has been run."""
+    """A trace is about to run for the first time; nothing has run yet."""
 
 
 class Tape:
@@ -53,20 +53,20 @@ class Tape:
         self.late = False
 
     def cut(self, rows: Tensor, approximate: bool, again: bool = False) -> None:
-        """Keep of what was saved the given rows, and all rows of what the lower part reads.
+        """Keep the given rows of the saved tensors, and all rows of those that the lower part reads.
 
         Args:
             rows: int64 (k,), places in the losses.
             again: keep everything else too, to be cut another time.
 
-        A compiled backward cuts by itself what it reads; but the batch, which may change until then, is cut here.
+        A compiled backward itself cuts the tensors it reads; only the batch, which may change before that, is cut here.
         """
         assert self.step is not None
         self.chosen, self.approximate = self.step.kept(rows, self.batch, self.size), approximate
         self.late = self.compiled is not None and not again
         slices = self.step.slices(approximate)
         self.kept = {}
-        for place in sorted(self.saved, key=lambda place: self.saved[place].nbytes):  # small ones make room for large
+        for place in sorted(self.saved, key=lambda place: self.saved[place].nbytes):  # small ones make room
             layout = slices.cuts.get(place)
             later = self.late and place not in self.step.given
             if layout is not None and not later:
@@ -119,7 +119,7 @@ class SlicedStep:
             raise NewTrace
         tape = self.current()
         batch = 0 if self._batch_at is None else args[self._batch_at[0]].shape[self._batch_at[1]]
-        # the second run is held against the model, operator by operator
+        # the second run is compared with the model, operator by operator
         results = None if self.compiled is None or tape is None or self.runs == 2 else self.compiled.forward(args)
         compiled = results is not None
         results = list(self._forward(args) if results is None else results)
@@ -245,7 +245,7 @@ class SlicedStep:
             cost.cutting += hinted_size(tensor) * tensor.element_size() / machine.bytes
             cost.overhead += 2 * machine.start
         if compiled:
-            cost.cutting /= 2  # what is read once is not copied
+            cost.cutting /= 2  # a tensor that is read once is not copied
             cost.overhead = _COMPILED_OVERHEAD
         return cost
 

@@ -27,7 +27,7 @@ __all__ = ["Part", "Slices", "split_backward"]
 
 @dataclass
 class Part:
-    """One of the two graphs: what it reads and gives, and its sizes as functions of k."""
+    """One of the two graphs: its inputs and outputs, and its sizes as functions of k."""
 
     run: Callable[[list[Any]], Any]
     graph: fx.GraphModule
@@ -60,7 +60,7 @@ class Slices:
 def split_backward(
     module: fx.GraphModule, proof: Proof, places: list[fx.Node], symbols: tuple[sympy.Symbol, ...]
 ) -> Slices:
-    """Split one graph into two: what runs on the kept rows, and what runs on all."""
+    """Split one graph into the part that runs on the kept rows and the part that runs on all."""
     graph = module.graph
     (output,) = graph.find_nodes(op="output")
     wanted = [node for node in output.args[0] if isinstance(node, fx.Node)]
@@ -71,7 +71,7 @@ def split_backward(
         return not verdict.whole and not any(isinstance(each, Broken) for each in verdict.layouts)
 
     def given_back(node: fx.Node) -> bool:
-        """True if a result is right as the kept rows give it: its other rows are zero."""
+        """True if the kept rows give the whole result: its other rows are zero."""
         return on_kept(node) and not any(isinstance(each, Rows) and not each.vanish for each in verdicts[node].layouts)
 
     lower_needs: set[fx.Node] = set()

@@ -25,7 +25,7 @@ from batchtrim.trimmer import Trimmer
 
 __all__ = ["TOLERANCE", "Trial", "generators_kept", "max_or_nan"]
 
-# How far a gradient may be off, relative to its norm: in float32 sums come in another order, and no more.
+# How far a gradient may be off, relative to its norm: float32 sums in another order, and no more.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # A parameter's gradient below this share of the whole is judged against the share: the key bias of an attention has a
 # gradient of zero, up to rounding.
@@ -121,7 +121,7 @@ class Trial:
                 size = len(forward(*copied(batch))[0].values)
             orders = [torch.arange(size).flip(0), torch.arange(size)[: max(2, (3 * size) // 4)]]
             return [forward.rows(*batch, rows, size) for rows in orders]
-        except Exception:  # what is at fault shows in the first step
+        except Exception:  # a fault shows in the first step
             return []
 
     def step(self, number: int, batch: tuple[Any, Any], keep: float, lr: float) -> bool:
@@ -167,7 +167,7 @@ class Trial:
         return value.detach(), None
 
     def _run_plain(self, number: int, batch: Any, keep: float, selection: Selection | None) -> GeneratorStates:
-        """Run one forward with a graph and the kept losses; the rows the engine kept, if their losses are as large.
+        """Run one forward with a graph, and the kept losses: of the rows the engine kept, if their losses are as large.
 
         Returns:
             The generators as they were before.
@@ -235,7 +235,7 @@ class Trial:
         self.found["gradient_cosine"] = cosine if not cosine >= lowest else lowest
 
     def _note(self, **errors: Any) -> None:
-        """Keep the worst over the steps; NaN is worse than any."""
+        """Keep the worst value over the steps; NaN is the worst."""
         for name, value in errors.items():
             if isinstance(value, bool):
                 self.found[name] = self.found.get(name, True) and value

@@ -33,14 +33,14 @@ class TwoPassEngine:
 
     They cost (1 + 3q) / 3 of a plain step, which is below 1 for q < 2/3.
 
-    The kept losses of the second pass must be those that were scored in the first, in every step; else the engine
-    refuses, for the kept rows alone are then not what they were in the batch. What a loss does not show (a gate that
-    is still zero) is looked for in steps 1, 2, 4, 8, ..., on a few rows; see :class:`batchtrim.engine.probe.Probe`.
+    In every step, the kept losses of the second pass must equal those of the first; otherwise the engine refuses,
+    because the kept rows alone do not behave as they did in the batch. What a loss does not show (a gate that is
+    still zero) is looked for in steps 1, 2, 4, 8, ..., on a few rows; see :class:`batchtrim.engine.probe.Probe`.
 
     Buffers, plain attributes and generators are those of the first forward, over the whole batch, and the second
-    starts from where the first did. Two things are not exact, and why the shared engine exists: dropout is drawn anew
-    for the kept rows, and BatchNorm normalises them by their own statistics. :attr:`approximation` then says so, and
-    one line of the log; ``approximate=False`` refuses both.
+    starts from where the first did. Two things are not exact, which is why the shared engine exists: dropout is
+    drawn anew for the kept rows, and BatchNorm normalises them by their own statistics. :attr:`approximation` and one
+    line of the log then say so; ``approximate=False`` refuses both.
 
     Raises:
         EngineRefused: the trimmer chooses among elements; the batch has something that cannot be cut to rows; samples
@@ -60,7 +60,7 @@ class TwoPassEngine:
         self.exact = ExactEngine(forward, trim)
         self.tolerance = Tolerance(forward)
         self.probe = Probe(forward, self.tolerance)
-        self.approximation: str | None = None  # why the last step's gradient is not the exact one
+        self.approximation: str | None = None  # the reason why the last step's gradient is not exact
         self.said = False
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
@@ -86,7 +86,7 @@ class TwoPassEngine:
                 return self.forward(x, y, model=self.forward.inner)
         except Exception as error:
             before.restore(x, y)
-            self.forward(*copied((x, y)), model=self.forward.inner)  # a model that is at fault says so itself
+            self.forward(*copied((x, y)), model=self.forward.inner)  # a model at fault raises its own error
             before.restore(x, y)
             raise EngineRefused(_CANNOT.format(f"it does not run without a graph ({_said(error)})")) from error
 
@@ -102,8 +102,8 @@ class TwoPassEngine:
                 compare with. Without it the state is as now, and nothing is compared.
 
         Raises:
-            EngineRefused: the kept losses are others than those scored. Buffers, attributes and generators are in any
-                case as they were found.
+            EngineRefused: the kept losses differ from those scored. Buffers, attributes and generators are in any case
+                as they were found.
         """
         before, scored = first or (Moment(self.forward, x, y), None)
         after = Moment(self.forward)
@@ -151,7 +151,7 @@ def _said(error: BaseException) -> str:
 
 
 def redrawn(forward: Forward) -> str | None:
-    """Return why a second pass would not compute what the first one did, as far as looking at the modules tells."""
+    """Return the reason why a second pass would differ from the first, as far as the modules show, or None."""
     training = [module for module in forward.inner.modules() if module.training]
     if has_batch_norm(training):
         return _BATCH_NORM

@@ -1,7 +1,7 @@
 """Trimming in the trainer you have: Lightning, Hugging Face Trainer, Accelerate. Each needs its own extra.
 
-A trainer knows how long training is, which epoch or step it is at, and when it logs and saves. What all integrations
-make of that is here; nothing here imports a trainer.
+A trainer knows how long training is, which epoch or step it is at, and when it logs and saves. The code that all
+integrations share is here; it imports no trainer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def total_of(clock: str, epochs: float | None, steps: float | None) -> int | Non
 
 
 def check_resume_length(length: Any) -> str | None:
-    """Check how to go on from a checkpoint of another length, long before there is one."""
+    """Check the argument that says how to go on from a checkpoint of another length, before one is loaded."""
     return None if length is None else check_choice("resume_length", length, LENGTHS)
 
 
@@ -55,7 +55,7 @@ def follow(trim: Trimmer, now: int) -> None:
 
 
 def put(trim: Trimmer, now: int, total: int) -> None:
-    """Set the clock, also to another total: where a trainer learns only while it runs how long that will be."""
+    """Set the clock and its total, for a trainer that learns the length of training only while it runs."""
     trim._clock.steps, trim._clock.total = now, total
     trim.step(0)
 
@@ -84,7 +84,7 @@ def load_state(trim: Trimmer, state: dict[str, Any], length: str | None, taken_b
     """Go on from ``state``. ``taken_by`` is whose argument ``resume_length`` is, ``unit`` what the clock counts.
 
     Raises:
-        ChooseLength: it is of a training of another length, and which is meant was not said.
+        ChooseLength: the state is from a training of another length, and ``length`` is None.
     """
     try:
         trim.load_state_dict(state, length=length)

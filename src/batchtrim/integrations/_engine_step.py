@@ -24,8 +24,8 @@ class EngineStep:
     """Forward, choose, and a loss whose backward may cost the kept rows only.
 
     Where the model's loss has a standard form (:mod:`batchtrim.integrations._forms`), the model itself runs in the
-    engine, with its labels, and the losses are the form's. Otherwise its losses are recorded while it runs, which no
-    graph can be traced of: "shared" refuses, and "auto" goes on with "exact".
+    engine, with its labels, and the losses are the form's. Otherwise its losses are recorded while it runs, and no
+    graph can be traced: "shared" refuses, and "auto" goes on with "exact".
 
     Args:
         losses: what is trained on. trim: the trimmer. engine: a name of :class:`batchtrim.TrimmedForward`'s.
@@ -50,7 +50,7 @@ class EngineStep:
         return self._recorded(model, inputs)
 
     def _own(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Run the engine with the user's function, as in a loop of one's own."""
+        """Run the engine with the user's function, as in a plain loop."""
         step = self._steps.get(None)
         if step is None:
             step = TrimmedForward(model, self.losses.per_sample_loss, self.trim, self.engine)  # type: ignore[arg-type]
@@ -71,12 +71,12 @@ class EngineStep:
         self.last = last
         if self.losses.forms.holds(form, last.losses, last.mask, last.outputs, inputs):
             return loss
-        if world_size() > 1:  # another forward of one rank alone would leave the others waiting
+        if world_size() > 1:  # a further forward on one rank alone would leave the others waiting
             self._refuse(model, always=True)
         return None
 
     def _refuse(self, model: nn.Module, always: bool = False) -> None:
-        """Say that the model's losses have no form that can be traced: an error, or once a warning."""
+        """Raise an error, or warn once, that the model's losses have no form that can be traced."""
         name = self.losses.name(model)
         said = f"the shared engine cannot run {name} with the loss that it computes: {self.losses.forms.reason}"
         if always or self.engine == "shared":

@@ -70,7 +70,7 @@ class Forms:
         return self._by_kind[kind]
 
     def holds(self, form: Form, values: Tensor, mask: Tensor | None, outputs: Any, inputs: Mapping[str, Any]) -> bool:
-        """True if the model's own loss of a batch is that of the form; where not, it is not used any more.
+        """True if the form gives the model's own loss of a batch; otherwise the form is dropped.
 
         Args:
             values: the form's losses. mask: which of them count. outputs: the model's, with its loss.
@@ -105,7 +105,7 @@ class Forms:
 
 
 def _kind(inputs: Mapping[str, Any]) -> Any:
-    """Return what decides how a model computes its loss, as far as a batch can."""
+    """Return the properties of a batch that may decide how a model computes its loss."""
     tensors = [(name, each.ndim, each.dtype, len(each) > 1) for name, each in inputs.items() if _is_batch(each)]
     return frozenset(tensors)
 

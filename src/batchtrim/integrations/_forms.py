@@ -1,4 +1,4 @@
-"""Standard forms of a model's loss, which a graph can be traced of, proven equal to the recorded losses.
+"""Standard forms of a model's loss: a graph can be traced of them, and they are proven equal to the recorded losses.
 
 A forward whose loss functions are being recorded cannot be traced. Most losses are one call of a loss function on one
 of the model's outputs and its labels, laid out in one of a few ways. ``_form_search.py`` looks for the way that gives

@@ -84,7 +84,7 @@ def counting_of_own(losses: Losses, batch: Mapping[str, Any], unit: str, names: 
 
 
 def check_own(losses: Losses, labels: Sequence[Tensor], unit: str) -> None:
-    """Refuse losses of a user's function that are of other things than there is to choose from.
+    """Refuse losses from a user's function that do not match the samples or labels to choose from.
 
     Raises:
         ValueError: there is not one for each sample, or some are of labels that are ignored.
@@ -123,10 +123,10 @@ def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:
 
     Args:
         counts: (M,), n_m: what :class:`Counting` says of this rank's micro-batches. over: "micro" or "window".
-        across: False where a rank is to weigh the same whatever it holds: N is its own then, and R is 1.
+        across: False gives every rank the same weight, whatever it holds: N is its own then, and R is 1.
 
     Raises:
-        RanksDisagree: ranks chosen from together have another M, or a rank does not come.
+        RanksDisagree: M differs between ranks that choose together, or a rank does not arrive.
     """
     micro_batches = len(counts)
     if over == "window":

@@ -18,8 +18,8 @@ class LightningClock:
     """Lightning's progress, counted in epochs or steps.
 
     Under automatic optimization a step is an optimizer's. Under manual optimization, where several may step in a batch
-    and ``trainer.global_step`` counts them all, training batches are counted instead; with ``max_steps``, what
-    :class:`StepLimit` makes of it.
+    and ``trainer.global_step`` counts them all, training batches are counted instead; with ``max_steps``,
+    :class:`StepLimit` computes the progress.
 
     Args:
         unit: "epoch" or "step"; None to be told by the trainer.
@@ -28,7 +28,7 @@ class LightningClock:
     def __init__(self, unit: str | None) -> None:
         self._given = unit
         self.unit = unit or "epoch"
-        self.max_epochs: int | None = None  # as it was before others lengthen it: averaging weights takes one more
+        self.max_epochs: int | None = None  # as first set: weight averaging adds an epoch
         self.limit: StepLimit | None = None
         self.kept = False  # whether the saved length of another training stays in force
 
@@ -107,12 +107,12 @@ class LightningClock:
 class StepLimit:
     """Progress towards ``max_steps`` under manual optimization, or towards the last epoch's end if that comes first.
 
-    How many steps a batch makes shows only while training runs: two optimizers make two, a window that is accumulated
-    by hand one in its last batch. Training ends with the batch that reaches M steps, and that one begins with M - N:
+    How many steps a batch makes is known only while training runs: two optimizers make two, and a window accumulated
+    by hand makes one in its last batch. Training ends with the batch that reaches M steps; that one begins with M - N:
 
         ``progress = g / (M - N)``,  or ``b / (T - 1)`` where that is larger
 
-    Where batches make different numbers of steps, the schedule is at its end from the batch on that may be the last.
+    If batches make different numbers of steps, the schedule reaches its end at the first batch that may be the last.
 
     Legend: g steps and b batches done, M ``max_steps``, N the most steps that a batch has made, T batches in all.
 
@@ -148,7 +148,7 @@ class StepLimit:
 
     @classmethod
     def of(cls, state: Mapping[str, Any], steps: int) -> StepLimit:
-        """Return a saved limit, ``steps`` steps done."""
+        """Return a saved limit after ``steps`` steps."""
         found = cls(state["steps"], state["batches"])
         found.most, found.even, found._seen = state["most"], state["even"], state["seen"]
         found.count(steps)

@@ -17,16 +17,15 @@ __all__ = ["Interception"]
 
 
 class Interception:
-    """Trims the number that a module's own ``training_step`` returns, with the module left as it is.
+    """Trim the number that a module's own ``training_step`` returns, and leave the module unchanged.
 
     While training lasts, the module's ``training_step`` runs under :class:`batchtrim.integrations._intercept.Recorder`,
-    which finds the un-reduced losses behind the number, and proves on the first batch that they add up to it. What the
-    step logs by itself is the plain loss.
+    which finds the un-reduced losses behind the number, and proves on the first batch that they add up to it. If the
+    step itself logs its loss, it logs the plain one.
 
-    Not with manual optimization, where the step runs backward by itself; where the number has terms that are no loss
-    function of ``torch.nn.functional`` (a regulariser, a contrastive or CTC loss); where the step calls a compiled
-    function that holds the loss; and where the batch has no tensor whose first dimension is the samples'. Each is
-    refused.
+    Refused are manual optimization, where the step runs backward by itself; a number with terms that are not loss
+    functions of ``torch.nn.functional`` (a regulariser, a contrastive or CTC loss); a step that calls a compiled
+    function with the loss in it; and a batch without a tensor whose first dimension is the batch.
 
     Args:
         options: the Trimmer's.
@@ -53,7 +52,7 @@ class Interception:
         module.training_step = training_step
 
     def end(self) -> None:
-        """Take it away again."""
+        """Remove that step."""
         if self._module is not None:
             vars(self._module).pop("training_step", None)
             self._module = None
@@ -76,7 +75,7 @@ class Interception:
 
 
 class _Skipped(NotFound):
-    """The step returned None, at which Lightning leaves the batch out."""
+    """The step returned None, so Lightning skips the batch."""
 
 
 def _loss_of(output: Any) -> Any:

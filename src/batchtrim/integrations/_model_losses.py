@@ -41,7 +41,7 @@ class ModelLosses:
         trainer: a TrimmedTrainer. per_sample_loss: ``(outputs, labels) -> losses``, or None for the model's own loss.
 
     Attributes:
-        ran_eager: True once a compiled model has run as the Python that it was.
+        ran_eager: True once a compiled model has run uncompiled.
     """
 
     def __init__(self, trainer: Any, per_sample_loss: Callable[[Any, Any], Any] | None) -> None:
@@ -90,7 +90,7 @@ class ModelLosses:
         """Return losses as the vector to choose from.
 
         Raises:
-            ValueError: they are of a sum.
+            ValueError: their reduction is a sum.
         """
         flat = flatten(losses, self.unit)
         if flat.terms or flat.reduction != "mean":
@@ -118,7 +118,7 @@ class ModelLosses:
         return None
 
     def prove(self, batch: Any) -> Counting:
-        """Return how to count: from a forward of its own, before anything is trained, so that what fails fails here."""
+        """Return how to count, from an extra forward before training, so that errors show here."""
         trainer = self.trainer
         model = self.inner(trainer.model_wrapped).train()
         inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != IDS}

@@ -60,7 +60,7 @@ def _has_other_leaves(loss: Tensor, leaves: list[Tensor]) -> bool:
         if variable is not None and id(variable) not in known:
             return True
         following = node.next_functions
-        # DistributedDataParallel hands all of a model's outputs on through one node, each as it is
+        # DistributedDataParallel passes all of a model's outputs through one node, unchanged
         waiting += following[place : place + 1] if node.name() == "_DDPSinkBackward" else following
     return False
 
@@ -83,14 +83,14 @@ def _check(loss: Tensor, calls: list[LossCall], factors: Any, *, whole: bool) ->
 
 
 def compare(true: Tensor, found: Tensor, what: str) -> None:
-    """Refuse what was found where it is not the loss, up to rounding in its dtype."""
+    """Raise an error if ``found`` is not the loss, up to rounding in its dtype."""
     right, ours = float(true.detach()), float(found.detach())
     if not near(right, ours, true.dtype):
         raise NotFound(f"{what} is {ours:.6g} where the loss is {right:.6g}")
 
 
 def near(true: float, found: float, dtype: torch.dtype) -> bool:
-    """Return True if a loss is what was found, up to rounding, or is NaN, as it then is in plain training."""
+    """True if two values of a loss agree up to rounding, or if the true one is NaN, as in plain training."""
     return true != true or true == found or abs(true - found) <= tolerance_of(dtype) * max(abs(true), 1e-2)
 
 

@@ -41,7 +41,7 @@ class TrainerLoss:
         self.start_training()
 
     def start_training(self) -> None:
-        """Forget what an interrupted training has left."""
+        """Discard what an interrupted training left behind."""
         self.waits = False  # for compute_loss to be called
         self._batches: list[Any] = []  # the window's micro-batches, until it is chosen from
         self._window: list[tuple[Selection, GeneratorStates]] = []
@@ -89,8 +89,8 @@ class TrainerLoss:
     def plain(self, model: nn.Module, inputs: Any) -> tuple[Tensor, Any]:
         """Return the loss with nothing left out, and the model's outputs: for evaluation.
 
-        Without the Trainer's number of items, which is that of other labels where it takes the model's loss for one
-        that is not shifted.
+        The Trainer's number of items is not passed on: where it takes a shifted loss for an unshifted one, that number
+        counts other labels.
         """
         source = self.model_losses
         if source.per_sample_loss is None and not source.smoothing:
@@ -120,7 +120,7 @@ class TrainerLoss:
         return loss, outputs
 
     def _choose_window(self, model: nn.Module) -> None:
-        """Choose from all micro-batches of the window; they are trained under the generators they were scored under."""
+        """Choose from all micro-batches of the window; training repeats the random numbers of the scoring."""
         trainer = self.trainer
         ids: list[Tensor] = []
 

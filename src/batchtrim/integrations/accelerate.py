@@ -28,11 +28,11 @@ from accelerate import Accelerator  # noqa: E402
 
 __all__ = ["log", "register"]
 
-_TOLD: WeakSet[Trimmer] = WeakSet()  # of a clock that stands still
+_TOLD: WeakSet[Trimmer] = WeakSet()  # those whose user was told that the clock stands still
 
 
 def register(accelerator: Accelerator, trim: Trimmer) -> Trimmer:
-    """Save and restore ``trim`` with ``accelerator.save_state`` and ``load_state``. Returns it.
+    """Save and restore ``trim`` with ``accelerator.save_state`` and ``load_state``; return it.
 
     The state saved is that of the main process.
     """

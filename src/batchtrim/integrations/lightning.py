@@ -59,8 +59,8 @@ class TrimmingCallback(Callback):
         intercept: trim the number that an unchanged ``training_step`` returns (or that its dict has as "loss"); see
             :class:`batchtrim.integrations._lightning_step.Interception` for what it cannot do.
         keep_log: a :class:`batchtrim.KeepLog` that the module records in,
-            ``self.keep_log.record(self.trim.last, ids=ids)``; set on the module, saved in the checkpoint, and its
-            epochs are closed.
+            ``self.keep_log.record(self.trim.last, ids=ids)``. The callback sets it on the module, saves it in the
+            checkpoint and closes its epochs.
         resume_length: "stretch" or "saved", for a checkpoint of a training of another length; see
             :meth:`batchtrim.Trimmer.load_state_dict`.
         options: what else :class:`batchtrim.Trimmer` takes: ``select``, ``scale``, ``unit``, ``scope``, ``seed``.

@@ -43,7 +43,7 @@ __all__ = ["TrimmedTrainer"]
 
 logger = logging.get_logger(__name__)
 
-# what has the Trainer divide by the number of micro-batches, in every release
+# makes the Trainer divide by the number of micro-batches, in every release
 _DIVISION = {"model_accepts_loss_kwargs": False, "loss_is_scaled_for_ga": False}
 
 
@@ -89,7 +89,7 @@ class TrimmedTrainer(Trainer):
             check_resume_length(resume_length),
         )
         self.keep_log = keep_log
-        self.explained = False  # what the logged loss is
+        self.explained = False  # True once the log has said what its loss is
         check_arguments(kwargs.get("compute_loss_func"), over, engine, self.trim_options, keep_log)
         build(keep, 2, self.trim_options)  # a wrong argument shows here and not when training starts
         super().__init__(*args, **kwargs)
@@ -159,7 +159,7 @@ class TrimmedTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, with the values of :func:`batchtrim.integrations.log_values` beside ``loss``.
 
-        ``loss`` is the mean over the kept samples alone: it rises as keep falls, while nothing is wrong. Compare
+        ``loss`` is the mean over the kept samples alone: that it rises as keep falls is no fault. Compare
         ``trim/mean_loss``, over all samples, and ``eval_loss``.
         """
         if "loss" in logs and self.trim is not None:

@@ -43,7 +43,7 @@ def check_classes(classes: Any) -> int:
 
 
 class Entries(NamedTuple):
-    """One entry a row of a batch; of several batches, one after the other.
+    """The entries of a batch, one for each row; of several batches, one after the other.
 
     Attributes:
         rows: int64, which sample: n where a mask leaves the entry out, -1 where the id was out of range.

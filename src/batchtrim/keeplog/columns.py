@@ -37,7 +37,7 @@ Columns = dict[str, Tensor]
 
 
 def _memory() -> float:
-    """Return the machine's memory in bytes; without end where the system does not say."""
+    """Return the machine's memory in bytes; infinity if the system does not say."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):  # not on Windows

@@ -22,8 +22,8 @@ def gathered(entries: Entries, batches: int, n: int, classes: int | None, *, wid
         wide: there are more classes than ``predicted`` has room for.
 
     Raises:
-        RanksDisagree: on every rank, where one recorded another number of batches (none, say) or has another log, and
-            where a rank does not come before the time limit.
+        RanksDisagree: on every rank, if one recorded another number of batches (none, say) or has another log; and if
+            a rank does not arrive before the time limit.
     """
     ranks, device = world_size(), entries.rows.device
     headers = meet("keep log", [batches, n, classes or 0, int(wide), len(entries.rows)], device)

@@ -14,7 +14,7 @@ __all__ = ["suspects"]
 def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
     """Return samples by how hard they stayed and how often they were kept, where wrong labels gather.
 
-    The score is a rank and no probability: 0.99 says that 99 % of the samples rank lower, in clean data too.
+    The score is a rank, not a probability: 0.99 says that 99 % of the samples rank lower, in clean data too.
 
     ``score = keep_rate * mean_loss``, given as its rank among all samples. Where nothing was ever dropped that is the
     order of the mean loss over training, the area under the loss curve.

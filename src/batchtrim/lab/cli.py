@@ -30,11 +30,11 @@ app = typer.Typer(
     context_settings={"max_content_width": 130, "help_option_names": ["-h", "--help"]},
 )
 
-# What a wrong option, file or folder raises. --debug shows where.
+# Errors that a wrong option, file or folder raises. --debug shows the traceback.
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
-# What a command takes where nothing is said; the help tells these defaults.
+# Each command's own defaults, which its help shows.
 COMPARE = {"methods": ["full", "trim"], "seeds": 5}
 SWEEP = {
     "methods": ["full", "trim", "random"],
@@ -292,7 +292,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     """Do the runs that are not done yet, then print their comparison and write its report."""
     from batchtrim.lab import records
 
-    with contextlib.redirect_stdout(sys.stderr):  # what code of the reader's prints is for people, as in a worker
+    with contextlib.redirect_stdout(sys.stderr):  # prints of the user's code are for people, as in a worker
         configs, out, failed, rank = _run(settings, given)
     if rank == 0:
         _report(records.read_results(out), out, "full", given["as_json"], [config.method for config in configs])
@@ -381,7 +381,7 @@ def _guard(work: Callable[[], None], debug: bool) -> None:
     except KeyboardInterrupt:  # before the first run, or in a command without runs
         typer.echo("\nstopped", err=True)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # as of `| head -1`: the reader has gone, and wants nothing more
+    except BrokenPipeError:  # as with `| head -1`: the reader of the pipe has gone
         raise
     except USER_ERRORS as error:
         if debug:

@@ -1,4 +1,4 @@
-"""Helpers that several rooms of the lab need: read a TOML file, write a file whole, look up a name."""
+"""Helpers that several parts of the lab need: read a TOML file, write a file whole, look up a name."""
 
 from __future__ import annotations
 

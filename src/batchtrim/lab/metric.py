@@ -38,7 +38,7 @@ class Metric:
 
     @classmethod
     def called(cls, name: str, higher_is_better: bool | None = None) -> Metric:
-        """Return the metric of that name; which way is better has to be said where the name does not tell.
+        """Return the metric of that name; say which way is better if the name does not tell.
 
         Raises:
             ValueError: the name says nothing of the direction, or the direction contradicts a name that does.

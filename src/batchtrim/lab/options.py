@@ -26,7 +26,7 @@ def option(kind: Any, help: str, *names: str, default: Any = None, **more: Any) 
 
 
 def _folder(text: str | Path) -> Path:
-    """Return the folder of that name; none is most often a shell variable that is not set."""
+    """Return the folder of that name; an empty name is most often an unset shell variable."""
     if not str(text).strip():
         raise typer.BadParameter("expected the name of a folder, got nothing.")
     return Path(text)
@@ -154,7 +154,7 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse what belongs to the command and to no run, and is not told by a file of settings."""
+    """Refuse options of the command in a file of settings: they belong to no run."""
     grid = settings.get("grid")
     parts = [part for part in grid if isinstance(part, dict)] if isinstance(grid, list) else []
     named = {**PLACE, **SCALE, **TALK}
@@ -174,7 +174,7 @@ def direction(higher_is_better: bool, lower_is_better: bool) -> bool | None:
 
 
 def refuse_without_task(settings: Mapping[str, Any]) -> None:
-    """Refuse options that only own training functions have."""
+    """Refuse options that only apply to the user's own training function."""
     given = next((name for name in ("metric", "higher_is_better") if name in settings), None)
     if given is not None:
         raise ValueError(
@@ -183,7 +183,7 @@ def refuse_without_task(settings: Mapping[str, Any]) -> None:
 
 
 def refuse_with_task(given: Mapping[str, Any]) -> None:
-    """Refuse settings that an own training function decides itself."""
+    """Refuse settings that the user's own training function decides."""
     if given.get("keep_log"):
         raise ValueError("expected no --keep-log with --task, got one. The function keeps its log: run.keep_log(n).")
     if given.get("data_dir"):

@@ -54,7 +54,7 @@ def compare(
 ) -> Summary:
     """Run a training function with each method and seed, record every run, and compare the methods seed by seed.
 
-    The same call goes on where it stopped: what is recorded in ``out`` is not done again.
+    The same call continues where it stopped: runs recorded in ``out`` are not repeated.
 
     Args:
         train: called with a :class:`batchtrim.lab.Run`; returns a mapping with the metric in it. Or "FILE.py:NAME".

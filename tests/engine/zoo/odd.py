@@ -129,39 +129,6 @@ class TimeMajor(nn.Module):
         return self.head(torch.tanh(self.mix(x)).mean(0))
 
 
-class Alternating(nn.Module):
-    """Runs other operators in every other step, by a counter that is no buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
-        self.register_buffer("number", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.number += 1
-        x = self.a(x)
-        if int(self.number) % 2:
-            x = torch.tanh(self.b(x))
-        return self.head(x)
-
-
-class Failing(nn.Module):
-    """Raises in the n-th forward from now, after its norm and its dropout have run."""
-
-    def __init__(self, error: type[BaseException]) -> None:
-        super().__init__()
-        self.a, self.norm, self.drop, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 5)
-        self.error = error
-        self.fail_in = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.norm(self.a(x)))
-        self.fail_in -= 1
-        if self.fail_in == 0:
-            raise self.error("planted")
-        return self.head(x)
-
-
 class Queue(nn.Module):
     """A queue of limited length among its attributes."""
 

@@ -1,4 +1,4 @@
-"""What is said beside a verdict: missing pairs, seeds that were not used, programs that changed."""
+"""Caveats beside a verdict: missing pairs, seeds that were not used, programs that changed."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def write(folder: Path, errors: dict[str, Sequence[float]], text: str = CLAIMS, 
         ("lower", [-1.0, -1.1], Status.NOT_DECIDABLE),  # two pairs tell nothing
     ],
 )
-def test_what_pairs_say(says: str, differences: list[float], status: str) -> None:
+def test_a_claim_is_judged_by_its_pairs(says: str, differences: list[float], status: str) -> None:
     values = [value / 100 for value in differences]
     assert claims.judge(says, inference.moments(values), inference.paired_t(values), effect=0.005) == status
 

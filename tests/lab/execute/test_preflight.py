@@ -1,4 +1,4 @@
-"""What is said of settings before the first run."""
+"""Warnings about settings before the first run."""
 
 from __future__ import annotations
 

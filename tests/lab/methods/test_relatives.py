@@ -1,4 +1,4 @@
-"""What is particular to loss mass in the lab and to the relatives; the contract of all is in test_table.py."""
+"""Loss mass in the lab, and the relatives; test_table.py has the contract of all methods."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def finish(training: train.Training) -> dict[str, Any]:
 
 @functools.cache
 def trained(name: str) -> dict[str, Any]:
-    """What a method ends with: for tests that only look at it."""
+    """A method after training, for tests that only read it."""
     return finish(start(name))
 
 

@@ -164,7 +164,7 @@ def test_rows_without_curves_make_a_page(make_row, tmp_path):
 
 
 def test_command_runs_the_same_settings_again(rows):
-    """What the page prints is read by the command line's own parser."""
+    """The command line's own parser reads the command that the page prints."""
     import typer
 
     from batchtrim.lab import cli

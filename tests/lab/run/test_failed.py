@@ -1,4 +1,4 @@
-"""What is recorded of a run that raised."""
+"""The record of a run that raised."""
 
 from __future__ import annotations
 

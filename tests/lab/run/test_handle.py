@@ -1,4 +1,4 @@
-"""What a training function of one's own is given, where it makes the trimmer itself."""
+"""The run that a training function gets, where it makes the trimmer itself."""
 
 from __future__ import annotations
 

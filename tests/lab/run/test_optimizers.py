@@ -1,4 +1,4 @@
-"""How the learning rate moves, against torch's own schedules."""
+"""Learning-rate schedules against torch's own."""
 
 from __future__ import annotations
 

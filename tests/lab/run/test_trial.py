@@ -1,4 +1,4 @@
-"""What is looked at before the first run, and whether a run learnt anything."""
+"""Checks before the first run, and of whether a run learnt anything."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Caveat", "Kind", "caveats"]
 
-MIN_ALIKE = 3  # this many seeds with the same value to the last bit are no coincidence
+MIN_ALIKE = 3  # equal values to the last bit in this many seeds are no coincidence
 
 
 class Kind(Enum):

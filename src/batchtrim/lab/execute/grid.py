@@ -30,7 +30,7 @@ from batchtrim.lab.run.config import COMPARED, RunConfig
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.code import Code
 
-MOST_RUNS = 100_000  # more are a slip of the hand, and would fill the memory before the first starts
+MOST_RUNS = 100_000  # more are a typing error, and would fill the memory before the first starts
 
 Settings = dict[str, Any]
 
@@ -39,8 +39,9 @@ Config = TypeVar("Config", RunConfig, TaskConfig)
 
 
 def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[Config]:
-    """Return all runs of the settings, resolved, checked, without repeats; seeds vary slowest, so that a sweep that is
-    stopped early has compared all methods on the seeds it reached.
+    """Return all runs of the settings: resolved, checked, without repeats.
+
+    Seeds vary slowest, so that a sweep that is stopped early has compared all methods on the seeds it reached.
 
     Args:
         kind: of the runs: of the lab's own loop, or of a task.

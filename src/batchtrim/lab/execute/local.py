@@ -23,9 +23,9 @@ from batchtrim.lab.run.task_config import AnyConfig
 
 # How long to wait before asking again for runs that another process has claimed, in seconds.
 ASK_AGAIN = 0.5
-# How long to wait between two looks at which workers live, in seconds.
+# How often to check which workers live, in seconds.
 LOOK_EVERY = 1.0
-# How long a worker whose line is closed may take to end, in seconds: loggers of the user's send their last points.
+# How long a worker may take to end after its pipe closes, in seconds: the user's loggers send their last points.
 ENDING = 10.0
 
 
@@ -39,7 +39,7 @@ def run_here(tally: Tally, records: Records, place: Workplace) -> None:
 
 
 def _until_over(tally: Tally) -> Iterator[AnyConfig]:
-    """Yield the runs left, again and again, pausing once all of them were found claimed elsewhere."""
+    """Yield the runs that are left, repeatedly; pause when other processes have claimed all of them."""
     refused = 0
     while tally.left:
         before = len(tally.left)
@@ -69,7 +69,7 @@ class _Worker:
         self.line.send(config)
 
     def hear(self) -> tuple[str, Any] | None:
-        """Return what it says; None if it died."""
+        """Return its next message; None if it died."""
         if not self.process.is_alive() and not self.line.poll():  # a child of its own may hold the other end open
             return None
         try:
@@ -78,7 +78,7 @@ class _Worker:
             return None
 
     def end(self) -> None:
-        """Let it end by itself, with all that the user's code does at the end of a program."""
+        """Let it exit by itself, so that the exit handlers of the user's code run."""
         self.line.close()
         self.process.join(ENDING)
         if self.process.is_alive():  # a thread that the user's code left behind
@@ -96,7 +96,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Start processes that Ctrl-C does not reach until they are ready to ignore it; here it comes a moment later."""
+    """Hold Ctrl-C back while a process starts, which inherits that until it ignores it; then let it through here."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -108,7 +108,7 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
 
 def _settle_in() -> None:
-    """Leave the parent's process group, and be a process that may have children: a task may load its data in them."""
+    """Leave the parent's process group, and allow child processes: a task may load its data in them."""
     os.dup2(2, 1)  # what a task prints is for people: standard output is the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     if hasattr(os, "setsid"):
@@ -126,14 +126,14 @@ def _vanish() -> None:
 
 
 def _work(line: Connection, place: Workplace) -> None:
-    """Work until the parent is done, or gone: its end of the pipe then closes."""
+    """Do runs until the parent is done, or gone: its end of the pipe then closes."""
     _settle_in()
     records = Records(place.out)
 
     def tell(what: str, news: object) -> None:
         try:
             line.send((what, news))
-        except OSError:  # the parent is dead: leave the run to whoever goes on, and no trace of a failure
+        except OSError:  # the parent is dead: record no failure, so that the run can go on
             _vanish()
 
     while True:
@@ -187,7 +187,7 @@ def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: 
 
 
 def _heard(crew: list[_Worker]) -> list[_Worker]:
-    """Wait for workers that say something, or that died."""
+    """Wait for workers that sent a message or died, and return them."""
     busy = [worker for worker in crew if worker.config]
     ready = wait([worker.line for worker in busy], timeout=LOOK_EVERY)
     return [worker for worker in busy if worker.line in ready or not worker.process.is_alive()]
@@ -197,7 +197,7 @@ def _replace_dead(worker: _Worker, tally: Tally, records: Records, place: Workpl
     """Give the run of a worker that died to another one, unless it has been tried often enough."""
     assert worker.config is not None
     config = worker.config
-    worker.process.join(ENDING)  # its line closes first: killed now, it would seem to have been killed
+    worker.process.join(ENDING)  # its pipe closes before it exits: killing it now would hide its exit code
     worker.stop()
     tally.lost[config.key] += 1
     reason = f"its worker ended with exit code {worker.process.exitcode}"

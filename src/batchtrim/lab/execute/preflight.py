@@ -1,4 +1,4 @@
-"""Warnings before the first run of a command: settings without effect, or hardly intended."""
+"""Warn before the first run of a command: settings that have no effect, or are likely mistakes."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from typing import Any
 from batchtrim._checks import import_extra
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import Row
+from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
-from batchtrim.lab.run.train import OnEpoch
 
 SAY_EVERY = 30.0  # seconds between two lines inside an epoch, where there is no terminal
 
@@ -37,8 +37,10 @@ class Quiet:
 
 
 class Live(Quiet):
-    """A bar over all epochs of all runs, and a line for each run at work; a line a run where nothing can be redrawn:
-    in a pipe, and under ``TERM=dumb``."""
+    """A bar over all epochs of all runs, and a line for each run in progress.
+
+    Where nothing can be redrawn (in a pipe, under ``TERM=dumb``), one line for each run.
+    """
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 WAIT = 5.0  # seconds for a connection
-LONGEST_START = 20.0  # seconds for a cluster to take us in
+LONGEST_START = 20.0  # seconds for a cluster to accept us
 
 
 _given_up: list[threading.Thread] = []
@@ -20,7 +20,7 @@ _given_up: list[threading.Thread] = []
 def call_and_leave(command: Callable[[], Any]) -> None:
     """Call ``command``; when it exits, leave at once even if a start that was given up still waits.
 
-    The interpreter's own end would wait for it, since it is inside a library of C++.
+    A normal exit would wait for that start, which is inside a C++ library.
     """
     try:
         command()
@@ -51,7 +51,7 @@ def check_address(address: str) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Lose what the process writes to file descriptor 2; a log of C++ cannot be turned off in Python."""
+    """Discard what the process writes to file descriptor 2; Python cannot turn off the log of a C++ library."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -65,7 +65,7 @@ def _silence() -> Iterator[None]:
 def in_time(start: Callable[[], Any], seconds: float | None = None) -> None:
     """Call ``start``; raise what it raises, or a ConnectionError if it has not returned after ``seconds``.
 
-    What it writes to standard error is lost: at a port of another service, Ray's C++ repeats a line of its own.
+    Its standard error is discarded: at the port of another service, Ray's C++ library repeats one line.
     """
     seconds = LONGEST_START - WAIT if seconds is None else seconds
     failed: list[BaseException] = []

@@ -28,19 +28,19 @@ def run_all(
     retries: int = 2,
     isolated: bool = False,
 ) -> list[Row]:
-    """Do all runs that are not yet recorded in ``place.out``; returns the rows of the runs that failed.
+    """Do all runs that are not yet recorded in ``place.out``; return the rows of those that failed.
 
     Args:
         configs: resolved, see :func:`batchtrim.lab.execute.grid.expand`.
         workers: processes on this machine; 1 works in this one.
         ray: address of a Ray cluster, or "auto", instead of processes here.
         retries: how often a run whose worker died is given to another.
-        isolated: work in a process of its own where ``workers`` is 1 too, so that the user's code that exits or
-            prints leaves this one alone.
+        isolated: use a separate process even if ``workers`` is 1, so that user code that exits or prints does not
+            affect this one.
 
     Raises:
         UseAnotherFolder: the folder holds another experiment.
-        KeyboardInterrupt: passed on; what has finished is recorded, and the same call goes on.
+        KeyboardInterrupt: passed on. Finished runs are recorded, and the same call continues.
     """
     check_count("workers", workers)
     if place.tensorboard and not ray:  # else every run would fail; on a cluster it is the nodes that need it

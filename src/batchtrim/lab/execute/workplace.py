@@ -1,7 +1,7 @@
 """Shared by all ways of doing runs: the output folder, progress, and the doing and recording of one run.
 
-Whoever does a run claims it first and records it itself (on Ray the driver does both), so nothing that has finished
-hangs on the life of another process. A run that was interrupted, or that failed, goes on from its last checkpoint.
+The process that does a run claims it first and records it itself (on Ray the driver does both), so no finished run
+depends on another process. A run that was interrupted, or that failed, goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from batchtrim.lab.execute.progress import tensorboard_log
 from batchtrim.lab.files import CannotWrite, remove_parts
 from batchtrim.lab.records import DONE, Records, Row
 from batchtrim.lab.run import train
+from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.checkpoint import DamagedCheckpoint
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.perform import perform
@@ -26,7 +27,7 @@ DATA_DIR = "data-dir.txt"
 
 
 class Watcher(Protocol):
-    """Told what happens, as it happens; see :mod:`batchtrim.lab.execute.progress`."""
+    """Receives events as they happen; see :mod:`batchtrim.lab.execute.progress`."""
 
     def begin(self, configs: list[AnyConfig], done: int) -> None: ...
 
@@ -41,7 +42,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where runs find their data and leave their checkpoints.
+    """The folders and options that all runs share: data, output, checkpoints, logs.
 
     Args:
         out: the folder of records. data_dir, cache_dir: see :func:`batchtrim.lab.task.data.load`.
@@ -66,7 +67,7 @@ class Workplace:
         if row["status"] in DONE:
             self.checkpoint(config).unlink(missing_ok=True)
 
-    def log(self, config: AnyConfig) -> contextlib.AbstractContextManager[train.OnEpoch | None]:
+    def log(self, config: AnyConfig) -> contextlib.AbstractContextManager[OnEpoch | None]:
         """Return what writes a run's TensorBoard events, if that is asked for."""
         if not self.tensorboard:
             return contextlib.nullcontext()
@@ -83,11 +84,11 @@ class Tally:
     lost: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def tell(self, config: AnyConfig, point: dict[str, Any]) -> None:
-        """Pass on what a run says after an epoch, or inside one."""
+        """Pass on a run's progress, after an epoch or within one."""
         (self.watcher.batch if "batch" in point else self.watcher.epoch)(config, point)
 
     def settle(self, config: AnyConfig, row: Row | None) -> None:
-        """Count a run as over; None if another process recorded it."""
+        """Count a run as over; ``row`` is None if another process recorded it."""
         if row is not None and row["status"] == "failed":
             self.failed.append(row)
         self.watcher.finished(config, row)
@@ -97,7 +98,7 @@ class Tally:
 
 
 def attempt(
-    config: AnyConfig, records: Records, place: Workplace, on_epoch: train.OnEpoch | None = None
+    config: AnyConfig, records: Records, place: Workplace, on_epoch: OnEpoch | None = None
 ) -> tuple[bool, Row | None]:
     """Claim a run, do it, record it.
 
@@ -114,7 +115,7 @@ def attempt(
     return True, row
 
 
-def do_run(config: AnyConfig, place: Workplace, on_epoch: train.OnEpoch | None = None) -> Row:
+def do_run(config: AnyConfig, place: Workplace, on_epoch: OnEpoch | None = None) -> Row:
     """Return the run's row, also if it fails."""
     try:
         with place.log(config) as log:
@@ -139,7 +140,7 @@ def do_run(config: AnyConfig, place: Workplace, on_epoch: train.OnEpoch | None =
         return failed_row(config, error)
 
 
-def _both(first: train.OnEpoch | None, second: train.OnEpoch | None) -> train.OnEpoch | None:
+def _both(first: OnEpoch | None, second: OnEpoch | None) -> OnEpoch | None:
     if first is None or second is None:
         return first or second
     return lambda point: (first(point), second(point), None)[2]

@@ -70,7 +70,7 @@ class Importance:
         n = losses.shape[0]
         k = batchtrim.keep_count(keep, n)
         scores = losses.double().cpu()
-        # what cannot be drawn makes no unbiased weight; a NaN or inf is drawn for certain, as anywhere
+        # a sample that cannot be drawn has no unbiased weight; NaN and inf are always drawn, as by other rules
         chance = torch.where(scores.isfinite(), scores.clamp(min=1e-12), scores.nan_to_num(1.0, 1.0).clamp(min=1.0))
         chance = chance / chance.sum()
         drawn, times = torch.multinomial(chance, k, replacement=True, generator=generator).unique(return_counts=True)

@@ -234,7 +234,7 @@ def scatter(
     shown = [point for point in points if named is None or point.label in named or point in best]
     dots = [[(x(each.x) - 6, x(each.x) + 6, y(each.y) - 6, y(each.y) + 6)] for each in points]
     whiskers = [[_reach(each, x, y)] for each in points]
-    parts += _labels(shown, x, y, [*dots, *dots, *whiskers, _along(best, x, y)])  # twice: rather a line than a dot
+    parts += _labels(shown, x, y, [*dots, *dots, *whiskers, _along(best, x, y)])  # dots twice: rather cover a line
     return _svg("".join(parts), title, HEIGHT, ' class="chart"')
 
 

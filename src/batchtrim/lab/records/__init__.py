@@ -1,8 +1,8 @@
-"""runs.jsonl: every finished run is one line, appended whole or not at all, whoever dies when.
+"""runs.jsonl: every finished run is one line, appended whole or not at all, even if a process dies.
 
-A line is written by one ``write`` to a file opened for appending, then synced, under a file lock. Should a machine go
-down in the middle of it, the piece at the end is no finished run: readers skip it, and the next writer moves it to
-``runs.torn``. A whole run at the end that only lacks its newline counts. A run in the works is claimed by a lock that
+A line is written by one ``write`` to a file opened for appending, then synced, under a file lock. If the machine
+goes down in the middle, the piece at the end is not a finished run: readers skip it, and the next writer moves it to
+``runs.torn``. A whole run at the end that only lacks its newline counts. A run in progress is claimed by a lock that
 the kernel frees when its holder dies, so two processes on one folder share the work and never do a run twice.
 """
 
@@ -48,7 +48,7 @@ class Records:
     """The runs in a folder.
 
     Args:
-        folder: made if missing; holds ``runs.jsonl``, and while runs are in the works their locks in ``.claims``.
+        folder: made if missing; holds ``runs.jsonl``, and the locks of runs in progress in ``.claims``.
 
     Raises:
         PermissionError: the folder cannot be written.
@@ -149,7 +149,7 @@ class Records:
         return there, [cell for cell in cells if cell not in there], [cell for cell in there if cell not in cells]
 
     def _begun(self) -> bool:
-        """True if anything of the experiment is here: a recorded run, a checkpoint, or a run in the works.
+        """True if anything of the experiment is here: a recorded run, a checkpoint, or a run in progress.
 
         A first run that failed for a wrong setting leaves none.
         """
@@ -160,7 +160,7 @@ class Records:
                 with self.claim(lock.stem) as free:
                     if not free:
                         return True
-        remove_parts(self.folder / "checkpoints")  # nobody is at work: they are what a process left that died
+        remove_parts(self.folder / "checkpoints")  # no run is in progress: a process that died left them
         return False
 
     def _close_last_line(self, file: int) -> int:

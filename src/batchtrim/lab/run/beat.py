@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# Called after each epoch with the last point of the curves, and with `epochs`, how many there will be.
+OnEpoch = Callable[[dict[str, Any]], None]
+
 EVERY = 0.5
 
 
-def beat(tell: Callable[[dict[str, Any]], None], epochs: int) -> Callable[[int, int, int], None]:
-    """Return what a training calls after every batch, with its epoch, the batch and how many the epoch has."""
+def beat(tell: OnEpoch, epochs: int) -> Callable[[int, int, int], None]:
+    """Return a function to call after every batch, with the epoch, the batch and the epoch's number of batches."""
     told = -EVERY
 
     def after(epoch: int, batch: int, batches: int) -> None:

@@ -16,11 +16,10 @@ from batchtrim import KeepLog, Losses, Selection, TrimmedForward
 from batchtrim._checks import check_count, describe, is_number, plain
 from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
+from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
 
 __all__ = ["Run", "TaskMistake", "as_number"]
-
-OnEpoch = Callable[[dict[str, Any]], None]
 
 
 class TaskMistake(ValueError):
@@ -28,7 +27,7 @@ class TaskMistake(ValueError):
 
 
 class WatchedRule:
-    """A selection rule that counts what goes through it, whoever's trimmer it is in."""
+    """A selection rule that counts what it chooses from, in whatever trimmer it is used."""
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule

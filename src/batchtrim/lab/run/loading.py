@@ -20,7 +20,7 @@ def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Pat
     """Load the data and, if they are the user's own, try the network, so that a fault is found before the first run.
 
     Returns:
-        What is to be said of the data.
+        Notes on the data.
     """
     loaded = load_images(config, data_dir, cache_dir)
     trial.check_network(config, loaded)

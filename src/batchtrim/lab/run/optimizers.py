@@ -13,7 +13,7 @@ __all__ = ["lr_factor", "make_optimizer"]
 
 
 def lr_factor(schedule: str, progress: float) -> float:
-    """Return the learning rate as a part of its peak, at ``progress`` in [0, 1].
+    """Return the learning rate as a fraction of its peak, at ``progress`` in [0, 1].
 
     ``step`` divides by ten at one half and at three quarters; ``onecycle`` rises for 30 % from 1/25, then falls to
     1/250,000, both as half cosines (torch's OneCycleLR with momentum left alone). ``triangle`` rises on a line from 0

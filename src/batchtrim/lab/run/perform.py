@@ -18,9 +18,10 @@ from batchtrim._checks import describe
 from batchtrim.lab.files import CannotWrite, writing
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.records import SCHEMA
+from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import error_line
-from batchtrim.lab.run.handle import OnEpoch, Run, TaskMistake, as_number
+from batchtrim.lab.run.handle import Run, TaskMistake, as_number
 from batchtrim.lab.run.process import Seen, as_it_was
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.task.code import own_traceback

@@ -107,4 +107,4 @@ _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (lambda: (sys.stdout, sys.stderr), _set_streams),
     (_errors, _set_errors),
 )
-"""What a function may change of the process: how to read it, and how to set it."""
+"""State of the process that a function may change, as pairs: a getter and a setter."""

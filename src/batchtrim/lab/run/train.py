@@ -30,7 +30,7 @@ from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
 from batchtrim.lab.run import trial
-from batchtrim.lab.run.beat import beat
+from batchtrim.lab.run.beat import OnEpoch, beat
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.counts import CountingLoss, Counts
 from batchtrim.lab.run.environment import environment
@@ -44,9 +44,6 @@ from batchtrim.lab.task.augment import Batches
 EVALUATION_BATCH = 500
 DID_NOT_LEARN = "did not learn: no better than naming the commonest class"
 REFERENCE_SEED = 1_000_003  # held-out networks start from weights no run starts from
-
-OnEpoch = Callable[[dict[str, Any]], None]
-"""Called after each epoch with the last point of the curves, ``epochs`` (how many there will be) among them."""
 
 
 class Diverged(ArithmeticError):

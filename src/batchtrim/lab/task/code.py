@@ -1,7 +1,7 @@
-"""The user's own code: a function in a file, such as ``my_task.py:train``, or one that is there already.
+"""The user's own code: a function in a file, such as ``my_task.py:train``, or one that is already in memory.
 
-It is loaded as Python itself would load a script: its folder comes first on ``sys.path``. What goes wrong inside it is
-told with its own lines alone.
+It is loaded as Python itself would load a script: its folder comes first on ``sys.path``. Errors inside it are reported
+with the user's lines only.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Code:
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Code:
-        """Return a function that is there already, as in a notebook."""
+        """Return a function that is already in memory, as in a notebook."""
         if not callable(function):
             raise TypeError(f"expected a function or 'FILE.py:NAME', got {describe(function)}.")
         name = getattr(function, "__name__", type(function).__name__).strip("<>")

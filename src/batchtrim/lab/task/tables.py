@@ -16,8 +16,7 @@ __all__ = ["SUFFIXES", "Table", "check_labels", "column", "read"]
 SUFFIXES = (".csv", ".parquet")
 IMAGE_COLUMNS = ("image", "img", "path", "file", "file_name", "filename")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "coarse_label")
-MISSING = ("", "nan", "null", "na", "n/a", "none")
-"""What other programs write where a number is missing."""
+MISSING = ("", "nan", "null", "na", "n/a", "none")  # what other programs write for a missing number
 
 
 @dataclass
