@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from batchtrim import __version__
 
-INTERRUPTED = 130
+MISTAKE, INTERRUPTED = 2, 130
 EARLY = "\nstopped before anything had begun"
 
 
@@ -20,18 +20,47 @@ def main() -> None:
         if listening:
             signal.signal(signal.SIGINT, _leave_early)
         if sys.argv[1:] == ["--version"]:  # needs no library: they take seconds to import
-            print(f"batchtrim {__version__}")
+            _print_all(lambda: print(f"batchtrim {__version__}"))
             return
+        _check_current_folder()
         command = _load()
         if listening:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        command()
+        _print_all(command)
     except KeyboardInterrupt:
         print(EARLY, file=sys.stderr)
         sys.exit(INTERRUPTED)
     finally:
         if listening:  # the interpreter's own end shows a traceback too
             signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
+
+def _print_all(command: Callable[[], None]) -> None:
+    """Call ``command`` and print the last of its output; say so in a line if that is impossible, as on a full disk."""
+    code: str | int | None = None
+    try:
+        try:
+            command()
+        except SystemExit as stop:
+            code = stop.code
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's own end would fail on it once more
+        if not code and not isinstance(error, BrokenPipeError):  # an error has been told; a reader that left wants none
+            print(f"error: cannot print ({error.strerror or error}).", file=sys.stderr)
+        code = code or MISTAKE
+    sys.exit(code)
+
+
+def _check_current_folder() -> None:
+    """Exit with a line if the current folder is gone: libraries end the process with a line that is no help."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        print(f"error: cannot use the current folder ({error.strerror}). Was it removed? cd to another.",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(MISTAKE)
 
 
 def _load() -> Callable[[], None]:
@@ -46,7 +75,7 @@ def _load() -> Callable[[], None]:
 
         print(f"error: the command `batchtrim` needs `{root}`, which is not installed. {install_hint('lab')}",
               file=sys.stderr)  # fmt: skip
-        sys.exit(2)
+        sys.exit(MISTAKE)
     return command
 
 
