@@ -1,7 +1,8 @@
-"""mkdocs hooks: a page for each notebook, with its outputs; method cards and their table, from the lab's table."""
+"""mkdocs hooks: a page for each notebook, with its outputs; method cards and their table; options that stay whole."""
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -10,6 +11,7 @@ from nbconvert import MarkdownExporter
 
 from batchtrim.lab.methods.table import METHODS
 
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 TABLE = "<!-- table of methods -->"
 
 
@@ -42,6 +44,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.parent is None:
         page.meta.setdefault("hide", ["navigation"])
     return markdown.replace(TABLE, table())
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep an option whole where a line of inline code breaks: a browser breaks after its dashes."""
+
+    def whole(code: re.Match[str]) -> str:
+        return OPTION.sub(r'<span class="option">\g<0></span>', code[0]) if code[1] else code[0]
+
+    return re.sub(r"<pre.*?</pre>|(<code[^>]*>)[^<]*</code>", whole, html, flags=re.DOTALL)
 
 
 def table() -> str:

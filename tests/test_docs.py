@@ -266,6 +266,9 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     for page in [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.css")]:
         assert not FETCHED.findall(page.read_text()), page.name
         assert not re.findall(r"\*\*\[|\]\(|```", shown(page.read_text())), f"Markdown as it is typed: {page.name}"
+    options = (tmp_path / "command-line.html").read_text()
+    assert re.search(r'<code>batchtrim <span class="option">--install-completion</span></code>', options)
+    assert not re.search(r"<code>[^<]*--[a-z]", options), "an option that breaks after its dashes"
     notebook = (tmp_path / "notebooks" / "first-steps.html").read_text()
     assert "of the samples backward" in notebook, "what the notebook prints"
     command = [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]

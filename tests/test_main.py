@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.abc
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +20,70 @@ from batchtrim.__main__ import main
 def test_the_module_runs_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "batchtrim", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"batchtrim {__version__}\n"
+
+
+MODULE = ["-m", "batchtrim"]
+SCRIPT = ["-c", "from batchtrim.__main__ import main; main()"]  # as an installed command does
+
+
+def interrupted(words: list[str], folder: Path, ignored: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run Python with a library in ``folder``; Ctrl-C arrives unless it is ignored, as it is in a background job."""
+    return subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def torch_that(folder: Path, code: str) -> Path:
+    (folder / "torch.py").write_text("import os, signal\n" + textwrap.dedent(code))
+    return folder
+
+
+@pytest.mark.parametrize("words", [MODULE, SCRIPT], ids=["module", "script"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "os.kill(os.getpid(), signal.SIGINT)",
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass",
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    raise ImportError('no _C')",
+    ],
+    ids=["raised", "swallowed", "turned"],
+)
+def test_ctrl_c_while_torch_is_imported_is_one_line(words: list[str], code: str, tmp_path: Path) -> None:
+    done = interrupted([*words, "methods"], torch_that(tmp_path, code))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped before anything had begun\n")
+
+
+def test_ctrl_c_while_the_interpreter_ends_is_no_traceback(tmp_path: Path) -> None:
+    code = (
+        "import atexit, os, signal, sys; atexit.register(os.kill, os.getpid(), signal.SIGINT); "
+        "from batchtrim.__main__ import main; main()"
+    )
+    done = interrupted(["-c", code, "--version"], tmp_path)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_background_job_goes_on_ignoring_ctrl_c(tmp_path: Path) -> None:
+    code = "os.kill(os.getpid(), signal.SIGINT)\nraise ImportError('no torch', name='torch')"
+    done = interrupted([*MODULE, "methods"], torch_that(tmp_path, code), ignored=True)
+    assert done.returncode == 2
+    assert "needs `torch`, which is not installed" in done.stderr
+
+
+def test_the_version_needs_no_library(tmp_path: Path) -> None:
+    done = interrupted([*MODULE, "--version"], torch_that(tmp_path, "raise ImportError('no torch', name='torch')"))
+    assert (done.stdout, done.stderr) == (f"batchtrim {__version__}\n", "")
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Fails(importlib.abc.MetaPathFinder):

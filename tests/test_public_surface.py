@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import itertools
 import os
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -23,7 +26,7 @@ def python(code: str, env: dict[str, str] | None = None) -> str:
     return run.stdout.strip()
 
 
-STAGES = ("import batchtrim", "batchtrim.testing", "batchtrim.compat", "batchtrim.lab")
+STAGES = ("import batchtrim; from batchtrim import *", "batchtrim.testing", "batchtrim.compat", "batchtrim.lab")
 HELP = """
 from typer.testing import CliRunner
 from batchtrim.lab import cli
@@ -65,6 +68,50 @@ def test_submodules_come_when_asked_for(brought_in: dict[str, set[str]]) -> None
         assert stage in brought_in[stage]
     with pytest.raises(AttributeError, match="module 'batchtrim' has no attribute 'nothing'"):
         batchtrim.nothing
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    before, after = python("import sys; print(*sys.modules); import batchtrim; print(*sys.modules)").split("\n")
+    assert set(after.split()) - set(before.split()) - {"importlib"} == {"batchtrim"}
+
+
+def test_python_editors_and_star_imports_see_the_same_names() -> None:
+    block = next(node for node in ast.parse(inspect.getsource(batchtrim)).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert len(imports) == len(block.body)
+    written = {
+        name.name: node.module for node in imports for name in node.names if node.module not in (None, "batchtrim")
+    }
+    assert written == {name: f"batchtrim.{home}" for name, home in batchtrim._HOME.items()}
+    assert sorted(written) == batchtrim.__all__
+
+
+def test_every_module_is_an_attribute_and_can_be_imported_first() -> None:
+    """Each in the interpreter's state right after ``import torch``: none relies on another to have been imported."""
+    code = """
+    import importlib, pkgutil, sys, torch
+    import batchtrim
+    names = [module.name for module in pkgutil.iter_modules(batchtrim.__path__) if module.name != "__main__"]
+    for name in names:
+        for module in [module for module in sys.modules if module.partition(".")[0] == "batchtrim"]:
+            del sys.modules[module]
+        package = importlib.import_module("batchtrim")
+        assert getattr(package, name).__name__ == f"batchtrim.{name}", name
+    print(len(names))
+    """
+    assert int(python(textwrap.dedent(code))) > 20
+
+
+@pytest.mark.slow
+def test_a_compiled_function_may_be_the_first_to_use_a_name() -> None:
+    code = """
+    import torch, batchtrim
+    compiled = torch.compile(lambda losses: batchtrim.focal(losses), backend="eager", fullgraph=True)
+    assert "focal" not in vars(batchtrim)
+    losses = torch.rand(8)
+    assert torch.equal(compiled(losses), batchtrim.focal(losses))
+    """
+    python(textwrap.dedent(code))
 
 
 def test_all_is_sorted_and_complete() -> None:
@@ -109,7 +156,7 @@ def test_completion_reads_like_a_table_of_contents() -> None:
 
 @pytest.mark.slow
 def test_import_adds_at_most_50_ms_to_torch() -> None:
-    code = "import time, torch; start = time.perf_counter(); import batchtrim; print(time.perf_counter() - start)"
+    code = "import time, torch; at = time.perf_counter(); from batchtrim import *; print(time.perf_counter() - at)"
     # as anybody but a machine told to write none has it: with bytecode, which the first of the runs leaves
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     assert min(float(python(code, env)) for _ in range(5)) <= 0.050  # the least: other work on the machine only adds

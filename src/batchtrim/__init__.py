@@ -10,56 +10,40 @@ In the loop you have, two lines change::
     trim.step()                # once an epoch, like a learning-rate scheduler
 
 Schedules say how much to keep, selection rules say which, a :class:`Trimmer` puts them together.
+
+Importing the package is quick: torch and a name's module are imported when the name is first used.
 """
 
-import importlib
-
-from batchtrim import errors as errors
-from batchtrim import keeplog as keeplog
-from batchtrim import schedules as schedules
-from batchtrim import selection as selection
-from batchtrim._deprecated import MOVED, moved
-from batchtrim.accumulation import accumulate
-from batchtrim.choice import Choice
-from batchtrim.engine import TrimmedForward
-from batchtrim.keeplog import KeepLog, suspects
-from batchtrim.losses import Losses, focal, per_sample, superloss, token_losses
-from batchtrim.reduction import reduce
-from batchtrim.schedules import by_accuracy, constant, cosine, linear, piecewise
-from batchtrim.selection import (
-    Selection,
-    between,
-    easiest,
-    hardest,
-    keep_count,
-    loss_mass,
-    percentile,
-    percentile_topk,
-    smoothing_floor,
-    superquantile,
-    uniform,
-)
-from batchtrim.stats import KeepStats
-from batchtrim.trimmer import Trimmer
+TYPE_CHECKING = False  # as of typing, whose import takes longer than all of this file
+if TYPE_CHECKING:  # for editors and type checkers; _HOMES says the same to Python
+    from batchtrim import errors as errors
+    from batchtrim import keeplog as keeplog
+    from batchtrim import schedules as schedules
+    from batchtrim import selection as selection
+    from batchtrim.accumulation import accumulate
+    from batchtrim.choice import Choice
+    from batchtrim.engine import TrimmedForward
+    from batchtrim.keeplog import KeepLog, suspects
+    from batchtrim.losses import Losses, focal, per_sample, superloss, token_losses
+    from batchtrim.reduction import reduce
+    from batchtrim.schedules import by_accuracy, constant, cosine, linear, piecewise
+    from batchtrim.selection import (
+        Selection,
+        between,
+        easiest,
+        hardest,
+        keep_count,
+        loss_mass,
+        percentile,
+        percentile_topk,
+        smoothing_floor,
+        superquantile,
+        uniform,
+    )
+    from batchtrim.stats import KeepStats
+    from batchtrim.trimmer import Trimmer
 
 __version__ = "0.1.0"
-
-_SUBMODULES = ("compat", "integrations", "lab", "testing")  # imported when first asked for
-
-
-def __getattr__(name: str) -> object:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"batchtrim.{name}")
-    if name in MOVED:
-        return moved(name)
-    raise AttributeError(f"module 'batchtrim' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    """Return what a reader looks for: the public names, and the modules that hold more of them."""
-    modules = ("compat", "errors", "integrations", "keeplog", "lab", "schedules", "selection", "testing")
-    return sorted([*__all__, *modules, "__version__"])
-
 
 __all__ = [
     "Choice",
@@ -92,3 +76,44 @@ __all__ = [
     "token_losses",
     "uniform",
 ]
+
+_HOMES = {
+    "accumulation": ("accumulate",),
+    "choice": ("Choice",),
+    "engine": ("TrimmedForward",),
+    "keeplog": ("KeepLog", "suspects"),
+    "losses": ("Losses", "focal", "per_sample", "superloss", "token_losses"),
+    "reduction": ("reduce",),
+    "schedules": ("by_accuracy", "constant", "cosine", "linear", "piecewise"),
+    "selection": (
+        *("Selection", "between", "easiest", "hardest", "keep_count", "loss_mass"),
+        *("percentile", "percentile_topk", "smoothing_floor", "superquantile", "uniform"),
+    ),
+    "stats": ("KeepStats",),
+    "trimmer": ("Trimmer",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name or a module when it is first used, and keep it."""
+    import importlib.util
+
+    from batchtrim._deprecated import MOVED, moved
+
+    if name in MOVED:
+        return moved(name)
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"batchtrim.{_HOME[name]}"), name)
+    elif importlib.util.find_spec(f"batchtrim.{name}"):
+        value = importlib.import_module(f"batchtrim.{name}")
+    else:
+        raise AttributeError(f"module 'batchtrim' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return what a reader looks for: the public names, and the modules that hold more of them."""
+    modules = ("compat", "errors", "integrations", "keeplog", "lab", "schedules", "selection", "testing")
+    return sorted([*__all__, *modules, "__version__"])

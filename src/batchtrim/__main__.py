@@ -2,26 +2,89 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from collections.abc import Callable
 
-from batchtrim._checks import install_hint
+from batchtrim import __version__
+
+MISTAKE, INTERRUPTED = 2, 130
+EARLY = "\nstopped before anything had begun"
 
 
 def main() -> None:
     """Run the command line; without the lab extra, one line says how to get it."""
+    listening = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in a background job
+    try:
+        if listening:
+            signal.signal(signal.SIGINT, _leave_early)
+        if sys.argv[1:] == ["--version"]:  # needs no library: they take seconds to import
+            _print_all(lambda: print(f"batchtrim {__version__}"))
+            return
+        _check_current_folder()
+        command = _load()
+        if listening:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _print_all(command)
+    except KeyboardInterrupt:
+        print(EARLY, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    finally:
+        if listening:  # the interpreter's own end shows a traceback too
+            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
+
+def _print_all(command: Callable[[], None]) -> None:
+    """Call ``command`` and print the last of its output; say so in a line if that is impossible, as on a full disk."""
+    code: str | int | None = None
+    try:
+        try:
+            command()
+        except SystemExit as stop:
+            code = stop.code
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's own end would fail on it once more
+        if not code and not isinstance(error, BrokenPipeError):  # an error has been told; a reader that left wants none
+            print(f"error: cannot print ({error.strerror or error}).", file=sys.stderr)
+        code = code or MISTAKE
+    sys.exit(code)
+
+
+def _check_current_folder() -> None:
+    """Exit with a line if the current folder is gone: libraries end the process with a line that is no help."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        print(f"error: cannot use the current folder ({error.strerror}). Was it removed? cd to another.",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(MISTAKE)
+
+
+def _load() -> Callable[[], None]:
+    """Import the lab's command line."""
     try:
         from batchtrim.lab.cli import main as command
     except ImportError as error:
         root = (error.name or "").partition(".")[0]
         if root in ("", "batchtrim"):  # a fault of this package, and no missing library
             raise
+        from batchtrim.errors import install_hint  # needs no library
+
         print(f"error: the command `batchtrim` needs `{root}`, which is not installed. {install_hint('lab')}",
               file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped before anything had begun", file=sys.stderr)
-        sys.exit(130)
-    command()
+        sys.exit(MISTAKE)
+    return command
+
+
+def _leave_early(*_: object) -> None:
+    """Leave at once: a KeyboardInterrupt inside a library's import may be lost, or be shown as an error of its own."""
+    try:
+        os.write(2, f"{EARLY}\n".encode())
+    finally:
+        os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRange
+from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRange, install_hint
 
 
 def describe(value: object) -> str:
@@ -247,11 +247,6 @@ def import_extra(module: str, extra: str, wanted_by: str) -> ModuleType:
         if error.name is not None and error.name.partition(".")[0] != root:
             raise  # the library is there but broken: its own message says more than ours would
         raise InstallExtra(f"{wanted_by} needs `{root}`, which is not installed. {install_hint(extra)}") from error
-
-
-def install_hint(extra: str) -> str:
-    """Return how to install an extra, from an index as well as from a clone."""
-    return f"Run: pip install 'batchtrim[{extra}]', or in a clone of the repository: pip install -e '.[{extra}]'"
 
 
 def _shown(value: float) -> str:

@@ -8,9 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from batchtrim.choice import Choice
-
 if TYPE_CHECKING:
+    from batchtrim.choice import Choice
     from batchtrim.keeplog import KeepLog
 
 T = TypeVar("T")

@@ -72,3 +72,8 @@ class EngineFallback(UserWarning):
 
 class RanksDisagree(RuntimeError):
     """Processes of one group entered a collective selection with settings that do not fit together."""
+
+
+def install_hint(extra: str) -> str:
+    """Return how to install an extra, from an index as well as from a clone."""
+    return f"Run: pip install 'batchtrim[{extra}]', or in a clone of the repository: pip install -e '.[{extra}]'"

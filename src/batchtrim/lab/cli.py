@@ -19,7 +19,7 @@ from batchtrim._checks import check_choice
 from batchtrim.lab import options
 from batchtrim.lab.execute import reach
 from batchtrim.lab.files import as_written, in_a_line
-from batchtrim.lab.terminal import print_plainly
+from batchtrim.lab.terminal import open_closed, print_plainly
 
 app = typer.Typer(
     name="batchtrim",
@@ -154,6 +154,7 @@ def report_command(
     """
 
     def work() -> None:
+        options.check_targets(out=out, figures=figures)
         way = options.direction(higher_is_better, lower_is_better)
         rows, place = _rows_of(folder, csv, metric, way)
         with as_written("the records"):
@@ -187,6 +188,8 @@ def claims_command(
         from batchtrim.lab.analyse import claims
         from batchtrim.lab.present import readme_table, results
 
+        if not folder.is_dir():
+            raise FileNotFoundError(f"expected a folder of records, got {folder}, which is none.")
         folders = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
         if not folders:
             raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
@@ -284,6 +287,7 @@ def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the ``batchtrim`` command."""
+    open_closed()
     print_plainly()
     reach.call_and_leave(app)
 

@@ -49,6 +49,9 @@ def as_written(what: str) -> Iterator[None]:
         ) from error
 
 
+TABLES = (".csv", ".tsv")
+"""Suffixes of files that hold results of another program."""
+
 PART = ".part"
 """The suffix of a file that is being written."""
 
@@ -57,12 +60,14 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     """Return the tables of a TOML file, or raise an error that names the line."""
     path = Path(path)
     if path.is_dir():
-        hint = f" For the report on its runs: batchtrim report {path}" if (path / "runs.jsonl").exists() else ""
+        report = f" For the report on its runs: batchtrim report {path}"
+        hint = report if (path / "runs.jsonl").exists() else f" To train on images in it: --dataset {path}"
         raise IsADirectoryError(f"expected a TOML file, got the folder {path}.{hint}")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"expected {path} to be TOML, got a line that is not: {error}.") from error
+        hint = f" For a table of results: batchtrim report --csv {path}" if path.suffix in TABLES else ""
+        raise ValueError(f"expected {path} to be TOML, got a line that is not: {error}.{hint}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
     except FileNotFoundError as error:

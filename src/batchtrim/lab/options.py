@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from batchtrim.lab import files
+from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.run.config import SETTINGS
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.settings import Setting
@@ -30,6 +31,13 @@ def _folder(text: str | Path) -> Path:
     if not str(text).strip():
         raise typer.BadParameter("expected the name of a folder, got nothing.")
     return Path(text)
+
+
+def check_targets(**folders: Path | None) -> None:
+    """Check folders that are to be written to."""
+    for name, folder in folders.items():
+        if folder is not None and folder.is_file():
+            raise ValueError(f"expected `{name}` to be a folder, got the file {folder}.")
 
 
 MANY: Table = {
@@ -158,6 +166,12 @@ def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> 
     grid = settings.get("grid")
     parts = [part for part in grid if isinstance(part, dict)] if isinstance(grid, list) else []
     named = {**PLACE, **SCALE, **TALK}
+    table = next((name for name, value in settings.items() if isinstance(value, dict) and name != "params"), None)
+    if table is not None:
+        raise ValueError(
+            f"expected a value of `{table}` in {given['grid']}, got a table. Settings stand above all tables, or in "
+            f"[[grid]]: leave out the line [{table}]."
+        )
     wrong = next((name for part in (settings, *parts) for name in part if name in named), None)
     if wrong is not None:
         way = wrong.removeprefix("as_").replace("_", "-")
@@ -217,10 +231,19 @@ def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
         place, equals, value = text.partition("=")
         method, dot, name = place.partition(".")
         if not (equals and dot and value):
-            raise ValueError(f"expected `param` to look like small_loss.noise_rate=0.1, got {text!r}.")
+            raise ValueError(
+                f"expected `param` to look like small_loss.noise_rate=0.1, got {text!r}.{_hint(place, value)}"
+            )
+        if method in METHODS and name not in METHODS[method].params and _hint(name, value):
+            raise ValueError(f"expected `param` to be a parameter of '{method}', got {text!r}.{_hint(name, value)}")
         values = [_number(part) for part in value.split(",")]
         tables.setdefault(method, {})[name] = values if len(values) > 1 else values[0]
     return tables
+
+
+def _hint(name: str, value: str) -> str:
+    """Return a hint that a setting is an option of its own, with a space before it; nothing where it is none."""
+    return f" It is an option: --{name.replace('_', '-')} {value}".rstrip() if name in _CONFIG else ""
 
 
 def _number(text: str) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import sys
 
-__all__ = ["print_plainly"]
+__all__ = ["open_closed", "print_plainly"]
 
 PLAIN = {
     "\N{PLUS-MINUS SIGN}": "+-",
@@ -16,6 +17,13 @@ PLAIN = {
     "\N{HORIZONTAL ELLIPSIS}": "...",
 }
 """ASCII for what the tables print; a sign of a number must not get lost."""
+
+
+def open_closed() -> None:
+    """Let what is printed get lost where standard output or error is closed, as by ``>&-``, rather than fail."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def print_plainly() -> None:

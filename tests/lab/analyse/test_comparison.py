@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from random import Random
+
 import pytest
 
 from batchtrim.lab.analyse import comparison, inference, views
@@ -176,7 +179,48 @@ def test_views_without_curves_say_so(make_row):
     row = make_row("full", 0, 0.1) | {"curve": {}}
     for view in comparison.summarize([row]).groups[0].views:
         assert view.budget is None
-        assert "no budget in common" in wording.view_note(view)
+        assert "Not every run has a curve, so no budget in common" in wording.view_note(view)
+
+
+def test_views_without_a_finished_run_say_so(make_row):
+    for status in ("failed", "diverged"):
+        for view in comparison.summarize([make_row("full", 0, None, status=status)]).groups[0].views:
+            assert view.budget is None
+            assert "No run finished, so no budget in common" in wording.view_note(view)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_that_ends_before_the_first_evaluation_of_another_leaves_no_budget(make_row, epochs):
+    """full's first epoch, with all that warms up, takes longer than both of trim's."""
+    rows = [make_row("full", seed, 0.1, epochs=epochs, seconds=2.0 * epochs + seed) for seed in range(2)]
+    rows += [make_row("trim", seed, 0.1, epochs=epochs, seconds=1.5 + seed / 10) for seed in range(2)]
+    view = comparison.summarize(rows).groups[0].views[1]
+    assert view.budget is None
+    assert wording.view_note(view).startswith(
+        "No budget in common: trim, seed 0, ended before the first evaluation of full, seed 1."
+    )
+
+
+@pytest.mark.parametrize("draw", range(40))
+def test_a_view_reads_all_finished_runs_or_none(make_row, draw):
+    """One or several epochs, tests not after each, one method much faster, failed and diverged runs."""
+    random = Random(draw)
+    epochs, every = random.choice([1, 2, 3, 8]), random.choice([1, 2, 3])
+    rows = []
+    for method, seed in itertools.product(("full", "trim", "random"), range(3)):
+        status = random.choice(["finished"] * 6 + ["failed", "diverged"])
+        seconds = random.uniform(1.0, random.choice([2.0, 50.0]))
+        error = 0.1 if status == "finished" else None
+        row = make_row(method, seed, error, status=status, epochs=epochs, seconds=seconds)
+        errors = row["curve"]["test_error"]
+        row["curve"]["test_error"] = [
+            each if (number + 1) % every == 0 or number + 1 == epochs else None for number, each in enumerate(errors)
+        ]
+        rows.append(row)
+    (group,) = comparison.summarize(rows).groups
+    for view in group.views:
+        assert [list(arm.errors) for arm in view.arms] == [list(arm.errors) for arm in group.arms]
+        assert (view.budget is None) == ("o budget in common" in wording.view_note(view))
 
 
 def test_no_rows_is_an_error():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 import shlex
 import subprocess
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -318,24 +320,42 @@ def test_no_table_is_cut_off(make_row, tmp_path, width):
                      for schedule in ("linear", "step") for seed in range(5)]  # fmt: skip
             rows += [make_row("trim", seed, 0.07 + 0.001 * seed, keep_end=0.2, schedule="step") for seed in range(5)]
         page = report.write_report(rows, tmp_path / name)
-        asks = (
-            "<script>parent.postMessage('cut at '+innerWidth+': '+[...document.querySelectorAll('.scroll')]"
-            ".filter(each=>each.scrollWidth>each.clientWidth).map(each=>each.innerText.slice(0,40)),'*')</script></body>"
-        )
-        page.write_text(page.read_text().replace("</body>", asks))
-        frame = page.with_name("frame.html")  # a window of Chromium is 500 pixels wide at least
-        frame.write_text(
-            "<script>onmessage=event=>document.title=event.data</script>"
-            f"<iframe src='{page.name}' style='width:{width}px;height:900px;border:0'></iframe>"
-        )
-        done = subprocess.run(
-            [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-             "--window-size=1500,1000", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()],
-            capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
-        assert f"<title>cut at {width}: </title>" in done.stdout, re.findall(
-            r"<title>.*?</title>", done.stdout, re.DOTALL
-        )
+        cut = "[...document.querySelectorAll('.scroll')].filter(each=>each.scrollWidth>each.clientWidth)"
+        assert _seen(page, width, f"{cut}.map(each=>each.innerText.slice(0,40))") == ""
+
+
+def _seen(page: Path, width: int, script: str) -> str:
+    """Return the value of a script in the page as it is drawn in that width: a window is 500 pixels wide at least."""
+    asks = f"<script>parent.postMessage(String({script}),'*')</script></body>"
+    page.write_text(page.read_text().replace("</body>", asks))
+    frame = page.with_name("frame.html")
+    frame.write_text(
+        "<script>onmessage=event=>document.title='seen: '+event.data+'.'</script>"
+        f"<iframe src='{page.name}' style='width:{width}px;height:900px;border:0'></iframe>"
+    )
+    done = subprocess.run(
+        [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.with_name('profile')}",
+         "--window-size=1500,1000", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    (seen,) = re.findall(r"<title>seen: (.*)\.</title>", done.stdout, re.DOTALL)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1400, 390])
+def test_only_tables_scroll_sideways(make_row, tmp_path, width):
+    """However long the names of data sets, networks and parameters are; a table's first column stays in sight."""
+    long = "a_name_of_a_data_set_of_ones_own_without_a_space_anywhere_in_it"
+    rows = [
+        make_row(method, seed, 0.1, dataset=f"/home/somebody/{long}", model=long, schedule=schedule, keep_end=end)
+        for method, seed in itertools.product(("full", "trim"), range(2))
+        for schedule, end in itertools.product(("linear", "cosine"), (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6))
+    ]
+    page = report.write_report(rows, tmp_path)
+    beyond = "document.documentElement.scrollWidth-document.documentElement.clientWidth"
+    first = "getComputedStyle(document.querySelector('.ends tbody th')).position"
+    assert _seen(page, width, f"[{beyond},{first}]") == "0,sticky"
 
 
 def test_an_arm_whose_runs_all_failed_is_told_so(make_row):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,35 @@ def test_dots_and_lines_on_one_another_are_told_apart() -> None:
     assert "over1" not in str(
         charts.lines([same[0], charts.Series("d", 1, (1, 2, 3), (9.0, 8.0, 7.0))], x_label="", y_label="", fmt=str)
     )
+
+
+@pytest.mark.parametrize("count", [2, 3, 11])
+def test_no_dot_of_any_chart_hides_another(count: int) -> None:
+    names = "abcdefghijk"[:count]
+    at_one = [charts.Point(name, n, 3.0, 0.1 + 1e-5 * n, None) for n, name in enumerate(names)]
+    points = [*at_one, charts.Point("z", 8, 1.0, 0.3, None)]
+    costs = str(charts.scatter(points, x_label="", y_label="", x_fmt=str, fmt=str))
+    row = charts.Differences("a", 1, tuple(range(count)), (0.1,) * count, 0.1, None, None, "")
+    single = [charts.Series(name, n, (1,), (0.1,)) for n, name in enumerate(names)]
+    for drawn in (
+        costs,
+        str(charts.differences([row], x_label="", fmt=str)),
+        str(charts.lines(single, x_label="", y_label="", fmt=str)),
+    ):
+        dots = re.findall(r'<circle class="(\w+)" (cx="[^"]+" cy="[^"]+" r="[^"]+")', drawn)
+        assert len(dots) == len(set(dots)) >= count
+    assert len(re.findall('class="ring"', costs)) == count - 1, "a dot of its own is no ring"
+    assert len(set(re.findall('class="ring" cx="([^"]+)"', costs))) == 1, "the numbers stay true"
+
+
+def test_one_epoch_has_dots_with_a_legend_and_hollow_ones_for_dashed_lines(make_row: MakeRow) -> None:
+    rows = [make_row(m, s, 0.1 + s / 100, epochs=1) for m in ("full", "trim") for s in range(3)]
+    (group,) = comparison.summarize(rows).groups
+    drawn = {name: figures.standalone(chart, group, note) for name, chart, note in figures._charts(group)}
+    assert "trim</text>" in drawn["test-error"]
+    assert "Dashed: of every sample seen." in drawn["loss-of-kept-samples-and-of-all"]
+    assert 'class="ring dashed"' in drawn["loss-of-kept-samples-and-of-all"]
+    assert 'class="ring dashed"' not in drawn["test-error"]
 
 
 def test_charts_are_written_as_svg_and_png(swept: comparison.Summary, tmp_path: Path) -> None:

@@ -110,13 +110,17 @@ class View:
     """The comparison read at one budget that every method reached.
 
     Attributes:
-        name: "samples_backward" or "seconds". ``budget``: the largest that every finished run reached; None where
-            a run has no curve. ``arms``: as in the group, errors read at the budget.
+        name: "samples_backward" or "seconds". ``budget``: the largest at which every finished run had been evaluated;
+            None where there is none. ``arms``: as in the group, errors read at the budget.
+        missing: why there is no budget, as in :class:`batchtrim.lab.analyse.views.Missing`; "" if there is one.
+        apart: label and seed of a run that ended, and of one that had not been evaluated by then.
     """
 
     name: str
     budget: float | None
     arms: tuple[Arm, ...]
+    missing: str = ""
+    apart: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -331,14 +335,16 @@ def verdict_of(differences: Moments, p: float | None) -> Verdict:
 
 
 def _view(name: str, arms: Sequence[Arm], reference: Arm | None) -> View:
-    """Return every arm's error at the largest budget that all finished runs reached."""
-    budget = views.common_budget([row for arm in arms for row in arm.runs if row["status"] == "finished"], name)
-    if budget is None:
-        return View(name, None, tuple(arms))
+    """Return every arm's error at the largest budget at which all finished runs had been evaluated."""
+    finished = [(arm, row) for arm in arms for row in arm.runs if row["status"] == "finished"]
+    budget = views.common_budget([row for _, row in finished], name)
+    if isinstance(budget, views.Missing):
+        apart = (finished[budget.ended], finished[budget.begun]) if budget.kind == "apart" else ()
+        runs = tuple((arm.label, int(row["config"]["seed"])) for arm, row in apart)
+        return View(name, None, tuple(arms), budget.kind, runs)
     read = []
     for arm in arms:
-        finished = {row["config"]["seed"]: row for row in arm.runs if row["status"] == "finished"}
-        found = {seed: views.error_at(row, budget, name) for seed, row in finished.items()}
+        found = {row["config"]["seed"]: views.error_at(row, budget, name) for each, row in finished if each is arm}
         errors = {seed: error for seed, error in found.items() if error is not None}
         read.append(replace(arm, errors=errors, moments=_moments(errors.values(), arm.metric), paired=None))
     matched = read[arms.index(reference)] if reference is not None else None

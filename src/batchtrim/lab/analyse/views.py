@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +22,7 @@ def error_at(row: Row, budget: float, axis: str) -> float | None:
     was measured.
     """
     spent, errors = spent_curve(row, axis)
-    if not spent or budget < spent[0] * (1 - 1e-9):
+    if not _reached(spent, budget):
         return None
     return float(np.interp(budget, spent, errors))
 
@@ -42,10 +44,37 @@ def spent_curve(row: Row, axis: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def common_budget(rows: list[Row], axis: str) -> float | None:
-    """Return the largest budget that every run reached; None where a run has no curve, or there is no run."""
+@dataclass(frozen=True)
+class Missing:
+    """Why runs have no budget in common.
+
+    Attributes:
+        kind: "no run" finished, "no curve" of a run was recorded, or the runs lie "apart".
+        ended, begun: of runs that lie apart, the one that ended before the first evaluation of the other, by index.
+    """
+
+    kind: Literal["no run", "no curve", "apart"]
+    ended: int = 0
+    begun: int = 0
+
+
+def common_budget(rows: Sequence[Row], axis: str) -> float | Missing:
+    """Return the largest budget at which all runs have been evaluated, or why there is none."""
+    if not rows:
+        return Missing("no run")
     spent = [spent_curve(row, axis)[0] for row in rows]
-    return min((each[-1] for each in spent), default=None) if all(spent) else None
+    if not all(spent):
+        return Missing("no curve")
+    ended = min(range(len(rows)), key=lambda number: spent[number][-1])
+    begun = max(range(len(rows)), key=lambda number: spent[number][0])
+    if not _reached(spent[begun], spent[ended][-1]):
+        return Missing("apart", ended, begun)
+    return spent[ended][-1]
+
+
+def _reached(spent: list[float], budget: float) -> bool:
+    """True if a run was evaluated at the budget or before; its sum may be off in the last digits."""
+    return bool(spent) and budget >= spent[0] * (1 - 1e-9)
 
 
 def _is_number(value: Any) -> bool:

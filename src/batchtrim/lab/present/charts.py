@@ -11,16 +11,17 @@ import html
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from batchtrim.lab.present import point_labels
+from batchtrim.lab.present import overlaps, point_labels
 from batchtrim.lab.present.point_labels import Box
 
 WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
+DOT, BIG = 3.5, 5.5  # radius of a dot in a chart of lines, and of costs
 FAR = 15  # from a point to its name
 BOLD = 7.6  # width of a letter of a name, about
 COLOURS = 8  # besides the baseline's
@@ -130,7 +131,7 @@ def lines(
         _axes(x, y, x_label, y_label, str, fmt, whole=True),
         f'<g clip-path="url(#{clip})">',
         *(_band(each, x, y) for each in drawn),
-        *(_line(each, x, y, shared) for each, shared in zip(drawn, _covering(drawn, y), strict=True)),
+        *_lines(drawn, x, y),
         "</g>",
     ]
     known = {
@@ -177,7 +178,7 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
         if row.interval:
             start, end = (x(edge) for edge in row.interval)
             parts.append(f'<line class="bar" x1="{start:.1f}" x2="{end:.1f}" y1="{middle}" y2="{middle}"/>')
-        levels = _apart([x(value) for value in row.values])
+        levels = overlaps.apart([x(value) for value in row.values])
         for seed, value, level in zip(row.seeds, row.values, levels, strict=True):
             parts.append(
                 f'<circle class="dot" cx="{x(value):.1f}" cy="{middle + level}" r="4.5">'
@@ -205,7 +206,8 @@ def scatter(
     Args:
         named: labels of the points that are named where all would be too many; those of the front are besides.
 
-    A line joins the front: the points that no other has both a lower cost and a lower error than.
+    A line joins the front: the points that no other has both a lower cost and a lower error than. A point where others
+    are is a ring around them.
     """
     if not points:
         return Markup('<p class="note">No run finished.</p>')
@@ -218,7 +220,8 @@ def scatter(
     if len(best) > 1:
         way = _path([point.x for point in best], [point.y for point in best], x, y)
         parts.append(f'<polyline class="front" points="{way}"/>')
-    for point in points:
+    radii = [BIG + 4 * ring for ring in overlaps.rings([(x(each.x), y(each.y)) for each in points])]
+    for point, radius in zip(points, radii, strict=True):
         there = ", on the front" if point in best else ""
         centre, middle = x(point.x), y(point.y)
         parts.append(f'<g class="{style_class(point.style)}">')
@@ -228,11 +231,11 @@ def scatter(
                 f'<line class="whisker" x1="{centre:.1f}" x2="{centre:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
             )
         parts.append(
-            f'<circle class="big" cx="{centre:.1f}" cy="{middle:.1f}" r="5.5">'
+            f'<circle class="{"big" if radius == BIG else "ring"}" cx="{centre:.1f}" cy="{middle:.1f}" r="{radius}">'
             f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}{there}</title></circle></g>"
         )
     shown = [point for point in points if named is None or point.label in named or point in best]
-    dots = [[(x(each.x) - 6, x(each.x) + 6, y(each.y) - 6, y(each.y) + 6)] for each in points]
+    dots = [[_around(x(each.x), y(each.y), radius + 0.5)] for each, radius in zip(points, radii, strict=True)]
     whiskers = [[_reach(each, x, y)] for each in points]
     parts += _labels(shown, x, y, [*dots, *dots, *whiskers, _along(best, x, y)])  # dots twice: rather cover a line
     return _svg("".join(parts), title, HEIGHT, ' class="chart"')
@@ -281,6 +284,11 @@ def _reach(point: Point, x: Scale, y: Scale) -> Box:
     return x(point.x) - 6, x(point.x) + 6, min(ends) - 5, max(ends) + 5
 
 
+def _around(x: float, y: float, radius: float) -> Box:
+    """Return the box of a dot."""
+    return x - radius, x + radius, y - radius, y + radius
+
+
 def _along(best: Sequence[Point], x: Scale, y: Scale, pieces: int = 24) -> list[Box]:
     """Return the line that joins the front, in small pieces."""
     places = [
@@ -321,39 +329,20 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str, x_fmt: Format, fmt: Fo
     return "".join(parts)
 
 
-def _line(series: Series, x: Scale, y: Scale, shared: int) -> str:
-    dash = (" dashed" if series.dashed else "") + (f" over{min(shared, 3)}" if shared else "")
-    data = f'data-series="{esc(series.label)}"'
-    if len(series.x) == 1:
-        return (
-            f'<g class="{style_class(series.style)}" {data}>'
-            f'<circle class="dot" cx="{x(series.x[0]):.1f}" cy="{y(series.y[0]):.1f}" r="3.5"/></g>'
-        )
-    return (
-        f'<g class="{style_class(series.style)}" {data}>'
-        f'<polyline class="line{dash}" points="{_path(series.x, series.y, x, y)}"/></g>'
-    )
-
-
-def _apart(places: Sequence[float], near: float = 7.0) -> list[int]:
-    """Return how far up or down each dot moves so that it hides no other: 0, 6 up, 6 down, 12 up or 12 down."""
-    taken: list[tuple[float, int]] = []
-    for place in places:
-        beside = {level for other, level in taken if abs(place - other) <= near}
-        taken.append((place, next((level for level in (0, -6, 6, -12, 12) if level not in beside), 0)))
-    return [level for _, level in taken]
-
-
-def _covering(drawn: Sequence[Series], y: Scale, near: float = 1.5) -> list[int]:
-    """Return how many earlier lines each would cover over most of its way: its gaps are the wider, the more."""
-
-    def covers(line: Series, other: Series) -> bool:
-        if list(other.x) != list(line.x) or other.dashed != line.dashed or len(line.x) < 2:
-            return False
-        close = sum(abs(y(a) - y(b)) < near for a, b in zip(other.y, line.y, strict=True))
-        return close > 0.8 * len(line.x)
-
-    return [sum(covers(line, other) for other in drawn[:number]) for number, line in enumerate(drawn)]
+def _lines(drawn: Sequence[Series], x: Scale, y: Scale) -> Iterator[str]:
+    """Yield each line; a single point is a dot, a ring where others are, and hollow where a line would be dashed."""
+    shared = overlaps.covered([(each.x, [y(value) for value in each.y], each.dashed) for each in drawn])
+    rings = iter(overlaps.rings([(x(each.x[0]), y(each.y[0])) for each in drawn if len(each.x) == 1]))
+    for series, below in zip(drawn, shared, strict=True):
+        dash = (" dashed" if series.dashed else "") + (f" over{min(below, 3)}" if below else "")
+        if len(series.x) > 1:
+            body = f'<polyline class="line{dash}" points="{_path(series.x, series.y, x, y)}"/>'
+        else:
+            ring = next(rings)
+            kind = ("ring" if ring or series.dashed else "dot") + dash
+            radius = DOT + ring * (DOT + 1)
+            body = f'<circle class="{kind}" cx="{x(series.x[0]):.1f}" cy="{y(series.y[0]):.1f}" r="{radius}"/>'
+        yield f'<g class="{style_class(series.style)}" data-series="{esc(series.label)}">{body}</g>'
 
 
 def _band(series: Series, x: Scale, y: Scale) -> str:

@@ -52,7 +52,7 @@ def standalone(chart: str, group: Group, note: str = "") -> str:
     assert found is not None
     width, height, body = int(found[1]), int(found[2]), found[3]
     names = [(arm.label, report.styles(group)[arm.label]) for arm in group.arms]
-    keys = _legend(names, height) if '<polyline class="line' in body else ""
+    keys = _legend(names, height) if "data-series=" in body else ""
     if note:
         keys += f'<text class="tick" x="0" y="{height + ROW * len(names) + 12}">{escape(note)}</text>'
     whole = height + (ROW * (len(names) + bool(note)) + 8 if keys else 0)
@@ -72,7 +72,7 @@ def _charts(group: Group) -> Iterator[tuple[str, str, str]]:
     for card in (*drawn["curves"], *drawn["costs"]):
         if card.chart.startswith("<svg"):
             name = re.sub(r"\W+", "-", card.heading.lower()).strip("-")
-            yield name, str(card.chart), card.note if 'class="line dashed' in card.chart else ""
+            yield name, str(card.chart), card.note if re.search('class="(line|ring) dashed', card.chart) else ""
 
 
 def _legend(names: list[tuple[str, int]], top: int) -> str:

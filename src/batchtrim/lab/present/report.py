@@ -362,7 +362,8 @@ def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
             x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group.metric),
             title=f"{wording.capital(group.metric.title)} against {name}",
         )  # fmt: skip
-        cards.append(Card(f"{wording.capital(group.metric.name)} against {name}", "", chart))
+        note = "A ring is a method at the place of another." if 'class="ring"' in chart else ""
+        cards.append(Card(f"{wording.capital(group.metric.name)} against {name}", note, chart))
     return cards
 
 

@@ -164,7 +164,7 @@ def to_csv(summary: Summary) -> str:
         for group in summary.groups
         for name, arms in [
             ("as run", group.arms),
-            *((wording.view_title(view), view.arms) for view in group.views if view.budget),
+            *((wording.view_title(view), view.arms) for view in group.views if view.budget is not None),
         ]
         for arm in arms
     ]

@@ -175,14 +175,21 @@ def view_title(view: View) -> str:
 
 def view_note(view: View) -> str:
     """Return how the errors of a view were read."""
+    if view.apart:
+        (ended, first), (begun, second) = view.apart
+        return (
+            f"No budget in common: {ended}, seed {first}, ended before the first evaluation of {begun}, seed {second}. "
+            "More epochs, or evaluations earlier in training, give one."
+        )
     if view.budget is None:
-        return "Not every run has a curve, so no budget in common can be read."
+        why = "No run finished" if view.missing == "no run" else "Not every run has a curve"
+        return f"{why}, so no budget in common can be read."
     budget = f"{view.budget:,.0f}" if view.budget >= 100 else f"{view.budget:.3g}"
     return (
-        f"Read at {budget} {VIEWS[view.name][1]}, the largest budget that every run reached, on a straight line "
-        "between the evaluations before and after it. A run with a larger total is read before its learning rate has "
-        "fallen, which counts against it: full_equal_compute is the control that finishes its training on the smaller "
-        "budget."
+        f"Read at {budget} {VIEWS[view.name][1]}, the largest budget at which every finished run had been evaluated, "
+        "on a straight line between the evaluations before and after it. A run with a larger total is read before its "
+        "learning rate has fallen, which counts against it: full_equal_compute is the control that finishes its "
+        "training on the smaller budget."
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from batchtrim.lab.files import CannotWrite, remove_parts, write_whole, writing
+from batchtrim.lab.files import TABLES, CannotWrite, remove_parts, write_whole, writing
 from batchtrim.lab.records.line import (
     COSTS,
     DONE,
@@ -240,7 +240,8 @@ def _record_file(path: str | Path) -> Path:
             f"expected runs in {path}, got nothing there. Has the first run finished?{_folders_near(path.parent)}"
         )
     if path.suffix != ".jsonl":
-        raise ValueError(f"expected a folder of runs, or its runs.jsonl, got {path}.")
+        hint = f" For a table of results: batchtrim report --csv {path}" if path.suffix in TABLES else ""
+        raise ValueError(f"expected a folder of runs, or its runs.jsonl, got {path}.{hint}")
     return path
 
 

@@ -1,0 +1,85 @@
+"""Mistakes that have a likelier meaning, and output that cannot be written: one line each, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands import mistake
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("results.csv").write_text("method,seed,acc\nfull,0,0.9\ntrim,0,0.95\n")
+    Path("section.toml").write_text('[settings]\nmethods = ["full"]\n')
+    Path("photos").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["report", "results.csv"], "For a table of results: batchtrim report --csv results.csv"),
+        (["show", "results.csv"], "For a table of results: batchtrim report --csv results.csv"),
+        (["compare", "results.csv"], "For a table of results: batchtrim report --csv results.csv"),
+        (["sweep", "results.csv"], "For a table of results: batchtrim report --csv results.csv"),
+        (["compare", "photos"], "To train on images in it: --dataset photos"),
+        (
+            ["compare", "section.toml"],
+            "expected a value of `settings` in section.toml, got a table. Settings stand above",
+        ),
+        (["compare", "--param", "keep_end=0.3"], "It is an option: --keep-end 0.3"),
+        (["compare", "--param", "trim.keep_end=0.3"], "It is an option: --keep-end 0.3"),
+        (["train", "--param", "trim.lr=1"], "It is an option: --lr 1"),
+        (["compare", "--param", "trim.start=0.3"], "expected a parameter of method 'trim' (none), got 'start'"),
+        (["claims", "nowhere"], "expected a folder of records, got nowhere, which is none."),
+        (["claims", "results.csv"], "expected a folder of records, got results.csv, which is none."),
+        (["report", "--csv", "results.csv", "--out", "results.csv"], "to be a folder, got the file results.csv."),
+        (["report", "--csv", "results.csv", "--figures", "results.csv"], "to be a folder, got the file results.csv."),
+    ],
+)
+def test_the_likelier_meaning_is_named(words: list[str], message: str) -> None:
+    said = mistake(*words)
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def in_a_shell(command: str, unbuffered: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"B": f"{sys.executable} -m batchtrim", **({"PYTHONUNBUFFERED": "1"} if unbuffered else {})}
+    return subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("words", ["--version", "--help", "methods"])
+def test_a_full_disk_is_one_line(words: str, unbuffered: bool) -> None:
+    done = in_a_shell(f"$B {words} > /dev/full", unbuffered)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("words", ["--version", "methods", "report --csv results.csv"])
+def test_a_closed_output_loses_what_is_printed_and_no_more(words: str) -> None:
+    done = in_a_shell(f"$B {words} >&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path("results/report.html").exists() == words.startswith("report")
+
+
+@pytest.mark.parametrize("words", ["--version", "--help", "methods"])
+def test_a_reader_that_leaves_is_no_error(words: str) -> None:
+    done = in_a_shell(f"$B {words} | true")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be removed there")
+def test_a_current_folder_that_is_gone_is_named() -> None:
+    done = in_a_shell("mkdir gone; cd gone; rmdir ../gone; $B methods")
+    assert done.returncode == 2
+    assert "error: cannot use the current folder (No such file or directory). Was it removed?" in done.stderr
+    assert len(done.stderr.splitlines()) <= 2, "the shell may say it too"
