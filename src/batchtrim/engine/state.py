@@ -27,6 +27,7 @@ __all__ = [
     "GeneratorStates",
     "ModelState",
     "Moment",
+    "compiled_part",
     "device_of",
     "is_lazy",
     "modules_of",
@@ -74,6 +75,16 @@ def device_of(model: nn.Module) -> torch.device:
 def is_lazy(model: nn.Module) -> bool:
     """Return True if a parameter or buffer gets its shape in the first forward (``nn.LazyLinear``)."""
     return any(map(nn.parameter.is_lazy, itertools.chain(model.parameters(), model.buffers())))
+
+
+def compiled_part(model: nn.Module) -> Any:
+    """Return what torch.compile made of the model or of a part of it, the first there is; None where nothing is."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod"):
+            return module
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return module._compiled_call_impl
+    return None
 
 
 def modules_of(*roots: Any) -> list[nn.Module]:
