@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from batchtrim import per_sample
-from batchtrim.engine.state import GeneratorStates, ModelState, is_lazy, modules_of
+from batchtrim.engine.state import GeneratorStates, ModelState, ParameterWrites, is_lazy, modules_of
 
 
 class Stateful(nn.Module):
@@ -94,3 +96,37 @@ def test_lazy() -> None:
     assert is_lazy(model)
     model(torch.ones(1, 3))
     assert not is_lazy(model)
+
+
+def _whole(model: nn.Linear) -> None:
+    with torch.no_grad():
+        model.weight.lerp_(torch.ones(2, 2), 0.5)
+
+
+def _in_part(model: nn.Linear) -> None:
+    model.weight.data[0] = 3.0
+
+
+def _in_a_list(model: nn.Linear) -> None:
+    torch._foreach_add_([model.weight.data, torch.zeros(2)], 1.0)
+
+
+def _as_output(model: nn.Linear) -> None:
+    with torch.no_grad():
+        torch.add(model.weight, 1.0, out=model.weight)
+
+
+@pytest.mark.parametrize("write", [_whole, _in_part, _in_a_list, _as_output])
+def test_parameters_that_a_forward_writes_into_are_noted_and_put_back(write: Callable[[nn.Linear], None]) -> None:
+    model = nn.Linear(2, 2)
+    weight, held = model.weight, model.weight.detach().clone()
+    with ParameterWrites(model) as writes:
+        model(torch.ones(1, 2)).relu_()  # what is written into is no parameter
+        assert not writes.copies
+        write(model)
+        write(model)
+    assert len(writes.copies) == 1
+    assert not torch.equal(weight, held)
+    writes.restore()
+    assert model.weight is weight
+    assert torch.equal(weight, held)

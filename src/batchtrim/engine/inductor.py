@@ -17,7 +17,8 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from batchtrim.engine.capture import expression_of, graph_copy
+from batchtrim.engine.capture import expression_of
+from batchtrim.engine.graphs import graph_copy
 from batchtrim.engine.layout import product
 from batchtrim.engine.state import compiled_part
 
