@@ -316,8 +316,10 @@ def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> N
     except Mixes as mixes:
         if gradient:
             unkept = next((source.unkept for source in sources if source.unkept is not None), None)
-            reason = str(mixes) if unkept is None else f"{mixes}, and rows that are not kept get a gradient by {unkept}"
-            return NodeProof(True, [Broken(reason)] * count, whole=True, reason=reason)
+            reason = str(mixes)
+            if unkept is not None:
+                reason = f"it gives a gradient to rows that are not kept, and of {place_of(node)}, {mixes}"
+            return NodeProof(True, [Broken(reason)] * count, whole=True, reason=reason, unkept=unkept)
         return NodeProof(False, [Broken(f"{mixes} ({place_of(node)})")] * count)
     unkept = None
     if gradient and any(isinstance(each, Rows) and not each.vanish for each in layouts):

@@ -215,14 +215,18 @@ class SlicedStep:
         return split_backward(self.backward_graph, proof, self.places, self.symbols)
 
     def _tangent(self, value: Tensor, losses: bool) -> Layout:
-        """Return where the rows of an output's gradient lie. In that of the losses, rows that are not kept are zero."""
+        """Return where the rows of an output's gradient lie.
+
+        Those that are not kept are zero in that of the losses, and of the model's outputs, which are detached; but not
+        in that of a batch which the forward wrote into.
+        """
         if self.unit == "element" and losses:
             batch, tokens = self.symbols
             shape, flat = (batch, tokens - self.lost), (expression_of(value.shape[0]),)
             axes = view_axis(Axis(0), batch, shape, flat), view_axis(Axis(1, lost=self.lost), tokens, shape, flat)
             return Rows(axes, vanish=True)
         layout = by_shape(value, self.symbols, [])
-        return Rows(layout.axes, vanish=losses) if isinstance(layout, Rows) else layout
+        return Rows(layout.axes, vanish=losses or not self._written) if isinstance(layout, Rows) else layout
 
     def kept(self, rows: Tensor, batch: int, size: int) -> KeptRows:
         """Return the rows at the given places among ``size`` losses of the tokens of ``batch`` samples."""
@@ -262,7 +266,9 @@ class SlicedStep:
         """Return the first operator from the loss down that mixes rows, and how; None if none does."""
         proof = self.slices(approximate).proof
         node = proof.first_mixing
-        return None if node is None else (place_of(node), str(proof.verdicts[node].reason))
+        return (
+            None if node is None else (proof.verdicts[node].unkept or place_of(node), str(proof.verdicts[node].reason))
+        )
 
     @property
     def batch_norms(self) -> bool:
