@@ -36,7 +36,7 @@ class EngineReport:
             judged against that hundredth.
         parameter: the name of that parameter.
         gradient_cosine: cosine between the two gradients.
-        buffer_error: largest difference of a buffer, relative to its norm.
+        buffer_error: largest difference of a buffer, or of a parameter after the step, relative to its norm.
         attributes: plain attributes of modules (counters, flags) that ended otherwise than after a plain step.
         same_generators: True if the generators of torch, Python and NumPy ended in the same state.
         same_batch: True if the batch was left as a plain step leaves it.

@@ -63,7 +63,9 @@ class Losses:
 
     def detach(self) -> Losses:
         """Return the same without a graph."""
-        return replace(self, values=self.values.detach(), terms=tuple(term.detach() for term in self.terms))
+        terms = tuple(term.detach() for term in self.terms) if self.terms else ()
+        values = self.values.detach()
+        return Losses(values, self.mask, self.weights, self.counts, self.unit, self.reduction, terms)
 
     def masked(self, mask: Tensor) -> Losses:
         """Return the same with the entries left out where ``mask`` is False too."""

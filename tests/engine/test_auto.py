@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,35 @@ def test_a_model_whose_trace_is_not_paid_back_is_not_traced(caplog: pytest.LogCa
     for _ in range(2):
         step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
     assert step.last.engine == "exact"
+
+
+@pytest.mark.usefixtures("counted_first")
+@pytest.mark.parametrize(
+    ("seconds", "looked_at"),
+    [([1e-3], None), ([5e-3, 1e-3], None), ([5e-3, 5e-3, 5e-3], 3), ([30e-3], 1)],
+)
+def test_a_short_forward_is_given_up_by_the_clock(
+    seconds: list[float], looked_at: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three steps are timed at most, and nothing is made ready for a trace before."""
+    ticks = iter([tick for each in seconds for tick in (0.0, each)])
+    monkeypatch.setattr("batchtrim.engine.auto.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    step = batchtrim.TrimmedForward(Wide(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.2), "auto")
+    with torch.no_grad():
+        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))  # no step of training
+    ticks = iter([tick for each in seconds for tick in (0.0, each)])
+    with caplog.at_level(logging.INFO, "batchtrim.engine"):
+        for _ in seconds:
+            assert step.engine.saving is None
+            step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+            assert step.last.engine == "exact"
+    assert (step.engine.saving is not None) is (looked_at is not None)
+    assert len(caplog.records) == (looked_at is None)
+    with caplog.at_level(logging.INFO, "batchtrim.engine"):
+        for _ in range(2):  # the clock is read no more: what was long is counted
+            step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+    assert step.engine.saving is None
+    assert ("takes about" if looked_at else "takes at least") in caplog.records[0].message
 
 
 @pytest.mark.usefixtures("counted_first")

@@ -9,6 +9,7 @@ import torch
 from attacks.base import C, D, Net, backward_of
 from torch import Tensor, nn
 
+import batchtrim
 from batchtrim.testing import check_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd models is not the subject
@@ -26,3 +27,30 @@ def test_a_constant_gradient_of_the_batch_is_that_of_all_rows() -> None:
     batch = torch.randn(12, D, requires_grad=True), torch.randint(0, C, (12,))
     report = check_engine(Net(_run, {}), batch, nn.CrossEntropyLoss(), engine="shared", verbose=False)
     assert report.verdict == "right", report
+
+
+clipped = backward_of(lambda g: g * (0.05 / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
+raised = backward_of(lambda g: torch.where(g == 0, 0.01, g))
+
+
+def _clipped_at_the_output(net: Any, x: Tensor) -> Tensor:
+    return clipped(net.t(net.a(x).tanh()))
+
+
+def _raised_and_clipped(net: Any, x: Tensor) -> Tensor:
+    """What rows get that are not kept flows into the weights: all rows compute it."""
+    return net.t(clipped(raised(net.t2(net.a(x)))).tanh())
+
+
+@pytest.mark.parametrize(("run", "share"), [(_clipped_at_the_output, 1.0), (_raised_and_clipped, 0.5)])
+def test_a_gradient_of_rows_that_are_not_kept_is_computed_on_all_rows(run: Any, share: float) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = Net(run, {"t2": nn.Linear(8, 8)})
+    batch = torch.randn(12, D), torch.randint(0, C, (12,))
+    report = check_engine(net, batch, nn.CrossEntropyLoss(), engine="shared", verbose=False)
+    assert report.verdict == "right", report
+    step = batchtrim.TrimmedForward(net, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    step(*batch).backward()
+    found = step.engine.trace.cost(True).share  # type: ignore[union-attr]
+    assert found == 1.0 if share == 1.0 else 0.1 < found < 0.9

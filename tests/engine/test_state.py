@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import nn
 
 from batchtrim import per_sample
 from batchtrim.engine import state
-from batchtrim.engine.state import GeneratorStates, ModelState, is_lazy, modules_of
+from batchtrim.engine.state import GeneratorStates, ModelState, ParameterWrites, is_lazy, modules_of
 
 
 class Stateful(nn.Module):
@@ -129,3 +129,37 @@ def test_mixed_switches_raise_nothing() -> None:
     with state.full_float32():
         assert not state.uses_tf32(GPU)
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _whole(model: nn.Linear) -> None:
+    with torch.no_grad():
+        model.weight.lerp_(torch.ones(2, 2), 0.5)
+
+
+def _in_part(model: nn.Linear) -> None:
+    model.weight.data[0] = 3.0
+
+
+def _in_a_list(model: nn.Linear) -> None:
+    torch._foreach_add_([model.weight.data, torch.zeros(2)], 1.0)
+
+
+def _as_output(model: nn.Linear) -> None:
+    with torch.no_grad():
+        torch.add(model.weight, 1.0, out=model.weight)
+
+
+@pytest.mark.parametrize("write", [_whole, _in_part, _in_a_list, _as_output])
+def test_parameters_that_a_forward_writes_into_are_noted_and_put_back(write: Callable[[nn.Linear], None]) -> None:
+    model = nn.Linear(2, 2)
+    weight, held = model.weight, model.weight.detach().clone()
+    with ParameterWrites(model) as writes:
+        model(torch.ones(1, 2)).relu_()  # what is written into is no parameter
+        assert not writes.copies
+        write(model)
+        write(model)
+    assert len(writes.copies) == 1
+    assert not torch.equal(weight, held)
+    writes.restore()
+    assert model.weight is weight
+    assert torch.equal(weight, held)

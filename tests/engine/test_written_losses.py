@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import batchtrim
+from batchtrim.errors import EngineRefused
+from batchtrim.losses import Losses
 from batchtrim.testing import check_engine
 
 
@@ -40,3 +42,16 @@ def test_one_trace_serves_other_batch_sizes() -> None:
     for size in (16, 16, 7, 12):
         step(*batch(size)).backward()
     assert step.engine.capture.traces <= 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("scale", ["kept", "batch"])
+def test_weights_with_a_gradient_are_refused(scale: str) -> None:
+    """With scale "batch" the loss is divided by the weights of all rows, which then all have a gradient."""
+
+    def weighted(outputs: Tensor, y: Tensor) -> Losses:
+        weights = outputs[:, 0].sigmoid()
+        return Losses(nn.functional.cross_entropy(outputs, y, reduction="none") * weights, weights=weights)
+
+    step = batchtrim.TrimmedForward(network(), weighted, batchtrim.Trimmer(0.5, scale=scale), "shared")
+    with pytest.raises(EngineRefused, match="further vectors with a gradient"):
+        step(*batch(16))

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils._sympy.printers import PythonPrinter
 
-from batchtrim.engine.capture import any_strides, expression_of
+from batchtrim.engine.capture import expression_of
+from batchtrim.engine.graphs import any_strides
 from batchtrim.engine.inductor import without_strides
 
 

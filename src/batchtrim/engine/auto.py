@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.batch_norm import LEAST_COSINE
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.protocol import Engine
-from batchtrim.engine.state import device_of
+from batchtrim.engine.state import compiled_part, device_of
 from batchtrim.engine.two_pass import TwoPassEngine, redrawn
 from batchtrim.errors import ApproximateGradient, EngineFallback, EngineRefused
 from batchtrim.selection import Selection
@@ -33,6 +34,9 @@ _SHARED_BELOW = 0.85
 _TWO_PASS_BELOW = 0.6
 # At this keep fraction a trace that does not pay never will.
 _SMALLEST = 0.1
+# A trace takes half a second at least, which 100 steps do not pay back below 8 ms a step, however little is kept. So a
+# model whose forward is as short as this on a CPU is given up at once. What starts up slowly gets further tries.
+_SHORT, _LONG, _TIMED = 2e-3, 20e-3, 3
 _JUDGE_EVERY = 300  # steps between two measurements of what BatchNorm's approximation is worth
 
 
@@ -41,7 +45,8 @@ class AutoEngine:
 
     What pays is decided by the keep fraction and a count of operations and bytes, not by a clock, so that runs repeat.
     The first step that might pay runs with ``exact`` and is counted: a trace takes about a second, and is made as soon
-    as 100 steps pay it back.
+    as 100 steps pay it back. Only a forward so short that it cannot pay is told by the clock, before anything is
+    counted or imported.
     BatchNorm's approximate form is taken while its measured cosine with the exact gradient is at least 0.95.
     """
 
@@ -55,21 +60,29 @@ class AutoEngine:
         self._judged = 0
         self._told = False
         self._warned = False
-        # these bring in sympy, which takes its time
+        self._untimed = _TIMED  # steps yet to be timed, at most
+        compiled = compiled_part(forward.model) is not None
+        if compiled or self.forecast is not None or device_of(forward.model).type != "cpu":
+            self._prepare(compiled, stacklevel=5)
+
+    def _prepare(self, compiled: bool, stacklevel: int) -> None:
+        """Make the engine that cuts rows: it brings in torch's compiler, which takes a second."""
         from batchtrim.engine.cost import Forecast
-        from batchtrim.engine.inductor import compiled_part
         from batchtrim.engine.shared import SharedEngine
 
+        self._untimed = 0
         try:
-            self.saving = SharedEngine(forward, trim)
+            self.saving = SharedEngine(self.exact.forward, self.trim)
             self.saving.judge = self._judge
-            if compiled_part(forward.model) is not None:
+            if compiled:
                 self.forecast = Forecast(math.inf, 0.0)  # its first step compiles in any case
         except EngineRefused as refused:
-            self._hand_on(refused)
+            self._hand_on(refused, stacklevel)
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
+        if self._untimed:
+            return self._timed(x, y, selection)
         if not self.pays(x, y):
             return self.exact(x, y, selection)
         assert self.saving is not None
@@ -85,7 +98,7 @@ class AutoEngine:
             return step
         # Not while the error lives: it holds the model's frames, and older checkpointing undoes its hooks with them.
         step = self.exact(x, y, refused.selection if selection is None else selection)
-        self._hand_on(refused)
+        self._hand_on(refused, stacklevel=4)
         return step
 
     @property
@@ -107,6 +120,25 @@ class AutoEngine:
         keep = self.trim.expected_keep
         affordable = self.forecast is None or self.saving.trace is not None or self.forecast.pays(keep)
         return keep <= _SHARED_BELOW and affordable and self.saving.pays(x, y)
+
+    def _timed(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
+        """Run an exact step, and see whether the model is large enough to be looked at any further."""
+        start = time.perf_counter()
+        step = self.exact(x, y, selection)
+        seconds = time.perf_counter() - start
+        if not is_training_step():
+            return step
+        self._untimed -= 1
+        if seconds < _SHORT:
+            self._untimed = 0
+            _log.info(
+                "engine 'auto' goes on with 'exact': a trace of this model takes at least 0.5 s, and 100 steps %.1f s; "
+                "engine='shared' makes it anyway",
+                300 * seconds,
+            )
+        elif seconds > _LONG or not self._untimed:
+            self._prepare(compiled=False, stacklevel=6)
+        return step
 
     def _counted(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
         """Run an exact step, and count whether a trace would be paid back."""
@@ -166,15 +198,13 @@ class AutoEngine:
             )
         return near
 
-    def _hand_on(self, refused: EngineRefused) -> None:
-        """Take the next engine, for good; one warning."""
+    def _hand_on(self, refused: EngineRefused, stacklevel: int) -> None:
+        """Take the next engine, for good; one warning, of the user's line."""
         forward = self.exact.forward
-        from batchtrim.engine.inductor import compiled_part  # brings in sympy, which takes its time
-
         compiled = self.trim.unit == "sample" and compiled_part(forward.model) is not None
         reason = redrawn(forward) if compiled else None
         two_pass = compiled and reason is None and not isinstance(self.saving, TwoPassEngine)
         self.saving = TwoPassEngine(forward, self.trim, approximate=False) if two_pass else None
         also = f", and {reason}" if reason else ""
         going_on = "two_pass" if two_pass else "exact"
-        warnings.warn(f"{refused}{also}. Going on with engine={going_on!r}.", EngineFallback, stacklevel=4)
+        warnings.warn(f"{refused}{also}. Going on with engine={going_on!r}.", EngineFallback, stacklevel=stacklevel)

@@ -79,12 +79,12 @@ class Forward:
     def __call__(self, x: Any, y: Any, model: nn.Module | None = None) -> tuple[Losses, Any]:
         """Return one loss per sample or element (with mask and weights, if any), and the model's outputs."""
         model = self.model if model is None else model
-        if isinstance(x, Mapping):
-            outputs = model(**x)
-        elif type(x) in (tuple, list):
+        if type(x) in (tuple, list):
             outputs = model(*x)
-        else:
+        elif isinstance(x, Tensor) or not isinstance(x, Mapping):
             outputs = model(x)
+        else:
+            outputs = model(**x)
         return as_losses(self.per_sample_loss(outputs, y), self.unit), outputs
 
     def scores(self, outputs: Any, y: Any) -> Tensor | None:

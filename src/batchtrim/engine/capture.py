@@ -20,6 +20,8 @@ from torch import Tensor, fx, nn
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchtrim.engine.graphs import boxed, executable
+
 if TYPE_CHECKING:
     from batchtrim.engine.inductor import Inductor
 
@@ -27,10 +29,9 @@ __all__ = [
     "CannotCapture",
     "Capture",
     "Planner",
-    "any_strides",
     "decomposed",
-    "executable",
     "expression_of",
+    "fixed_by",
     "keeps_graph",
     "pin",
     "uncompiled",
@@ -51,8 +52,11 @@ class CannotCapture(Exception):
 class Planner(Protocol):
     """Makes the graphs of one trace, and runs them."""
 
-    def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
-        """Return the forward and backward modules of a joint graph; ``split`` cuts it as torch does."""
+    def partition(self, joint: fx.GraphModule, split: Callable[[], Any], outputs: int, own: int) -> Any:
+        """Return the forward and backward modules of a joint graph; ``split`` cuts it as torch does.
+
+        Of its ``outputs`` the function itself has ``own``. Those in front of them are written into its inputs.
+        """
         ...
 
     def forward(self, args: list[Any]) -> Any:
@@ -87,6 +91,16 @@ def expression_of(value: Any) -> Any:
     node = value.node
     found = node.shape_env.replace(node.expr) if node.shape_env is not None else node.expr
     return int(found) if isinstance(found, sympy.Integer) else found
+
+
+def fixed_by(tensor: Any, size: Any) -> str:
+    """Return the line that made the traced batch size a number, as far as the tracer tells: ``", by ..."``."""
+    guards = getattr(getattr(getattr(tensor, "fake_mode", None), "shape_env", None), "guards", ())
+    for guard in guards:
+        if isinstance(guard.expr, sympy.Eq) and size in guard.expr.args:
+            line = str(getattr(guard, "sloc", "")).split(" (")[0].strip()
+            return f", by `{line}`" if line else ""
+    return ""
 
 
 # --- capture ---------------------------------------------------------------------------------------------------------
@@ -146,6 +160,7 @@ class Capture:
         self.traces += 1
         Capture.traced = True
         planner = self.make_planner()
+        own = len(next(iter(graph.graph.find_nodes(op="output"))).args[0])  # type: ignore[arg-type]
 
         def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
             def split() -> Any:
@@ -153,17 +168,17 @@ class Capture:
                     joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **options
                 )
 
-            return planner.partition(joint, joint_inputs, split, num_fwd_outputs)
+            return planner.partition(joint, split, num_fwd_outputs, own)
 
         def run(args: list[Any]) -> Any:
             self.running = True
             return planner.forward(args)
 
         def forward(_: fx.GraphModule, __: Any) -> Callable[..., Any]:
-            return _boxed(run)
+            return boxed(run)
 
         def backward(_: fx.GraphModule, __: Any) -> Callable[..., Any]:
-            return _boxed(planner.backward)
+            return boxed(planner.backward)
 
         def inference(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
             return executable(graph)
@@ -175,7 +190,8 @@ class Capture:
             partition_fn=partition,
             decompositions=None if self.compiler is None else self.compiler.decompositions(),
         )
-        compiled = backend(graph, inputs)
+        with _draws_kept():
+            compiled = backend(graph, inputs)
         metadata = getattr(torch._guards.TracingContext.get(), "fw_metadata", None)
         if metadata is not None and hasattr(metadata, "bw_donated_idxs"):
             metadata.bw_donated_idxs = []  # None would forbid a second backward
@@ -204,6 +220,15 @@ def _settings(limit: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _draws_kept() -> Iterator[None]:
+    """Keep random operators whose result is not used in graphs: they move the generator, as in the model itself."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch(fallback_random=True):
+        yield
+
+
+@contextlib.contextmanager
 def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
     """Leave calls of these functions of ``logging.Logger`` out of traces: they would break the graph."""
     import torch._dynamo.config as dynamo
@@ -215,14 +240,6 @@ def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
         return
     with dynamo.patch({name: {*getattr(dynamo, name), *methods}}):
         yield
-
-
-def _boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    def run(args: list[Any]) -> Any:
-        return function(args)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
 
 
 def _reason(error: BaseException) -> str:
@@ -250,53 +267,6 @@ def keeps_graph() -> bool:
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------
-
-
-def graph_copy(graph: fx.GraphModule) -> fx.Graph:
-    """Return a copy of a module's graph, to be changed."""
-    own = fx.Graph()
-    own.output(own.graph_copy(graph.graph, {}))
-    return own
-
-
-def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
-    """Return a graph as a function of a list of inputs, which it empties so that each is freed after its last use.
-
-    Views become reshapes: on kept rows a value may have another memory layout than the traced one.
-    """
-    own = graph_copy(graph)
-    for node in own.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
-    _take_from_list(own)
-    return _boxed(fx.GraphModule(graph, own).forward)
-
-
-def _take_from_list(graph: fx.Graph) -> None:
-    """Replace all inputs by one list, from which each is taken when it is needed."""
-    inputs = list(graph.find_nodes(op="placeholder"))
-    with graph.inserting_before():
-        args = graph.placeholder("args")
-    for at, node in enumerate(inputs):
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.call_function(_take, (args, at)))
-        graph.erase_node(node)
-
-
-def _take(args: list[Any], at: int) -> Any:
-    taken, args[at] = args[at], None
-    return taken
-
-
-def any_strides(graph: fx.GraphModule) -> bool:
-    """Make a graph correct for inputs of other strides than the traced ones; return False if that is impossible."""
-    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in views:
-            node.target = torch.ops.aten.reshape.default
-        elif node.op == "call_function" and "as_strided" in str(node.target):
-            return False
-    graph.recompile()
-    return True
 
 
 def pin(node: fx.Node) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from batchtrim.engine.batch import Forward, StepResult, map_tensors
-from batchtrim.reduction import reduce_kept
+from batchtrim.reduction import reduce
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
@@ -27,18 +28,14 @@ class ExactEngine:
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
         losses, outputs = self.forward(x, y)
+        detached = losses.detach()
         if selection is None:
-            selection = self.trim.select(losses.detach(), rank_by=self.forward.scores(outputs, y)).rising()
-        kept, weights = losses.values, losses.weights
-        if not selection.everything:
-            kept = kept.index_select(0, selection.indices)
-            weights = None if weights is None else weights.index_select(0, selection.indices)
-        loss = reduce_kept(kept, selection, self.trim.scale, weights)
-        return StepResult(
-            loss, losses.values.detach(), map_tensors(torch.Tensor.detach, outputs), selection, engine=self.name
-        )
+            selection = self.trim.select(detached, rank_by=self.forward.scores(outputs, y))
+        loss = reduce(losses.values, selection, self.trim.scale, losses.weights)
+        outputs = outputs.detach() if type(outputs) is Tensor else map_tensors(Tensor.detach, outputs)
+        return StepResult(loss, detached.values, outputs, selection, engine=self.name)
 
-    def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> torch.Tensor:
+    def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
         """Return the loss of rows that were chosen before."""
         return self(x, y, selection).loss
 

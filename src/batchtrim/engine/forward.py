@@ -13,6 +13,7 @@ from batchtrim.engine.auto import AutoEngine
 from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.engine.protocol import Engine
+from batchtrim.engine.state import compiled_part
 from batchtrim.engine.two_pass import TwoPassEngine
 from batchtrim.losses import Losses, per_sample
 from batchtrim.trimmer import Trimmer
@@ -99,7 +100,8 @@ class TrimmedForward:
         self.trim = trim
         self._kind = engine
         self.engine = ENGINES[engine](self.forward, trim)
-        self.last: StepResult | None = None
+        self._last: StepResult | None = None
+        self._in_order = False
 
     def __call__(self, x: Any, y: Any = None) -> Tensor:
         """Return the trimmed loss of a batch, with a graph.
@@ -115,17 +117,27 @@ class TrimmedForward:
             from batchtrim.engine.inductor import not_traced
 
             return not_traced(self._called_compiled, x, y)
-        self.last = None  # free the last batch's outputs first
+        self._last = None  # free the last batch's outputs first
         step = self.engine(x, y)
         chosen = self.trim.last
         mask = None if chosen is None else chosen.mask
-        self.last = step._replace(loss=step.loss.detach(), mask=mask, engine=step.engine or self.engine.name)
-        return step.loss
+        loss, losses, outputs, selection, _, engine, approximate = step
+        self._last = StepResult(
+            loss.detach(), losses, outputs, selection, mask, engine or self.engine.name, approximate
+        )
+        self._in_order = False
+        return loss
+
+    @property
+    def last(self) -> StepResult | None:
+        """The last step, detached, with its kept rows in rising order; None before the first."""
+        if self._last is not None and not self._in_order:  # sorted where it is asked for, and not in every step
+            self._last = self._last._replace(selection=self._last.selection.rising())
+            self._in_order = True
+        return self._last
 
     def _called_compiled(self, x: Any, y: Any) -> Tensor:
         """Run a step that a compiled function asks for: with the model compiled, as it would be inside."""
-        from batchtrim.engine.inductor import compiled_part
-
         model = self.forward.model
         if compiled_part(model) is None and not isinstance(model, nn.parallel.DistributedDataParallel):
             self.forward.model = torch.compile(model)  # type: ignore[assignment]
@@ -139,7 +151,7 @@ class TrimmedForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.forward, self.trim, self._kind = state["forward"], state["trim"], state["engine"]
         self.engine = ENGINES[self._kind](self.forward, self.trim)
-        self.last = None
+        self._last, self._in_order = None, False
 
     def __repr__(self) -> str:
         name = self.engine.name

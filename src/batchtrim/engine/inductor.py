@@ -17,15 +17,16 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from batchtrim.engine.capture import expression_of, graph_copy
+from batchtrim.engine.capture import expression_of
+from batchtrim.engine.graphs import graph_copy
 from batchtrim.engine.layout import product
+from batchtrim.engine.state import compiled_part
 
 __all__ = [
     "CannotCompile",
     "Compiled",
     "Inductor",
     "as_symbolic",
-    "compiled_part",
     "inductor_of",
     "new_size",
     "not_traced",
@@ -49,16 +50,6 @@ class CannotCompile(Exception):
 
 
 # --- what the user compiled ------------------------------------------------------------------------------------------
-
-
-def compiled_part(model: nn.Module) -> Any:
-    """Return what torch.compile made of the model or of a part of it, the first there is; None where nothing is."""
-    for module in model.modules():
-        if hasattr(module, "_orig_mod"):
-            return module
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            return module._compiled_call_impl
-    return None
 
 
 def inductor_of(model: nn.Module) -> Inductor | None:

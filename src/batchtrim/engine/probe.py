@@ -76,8 +76,7 @@ class Tolerance:
             off, size = float((a - b).double().norm()), float(a.double().norm())
             if off > apart * max(size, 0.01 * total):
                 raise EngineRefused(
-                    f"the gradient of a sample depends on the other samples (parameter {name}: {off:.2g} apart, of "
-                    f"{size:.2g})"
+                    f"the gradient of a sample depends on the other samples ({name}: {off:.2g} apart, of {size:.2g})"
                 )
 
     def _dtype(self, losses: Tensor) -> torch.dtype:
@@ -182,7 +181,7 @@ class Probe:
         self.tolerance.compare(all_losses.detach(), scored, rows, before, where=f"{len(rows)} probed")
         few_losses = self._losses(before, batch, some)
         self.tolerance.compare(few_losses.detach(), scored, some, before, where=f"{len(some)} probed")
-        self._compare_gradients(all_losses[~poisoned], few_losses)
+        self._compare_gradients(all_losses[~poisoned], few_losses, before)
         beside = self._beside_nan(before, batch, rows, poisoned)
         if beside is not None:
             self.tolerance.compare(beside, scored, some, before, where="probed, beside NaN,")
@@ -199,18 +198,26 @@ class Probe:
             raise EngineRefused(f"it returns {losses.values.shape[0]} losses for {len(rows)} samples of the batch")
         return losses.values
 
-    def _compare_gradients(self, ours: Tensor, theirs: Tensor) -> None:
-        named = [(name, p) for name, p in self.forward.inner.named_parameters() if p.requires_grad]
-        if not named or not ours.requires_grad or any(type(p) is not nn.Parameter for _, p in named):
+    def _compare_gradients(self, ours: Tensor, theirs: Tensor, before: Moment) -> None:
+        """Compare the gradients of every parameter, and of what in the batch requires one."""
+        named = [(f"parameter {name}", p) for name, p in self.forward.inner.named_parameters() if p.requires_grad]
+        if any(type(p) is not nn.Parameter for _, p in named):
             return  # sharded parameters (DTensor) have hooks that a gradient asked for here would not run
+        asking = [tensor for tensor in tensors_of((before.x, before.y)) if tensor.requires_grad]
+        named += [(f"input {number}", tensor) for number, tensor in enumerate(asking)]
+        if not named or not ours.requires_grad:
+            return
         parameters = [p for _, p in named]
         try:
             a, b = (
                 list(torch.autograd.grad(losses.mean(), parameters, allow_unused=True, retain_graph=True))
                 for losses in (ours, theirs)
             )
-        except RuntimeError as error:
-            raise EngineRefused(f"its gradient cannot be asked for twice ({error})") from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            first = (str(error).strip() or "no message").splitlines()[0]
+            raise EngineRefused(f"its gradient cannot be asked for twice ({type(error).__name__}: {first})") from error
         self.tolerance.compare_gradients(a, b, [name for name, _ in named])
 
     def _beside_nan(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:

@@ -221,12 +221,25 @@ class NodeProof:
         layouts: of its outputs, on the kept rows.
         whole: whether it has to run on all rows.
         reason: why, if the node itself is the first on its path.
+        unkept: the operator that gives a gradient to rows that are not kept, where the node's rows have one. On the
+            kept rows it is right; what sums over rows, or runs on all of them, has to start above that operator.
     """
 
     gradient: bool
     layouts: list[Layout]
     whole: bool = False
     reason: str | None = None
+    unkept: str | None = None
+
+    @property
+    def on_kept(self) -> bool:
+        """True if it runs on the kept rows."""
+        return not self.whole and not any(isinstance(each, Broken) for each in self.layouts)
+
+    @property
+    def vanishes(self) -> bool:
+        """True if a result is right as the kept rows give it: its other rows are zero."""
+        return self.on_kept and not any(isinstance(each, Rows) and not each.vanish for each in self.layouts)
 
 
 @dataclass
@@ -267,6 +280,8 @@ def prove(
             ):
                 layouts = [_UNCUT]
             verdict = NodeProof(node in tangents, layouts)
+            if verdict.gradient and not verdict.vanishes:
+                verdict.unkept = "what follows the step"
         elif node.op == "call_function":
             verdict = _prove_node(node, walk, proof, batch_norm)
         elif node.op == "get_attr":  # a constant
@@ -287,7 +302,7 @@ def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> N
         return NodeProof(gradient, [below] * count, whole=gradient)
     item = _getitem(walk, node)
     if item is not None:
-        return NodeProof(gradient, item)
+        return NodeProof(gradient, item, unkept=sources[0].unkept)
     try:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise Mixes("it draws random numbers again")
@@ -296,15 +311,20 @@ def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> N
         if walk.lacks(layouts):
             raise Mixes("it takes some rows and leaves others")
         gradient = gradient and not _fresh(node)
-        if gradient and any(isinstance(each, Rows) and not each.vanish for each in layouts):
-            raise Mixes("it gives a gradient to rows that are not kept")
         if gradient and any(isinstance(each, Rows) and not can_be_cut(each, len(walk.symbols)) for each in layouts):
             raise Mixes("it puts rows where they cannot be put back")
     except Mixes as mixes:
         if gradient:
-            return NodeProof(True, [Broken(str(mixes))] * count, whole=True, reason=str(mixes))
+            unkept = next((source.unkept for source in sources if source.unkept is not None), None)
+            reason = str(mixes)
+            if unkept is not None:
+                reason = f"it gives a gradient to rows that are not kept, and of {place_of(node)}, {mixes}"
+            return NodeProof(True, [Broken(reason)] * count, whole=True, reason=reason, unkept=unkept)
         return NodeProof(False, [Broken(f"{mixes} ({place_of(node)})")] * count)
-    return NodeProof(gradient, layouts)
+    unkept = None
+    if gradient and any(isinstance(each, Rows) and not each.vanish for each in layouts):
+        unkept = next((source.unkept for source in sources if source.unkept is not None), place_of(node))
+    return NodeProof(gradient, layouts, unkept=unkept)
 
 
 def _fresh(node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.state import GeneratorStates, Moment, is_lazy, uncompiled_calls, uses_tf32
+from batchtrim.engine.state import GeneratorStates, Moment, ParameterWrites, is_lazy, uncompiled_calls, uses_tf32
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
@@ -133,7 +133,7 @@ class SharedEngine:
         coarse = tape.step is not None and tape.step.coarse
         differs = None if plain is None else plain.difference(parts[0].detach(), coarse)
         if plain is not None and differs is not None:
-            plain.before.restore(x, y)
+            plain.restore(x, y)
             self._refuse(f"its trace differs from the model: {differs}")
         return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
@@ -163,7 +163,7 @@ class SharedEngine:
             finally:
                 self._tape = None
             if failed and plain is not None:
-                plain.before.restore(x, y)
+                plain.restore(x, y)
                 raise CannotCapture(f"its trace fails where the model itself has just run ({failed})")
             plain = _Plain(self.forward, x, y)
         raise CannotCapture("its Python changes from run to run, so that no trace lasts")
@@ -182,12 +182,18 @@ class _Plain:
 
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
         self.before = Moment(forward, x, y)
+        self.writes = ParameterWrites(forward.inner)
         try:
-            with uncompiled_calls():
+            with uncompiled_calls(), self.writes:
                 self.losses = forward(x, y, model=forward.inner)[0].values.detach()
             self.generators = GeneratorStates(self.before.generators.device)
         finally:
-            self.before.restore(x, y)
+            self.restore(x, y)
+
+    def restore(self, x: Any, y: Any) -> None:
+        """Put everything back that the model changes."""
+        self.before.restore(x, y)
+        self.writes.restore()
 
     def difference(self, losses: Tensor, coarse: bool) -> str | None:
         """Return how a trace differs from the model, or None. Call it right after the trace ran.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,11 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from batchtrim.engine.capture import CannotCapture, any_strides, executable, expression_of, keeps_graph, pin
+from batchtrim.engine.capture import CannotCapture, expression_of, fixed_by, keeps_graph, pin
 from batchtrim.engine.compiled import CompiledStep, Runs
 from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
+from batchtrim.engine.graphs import any_strides, executable, without_dead_draws
 from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, Rows, exact_ratio, factor_of
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
@@ -95,16 +96,20 @@ class SlicedStep:
 
     # what Capture calls
 
-    def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], split: Callable[[], Any], outputs: int) -> Any:
+    def partition(self, joint: fx.GraphModule, split: Callable[[], Any], outputs: int, own: int) -> Any:
         joint.graph.eliminate_dead_code()
         if self.compiled is not None:
             without_strides(joint)
         tangents = _after_tangents(joint.graph)
-        self.symbols, self.lost = _row_symbols(joint.graph, tangents, self.unit)
+        losses = _losses_of(tangents)
+        self.losses = losses.name
+        self.symbols, self.lost = _row_symbols(joint.graph, tangents, losses, self.unit)
         for node in label(joint.graph, self.symbols, tangents):
             pin(node)
         forward, backward = split()
-        self.outputs = outputs
+        without_dead_draws(backward.graph)
+        backward.recompile()
+        self.outputs, self._written = outputs, outputs - own
         if self.compiled is not None and not any_strides(backward):
             self.compiled.failed = "its backward depends on how tensors lie in memory (as_strided)"
         self._read(forward, backward)
@@ -123,6 +128,8 @@ class SlicedStep:
         results = None if self.compiled is None or tape is None or self.runs == 2 else self.compiled.forward(args)
         compiled = results is not None
         results = list(self._forward(args) if results is None else results)
+        for at in self._copied:
+            results[at] = results[at].clone()
         if tape is None:
             return results
         tape.step, tape.batch = self, batch
@@ -131,7 +138,7 @@ class SlicedStep:
         mark.tape = tape  # type: ignore[attr-defined]
         for at, place in self._stashed.items():
             tape.saved[place] = results[at]
-            if place in self.given or compiled:
+            if (place in self.given and at not in self._copied) or compiled:
                 tape.versions[place] = results[at]._version
             results[at] = mark
         return results
@@ -181,6 +188,9 @@ class SlicedStep:
         self._stashed: dict[int, int] = {}
         self.given: set[int] = set()  # places of what is saved of the batch itself
         self.saved_at = {by_name[node.name]: at for at, node in enumerate(saved, start=self.outputs)}
+        # what is written into an input after the forward must not reach what backward reads of it
+        alike = {_kind(node) for node in output.args[0][: self._written]}
+        self._copied = [at for at, node in enumerate(saved, self.outputs) if node in inputs and _kind(node) in alike]
         for at, node in enumerate(saved, start=self.outputs):
             if isinstance(node.meta.get("val"), Tensor) and isinstance(_layout(node), (Rows, Broken)):
                 self._stashed[at] = by_name[node.name]
@@ -200,20 +210,24 @@ class SlicedStep:
 
     def _split(self, approximate: bool) -> Slices:
         graph = self.backward_graph.graph
-        tangents = {n: self._tangent(n.meta["val"]) for n in self.places if "tangents" in n.name}
+        tangents = {n: self._tangent(n.meta["val"], n.name == self.losses) for n in self.places if "tangents" in n.name}
         batch_norm = approximate and self.unit == "sample"
         proof = prove(graph, self.symbols, tangents, batch_norm=batch_norm, lost=self.lost)
         return split_backward(self.backward_graph, proof, self.places, self.symbols)
 
-    def _tangent(self, value: Tensor) -> Layout:
-        """Return where the rows of an output's gradient lie. Rows that are not kept are zero."""
-        if self.unit == "element" and value.ndim == 1:
+    def _tangent(self, value: Tensor, losses: bool) -> Layout:
+        """Return where the rows of an output's gradient lie.
+
+        Those that are not kept are zero in that of the losses, and of the model's outputs, which are detached; but not
+        in that of a batch which the forward wrote into.
+        """
+        if self.unit == "element" and losses:
             batch, tokens = self.symbols
             shape, flat = (batch, tokens - self.lost), (expression_of(value.shape[0]),)
             axes = view_axis(Axis(0), batch, shape, flat), view_axis(Axis(1, lost=self.lost), tokens, shape, flat)
             return Rows(axes, vanish=True)
         layout = by_shape(value, self.symbols, [])
-        return Rows(layout.axes, vanish=True) if isinstance(layout, Rows) else layout
+        return Rows(layout.axes, vanish=losses or not self._written) if isinstance(layout, Rows) else layout
 
     def kept(self, rows: Tensor, batch: int, size: int) -> KeptRows:
         """Return the rows at the given places among ``size`` losses of the tokens of ``batch`` samples."""
@@ -236,7 +250,7 @@ class SlicedStep:
             machine = replace(machine, start=0.0)  # operators are joined
         cost = Cost(forward=sum(cost_of(node, machine) for node in self.forward_graph.graph.nodes))
         for node, verdict in slices.proof.verdicts.items():
-            if verdict.gradient and verdict.whole:
+            if verdict.gradient and node in slices.lower.nodes:
                 cost.lower += cost_of(node, machine)
             elif verdict.gradient:
                 cost.upper += cost_of(node, machine)
@@ -253,7 +267,9 @@ class SlicedStep:
         """Return the first operator from the loss down that mixes rows, and how; None if none does."""
         proof = self.slices(approximate).proof
         node = proof.first_mixing
-        return None if node is None else (place_of(node), str(proof.verdicts[node].reason))
+        return (
+            None if node is None else (proof.verdicts[node].unkept or place_of(node), str(proof.verdicts[node].reason))
+        )
 
     @functools.cached_property
     def coarse(self) -> bool:
@@ -308,6 +324,11 @@ class SlicedStep:
         return [found[node] if isinstance(node, fx.Node) else node for node in output.args[0]]
 
 
+def _kind(node: Any) -> tuple[Any, ...]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return (tuple(map(expression_of, value.shape)), value.dtype) if isinstance(value, Tensor) else (node,)
+
+
 def _layout(node: fx.Node) -> Layout | None:
     found = node.meta.get(LAYOUT)
     return found[0] if found else None
@@ -322,17 +343,28 @@ def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _row_symbols(graph: fx.Graph, tangents: set[fx.Node], unit: str) -> tuple[tuple[sympy.Symbol, ...], int]:
+def _losses_of(tangents: set[fx.Node]) -> fx.Node:
+    """Return the losses' gradient: the only vector of as many entries as there are rows.
+
+    What a forward writes into a parameter or into the batch has a gradient too.
+    """
+    vectors = [n for n in tangents if n.op == "placeholder" and n.meta["val"].ndim == 1]
+    counting = [n for n in vectors if not isinstance(expression_of(n.meta["val"].shape[0]), int)]
+    if len(counting or vectors) != 1:
+        raise CannotCapture("it returns further vectors with a gradient, so that one cannot tell which are the losses")
+    return (counting or vectors)[0]
+
+
+def _row_symbols(
+    graph: fx.Graph, tangents: set[fx.Node], losses: fx.Node, unit: str
+) -> tuple[tuple[sympy.Symbol, ...], int]:
     """Return the symbols that count rows, from the size of the losses, which are a vector with a gradient.
 
     Returns:
         The batch size's symbol; for tokens also that of their number, and how many at the end have no loss.
     """
     inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
-    sizes = {expression_of(n.meta["val"].shape[0]) for n in inputs if n in tangents and n.meta["val"].ndim == 1}
-    if len(sizes) != 1:
-        raise CannotCapture("it returns further vectors with a gradient, so that one cannot tell which are the losses")
-    (size,) = sizes
+    size = expression_of(losses.meta["val"].shape[0])
     if unit == "element":
         shapes = [tuple(map(expression_of, n.meta["val"].shape[:2])) for n in inputs if n not in tangents]
         for batch, tokens in (shape for shape in shapes if len(shape) == 2):
@@ -344,5 +376,7 @@ def _row_symbols(graph: fx.Graph, tangents: set[fx.Node], unit: str) -> tuple[tu
         reason = f"its losses are {size} others than the tokens of inputs (B, T)"
         raise CannotCapture(f"unit='element' takes tokens for rows, and {reason}")
     if not isinstance(size, sympy.Symbol):
-        raise CannotCapture(f"its trace holds for one batch size only ({size} losses)")
+        raise CannotCapture(
+            f"its trace holds for one batch size only ({size} losses{fixed_by(losses.meta['val'], size)})"
+        )
     return (size,), 0

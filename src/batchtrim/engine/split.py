@@ -16,9 +16,10 @@ import sympy
 import torch
 from torch import fx
 
-from batchtrim.engine.capture import CannotCapture, executable, expression_of
+from batchtrim.engine.capture import CannotCapture, expression_of
 from batchtrim.engine.cost import is_costly
-from batchtrim.engine.layout import Broken, Rows
+from batchtrim.engine.graphs import executable
+from batchtrim.engine.layout import Rows
 from batchtrim.engine.proof import Proof
 from batchtrim.engine.rules import name_of
 
@@ -27,12 +28,13 @@ __all__ = ["Part", "Slices", "split_backward"]
 
 @dataclass
 class Part:
-    """One of the two graphs: its inputs and outputs, and its sizes as functions of k."""
+    """One of the two graphs: its nodes, inputs and outputs, and its sizes as functions of k."""
 
     run: Callable[[list[Any]], Any]
     graph: fx.GraphModule
     inputs: list[fx.Node]
     outputs: list[fx.Node]
+    nodes: set[fx.Node]
     sizes: dict[fx.Node, Callable[[int], int]] = field(default_factory=dict)
 
 
@@ -66,30 +68,24 @@ def split_backward(
     wanted = [node for node in output.args[0] if isinstance(node, fx.Node)]
     verdicts = proof.verdicts
 
-    def on_kept(node: fx.Node) -> bool:
-        verdict = verdicts[node]
-        return not verdict.whole and not any(isinstance(each, Broken) for each in verdict.layouts)
-
-    def given_back(node: fx.Node) -> bool:
-        """True if the kept rows give the whole result: its other rows are zero."""
-        return on_kept(node) and not any(isinstance(each, Rows) and not each.vanish for each in verdicts[node].layouts)
+    def at_frontier(node: fx.Node) -> bool:
+        """True if the lower part takes a result from the upper one; what it cannot, it computes again."""
+        tensor = node.op != "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+        return tensor and verdicts[node].gradient and verdicts[node].vanishes
 
     lower_needs: set[fx.Node] = set()
     frontier: list[fx.Node] = []
-    stack = [node for node in wanted if not given_back(node)]
+    stack = [node for node in wanted if not verdicts[node].vanishes]
     while stack:
         node = stack.pop()
-        if node in lower_needs or (node.op == "placeholder" and verdicts[node].gradient):
-            lower_needs.add(node)
-            continue
-        if verdicts[node].gradient and on_kept(node) and node.op != "placeholder":
+        if at_frontier(node):
             if node not in frontier:
                 frontier.append(node)
-            continue
-        lower_needs.add(node)
-        stack.extend(node.all_input_nodes)
-    upper_outputs = list(dict.fromkeys([*(node for node in wanted if given_back(node)), *frontier]))
-    lower_outputs = list(dict.fromkeys(node for node in wanted if not given_back(node)))
+        elif node not in lower_needs:
+            lower_needs.add(node)
+            stack.extend(node.all_input_nodes)
+    upper_outputs = list(dict.fromkeys([*(node for node in wanted if verdicts[node].vanishes), *frontier]))
+    lower_outputs = list(dict.fromkeys(node for node in wanted if not verdicts[node].vanishes))
     sizes, same = (_kept_sizes(graph, symbols), _cut_by_slices(proof)) if len(symbols) > 1 else ({}, set())
     upper = _extract(module, upper_outputs, set(sizes), same)
     upper.sizes = sizes
@@ -163,4 +159,4 @@ def _extract(module: fx.GraphModule, outputs: list[fx.Node], given: set[fx.Node]
             copies[node] = new.node_copy(node, lambda n: copies[n])
     new.output([copies[node] for node in outputs])
     part = fx.GraphModule(module, new)
-    return Part(executable(part), part, inputs, outputs)
+    return Part(executable(part), part, inputs, outputs, needed.difference(inputs))

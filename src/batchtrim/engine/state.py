@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.rows import copied, restore_values
 
@@ -27,6 +28,8 @@ __all__ = [
     "GeneratorStates",
     "ModelState",
     "Moment",
+    "ParameterWrites",
+    "compiled_part",
     "device_of",
     "full_float32",
     "is_lazy",
@@ -105,6 +108,16 @@ def _tf32_switches() -> list[tuple[Any, str]]:
 def is_lazy(model: nn.Module) -> bool:
     """Return True if a parameter or buffer gets its shape in the first forward (``nn.LazyLinear``)."""
     return any(map(nn.parameter.is_lazy, itertools.chain(model.parameters(), model.buffers())))
+
+
+def compiled_part(model: nn.Module) -> Any:
+    """Return what torch.compile made of the model or of a part of it, the first there is; None where nothing is."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod"):
+            return module
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return module._compiled_call_impl
+    return None
 
 
 def modules_of(*roots: Any) -> list[nn.Module]:
@@ -234,6 +247,40 @@ class ModelState:
                 if simple and a != b and not (a != a and b != b):
                     names.append(f"{type(module).__name__}.{name}")
         return names
+
+
+class ParameterWrites(TorchDispatchMode):
+    """Notes which parameters the operators inside it write into, and what they held before.
+
+    A momentum encoder moves in its forward; two forwards would move it twice.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.parameters = {p.untyped_storage()._cdata: p for p in model.parameters() if p.layout == torch.strided}
+        self.copies: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(getattr(func, "_schema", None), "is_mutable", False):
+            for number, argument in enumerate(func._schema.arguments):
+                if argument.is_write:
+                    self._note(args[number] if number < len(args) else kwargs.get(argument.name))
+        return func(*args, **kwargs)
+
+    def _note(self, written: Any) -> None:
+        for tensor in written if isinstance(written, (list, tuple)) else [written]:
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()._cdata
+                if storage in self.parameters and storage not in self.copies:
+                    self.copies[storage] = self.parameters[storage].detach().clone()
+
+    def restore(self) -> None:
+        """Give the parameters that were written into the values they had."""
+        for storage, value in self.copies.items():
+            self.parameters[storage].data.copy_(value)
 
 
 class Moment:

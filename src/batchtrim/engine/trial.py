@@ -80,6 +80,10 @@ class _Side:
     def state(self) -> ModelState:
         return ModelState(self.modules)
 
+    def parameters(self) -> list[Tensor]:
+        """Return a copy of every parameter: a forward may move some (a momentum encoder)."""
+        return [p.detach().clone() for p in self.model.parameters()]
+
     def gradients(self) -> dict[str, Tensor]:
         """Return each parameter's gradient, zeros where it has none."""
         return {
@@ -130,7 +134,7 @@ class Trial:
             self.found["refused"] = str(self.own.refused)
             return False
         ours, theirs = fresh(batch), fresh(batch)
-        before = self.own.state(), fresh(batch)
+        before = self.own.state(), fresh(batch), self.own.parameters()
         value, error = self._run_engine(number, ours, keep)
         after = GeneratorStates(device_of(self.own.model))
         selection = None if error is not None else self.own.step.last.selection  # type: ignore[union-attr]
@@ -192,8 +196,9 @@ class Trial:
 
     def _compare_state(self, after: GeneratorStates, ours: Any, theirs: Any) -> dict[str, Any]:
         own, plain = self.own.state(), self.plain.state()
+        moved = _difference(self.plain.parameters(), self.own.parameters())
         return {
-            "buffer_error": plain.difference(own),
+            "buffer_error": max_or_nan(plain.difference(own), moved),
             "attributes": tuple(sorted(plain.other_attributes(own))),
             "same_generators": after.same(GeneratorStates(after.device)),
             "same_batch": _same_batch(ours, theirs),
@@ -203,10 +208,11 @@ class Trial:
         self, before: Any, started: GeneratorStates, after: GeneratorStates, ours: Any, same: Any
     ) -> None:
         """Accept the state after a plain step, and the state before it."""
-        state, batch = before
+        state, batch, parameters = before
         own = self.own.state()
+        moved = max_or_nan(state.difference(own), _difference(parameters, self.own.parameters()))
         self._note(
-            buffer_error=min(same["buffer_error"], state.difference(own)),
+            buffer_error=min(same["buffer_error"], moved),
             attributes=() if not state.other_attributes(own) else same["attributes"],
             same_generators=same["same_generators"] or started.same(after),
             same_batch=same["same_batch"] or _same_batch(ours, batch),
@@ -287,6 +293,10 @@ def _input_gradients(batch: Any) -> dict[str, Tensor]:
         f"input {number}": torch.zeros_like(tensor).double() if tensor.grad is None else tensor.grad.double()
         for number, tensor in enumerate(asking)
     }
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    return max_or_nan(0.0, *(relative_difference(a, b) for a, b in zip(ours, theirs, strict=True)))
 
 
 def _same_batch(ours: Any, theirs: Any) -> bool:

@@ -13,7 +13,7 @@ from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.probe import Probe, Tolerance
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import Moment, is_lazy, without_graph
+from batchtrim.engine.state import Moment, ParameterWrites, is_lazy, uncompiled_calls, without_graph
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.selection import Selection
@@ -62,6 +62,7 @@ class TwoPassEngine:
         self.probe = Probe(forward, self.tolerance)
         self.approximation: str | None = None  # the reason why the last step's gradient is not exact
         self.said = False
+        self.began = False
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
@@ -70,6 +71,8 @@ class TwoPassEngine:
         if not self.approximate and (reason := redrawn(self.forward)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
         before = Moment(self.forward, x, y)
+        if not self.began:
+            self._look_for_writes(before, x, y)
         losses, outputs = self._first_pass(before, x, y)
         try:
             if selection is None:
@@ -79,6 +82,21 @@ class TwoPassEngine:
             before.restore(x, y)
             raise EngineRefused(_CANNOT.format(refused), selection) from refused.__cause__
         return StepResult(loss, losses.values, outputs, selection, engine=self.name, approximate=self.approximation)
+
+    def _look_for_writes(self, before: Moment, x: Any, y: Any) -> None:
+        """Refuse a forward that writes into parameters: a second one would do so twice."""
+        writes = ParameterWrites(self.forward.inner)
+        try:
+            with uncompiled_calls(), without_graph(), writes:
+                self.forward(*copied((x, y)), model=self.forward.inner)
+        except Exception:  # what is at fault shows in the first pass
+            pass
+        finally:
+            writes.restore()
+            before.restore()
+        if writes.copies:
+            raise EngineRefused(_CANNOT.format("its forward writes into its parameters, which a second would do again"))
+        self.began = True
 
     def _first_pass(self, before: Moment, x: Any, y: Any) -> tuple[Losses, Any]:
         try:

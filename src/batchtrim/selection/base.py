@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -75,7 +75,8 @@ class Selection:
     def rising(self) -> Selection:
         """Return the selection with its rows in rising order: cheaper to slice by."""
         indices, order = torch.sort(self.indices)
-        return replace(self, indices=indices, weights=None if self.weights is None else self.weights[order])
+        weights = None if self.weights is None else self.weights[order]
+        return Selection(indices, self.size, self.candidates, weights, self.normalizer, self.batch_normalizer)
 
     def mask(self) -> Tensor:
         """Return bool (B,), True for kept samples."""

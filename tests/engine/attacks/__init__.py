@@ -1,9 +1,23 @@
 """Networks, losses and batches made to be got wrong by an engine; see :mod:`attacks.base`."""
 
-from attacks import arguments, backward, cutting, habits, hidden, layers, plain, python, state, traces
+from attacks import (
+    arguments,
+    backward,
+    chosen,
+    cutting,
+    habits,
+    hidden,
+    layers,
+    plain,
+    python,
+    running,
+    state,
+    traces,
+    training,
+)  # fmt: skip
 from attacks.base import ATTACKS, KINDS, Attack
 
 __all__ = [
-    "ATTACKS", "KINDS", "Attack", "arguments", "backward", "cutting", "habits", "hidden", "layers", "plain", "python",
-    "state", "traces",
+    "ATTACKS", "KINDS", "Attack", "arguments", "backward", "chosen", "cutting", "habits", "hidden", "layers", "plain",
+    "python", "running", "state", "traces", "training",
 ]  # fmt: skip

@@ -36,6 +36,13 @@ KINDS = {
     15: "what a trace may miss, and rows that lie in unusual places",
     16: "a rule that holds for some arguments only",
     17: "layers and losses of many kinds",
+    18: "state that a forward keeps, outside of BatchNorm",
+    19: "losses that divide by something of the batch",
+    20: "indices made of the batch",
+    21: "numbers drawn for each sample or for all",
+    22: "how forward and backward are run",
+    23: "attention of many kinds",
+    24: "the batch itself requires a gradient",
 }
 
 

@@ -1,0 +1,57 @@
+"""Attacks on models that the user compiled: the graphs that the engine compiles give what the model itself gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from attacks import ATTACKS
+
+import batchtrim
+from batchtrim.engine import trial
+from batchtrim.testing import check_engine
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("compiles"),
+    pytest.mark.filterwarnings("ignore"),  # what torch says about odd models is not the subject
+]
+
+TELLING = (
+    "clipped_by_its_norm_outside", "nan_to_num_inside", "clamp_min_inside", "softmaxed_inside", "as_ones_inside",
+    "numbers_side_by_side", "scales_of_instance_norm", "bucketized", "searched_in_its_row", "alternating_layouts",
+    "lstm_of_two_layers", "attention_with_padding", "grouped_queries", "bag_of_words", "unfolded_and_folded",
+    "rms_norm", "einsums", "sorted_and_accumulated", "straight_through", "many_labels", "parametrised",
+    "segments", "contrastive", "normalised_by_what_was_before", "views_written_in_place", "rows_clipped_by_a_hook",
+    "linear_attention", "tokens_merged_within_a_sample", "input_gradient_centred",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def compiled_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile the model of the engine's side; the plain step runs as it is."""
+    side = trial.Trial._side
+
+    def compiled(self: Any, model: Any, loss: Any, engine: str, batch_dim: int) -> Any:
+        made = side(self, model, loss, engine, batch_dim)
+        if engine != "exact" and made.refused is None:
+            own = made.step
+            own.forward.model.compile()
+            made.step = batchtrim.TrimmedForward(
+                own.forward.model, own.forward.per_sample_loss, own.trim, engine, batch_dim=batch_dim
+            )
+        return made
+
+    monkeypatch.setattr(trial.Trial, "_side", compiled)
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_a_compiled_model_is_never_silently_wrong(name: str, compiles: list[bool]) -> None:
+    attack = ATTACKS[name]
+    first, *more = attack.batches()
+    report = check_engine(
+        attack.make(), first, attack.loss(), engine="shared", steps=6, more=more, verbose=False, **attack.options
+    )
+    assert report.verdict in ("right", "refused", "approximate"), report
+    assert attack.shared in ("either", report.verdict), report
+    assert (True in compiles) is (report.verdict != "refused" or bool(report.steps))
