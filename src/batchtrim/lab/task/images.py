@@ -13,7 +13,6 @@ import json
 import shutil
 import unicodedata
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 
 from batchtrim._checks import check_count, check_fraction
 from batchtrim.lab.task import data, tables
-from batchtrim.lab.task.decode import Header, decode_all, read_headers
+from batchtrim.lab.task.decode import Contradicted, Decoded, Form, Header, decode_all, first_header
 from batchtrim.lab.task.listing import Listing, find_images
 from batchtrim.lab.task.split import split_rows
 
@@ -223,20 +222,13 @@ def _key(listing: Listing, order: np.ndarray, options: ImageOptions) -> str:
 
 def _decode(listing: Listing, order: np.ndarray, train: int, folder: Path, options: ImageOptions) -> None:
     """Fill the cache: into a folder beside, renamed when it is whole."""
-    headers, broken = read_headers(listing.chunks(), len(order))
-    _refuse_broken(listing, broken, options)
-    found = [each for each in headers if each is not None]
-    if not found:
-        raise ValueError(f"expected images that can be read in {listing.where}, got none.")
-    size, notes = _size(found, options)
     places = np.empty(len(order), dtype=np.int64)
     places[order] = np.arange(len(order))
     part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
     try:
         part.mkdir(parents=True)
-        grey = all(each.grey for each in found)
-        decoded = decode_all(listing.chunks(), part / "pixels.npy", places, size, grey, train)
-        _refuse_broken(listing, decoded.broken, options)
+        decoded, form = _decode_all(listing, part / "pixels.npy", places, train, options)
+        notes = _resized([each for each in decoded.headers if each is not None], form.size, options)
         kept = np.ones(len(order), dtype=bool)
         if decoded.broken:
             notes.append(_named(listing, decoded.broken, "broken {} left out"))
@@ -262,6 +254,29 @@ def _decode(listing: Listing, order: np.ndarray, train: int, folder: Path, optio
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _decode_all(
+    listing: Listing, file: Path, places: np.ndarray, train: int, options: ImageOptions
+) -> tuple[Decoded, Form]:
+    """Decode into ``file`` in the form that the first image suggests; again, in another, where a later one differs."""
+    header = first_header(listing.chunks())
+    form = _form(header or Header(SIZE, SIZE, grey=False), options)
+    while True:
+        try:
+            decoded = decode_all(listing.chunks(), file, places, form, train)
+        except Contradicted as found:
+            form = _widened(form, found.header)
+            continue
+        broken = _named(listing, decoded.broken, "that cannot")
+        if len(decoded.broken) == len(places):
+            raise data.ReplaceFile(f"expected images that can be decoded in {listing.where}, got none: {broken}.")
+        if decoded.broken and not options.skip_broken:
+            raise data.ReplaceFile(
+                f"expected images that can be decoded in {listing.where}, got {broken}. Mend or remove them, or pass "
+                "--skip-broken to go on without."
+            )
+        return decoded, form
+
+
 def _only(file: Path, places: np.ndarray) -> None:
     """Write the array in ``file`` again with these places alone."""
     pixels = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -273,29 +288,31 @@ def _only(file: Path, places: np.ndarray) -> None:
     left.replace(file)
 
 
-def _size(headers: Sequence[Header], options: ImageOptions) -> tuple[tuple[int, int], list[str]]:
-    """Return the width and height of all images, and a note on it."""
-    sizes = Counter((each.width, each.height) for each in headers)
+def _form(header: Header, options: ImageOptions) -> Form:
+    """Return the form of all images, if all are as the first."""
     if options.image_size is not None:
-        size = (options.image_size, options.image_size)
-    elif len(sizes) == 1 and max(next(iter(sizes))) <= SMALL:
-        size = next(iter(sizes))
-    else:
-        size = (SIZE, SIZE)
-    if set(sizes) == {size}:
-        return size, []
-    low, high = min(sizes, key=lambda each: each[0] * each[1]), max(sizes, key=lambda each: each[0] * each[1])
+        return Form((options.image_size, options.image_size), header.grey, uniform=False)
+    if max(header.width, header.height) <= SMALL:
+        return Form((header.width, header.height), header.grey, uniform=True)
+    return Form((SIZE, SIZE), header.grey, uniform=False)
+
+
+def _widened(form: Form, header: Header) -> Form:
+    """Return the form that takes in an image of another kind too: never the narrower one again."""
+    as_is = form.uniform and form.size == (header.width, header.height)
+    return Form(form.size if as_is or not form.uniform else (SIZE, SIZE), form.grey and header.grey, as_is)
+
+
+def _resized(headers: Sequence[Header], size: tuple[int, int], options: ImageOptions) -> list[str]:
+    """Return a note on the images' own sizes, where they are not the common one."""
+    sizes = {(each.width, each.height) for each in headers}
+    if sizes <= {size}:
+        return []
+    by_area = sorted(sizes, key=lambda each: (each[0] * each[1], each))
+    low, high = by_area[0], by_area[-1]
     seen = f"{low[0]} x {low[1]}" + (f" to {high[0]} x {high[1]}" if len(sizes) > 1 else "")
     hint = "" if options.image_size else "; --image-size takes another"
-    return size, [f"images of {seen} pixels resized to {size[0]} x {size[1]}, cut at the centre{hint}"]
-
-
-def _refuse_broken(listing: Listing, broken: dict[int, str], options: ImageOptions) -> None:
-    if broken and not options.skip_broken:
-        raise data.ReplaceFile(
-            f"expected images that can be decoded in {listing.where}, got {_named(listing, broken, 'that cannot')}. "
-            "Mend or remove them, or pass --skip-broken to go on without."
-        )
+    return [f"images of {seen} pixels resized to {size[0]} x {size[1]}, cut at the centre{hint}"]
 
 
 def _named(listing: Listing, broken: dict[int, str], what: str) -> str:

@@ -89,6 +89,7 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
     splits = _splits(root, folders, notes)
     suffixes = set(import_extra("PIL.Image", "lab", "images").registered_extensions())
     files: list[Path] = []
+    names: list[str] = []
     labels: list[str] = []
     split: list[str] = []
     others: list[str] = []
@@ -103,6 +104,8 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
             if not here:
                 notes.append(f"class folder without images left out: {kind.relative_to(root)}")
             files += here
+            below = len(str(kind)) - len(str(kind.relative_to(root)))
+            names += [str(each)[below:] for each in here]
             labels += [kind.name] * len(here)
             split += [name] * len(here)
     if others:
@@ -114,7 +117,6 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
         raise ValueError(f"expected images in class folders, as in {root}/CLASS/image.png, got none.{hint}")
     if loose:
         notes.append(f"{len(loose)} images in no class folder left out, such as {loose[0].relative_to(root)}")
-    names = [str(each.relative_to(root)) for each in files]
     _check_text(names, "names of files and folders")
     return Listing(
         where=str(root),
@@ -147,7 +149,10 @@ def _splits(root: Path, folders: dict[str, Path], notes: list[str]) -> dict[str,
 
 
 def _stat(path: Path) -> os.stat_result:
-    return path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
+    try:
+        return path.stat()
+    except OSError:  # a link that leads nowhere, or to itself
+        return path.lstat()
 
 
 def _check_text(names: Sequence[str], what: str) -> None:
