@@ -69,6 +69,11 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"expected a TOML file {path}, got nothing there.") from error
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with its ``~`` replaced; as it is, where nobody knows whose home that is."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError there
+
+
 def in_a_line(error: Exception) -> str:
     """Return an error's message; where it is the file system's own, one that names the file in words."""
     if not isinstance(error, OSError) or not error.strerror:

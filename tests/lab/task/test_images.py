@@ -390,7 +390,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
     tree(tmp_path / "mine", {"a": 5, "b": 5})
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("BATCHTRIM_CACHE", str(tmp_path / "file"))
-    assert "Set BATCHTRIM_CACHE to a folder with room" in mistake("mine", test_split=0.2)
+    assert "Set BATCHTRIM_CACHE to a folder that can be written and has room" in mistake("mine", test_split=0.2)
 
 
 def test_pixels_stay_on_disk(tmp_path: Path) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 import unicodedata
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +20,9 @@ import numpy as np
 import torch
 
 from batchtrim._checks import check_count, check_fraction
+from batchtrim.lab.files import expanded
 from batchtrim.lab.task import data, tables
+from batchtrim.lab.task.cache import CannotKeep, filled, folder_for
 from batchtrim.lab.task.decode import Contradicted, Decoded, Form, Header, decode_all, first_header
 from batchtrim.lab.task.listing import Listing, find_images
 from batchtrim.lab.task.split import split_rows
@@ -59,12 +59,7 @@ def is_own(dataset: str) -> bool:
     """True if ``dataset`` is a path or a hub name, and not one of the data sets the lab knows by name."""
     if dataset in data.SPECS:
         return False
-    return (
-        "/" in dataset
-        or "\\" in dataset
-        or Path(dataset).expanduser().exists()
-        or dataset.lower().endswith(tables.SUFFIXES)
-    )
+    return "/" in dataset or "\\" in dataset or expanded(dataset).exists() or dataset.lower().endswith(tables.SUFFIXES)
 
 
 def options_of(config: Any) -> ImageOptions:
@@ -112,7 +107,8 @@ def load(
     train, test = _sides(listing, labels, options)
     order = np.concatenate([train, test])
     key = _key(listing, order, options)
-    folder = data.cache_folder(cache_dir) / "images" / key
+    cache, local_notes = folder_for(f"images/{key}", cache_dir)
+    folder = cache / "images" / key
     if not (folder / "about.json").exists():
         _decode(listing, order, len(train), folder, options)
     try:
@@ -134,7 +130,7 @@ def load(
     names = [listing.names[row] for row in order[kept]]
     notes = [*listing.notes, *_alike(classes), *about["notes"], *_check_sides(found, names, hashes, first_test)]
     version = _version(found, hashes)
-    return replace(found, notes=tuple(f"{dataset}: {note}" for note in notes), version=version)
+    return replace(found, notes=tuple(f"{dataset}: {note}" for note in notes), local_notes=local_notes, version=version)
 
 
 def _version(found: data.ImageData, hashes: np.ndarray) -> str:
@@ -224,34 +220,24 @@ def _decode(listing: Listing, order: np.ndarray, train: int, folder: Path, optio
     """Fill the cache: into a folder beside, renamed when it is whole."""
     places = np.empty(len(order), dtype=np.int64)
     places[order] = np.arange(len(order))
-    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
     try:
-        part.mkdir(parents=True)
-        decoded, form = _decode_all(listing, part / "pixels.npy", places, train, options)
-        notes = _resized([each for each in decoded.headers if each is not None], form.size, options)
-        kept = np.ones(len(order), dtype=bool)
-        if decoded.broken:
-            notes.append(_named(listing, decoded.broken, "broken {} left out"))
-            kept[places[list(decoded.broken)]] = False
-            _only(part / "pixels.npy", np.flatnonzero(kept))
-        np.save(part / "kept.npy", kept)
-        np.save(part / "hashes.npy", decoded.hashes[kept])
-        mean, std = _moments(decoded.counts)
-        about = {"mean": mean, "std": std, "notes": notes, "source": listing.where}
-        (part / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        try:
-            part.rename(folder)
-        except OSError:
-            if not (folder / "about.json").exists():  # otherwise another process was faster
-                raise
+        with filled(folder) as part:
+            decoded, form = _decode_all(listing, part / "pixels.npy", places, train, options)
+            notes = _resized([each for each in decoded.headers if each is not None], form.size, options)
+            kept = np.ones(len(order), dtype=bool)
+            if decoded.broken:
+                notes.append(_named(listing, decoded.broken, "broken {} left out"))
+                kept[places[list(decoded.broken)]] = False
+                _only(part / "pixels.npy", np.flatnonzero(kept))
+            np.save(part / "kept.npy", kept)
+            np.save(part / "hashes.npy", decoded.hashes[kept])
+            mean, std = _moments(decoded.counts)
+            about = {"mean": mean, "std": std, "notes": notes, "source": listing.where}
+            (part / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     except data.ReplaceFile:
         raise
     except OSError as error:
-        raise OSError(
-            f"cannot keep decoded images in {folder.parent} ({error}). Set BATCHTRIM_CACHE to a folder with room."
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        raise CannotKeep(folder.parent, error) from error
 
 
 def _decode_all(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import describe, import_extra
+from batchtrim.lab.files import expanded
 from batchtrim.lab.task import hub, tables
 from batchtrim.lab.task.decode import Source
 from batchtrim.lab.task.walk import check_link, images_in
@@ -62,7 +63,7 @@ def find_images(
         FileNotFoundError, ValueError, OSError: there is nothing of that name, or no images in it.
     """
     _check_text([dataset], "the path of the data set")
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     columns = {"image": image_column, "label": label_column, "group": group}
     if path.is_dir():
         return _folder(path, group, columns)
