@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tomllib
 import uuid
@@ -31,9 +32,10 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error).strip().partition("\n")[0]
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        cure = "Free space there" if full else "Make the folder writable, or pass another --out,"
         raise CannotWrite(
-            f"cannot write {path} ({reason}). What is recorded stays; with room in a folder that can be written, the "
-            "same command goes on."
+            f"cannot write {path} ({reason}). Finished runs stay recorded. {cure} and repeat the command."
         ) from error
 
 

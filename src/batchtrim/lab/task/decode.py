@@ -168,7 +168,7 @@ def _in_threads(work: Callable[[int, list[Source]], Any], chunks: Iterable[tuple
     """Do ``work`` on every chunk, on all cores, with no more of them waiting than keep the cores busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Future[Any]] = deque()
-    with _quiet(), ThreadPoolExecutor(cores) as pool:
+    with _quiet(), ThreadPoolExecutor(cores + 1) as pool:  # one more, for while another waits for the disk
         try:
             for first, sources in chunks:
                 waiting.append(pool.submit(work, first, sources))
