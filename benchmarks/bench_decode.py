@@ -3,9 +3,9 @@
 python -m benchmarks.bench_decode [--images 5000] [--rounds 3] [--folder DIR] [--json out.json]
 
 Half are JPEG, half PNG, of 32 to 640 pixels a side; all end as 32 x 32. On all cores, in turn: read every file and do
-nothing with it; read, decode and resize every file and keep nothing (bare Pillow); decode and cache them as the lab does.
-Cold, the system has dropped every file from its cache before; warm, it holds all. ``--folder`` keeps the images, and uses
-those that are there.
+nothing with it; read, decode and resize every file and keep nothing (bare Pillow); decode and cache them as the lab
+does. Cold, the system has dropped every file from its cache before; warm, it holds all. ``--folder`` keeps the images,
+and uses those that are there.
 """
 
 from __future__ import annotations

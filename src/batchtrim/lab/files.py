@@ -71,6 +71,11 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"expected a TOML file {path}, got nothing there.") from error
 
 
+def shown(name: object) -> str:
+    """Return a name as it is told: on one line, and with escapes for what is no text, which file systems allow."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(name))
+
+
 def expanded(path: str | Path) -> Path:
     """Return a path with its ``~`` replaced; as it is, where nobody knows whose home that is."""
     return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError there

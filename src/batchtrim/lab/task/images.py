@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from batchtrim._checks import check_count, check_fraction
-from batchtrim.lab.files import expanded
+from batchtrim.lab.files import expanded, shown
 from batchtrim.lab.task import data, tables
 from batchtrim.lab.task.cache import CannotKeep, filled, folder_for
 from batchtrim.lab.task.decode import Contradicted, Decoded, Form, Header, decode_all, first_header
@@ -130,7 +130,9 @@ def load(
     names = [listing.names[row] for row in order[kept]]
     notes = [*listing.notes, *_alike(classes), *about["notes"], *_check_sides(found, names, hashes, first_test)]
     version = _version(found, hashes)
-    return replace(found, notes=tuple(f"{dataset}: {note}" for note in notes), local_notes=local_notes, version=version)
+    return replace(
+        found, notes=tuple(f"{shown(dataset)}: {note}" for note in notes), local_notes=local_notes, version=version
+    )
 
 
 def _version(found: data.ImageData, hashes: np.ndarray) -> str:
@@ -160,7 +162,7 @@ def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
     values = sorted(set(labels)) if numbers else sorted({str(each) for each in labels})
     number = {value: place for place, value in enumerate(values)}
     if len(values) < 2:
-        raise ValueError(f"expected at least two classes in {listing.where}, got {len(values)}: {values[0]}.")
+        raise ValueError(f"expected at least two classes in {listing.where}, got {len(values)}: {shown(values[0])}.")
     found = np.asarray([number[each if numbers else str(each)] for each in labels], dtype=np.int64)
     return [f"{each:g}" if isinstance(each, float) else str(each) for each in values], found
 
@@ -302,7 +304,7 @@ def _resized(headers: Sequence[Header], size: tuple[int, int], options: ImageOpt
 
 
 def _named(listing: Listing, broken: dict[int, str], what: str) -> str:
-    named = "; ".join(f"{listing.names[row]}: {broken[row]}" for row in sorted(broken)[:MOST_NAMED])
+    named = "; ".join(f"{shown(listing.names[row])}: {broken[row]}" for row in sorted(broken)[:MOST_NAMED])
     count = what.format("image" if len(broken) == 1 else "images")
     return f"{len(broken)} {count} ({named}{'; ...' if len(broken) > MOST_NAMED else ''})"
 
@@ -337,10 +339,20 @@ def _check_sides(found: data.ImageData, names: Sequence[str], hashes: np.ndarray
         row, twin = again[0]
         notes.append(
             f"{len(again)} of {len(hashes) - first_test} images to test on are in the training split too, pixel by "
-            f"pixel, such as {names[row]} and {names[twin]}: the test error is too low by what was learnt by heart"
+            f"pixel, such as {shown(names[row])} and {shown(names[twin])}: the test error is too low by what was "
+            "learnt by heart"
+        )
+    labels, pixels = found.train_labels.numpy(), hashes[:first_test]
+    order = np.lexsort((labels, pixels))
+    torn = np.flatnonzero((np.diff(pixels[order]) == 0) & (np.diff(labels[order]) != 0))
+    if len(torn):
+        one, other = (shown(names[row]) for row in sorted(order[torn[0] : torn[0] + 2]))
+        notes.append(
+            f"{len(np.unique(pixels[order[torn]]))} training images are there under several classes, pixel by pixel, "
+            f"such as {one} and {other}: no network can learn all of them"
         )
     return notes
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return shown(", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
