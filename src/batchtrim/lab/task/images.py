@@ -256,7 +256,8 @@ def _decode_all(
             continue
         broken = _named(listing, decoded.broken, "that cannot")
         if len(decoded.broken) == len(places):
-            gone = set(decoded.broken.values()) == {"there is no such file"}
+            table = listing.where.lower().endswith(tables.SUFFIXES)
+            gone = table and set(decoded.broken.values()) == {"there is no such file"}
             hint = " Paths start at the table's own folder, with / between folders." if gone else ""
             raise data.ReplaceFile(f"expected images that can be decoded in {listing.where}, got none: {broken}.{hint}")
         if decoded.broken and not options.skip_broken:
