@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tomllib
 import uuid
@@ -31,9 +32,10 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error).strip().partition("\n")[0]
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        cure = "Free space there" if full else "Make the folder writable, or pass another --out,"
         raise CannotWrite(
-            f"cannot write {path} ({reason}). What is recorded stays; with room in a folder that can be written, the "
-            "same command goes on."
+            f"cannot write {path} ({reason}). Finished runs stay recorded. {cure} and repeat the command."
         ) from error
 
 
@@ -72,6 +74,16 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"expected a TOML file {path}, got nothing there.") from error
+
+
+def shown(name: object) -> str:
+    """Return a name as it is told: on one line, and with escapes for what is no text, which file systems allow."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(name))
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with its ``~`` replaced; as it is, where nobody knows whose home that is."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError there
 
 
 def in_a_line(error: Exception) -> str:
