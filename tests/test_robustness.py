@@ -171,4 +171,4 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path: Path, damage: Any) -> None
             torch.nn.Linear(2, 2).load_state_dict(state["model"])
 
     with pytest.raises(OSError, match=r"expected a checkpoint of this run in .*abc.pt, got a file that does not fit"):
-        checkpoint.load(Run(), path, torch.device("cpu"))
+        checkpoint.load(Run(), path)
