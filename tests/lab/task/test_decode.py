@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,16 @@ def test_paths_of_a_table_that_lead_nowhere_name_the_cure(mine: Path) -> None:
     (mine / "a.csv").write_text("image,label\na\\0.png,a\na\\1.png,a\nb\\0.png,b\nb\\1.png,b\n")
     with pytest.raises(OSError, match=r"got none: \d that cannot .*Paths start at the table's own folder"):
         load(str(mine / "a.csv"), ImageOptions(test_split=0.5))
+
+
+def test_files_are_announced_before_they_are_read_and_odd_ones_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: announced.append(given[0]), raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
+    (tmp_path / "a").write_bytes(b"a")
+    decode._announce([tmp_path / "a", tmp_path / "gone", tmp_path, b"bytes"])
+    assert len(announced) in (1, 2)  # a folder can be opened on some systems
+    monkeypatch.delattr(os, "posix_fadvise")
+    decode._announce([tmp_path / "a"])
