@@ -22,19 +22,23 @@ class CannotWrite(OSError):
     """
 
 
+RUNS_STAY = "What is recorded stays; with room in a folder that can be written, the same command goes on."
+
+
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the file system inside the block into :class:`CannotWrite`, which names ``path``."""
+def writing(path: Path, cure: str = RUNS_STAY) -> Iterator[None]:
+    """Turn an error of the file system inside the block into :class:`CannotWrite`, which names ``path``.
+
+    Args:
+        cure: what the user can do about it.
+    """
     try:
         yield
     except (CannotWrite, TimeoutError):  # a lock that another process holds is no fault of the disk
         raise
     except OSError as error:
         reason = error.strerror or str(error).strip().partition("\n")[0]
-        raise CannotWrite(
-            f"cannot write {path} ({reason}). What is recorded stays; with room in a folder that can be written, the "
-            "same command goes on."
-        ) from error
+        raise CannotWrite(f"cannot write {path} ({reason}). {cure}") from error
 
 
 @contextlib.contextmanager
