@@ -160,3 +160,22 @@ def test_import_adds_at_most_50_ms_to_torch() -> None:
     # as anybody but a machine told to write none has it: with bytecode, which the first of the runs leaves
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     assert min(float(python(code, env)) for _ in range(5)) <= 0.050  # the least: other work on the machine only adds
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("Trimer", "Trimmer"), ("per_samples", "per_sample"), ("hardes", "hardest"), ("schedule", "schedules")],
+)
+def test_a_name_slightly_wrong_is_told_the_right_one(wrong: str, right: str) -> None:
+    with pytest.raises(AttributeError, match=rf"has no attribute '{wrong}'\. Did you mean 'batchtrim\.{right}'\?$"):
+        getattr(batchtrim, wrong)
+
+
+def test_a_wrong_name_costs_no_import_of_torch() -> None:
+    code = "import sys, batchtrim\ntry:\n    batchtrim.Trimer\nexcept AttributeError as error:\n    print(error)\n"
+    assert python(f"{code}assert 'torch' not in sys.modules").endswith("Did you mean 'batchtrim.Trimmer'?")
+
+
+def test_what_libraries_probe_for_looks_for_no_near_name() -> None:
+    probe = "for name in ('__wrapped__', '_ipython_display_'):\n    assert not hasattr(batchtrim, name)\n"
+    python(f"import sys, batchtrim\n{probe}assert 'difflib' not in sys.modules")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,133 @@ LOSSES, WHOLE = torch.rand(4), hardest()(torch.rand(4), 1.0)
 def test_another_kind_of_argument(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"expected {message}" if message.startswith(("`", "each")) else message):
         call()
+
+
+@pytest.mark.parametrize("value", ["8", None, [8], 8.0, True, -1, float("nan"), 10**400, torch.rand(2), int])
+def test_a_count_of_samples_that_is_none(value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^expected `n` .*, got .*It is the number of samples"):
+        batchtrim.keep_count(0.5, value)
+
+
+@pytest.mark.parametrize("value", [8, torch.tensor(8)])
+def test_a_count_of_samples_in_another_form(value: Any) -> None:
+    assert batchtrim.keep_count(0.5, value) == 4
+
+
+SCHEDULES = [
+    linear(),
+    batchtrim.cosine(),
+    batchtrim.constant(0.5),
+    batchtrim.piecewise({0.0: 1.0, 1.0: 0.2}),
+    batchtrim.by_accuracy(),
+    batchtrim.schedules.step({0.5: 0.5}),
+    join([batchtrim.constant(1.0), linear()], at=[0.5]),
+]
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [0.5], 1.5, -0.1, float("nan"), float("inf"), 50, 1j, torch.rand(2)])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda each: type(each).__name__)
+def test_a_schedule_called_with_no_part_of_training(schedule: Any, value: Any) -> None:
+    """Beyond 1 a straight line went on below 0."""
+    with pytest.raises((TypeError, ValueError), match=r"^expected `(progress|accuracy)` .*, got "):
+        schedule(value)
+
+
+RULES = [
+    hardest(),
+    batchtrim.easiest(),
+    batchtrim.between(0.1),
+    batchtrim.uniform(),
+    batchtrim.superquantile(),
+    batchtrim.loss_mass(),
+    batchtrim.selection.above(1.0),
+    percentile(),
+    percentile_topk(),
+]
+
+
+@pytest.mark.parametrize("losses", [None, 0.5, [0.5, 1.0], "losses", torch.rand(6, 2), torch.tensor(1.0)])
+@pytest.mark.parametrize("rule", RULES, ids=lambda each: type(each).__name__)
+def test_a_rule_called_with_no_vector_of_losses(rule: Any, losses: Any) -> None:
+    """Of rows, hardest() returned indices of two dimensions."""
+    with pytest.raises((TypeError, ValueError), match=r"^expected `losses` .*, got "):
+        rule(losses, 0.2)
+
+
+@pytest.mark.parametrize("keep", ["0.2", None, 50.0, -1.0, float("nan")])
+@pytest.mark.parametrize("rule", [*RULES[:6], RULES[8]], ids=lambda each: type(each).__name__)
+def test_a_rule_called_with_no_fraction(rule: Any, keep: Any) -> None:
+    """superquantile and loss_mass kept everything at 50, one sample at -1."""
+    with pytest.raises((TypeError, ValueError), match=r"^expected `keep` .*, got "):
+        rule(torch.rand(8), keep)
+
+
+@pytest.mark.parametrize("rule", [batchtrim.uniform(), percentile(), percentile_topk()])
+def test_a_seed_is_no_generator(rule: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected `generator` to be a torch\.Generator, got 5\. .*manual_seed"):
+        rule(torch.rand(8), 0.5, 5)
+
+
+@pytest.mark.parametrize("losses", [torch.rand(3), torch.rand(5), torch.rand(4, 2), [0.1] * 4])
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_losses_that_a_selection_was_not_made_from(losses: Any, keep: float) -> None:
+    """With all kept, the mean of any losses came out."""
+    with pytest.raises(ValueError, match=r"expected `losses` of shape \(4,\), which the selection was made from, got"):
+        batchtrim.reduce(losses, hardest()(LOSSES, keep))
+
+
+@pytest.mark.parametrize("weights", [torch.rand(5), torch.rand(4, 1), 2.0])
+def test_weights_that_are_not_those_of_the_losses(weights: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="expected `weights` to"):
+        batchtrim.reduce(LOSSES, WHOLE, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: batchtrim.focal(LOSSES, float("nan")), "`gamma` to be at least 0, got nan"),
+        (lambda: batchtrim.superloss(LOSSES, tau=torch.rand(3)), r"`tau` to be a number or of the shape .*\(4,\), got"),
+        (lambda: batchtrim.superloss(LOSSES, tau=torch.rand(4, 1)), "`tau` to be a number or of the shape"),
+        (lambda: tokens(ignore_index="-100"), "`ignore_index` to be an int, got '-100'"),
+        (lambda: tokens(ignore_index=1.5), "`ignore_index` to be an int, got 1.5"),
+        (lambda: tokens(shift="no"), "`shift` to be True or False, got 'no'"),
+    ],
+)
+def test_settings_of_losses(call: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^expected {message}"):
+        call()
+
+
+def tokens(**given: Any) -> Any:
+    return batchtrim.token_losses(torch.rand(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), **given)
+
+
+class OwnLoss(torch.nn.Module):
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs - targets).square().mean(1)
+
+
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        (torch.nn.CrossEntropyLoss, "CrossEntropyLoss. Give an instance: nn.CrossEntropyLoss()."),
+        (torch.nn.MSELoss, "MSELoss. Give an instance: nn.MSELoss()."),
+        (OwnLoss, "OwnLoss. Give an instance: OwnLoss()."),
+        (partial(torch.nn.CrossEntropyLoss, label_smoothing=0.1), "CrossEntropyLoss. .* nn.CrossEntropyLoss(...)."),
+        (int, "int. Give an instance"),
+    ],
+)
+@pytest.mark.parametrize("name", ["criterion", "per_sample_loss", "rank_by"])
+def test_the_class_of_a_loss_is_no_loss(name: str, given: Any, cure: str) -> None:
+    """It was taken, and the first batch failed in torch."""
+    makes = {
+        "criterion": lambda: batchtrim.per_sample(given),
+        "per_sample_loss": lambda: batchtrim.TrimmedForward(torch.nn.Linear(2, 2), given, Trimmer(0.5)),
+        "rank_by": lambda: batchtrim.TrimmedForward(torch.nn.Linear(2, 2), OwnLoss(), Trimmer(0.5), rank_by=given),
+    }
+    words = re.escape(cure).replace(r"\.\*", ".*")
+    with pytest.raises(TypeError, match=f"expected `{name}` to be a loss to call on a batch, got the class {words}"):
+        makes[name]()
 
 
 def test_a_tiny_keep_draws_the_hardest() -> None:

@@ -108,7 +108,10 @@ def __getattr__(name: str) -> object:
     elif importlib.util.find_spec(f"batchtrim.{name}"):
         value = importlib.import_module(f"batchtrim.{name}")
     else:
-        raise AttributeError(f"module 'batchtrim' has no attribute {name!r}")
+        from batchtrim.errors import nearest  # needs no torch
+
+        near = "" if name.startswith("_") else nearest(name, __dir__(), "batchtrim.")  # libraries probe for __names__
+        raise AttributeError(f"module 'batchtrim' has no attribute {name!r}{near and '.' + near}")
     globals()[name] = value
     return value
 

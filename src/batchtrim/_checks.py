@@ -7,6 +7,7 @@ Checks read shapes, dtypes and Python values, never the contents of a tensor: th
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 import numbers
@@ -15,9 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRange, install_hint
+from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRange, install_hint, nearest
 
 
 def describe(value: object) -> str:
@@ -110,6 +111,20 @@ def check_rule(name: str, value: Any) -> None:
         raise TypeError(f"expected `{name}` to be a selection rule such as batchtrim.hardest(), got {describe(value)}.")
 
 
+def check_criterion(name: str, value: Any) -> None:
+    """Check a loss to call: an instance, not its class, nor a functools.partial of one."""
+    if not callable(value):
+        raise TypeError(f"expected `{name}` to be callable, got {describe(value)}.")
+    made = value.func if isinstance(value, functools.partial) else value
+    if isinstance(made, type):
+        prefix = "nn." if getattr(nn, made.__name__, None) is made else ""
+        settings = "" if made is value else "..."
+        raise TypeError(
+            f"expected `{name}` to be a loss to call on a batch, got the class {made.__name__}. "
+            f"Give an instance: {prefix}{made.__name__}({settings})."
+        )
+
+
 def check_stateless(name: str, rule: object) -> None:
     """Check that a rule has no state: a rule inside another is not part of a trimmer's state."""
     if hasattr(rule, "state_dict"):
@@ -156,18 +171,6 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"expected `{name}` to be one of {listed}, got {describe(value)}.{nearest(value, choices)}")
     return value
-
-
-def nearest(name: Any, names: Iterable[str], before: str = "") -> str:
-    """Return a hint at the nearest of ``names``, with a space before it; "" if none is near.
-
-    Args:
-        before: what the user has to write before the name.
-    """
-    import difflib  # late: only a wrong name needs it
-
-    near = difflib.get_close_matches(name, list(names), n=1) if isinstance(name, str) else []
-    return f" Did you mean '{before}{near[0]}'?" if near else ""
 
 
 def check_schedule_output(schedule: object, at: str, value: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
@@ -77,3 +78,15 @@ class RanksDisagree(RuntimeError):
 def install_hint(extra: str) -> str:
     """Return how to install an extra, from an index as well as from a clone."""
     return f"Run: pip install 'batchtrim[{extra}]', or in a clone of the repository: pip install -e '.[{extra}]'"
+
+
+def nearest(name: Any, names: Iterable[str], before: str = "") -> str:
+    """Return a hint at the nearest of ``names``, with a space before it; "" if none is near.
+
+    Args:
+        before: what the user has to write before the name.
+    """
+    import difflib  # late: only a wrong name needs it
+
+    near = difflib.get_close_matches(name, list(names), n=1) if isinstance(name, str) else []
+    return f" Did you mean '{before}{near[0]}'?" if near else ""

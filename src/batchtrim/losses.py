@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn  # noqa: F401  (nn for the examples)
 
-from batchtrim._checks import check_choice, check_losses, check_number, check_positive, check_within, describe
+from batchtrim._checks import (
+    check_choice,
+    check_count,
+    check_criterion,
+    check_flag,
+    check_losses,
+    check_number,
+    check_positive,
+    check_within,
+    describe,
+)
 from batchtrim._transforms import batched, plain, transforming
 from batchtrim.criteria import Criterion, check_values, not_its_own, same_shape
 from batchtrim.unreduced import UNITS, Losses, accumulator, flatten
@@ -65,8 +75,7 @@ class per_sample:
     """
 
     def __init__(self, criterion: Callable[..., Any], *, unit: str = "sample", ignore_index: int | None = None) -> None:
-        if not callable(criterion):
-            raise TypeError(f"expected `criterion` to be callable, got {describe(criterion)}.")
+        check_criterion("criterion", criterion)
         self.unit = check_choice("unit", unit, UNITS)
         if ignore_index is not None and check_number("ignore_index", ignore_index) != ignore_index:
             raise ValueError("expected `ignore_index` to be a number that equals itself, got nan. Give a mask instead.")
@@ -183,7 +192,8 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, sh
         Losses with ``values`` (B, T) in fp32 and ``mask`` (B, T).
     """
     _check_tokens(logits, labels)
-    if shift:
+    ignore_index = check_count("ignore_index", ignore_index, minimum=-(2**63))
+    if check_flag("shift", shift):
         logits, labels = logits[:, :-1], labels[:, 1:]
     values = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none", ignore_index=ignore_index)
     return Losses(values, labels != ignore_index)
@@ -216,7 +226,7 @@ def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
         tensor([0.1733])
     """
     check_losses(losses, allow_empty=True)
-    if check_number("gamma", gamma) < 0:
+    if not check_number("gamma", gamma) >= 0:  # NaN is not
         raise ValueError(f"expected `gamma` to be at least 0, got {gamma:g}. 0 is plain cross-entropy.")
     check_within("gamma", gamma, losses.dtype)
     return (-torch.expm1(-losses)) ** gamma * losses if gamma else losses
@@ -237,7 +247,9 @@ def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:
         tensor([0.])
     """
     check_losses(losses, allow_empty=True)
-    if not isinstance(tau, Tensor):
+    if isinstance(tau, Tensor):
+        _check_spreads("tau", tau, losses)
+    else:
         tau = check_number("tau", tau)
         check_within("tau", tau, losses.dtype)
     check_positive("lam", lam)
@@ -246,6 +258,17 @@ def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:
         ratio = ((losses.double() - tau) / lam).clamp(min=-2.0 / torch.e) / 2.0
         sigma = torch.exp(-lambert_w(ratio)).to(losses.dtype)
     return (losses - tau) * sigma + lam * torch.log(sigma) ** 2
+
+
+def _check_spreads(name: str, value: Tensor, losses: Tensor) -> None:
+    """Check that a tensor can be broadcast to the losses: else the losses would be, to a shape of more of them."""
+    try:
+        value.expand_as(losses)
+    except RuntimeError:
+        raise ValueError(
+            f"expected `{name}` to be a number or of the shape of `losses`, {tuple(losses.shape)}, "
+            f"got {describe(value)}."
+        ) from None
 
 
 def lambert_w(z: Tensor) -> Tensor:

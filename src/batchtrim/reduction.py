@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_choice, describe
+from batchtrim._checks import check_choice, check_like, describe
 from batchtrim.selection import Selection
 from batchtrim.unreduced import Losses, accumulator, divisors, nonzero
 
@@ -62,6 +62,13 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
     if not isinstance(selection, Selection):
         hint = "A rule gives one: batchtrim.hardest()(losses, keep)."
         raise TypeError(f"expected `selection` to be a batchtrim.Selection, got {describe(selection)}. {hint}")
+    if not isinstance(losses, Tensor) or losses.shape != (selection.size,):
+        raise ValueError(
+            f"expected `losses` of shape ({selection.size},), which the selection was made from, "
+            f"got {describe(losses)}."
+        )
+    if weights is not None:
+        check_like("weights", weights, losses)
     rows = selection.indices
     if weights is None and selection.weights is None and 0 < rows.shape[0] < selection.size and _dot_is_exact(losses):
         divisor = selection.normalizer if scale == "kept" else selection.batch_normalizer

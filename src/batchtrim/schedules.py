@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from batchtrim._checks import check_keep, check_progress, describe, is_number, plain
+from batchtrim._checks import check_keep, check_part, check_progress, describe, is_number, plain
 
 __all__ = ["Schedule", "by_accuracy", "constant", "cosine", "join", "linear", "piecewise", "step"]
 
@@ -53,6 +53,7 @@ class constant(Schedule):
         object.__setattr__(self, "keep", check_keep("keep", self.keep))
 
     def __call__(self, progress: float, /) -> float:
+        _part(progress)
         return self.keep
 
 
@@ -80,7 +81,7 @@ class linear(Schedule):
         _check_ends(self)
 
     def __call__(self, progress: float, /) -> float:
-        return _lerp(self.start, self.end, progress)
+        return _lerp(self.start, self.end, _part(progress))
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class cosine(Schedule):
         _check_ends(self)
 
     def __call__(self, progress: float, /) -> float:
-        return _lerp(self.start, self.end, (1.0 - math.cos(math.pi * progress)) / 2.0)
+        return _lerp(self.start, self.end, (1.0 - math.cos(math.pi * _part(progress))) / 2.0)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class step(Schedule):
         object.__setattr__(self, "start", check_keep("start", self.start))
 
     def __call__(self, progress: float, /) -> float:
-        return _last_passed(self.boundaries, self.start, progress)
+        return _last_passed(self.boundaries, self.start, _part(progress))
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class piecewise(Schedule):
         object.__setattr__(self, "points", _check_points("points", self.points))
 
     def __call__(self, progress: float, /) -> float:
-        places, keeps = list(self.points), list(self.points.values())
+        progress, places, keeps = _part(progress), list(self.points), list(self.points.values())
         after = bisect_right(places, progress)
         if after in (0, len(places)):
             return keeps[0] if after == 0 else keeps[-1]
@@ -197,6 +198,7 @@ class join(Schedule):
         object.__setattr__(self, "_edges", edges)
 
     def __call__(self, progress: float, /) -> float:
+        progress = _part(progress)
         part = bisect_right(self.at, progress)
         left, right = self._edges[part], self._edges[part + 1]
         return self.schedules[part]((progress - left) / (right - left))
@@ -230,7 +232,7 @@ class by_accuracy(Schedule):
         object.__setattr__(self, "start", check_keep("start", self.start))
 
     def __call__(self, accuracy: float, /) -> float:
-        return _last_passed(self.levels, self.start, accuracy)
+        return _last_passed(self.levels, self.start, check_part("accuracy", accuracy))
 
 
 def as_schedule(keep: Any, name: str = "keep") -> Callable[[float], float]:
@@ -253,6 +255,11 @@ def progress_at(steps: int, total: int | None) -> float:
         (0.0, 0.5, 1.0, 0.0)
     """
     return 0.0 if total is None or total == 1 else min(1.0, steps / (total - 1))
+
+
+def _part(progress: float) -> float:
+    """Return progress that is a number in [0, 1]; a schedule that is called directly checks it."""
+    return progress if isinstance(progress, float) and 0.0 <= progress <= 1.0 else check_progress("progress", progress)
 
 
 def _lerp(start: float, end: float, part: float) -> float:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from batchtrim import KeepLog, lab
-from batchtrim.lab import files, records
+from batchtrim.lab import cli, files, records
 from batchtrim.lab.execute import grid, progress, scheduler
 from batchtrim.lab.files import CannotWrite
 from batchtrim.lab.present import readme_table
@@ -110,3 +114,79 @@ def test_a_page_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monkeypat
         readme_table.write([], page)
     assert page.read_text() == "<!-- results --><!-- /results -->"
     assert os.listdir(tmp_path) == ["README.md"]
+
+
+CLAIMS = """
+title = "a record"
+effect = 0.1
+[[claim]]
+text = "Trimming lowers the error."
+method = "trim"
+against = "full"
+says = "lower"
+"""
+
+
+def unwritable(*_: object) -> int:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("there", ["", "new/folder"])
+def test_a_report_in_a_read_only_folder_names_out_and_shows_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_runs: Path, there: str
+) -> None:
+    """It said that the same command goes on, which it does not."""
+    words = ["report", str(made_runs), *(["--out", str(tmp_path / there)] if there else [])]
+    monkeypatch.setattr(files.os, "replace", unwritable)
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 2
+    assert re.search(
+        r"error: cannot write .*report\.html \(Read-only file system\)\. .*that can be written.*--out", done.stderr
+    )
+    assert "the same command" not in done.stderr
+    assert "full" in done.stdout
+    assert "trim" in done.stdout
+
+
+def test_a_report_as_json_writes_nothing(made_runs: Path) -> None:
+    """Its help says so, but it wrote the report as well."""
+    done = CliRunner().invoke(cli.app, ["report", str(made_runs), "--json"])
+    assert json.loads(done.stdout)["runs"] == 4
+    assert os.listdir(made_runs) == ["runs.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["report", "RUNS", "--out", "elsewhere", "--figures", "drawn"], "--figures FOLDER"),
+        (["claims", "RECORDS", "--out", "page.md"], "--out PAGE"),
+        (["claims", "RECORDS", "--table", "page.md"], "--table PAGE"),
+    ],
+)
+def test_another_page_that_cannot_be_written_names_its_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_runs: Path, words: list[str], option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.md").write_text("<!-- results --><!-- /results -->")
+    record = tmp_path / "records" / "one"
+    shutil.copytree(made_runs, record)
+    (record / "claims.toml").write_text(CLAIMS)
+    replace = os.replace
+    monkeypatch.setattr(
+        files.os, "replace", lambda old, new: replace(old, new) if "elsewhere" in str(new) else unwritable()
+    )
+    places = {"RUNS": str(made_runs), "RECORDS": str(record.parent)}
+    done = CliRunner().invoke(cli.app, [places.get(word, word) for word in words])
+    assert done.exit_code == 2, done.output
+    assert option in done.stderr
+    assert "the same command" not in done.stderr
+
+
+@pytest.fixture
+def made_runs(tmp_path: Path, make_row: Callable[..., Any]) -> Path:
+    """Return a folder of four runs."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    rows = [make_row(method, seed) for method in ("full", "trim") for seed in range(2)]
+    (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

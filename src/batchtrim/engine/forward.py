@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim._checks import check_choice, check_count, describe
+from batchtrim._checks import check_choice, check_count, check_criterion, describe
 from batchtrim.engine.auto import AutoEngine
 from batchtrim.engine.batch import Forward, StepResult
 from batchtrim.engine.exact import ExactEngine
@@ -85,8 +85,9 @@ class TrimmedForward:
             raise TypeError(f"expected `model` to be a torch.nn.Module, got {describe(model)}.")
         if not isinstance(trim, Trimmer):
             raise TypeError(f"expected `trim` to be a batchtrim.Trimmer, got {describe(trim)}.")
-        if not callable(per_sample_loss):
-            raise TypeError(f"expected `per_sample_loss` to be callable, got {describe(per_sample_loss)}.")
+        check_criterion("per_sample_loss", per_sample_loss)
+        if rank_by is not None:
+            check_criterion("rank_by", rank_by)
         check_choice("engine", engine, ENGINES)
         if isinstance(per_sample_loss, nn.Module) and hasattr(per_sample_loss, "reduction"):
             per_sample_loss = per_sample(per_sample_loss, unit=trim.unit)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim._checks import check_choice, import_extra
+from batchtrim._checks import check_choice, check_criterion, import_extra
 from batchtrim.accumulation import OVER
 from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values
 from batchtrim.integrations._numbered import IDS, numbered_rows
@@ -91,6 +91,8 @@ class TrimmedTrainer(Trainer):
         self.keep_log = keep_log
         self.explained = False  # True once the log has said what its loss is
         check_arguments(kwargs.get("compute_loss_func"), over, engine, self.trim_options, keep_log)
+        if per_sample_loss is not None:
+            check_criterion("per_sample_loss", per_sample_loss)
         build(keep, 2, self.trim_options)  # a wrong argument shows here and not when training starts
         super().__init__(*args, **kwargs)
         check_arguments(self.compute_loss_func, over, engine, self.trim_options, keep_log)

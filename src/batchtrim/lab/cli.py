@@ -18,7 +18,7 @@ from batchtrim import __version__
 from batchtrim._checks import check_choice
 from batchtrim.lab import options
 from batchtrim.lab.execute import reach
-from batchtrim.lab.files import as_written, in_a_line
+from batchtrim.lab.files import CannotWrite, as_written, in_a_line
 from batchtrim.lab.terminal import open_closed, print_plainly
 
 app = typer.Typer(
@@ -155,13 +155,12 @@ def report_command(
 
     def work() -> None:
         options.check_targets(out=out, figures=figures)
-        way = options.direction(higher_is_better, lower_is_better)
-        rows, place = _rows_of(folder, csv, metric, way)
+        rows, place = _rows_of(folder, csv, metric, options.direction(higher_is_better, lower_is_better))
         with as_written("the records"):
             methods = sorted({row["config"]["method"] for row in rows})
         if baseline != "full":  # which gives way to another where there is none
             check_choice("baseline", baseline, methods)
-        _report(rows, out or place, baseline, as_json)
+        _report(rows, None if as_json else out or place, baseline, as_json)
         if figures is not None:
             from batchtrim.lab.analyse import comparison
             from batchtrim.lab.present import figures as drawing
@@ -359,9 +358,9 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
 
 
 def _report(
-    rows: list[dict[str, Any]], out: Path, baseline: str, as_json: bool, methods: Iterable[str] | None = None
+    rows: list[dict[str, Any]], out: Path | None, baseline: str, as_json: bool, methods: Iterable[str] | None = None
 ) -> None:
-    """Print the table, or the numbers as JSON, and write the report."""
+    """Print the table, or the numbers as JSON, and write the report, if there is a folder for it."""
     from batchtrim.lab.analyse import comparison
     from batchtrim.lab.present import report, tables
 
@@ -370,12 +369,14 @@ def _report(
         baseline = next(iter([*(methods or ()), *there]), baseline)
     with as_written("the records"):
         summary = comparison.summarize(rows, baseline=baseline)
-        page = report.write_report(rows, out, baseline)
-    if as_json:
-        typer.echo(json.dumps(tables.to_json(summary)))
-        return
-    tables.print_table(summary)
-    typer.echo(f"report: {page}")
+        try:
+            page = out and report.write_report(rows, out, baseline)
+        except CannotWrite:  # the numbers are there all the same
+            tables.print_numbers(summary, as_json)
+            raise
+    tables.print_numbers(summary, as_json)
+    if not as_json:
+        typer.echo(f"report: {page}")
 
 
 def _guard(work: Callable[[], None], debug: bool) -> None:

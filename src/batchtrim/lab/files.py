@@ -24,8 +24,12 @@ class CannotWrite(OSError):
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the file system inside the block into :class:`CannotWrite`, which names ``path``."""
+def writing(path: Path, cure: str = "") -> Iterator[None]:
+    """Turn an error of the file system inside the block into :class:`CannotWrite`, which names ``path``.
+
+    Args:
+        cure: what the user can do about it; by default what helps while runs are done.
+    """
     try:
         yield
     except (CannotWrite, TimeoutError):  # a lock that another process holds is no fault of the disk
@@ -33,10 +37,9 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error).strip().partition("\n")[0]
         full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-        cure = "Free space there" if full else "Make the folder writable, or pass another --out,"
-        raise CannotWrite(
-            f"cannot write {path} ({reason}). Finished runs stay recorded. {cure} and repeat the command."
-        ) from error
+        room = "Free space there" if full else "Make the folder writable, or pass another --out,"
+        cure = cure or f"Finished runs stay recorded. {room} and repeat the command."
+        raise CannotWrite(f"cannot write {path} ({reason}). {cure}") from error
 
 
 @contextlib.contextmanager

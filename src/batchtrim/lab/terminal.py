@@ -1,4 +1,4 @@
-"""Print plainer characters where the encoding of a terminal or pipe lacks those of a report."""
+"""The terminal: with plainer characters where its encoding lacks those of a report, without colours if so asked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import codecs
 import io
 import os
 import sys
+from typing import TYPE_CHECKING
 
-__all__ = ["open_closed", "print_plainly"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console", "open_closed", "print_plainly"]
 
 PLAIN = {
     "\N{PLUS-MINUS SIGN}": "+-",
@@ -17,6 +21,14 @@ PLAIN = {
     "\N{HORIZONTAL ELLIPSIS}": "...",
 }
 """ASCII for what the tables print; a sign of a number must not get lost."""
+
+
+def console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """Return rich's console; under NO_COLOR (no-color.org) without any styling, whatever FORCE_COLOR says."""
+    from rich.console import Console
+
+    plain = os.environ.get("NO_COLOR", "") != ""
+    return Console(stderr=stderr, width=width, color_system=None if plain else "auto")
 
 
 def open_closed() -> None:

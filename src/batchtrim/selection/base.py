@@ -8,13 +8,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_part
+from batchtrim._checks import check_count, check_part, describe
 
 __all__ = [
     "Rule",
     "Selection",
+    "drawing",
+    "fraction",
     "keep_count",
     "keep_count_tensor",
+    "length",
     "masked_choice",
     "rank_mask",
     "select_again",
@@ -101,9 +104,38 @@ def keep_count(keep: float, n: int) -> int:
         >>> keep_count(0.2, 128), keep_count(0.25, 10), keep_count(0.2, 1)
         (26, 2, 1)
     """
-    if not (isinstance(keep, float) and 0.0 <= keep <= 1.0):
-        keep = check_part("keep", keep, "It is a fraction of the batch, not a percentage or a count.")
-    return min(n, max(1, round(keep * n)))
+    if type(n) is not int or not 0 <= n < 2**63:
+        n = n if isinstance(n, torch.SymInt) else check_count("n", n, 0, "It is the number of samples to choose from.")
+    return min(n, max(1, round(fraction(keep) * n)))
+
+
+def fraction(keep: float) -> float:
+    """Return a keep fraction that is a number in [0, 1]: a rule that is called directly checks it."""
+    if isinstance(keep, float) and 0.0 <= keep <= 1.0:
+        return keep
+    return check_part("keep", keep, "It is a fraction of the batch, not a percentage or a count.")
+
+
+def length(losses: Tensor) -> int:
+    """Return n of ``losses`` (n,), or raise an error for what is no such vector."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"expected `losses` to be a tensor, got {describe(losses)}.")
+    if losses.ndim != 1:
+        raise ValueError(
+            f"expected `losses` of shape (n,), one loss per sample, got {tuple(losses.shape)}. "
+            "A rule chooses from a vector; a batchtrim.Trimmer takes (B, ...) too, and averages each sample."
+        )
+    return losses.shape[0]
+
+
+def drawing(generator: torch.Generator | None) -> torch.Generator | None:
+    """Return the generator to draw from, None for torch's own, or raise an error for anything else, as for a seed."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    raise TypeError(
+        f"expected `generator` to be a torch.Generator, got {describe(generator)}. "
+        "For one with a seed: torch.Generator().manual_seed(0)."
+    )
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:

@@ -23,7 +23,7 @@ from batchtrim._checks import (
     check_part,
     check_positive,
 )
-from batchtrim.selection.base import Selection, keep_count, keep_count_tensor, top_indices
+from batchtrim.selection.base import Selection, fraction, keep_count, keep_count_tensor, length, top_indices
 
 __all__ = ["loss_mass", "smoothing_floor"]
 
@@ -120,7 +120,7 @@ class loss_mass:
             object.__setattr__(self, name, value)
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
-        n = losses.shape[0]
+        n, keep = length(losses), fraction(keep)
         skipped = min(round(self.skip * n), n - 1)
         if losses.is_cpu and keep < 1.0 and n >= _BINS_FROM and not skipped:
             found = self._by_bins(losses, keep)

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from batchtrim._checks import check_count, check_fraction, check_keep, check_number, check_rule, check_stateless
-from batchtrim.selection.base import Rule, Selection, keep_count, keep_count_tensor, rank_mask, top_indices
+from batchtrim.selection.base import (
+    Rule,
+    Selection,
+    drawing,
+    fraction,
+    keep_count,
+    keep_count_tensor,
+    length,
+    rank_mask,
+    top_indices,
+)
 
 __all__ = [
     "above",
@@ -35,7 +45,7 @@ class hardest:
     """
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
-        n = losses.shape[0]
+        n = length(losses)
         return Selection(top_indices(losses, keep_count(keep, n)), n, n)
 
     def compiled_mask(self, losses: Tensor, keep: Tensor, n: Tensor | int) -> Tensor:
@@ -54,7 +64,7 @@ class easiest:
     """
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
-        n = losses.shape[0]
+        n = length(losses)
         return Selection(torch.sort(losses, stable=True).indices[: keep_count(keep, n)], n, n)
 
 
@@ -81,7 +91,7 @@ class between:
         object.__setattr__(self, "skip", skip)
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
-        n = losses.shape[0]
+        n = length(losses)
         skipped = min(round(self.skip * n), n - 1)
         order = torch.sort(losses, descending=True, stable=True).indices[skipped : skipped + keep_count(keep, n)]
         return Selection(order, n, n)
@@ -121,9 +131,9 @@ class uniform:
         return "uniform()" if self.like is None else f"uniform(like={self.like!r})"
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
-        n = losses.shape[0]
+        n = length(losses)
         k = keep_count(keep, n) if self.like is None else self.like(losses, keep, generator).k
-        drawn = torch.randperm(n, generator=generator)[:k]
+        drawn = torch.randperm(n, generator=drawing(generator))[:k]
         return Selection(drawn.to(losses.device), n, n)
 
 
@@ -152,7 +162,7 @@ class above:
         object.__setattr__(self, "min_keep", check_count("min_keep", self.min_keep))
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
-        n = losses.shape[0]
+        n = length(losses)
         # not <=, so that a NaN loss counts as above
         over = int((~(losses <= self.threshold)).sum())
         return Selection(top_indices(losses, min(n, max(over, self.min_keep))), n, n)
@@ -172,8 +182,8 @@ class superquantile:
     """
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
-        n = losses.shape[0]
-        tail = keep * n
+        n = length(losses)
+        tail = fraction(keep) * n
         whole = int(tail)
         if whole in (0, tail):  # below one sample the mean is the largest loss, whatever its fraction
             return Selection(top_indices(losses, max(1, whole)), n, n)
@@ -208,13 +218,13 @@ class percentile:
         self.history = check_count("history", self.history)
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
-        n = losses.shape[0]
+        n = length(losses)
         batch = losses.detach().float()
         recent = batch if self._recent is None else torch.cat([self._recent.to(batch.device), batch])
         self._recent = recent[-self.history :].clone()
         ordered = torch.sort(self._recent).values
         chance = torch.searchsorted(ordered, batch, right=True).to(batch.dtype) / ordered.shape[0]
-        draw = torch.rand(n, generator=generator).to(batch.device)
+        draw = torch.rand(n, generator=drawing(generator)).to(batch.device)
         indices = (draw < chance**self.beta).nonzero().squeeze(1)
         return Selection(indices if indices.shape[0] else top_indices(losses, 1), n, n)
 
@@ -236,7 +246,7 @@ class percentile_topk:
     """
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
-        n = losses.shape[0]
+        n = length(losses)
         k = keep_count(check_keep("keep", keep), n)
         if k == n:
             return Selection(torch.arange(n, device=losses.device), n, n)
@@ -245,5 +255,5 @@ class percentile_topk:
         # over the hardest one's, in logarithms: a small keep makes a power that is 0 for all
         rank = torch.arange(n, dtype=torch.float64) + 0.5
         chance[order] = torch.exp(min(1.0 / keep - 1.0, 1e300) * torch.log(rank / (n - 0.5)))
-        drawn = torch.multinomial(chance, k, replacement=False, generator=generator)
+        drawn = torch.multinomial(chance, k, replacement=False, generator=drawing(generator))
         return Selection(drawn.to(losses.device), n, n)

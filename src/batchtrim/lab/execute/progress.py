@@ -13,6 +13,7 @@ from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import Row
 from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
+from batchtrim.lab.terminal import console
 
 SAY_EVERY = 30.0  # seconds between two lines inside an epoch, where there is no terminal
 
@@ -43,10 +44,9 @@ class Live(Quiet):
     """
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self.console = Console(stderr=True)
+        self.console = console(stderr=True)
         self.redraws = self.console.is_terminal and not self.console.is_dumb_terminal
         self.said = -SAY_EVERY
         self.bars = Progress(

@@ -15,6 +15,7 @@ from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import charts, report
 from batchtrim.lab.present.templating import shipped
 
+ELSEWHERE = "The report stays as it is. Name a folder that can be written: --figures FOLDER."
 SCALE = 3  # pixels of the PNG to one of the chart
 ROW = 20  # height of a line of the legend
 
@@ -27,7 +28,7 @@ def save(summary: Summary, folder: str | Path) -> list[Path]:
     """
     resvg: Any = import_extra("resvg_py", "lab", "--figures")
     folder, paths = Path(folder), []
-    with writing(folder):
+    with writing(folder, ELSEWHERE):
         folder.mkdir(parents=True, exist_ok=True)
     for number, group in enumerate(summary.groups):
         prefix = f"{number + 1}-" if len(summary.groups) > 1 else ""
@@ -36,7 +37,7 @@ def save(summary: Summary, folder: str | Path) -> list[Path]:
             image = bytes(resvg.svg_to_bytes(svg_string=svg, zoom=SCALE))
             for suffix, content in ((".svg", svg.encode()), (".png", image)):
                 path = folder / f"{prefix}{name}{suffix}"
-                with writing(path):
+                with writing(path, ELSEWHERE):
                     write_whole(path, lambda file, content=content: file.write(content))
                 paths.append(path)
     return paths

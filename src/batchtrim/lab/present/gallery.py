@@ -204,7 +204,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         data=Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
     )
     path = Path(out)
-    with writing(path):
+    with writing(path, "The runs stay as they are. Name a page that can be written: --out PAGE."):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write(page.encode()))
     return path

@@ -29,7 +29,7 @@ def write(records: Sequence[Record], page: Path) -> None:
     if not begun or not ended:
         raise ValueError(f"expected {BEGIN} and {END} around the table in {page}, got a page without them.")
     whole = f"{before}{BEGIN}\n\n{table(records)}\n\n{END}{after}"
-    with writing(page):
+    with writing(page, "The page stays as it was. Name one that can be written: --table PAGE."):
         write_whole(page, lambda file: file.write(whole.encode()))
 
 

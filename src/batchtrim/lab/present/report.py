@@ -26,6 +26,9 @@ from batchtrim.lab.present.templating import render
 MOST_LABELS = 10  # points that are named in a chart of costs; of more, the best of each method
 MOST_BANDS = 4  # methods; bands of more than these cover one another
 OPEN_GROUPS = 3  # more groups than this start folded
+ELSEWHERE = (
+    "The runs stay as they are. For a report in a folder that can be written: `batchtrim report` with --out FOLDER."
+)
 MARKS = {"lower": "▼ ", "higher": "▲ ", "same": "≈ ", "none": ""}
 
 
@@ -63,12 +66,12 @@ def write_report(rows: Iterable[Row], out_dir: str | Path, baseline: str = "full
     """
     summary = summarize(rows, baseline)
     out_dir = Path(out_dir)
-    with writing(out_dir):
+    with writing(out_dir, ELSEWHERE):
         out_dir.mkdir(parents=True, exist_ok=True)
     page = out_dir / "report.html"
     texts = {page: comparison_page(summary), out_dir / "report.md": tables.to_markdown(summary)}
     for path, text in (texts | {out_dir / "report.csv": tables.to_csv(summary)}).items():
-        with writing(path):
+        with writing(path, ELSEWHERE):
             write_whole(path, lambda file, text=text: file.write(text.encode()))
     return page
 

@@ -41,7 +41,7 @@ def write(records: Sequence[Record], out: Path) -> None:
     """Write the page, and its drawings into a folder beside it."""
     files = {out: page(records)} | {out.parent / DRAWINGS / name: each for name, each in drawings(records).items()}
     for path, text in files.items():
-        with writing(path):
+        with writing(path, "The records stay as they are. Name a page that can be written: --out PAGE."):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda file, text=text: file.write(text.encode()))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from batchtrim.lab.analyse.comparison import Arm, Group, Summary, View
 from batchtrim.lab.present import wording
 from batchtrim.lab.present.caveats import caveat_texts
+from batchtrim.lab.terminal import console
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-__all__ = ["console_table", "print_table", "to_json"]
+__all__ = ["console_table", "print_numbers", "print_table", "to_json"]
 
 NARROWEST_LABEL = 20  # characters to which the names of methods are folded
 
@@ -94,10 +96,16 @@ class _ConsoleTable:
 
 def print_table(summary: Summary) -> None:
     """Print the tables and verdicts on standard output; lines are wrapped for a terminal alone, not for a pipe."""
-    from rich.console import Console
-
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
-    Console(width=wide).print(console_table(summary))
+    console(width=wide).print(console_table(summary))
+
+
+def print_numbers(summary: Summary, as_json: bool) -> None:
+    """Print the tables and verdicts, or all numbers as JSON, on standard output."""
+    if as_json:
+        print(json.dumps(to_json(summary)))
+    else:
+        print_table(summary)
 
 
 def _legends(summary: Summary) -> list[str]:
