@@ -90,11 +90,11 @@ class TwoPassEngine:
 
     def _look_for_writes(self, before: Moment, x: Any, y: Any) -> None:
         """Refuse a forward that writes into parameters: a second one would do so twice."""
-        writes = ParameterWrites(self.forward.inner)
+        writes, seen = ParameterWrites(self.forward.inner), False
         try:
             with uncompiled_calls(), without_graph(), writes:
                 self.forward(*copied((x, y)), model=self.forward.inner)
-            self.began = True
+            seen = True
         except Exception:  # what is at fault shows in the first pass
             pass
         finally:
@@ -103,6 +103,7 @@ class TwoPassEngine:
             before.restore()
         if written:
             raise EngineRefused(_CANNOT.format("its forward writes into its parameters, which a second would do again"))
+        self.began = seen
 
     def _first_pass(self, before: Moment, x: Any, y: Any) -> tuple[Losses, Any]:
         try:
