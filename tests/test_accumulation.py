@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import batchtrim
 from batchtrim.accumulation import first_pass
 from batchtrim.engine import ENGINES
+from batchtrim.errors import EngineFallback, EngineRefused
 from tiers import few
 
 SIZES = (4, 4, 3)  # the last micro-batch is smaller
@@ -200,6 +202,121 @@ def test_a_buffer_that_the_model_reads_is_what_it_was(engine: str, assign: bool)
     torch.testing.assert_close(gradient(model), gradient(whole))
     torch.testing.assert_close(model.mean, whole.mean)
     assert model.state_dict()["mean"] is not None
+
+
+class Momentum(nn.Module):
+    """Its forward moves a slow copy of the weights, from its ``begin``-th call on."""
+
+    def __init__(self, move: str, begin: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fast, self.slow, self.head = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.slow.requires_grad_(False)
+        self.move, self.begin, self.calls = move, begin, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        slow, fast = self.slow.weight, self.fast.weight
+        with torch.no_grad():
+            if self.calls < self.begin:
+                self.calls += 1
+            elif self.move == "in place":
+                slow.lerp_(fast, 0.3)
+            elif self.move == "past autograd":
+                slow.data.lerp_(fast, 0.3)
+            else:
+                slow.data = 0.7 * slow.data + 0.3 * fast.data
+            key = self.slow(x)
+        return self.head(self.fast(x) * key.tanh())
+
+
+MOVES = ("in place", "past autograd", "by assignment")
+
+
+@pytest.mark.parametrize(
+    ("engine", "move", "compiled"),
+    [*(("exact", move, False) for move in MOVES), ("exact", "past autograd", True), ("shared", "in place", False)],
+)
+def test_parameters_that_a_forward_moves_are_moved_once(engine: str, move: str, compiled: bool) -> None:
+    """The first pass of a window moved them once more, and training ran with what it had left."""
+    torch._dynamo.reset()
+    plain, model = Momentum(move), Momentum(move)
+    wrapped = torch.compile(model, backend="eager") if compiled else model
+    step = batchtrim.TrimmedForward(wrapped, nn.CrossEntropyLoss(), batchtrim.Trimmer(KEEP), engine)
+    for _ in range(2):
+        batches, losses = window(), []
+        for each in (plain, model):
+            each.zero_grad()
+        for x, y in batches:
+            losses.append(F.cross_entropy(plain(x), y, reduction="none"))
+        chosen = torch.cat([each.detach() for each in losses]).topk(4).indices
+        for loss in batchtrim.accumulate(step, batches):
+            loss.backward()
+        assert sorted(step.trim.last.selection.indices.tolist()) == sorted(chosen.tolist())
+        torch.testing.assert_close(model.slow.weight, plain.slow.weight)
+        torch.cat(losses)[chosen].mean().backward()
+        torch.testing.assert_close(gradient(model), gradient(plain))
+
+
+@pytest.mark.parametrize(("move", "compiled"), [*((move, False) for move in MOVES), ("in place", True)])
+def test_two_passes_refuse_parameters_that_a_forward_moves(move: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    model = Momentum(move)
+    wrapped = torch.compile(model, backend="eager") if compiled else model
+    step = batchtrim.TrimmedForward(wrapped, nn.CrossEntropyLoss(), batchtrim.Trimmer(KEEP), "two_pass")
+    held = model.slow.weight.detach().clone()
+    for _ in range(2):  # the second time as well
+        with pytest.raises(EngineRefused, match="cannot run this model: its forward writes into its parameters"):
+            list(batchtrim.accumulate(step, window()))
+    assert torch.equal(model.slow.weight, held)
+
+
+@pytest.mark.parametrize("move", ["in place", "by assignment"])
+def test_parameters_that_begin_to_move_later(move: str) -> None:
+    model = Momentum(move, begin=3)
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(KEEP), "exact")
+    sum(batchtrim.accumulate(step, window())).backward()
+    held = model.slow.weight.detach().clone()
+    if move == "in place":
+        with pytest.raises(EngineRefused, match=r"began to write into its parameters \(slow.weight\)"):
+            list(batchtrim.accumulate(step, window()))
+        return
+    for loss in batchtrim.accumulate(step, window()):
+        loss.backward()
+    expected = model.fast.weight.lerp(held, 0.7**3)
+    torch.testing.assert_close(model.slow.weight, expected)
+
+
+def test_auto_goes_on_exactly_where_two_passes_cannot_train_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raised; and where two passes did not pay, the repeated forward moved buffers once more."""
+    monkeypatch.setattr("batchtrim.engine.shared.refusal", lambda forward: "refused")
+    for keep, mixes in ((KEEP, True), (0.8, False)):
+        plain, model = Follows(mixes), Follows(mixes)
+        model.compile(backend="eager")
+        with pytest.warns(EngineFallback, match="two_pass"):
+            step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(keep), "auto")
+        losses = torch.cat([F.cross_entropy(plain(x), y, reduction="none") for x, y in window()])
+        losses.topk(batchtrim.keep_count(keep, 11)).values.mean().backward()
+        told = pytest.warns(EngineFallback, match=r"two-pass engine cannot .* engine='exact'")
+        with told if mixes else nullcontext():
+            for loss in batchtrim.accumulate(step, window()):
+                loss.backward()
+        torch.testing.assert_close(gradient(model), gradient(plain))
+        torch.testing.assert_close(model.mean, plain.mean)
+
+
+class Follows(nn.Module):
+    """A buffer follows the batches; the samples of a batch mix if asked to."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.mixes = nn.Linear(6, 3), mixes
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.layer(x - self.mean - (x.mean(0) if self.mixes else 0.0))
+        self.mean.lerp_(x.mean(0), 0.3)
+        return outputs
 
 
 class InPlace(nn.Module):

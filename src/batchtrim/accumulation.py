@@ -19,8 +19,9 @@ from batchtrim._checks import check_choice, describe
 from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
-from batchtrim.engine.rows import copied
+from batchtrim.engine.rows import copied, restore_values
 from batchtrim.engine.state import GeneratorStates, ModelState, Moment, device_of, modules_of, without_graph
+from batchtrim.engine.writes import known_to_write, writes_undone
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
@@ -59,15 +60,18 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
 
     Raises:
         ValueError: no micro-batch.
+        EngineRefused: the forward begins to write into parameters after its first window, or engine "two_pass" cannot
+            train the window.
         RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`; and where M differs and must not.
 
     Notes:
         "window" costs one more forward than "micro", without a graph. Engine "two_pass" then trains on the kept rows
         alone, with fresh dropout; "exact" and "shared" repeat the forward with the same dropout, so a window gives the
         gradient of one large batch (up to BatchNorm, which normalises micro-batches). Buffers and generators end up as
-        after plain accumulation. With ``scope="global"`` windows of all ranks are joined, whatever their M; "micro"
-        needs the same M on every rank, and so does a model whose own forward waits for the other ranks (FSDP,
-        SyncBatchNorm, tensor parallel); there M is compared first. A rank that has run out of data passes empty
+        after plain accumulation, and so do parameters that the forward itself writes into (a momentum encoder), which
+        "two_pass" refuses. With ``scope="global"`` windows of all ranks are joined, whatever their M; "micro" needs the
+        same M on every rank, and so does a model whose own forward waits for the other ranks (FSDP, SyncBatchNorm,
+        tensor parallel); there M is compared first. A rank that has run out of data passes empty
         micro-batches. After "window", ``step.trim.last`` is the choice from all samples of the window, in order.
     """
     if not isinstance(step, TrimmedForward):
@@ -81,7 +85,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         )
     if not batches:
         raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")
-    trim, model = step.trim, step.forward.model
+    model = step.forward.model
     check_same_count(len(batches), "number of micro-batches", device_of(step.forward.inner), _waits_in_forward(model))
     if over == "window":
         selections, states, first = _choose(step, batches)
@@ -92,7 +96,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
             if over == "micro":
                 yield step(x, y) * shares[m]
-            elif not step.engine.repeats_forward and trim.keep < 1.0:
+            elif first and not step.engine.repeats_forward:
                 yield step.engine.train_on_kept(x, y, selections[m].rising(), first[m])
             else:
                 states[m].restore()
@@ -116,17 +120,20 @@ def first_pass(
 ) -> tuple[list[Outcome], list[GeneratorStates]]:
     """Return ``forward(batch)`` of each micro-batch, without a graph, and the generators' state before it.
 
+    Parameters that the forward writes into are left as they were found.
+
     Args:
         undo_buffers: leave the model's buffers and plain attributes as they were found, for a whole second pass over
             the same batches.
 
     Raises:
         ValueError: a second pass follows, and the forward changes its batch in place, so the second would differ.
+        EngineRefused: the forward writes into a parameter that it left alone in earlier windows.
     """
     before = ModelState(list(model.modules())) if undo_buffers else None
     device = device_of(model)
     found, states = [], []
-    with without_graph():
+    with without_graph(), writes_undone(model):
         for batch in batches:
             states.append(GeneratorStates(device))
             versions = _versions(batch)
@@ -160,6 +167,10 @@ def _choose(
 
     before = ModelState(modules_of(forward.inner, forward.per_sample_loss, forward.rank_by))
     found, states = first_pass(forward.inner, batches, score, undo_buffers=False)
+    if first and known_to_write(forward.inner):  # the kept rows alone do not write the same: repeat all
+        for batch, (moment, _) in zip(batches, first, strict=True):
+            restore_values(batch, (moment.x, moment.y))
+        once, first = False, []
     if not once:
         before.restore()
     return select_window(trim, [losses for losses, _ in found], [scores for _, scores in found]), states, first

@@ -23,8 +23,11 @@ TELLING = (
     "lstm_of_two_layers", "attention_with_padding", "grouped_queries", "bag_of_words", "unfolded_and_folded",
     "rms_norm", "einsums", "sorted_and_accumulated", "straight_through", "many_labels", "parametrised",
     "segments", "contrastive", "normalised_by_what_was_before", "views_written_in_place", "rows_clipped_by_a_hook",
-    "linear_attention", "tokens_merged_within_a_sample", "input_gradient_centred",
+    "linear_attention", "tokens_merged_within_a_sample", "input_gradient_centred", "instance_normed",
 )  # fmt: skip
+# A norm takes its channel's bias and scale out again, so what is left of the gradient before it is small. Against
+# float64, Inductor is off by 1.4e-5 there with the whole batch too (plain torch by 5e-6); in float64 by 2e-14.
+ROUNDED = {"instance_normed": 5e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +53,9 @@ def test_a_compiled_model_is_never_silently_wrong(name: str, compiles: list[bool
     attack = ATTACKS[name]
     first, *more = attack.batches()
     report = check_engine(
-        attack.make(), first, attack.loss(), engine="shared", steps=6, more=more, verbose=False, **attack.options
-    )
+        attack.make(), first, attack.loss(), engine="shared", steps=6, more=more, verbose=False,
+        tolerance=ROUNDED.get(name), **attack.options,
+    )  # fmt: skip
     assert report.verdict in ("right", "refused", "approximate"), report
     assert attack.shared in ("either", report.verdict), report
     assert (True in compiles) is (report.verdict != "refused" or bool(report.steps))

@@ -14,7 +14,8 @@ from torch import nn
 
 from batchtrim import per_sample
 from batchtrim.engine import state
-from batchtrim.engine.state import GeneratorStates, ModelState, ParameterWrites, is_lazy, modules_of
+from batchtrim.engine.state import GeneratorStates, ModelState, is_lazy, modules_of
+from batchtrim.engine.writes import ParameterWrites
 
 
 class Stateful(nn.Module):
@@ -149,17 +150,39 @@ def _as_output(model: nn.Linear) -> None:
         torch.add(model.weight, 1.0, out=model.weight)
 
 
-@pytest.mark.parametrize("write", [_whole, _in_part, _in_a_list, _as_output])
+def _by_assignment(model: nn.Linear) -> None:
+    model.weight.data = model.weight.data * 0.9 + 0.1  # as MoCo's own code moves its momentum encoder
+
+
+def _by_assignment_and_in_place(model: nn.Linear) -> None:
+    model.weight.data.add_(1.0)
+    model.weight.data = model.weight.data.clone()
+
+
+@pytest.mark.parametrize(
+    "write", [_whole, _in_part, _in_a_list, _as_output, _by_assignment, _by_assignment_and_in_place]
+)
 def test_parameters_that_a_forward_writes_into_are_noted_and_put_back(write: Callable[[nn.Linear], None]) -> None:
     model = nn.Linear(2, 2)
     weight, held = model.weight, model.weight.detach().clone()
     with ParameterWrites(model) as writes:
         model(torch.ones(1, 2)).relu_()  # what is written into is no parameter
-        assert not writes.copies
+        assert not writes.written()
         write(model)
         write(model)
-    assert len(writes.copies) == 1
+    assert writes.written() == {"weight"}
     assert not torch.equal(weight, held)
     writes.restore()
     assert model.weight is weight
     assert torch.equal(weight, held)
+
+
+def test_parameters_that_share_their_memory_are_put_back_together() -> None:
+    """An LSTM's weights lie in one block on a GPU."""
+    model, block = nn.Linear(2, 2), torch.arange(6.0)
+    model.weight.data, model.bias.data = block[:4].view(2, 2), block[4:]
+    with ParameterWrites(model) as writes:
+        block.zero_()
+    assert writes.written() == {"weight", "bias"}
+    writes.restore()
+    assert torch.equal(block, torch.arange(6.0))

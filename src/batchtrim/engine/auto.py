@@ -23,15 +23,11 @@ from batchtrim.trimmer import Trimmer
 
 if TYPE_CHECKING:
     from batchtrim.engine.cost import Forecast
-    from batchtrim.engine.shared import SharedEngine
 
 __all__ = ["AutoEngine"]
 
 _log = logging.getLogger("batchtrim.engine")
 
-# Above these keep fractions no trace is made, and two passes cost more than one: (1 + 3q) / 3 plus the engine itself.
-_SHARED_BELOW = 0.85
-_TWO_PASS_BELOW = 0.6
 # At this keep fraction a trace that does not pay never will.
 _SMALLEST = 0.1
 # A trace takes half a second at least, which 100 steps do not pay back below 8 ms a step, however little is kept. So a
@@ -56,7 +52,7 @@ class AutoEngine:
     def __init__(self, forward: Forward, trim: Trimmer) -> None:
         self.trim = trim
         self.exact = ExactEngine(forward, trim)
-        self.saving: SharedEngine | TwoPassEngine | None = None
+        self.saving: Engine | None = None  # of fewer rows; None before one is made, and where none pays
         self._judged = 0
         self._told = False
         self._warned = False
@@ -72,8 +68,8 @@ class AutoEngine:
 
         self._untimed = 0
         try:
-            self.saving = SharedEngine(self.exact.forward, self.trim)
-            self.saving.judge = self._judge
+            self.saving = shared = SharedEngine(self.exact.forward, self.trim)
+            shared.judge = self._judge
             if compiled:
                 self.forecast = Forecast(math.inf, 0.0)  # its first step compiles in any case
         except EngineRefused as refused:
@@ -86,15 +82,15 @@ class AutoEngine:
         if not self.pays(x, y):
             return self.exact(x, y, selection)
         assert self.saving is not None
-        if self.forecast is None and not isinstance(self.saving, TwoPassEngine) and is_training_step():
+        if self.forecast is None and self.saving.traces and is_training_step():
             return self._counted(x, y, selection)
         try:
             step = self.saving(x, y, selection)
         except EngineRefused as error:
             refused = EngineRefused(str(error), error.selection)
         else:
-            if not self._told and self.saving.name == "shared":
-                self._tell(self.saving)  # type: ignore[arg-type]
+            if not self._told and self.saving.traces:
+                self._tell()
             return step
         # Not while the error lives: it holds the model's frames, and older checkpointing undoes its hooks with them.
         step = self.exact(x, y, refused.selection if selection is None else selection)
@@ -103,23 +99,39 @@ class AutoEngine:
 
     @property
     def repeats_forward(self) -> bool:
-        return self.saving is None or self.saving.repeats_forward
+        return self.running.repeats_forward
+
+    @property
+    def traces(self) -> bool:
+        return self.running.traces
+
+    @property
+    def pays_below(self) -> float:
+        return self.running.pays_below
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
         """Return the loss, with a graph, of rows that were chosen before."""
-        if self.pays(x, y) and self.saving is not None and not self.saving.repeats_forward:
-            return self.saving.train_on_kept(x, y, selection, first)
-        return self(x, y, selection).loss
+        refused: EngineRefused | None = None
+        if self.saving is not None and not self.saving.repeats_forward and self.pays(x, y):
+            try:
+                return self.saving.train_on_kept(x, y, selection, first)
+            except EngineRefused as error:
+                refused = EngineRefused(str(error))
+        if first is not None:
+            first[0].restore(x, y)  # the forward is repeated after all
+        loss = self.exact(x, y, selection).loss
+        if refused is not None:
+            self._hand_on(refused, stacklevel=4)
+        return loss
 
     def pays(self, x: Any, y: Any) -> bool:
         """True if another engine than the exact one takes the step."""
-        if self.saving is None:
-            return False
-        if isinstance(self.saving, TwoPassEngine):
-            return self.trim.expected_keep <= _TWO_PASS_BELOW
+        saving: Any = self.saving
         keep = self.trim.expected_keep
-        affordable = self.forecast is None or self.saving.trace is not None or self.forecast.pays(keep)
-        return keep <= _SHARED_BELOW and affordable and self.saving.pays(x, y)
+        if saving is None or keep > saving.pays_below:
+            return False
+        affordable = not saving.traces or saving.trace is not None or self.forecast is None or self.forecast.pays(keep)
+        return affordable and saving.pays(x, y)
 
     def _timed(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
         """Run an exact step, and see whether the model is large enough to be looked at any further."""
@@ -166,8 +178,9 @@ class AutoEngine:
         """The engine that steps are handed to, where it pays."""
         return self.exact if self.saving is None else self.saving
 
-    def _tell(self, shared: SharedEngine) -> None:
+    def _tell(self) -> None:
         """Say once what runs and why; give up for good what never pays."""
+        shared: Any = self.saving
         if shared.trace is None:
             return
         self._told = True
@@ -203,7 +216,7 @@ class AutoEngine:
         forward = self.exact.forward
         compiled = self.trim.unit == "sample" and compiled_part(forward.model) is not None
         reason = redrawn(forward) if compiled else None
-        two_pass = compiled and reason is None and not isinstance(self.saving, TwoPassEngine)
+        two_pass = compiled and reason is None and (self.saving is None or self.saving.traces)
         self.saving = TwoPassEngine(forward, self.trim, approximate=False) if two_pass else None
         also = f", and {reason}" if reason else ""
         going_on = "two_pass" if two_pass else "exact"

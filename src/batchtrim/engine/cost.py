@@ -164,6 +164,11 @@ class OperatorCount(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return True: what torch compiles by itself, as ``torch.cond`` does, cannot be compiled inside a mode."""
+        return True
+
     def __init__(self, machine: Machine) -> None:
         super().__init__()
         self.machine = machine

@@ -20,6 +20,8 @@ class ExactEngine:
 
     name = "exact"
     repeats_forward = True
+    traces = False
+    pays_below = 0.0
 
     def __init__(self, forward: Forward, trim: Trimmer) -> None:
         self.forward = forward

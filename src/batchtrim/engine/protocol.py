@@ -19,9 +19,17 @@ class Engine(Protocol):
         name: as given to :class:`batchtrim.TrimmedForward`.
         repeats_forward: True if a step whose selection is given runs the forward of the whole batch; False if it runs
             the kept rows alone and leaves buffers and generators as an earlier pass left them.
+        traces: True if it traces the model, which takes about a second.
+        pays_below: the keep fraction up to which it may pay at all.
     """
 
     name: str
+
+    @property
+    def traces(self) -> bool: ...
+
+    @property
+    def pays_below(self) -> float: ...
 
     @property
     def repeats_forward(self) -> bool: ...

@@ -18,7 +18,8 @@ from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.state import GeneratorStates, Moment, ParameterWrites, is_lazy, uncompiled_calls, uses_tf32
+from batchtrim.engine.state import GeneratorStates, Moment, is_lazy, uncompiled_calls, uses_tf32
+from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
@@ -54,6 +55,8 @@ class SharedEngine:
 
     name = "shared"
     repeats_forward = True
+    traces = True
+    pays_below = 0.85  # above it no trace is made
 
     def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
         reason = refusal(forward)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.rows import copied, restore_values
 
@@ -28,7 +27,6 @@ __all__ = [
     "GeneratorStates",
     "ModelState",
     "Moment",
-    "ParameterWrites",
     "compiled_part",
     "device_of",
     "full_float32",
@@ -247,40 +245,6 @@ class ModelState:
                 if simple and a != b and not (a != a and b != b):
                     names.append(f"{type(module).__name__}.{name}")
         return names
-
-
-class ParameterWrites(TorchDispatchMode):
-    """Notes which parameters the operators inside it write into, and what they held before.
-
-    A momentum encoder moves in its forward; two forwards would move it twice.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.parameters = {p.untyped_storage()._cdata: p for p in model.parameters() if p.layout == torch.strided}
-        self.copies: dict[int, Tensor] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(getattr(func, "_schema", None), "is_mutable", False):
-            for number, argument in enumerate(func._schema.arguments):
-                if argument.is_write:
-                    self._note(args[number] if number < len(args) else kwargs.get(argument.name))
-        return func(*args, **kwargs)
-
-    def _note(self, written: Any) -> None:
-        for tensor in written if isinstance(written, (list, tuple)) else [written]:
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()._cdata
-                if storage in self.parameters and storage not in self.copies:
-                    self.copies[storage] = self.parameters[storage].detach().clone()
-
-    def restore(self) -> None:
-        """Give the parameters that were written into the values they had."""
-        for storage, value in self.copies.items():
-            self.parameters[storage].data.copy_(value)
 
 
 class Moment:

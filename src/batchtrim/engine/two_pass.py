@@ -13,7 +13,8 @@ from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.probe import Probe, Tolerance
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import Moment, ParameterWrites, is_lazy, uncompiled_calls, without_graph
+from batchtrim.engine.state import Moment, is_lazy, uncompiled_calls, without_graph
+from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.selection import Selection
@@ -50,6 +51,8 @@ class TwoPassEngine:
 
     name = "two_pass"
     repeats_forward = False
+    traces = False
+    pays_below = 0.6  # two passes cost more than one above 2/3, and the engine itself costs too
 
     def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
         if trim.unit != "sample":
@@ -75,28 +78,32 @@ class TwoPassEngine:
             self._look_for_writes(before, x, y)
         losses, outputs = self._first_pass(before, x, y)
         try:
+            if not self.began:
+                raise EngineRefused(_CANNOT.format("whether its forward writes into its parameters cannot be seen"))
             if selection is None:
                 selection = self.trim.select(losses, rank_by=self.forward.scores(outputs, y)).rising()
             loss = self.train_on_kept(x, y, selection, (before, losses.values))
-        except EngineRefused as refused:
+        except EngineRefused:
             before.restore(x, y)
-            raise EngineRefused(_CANNOT.format(refused), selection) from refused.__cause__
+            raise
         return StepResult(loss, losses.values, outputs, selection, engine=self.name, approximate=self.approximation)
 
     def _look_for_writes(self, before: Moment, x: Any, y: Any) -> None:
         """Refuse a forward that writes into parameters: a second one would do so twice."""
-        writes = ParameterWrites(self.forward.inner)
+        writes, seen = ParameterWrites(self.forward.inner), False
         try:
             with uncompiled_calls(), without_graph(), writes:
                 self.forward(*copied((x, y)), model=self.forward.inner)
+            seen = True
         except Exception:  # what is at fault shows in the first pass
             pass
         finally:
+            written = writes.written()
             writes.restore()
             before.restore()
-        if writes.copies:
+        if written:
             raise EngineRefused(_CANNOT.format("its forward writes into its parameters, which a second would do again"))
-        self.began = True
+        self.began = seen
 
     def _first_pass(self, before: Moment, x: Any, y: Any) -> tuple[Losses, Any]:
         try:
@@ -123,6 +130,12 @@ class TwoPassEngine:
             EngineRefused: the kept losses differ from those scored. Buffers, attributes and generators are in any case
                 as they were found.
         """
+        try:
+            return self._train_on_kept(x, y, selection, first)
+        except EngineRefused as refused:
+            raise EngineRefused(_CANNOT.format(refused), selection) from refused.__cause__
+
+    def _train_on_kept(self, x: Any, y: Any, selection: Selection, first: tuple[Moment, Tensor] | None) -> Tensor:
         before, scored = first or (Moment(self.forward, x, y), None)
         after = Moment(self.forward)
         drawn = not before.generators.same(after.generators)

@@ -81,6 +81,16 @@ def average_of_the_weights_beside(net: Any, x: Tensor) -> Tensor:
     return net.t(net.a(x).tanh())
 
 
+@attack(18, parts=lambda: {"slow": nn.Linear(D, H)})
+def momentum_encoder_by_assignment(net: Any, x: Tensor) -> Tensor:
+    """As MoCo's own code moves it: no operator writes into the parameter."""
+    with torch.no_grad():
+        for slow, fast in zip(net.slow.parameters(), net.a.parameters(), strict=True):
+            slow.data = slow.data * 0.9 + fast.data * 0.1
+        key = net.slow(x)
+    return net.t(net.a(x) * key.tanh())
+
+
 @attack(18)
 def weights_clipped_in_the_forward(net: Any, x: Tensor) -> Tensor:
     """The critic of a Wasserstein GAN."""

@@ -333,7 +333,9 @@ def _at_the_input(name: str, change: Any, two_pass: str = "refused") -> None:
 _at_the_input("input_gradient_centred", lambda g: g - g.mean(0))
 _at_the_input("input_gradient_counted", lambda g: g * len(g))
 _at_the_input("input_gradient_shuffled", lambda g: g.flip(0))
-_at_the_input("input_gradient_scaled_by_the_batch", lambda g: g / g.abs().amax().clamp_min(1e-9))
+_at_the_input("input_gradient_scaled_by_the_batch", lambda g: g / g.abs().mean().clamp_min(1e-9))
+# the zeros of dropped rows do not move a maximum
+_at_the_input("input_gradient_scaled_by_the_largest", lambda g: g / g.abs().amax().clamp_min(1e-9), "right")
 _at_the_input("input_gradient_clipped_by_row", lambda g: g / g.norm(dim=1, keepdim=True).clamp_min(1), "right")
 
 

@@ -1,0 +1,144 @@
+"""Find the parameters that a forward writes into, and put them back: a second forward would write again."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from batchtrim.engine.state import compiled_part
+from batchtrim.errors import EngineRefused
+
+__all__ = ["ParameterWrites", "known_to_write", "writes_undone"]
+
+
+class ParameterWrites(TorchDispatchMode):
+    """Note the parameters that the operators inside it write into, and what they held before.
+
+    A momentum encoder moves in its forward; two forwards would move it twice. A parameter may be written into in place
+    (also through ``p.data``), or be given other memory (``p.data = ...``).
+
+    Args:
+        copied: names of parameters to copy beforehand. Used without ``with``, these alone can be put back if they are
+            written into in place.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return True: what torch compiles by itself, as ``torch.cond`` does, cannot be compiled inside a mode."""
+        return True
+
+    def __init__(self, model: nn.Module, copied: Container[str] = ()) -> None:
+        super().__init__()
+        self.parameters: dict[str, tuple[Tensor, Tensor]] = {}  # and its memory, which an assignment leaves alive
+        self.copies: dict[str, Tensor] = {}
+        self._noted: set[str] = set()
+        self._marks: dict[str, tuple[int, int]] = {}
+        self._in_storage: dict[int, list[str]] = {}
+        for name, parameter in [] if _sharded(model) else model.named_parameters():
+            if parameter.layout == torch.strided and not nn.parameter.is_lazy(parameter):
+                self.parameters[name] = parameter, parameter.data
+                self._marks[name] = _mark(parameter)
+                self._in_storage.setdefault(_storage(parameter), []).append(name)
+                if name in copied:
+                    self.copies[name] = parameter.detach().clone()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(getattr(func, "_schema", None), "is_mutable", False):
+            for number, argument in enumerate(func._schema.arguments):
+                if argument.is_write:
+                    self._note(args[number] if number < len(args) else kwargs.get(argument.name))
+        return func(*args, **kwargs)
+
+    def _note(self, written: Any) -> None:
+        for tensor in written if isinstance(written, (list, tuple)) else [written]:
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                for name in self._in_storage.get(_storage(tensor), ()):
+                    self._noted.add(name)
+                    if name not in self.copies:
+                        self.copies[name] = self.parameters[name][1].clone()
+
+    def written(self) -> set[str]:
+        """Return the names of the parameters that were written into until now."""
+        changed = {name for name, copy in self.copies.items() if not torch.equal(copy, self.parameters[name][1])}
+        return self._noted | self._moved() | changed
+
+    def lost(self) -> list[str]:
+        """Return the parameters that were written into in place, and whose values before are not known."""
+        return [
+            name
+            for name in sorted(self._moved() - self.copies.keys())
+            if _storage(self.parameters[name][0]) == self._marks[name][0]
+        ]
+
+    def restore(self) -> None:
+        """Give the parameters that were written into the values they had."""
+        for name, (parameter, memory) in self.parameters.items():
+            if name in self.copies:
+                memory.copy_(self.copies[name])  # past autograd, like the write itself
+            if _storage(parameter) != self._marks[name][0]:
+                parameter.data = memory
+
+    def _moved(self) -> set[str]:
+        return {name for name, (parameter, _) in self.parameters.items() if _mark(parameter) != self._marks[name]}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _mark(parameter: Tensor) -> tuple[int, int]:
+    """Return what an assignment changes, and what a write in place raises (but not one through ``p.data``)."""
+    return _storage(parameter), 0 if parameter.is_inference() else parameter._version
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Return True if a part of the model gathers its parameters in every forward, which gives them other memory."""
+    names = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    return bool(names & {"FSDPModule", "FullyShardedDataParallel"})
+
+
+_written: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # by the first forwards of each model
+
+
+@contextmanager
+def writes_undone(model: nn.Module) -> Iterator[ParameterWrites]:
+    """Run forwards, and take back what they write into the model's parameters.
+
+    The first time, every operator is watched; of a compiled model, whose operators cannot be, all parameters are
+    copied. Later only those found are copied, and the versions of the others compared.
+
+    Raises:
+        EngineRefused: a parameter was written into for the first time later on, so that its value before is lost. A
+            write through ``p.data`` that begins later is not seen.
+    """
+    known = _written.get(model)
+    watched = known is None and compiled_part(model) is None
+    names = dict(model.named_parameters()).keys() if known is None and not watched else known or ()
+    writes = ParameterWrites(model, names)
+    try:
+        with writes if watched else nullcontext():
+            yield writes
+        lost = writes.lost()
+        if lost:
+            raise EngineRefused(
+                f"the forward of this model began to write into its parameters ({lost[0]}) after its first step, and a "
+                "second pass would write again. Trim each micro-batch by itself (over='micro'), with engine='exact'"
+            )
+        if known is None:
+            _written[model] = writes.written()
+    finally:
+        writes.restore()
+
+
+def known_to_write(model: nn.Module) -> bool:
+    """Return True if :func:`writes_undone` has found that the model's forward writes into its parameters."""
+    return bool(_written.get(model))
