@@ -82,7 +82,10 @@ def write_row(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["compare", "folder"], "expected a TOML file, got the folder folder.\n"),
+        (
+            ["compare", "folder"],
+            "expected a TOML file, got the folder folder. To train on images in it: --dataset folder\n",
+        ),
         (["compare", "runs-here"], "For the report on its runs: batchtrim report runs-here"),
         (["compare", "bytes.toml"], "expected bytes.toml to be text in UTF-8"),
         (["compare", "place.toml"], "got 'out'. It belongs on the command line: --out."),
@@ -98,7 +101,7 @@ def write_row(folder: Path) -> None:
         (["report", "--csv", "runs-here/runs.jsonl"], "expected a CSV file, got runs-here/runs.jsonl."),
         (["report", "--csv", "wide.csv"], "got c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11 and 28 more.\n"),
         (["report", "in-the-way"], "cannot use in-the-way/runs.jsonl (Is a directory)."),
-        (["report", "runs-here", "--out", "bytes.toml"], "cannot write bytes.toml (File exists)"),
+        (["report", "runs-here", "--out", "bytes.toml"], "expected `out` to be a folder, got the file bytes.toml.\n"),
         (["claims", "claimed"], "got None. The smallest difference of interest, in points. That is in claimed/claims"),
     ],
 )

@@ -80,9 +80,10 @@ class _Side:
     def state(self) -> ModelState:
         return ModelState(self.modules)
 
-    def parameters(self) -> list[Tensor]:
-        """Return a copy of every parameter: a forward may move some (a momentum encoder)."""
-        return [p.detach().clone() for p in self.model.parameters()]
+    def parameters(self) -> dict[str, Tensor]:
+        """Return a copy of every parameter: a forward may move some (a momentum encoder). Lazy ones have no value."""
+        held = self.model.named_parameters()
+        return {name: p.detach().clone() for name, p in held if not nn.parameter.is_lazy(p)}
 
     def gradients(self) -> dict[str, Tensor]:
         """Return each parameter's gradient, zeros where it has none."""
@@ -295,8 +296,8 @@ def _input_gradients(batch: Any) -> dict[str, Tensor]:
     }
 
 
-def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return max_or_nan(0.0, *(relative_difference(a, b) for a, b in zip(ours, theirs, strict=True)))
+def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    return max_or_nan(0.0, *(relative_difference(ours[name], theirs[name]) for name in ours if name in theirs))
 
 
 def _same_batch(ours: Any, theirs: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tomllib
 import uuid
@@ -22,15 +23,12 @@ class CannotWrite(OSError):
     """
 
 
-RUNS_STAY = "What is recorded stays; with room in a folder that can be written, the same command goes on."
-
-
 @contextlib.contextmanager
-def writing(path: Path, cure: str = RUNS_STAY) -> Iterator[None]:
+def writing(path: Path, cure: str | None = None) -> Iterator[None]:
     """Turn an error of the file system inside the block into :class:`CannotWrite`, which names ``path``.
 
     Args:
-        cure: what the user can do about it.
+        cure: what the user can do about it, where that is not to repeat the command.
     """
     try:
         yield
@@ -38,6 +36,9 @@ def writing(path: Path, cure: str = RUNS_STAY) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error).strip().partition("\n")[0]
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        again = "Free space there" if full else "Make the folder writable, or pass another --out,"
+        cure = cure or f"Finished runs stay recorded. {again} and repeat the command."
         raise CannotWrite(f"cannot write {path} ({reason}). {cure}") from error
 
 
@@ -76,6 +77,16 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"expected a TOML file {path}, got nothing there.") from error
+
+
+def shown(name: object) -> str:
+    """Return a name as it is told: on one line, and with escapes for what is no text, which file systems allow."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(name))
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with its ``~`` replaced; as it is, where nobody knows whose home that is."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError there
 
 
 def in_a_line(error: Exception) -> str:

@@ -144,7 +144,7 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         settings = {name: value for name, value in settings.items() if f"{name}s" not in options}
     for name, text in list(options.items()):
         if name in _CONFIG and SETTINGS[name].many:
-            whole = name == "dataset" and text and Path(text).expanduser().exists()  # a path may have a comma in it
+            whole = name == "dataset" and text and files.expanded(text).exists()  # a path may have a comma in it
             options[name] = [text] if whole else _list(name, text, SETTINGS[name].kind)
     if "methods" in options:
         options["methods"] = _list("methods", options["methods"], str)

@@ -306,13 +306,6 @@ def test_augmentation_goes_on_from_its_state() -> None:
     assert batches(torch.arange(6)).equal(wanted)
 
 
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("BATCHTRIM_CACHE", str(tmp_path))
-    assert data.cache_folder() == tmp_path
-    monkeypatch.delenv("BATCHTRIM_CACHE")
-    assert data.cache_folder().name == "batchtrim"
-
-
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_cache_that_cannot_be_written_is_said(folder: Path) -> None:
     (folder / "cache").mkdir()

@@ -222,7 +222,7 @@ def test_broken_images_are_named_and_skipped_only_if_asked(tmp_path: Path) -> No
     whole = (root / "b" / "clip0_001.png").read_bytes()
     (root / "b" / "clip0_001.png").write_bytes(whole[: len(whole) // 2])
     said = mistake("mine", test_split=0.2)
-    assert "got 2 that cannot" in said
+    assert "got 3 that cannot" in said
     assert "a/text.png: its 8 bytes are no image that can be read" in said
     assert "a/void.jpg: it is empty" in said
     assert "--skip-broken" in said
@@ -390,7 +390,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
     tree(tmp_path / "mine", {"a": 5, "b": 5})
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("BATCHTRIM_CACHE", str(tmp_path / "file"))
-    assert "Set BATCHTRIM_CACHE to a folder with room" in mistake("mine", test_split=0.2)
+    assert "Set BATCHTRIM_CACHE to a folder that can be written and has room" in mistake("mine", test_split=0.2)
 
 
 def test_pixels_stay_on_disk(tmp_path: Path) -> None:

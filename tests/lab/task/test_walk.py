@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +73,74 @@ def test_pixels_of_32_bits(largest: int, broken: bool, mine: Path) -> None:
             read()
     else:
         assert any(int(each[0, 0, 0]) == 60_000 >> 8 for each in [*read().train_images, *read().test_images])
+
+
+def test_links_that_lead_to_themselves_are_broken_images(mine: Path) -> None:
+    (mine / "a" / "self.png").symlink_to("self.png")
+    (mine / "a" / "one.txt").symlink_to("two.txt")
+    (mine / "a" / "two.txt").symlink_to("one.txt")
+    (mine / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match=r"got 1 that cannot \(a/self\.png: it cannot be opened \(Too many levels"):
+        read()
+    found = read(skip_broken=True)
+    assert len(found.train_labels) + len(found.test_labels) == 10
+    assert any("2 files that are no images left out, such as one.txt" in note for note in found.notes)
+
+
+def test_names_are_told_on_one_line_and_as_text(mine: Path) -> None:
+    """Notes go into records and pages, which hold UTF-8: after all runs there was no report."""
+    (mine / "a" / "two\nlines.png").write_bytes(b"")
+    (mine / "a" / os.fsdecode(b"note\xff.txt")).write_text("x")
+    (mine / "b" / os.fsdecode(b"link\xff")).symlink_to("/")
+    (mine / os.fsdecode(b"empty\xff\n")).mkdir()
+    with pytest.raises(OSError, match=r"\(a/two\\nlines\.png: it is empty\)"):
+        read()
+    notes = read(skip_broken=True).notes
+    assert [note for note in notes if "\n" in note or not note.isprintable()] == []
+    assert "mine: class folder without images left out: empty\\udcff\\n" in notes
+    assert "mine: 1 files that are no images left out, such as note\\udcff.txt" in notes
+    assert "mine: 1 linked folders in class folders left out, such as b/link\\udcff" in notes
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "VAL"), ("training", "testing")])
+def test_splits_by_other_names_are_no_classes(train: str, test: str, mine: Path) -> None:
+    """They were two classes without a word."""
+    for side in (train, test):
+        for number, name in enumerate("xy"):
+            fill(mine.parent / "other" / side / name, 3, 100 * number + len(side) * 10)
+    found = load("other", ImageOptions())
+    assert found.class_names == ("x", "y")
+    assert (len(found.train_labels), len(found.test_labels)) == (6, 6)
+
+
+def test_a_class_may_be_called_train(mine: Path) -> None:
+    (mine / "a").rename(mine / "train")
+    assert read().class_names == ("b", "train")
+    (mine / "b").rename(mine / "test")  # two splits whose labels are elsewhere
+    with pytest.raises(ValueError, match="expected images in class folders"):
+        load("mine", ImageOptions())
+
+
+def test_a_test_folder_without_classes_gives_way_to_val(mine: Path) -> None:
+    """As in many competitions, whose test images have no labels."""
+    root = mine.parent / "contest"
+    for number, name in enumerate("xy"):
+        fill(root / "train" / name, 3, 100 * number)
+        fill(root / "val" / name, 2, 100 * number + 50)
+    fill(root / "test", 4, 80)
+    found = load("contest", ImageOptions())
+    assert len(found.test_labels) == 4
+    assert found.notes == ("contest: 'val' is tested on", "contest: left out: test")
+
+
+def test_images_under_several_classes_are_counted(mine: Path) -> None:
+    root = mine.parent / "twins"
+    for number, name in enumerate("xy"):
+        fill(root / "train" / name, 4, 100 * number)
+        fill(root / "test" / name, 2, 100 * number + 50)
+    for i in (0, 1, 1):
+        (root / "train" / "y" / f"as{i}.png").write_bytes((root / "train" / "x" / f"{i}.png").read_bytes())
+    (root / "train" / "y" / "twice.png").write_bytes((root / "train" / "y" / "0.png").read_bytes())
+    (note,) = load("twins", ImageOptions()).notes
+    assert note.startswith("twins: 2 training images are there under several classes, pixel by pixel, such as train/x/")
+    assert "and train/y/as" in note

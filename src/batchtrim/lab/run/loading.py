@@ -27,7 +27,7 @@ def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Pat
     if own_models.is_own_model(config.model):
         with torch.random.fork_rng(devices=[]):
             own_models.build_own(config.model, loaded.shape, loaded.classes)
-    return (*loaded.notes, *trial.notes_on(config, loaded))
+    return (*loaded.notes, *loaded.local_notes, *trial.notes_on(config, loaded))
 
 
 def with_versions(

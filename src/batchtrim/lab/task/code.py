@@ -25,6 +25,7 @@ from typing import Any
 
 import batchtrim
 from batchtrim._checks import describe, import_extra, nearest
+from batchtrim.lab.files import expanded
 
 __all__ = ["Code", "YourCodeFailed", "is_installed", "own_traceback"]
 
@@ -66,7 +67,7 @@ class Code:
         if not colon or not file.endswith(".py") or not attribute.isidentifier():
             example = "my_model.py:build" if what == "model" else "my_task.py:train"
             raise ValueError(f"expected `{what}` to look like {example}, got {text!r}.")
-        path = Path(file).expanduser()
+        path = expanded(file)
         if not path.is_file():
             near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.py")], n=1)
             hint = f" Did you mean '{path.parent / near[0]}'?" if near else ""

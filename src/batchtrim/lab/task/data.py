@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchtrim.lab.files import look_up, write_whole
+from batchtrim.lab.files import expanded, look_up, write_whole
 from batchtrim.lab.task import hub
+from batchtrim.lab.task.cache import CannotKeep, folder_for
 
 CACHE_VERSION = 1
 SPLITS = ("train", "test")
@@ -77,6 +77,7 @@ class ImageData:
         mean: of the training images, one number per channel in [0, 255]; ``std`` likewise.
         class_names: in the order of the labels, where they are known.
         notes: what is to be said of the data before anybody trains on them.
+        local_notes: what is to be said on this machine alone; it enters no record.
         version: a hash of the images, labels and split of the user's own data; "" for those in ``SPECS``.
     """
 
@@ -90,6 +91,7 @@ class ImageData:
     std: tuple[float, ...]
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    local_notes: tuple[str, ...] = ()
     version: str = ""
 
     @property
@@ -122,6 +124,8 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
         ReplaceFile: when a file is damaged; it is named.
     """
     spec = find_spec(name)
+    splits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    local_notes: tuple[str, ...] = ()
     if name == "digits":
         splits = _digits()
     else:
@@ -132,7 +136,8 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
                 "the hub, whose copies are split otherwise: pass --data-dir DIR, or set BATCHTRIM_DATA."
             )
         source = _Folder(spec, folder) if folder else _Hub(spec)
-        splits = {split: _cached(spec, source, split, cache_folder(cache_dir)) for split in SPLITS}
+        for split in SPLITS:
+            splits[split], local_notes = _cached(spec, source, split, cache_dir)
     for split, (images, labels) in splits.items():
         _check_labels(spec, split, labels)
         if len(images) != len(labels):
@@ -142,26 +147,13 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
             )
     mean, std = _moments(splits["train"][0])
     train, test = (tuple(torch.from_numpy(part) for part in splits[split]) for split in SPLITS)
-    return ImageData(name, spec.classes, train[0], train[1], test[0], test[1], mean, std)
+    return ImageData(name, spec.classes, train[0], train[1], test[0], test[1], mean, std, local_notes=local_notes)
 
 
 def data_folder(data_dir: str | Path | None) -> Path | None:
     """Return the folder with Parquet files: the argument, else BATCHTRIM_DATA, else none (the hub is asked)."""
     found = data_dir or os.environ.get("BATCHTRIM_DATA")
-    return Path(found).expanduser() if found else None
-
-
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Return the cache folder of decoded images: the argument, else BATCHTRIM_CACHE, else the platform's own."""
-    if found := cache_dir or os.environ.get("BATCHTRIM_CACHE"):
-        return Path(found).expanduser()
-    if sys.platform == "win32":
-        home = os.environ.get("LOCALAPPDATA", "~/AppData/Local")
-    elif sys.platform == "darwin":
-        home = "~/Library/Caches"
-    else:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "batchtrim"
+    return expanded(found) if found else None
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
@@ -250,20 +242,25 @@ class _Hub:
         return [(f"{self.spec.hub} {split}", table.column(self.spec.image), table.column(self.spec.label))]
 
 
-def _cached(spec: Spec, source: _Folder | _Hub, split: str, cache: Path) -> tuple[np.ndarray, np.ndarray]:
+def _cached(
+    spec: Spec, source: _Folder | _Hub, split: str, cache_dir: str | Path | None
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
+    """Return images and labels of a split, and what is to be said of where they are kept."""
     parts = [str(CACHE_VERSION), spec.name, spec.mode, split, *source.key(split)]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    paths = [cache / f"{spec.name}-{split}-{key}-{what}.npy" for what in ("images", "labels")]
+    names = [f"{spec.name}-{split}-{key}-{what}.npy" for what in ("images", "labels")]
+    cache, notes = folder_for(names[-1], cache_dir)
+    paths = [cache / name for name in names]
     if all(path.exists() for path in paths):
         try:
             images, labels = (np.load(path, allow_pickle=False) for path in paths)
-            return images, labels
+            return (images, labels), notes
         except (ValueError, OSError, EOFError):
             pass  # a damaged cache entry is only a copy: decode again and replace it
     images, labels = _decode(spec, source.tables(split))
     for path, array in zip(paths, (images, labels), strict=True):
         _save_whole(path, array)
-    return images, labels
+    return (images, labels), notes
 
 
 def _save_whole(path: Path, array: np.ndarray) -> None:
@@ -271,10 +268,7 @@ def _save_whole(path: Path, array: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
     except OSError as error:
-        raise OSError(
-            f"cannot keep decoded images in {path.parent} ({_first_line(error)}). "
-            "Set BATCHTRIM_CACHE to a folder that can be written."
-        ) from error
+        raise CannotKeep(path.parent, error) from error
 
 
 def _decode(spec: Spec, tables: list[tuple[str, Any, Any]]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,22 +1,28 @@
 """Decode images of any size and mode on all cores into one array of uint8 pixels.
 
-Decoding runs in threads: Pillow releases the GIL while it decodes and resizes, and threads share one memory. Pixels are
-written to the file at their offset, so memory holds only the images at hand.
+Every file is read once: its header and its pixels come from the same bytes. What all images are brought to depends on
+all headers, so it is assumed from the first; an image that contradicts it ends the pass, and another begins.
+
+Decoding runs in threads: Pillow releases the GIL while it decodes and resizes, and threads share one memory. What holds
+the GIL is what limits them, so counts and writes are done once a chunk. Memory holds only the chunks at hand.
 
 n images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import io
 import os
 import stat
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +30,16 @@ import numpy as np
 
 from batchtrim._checks import import_extra
 
-__all__ = ["BrokenImage", "Header", "Source", "decode_all", "read_headers"]
+__all__ = ["BrokenImage", "Contradicted", "Decoded", "Form", "Header", "Source", "decode_all", "first_header"]
 
 Source = Path | bytes
 """An image: a file, or its bytes."""
 CHUNK = 64  # images that one thread takes at a time
+CHUNK_BYTES = 2**22  # of their pixels, where they are larger
+WHOLE = 2**28  # bytes of a file up to which it is read whole; Pillow reads larger ones piece by piece
+READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for a writer
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
+MAGIC = {b"\xff\xd8\xff": ("JPEG",), b"\x89PNG": ("PNG",)}  # otherwise Pillow asks all of its formats in turn
 
 
 class BrokenImage(ValueError):
@@ -38,163 +48,236 @@ class BrokenImage(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """The data in the head of an image file."""
+    """The data in the head of an image file; width and height as it is seen, turned by its EXIF."""
 
     width: int
     height: int
     grey: bool
 
 
+@dataclass(frozen=True)
+class Form:
+    """What all images are brought to.
+
+    Attributes:
+        size: width and height. grey: one channel; otherwise three.
+        uniform: every image has that size from the start.
+    """
+
+    size: tuple[int, int]
+    grey: bool
+    uniform: bool
+
+    def fits(self, header: Header) -> bool:
+        """True if an image of that header leaves the form as it is."""
+        return (header.grey or not self.grey) and (not self.uniform or (header.width, header.height) == self.size)
+
+
+class Contradicted(Exception):
+    """An image has a header that the form does not fit; ``header`` is it."""
+
+    def __init__(self, header: Header):
+        super().__init__(header)
+        self.header = header
+
+
 @dataclass
 class Decoded:
-    """The result of decoding: each image's hash, how often each value occurs, broken images with the reason."""
+    """The result of decoding.
 
+    Attributes:
+        headers: of each image; None where it is too broken to have one. broken: the reason by row.
+        hashes: of each image's pixels. counts: how often each value occurs in a channel, int (C, 256).
+    """
+
+    headers: list[Header | None]
     hashes: np.ndarray
     counts: np.ndarray
-    broken: dict[int, str] = field(default_factory=dict)
+    broken: dict[int, str]
 
 
-def read_headers(chunks: Iterable[tuple[int, list[Source]]], n: int) -> tuple[list[Header | None], dict[int, str]]:
-    """Return each image's header, and the reasons by row of those that have none."""
-    headers: list[Header | None] = [None] * n
-    broken: dict[int, str] = {}
-
-    def read(first: int, sources: list[Source]) -> None:
-        for row, source in enumerate(sources, first):
-            try:
-                headers[row] = _header(source)
-            except BrokenImage as error:
-                broken[row] = str(error)
-
-    _in_threads(read, chunks)
-    return headers, broken
+def first_header(chunks: Iterable[tuple[int, list[Source]]]) -> Header | None:
+    """Return the header of the first image that has one."""
+    with _quiet():
+        for _, sources in chunks:
+            for source in sources:
+                try:
+                    return _open(source)[1]
+                except BrokenImage:
+                    continue
+    return None
 
 
 def decode_all(
-    chunks: Iterable[tuple[int, list[Source]]],
-    file: Path,
-    places: np.ndarray,
-    size: tuple[int, int],
-    grey: bool,
-    counted: int,
+    chunks: Iterable[tuple[int, list[Source]]], file: Path, places: np.ndarray, form: Form, counted: int
 ) -> Decoded:
     """Decode n images into ``file``, an .npy array of uint8 (n, C, H, W); broken ones stay black.
 
     Args:
         chunks: number of the first row, and a few images from there on.
         places: int (n,): where in the array each row goes. Hashes are in that order.
-        size: width and height of all. grey: one channel; otherwise three.
         counted: how many places from the first on enter the counts of pixel values.
+
+    Raises:
+        Contradicted: an image does not fit the form.
     """
     n = len(places)
-    shape = (n, 1 if grey else 3, size[1], size[0])
-    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
-    offset, length = array.offset, int(np.prod(shape[1:]))
+    shape = (1 if form.grey else 3, form.size[1], form.size[0])
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(n, *shape))
+    offset, length = array.offset, int(np.prod(shape))
     del array
-    found = Decoded(np.zeros(n, dtype=np.uint64), np.zeros((shape[1], 256), dtype=np.int64))
+    found = Decoded([None] * n, np.zeros(n, dtype=np.uint64), np.zeros((shape[0], 256), dtype=np.int64), {})
     turn = threading.Lock()  # not os.pwrite, which Windows lacks; nor the mapped array, where a full disk kills
 
     def decode(first: int, sources: list[Source]) -> np.ndarray:
-        counts = np.zeros((shape[1], 256), dtype=np.int64)
-        for row, source in enumerate(sources, first):
+        pixels = np.empty((len(sources), *shape), dtype=np.uint8)
+        whole = []
+        for i, source in enumerate(sources):
             try:
-                pixels = np.ascontiguousarray(_pixels(source, size, grey))
+                image, header, turned = _open(source)
+                if not form.fits(header):
+                    raise Contradicted(header)
+                found.headers[first + i] = header
+                pixels[i] = _pixels(image, source, turned, form)
             except BrokenImage as error:
-                found.broken[row] = str(error)
+                found.broken[first + i] = str(error)
                 continue
-            place, held = int(places[row]), pixels.tobytes()
-            found.hashes[place] = int.from_bytes(hashlib.blake2b(held, digest_size=8).digest(), "little")
-            if place < counted:
-                counts += [np.bincount(channel.ravel(), minlength=256) for channel in pixels]
-            with turn:
-                out.seek(offset + place * length)
-                out.write(held)
-        return counts
+            digest = hashlib.blake2b(pixels[i], digest_size=8).digest()
+            found.hashes[places[first + i]] = int.from_bytes(digest, "little")
+            whole.append(i)
+        at = places[first : first + len(sources)]
+        with turn:
+            for run in _runs(at, whole):
+                out.seek(offset + int(at[run[0]]) * length)
+                out.write(pixels[run].data)
+        train = [i for i in whole if at[i] < counted]
+        return np.stack([np.bincount(pixels[train, channel].ravel(), minlength=256) for channel in range(shape[0])])
 
     with file.open("r+b") as out:
-        for counts in _in_threads(decode, chunks):
+        for counts in _in_threads(decode, _cut(chunks, min(CHUNK, max(1, CHUNK_BYTES // length)))):
             found.counts += counts
     return found
 
 
-def _in_threads(work: Callable[[int, list[Source]], Any], chunks: Iterable[tuple[int, list[Source]]]) -> list[Any]:
+def _runs(places: np.ndarray, rows: list[int]) -> list[np.ndarray]:
+    """Return the rows in the order of their places, cut where a place is left out."""
+    order = np.asarray(sorted(rows, key=places.__getitem__), dtype=np.int64)
+    return [run for run in np.split(order, np.flatnonzero(np.diff(places[order]) != 1) + 1) if len(run)]
+
+
+def _in_threads(work: Callable[[int, list[Source]], Any], chunks: Iterable[tuple[int, list[Source]]]) -> Iterator[Any]:
     """Do ``work`` on every chunk, on all cores, with no more of them waiting than keep the cores busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting: list[Future[Any]] = []
-    results = []
-    with warnings.catch_warnings(), ThreadPoolExecutor(cores) as pool:
-        warnings.simplefilter("ignore")  # what Pillow says of odd metadata; what cannot be decoded is told by name
-        for first, sources in _cut(chunks):
-            waiting.append(pool.submit(work, first, sources))
-            if len(waiting) >= 3 * cores:
-                results.append(waiting.pop(0).result())
-        results += [each.result() for each in waiting]
-    return results
+    waiting: deque[Future[Any]] = deque()
+    with _quiet(), ThreadPoolExecutor(cores + 1) as pool:  # one more, for while another waits for the disk
+        try:
+            for first, sources in chunks:
+                _announce(sources)
+                waiting.append(pool.submit(work, first, sources))
+                if len(waiting) >= 3 * cores:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _cut(chunks: Iterable[tuple[int, list[Source]]]) -> Iterator[tuple[int, list[Source]]]:
+def _announce(sources: list[Source]) -> None:
+    """Have the system read files ahead of their turn, where it can: no core then waits for the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for source in sources:
+        if isinstance(source, Path):
+            with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+                file = os.open(source, READ)
+                try:
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(file)
+
+
+def _quiet() -> warnings.catch_warnings:
+    """Silence what Pillow says of odd metadata; what cannot be decoded is told by name."""
+    return warnings.catch_warnings(action="ignore")
+
+
+def _cut(chunks: Iterable[tuple[int, list[Source]]], most: int) -> Iterator[tuple[int, list[Source]]]:
     for first, sources in chunks:
-        for start in range(0, len(sources), CHUNK):
-            yield first + start, sources[start : start + CHUNK]
+        for start in range(0, len(sources), most):
+            yield first + start, sources[start : start + most]
 
 
-def _open(source: Source) -> Any:
-    image_module = import_extra("PIL.Image", "lab", "images")
-    if isinstance(source, Path):
-        _check_file(source)
+@functools.cache
+def _pil(name: str) -> Any:
+    return import_extra(f"PIL.{name}", "lab", "images")
+
+
+def _open(source: Source) -> tuple[Any, Header, bool]:
+    """Return an image that is not decoded yet, its header, and whether its EXIF turns or mirrors it."""
+    image_module = _pil("Image")
+    held = _read(source) if isinstance(source, Path) else source
     try:
-        image = image_module.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if isinstance(held, bytes):
+            formats = next((kind for magic, kind in MAGIC.items() if held.startswith(magic)), None)
+            image = image_module.open(io.BytesIO(held), formats=formats)
+        else:
+            image = image_module.open(held)
     except Exception as error:  # what a damaged file raises depends on where it is damaged, and on the format
         raise BrokenImage(_reason(error, source)) from error
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones put a second view into a JPEG
         raise BrokenImage(f"it is animated, or has pages: {image.n_frames} frames")
     if image.mode == "F":
         raise BrokenImage("its pixels are floating point, of unknown range")
-    return image
+    width, height = image.size
+    grey = image.mode in GREY
+    turn = _orientation(image, held)
+    return image, Header(height, width, grey) if turn in (5, 6, 7, 8) else Header(width, height, grey), turn != 1
 
 
-def _check_file(path: Path) -> None:
-    """Refuse what cannot be opened, and what would wait for a writer for ever, as a pipe does."""
+def _read(path: Path) -> bytes | Path:
+    """Return a file's bytes, or the path of a large one; refuse what cannot be opened, and what is no file."""
     try:
-        mode = path.stat().st_mode
+        held = os.open(path, READ)
+        try:
+            found = os.fstat(held)
+            if not stat.S_ISREG(found.st_mode):
+                raise BrokenImage("it is no regular file")
+            return os.read(held, found.st_size) if found.st_size <= WHOLE else path
+        finally:
+            os.close(held)
     except FileNotFoundError:
         raise BrokenImage("there is no such file") from None
+    except BrokenImage:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
         raise BrokenImage(f"it cannot be opened ({getattr(error, 'strerror', None) or error})") from None
-    if not stat.S_ISREG(mode):
-        raise BrokenImage("it is no regular file")
 
 
-def _header(source: Source) -> Header:
-    image = _open(source)
-    width, height = image.size
+def _orientation(image: Any, held: bytes | Path) -> int:
+    """Return how an image's EXIF turns it, 1 to 8; 1 as it lies."""
+    if image.format == "TIFF":  # Pillow turns it while it decodes, and its size is that of the turned image
+        return 1
+    if image.format == "PNG":  # Pillow decodes all of a PNG to look for it
+        held = held if isinstance(held, bytes) else held.read_bytes()
+        if not any(mark in held for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
+            return 1
     try:
-        turned = _may_be_turned(image, source) and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return image.getexif().get(0x0112, 1)
     except Exception:  # metadata that cannot be read turns nothing
-        turned = False
-    grey = image.mode in GREY
-    image.close()
-    return Header(height, width, grey) if turned else Header(width, height, grey)
+        return 1
 
 
-def _may_be_turned(image: Any, source: Source) -> bool:
-    """Return False for a PNG without metadata that could say so: Pillow decodes all of a PNG to look for it."""
-    if image.format != "PNG":
-        return True
-    held = source if isinstance(source, bytes) else source.read_bytes()
-    return any(mark in held for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp"))
-
-
-def _pixels(source: Source, size: tuple[int, int], grey: bool) -> np.ndarray:
-    """Return (C, H, W), turned by its EXIF, transparency on white, scaled to cover ``size`` and centre-cropped."""
-    ops = import_extra("PIL.ImageOps", "lab", "images")
+def _pixels(image: Any, source: Source, turned: bool, form: Form) -> np.ndarray:
+    """Return (C, H, W), turned by its EXIF, transparency on white, scaled to cover the size and centre-cropped."""
+    ops = _pil("ImageOps")
+    size = form.size
     try:
-        image = _open(source)
         if image.format == "JPEG":
-            image.draft("L" if grey else "RGB", (2 * size[0], 2 * size[1]))  # decodes at a fraction where it is larger
+            image.draft("L" if form.grey else "RGB", (2 * size[0], 2 * size[1]))  # a fraction of it where it is larger
         image.load()
-        ops.exif_transpose(image, in_place=True)
-        image = _in_mode(image, grey)
+        if turned:
+            ops.exif_transpose(image, in_place=True)
+        image = _in_mode(image, form.grey)
         if image.size != size:
             image = ops.fit(image, size, method=2, bleed=0.0)  # 2: bilinear, over all pixels that go into one
     except BrokenImage:
@@ -202,12 +285,12 @@ def _pixels(source: Source, size: tuple[int, int], grey: bool) -> np.ndarray:
     except Exception as error:  # as above
         raise BrokenImage(_reason(error, source)) from error
     pixels = np.asarray(image)
-    return pixels[None] if grey else pixels.transpose(2, 0, 1)
+    return pixels[None] if form.grey else pixels.transpose(2, 0, 1)
 
 
 def _in_mode(image: Any, grey: bool) -> Any:
     """Convert to 8 bits a channel, grey or RGB. 16 bits keep their upper 8; Pillow would clip all above 255."""
-    module = import_extra("PIL.Image", "lab", "images")
+    module = _pil("Image")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):

@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 import unicodedata
-import uuid
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,8 +20,10 @@ import numpy as np
 import torch
 
 from batchtrim._checks import check_count, check_fraction
+from batchtrim.lab.files import expanded, shown
 from batchtrim.lab.task import data, tables
-from batchtrim.lab.task.decode import Header, decode_all, read_headers
+from batchtrim.lab.task.cache import CannotKeep, filled, folder_for
+from batchtrim.lab.task.decode import Contradicted, Decoded, Form, Header, decode_all, first_header
 from batchtrim.lab.task.listing import Listing, find_images
 from batchtrim.lab.task.split import split_rows
 
@@ -60,12 +59,7 @@ def is_own(dataset: str) -> bool:
     """True if ``dataset`` is a path or a hub name, and not one of the data sets the lab knows by name."""
     if dataset in data.SPECS:
         return False
-    return (
-        "/" in dataset
-        or "\\" in dataset
-        or Path(dataset).expanduser().exists()
-        or dataset.lower().endswith(tables.SUFFIXES)
-    )
+    return "/" in dataset or "\\" in dataset or expanded(dataset).exists() or dataset.lower().endswith(tables.SUFFIXES)
 
 
 def options_of(config: Any) -> ImageOptions:
@@ -113,7 +107,8 @@ def load(
     train, test = _sides(listing, labels, options)
     order = np.concatenate([train, test])
     key = _key(listing, order, options)
-    folder = data.cache_folder(cache_dir) / "images" / key
+    cache, local_notes = folder_for(f"images/{key}", cache_dir)
+    folder = cache / "images" / key
     if not (folder / "about.json").exists():
         _decode(listing, order, len(train), folder, options)
     try:
@@ -135,7 +130,9 @@ def load(
     names = [listing.names[row] for row in order[kept]]
     notes = [*listing.notes, *_alike(classes), *about["notes"], *_check_sides(found, names, hashes, first_test)]
     version = _version(found, hashes)
-    return replace(found, notes=tuple(f"{dataset}: {note}" for note in notes), version=version)
+    return replace(
+        found, notes=tuple(f"{shown(dataset)}: {note}" for note in notes), local_notes=local_notes, version=version
+    )
 
 
 def _version(found: data.ImageData, hashes: np.ndarray) -> str:
@@ -165,7 +162,7 @@ def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
     values = sorted(set(labels)) if numbers else sorted({str(each) for each in labels})
     number = {value: place for place, value in enumerate(values)}
     if len(values) < 2:
-        raise ValueError(f"expected at least two classes in {listing.where}, got {len(values)}: {values[0]}.")
+        raise ValueError(f"expected at least two classes in {listing.where}, got {len(values)}: {shown(values[0])}.")
     found = np.asarray([number[each if numbers else str(each)] for each in labels], dtype=np.int64)
     return [f"{each:g}" if isinstance(each, float) else str(each) for each in values], found
 
@@ -223,43 +220,52 @@ def _key(listing: Listing, order: np.ndarray, options: ImageOptions) -> str:
 
 def _decode(listing: Listing, order: np.ndarray, train: int, folder: Path, options: ImageOptions) -> None:
     """Fill the cache: into a folder beside, renamed when it is whole."""
-    headers, broken = read_headers(listing.chunks(), len(order))
-    _refuse_broken(listing, broken, options)
-    found = [each for each in headers if each is not None]
-    if not found:
-        raise ValueError(f"expected images that can be read in {listing.where}, got none.")
-    size, notes = _size(found, options)
     places = np.empty(len(order), dtype=np.int64)
     places[order] = np.arange(len(order))
-    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
     try:
-        part.mkdir(parents=True)
-        grey = all(each.grey for each in found)
-        decoded = decode_all(listing.chunks(), part / "pixels.npy", places, size, grey, train)
-        _refuse_broken(listing, decoded.broken, options)
-        kept = np.ones(len(order), dtype=bool)
-        if decoded.broken:
-            notes.append(_named(listing, decoded.broken, "broken {} left out"))
-            kept[places[list(decoded.broken)]] = False
-            _only(part / "pixels.npy", np.flatnonzero(kept))
-        np.save(part / "kept.npy", kept)
-        np.save(part / "hashes.npy", decoded.hashes[kept])
-        mean, std = _moments(decoded.counts)
-        about = {"mean": mean, "std": std, "notes": notes, "source": listing.where}
-        (part / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        try:
-            part.rename(folder)
-        except OSError:
-            if not (folder / "about.json").exists():  # otherwise another process was faster
-                raise
+        with filled(folder) as part:
+            decoded, form = _decode_all(listing, part / "pixels.npy", places, train, options)
+            notes = _resized([each for each in decoded.headers if each is not None], form.size, options)
+            kept = np.ones(len(order), dtype=bool)
+            if decoded.broken:
+                notes.append(_named(listing, decoded.broken, "broken {} left out"))
+                kept[places[list(decoded.broken)]] = False
+                _only(part / "pixels.npy", np.flatnonzero(kept))
+            np.save(part / "kept.npy", kept)
+            np.save(part / "hashes.npy", decoded.hashes[kept])
+            mean, std = _moments(decoded.counts)
+            about = {"mean": mean, "std": std, "notes": notes, "source": listing.where}
+            (part / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     except data.ReplaceFile:
         raise
     except OSError as error:
-        raise OSError(
-            f"cannot keep decoded images in {folder.parent} ({error}). Set BATCHTRIM_CACHE to a folder with room."
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        raise CannotKeep(folder.parent, error) from error
+
+
+def _decode_all(
+    listing: Listing, file: Path, places: np.ndarray, train: int, options: ImageOptions
+) -> tuple[Decoded, Form]:
+    """Decode into ``file`` in the form that the first image suggests; again, in another, where a later one differs."""
+    header = first_header(listing.chunks())
+    form = _form(header or Header(SIZE, SIZE, grey=False), options)
+    while True:
+        try:
+            decoded = decode_all(listing.chunks(), file, places, form, train)
+        except Contradicted as found:
+            form = _widened(form, found.header)
+            continue
+        broken = _named(listing, decoded.broken, "that cannot")
+        if len(decoded.broken) == len(places):
+            table = listing.where.lower().endswith(tables.SUFFIXES)
+            gone = table and set(decoded.broken.values()) == {"there is no such file"}
+            hint = " Paths start at the table's own folder, with / between folders." if gone else ""
+            raise data.ReplaceFile(f"expected images that can be decoded in {listing.where}, got none: {broken}.{hint}")
+        if decoded.broken and not options.skip_broken:
+            raise data.ReplaceFile(
+                f"expected images that can be decoded in {listing.where}, got {broken}. Mend or remove them, or pass "
+                "--skip-broken to go on without."
+            )
+        return decoded, form
 
 
 def _only(file: Path, places: np.ndarray) -> None:
@@ -273,33 +279,35 @@ def _only(file: Path, places: np.ndarray) -> None:
     left.replace(file)
 
 
-def _size(headers: Sequence[Header], options: ImageOptions) -> tuple[tuple[int, int], list[str]]:
-    """Return the width and height of all images, and a note on it."""
-    sizes = Counter((each.width, each.height) for each in headers)
+def _form(header: Header, options: ImageOptions) -> Form:
+    """Return the form of all images, if all are as the first."""
     if options.image_size is not None:
-        size = (options.image_size, options.image_size)
-    elif len(sizes) == 1 and max(next(iter(sizes))) <= SMALL:
-        size = next(iter(sizes))
-    else:
-        size = (SIZE, SIZE)
-    if set(sizes) == {size}:
-        return size, []
-    low, high = min(sizes, key=lambda each: each[0] * each[1]), max(sizes, key=lambda each: each[0] * each[1])
+        return Form((options.image_size, options.image_size), header.grey, uniform=False)
+    if max(header.width, header.height) <= SMALL:
+        return Form((header.width, header.height), header.grey, uniform=True)
+    return Form((SIZE, SIZE), header.grey, uniform=False)
+
+
+def _widened(form: Form, header: Header) -> Form:
+    """Return the form that takes in an image of another kind too: never the narrower one again."""
+    as_is = form.uniform and form.size == (header.width, header.height)
+    return Form(form.size if as_is or not form.uniform else (SIZE, SIZE), form.grey and header.grey, as_is)
+
+
+def _resized(headers: Sequence[Header], size: tuple[int, int], options: ImageOptions) -> list[str]:
+    """Return a note on the images' own sizes, where they are not the common one."""
+    sizes = {(each.width, each.height) for each in headers}
+    if sizes <= {size}:
+        return []
+    by_area = sorted(sizes, key=lambda each: (each[0] * each[1], each))
+    low, high = by_area[0], by_area[-1]
     seen = f"{low[0]} x {low[1]}" + (f" to {high[0]} x {high[1]}" if len(sizes) > 1 else "")
     hint = "" if options.image_size else "; --image-size takes another"
-    return size, [f"images of {seen} pixels resized to {size[0]} x {size[1]}, cut at the centre{hint}"]
-
-
-def _refuse_broken(listing: Listing, broken: dict[int, str], options: ImageOptions) -> None:
-    if broken and not options.skip_broken:
-        raise data.ReplaceFile(
-            f"expected images that can be decoded in {listing.where}, got {_named(listing, broken, 'that cannot')}. "
-            "Mend or remove them, or pass --skip-broken to go on without."
-        )
+    return [f"images of {seen} pixels resized to {size[0]} x {size[1]}, cut at the centre{hint}"]
 
 
 def _named(listing: Listing, broken: dict[int, str], what: str) -> str:
-    named = "; ".join(f"{listing.names[row]}: {broken[row]}" for row in sorted(broken)[:MOST_NAMED])
+    named = "; ".join(f"{shown(listing.names[row])}: {broken[row]}" for row in sorted(broken)[:MOST_NAMED])
     count = what.format("image" if len(broken) == 1 else "images")
     return f"{len(broken)} {count} ({named}{'; ...' if len(broken) > MOST_NAMED else ''})"
 
@@ -334,10 +342,20 @@ def _check_sides(found: data.ImageData, names: Sequence[str], hashes: np.ndarray
         row, twin = again[0]
         notes.append(
             f"{len(again)} of {len(hashes) - first_test} images to test on are in the training split too, pixel by "
-            f"pixel, such as {names[row]} and {names[twin]}: the test error is too low by what was learnt by heart"
+            f"pixel, such as {shown(names[row])} and {shown(names[twin])}: the test error is too low by what was "
+            "learnt by heart"
+        )
+    labels, pixels = found.train_labels.numpy(), hashes[:first_test]
+    order = np.lexsort((labels, pixels))
+    torn = np.flatnonzero((np.diff(pixels[order]) == 0) & (np.diff(labels[order]) != 0))
+    if len(torn):
+        one, other = (shown(names[row]) for row in sorted(order[torn[0] : torn[0] + 2]))
+        notes.append(
+            f"{len(np.unique(pixels[order[torn]]))} training images are there under several classes, pixel by pixel, "
+            f"such as {one} and {other}: no network can learn all of them"
         )
     return notes
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return shown(", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

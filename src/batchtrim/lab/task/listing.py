@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import describe, import_extra
+from batchtrim.lab.files import expanded, shown
 from batchtrim.lab.task import hub, tables
 from batchtrim.lab.task.decode import Source
 from batchtrim.lab.task.walk import check_link, images_in
 
 __all__ = ["Listing", "find_images"]
 
-TEST_NAMES = ("test", "val", "valid", "validation")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "val", "valid", "validation", "testing")
 BATCH = 256  # rows of a table that are read at a time
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
@@ -62,7 +64,7 @@ def find_images(
         FileNotFoundError, ValueError, OSError: there is nothing of that name, or no images in it.
     """
     _check_text([dataset], "the path of the data set")
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     columns = {"image": image_column, "label": label_column, "group": group}
     if path.is_dir():
         return _folder(path, group, columns)
@@ -89,6 +91,7 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
     splits = _splits(root, folders, notes)
     suffixes = set(import_extra("PIL.Image", "lab", "images").registered_extensions())
     files: list[Path] = []
+    names: list[str] = []
     labels: list[str] = []
     split: list[str] = []
     others: list[str] = []
@@ -101,23 +104,26 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
             found = images_in(kind, suffixes)
             here, others, linked = found.images, others + found.others, linked + found.linked
             if not here:
-                notes.append(f"class folder without images left out: {kind.relative_to(root)}")
+                notes.append(f"class folder without images left out: {shown(kind.relative_to(root))}")
             files += here
+            below = len(str(kind)) - len(str(kind.relative_to(root)))
+            names += [str(each)[below:] for each in here]
             labels += [kind.name] * len(here)
             split += [name] * len(here)
     if others:
-        notes.append(f"{len(others)} files that are no images left out, such as {others[0]}")
+        notes.append(f"{len(others)} files that are no images left out, such as {shown(others[0])}")
     if linked:
-        notes.append(f"{len(linked)} linked folders in class folders left out, such as {linked[0].relative_to(root)}")
+        notes.append(
+            f"{len(linked)} linked folders in class folders left out, such as {shown(linked[0].relative_to(root))}"
+        )
     if not files:
-        hint = f" {len(loose)} images lie in {loose[0].parent} itself, in no class." if loose else ""
-        raise ValueError(f"expected images in class folders, as in {root}/CLASS/image.png, got none.{hint}")
+        hint = f" {len(loose)} images lie in {shown(loose[0].parent)} itself, in no class." if loose else ""
+        raise ValueError(f"expected images in class folders, as in {shown(root)}/CLASS/image.png, got none.{hint}")
     if loose:
-        notes.append(f"{len(loose)} images in no class folder left out, such as {loose[0].relative_to(root)}")
-    names = [str(each.relative_to(root)) for each in files]
+        notes.append(f"{len(loose)} images in no class folder left out, such as {shown(loose[0].relative_to(root))}")
     _check_text(names, "names of files and folders")
     return Listing(
-        where=str(root),
+        where=shown(root),
         names=names,
         labels=labels,
         chunks=lambda: [(0, list(files))],
@@ -129,25 +135,42 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
 
 
 def _splits(root: Path, folders: dict[str, Path], notes: list[str]) -> dict[str, Path]:
-    """Return the folders of training and test images; the whole tree as "" where it has none."""
-    if "train" not in folders:
+    """Return the folders of training and test images; the whole tree as "" where it has none.
+
+    A folder "train" without folders in it, and without another to test on beside it, is a class of that name.
+    """
+    train = next(iter(_named(folders, TRAIN_NAMES)), None)
+    tests = _named(folders, TEST_NAMES)
+    if train is None or not (tests or _has_folders(train)):
         return {"": root}
-    tests = [name for name in TEST_NAMES if name in folders]
     if not tests:
         raise ValueError(
-            f"expected a folder 'test' (or {', '.join(TEST_NAMES[1:])}) beside 'train' in {root}, got "
-            f"{', '.join(folders)}. For one tree without splits, give its own path and --test-split."
+            f"expected a folder 'test' (or {', '.join(TEST_NAMES[1:])}) beside '{train.name}' in {shown(root)}, got "
+            f"{shown(', '.join(folders))}. For one tree without splits, give its own path and --test-split."
         )
-    other = [name for name in folders if name not in ("train", tests[0])]
-    if tests[0] != "test":
-        notes.append(f"'{tests[0]}' is tested on")
+    test = next(filter(_has_folders, tests), tests[0])
+    other = [name for name, folder in folders.items() if folder not in (train, test)]
+    if test.name.casefold() != "test":
+        notes.append(f"'{test.name}' is tested on")
     if other:
-        notes.append(f"left out: {', '.join(other[:5])}")
-    return {"train": folders["train"], "test": folders[tests[0]]}
+        notes.append(f"left out: {shown(', '.join(other[:5]))}")
+    return {"train": train, "test": test}
+
+
+def _named(folders: dict[str, Path], names: Sequence[str]) -> list[Path]:
+    """Return the folders of these names in their order, upper case or lower."""
+    return [folder for name in names for each, folder in folders.items() if each.casefold() == name]
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(each.is_dir() and not each.name.startswith(".") for each in folder.iterdir())
 
 
 def _stat(path: Path) -> os.stat_result:
-    return path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
+    try:
+        return path.stat()
+    except OSError:  # a link that leads nowhere, or to itself
+        return path.lstat()
 
 
 def _check_text(names: Sequence[str], what: str) -> None:

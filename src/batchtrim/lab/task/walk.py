@@ -28,28 +28,45 @@ def images_in(folder: Path, suffixes: Collection[str]) -> FolderContents:
     """Return what lies below ``folder``; hidden files, and all in hidden folders, are left out.
 
     Raises:
-        PermissionError: a folder cannot be read, which pathlib passes over.
+        PermissionError: a folder cannot be read, which would hide its images.
     """
     found = FolderContents()
-    _check_readable(folder)
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        if path.is_dir():
-            if path.is_symlink():
-                found.linked.append(path)
+    waiting = _inside(folder)[::-1]
+    while waiting:
+        entry = waiting.pop()
+        if _is_folder(entry):
+            if entry.is_symlink():
+                found.linked.append(Path(entry.path))
             else:
-                _check_readable(path)
-        elif path.suffix.lower() in suffixes:
-            found.images.append(path)
+                waiting += _inside(entry)[::-1]
+        elif os.path.splitext(entry.name)[1].lower() in suffixes:
+            found.images.append(Path(entry.path))
         else:
-            found.others.append(path.name)
+            found.others.append(entry.name)
     return found
 
 
-def _check_readable(folder: Path) -> None:
+def _inside(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    """Return what a folder holds that is not hidden, in the order of paths."""
+    _check_readable(folder)
+    with os.scandir(folder) as entries:
+        return sorted(
+            (each for each in entries if not each.name.startswith(".")), key=lambda each: os.path.normcase(each.name)
+        )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _check_readable(folder: Path | os.DirEntry[str]) -> None:
     if not os.access(folder, os.R_OK | os.X_OK):
-        raise PermissionError(f"expected folders of images that can be read, got {folder}, which may not be.")
+        raise PermissionError(
+            f"expected folders of images that can be read, got {os.fspath(folder)}, which may not be."
+        )
 
 
 def check_link(folder: Path, root: Path) -> None:

@@ -1,0 +1,126 @@
+"""The cache of decoded images: where it is, and how an entry gets into it whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from batchtrim.lab.files import PART, expanded
+
+__all__ = ["CannotKeep", "cache_folder", "filled", "folder_for"]
+
+
+class CannotKeep(OSError):
+    """Decoded images cannot be kept; the message names the folder."""
+
+    def __init__(self, folder: Path, error: OSError):
+        reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        super().__init__(
+            f"cannot keep decoded images in {folder} ({reason}). Set BATCHTRIM_CACHE to a folder that can be written "
+            "and has room."
+        )
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Return the cache folder of decoded images: the argument, else BATCHTRIM_CACHE, else the platform's own."""
+    if found := cache_dir or os.environ.get("BATCHTRIM_CACHE"):
+        return expanded(found)
+    if sys.platform == "win32":
+        home = os.environ.get("LOCALAPPDATA", "~/AppData/Local")
+    elif sys.platform == "darwin":
+        home = "~/Library/Caches"
+    else:
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return expanded(home) / "batchtrim"
+
+
+def folder_for(entry: str, cache_dir: str | Path | None = None) -> tuple[Path, tuple[str, ...]]:
+    """Return the cache folder to find or put an entry in, and what is to be said of it.
+
+    A folder that was named is taken. The platform's own gives way to one among the temporary files where it cannot be
+    written, as in a container without a home; what it holds already is used.
+
+    Args:
+        entry: a path inside the cache folder.
+    """
+    usual = cache_folder(cache_dir)
+    if cache_dir or os.environ.get("BATCHTRIM_CACHE") or (usual / entry).exists():
+        return usual, ()
+    reason = _reason_not_to_write(usual)
+    spare = _temporary() if reason else None
+    if spare is None:
+        return usual, ()
+    return spare, (f"decoded images go to {spare}, since {usual} cannot be written ({reason}); set BATCHTRIM_CACHE to "
+                   "keep them elsewhere",)  # fmt: skip
+
+
+def _reason_not_to_write(folder: Path) -> str:
+    """Return why no file can be made in a folder; "" where one can."""
+    if folder.parts[:1] == ("~",):
+        return "there is no home folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or type(error).__name__
+
+
+def _temporary() -> Path | None:
+    """Return this user's folder among the temporary files; None where there is none that nobody else can write."""
+    try:
+        user = os.getuid() if hasattr(os, "getuid") else None
+        folder = Path(tempfile.gettempdir()) / ("batchtrim" if user is None else f"batchtrim-{user}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    if not stat.S_ISDIR(found.st_mode) or (user is not None and (found.st_uid != user or found.st_mode & 0o022)):
+        return None
+    return folder
+
+
+@contextlib.contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """Make a folder for the block to fill, and rename it to ``folder`` when the block ends.
+
+    Readers see all of an entry or nothing. What a process left that was killed inside the block is removed by the next
+    one; of two at once the faster one's entry stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_dead(folder.parent)
+    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}{PART}")
+    lock = FileLock(part.with_suffix(".lock"))  # held as long as somebody fills the part, and so from before it is made
+    try:
+        with lock:
+            part.mkdir()
+            yield part
+            try:
+                part.rename(folder)
+            except OSError:
+                if not folder.exists():  # otherwise another process was faster
+                    raise
+    finally:
+        _remove(part)
+
+
+def _remove_dead(folder: Path) -> None:
+    """Remove the parts whose process has died: the system has let go of their locks."""
+    for part in folder.glob(f"*{PART}"):
+        with contextlib.suppress(Timeout, OSError), FileLock(part.with_suffix(".lock"), timeout=0):
+            _remove(part)
+
+
+def _remove(part: Path) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    with contextlib.suppress(OSError):  # on Windows, while another process looks whether it is held
+        part.with_suffix(".lock").unlink()
