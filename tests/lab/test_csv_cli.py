@@ -33,6 +33,8 @@ def test_a_csv_of_results_is_reported(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert told["verdict"] == "trim: exactly 2.00 points lower on every seed: no spread, so no test"
+    assert not Path("results").exists()
+    assert batchtrim("report", "--csv", "results.csv").exit_code == 0
     assert Path("results/report.html").exists()
     assert "Run it again" not in Path("results/report.md").read_text()
 

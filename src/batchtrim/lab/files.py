@@ -24,11 +24,11 @@ class CannotWrite(OSError):
 
 
 @contextlib.contextmanager
-def writing(path: Path, cure: str = "") -> Iterator[None]:
+def writing(path: Path, cure: str | None = None) -> Iterator[None]:
     """Turn an error of the file system inside the block into :class:`CannotWrite`, which names ``path``.
 
     Args:
-        cure: what the user can do about it; by default what helps while runs are done.
+        cure: what the user can do about it, where that is not to repeat the command.
     """
     try:
         yield
@@ -37,8 +37,8 @@ def writing(path: Path, cure: str = "") -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error).strip().partition("\n")[0]
         full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-        room = "Free space there" if full else "Make the folder writable, or pass another --out,"
-        cure = cure or f"Finished runs stay recorded. {room} and repeat the command."
+        again = "Free space there" if full else "Make the folder writable, or pass another --out,"
+        cure = cure or f"Finished runs stay recorded. {again} and repeat the command."
         raise CannotWrite(f"cannot write {path} ({reason}). {cure}") from error
 
 
