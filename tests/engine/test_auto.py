@@ -140,6 +140,17 @@ def test_what_a_forward_is_counted_to_cost() -> None:
     assert count.seconds == pytest.approx(2 + 2 * 4 * 8 * 16 / 1e9), "views are free"
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, of a compile inside
+def test_a_branch_by_cond_can_be_counted() -> None:
+    """`auto` raised torch's error in the step that it counts."""
+    torch._dynamo.reset()
+    x = torch.ones(3, requires_grad=True)
+    with OperatorCount(Machine(flops=1e9, bytes=1e9, start=1e-6)) as count:
+        out = torch.cond(x.detach().sum() > 0, lambda v: v.tanh(), lambda v: v.sin(), (x,))
+    torch.testing.assert_close(out, x.tanh())
+    assert count.operators
+
+
 def test_what_a_trace_is_worth() -> None:
     assert Forecast(step=1.0, trace=40.0).pays(0.4), "100 steps of 0.6 and the trace: 100"
     assert not Forecast(step=1.0, trace=45.0).pays(0.4)
