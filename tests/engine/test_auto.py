@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zoo
+from attacks import ATTACKS
 from harness import BATCH, error, gradient
 from torch import nn
 
@@ -18,6 +19,7 @@ from batchtrim.engine.auto import AutoEngine
 from batchtrim.engine.capture import Capture
 from batchtrim.engine.cost import Cost, Forecast, Machine, OperatorCount
 from batchtrim.errors import ApproximateGradient, EngineFallback
+from batchtrim.testing import check_engine
 
 
 class Wide(nn.Sequential):
@@ -138,6 +140,16 @@ def test_what_a_forward_is_counted_to_cost() -> None:
     assert out.requires_grad
     assert count.operators >= 4, "t, addmm, view, relu"
     assert count.seconds == pytest.approx(2 + 2 * 4 * 8 * 16 / 1e9), "views are free"
+
+
+@pytest.mark.usefixtures("counted_first")
+@pytest.mark.filterwarnings("ignore")  # torch's own, of a compile inside
+def test_a_branch_by_cond_can_be_counted() -> None:
+    """`auto` raised torch's error in the step that it counts."""
+    torch._dynamo.reset()
+    attack = ATTACKS["branch_of_the_batch_by_cond"]
+    first, *more = attack.batches()
+    assert check_engine(attack.make(), first, attack.loss(), engine="auto", more=more, verbose=False).verdict == "right"
 
 
 def test_what_a_trace_is_worth() -> None:
