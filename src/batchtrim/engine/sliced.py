@@ -108,6 +108,7 @@ class SlicedStep:
             pin(node)
         forward, backward = split()
         without_dead_draws(backward.graph)
+        _without_passed_on(backward.graph, self.losses)
         backward.recompile()
         self.outputs, self._written = outputs, outputs - own
         if self.compiled is not None and not any_strides(backward):
@@ -332,6 +333,13 @@ def _kind(node: Any) -> tuple[Any, ...]:
 def _layout(node: fx.Node) -> Layout | None:
     found = node.meta.get(LAYOUT)
     return found[0] if found else None
+
+
+def _without_passed_on(graph: fx.Graph, losses: str) -> None:
+    """Give no gradient to what the forward writes into and nothing else: a trace passes on that of the new value."""
+    (output,) = graph.find_nodes(op="output")
+    passed_on = {n for n in graph.find_nodes(op="placeholder") if "tangents" in n.name and n.name != losses}
+    output.args = ([None if each in passed_on else each for each in output.args[0]],)
 
 
 def _after_tangents(graph: fx.Graph) -> set[fx.Node]:

@@ -236,10 +236,17 @@ class Trial:
             loss_error=relative_difference(self.loss.detach(), value),
             gradient_error=relative_difference(*whole),
             parameter_error=worst,
+            attributes=self._given_a_gradient(),
         )
         cosine = float(torch.nn.functional.cosine_similarity(*whole, dim=0)) if total or float(whole[1].norm()) else 1.0
         lowest = self.found.get("gradient_cosine", 1.0)
         self.found["gradient_cosine"] = cosine if not cosine >= lowest else lowest
+
+    def _given_a_gradient(self) -> tuple[str, ...]:
+        """Return what has a gradient after the engine and none after a plain step: weight decay would move it."""
+        own = dict(self.own.model.named_parameters())
+        plain = self.plain.model.named_parameters()
+        return tuple(f"{name}.grad" for name, p in plain if p.grad is None and own[name].grad is not None)
 
     def _note(self, **errors: Any) -> None:
         """Keep the worst value over the steps; NaN is the worst."""
