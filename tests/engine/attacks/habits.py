@@ -356,7 +356,7 @@ def many_activations(net: Any, x: Tensor) -> Tensor:
     return net.t(F.glu(torch.cat([z, F.hardtanh(z)], 1)) + torch.nan_to_num(z.sinc()) + F.threshold(z, 0.1, 0.3))
 
 
-@attack(17, two_pass="right")
+@attack(17)
 def in_double_precision(net: Any, x: Tensor) -> Tensor:
     net.double()
     return net.t(net.a(x.double()).to(torch.float32).double())

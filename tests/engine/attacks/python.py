@@ -91,13 +91,13 @@ def checkpointed(net: Any, x: Tensor) -> Tensor:
     return net.t(torch.utils.checkpoint.checkpoint(lambda v: net.a(v).tanh(), x, use_reentrant=False))
 
 
-@attack(11, two_pass="right")
+@attack(11)
 def double_precision(net: Any, x: Tensor) -> Tensor:
     net.double()
     return net.t(net.a(x.double()))
 
 
-@attack(11, two_pass="right", parts=lambda: {"embed": nn.Embedding(V, H, max_norm=0.5)}, data=tokens)
+@attack(11, parts=lambda: {"embed": nn.Embedding(V, H, max_norm=0.5)}, data=tokens)
 def renormalised_embedding(net: Any, x: Tensor) -> Tensor:
     return net.t(net.embed(x).mean(1))
 
