@@ -387,3 +387,29 @@ def test_what_a_forward_writes_into_gets_no_gradient() -> None:
     assert model.layer.weight.grad is not None
     x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
     assert check_engine(model, (x, y), nn.CrossEntropyLoss(), verbose=False).verdict == "right"
+
+
+class MovesItsBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.add_(1.0)
+        return self.head(x.detach())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, while it traces
+def test_a_batch_that_the_forward_moves_passes_the_later_gradient_on() -> None:
+    gradients = []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        front, model = nn.Linear(8, 8), MovesItsBatch().train()
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), engine)
+        for _ in range(2):
+            front.zero_grad()
+            x = front(zoo.vectors(BATCH))
+            (step(x, torch.arange(BATCH) % 5) + x.square().mean()).backward()
+        gradients.append(front.weight.grad)
+    assert gradients[0].norm() > 0.1
+    torch.testing.assert_close(*gradients)

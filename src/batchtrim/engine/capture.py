@@ -52,10 +52,13 @@ class CannotCapture(Exception):
 class Planner(Protocol):
     """Makes the graphs of one trace, and runs them."""
 
-    def partition(self, joint: fx.GraphModule, split: Callable[[], Any], outputs: int, own: int) -> Any:
+    def partition(
+        self, joint: fx.GraphModule, split: Callable[[], Any], outputs: int, own: int, leaves: Sequence[bool]
+    ) -> Any:
         """Return the forward and backward modules of a joint graph; ``split`` cuts it as torch does.
 
-        Of its ``outputs`` the function itself has ``own``. Those in front of them are written into its inputs.
+        Of its ``outputs`` the function itself has ``own``. Those in front of them are written into its inputs, of which
+        ``leaves`` says which are no other operator's result.
         """
         ...
 
@@ -161,6 +164,7 @@ class Capture:
         Capture.traced = True
         planner = self.make_planner()
         own = len(next(iter(graph.graph.find_nodes(op="output"))).args[0])  # type: ignore[arg-type]
+        leaves = [isinstance(each, Tensor) and each.is_leaf for each in inputs]
 
         def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
             def split() -> Any:
@@ -168,7 +172,7 @@ class Capture:
                     joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **options
                 )
 
-            return planner.partition(joint, split, num_fwd_outputs, own)
+            return planner.partition(joint, split, num_fwd_outputs, own, leaves)
 
         def run(args: list[Any]) -> Any:
             self.running = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -96,7 +96,9 @@ class SlicedStep:
 
     # what Capture calls
 
-    def partition(self, joint: fx.GraphModule, split: Callable[[], Any], outputs: int, own: int) -> Any:
+    def partition(
+        self, joint: fx.GraphModule, split: Callable[[], Any], outputs: int, own: int, leaves: Sequence[bool]
+    ) -> Any:
         joint.graph.eliminate_dead_code()
         if self.compiled is not None:
             without_strides(joint)
@@ -108,7 +110,7 @@ class SlicedStep:
             pin(node)
         forward, backward = split()
         without_dead_draws(backward.graph)
-        _without_passed_on(backward.graph, self.losses)
+        _without_passed_on(backward.graph, self.losses, leaves)
         backward.recompile()
         self.outputs, self._written = outputs, outputs - own
         if self.compiled is not None and not any_strides(backward):
@@ -335,11 +337,17 @@ def _layout(node: fx.Node) -> Layout | None:
     return found[0] if found else None
 
 
-def _without_passed_on(graph: fx.Graph, losses: str) -> None:
-    """Give no gradient to what the forward writes into and nothing else: a trace passes on that of the new value."""
+def _without_passed_on(graph: fx.Graph, losses: str, leaves: Sequence[bool]) -> None:
+    """Give no gradient to a leaf that the forward only writes into: a trace passes on that of its new value.
+
+    A leaf is written into without a graph. What has a graph (a batch from another network) does get that gradient.
+    """
     (output,) = graph.find_nodes(op="output")
+    if len(output.args[0]) != len(leaves):
+        return
     passed_on = {n for n in graph.find_nodes(op="placeholder") if "tangents" in n.name and n.name != losses}
-    output.args = ([None if each in passed_on else each for each in output.args[0]],)
+    pairs = zip(output.args[0], leaves, strict=True)
+    output.args = ([None if leaf and each in passed_on else each for each, leaf in pairs],)
 
 
 def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
