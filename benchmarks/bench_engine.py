@@ -273,13 +273,22 @@ def first_hundred(name: str, keep: float, steps: int = 100) -> dict[str, Any]:
     return row
 
 
-def language_model(batch: int = 4, length: int = 128, keep: float = 0.5, rounds: int = 5) -> dict[str, Any]:
+def language_model(
+    rounds: int,
+    batch: int = 4,
+    length: int = 128,
+    keep: float = 0.5,
+    device: torch.device | str = "cpu",
+    precision: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    **sizes: int,
+) -> dict[str, Any]:
     """Measure a GPT-2 of 4 layers that keeps half of its tokens: step time, peak memory, gradient error."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
-    x = torch.randint(0, model.config.vocab_size, (batch, length))
+    config = GPT2Config(n_layer=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
+    model = GPT2LMHeadModel(config).to(device).train()
+    x = torch.randint(0, config.vocab_size, (batch, length), device=device)
 
     def per_token(outputs: Any, y: Tensor) -> Any:
         return batchtrim.token_losses(outputs.logits, y, shift=True)
@@ -291,7 +300,8 @@ def language_model(batch: int = 4, length: int = 128, keep: float = 0.5, rounds:
         def step() -> Tensor:
             model.zero_grad(set_to_none=True)
             inputs = {"input_ids": x, "use_cache": False}
-            loss = per_token(model(**inputs), x).values.mean() if engine is None else engine(inputs, x)
+            with precision():
+                loss = per_token(model(**inputs), x).values.mean() if engine is None else engine(inputs, x)
             loss.backward()
             return loss.detach()
 

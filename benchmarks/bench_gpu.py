@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.errors import EngineRefused
-from benchmarks.bench_engine import gradients, make_step, peak_memory
+from benchmarks.bench_engine import gradients, language_model, make_step, peak_memory
 from benchmarks.timing import interleaved, parser_of, ratio, save
 
 Precision = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -114,15 +114,11 @@ def host_seconds(step: Callable[[], Any], rounds: int) -> float:
     return statistics.median(seconds)
 
 
-def agreement(
-    model: nn.Module, x: Any, y: Tensor, keep: float, precision: Precision, compiled: bool
-) -> dict[str, float]:
+def agreement(model: nn.Module, x: Any, y: Tensor, keep: float, precision: Precision) -> dict[str, float]:
     """Return the relative error and the cosine of the gradient of shared against exact; dropout at one seed."""
     found = {}
     for name in ("exact", "shared"):
         own = copy.deepcopy(model)
-        if compiled:
-            own.compile()
         step = make_step(name, own, x, y, keep, precision)
         for _ in range(2):  # the second runs what the first traced
             torch.manual_seed(1)
@@ -217,7 +213,7 @@ class Case:
                 "ms": {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()},
             }  # fmt: skip
         if not self.compiled and "shared" in self.all:
-            result.update(agreement(self.model, self.x, self.y, 0.4, self.precision, False))
+            result.update(agreement(self.model, self.x, self.y, 0.4, self.precision))
         return result
 
     def _row(self, keep: float, steps: dict[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -238,53 +234,16 @@ class Case:
         return row
 
 
-def language_model(dtype: str, options: Any) -> dict[str, Any]:
+def small_gpt2(dtype: str, options: Any) -> dict[str, Any]:
     """Measure a GPT-2 of 4 layers with its full vocabulary that keeps half of its tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    device = torch.device(options.device)
-    precision = precision_of(dtype, device)
-    torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_head": 2, "vocab_size": 100} if options.tiny else {}
-    config = GPT2Config(n_layer=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
-    model = GPT2LMHeadModel(config).to(device).train()
-    x = torch.randint(0, config.vocab_size, (2 if options.tiny else 32, 128), device=device)
+    device = torch.device(options.device)
+    batch, precision = 2 if options.tiny else 32, precision_of(dtype, device)
+    return {"dtype": dtype, **language_model(options.rounds, batch, device=device, precision=precision, **sizes)}
 
-    def per_token(outputs: Any, y: Tensor) -> Any:
-        return batchtrim.token_losses(outputs.logits, y, shift=True)
 
-    def make(name: str) -> Callable[[], Tensor]:
-        trim = batchtrim.Trimmer(0.5, unit="element")
-        engine = None if name == "plain" else batchtrim.TrimmedForward(model, per_token, trim, name)
-
-        def step() -> Tensor:
-            model.zero_grad(set_to_none=True)
-            inputs = {"input_ids": x, "use_cache": False}
-            with precision():
-                loss = per_token(model(**inputs), x).values.mean() if engine is None else engine(inputs, x)
-            loss.backward()
-            return loss.detach()
-
-        return step
-
-    steps = {name: make(name) for name in ("plain", "exact", "shared")}
-    found = {}
-    for name in ("exact", "shared"):
-        steps[name]()
-        found[name] = gradients(model).double()
-    times = interleaved(steps, options.rounds)
-    result: dict[str, Any] = {"dtype": dtype, "batch": len(x), "length": x.shape[1], "keep": 0.5}
-    result.update({name: ratio(times, name, "plain") for name in ("exact", "shared")})
-    result["plain_ms"] = 1e3 * statistics.median(times["plain"])
-    result["error"] = float((found["shared"] - found["exact"]).norm() / found["exact"].norm())
-    result["memory"] = {name: peak_memory(step) for name, step in steps.items()}
-    print(
-        f"gpt-2 of 4 layers, {dtype}, {x.shape[0]} x {x.shape[1]} tokens, half kept: plain {result['plain_ms']:.1f} ms"
-        f" | exact {result['exact']:.3f} shared {result['shared']:.3f} | error {result['error']:.1e} | MiB "
-        + " ".join(f"{name} {value:.0f}" for name, value in result["memory"].items()),
-        flush=True,
-    )
-    return result
+def failure(key: tuple[str, str, str], why: str) -> dict[str, Any]:
+    return {"network": key[0], "dtype": key[1], "mode": key[2], "failed": why}
 
 
 def run_case(key: tuple[str, str, str], options: Any, room: Any, ready: Any, turn: Any, results: Any) -> None:
@@ -298,7 +257,7 @@ def run_case(key: tuple[str, str, str], options: Any, room: Any, ready: Any, tur
             case.prepare()
     except Exception:
         case = None
-        outcome = {"network": key[0], "dtype": key[1], "mode": key[2], "failed": traceback.format_exc()[-3000:]}
+        outcome = failure(key, traceback.format_exc()[-3000:])
         print(outcome["failed"], flush=True)
     print(f"prepared: {' '.join(key)}{'' if case else ' (failed)'}", flush=True)
     with contextlib.suppress(Exception):  # one that takes too long must not keep the others from their turn
@@ -311,7 +270,7 @@ def run_case(key: tuple[str, str, str], options: Any, room: Any, ready: Any, tur
             try:
                 outcome = case.measure()
             except Exception:
-                outcome = {"network": key[0], "dtype": key[1], "mode": key[2], "failed": traceback.format_exc()[-3000:]}
+                outcome = failure(key, traceback.format_exc()[-3000:])
     results.put((key, outcome))
 
 
@@ -328,7 +287,7 @@ def _gathered(keys: list[Any], crew: list[Any], results: Any, path: str | None) 
             if not alive:
                 break
     for key in keys:
-        found.setdefault(key, {"network": key[0], "dtype": key[1], "mode": key[2], "failed": "its process died"})
+        found.setdefault(key, failure(key, "its process died"))
     for each in crew:
         each.join()
     return found
@@ -375,7 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
         each.start()
     found = _gathered(keys, crew, results, options.json)
     _settle(options)
-    models = [language_model(dtype, options) for dtype in options.dtypes.split(",")] if options.language_model else []
+    models = [small_gpt2(dtype, options) for dtype in options.dtypes.split(",")] if options.language_model else []
     if options.timing:
         Path(options.timing).unlink(missing_ok=True)
     for key, outcome in found.items():
