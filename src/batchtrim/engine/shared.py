@@ -18,7 +18,7 @@ from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.state import GeneratorStates, Moment, is_lazy, uncompiled_calls, uses_tf32
+from batchtrim.engine.state import GeneratorStates, Moment, is_lazy, is_sharded, uncompiled_calls, uses_tf32
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -230,7 +230,7 @@ def refusal(forward: Forward) -> str | None:
             return f"{what} shares statistics between processes inside the forward"
         if isinstance(module, nn.DataParallel):
             return f"{what} splits the batch over devices itself; use DistributedDataParallel"
-        if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__):
+        if is_sharded(module):
             return f"{what} gathers its parameters in every forward"
     return None
 

@@ -31,6 +31,7 @@ __all__ = [
     "device_of",
     "full_float32",
     "is_lazy",
+    "is_sharded",
     "modules_of",
     "uncompiled_calls",
     "uses_tf32",
@@ -72,6 +73,11 @@ def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's parameters, or of its buffers if it has none."""
     held = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if held is None else held.device
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return True if a module gathers its parameters in every forward (FSDP), which gives them other memory."""
+    return any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__)
 
 
 def uses_tf32(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchtrim.engine.state import compiled_part
+from batchtrim.engine.state import compiled_part, is_sharded
 from batchtrim.errors import EngineRefused
 
 __all__ = ["ParameterWrites", "known_to_write", "writes_undone"]
@@ -42,7 +42,7 @@ class ParameterWrites(TorchDispatchMode):
         self._noted: set[str] = set()
         self._marks: dict[str, tuple[int, int]] = {}
         self._in_storage: dict[int, list[str]] = {}
-        for name, parameter in [] if _sharded(model) else model.named_parameters():
+        for name, parameter in [] if any(map(is_sharded, model.modules())) else model.named_parameters():
             if parameter.layout == torch.strided and not nn.parameter.is_lazy(parameter):
                 self.parameters[name] = parameter, parameter.data
                 self._marks[name] = _mark(parameter)
@@ -98,12 +98,6 @@ def _storage(tensor: Tensor) -> int:
 def _mark(parameter: Tensor) -> tuple[int, int]:
     """Return what an assignment changes, and what a write in place raises (but not one through ``p.data``)."""
     return _storage(parameter), 0 if parameter.is_inference() else parameter._version
-
-
-def _sharded(model: nn.Module) -> bool:
-    """Return True if a part of the model gathers its parameters in every forward, which gives them other memory."""
-    names = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-    return bool(names & {"FSDPModule", "FullyShardedDataParallel"})
 
 
 _written: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # by the first forwards of each model
