@@ -187,7 +187,7 @@ class Probe:
             self.tolerance.compare(beside, scored, some, before, where="probed, beside NaN,")
 
     def _losses(self, before: Moment, batch: int, rows: Tensor) -> Tensor:
-        before.restore()
+        before.restore(modes=False)
         try:
             losses, _ = self.forward(*self.forward.rows(before.x, before.y, rows, batch), model=self.forward.inner)
         except (EngineRefused, torch.OutOfMemoryError):
@@ -222,7 +222,7 @@ class Probe:
 
     def _beside_nan(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:
         """Return the losses of ``rows`` with the poisoned ones NaN; None if the model does not take NaN."""
-        before.restore()
+        before.restore(modes=False)
         try:
             with without_graph():
                 x, y = self.forward.cutter(before.x, before.y, rows, batch, poisoned)
@@ -235,7 +235,7 @@ class Probe:
 @contextmanager
 def _restored(moment: Moment) -> Iterator[None]:
     """Start from a recorded state, and leave the model and the generators as they were found."""
-    found = ModelState(moment.model.modules), GeneratorStates(moment.generators.device)
+    found = ModelState(*moment.model.roots), GeneratorStates(moment.generators.device)
     moment.restore()
     try:
         yield

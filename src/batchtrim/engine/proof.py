@@ -9,6 +9,7 @@ follows.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -342,6 +343,8 @@ def _kept_batch_norm(node: fx.Node, walk: _Walk, proof: Proof) -> list[Layout] |
         return None
     if gradient.layout.axes != x.layout.axes or not gradient.zero:
         return None
+    with contextlib.suppress(Mixes):
+        return walk.call(node)  # in evaluation mode it has no means to take
     proof.batch_norms.append(node)
     return [gradient.layout, Whole(), Whole()]
 

@@ -18,7 +18,15 @@ from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.state import GeneratorStates, Moment, is_lazy, is_sharded, uncompiled_calls, uses_tf32
+from batchtrim.engine.state import (
+    TAKEN_TWICE,
+    GeneratorStates,
+    Moment,
+    is_lazy,
+    is_sharded,
+    uncompiled_calls,
+    uses_tf32,
+)
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -185,7 +193,9 @@ class _Plain:
 
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
         self.before = Moment(forward, x, y)
-        self.writes = ParameterWrites(forward.inner)
+        if self.before.model.iterators:
+            raise CannotCapture(TAKEN_TWICE.format(self.before.model.iterators[0]))
+        self.writes = ParameterWrites(forward.inner, others=self.before.model.watched)
         try:
             with uncompiled_calls(), self.writes:
                 self.losses = forward(x, y, model=forward.inner)[0].values.detach()

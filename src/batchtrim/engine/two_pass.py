@@ -13,7 +13,7 @@ from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.probe import Probe, Tolerance
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import Moment, is_lazy, uncompiled_calls, without_graph
+from batchtrim.engine.state import TAKEN_TWICE, Moment, is_lazy, uncompiled_calls, without_graph
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -74,6 +74,8 @@ class TwoPassEngine:
         if not self.approximate and (reason := redrawn(self.forward)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
         before = Moment(self.forward, x, y)
+        if before.model.iterators:
+            raise EngineRefused(_CANNOT.format(TAKEN_TWICE.format(before.model.iterators[0])))
         if not self.began:
             self._look_for_writes(before, x, y)
         losses, outputs = self._first_pass(before, x, y)
@@ -90,7 +92,7 @@ class TwoPassEngine:
 
     def _look_for_writes(self, before: Moment, x: Any, y: Any) -> None:
         """Refuse a forward that writes into parameters: a second one would do so twice."""
-        writes, seen = ParameterWrites(self.forward.inner), False
+        writes, seen = ParameterWrites(self.forward.inner, others=before.model.watched), False
         try:
             with uncompiled_calls(), without_graph(), writes:
                 self.forward(*copied((x, y)), model=self.forward.inner)
@@ -102,7 +104,11 @@ class TwoPassEngine:
             writes.restore()
             before.restore()
         if written:
-            raise EngineRefused(_CANNOT.format("its forward writes into its parameters, which a second would do again"))
+            raise EngineRefused(
+                _CANNOT.format(
+                    "its forward writes into its parameters, or into tensors it holds, which a second would do again"
+                )
+            )
         self.began = seen
 
     def _first_pass(self, before: Moment, x: Any, y: Any) -> tuple[Losses, Any]:
