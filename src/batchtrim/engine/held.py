@@ -88,6 +88,7 @@ class Held:
         watched: tensors that are too large to copy in every step, or not the model's own: parameters that the first
             root does not list, and tensors that functions name.
         iterators: where modules hold iterators, whose next value can be taken only once.
+        with_graph: where tensors with a graph are kept.
     """
 
     def __init__(self, *roots: Any) -> None:
@@ -96,11 +97,12 @@ class Held:
         self.contents: list[Any] = []
         self.watched: list[Tensor] = []
         self.iterators: list[str] = []
+        self.with_graph: list[str] = []
         self._seen: dict[int, Any] = {}  # it holds what it has seen, so that no number is given twice
         for parameter in roots[0].parameters() if isinstance(next(iter(roots), None), nn.Module) else ():
             self._seen[id(parameter)] = parameter
         for root in roots:
-            self._walk(root, "", _DEEP, own=True)
+            self._walk(root, "the loss", _DEEP, own=True)
 
     def _walk(self, value: Any, name: str, deep: int, own: bool) -> None:
         """Go through a value; ``own``: a module holds it. ``deep``: how many objects may still be entered."""
@@ -111,6 +113,8 @@ class Held:
         elif type(value) in _FIXED or isinstance(value, (type, ModuleType)) or not self._is_new(value):
             return
         elif isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                self.with_graph.append(name)
             (self.contents if own and not isinstance(value, nn.Parameter) else self.watched).append(value)
         elif isinstance(value, (tuple, frozenset, *CONTAINERS)):
             self._container(value, name, deep, own)
@@ -120,7 +124,7 @@ class Held:
         elif isinstance(value, (torch.Generator, random.Random)) or is_numpy_generator(value):
             self.contents.append(value)
         elif isinstance(value, (FunctionType, MethodType, partial)):
-            self._callable(value, deep)
+            self._callable(value, name, deep)
         elif isinstance(value, Iterator):
             if own and not isinstance(value, io.IOBase):
                 self.iterators.append(name)
@@ -139,7 +143,7 @@ class Held:
             self._is_new(buffer)
         held = vars(module)
         for hook in [hook for hooks in _HOOKS if held.get(hooks) for hook in held[hooks].values()]:
-            self._walk(hook, "", _DEEP, own=False)
+            self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)
         if not type(module).__module__.startswith("torch.distributed"):  # they set themselves up in their first forward
             self.names.append(Names(module, [], held.__getitem__, held.__setitem__, held))
             for name, value in list(held.items()):
@@ -181,7 +185,7 @@ class Held:
                 if name[:2] != "__" or isinstance(function, FunctionType):
                     self._walk(function, name, 1, own=False)
 
-    def _callable(self, value: Any, deep: int) -> None:
+    def _callable(self, value: Any, name: str, deep: int) -> None:
         if isinstance(value, partial):
             parts: list[Any] = [value.func, value.args, value.keywords]
         elif isinstance(value, MethodType):
@@ -189,7 +193,7 @@ class Held:
         else:
             parts = self._function(value)
         for part in parts:
-            self._walk(part, "", deep, own=False)
+            self._walk(part, name, deep, own=False)
 
     def _function(self, function: FunctionType) -> list[Any]:
         """Note the variables of a function's closure, and the globals that it names; return what they hold."""

@@ -130,6 +130,11 @@ class Probe:
         self.tolerance = tolerance
         self.calls = 0
 
+    @property
+    def is_due(self) -> bool:
+        """True in steps 1, 2, 4, 8, ..."""
+        return not self.calls & (self.calls - 1)
+
     def __call__(self, before: Moment, batch: int, scored: Tensor | None, *, redrawn: bool) -> None:
         """Check if a check is due; then restore everything to ``before``.
 
@@ -142,7 +147,7 @@ class Probe:
             EngineRefused: the samples depend on one another.
         """
         self.calls += 1
-        if self.calls & (self.calls - 1) or batch < 4:
+        if not self.is_due or batch < 4:
             return
         for module in before.model.modules:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:

@@ -282,7 +282,7 @@ def prove(
                 layouts = [_UNCUT]
             verdict = NodeProof(node in tangents, layouts)
             if verdict.gradient and not verdict.vanishes:
-                verdict.unkept = "what follows the step"
+                verdict.unkept = "a tensor that outlives the forward (kept by the model, or written into the batch)"
         elif node.op == "call_function":
             verdict = _prove_node(node, walk, proof, batch_norm)
         elif node.op == "get_attr":  # a constant

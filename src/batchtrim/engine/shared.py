@@ -262,9 +262,14 @@ def _step_of(forward: Forward) -> Callable[..., Any]:
         if losses.terms:
             raise CannotCapture("its loss is a sum of terms whose entries count differently")
         parts = losses.values, losses.mask, losses.weights, losses.counts, losses.unit, losses.reduction
-        return parts, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        return parts, _detached(outputs)
 
     return step
+
+
+def _detached(outputs: Any) -> Any:
+    """Return the outputs without their graph: no gradient comes by way of them."""
+    return pytree.tree_map(lambda leaf: map_tensors(Tensor.detach, leaf), outputs)
 
 
 def _compare_rows(x: Any, dim: int, y: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from batchtrim.engine.batch import Forward, StepResult, kept_loss, padded_rows
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
+from batchtrim.engine.held import Held
 from batchtrim.engine.probe import Probe, Tolerance
 from batchtrim.engine.rows import copied
 from batchtrim.engine.state import TAKEN_TWICE, Moment, is_lazy, uncompiled_calls, without_graph
@@ -151,12 +152,22 @@ class TwoPassEngine:
             before.restore()
             rows = padded_rows(selection)
             kept = self._second_pass(*self.forward.rows(before.x, before.y, rows, selection.size))
+            if self.probe.is_due:
+                self._look_for_graphs()
         finally:
             after.restore()
         self.approximation = None
         if scored is not None:
             self._compare(kept.values[: selection.k].detach(), scored, selection, before, drawn, normed)
         return kept_loss(kept, selection, self.trim)
+
+    def _look_for_graphs(self) -> None:
+        """Refuse a model that keeps a tensor of its graph: what is added to the loss by it would have no gradient."""
+        found = Held(self.forward.inner, self.forward.per_sample_loss).with_graph
+        if found:
+            raise EngineRefused(
+                f"it keeps a tensor with its graph ({found[0]}), which is one pass's. Keep a detached one"
+            )
 
     def _compare(
         self, kept: Tensor, scored: Tensor, selection: Selection, before: Moment, drawn: bool, normed: bool
