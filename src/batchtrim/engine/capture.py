@@ -32,10 +32,13 @@ __all__ = [
     "decomposed",
     "expression_of",
     "fixed_by",
+    "is_transformed",
     "keeps_graph",
     "pin",
+    "speech_encoders",
     "uncompiled",
     "unfit",
+    "without_input_gradient",
     "without_logging",
     "zeros_at_zero",
 ]
@@ -246,6 +249,31 @@ def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
+def speech_encoders(model: nn.Module) -> list[nn.Module]:
+    """Return the feature encoders of transformers' speech models, as wav2vec2 has one."""
+    return [
+        each
+        for each in model.modules()
+        if type(each).__module__.startswith("transformers.") and "_requires_grad" in vars(each)
+    ]
+
+
+@contextlib.contextmanager
+def without_input_gradient(encoders: Sequence[Any]) -> Iterator[None]:
+    """Have speech encoders leave ``requires_grad`` of their input alone, which no trace can follow.
+
+    They set it for reentrant checkpoints. Nothing reads the gradient.
+    """
+    setting = [each for each in encoders if each._requires_grad]
+    for each in setting:
+        each._requires_grad = False
+    try:
+        yield
+    finally:
+        for each in setting:
+            each._requires_grad = True
+
+
 def _reason(error: BaseException) -> str:
     cause = error
     while getattr(cause, "inner_exception", None) is not None:
@@ -265,12 +293,17 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def is_transformed() -> bool:
+    """True inside a transform of torch.func (grad, vmap, jvp), and where forward-mode derivatives are computed."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def keeps_graph() -> bool:
     """True if the backward in progress keeps its graph for another one."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-# --- graphs ----------------------------------------------------------------------------------------------------------
+# --- nodes and operators ---------------------------------------------------------------------------------------------
 
 
 def pin(node: fx.Node) -> None:

@@ -14,7 +14,15 @@ from torch.utils import _pytree as pytree
 
 from batchtrim.engine.batch import Forward, StepResult, as_losses, map_tensors, padded_rows
 from batchtrim.engine.batch_norm import cosine_of
-from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
+from batchtrim.engine.capture import (
+    CannotCapture,
+    Capture,
+    is_transformed,
+    speech_encoders,
+    uncompiled,
+    unfit,
+    without_input_gradient,
+)
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
@@ -41,6 +49,7 @@ _logger = logging.getLogger("batchtrim")
 _WORTH = 0.96  # of a plain step's estimated cost: a smaller saving is not worth another kind of step
 _TRIES = 4  # traces of one step
 _CANNOT = "the shared engine cannot run this model: {}"
+_TRANSFORMED = "it runs inside torch.func or with forward-mode derivatives (jvp). Use engine='exact'"
 _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separate one for a batch of 1)
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
@@ -76,6 +85,7 @@ class SharedEngine:
         self.exact = ExactEngine(forward, trim)
         self.refused: str | None = None
         self.was_run = False  # the model's own Python, before the first trace
+        self.speech = speech_encoders(forward.inner)
         self.compiler = inductor_of(forward.model)
         self.capture = Capture(_step_of(forward), self._planner, compiler=self.compiler)
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # decides whether to approximate, by a cosine
@@ -132,6 +142,8 @@ class SharedEngine:
         """Run the traced step; return its tape, the losses with their graph, and the model's outputs."""
         if self.refused is not None:
             raise EngineRefused(self.refused)
+        if is_transformed():
+            raise EngineRefused(_CANNOT.format(_TRANSFORMED))
         x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
         reason = ""
         try:
@@ -155,7 +167,8 @@ class SharedEngine:
         for _ in range(_TRIES):
             tape = self._tape = Tape()
             try:
-                found = self.capture(*_marked(x, y, self.forward))
+                with without_input_gradient(self.speech):
+                    found = self.capture(*_marked(x, y, self.forward))
             except NewTrace:
                 pass
             except CannotCapture:
