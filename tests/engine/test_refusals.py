@@ -86,6 +86,33 @@ def test_transforms_are_refused_by_name_and_only_inside(name: str) -> None:
     assert step.last.engine == "shared"
 
 
+def test_the_line_that_cannot_be_traced_is_named() -> None:
+    with pytest.raises(EngineRefused, match=r"as one graph at `x = .* > 0 else .*` \(odd\.py:\d+\): Data-dep"):
+        train(zoo.Branching, zoo.vectors, "shared")
+
+
+class Cooling(zoo.Mlp):
+    """Divides by a temperature that falls in every step."""
+
+    heat = 2.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.heat *= 0.9
+        return super().forward(x) / self.heat
+
+
+def test_a_number_that_changes_in_every_step_is_refused_with_the_cure() -> None:
+    step = batchtrim.TrimmedForward(Cooling(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    step.engine.capture.limit = 2  # type: ignore[union-attr]
+
+    def steps() -> None:
+        for _ in range(4):
+            step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
+
+    with pytest.raises(EngineRefused, match=r"each time with a new trace\. Hold a number that changes as a tensor"):
+        steps()
+
+
 class Encoder(nn.Module):
     """Sets ``requires_grad`` of its input in training, as the feature encoder of wav2vec2 does."""
 

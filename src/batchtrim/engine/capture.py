@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.graphs import boxed, executable
+from batchtrim.engine.reasons import cause_of, told
 
 if TYPE_CHECKING:
     from batchtrim.engine.inductor import Inductor
@@ -156,7 +157,10 @@ class Capture:
             except Exception as error:  # an error of the model itself, once its graph runs, is the caller's
                 if self.running:
                     raise
-                reason = _reason(error)  # do not keep the error: it holds the model's frames
+                cause = cause_of(error)
+                # Refused for what the graph shows, or not traced. Do not keep the error: it holds the model's frames.
+                reason = str(cause) if isinstance(cause, CannotCapture) else told(cause)
+                del cause
         raise CannotCapture(reason)
 
     def _backend(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -272,20 +276,6 @@ def without_input_gradient(encoders: Sequence[Any]) -> Iterator[None]:
     finally:
         for each in setting:
             each._requires_grad = True
-
-
-def _reason(error: BaseException) -> str:
-    cause = error
-    while getattr(cause, "inner_exception", None) is not None:
-        cause = cause.inner_exception
-    if isinstance(cause, CannotCapture):
-        return str(cause)  # it was traced, and is refused for what the graph shows
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    if not lines:
-        return f"it cannot be traced as one graph ({type(cause).__name__})"
-    told = lines[0]
-    told += next((f" {line}" for line in lines if line.startswith("Explanation:")), "")
-    return f"it cannot be traced as one graph: {told}"
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
