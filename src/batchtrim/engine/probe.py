@@ -131,6 +131,11 @@ class Probe:
         self.tolerance = tolerance
         self.calls = 0
 
+    @property
+    def is_due(self) -> bool:
+        """True in steps 1, 2, 4, 8, ..."""
+        return not self.calls & (self.calls - 1)
+
     def __call__(self, before: Moment, batch: int, scored: Tensor | None, *, redrawn: bool) -> None:
         """Check if a check is due; then restore everything to ``before``.
 
@@ -143,7 +148,7 @@ class Probe:
             EngineRefused: the samples depend on one another.
         """
         self.calls += 1
-        if self.calls & (self.calls - 1) or batch < 4:
+        if not self.is_due or batch < 4:
             return
         for module in before.model.modules:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
@@ -188,7 +193,7 @@ class Probe:
             self.tolerance.compare(beside, scored, some, before, where="probed, beside NaN,")
 
     def _losses(self, before: Moment, batch: int, rows: Tensor) -> Tensor:
-        before.restore()
+        before.restore(modes=False)
         try:
             losses, _ = self.forward(*self.forward.rows(before.x, before.y, rows, batch), model=self.forward.inner)
         except (EngineRefused, torch.OutOfMemoryError):
@@ -223,7 +228,7 @@ class Probe:
 
     def _beside_nan(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:
         """Return the losses of ``rows`` with the poisoned ones NaN; None if the model does not take NaN."""
-        before.restore()
+        before.restore(modes=False)
         try:
             with without_graph():
                 x, y = self.forward.cutter(before.x, before.y, rows, batch, poisoned)
@@ -242,7 +247,7 @@ def _rehearsed(moment: Moment) -> AbstractContextManager[Any]:
 @contextmanager
 def _restored(moment: Moment) -> Iterator[None]:
     """Start from a recorded state, and leave the model and the generators as they were found."""
-    found = ModelState(moment.model.modules), GeneratorStates(moment.generators.device)
+    found = ModelState(*moment.model.roots), GeneratorStates(moment.generators.device)
     moment.restore()
     try:
         yield

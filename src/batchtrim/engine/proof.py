@@ -9,6 +9,7 @@ follows.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -285,7 +286,7 @@ def prove(
                 layouts = [_UNCUT]
             verdict = NodeProof(node in tangents, layouts)
             if verdict.gradient and not verdict.vanishes:
-                verdict.unkept = "what follows the step"
+                verdict.unkept = "a tensor that outlives the forward (kept by the model, or written into the batch)"
         elif node.op == "call_function":
             verdict = _prove_node(node, walk, proof, batch_norm)
         elif node.op == "get_attr":  # a constant
@@ -349,6 +350,8 @@ def _kept_batch_norm(node: fx.Node, walk: _Walk, proof: Proof) -> list[Layout] |
         return None
     if gradient.layout.axes != x.layout.axes or not gradient.zero:
         return None
+    with contextlib.suppress(Mixes):
+        return walk.call(node)  # in evaluation mode it has no means to take
     proof.batch_norms.append(node)
     return [gradient.layout, Whole(), Whole()]
 

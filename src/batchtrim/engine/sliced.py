@@ -223,8 +223,8 @@ class SlicedStep:
     def _tangent(self, value: Tensor, losses: bool) -> Layout:
         """Return where the rows of an output's gradient lie.
 
-        Those that are not kept are zero in that of the losses, and of the model's outputs, which are detached; but not
-        in that of a batch which the forward wrote into.
+        Those that are not kept are zero in that of the losses alone. The model's outputs are detached; but the gradient
+        of a tensor that the model keeps, or of a batch that the forward wrote into, is made by what follows the step.
         """
         if self.unit == "element" and losses:
             batch, tokens = self.symbols
@@ -232,7 +232,7 @@ class SlicedStep:
             axes = view_axis(Axis(0), batch, shape, flat), view_axis(Axis(1, lost=self.lost), tokens, shape, flat)
             return Rows(axes, vanish=True)
         layout = by_shape(value, self.symbols, [])
-        return Rows(layout.axes, vanish=losses or not self._written) if isinstance(layout, Rows) else layout
+        return Rows(layout.axes, vanish=losses) if isinstance(layout, Rows) else layout
 
     def kept(self, rows: Tensor, batch: int, size: int) -> KeptRows:
         """Return the rows at the given places among ``size`` losses of the tokens of ``batch`` samples."""
