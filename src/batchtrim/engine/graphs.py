@@ -37,8 +37,23 @@ def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
     for node in own.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
     in_traced_order(own)
+    _without_double_transposes(own)
     _take_from_list(own)
     return boxed(fx.GraphModule(graph, own).forward)
+
+
+def _without_double_transposes(graph: fx.Graph) -> None:
+    """Read ``x`` for ``x.t().t()``, as gradients of weights are traced; no output becomes an input or another one."""
+    transpose = torch.ops.aten.t.default
+    (output,) = graph.find_nodes(op="output")
+    taken = {*graph.find_nodes(op="placeholder"), *output.all_input_nodes}
+    for node in graph.find_nodes(op="call_function", target=transpose):
+        before = node.args[0]
+        if before.target is transpose:
+            source = before.args[0]
+            node.replace_all_uses_with(source, lambda user, source=source: user is not output or source not in taken)
+            taken.update(output.all_input_nodes)
+    graph.eliminate_dead_code(lambda node: node.target is not transpose)
 
 
 def _take_from_list(graph: fx.Graph) -> None:
