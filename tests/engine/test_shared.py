@@ -163,17 +163,13 @@ def test_other_lengths_are_traced_once_more() -> None:
     assert step.engine.capture.traces <= 2
 
 
-def test_weights_frozen_and_set_free_between_steps() -> None:
-    torch.manual_seed(0)
-    model = zoo.Mlp(8)
+def test_weights_frozen_and_set_free_between_steps(traced: batchtrim.TrimmedForward) -> None:
+    model = traced.forward.model
     twin = copy.deepcopy(model)
-    steps = [
-        batchtrim.TrimmedForward(each, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), engine)
-        for each, engine in ((model, "shared"), (twin, "exact"))
-    ]
+    exact = batchtrim.TrimmedForward(twin, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "exact")
     for free in (True, False, True):
         x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
-        for step in steps:
+        for step in (traced, exact):
             step.forward.model[0].weight.requires_grad_(free)
             step.forward.model.zero_grad()
             step(x, y).backward()
@@ -183,15 +179,14 @@ def test_weights_frozen_and_set_free_between_steps() -> None:
                 torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_a_hook_added_later_is_seen() -> None:
-    torch.manual_seed(0)
-    model = zoo.Mlp(8)
-    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+def test_a_hook_added_later_is_seen(traced: batchtrim.TrimmedForward) -> None:
+    model = traced.forward.model
     exact = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "exact")
     x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
-    step(x, y)
-    model[0].register_forward_hook(lambda _, __, out: 2 * out)
-    torch.testing.assert_close(step(x, y), exact(x, y))
+    traced(x, y)
+    hook = model[0].register_forward_hook(lambda _, __, out: 2 * out)
+    torch.testing.assert_close(traced(x, y), exact(x, y))
+    hook.remove()
 
 
 def test_an_exception_inside_a_step_leaves_the_model_as_it_was() -> None:
@@ -220,16 +215,14 @@ def _fails_once(step: batchtrim.TrimmedForward, x: Any, y: Any, error_type: type
     step(x, y).backward()
 
 
-def test_what_was_saved_is_let_go() -> None:
+def test_what_was_saved_is_let_go(traced: batchtrim.TrimmedForward, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.freeze()  # leaves what is alive by now out of the collection below
-    torch.manual_seed(0)
-    step = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
     tapes: list[weakref.ref] = []
-    cut = step.engine._cut
-    step.engine._cut = lambda tape, *rest: (tapes.append(weakref.ref(tape)), cut(tape, *rest))
+    cut = traced.engine._cut
+    monkeypatch.setattr(traced.engine, "_cut", lambda tape, *rest: (tapes.append(weakref.ref(tape)), cut(tape, *rest)))
     for _ in range(2):
-        loss = step(x, y)
+        loss = traced(x, y)
         assert all(t.shape[0] < BATCH for t in tapes[-1]().kept.values())
         assert not tapes[-1]().saved
     loss.backward()
