@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 import zoo
 from harness import BATCH, agree, error, train
-from torch import Tensor, nn
+from torch import nn
 
 import batchtrim
 from batchtrim.engine import sliced
-from batchtrim.testing import check_engine
 from tiers import few
 
 GROUP = lambda width: nn.GroupNorm(2, width)  # noqa: E731
@@ -351,58 +350,3 @@ def test_the_approximate_form_says_so_once(caplog: pytest.LogCaptureFixture) -> 
     assert [record.message for record in caplog.records if record.name == "batchtrim"] == [
         "engine='shared' is approximate for this model: the means of BatchNorm's backward are taken over the kept rows."
     ]
-
-
-class WritesIntoATwin(nn.Module):
-    """A twin that follows the layer, without a gradient, though it asks for one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.twin, self.head = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.twin.weight.lerp_(self.layer.weight, 0.1)
-            target = self.twin(x)
-        return self.head(self.layer(x) + target)
-
-
-def test_what_a_forward_writes_into_gets_no_gradient() -> None:
-    """Zeros in place of none would let weight decay move it."""
-    torch.manual_seed(0)
-    model = WritesIntoATwin().train()
-    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), "shared")
-    for _ in range(2):
-        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
-        assert step.last is not None
-        assert step.last.engine == "shared"
-    assert model.twin.weight.grad is None
-    assert model.layer.weight.grad is not None
-    x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
-    assert check_engine(model, (x, y), nn.CrossEntropyLoss(), verbose=False).verdict == "right"
-
-
-class MovesItsBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x.add_(1.0)
-        return self.head(x.detach())
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, while it traces
-def test_a_batch_that_the_forward_moves_passes_the_later_gradient_on() -> None:
-    gradients = []
-    for engine in ("exact", "shared"):
-        torch.manual_seed(0)
-        front, model = nn.Linear(8, 8), MovesItsBatch().train()
-        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), engine)
-        for _ in range(2):
-            front.zero_grad()
-            x = front(zoo.vectors(BATCH))
-            (step(x, torch.arange(BATCH) % 5) + x.square().mean()).backward()
-        gradients.append(front.weight.grad)
-    assert gradients[0].norm() > 0.1
-    torch.testing.assert_close(*gradients)
