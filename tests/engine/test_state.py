@@ -54,9 +54,9 @@ class Stateful(nn.Module):
 def test_everything_a_forward_moves_is_put_back() -> None:
     model = Stateful()
     start = model.held()
-    before = ModelState(list(model.modules()))
+    before = ModelState(model)
     drawn = model.move()
-    after, moved = ModelState(list(model.modules())), model.held()
+    after, moved = ModelState(model), model.held()
     assert moved != start
     before.restore()
     assert model.held() == start
@@ -64,7 +64,7 @@ def test_everything_a_forward_moves_is_put_back() -> None:
     model.move()
     after.restore()
     assert model.held() == moved
-    assert after.difference(ModelState(list(model.modules()))) == 0.0
+    assert after.difference(ModelState(model)) == 0.0
     assert before.difference(after) == float("inf")  # a buffer that was None
     assert before.other_attributes(after) == ["Stateful.count"] or "Stateful.count" in before.other_attributes(after)
 
@@ -72,7 +72,7 @@ def test_everything_a_forward_moves_is_put_back() -> None:
 def test_a_restored_buffer_is_the_same_tensor() -> None:
     model = Stateful()
     seen = model.seen
-    before = ModelState([model])
+    before = ModelState(model)
     model.move()
     before.restore()
     assert model.seen is seen

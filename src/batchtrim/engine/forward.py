@@ -58,8 +58,8 @@ class TrimmedForward:
         EngineRefused: engine "shared" cannot run this model exactly. "auto" warns once and goes on with another.
 
     Notes:
-        Two passes run the model's Python twice: forward hooks and plain attributes see the second, smaller batch too.
-        Buffers, running statistics and random generators end up as after one forward. Inside ``torch.no_grad()`` every
+        Two passes run the model's Python twice, hooks too: the second time on a smaller batch. Buffers, attributes,
+        what hooks collect, and random generators end up as after one forward. Inside ``torch.no_grad()`` every
         engine is one plain forward.
 
     Example:
