@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.errors import EngineRefused
-from benchmarks.bench_engine import gradients, language_model, make_step, peak_memory
+from benchmarks.bench_engine import gradients, language_model, make_step
+from benchmarks.memory import peak_memory
 from benchmarks.timing import interleaved, parser_of, ratio, save
 
 Precision = Callable[[], contextlib.AbstractContextManager[Any]]
