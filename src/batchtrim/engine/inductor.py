@@ -1,8 +1,8 @@
 """Compile a trace's graphs with Inductor. Only this file and ``capture.py`` use torch's private parts.
 
-A model that went through ``torch.compile`` runs compiled here too: the graphs of one trace become two functions, the
-forward and the backward of the kept rows, with symbols for the sizes that change, so that no batch size and no k is
-compiled anew. Before each call, the sizes are checked against what Inductor assumed of them.
+A model that the user compiled runs compiled here too. The graphs of one trace become two functions, the forward and the
+backward of the kept rows. Sizes that change are symbols in both, so that a new batch size or a new k needs no new
+compilation. Before each call, the sizes are checked against what Inductor assumed of them.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ __all__ = [
 
 _SHARED_BYTES = 2**15
 
-# Left whole until a graph is proven and parted: BatchNorm, whose means the proof may take over the kept rows; what
-# draws random numbers, so that a trace that runs operator by operator draws as the model does; and what has a rule of
-# its own where its parts have none.
+# Do not decompose these before a graph is proven and split:
+# BatchNorm, for the proof may take its means over the kept rows; operators that draw random numbers, so that a trace
+# that runs operator by operator draws as the model does; operators with a rule whose parts have none.
 _WHOLE = (
     "batch_norm", "native_dropout", "rrelu_with_noise", "bernoulli", "embedding_dense_backward", "slice_backward",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Record and restore what a forward changes besides its result: generators, buffers, plain attributes, the batch.
+"""Record and restore what a forward changes besides its result: generators, the model's state, the batch.
 
 An engine that runs the model's Python twice starts the second run from the state before the first, and leaves
 everything as the first one left it: as one plain step would have.
@@ -59,7 +59,7 @@ def without_graph() -> Iterator[None]:
 
 @contextmanager
 def uncompiled_calls() -> Iterator[None]:
-    """Run what is compiled as plain Python meanwhile, where the torch release can."""
+    """Run compiled models as plain Python inside the block, where the torch release can."""
     if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
         yield
         return
@@ -85,7 +85,7 @@ def uses_tf32(device: torch.device) -> bool:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute products of float32 in float32 meanwhile, on a GPU too."""
+    """Compute products of float32 in full float32 inside the block, on a GPU too."""
     before = [(place, name, getattr(place, name)) for place, name in _tf32_switches()]
     try:
         for place, name, value in before:
@@ -97,9 +97,9 @@ def full_float32() -> Iterator[None]:
 
 
 def _tf32_switches() -> list[tuple[Any, str]]:
-    """Return where torch keeps whether TF32 is allowed. From 2.9 on each operator has a word of its own.
+    """Return the switches that allow TF32: from torch 2.9 on, one for each kind of operator.
 
-    The older switches raise there once a user has set one of the new ones.
+    There the older switches raise once a user has set one of the new ones.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if hasattr(cudnn, "conv"):
@@ -113,7 +113,7 @@ def is_lazy(model: nn.Module) -> bool:
 
 
 def compiled_part(model: nn.Module) -> Any:
-    """Return what torch.compile made of the model or of a part of it, the first there is; None where nothing is."""
+    """Return the first part of the model that torch.compile made, or None."""
     for module in model.modules():
         if hasattr(module, "_orig_mod"):
             return module
@@ -162,13 +162,13 @@ class GeneratorStates:
 
 def _same_numpy(a: Any, b: Any) -> bool:
     if a is None or b is None:
-        return True  # NumPy was imported in between: nothing of it was there to compare with
+        return True  # NumPy was imported in between
     same = a["state"]["pos"] == b["state"]["pos"] and (a["state"]["key"] == b["state"]["key"]).all()
     return bool(same) and a["has_gauss"] == b["has_gauss"]
 
 
 class ModelState:
-    """What a forward may change besides its result and the generators, as it is now; see :class:`Held`.
+    """A copy of what a forward may change, without its result and the generators; see :class:`Held`.
 
     Args:
         roots: the model, and what computes its loss.
