@@ -64,8 +64,8 @@ def traced() -> batchtrim.TrimmedForward:
     return step
 
 
-# In every run: images, tokens, dropout, shared weights, checkpoints, buffers.
-DEFAULT = ("group_norm", "tied", "checkpoint_dropout", "buffers")
+# In every run: images, tokens, dropout, shared weights, checkpoints. Buffers are in test_compiled.py.
+DEFAULT = ("group_norm", "tied", "checkpoint_dropout")
 
 
 @pytest.mark.parametrize("name", few(EXACT, DEFAULT))
