@@ -91,9 +91,10 @@ def test_what_is_no_number_is_named_with_the_number_meant(words: list[str], mess
         (["compare", "done/runs.jsonl"], "For the report on these runs: batchtrim report done"),
         (["show", "done/runs.jsonl"], "expected a keep log in done/keep, found none."),
         (["report", "--csv", "done/report.csv"], "Is it a report of batchtrim's own? Its runs: batchtrim report done"),
-        (["compare", "--data-dir", ""], "expected the name of a folder or file, got nothing."),
-        (["report", "--figures", " "], "expected the name of a folder or file, got nothing."),
-        (["compare", ""], "expected the name of a folder or file, got nothing."),
+        (["compare", "--data-dir", ""], "expected the name of a folder, got nothing."),
+        (["report", "--figures", " "], "expected the name of a folder, got nothing."),
+        (["compare", ""], "expected the name of a file, got nothing."),
+        (["report", "--csv", ""], "expected the name of a file, got nothing."),
     ],
 )
 def test_words_in_the_wrong_place_are_named(words: list[str], message: str) -> None:
@@ -141,6 +142,12 @@ def test_a_home_after_an_equals_sign_is_meant(monkeypatch: pytest.MonkeyPatch, t
     assert (tmp_path / "home" / "my runs" / "report.html").exists()
     assert (tmp_path / "home" / "drawn").exists()
     assert not Path("~").exists()
+
+
+def test_a_link_to_nothing_as_a_folder_is_named() -> None:
+    Path("link").symlink_to("nowhere")
+    said = mistake("compare", "--seeds", "1", "--epochs", "1", "--train-size", "100", "--out", "link", "-q")
+    assert said == "error: expected `out` to be a folder, got link, a link to nothing.\n"
 
 
 def test_a_name_of_two_lines_is_told_in_one() -> None:

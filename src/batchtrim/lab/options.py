@@ -31,12 +31,13 @@ def option(kind: Any, help: str, *names: str, default: Any = None, **more: Any) 
     if plain is int or plain is float:
         more = {"parser": functools.partial(_number, plain), **more}
     elif plain is Path:
-        more = {"parser": _path, **more}
+        more = {"parser": functools.partial(_path, "folder" if more["metavar"] == METAVARS[Path] else "file"), **more}
     return Annotated[kind, typer.Option(*names, help=help, show_default=False, **more)], default
 
 
 def _argument(help: str, kind: Any = Path, default: Any = inspect.Parameter.empty, metavar: str = "FOLDER") -> Any:
-    return Annotated[kind, typer.Argument(help=help, metavar=metavar, show_default=False, parser=_path)], default
+    parser = functools.partial(_path, "folder" if metavar == "FOLDER" else "file")
+    return Annotated[kind, typer.Argument(help=help, metavar=metavar, show_default=False, parser=parser)], default
 
 
 def _number(kind: type[int] | type[float], text: str | float) -> float:
@@ -58,13 +59,13 @@ def _meant(kind: Callable[[str], Any], text: str) -> str:
     return f" Did you mean {meant}?"
 
 
-def _path(text: str | Path) -> Path:
+def _path(what: str, text: str | Path) -> Path:
     """Return the path of that name, with its ``~`` replaced: shells leave one after ``--out=`` as it is.
 
     An empty name is most often an unset shell variable.
     """
     if not str(text).strip():
-        raise typer.BadParameter("expected the name of a folder or file, got nothing.")
+        raise typer.BadParameter(f"expected the name of a {what}, got nothing.")
     return files.expanded(text)
 
 
@@ -297,7 +298,9 @@ def refuse_with_task(given: Mapping[str, Any]) -> None:
     if given.get("keep_log"):
         raise ValueError("expected no --keep-log with --task, got one. The function keeps its log: run.keep_log(n).")
     if given.get("data_dir"):
-        raise ValueError(f"expected no --data-dir with --task, got {given['data_dir']!r}. The function reads its data.")
+        raise ValueError(
+            f"expected no --data-dir with --task, got {str(given['data_dir'])!r}. The function reads its data."
+        )
     from batchtrim.lab.run.ranks import Ranks
 
     if Ranks.from_environment().world > 1:

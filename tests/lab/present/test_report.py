@@ -350,8 +350,12 @@ def test_no_identifier_breaks(make_row, tmp_path, width):
     names = ("full", "selective_backprop_topk", "full_equal_compute")
     rows = [make_row(method, seed) for method in names for seed in range(5)]
     page = report.write_report(rows, tmp_path)
-    tall = "[...document.querySelectorAll('.arm, dt')].filter(each=>each.getClientRects()[0].height>30)"
-    assert _seen(page, width, f"{tall}.map(each=>each.innerText)") == ""
+    lines = "new Set([...range.getClientRects()].map(each=>Math.round(each.top))).size"
+    broken = (
+        "[...document.querySelectorAll('.arm>:last-child, dt')].filter(each=>{const range=document.createRange();"
+        f"range.selectNodeContents(each);return !each.innerText.includes(' ')&&{lines}>1}})"
+    )
+    assert _seen(page, width, f"{broken}.map(each=>each.innerText)") == ""
 
 
 def _seen(page: Path, width: int, script: str) -> str:
