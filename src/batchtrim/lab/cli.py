@@ -242,7 +242,8 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     for text in dict.fromkeys(row["traceback"] for row in failed if "traceback" in row):
         typer.echo(text, err=True)
     if failed:
-        typer.echo(f"{len(failed)} runs failed; the same command tries them again.", err=True)
+        runs, them = ("1 run", "it") if len(failed) == 1 else (f"{len(failed)} runs", "them")
+        typer.echo(f"{runs} failed; the same command tries {them} again.", err=True)
         raise typer.Exit(FAILED)
 
 
