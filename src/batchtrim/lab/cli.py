@@ -17,7 +17,7 @@ from batchtrim import __version__
 from batchtrim._checks import check_choice
 from batchtrim.lab import options
 from batchtrim.lab.execute import reach
-from batchtrim.lab.files import CannotWrite, as_written
+from batchtrim.lab.files import CannotWrite, as_written, shown
 from batchtrim.lab.terminal import FAILED, INTERRUPTED, guard, open_closed, print_plainly
 
 app = typer.Typer(
@@ -135,7 +135,7 @@ def report_command(given: dict[str, Any]) -> None:
         from batchtrim.lab.present import figures as drawing
 
         paths = drawing.save(comparison.summarize(rows, baseline), figures)
-        typer.echo(f"figures: {len(paths)} files in {figures}", err=given["as_json"])
+        typer.echo(f"figures: {len(paths)} files in {shown(figures)}", err=given["as_json"])
 
 
 @_command("claims", options.CLAIMS)
@@ -157,10 +157,10 @@ def claims_command(given: dict[str, Any]) -> None:
         found = [claims.read(each) for each in folders]
         if table is not None:
             readme_table.write(found, table)
-            typer.echo(f"table: {table}")
+            typer.echo(f"table: {shown(table)}")
         if out is not None:
             results.write(found, out)
-            typer.echo(f"results: {out}")
+            typer.echo(f"results: {shown(out)}")
         if out is None and table is None:
             typer.echo(results.page(found), nl=False)
 
@@ -177,7 +177,7 @@ def show_command(given: dict[str, Any]) -> None:
     chosen = {name: given[name] for name in ("key", "method", "seed", "data_dir")}
     with as_written("the records and the keep log"):
         page = gallery.build(given["run"], given["out"], **chosen)
-    typer.echo(f"gallery: {page}")
+    typer.echo(f"gallery: {shown(page)}")
 
 
 @_command("methods", options.METHODS_LISTED)
@@ -242,7 +242,8 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     for text in dict.fromkeys(row["traceback"] for row in failed if "traceback" in row):
         typer.echo(text, err=True)
     if failed:
-        typer.echo(f"{len(failed)} runs failed; the same command tries them again.", err=True)
+        runs, them = ("1 run", "it") if len(failed) == 1 else (f"{len(failed)} runs", "them")
+        typer.echo(f"{runs} failed; the same command tries {them} again.", err=True)
         raise typer.Exit(FAILED)
 
 
@@ -290,7 +291,9 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
             )  # fmt: skip
     except KeyboardInterrupt:
         done = len(records.Records(out).rows())
-        typer.echo(f"\nstopped; {done} runs are recorded in {out}. The same command goes on from there.", err=True)
+        typer.echo(
+            f"\nstopped; {done} runs are recorded in {shown(out)}. The same command goes on from there.", err=True
+        )
         raise typer.Exit(INTERRUPTED) from None
     return configs, out, failed, ranks.rank
 
@@ -314,7 +317,7 @@ def _report(
             raise
     tables.print_numbers(summary, as_json)
     if not as_json:
-        typer.echo(f"report: {page}")
+        typer.echo(f"report: {shown(page)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -29,11 +30,14 @@ def option(kind: Any, help: str, *names: str, default: Any = None, **more: Any) 
     more = {"metavar": METAVARS[plain], **more} if plain else more
     if plain is int or plain is float:
         more = {"parser": functools.partial(_number, plain), **more}
+    elif plain is Path:
+        more = {"parser": functools.partial(_path, "folder" if more["metavar"] == METAVARS[Path] else "file"), **more}
     return Annotated[kind, typer.Option(*names, help=help, show_default=False, **more)], default
 
 
 def _argument(help: str, kind: Any = Path, default: Any = inspect.Parameter.empty, metavar: str = "FOLDER") -> Any:
-    return Annotated[kind, typer.Argument(help=help, metavar=metavar, show_default=False)], default
+    parser = functools.partial(_path, "folder" if metavar == "FOLDER" else "file")
+    return Annotated[kind, typer.Argument(help=help, metavar=metavar, show_default=False, parser=parser)], default
 
 
 def _number(kind: type[int] | type[float], text: str | float) -> float:
@@ -55,11 +59,14 @@ def _meant(kind: Callable[[str], Any], text: str) -> str:
     return f" Did you mean {meant}?"
 
 
-def _folder(text: str | Path) -> Path:
-    """Return the folder of that name; an empty name is most often an unset shell variable."""
+def _path(what: str, text: str | Path) -> Path:
+    """Return the path of that name, with its ``~`` replaced: shells leave one after ``--out=`` as it is.
+
+    An empty name is most often an unset shell variable.
+    """
     if not str(text).strip():
-        raise typer.BadParameter("expected the name of a folder, got nothing.")
-    return Path(text)
+        raise typer.BadParameter(f"expected the name of a {what}, got nothing.")
+    return files.expanded(text)
 
 
 def check_targets(**folders: Path | None) -> None:
@@ -79,10 +86,8 @@ ONE: Table = {
     "seed": option(int | None, "seed of everything drawn"),
 }
 PLACE: Table = {
-    "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]", parser=_folder),
-    "data_dir": option(
-        str | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]", metavar="PATH"
-    ),
+    "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]"),
+    "data_dir": option(Path | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
     "checkpoint_seconds": option(float, "minimum seconds between checkpoints of a run [60]", default=60.0),
     "tensorboard": option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
     "keep_log": option(bool, "record which samples are kept, for `batchtrim show`", "--keep-log", default=False),
@@ -115,9 +120,9 @@ REPORT: Table = {
     "csv": option(Path | None, "results of another program: columns method, seed, a metric, time", metavar="FILE.csv"),
     "metric": option(str | None, "column to compare by [the only other column]", metavar="COLUMN"),
     **{name: TASK[name] for name in ("higher_is_better", "lower_is_better")},
-    "out": option(Path | None, "folder for the report [the same folder]", parser=_folder),
+    "out": option(Path | None, "folder for the report [the same folder]"),
     "baseline": option(str, "method the others are compared with [full]", default="full", metavar="METHOD"),
-    "figures": option(Path | None, "folder to write the charts to, as SVG and PNG", parser=_folder),
+    "figures": option(Path | None, "folder to write the charts to, as SVG and PNG"),
     "as_json": option(bool, "print the numbers as JSON and write nothing", "--json", default=False),
     **DEBUG,
 }
@@ -133,9 +138,7 @@ SHOW: Table = {
     "method": option(str | None, "method of the run [trim, else the last that selects]", metavar="METHOD"),
     "seed": option(int | None, "seed of the run [the first]"),
     "out": option(Path | None, "page [keep/KEY.html in the folder]", metavar="PAGE.html"),
-    "data_dir": option(
-        str | None, "folder with NAME/{train,test}-*.parquet [where the runs found them]", metavar="PATH"
-    ),
+    "data_dir": option(Path | None, "folder with NAME/{train,test}-*.parquet [where the runs found them]"),
     **DEBUG,
 }
 METHODS_LISTED: Table = {"as_json": option(bool, "print as JSON", "--json", default=False)}
@@ -202,7 +205,7 @@ def _default(name: str, presets: Mapping[str, Any]) -> str:
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the TOML file, if there is one, under those given as options."""
-    settings = files.load_toml(given["grid"]) if given.get("grid") else {}
+    settings = _settings_in(given["grid"], given.get("methods")) if given.get("grid") else {}
     _refuse_elsewhere(settings, given)
     options = {name: given[name] for name in NAMES if given.get(name) is not None}
     if options.keys() & {"methods", "seeds"}:  # a file may say `method` or `seed` instead
@@ -226,18 +229,47 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **options}
 
 
+def _settings_in(grid: Path, methods: str | None) -> dict[str, Any]:
+    """Return the settings of a TOML file; an error where the name is that of a method, typed beside its option."""
+    from batchtrim.lab.methods.table import METHODS
+
+    names = [each for each in re.split(r"[,\s]+", str(grid)) if each]
+    if not grid.exists() and all(name in METHODS for name in names):
+        listed = ",".join([*filter(None, [methods]), *names])
+        raise ValueError(f"expected a TOML file, got the method {grid}. Methods are an option: --methods {listed}.")
+    settings = files.load_toml(grid)
+    for name, value in itertools.chain.from_iterable(part.items() for part in _parts(settings)):
+        _check_written(name, value, grid)
+    return settings
+
+
+def _parts(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    grid = settings.get("grid")
+    return [settings, *(part for part in grid if isinstance(part, dict))] if isinstance(grid, list) else [settings]
+
+
+def _check_written(name: str, value: Any, grid: Path) -> None:
+    """Refuse text in TOML where a number is meant, or a list: neither is read out of it."""
+    setting = SETTINGS.get({"methods": "method", "seeds": "seed"}.get(name, name))
+    if setting is None or not isinstance(value, str):
+        return
+    if setting.kind in (int, float):
+        raise TypeError(f"expected `{name}` to be a number in {grid}, got the text {value!r}. Leave out the quotes.")
+    if setting.many and not setting.own and "," in value:
+        listed = ", ".join(f'"{each.strip()}"' for each in value.split(","))
+        raise ValueError(f"expected `{name}` to be a list in {grid}, got the text {value!r}. Write [{listed}].")
+
+
 def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse options of the command in a file of settings: they belong to no run."""
-    grid = settings.get("grid")
-    parts = [part for part in grid if isinstance(part, dict)] if isinstance(grid, list) else []
     named = {**PLACE, **SCALE, **TALK}
     table = next((name for name, value in settings.items() if isinstance(value, dict) and name != "params"), None)
     if table is not None:
-        raise ValueError(
-            f"expected a value of `{table}` in {given['grid']}, got a table. Settings stand above all tables, or in "
-            f"[[grid]]: leave out the line [{table}]."
+        cure = {"grid": "Double its brackets: [[grid]].", "param": "Parameters stand in [params.METHOD]."}.get(
+            table, f"Settings stand above all tables, or in [[grid]]: leave out the line [{table}]."
         )
-    wrong = next((name for part in (settings, *parts) for name in part if name in named), None)
+        raise ValueError(f"expected a value of `{table}` in {given['grid']}, got a table. {cure}")
+    wrong = next((name for part in _parts(settings) for name in part if name in named), None)
     if wrong is not None:
         way = wrong.removeprefix("as_").replace("_", "-")
         raise ValueError(
@@ -266,7 +298,9 @@ def refuse_with_task(given: Mapping[str, Any]) -> None:
     if given.get("keep_log"):
         raise ValueError("expected no --keep-log with --task, got one. The function keeps its log: run.keep_log(n).")
     if given.get("data_dir"):
-        raise ValueError(f"expected no --data-dir with --task, got {given['data_dir']!r}. The function reads its data.")
+        raise ValueError(
+            f"expected no --data-dir with --task, got {str(given['data_dir'])!r}. The function reads its data."
+        )
     from batchtrim.lab.run.ranks import Ranks
 
     if Ranks.from_environment().world > 1:
@@ -284,8 +318,12 @@ _COMMA = re.compile(r",(?![^\[]*\])")  # one that is not inside brackets
 
 
 def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    parts = [part.strip() for part in _COMMA.split(text) if part.strip()]
+    names = [each for part in parts for each in re.split(r"[\s;|]+", part) if each]
+    if len(names) > len(parts) and not (name in SETTINGS and SETTINGS[name].own):  # a path may have a space in it
+        raise ValueError(f"expected `{name}` to be separated by commas, got {text!r}. Did you mean {','.join(names)}?")
     try:
-        return [kind(part.strip()) for part in _COMMA.split(text) if part.strip()]
+        return [kind(part) for part in parts]
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         hint = _meant(kind, text) or (_range_meant(text) if kind is int else "")

@@ -104,7 +104,7 @@ def build(
     Raises:
         ValueError: the folder holds no keep log, or none of that key.
     """
-    folder = Path(run)
+    folder = Path(run).parent if Path(run).name == "runs.jsonl" else Path(run)
     logged = [row for row in records.read(folder) if (folder / "keep" / f"{row['key']}.parquet").exists()]
     if not logged:
         raise ValueError(

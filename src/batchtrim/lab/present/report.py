@@ -377,8 +377,8 @@ def _settings(group: Group) -> dict[str, str]:
         **{
             arm.label: ", ".join(
                 f"{name} {value}"
-                for name, value in arm.settings.items()
-                if name != "method" and value not in (None, {})
+                for name, value in {**arm.settings, **(arm.settings.get("method_params") or {})}.items()
+                if name not in ("method", "method_params") and value is not None
             )
             for arm in group.arms
         },

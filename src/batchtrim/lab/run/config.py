@@ -19,6 +19,7 @@ from batchtrim._checks import (
     check_keep,
     check_number,
     check_positive,
+    describe,
     nearest,
     plain,
 )
@@ -138,6 +139,7 @@ class RunConfig:
         from batchtrim.lab.task import images
         from batchtrim.lab.task.models import find_model
 
+        self._check_words()
         own = images.is_own(self.dataset)
         spec, model = None if own else find_spec(self.dataset), find_model(self.model)
         images.check_options(self)
@@ -185,6 +187,14 @@ class RunConfig:
             imbalance=float(self.imbalance),
             **keep,
         )
+
+    def _check_words(self) -> None:
+        """Check the types of settings whose values are not in a list."""
+        for name in ("dataset", "group", "image_column", "label_column", "skip_broken"):
+            value, kind = getattr(self, name), SETTINGS[name].kind
+            if not isinstance(value, kind) and (value is not None or SETTINGS[name].default is not None):
+                what = "text" if kind is str else "true or false"
+                raise TypeError(f"expected `{name}` to be {what}, got {describe(value)}.")
 
     def _check_numbers(self, spec: Spec | None, model: ModelRow) -> None:
         """Check counts, sizes and fractions, each by itself."""
