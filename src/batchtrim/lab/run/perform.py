@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from batchtrim._checks import describe
 from batchtrim.lab.files import CannotWrite, writing
@@ -51,6 +53,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         that it made errors) is put back. A process that it forked, and that returns too, ends here.
     """
     assert config.code is not None
+    _import_torchs_compiler()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begun = time.perf_counter()
     run = Run(config, out / "tasks" / config.key, on_epoch)
@@ -58,7 +61,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
     with as_it_was(config.seed, config.threads) as seen:
         try:
             function = config.code.load()
-            begun = time.perf_counter()  # what the file imports is no part of training
+            begun = run.begun = time.perf_counter()  # what the file imports is no part of training
             returned = function(run)
             seconds = time.perf_counter() - begun
             result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen)}
@@ -87,6 +90,12 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         "environment": environment(config),
         "started": started,
     }
+
+
+@functools.cache
+def _import_torchs_compiler() -> None:
+    """Make an optimizer: torch imports its compiler for the first one, seconds that would count as that run's time."""
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 
 
 def _value(returned: Any, metric: Metric) -> dict[str, Any]:
