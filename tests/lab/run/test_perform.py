@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,20 @@ def test_curves_and_the_run_share_a_clock(config: TaskConfig, tmp_path: Path) ->
     row = perform(config, tmp_path)
     assert row["status"] == "finished"
     assert row["curve"]["seconds"][0] <= row["seconds"] < 0.3
+
+
+def test_imports_during_the_call_are_noted(config: TaskConfig, tmp_path: Path) -> None:
+    """They counted as training of the first run, and so of its method, without a word."""
+    file = Path("slow_to_import.py")
+    Path("my_helper_here.py").write_text("")
+    file.write_text(file.read_text().replace("    run.trim.step()", "    import my_helper_here\n    run.trim.step()"))
+    config = replace(config, code=Code.in_file("slow_to_import.py:train", "train"))
+    first, second = (perform(config, tmp_path) for _ in range(2))
+    (note,) = first["notes"]
+    assert note.startswith(
+        "the first run of a process imported my_helper_here during the call, which counts as its time"
+    )
+    assert "notes" not in second
 
 
 def test_torchs_compiler_is_imported_before_the_clock_starts(config: TaskConfig) -> None:

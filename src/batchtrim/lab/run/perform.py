@@ -31,6 +31,7 @@ from batchtrim.lab.task.code import own_traceback
 __all__ = ["check_task", "perform"]
 
 LONGEST_TRACEBACK = 4000
+SHORT = 60.0  # seconds of a run up to which imports in it matter
 
 
 def check_task(config: TaskConfig) -> None:
@@ -61,10 +62,11 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
     with as_it_was(config.seed, config.threads) as seen:
         try:
             function = config.code.load()
+            seen.begin()
             begun = run.begun = time.perf_counter()  # what the file imports is no part of training
             returned = function(run)
             seconds = time.perf_counter() - begun
-            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen)}
+            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, seconds)}
             _write_log(run, config, out)
         except CannotWrite:  # the disk's fault, not the task's
             raise
@@ -127,7 +129,7 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
     return {"status": "finished", metric.field: value, **({"also": also} if also else {})}
 
 
-def _told(run: Run, seen: Seen) -> dict[str, Any]:
+def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
     """Return what is to be said of a run that ended well; a method that was never applied is a mistake."""
     if run.method != "full" and not run.rule.used:
         raise TaskMistake(
@@ -155,6 +157,12 @@ def _told(run: Run, seen: Seen) -> dict[str, Any]:
             )
     if seen.torch_seed != run.seed:
         more["torch_seed"] = seen.torch_seed  # judged beside the other seeds', in batchtrim.lab.analyse.caveats
+    if seconds < SHORT and (names := seen.imported()):
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        notes.append(
+            f"the first run of a process imported {listed} during the call, which counts as its time: import at the "
+            "top of the file"
+        )
     for one, many, left in (("thread", "threads", seen.threads()), ("process", "processes", seen.processes())):
         if left:
             notes.append(f"the task left {len(left)} {many if len(left) > 1 else one} running ({', '.join(left[:3])})")
