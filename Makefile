@@ -39,11 +39,12 @@ test-slow: $(VENV)/.docs  ## whole tables of cases, and long property, compile, 
 
 test-all: test test-slow
 
-check: $(VENV)/.dev  ## ruff, pyright and the layers of imports
+check: $(VENV)/.dev  ## ruff, pyright, the layers of imports, the lengths of files and functions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/sizes.py
 
 licences: $(VENV)/.dev  ## the licences of all that the package and its extras need
 	$(BIN)/pip-licenses --from=mixed --partial-match --allow-only="$(LICENCES)" \

@@ -79,6 +79,31 @@ def test_the_version_needs_no_library(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == (f"batchtrim {__version__}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--help"], "compare "),
+        ([], "compare "),
+        (["compare", "-h"], "optimizer: adam, adamw, sgd, nesterov"),
+        (["sweep", "--help"], "[linear,cosine,step]"),
+        (["train", "--help"], "method; `batchtrim methods` lists them [trim]"),
+        (["demo", "--help"], "--workers"),
+        (["report", "--help"], "--figures"),
+        (["claims", "--help"], "claims.toml"),
+        (["show", "--help"], "--keep-log"),
+        (["methods", "--help"], "--json"),
+        (["compare", "--epoch"], "No such option: --epoch"),
+        (["compare", "--epochs", "ten"], "expected a whole number, got 'ten'"),
+    ],
+)
+def test_help_needs_no_torch(words: list[str], says: str, tmp_path: Path) -> None:
+    """Importing torch takes seconds, which whoever asks for help waits."""
+    folder = torch_that(tmp_path, "raise ImportError('no torch', name='torch')")
+    done = interrupted([*MODULE, *words], folder)
+    assert says in done.stdout + done.stderr
+    assert "is not installed" not in done.stderr
+
+
 @pytest.fixture(autouse=True)
 def _ctrl_c_as_before() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)

@@ -20,7 +20,7 @@ from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.rows import copied, restore_values
-from batchtrim.engine.state import GeneratorStates, ModelState, Moment, device_of, modules_of, without_graph
+from batchtrim.engine.state import GeneratorStates, ModelState, Moment, device_of, without_graph
 from batchtrim.engine.writes import known_to_write, writes_undone
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
@@ -130,7 +130,7 @@ def first_pass(
         ValueError: a second pass follows, and the forward changes its batch in place, so the second would differ.
         EngineRefused: the forward writes into a parameter that it left alone in earlier windows.
     """
-    before = ModelState(list(model.modules())) if undo_buffers else None
+    before = ModelState(model) if undo_buffers else None
     device = device_of(model)
     found, states = [], []
     with without_graph(), writes_undone(model):
@@ -165,7 +165,7 @@ def _choose(
             first.append((moment, losses.values))
         return losses, forward.scores(outputs, y)
 
-    before = ModelState(modules_of(forward.inner, forward.per_sample_loss, forward.rank_by))
+    before = ModelState(forward.inner, forward.per_sample_loss, forward.rank_by)
     found, states = first_pass(forward.inner, batches, score, undo_buffers=False)
     if first and known_to_write(forward.inner):  # the kept rows alone do not write the same: repeat all
         for batch, (moment, _) in zip(batches, first, strict=True):

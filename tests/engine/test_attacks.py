@@ -32,8 +32,8 @@ def test_every_kind_has_several_members() -> None:
     assert len(ATTACKS) >= 120
 
 
-# two of each kind in every run, all of them among the slow tests
-DEFAULT = one_of_each(ATTACKS, lambda name: ATTACKS[name].kind, 2)
+# one of each kind in every run, all of them among the slow tests
+DEFAULT = one_of_each(ATTACKS, lambda name: ATTACKS[name].kind)
 
 
 @pytest.mark.parametrize("name", few(ATTACKS, DEFAULT))

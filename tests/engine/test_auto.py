@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import warnings
@@ -15,11 +16,13 @@ from harness import BATCH, error, gradient
 from torch import nn
 
 import batchtrim
+from batchtrim.engine import auto
 from batchtrim.engine.auto import AutoEngine
 from batchtrim.engine.capture import Capture
 from batchtrim.engine.cost import Cost, Forecast, Machine, OperatorCount
 from batchtrim.errors import ApproximateGradient, EngineFallback
 from batchtrim.testing import check_engine
+from tiers import few
 
 
 class Wide(nn.Sequential):
@@ -62,7 +65,11 @@ def counted_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("counted_first")
-def test_a_model_whose_trace_is_not_paid_back_is_not_traced(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_whose_trace_is_not_paid_back_is_not_traced(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_millisecond_each = itertools.count(step=1e-3).__next__
+    monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=a_millisecond_each))
     with caplog.at_level(logging.INFO, "batchtrim.engine"):
         step = stepped(Wide(), 0.2, BATCH)
     assert re.search(r"goes on with 'exact': a trace .* \d\.\d s, and 100 steps 0\.\d s", caplog.records[-1].message)
@@ -186,7 +193,7 @@ def test_cost_of_a_step() -> None:
     assert cost.ratio(0.5) == pytest.approx((1 + 0.5 + 1 + 1.5 * 0.1 + 0.05) / 3)
 
 
-@pytest.mark.parametrize(("cosine", "approximate"), [(0.97, True), (0.93, False)])
+@pytest.mark.parametrize(("cosine", "approximate"), few([(0.97, True), (0.93, False)], [(0.93, False)]))
 def test_batch_norm_is_approximated_only_where_that_is_near(
     cosine: float, approximate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,3 +269,14 @@ def test_a_compiled_model_goes_to_two_pass_where_shared_refuses() -> None:
         else:
             step(x, y).backward()
     assert step.last.engine == "two_pass"
+
+
+@pytest.mark.parametrize("engine", ["shared", "auto"])
+def test_batch_norm_in_evaluation_mode_is_exact_and_said_to_be(engine: str) -> None:
+    model = Wide(nn.BatchNorm1d(512))
+    model[1].eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ApproximateGradient)
+        step = stepped(model, 0.2, engine=engine)
+    assert step.last.engine == "shared"
+    assert step.last.approximate is None

@@ -24,6 +24,7 @@ TELLING = (
     "rms_norm", "einsums", "sorted_and_accumulated", "straight_through", "many_labels", "parametrised",
     "segments", "contrastive", "normalised_by_what_was_before", "views_written_in_place", "rows_clipped_by_a_hook",
     "linear_attention", "tokens_merged_within_a_sample", "input_gradient_centred", "instance_normed",
+    "pairs_in_one_batch", "repeated_row_by_row", "channels_shifted_over_frames",
 )  # fmt: skip
 # A norm takes its channel's bias and scale out again, so what is left of the gradient before it is small. Against
 # float64, Inductor is off by 1.4e-5 there with the whole batch too (plain torch by 5e-6); in float64 by 2e-14.

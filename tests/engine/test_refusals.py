@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import zoo
@@ -62,3 +65,72 @@ def test_a_trace_that_is_not_the_model_is_refused_with_the_state_put_back() -> N
     with pytest.raises(EngineRefused, match="its trace differs from the model"):
         step(x, y)
     assert list(model.queue) == [1, 2]
+
+
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "jvp": lambda run, x: torch.func.jvp(run, (x,), (x,)),
+    "grad": lambda run, x: torch.func.grad(run)(x),
+    "vmap": lambda run, x: torch.func.vmap(run)(x[None]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func.jvp compiles a script
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_are_refused_by_name_and_only_inside(name: str) -> None:
+    step = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+    with pytest.raises(EngineRefused, match=r"inside torch\.func or with forward-mode derivatives \(jvp\)"):
+        TRANSFORMS[name](lambda v: step(v, y), x)
+    step(x, y).backward()
+    assert step.last is not None
+    assert step.last.engine == "shared"
+
+
+def test_the_line_that_cannot_be_traced_is_named() -> None:
+    with pytest.raises(EngineRefused, match=r"as one graph at `x = .* > 0 else .*` \(odd\.py:\d+\): Data-dep"):
+        train(zoo.Branching, zoo.vectors, "shared")
+
+
+class Cooling(zoo.Mlp):
+    """Divides by a temperature that falls in every step."""
+
+    heat = 2.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.heat *= 0.9
+        return super().forward(x) / self.heat
+
+
+def test_a_number_that_changes_in_every_step_is_refused_with_the_cure() -> None:
+    step = batchtrim.TrimmedForward(Cooling(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    step.engine.capture.limit = 2  # type: ignore[union-attr]
+
+    def steps() -> None:
+        for _ in range(4):
+            step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
+
+    with pytest.raises(EngineRefused, match=r"each time with a new trace\. Hold a number that changes as a tensor"):
+        steps()
+
+
+class Encoder(nn.Module):
+    """Sets ``requires_grad`` of its input in training, as the feature encoder of wav2vec2 does."""
+
+    __module__ = "transformers.models.wav2vec2.modeling_wav2vec2"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 5)
+        self._requires_grad = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = x[:, None]
+        if self._requires_grad and self.training:
+            hidden.requires_grad = True
+        return self.layer(hidden.tanh())[:, 0]
+
+
+def test_a_speech_encoder_that_asks_for_an_input_gradient_runs() -> None:
+    exact, shared = (train(Encoder, zoo.vectors, engine) for engine in ("exact", "shared"))
+    agree(exact, shared)
+    assert shared.step.forward.model._requires_grad is True

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.testing import check_engine
+from tiers import few
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd models is not the subject
 
@@ -42,7 +43,9 @@ def _raised_and_clipped(net: Any, x: Tensor) -> Tensor:
     return net.t(clipped(raised(net.t2(net.a(x)))).tanh())
 
 
-@pytest.mark.parametrize(("run", "share"), [(_clipped_at_the_output, 1.0), (_raised_and_clipped, 0.5)])
+@pytest.mark.parametrize(
+    ("run", "share"), few([(_clipped_at_the_output, 1.0), (_raised_and_clipped, 0.5)], [(_raised_and_clipped, 0.5)])
+)
 def test_a_gradient_of_rows_that_are_not_kept_is_computed_on_all_rows(run: Any, share: float) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -54,3 +57,32 @@ def test_a_gradient_of_rows_that_are_not_kept_is_computed_on_all_rows(run: Any, 
     step(*batch).backward()
     found = step.engine.trace.cost(True).share  # type: ignore[union-attr]
     assert found == 1.0 if share == 1.0 else 0.1 < found < 0.9
+
+
+def _pair(net: Any, x: Tensor) -> Tensor:
+    left, right = net.t(net.a(torch.cat([x, 2 * x])).tanh()).chunk(2)
+    return left + (left - right).square()
+
+
+def _three(net: Any, x: Tensor) -> Tensor:
+    z = net.a(torch.cat([x, 2 * x, 3 * x])).tanh()
+    return net.t(z[len(x) :]).view(2, len(x), C).mean(0) + net.t(z[: len(x)])
+
+
+def _half(net: Any, x: Tensor) -> Tensor:
+    """Half of the batch beside the other half."""
+    z = net.a(x)
+    return net.t(torch.cat([z[len(x) // 2 :], z[: len(x) // 2]]) + z)
+
+
+@pytest.mark.parametrize(("run", "whole"), [(_pair, True), (_three, True), (_half, False)])
+def test_a_batch_that_holds_all_samples_several_times_runs_on_the_kept_rows(run: Any, whole: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = Net(run, {})
+    batch = torch.randn(12, D), torch.randint(0, C, (12,))
+    report = check_engine(net, batch, nn.CrossEntropyLoss(), engine="shared", verbose=False)
+    assert report.verdict == "right", report
+    step = batchtrim.TrimmedForward(net, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    step(*batch).backward()
+    assert (step.engine.trace.cost(True).share == 1.0) is whole  # type: ignore[union-attr]

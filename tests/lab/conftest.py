@@ -1,11 +1,13 @@
-"""Made-up rows of runs.jsonl, so that tests of the report need no training."""
+"""Shared by the tests of the lab: made-up rows of runs.jsonl, so that tests of the report need no training."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +24,16 @@ ENVIRONMENT: Row = {
     "device": "cpu",
     "commit": "0123456789ab",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _asked_once() -> Iterator[None]:
+    """Build the command line once, not for each command; look for installed plug-ins once, not for each run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("typer.testing._get_command", "lightning_fabric.utilities.registry.entry_points"):
+            module, _, function = name.rpartition(".")
+            patch.setattr(name, functools.cache(getattr(importlib.import_module(module), function)))
+        yield
 
 
 @pytest.fixture

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from batchtrim.lab.analyse import comparison
+from batchtrim.lab.execute import grid, progress
 from batchtrim.lab.execute.progress import Live
 from batchtrim.lab.present import tables
 
@@ -47,6 +50,46 @@ def test_an_empty_no_color_asks_for_nothing(
     if value is not None:
         monkeypatch.setenv("NO_COLOR", value)
     assert "\x1b[1m" in printed(make_row, capsys)
+
+
+def test_colours_in_a_pipe_are_no_reason_to_redraw(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The log of CI was full of codes that move the cursor, and had no line for a run."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    (config,) = grid.expand({"methods": ["trim"], "seeds": [0], "epochs": 2})
+    with Live() as watcher:
+        watcher.begin([config], 0)
+        watcher.batch(config, {"epoch": 0, "epochs": 2, "batch": 1, "batches": 4})
+        watcher.finished(config, {"status": "failed", "error": "of some kind" + " that takes long to tell" * 9})
+    text = "".join(capsys.readouterr())
+    assert text.splitlines()[0] == "0/1 runs  digits mlp trim linear 1-0.2 seed 0: epoch 1/2, batch 1/4"
+    assert len(text.splitlines()) == 2, "wrapped at 80 columns"
+    assert not [code for code in _codes(text) if code[-1] != "m"]
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 76, 80, 100, 110, 200])
+def test_no_number_is_cut_off_a_bar(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """At 80 columns the time left was 0:0…"""
+    screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(progress, "console", lambda **_: screen)
+    configs = grid.expand({"methods": ["full", "trim"], "seeds": 2, "epochs": 100})
+    watcher = Live()
+    watcher.begin(configs, 0)
+    watcher.batch(configs[0], {"epoch": 99, "epochs": 100, "batch": 90, "batches": 99})
+    watcher.epoch(configs[-1], {"epoch": 99, "epochs": 100, "test_error": 0.1234})
+    seen = Console(file=io.StringIO(), width=width, color_system=None)
+    seen.print(watcher.bars.get_renderable())
+    lines = seen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= width
+    if width >= 40:
+        assert "epoch 100/100, batch 90/99" in lines[1]
+        assert "error 12.34 %" in lines[2]
+    for line in lines if width >= progress.NARROW else ():
+        assert re.search(r"left (\d:\d\d:\d\d|-:--:--)$", line.rstrip())
+    if width >= 80:
+        assert lines[2].startswith("trim linear 1-0.2 seed 1 ")
 
 
 def _codes(text: str) -> list[str]:

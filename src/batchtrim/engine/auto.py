@@ -1,4 +1,4 @@
-"""Pick the cheapest engine that is right for the model, and say which one it is and why."""
+"""Pick the cheapest engine that is right for a model, and say which it is and why."""
 
 from __future__ import annotations
 
@@ -28,41 +28,43 @@ __all__ = ["AutoEngine"]
 
 _log = logging.getLogger("batchtrim.engine")
 
-# At this keep fraction a trace that does not pay never will.
+# A trace that does not pay at this keep fraction pays at none.
 _SMALLEST = 0.1
-# A trace takes half a second at least, which 100 steps do not pay back below 8 ms a step, however little is kept. So a
-# model whose forward is as short as this on a CPU is given up at once. What starts up slowly gets further tries.
+# A trace takes half a second at least. Steps of less than 8 ms do not pay that back within 100 steps, however little is
+# kept. So ``auto`` gives a model up at once whose forward is shorter than _SHORT on a CPU. A forward that takes longer,
+# but less than _LONG, is timed again, up to _TIMED times: the first ones may have been slow for another reason.
 _SHORT, _LONG, _TIMED = 2e-3, 20e-3, 3
 _JUDGE_EVERY = 300  # steps between two measurements of what BatchNorm's approximation is worth
 
 
 class AutoEngine:
-    """Shared where it pays, two-pass for compiled models that cannot be traced, exact otherwise.
+    """Run "shared" where it pays, "two_pass" for compiled models that cannot be traced, and else "exact".
 
-    What pays is decided by the keep fraction and a count of operations and bytes, not by a clock, so that runs repeat.
-    The first step that might pay runs with ``exact`` and is counted: a trace takes about a second, and is made as soon
-    as 100 steps pay it back. Only a forward so short that it cannot pay is told by the clock, before anything is
-    counted or imported.
-    BatchNorm's approximate form is taken while its measured cosine with the exact gradient is at least 0.95.
+    The keep fraction and a count of operations and bytes decide what pays. No clock does, so that runs repeat. The
+    first step that might pay runs with "exact" and is counted. A trace takes about a second; it is made as soon as 100
+    steps pay it back. The clock decides one thing, before anything is counted or imported: whether a forward is so
+    short that no trace can pay.
+
+    BatchNorm runs in its approximate form while the measured cosine with the exact gradient is at least 0.95.
     """
 
     name = "auto"
-    forecast: Forecast | None = None  # what a trace is worth; None before the first step that might pay
+    forecast: Forecast | None = None  # costs of a trace and of a step; None until a step was counted
 
     def __init__(self, forward: Forward, trim: Trimmer) -> None:
         self.trim = trim
         self.exact = ExactEngine(forward, trim)
-        self.saving: Engine | None = None  # of fewer rows; None before one is made, and where none pays
+        self.saving: Engine | None = None  # cuts rows; None until one is made, and where none pays
         self._judged = 0
         self._told = False
         self._warned = False
-        self._untimed = _TIMED  # steps yet to be timed, at most
+        self._untimed = _TIMED  # how many steps may still be timed
         compiled = compiled_part(forward.model) is not None
         if compiled or self.forecast is not None or device_of(forward.model).type != "cpu":
             self._prepare(compiled, stacklevel=5)
 
     def _prepare(self, compiled: bool, stacklevel: int) -> None:
-        """Make the engine that cuts rows: it brings in torch's compiler, which takes a second."""
+        """Make the engine that cuts rows. It imports torch's compiler, which takes a second."""
         from batchtrim.engine.cost import Forecast
         from batchtrim.engine.shared import SharedEngine
 
@@ -71,7 +73,7 @@ class AutoEngine:
             self.saving = shared = SharedEngine(self.exact.forward, self.trim)
             shared.judge = self._judge
             if compiled:
-                self.forecast = Forecast(math.inf, 0.0)  # its first step compiles in any case
+                self.forecast = Forecast(math.inf, 0.0)  # a trace costs nothing beside the compilation
         except EngineRefused as refused:
             self._hand_on(refused, stacklevel)
 
@@ -92,7 +94,7 @@ class AutoEngine:
             if not self._told and self.saving.traces:
                 self._tell()
             return step
-        # Not while the error lives: it holds the model's frames, and older checkpointing undoes its hooks with them.
+        # Run it here and not in the handler: the error holds the model's frames, and with them hooks of checkpointing.
         step = self.exact(x, y, refused.selection if selection is None else selection)
         self._hand_on(refused, stacklevel=4)
         return step
@@ -118,14 +120,14 @@ class AutoEngine:
             except EngineRefused as error:
                 refused = EngineRefused(str(error))
         if first is not None:
-            first[0].restore(x, y)  # the forward is repeated after all
+            first[0].restore(x, y)  # "exact" repeats the forward
         loss = self.exact(x, y, selection).loss
         if refused is not None:
             self._hand_on(refused, stacklevel=4)
         return loss
 
     def pays(self, x: Any, y: Any) -> bool:
-        """True if another engine than the exact one takes the step."""
+        """True if the engine that cuts rows takes the step."""
         saving: Any = self.saving
         keep = self.trim.expected_keep
         if saving is None or keep > saving.pays_below:
@@ -134,7 +136,7 @@ class AutoEngine:
         return affordable and saving.pays(x, y)
 
     def _timed(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
-        """Run an exact step, and see whether the model is large enough to be looked at any further."""
+        """Run an exact step by the clock, and give up a model too small for a trace to pay."""
         start = time.perf_counter()
         step = self.exact(x, y, selection)
         seconds = time.perf_counter() - start
@@ -153,7 +155,7 @@ class AutoEngine:
         return step
 
     def _counted(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
-        """Run an exact step, and count whether a trace would be paid back."""
+        """Run an exact step, count its operations, and give up a model for which no trace pays."""
         from batchtrim.engine.capture import Capture
         from batchtrim.engine.cost import OperatorCount, machine_of
 
@@ -175,7 +177,7 @@ class AutoEngine:
 
     @property
     def running(self) -> Engine:
-        """The engine that steps are handed to, where it pays."""
+        """The engine that runs a step where cutting pays."""
         return self.exact if self.saving is None else self.saving
 
     def _tell(self) -> None:
@@ -212,7 +214,7 @@ class AutoEngine:
         return near
 
     def _hand_on(self, refused: EngineRefused, stacklevel: int) -> None:
-        """Take the next engine, for good; one warning, of the user's line."""
+        """Go on with another engine for good, and warn once, at the user's line."""
         forward = self.exact.forward
         compiled = self.trim.unit == "sample" and compiled_part(forward.model) is not None
         reason = redrawn(forward) if compiled else None

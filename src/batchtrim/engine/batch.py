@@ -1,4 +1,4 @@
-"""A batch going through a model: call it, take some of its rows, get its losses."""
+"""Send a batch through a model: call the model, take rows of the batch, get one loss per row."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
 
 @dataclass
 class Forward:
-    """One forward: ``per_sample_loss(model(x), y)``, un-reduced.
+    """Run a model and its per-sample loss: ``per_sample_loss(model(x), y)``, un-reduced.
 
     Attributes:
         model: called as ``model(x)``, ``model(*x)`` for a plain tuple or list, ``model(**x)`` for a mapping. A named
@@ -72,7 +72,7 @@ class Forward:
 
     @property
     def inner(self) -> nn.Module:
-        """The model without the wrapper that synchronises gradients: for a forward no backward follows."""
+        """The model without DistributedDataParallel, for a forward that no backward follows."""
         model = self.model
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
@@ -102,22 +102,22 @@ class Forward:
 def as_losses(losses: Tensor | Losses, unit: str) -> Losses:
     """Return the result of a per-sample loss function as one value per sample or element."""
     if not isinstance(losses, Losses):
-        # whether an empty batch is one too few is for the trimmer to say: with scope="global" it is not
+        # the trimmer refuses an empty batch, except with scope="global"
         check_losses(losses, "per_sample_loss(outputs, y)", allow_empty=True)
         losses = Losses(losses)
     return flatten(losses, unit)
 
 
 def tensor_shapes(value: Any) -> tuple[Any, ...]:
-    """Return shapes and dtypes of every tensor in a batch: all of the batch that decides how a model runs."""
+    """Return shape and dtype of every tensor in a batch."""
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(value))
 
 
 def padded_rows(selection: Selection, companions: int = 0) -> Tensor:
-    """Return the kept rows, in rising order, and behind them ``companions`` dropped ones, spread over the batch.
+    """Return the kept rows in rising order, followed by ``companions`` dropped rows spread over the batch.
 
-    At least one goes along where a single row or none is kept: a batch of one is a special case to BatchNorm and to
-    ``squeeze``. What they add is left out of the loss again by :func:`kept_loss`.
+    There are at least two rows, since BatchNorm and ``squeeze`` treat a batch of one in another way. :func:`kept_loss`
+    leaves the companions out.
     """
     rows = selection.indices
     wanted = min(max(companions, 2 - selection.k), selection.size - selection.k)
@@ -129,7 +129,7 @@ def padded_rows(selection: Selection, companions: int = 0) -> Tensor:
 
 
 def kept_loss(kept: Losses, selection: Selection, trim: Trimmer) -> Tensor:
-    """Return the loss from a forward over :func:`padded_rows`."""
+    """Return the loss of the kept rows, from a forward over :func:`padded_rows`."""
     weights = kept.weights
     values = kept.values
     if values.shape[0] != selection.k:

@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.graphs import boxed, executable
+from batchtrim.engine.reasons import cause_of, told
 
 if TYPE_CHECKING:
     from batchtrim.engine.inductor import Inductor
@@ -32,10 +33,13 @@ __all__ = [
     "decomposed",
     "expression_of",
     "fixed_by",
+    "is_transformed",
     "keeps_graph",
     "pin",
+    "speech_encoders",
     "uncompiled",
     "unfit",
+    "without_input_gradient",
     "without_logging",
     "zeros_at_zero",
 ]
@@ -153,7 +157,10 @@ class Capture:
             except Exception as error:  # an error of the model itself, once its graph runs, is the caller's
                 if self.running:
                     raise
-                reason = _reason(error)  # do not keep the error: it holds the model's frames
+                cause = cause_of(error)
+                # Refused for what the graph shows, or not traced. Do not keep the error: it holds the model's frames.
+                reason = str(cause) if isinstance(cause, CannotCapture) else told(cause)
+                del cause
         raise CannotCapture(reason)
 
     def _backend(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -246,18 +253,29 @@ def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-def _reason(error: BaseException) -> str:
-    cause = error
-    while getattr(cause, "inner_exception", None) is not None:
-        cause = cause.inner_exception
-    if isinstance(cause, CannotCapture):
-        return str(cause)  # it was traced, and is refused for what the graph shows
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    if not lines:
-        return f"it cannot be traced as one graph ({type(cause).__name__})"
-    told = lines[0]
-    told += next((f" {line}" for line in lines if line.startswith("Explanation:")), "")
-    return f"it cannot be traced as one graph: {told}"
+def speech_encoders(model: nn.Module) -> list[nn.Module]:
+    """Return the feature encoders of transformers' speech models, as wav2vec2 has one."""
+    return [
+        each
+        for each in model.modules()
+        if type(each).__module__.startswith("transformers.") and "_requires_grad" in vars(each)
+    ]
+
+
+@contextlib.contextmanager
+def without_input_gradient(encoders: Sequence[Any]) -> Iterator[None]:
+    """Have speech encoders leave ``requires_grad`` of their input alone, which no trace can follow.
+
+    They set it for reentrant checkpoints. Nothing reads the gradient.
+    """
+    setting = [each for each in encoders if each._requires_grad]
+    for each in setting:
+        each._requires_grad = False
+    try:
+        yield
+    finally:
+        for each in setting:
+            each._requires_grad = True
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -265,12 +283,17 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def is_transformed() -> bool:
+    """True inside a transform of torch.func (grad, vmap, jvp), and where forward-mode derivatives are computed."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def keeps_graph() -> bool:
     """True if the backward in progress keeps its graph for another one."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-# --- graphs ----------------------------------------------------------------------------------------------------------
+# --- nodes and operators ---------------------------------------------------------------------------------------------
 
 
 def pin(node: fx.Node) -> None:

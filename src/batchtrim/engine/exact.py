@@ -1,4 +1,4 @@
-"""The obvious engine: one forward with a graph, then the kept losses. It defines what the right gradient is."""
+"""Run one forward with a graph, and backward from the kept losses. This engine defines the right gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ExactEngine", "is_training_step"]
 
 
 class ExactEngine:
-    """Forward and backward over the whole batch; a dropped sample is a row of zeros in backward. Cost: 1."""
+    """Run forward and backward over the whole batch. A dropped sample is a row of zeros in backward. Cost: 1."""
 
     name = "exact"
     repeats_forward = True
@@ -47,5 +47,5 @@ class ExactEngine:
 
 
 def is_training_step() -> bool:
-    """Return True if a backward may follow. If none can, every engine is one forward."""
+    """True if a backward may follow; otherwise every engine runs one forward."""
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -1,4 +1,4 @@
-"""The public face of the engines."""
+"""The public interface of the engines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["ENGINES", "TrimmedForward"]
 
 
 def _shared(forward: Forward, trim: Trimmer) -> Engine:
-    from batchtrim.engine.shared import SharedEngine  # brings in sympy, which takes its time
+    from batchtrim.engine.shared import SharedEngine  # it imports sympy, which is slow
 
     return SharedEngine(forward, trim)
 
@@ -36,7 +36,7 @@ ENGINES: dict[str, Callable[[Forward, Trimmer], Engine]] = {
 
 
 class TrimmedForward:
-    """Forward, choose, and a loss whose backward costs the kept rows only.
+    """Run a forward, choose rows, and return a loss whose backward computes the kept rows only.
 
     ::
 
@@ -49,7 +49,7 @@ class TrimmedForward:
         per_sample_loss: ``(outputs, y) -> losses``, a tensor (B,) or (B, ...) or :class:`batchtrim.Losses`. A loss
             module with a ``reduction`` (``nn.CrossEntropyLoss()``) is taken without its reduction; of a function
             make one with ``batchtrim.per_sample(F.cross_entropy)``.
-        trim: the trimmer that chooses. Its clock is still yours to step.
+        trim: the trimmer that chooses. Call its ``step()`` as without an engine.
         engine: "auto", "exact", "two_pass" or "shared"; see :mod:`batchtrim.engine`.
         rank_by: ``(outputs, y) -> losses`` to rank by, where that is not the loss trained on.
         batch_dim: the dimension of the tensors in ``x`` that holds the batch; 1 for time-major inputs.
@@ -58,8 +58,8 @@ class TrimmedForward:
         EngineRefused: engine "shared" cannot run this model exactly. "auto" warns once and goes on with another.
 
     Notes:
-        Two passes run the model's Python twice: forward hooks and plain attributes see the second, smaller batch too.
-        Buffers, running statistics and random generators end up as after one forward. Inside ``torch.no_grad()`` every
+        Two passes run the model's Python twice, hooks too: the second time on a smaller batch. Buffers, attributes,
+        what hooks collect, and random generators end up as after one forward. Inside ``torch.no_grad()`` every
         engine is one plain forward.
 
     Example:
@@ -118,7 +118,7 @@ class TrimmedForward:
             from batchtrim.engine.inductor import not_traced
 
             return not_traced(self._called_compiled, x, y)
-        self._last = None  # free the last batch's outputs first
+        self._last = None  # frees the outputs of the batch before
         step = self.engine(x, y)
         chosen = self.trim.last
         mask = None if chosen is None else chosen.mask
@@ -132,13 +132,13 @@ class TrimmedForward:
     @property
     def last(self) -> StepResult | None:
         """The last step, detached, with its kept rows in rising order; None before the first."""
-        if self._last is not None and not self._in_order:  # sorted where it is asked for, and not in every step
+        if self._last is not None and not self._in_order:  # sort on request, not in every step
             self._last = self._last._replace(selection=self._last.selection.rising())
             self._in_order = True
         return self._last
 
     def _called_compiled(self, x: Any, y: Any) -> Tensor:
-        """Run a step that a compiled function asks for: with the model compiled, as it would be inside."""
+        """Run a step called from a compiled function, and compile the model, as that function would have."""
         model = self.forward.model
         if compiled_part(model) is None and not isinstance(model, nn.parallel.DistributedDataParallel):
             self.forward.model = torch.compile(model)  # type: ignore[assignment]
@@ -146,7 +146,7 @@ class TrimmedForward:
         return self(x, y)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what makes the step anew, for pickle and deepcopy: what an engine found out it finds out again."""
+        """Return the arguments that make it anew, for pickle and deepcopy, without traces and measurements."""
         return {"forward": self.forward, "trim": self.trim, "engine": self._kind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Compile a trace's graphs with Inductor. Only this file and ``capture.py`` use torch's private parts.
 
-A model that went through ``torch.compile`` runs compiled here too: the graphs of one trace become two functions, the
-forward and the backward of the kept rows, with symbols for the sizes that change, so that no batch size and no k is
-compiled anew. Before each call, the sizes are checked against what Inductor assumed of them.
+A model that the user compiled runs compiled here too. The graphs of one trace become two functions, the forward and the
+backward of the kept rows. Sizes that change are symbols in both, so that a new batch size or a new k needs no new
+compilation. Before each call, the sizes are checked against what Inductor assumed of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchtrim.engine.capture import expression_of
-from batchtrim.engine.graphs import graph_copy
+from batchtrim.engine.graphs import graph_copy, in_traced_order
 from batchtrim.engine.layout import product
 from batchtrim.engine.state import compiled_part
 
@@ -37,9 +37,9 @@ __all__ = [
 
 _SHARED_BYTES = 2**15
 
-# Left whole until a graph is proven and parted: BatchNorm, whose means the proof may take over the kept rows; what
-# draws random numbers, so that a trace that runs operator by operator draws as the model does; and what has a rule of
-# its own where its parts have none.
+# Do not decompose these before a graph is proven and split:
+# BatchNorm, for the proof may take its means over the kept rows; operators that draw random numbers, so that a trace
+# that runs operator by operator draws as the model does; operators with a rule whose parts have none.
 _WHOLE = (
     "batch_norm", "native_dropout", "rrelu_with_noise", "bernoulli", "embedding_dense_backward", "slice_backward",
 )  # fmt: skip
@@ -251,6 +251,7 @@ def with_strides(graph: fx.GraphModule) -> fx.GraphModule:
     for node in own.find_nodes(op="call_function", target=torch.ops.aten.reshape.default):
         if _STRIDED in node.meta:
             node.target = _reshape_by_strides
+    in_traced_order(own)
     return fx.GraphModule(graph, own)
 
 

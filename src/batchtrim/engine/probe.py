@@ -6,7 +6,7 @@ This is not a proof, which needs the graph. It serves the engine that runs model
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from batchtrim.engine.batch import Forward
 from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.rehearsal import Rehearsal
 from batchtrim.engine.rows import copied, tensors_of
 from batchtrim.engine.state import GeneratorStates, ModelState, Moment, uncompiled_calls, uses_tf32, without_graph
 from batchtrim.errors import EngineRefused
@@ -130,6 +131,11 @@ class Probe:
         self.tolerance = tolerance
         self.calls = 0
 
+    @property
+    def is_due(self) -> bool:
+        """True in steps 1, 2, 4, 8, ..."""
+        return not self.calls & (self.calls - 1)
+
     def __call__(self, before: Moment, batch: int, scored: Tensor | None, *, redrawn: bool) -> None:
         """Check if a check is due; then restore everything to ``before``.
 
@@ -142,7 +148,7 @@ class Probe:
             EngineRefused: the samples depend on one another.
         """
         self.calls += 1
-        if self.calls & (self.calls - 1) or batch < 4:
+        if not self.is_due or batch < 4:
             return
         for module in before.model.modules:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
@@ -150,7 +156,7 @@ class Probe:
         rows = torch.linspace(0, batch - 1, min(batch, ROWS)).long()
         poisoned = torch.arange(len(rows)) % 2 == 1
         # compiled, it would be compiled anew for so few rows, and its buffers be gone after one gradient
-        with uncompiled_calls(), _restored(before):
+        with uncompiled_calls(), _restored(before), _rehearsed(before):
             if not redrawn and scored is not None:
                 self._ask(before, batch, rows, poisoned, scored)
                 return
@@ -187,7 +193,7 @@ class Probe:
             self.tolerance.compare(beside, scored, some, before, where="probed, beside NaN,")
 
     def _losses(self, before: Moment, batch: int, rows: Tensor) -> Tensor:
-        before.restore()
+        before.restore(modes=False)
         try:
             losses, _ = self.forward(*self.forward.rows(before.x, before.y, rows, batch), model=self.forward.inner)
         except (EngineRefused, torch.OutOfMemoryError):
@@ -222,7 +228,7 @@ class Probe:
 
     def _beside_nan(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:
         """Return the losses of ``rows`` with the poisoned ones NaN; None if the model does not take NaN."""
-        before.restore()
+        before.restore(modes=False)
         try:
             with without_graph():
                 x, y = self.forward.cutter(before.x, before.y, rows, batch, poisoned)
@@ -232,10 +238,16 @@ class Probe:
         return losses[~poisoned]
 
 
+def _rehearsed(moment: Moment) -> AbstractContextManager[Any]:
+    """Try on the CPU what could end a GPU's process: NaN where a probability is expected, places in a shorter table."""
+    on_gpu = any(each.device.type == "cuda" for each in tensors_of((moment.x, moment.y)))
+    return Rehearsal() if on_gpu else nullcontext()
+
+
 @contextmanager
 def _restored(moment: Moment) -> Iterator[None]:
     """Start from a recorded state, and leave the model and the generators as they were found."""
-    found = ModelState(moment.model.modules), GeneratorStates(moment.generators.device)
+    found = ModelState(*moment.model.roots), GeneratorStates(moment.generators.device)
     moment.restore()
     try:
         yield

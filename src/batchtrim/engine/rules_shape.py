@@ -8,7 +8,18 @@ from dataclasses import replace
 import sympy
 
 from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of, product
-from batchtrim.engine.rules import Call, aligned, holds, name_of, not_along, one_with_rows, only_dim, rule, zero_outputs
+from batchtrim.engine.rules import (
+    Call,
+    Value,
+    aligned,
+    holds,
+    name_of,
+    not_along,
+    one_with_rows,
+    only_dim,
+    rule,
+    zero_outputs,
+)
 
 __all__ = ["view_axis"]
 
@@ -119,12 +130,18 @@ def repeat(call: Call) -> Layout:
 
 @rule("slice", "slice_backward")
 def slice_(call: Call) -> Layout:
-    """Slice along a dimension without rows, or without removing any; tokens may be cut off at the end."""
+    """Slice along a dimension without rows, or without removing any; tokens may be cut off at the end.
+
+    Where a dimension holds all rows several times, whole copies may be taken, and put back among zeros.
+    """
     value = call.values[0]
     layout = value.layout
     if not isinstance(layout, Rows):
         raise Mixes("it makes rows of what has none")
     dim = (call["dim"] or 0) % value.ndim
+    copies = _copies(call, value, dim)
+    if copies is not None and value.shape[dim] != call.out.shape[dim]:
+        return copies
     axes = list(layout.axes)
     for i, axis in enumerate(axes):
         if axis is None or axis.dim != dim or value.shape[dim] == call.out.shape[dim]:
@@ -138,6 +155,31 @@ def slice_(call: Call) -> Layout:
             raise Mixes("it takes some rows and leaves others")
         axes[i] = replace(axis, lost=int(lost))
     return replace(layout, axes=tuple(axes))
+
+
+def _copies(call: Call, value: Value, dim: int) -> Layout | None:
+    """Return the layout where a slice, or its backward, takes whole copies of all rows; None where it does not.
+
+    A dimension of size ``outer * s * inner`` holds row b in ``outer`` blocks. Blocks p to q are a slice from
+    ``p * s * inner`` on, which then has ``q - p`` of them.
+    """
+    axis = _one_axis(call, value, dim)
+    if axis is None or call["step"] not in (1, None):
+        return None
+    block = call.symbols[0] * axis.inner
+    outer = exact_ratio(call.out.shape[dim], block)
+    if not isinstance(outer, int) or outer == 0 or not isinstance(exact_ratio(call["start"] or 0, block), int):
+        return None
+    return Rows((replace(axis, outer=outer),), value.zero)
+
+
+def _one_axis(call: Call, value: Value, dim: int) -> Axis | None:
+    """Return the axis of samples, if they lie along ``dim`` in blocks that can be counted."""
+    layout = value.layout
+    if len(call.symbols) > 1 or not isinstance(layout, Rows) or layout.iota:
+        return None
+    (axis,) = layout.axes
+    return axis if axis is not None and axis.dim == dim and isinstance(axis.outer, int) else None
 
 
 @rule("select")
@@ -156,9 +198,15 @@ def select_backward(call: Call) -> Layout:
 
 
 @rule("split", "split_with_sizes", "unbind", "unsafe_split")
-def split(call: Call) -> Layout:
+def split(call: Call) -> Layout | list[Layout]:
     value, layout = one_with_rows(call)
     at = (call["dim"] or 0) % value.ndim
+    axis = _one_axis(call, value, at)
+    if axis is not None and name_of(call.func) != "unbind":
+        block = call.symbols[0] * axis.inner
+        counts = [exact_ratio(out.shape[at], block) for out in call.outputs if out is not None]
+        if all(isinstance(count, int) and count > 0 for count in counts):
+            return [replace(layout, axes=(replace(axis, outer=count),)) for count in counts]
     not_along(layout, [at], value.ndim, "it takes the rows apart")
     if name_of(call.func) == "unbind":
         return layout.moved([dim - (dim > at) for dim in range(value.ndim)])
@@ -174,6 +222,10 @@ def cat(call: Call) -> Layout:
         values = [
             replace(v, shape=(*v.shape[:at], 1, *v.shape[at:]), layout=_opened(v.layout, at, v.ndim)) for v in values
         ]
+    blocks = [None if stacked else _one_axis(call, value, at) for value in values]
+    if all(axis is not None and axis.inner == blocks[0].inner for axis in blocks):  # type: ignore[union-attr]
+        outer = sum(axis.outer for axis in blocks)  # type: ignore[union-attr]
+        return Rows((replace(blocks[0], outer=outer),), all(value.zero for value in values))  # type: ignore[type-var]
     axes = aligned(call, call.out, values)
     layout = Rows(axes, all(value.zero for value in values))
     not_along(layout, [at], call.out.ndim, "it puts rows behind rows")

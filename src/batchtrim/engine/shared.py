@@ -14,11 +14,27 @@ from torch.utils import _pytree as pytree
 
 from batchtrim.engine.batch import Forward, StepResult, as_losses, map_tensors, padded_rows
 from batchtrim.engine.batch_norm import cosine_of
-from batchtrim.engine.capture import CannotCapture, Capture, uncompiled, unfit
+from batchtrim.engine.capture import (
+    CannotCapture,
+    Capture,
+    is_transformed,
+    speech_encoders,
+    uncompiled,
+    unfit,
+    without_input_gradient,
+)
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.state import GeneratorStates, Moment, is_lazy, is_sharded, uncompiled_calls, uses_tf32
+from batchtrim.engine.state import (
+    TAKEN_TWICE,
+    GeneratorStates,
+    Moment,
+    is_lazy,
+    is_sharded,
+    uncompiled_calls,
+    uses_tf32,
+)
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -33,6 +49,7 @@ _logger = logging.getLogger("batchtrim")
 _WORTH = 0.96  # of a plain step's estimated cost: a smaller saving is not worth another kind of step
 _TRIES = 4  # traces of one step
 _CANNOT = "the shared engine cannot run this model: {}"
+_TRANSFORMED = "it runs inside torch.func or with forward-mode derivatives (jvp). Use engine='exact'"
 _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separate one for a batch of 1)
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
@@ -68,6 +85,7 @@ class SharedEngine:
         self.exact = ExactEngine(forward, trim)
         self.refused: str | None = None
         self.was_run = False  # the model's own Python, before the first trace
+        self.speech = speech_encoders(forward.inner)
         self.compiler = inductor_of(forward.model)
         self.capture = Capture(_step_of(forward), self._planner, compiler=self.compiler)
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # decides whether to approximate, by a cosine
@@ -76,8 +94,9 @@ class SharedEngine:
         self._tape: Tape | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
-        few = _rows(x, self.forward.batch_dim) < _FEWEST
-        if self.trim.keep == 1.0 or not is_training_step() or few or is_lazy(self.forward.inner):
+        whole = self.trim.keep == 1.0 or _rows(x, self.forward.batch_dim) < _FEWEST
+        lazy = self.trace is None and is_lazy(self.forward.inner)  # never again after a trace
+        if whole or lazy or not is_training_step():
             return self.exact(x, y, selection)
         tape, losses, outputs = self._forward(x, y)
         if selection is None:
@@ -124,6 +143,8 @@ class SharedEngine:
         """Run the traced step; return its tape, the losses with their graph, and the model's outputs."""
         if self.refused is not None:
             raise EngineRefused(self.refused)
+        if is_transformed():
+            raise EngineRefused(_CANNOT.format(_TRANSFORMED))
         x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
         reason = ""
         try:
@@ -147,7 +168,8 @@ class SharedEngine:
         for _ in range(_TRIES):
             tape = self._tape = Tape()
             try:
-                found = self.capture(*_marked(x, y, self.forward))
+                with without_input_gradient(self.speech):
+                    found = self.capture(*_marked(x, y, self.forward))
             except NewTrace:
                 pass
             except CannotCapture:
@@ -185,7 +207,9 @@ class _Plain:
 
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
         self.before = Moment(forward, x, y)
-        self.writes = ParameterWrites(forward.inner)
+        if self.before.model.iterators:
+            raise CannotCapture(TAKEN_TWICE.format(self.before.model.iterators[0]))
+        self.writes = ParameterWrites(forward.inner, others=self.before.model.watched)
         try:
             with uncompiled_calls(), self.writes:
                 self.losses = forward(x, y, model=forward.inner)[0].values.detach()
@@ -252,9 +276,14 @@ def _step_of(forward: Forward) -> Callable[..., Any]:
         if losses.terms:
             raise CannotCapture("its loss is a sum of terms whose entries count differently")
         parts = losses.values, losses.mask, losses.weights, losses.counts, losses.unit, losses.reduction
-        return parts, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        return parts, _detached(outputs)
 
     return step
+
+
+def _detached(outputs: Any) -> Any:
+    """Return the outputs without their graph: no gradient comes by way of them."""
+    return pytree.tree_map(lambda leaf: map_tensors(Tensor.detach, leaf), outputs)
 
 
 def _compare_rows(x: Any, dim: int, y: Any) -> None:

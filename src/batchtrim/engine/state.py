@@ -1,4 +1,4 @@
-"""Record and restore what a forward changes besides its result: generators, buffers, plain attributes, the batch.
+"""Record and restore what a forward changes besides its result: generators, the model's state, the batch.
 
 An engine that runs the model's Python twice starts the second run from the state before the first, and leaves
 everything as the first one left it: as one plain step would have.
@@ -10,20 +10,21 @@ import itertools
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.held import Held, Names, is_array, is_numpy_generator
 from batchtrim.engine.rows import copied, restore_values
 
 if TYPE_CHECKING:
     from batchtrim.engine.batch import Forward
 
 __all__ = [
+    "TAKEN_TWICE",
     "GeneratorStates",
     "ModelState",
     "Moment",
@@ -38,10 +39,7 @@ __all__ = [
     "without_graph",
 ]
 
-# Values that a plain attribute may hold and that are noted as they are; containers are noted by a shallow copy.
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), tuple)
-_CONTAINERS = (list, dict, set, deque)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+TAKEN_TWICE = "it holds an iterator ({}), of which a second forward would take the next value"
 
 
 @contextmanager
@@ -61,7 +59,7 @@ def without_graph() -> Iterator[None]:
 
 @contextmanager
 def uncompiled_calls() -> Iterator[None]:
-    """Run what is compiled as plain Python meanwhile, where the torch release can."""
+    """Run compiled models as plain Python inside the block, where the torch release can."""
     if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
         yield
         return
@@ -87,7 +85,7 @@ def uses_tf32(device: torch.device) -> bool:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute products of float32 in float32 meanwhile, on a GPU too."""
+    """Compute products of float32 in full float32 inside the block, on a GPU too."""
     before = [(place, name, getattr(place, name)) for place, name in _tf32_switches()]
     try:
         for place, name, value in before:
@@ -99,9 +97,9 @@ def full_float32() -> Iterator[None]:
 
 
 def _tf32_switches() -> list[tuple[Any, str]]:
-    """Return where torch keeps whether TF32 is allowed. From 2.9 on each operator has a word of its own.
+    """Return the switches that allow TF32: from torch 2.9 on, one for each kind of operator.
 
-    The older switches raise there once a user has set one of the new ones.
+    There the older switches raise once a user has set one of the new ones.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if hasattr(cudnn, "conv"):
@@ -115,7 +113,7 @@ def is_lazy(model: nn.Module) -> bool:
 
 
 def compiled_part(model: nn.Module) -> Any:
-    """Return what torch.compile made of the model or of a part of it, the first there is; None where nothing is."""
+    """Return the first part of the model that torch.compile made, or None."""
     for module in model.modules():
         if hasattr(module, "_orig_mod"):
             return module
@@ -125,33 +123,8 @@ def compiled_part(model: nn.Module) -> Any:
 
 
 def modules_of(*roots: Any) -> list[nn.Module]:
-    """Return the modules of a model and of what computes its loss, each once.
-
-    A loss may be a module, hold one as an attribute (``per_sample`` does, in a criterion of its own) or in its closure,
-    or be a bound method of one.
-    """
-    found: dict[int, nn.Module] = {}
-    for root in roots:
-        for each in _held(root):
-            found.update((id(module), module) for module in each.modules())
-    return list(found.values())
-
-
-def _held(value: Any, depth: int = 2) -> Iterator[nn.Module]:
-    if isinstance(value, nn.Module):
-        yield value
-    elif depth >= 0 and not isinstance(value, (type, ModuleType)):
-        cells = getattr(value, "__closure__", None) or ()
-        attributes = getattr(value, "__dict__", {})
-        for each in (getattr(value, "__self__", None), *attributes.values(), *map(_content, cells)):
-            yield from _held(each, depth - 1)
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
+    """Return the modules of a model and of what computes its loss, each once; see :class:`Held`."""
+    return Held(*roots).modules
 
 
 class GeneratorStates:
@@ -189,50 +162,67 @@ class GeneratorStates:
 
 def _same_numpy(a: Any, b: Any) -> bool:
     if a is None or b is None:
-        return True  # NumPy was imported in between: nothing of it was there to compare with
+        return True  # NumPy was imported in between
     same = a["state"]["pos"] == b["state"]["pos"] and (a["state"]["key"] == b["state"]["key"]).all()
     return bool(same) and a["has_gauss"] == b["has_gauss"]
 
 
 class ModelState:
-    """Buffers and plain attributes of modules, as they are now.
+    """A copy of what a forward may change, without its result and the generators; see :class:`Held`.
 
-    Buffers registered as None are among them, and so are generators and tensors that a module holds as attributes, and
-    the attributes of plain objects that it holds (a schedule that counts how often it is asked).
-    Modules of ``torch.distributed`` keep their own attributes: they set themselves up in their first forward.
+    Args:
+        roots: the model, and what computes its loss.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules = modules
+    def __init__(self, *roots: Any) -> None:
+        self.roots = roots
+        held = Held(*roots)
+        self.modules, self.watched, self.iterators = held.modules, held.watched, held.iterators
+        self.modes = [(module, module.training) for module in self.modules]
         self.buffers = [
             (module, name, buffer, None if buffer is None else buffer.detach().clone())
-            for module in modules
+            for module in self.modules
             for name, buffer in module._buffers.items()
         ]
-        self.attributes = [
-            (holder, {name: _noted(value) for name, value in vars(holder).items() if _is_state(name, value)})
-            for holder in _holders([m for m in modules if not type(m).__module__.startswith("torch.distributed")])
-        ]
+        self.names = [(names, names.state()) for names in held.names]
+        self.contents = [(value, _copy_of(value)) for value in held.contents]
 
-    def restore(self) -> None:
-        """Restore everything, in place if it is still the same tensor."""
+    def restore(self, modes: bool = True) -> None:
+        """Restore everything, in place if it is still the same object; ``modes``: training and evaluation too."""
+        for names, noted in self.names:
+            if names.whole is not None:
+                self._delete_new(names.owner, names.whole, names.state(known=noted).keys())
+            names.put_back(noted)
         for module, name, buffer, value in self.buffers:
             if name in module._buffers:
                 module._buffers[name] = buffer
             if buffer is not None and value is not None:
                 buffer.data.copy_(value)  # past autograd, which may have saved the buffer but not for its value
-        for module, noted in self.attributes:
-            held = vars(module)
-            for name in [name for name, value in held.items() if name not in noted and _is_state(name, value)]:
-                # a mark that something was set up once (hooks, tables): taken away, it would be set up twice
-                if not isinstance(held[name], bool):
-                    del held[name]
-            for name, (value, copy) in noted.items():
-                held[name] = _put_back(value, copy)
+        for value, copy in self.contents:
+            _put_back(value, copy)
+        for module, training in self.modes if modes else ():
+            if module.training is not training:
+                module.training = training
+
+    def _delete_new(self, owner: Any, held: dict[str, Any], new: Iterable[str]) -> None:
+        """Delete attributes and buffers that are new, unless a new flag says that something was set up.
+
+        A second forward would not set it up again; and without the flag it would set up hooks a second time.
+        """
+        if any(isinstance(held[name], bool) for name in new):
+            return
+        for name in new:
+            del held[name]
+        if isinstance(owner, nn.Module):
+            known = {name for module, name, _, _ in self.buffers if module is owner}
+            for name in owner._buffers.keys() - known:
+                del owner._buffers[name]
 
     def difference(self, other: ModelState) -> float:
         """Return the largest difference of a buffer, relative to its norm; inf where attributes differ."""
         largest = 0.0
+        if len(self.buffers) != len(other.buffers):
+            return float("inf")
         for (_, name, _, ours), (_, theirs_name, _, theirs) in zip(self.buffers, other.buffers, strict=True):
             if name != theirs_name or (ours is None) != (theirs is None):
                 return float("inf")
@@ -243,27 +233,30 @@ class ModelState:
 
     def other_attributes(self, other: ModelState) -> list[str]:
         """Return the names of plain numbers and strings that differ; containers and tensors are not compared."""
-        names = []
-        for (module, ours), (_, theirs) in zip(self.attributes, other.attributes, strict=False):
+        found = []
+        for (names, ours), (_, theirs) in zip(self._attributes(), other._attributes(), strict=False):
             for name in ours.keys() | theirs.keys():
-                a, b = ours.get(name, (None, None))[0], theirs.get(name, (None, None))[0]
+                a, b = ours.get(name), theirs.get(name)
                 simple = isinstance(a, (bool, int, float, str)) or isinstance(b, (bool, int, float, str))
                 if simple and a != b and not (a != a and b != b):
-                    names.append(f"{type(module).__name__}.{name}")
-        return names
+                    found.append(f"{type(names.owner).__name__}.{name}")
+        return found
+
+    def _attributes(self) -> list[tuple[Names, dict[str, Any]]]:
+        return [(names, noted) for names, noted in self.names if names.whole is not None]
 
 
 class Moment:
-    """A copy of what a step may change: buffers, plain attributes, generators, and the batch if one is given."""
+    """A copy of what a step may change: the model's state, generators, and the batch if one is given."""
 
     def __init__(self, forward: Forward, x: Any = None, y: Any = None) -> None:
         self.x, self.y = copied((x, y))
-        self.model = ModelState(modules_of(forward.inner, forward.per_sample_loss, forward.rank_by))
+        self.model = ModelState(forward.inner, forward.per_sample_loss, forward.rank_by)
         self.generators = GeneratorStates(device_of(forward.inner))
 
-    def restore(self, x: Any = None, y: Any = None) -> None:
+    def restore(self, x: Any = None, y: Any = None, *, modes: bool = True) -> None:
         """Put the model and the generators back, and the batch where it is given."""
-        self.model.restore()
+        self.model.restore(modes)
         self.generators.restore()
         if x is not None or y is not None:
             restore_values((x, y), (self.x, self.y))
@@ -281,59 +274,30 @@ def relative_difference(exact: Tensor, other: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def _holders(modules: list[nn.Module]) -> list[Any]:
-    """Return the modules, and behind them the plain objects that they hold, each once."""
-    found: dict[int, Any] = {id(module): module for module in modules}
-    for module in modules:
-        for name, value in vars(module).items():
-            if name not in _OF_EVERY_MODULE and _is_plain_object(value):
-                found.setdefault(id(value), value)
-    return list(found.values())
-
-
-def _is_plain_object(value: Any) -> bool:
-    if isinstance(value, (nn.Module, Tensor, type)) or callable(getattr(value, "__get__", None)):
-        return False  # functions and methods have a __get__
-    outside = type(value).__module__.partition(".")[0] in ("builtins", "functools", "numpy", "torch", "random")
-    return not outside and isinstance(getattr(value, "__dict__", None), dict)
-
-
-def _is_state(name: str, value: Any) -> bool:
-    if name in _OF_EVERY_MODULE:
-        return False
-    if isinstance(value, nn.Parameter):
-        return False
-    return isinstance(value, (*_PLAIN, *_CONTAINERS, Tensor, torch.Generator, random.Random)) or _is_numpy(value)
-
-
-def _is_numpy(value: Any) -> bool:
-    """Return True for a ``numpy.random.Generator``, without importing NumPy."""
-    return type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator")
-
-
-def _noted(value: Any) -> tuple[Any, Any]:
-    """Return an attribute's value, and a copy of its content if that may change in place."""
+def _copy_of(value: Any) -> Any:
+    """Return a copy of what may change in place: of a container, its entries alone."""
     if isinstance(value, Tensor):
-        return value, value.detach().clone()
+        return value.detach().clone()
     if isinstance(value, torch.Generator):
-        return value, value.get_state()
+        return value.get_state()
     if isinstance(value, random.Random):
-        return value, value.getstate()
-    if _is_numpy(value):
-        return value, value.bit_generator.state
-    return value, value.copy() if isinstance(value, _CONTAINERS) else None
+        return value.getstate()
+    if is_numpy_generator(value):
+        return value.bit_generator.state
+    return value.copy()
 
 
-def _put_back(value: Any, copy: Any) -> Any:
+def _put_back(value: Any, copy: Any) -> None:
     if isinstance(value, Tensor):
         value.data.copy_(copy)
     elif isinstance(value, torch.Generator):
         value.set_state(copy)
     elif isinstance(value, random.Random):
         value.setstate(copy)
-    elif _is_numpy(value):
+    elif is_numpy_generator(value):
         value.bit_generator.state = copy
-    elif isinstance(value, _CONTAINERS):
+    elif is_array(value):
+        value[...] = copy
+    else:
         value.clear()
         value.extend(copy) if isinstance(value, (list, deque)) else value.update(copy)
-    return value

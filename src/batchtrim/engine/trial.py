@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,22 +67,34 @@ class _Side:
     step: TrimmedForward
     schedule: _Keep
     refused: EngineRefused | None = None
-    modules: list[nn.Module] = field(default_factory=list)
 
     @property
     def model(self) -> nn.Module:
         return self.step.forward.inner
+
+    def zero_grad(self) -> None:
+        for parameter in self.named_parameters().values():
+            parameter.grad = None
 
     def keep(self, fraction: float) -> None:
         self.schedule.now = fraction
         self.step.trim.step()
 
     def state(self) -> ModelState:
-        return ModelState(self.modules)
+        return ModelState(self.model, self.step.forward.per_sample_loss)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the model's parameters, and those of its loss and of modules that are no submodules."""
+        found = dict(self.model.named_parameters())
+        known = set(map(id, found.values()))
+        for number, module in enumerate(modules_of(self.model, self.step.forward.per_sample_loss)):
+            own = module.named_parameters(f"{type(module).__name__} {number}", recurse=False)
+            found.update({name: p for name, p in own if id(p) not in known})
+        return found
 
     def parameters(self) -> dict[str, Tensor]:
         """Return a copy of every parameter: a forward may move some (a momentum encoder). Lazy ones have no value."""
-        held = self.model.named_parameters()
+        held = self.named_parameters().items()
         return {name: p.detach().clone() for name, p in held if not nn.parameter.is_lazy(p)}
 
     def gradients(self) -> dict[str, Tensor]:
@@ -91,7 +103,7 @@ class _Side:
             name: (torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad)
             .detach()
             .double()
-            for name, p in self.model.named_parameters()
+            for name, p in self.named_parameters().items()
         }
 
 
@@ -116,7 +128,7 @@ class Trial:
                 step = TrimmedForward(own, own_loss, Trimmer(schedule), engine, batch_dim=batch_dim)
             except EngineRefused as error:
                 refused, step = error, TrimmedForward(own, own_loss, Trimmer(schedule), "exact", batch_dim=batch_dim)
-        return _Side(step, schedule, refused, modules_of(step.forward.inner, step.forward.per_sample_loss))
+        return _Side(step, schedule, refused)
 
     def made_of(self, batch: tuple[Any, Any]) -> list[tuple[Any, Any]]:
         """Return further batches made of one: its rows in another order, and three quarters of them."""
@@ -157,7 +169,7 @@ class Trial:
     def _run_engine(self, number: int, batch: Any, keep: float) -> tuple[Tensor | None, Exception | None]:
         side = self.own
         side.keep(keep)
-        side.model.zero_grad(set_to_none=True)
+        side.zero_grad()
         _seed(number)
         try:
             with warnings.catch_warnings():
@@ -179,7 +191,7 @@ class Trial:
         """
         side = self.plain
         side.keep(keep)
-        side.model.zero_grad(set_to_none=True)
+        side.zero_grad()
         _seed(number)
         started = GeneratorStates(device_of(side.model))
         losses, outputs = side.step.forward(*batch)
@@ -244,9 +256,10 @@ class Trial:
 
     def _given_a_gradient(self) -> tuple[str, ...]:
         """Return what has a gradient after the engine and none after a plain step: weight decay would move it."""
-        own = dict(self.own.model.named_parameters())
-        plain = self.plain.model.named_parameters()
-        return tuple(f"{name}.grad" for name, p in plain if p.grad is None and own[name].grad is not None)
+        own, plain = self.own.named_parameters(), self.plain.named_parameters()
+        return tuple(
+            f"{name}.grad" for name, p in plain.items() if name in own and p.grad is None and own[name].grad is not None
+        )
 
     def _note(self, **errors: Any) -> None:
         """Keep the worst value over the steps; NaN is the worst."""
@@ -264,8 +277,8 @@ class Trial:
         norm = sum(float(g.norm()) ** 2 for g in gradients.values()) ** 0.5
         with torch.no_grad():
             for side in (self.plain, self.own):
-                for name, parameter in side.model.named_parameters():
-                    if parameter.requires_grad and norm == norm:
+                for name, parameter in side.named_parameters().items():
+                    if parameter.requires_grad and norm == norm and name in gradients:
                         parameter.sub_(gradients[name].to(parameter.dtype), alpha=lr / max(1.0, norm))
 
     def results(self) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from batchtrim.engine.batch import Forward, StepResult, kept_loss, padded_rows
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
+from batchtrim.engine.held import Held
 from batchtrim.engine.probe import Probe, Tolerance
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import Moment, is_lazy, uncompiled_calls, without_graph
+from batchtrim.engine.state import TAKEN_TWICE, Moment, is_lazy, uncompiled_calls, without_graph
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -74,6 +75,8 @@ class TwoPassEngine:
         if not self.approximate and (reason := redrawn(self.forward)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
         before = Moment(self.forward, x, y)
+        if before.model.iterators:
+            raise EngineRefused(_CANNOT.format(TAKEN_TWICE.format(before.model.iterators[0])))
         if not self.began:
             self._look_for_writes(before, x, y)
         losses, outputs = self._first_pass(before, x, y)
@@ -90,7 +93,7 @@ class TwoPassEngine:
 
     def _look_for_writes(self, before: Moment, x: Any, y: Any) -> None:
         """Refuse a forward that writes into parameters: a second one would do so twice."""
-        writes, seen = ParameterWrites(self.forward.inner), False
+        writes, seen = ParameterWrites(self.forward.inner, others=before.model.watched), False
         try:
             with uncompiled_calls(), without_graph(), writes:
                 self.forward(*copied((x, y)), model=self.forward.inner)
@@ -102,7 +105,11 @@ class TwoPassEngine:
             writes.restore()
             before.restore()
         if written:
-            raise EngineRefused(_CANNOT.format("its forward writes into its parameters, which a second would do again"))
+            raise EngineRefused(
+                _CANNOT.format(
+                    "its forward writes into its parameters, or into tensors it holds, which a second would do again"
+                )
+            )
         self.began = seen
 
     def _first_pass(self, before: Moment, x: Any, y: Any) -> tuple[Losses, Any]:
@@ -145,12 +152,22 @@ class TwoPassEngine:
             before.restore()
             rows = padded_rows(selection)
             kept = self._second_pass(*self.forward.rows(before.x, before.y, rows, selection.size))
+            if self.probe.is_due:
+                self._look_for_graphs()
         finally:
             after.restore()
         self.approximation = None
         if scored is not None:
             self._compare(kept.values[: selection.k].detach(), scored, selection, before, drawn, normed)
         return kept_loss(kept, selection, self.trim)
+
+    def _look_for_graphs(self) -> None:
+        """Refuse a model that keeps a tensor of its graph: what is added to the loss by it would have no gradient."""
+        found = Held(self.forward.inner, self.forward.per_sample_loss).with_graph
+        if found:
+            raise EngineRefused(
+                f"it keeps a tensor with its graph ({found[0]}), which is one pass's. Keep a detached one"
+            )
 
     def _compare(
         self, kept: Tensor, scored: Tensor, selection: Selection, before: Moment, drawn: bool, normed: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchtrim.engine.held import Held
 from batchtrim.engine.state import compiled_part, is_sharded
 from batchtrim.errors import EngineRefused
 
@@ -24,8 +25,9 @@ class ParameterWrites(TorchDispatchMode):
     (also through ``p.data``), or be given other memory (``p.data = ...``).
 
     Args:
-        copied: names of parameters to copy beforehand. Used without ``with``, these alone can be put back if they are
-            written into in place.
+        copied: names of parameters to copy beforehand, None for all. Used without ``with``, these alone can be put
+            back if they are written into in place.
+        others: further tensors to watch: those of :class:`batchtrim.engine.held.Held`.
     """
 
     supports_higher_order_operators = True
@@ -35,19 +37,21 @@ class ParameterWrites(TorchDispatchMode):
         """Return True: what torch compiles by itself, as ``torch.cond`` does, cannot be compiled inside a mode."""
         return True
 
-    def __init__(self, model: nn.Module, copied: Container[str] = ()) -> None:
+    def __init__(self, model: nn.Module, copied: Container[str] | None = (), others: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.parameters: dict[str, tuple[Tensor, Tensor]] = {}  # and its memory, which an assignment leaves alive
         self.copies: dict[str, Tensor] = {}
         self._noted: set[str] = set()
         self._marks: dict[str, tuple[int, int]] = {}
         self._in_storage: dict[int, list[str]] = {}
-        for name, parameter in [] if any(map(is_sharded, model.modules())) else model.named_parameters():
+        named = [] if any(map(is_sharded, model.modules())) else list(model.named_parameters())
+        named += [(f"tensor {number} that it holds", tensor) for number, tensor in enumerate(others)]
+        for name, parameter in named:
             if parameter.layout == torch.strided and not nn.parameter.is_lazy(parameter):
                 self.parameters[name] = parameter, parameter.data
                 self._marks[name] = _mark(parameter)
                 self._in_storage.setdefault(_storage(parameter), []).append(name)
-                if name in copied:
+                if copied is None or name in copied:
                     self.copies[name] = parameter.detach().clone()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,8 +120,7 @@ def writes_undone(model: nn.Module) -> Iterator[ParameterWrites]:
     """
     known = _written.get(model)
     watched = known is None and compiled_part(model) is None
-    names = dict(model.named_parameters()).keys() if known is None and not watched else known or ()
-    writes = ParameterWrites(model, names)
+    writes = ParameterWrites(model, None if known is None and not watched else known or (), Held(model).watched)
     try:
         with writes if watched else nullcontext():
             yield writes

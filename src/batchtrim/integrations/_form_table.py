@@ -25,7 +25,7 @@ _CHECK_EVERY = 100
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Restore buffers, plain attributes and random generators after an extra forward."""
-    states, buffers = GeneratorStates(device_of(model)), ModelState(list(model.modules()))
+    states, buffers = GeneratorStates(device_of(model)), ModelState(model)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ from attacks import (
     chosen,
     cutting,
     habits,
+    held,
     hidden,
     layers,
     plain,
@@ -14,10 +15,11 @@ from attacks import (
     state,
     traces,
     training,
+    users,
 )  # fmt: skip
 from attacks.base import ATTACKS, KINDS, Attack
 
 __all__ = [
-    "ATTACKS", "KINDS", "Attack", "arguments", "backward", "chosen", "cutting", "habits", "hidden", "layers", "plain",
-    "python", "running", "state", "traces", "training",
+    "ATTACKS", "KINDS", "Attack", "arguments", "backward", "chosen", "cutting", "habits", "held", "hidden", "layers",
+    "plain", "python", "running", "state", "traces", "training", "users",
 ]  # fmt: skip

@@ -43,6 +43,8 @@ KINDS = {
     22: "how forward and backward are run",
     23: "attention of many kinds",
     24: "the batch itself requires a gradient",
+    25: "state that lies deeper than a module's own attributes",
+    26: "what training programs are made of",
 }
 
 

@@ -59,7 +59,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Form:
-    """What all images are brought to.
+    """The form that all images are converted to.
 
     Attributes:
         size: width and height. grey: one channel; otherwise three.

@@ -25,6 +25,7 @@ from batchtrim.lab.task import data, entry, tables
 from batchtrim.lab.task.cache import CannotKeep, filled, folder_for
 from batchtrim.lab.task.decode import Contradicted, Decoded, Form, Header, decode_all, first_header
 from batchtrim.lab.task.listing import Listing, find_images
+from batchtrim.lab.task.names import SPECS
 from batchtrim.lab.task.split import split_rows
 
 __all__ = ["ImageOptions", "is_own", "load"]
@@ -57,7 +58,7 @@ class ImageOptions:
 
 def is_own(dataset: str) -> bool:
     """True if ``dataset`` is a path or a hub name, and not one of the data sets the lab knows by name."""
-    if dataset in data.SPECS:
+    if dataset in SPECS:
         return False
     return "/" in dataset or "\\" in dataset or expanded(dataset).exists() or dataset.lower().endswith(tables.SUFFIXES)
 

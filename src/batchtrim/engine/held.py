@@ -1,0 +1,253 @@
+"""Find what a forward may change: what a model and its loss hold, or name, and what outlives a call.
+
+These are buffers and attributes of modules; what those attributes hold in turn, in lists and dictionaries, in plain
+objects, and in modules that are no submodules (a teacher in a list); variables in the closures of functions and hooks;
+attributes of the user's own classes; and the global variables that their functions name.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CONTAINERS", "Held", "Names", "is_array", "is_numpy_generator"]
+
+CONTAINERS = (list, dict, set, deque)
+_FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+_STATE = (
+    bool, int, float, complex, str, bytes, type(None), tuple, *CONTAINERS, Tensor, torch.Generator, random.Random,
+)  # fmt: skip
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Objects of these packages keep no state that a forward changes, or are tools, such as a trainer that holds the data.
+_TOOLS = frozenset((
+    "accelerate", "batchtrim", "builtins", "functools", "lightning", "lightning_fabric", "logging", "numpy",
+    "pytorch_lightning", "random", "torch",
+))  # fmt: skip
+_WRAPPERS = ("batchtrim.criteria", "batchtrim.losses")  # around a user's loss; they have no state of their own
+_DEEP = 3  # objects within objects
+_LARGE, _MANY = 2**20, 10_000  # bytes of an array, entries of a container: beyond, only what a module holds is copied
+
+
+@dataclass
+class Names:
+    """Names that may be bound to other values: attributes of an object or a class, or variables.
+
+    Attributes:
+        owner: the module, object, class or function whose names they are.
+        read: returns a name's value, or raises KeyError, AttributeError or ValueError. bind: gives it another value.
+        whole: all that the owner has, by name, as it is now: what is new there can be deleted. None if not known.
+    """
+
+    owner: Any
+    names: list[str]
+    read: Callable[[str], Any]
+    bind: Callable[[str, Any], None]
+    whole: dict[str, Any] | None = None
+
+    def state(self, known: Container[str] = ()) -> dict[str, Any]:
+        """Return the values, but those ``known``, that are put back: numbers, containers, tensors, no functions."""
+        names = self.names
+        if self.whole is not None:
+            passed = _OF_EVERY_MODULE if isinstance(self.owner, nn.Module) else ()
+            names = [name for name in self.whole if name not in passed and name not in known]
+        found = [(name, self._value(name)) for name in names]
+        return {name: value for name, value in found if type(value) in _FIXED or _is_state(self.owner, name, value)}
+
+    def put_back(self, noted: Mapping[str, Any]) -> None:
+        """Bind each name to its value of before, where it is another now."""
+        for name, value in noted.items():
+            if self._value(name) is not value:
+                self.bind(name, value)
+
+    def _value(self, name: str) -> Any:
+        try:
+            return self.read(name)
+        except (AttributeError, KeyError, ValueError):
+            return Names  # no value
+
+
+class Held:
+    """What can be reached from a model, from the function that computes its loss, and the like.
+
+    Attributes:
+        modules: each once.
+        names: of modules, and of the objects, classes and functions behind them.
+        contents: what can change in place, tensors among it that are neither parameters nor buffers.
+        watched: tensors that are too large to copy in every step, or not the model's own: parameters that the first
+            root does not list, and tensors that functions name.
+        iterators: where modules hold iterators, whose next value can be taken only once.
+        with_graph: where tensors with a graph are kept.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self.modules: list[nn.Module] = []
+        self.names: list[Names] = []
+        self.contents: list[Any] = []
+        self.watched: list[Tensor] = []
+        self.iterators: list[str] = []
+        self.with_graph: list[str] = []
+        self._seen: dict[int, Any] = {}  # it holds what it has seen, so that no number is given twice
+        for parameter in roots[0].parameters() if isinstance(next(iter(roots), None), nn.Module) else ():
+            self._seen[id(parameter)] = parameter
+        for root in roots:
+            self._walk(root, "the loss", _DEEP, own=True)
+
+    def _walk(self, value: Any, name: str, deep: int, own: bool) -> None:
+        """Go through a value; ``own``: a module holds it. ``deep``: how many objects may still be entered."""
+        if isinstance(value, nn.Module):
+            for module in value.modules():
+                if self._is_new(module):
+                    self._module(module)
+        elif type(value) in _FIXED or isinstance(value, (type, ModuleType)) or not self._is_new(value):
+            return
+        elif isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                self.with_graph.append(name)
+            (self.contents if own and not isinstance(value, nn.Parameter) else self.watched).append(value)
+        elif isinstance(value, (tuple, frozenset, *CONTAINERS)):
+            self._container(value, name, deep, own)
+        elif is_array(value):
+            if own or value.nbytes <= _LARGE:
+                self.contents.append(value)
+        elif isinstance(value, (torch.Generator, random.Random)) or is_numpy_generator(value):
+            self.contents.append(value)
+        elif isinstance(value, (FunctionType, MethodType, partial)):
+            self._callable(value, name, deep)
+        elif isinstance(value, Iterator):
+            if own and not isinstance(value, io.IOBase):
+                self.iterators.append(name)
+        elif deep and _is_entered(type(value), own):
+            self._object(value, deep - 1, own)
+
+    def _is_new(self, value: Any) -> bool:
+        known = id(value) in self._seen
+        self._seen[id(value)] = value
+        return not known
+
+    def _module(self, module: nn.Module) -> None:
+        self.modules.append(module)
+        self.watched += [p for p in module._parameters.values() if p is not None and self._is_new(p)]
+        for buffer in module._buffers.values():
+            self._is_new(buffer)
+        held = vars(module)
+        for hook in [hook for hooks in _HOOKS if held.get(hooks) for hook in held[hooks].values()]:
+            self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)
+        if not type(module).__module__.startswith("torch.distributed"):  # they set themselves up in their first forward
+            self.names.append(Names(module, [], held.__getitem__, held.__setitem__, held))
+            for name, value in list(held.items()):
+                if name not in _OF_EVERY_MODULE and type(value) not in _FIXED:
+                    self._walk(value, f"{type(module).__name__}.{name}", _DEEP, own=True)
+        self._class(type(module))
+
+    def _container(self, value: Any, name: str, deep: int, own: bool) -> None:
+        if not own and len(value) > _MANY:
+            return
+        if isinstance(value, CONTAINERS):
+            self.contents.append(value)
+        for item in list(value.values() if isinstance(value, Mapping) else value):
+            self._walk(item, name, deep, own)
+
+    def _object(self, value: Any, deep: int, own: bool) -> None:
+        held = getattr(value, "__dict__", None)
+        if isinstance(held, dict) and type(value).__module__ not in _WRAPPERS:
+            self.names.append(Names(value, [], held.__getitem__, held.__setitem__, held))
+        listed = [getattr(cls, "__slots__", ()) for cls in type(value).__mro__]
+        slots = [name for each in listed for name in ([each] if isinstance(each, str) else each) if name[:2] != "__"]
+        if slots:
+            self.names.append(Names(value, slots, partial(getattr, value), partial(setattr, value)))
+        items = [*(held or {}).items(), *((name, getattr(value, name, None)) for name in slots)]
+        for name, item in items:
+            self._walk(item, f"{type(value).__name__}.{name}", deep, own)
+        self._class(type(value))
+
+    def _class(self, cls: type) -> None:
+        if not self._is_new(cls):
+            return
+        for each in cls.__mro__:
+            if _is_installed(each.__module__) or (each is not cls and not self._is_new(each)):
+                continue
+            held = vars(each)
+            self.names.append(Names(each, list(held), held.__getitem__, partial(setattr, each)))
+            for name, value in list(held.items()):
+                function = getattr(value, "fget", getattr(value, "__func__", value))
+                if name[:2] != "__" or isinstance(function, FunctionType):
+                    self._walk(function, name, 1, own=False)
+
+    def _callable(self, value: Any, name: str, deep: int) -> None:
+        if isinstance(value, partial):
+            parts: list[Any] = [value.func, value.args, value.keywords]
+        elif isinstance(value, MethodType):
+            parts = [value.__self__, value.__func__]
+        else:
+            parts = self._function(value)
+        for part in parts:
+            self._walk(part, name, deep, own=False)
+
+    def _function(self, function: FunctionType) -> list[Any]:
+        """Note the variables of a function's closure, and the globals that it names; return what they hold."""
+        code = function.__code__
+        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+        own = vars(function)
+        spaces = [
+            Names(function, list(cells), lambda name: cells[name].cell_contents, partial(_fill, cells)),
+            Names(function, list(own), own.__getitem__, own.__setitem__),
+        ]
+        if not _is_installed(function.__module__ or ""):
+            space = function.__globals__
+            named = [name for name in _names_in(code) if name in space]
+            spaces.append(Names(function, named, space.__getitem__, space.__setitem__))
+        self.names += [each for each in spaces if each.names]
+        values = [each._value(name) for each in spaces for name in each.names]
+        return [*values, function.__defaults__, function.__kwdefaults__]
+
+
+def _is_state(owner: Any, name: str, value: Any) -> bool:
+    if (isinstance(owner, type) and name[:2] == "__") or isinstance(value, nn.Parameter):
+        return False
+    return isinstance(value, _STATE) or is_numpy_generator(value) or is_array(value)
+
+
+def is_numpy_generator(value: Any) -> bool:
+    """True for a ``numpy.random.Generator``; it does not import NumPy."""
+    return type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator")
+
+
+def is_array(value: Any) -> bool:
+    """True for a NumPy array that can be written into."""
+    return type(value).__module__ == "numpy" and hasattr(value, "nbytes") and value.flags.writeable
+
+
+def _fill(cells: dict[str, CellType], name: str, value: Any) -> None:
+    cells[name].cell_contents = value
+
+
+def _is_entered(cls: type, own: bool) -> bool:
+    if cls.__module__ in _WRAPPERS or cls is SimpleNamespace:
+        return True
+    return cls.__module__.partition(".")[0] not in _TOOLS and (own or not _is_installed(cls.__module__))
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    """True for code that is not the user's own: torch and other packages, and the standard library."""
+    top = module.partition(".")[0]
+    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    return top in _TOOLS or top in sys.stdlib_module_names or "-packages" in file
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Return the names that a function and those within it use of their globals, and of attributes."""
+    inner = [_names_in(each) for each in code.co_consts if isinstance(each, CodeType)]
+    return set(code.co_names).union(*inner)

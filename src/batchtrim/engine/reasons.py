@@ -1,0 +1,40 @@
+"""Say why a function could not be traced: torch's own first lines, and the line of the model that they are about."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["cause_of", "told"]
+
+_FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the error at the bottom of those that torch's tracer wraps."""
+    while getattr(error, "inner_exception", None) is not None:
+        error = error.inner_exception  # type: ignore[attr-defined]
+    return error
+
+
+def told(cause: BaseException) -> str:
+    """Return the reason in one line, and the last line outside of torch that the tracer had reached."""
+    if type(cause).__name__ == "FailOnRecompileLimitHit":
+        return (
+            "its Python changes from step to step, each time with a new trace. Hold a number that changes as a tensor"
+        )
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if not lines:
+        return f"it cannot be traced as one graph ({type(cause).__name__})"
+    explained = next((f" {line}" for line in lines if line.startswith("Explanation:")), "")
+    return f"it cannot be traced as one graph{_place(lines)}: {lines[0]}{explained}"
+
+
+def _place(lines: list[str]) -> str:
+    """Return `` at `line of code` (file:line)``, as far as the tracer tells."""
+    found = ""
+    for number, line in enumerate(lines[:-1]):
+        frame = _FRAME.search(line)
+        if frame is not None and "/torch/" not in frame["path"].replace("\\", "/"):
+            file = re.split(r"[/\\]", frame["path"])[-1]
+            found = f" at `{lines[number + 1][:120]}` ({file}:{frame['line']})"
+    return found

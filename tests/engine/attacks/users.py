@@ -1,0 +1,451 @@
+"""What training programs are made of: recurrent state, two batches in one, graphs, quantisation, memories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
+
+from attacks.base import C, D, H, attack, backward_of, regression
+from attacks.layers import images, sequences, weighted
+from attacks.running import _buffers
+
+# 26. What training programs are made of
+
+
+def long(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 5, D), torch.randint(0, C, (batch,))
+
+
+@attack(26, data=long, parts=lambda: {"rnn": nn.GRU(D, H, batch_first=True)})
+def hidden_state_carried_over(net: Any, x: Tensor) -> Tensor:
+    """From batch to batch, detached."""
+    state = getattr(net, "state", None)
+    if state is not None and state.shape[1] != len(x):
+        state = None
+    out, state = net.rnn(x, state)
+    net.state = state.detach()
+    return net.t(out[:, -1])
+
+
+@attack(26, data=long, parts=lambda: {"cell": nn.LSTMCell(D, H)})
+def cell_state_carried_over(net: Any, x: Tensor) -> Tensor:
+    h, c = getattr(net, "state", (None, None))
+    if h is None or len(h) != len(x):
+        h = c = x.new_zeros(len(x), H)
+    for step in x.unbind(1):
+        h, c = net.cell(step, (h, c))
+    net.state = h.detach(), c.detach()
+    return net.t(h)
+
+
+def _both(out: Any, y: Any) -> Tensor:
+    kinds, domains = out
+    return F.cross_entropy(kinds, y[0], reduction="none") + F.cross_entropy(domains, y[1], reduction="none")
+
+
+def _with_domains(batch: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    return torch.randn(batch, D), (torch.randint(0, C, (batch,)), torch.randint(0, 2, (batch,)))
+
+
+_reversed = backward_of(lambda g: -0.3 * g)
+
+
+@attack(26, data=_with_domains, loss=lambda: _both, two_pass="right")
+def gradient_reversal(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    z = net.a(x).tanh()
+    return net.t(z), net.h(_reversed(z))
+
+
+class Asking(torch.autograd.Function):
+    """A linear layer that computes the gradients that are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T + bias
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        asked = ctx.needs_input_grad
+        return g @ weight if asked[0] else None, g.T @ x if asked[1] else None, g.sum(0) if asked[2] else None
+
+
+@attack(26, two_pass="right")
+def function_that_asks_what_is_needed(net: Any, x: Tensor) -> Tensor:
+    return net.t(Asking.apply(x, net.a.weight, net.a.bias).tanh())
+
+
+class Remembering(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = x.shape[0]
+        ctx.save_for_backward(x.mean(0))
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g * (1 + ctx.saved_tensors[0]) / ctx.rows
+
+
+@attack(26)
+def function_that_remembers_the_batch(net: Any, x: Tensor) -> Tensor:
+    return net.t(Remembering.apply(net.a(x)))
+
+
+class Again(torch.autograd.Function):
+    """A residual layer that is run again in backward, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module, *_: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return x + layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            y = x + ctx.layer(x)
+        found = torch.autograd.grad(y, [x, *ctx.layer.parameters()], g)
+        return found[0], None, *found[1:]
+
+
+@attack(26, two_pass="right")
+def function_that_runs_a_layer_again(net: Any, x: Tensor) -> Tensor:
+    return net.t(Again.apply(net.a(x), net.b, *net.b.parameters()))
+
+
+@attack(26, two_pass="approximate")
+def two_dropouts_of_one_sample(net: Any, x: Tensor) -> Tensor:
+    """R-Drop: the batch twice in one."""
+    left, right = net.t(F.dropout(net.a(torch.cat([x, x])), 0.3, net.training)).chunk(2)
+    return left + 0.1 * (left - right).square()
+
+
+@attack(26, data=lambda b: ((torch.randn(b, D), torch.randn(b, D)), torch.randint(0, C, (b,))), two_pass="right")
+def pairs_in_one_batch(net: Any, left: Tensor, right: Tensor) -> Tensor:
+    a, b = net.a(torch.cat([left, right])).split(len(left))
+    return net.t((a - b).abs())
+
+
+@attack(26, two_pass="right")
+def repeated_row_by_row(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.b(net.a(x).repeat_interleave(3, 0)).view(-1, 3, H).mean(1))
+
+
+def _both_kinds(out: Any, y: Tensor) -> Tensor:
+    return F.cross_entropy(out[0], y, reduction="none") + out[1].view(-1, 3, C).square().mean((1, 2))
+
+
+@attack(
+    26, data=lambda b: ((torch.randn(b, D), torch.randn(3 * b, D)), torch.randint(0, C, (b,))), loss=lambda: _both_kinds
+)
+def labelled_and_unlabelled(net: Any, x: Tensor, unlabelled: Tensor) -> tuple[Tensor, Tensor]:
+    out = net.t(net.a(torch.cat([x, unlabelled])).tanh())
+    return out[: len(x)], out[len(x) :]
+
+
+def clips(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 4, 2, 6, 6), torch.randint(0, C, (batch,))
+
+
+@attack(26, data=clips, parts=lambda: {"conv": nn.Conv2d(2, H, 3)}, two_pass="right")
+def channels_shifted_over_frames(net: Any, x: Tensor) -> Tensor:
+    z = net.conv(x.flatten(0, 1)).view(*x.shape[:2], H, 4, 4)
+    shifted = torch.zeros_like(z)
+    shifted[:, :-1, :2] = z[:, 1:, :2]
+    shifted[:, 1:, 2:4] = z[:, :-1, 2:4]
+    shifted[:, :, 4:] = z[:, :, 4:]
+    return net.t(shifted.mean((1, 3, 4)))
+
+
+@attack(26, data=clips, parts=lambda: {"conv": nn.Conv2d(2, H, 3)})
+def channels_shifted_over_samples(net: Any, x: Tensor) -> Tensor:
+    z = net.conv(x.flatten(0, 1))
+    shifted = torch.zeros_like(z)
+    shifted[:-1, :2] = z[1:, :2]
+    shifted[:, 2:] = z[:, 2:]
+    return net.t(shifted.view(*x.shape[:2], H, 4, 4).mean((1, 3, 4)))
+
+
+def graphs(batch: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    nodes = torch.arange(3 * batch)
+    edges = torch.stack([nodes, nodes // 3 * 3 + (nodes + 1) % 3])
+    return (torch.randn(len(nodes), D), edges, nodes // 3), torch.randint(0, C, (batch,))
+
+
+@attack(26, data=graphs)
+def graphs_in_one_batch(net: Any, x: Tensor, edges: Tensor, graph: Tensor) -> Tensor:
+    z = net.a(x)
+    z = torch.zeros_like(z).index_add(0, edges[1], net.b(z)[edges[0]])
+    return net.t(z.new_zeros(len(x) // 3, H).index_add(0, graph, z))
+
+
+def ring(batch: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    nodes = torch.arange(batch)
+    return (torch.randn(batch, D), torch.stack([nodes, nodes.roll(1)])), torch.randint(0, C, (batch,))
+
+
+@attack(26, data=ring)
+def nodes_of_a_graph(net: Any, x: Tensor, edges: Tensor) -> Tensor:
+    z = net.a(x)
+    return net.t(torch.zeros_like(z).index_add(0, edges[1], net.b(z)[edges[0]]))
+
+
+@attack(26, data=ring)
+def nodes_of_a_graph_by_a_sparse_matrix(net: Any, x: Tensor, edges: Tensor) -> Tensor:
+    links = torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), (len(x), len(x)))
+    return net.t(torch.sparse.mm(links, net.a(x)))
+
+
+@attack(26, parts=_buffers(top=()))
+def quantised_by_what_was_seen(net: Any, x: Tensor) -> Tensor:
+    """Quantisation-aware training: an observer moves with the batch, and scales it."""
+    z = net.a(x)
+    with torch.no_grad():
+        net.kept.top.lerp_(z.abs().amax(), 0.1)
+    return net.t(
+        torch.fake_quantize_per_tensor_affine(z, net.kept.top / 127, torch.zeros((), dtype=torch.int32), -9, 9)
+    )
+
+
+@attack(26, parts=lambda: {"norm": nn.BatchNorm1d(H)}, two_pass="approximate")
+def batch_norm_twice_a_step(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.norm(net.a(x)) + net.norm(net.a(x + 0.3)).tanh())
+
+
+@attack(26, parts=lambda: {"norm": nn.BatchNorm1d(H, momentum=None)}, two_pass="approximate")
+def batch_norm_by_an_average_of_all_batches(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.norm(net.a(x)))
+
+
+@attack(26, parts=lambda: {"norm": nn.BatchNorm1d(H)}, two_pass="approximate", data=weighted)
+def batch_norm_over_valid_tokens(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    z = net.b(x)
+    valid = torch.arange(5) < lengths[:, None]
+    out = torch.zeros_like(z)
+    out[valid] = net.norm(z[valid])
+    return net.t(out.sum(1))
+
+
+@attack(26, parts=lambda: {"norm": nn.BatchNorm1d(H), "other": nn.BatchNorm1d(H)}, two_pass="either")
+def batch_norms_of_two_halves(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x)
+    n = len(x) // 2
+    return net.t(torch.cat([net.norm(z[:n]), net.other(z[n:])]))
+
+
+@attack(26, data=images, parts=lambda: {"conv": nn.Conv2d(2, H, 3)})
+def deviation_of_the_batch_as_a_feature(net: Any, x: Tensor) -> Tensor:
+    z = net.conv(x)
+    return net.t(z.mean((2, 3)) + z.std(0).mean())
+
+
+@attack(26, data=weighted, two_pass="right")
+def cropped_to_the_longest(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    n = int(lengths.max())
+    return net.t((net.b(x[:, :n]) * (torch.arange(n) < lengths[:, None])[..., None]).sum(1))
+
+
+@attack(26, data=weighted, two_pass="right")
+def tokens_without_padding(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    """As attention over sequences of various lengths takes them."""
+    flat = net.b(x[torch.arange(5) < lengths[:, None]])
+    sample = torch.arange(len(x)).repeat_interleave(lengths)
+    return net.t(torch.zeros(len(x), H).index_add(0, sample, flat))
+
+
+@attack(26, two_pass="right")
+def halted_by_its_own_score(net: Any, x: Tensor) -> Tensor:
+    z, done, out = net.a(x), torch.zeros(len(x)), torch.zeros(len(x), H)
+    for _ in range(3):
+        score = z[:, 0].sigmoid() * (done < 0.9)
+        done, out = done + score, out + score[:, None] * z
+        z = net.b(z).tanh()
+    return net.t(out)
+
+
+@attack(26)
+def transported(net: Any, x: Tensor) -> Tensor:
+    """Sinkhorn's iteration over the batch, as in SwAV."""
+    z = net.a(x)
+    plan = z.exp()
+    for _ in range(2):
+        plan = plan / plan.sum(0, keepdim=True)
+        plan = plan / plan.sum(1, keepdim=True)
+    return net.t(z * plan)
+
+
+@attack(26)
+def whitened(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x) - net.a(x).mean(0)
+    root = torch.linalg.cholesky(z.T @ z / len(x) + 0.1 * torch.eye(H))
+    return net.t(torch.linalg.solve_triangular(root, z.T, upper=False).T)
+
+
+@attack(26, two_pass="right")
+def weights_dropped(net: Any, x: Tensor) -> Tensor:
+    """DropConnect: one mask for all samples."""
+    return net.t(F.linear(net.a(x), F.dropout(net.b.weight, 0.3, net.training)))
+
+
+@attack(26, parts=lambda: {"heat": 2.0}, two_pass="right")  # type: ignore[dict-item]
+def temperature_that_falls(net: Any, x: Tensor) -> Tensor:
+    net.heat *= 0.9
+    return net.t(net.a(x)) / net.heat
+
+
+def _chained(net: nn.Module) -> nn.Module:
+    net.chain = nn.Sequential(nn.Linear(H, H), nn.Tanh(), nn.Linear(H, H), nn.Dropout(0.2), nn.Linear(H, H))
+    return net
+
+
+@attack(26, wrap=_chained, two_pass="approximate")
+def checkpointed_in_segments(net: Any, x: Tensor) -> Tensor:
+    return net.t(checkpoint_sequential(net.chain, 2, net.a(x), use_reentrant=False))
+
+
+def _operator(name: str, run: Any, change: Any) -> Any:
+    operator = torch.library.custom_op(f"attacks::{name}", mutates_args=())(run)
+    operator.register_fake(torch.empty_like)
+    operator.register_autograd(lambda _, g: change(g))
+    return operator
+
+
+def _double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def _centre(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+doubled = _operator("doubled", _double, _double)
+centred = _operator("centred", _centre, _centre)
+counted = _operator("counted", _as_it_is, lambda g: g * len(g))
+
+
+@attack(26, two_pass="right")
+def operator_of_its_own(net: Any, x: Tensor) -> Tensor:
+    return net.t(doubled(net.a(x)).tanh())
+
+
+@attack(26)
+def operator_of_its_own_that_centres(net: Any, x: Tensor) -> Tensor:
+    return net.t(centred(net.a(x)).tanh())
+
+
+@attack(26)
+def operator_of_its_own_that_counts(net: Any, x: Tensor) -> Tensor:
+    return net.t(counted(net.a(x)).tanh())
+
+
+@attack(26)
+def gradient_of_the_step_before(net: Any, x: Tensor) -> Tensor:
+    before = getattr(net, "before", None)
+    size = 0.0 if before is None or before.grad is None else before.grad.norm()
+    z = net.a(x)
+    if z.requires_grad:
+        z.retain_grad()
+    net.before = z
+    return net.t(z.tanh()) * (1 + size)
+
+
+@attack(26, two_pass="either")
+def hook_on_a_node_of_the_graph(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x)
+    if z.grad_fn is not None:
+        z.grad_fn.register_prehook(lambda gradients: tuple(g * len(g) for g in gradients))
+    return net.t(z.tanh())
+
+
+@attack(26, two_pass="right")
+def hook_on_two_gradients(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x)
+    other = net.b(z)
+    if z.requires_grad:
+        torch.autograd.graph.register_multi_grad_hook((z, other), lambda _: net.seen.add_(1))
+    return net.t(z + other.tanh() + net.seen * 0.1)
+
+
+def _noise(out: Any, y: Tensor) -> Tensor:
+    return (out[0] - out[1]).square().mean(1)
+
+
+@attack(26, data=regression, loss=lambda: _noise)
+def noise_to_be_predicted(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A diffusion model draws times and noise in its forward."""
+    time, noise = torch.rand(len(x), 1), torch.randn_like(x)
+    return net.t(net.a(time.sqrt() * noise + (1 - time).sqrt() * x)), noise[:, :C]
+
+
+def _by_number(batch: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    return (torch.randn(batch, D), torch.randperm(30)[:batch]), torch.randint(0, C, (batch,))
+
+
+@attack(26, data=_by_number, parts=_buffers(past=(30, C)), two_pass="right")
+def predictions_of_earlier_epochs(net: Any, x: Tensor, number: Tensor) -> Tensor:
+    """Temporal ensembling: each sample's own past."""
+    out = net.t(net.a(x))
+    target = net.kept.past[number].clone()
+    with torch.no_grad():
+        net.kept.past[number] = 0.6 * target + 0.4 * out.detach()
+    return out + 0.3 * (out - target).square()
+
+
+@attack(26, data=lambda b: ((torch.randn(b, D), torch.arange(b) % 4), torch.randint(0, C, (b,))))
+def prototypes_of_the_batch(net: Any, x: Tensor, of: Tensor) -> Tensor:
+    z = net.a(x)
+    return net.t(z - (torch.zeros(4, H).index_add(0, of, z) / 3)[of])
+
+
+@attack(26, two_pass="right", loss=lambda: lambda out, y: F.cross_entropy(out[0] / out[1].exp(), y, reduction="none"))
+def temperature_among_the_outputs(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    return net.t(net.a(x)), net.gate
+
+
+@attack(26, two_pass="right")
+def sample_by_sample(net: Any, x: Tensor) -> Tensor:
+    return torch.stack([net.t(net.a(row)) for row in x])
+
+
+@attack(26)
+def padded_and_shifted(net: Any, x: Tensor) -> Tensor:
+    return net.t(F.pad(net.a(x), (0, 0, 1, 0))[:-1])
+
+
+@attack(26)
+def blurred_over_all_samples(net: Any, x: Tensor) -> Tensor:
+    return net.t(F.avg_pool1d(net.a(x).reshape(1, 1, -1), 3, 1, 1).view(len(x), -1))
+
+
+@attack(26, data=sequences, two_pass="right", parts=lambda: {"whole": nn.Transformer(H, 2, 1, 1, 16, 0.0,
+        batch_first=True)})  # fmt: skip
+def encoder_and_decoder(net: Any, x: Tensor) -> Tensor:
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    return net.t(net.whole(x, x[:, 1:], tgt_mask=mask, tgt_is_causal=True).mean(1))
+
+
+@attack(26, two_pass="right")
+def written_where_positive(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x).clone()
+    z[z > 0.5] = 0.1
+    z[x[:, 0] > 0] *= 2
+    return net.t(z)
+
+
+@attack(26)
+def seeded_in_the_forward(net: Any, x: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        mask = torch.rand(len(x), 1) > 0.3
+    return net.t(net.a(x) * mask)

@@ -1,0 +1,183 @@
+"""State outside of modules: what a second forward would move again is put back, or the model is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from harness import agree, train
+from torch import Tensor, nn
+
+from batchtrim.engine.held import Held
+from batchtrim.errors import EngineFallback
+
+COUNT = 0
+SEEN: list[int] = []
+STATE = SimpleNamespace(count=0)
+TABLE = torch.zeros(2)
+
+
+class Counting(nn.Module):
+    """Scales its output by how often ``tick`` was called."""
+
+    CALLS = 0
+    log: list[int] = []  # noqa: RUF012
+
+    def __init__(self, tick: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+        self.tick = tick
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * (1 + 0.1 * self.tick(self))
+
+
+def _bump() -> None:
+    global COUNT
+    COUNT += 1
+
+
+def of_a_global(_: Any) -> float:
+    _bump()
+    return COUNT
+
+
+def of_a_global_list(_: Any) -> float:
+    SEEN.append(1)
+    return len(SEEN)
+
+
+def of_a_global_object(_: Any) -> float:
+    STATE.count += 1
+    return STATE.count
+
+
+def of_a_class(model: Any) -> float:
+    type(model).CALLS += 1
+    return type(model).CALLS
+
+
+def of_a_list_of_the_class(model: Any) -> float:
+    model.log.append(1)
+    return len(model.log)
+
+
+def of_a_default(_: Any, seen: list[int] = []) -> float:  # noqa: B006
+    seen.append(1)
+    return len(seen)
+
+
+def of_a_function(_: Any) -> float:
+    of_a_function.calls = getattr(of_a_function, "calls", 0) + 1  # type: ignore[attr-defined]
+    return of_a_function.calls  # type: ignore[attr-defined]
+
+
+def of_a_closure() -> Callable[[Any], float]:
+    count = 0
+
+    def tick(_: Any) -> float:
+        nonlocal count
+        count += 1
+        return count
+
+    return tick
+
+
+def of_a_list_in_a_closure() -> Callable[[Any], float]:
+    seen: list[int] = []
+
+    def tick(_: Any) -> float:
+        seen.append(1)
+        return len(seen)
+
+    return tick
+
+
+PLACES = {
+    "global": lambda: of_a_global, "global list": lambda: of_a_global_list, "global object": lambda: of_a_global_object,
+    "class": lambda: of_a_class, "list of the class": lambda: of_a_list_of_the_class,
+    "default": lambda: of_a_default, "function": lambda: of_a_function, "closure": of_a_closure,
+    "list in a closure": of_a_list_in_a_closure,
+}  # fmt: skip
+
+
+def _reset() -> None:
+    global COUNT
+    COUNT, STATE.count, Counting.CALLS, of_a_function.calls = 0, 0, 0, 0  # type: ignore[attr-defined]
+    for each in (SEEN, Counting.log, of_a_default.__defaults__[0]):  # type: ignore[index]
+        each.clear()
+    TABLE.zero_()
+
+
+@pytest.mark.parametrize("engine", ["two_pass", "auto"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_counter_anywhere_counts_each_step_once(place: str, engine: str) -> None:
+    torch._dynamo.reset()
+    runs = []
+    for name in ("exact", engine):
+        _reset()
+        runs.append(train(lambda: Counting(PLACES[place]()), lambda b: torch.randn(b, 6), name, steps=5))
+    agree(*runs)
+
+
+def into_a_global_tensor(_: Any) -> float:
+    with torch.no_grad():
+        TABLE.add_(1)
+    return TABLE.sum()  # type: ignore[return-value]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_auto_writes_into_a_global_tensor_once_a_step() -> None:
+    runs = []
+    for engine in ("exact", "auto"):
+        _reset()
+        runs.append(train(lambda: Counting(into_a_global_tensor), lambda b: torch.randn(b, 6), engine, steps=5))
+    agree(*runs)
+
+
+def test_the_loss_and_what_it_holds_count_too() -> None:
+    def make_loss() -> Callable[[Tensor, Tensor], Tensor]:
+        calls: list[int] = []
+
+        def loss(out: Tensor, y: Tensor) -> Tensor:
+            calls.append(1)
+            return nn.functional.cross_entropy(out, y, reduction="none") * len(calls)
+
+        return loss
+
+    runs = [
+        train(lambda: nn.Linear(6, 5), lambda b: torch.randn(b, 6), engine, steps=4, loss=make_loss())
+        for engine in ("exact", "two_pass")
+    ]
+    agree(*runs)
+
+
+def test_a_hook_collects_what_one_forward_gives() -> None:
+    seen: list[int] = []
+    model = nn.Linear(6, 5)
+    model.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    train(lambda: model, lambda b: torch.randn(b, 6), "two_pass", steps=3)
+    assert seen == [12, 12, 12]
+
+
+def test_an_iterator_is_refused_for_it_cannot_be_put_back() -> None:
+    model = Counting(lambda model: next(model.count))
+    model.count = iter(range(100))  # type: ignore[assignment]
+    assert Held(model).iterators == ["Counting.count"]
+    with pytest.warns(EngineFallback, match=r"it holds an iterator \(Counting\.count\)"):
+        train(lambda: model, lambda b: torch.randn(b, 6), "auto", steps=2)
+    with pytest.raises(Exception, match=r"it holds an iterator \(Counting\.count\)"):
+        train(lambda: model, lambda b: torch.randn(b, 6), "two_pass", steps=2)
+
+
+def test_libraries_and_tools_are_not_entered() -> None:
+    model = nn.Linear(2, 2)
+    model.tool = torch.optim.SGD(model.parameters(), 0.1)  # type: ignore[assignment]
+    held = Held(model, nn.functional.cross_entropy)
+    assert [names.owner for names in held.names] == [model]
+    assert held.modules == [model]
+    assert not held.watched

@@ -1,0 +1,90 @@
+"""A model keeps tensors of its forward, and the training loop adds a term of its own made of them to the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchtrim
+from batchtrim.errors import EngineRefused
+
+pytestmark = pytest.mark.filterwarnings("ignore::batchtrim.errors.EngineFallback")
+
+
+class Keeping(nn.Module):
+    """Keeps what ``where`` says, with its graph."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.where = where
+        self.kept: Any = None
+        self.collected: list[Tensor] = []
+        if where == "hook":
+            collected = self.collected
+            self.first.register_forward_hook(lambda _, __, out: collected.append(out.tanh()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x).tanh()
+        if self.where == "attribute":
+            self.kept = z
+        elif self.where == "list":
+            self.kept = [z]
+        elif self.where == "number":
+            self.kept = z.square().mean()
+        elif self.where == "mean":
+            self.kept = z.mean(0)
+        return self.last(self.second(z).tanh())
+
+    def term(self) -> Tensor:
+        kept = self.collected[-1] if self.where == "hook" else self.kept
+        return (kept[0] if self.where == "list" else kept).square().mean()
+
+
+def gradients(where: str, engine: str, steps: int = 3, compiled: bool = False) -> tuple[list[Tensor], str]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Keeping(where)
+    if compiled:
+        model.compile()
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), engine)
+    found = []
+    for number in range(steps):
+        torch.manual_seed(number)
+        x, y = torch.randn(12, 6), torch.randint(0, 5, (12,))
+        model.zero_grad()
+        loss = step(x, y)
+        (loss + model.term()).backward()
+        model.collected.clear()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert step.last is not None
+    return found, step.last.engine
+
+
+PLACES = ("attribute", "list", "number", "mean", "hook")
+
+
+@pytest.mark.parametrize("engine", ["shared", "auto"])
+@pytest.mark.parametrize("where", PLACES)
+def test_its_gradient_reaches_all_rows(where: str, engine: str) -> None:
+    exact, _ = gradients(where, "exact")
+    own, ran = gradients(where, engine)
+    torch.testing.assert_close(own, exact, rtol=1e-5, atol=1e-7)
+    assert engine == "auto" or ran == "shared"
+
+
+@pytest.mark.usefixtures("compiles")
+@pytest.mark.parametrize("where", ["attribute", "number"])
+def test_its_gradient_reaches_all_rows_of_a_compiled_model(where: str) -> None:
+    torch.testing.assert_close(
+        gradients(where, "shared", compiled=True)[0], gradients(where, "exact")[0], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_two_passes_refuse_it(where: str) -> None:
+    with pytest.raises(EngineRefused, match=r"it keeps a tensor with its graph \(.*Keep a detached one"):
+        gradients(where, "two_pass", steps=1)
