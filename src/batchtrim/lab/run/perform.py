@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from batchtrim._checks import describe
 from batchtrim.lab.files import CannotWrite, writing
@@ -29,6 +31,7 @@ from batchtrim.lab.task.code import own_traceback
 __all__ = ["check_task", "perform"]
 
 LONGEST_TRACEBACK = 4000
+SHORT = 60.0  # seconds of a run up to which imports in it matter
 
 
 def check_task(config: TaskConfig) -> None:
@@ -51,6 +54,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         that it made errors) is put back. A process that it forked, and that returns too, ends here.
     """
     assert config.code is not None
+    _import_torchs_compiler()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begun = time.perf_counter()
     run = Run(config, out / "tasks" / config.key, on_epoch)
@@ -58,10 +62,11 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
     with as_it_was(config.seed, config.threads) as seen:
         try:
             function = config.code.load()
-            begun = time.perf_counter()  # what the file imports is no part of training
+            seen.begin()
+            begun = run.begun = time.perf_counter()  # what the file imports is no part of training
             returned = function(run)
             seconds = time.perf_counter() - begun
-            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen)}
+            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, seconds)}
             _write_log(run, config, out)
         except CannotWrite:  # the disk's fault, not the task's
             raise
@@ -87,6 +92,12 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         "environment": environment(config),
         "started": started,
     }
+
+
+@functools.cache
+def _import_torchs_compiler() -> None:
+    """Make an optimizer: torch imports its compiler for the first one, seconds that would count as that run's time."""
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 
 
 def _value(returned: Any, metric: Metric) -> dict[str, Any]:
@@ -118,7 +129,7 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
     return {"status": "finished", metric.field: value, **({"also": also} if also else {})}
 
 
-def _told(run: Run, seen: Seen) -> dict[str, Any]:
+def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
     """Return what is to be said of a run that ended well; a method that was never applied is a mistake."""
     if run.method != "full" and not run.rule.used:
         raise TaskMistake(
@@ -146,6 +157,12 @@ def _told(run: Run, seen: Seen) -> dict[str, Any]:
             )
     if seen.torch_seed != run.seed:
         more["torch_seed"] = seen.torch_seed  # judged beside the other seeds', in batchtrim.lab.analyse.caveats
+    if seconds < SHORT and (names := seen.imported()):
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        notes.append(
+            f"the first run of a process imported {listed} during the call, which counts as its time: import at the "
+            "top of the file"
+        )
     for one, many, left in (("thread", "threads", seen.threads()), ("process", "processes", seen.processes())):
         if left:
             notes.append(f"the task left {len(left)} {many if len(left) > 1 else one} running ({', '.join(left[:3])})")
