@@ -156,7 +156,8 @@ class Held:
             return
         if isinstance(value, CONTAINERS):
             self.contents.append(value)
-        for item in list(value.values() if isinstance(value, Mapping) else value):
+        items = list(value.values() if isinstance(value, Mapping) else value)
+        for item in [item for item in items if type(item) not in _FIXED]:
             self._walk(item, name, deep, own)
 
     def _object(self, value: Any, deep: int, own: bool) -> None:
