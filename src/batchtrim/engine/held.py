@@ -156,9 +156,10 @@ class Held:
             return
         if isinstance(value, CONTAINERS):
             self.contents.append(value)
-        items = list(value.values() if isinstance(value, Mapping) else value)
-        for item in [item for item in items if type(item) not in _FIXED]:
-            self._walk(item, name, deep, own)
+        items = value.values() if isinstance(value, Mapping) else value
+        if not _FIXED.issuperset(map(type, items)):  # a vocabulary has very many
+            for item in list(items):
+                self._walk(item, name, deep, own)
 
     def _object(self, value: Any, deep: int, own: bool) -> None:
         held = getattr(value, "__dict__", None)
