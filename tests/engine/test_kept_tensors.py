@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import batchtrim
 from batchtrim.errors import EngineRefused
@@ -129,3 +130,29 @@ def test_its_gradient_reaches_all_rows_of_a_compiled_model(where: str) -> None:
 def test_two_passes_refuse_it(where: str) -> None:
     with pytest.raises(EngineRefused, match=r"it keeps a tensor with its graph \(.*Keep a detached one"):
         gradients(where, "two_pass", steps=1)
+
+
+def pruned(net: Keeping) -> None:
+    prune.random_unstructured(net.second, "weight", 0.4)
+
+
+def weight_normed(net: Keeping) -> None:
+    nn.utils.weight_norm(net.second)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch has a newer weight norm
+@pytest.mark.parametrize("change", [pruned, weight_normed])
+@pytest.mark.parametrize("engine", ["two_pass", "shared"])
+def test_a_weight_made_of_parameters_is_not_kept(change: Any, engine: str) -> None:
+    found = []
+    for name in ("exact", engine):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Keeping("nowhere")
+        change(model)
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), name)
+        for _ in range(2):
+            model.zero_grad()
+            step(torch.randn(12, 6), torch.randint(0, 5, (12,))).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)

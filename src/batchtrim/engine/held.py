@@ -29,6 +29,7 @@ _STATE = (
     bool, int, float, complex, str, bytes, type(None), tuple, *CONTAINERS, Tensor, torch.Generator, random.Random,
 )  # fmt: skip
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_MADE_OF = ("_orig", "_g")  # parameters of which torch.nn.utils (prune, weight_norm) makes a weight in every forward
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Objects of these packages keep no state that a forward changes, or are tools, such as a trainer that holds the data.
 _TOOLS = frozenset((
@@ -147,7 +148,9 @@ class Held:
         if not type(module).__module__.startswith("torch.distributed"):  # they set themselves up in their first forward
             self.names.append(Names(module, [], held.__getitem__, held.__setitem__, held))
             for name, value in list(held.items()):
-                if name not in _OF_EVERY_MODULE and type(value) not in _FIXED:
+                if name in _OF_EVERY_MODULE or type(value) in _FIXED:
+                    continue
+                if not any(f"{name}{end}" in module._parameters for end in _MADE_OF):
                     self._walk(value, f"{type(module).__name__}.{name}", _DEEP, own=True)
         self._class(type(module))
 
