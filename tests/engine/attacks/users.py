@@ -262,3 +262,104 @@ def seeded_in_the_forward(net: Any, x: Tensor) -> Tensor:
         torch.manual_seed(5)
         mask = torch.rand(len(x), 1) > 0.3
     return net.t(net.a(x) * mask)
+
+
+# Several copies of the batch in one tensor
+
+
+def triplets(batch: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    return (torch.randn(batch, D), torch.randn(batch, D), torch.randn(batch, D)), torch.randint(0, C, (batch,))
+
+
+@attack(26, data=triplets, two_pass="right")
+def anchor_positive_negative(net: Any, x: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    z, p, n = net.a(torch.cat([x, positive, negative])).chunk(3)
+    return net.t(z) * ((z - p).square().sum(1) - (z - n).square().sum(1) + 1).relu()[:, None]
+
+
+def _two(net: Any, x: Tensor) -> Tensor:
+    return net.a(torch.cat([x, 2 * x]))
+
+
+@attack(26, two_pass="right")
+def interleaved_views(net: Any, x: Tensor) -> Tensor:
+    z = net.a(torch.stack([x, 2 * x], 1).flatten(0, 1))
+    return net.t(z[0::2] + z[1::2].tanh())
+
+
+@attack(26)
+def views_shifted_by_one(net: Any, x: Tensor) -> Tensor:
+    return net.t(_two(net, x)[1 : len(x) + 1])
+
+
+@attack(26, two_pass="right")
+def views_swapped(net: Any, x: Tensor) -> Tensor:
+    left, right = _two(net, x).chunk(2)
+    return net.t(torch.cat([right, left]).view(2, -1, H).mean(0))
+
+
+@attack(26)
+def views_taken_for_pairs(net: Any, x: Tensor) -> Tensor:
+    return net.t(_two(net, x).view(-1, 2, H).mean(1))
+
+
+@attack(26)
+def views_flipped(net: Any, x: Tensor) -> Tensor:
+    return net.t(_two(net, x).flip(0)[: len(x)])
+
+
+@attack(26)
+def views_centred_together(net: Any, x: Tensor) -> Tensor:
+    z = _two(net, x)
+    left, right = (z - z.mean(0)).chunk(2)
+    return net.t(left + right.tanh())
+
+
+@attack(26, parts=lambda: {"norm": nn.BatchNorm1d(H)}, two_pass="approximate")
+def views_through_batch_norm(net: Any, x: Tensor) -> Tensor:
+    left, right = net.norm(_two(net, x)).chunk(2)
+    return net.t(left + right.tanh())
+
+
+@attack(26)
+def likeness_of_all_views(net: Any, x: Tensor) -> Tensor:
+    z = F.normalize(_two(net, x))
+    return net.t(z[: len(x)]) + (z @ z.T)[: len(x)].logsumexp(1, keepdim=True)
+
+
+@attack(26, data=images, parts=lambda: {"conv": nn.Conv2d(2, H, 3), "norm": nn.GroupNorm(2, H)}, two_pass="right")
+def images_and_their_mirrors(net: Any, x: Tensor) -> Tensor:
+    z = net.norm(net.conv(torch.cat([x, x.flip(3)]))).relu().mean((2, 3))
+    return net.t(z[: len(x)] - z[len(x) :])
+
+
+@attack(26, two_pass="right")
+def views_written_into(net: Any, x: Tensor) -> Tensor:
+    n, z = len(x), _two(net, x).clone()
+    z[:n] = z[:n] * 2
+    z[n:].mul_(0.5)
+    return net.t(z[:n] + z[n:])
+
+
+@attack(26, two_pass="right")
+def views_of_views(net: Any, x: Tensor) -> Tensor:
+    n, z = len(x), net.a(torch.cat([x, 2 * x, 3 * x]))
+    return net.t(z[n:][:n] + z[: 2 * n][n:] + z[-n:])
+
+
+@attack(26, two_pass="approximate")
+def three_dropouts_of_one_sample(net: Any, x: Tensor) -> Tensor:
+    z = F.dropout(net.a(torch.cat([x, x, x])), 0.3, net.training).chunk(3)
+    return net.t(torch.stack(z).mean(0) + torch.stack(z, 1).std(1))
+
+
+@attack(26, two_pass="right")
+def row_for_all_in_front(net: Any, x: Tensor) -> Tensor:
+    z = torch.cat([net.t.weight[:1], net.a(x)])
+    return net.t(z[1:] - z[:1])
+
+
+@attack(26)
+def bank_in_front(net: Any, x: Tensor) -> Tensor:
+    z = torch.cat([net.embed.weight, net.a(x)])
+    return net.t((z[11:] @ z.T).softmax(1) @ z)
