@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 import batchtrim
 from batchtrim.engine.held import Held
 from batchtrim.errors import EngineFallback, EngineRefused
-from tiers import few
 
 COUNT = 0
 SEEN: list[int] = []
@@ -117,7 +115,11 @@ def _reset() -> None:
 
 @pytest.mark.parametrize(
     ("place", "engine"),
-    few(itertools.product(PLACES, ["two_pass", "auto"]), [*itertools.product(PLACES, ["two_pass"]), ("class", "auto")]),
+    [
+        pytest.param(place, engine, marks=() if engine == "two_pass" or place == "class" else pytest.mark.slow)
+        for place in PLACES
+        for engine in ("two_pass", "auto")
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_counter_anywhere_counts_each_step_once(place: str, engine: str) -> None:
