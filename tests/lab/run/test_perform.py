@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from batchtrim.lab.run.perform import perform
+from batchtrim.lab.run.config import ENGINES
+from batchtrim.lab.run.perform import _import_ahead, perform
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.task.code import Code
 
@@ -55,6 +57,21 @@ def test_imports_during_the_call_are_noted(config: TaskConfig, tmp_path: Path) -
         "the first run of a process imported my_helper_here during the call, which counts as its time"
     )
     assert "notes" not in second
+
+
+def test_the_process_is_left_as_it_was_by_what_is_imported_ahead() -> None:
+    """A notebook may have turned gradients off, or set another dtype or device."""
+    drawn = torch.random.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        for engine in ENGINES:
+            with torch.inference_mode():
+                _import_ahead.__wrapped__(engine)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
 
 
 def test_torchs_compiler_is_imported_before_the_clock_starts(config: TaskConfig) -> None:

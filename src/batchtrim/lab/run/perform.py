@@ -8,6 +8,7 @@ import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchtrim import TrimmedForward, Trimmer
 from batchtrim._checks import describe
 from batchtrim.lab.files import CannotWrite, writing
 from batchtrim.lab.metric import Metric
@@ -54,7 +56,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         that it made errors) is put back. A process that it forked, and that returns too, ends here.
     """
     assert config.code is not None
-    _import_torchs_compiler()
+    _import_ahead(config.engine)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begun = time.perf_counter()
     run = Run(config, out / "tasks" / config.key, on_epoch)
@@ -95,9 +97,21 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
 
 
 @functools.cache
-def _import_torchs_compiler() -> None:
-    """Make an optimizer: torch imports its compiler for the first one, seconds that would count as that run's time."""
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+def _import_ahead(engine: str) -> None:
+    """Do two steps, for which torch imports its compiler and what the engine needs: seconds of no run's training."""
+    with (
+        torch.device("cpu"),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = TrimmedForward(model, torch.nn.MSELoss(), Trimmer(0.5), engine)
+        for _ in range(2):
+            step(torch.ones(8, 1), torch.ones(8, 1)).backward()
+            optimizer.step()
 
 
 def _value(returned: Any, metric: Metric) -> dict[str, Any]:
