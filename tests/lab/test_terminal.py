@@ -1,19 +1,24 @@
-"""What goes to a terminal: no styling where NO_COLOR asks for none."""
+"""What goes to a terminal: no styling where NO_COLOR asks for none, and how far a long piece of work is."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from batchtrim.lab.analyse import comparison
 from batchtrim.lab.execute import grid, progress
 from batchtrim.lab.execute.progress import Live
 from batchtrim.lab.present import tables
+from batchtrim.lab.task import decode
+from batchtrim.lab.terminal import Count
 
 
 def printed(make_row: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> str:
@@ -94,3 +99,25 @@ def test_no_number_is_cut_off_a_bar(monkeypatch: pytest.MonkeyPatch, width: int)
 
 def _codes(text: str) -> list[str]:
     return re.findall(r"\x1b\[[0-9;?]*[A-Za-z]", text)
+
+
+def test_a_long_count_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = 100.0
+    monkeypatch.setattr("batchtrim.lab.terminal.time.monotonic", lambda: now)
+    said = Count("images decoded", 12_000)
+    for _ in range(12):
+        now += 2.0
+        said.add(1000)
+    assert capsys.readouterr().err.splitlines() == ["2,000 of 12,000 images decoded", "7,000 of 12,000 images decoded"]
+
+
+def test_decoding_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Count, "first", 0.0)
+    monkeypatch.setattr(Count, "every", 0.0)
+    paths = [tmp_path / f"{i}.png" for i in range(40)]
+    for path in paths:
+        Image.new("L", (4, 4)).save(path)
+    decode.decode_all([(0, list(paths))], tmp_path / "x.npy", np.arange(40), decode.Form((4, 4), True, False), 40)
+    assert "of 40 images decoded" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import codecs
 import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from batchtrim.lab.files import in_a_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["FAILED", "INTERRUPTED", "MISTAKE", "console", "guard", "open_closed", "print_plainly"]
+__all__ = ["FAILED", "INTERRUPTED", "MISTAKE", "Count", "console", "guard", "open_closed", "print_plainly"]
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 """Exit codes: of runs, of the user, by Ctrl-C."""
@@ -55,6 +56,27 @@ def guard(work: Callable[[], None], debug: bool) -> None:
         else:
             _say(f"error: {in_a_line(error)}")
         sys.exit(MISTAKE)
+
+
+class Count:
+    """Say on standard error how far a long piece of work is: nothing at first, then a line now and then.
+
+    Args:
+        text: what is done to what, such as ``"images decoded"``. total: how many there are.
+    """
+
+    first, every = 3.0, 10.0  # seconds
+
+    def __init__(self, text: str, total: int) -> None:
+        self.text, self.total = text, total
+        self.done = 0
+        self.next = time.monotonic() + self.first
+
+    def add(self, more: int) -> None:
+        self.done += more
+        if time.monotonic() >= self.next and self.done < self.total:
+            self.next = time.monotonic() + self.every
+            _say(f"{self.done:,} of {self.total:,} {self.text}")
 
 
 def _say(text: str) -> None:

@@ -30,6 +30,7 @@ import numpy as np
 from batchtrim._checks import import_extra
 from batchtrim.lab.task import memory
 from batchtrim.lab.task.entry import hash_of
+from batchtrim.lab.terminal import Count
 
 __all__ = ["BrokenImage", "Contradicted", "Decoded", "Form", "Header", "Source", "decode_all", "first_header"]
 
@@ -131,7 +132,7 @@ def decode_all(
     found = Decoded([None] * n, np.zeros(n, dtype=np.uint64), np.zeros((shape[0], 256), dtype=np.int64), {})
     turn = threading.Lock()  # not os.pwrite, which Windows lacks; nor the mapped array, where a full disk kills
 
-    def decode(first: int, sources: list[Source]) -> np.ndarray:
+    def decode(first: int, sources: list[Source]) -> tuple[int, np.ndarray]:
         pixels = np.empty((len(sources), *shape), dtype=np.uint8)
         whole = []
         for i, source in enumerate(sources):
@@ -152,12 +153,16 @@ def decode_all(
                 out.seek(offset + int(at[run[0]]) * length)
                 out.write(pixels[run].data)
         train = [i for i in whole if at[i] < counted]
-        return np.stack([np.bincount(pixels[train, channel].ravel(), minlength=256) for channel in range(shape[0])])
+        return len(sources), np.stack(
+            [np.bincount(pixels[train, channel].ravel(), minlength=256) for channel in range(shape[0])]
+        )
 
     most = max(1, min(CHUNK, CHUNK_BYTES // length, n // (4 * _cores())))  # so that few images occupy all cores too
     with file.open("r+b") as out:
-        for counts in _in_threads(decode, _cut(chunks, most)):
+        said = Count("images decoded", n)
+        for images, counts in _in_threads(decode, _cut(chunks, most)):
             found.counts += counts
+            said.add(images)
     return found
 
 
@@ -171,11 +176,8 @@ def _in_threads(work: Callable[[int, list[Source]], Any], chunks: Iterable[tuple
     """Do ``work`` on every chunk, on all cores, with no more of them waiting than keep the cores busy."""
     cores = _cores()
     waiting: deque[tuple[Future[Any], int]] = deque()
-    with (
-        _quiet(),
-        memory.blocks_kept(),
-        ThreadPoolExecutor(cores + 1) as pool,
-    ):  # one more, for while another waits for the disk
+    # one thread more than cores, for while another waits for the disk
+    with _quiet(), memory.blocks_kept(), ThreadPoolExecutor(cores + 1) as pool:
         try:
             for first, sources in chunks:
                 _announce(sources)
