@@ -149,8 +149,8 @@ def group_values(group: Group) -> dict[str, Any]:
         "table": _table(group.arms, group, chosen),
         "differences": _differences(group, chosen),
         "legend": charts.legend([(arm.label, chosen[arm.label]) for arm in group.arms]),
-        "curves": _curves(group, chosen),
-        "costs": _costs(group, chosen),
+        "curves": _drawn(_curves(group, chosen)),
+        "costs": _drawn(_costs(group, chosen)),
         "views": [
             {
                 "title": wording.view_title(view),
@@ -259,6 +259,11 @@ def _differences(group: Group, styles: dict[str, int]) -> Markup | None:
         fmt=lambda value: wording.signed(value, 2, metric),
         title=f"{wording.capital(metric.title)} minus that of {group.baseline}, paired by seed",
     )  # fmt: skip
+
+
+def _drawn(cards: list[Card]) -> list[Card]:
+    """Return the cards that show something: results of another program have no curves, and may have no cost."""
+    return [card for card in cards if "<svg" in card.chart]
 
 
 def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
