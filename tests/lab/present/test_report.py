@@ -295,7 +295,7 @@ def test_results_without_curves_and_costs_have_no_section_on_them(make_row, tmp_
     table.write_text("\n".join(["method,seed,accuracy", *lines]))
     page = report.write_report(csv_table.read_csv(table), tmp_path / "out").read_text()
     assert "Seed by seed" in page
-    for absent in ("Over training", "What it cost", "No curve", "standard deviation to either side"):
+    for absent in ("Over training", "What it cost", "No curve", "Equal samples backward", "<dd></dd>"):
         assert absent not in page
 
 

@@ -379,15 +379,14 @@ def _settings(group: Group) -> dict[str, str]:
     return {
         **{name: str(value) for name, value in group.settings.items() if value is not None},
         "seeds": ", ".join(map(str, group.seeds)),
-        **{
-            arm.label: ", ".join(
-                f"{name} {value}"
-                for name, value in {**arm.settings, **(arm.settings.get("method_params") or {})}.items()
-                if name not in ("method", "method_params") and value is not None
-            )
-            for arm in group.arms
-        },
+        **{arm.label: text for arm in group.arms if (text := _settings_of(arm))},
     }
+
+
+def _settings_of(arm: Arm) -> str:
+    values = {**arm.settings, **(arm.settings.get("method_params") or {})}
+    named = (name for name in values if name not in ("method", "method_params") and values[name] is not None)
+    return ", ".join(f"{name} {values[name]}" for name in named)
 
 
 def _axis(metric: Metric) -> Callable[[float], str]:
