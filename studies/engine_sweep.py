@@ -137,8 +137,8 @@ class CheckResult:
     seconds: float = 0.0
 
     @property
-    def key(self) -> tuple[str, str, bool, str]:
-        return self.task, self.model, self.dropout, self.engine
+    def key(self) -> tuple[str, str, str, bool, str]:
+        return self.task, self.kind, self.model, self.dropout, self.engine
 
 
 def with_dropout(config: Any, on: bool) -> Any:
@@ -257,7 +257,7 @@ def cases(
                 return
 
 
-def read(path: Path) -> dict[tuple[str, str, bool, str], CheckResult]:
+def read(path: Path) -> dict[tuple[str, str, str, bool, str], CheckResult]:
     if not path.exists():
         return {}
     rows = [CheckResult(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
@@ -323,8 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
     done = read(results)
     part, parts = map(int, options.part.split("/"))
     for number, case in enumerate(cases(options.tasks, options.only, options.engines, not options.first)):
-        task, _, name, dropout, engine = case
-        if options.table or number % parts != part - 1 or (task.family, name, dropout, engine) in done:
+        task, kind, name, dropout, engine = case
+        if options.table or number % parts != part - 1 or (task.family, kind, name, dropout, engine) in done:
             continue
         row = judged(*case, seconds=options.seconds)
         with results.open("a") as file:

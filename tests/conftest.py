@@ -40,7 +40,10 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 20)
-    logging.getLogger("torch.__trace").handlers.clear()  # it would write down each trace, and throw that away
+    for logger in logging.root.manager.loggerDict.values():  # pytest attaches to each other one six times a test
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
+    logging.getLogger("torch.__trace").handlers.clear()  # with any, torch writes down each trace
     guards = sys.modules.get("torch._dynamo.guards")
     if hasattr(guards, "profile_guard_manager"):  # it flushes the CPU's caches to time the guards of each compile
         guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[union-attr]

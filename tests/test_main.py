@@ -15,6 +15,7 @@ import pytest
 
 from batchtrim import __version__
 from batchtrim.__main__ import main
+from tiers import few
 
 
 def test_the_module_runs_the_command() -> None:
@@ -79,9 +80,9 @@ def test_the_version_needs_no_library(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == (f"batchtrim {__version__}\n", "")
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
+HELP: dict[str, tuple[list[str], str]] = {
+    " ".join(words): (words, says)
+    for words, says in [
         (["--help"], "compare "),
         ([], "compare "),
         (["compare", "-h"], "optimizer: adam, adamw, sgd, nesterov"),
@@ -94,10 +95,14 @@ def test_the_version_needs_no_library(tmp_path: Path) -> None:
         (["methods", "--help"], "--json"),
         (["compare", "--epoch"], "No such option: --epoch"),
         (["compare", "--epochs", "ten"], "expected a whole number, got 'ten'"),
-    ],
-)
-def test_help_needs_no_torch(words: list[str], says: str, tmp_path: Path) -> None:
+    ]
+}
+
+
+@pytest.mark.parametrize("typed", few(HELP, ["--help", "compare -h", "compare --epoch"]))
+def test_help_needs_no_torch(typed: str, tmp_path: Path) -> None:
     """Importing torch takes seconds, which whoever asks for help waits."""
+    words, says = HELP[typed]
     folder = torch_that(tmp_path, "raise ImportError('no torch', name='torch')")
     done = interrupted([*MODULE, *words], folder)
     assert says in done.stdout + done.stderr

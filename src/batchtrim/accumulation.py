@@ -60,8 +60,8 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
 
     Raises:
         ValueError: no micro-batch.
-        EngineRefused: the forward begins to write into parameters after its first window, or engine "two_pass" cannot
-            train the window.
+        EngineRefused: the forward begins to write into parameters after its first window, the model holds an iterator
+            (with "window"), or engine "two_pass" cannot train the window.
         RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`; and where M differs and must not.
 
     Notes:

@@ -271,7 +271,7 @@ def test_a_compiled_model_goes_to_two_pass_where_shared_refuses() -> None:
     assert step.last.engine == "two_pass"
 
 
-@pytest.mark.parametrize("engine", ["shared", "auto"])
+@pytest.mark.parametrize("engine", few(["shared", "auto"], ["auto"]))
 def test_batch_norm_in_evaluation_mode_is_exact_and_said_to_be(engine: str) -> None:
     model = Wide(nn.BatchNorm1d(512))
     model[1].eval()

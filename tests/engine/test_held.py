@@ -11,8 +11,9 @@ import torch
 from harness import agree, train
 from torch import Tensor, nn
 
+import batchtrim
 from batchtrim.engine.held import Held
-from batchtrim.errors import EngineFallback
+from batchtrim.errors import EngineFallback, EngineRefused
 
 COUNT = 0
 SEEN: list[int] = []
@@ -112,8 +113,14 @@ def _reset() -> None:
     TABLE.zero_()
 
 
-@pytest.mark.parametrize("engine", ["two_pass", "auto"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "engine"),
+    [
+        pytest.param(place, engine, marks=() if engine == "two_pass" or place == "class" else pytest.mark.slow)
+        for place in PLACES
+        for engine in ("two_pass", "auto")
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_counter_anywhere_counts_each_step_once(place: str, engine: str) -> None:
     torch._dynamo.reset()
@@ -172,6 +179,25 @@ def test_an_iterator_is_refused_for_it_cannot_be_put_back() -> None:
         train(lambda: model, lambda b: torch.randn(b, 6), "auto", steps=2)
     with pytest.raises(Exception, match=r"it holds an iterator \(Counting\.count\)"):
         train(lambda: model, lambda b: torch.randn(b, 6), "two_pass", steps=2)
+
+
+def test_a_window_of_a_model_with_an_iterator_is_refused() -> None:
+    model = Counting(lambda model: next(model.count))
+    model.count = iter(range(100))  # type: ignore[assignment]
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "exact")
+    batches = [(torch.randn(6, 6), torch.randint(0, 5, (6,))) for _ in range(2)]
+    with pytest.raises(EngineRefused, match=r"it holds an iterator \(Counting\.count\).*over='micro'"):
+        list(batchtrim.accumulate(step, batches))
+    assert len(list(batchtrim.accumulate(step, batches, over="micro"))) == 2
+
+
+@pytest.mark.parametrize("engine", ["exact", "two_pass"])
+def test_a_window_counts_each_micro_batch_once(engine: str) -> None:
+    _reset()
+    model = Counting(of_a_global)
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), engine)
+    list(batchtrim.accumulate(step, [(torch.randn(6, 6), torch.randint(0, 5, (6,))) for _ in range(3)]))
+    assert COUNT == 3
 
 
 def test_libraries_and_tools_are_not_entered() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import batchtrim
 from batchtrim.errors import EngineRefused
+from tiers import few
 
 pytestmark = pytest.mark.filterwarnings("ignore::batchtrim.errors.EngineFallback")
 
@@ -35,6 +38,8 @@ class Keeping(nn.Module):
             self.kept = [z]
         elif self.where == "number":
             self.kept = z.square().mean()
+        elif self.where == "per sample":
+            self.kept = z.square().mean(1)
         elif self.where == "mean":
             self.kept = z.mean(0)
         return self.last(self.second(z).tanh())
@@ -67,8 +72,10 @@ def gradients(where: str, engine: str, steps: int = 3, compiled: bool = False) -
 PLACES = ("attribute", "list", "number", "mean", "hook")
 
 
-@pytest.mark.parametrize("engine", ["shared", "auto"])
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize(
+    ("where", "engine"),
+    few(itertools.product(PLACES, ["shared", "auto"]), [("hook", "shared"), ("list", "auto")]),
+)
 def test_its_gradient_reaches_all_rows(where: str, engine: str) -> None:
     exact, _ = gradients(where, "exact")
     own, ran = gradients(where, engine)
@@ -76,8 +83,47 @@ def test_its_gradient_reaches_all_rows(where: str, engine: str) -> None:
     assert engine == "auto" or ran == "shared"
 
 
+def test_a_number_for_each_sample_is_refused_since_it_looks_like_the_losses() -> None:
+    exact, _ = gradients("per sample", "exact")
+    own, ran = gradients("per sample", "auto")
+    torch.testing.assert_close(own, exact)
+    assert ran == "exact"
+    with pytest.raises(EngineRefused, match="it returns or keeps further vectors with a gradient"):
+        gradients("per sample", "shared")
+
+
+class Words(nn.Module):
+    """A small language model that keeps its hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.inner(self.embed(x).cumsum(1)).tanh()
+        return self.head(self.kept)
+
+
+@pytest.mark.parametrize("unit", ["sample", "element"])
+def test_its_gradient_reaches_all_tokens(unit: Any) -> None:
+    def run(engine: str) -> Tensor:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Words()
+        trim = batchtrim.Trimmer(0.4, unit=unit)
+        step = batchtrim.TrimmedForward(model, lambda out, y: batchtrim.token_losses(out, y, shift=True), trim, engine)
+        x = torch.randint(0, 11, (12, 6))
+        loss = step(x, x)
+        (loss + model.kept.square().mean()).backward()
+        assert step.last is not None
+        assert step.last.engine == engine
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    torch.testing.assert_close(run("shared"), run("exact"), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.usefixtures("compiles")
-@pytest.mark.parametrize("where", ["attribute", "number"])
+@pytest.mark.parametrize("where", few(["attribute", "number"], ["number"]))
 def test_its_gradient_reaches_all_rows_of_a_compiled_model(where: str) -> None:
     torch.testing.assert_close(
         gradients(where, "shared", compiled=True)[0], gradients(where, "exact")[0], rtol=1e-5, atol=1e-6
@@ -88,3 +134,29 @@ def test_its_gradient_reaches_all_rows_of_a_compiled_model(where: str) -> None:
 def test_two_passes_refuse_it(where: str) -> None:
     with pytest.raises(EngineRefused, match=r"it keeps a tensor with its graph \(.*Keep a detached one"):
         gradients(where, "two_pass", steps=1)
+
+
+def pruned(net: Keeping) -> None:
+    prune.random_unstructured(net.second, "weight", 0.4)
+
+
+def weight_normed(net: Keeping) -> None:
+    nn.utils.weight_norm(net.second)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch has a newer weight norm
+@pytest.mark.parametrize("change", [pruned, weight_normed])
+@pytest.mark.parametrize("engine", ["two_pass", "shared"])
+def test_a_weight_made_of_parameters_is_not_kept(change: Any, engine: str) -> None:
+    found = []
+    for name in ("exact", engine):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Keeping("nowhere")
+        change(model)
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), name)
+        for _ in range(2):
+            model.zero_grad()
+            step(torch.randn(12, 6), torch.randint(0, 5, (12,))).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)

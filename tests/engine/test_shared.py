@@ -64,8 +64,8 @@ def traced() -> batchtrim.TrimmedForward:
     return step
 
 
-# In every run: images, tokens, dropout, shared weights, checkpoints, buffers.
-DEFAULT = ("group_norm", "tied", "checkpoint_dropout", "buffers")
+# In every run: images, tokens, dropout, shared weights, checkpoints. Buffers are in test_compiled.py.
+DEFAULT = ("group_norm", "tied", "checkpoint_dropout")
 
 
 @pytest.mark.parametrize("name", few(EXACT, DEFAULT))
@@ -292,19 +292,22 @@ def test_gradient_of_the_inputs() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_rank_by_another_loss_and_masks() -> None:
-    def smoothed(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(out, y, reduction="none", label_smoothing=0.2)
+def smoothed(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(out, y, reduction="none", label_smoothing=0.2)
 
-    def plain(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(out, y, reduction="none")
 
-    def masked(out: torch.Tensor, y: torch.Tensor) -> batchtrim.Losses:
-        return batchtrim.Losses(plain(out, y), y != 0)
+def plain(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(out, y, reduction="none")
 
-    for options in ({"loss": smoothed, "rank_by": plain}, {"loss": masked}):
-        runs = [train(lambda: zoo.Mlp(8), zoo.vectors, engine, **options) for engine in ("exact", "shared")]
-        agree(*runs)
+
+def masked(out: torch.Tensor, y: torch.Tensor) -> batchtrim.Losses:
+    return batchtrim.Losses(plain(out, y), y != 0)
+
+
+@pytest.mark.parametrize(("loss", "rank_by"), few([(smoothed, plain), (masked, None)], [(smoothed, plain)]))
+def test_rank_by_another_loss_and_masks(loss: Any, rank_by: Any) -> None:
+    options = {"loss": loss, **({} if rank_by is None else {"rank_by": rank_by})}
+    agree(*(train(lambda: zoo.Mlp(8), zoo.vectors, engine, **options) for engine in ("exact", "shared")))
 
 
 def test_without_gradients_it_is_one_plain_forward() -> None:
@@ -327,15 +330,15 @@ def test_nan_losses_are_kept_as_in_plain_training(traced: batchtrim.TrimmedForwa
     assert traced(x, y).isfinite()
 
 
-def test_outputs_are_of_the_models_own_type() -> None:
+@pytest.mark.parametrize("make", few([zoo.NamedOutput, zoo.DataOutput], [zoo.DataOutput]))
+def test_outputs_are_of_the_models_own_type(make: type) -> None:
     torch.manual_seed(0)
-    for make in (zoo.NamedOutput, zoo.DataOutput):
-        model = make()
-        loss = lambda out, y: F.cross_entropy(out.logits, y, reduction="none")  # noqa: E731
-        step = batchtrim.TrimmedForward(model, loss, batchtrim.Trimmer(0.5), "shared")
-        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
-        assert type(step.last.outputs) is type(model(zoo.vectors(2)))
-        assert not step.last.outputs.logits.requires_grad
+    model = make()
+    loss = lambda out, y: F.cross_entropy(out.logits, y, reduction="none")  # noqa: E731
+    step = batchtrim.TrimmedForward(model, loss, batchtrim.Trimmer(0.5), "shared")
+    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+    assert type(step.last.outputs) is type(model(zoo.vectors(2)))
+    assert not step.last.outputs.logits.requires_grad
 
 
 def test_the_approximate_form_says_so_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
+import importlib.metadata
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import typer.testing
 
 Row = dict[str, Any]
 
@@ -30,9 +32,11 @@ ENVIRONMENT: Row = {
 def _asked_once() -> Iterator[None]:
     """Build the command line once, not for each command; look for installed plug-ins once, not for each run."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("typer.testing._get_command", "lightning_fabric.utilities.registry.entry_points"):
-            module, _, function = name.rpartition(".")
-            patch.setattr(name, functools.cache(getattr(importlib.import_module(module), function)))
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.testing._get_command))
+        found = functools.cache(importlib.metadata.entry_points)
+        patch.setattr(importlib.metadata, "entry_points", found)
+        if registry := sys.modules.get("lightning_fabric.utilities.registry"):
+            patch.setattr(registry, "entry_points", found)
         yield
 
 

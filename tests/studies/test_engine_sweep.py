@@ -70,6 +70,10 @@ def test_the_table_counts_and_gives_reasons() -> None:
     assert lines.index("## Wrong") < lines.index("## Refused")
 
 
+def test_two_model_types_of_one_class_are_two_cases() -> None:
+    assert row("right").key != row("right", kind="b").key
+
+
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, bool]] = []
 

@@ -29,6 +29,7 @@ _STATE = (
     bool, int, float, complex, str, bytes, type(None), tuple, *CONTAINERS, Tensor, torch.Generator, random.Random,
 )  # fmt: skip
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_MADE_OF = ("_orig", "_g")  # parameters of which torch.nn.utils (prune, weight_norm) makes a weight in every forward
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Objects of these packages keep no state that a forward changes, or are tools, such as a trainer that holds the data.
 _TOOLS = frozenset((
@@ -147,7 +148,9 @@ class Held:
         if not type(module).__module__.startswith("torch.distributed"):  # they set themselves up in their first forward
             self.names.append(Names(module, [], held.__getitem__, held.__setitem__, held))
             for name, value in list(held.items()):
-                if name not in _OF_EVERY_MODULE and type(value) not in _FIXED:
+                if name in _OF_EVERY_MODULE or type(value) in _FIXED:
+                    continue
+                if not any(f"{name}{end}" in module._parameters for end in _MADE_OF):
                     self._walk(value, f"{type(module).__name__}.{name}", _DEEP, own=True)
         self._class(type(module))
 
@@ -156,8 +159,10 @@ class Held:
             return
         if isinstance(value, CONTAINERS):
             self.contents.append(value)
-        for item in list(value.values() if isinstance(value, Mapping) else value):
-            self._walk(item, name, deep, own)
+        items = value.values() if isinstance(value, Mapping) else value
+        if not _FIXED.issuperset(map(type, items)):  # a vocabulary has very many
+            for item in list(items):
+                self._walk(item, name, deep, own)
 
     def _object(self, value: Any, deep: int, own: bool) -> None:
         held = getattr(value, "__dict__", None)

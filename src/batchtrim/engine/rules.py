@@ -184,8 +184,8 @@ def _no_count_as_number(call: Call) -> None:
         if isinstance(value, Value) or not holds(value, call.symbols):
             continue
         numeric = any(kind in str(argument.type) for kind in ("number", "float", "Tensor"))
-        strides = argument.name == "stride" and name in _WITH_STRIDES
-        if name != "arange" and (numeric or not (argument.name in _SIZES or strides)):
+        placed = {"stride": _WITH_STRIDES, "start": ("slice", "slice_backward") if call.rows else ()}
+        if name != "arange" and (numeric or not (argument.name in _SIZES or name in placed.get(argument.name, ()))):
             raise Mixes("it computes with the number of rows")
 
 

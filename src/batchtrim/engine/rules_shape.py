@@ -145,7 +145,7 @@ def slice_(call: Call) -> Layout:
     axes = list(layout.axes)
     for i, axis in enumerate(axes):
         if axis is None or axis.dim != dim or value.shape[dim] == call.out.shape[dim]:
-            if dim not in layout.dims and holds(call["end"], call.symbols):
+            if dim not in layout.dims and holds([call["start"], call["end"]], call.symbols):
                 raise Mixes("it computes with the number of rows")
             continue
         lost = call.symbols[i] - call.out.shape[dim]

@@ -328,7 +328,9 @@ def _losses_of(tangents: set[fx.Node]) -> fx.Node:
     vectors = [n for n in tangents if n.op == "placeholder" and n.meta["val"].ndim == 1]
     counting = [n for n in vectors if not isinstance(expression_of(n.meta["val"].shape[0]), int)]
     if len(counting or vectors) != 1:
-        raise CannotCapture("it returns further vectors with a gradient, so that one cannot tell which are the losses")
+        raise CannotCapture(
+            "it returns or keeps further vectors with a gradient, so that one cannot tell which are the losses"
+        )
     return (counting or vectors)[0]
 
 

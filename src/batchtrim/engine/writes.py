@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.held import Held
-from batchtrim.engine.state import compiled_part, is_sharded
+from batchtrim.engine.state import TAKEN_TWICE, compiled_part, is_sharded
 from batchtrim.errors import EngineRefused
 
 __all__ = ["ParameterWrites", "known_to_write", "writes_undone"]
@@ -116,11 +116,17 @@ def writes_undone(model: nn.Module) -> Iterator[ParameterWrites]:
 
     Raises:
         EngineRefused: a parameter was written into for the first time later on, so that its value before is lost. A
-            write through ``p.data`` that begins later is not seen.
+            write through ``p.data`` that begins later is not seen. Or the model holds an iterator.
     """
     known = _written.get(model)
     watched = known is None and compiled_part(model) is None
-    writes = ParameterWrites(model, None if known is None and not watched else known or (), Held(model).watched)
+    held = Held(model)
+    if held.iterators:
+        raise EngineRefused(
+            f"a second pass over the window cannot start where the first did: {TAKEN_TWICE.format(held.iterators[0])}. "
+            "Trim each micro-batch by itself (over='micro'), with engine='exact'"
+        )
+    writes = ParameterWrites(model, None if known is None and not watched else known or (), held.watched)
     try:
         with writes if watched else nullcontext():
             yield writes
