@@ -91,6 +91,7 @@ def test_what_is_no_number_is_named_with_the_number_meant(words: list[str], mess
         (["compare", "--schedule", "LINEAR"], "got 'LINEAR'. Did you mean 'linear'?"),
         (["compare", "done/runs.jsonl"], "For the report on these runs: batchtrim report done"),
         (["show", "done/runs.jsonl"], "expected a keep log in done/keep, found none."),
+        (["show", "own"], "Let the function call run.keep_log(n), and run it into a new folder."),
         (["report", "--csv", "done/report.csv"], "Is it a report of batchtrim's own? Its runs: batchtrim report done"),
         (["compare", "--data-dir", ""], "expected the name of a folder, got nothing."),
         (["report", "--figures", " "], "expected the name of a folder, got nothing."),
@@ -102,6 +103,9 @@ def test_words_in_the_wrong_place_are_named(words: list[str], message: str) -> N
     Path("done").mkdir()
     row = {"schema": 1, "key": "a", "config": {"method": "trim", "seed": 0}, "status": "finished"}
     Path("done/runs.jsonl").write_text(json.dumps(row) + "\n")
+    Path("own").mkdir()
+    row["config"]["task"] = "task.py:train"
+    Path("own/runs.jsonl").write_text(json.dumps(row) + "\n")
     Path("done/report.csv").write_text("dataset,method\ndigits,full\n")
     assert message in mistake(*words)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from batchtrim.lab.analyse import comparison
+from batchtrim.lab.analyse import comparison, csv_table
 from batchtrim.lab.present import charts, report, tables, wording
 from browser import find_browser
 
@@ -286,6 +286,17 @@ def test_a_thousand_runs_in_ten_seconds(make_row, tmp_path):
     page = report.write_report(rows, tmp_path)
     assert time.perf_counter() - start < 10
     assert page.stat().st_size < 20e6
+
+
+def test_results_without_curves_and_costs_have_no_section_on_them(make_row, tmp_path):
+    """The page of a table explained three charts, each of which was empty."""
+    table = tmp_path / "table.csv"
+    lines = [f"{method},{seed},{0.9 + 0.01 * seed}" for method in ("full", "trim") for seed in range(3)]
+    table.write_text("\n".join(["method,seed,accuracy", *lines]))
+    page = report.write_report(csv_table.read_csv(table), tmp_path / "out").read_text()
+    assert "Seed by seed" in page
+    for absent in ("Over training", "What it cost", "No curve", "Equal samples backward", "<dd></dd>"):
+        assert absent not in page
 
 
 def test_settings_of_a_method_are_words_and_no_python(make_row, tmp_path):
