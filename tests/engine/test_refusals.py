@@ -134,3 +134,27 @@ def test_a_speech_encoder_that_asks_for_an_input_gradient_runs() -> None:
     exact, shared = (train(Encoder, zoo.vectors, engine) for engine in ("exact", "shared"))
     agree(exact, shared)
     assert shared.step.forward.model._requires_grad is True
+
+
+class Captioned(nn.Module):
+    """Takes the number of images for a Python number, as a message in its forward does; not that of texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look, self.read, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        name = f"{image.shape[0]} images"
+        seen = self.look(image).tanh().mean(0) * len(name)
+        return self.last((self.read(text) + seen).tanh())
+
+
+def test_another_size_than_the_batch_may_be_a_number() -> None:
+    """One trace for each number of images; equal to the batch size, it is not taken for it."""
+
+    def pairs(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return zoo.vectors(size), zoo.vectors(size)
+
+    exact, shared = (train(Captioned, pairs, engine, steps=3) for engine in ("exact", "shared"))
+    agree(exact, shared)
+    assert shared.step.last.engine == "shared"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CannotCapture",
     "Capture",
+    "OneBatchSize",
     "Planner",
     "decomposed",
     "expression_of",
@@ -51,6 +52,10 @@ _numbers = itertools.count()
 
 class CannotCapture(Exception):
     """A function cannot be captured as one graph; the message says why."""
+
+
+class OneBatchSize(CannotCapture):
+    """A trace holds for one batch size only."""
 
 
 class Planner(Protocol):
@@ -160,8 +165,9 @@ class Capture:
                 cause = cause_of(error)
                 # Refused for what the graph shows, or not traced. Do not keep the error: it holds the model's frames.
                 reason = str(cause) if isinstance(cause, CannotCapture) else told(cause)
+                refusal = OneBatchSize if isinstance(cause, OneBatchSize) else CannotCapture
                 del cause
-        raise CannotCapture(reason)
+        raise refusal(reason)
 
     def _backend(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._dynamo.backends.common import aot_autograd

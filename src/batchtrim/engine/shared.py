@@ -17,6 +17,7 @@ from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.capture import (
     CannotCapture,
     Capture,
+    OneBatchSize,
     is_transformed,
     speech_encoders,
     uncompiled,
@@ -87,7 +88,8 @@ class SharedEngine:
         self.was_run = False  # the model's own Python, before the first trace
         self.speech = speech_encoders(forward.inner)
         self.compiler = inductor_of(forward.model)
-        self.capture = Capture(_step_of(forward), self._planner, compiler=self.compiler)
+        self.compares = True
+        self.capture = self._capture()
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # decides whether to approximate, by a cosine
         self.said = False  # whether the log says that it is approximate; a judge warns by itself
         self.trace: SlicedStep | None = None  # the last that ran
@@ -136,6 +138,9 @@ class SharedEngine:
             self.approximate = self.judge(lambda: cosine_of(tape, loss, rows, parameters))
         tape.cut(rows, self.approximate)
 
+    def _capture(self) -> Capture:
+        return Capture(_step_of(self.forward, self.compares), self._planner, compiler=self.compiler)
+
     def _planner(self) -> SlicedStep:
         return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit, self.compiler)
 
@@ -172,7 +177,12 @@ class SharedEngine:
                     found = self.capture(*_marked(x, y, self.forward))
             except NewTrace:
                 pass
-            except CannotCapture:
+            except CannotCapture as error:
+                if isinstance(error, OneBatchSize) and self.compares:
+                    # A size that the model's Python takes for a number, such as that of its images, may be another.
+                    self.compares = False
+                    self.capture = self._capture()
+                    continue
                 # Perhaps only what a model sets up in its first forward (hooks, tables) prevented the trace; and a
                 # model or a loss at fault raises its own error.
                 if plain is not None or self.was_run:
@@ -259,13 +269,18 @@ def refusal(forward: Forward) -> str | None:
     return None
 
 
-def _step_of(forward: Forward) -> Callable[..., Any]:
-    """Return the traced function: model, loss, and one loss per sample."""
+def _step_of(forward: Forward, compares: bool) -> Callable[..., Any]:
+    """Return the traced function: model, loss, and one loss per sample.
+
+    Args:
+        compares: take sizes that are equal for one number; see :func:`_compare_rows`.
+    """
     model = uncompiled(forward.inner)
     per_sample_loss, unit, dim = forward.per_sample_loss, forward.unit, forward.batch_dim
 
     def step(x: Any, y: Any) -> Any:
-        _compare_rows(x, dim, y)
+        if compares:
+            _compare_rows(x, dim, y)
         if isinstance(x, dict):
             outputs = model(**x)
         elif type(x) in (tuple, list):

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from batchtrim.engine.capture import CannotCapture, expression_of, fixed_by, keeps_graph, pin
+from batchtrim.engine.capture import CannotCapture, OneBatchSize, expression_of, fixed_by, keeps_graph, pin
 from batchtrim.engine.compiled import CompiledStep
 from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
@@ -355,7 +355,7 @@ def _row_symbols(
         reason = f"its losses are {size} others than the tokens of inputs (B, T)"
         raise CannotCapture(f"unit='element' takes tokens for rows, and {reason}")
     if not isinstance(size, sympy.Symbol):
-        raise CannotCapture(
+        raise OneBatchSize(
             f"its trace holds for one batch size only ({size} losses{fixed_by(losses.meta['val'], size)})"
         )
     return (size,), 0
