@@ -31,7 +31,7 @@ ENGINE_TORCH := 2.8.0
 demo: $(VENV)/.lab  ## train full and trim on handwritten digits, 5 seeds each, and write a report under runs/
 	$(BIN)/batchtrim demo $(ARGS)
 
-test: $(VENV)/.dev  ## the default tests, about 90 seconds on two idle cores
+test: $(VENV)/.dev  ## the default tests, about 70 seconds on two idle cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.docs  ## whole tables of cases, and long property, compile, browser and multi-process tests
@@ -39,11 +39,12 @@ test-slow: $(VENV)/.docs  ## whole tables of cases, and long property, compile, 
 
 test-all: test test-slow
 
-check: $(VENV)/.dev  ## ruff, pyright and the layers of imports
+check: $(VENV)/.dev  ## ruff, pyright, the layers of imports, the lengths of files and functions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/sizes.py
 
 licences: $(VENV)/.dev  ## the licences of all that the package and its extras need
 	$(BIN)/pip-licenses --from=mixed --partial-match --allow-only="$(LICENCES)" \

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import gc
 import os
 import statistics
 import time
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 import batchtrim
 from batchtrim.errors import EngineFallback
 from batchtrim.lab.task import data
+from benchmarks.memory import peak_memory
 from benchmarks.networks import Refused, Vit, bert, resnet18, small
 from benchmarks.timing import interleaved, parser_of, ratio, save
 
@@ -150,30 +150,6 @@ def agreement(model: nn.Module, batches: list[tuple[Any, Tensor]], keep: float) 
         result[f"{name}_error"] = max(errors[name])
         result[f"{name}_cosine"] = statistics.median(cosines[name])
     return result
-
-
-def peak_memory(step: Callable[[], Any]) -> float:
-    """Return the peak resident memory of one step above what was held before it, in MiB; on a GPU, of its allocator."""
-    step()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    return max(_allocated_peak(step) for _ in range(2))
-
-
-def _allocated_peak(step: Callable[[], Any]) -> float:
-    """Return the peak of bytes allocated by tensors, from the profiler's records: resident size lags behind."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
 
 
 def measure(name: str, keeps: tuple[float, ...], rounds: int, seed: int = 0) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.errors import EngineRefused
-from benchmarks.bench_engine import gradients, language_model, make_step, peak_memory
+from benchmarks.bench_engine import gradients, language_model, make_step
+from benchmarks.memory import peak_memory
 from benchmarks.timing import interleaved, parser_of, ratio, save
 
 Precision = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -71,11 +72,12 @@ def vit_s(tiny: bool = False) -> nn.Module:
     )  # fmt: skip
 
 
-def bert_base(tiny: bool = False) -> nn.Module:
+def bert_base(dropout: float = 0.1, tiny: bool = False) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    return BertForSequenceClassification(BertConfig(num_labels=10, **(sizes if tiny else {})))
+    drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return BertForSequenceClassification(BertConfig(num_labels=10, **drop, **(sizes if tiny else {})))
 
 
 def images(batch: int, device: torch.device) -> tuple[Any, Tensor]:
@@ -93,6 +95,7 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., tuple[Any, Ten
     "resnet50-batch": (resnet50, images, 128),
     "vit-s": (vit_s, images, 128),
     "bert-base": (bert_base, sentences, 64),
+    "bert-no-dropout": (functools.partial(bert_base, 0.0), sentences, 64),
 }
 
 
@@ -262,6 +265,8 @@ def run_case(key: tuple[str, str, str], options: Any, room: Any, ready: Any, tur
     print(f"prepared: {' '.join(key)}{'' if case else ' (failed)'}", flush=True)
     with contextlib.suppress(Exception):  # one that takes too long must not keep the others from their turn
         ready.wait(options.prepare_seconds)
+    while options.after and not Path(options.after).exists():
+        time.sleep(0.5)
     with turn:
         if case is not None:
             if options.timing:  # whoever else uses the machine may stop when this file comes, and go on when it goes
@@ -315,6 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", help="cpu tries the program alone, with --tiny")
     parser.add_argument("--language-model", action="store_true", help="measure a language model that keeps tokens")
     parser.add_argument("--tiny", action="store_true", help="networks of few weights")
+    parser.add_argument(
+        "--after", default="", help="time nothing before this file is there: other work may go on till then"
+    )
     parser.add_argument("--timing", default="", help="a file that is there while a case is timed")
     options = parser.parse_args(arguments)
     options.keeps = tuple(float(keep) for keep in options.keeps.split(","))

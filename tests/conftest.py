@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-collect_ignore = ["typed_usage.py"]  # for the type checker: --doctest-modules would run it
+# --doctest-modules would import each, under a second name; typed_usage.py is for the type checker alone
+collect_ignore = [str(path) for path in Path(__file__).parent.rglob("*.py") if not path.name.startswith("test_")]
 
 # read when torch._dynamo is imported, here and in the processes that tests start: a collection takes 25 ms
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 
-def pytest_collection_finish() -> None:
-    """Keep imported objects out of garbage collections, and make these rare: a trace makes a million objects."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Look for no examples in tests, which have none."""
+    found = yield
+    return [each for each in found if type(each).__name__ != "DoctestModule"]
+
+
+def pytest_sessionfinish() -> None:
+    """Collect once what is left; pytest would do so five times."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    """Keep imported objects out of garbage collections, and make these rare: a trace makes a million objects.
+
+    Leave out what torch does for its own log, and for devices that are not there.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 20)
+    for logger in logging.root.manager.loggerDict.values():  # pytest attaches to each other one six times a test
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
+    logging.getLogger("torch.__trace").handlers.clear()  # with any, torch writes down each trace
     guards = sys.modules.get("torch._dynamo.guards")
     if hasattr(guards, "profile_guard_manager"):  # it flushes the CPU's caches to time the guards of each compile
         guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[union-attr]
+    torch = sys.modules.get("torch")
+    if torch is not None and not torch.cuda.is_available():
+        for device in ("cuda", "mtia", "xpu"):  # each would format the stack at every torch.manual_seed
+            if hasattr(torch, device):
+                getattr(torch, device).manual_seed_all = lambda seed: None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -56,10 +83,7 @@ def _repeatable() -> None:
     import torch
 
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        torch.manual_seed(0)
-    else:  # as that does, which also formats the stack three times, for devices that are not there
-        torch.default_generator.manual_seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -32,3 +32,17 @@ def test_cuda_is_not_downloaded_without_a_driver(
     assert done.returncode == (1 if stops else 0), done.stderr
     assert ("Stopped before the download" in done.stderr) == stops
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="in a checkout")
+def test_what_is_too_long_is_named(tmp_path: Path) -> None:
+    docstring = '    """' + "Told.\n" * 30 + '    """\n'
+    body = "    # a comment\n\n    x = 1\n"
+    (tmp_path / "right.py").write_text("def right():\n" + docstring + 59 * body)
+    (tmp_path / "long.py").write_text("def long():\n" + docstring + 60 * body)
+    (tmp_path / "file.py").write_text("x = 1\n" * 401)
+    done = subprocess.run([sys.executable, "-S", ROOT / ".ci/sizes.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1
+    first, second = done.stdout.splitlines()
+    assert first.endswith("file.py: 401 lines, 400 at most")
+    assert second.endswith("long.py:1: long has 61 lines of code, 60 at most")

@@ -15,6 +15,7 @@ import pytest
 
 from batchtrim import __version__
 from batchtrim.__main__ import main
+from tiers import few
 
 
 def test_the_module_runs_the_command() -> None:
@@ -77,6 +78,35 @@ def test_a_background_job_goes_on_ignoring_ctrl_c(tmp_path: Path) -> None:
 def test_the_version_needs_no_library(tmp_path: Path) -> None:
     done = interrupted([*MODULE, "--version"], torch_that(tmp_path, "raise ImportError('no torch', name='torch')"))
     assert (done.stdout, done.stderr) == (f"batchtrim {__version__}\n", "")
+
+
+HELP: dict[str, tuple[list[str], str]] = {
+    " ".join(words): (words, says)
+    for words, says in [
+        (["--help"], "compare "),
+        ([], "compare "),
+        (["compare", "-h"], "optimizer: adam, adamw, sgd, nesterov"),
+        (["sweep", "--help"], "[linear,cosine,step]"),
+        (["train", "--help"], "method; `batchtrim methods` lists them [trim]"),
+        (["demo", "--help"], "--workers"),
+        (["report", "--help"], "--figures"),
+        (["claims", "--help"], "claims.toml"),
+        (["show", "--help"], "--keep-log"),
+        (["methods", "--help"], "--json"),
+        (["compare", "--epoch"], "No such option: --epoch"),
+        (["compare", "--epochs", "ten"], "expected a whole number, got 'ten'"),
+    ]
+}
+
+
+@pytest.mark.parametrize("typed", few(HELP, ["--help", "compare -h", "compare --epoch"]))
+def test_help_needs_no_torch(typed: str, tmp_path: Path) -> None:
+    """Importing torch takes seconds, which whoever asks for help waits."""
+    words, says = HELP[typed]
+    folder = torch_that(tmp_path, "raise ImportError('no torch', name='torch')")
+    done = interrupted([*MODULE, *words], folder)
+    assert says in done.stdout + done.stderr
+    assert "is not installed" not in done.stderr
 
 
 @pytest.fixture(autouse=True)

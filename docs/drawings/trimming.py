@@ -60,11 +60,11 @@ def train(epochs: int = EPOCHS) -> list[Moment]:
     return moments
 
 
-def figure(moments: list[Moment], palette: Any) -> Any:
-    """Draw two rows of panels on one scale."""
+def figure(moments: list[Moment], palette: Any, rows: int = 2, size: tuple[float, float] = (9.6, 4.9)) -> Any:
+    """Draw rows of panels on one scale."""
     import matplotlib.pyplot as plt
 
-    made, panels = plt.subplots(2, 3, figsize=(9.6, 4.9), layout="constrained", sharey=True)
+    made, panels = plt.subplots(rows, len(moments) // rows, figsize=size, layout="constrained", sharey=True)
     made.get_layout_engine().set(wspace=0.06, hspace=0.08)
     for axes, moment in zip(panels.flat, moments, strict=True):
         axes.stairs(moment.losses[: moment.k], range(moment.k + 1), fill=True, color=palette.kept, linewidth=0)
@@ -84,7 +84,8 @@ def main(folder: Path = FOLDER, epochs: int = EPOCHS) -> list[Path]:
 
     moments = train(epochs)
     shown = [moments[epoch] for epoch in SHOWN]
-    return draw("trimming", lambda palette: figure(shown, palette), folder)
+    narrow = draw("trimming-narrow", lambda palette: figure(shown, palette, rows=3, size=(5.4, 6.6)), folder)  # phones
+    return [*draw("trimming", lambda palette: figure(shown, palette), folder), *narrow]
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from batchtrim import __version__
 
@@ -23,10 +24,7 @@ def main() -> None:
             _print_all(lambda: print(f"batchtrim {__version__}"))
             return
         _check_current_folder()
-        command = _load()
-        if listening:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        _print_all(command)
+        _print_all(_load(listening))
     except KeyboardInterrupt:
         print(EARLY, file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -63,10 +61,27 @@ def _check_current_folder() -> None:
         sys.exit(MISTAKE)
 
 
-def _load() -> Callable[[], None]:
-    """Import the lab's command line."""
-    try:
+def _load(listening: bool) -> Callable[[], None]:
+    """Import the lab's command line; torch, whose import takes seconds, follows when a command's work begins."""
+
+    def before_work() -> None:
+        with _missing_library_named():
+            import torch  # noqa: F401
+        if listening:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with _missing_library_named():
+        from batchtrim.lab import terminal
         from batchtrim.lab.cli import main as command
+    terminal.before_work = before_work
+    return command
+
+
+@contextlib.contextmanager
+def _missing_library_named() -> Iterator[None]:
+    """Exit with a line that names the extra if a library cannot be imported."""
+    try:
+        yield
     except ImportError as error:
         root = (error.name or "").partition(".")[0]
         if root in ("", "batchtrim"):  # a fault of this package, and no missing library
@@ -76,7 +91,6 @@ def _load() -> Callable[[], None]:
         print(f"error: the command `batchtrim` needs `{root}`, which is not installed. {install_hint('lab')}",
               file=sys.stderr)  # fmt: skip
         sys.exit(MISTAKE)
-    return command
 
 
 def _leave_early(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 Every message reads ``expected <argument> <what was required>, got <what arrived>. <likeliest cause or cure>``.
 Checks read shapes, dtypes and Python values, never the contents of a tensor: that would force a device sync.
+torch is imported where a tensor is checked: the help of the command line, which needs none, is quick without it.
 """
 
 from __future__ import annotations
@@ -11,24 +12,31 @@ import functools
 import importlib
 import math
 import numbers
+import sys
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRange, install_hint, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def describe(value: object) -> str:
     """Return a description of what arrived: shape and dtype of a tensor, otherwise the value itself."""
-    if isinstance(value, Tensor):
+    if _is_tensor(value):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    if isinstance(value, (tuple, list)) and any(isinstance(each, Tensor) for each in value):
+    if isinstance(value, (tuple, list)) and any(map(_is_tensor, value)):
         return f"a {type(value).__name__} of {', '.join(describe(each) for each in value[:4])}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    torch = sys.modules.get("torch")  # without it there is no tensor
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def plain(value: Any) -> Any:
@@ -55,6 +63,8 @@ def check_number(name: str, value: Any, hint: str = "") -> float:
 
 def check_within(name: str, value: float, dtype: torch.dtype) -> None:
     """Check that the losses' dtype can hold a number: float16 ends at 65504."""
+    import torch
+
     largest = torch.finfo(dtype).max
     if math.isfinite(value) and abs(value) > largest:
         raise ValueError(
@@ -117,6 +127,8 @@ def check_criterion(name: str, value: Any) -> None:
         raise TypeError(f"expected `{name}` to be callable, got {describe(value)}.")
     made = value.func if isinstance(value, functools.partial) else value
     if isinstance(made, type):
+        from torch import nn
+
         prefix = "nn." if getattr(nn, made.__name__, None) is made else ""
         settings = "" if made is value else "..."
         raise TypeError(
@@ -186,7 +198,9 @@ def check_schedule_output(schedule: object, at: str, value: Any) -> float:
 
 def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False) -> None:
     """Check un-reduced losses: a floating-point tensor whose first dimension is the batch."""
-    if not isinstance(losses, Tensor):
+    import torch
+
+    if not isinstance(losses, torch.Tensor):
         raise TypeError(f"expected `{name}` to be a tensor, got {describe(losses)}.")
     if losses.ndim == 0:
         raise PassUnreducedLosses(
@@ -212,7 +226,9 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
 
 def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None = None) -> None:
     """Check a tensor that goes with the losses: the same shape, and the given dtype if there is one."""
-    if not isinstance(value, Tensor):
+    import torch
+
+    if not isinstance(value, torch.Tensor):
         raise TypeError(f"expected `{name}` to be a tensor, got {describe(value)}.")
     if value.shape != losses.shape:
         raise ValueError(
@@ -224,7 +240,9 @@ def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None 
 
 def check_integers(name: str, value: Any, losses: Tensor) -> None:
     """Check a tensor of one integer per loss; bools are a mask, not integers."""
-    if not isinstance(value, Tensor):
+    import torch
+
+    if not isinstance(value, torch.Tensor):
         raise TypeError(f"expected `{name}` to be a tensor, got {describe(value)}.")
     whole = not (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype is torch.bool)
     if value.shape != losses.shape or not whole:

@@ -178,28 +178,39 @@ def select_over_ranks(
         return Joined(empty, Selection(nothing, 0, 0), values.detach()[:0])
 
     of_values, weighted, _, of_scores, _ = headers[holders[0]][len(_SAME) : len(_SAME + _SAME_WITH_SAMPLES)]
-    padded = torch.zeros(2 + weighted, max(sizes), dtype=torch.float64, device=values.device)
-    if own:
-        padded[:, :own] = torch.stack([row.double() for row in rows])
-    gathered = gather(padded, ranks, group)
-    joined = torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], dim=1)
+    joined = _joined(rows, 2 + weighted, sizes, group)
     joined_weights = joined[2] if weighted else None
     chosen, divisor = _choose_alike(
         lambda: rule(joined[0].to(_DTYPES[of_scores]), keep, generator), joined_weights, values.device, ranks, group
     )
-
-    start = sum(sizes[: dist.get_rank(group)])
-    mine = (chosen.indices >= start) & (chosen.indices < start + own)
-    indices = chosen.indices[mine] - start
-    selection = Selection(
-        indices if valid is None else valid[indices],
-        values.shape[0],
-        own,
-        None if chosen.weights is None else chosen.weights[mine],
-        divisor / ranks,
-        (sum(sizes) if joined_weights is None else float(joined_weights.sum())) / ranks,
+    before = sum(sizes[: dist.get_rank(group)])
+    selection = dataclasses.replace(
+        _part(chosen, before, own, valid, values.shape[0]),
+        normalizer=divisor / ranks,
+        batch_normalizer=(sum(sizes) if joined_weights is None else float(joined_weights.sum())) / ranks,
     )
     return Joined(selection, chosen, joined[1].to(_DTYPES[of_values]))
+
+
+def _joined(rows: list[Tensor], count: int, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Return ``count`` rows of every rank end to end, as float64; this rank holds ``rows``, or has no samples."""
+    own = rows[0].shape[0]
+    padded = torch.zeros(count, max(sizes), dtype=torch.float64, device=rows[0].device)
+    if own:
+        padded[:, :own] = torch.stack([row.double() for row in rows])
+    gathered = gather(padded, len(sizes), group)
+    return torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], dim=1)
+
+
+def _part(chosen: Selection, before: int, own: int, valid: Tensor | None, size: int) -> Selection:
+    """Return this rank's part of a joint choice, as rows of its own batch of ``size``.
+
+    It holds ``own`` of the joined losses, from position ``before`` on: those of the rows ``valid``, or of all.
+    """
+    mine = (chosen.indices >= before) & (chosen.indices < before + own)
+    indices = chosen.indices[mine] - before
+    weights = None if chosen.weights is None else chosen.weights[mine]
+    return Selection(indices if valid is None else valid[indices], size, own, weights)
 
 
 def sum_over_ranks(numbers: Tensor, what: str, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -88,5 +88,6 @@ def nearest(name: Any, names: Iterable[str], before: str = "") -> str:
     """
     import difflib  # late: only a wrong name needs it
 
-    near = difflib.get_close_matches(name, list(names), n=1) if isinstance(name, str) else []
-    return f" Did you mean '{before}{near[0]}'?" if near else ""
+    folded = {each.casefold(): each for each in reversed(list(names))}
+    near = difflib.get_close_matches(name.casefold(), [*reversed(folded)], n=1) if isinstance(name, str) else []
+    return f" Did you mean '{before}{folded[near[0]]}'?" if near else ""

@@ -182,6 +182,9 @@ def half_precision(rank: int) -> None:
                 loss.backward()
                 assert losses.grad is not None
                 assert torch.isfinite(losses.grad).all()
+
+
+def half_precision_windows(rank: int) -> None:
     step = batchtrim.TrimmedForward(nn.Identity(), lambda outputs, _: outputs, joint(0.5), "exact")
     parts = [(torch.full((20_000,), 5.0).half().requires_grad_(), None) for _ in range(3)]
     for over in ("window", "micro"):

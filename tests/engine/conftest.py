@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-
-# pytest's log capture would have torch write down every trace
-logging.getLogger("torch.__trace").setLevel(logging.WARNING)
 
 
 @pytest.fixture(params=["graphs", pytest.param("inductor", marks=pytest.mark.slow)])

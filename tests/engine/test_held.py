@@ -113,8 +113,14 @@ def _reset() -> None:
     TABLE.zero_()
 
 
-@pytest.mark.parametrize("engine", ["two_pass", "auto"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "engine"),
+    [
+        pytest.param(place, engine, marks=() if engine == "two_pass" or place == "class" else pytest.mark.slow)
+        for place in PLACES
+        for engine in ("two_pass", "auto")
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_counter_anywhere_counts_each_step_once(place: str, engine: str) -> None:
     torch._dynamo.reset()

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 import zoo
 from harness import BATCH, agree, error, train
-from torch import Tensor, nn
+from torch import nn
 
 import batchtrim
 from batchtrim.engine import sliced
-from batchtrim.testing import check_engine
 from tiers import few
 
 GROUP = lambda width: nn.GroupNorm(2, width)  # noqa: E731
@@ -65,8 +64,8 @@ def traced() -> batchtrim.TrimmedForward:
     return step
 
 
-# In every run: images, tokens, dropout, shared weights, checkpoints, buffers.
-DEFAULT = ("group_norm", "tied", "checkpoint_dropout", "buffers")
+# In every run: images, tokens, dropout, shared weights, checkpoints. Buffers are in test_compiled.py.
+DEFAULT = ("group_norm", "tied", "checkpoint_dropout")
 
 
 @pytest.mark.parametrize("name", few(EXACT, DEFAULT))
@@ -163,17 +162,13 @@ def test_other_lengths_are_traced_once_more() -> None:
     assert step.engine.capture.traces <= 2
 
 
-def test_weights_frozen_and_set_free_between_steps() -> None:
-    torch.manual_seed(0)
-    model = zoo.Mlp(8)
+def test_weights_frozen_and_set_free_between_steps(traced: batchtrim.TrimmedForward) -> None:
+    model = traced.forward.model
     twin = copy.deepcopy(model)
-    steps = [
-        batchtrim.TrimmedForward(each, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), engine)
-        for each, engine in ((model, "shared"), (twin, "exact"))
-    ]
+    exact = batchtrim.TrimmedForward(twin, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "exact")
     for free in (True, False, True):
         x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
-        for step in steps:
+        for step in (traced, exact):
             step.forward.model[0].weight.requires_grad_(free)
             step.forward.model.zero_grad()
             step(x, y).backward()
@@ -183,15 +178,14 @@ def test_weights_frozen_and_set_free_between_steps() -> None:
                 torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_a_hook_added_later_is_seen() -> None:
-    torch.manual_seed(0)
-    model = zoo.Mlp(8)
-    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+def test_a_hook_added_later_is_seen(traced: batchtrim.TrimmedForward) -> None:
+    model = traced.forward.model
     exact = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "exact")
     x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
-    step(x, y)
-    model[0].register_forward_hook(lambda _, __, out: 2 * out)
-    torch.testing.assert_close(step(x, y), exact(x, y))
+    traced(x, y)
+    hook = model[0].register_forward_hook(lambda _, __, out: 2 * out)
+    torch.testing.assert_close(traced(x, y), exact(x, y))
+    hook.remove()
 
 
 def test_an_exception_inside_a_step_leaves_the_model_as_it_was() -> None:
@@ -220,16 +214,14 @@ def _fails_once(step: batchtrim.TrimmedForward, x: Any, y: Any, error_type: type
     step(x, y).backward()
 
 
-def test_what_was_saved_is_let_go() -> None:
+def test_what_was_saved_is_let_go(traced: batchtrim.TrimmedForward, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.freeze()  # leaves what is alive by now out of the collection below
-    torch.manual_seed(0)
-    step = batchtrim.TrimmedForward(zoo.Mlp(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
     tapes: list[weakref.ref] = []
-    cut = step.engine._cut
-    step.engine._cut = lambda tape, *rest: (tapes.append(weakref.ref(tape)), cut(tape, *rest))
+    cut = traced.engine._cut
+    monkeypatch.setattr(traced.engine, "_cut", lambda tape, *rest: (tapes.append(weakref.ref(tape)), cut(tape, *rest)))
     for _ in range(2):
-        loss = step(x, y)
+        loss = traced(x, y)
         assert all(t.shape[0] < BATCH for t in tapes[-1]().kept.values())
         assert not tapes[-1]().saved
     loss.backward()
@@ -300,19 +292,22 @@ def test_gradient_of_the_inputs() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_rank_by_another_loss_and_masks() -> None:
-    def smoothed(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(out, y, reduction="none", label_smoothing=0.2)
+def smoothed(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(out, y, reduction="none", label_smoothing=0.2)
 
-    def plain(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(out, y, reduction="none")
 
-    def masked(out: torch.Tensor, y: torch.Tensor) -> batchtrim.Losses:
-        return batchtrim.Losses(plain(out, y), y != 0)
+def plain(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(out, y, reduction="none")
 
-    for options in ({"loss": smoothed, "rank_by": plain}, {"loss": masked}):
-        runs = [train(lambda: zoo.Mlp(8), zoo.vectors, engine, **options) for engine in ("exact", "shared")]
-        agree(*runs)
+
+def masked(out: torch.Tensor, y: torch.Tensor) -> batchtrim.Losses:
+    return batchtrim.Losses(plain(out, y), y != 0)
+
+
+@pytest.mark.parametrize(("loss", "rank_by"), few([(smoothed, plain), (masked, None)], [(smoothed, plain)]))
+def test_rank_by_another_loss_and_masks(loss: Any, rank_by: Any) -> None:
+    options = {"loss": loss, **({} if rank_by is None else {"rank_by": rank_by})}
+    agree(*(train(lambda: zoo.Mlp(8), zoo.vectors, engine, **options) for engine in ("exact", "shared")))
 
 
 def test_without_gradients_it_is_one_plain_forward() -> None:
@@ -335,15 +330,15 @@ def test_nan_losses_are_kept_as_in_plain_training(traced: batchtrim.TrimmedForwa
     assert traced(x, y).isfinite()
 
 
-def test_outputs_are_of_the_models_own_type() -> None:
+@pytest.mark.parametrize("make", few([zoo.NamedOutput, zoo.DataOutput], [zoo.DataOutput]))
+def test_outputs_are_of_the_models_own_type(make: type) -> None:
     torch.manual_seed(0)
-    for make in (zoo.NamedOutput, zoo.DataOutput):
-        model = make()
-        loss = lambda out, y: F.cross_entropy(out.logits, y, reduction="none")  # noqa: E731
-        step = batchtrim.TrimmedForward(model, loss, batchtrim.Trimmer(0.5), "shared")
-        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
-        assert type(step.last.outputs) is type(model(zoo.vectors(2)))
-        assert not step.last.outputs.logits.requires_grad
+    model = make()
+    loss = lambda out, y: F.cross_entropy(out.logits, y, reduction="none")  # noqa: E731
+    step = batchtrim.TrimmedForward(model, loss, batchtrim.Trimmer(0.5), "shared")
+    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+    assert type(step.last.outputs) is type(model(zoo.vectors(2)))
+    assert not step.last.outputs.logits.requires_grad
 
 
 def test_the_approximate_form_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -358,58 +353,3 @@ def test_the_approximate_form_says_so_once(caplog: pytest.LogCaptureFixture) -> 
     assert [record.message for record in caplog.records if record.name == "batchtrim"] == [
         "engine='shared' is approximate for this model: the means of BatchNorm's backward are taken over the kept rows."
     ]
-
-
-class WritesIntoATwin(nn.Module):
-    """A twin that follows the layer, without a gradient, though it asks for one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.twin, self.head = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.twin.weight.lerp_(self.layer.weight, 0.1)
-            target = self.twin(x)
-        return self.head(self.layer(x) + target)
-
-
-def test_what_a_forward_writes_into_gets_no_gradient() -> None:
-    """Zeros in place of none would let weight decay move it."""
-    torch.manual_seed(0)
-    model = WritesIntoATwin().train()
-    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), "shared")
-    for _ in range(2):
-        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
-        assert step.last is not None
-        assert step.last.engine == "shared"
-    assert model.twin.weight.grad is None
-    assert model.layer.weight.grad is not None
-    x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
-    assert check_engine(model, (x, y), nn.CrossEntropyLoss(), verbose=False).verdict == "right"
-
-
-class MovesItsBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x.add_(1.0)
-        return self.head(x.detach())
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, while it traces
-def test_a_batch_that_the_forward_moves_passes_the_later_gradient_on() -> None:
-    gradients = []
-    for engine in ("exact", "shared"):
-        torch.manual_seed(0)
-        front, model = nn.Linear(8, 8), MovesItsBatch().train()
-        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), engine)
-        for _ in range(2):
-            front.zero_grad()
-            x = front(zoo.vectors(BATCH))
-            (step(x, torch.arange(BATCH) % 5) + x.square().mean()).backward()
-        gradients.append(front.weight.grad)
-    assert gradients[0].norm() > 0.1
-    torch.testing.assert_close(*gradients)

@@ -10,12 +10,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import zoo
+from harness import BATCH
+from torch import Tensor, nn
 
+import batchtrim
 from batchtrim import per_sample
 from batchtrim.engine import state
 from batchtrim.engine.state import GeneratorStates, ModelState, is_lazy, modules_of
 from batchtrim.engine.writes import ParameterWrites
+from batchtrim.testing import check_engine
 
 
 class Stateful(nn.Module):
@@ -186,3 +190,58 @@ def test_parameters_that_share_their_memory_are_put_back_together() -> None:
     assert writes.written() == {"weight", "bias"}
     writes.restore()
     assert torch.equal(block, torch.arange(6.0))
+
+
+class WritesIntoATwin(nn.Module):
+    """A twin that follows the layer, without a gradient, though it asks for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.twin, self.head = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.twin.weight.lerp_(self.layer.weight, 0.1)
+            target = self.twin(x)
+        return self.head(self.layer(x) + target)
+
+
+def test_what_a_forward_writes_into_gets_no_gradient() -> None:
+    """Zeros in place of none would let weight decay move it."""
+    torch.manual_seed(0)
+    model = WritesIntoATwin().train()
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), "shared")
+    for _ in range(2):
+        step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+        assert step.last is not None
+        assert step.last.engine == "shared"
+    assert model.twin.weight.grad is None
+    assert model.layer.weight.grad is not None
+    x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+    assert check_engine(model, (x, y), nn.CrossEntropyLoss(), verbose=False).verdict == "right"
+
+
+class MovesItsBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.add_(1.0)
+        return self.head(x.detach())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, while it traces
+def test_a_batch_that_the_forward_moves_passes_the_later_gradient_on() -> None:
+    gradients = []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        front, model = nn.Linear(8, 8), MovesItsBatch().train()
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), engine)
+        for _ in range(2):
+            front.zero_grad()
+            x = front(zoo.vectors(BATCH))
+            (step(x, torch.arange(BATCH) % 5) + x.square().mean()).backward()
+        gradients.append(front.weight.grad)
+    assert gradients[0].norm() > 0.1
+    torch.testing.assert_close(*gradients)

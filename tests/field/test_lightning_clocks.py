@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 import batchtrim
 from batchtrim.errors import ChooseLength
 from batchtrim.integrations.lightning import TrimmingCallback
+from tiers import few
 
 pytestmark = QUIET
 
@@ -67,23 +69,21 @@ def trained(mode: str, optimizers: int, folder: Path, callback: TrimmingCallback
     return module
 
 
+LIMITS = {
+    "steps": {"max_steps": 12, "max_epochs": -1},
+    "steps first": {"max_steps": 12, "max_epochs": 20},
+    "epochs first": {"max_steps": 100, "max_epochs": 3},
+    "epochs": {"max_epochs": 3},
+    "short epochs": {"max_epochs": 3, "limit_train_batches": 3, "max_steps": 12},
+}
+
+
 @pytest.mark.parametrize(
-    "limits",
-    [
-        {"max_steps": 12, "max_epochs": -1},
-        {"max_steps": 12, "max_epochs": 20},
-        {"max_steps": 100, "max_epochs": 3},
-        {"max_epochs": 3},
-        {"max_epochs": 3, "limit_train_batches": 3, "max_steps": 12},
-    ],
-    ids=lambda limits: " ".join(f"{name}={value}" for name, value in limits.items()),
+    ("mode", "optimizers", "name"),
+    few(itertools.product(MODES, [1, 2, 3], LIMITS), list(itertools.product(MODES, [2], LIMITS))),
 )
-@pytest.mark.parametrize("optimizers", [1, 2, 3])
-@pytest.mark.parametrize("mode", MODES)
-def test_the_last_batch_is_at_the_schedules_end(
-    mode: str, optimizers: int, limits: dict[str, Any], tmp_path: Path
-) -> None:
-    keeps = trained(mode, optimizers, tmp_path, **limits).keeps
+def test_the_last_batch_is_at_the_schedules_end(mode: str, optimizers: int, name: str, tmp_path: Path) -> None:
+    keeps = trained(mode, optimizers, tmp_path, **LIMITS[name]).keeps
     assert (keeps[0], keeps[-1]) == (1.0, pytest.approx(0.2))
     assert keeps == sorted(keeps, reverse=True)
 
@@ -149,10 +149,12 @@ def resumed(
 
 
 @pytest.mark.filterwarnings("ignore:.*resume.*:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("limits", [{"max_steps": 20, "max_epochs": -1}, {"max_steps": 20, "max_epochs": 6}])
-@pytest.mark.parametrize("after", [1, 6])
-def test_a_resumed_training_goes_on_where_it_was(mode: str, limits: dict[str, Any], after: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "epochs", "after"),
+    few(itertools.product(MODES, [-1, 6], [1, 6]), list(itertools.product(MODES, [6], [6]))),
+)
+def test_a_resumed_training_goes_on_where_it_was(mode: str, epochs: int, after: int, tmp_path: Path) -> None:
+    limits = {"max_steps": 20, "max_epochs": epochs}
     whole, again = resumed(mode, tmp_path, limits, after, limits)
     assert again == whole
 

@@ -55,9 +55,13 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
-# By default other tests run the same code: those of the Hugging Face trainer that of 06 and 07, test_compile.py that of
-# 09, test_docs.py, with docs/engines.md, that of 11, and the table of methods, with two_sided, that of 12.
-SLOW = {"06_huggingface_classification", "07_causal_lm_tokens", "09_compile", "11_engine", "12_noise_robust"}
+# By default other tests run the same code: test_accumulation.py that of 04 and 14, those of the Hugging Face trainer
+# that of 06 and 07, test_compile.py that of 09, test_docs.py, with docs/engines.md and the guide to own tasks, that of
+# 11 and 16, and the table of methods, with two_sided, that of 12.
+SLOW = {
+    "04_accumulation", "06_huggingface_classification", "07_causal_lm_tokens", "09_compile", "11_engine",
+    "12_noise_robust", "14_mixed_precision", "16_own_regression",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", few(RUNS, set(RUNS) - SLOW))

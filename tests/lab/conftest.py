@@ -1,14 +1,18 @@
-"""Made-up rows of runs.jsonl, so that tests of the report need no training."""
+"""Shared by the tests of the lab: made-up rows of runs.jsonl, so that tests of the report need no training."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import typer.testing
 
 Row = dict[str, Any]
 
@@ -22,6 +26,18 @@ ENVIRONMENT: Row = {
     "device": "cpu",
     "commit": "0123456789ab",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _asked_once() -> Iterator[None]:
+    """Build the command line once, not for each command; look for installed plug-ins once, not for each run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.testing._get_command))
+        found = functools.cache(importlib.metadata.entry_points)
+        patch.setattr(importlib.metadata, "entry_points", found)
+        if registry := sys.modules.get("lightning_fabric.utilities.registry"):
+            patch.setattr(registry, "entry_points", found)
+        yield
 
 
 @pytest.fixture

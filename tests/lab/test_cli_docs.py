@@ -57,3 +57,17 @@ def test_the_comparison_of_the_readme_is_the_recorded_one() -> None:
     typed = {config.key for config in grid.expand({**cli.COMPARE, **options.read_settings(given)})}
     assert len(typed) == 15
     assert typed <= {config.key for config in grid.expand(record)}
+
+
+def test_the_first_lines_of_the_readme_count_its_table() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"On (\d+) problems it lowered .* on (\d+),\s+made .* on (\d+), and raised it on (\d+):", text)
+    assert told is not None
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and " % error" not in line]
+    head = next(row for row in rows if row[0] == "| problem")
+    column = head.index("`trim`, points")
+    cells = [row[column] for row in rows[rows.index(head) + 1 :] if len(row) == len(head) and "|---" not in row[0]]
+    ends = [re.search(r"\((\S+) to (\S+);", cell.replace("\N{MINUS SIGN}", "-")) for cell in cells]
+    pairs = [(float(each[1]), float(each[2])) for each in ends if each is not None]
+    lower, higher = sum(high < 0 for _, high in pairs), sum(low > 0 for low, _ in pairs)
+    assert tuple(map(int, told.groups())) == (len(pairs), lower, len(pairs) - lower - higher, higher)

@@ -77,17 +77,27 @@ def test_a_task_is_compared_in_a_process_of_its_own() -> None:
     assert json.loads(report.stdout)["verdict"] == told["verdict"]
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        ("import os\n    os._exit(3)", "its worker ended with exit code 3"),
-        pytest.param("import sys\n    sys.exit(4)", "the task called exit(4)", marks=pytest.mark.slow),
-        pytest.param("return 'done'", "got 'done'", marks=pytest.mark.slow),
-        pytest.param("raise ValueError('my own')", "ValueError: my own", marks=pytest.mark.slow),
-        pytest.param("run.trim(1)", "expected `losses` to be a tensor, got 1", marks=pytest.mark.slow),
-    ],
-)
-def test_tasks_that_go_wrong_fail_with_a_line_and_lose_nothing(body: str, says: str) -> None:
+WRONG = {
+    "import sys\n    sys.exit(4)": "the task called exit(4)",
+    "return 'done'": "got 'done'",
+    "raise ValueError('my own')": "ValueError: my own",
+    "run.trim(1)": "expected `losses` to be a tensor, got 1",
+}
+
+
+@pytest.mark.parametrize("body", WRONG)
+@pytest.mark.usefixtures("in_this_process")
+def test_tasks_that_go_wrong_fail_with_a_line_and_lose_nothing(body: str) -> None:
+    goes_wrong(body, WRONG[body])
+
+
+@pytest.mark.slow  # by default test_workers.py has a worker that dies
+@pytest.mark.parametrize("body", [*WRONG, "import os\n    os._exit(3)"])
+def test_tasks_that_go_wrong_in_a_worker(body: str) -> None:
+    goes_wrong(body, WRONG.get(body, "its worker ended with exit code 3"))
+
+
+def goes_wrong(body: str, says: str) -> None:
     Path("bad.py").write_text(
         f"{TASK}\ndef bad(run):\n    if run.method == 'full':\n        return train(run)\n    {body}\n"
     )
@@ -101,7 +111,7 @@ def test_tasks_that_go_wrong_fail_with_a_line_and_lose_nothing(body: str, says: 
     assert ours == []
     assert done.stderr.count("Traceback") == ("raise" in body or "run.trim(1)" in body)
     assert [row["config"]["method"] for row in records.read("here") if row["status"] == "finished"] == ["full"]
-    assert "1 runs failed; the same command tries them again" in done.stderr
+    assert "1 run failed; the same command tries it again" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,24 @@
-"""What goes to a terminal: no styling where NO_COLOR asks for none."""
+"""What goes to a terminal: no styling where NO_COLOR asks for none, and how far a long piece of work is."""
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 
 from batchtrim.lab.analyse import comparison
+from batchtrim.lab.execute import grid, progress
 from batchtrim.lab.execute.progress import Live
 from batchtrim.lab.present import tables
+from batchtrim.lab.task import decode
+from batchtrim.lab.terminal import Count
 
 
 def printed(make_row: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> str:
@@ -49,5 +57,67 @@ def test_an_empty_no_color_asks_for_nothing(
     assert "\x1b[1m" in printed(make_row, capsys)
 
 
+def test_colours_in_a_pipe_are_no_reason_to_redraw(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The log of CI was full of codes that move the cursor, and had no line for a run."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    (config,) = grid.expand({"methods": ["trim"], "seeds": [0], "epochs": 2})
+    with Live() as watcher:
+        watcher.begin([config], 0)
+        watcher.batch(config, {"epoch": 0, "epochs": 2, "batch": 1, "batches": 4})
+        watcher.finished(config, {"status": "failed", "error": "of some kind" + " that takes long to tell" * 9})
+    text = "".join(capsys.readouterr())
+    assert text.splitlines()[0] == "0/1 runs  digits mlp trim linear 1-0.2 seed 0: epoch 1/2, batch 1/4"
+    assert len(text.splitlines()) == 2, "wrapped at 80 columns"
+    assert not [code for code in _codes(text) if code[-1] != "m"]
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 76, 80, 100, 110, 200])
+def test_no_number_is_cut_off_a_bar(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """At 80 columns the time left was 0:0…"""
+    screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(progress, "console", lambda **_: screen)
+    configs = grid.expand({"methods": ["full", "trim"], "seeds": 2, "epochs": 100})
+    watcher = Live()
+    watcher.begin(configs, 0)
+    watcher.batch(configs[0], {"epoch": 99, "epochs": 100, "batch": 90, "batches": 99})
+    watcher.epoch(configs[-1], {"epoch": 99, "epochs": 100, "test_error": 0.1234})
+    seen = Console(file=io.StringIO(), width=width, color_system=None)
+    seen.print(watcher.bars.get_renderable())
+    lines = seen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= width
+    if width >= 40:
+        assert "epoch 100/100, batch 90/99" in lines[1]
+        assert "error 12.34 %" in lines[2]
+    for line in lines if width >= progress.NARROW else ():
+        assert re.search(r"left (\d:\d\d:\d\d|-:--:--)$", line.rstrip())
+    if width >= 80:
+        assert lines[2].startswith("trim linear 1-0.2 seed 1 ")
+
+
 def _codes(text: str) -> list[str]:
     return re.findall(r"\x1b\[[0-9;?]*[A-Za-z]", text)
+
+
+def test_a_long_count_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = 100.0
+    monkeypatch.setattr("batchtrim.lab.terminal.time.monotonic", lambda: now)
+    said = Count("images decoded", 12_000)
+    for _ in range(12):
+        now += 2.0
+        said.add(1000)
+    assert capsys.readouterr().err.splitlines() == ["2,000 of 12,000 images decoded", "7,000 of 12,000 images decoded"]
+
+
+def test_decoding_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Count, "first", 0.0)
+    monkeypatch.setattr(Count, "every", 0.0)
+    paths = [tmp_path / f"{i}.png" for i in range(40)]
+    for path in paths:
+        Image.new("L", (4, 4)).save(path)
+    decode.decode_all([(0, list(paths))], tmp_path / "x.npy", np.arange(40), decode.Form((4, 4), True, False), 40)
+    assert "of 40 images decoded" in capsys.readouterr().err

@@ -16,11 +16,11 @@ A tour of the shared engine, in the order of a step:
 1. ``shared.py``: a step. ``capture.py``: run model and loss as graphs; it and ``inductor.py`` alone use torch's private
    parts.
 2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
-   graph (which operators may run on kept rows?), by the rules of ``rules.py``, ``rules_shape.py`` and ``rules_nn.py``
-   over the layouts of ``layout.py``. ``split.py`` makes two graphs of the backward, ``cost.py`` counts what that saves.
-   ``shared.py`` runs the model's own Python once, to check the trace against it.
+   graph (which operators may run on kept rows?), by the rules of ``rules.py``, ``rules_shape.py``, ``rules_nn.py`` and
+   ``rules_attention.py`` over the layouts of ``layout.py``. ``split.py`` makes two graphs of the backward, ``cost.py``
+   counts what that saves. ``shared.py`` runs the model's own Python once, to check the trace against it.
 3. ``sliced.py``: forward; what it saves goes onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
-4. ``loss.backward()``: ``sliced.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
+4. ``loss.backward()``: ``parts.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
 
 Where the model's Python runs twice, ``held.py`` finds all that it may change, and ``state.py`` and ``writes.py`` put
 that back. ``reasons.py`` says why a model could not be traced.
@@ -45,8 +45,9 @@ EngineRefused    shared.py, two_pass.py   auto.py, or the caller   another engin
 Glossary. *Row*: what is chosen, a sample or a token. *Kept*: chosen. *Layout*: where a tensor holds its rows. *Axis*:
 the dimension of one row symbol, and its factors. *Whole*: a value that belongs to no row; a part that runs on all.
 *Vanish*: to be zero in every row that is not kept. *Mixes*: makes one row of another. *Upper*, *lower*: backward above
-and below the first operator that mixes rows. *Pinned*: must be saved, for kept rows cannot compute it again. *Tape*:
-what one forward saved.
+and below the first operator that mixes rows. *Crossing*: an operator of the upper part that runs on all rows, for it
+draws dropout by their places. *Pinned*: must be saved, for kept rows cannot compute it again. *Tape*: what one forward
+saved.
 """
 
 from batchtrim.engine.forward import ENGINES, TrimmedForward

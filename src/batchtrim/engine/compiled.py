@@ -25,28 +25,19 @@ from batchtrim.engine.inductor import (
     without_data,
 )
 from batchtrim.engine.layout import Rows
+from batchtrim.engine.parts import Runs, run_backward
 from batchtrim.errors import EngineFallback
 
 if TYPE_CHECKING:
     from batchtrim.engine.sliced import SlicedStep, Tape
     from batchtrim.engine.split import Slices
 
-__all__ = ["CompiledStep", "Runs"]
+__all__ = ["CompiledStep"]
 
 
 # Where it makes better code, Inductor assumes on which side of a bound a size lies (k below 4096, say). For sizes that
 # do not fit, the backward is compiled again, at most this often.
 _BACKWARDS = 3
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The functions that run the two parts of a backward, cut rows, and put them back."""
-
-    upper: Callable[[list[Any]], Any]
-    lower: Callable[[list[Any]], Any]
-    cut: Callable[..., Any]
-    put_back: Callable[..., Tensor]
 
 
 @dataclass
@@ -142,7 +133,8 @@ class CompiledStep:
             return KeptRows(rows, *sizes, *([step.lost] if len(sizes) > 1 else []))
 
         chosen = kept_rows(rows, sizes)
-        upper, lower = (_Late(with_strides(part.graph)).run_list for part in (slices.upper, slices.lower))
+        parts = (slices.upper, slices.lower, slices.beside)
+        upper, lower, beside = (_Late(with_strides(part.graph)).run_list for part in parts)
         wanted = self._wanted(slices)
         with without_data(like):
             kept = {at: cut(whole[at], slices.cuts[at], chosen) for at, on_kept in wanted if on_kept}
@@ -157,8 +149,8 @@ class CompiledStep:
                     cut_before[at] = value
                 else:
                     given[at] = value
-            runs = Runs(upper, lower, _Rows, spread)
-            return step.run(slices, now, given, cut_before, runs)
+            runs = Runs(upper, lower, beside, _Rows, spread)
+            return run_backward(step, slices, now, given, cut_before, runs)
 
         inputs = [*sizes, rows, *(kept[at] if on_kept else whole[at] for at, on_kept in wanted)]
         compiled = self.compiler.compile(sliced, inputs, visible=len(inputs), backward=True)
@@ -174,8 +166,9 @@ class CompiledStep:
 
     def _wanted(self, slices: Slices) -> list[tuple[int, bool]]:
         step = self.step
-        upper = {step._place[node] for node in slices.upper.inputs if node not in slices.upper.sizes}
-        lower = {step._place[node] for node in slices.lower.inputs if node in step._place}
+        upper = {step.place[node] for node in slices.upper.inputs if node not in slices.upper.sizes}
+        below = [*slices.lower.inputs, *slices.beside.inputs]
+        lower = {step.place[node] for node in below if node in step.place}
         cut_before = upper & step.given & slices.cuts.keys()
         whole = (upper - cut_before) | lower
         return [*((at, True) for at in sorted(cut_before)), *((at, False) for at in sorted(whole))]

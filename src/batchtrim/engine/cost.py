@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchtrim.engine.graphs import hinted
 from batchtrim.engine.rules import name_of
 
 __all__ = ["Cost", "Forecast", "Machine", "OperatorCount", "cost_of", "hinted_size", "is_costly", "machine_of"]
@@ -77,8 +78,7 @@ def hinted_size(tensor: Any) -> int:
 
 
 def _shape(tensor: Any) -> list[int]:
-    # a size that depends on values (of nonzero) has no hint, and counts as one row
-    return [int(size.node.hint or 1) if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+    return [hinted(size) for size in tensor.shape]
 
 
 def is_costly(node: fx.Node) -> bool:

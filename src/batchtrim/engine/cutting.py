@@ -147,6 +147,12 @@ def _cut_samples(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
     strides = tensor.stride()
     if layout.iota or strides[dim] == 0:
         return tensor.narrow(dim, 0, size)
+    if tensor.is_contiguous():  # mostly it is, and a step cuts hundreds
+        if outer == 1 and inner == 1:
+            return tensor.index_select(dim, kept.rows)
+        before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
+        parts = tensor.view(*before, outer, kept.batch, inner, *after)
+        return parts.index_select(dim + 1, kept.rows).view(*before, size, *after)
     spread = [d for d, stride in enumerate(strides) if stride == 0 and tensor.shape[d] > 1]
     shape = list(tensor.shape)
     for d in spread:

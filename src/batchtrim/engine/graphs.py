@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-__all__ = ["any_strides", "boxed", "executable", "graph_copy", "without_dead_draws"]
+__all__ = ["any_strides", "boxed", "executable", "graph_copy", "hinted", "in_traced_order", "without_dead_draws"]
 
 
 def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
@@ -36,8 +36,24 @@ def executable(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
     own = graph_copy(graph)
     for node in own.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
+    in_traced_order(own)
+    _without_double_transposes(own)
     _take_from_list(own)
     return boxed(fx.GraphModule(graph, own).forward)
+
+
+def _without_double_transposes(graph: fx.Graph) -> None:
+    """Read ``x`` for ``x.t().t()``, as gradients of weights are traced; no output becomes an input or another one."""
+    transpose = torch.ops.aten.t.default
+    (output,) = graph.find_nodes(op="output")
+    taken = {*graph.find_nodes(op="placeholder"), *output.all_input_nodes}
+    for node in graph.find_nodes(op="call_function", target=transpose):
+        before = node.args[0]
+        if before.target is transpose:
+            source = before.args[0]
+            node.replace_all_uses_with(source, lambda user, source=source: user is not output or source not in taken)
+            taken.update(output.all_input_nodes)
+    graph.eliminate_dead_code(lambda node: node.target is not transpose)
 
 
 def _take_from_list(graph: fx.Graph) -> None:
@@ -71,3 +87,43 @@ def any_strides(graph: fx.GraphModule) -> bool:
 def without_dead_draws(graph: fx.Graph) -> None:
     """Remove what nobody reads from a backward graph, random operators of the forward too."""
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
+def hinted(size: Any) -> int:
+    """Return a size as it is in the traced batch; one that depends on values (of nonzero) counts as one."""
+    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
+
+
+# --- cuDNN's attention ------------------------------------------------------------------------------------------------
+
+
+def in_traced_order(graph: fx.Graph) -> None:
+    """Give cuDNN's attention its gradient and its output in the order of dimensions that they were traced with.
+
+    It reuses what it planned for other tensors of the same sizes, in whatever order those lay, and then computes
+    something else (torch 2.11 with cuDNN 9). Rows that are taken or put back may lie in another order than in a plain
+    step.
+    """
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+    for node in graph.find_nodes(op="call_function", target=backward):
+        orders = [_order(node.args[at].meta["val"]) for at in (0, 4)]
+        node.target, node.args = _cudnn_backward, (orders, *node.args)
+
+
+def _cudnn_backward(
+    orders: Sequence[Sequence[int]], gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    gradient, out = _ordered(gradient, orders[0]), _ordered(out, orders[1])
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+    return backward(gradient, query, key, value, out, *args, **kwargs)
+
+
+def _order(traced: Tensor) -> list[int]:
+    """Return the dimensions of a traced tensor from the slowest to the fastest in memory."""
+    strides = [hinted(each) for each in traced.stride()]
+    return sorted(range(traced.ndim), key=lambda dim: (-strides[dim], dim))
+
+
+def _ordered(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    return tensor.permute(*order).contiguous().permute([order.index(dim) for dim in range(tensor.ndim)])

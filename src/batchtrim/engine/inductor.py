@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchtrim.engine.capture import expression_of
-from batchtrim.engine.graphs import graph_copy
+from batchtrim.engine.graphs import graph_copy, in_traced_order
 from batchtrim.engine.layout import product
 from batchtrim.engine.state import compiled_part
 
@@ -251,6 +251,7 @@ def with_strides(graph: fx.GraphModule) -> fx.GraphModule:
     for node in own.find_nodes(op="call_function", target=torch.ops.aten.reshape.default):
         if _STRIDED in node.meta:
             node.target = _reshape_by_strides
+    in_traced_order(own)
     return fx.GraphModule(graph, own)
 
 

@@ -6,7 +6,7 @@ This is not a proof, which needs the graph. It serves the engine that runs model
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from batchtrim.engine.batch import Forward
 from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.rehearsal import Rehearsal
 from batchtrim.engine.rows import copied, tensors_of
 from batchtrim.engine.state import GeneratorStates, ModelState, Moment, uncompiled_calls, uses_tf32, without_graph
 from batchtrim.errors import EngineRefused
@@ -155,7 +156,7 @@ class Probe:
         rows = torch.linspace(0, batch - 1, min(batch, ROWS)).long()
         poisoned = torch.arange(len(rows)) % 2 == 1
         # compiled, it would be compiled anew for so few rows, and its buffers be gone after one gradient
-        with uncompiled_calls(), _restored(before):
+        with uncompiled_calls(), _restored(before), _rehearsed(before):
             if not redrawn and scored is not None:
                 self._ask(before, batch, rows, poisoned, scored)
                 return
@@ -235,6 +236,12 @@ class Probe:
         except Exception:  # it tells nothing
             return None
         return losses[~poisoned]
+
+
+def _rehearsed(moment: Moment) -> AbstractContextManager[Any]:
+    """Try on the CPU what could end a GPU's process: NaN where a probability is expected, places in a shorter table."""
+    on_gpu = any(each.device.type == "cuda" for each in tensors_of((moment.x, moment.y)))
+    return Rehearsal() if on_gpu else nullcontext()
 
 
 @contextmanager

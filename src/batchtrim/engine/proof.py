@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from batchtrim.engine import rules_nn, rules_shape  # noqa: F401  (they enter their rules)
+from batchtrim.engine import rules_attention, rules_nn, rules_shape  # noqa: F401  (they enter their rules)
 from batchtrim.engine.capture import decomposed, expression_of
 from batchtrim.engine.cutting import can_be_cut
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Whole
 from batchtrim.engine.rules import Call, Value, alike, apply_rule, has_rule, holds, name_of, only_dim
+from batchtrim.engine.rules_attention import draws, draws_by_place
 
 __all__ = ["NodeProof", "Proof", "label", "place_of", "prove"]
 
@@ -76,7 +77,7 @@ def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts:
                 return Value(_shape(item), known(item), item.dtype)
             return _plain(item)
 
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if draws(func) or draws_by_place(func, args, kwargs):
             raise Mixes("it draws random numbers")
         if func._schema.is_mutable:
             raise Mixes("it is made of operators that write in place")
@@ -173,7 +174,7 @@ def label(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...], skip: set[fx.Node]
         else:
             try:
                 layouts = walk.call(node)
-                if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                if draws(node.target) or draws_by_place(node.target, node.args, node.kwargs):
                     pinned[node] = "it draws random numbers"
             except Mixes as mixes:
                 near = [walk.see(each) for each in node.all_input_nodes]
@@ -224,6 +225,8 @@ class NodeProof:
         reason: why, if the node itself is the first on its path.
         unkept: the operator that gives a gradient to rows that are not kept, where the node's rows have one. On the
             kept rows it is right; what sums over rows, or runs on all of them, has to start above that operator.
+        all_rows: it keeps rows apart, but has to run on all of them: its gradients are put back before it, and its
+            results are cut after it.
     """
 
     gradient: bool
@@ -231,6 +234,7 @@ class NodeProof:
     whole: bool = False
     reason: str | None = None
     unkept: str | None = None
+    all_rows: bool = False
 
     @property
     def on_kept(self) -> bool:
@@ -305,10 +309,13 @@ def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> N
     if item is not None:
         return NodeProof(gradient, item, unkept=sources[0].unkept)
     try:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if draws(node.target):
             raise Mixes("it draws random numbers again")
         layouts = _kept_batch_norm(node, walk, proof) if batch_norm else None
         layouts = walk.call(node) if layouts is None else layouts
+        all_rows = draws_by_place(node.target, node.args, node.kwargs)
+        if all_rows and not (len(walk.symbols) == 1 and all(each.vanishes for each in sources if each.gradient)):
+            raise Mixes("it draws its dropout again from a seed for all rows")
         if walk.lacks(layouts):
             raise Mixes("it takes some rows and leaves others")
         gradient = gradient and not _fresh(node)
@@ -325,7 +332,7 @@ def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> N
     unkept = None
     if gradient and any(isinstance(each, Rows) and not each.vanish for each in layouts):
         unkept = next((source.unkept for source in sources if source.unkept is not None), place_of(node))
-    return NodeProof(gradient, layouts, unkept=unkept)
+    return NodeProof(gradient, layouts, unkept=unkept, all_rows=all_rows)
 
 
 def _fresh(node: fx.Node) -> bool:

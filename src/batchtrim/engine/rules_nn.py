@@ -1,4 +1,4 @@
-"""Rules of the operators that only neural networks have: convolutions, norms, attention, pools, lookups, losses."""
+"""Rules of the operators that only neural networks have: convolutions, norms, pools, lookups, losses."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 
 from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Whole
-from batchtrim.engine.rules import Call, Value, aligned, holds, name_of, not_along, one_with_rows, rule
+from batchtrim.engine.rules import Call, Value, aligned, name_of, not_along, one_with_rows, rule
 
-__all__ = ["BATCH_NORM_BACKWARD"]
+__all__ = ["BATCH_NORM_BACKWARD", "only_batch", "summed_gradients"]
 
 
-def _summed_gradients(call: Call, *gradients: Value) -> Layout:
+def summed_gradients(call: Call, *gradients: Value) -> Layout:
     """Return the layout of a sum over all rows: right where the rows that are not kept vanish."""
     if not all(gradient.zero for gradient in gradients):
         raise Mixes("it sums over the rows")
@@ -27,7 +27,7 @@ def _whole(value: Value | None, what: str) -> None:
         raise Mixes(f"its {what} differs from row to row")
 
 
-def _only_batch(call: Call, values: list[Value | None], dims: tuple[int, ...] = (0,)) -> tuple[Axis | None, ...]:
+def only_batch(call: Call, values: list[Value | None], dims: tuple[int, ...] = (0,)) -> tuple[Axis | None, ...]:
     """Return the row axes that all operands with rows share; they must lie along ``dims``."""
     given = [value for value in values if value is not None and isinstance(value.layout, Rows)]
     axes = aligned(call, given[0], given)
@@ -43,15 +43,15 @@ def _only_batch(call: Call, values: list[Value | None], dims: tuple[int, ...] = 
 def convolution(call: Call) -> Layout:
     _whole(call["weight"], "weight")
     _whole(call["bias"], "bias")
-    return Rows(_only_batch(call, [call["input"]]))
+    return Rows(only_batch(call, [call["input"]]))
 
 
 @rule("convolution_backward")
 def convolution_backward(call: Call) -> list[Layout]:
     _whole(call["weight"], "weight")
     gradient = call["grad_output"]
-    rows = Rows(_only_batch(call, [gradient, call["input"]]), gradient.zero)
-    total = _summed_gradients(call, gradient) if any(call["output_mask"][1:]) else Whole()
+    rows = Rows(only_batch(call, [gradient, call["input"]]), gradient.zero)
+    total = summed_gradients(call, gradient) if any(call["output_mask"][1:]) else Whole()
     return [rows, total, total]
 
 
@@ -72,24 +72,24 @@ def layer_norm_backward(call: Call) -> list[Layout]:
     axes = aligned(call, x)
     rows = Rows(axes, gradient.zero)
     not_along(rows, [-1 - i for i in range(len(call["normalized_shape"]))], x.ndim, "it normalises over the rows")
-    return [rows, *[_summed_gradients(call, gradient)] * (len(call.outputs) - 1)]
+    return [rows, *[summed_gradients(call, gradient)] * (len(call.outputs) - 1)]
 
 
 @rule("native_group_norm")
 def group_norm(call: Call) -> list[Layout]:
     _whole(call["weight"], "weight")
-    return [Rows(_only_batch(call, [call["input"]]))] * 3
+    return [Rows(only_batch(call, [call["input"]]))] * 3
 
 
 @rule("native_group_norm_backward")
 def group_norm_backward(call: Call) -> list[Layout]:
     _whole(call["weight"], "weight")
     gradient = call["grad_out"]
-    axes = _only_batch(call, [gradient, call["input"]])
+    axes = only_batch(call, [gradient, call["input"]])
     for statistic in (call["mean"], call["rstd"]):
         if not isinstance(statistic.layout, Rows) or statistic.layout.axes != axes:
             raise Mixes("it puts different rows together")
-    return [Rows(axes, gradient.zero), *[_summed_gradients(call, gradient)] * 2]
+    return [Rows(axes, gradient.zero), *[summed_gradients(call, gradient)] * 2]
 
 
 _BATCH_NORMS = (
@@ -119,7 +119,7 @@ def batch_norm_backward(call: Call) -> list[Layout]:
     rows = Rows(aligned(call, x, [gradient, x]), gradient.zero)
     if isinstance(channels, Rows):
         return [rows, *[replace(channels, vanish=gradient.zero)] * 2]
-    return [rows, *[_summed_gradients(call, gradient)] * 2]
+    return [rows, *[summed_gradients(call, gradient)] * 2]
 
 
 def _channels(call: Call, x: Value, training: bool) -> Layout:
@@ -137,54 +137,6 @@ def _channels(call: Call, x: Value, training: bool) -> Layout:
         elif value is not None and (not isinstance(value.layout, Rows) or value.layout.axes != channels.axes):
             raise Mixes("it puts different rows together")
     return channels if among_channels else Whole()
-
-
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-@rule(
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-)  # fmt: skip
-def attention(call: Call) -> list[Layout]:
-    axes = _attention_axes(call, [call["query"], call["key"], call["value"]])
-    layouts: list[Layout] = []
-    for output in call.outputs:  # log-sum-exp and random states too
-        tall = output is not None and output.ndim >= 2 and holds(output.shape, call.symbols)
-        layouts.append(Rows(axes) if tall else Whole())
-    return layouts
-
-
-@rule(
-    "_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward",
-    "_scaled_dot_product_efficient_attention_backward", "_scaled_dot_product_cudnn_attention_backward",
-)  # fmt: skip
-def attention_backward(call: Call) -> list[Layout]:
-    if call["dropout_p"]:
-        raise Mixes("it draws its dropout again from a seed for all rows")
-    gradient = call.values[0]
-    axes = _attention_axes(call, [gradient, *(call[name] for name in ("query", "key", "value", "out"))])
-    sums = call["logsumexp"]  # has no last dimension, so that it cannot be aligned with the others
-    if sums is not None and isinstance(sums.layout, Rows) and sums.layout.axes != axes:
-        raise Mixes("it puts different rows together")
-    layouts: list[Layout] = [Rows(axes, gradient.zero)] * 3
-    if len(call.outputs) > 3:  # of the mask
-        mask = call["attn_bias"]
-        if call.outputs[3] is None:
-            layouts.append(Whole())
-        elif mask is not None and isinstance(mask.layout, Rows):
-            layouts.append(replace(mask.layout, vanish=gradient.zero))
-        else:
-            layouts.append(_summed_gradients(call, gradient))
-    return layouts
-
-
-def _attention_axes(call: Call, values: list[Value]) -> tuple[Axis | None, ...]:
-    axes = _only_batch(call, list(values), (0, 1))
-    mask = call["attn_mask"] or call["attn_bias"]
-    if mask is not None and isinstance(mask.layout, Rows):
-        aligned(call, values[0], [values[0], mask])
-    return axes
 
 
 # --- pools and resampling --------------------------------------------------------------------------------------------
@@ -213,7 +165,7 @@ def spatial(call: Call) -> list[Layout]:
     vanish = call.values[0].zero and (name.endswith("_backward") or "avg" in name or "upsample" in name)
     if "pad" in name and call.values[0].ndim == call["padding"].__len__() // 2:
         raise Mixes("it goes along the rows")
-    return [Rows(_only_batch(call, list(call.values)), vanish)] * len(call.outputs)
+    return [Rows(only_batch(call, list(call.values)), vanish)] * len(call.outputs)
 
 
 # --- lookups ---------------------------------------------------------------------------------------------------------
@@ -232,7 +184,7 @@ def embedding_backward(call: Call) -> Layout:
     gradient, indices = call["grad_output"], call["indices"]
     spread = Value((*indices.shape, 1), indices.layout)
     aligned(call, gradient, [gradient, spread])
-    return _summed_gradients(call, gradient)
+    return summed_gradients(call, gradient)
 
 
 @rule("gather")
@@ -350,7 +302,7 @@ def index_put(call: Call) -> Layout:
         return replace(base.layout, vanish=base.zero and values.zero)
     if not call["accumulate"] or not isinstance(values.layout, Rows):
         raise Mixes("it writes what rows have into one place")
-    return _summed_gradients(call, values)
+    return summed_gradients(call, values)
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------

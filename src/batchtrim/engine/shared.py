@@ -96,8 +96,9 @@ class SharedEngine:
         self._tape: Tape | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
-        few = _rows(x, self.forward.batch_dim) < _FEWEST
-        if self.trim.keep == 1.0 or not is_training_step() or few or is_lazy(self.forward.inner):
+        whole = self.trim.keep == 1.0 or _rows(x, self.forward.batch_dim) < _FEWEST
+        lazy = self.trace is None and is_lazy(self.forward.inner)  # never again after a trace
+        if whole or lazy or not is_training_step():
             return self.exact(x, y, selection)
         tape, losses, outputs = self._forward(x, y)
         if selection is None:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, fx
 
 from batchtrim.engine.capture import CannotCapture, OneBatchSize, expression_of, fixed_by, keeps_graph, pin
-from batchtrim.engine.compiled import CompiledStep, Runs
+from batchtrim.engine.compiled import CompiledStep
 from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
 from batchtrim.engine.graphs import any_strides, executable, without_dead_draws
 from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, Rows, exact_ratio, factor_of
+from batchtrim.engine.parts import Runs, run_backward
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
@@ -170,7 +171,8 @@ class SlicedStep:
         if tape.chosen is None:
             return self._backward(args)
         slices = self.slices(tape.approximate)
-        return self.run(slices, tape.chosen, args, kept, Runs(slices.upper.run, slices.lower.run, cut, put_back))
+        runs = Runs(slices.upper.run, slices.lower.run, slices.beside.run, cut, put_back)
+        return run_backward(self, slices, tape.chosen, args, kept, runs)
 
     # made once
 
@@ -186,8 +188,8 @@ class SlicedStep:
         batch = self.symbols[0]
         shapes = [tuple(map(expression_of, getattr(node.meta.get("val"), "shape", ()))) for node in inputs]
         self._batch_at = next(((at, shape.index(batch)) for at, shape in enumerate(shapes) if batch in shape), None)
-        self._place = {node: place for place, node in enumerate(self.places)}
-        self._multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
+        self.place = {node: place for place, node in enumerate(self.places)}
+        self.multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
         self._stashed: dict[int, int] = {}
         self.given: set[int] = set()  # places of what is saved of the batch itself
         self.saved_at = {by_name[node.name]: at for at, node in enumerate(saved, start=self.outputs)}
@@ -253,7 +255,7 @@ class SlicedStep:
             machine = replace(machine, start=0.0)  # operators are joined
         cost = Cost(forward=sum(cost_of(node, machine) for node in self.forward_graph.graph.nodes))
         for node, verdict in slices.proof.verdicts.items():
-            if verdict.gradient and node in slices.lower.nodes:
+            if verdict.gradient and (node in slices.lower.nodes or verdict.all_rows):
                 cost.lower += cost_of(node, machine)
             elif verdict.gradient:
                 cost.upper += cost_of(node, machine)
@@ -284,47 +286,6 @@ class SlicedStep:
     def batch_norms(self) -> bool:
         """True if BatchNorm's backward could take its means over the kept rows."""
         return bool(self.slices(True).proof.batch_norms)
-
-    # run
-
-    def run(self, slices: Slices, chosen: KeptRows, whole: list[Any], kept: dict[int, Tensor], runs: Runs) -> list[Any]:
-        """Run the upper part on the kept rows, put its gradients back, run the lower part.
-
-        Args:
-            whole: the backward's inputs by place, on all rows; emptied. kept: what was cut already; emptied.
-        """
-        known: dict[fx.Node, Any] = {}
-
-        def given(node: fx.Node, on_kept: bool) -> Any:
-            if node in known:
-                return known[node]
-            if on_kept and node in slices.upper.sizes:
-                return slices.upper.sizes[node](chosen.k)
-            place = self._place[node]
-            if on_kept and place in kept:
-                return kept[place]
-            value = whole[place]
-            if on_kept and place in self._multiples:
-                return value // chosen.batch * chosen.k
-            layout = slices.cuts.get(place)
-            return runs.cut(value, layout, chosen) if on_kept and layout is not None else value
-
-        inputs = [given(node, True) for node in slices.upper.inputs]
-        kept.clear()
-        found: dict[fx.Node, Any] = {}
-        if slices.upper.outputs:
-            found = dict(zip(slices.upper.outputs, runs.upper(inputs), strict=True))
-        for node in list(found):
-            layout = slices.proof.verdicts[node].layouts[0]
-            if isinstance(layout, Rows):
-                found[node] = runs.put_back(found[node], layout, chosen)
-        if slices.lower.outputs:
-            known = found
-            inputs = [given(node, False) for node in slices.lower.inputs]
-            whole.clear()
-            found.update(zip(slices.lower.outputs, runs.lower(inputs), strict=True))
-        (output,) = self.backward_graph.graph.find_nodes(op="output")
-        return [found[node] if isinstance(node, fx.Node) else node for node in output.args[0]]
 
 
 def _kind(node: Any) -> tuple[Any, ...]:

@@ -2,13 +2,14 @@
 
 The upper part, from the loss down, is proven to give the same on the kept rows; it reads saved tensors that were cut to
 them. The lower part begins where an operator mixes rows: gradients that go into it are put back among zeros for the
-rows that were not kept, and it runs on all rows, as in plain training.
+rows that were not kept, and it runs on all rows, as in plain training. An operator of the upper part may have to run
+on all rows too, since it draws its dropout again by the place of a row: see :class:`Crossing`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,22 +20,42 @@ from torch import fx
 from batchtrim.engine.capture import CannotCapture, expression_of
 from batchtrim.engine.cost import is_costly
 from batchtrim.engine.graphs import executable
-from batchtrim.engine.layout import Rows
+from batchtrim.engine.layout import Layout, Rows
 from batchtrim.engine.proof import Proof
 from batchtrim.engine.rules import name_of
 
-__all__ = ["Part", "Slices", "split_backward"]
+__all__ = ["Crossing", "Part", "Slices", "split_backward"]
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """An operator among kept rows that runs on all rows.
+
+    Attributes:
+        gradients: the layouts of its operands that have a gradient; they are put back. results: those of its results,
+            which are cut.
+    """
+
+    gradients: list[Layout]
+    results: list[Layout]
 
 
 @dataclass
 class Part:
-    """One of the two graphs: its nodes, inputs and outputs, and its sizes as functions of k."""
+    """One of the graphs: its nodes, inputs and outputs, and its sizes as functions of k.
+
+    Attributes:
+        beside: nodes whose values on all rows are further inputs, for what crosses to all rows.
+        crossings: those operators, each with an input of its own that puts back and cuts.
+    """
 
     run: Callable[[list[Any]], Any]
     graph: fx.GraphModule
     inputs: list[fx.Node]
     outputs: list[fx.Node]
     nodes: set[fx.Node]
+    beside: list[fx.Node] = field(default_factory=list)
+    crossings: dict[fx.Node, Crossing] = field(default_factory=dict)
     sizes: dict[fx.Node, Callable[[int], int]] = field(default_factory=dict)
 
 
@@ -43,12 +64,14 @@ class Slices:
     """A backward graph in two parts.
 
     Attributes:
-        upper, lower: run on the kept rows and on all.
+        upper, lower: run on the kept rows and on all. beside: computes from saved tensors what the upper part reads of
+            all rows.
         cuts: places of the backward's inputs that are cut, and where their rows lie. whole: places read uncut.
     """
 
     upper: Part
     lower: Part
+    beside: Part
     proof: Proof
     cuts: dict[int, Rows] = field(default_factory=dict)
     whole: set[int] = field(default_factory=set)
@@ -56,7 +79,7 @@ class Slices:
     @property
     def worth(self) -> bool:
         """True if a costly operator runs on the kept rows."""
-        return any(is_costly(node) for node in self.upper.graph.graph.nodes)
+        return any(is_costly(node) for node in self.upper.nodes.difference(self.upper.crossings))
 
 
 def split_backward(
@@ -87,16 +110,17 @@ def split_backward(
     upper_outputs = list(dict.fromkeys([*(node for node in wanted if verdicts[node].vanishes), *frontier]))
     lower_outputs = list(dict.fromkeys(node for node in wanted if not verdicts[node].vanishes))
     sizes, same = (_kept_sizes(graph, symbols), _cut_by_slices(proof)) if len(symbols) > 1 else ({}, set())
-    upper = _extract(module, upper_outputs, set(sizes), same)
+    upper = _extract(module, upper_outputs, set(sizes), same, proof)
     upper.sizes = sizes
-    lower = _extract(module, lower_outputs, set(frontier), set())
+    lower = _extract(module, lower_outputs, set(frontier))
+    beside = _extract(module, upper.beside)
     cuts: dict[int, Rows] = {}
     for place, node in enumerate(places):
         layout = verdicts[node].layouts[0]
         if node in upper.inputs and isinstance(layout, Rows):
             cuts[place] = layout
-    whole = {place for place, node in enumerate(places) if node in lower.inputs}
-    return Slices(upper, lower, proof, cuts, whole)
+    whole = {place for place, node in enumerate(places) if node in lower.inputs or node in beside.inputs}
+    return Slices(upper, lower, beside, proof, cuts, whole)
 
 
 def _kept_sizes(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...]) -> dict[fx.Node, Callable[[int], int]]:
@@ -133,30 +157,79 @@ def _cut_by_slices(proof: Proof) -> set[fx.Node]:
     return found
 
 
-def _extract(module: fx.GraphModule, outputs: list[fx.Node], given: set[fx.Node], same: set[fx.Node]) -> Part:
-    """Return a graph that computes some nodes from given ones; nodes in ``same`` are replaced by their operand."""
+def _extract(
+    module: fx.GraphModule,
+    outputs: list[fx.Node],
+    given: Collection[fx.Node] = (),
+    same: Collection[fx.Node] = (),
+    proof: Proof | None = None,
+) -> Part:
+    """Return a graph that computes some nodes from given ones.
+
+    Args:
+        same: nodes that are replaced by their operand. proof: says which operators cross to all rows, if any may.
+    """
+    verdicts = {} if proof is None else proof.verdicts
     needed: set[fx.Node] = set()
+    crossings: dict[fx.Node, Crossing] = {}
+    beside: dict[fx.Node, fx.Node] = {}
     stack = list(outputs)
     while stack:
         node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if node not in given:
-                stack.extend(node.all_input_nodes)
+        if node in needed:
+            continue
+        needed.add(node)
+        sources = [] if node in given else node.all_input_nodes
+        if node in verdicts and verdicts[node].all_rows:
+            beside |= {each: each for each in sources if not verdicts[each].gradient}
+            sources = [each for each in sources if verdicts[each].gradient]
+            crossings[node] = Crossing([verdicts[each].layouts[0] for each in sources], verdicts[node].layouts)
+        stack.extend(sources)
     new = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    inputs: list[fx.Node] = []
+    inputs = [n for n in module.graph.nodes if n in needed and (n.op == "placeholder" or n in given)]
+    copies = {node: _placeholder(new, node, node.name) for node in inputs}
+    whole = {node: _placeholder(new, node, f"{node.name}_of_all") for node in beside}
+    crosses = {node: new.placeholder(f"{node.name}_crosses") for node in crossings}
     for node in module.graph.nodes:
-        if node in needed and (node.op == "placeholder" or node in given):
-            copies[node] = new.placeholder(node.name)
-            copies[node].meta = copy.copy(node.meta)
-            inputs.append(node)
-    for node in module.graph.nodes:
-        if node in needed and node not in copies:
-            if node in same:
-                copies[node] = copies[node.args[0]]  # type: ignore[index]
-                continue
+        if node not in needed or node in copies:
+            continue
+        if node in same:
+            copies[node] = copies[node.args[0]]  # type: ignore[index]
+        elif node in crossings:
+            copies[node] = _crossed(new, node, crosses[node], copies, whole)
+        else:
             copies[node] = new.node_copy(node, lambda n: copies[n])
     new.output([copies[node] for node in outputs])
     part = fx.GraphModule(module, new)
-    return Part(executable(part), part, inputs, outputs, needed.difference(inputs))
+    nodes = needed.difference(inputs)
+    return Part(executable(part), part, inputs, outputs, nodes, list(beside), crossings)
+
+
+def _placeholder(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
+    made = graph.placeholder(name)
+    made.meta = copy.copy(node.meta)
+    return made
+
+
+def _crossed(
+    graph: fx.Graph, node: fx.Node, crosses: fx.Node, copies: dict[fx.Node, fx.Node], whole: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """Copy an operator that runs on all rows, between one that puts its gradients back and one that cuts."""
+    gradients = [each for each in node.all_input_nodes if each not in whole]
+
+    def on_all_rows(source: fx.Node) -> fx.Node:
+        if source in whole:
+            return whole[source]
+        put_back = graph.call_function(_put_back, (crosses, copies[source], gradients.index(source)))
+        put_back.meta = copy.copy(source.meta)
+        return put_back
+
+    return graph.call_function(_cut, (crosses, graph.node_copy(node, on_all_rows)))
+
+
+def _put_back(crosses: Any, value: Any, at: int) -> Any:
+    return crosses.put_back(value, at)
+
+
+def _cut(crosses: Any, results: Any) -> Any:
+    return crosses.cut(results)

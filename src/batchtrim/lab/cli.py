@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import json
 import sys
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from batchtrim import __version__
 from batchtrim._checks import check_choice
 from batchtrim.lab import options
 from batchtrim.lab.execute import reach
-from batchtrim.lab.files import CannotWrite, as_written, in_a_line
-from batchtrim.lab.terminal import open_closed, print_plainly
+from batchtrim.lab.files import CannotWrite, as_written, shown
+from batchtrim.lab.terminal import FAILED, INTERRUPTED, guard, open_closed, print_plainly
 
 app = typer.Typer(
     name="batchtrim",
@@ -29,10 +28,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 130, "help_option_names": ["-h", "--help"]},
 )
-
-# Errors that a wrong option, file or folder raises. --debug shows the traceback.
-USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 # Each command's own defaults, which its help shows.
 COMPARE = {"methods": ["full", "trim"], "seeds": 5}
@@ -50,7 +45,7 @@ def _command(name: str, *tables: options.Table) -> Callable[[Callable[[dict[str,
 
     def register(function: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
         def command(**given: Any) -> None:
-            _guard(lambda: function(given), given.get("debug", False))
+            guard(lambda: function(given), given.get("debug", False))
 
         parameters = {key: value for table in tables for key, value in table.items()}
         command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -120,140 +115,83 @@ def demo(given: dict[str, Any]) -> None:
     _run_and_report(settings, {**given, "out": given["out"] or Path("runs/demo")})
 
 
-@app.command("report")
-def report_command(
-    folder: Annotated[Path | None, typer.Argument(help="folder with runs.jsonl", show_default=False)] = None,
-    csv: Annotated[
-        Path | None,
-        typer.Option(help="results of another program: columns method, seed, a metric, time", show_default=False),
-    ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="column to compare by [the only other column]", show_default=False)
-    ] = None,
-    higher_is_better: Annotated[
-        bool, typer.Option("--higher-is-better", help="a higher metric is better [by its name]", show_default=False)
-    ] = False,
-    lower_is_better: Annotated[
-        bool, typer.Option("--lower-is-better", help="a lower metric is better [by its name]", show_default=False)
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="folder for the report [the same folder]", show_default=False)
-    ] = None,
-    baseline: Annotated[
-        str, typer.Option(help="method the others are compared with [full]", show_default=False)
-    ] = "full",
-    figures: Annotated[
-        Path | None, typer.Option(help="folder to write the charts to, as SVG and PNG", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON and write nothing")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
-) -> None:
+@_command("report", options.REPORT)
+def report_command(given: dict[str, Any]) -> None:
     """Write the report on a folder of runs or a CSV file.
 
     It writes report.html (self-contained), report.md and report.csv. For FILE.csv they go to the folder FILE.
     """
+    baseline, figures = given["baseline"], given["figures"]
+    options.check_targets(out=given["out"], figures=figures)
+    way = options.direction(given["higher_is_better"], given["lower_is_better"])
+    rows, place = _rows_of(given["folder"], given["csv"], given["metric"], way)
+    with as_written("the records"):
+        methods = sorted({row["config"]["method"] for row in rows})
+    if baseline != "full":  # which gives way to another where there is none
+        check_choice("baseline", baseline, methods)
+    _report(rows, None if given["as_json"] else given["out"] or place, baseline, given["as_json"])
+    if figures is not None:
+        from batchtrim.lab.analyse import comparison
+        from batchtrim.lab.present import figures as drawing
 
-    def work() -> None:
-        options.check_targets(out=out, figures=figures)
-        rows, place = _rows_of(folder, csv, metric, options.direction(higher_is_better, lower_is_better))
-        with as_written("the records"):
-            methods = sorted({row["config"]["method"] for row in rows})
-        if baseline != "full":  # which gives way to another where there is none
-            check_choice("baseline", baseline, methods)
-        _report(rows, None if as_json else out or place, baseline, as_json)
-        if figures is not None:
-            from batchtrim.lab.analyse import comparison
-            from batchtrim.lab.present import figures as drawing
-
-            paths = drawing.save(comparison.summarize(rows, baseline), figures)
-            typer.echo(f"figures: {len(paths)} files in {figures}", err=as_json)
-
-    _guard(work, debug)
+        paths = drawing.save(comparison.summarize(rows, baseline), figures)
+        typer.echo(f"figures: {len(paths)} files in {shown(figures)}", err=given["as_json"])
 
 
-@app.command("claims")
-def claims_command(
-    folder: Annotated[Path, typer.Argument(help="folder of records, each a folder with claims.toml and runs.jsonl")],
-    out: Annotated[Path | None, typer.Option(help="Markdown page to write [printed]", show_default=False)] = None,
-    table: Annotated[Path | None, typer.Option(help="page to write a short table into", show_default=False)] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
-) -> None:
+@_command("claims", options.CLAIMS)
+def claims_command(given: dict[str, Any]) -> None:
     """Judge the claims written down beside recorded runs.
 
     A claim in claims.toml (that one method errs less than another, say) is supported, not supported or not decidable.
     """
+    from batchtrim.lab.analyse import claims
+    from batchtrim.lab.present import readme_table, results
 
-    def work() -> None:
-        from batchtrim.lab.analyse import claims
-        from batchtrim.lab.present import readme_table, results
-
-        if not folder.is_dir():
-            raise FileNotFoundError(f"expected a folder of records, got {folder}, which is none.")
-        folders = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
-        if not folders:
-            raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
-        with as_written("the records"):
-            found = [claims.read(each) for each in folders]
-            if table is not None:
-                readme_table.write(found, table)
-                typer.echo(f"table: {table}")
-            if out is not None:
-                results.write(found, out)
-                typer.echo(f"results: {out}")
-            if out is None and table is None:
-                typer.echo(results.page(found), nl=False)
-
-    _guard(work, debug)
+    folder, out, table = given["folder"], given["out"], given["table"]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder of records, got {folder}, which is none.")
+    folders = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
+    if not folders:
+        raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
+    with as_written("the records"):
+        found = [claims.read(each) for each in folders]
+        if table is not None:
+            readme_table.write(found, table)
+            typer.echo(f"table: {shown(table)}")
+        if out is not None:
+            results.write(found, out)
+            typer.echo(f"results: {shown(out)}")
+        if out is None and table is None:
+            typer.echo(results.page(found), nl=False)
 
 
-@app.command("show")
-def show_command(
-    run: Annotated[Path, typer.Argument(help="folder of runs made with --keep-log")],
-    key: Annotated[str | None, typer.Option(help="key of the run", show_default=False)] = None,
-    method: Annotated[
-        str | None, typer.Option(help="method of the run [trim, else the last that selects]", show_default=False)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of the run [the first]", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="page [keep/KEY.html in the folder]", show_default=False)] = None,
-    data_dir: Annotated[
-        str | None,
-        typer.Option(help="folder with NAME/{train,test}-*.parquet [where the runs found them]", show_default=False),
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
-) -> None:
+@_command("show", options.SHOW)
+def show_command(given: dict[str, Any]) -> None:
     """Write a page of the samples that stayed hard.
 
     It shows images, a map, confusions and classes over time, of a run made with --keep-log. The page is self-contained
     and opens offline.
     """
+    from batchtrim.lab.present import gallery
 
-    def work() -> None:
-        from batchtrim.lab.present import gallery
-
-        with as_written("the records and the keep log"):
-            page = gallery.build(run, out, key=key, method=method, seed=seed, data_dir=data_dir)
-        typer.echo(f"gallery: {page}")
-
-    _guard(work, debug)
+    chosen = {name: given[name] for name in ("key", "method", "seed", "data_dir")}
+    with as_written("the records and the keep log"):
+        page = gallery.build(given["run"], given["out"], **chosen)
+    typer.echo(f"gallery: {shown(page)}")
 
 
-@app.command("methods")
-def methods_command(
-    as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
-) -> None:
+@_command("methods", options.METHODS_LISTED)
+def methods_command(given: dict[str, Any]) -> None:
     """List the methods and their parameters."""
     from batchtrim.lab.methods.table import METHODS
 
-    def work() -> None:
-        if as_json:
-            typer.echo(json.dumps({row.name: row.described() for row in METHODS.values()}, indent=1))
-            return
-        for row in METHODS.values():
-            typer.echo(f"{row.name}: {row.summary} ({row.source})")
-            for name, param in row.params.items():
-                typer.echo(f"    {row.name}.{name}={param.default}  {param.help}")
-
-    _guard(work, debug=False)
+    if given["as_json"]:
+        typer.echo(json.dumps({row.name: row.described() for row in METHODS.values()}, indent=1))
+        return
+    for row in METHODS.values():
+        typer.echo(f"{row.name}: {row.summary} ({row.source})")
+        for name, param in row.params.items():
+            typer.echo(f"    {row.name}.{name}={param.default}  {param.help}")
 
 
 def _rows_of(
@@ -304,7 +242,8 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     for text in dict.fromkeys(row["traceback"] for row in failed if "traceback" in row):
         typer.echo(text, err=True)
     if failed:
-        typer.echo(f"{len(failed)} runs failed; the same command tries them again.", err=True)
+        runs, them = ("1 run", "it") if len(failed) == 1 else (f"{len(failed)} runs", "them")
+        typer.echo(f"{runs} failed; the same command tries {them} again.", err=True)
         raise typer.Exit(FAILED)
 
 
@@ -352,7 +291,9 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
             )  # fmt: skip
     except KeyboardInterrupt:
         done = len(records.Records(out).rows())
-        typer.echo(f"\nstopped; {done} runs are recorded in {out}. The same command goes on from there.", err=True)
+        typer.echo(
+            f"\nstopped; {done} runs are recorded in {shown(out)}. The same command goes on from there.", err=True
+        )
         raise typer.Exit(INTERRUPTED) from None
     return configs, out, failed, ranks.rank
 
@@ -376,24 +317,7 @@ def _report(
             raise
     tables.print_numbers(summary, as_json)
     if not as_json:
-        typer.echo(f"report: {page}")
-
-
-def _guard(work: Callable[[], None], debug: bool) -> None:
-    """Turn a user's mistake into one line on standard error and exit code 2."""
-    try:
-        work()
-    except KeyboardInterrupt:  # before the first run, or in a command without runs
-        typer.echo("\nstopped", err=True)
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # as with `| head -1`: the reader of the pipe has gone
-        raise
-    except USER_ERRORS as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            typer.echo(f"error: {in_a_line(error)}", err=True)
-        sys.exit(MISTAKE)
+        typer.echo(f"report: {shown(page)}")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         hint = f" For a table of results: batchtrim report --csv {path}" if path.suffix in TABLES else ""
+        hint = f" For the report on these runs: batchtrim report {path.parent}" if path.suffix == ".jsonl" else hint
         raise ValueError(f"expected {path} to be TOML, got a line that is not: {error}.{hint}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error

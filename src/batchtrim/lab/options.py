@@ -5,6 +5,9 @@ Every option's help ends in its true default for the command at hand, in bracket
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,24 +16,57 @@ from typing import Annotated, Any
 import typer
 
 from batchtrim.lab import files
-from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.run.config import SETTINGS
-from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.settings import Setting
 
+METAVARS: Mapping[type, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 Table = dict[str, tuple[Any, Any]]
 """Parameters of a command: name, annotation, default."""
 
 
 def option(kind: Any, help: str, *names: str, default: Any = None, **more: Any) -> tuple[Any, Any]:
+    """Return an option's annotation and default; what it takes is named alike whatever release of typer there is."""
+    plain = next((each for each in METAVARS if kind in (each, each | None)), None)
+    more = {"metavar": METAVARS[plain], **more} if plain else more
+    if plain is int or plain is float:
+        more = {"parser": functools.partial(_number, plain), **more}
+    elif plain is Path:
+        more = {"parser": functools.partial(_path, "folder" if more["metavar"] == METAVARS[Path] else "file"), **more}
     return Annotated[kind, typer.Option(*names, help=help, show_default=False, **more)], default
 
 
-def _folder(text: str | Path) -> Path:
-    """Return the folder of that name; an empty name is most often an unset shell variable."""
+def _argument(help: str, kind: Any = Path, default: Any = inspect.Parameter.empty, metavar: str = "FOLDER") -> Any:
+    parser = functools.partial(_path, "folder" if metavar == "FOLDER" else "file")
+    return Annotated[kind, typer.Argument(help=help, metavar=metavar, show_default=False, parser=parser)], default
+
+
+def _number(kind: type[int] | type[float], text: str | float) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise typer.BadParameter(f"expected {what}, got {text!r}.{_meant(kind, str(text))}") from None
+
+
+def _meant(kind: Callable[[str], Any], text: str) -> str:
+    """Return a hint that names the number meant by a text with a percent sign, a decimal comma, or another minus."""
+    plainer = text.strip().replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "-").replace(",", ".")
+    try:
+        value = float(plainer.removesuffix("%").strip()) / (100 if plainer.endswith("%") else 1)
+        meant = kind(f"{value:.12g}")
+    except ValueError:
+        return ""
+    return f" Did you mean {meant}?"
+
+
+def _path(what: str, text: str | Path) -> Path:
+    """Return the path of that name, with its ``~`` replaced: shells leave one after ``--out=`` as it is.
+
+    An empty name is most often an unset shell variable.
+    """
     if not str(text).strip():
-        raise typer.BadParameter("expected the name of a folder, got nothing.")
-    return Path(text)
+        raise typer.BadParameter(f"expected the name of a {what}, got nothing.")
+    return files.expanded(text)
 
 
 def check_targets(**folders: Path | None) -> None:
@@ -41,10 +77,7 @@ def check_targets(**folders: Path | None) -> None:
 
 
 MANY: Table = {
-    "grid": (
-        Annotated[Path | None, typer.Argument(help="TOML file with settings; options win over it")],
-        None,
-    ),
+    "grid": _argument("TOML file with settings; options win over it", Path | None, None, "GRID.toml"),
     "methods": option(str | None, "methods, comma-separated; `batchtrim methods` lists them"),
     "seeds": option(str | None, "how many seeds, or which, comma-separated"),
 }
@@ -53,21 +86,25 @@ ONE: Table = {
     "seed": option(int | None, "seed of everything drawn"),
 }
 PLACE: Table = {
-    "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]", parser=_folder, metavar="PATH"),
-    "data_dir": option(str | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
+    "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]"),
+    "data_dir": option(Path | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
     "checkpoint_seconds": option(float, "minimum seconds between checkpoints of a run [60]", default=60.0),
     "tensorboard": option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
     "keep_log": option(bool, "record which samples are kept, for `batchtrim show`", "--keep-log", default=False),
 }
 TASK: Table = {
-    "task": option(str | None, "your own training function, instead of data set and network: my_task.py:train"),
+    "task": option(
+        str | None,
+        "your own training function, instead of data set and network: my_task.py:train",
+        metavar="FILE.py:FUNCTION",
+    ),
     "metric": option(str | None, "metric that your function returns, to compare methods by [error]"),
     "higher_is_better": option(bool, "a higher metric is better [by its name]", "--higher-is-better", default=False),
     "lower_is_better": option(bool, "a lower metric is better [by its name]", "--lower-is-better", default=False),
 }
 SCALE: Table = {
     "workers": option(int | None, "processes on this machine [one per core, up to 8]"),
-    "ray": option(str | None, "send the runs to a Ray cluster: auto, or its address"),
+    "ray": option(str | None, "send the runs to a Ray cluster: auto, or its address", metavar="ADDRESS"),
     "retries": option(int, "times to retry a run whose worker died [2]", default=2),
 }
 TALK: Table = {
@@ -75,6 +112,36 @@ TALK: Table = {
     "quiet": option(bool, "no progress on standard error", "--quiet", "-q", default=False),
     "debug": option(bool, "show the traceback of an error", "--debug", default=False),
 }
+
+
+DEBUG: Table = {"debug": TALK["debug"]}
+REPORT: Table = {
+    "folder": _argument("folder with runs.jsonl", Path | None, None),
+    "csv": option(Path | None, "results of another program: columns method, seed, a metric, time", metavar="FILE.csv"),
+    "metric": option(str | None, "column to compare by [the only other column]", metavar="COLUMN"),
+    **{name: TASK[name] for name in ("higher_is_better", "lower_is_better")},
+    "out": option(Path | None, "folder for the report [the same folder]"),
+    "baseline": option(str, "method the others are compared with [full]", default="full", metavar="METHOD"),
+    "figures": option(Path | None, "folder to write the charts to, as SVG and PNG"),
+    "as_json": option(bool, "print the numbers as JSON and write nothing", "--json", default=False),
+    **DEBUG,
+}
+CLAIMS: Table = {
+    "folder": _argument("folder of records, each a folder with claims.toml and runs.jsonl"),
+    "out": option(Path | None, "Markdown page to write [printed]", metavar="PAGE.md"),
+    "table": option(Path | None, "page to write a short table into", metavar="PAGE.md"),
+    **DEBUG,
+}
+SHOW: Table = {
+    "run": _argument("folder of runs made with --keep-log"),
+    "key": option(str | None, "key of the run"),
+    "method": option(str | None, "method of the run [trim, else the last that selects]", metavar="METHOD"),
+    "seed": option(int | None, "seed of the run [the first]"),
+    "out": option(Path | None, "page [keep/KEY.html in the folder]", metavar="PAGE.html"),
+    "data_dir": option(Path | None, "folder with NAME/{train,test}-*.parquet [where the runs found them]"),
+    **DEBUG,
+}
+METHODS_LISTED: Table = {"as_json": option(bool, "print as JSON", "--json", default=False)}
 
 
 def _setting_option(setting: Setting) -> tuple[Any, Any]:
@@ -102,7 +169,8 @@ def _listed(names: Iterable[str]) -> str:
 
 
 _CONFIG: Table = {name: _setting_option(each) for name, each in SETTINGS.items() if each.help}
-_PARAM: Table = {"param": option(list[str] | None, "a method's parameter, as small_loss.noise_rate=0.1; repeatable")}
+_PARAM: Table = {"param": option(list[str] | None, "a method's parameter, as small_loss.noise_rate=0.1; repeatable",
+                          metavar="METHOD.NAME=VALUE")}  # fmt: skip
 _WAYS = ("higher_is_better", "lower_is_better")
 NAMES = (*(name for name in {**MANY, **ONE, **TASK, **_CONFIG} if name not in ("grid", *_WAYS)), *_PARAM)
 """Every option that is a setting of the runs."""
@@ -137,7 +205,7 @@ def _default(name: str, presets: Mapping[str, Any]) -> str:
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the TOML file, if there is one, under those given as options."""
-    settings = files.load_toml(given["grid"]) if given.get("grid") else {}
+    settings = _settings_in(given["grid"], given.get("methods")) if given.get("grid") else {}
     _refuse_elsewhere(settings, given)
     options = {name: given[name] for name in NAMES if given.get(name) is not None}
     if options.keys() & {"methods", "seeds"}:  # a file may say `method` or `seed` instead
@@ -161,18 +229,47 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **options}
 
 
+def _settings_in(grid: Path, methods: str | None) -> dict[str, Any]:
+    """Return the settings of a TOML file; an error where the name is that of a method, typed beside its option."""
+    from batchtrim.lab.methods.table import METHODS
+
+    names = [each for each in re.split(r"[,\s]+", str(grid)) if each]
+    if not grid.exists() and all(name in METHODS for name in names):
+        listed = ",".join([*filter(None, [methods]), *names])
+        raise ValueError(f"expected a TOML file, got the method {grid}. Methods are an option: --methods {listed}.")
+    settings = files.load_toml(grid)
+    for name, value in itertools.chain.from_iterable(part.items() for part in _parts(settings)):
+        _check_written(name, value, grid)
+    return settings
+
+
+def _parts(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    grid = settings.get("grid")
+    return [settings, *(part for part in grid if isinstance(part, dict))] if isinstance(grid, list) else [settings]
+
+
+def _check_written(name: str, value: Any, grid: Path) -> None:
+    """Refuse text in TOML where a number is meant, or a list: neither is read out of it."""
+    setting = SETTINGS.get({"methods": "method", "seeds": "seed"}.get(name, name))
+    if setting is None or not isinstance(value, str):
+        return
+    if setting.kind in (int, float):
+        raise TypeError(f"expected `{name}` to be a number in {grid}, got the text {value!r}. Leave out the quotes.")
+    if setting.many and not setting.own and "," in value:
+        listed = ", ".join(f'"{each.strip()}"' for each in value.split(","))
+        raise ValueError(f"expected `{name}` to be a list in {grid}, got the text {value!r}. Write [{listed}].")
+
+
 def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse options of the command in a file of settings: they belong to no run."""
-    grid = settings.get("grid")
-    parts = [part for part in grid if isinstance(part, dict)] if isinstance(grid, list) else []
     named = {**PLACE, **SCALE, **TALK}
     table = next((name for name, value in settings.items() if isinstance(value, dict) and name != "params"), None)
     if table is not None:
-        raise ValueError(
-            f"expected a value of `{table}` in {given['grid']}, got a table. Settings stand above all tables, or in "
-            f"[[grid]]: leave out the line [{table}]."
+        cure = {"grid": "Double its brackets: [[grid]].", "param": "Parameters stand in [params.METHOD]."}.get(
+            table, f"Settings stand above all tables, or in [[grid]]: leave out the line [{table}]."
         )
-    wrong = next((name for part in (settings, *parts) for name in part if name in named), None)
+        raise ValueError(f"expected a value of `{table}` in {given['grid']}, got a table. {cure}")
+    wrong = next((name for part in _parts(settings) for name in part if name in named), None)
     if wrong is not None:
         way = wrong.removeprefix("as_").replace("_", "-")
         raise ValueError(
@@ -201,7 +298,11 @@ def refuse_with_task(given: Mapping[str, Any]) -> None:
     if given.get("keep_log"):
         raise ValueError("expected no --keep-log with --task, got one. The function keeps its log: run.keep_log(n).")
     if given.get("data_dir"):
-        raise ValueError(f"expected no --data-dir with --task, got {given['data_dir']!r}. The function reads its data.")
+        raise ValueError(
+            f"expected no --data-dir with --task, got {str(given['data_dir'])!r}. The function reads its data."
+        )
+    from batchtrim.lab.run.ranks import Ranks
+
     if Ranks.from_environment().world > 1:
         raise ValueError("expected --task in one process, got it under torchrun. Start processes in the function.")
 
@@ -217,15 +318,30 @@ _COMMA = re.compile(r",(?![^\[]*\])")  # one that is not inside brackets
 
 
 def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    parts = [part.strip() for part in _COMMA.split(text) if part.strip()]
+    names = [each for part in parts for each in re.split(r"[\s;|]+", part) if each]
+    if len(names) > len(parts) and not (name in SETTINGS and SETTINGS[name].own):  # a path may have a space in it
+        raise ValueError(f"expected `{name}` to be separated by commas, got {text!r}. Did you mean {','.join(names)}?")
     try:
-        return [kind(part.strip()) for part in _COMMA.split(text) if part.strip()]
+        return [kind(part) for part in parts]
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"expected `{name}` to be {what}, comma-separated, got {text!r}.") from None
+        hint = _meant(kind, text) or (_range_meant(text) if kind is int else "")
+        raise ValueError(f"expected `{name}` to be {what}, comma-separated, got {text!r}.{hint}") from None
+
+
+def _range_meant(text: str) -> str:
+    """Return a hint that lists the numbers of a range such as 0-4 or 0..4."""
+    ends = re.fullmatch(r"\s*(\d{1,6})\s*(?:-|\.\.\.?|to)\s*(\d{1,6})\s*", text)
+    if ends is None or not 0 < int(ends[2]) - int(ends[1]) < 20:
+        return ""
+    return f" Did you mean {','.join(map(str, range(int(ends[1]), int(ends[2]) + 1)))}?"
 
 
 def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``method.name=value`` texts as tables; several values, comma-separated, are an axis."""
+    from batchtrim.lab.methods.table import METHODS
+
     tables = {method: dict(table) for method, table in base.items()}
     for text in texts:
         place, equals, value = text.partition("=")
@@ -236,7 +352,7 @@ def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
             )
         if method in METHODS and name not in METHODS[method].params and _hint(name, value):
             raise ValueError(f"expected `param` to be a parameter of '{method}', got {text!r}.{_hint(name, value)}")
-        values = [_number(part) for part in value.split(",")]
+        values = [_plain(part) for part in value.split(",")]
         tables.setdefault(method, {})[name] = values if len(values) > 1 else values[0]
     return tables
 
@@ -246,7 +362,7 @@ def _hint(name: str, value: str) -> str:
     return f" It is an option: --{name.replace('_', '-')} {value}".rstrip() if name in _CONFIG else ""
 
 
-def _number(text: str) -> Any:
+def _plain(text: str) -> Any:
     for kind in (int, float):
         try:
             return kind(text)

@@ -1,4 +1,4 @@
-"""The terminal: with plainer characters where its encoding lacks those of a report, without colours if so asked."""
+"""The terminal: a mistake is told in a line, with plainer characters where the encoding lacks those of a report."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import codecs
 import io
 import os
 import sys
+import time
+import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from batchtrim.lab.files import in_a_line
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "open_closed", "print_plainly"]
+__all__ = ["FAILED", "INTERRUPTED", "MISTAKE", "Count", "console", "guard", "open_closed", "print_plainly"]
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+"""Exit codes: of runs, of the user, by Ctrl-C."""
+USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
+"""What a wrong option, file or folder raises; --debug shows the traceback."""
 
 PLAIN = {
     "\N{PLUS-MINUS SIGN}": "+-",
@@ -21,6 +31,58 @@ PLAIN = {
     "\N{HORIZONTAL ELLIPSIS}": "...",
 }
 """ASCII for what the tables print; a sign of a number must not get lost."""
+
+
+def _nothing() -> None: ...
+
+
+before_work: Callable[[], None] = _nothing
+"""Called when the work of a command begins, and not for its help; :mod:`batchtrim.__main__` sets it."""
+
+
+def guard(work: Callable[[], None], debug: bool) -> None:
+    """Turn a user's mistake into one line on standard error and exit code 2."""
+    before_work()
+    try:
+        work()
+    except KeyboardInterrupt:  # before the first run, or in a command without runs
+        _say("\nstopped")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # as with `| head -1`: the reader of the pipe has gone
+        raise
+    except USER_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            _say(f"error: {in_a_line(error)}")
+        sys.exit(MISTAKE)
+
+
+class Count:
+    """Say on standard error how far a long piece of work is: nothing at first, then a line now and then.
+
+    Args:
+        text: what is done to what, such as ``"images decoded"``. total: how many there are.
+    """
+
+    first, every = 3.0, 10.0  # seconds
+
+    def __init__(self, text: str, total: int) -> None:
+        self.text, self.total = text, total
+        self.done = 0
+        self.next = time.monotonic() + self.first
+
+    def add(self, more: int) -> None:
+        self.done += more
+        if time.monotonic() >= self.next and self.done < self.total:
+            self.next = time.monotonic() + self.every
+            _say(f"{self.done:,} of {self.total:,} {self.text}")
+
+
+def _say(text: str) -> None:
+    import typer
+
+    typer.echo(text, err=True)
 
 
 def console(*, stderr: bool = False, width: int | None = None) -> Console:

@@ -4,6 +4,7 @@ from attacks import (
     arguments,
     backward,
     chosen,
+    combined,
     cutting,
     habits,
     held,
@@ -20,6 +21,6 @@ from attacks import (
 from attacks.base import ATTACKS, KINDS, Attack
 
 __all__ = [
-    "ATTACKS", "KINDS", "Attack", "arguments", "backward", "chosen", "cutting", "habits", "held", "hidden", "layers",
-    "plain", "python", "running", "state", "traces", "training", "users",
+    "ATTACKS", "KINDS", "Attack", "arguments", "backward", "chosen", "combined", "cutting", "habits", "held", "hidden",
+    "layers", "plain", "python", "running", "state", "traces", "training", "users",
 ]  # fmt: skip

@@ -225,3 +225,21 @@ def test_the_page_has_a_drawing_of_each_problem_and_says_when_trimming_helps(tmp
     assert "<style>" in drawing
     assert all(f">{name}<" in drawing for name in ("full", "trim", "random"))
     assert "http" not in drawing.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_training_times_are_those_of_runs_that_had_the_machine_to_themselves(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "r", {"full": [5.0, 5.5], "trim": [4.0, 4.6], "random": [5.0, 5.6], "by_accuracy": [5, 6]}
+    )
+    assert "-time.svg" not in results.page([claims.read(folder)])
+    rows = map(json.loads, (folder / "runs.jsonl").read_text().splitlines())
+    seconds = {"full": 8.0, "trim": 6.0, "random": 7.0}
+    alone = [row | {"seconds": seconds[row["config"]["method"]]} for row in rows if row["config"]["method"] in seconds]
+    (folder / "alone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone if row["config"]["seed"] == 0))
+    record = claims.read(folder)
+    assert {arm.label: arm.cost.get("seconds") for arm in record.groups[0].arms} == seconds | {"by_accuracy": None}
+    assert "](drawings/results/r-d-time.svg)" in results.page([record])
+    drawing = results.drawings([record])["r-d-time.svg"]
+    assert "training time" in drawing
+    assert all(f">{name}<" in drawing for name in seconds)
+    assert ">by_accuracy<" not in drawing

@@ -28,3 +28,9 @@ def test_an_omp_num_threads_that_is_no_number_counts_as_none(monkeypatch: pytest
 def test_more_threads_than_cores_are_told() -> None:
     assert cores.crowded(4, 2) == ""
     assert "4 processes of 3 threads on 8 cores" in cores.crowded(4, 3)
+
+
+@pytest.mark.parametrize(("runs", "workers", "shared"), [(2, 1000, (2, 4)), (100, 16, (16, 1)), (1, 8, (1, 8))])
+def test_no_process_is_started_without_a_run(runs: int, workers: int, shared: tuple[int, int]) -> None:
+    """A thousand were, for two runs: that took minutes, and memory for each."""
+    assert cores.share_cores(runs, workers) == shared

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from batchtrim.lab import records
+from batchtrim.lab.execute import local
 from commands import batchtrim
 
 
@@ -36,9 +37,11 @@ def train(run):
 """
 
 
-def test_a_task_may_load_its_data_in_processes() -> None:
+def test_a_task_may_load_its_data_in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers were daemons, which may have no children: num_workers failed. Children outlived a worker that died."""
     Path("loads.py").write_text(LOADS)
+    worker, started = local._Worker, []
+    monkeypatch.setattr(local, "_Worker", lambda place: (started.append(place), worker(place))[1])
     done = batchtrim(
         "compare", "--task", "loads.py:train", "--methods", "full,random", "--seeds", "1", "--epochs", "2", "--workers",
         "1", "--out", "here", "--retries", "0",
@@ -46,6 +49,7 @@ def test_a_task_may_load_its_data_in_processes() -> None:
     assert [row["status"] for row in records.read("here")] == ["finished", "failed"], done.output
     assert "its worker ended with exit code -9" in done.stderr
     assert "Traceback" not in done.stderr
+    assert len(started) == 1, "no run was left when it died"
 
 
 STARTS = """

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from batchtrim.lab.analyse import comparison
+from batchtrim.lab.analyse import comparison, csv_table
 from batchtrim.lab.present import charts, report, tables, wording
 from browser import find_browser
 
@@ -288,6 +288,36 @@ def test_a_thousand_runs_in_ten_seconds(make_row, tmp_path):
     assert page.stat().st_size < 20e6
 
 
+def test_results_without_curves_and_costs_have_no_section_on_them(make_row, tmp_path):
+    """The page of a table explained three charts, each of which was empty."""
+    table = tmp_path / "table.csv"
+    lines = [f"{method},{seed},{0.9 + 0.01 * seed}" for method in ("full", "trim") for seed in range(3)]
+    table.write_text("\n".join(["method,seed,accuracy", *lines]))
+    page = report.write_report(csv_table.read_csv(table), tmp_path / "out").read_text()
+    assert "Seed by seed" in page
+    for absent in ("Over training", "What it cost", "No curve", "Equal samples backward", "<dd></dd>"):
+        assert absent not in page
+
+
+def test_settings_of_a_method_are_words_and_no_python(make_row, tmp_path):
+    """A parameter read {'keep': 0.5}."""
+    rows = [make_row(method, seed, method_params={"keep": 0.5} if method == "superquantile" else {})
+            for method in ("full", "superquantile") for seed in range(3)]  # fmt: skip
+    page = report.write_report(rows, tmp_path).read_text()
+    assert "keep 0.5" in page
+    assert "method_params" not in page
+    assert "{&#39;" not in page
+
+
+@pytest.mark.parametrize(("methods", "told"), [(4, "training + testing: a "), (5, "Testing adds ")])
+def test_seconds_of_many_methods_are_a_range(make_row, tmp_path, methods, told):
+    """Of fifteen methods they were six lines of numbers."""
+    rows = [make_row(method, seed) for method in "abcde"[:methods] for seed in range(2)]
+    page = report.write_report(rows, tmp_path, "a").read_text()
+    assert told in page
+    assert ("Seconds for a run" in page) == (methods == 4)
+
+
 @pytest.mark.slow
 def test_page_opens_in_a_browser(rows, tmp_path):
     """The script runs without an error: the browser would print it to its log."""
@@ -322,6 +352,21 @@ def test_no_table_is_cut_off(make_row, tmp_path, width):
         page = report.write_report(rows, tmp_path / name)
         cut = "[...document.querySelectorAll('.scroll')].filter(each=>each.scrollWidth>each.clientWidth)"
         assert _seen(page, width, f"{cut}.map(each=>each.innerText.slice(0,40))") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1400, 390])
+def test_no_identifier_breaks(make_row, tmp_path, width):
+    """Its mark stood on a line of its own, and in the settings a name broke after any letter."""
+    names = ("full", "selective_backprop_topk", "full_equal_compute")
+    rows = [make_row(method, seed) for method in names for seed in range(5)]
+    page = report.write_report(rows, tmp_path)
+    lines = "new Set([...range.getClientRects()].map(each=>Math.round(each.top))).size"
+    broken = (
+        "[...document.querySelectorAll('.arm>:last-child, dt')].filter(each=>{const range=document.createRange();"
+        f"range.selectNodeContents(each);return !each.innerText.includes(' ')&&{lines}>1}})"
+    )
+    assert _seen(page, width, f"{broken}.map(each=>each.innerText)") == ""
 
 
 def _seen(page: Path, width: int, script: str) -> str:

@@ -187,8 +187,14 @@ def test_selection_is_inside_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert train.run(replace(SMALL, epochs=1))["seconds"] > 5 * 0.04
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "nesterov"])
-@pytest.mark.parametrize("lr_schedule", ["constant", "step", "cosine", "onecycle"])
+OPTIMIZERS, LR_SCHEDULES = ["adam", "adamw", "sgd", "nesterov"], ["constant", "step", "cosine", "onecycle"]
+
+
+# by default each optimizer and each schedule once
+@pytest.mark.parametrize(
+    ("optimizer", "lr_schedule"),
+    few(itertools.product(OPTIMIZERS, LR_SCHEDULES), list(zip(OPTIMIZERS, LR_SCHEDULES, strict=True))),
+)
 def test_every_optimizer_learns_with_every_learning_rate(optimizer: str, lr_schedule: str) -> None:
     lr = 0.001 if optimizer.startswith("adam") else 0.01
     settings = replace(SMALL, optimizer=optimizer, lr=lr, lr_schedule=lr_schedule, epochs=4, batch_size=16)

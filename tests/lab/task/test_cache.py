@@ -106,9 +106,10 @@ def fill_slowly(folder: Path, begun: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # a child uses no thread
 def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
     """Half an array stayed in the cache for ever."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     writers = []
     for name in ("killed", "alive"):
         writers.append(context.Process(target=fill_slowly, args=(tmp_path / "cache" / name, tmp_path / name)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchtrim.lab.task import models
+from batchtrim.lab.task import models, names
 from batchtrim.lab.task.code import YourCodeFailed
 from batchtrim.lab.task.own_models import build_own
 
@@ -30,6 +30,10 @@ def test_every_network_takes_every_data_set(name: str, shape: tuple[int, int, in
     assert outputs.shape == (2, 7)
     outputs.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_the_registry_holds_the_networks_that_help_lists() -> None:
+    assert tuple(models.MODELS) == names.MODELS
 
 
 def test_layers_are_counted_as_the_name_says() -> None:

@@ -174,3 +174,13 @@ def test_a_folder_that_cannot_be_read_is_refused(mine: Path, monkeypatch: pytest
     (mine / "a" / "locked").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may read everything
     assert "which may not be" in refusal(mine)
+
+
+def test_a_parquet_file_that_is_damaged_inside_is_named(mine: Path) -> None:
+    """The cache folder was blamed."""
+    file = parquet(mine, {"image": [pixels(10 * row) for row in range(4)], "label": ["a", "b"] * 2})
+    held = bytearray(file.read_bytes())
+    at = held.index(pixels(0)[:8]) if pixels(0)[:8] in held else 60
+    held[4 : at + 60] = b"\xff" * (at + 56)
+    file.write_bytes(held)
+    assert f"expected {file} to be a table that can be read" in refusal(file)

@@ -144,3 +144,43 @@ def test_images_under_several_classes_are_counted(mine: Path) -> None:
     (note,) = load("twins", ImageOptions()).notes
     assert note.startswith("twins: 2 training images are there under several classes, pixel by pixel, such as train/x/")
     assert "and train/y/as" in note
+
+
+def test_a_class_of_broken_images_alone_is_left_out(mine: Path) -> None:
+    """It stayed among the classes, without an image to train or test on, and without a word."""
+    fill(mine / "c", 3, 200)
+    for i, file in enumerate((mine / "a").iterdir()):
+        file.write_bytes(b"no image" * i)
+    found = read(skip_broken=True)
+    assert found.class_names == ("b", "c")
+    assert sorted({*found.train_labels.tolist(), *found.test_labels.tolist()}) == [0, 1]
+    assert "mine: no images left of a, left out" in found.notes
+    for file in (mine / "c").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="two classes in mine, got 1 with images that can be decoded"):
+        read(skip_broken=True)
+
+
+@pytest.mark.parametrize("name", ["lost+found", "@eaDir", "__MACOSX"])
+def test_folders_that_systems_make_are_no_classes(name: str, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thumbnails of a network disk were samples; on a disk of its own, nothing could be read but by root."""
+    fill(mine / name, 3, 200)
+    fill(mine / "a" / name, 3, 220)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "lost+found")
+    found = read()
+    assert found.class_names == ("a", "b")
+    assert len(found.train_labels) + len(found.test_labels) == 10
+
+
+def test_a_data_folder_that_may_not_be_read_is_named(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder in it was named that is not there."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mine")
+    with pytest.raises(PermissionError, match="expected folders of images that can be read, got mine, which may not"):
+        read()
+
+
+def test_images_without_endings_are_told(mine: Path) -> None:
+    for number, file in enumerate(mine.rglob("*.png")):
+        file.rename(file.with_name(f"image{number}"))
+    with pytest.raises(ValueError, match=r"got none\. 10 files there end otherwise than images do, such as image\d"):
+        read()

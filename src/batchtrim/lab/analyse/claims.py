@@ -21,6 +21,9 @@ A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written befor
     margin = 0.3                     # points, at most; fixed before the first run
     backward = 50                    # optional: at most this percentage of the other's backward samples
 
+Training times count where nothing else ran on the machine. ``alone.jsonl`` holds such runs, of one seed or more, of
+the same settings, made one after the other; their times then stand for those of ``runs.jsonl``.
+
 A claim may also name any setting of a run or parameter of a method. It picks one of several arms of the method
 (``keep_end = 0.5``, ``engine = "shared"``), or limits the claim to some groups (``optimizer = "sgd"``). With
 ``against_`` in front, it picks the arm of the other side. A claim is judged, paired by seed, in every group of runs
@@ -47,8 +50,10 @@ from batchtrim.lab.metric import ERROR
 from batchtrim.lab.run.config import ARM_SETTINGS, SETTINGS
 from batchtrim.lab.run.settings import Role
 
-__all__ = ["Claim", "Finding", "Record", "Status", "judge", "read"]
+__all__ = ["ALONE", "Claim", "Finding", "Record", "Status", "judge", "read"]
 
+ALONE = "alone.jsonl"
+"""The file of a record whose runs had the machine to themselves."""
 SAYS = ("lower", "higher", "same", "not worse")
 _KEYS = ("text", "method", "against", "says")
 _LIMITS = ("margin", "backward")
@@ -108,7 +113,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Record:
-    """A folder of records, read: its title and note, the effect of interest in [0, 1], tables and findings."""
+    """A folder of records, read: its title and note, the effect of interest in [0, 1], tables and findings.
+
+    Attributes:
+        timed: whether training times were taken alone. Those of arms without such a run are left out.
+    """
 
     folder: Path
     title: str
@@ -116,6 +125,7 @@ class Record:
     effect: float
     groups: tuple[Group, ...]
     findings: tuple[Finding, ...]
+    timed: bool = False
 
 
 def read(folder: str | Path) -> Record:
@@ -143,7 +153,28 @@ def read(folder: str | Path) -> Record:
                 f"the claim {claim.text!r}. There are runs of {', '.join(there)}."
                 + "".join(nearest(name, METHODS) for name in (claim.method, claim.against) if name not in METHODS)
             )
-    return Record(folder, title, note, effect, groups, tuple(findings))
+    alone = folder / ALONE
+    if alone.exists():
+        groups = _timed(groups, alone)
+    return Record(folder, title, note, effect, groups, tuple(findings), alone.exists())
+
+
+def _timed(groups: Sequence[Group], file: Path) -> tuple[Group, ...]:
+    """Return the groups with the training times of the runs in a file in place of their own."""
+    alone = comparison.summarize(records.read_results(file)).groups
+    times = [
+        (group.title, arm.settings, arm.cost["seconds"])
+        for group in alone
+        for arm in group.arms
+        if "seconds" in arm.cost
+    ]
+
+    def timed(group: Group, arm: Arm) -> Arm:
+        found = [seconds for title, settings, seconds in times if (title, settings) == (group.title, arm.settings)]
+        cost = {name: value for name, value in arm.cost.items() if name != "seconds"}
+        return replace(arm, cost=cost | ({"seconds": found[0]} if found else {}))
+
+    return tuple(replace(group, arms=tuple(timed(group, arm) for arm in group.arms)) for group in groups)
 
 
 def judge(says: str, difference: Moments, p: float | None, effect: float, margin: float = 0.0) -> Status:

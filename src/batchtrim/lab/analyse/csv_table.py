@@ -101,6 +101,8 @@ def _check_known(names: Sequence[str], where: str, wanted: Sequence[str] = KNOWN
     for name in wanted:
         if name not in names:
             hint = "" if name in KNOWN else nearest(name, names)
+            if Path(where).name == "report.csv":
+                hint = f" Is it a report of batchtrim's own? Its runs: batchtrim report {Path(where).parent}"
             raise ValueError(f"expected a column {name!r} in {where}, got {listed}.{hint}")
 
 

@@ -25,14 +25,14 @@ def asked_threads() -> int | None:
 def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
     """Return how many processes, and threads in each, to use for this number of runs on this machine.
 
-    The processes are limited by cores, runs and eight, unless ``workers`` sets them: small networks gain more from
-    parallel runs than from threads. Cores are shared evenly. OMP_NUM_THREADS, if set, fixes the threads, and the number
-    of processes follows.
+    The processes are limited by cores, runs and eight, or by runs alone where ``workers`` sets them: small networks
+    gain more from parallel runs than from threads. Cores are shared evenly. OMP_NUM_THREADS, if set, fixes the threads,
+    and the number of processes follows.
     """
     have, threads = cores(), asked_threads()
     if workers is None:
         workers = max(1, min(have // (threads or 1), runs, MOST_WORKERS))
-    check_count("workers", workers)
+    workers = min(check_count("workers", workers), runs)  # a process without a run takes its memory for nothing
     return workers, threads or max(1, have // workers)
 
 

@@ -53,6 +53,8 @@ def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[
     parts = settings.get("grid", [{}])
     if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
         raise TypeError("expected `grid` to be tables, each under a line [[grid]], got something else.")
+    if not parts:
+        raise ValueError("expected `grid` to have at least one table, under a line [[grid]], got an empty list.")
     configs: dict[str, Config] = {}
     for part in parts:
         for config in _expand_part({**common, **part}, kind):

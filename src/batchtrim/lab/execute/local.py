@@ -160,7 +160,9 @@ def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: 
             for worker in _heard(crew):
                 told = worker.hear()
                 if told is None:
-                    crew[crew.index(worker)] = _replace_dead(worker, tally, records, place, retries)
+                    crew.remove(worker)
+                    _settle_dead(worker, tally, records, retries)
+                    crew += [_Worker(place)] if tally.left else []
                     continue
                 what, news = told
                 assert worker.config is not None
@@ -193,7 +195,7 @@ def _heard(crew: list[_Worker]) -> list[_Worker]:
     return [worker for worker in busy if worker.line in ready or not worker.process.is_alive()]
 
 
-def _replace_dead(worker: _Worker, tally: Tally, records: Records, place: Workplace, retries: int) -> _Worker:
+def _settle_dead(worker: _Worker, tally: Tally, records: Records, retries: int) -> None:
     """Give the run of a worker that died to another one, unless it has been tried often enough."""
     assert worker.config is not None
     config = worker.config
@@ -210,7 +212,6 @@ def _replace_dead(worker: _Worker, tally: Tally, records: Records, place: Workpl
         row = failed_row(config, RuntimeError(f"{reason}, {tally.lost[config.key]} times. {_likely(worker)}"))
         records.append(row)
         tally.settle(config, row)
-    return _Worker(place)
 
 
 def _likely(worker: _Worker) -> str:

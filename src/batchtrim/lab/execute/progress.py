@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchtrim._checks import import_extra
 from batchtrim.lab.metric import ERROR, Metric
@@ -15,7 +16,12 @@ from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.terminal import console
 
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
 SAY_EVERY = 30.0  # seconds between two lines inside an epoch, where there is no terminal
+WIDE, NARROW = 110, 76  # columns of a terminal from which all is shown; below which no bar and no times are
+NEWS, TIME = 31, 7  # characters: epoch 100/100, accuracy 99.99 %; 0:00:00
 
 
 class Quiet:
@@ -44,22 +50,16 @@ class Live(Quiet):
     """
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress
 
         self.console = console(stderr=True)
-        self.redraws = self.console.is_terminal and not self.console.is_dumb_terminal
+        # a terminal that can be asked for nothing but colours, as by FORCE_COLOR in a pipe, cannot be redrawn
+        self.redraws = self.console.file.isatty() and self.console.is_terminal and not self.console.is_dumb_terminal
         self.said = -SAY_EVERY
         self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[news]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.redraws,
-            transient=True,
+            *_columns(self.console.width), console=self.console, disable=not self.redraws, transient=True
         )
+        self.alike = 0  # words that all labels begin with
         self.runs = self.done = 0
         self.shown: dict[str, tuple[Any, float]] = {}  # key -> its bar, epochs it has counted
 
@@ -75,6 +75,7 @@ class Live(Quiet):
         if done:
             rest = "; going on with the rest" if done < self.runs else ""
             self.note(f"{done} of {self.runs} runs are recorded already{rest}")
+        self.alike = _words_alike([config.label for config in configs])
         epochs = sum(config.epochs for config in configs)
         share = epochs * done // max(1, self.runs)
         self.total = self.bars.add_task("all runs", total=epochs - share, news=self._tally())
@@ -99,7 +100,8 @@ class Live(Quiet):
 
     def _bar(self, config: Any, point: dict[str, Any]) -> tuple[Any, float]:
         if config.key not in self.shown:
-            self.shown[config.key] = self.bars.add_task(config.label, total=point["epochs"], news=""), 0.0
+            label = " ".join(config.label.split()[self.alike :])
+            self.shown[config.key] = self.bars.add_task(label, total=point["epochs"], news=""), 0.0
         return self.shown[config.key]
 
     def finished(self, config: Any, row: Row | None) -> None:
@@ -127,6 +129,39 @@ class Live(Quiet):
 
     def _tally(self) -> str:
         return f"{self.done}/{self.runs} runs"
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """Return the columns that fit on a line of a terminal: a label that is too long is cut, a number is not."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    bars: list[ProgressColumn] = []
+    times: list[ProgressColumn] = []
+    taken = NEWS + 1
+    if width >= NARROW:
+        bar = 24 if width >= WIDE else 10
+        bars, times = [BarColumn(bar_width=bar)], [TextColumn("left"), TimeRemainingColumn()]
+        taken += bar + len("left") + TIME + 3
+    if width >= WIDE:
+        times.insert(0, TimeElapsedColumn())
+        taken += TIME + 1
+    label = Column(no_wrap=True, overflow="ellipsis", max_width=max(8, width - taken))
+    news = Column(no_wrap=True, overflow="ellipsis", max_width=NEWS)
+    return [
+        TextColumn("{task.description}", table_column=label),
+        *bars,
+        TextColumn("{task.fields[news]}", table_column=news),
+        *times,
+    ]
+
+
+def _words_alike(labels: Sequence[str]) -> int:
+    """Return with how many equal words all labels begin; 0 for a single one."""
+    if len(labels) < 2:
+        return 0
+    columns = zip(*(label.split() for label in labels), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda words: len(set(words)) == 1, columns))
 
 
 @contextlib.contextmanager

@@ -170,8 +170,8 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
         parts.append(f'<g class="{style_class(row.style)}">')
         wide = 7 * len(row.text)  # a clear ground, so that no line of the axis crosses the name or the numbers
         room, needed = WIDTH - 40 - wide, BOLD * len(row.label)  # longer names are squeezed, not cut off
-        parts.append(f'<rect class="clear" x="12" y="{base + 5}" width="{min(room, needed) + 8:.0f}" height="16"/>')
-        parts.append(f'<rect class="clear" x="{WIDTH - 16 - wide}" y="{base + 5}" width="{wide + 8}" height="16"/>')
+        parts.append(f'<rect class="clear" x="12" y="{base}" width="{min(room, needed) + 8:.0f}" height="24"/>')
+        parts.append(f'<rect class="clear" x="{WIDTH - 16 - wide}" y="{base}" width="{wide + 8}" height="24"/>')
         squeezed = f' textLength="{room}" lengthAdjust="spacingAndGlyphs"' if 0.92 * needed > room else ""
         parts.append(f'<text class="name" x="16" y="{base + 17}"{squeezed}>{esc(row.label)}</text>')
         parts.append(f'<text class="tick" x="{WIDTH - 16}" y="{base + 17}" text-anchor="end">{esc(row.text)}</text>')

@@ -104,12 +104,13 @@ def build(
     Raises:
         ValueError: the folder holds no keep log, or none of that key.
     """
-    folder = Path(run)
-    logged = [row for row in records.read(folder) if (folder / "keep" / f"{row['key']}.parquet").exists()]
+    folder = Path(run).parent if Path(run).name == "runs.jsonl" else Path(run)
+    rows = records.read(folder)
+    logged = [row for row in rows if (folder / "keep" / f"{row['key']}.parquet").exists()]
     if not logged:
-        raise ValueError(
-            f"expected a keep log in {folder / 'keep'}, found none. Train with --keep-log, into a new folder."
-        )
+        own = any("task" in row["config"] for row in rows)
+        cure = "Let the function call run.keep_log(n), and run it" if own else "Train with --keep-log,"
+        raise ValueError(f"expected a keep log in {folder / 'keep'}, found none. {cure} into a new folder.")
     row = choose(logged, key=key, method=method, seed=seed)
     path = folder / "keep" / f"{row['key']}.parquet"
     out = out or path.with_suffix(".html")

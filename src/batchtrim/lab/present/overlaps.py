@@ -1,4 +1,4 @@
-"""What lies on one another in a chart: how each is drawn so that none hides another. Lengths are the drawing's."""
+"""Draw what overlaps in a chart so that nothing hides anything else. Lengths are in units of the drawing."""
 
 from __future__ import annotations
 

@@ -149,8 +149,8 @@ def group_values(group: Group) -> dict[str, Any]:
         "table": _table(group.arms, group, chosen),
         "differences": _differences(group, chosen),
         "legend": charts.legend([(arm.label, chosen[arm.label]) for arm in group.arms]),
-        "curves": _curves(group, chosen),
-        "costs": _costs(group, chosen),
+        "curves": _drawn(_curves(group, chosen)),
+        "costs": _drawn(_costs(group, chosen)),
         "views": [
             {
                 "title": wording.view_title(view),
@@ -259,6 +259,11 @@ def _differences(group: Group, styles: dict[str, int]) -> Markup | None:
         fmt=lambda value: wording.signed(value, 2, metric),
         title=f"{wording.capital(metric.title)} minus that of {group.baseline}, paired by seed",
     )  # fmt: skip
+
+
+def _drawn(cards: list[Card]) -> list[Card]:
+    """Return the cards that show something: results of another program have no curves, and may have no cost."""
+    return [card for card in cards if "<svg" in card.chart]
 
 
 def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
@@ -374,15 +379,14 @@ def _settings(group: Group) -> dict[str, str]:
     return {
         **{name: str(value) for name, value in group.settings.items() if value is not None},
         "seeds": ", ".join(map(str, group.seeds)),
-        **{
-            arm.label: ", ".join(
-                f"{name} {value}"
-                for name, value in arm.settings.items()
-                if name != "method" and value not in (None, {})
-            )
-            for arm in group.arms
-        },
+        **{arm.label: text for arm in group.arms if (text := _settings_of(arm))},
     }
+
+
+def _settings_of(arm: Arm) -> str:
+    values = {**arm.settings, **(arm.settings.get("method_params") or {})}
+    named = (name for name in values if name not in ("method", "method_params") and values[name] is not None)
+    return ", ".join(f"{name} {values[name]}" for name in named)
 
 
 def _axis(metric: Metric) -> Callable[[float], str]:

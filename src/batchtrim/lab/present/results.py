@@ -1,12 +1,15 @@
 """The page of results in Markdown: the claims of every record, judged by its runs, then its tables.
 
-Its drawings are written to a folder beside it: test error against backward samples, one for each problem.
+Its drawings are written to a folder beside it: test error against backward samples, one for each problem, and against
+training time where that was taken alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,17 @@ from batchtrim.lab.present import charts, tables, wording
 DRAWINGS = "drawings/results"
 GAINS = ("trim", "loss_mass", "ordered_sgd")
 """Methods whose gain is shown beside the training error of plain training."""
+
+
+@dataclass(frozen=True)
+class _Axis:
+    cost: str
+    words: str
+    those: str
+    suffix: str
+
+
+_AXES = (_Axis("samples_backward", "backward samples", "those", ""), _Axis("seconds", "training time", "that", "-time"))
 
 _INTRODUCTION = """\
 # Results
@@ -57,8 +71,9 @@ def page(records: Sequence[Record]) -> str:
         lines += ["", *_findings_table(record), ""]
         for group in record.groups:
             lines += [f"### {group.title} ({topic})", "", *tables.markdown_table(group, group.arms), ""]
-            if name := _drawing_name(record, group):
-                lines += [f"![Test error against backward samples, {group.title}]({DRAWINGS}/{name})", ""]
+            for axis in _AXES:
+                if name := _drawing_name(record, group, axis):
+                    lines += [f"![Test error against {axis.words}, {group.title}]({DRAWINGS}/{name})", ""]
         lines += [wording.LEGEND, ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -67,45 +82,45 @@ def _topic(record: Record) -> str:
     return re.sub(r"^\d{4}-\d\d-\d\d-", "", record.folder.name)  # a record is named by its date first
 
 
-def _drawing_name(record: Record, group: Group) -> str:
+def _drawing_name(record: Record, group: Group, axis: _Axis) -> str:
     """Return the file name of a group's drawing; "" if there is too little to draw."""
-    if len(_drawn(group)) < 3:
+    if len(_drawn(group, axis)) < 3 or (axis.cost == "seconds" and not record.timed):
         return ""
-    topic = _topic(record)
     title = re.sub(r"[^a-z0-9]+", "-", group.title.lower()).strip("-")
-    return f"{topic}-{title}.svg"
+    return f"{_topic(record)}-{title}{axis.suffix}.svg"
 
 
-def _drawn(group: Group) -> list[Arm]:
-    return [arm for arm in group.arms if arm.cost.get("samples_backward") and arm.moments.mean is not None]
+def _drawn(group: Group, axis: _Axis) -> list[Arm]:
+    return [arm for arm in group.arms if arm.cost.get(axis.cost) and arm.moments.mean is not None]
 
 
 def drawings(records: Sequence[Record]) -> dict[str, str]:
     """Return the page's drawings, SVG by file name."""
-    found = {}
     css = "\n".join(_css())
+    found = {}
     for record in records:
-        for group in record.groups:
-            name = _drawing_name(record, group)
-            if not name:
-                continue
-            arms = _drawn(group)
-            most = group.reference or max(arms, key=lambda arm: arm.cost["samples_backward"])
-            full = most.cost["samples_backward"]
-            points = [
-                charts.Point(
-                    arm.label, 0 if arm is group.reference else 1 + place % charts.COLOURS,
-                    arm.cost["samples_backward"] / full, arm.moments.mean or 0.0, arm.moments.t,
-                )
-                for place, arm in enumerate(arms)
-            ]  # fmt: skip
-            chart = charts.scatter(
-                points, x_label=f"backward samples, of those of {most.label}", y_label="test error %",
-                x_fmt=lambda x: f"{x:.0%}", fmt=lambda y: f"{100 * y:.3g}",
-                title=f"Test error against backward samples: {group.title}",
-            )  # fmt: skip
-            found[name] = str(chart).replace(">", f"><style>\n{css}\n</style>", 1) + "\n"
+        for group, axis in itertools.product(record.groups, _AXES):
+            if name := _drawing_name(record, group, axis):
+                found[name] = str(_drawing(group, axis)).replace(">", f"><style>\n{css}\n</style>", 1) + "\n"
     return found
+
+
+def _drawing(group: Group, axis: _Axis) -> str:
+    arms = _drawn(group, axis)
+    most = next((arm for arm in arms if arm is group.reference), max(arms, key=lambda arm: arm.cost[axis.cost]))
+    full = most.cost[axis.cost]
+    points = [
+        charts.Point(
+            arm.label, 0 if arm is group.reference else 1 + place % charts.COLOURS, arm.cost[axis.cost] / full,
+            arm.moments.mean or 0.0, arm.moments.t,
+        )
+        for place, arm in enumerate(arms)
+    ]  # fmt: skip
+    return charts.scatter(
+        points, x_label=f"{axis.words}, of {axis.those} of {most.label}", y_label="test error %",
+        x_fmt=lambda x: f"{x:.0%}", fmt=lambda y: f"{100 * y:.3g}",
+        title=f"Test error against {axis.words}: {group.title}",
+    )  # fmt: skip
 
 
 def _css() -> list[str]:

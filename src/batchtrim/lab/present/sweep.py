@@ -12,6 +12,7 @@ from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.present import wording
 
 LEAST = 4  # cells; fewer are read in the table of methods
+MOST_TIMED = 4  # methods whose seconds are listed in a sentence
 
 TERMS = (
     "Samples backward: for how many samples the backward pass was computed, over the whole training. Holm: with "
@@ -50,11 +51,14 @@ def grids(group: Group) -> list[Grid]:
 
 
 def times(group: Group) -> str:
-    """Return the mean seconds of a run in training and in testing, for each method that has them; "" where none has."""
+    """Return the mean seconds of a run in training and in testing; of many methods, those in testing alone."""
+    timed = [arm for arm in group.arms if "seconds" in arm.cost and arm.cost.get("seconds_eval")]
+    if len(timed) > MOST_TIMED:
+        low, high = (wording.amount(each(arm.cost["seconds_eval"] for arm in timed)) for each in (min, max))
+        return f"Testing adds {low} to {high} seconds to a run."
     parts = [
         f"{arm.label} {wording.amount(arm.cost['seconds'])} + {wording.amount(arm.cost['seconds_eval'])}"
-        for arm in group.arms
-        if "seconds" in arm.cost and arm.cost.get("seconds_eval")
+        for arm in timed
     ]
     return f"Seconds for a run, training + testing: {', '.join(parts)}." if parts else ""
 

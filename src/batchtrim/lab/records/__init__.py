@@ -61,7 +61,8 @@ class Records:
             (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
             writable = os.access(self.folder, os.W_OK)
         except FileExistsError as error:
-            raise FileExistsError(f"expected `out` to be a folder, got {folder}, a file in the way.") from error
+            what = "a link to nothing" if not Path(folder).exists() else "a file in the way"
+            raise FileExistsError(f"expected `out` to be a folder, got {folder}, {what}.") from error
         except OSError as error:
             raise PermissionError(_not_writable(self.folder, error.strerror)) from error
         if not writable:

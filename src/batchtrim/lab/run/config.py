@@ -1,4 +1,7 @@
-"""The settings of one run: frozen, checked, and hashed into the key that names the run."""
+"""The settings of one run: frozen, checked, and hashed into the key that names the run.
+
+The definitions need no torch, so that the command line's help, which is derived from them, is quick; checks import it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchtrim._checks import (
     check_choice,
@@ -16,16 +19,15 @@ from batchtrim._checks import (
     check_keep,
     check_number,
     check_positive,
+    describe,
     nearest,
     plain,
 )
-from batchtrim.lab.methods.table import METHODS, find_method
 from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
-from batchtrim.lab.task import images
-from batchtrim.lab.task.augment import AUGMENTS
-from batchtrim.lab.task.conditions import parse_label_noise
-from batchtrim.lab.task.data import SPECS, Spec, find_spec
-from batchtrim.lab.task.models import MODELS, NORMS, ModelRow, find_model
+from batchtrim.lab.task.names import AUGMENTS, MODELS, NORMS, SPECS, Spec, find_spec
+
+if TYPE_CHECKING:
+    from batchtrim.lab.task.models import ModelRow
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "nesterov")
 LR_SCHEDULES = ("constant", "step", "cosine", "onecycle", "triangle")
@@ -87,7 +89,7 @@ class RunConfig:
     model: str = setting("mlp", "network", choices=MODELS, many=True, own="FILE.py:FUNCTION, hf:ARCHITECTURE")
     width: int | None = setting(None, "channels of the network's first stage", default_help="by network")
     norm: str = setting("batch", "normalisation layers", choices=NORMS)
-    method: str = setting("full", role=Role.ARM, choices=METHODS, many=True)
+    method: str = setting("full", role=Role.ARM, many=True)
     method_params: Mapping[str, Any] = setting(dict, role=Role.ARM)
     optimizer: str = setting("adam", "optimizer", choices=OPTIMIZERS, many=True)
     lr: float | None = setting(None, "peak learning rate", default_help=_by_optimizer(0))
@@ -133,6 +135,11 @@ class RunConfig:
         Raises:
             ValueError, TypeError: a setting is out of its range, or no such name is known.
         """
+        from batchtrim.lab.methods.table import find_method
+        from batchtrim.lab.task import images
+        from batchtrim.lab.task.models import find_model
+
+        self._check_words()
         own = images.is_own(self.dataset)
         spec, model = None if own else find_spec(self.dataset), find_model(self.model)
         images.check_options(self)
@@ -181,8 +188,18 @@ class RunConfig:
             **keep,
         )
 
+    def _check_words(self) -> None:
+        """Check the types of settings whose values are not in a list."""
+        for name in ("dataset", "group", "image_column", "label_column", "skip_broken"):
+            value, kind = getattr(self, name), SETTINGS[name].kind
+            if not isinstance(value, kind) and (value is not None or SETTINGS[name].default is not None):
+                what = "text" if kind is str else "true or false"
+                raise TypeError(f"expected `{name}` to be {what}, got {describe(value)}.")
+
     def _check_numbers(self, spec: Spec | None, model: ModelRow) -> None:
         """Check counts, sizes and fractions, each by itself."""
+        from batchtrim.lab.task.conditions import parse_label_noise
+
         parse_label_noise(self.label_noise)
         for name in ("epochs", "batch_size", "eval_every", "threads"):
             check_count(name, getattr(self, name))

@@ -88,7 +88,7 @@ class Run:
         self.kept: KeepLog | None = None
         self.shown: dict[str, Any] | None = None
         self._engine, self._out, self._on_epoch = config.engine, out, on_epoch
-        self._started = time.perf_counter()
+        self.begun = time.perf_counter()  # set again right before the function is called
 
     @property
     def out(self) -> Path:
@@ -121,7 +121,7 @@ class Run:
         numbers = {name: as_number(name, value) for name, value in values.items()}
         if self.metric.name in numbers and self.metric.field != self.metric.name:
             numbers[self.metric.field] = numbers.pop(self.metric.name)
-        point = {**self._kept_since(), **numbers, "seconds": time.perf_counter() - self._started}
+        point = {**self._kept_since(), **numbers, "seconds": time.perf_counter() - self.begun}
         if self.rule.calls:
             point["samples_backward"] = self.rule.kept
         self._add(epoch, point)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from batchtrim import TrimmedForward, Trimmer
 from batchtrim._checks import describe
 from batchtrim.lab.files import CannotWrite, writing
 from batchtrim.lab.metric import Metric
@@ -29,6 +33,7 @@ from batchtrim.lab.task.code import own_traceback
 __all__ = ["check_task", "perform"]
 
 LONGEST_TRACEBACK = 4000
+SHORT = 60.0  # seconds of a run up to which imports in it matter
 
 
 def check_task(config: TaskConfig) -> None:
@@ -51,6 +56,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         that it made errors) is put back. A process that it forked, and that returns too, ends here.
     """
     assert config.code is not None
+    _import_ahead(config.engine)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begun = time.perf_counter()
     run = Run(config, out / "tasks" / config.key, on_epoch)
@@ -58,10 +64,11 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
     with as_it_was(config.seed, config.threads) as seen:
         try:
             function = config.code.load()
-            begun = time.perf_counter()  # what the file imports is no part of training
+            seen.begin()
+            begun = run.begun = time.perf_counter()  # what the file imports is no part of training
             returned = function(run)
             seconds = time.perf_counter() - begun
-            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen)}
+            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, seconds)}
             _write_log(run, config, out)
         except CannotWrite:  # the disk's fault, not the task's
             raise
@@ -87,6 +94,24 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         "environment": environment(config),
         "started": started,
     }
+
+
+@functools.cache
+def _import_ahead(engine: str) -> None:
+    """Do two steps, for which torch imports its compiler and what the engine needs: seconds of no run's training."""
+    with (
+        torch.device("cpu"),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = TrimmedForward(model, torch.nn.MSELoss(), Trimmer(0.5), engine)
+        for _ in range(2):
+            step(torch.ones(8, 1), torch.ones(8, 1)).backward()
+            optimizer.step()
 
 
 def _value(returned: Any, metric: Metric) -> dict[str, Any]:
@@ -118,7 +143,7 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
     return {"status": "finished", metric.field: value, **({"also": also} if also else {})}
 
 
-def _told(run: Run, seen: Seen) -> dict[str, Any]:
+def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
     """Return what is to be said of a run that ended well; a method that was never applied is a mistake."""
     if run.method != "full" and not run.rule.used:
         raise TaskMistake(
@@ -146,6 +171,12 @@ def _told(run: Run, seen: Seen) -> dict[str, Any]:
             )
     if seen.torch_seed != run.seed:
         more["torch_seed"] = seen.torch_seed  # judged beside the other seeds', in batchtrim.lab.analyse.caveats
+    if seconds < SHORT and (names := seen.imported()):
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        notes.append(
+            f"the first run of a process imported {listed} during the call, which counts as its time: import at the "
+            "top of the file"
+        )
     for one, many, left in (("thread", "threads", seen.threads()), ("process", "processes", seen.processes())):
         if left:
             notes.append(f"the task left {len(left)} {many if len(left) > 1 else one} running ({', '.join(left[:3])})")

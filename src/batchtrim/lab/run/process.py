@@ -27,6 +27,15 @@ class Seen:
     def __init__(self) -> None:
         self._threads = set(threading.enumerate())
         self._processes = set(multiprocessing.active_children())
+        self.begin()
+
+    def begin(self) -> None:
+        """Take what is imported by now as no part of the call."""
+        self._packages = _packages()
+
+    def imported(self) -> list[str]:
+        """Return the packages, other than Python's own, that were imported since, in that order."""
+        return [name for name in _packages() if name not in self._packages]
 
     @property
     def torch_seed(self) -> int:
@@ -63,6 +72,11 @@ def as_it_was(seed: int, threads: int) -> Iterator[Seen]:
         os.chdir(folder)
         random.setstate(drawn)
         np.random.set_state(drawn_numpy)  # noqa: NPY002
+
+
+def _packages() -> dict[str, None]:
+    names = dict.fromkeys(name.partition(".")[0] for name in list(sys.modules))
+    return {name: None for name in names if name not in sys.stdlib_module_names and not name.startswith("_")}
 
 
 def _is_a_librarys(thread: threading.Thread) -> bool:

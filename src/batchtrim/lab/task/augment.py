@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AUGMENTS = ("none", "crop", "flip", "crop+flip")
+from batchtrim.lab.task.names import AUGMENTS
 
 
 class Batches:

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchtrim.lab.files import expanded, look_up, write_whole
+from batchtrim.lab.files import expanded, write_whole
 from batchtrim.lab.task import hub
 from batchtrim.lab.task.cache import CannotKeep, folder_for
+from batchtrim.lab.task.names import Spec, find_spec
 
 CACHE_VERSION = 1
 SPLITS = ("train", "test")
@@ -36,33 +37,6 @@ class PassDataDir(OSError):
 
 class ReplaceFile(OSError):
     """A data file is there, but damaged; the message names it."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The place of a data set, its shape and its classes."""
-
-    name: str
-    classes: int
-    mode: str  # Pillow's word for what an image is decoded to: L is grey, RGB is colour
-    augment: str  # what `augment="auto"` becomes
-    hub: str = ""
-    hub_config: str | None = None
-    image: str = "image"
-    label: str = "label"
-
-
-SPECS = {
-    spec.name: spec
-    for spec in (
-        Spec("digits", 10, "L", "none"),
-        Spec("fashion_mnist", 10, "L", "crop+flip", "zalando-datasets/fashion_mnist"),
-        Spec("cifar10", 10, "RGB", "crop+flip", "uoft-cs/cifar10", image="img"),
-        Spec("cifar100", 100, "RGB", "crop+flip", "uoft-cs/cifar100", image="img", label="fine_label"),
-        Spec("gtsrb", 43, "RGB", "crop"),
-        Spec("svhn", 10, "RGB", "crop", "ufldl-stanford/svhn", "cropped_digits"),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -103,11 +77,6 @@ class ImageData:
     def with_train(self, images: Tensor, labels: Tensor) -> ImageData:
         """Return the data with another training split; the normalisation stays, so that runs stay comparable."""
         return replace(self, train_images=images, train_labels=labels)
-
-
-def find_spec(name: str) -> Spec:
-    """Return the data set of that name, or an error that suggests the nearest one."""
-    return look_up("dataset", name, SPECS, "a folder of class folders, a .csv or .parquet file, owner/name on the hub")
 
 
 def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> ImageData:

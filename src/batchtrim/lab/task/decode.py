@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import os
 import stat
@@ -29,13 +28,17 @@ from typing import Any
 import numpy as np
 
 from batchtrim._checks import import_extra
+from batchtrim.lab.task import memory
+from batchtrim.lab.task.entry import hash_of
+from batchtrim.lab.terminal import Count
 
 __all__ = ["BrokenImage", "Contradicted", "Decoded", "Form", "Header", "Source", "decode_all", "first_header"]
 
 Source = Path | bytes
 """An image: a file, or its bytes."""
 CHUNK = 64  # images that one thread takes at a time
-CHUNK_BYTES = 2**22  # of their pixels, where they are larger
+CHUNK_BYTES = 2**22  # of their pixels, where they are larger; four times that of encoded images that a table holds
+WAITING_BYTES = 2**27  # of a table's encoded images that wait for a thread
 WHOLE = 2**28  # bytes of a file up to which it is read whole; Pillow reads larger ones piece by piece
 READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for a writer
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
@@ -57,7 +60,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Form:
-    """What all images are brought to.
+    """The form that all images are converted to.
 
     Attributes:
         size: width and height. grey: one channel; otherwise three.
@@ -129,7 +132,7 @@ def decode_all(
     found = Decoded([None] * n, np.zeros(n, dtype=np.uint64), np.zeros((shape[0], 256), dtype=np.int64), {})
     turn = threading.Lock()  # not os.pwrite, which Windows lacks; nor the mapped array, where a full disk kills
 
-    def decode(first: int, sources: list[Source]) -> np.ndarray:
+    def decode(first: int, sources: list[Source]) -> tuple[int, np.ndarray]:
         pixels = np.empty((len(sources), *shape), dtype=np.uint8)
         whole = []
         for i, source in enumerate(sources):
@@ -142,8 +145,7 @@ def decode_all(
             except BrokenImage as error:
                 found.broken[first + i] = str(error)
                 continue
-            digest = hashlib.blake2b(pixels[i], digest_size=8).digest()
-            found.hashes[places[first + i]] = int.from_bytes(digest, "little")
+            found.hashes[places[first + i]] = hash_of(pixels[i])
             whole.append(i)
         at = places[first : first + len(sources)]
         with turn:
@@ -151,11 +153,16 @@ def decode_all(
                 out.seek(offset + int(at[run[0]]) * length)
                 out.write(pixels[run].data)
         train = [i for i in whole if at[i] < counted]
-        return np.stack([np.bincount(pixels[train, channel].ravel(), minlength=256) for channel in range(shape[0])])
+        return len(sources), np.stack(
+            [np.bincount(pixels[train, channel].ravel(), minlength=256) for channel in range(shape[0])]
+        )
 
+    most = max(1, min(CHUNK, CHUNK_BYTES // length, n // (4 * _cores())))  # so that few images occupy all cores too
     with file.open("r+b") as out:
-        for counts in _in_threads(decode, _cut(chunks, min(CHUNK, max(1, CHUNK_BYTES // length)))):
+        said = Count("images decoded", n)
+        for images, counts in _in_threads(decode, _cut(chunks, most)):
             found.counts += counts
+            said.add(images)
     return found
 
 
@@ -167,19 +174,24 @@ def _runs(places: np.ndarray, rows: list[int]) -> list[np.ndarray]:
 
 def _in_threads(work: Callable[[int, list[Source]], Any], chunks: Iterable[tuple[int, list[Source]]]) -> Iterator[Any]:
     """Do ``work`` on every chunk, on all cores, with no more of them waiting than keep the cores busy."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting: deque[Future[Any]] = deque()
-    with _quiet(), ThreadPoolExecutor(cores + 1) as pool:  # one more, for while another waits for the disk
+    cores = _cores()
+    waiting: deque[tuple[Future[Any], int]] = deque()
+    # one thread more than cores, for while another waits for the disk
+    with _quiet(), memory.blocks_kept(), ThreadPoolExecutor(cores + 1) as pool:
         try:
             for first, sources in chunks:
                 _announce(sources)
-                waiting.append(pool.submit(work, first, sources))
-                if len(waiting) >= 3 * cores:
-                    yield waiting.popleft().result()
+                waiting.append((pool.submit(work, first, sources), sum(map(_held, sources))))
+                while len(waiting) >= 3 * cores or sum(held for _, held in waiting) > WAITING_BYTES:
+                    yield waiting.popleft()[0].result()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _announce(sources: list[Source]) -> None:
@@ -202,9 +214,20 @@ def _quiet() -> warnings.catch_warnings:
 
 
 def _cut(chunks: Iterable[tuple[int, list[Source]]], most: int) -> Iterator[tuple[int, list[Source]]]:
+    """Cut chunks where they hold ``most`` images, or many bytes of encoded ones."""
     for first, sources in chunks:
-        for start in range(0, len(sources), most):
-            yield first + start, sources[start : start + most]
+        start = held = 0
+        for i, source in enumerate(sources):
+            if i - start == most or (i > start and held + _held(source) > 4 * CHUNK_BYTES):
+                yield first + start, sources[start:i]
+                start, held = i, 0
+            held += _held(source)
+        yield first + start, sources[start:]
+
+
+def _held(source: Source) -> int:
+    """Return how many bytes of memory hold an image that is not decoded yet."""
+    return len(source) if isinstance(source, bytes) else 0
 
 
 @functools.cache
@@ -257,11 +280,11 @@ def _orientation(image: Any, held: bytes | Path) -> int:
     """Return how an image's EXIF turns it, 1 to 8; 1 as it lies."""
     if image.format == "TIFF":  # Pillow turns it while it decodes, and its size is that of the turned image
         return 1
-    if image.format == "PNG":  # Pillow decodes all of a PNG to look for it
-        held = held if isinstance(held, bytes) else held.read_bytes()
-        if not any(mark in held for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
-            return 1
     try:
+        if image.format == "PNG":  # Pillow decodes all of a PNG to look for it
+            held = held if isinstance(held, bytes) else held.read_bytes()
+            if not any(mark in held for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
+                return 1
         return image.getexif().get(0x0112, 1)
     except Exception:  # metadata that cannot be read turns nothing
         return 1
@@ -274,12 +297,13 @@ def _pixels(image: Any, source: Source, turned: bool, form: Form) -> np.ndarray:
     try:
         if image.format == "JPEG":
             image.draft("L" if form.grey else "RGB", (2 * size[0], 2 * size[1]))  # a fraction of it where it is larger
-        image.load()
-        if turned:
-            ops.exif_transpose(image, in_place=True)
-        image = _in_mode(image, form.grey)
-        if image.size != size:
-            image = ops.fit(image, size, method=2, bleed=0.0)  # 2: bilinear, over all pixels that go into one
+        with memory.room.taken(memory.needed(image)):
+            image.load()
+            if turned:
+                ops.exif_transpose(image, in_place=True)
+            image = _in_mode(image, form.grey)
+            if image.size != size:
+                image = ops.fit(image, size, method=2, bleed=0.0)  # 2: bilinear, over all pixels that go into one
     except BrokenImage:
         raise
     except Exception as error:  # as above
@@ -299,7 +323,7 @@ def _in_mode(image: Any, grey: bool) -> Any:
             raise BrokenImage(f"its pixels of 32 bits go up to {values.max()}, of unknown range")
         image = module.fromarray((values >> 8).astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = module.new("RGBA", image.size, (255, 255, 255, 255))
         image = module.alpha_composite(white, image)
     mode = "L" if grey else "RGB"
@@ -309,7 +333,10 @@ def _in_mode(image: Any, grey: bool) -> Any:
 def _reason(error: BaseException, source: Source) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"it cannot be opened ({error.strerror})"
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    size = None if isinstance(source, Path) else len(source)
+    if isinstance(source, Path):
+        with contextlib.suppress(OSError):  # it may be gone by now
+            size = source.stat().st_size
     if size == 0:
         return "it is empty"
     if type(error).__name__ == "UnidentifiedImageError":

@@ -21,10 +21,11 @@ import torch
 
 from batchtrim._checks import check_count, check_fraction
 from batchtrim.lab.files import expanded, shown
-from batchtrim.lab.task import data, tables
+from batchtrim.lab.task import data, entry, tables
 from batchtrim.lab.task.cache import CannotKeep, filled, folder_for
 from batchtrim.lab.task.decode import Contradicted, Decoded, Form, Header, decode_all, first_header
 from batchtrim.lab.task.listing import Listing, find_images
+from batchtrim.lab.task.names import SPECS
 from batchtrim.lab.task.split import split_rows
 
 __all__ = ["ImageOptions", "is_own", "load"]
@@ -57,7 +58,7 @@ class ImageOptions:
 
 def is_own(dataset: str) -> bool:
     """True if ``dataset`` is a path or a hub name, and not one of the data sets the lab knows by name."""
-    if dataset in data.SPECS:
+    if dataset in SPECS:
         return False
     return "/" in dataset or "\\" in dataset or expanded(dataset).exists() or dataset.lower().endswith(tables.SUFFIXES)
 
@@ -106,30 +107,24 @@ def load(
     classes, labels = _classes(listing)
     train, test = _sides(listing, labels, options)
     order = np.concatenate([train, test])
-    key = _key(listing, order, options)
+    stamps = listing.stamps()
+    key = _key(listing, stamps, order, options)
     cache, local_notes = folder_for(f"images/{key}", cache_dir)
     folder = cache / "images" / key
-    if not (folder / "about.json").exists():
-        _decode(listing, order, len(train), folder, options)
-    try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        pixels = np.load(folder / "pixels.npy", mmap_mode="c", allow_pickle=False)  # c: torch wants to be able to write
-        kept = np.load(folder / "kept.npy", allow_pickle=False)
-        hashes = np.load(folder / "hashes.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise data.ReplaceFile(
-            f"expected decoded images in {folder}, got a damaged cache ({error}). Remove that folder and try again."
-        ) from error
-    first_test = int(kept[: len(train)].sum())
-    kept_labels = torch.from_numpy(labels[order[kept]])
-    images = torch.from_numpy(pixels)
+    if not (folder / entry.ABOUT).exists():
+        _decode(listing, stamps, order, len(train), folder, options)
+    held = entry.read(folder, len(order))
+    left = order[held.kept]
+    classes, numbers, gone = _only_those_left(listing, classes, labels[left])
+    first_test = int(held.kept[: len(train)].sum())
+    kept_labels, images = torch.from_numpy(numbers), torch.from_numpy(held.pixels)
     found = data.ImageData(
         dataset, len(classes), images[:first_test], kept_labels[:first_test], images[first_test:],
-        kept_labels[first_test:], tuple(about["mean"]), tuple(about["std"]), tuple(classes),
+        kept_labels[first_test:], held.mean, held.std, tuple(classes),
     )  # fmt: skip
-    names = [listing.names[row] for row in order[kept]]
-    notes = [*listing.notes, *_alike(classes), *about["notes"], *_check_sides(found, names, hashes, first_test)]
-    version = _version(found, hashes)
+    sides = _check_sides(found, [listing.names[row] for row in left], held.hashes, first_test)
+    notes = [*listing.notes, *_alike(classes), *held.notes, *gone, *sides]
+    version = _version(found, held.hashes)
     return replace(
         found, notes=tuple(f"{shown(dataset)}: {note}" for note in notes), local_notes=local_notes, version=version
     )
@@ -165,6 +160,22 @@ def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
         raise ValueError(f"expected at least two classes in {listing.where}, got {len(values)}: {shown(values[0])}.")
     found = np.asarray([number[each if numbers else str(each)] for each in labels], dtype=np.int64)
     return [f"{each:g}" if isinstance(each, float) else str(each) for each in values], found
+
+
+def _only_those_left(
+    listing: Listing, classes: list[str], labels: np.ndarray
+) -> tuple[list[str], np.ndarray, list[str]]:
+    """Return classes, labels and a note without classes all of whose images are broken, unless the source names all."""
+    left = np.unique(labels)
+    if listing.classes is not None or len(left) == len(classes):
+        return classes, labels, []
+    gone = _some([name for number, name in enumerate(classes) if number not in left])
+    if len(left) < 2:
+        raise ValueError(
+            f"expected at least two classes in {listing.where}, got {len(left)} with images that can be decoded, none "
+            f"of {gone}."
+        )
+    return [classes[each] for each in left], np.searchsorted(left, labels), [f"no images left of {gone}, left out"]
 
 
 def _alike(names: Sequence[str]) -> list[str]:
@@ -209,33 +220,33 @@ def _sides(listing: Listing, labels: np.ndarray, options: ImageOptions) -> tuple
     return sides
 
 
-def _key(listing: Listing, order: np.ndarray, options: ImageOptions) -> str:
+def _key(listing: Listing, stamps: dict[str, str], order: np.ndarray, options: ImageOptions) -> str:
     told = json.dumps({name: asdict(options)[name] for name in ("image_size", "skip_broken")})
     digest = hashlib.sha256(
-        "\n".join([str(VERSION), listing.where, told, *listing.key]).encode("utf-8", "surrogateescape")
+        "\n".join([str(VERSION), listing.where, told, *map(" ".join, stamps.items())]).encode(
+            "utf-8", "surrogateescape"
+        )
     )
     digest.update(order.tobytes())
     return digest.hexdigest()[:16]
 
 
-def _decode(listing: Listing, order: np.ndarray, train: int, folder: Path, options: ImageOptions) -> None:
+def _decode(
+    listing: Listing, stamps: dict[str, str], order: np.ndarray, train: int, folder: Path, options: ImageOptions
+) -> None:
     """Fill the cache: into a folder beside, renamed when it is whole."""
     places = np.empty(len(order), dtype=np.int64)
     places[order] = np.arange(len(order))
     try:
         with filled(folder) as part:
-            decoded, form = _decode_all(listing, part / "pixels.npy", places, train, options)
+            decoded, form = _decode_all(listing, stamps, part / entry.PIXELS, places, train, options)
             notes = _resized([each for each in decoded.headers if each is not None], form.size, options)
             kept = np.ones(len(order), dtype=bool)
             if decoded.broken:
                 notes.append(_named(listing, decoded.broken, "broken {} left out"))
                 kept[places[list(decoded.broken)]] = False
-                _only(part / "pixels.npy", np.flatnonzero(kept))
-            np.save(part / "kept.npy", kept)
-            np.save(part / "hashes.npy", decoded.hashes[kept])
-            mean, std = _moments(decoded.counts)
-            about = {"mean": mean, "std": std, "notes": notes, "source": listing.where}
-            (part / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+                _only(part / entry.PIXELS, np.flatnonzero(kept))
+            entry.write_about(part, kept, decoded.hashes[kept], *_moments(decoded.counts), notes, listing.where)
     except data.ReplaceFile:
         raise
     except OSError as error:
@@ -243,7 +254,7 @@ def _decode(listing: Listing, order: np.ndarray, train: int, folder: Path, optio
 
 
 def _decode_all(
-    listing: Listing, file: Path, places: np.ndarray, train: int, options: ImageOptions
+    listing: Listing, stamps: dict[str, str], file: Path, places: np.ndarray, train: int, options: ImageOptions
 ) -> tuple[Decoded, Form]:
     """Decode into ``file`` in the form that the first image suggests; again, in another, where a later one differs."""
     header = first_header(listing.chunks())
@@ -254,6 +265,8 @@ def _decode_all(
         except Contradicted as found:
             form = _widened(form, found.header)
             continue
+        if decoded.broken:
+            _check_still_there(listing, stamps)
         broken = _named(listing, decoded.broken, "that cannot")
         if len(decoded.broken) == len(places):
             table = listing.where.lower().endswith(tables.SUFFIXES)
@@ -266,6 +279,18 @@ def _decode_all(
                 "--skip-broken to go on without."
             )
         return decoded, form
+
+
+def _check_still_there(listing: Listing, stamps: dict[str, str]) -> None:
+    """Refuse to call images broken, and keep the others, where a disk went away or somebody still writes to it."""
+    after = listing.stamps()
+    changed = [name for name, stamp in stamps.items() if after.get(name) != stamp]
+    if changed:
+        raise data.ReplaceFile(
+            f"expected {listing.where} to stay as it is while its images are decoded, got "
+            f"{len(changed)} {'file' if len(changed) == 1 else 'files'} that vanished or changed, such as "
+            f"{shown(changed[0])}. Is the disk still there, and has everything been copied? Then try again."
+        )
 
 
 def _only(file: Path, places: np.ndarray) -> None:

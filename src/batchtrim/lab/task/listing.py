@@ -16,13 +16,13 @@ from batchtrim._checks import describe, import_extra
 from batchtrim.lab.files import expanded, shown
 from batchtrim.lab.task import hub, tables
 from batchtrim.lab.task.decode import Source
-from batchtrim.lab.task.walk import check_link, images_in
+from batchtrim.lab.task.stamps import stamps
+from batchtrim.lab.task.walk import check_link, check_readable, images_in, is_hidden
 
 __all__ = ["Listing", "find_images"]
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "val", "valid", "validation", "testing")
-BATCH = 256  # rows of a table that are read at a time
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -35,14 +35,14 @@ class Listing:
             the source knows them; otherwise the sorted labels.
         split: "train" or "test" of each, where the source has splits. ``groups``: of each, where asked for.
         chunks: reads the images again and again: number of the first row, and a few images from there on.
-        key: what changes when the source does. ``notes``: what is to be said.
+        stamps: asks each file behind the images, by name, for what changes when it does. ``notes``: what is to be said.
     """
 
     where: str
     names: list[str]
     labels: list[Any]
     chunks: Callable[[], Iterable[tuple[int, list[Source]]]]
-    key: list[str]
+    stamps: Callable[[], dict[str, str]]
     classes: list[str] | None = None
     split: list[str] | None = None
     groups: list[str] | None = None
@@ -81,7 +81,8 @@ def find_images(
 
 
 def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Listing:
-    inside = sorted(each for each in root.iterdir() if not each.name.startswith("."))
+    check_readable(root)
+    inside = sorted(each for each in root.iterdir() if not is_hidden(each.name))
     if any(each.suffix.lower() == ".parquet" for each in inside) or (
         (root / "data").is_dir() and any((root / "data").glob("*.parquet"))
     ):
@@ -99,7 +100,7 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
     loose: list[Path] = []
     for name, folder in splits.items():
         loose += _loose(folder, suffixes)
-        for kind in sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")):
+        for kind in sorted(each for each in folder.iterdir() if each.is_dir() and not is_hidden(each.name)):
             check_link(kind, root)
             found = images_in(kind, suffixes)
             here, others, linked = found.images, others + found.others, linked + found.linked
@@ -118,6 +119,8 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
         )
     if not files:
         hint = f" {len(loose)} images lie in {shown(loose[0].parent)} itself, in no class." if loose else ""
+        if others and not loose:
+            hint = f" {len(others)} files there end otherwise than images do, such as {shown(others[0])}."
         raise ValueError(f"expected images in class folders, as in {shown(root)}/CLASS/image.png, got none.{hint}")
     if loose:
         notes.append(f"{len(loose)} images in no class folder left out, such as {shown(loose[0].relative_to(root))}")
@@ -127,7 +130,7 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
         names=names,
         labels=labels,
         chunks=lambda: [(0, list(files))],
-        key=[f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, map(_stat, files), strict=True)],
+        stamps=lambda: stamps(zip(names, files, strict=True)),
         split=split if "train" in splits else None,
         groups=None if group is None else _groups_by_name(names, group),
         notes=notes,
@@ -163,14 +166,7 @@ def _named(folders: dict[str, Path], names: Sequence[str]) -> list[Path]:
 
 
 def _has_folders(folder: Path) -> bool:
-    return any(each.is_dir() and not each.name.startswith(".") for each in folder.iterdir())
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError:  # a link that leads nowhere, or to itself
-        return path.lstat()
+    return any(each.is_dir() and not is_hidden(each.name) for each in folder.iterdir())
 
 
 def _check_text(names: Sequence[str], what: str) -> None:
@@ -211,6 +207,7 @@ def _tables(files: dict[str, list[Path]], where: str, columns: dict[str, str | N
     split: list[str] = []
     groups: list[str] = []
     spans: list[tuple[int, Path, str, Sequence[Any] | None]] = []
+    behind: list[Path] = []
     classes = None
     for side, paths in files.items():
         for path in paths:
@@ -220,17 +217,17 @@ def _tables(files: dict[str, list[Path]], where: str, columns: dict[str, str | N
             groups += [str(each) for each in table.groups or ()]
             split += _split_column(table.split, path) if table.split and not side else [side] * len(table.labels)
             spans.append((len(names), path, table.image, table.images))
+            behind += [path, *(path.parent / each for each in table.files if each)]
             names += [f"{path.name} row {row}" for row in range(len(table.labels))]
             labels += table.labels
     if not names:
         raise ValueError(f"expected images in {where}, got a table without rows.")
-    stats = [(path, path.stat()) for paths in files.values() for path in paths]
     return Listing(
         where=where,
         names=names,
         labels=labels,
         chunks=lambda: _table_chunks(spans),
-        key=[f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats],
+        stamps=lambda: stamps((str(path), path) for path in behind),
         classes=classes,
         split=split if any(split) else None,
         groups=groups or None,
@@ -246,24 +243,19 @@ def _split_column(values: Sequence[Any], path: Path) -> list[str]:
 
 
 def _table_chunks(spans: Sequence[tuple[int, Path, str, Sequence[Any] | None]]) -> Iterator[tuple[int, list[Source]]]:
-    import pyarrow.parquet
-
     for first, path, image, values in spans:
         if values is not None:
             yield first, [_source(each, path) for each in values]
             continue
         start = first
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH, columns=[image]):
-                cells = batch.column(0).to_pylist()
-                yield start, [_source(each, path) for each in cells]
-                start += len(cells)
+        for cells in tables.batches(path, image):
+            yield start, [_source(each, path) for each in cells]
+            start += len(cells)
 
 
 def _source(cell: Any, path: Path) -> Source:
     """Return a cell: a path beside the table, bytes, or the hub's mapping of both."""
-    if isinstance(cell, dict):
-        cell = cell.get("bytes") or cell.get("path")
+    cell = tables.content(cell)
     if cell is None or cell == "":
         return b""
     if isinstance(cell, bytes):
@@ -343,8 +335,9 @@ def from_splits(splits: Any, where: str, columns: dict[str, str | None]) -> List
 
     def chunks() -> Iterator[tuple[int, list[Source]]]:
         for first, column in held:
-            for start in range(0, len(column), BATCH):
-                cells = column.slice(start, BATCH).to_pylist()
+            rows = tables.rows_at_once(column.nbytes, len(column))
+            for start in range(0, len(column), rows):
+                cells = column.slice(start, rows).to_pylist()
                 yield first + start, [_source(each, Path(where)) for each in cells]
 
     return Listing(
@@ -352,7 +345,7 @@ def from_splits(splits: Any, where: str, columns: dict[str, str | None]) -> List
         names=names,
         labels=labels,
         chunks=chunks,
-        key=[f"{name} {getattr(splits[name], '_fingerprint', '')}" for name in chosen.values()],
+        stamps=lambda: {name: getattr(splits[name], "_fingerprint", "") for name in chosen.values()},
         classes=classes,
         split=split if any(split) else None,
         groups=groups or None,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from batchtrim.lab.files import look_up
 from batchtrim.lab.task import own_models
+from batchtrim.lab.task.names import NORMS
 from batchtrim.lab.task.speed import SpeedNet
 
-NORMS = ("batch", "group")
 Norm = Callable[[int], nn.Module]
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import describe
 
-__all__ = ["SUFFIXES", "Table", "check_labels", "column", "read"]
+__all__ = ["SUFFIXES", "Table", "batches", "check_labels", "column", "content", "read", "rows_at_once"]
 
 SUFFIXES = (".csv", ".parquet")
+ROWS, ROWS_BYTES = 256, 2**25  # most rows of images that are read at a time, and most bytes
 IMAGE_COLUMNS = ("image", "img", "path", "file", "file_name", "filename")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "coarse_label")
 MISSING = ("", "nan", "null", "na", "n/a", "none")  # what other programs write for a missing number
@@ -25,6 +27,7 @@ class Table:
 
     Attributes:
         image, label: their names. labels: one a row. images: of a CSV table; None where they are read when decoded.
+        files: paths of the images that lie beside the table, not in it.
         groups, split: one a row, where asked for and where there. class_names: those that the hub's files carry.
     """
 
@@ -32,6 +35,7 @@ class Table:
     label: str
     labels: list[Any]
     images: list[str] | None = None
+    files: list[str] = field(default_factory=list)
     groups: list[Any] | None = None
     split: list[Any] | None = None
     class_names: list[str] | None = None
@@ -43,10 +47,17 @@ def read(path: Path, columns: dict[str, str | None]) -> Table:
     Raises:
         ValueError: the file cannot be read, or has no such columns, or two of one name.
     """
+    with _readable(path):
+        return (_csv if path.suffix.lower() == ".csv" else _parquet)(path, columns)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Name the table in whatever is raised while it is read."""
     import pyarrow
 
     try:
-        return (_csv if path.suffix.lower() == ".csv" else _parquet)(path, columns)
+        yield
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
     except (pyarrow.ArrowException, OSError) as error:
@@ -77,16 +88,20 @@ def _csv(path: Path, columns: dict[str, str | None]) -> Table:
         return None if name is None else table.column(name).to_pylist()
 
     split = "split" if "split" in names else None
-    return Table(image, label, _classes(values(label) or []), values(image), values(group), values(split))
+    files = values(image) or []
+    return Table(image, label, _classes(values(label) or []), files, files, values(group), values(split))
 
 
 def _parquet(path: Path, columns: dict[str, str | None]) -> Table:
     import pyarrow.parquet
 
-    schema = pyarrow.parquet.read_schema(path)
+    with pyarrow.parquet.ParquetFile(path) as file:
+        schema, counts = file.schema_arrow, file.metadata
     image, label, group = _names(schema.names, columns, path)
     wanted = list(dict.fromkeys(each for each in (label, group, "split") if each in schema.names))
     table = pyarrow.parquet.read_table(path, columns=wanted)
+    beside = _groups_with_paths(schema.field(image).type, counts, image)
+    files = [each for cells in batches(path, image, beside) for each in map(content, cells) if isinstance(each, str)]
 
     def values(name: str | None) -> list[Any] | None:
         return table.column(name).to_pylist() if name in wanted else None
@@ -94,7 +109,49 @@ def _parquet(path: Path, columns: dict[str, str | None]) -> Table:
     told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = told.get("info", {}).get("features", {}).get(label, {})
     names = feature.get("names") if isinstance(feature, dict) else None
-    return Table(image, label, values(label) or [], None, values(group), values("split"), names)
+    return Table(image, label, values(label) or [], None, files, values(group), values("split"), names)
+
+
+def _groups_with_paths(kind: Any, counts: Any, image: str) -> list[int]:
+    """Return the row groups of a Parquet file in which images are paths, or may be."""
+    import pyarrow
+
+    if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
+        return []
+    found = []
+    for group in range(counts.num_row_groups):
+        columns = [counts.row_group(group).column(i) for i in range(counts.num_columns)]
+        held = next((each.statistics for each in columns if each.path_in_schema == f"{image}.bytes"), None)
+        if held is None or held.null_count != 0:
+            found.append(group)
+    return found
+
+
+def batches(path: Path, image: str, groups: Sequence[int] | None = None) -> Iterator[list[Any]]:
+    """Return the cells of a Parquet file's image column, some rows at a time, so that few are in memory.
+
+    Args:
+        groups: of the row groups with these numbers only. The pages of one row group are in memory at once.
+    """
+    import pyarrow.parquet
+
+    with _readable(path), pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+        wanted = range(file.metadata.num_row_groups) if groups is None else groups
+        for group in wanted:
+            told = file.metadata.row_group(group)
+            rows = rows_at_once(told.total_byte_size, told.num_rows)
+            for batch in file.iter_batches(rows, row_groups=[group], columns=[image]):
+                yield batch.column(0).to_pylist()
+
+
+def rows_at_once(size: int, rows: int) -> int:
+    """Return how many rows of a table to read at a time, ``rows`` being ``size`` bytes."""
+    return max(1, min(ROWS, ROWS_BYTES * rows // max(1, size)))
+
+
+def content(cell: Any) -> Any:
+    """Return the bytes of an image's cell, or its path; the hub's mapping holds either."""
+    return cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
 
 
 def _names(there: Sequence[str], columns: dict[str, str | None], path: Path) -> tuple[str, str, str | None]:

@@ -7,7 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["FolderContents", "check_link", "images_in"]
+__all__ = ["FolderContents", "check_link", "check_readable", "images_in", "is_hidden"]
+
+_SYSTEM = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+"""Folders that systems and network disks make for themselves, with thumbnails or deleted files in them."""
 
 
 @dataclass
@@ -46,12 +49,17 @@ def images_in(folder: Path, suffixes: Collection[str]) -> FolderContents:
     return found
 
 
+def is_hidden(name: str) -> bool:
+    """True if a file or folder of that name is no part of the data: hidden, or made by a system for itself."""
+    return name.startswith(".") or name in _SYSTEM
+
+
 def _inside(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
     """Return what a folder holds that is not hidden, in the order of paths."""
-    _check_readable(folder)
+    check_readable(folder)
     with os.scandir(folder) as entries:
         return sorted(
-            (each for each in entries if not each.name.startswith(".")), key=lambda each: os.path.normcase(each.name)
+            (each for each in entries if not is_hidden(each.name)), key=lambda each: os.path.normcase(each.name)
         )
 
 
@@ -62,7 +70,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _check_readable(folder: Path | os.DirEntry[str]) -> None:
+def check_readable(folder: Path | os.DirEntry[str]) -> None:
+    """Refuse a folder that this user cannot read, which would hide its images."""
     if not os.access(folder, os.R_OK | os.X_OK):
         raise PermissionError(
             f"expected folders of images that can be read, got {os.fspath(folder)}, which may not be."

@@ -1,0 +1,63 @@
+"""Try on the CPU what would end a GPU's process, which cannot go on after a kernel found a number it does not take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from batchtrim.engine.rules import name_of
+
+__all__ = ["Rehearsal"]
+
+# Operators whose kernels check numbers on the GPU: probabilities, and places in a table.
+_CHECKING = frozenset({
+    "multinomial", "bernoulli", "poisson", "binomial", "binary_cross_entropy", "_assert_async",
+    "_embedding_bag", "_embedding_bag_forward_only", "embedding", "embedding_renorm",
+    "index", "index_put", "_index_put_impl", "index_select", "index_add", "index_copy", "index_fill", "index_reduce",
+    "gather", "scatter", "scatter_add", "scatter_reduce", "take", "put",
+    "nll_loss_forward", "nll_loss2d_forward", "multi_margin_loss", "multilabel_margin_loss_forward",
+    "repeat_interleave",
+})  # fmt: skip
+
+
+class Rehearsal(TorchDispatchMode):
+    """Run each operator that checks its numbers on the CPU first, where it raises an error instead.
+
+    A context manager. ``device`` is the type of device whose tensors are tried.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__()
+        self.device = device
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return True: what torch compiles by itself, as ``torch.cond`` does, cannot be compiled inside a mode."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if name_of(func).rstrip("_") in _CHECKING:
+            tensors = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            if any(each.device.type == self.device for each in tensors):
+                _on_cpu(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _on_cpu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to("cpu", copy=True)
+        return None if isinstance(value, torch.Generator) else value  # one of the GPU's cannot draw there
+
+    args, kwargs = pytree.tree_map(copied, (args, kwargs))
+    func(*args, **kwargs)
