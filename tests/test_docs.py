@@ -239,11 +239,15 @@ def test_the_golden_numbers_are_those_of_the_tests() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["trimming", "schedules"])
-def test_the_drawings_can_be_drawn(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "forms"), [("trimming", ("", "-narrow")), ("schedules", ("",))])
+def test_the_drawings_can_be_drawn(
+    name: str, forms: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(DOCS / "drawings")
     paths = importlib.import_module(name).main(tmp_path)
-    assert {path.name for path in paths} == {f"{name}-light.svg", f"{name}-dark.svg"}
+    assert {path.name for path in paths} == {
+        f"{name}{form}-{scheme}.svg" for form in forms for scheme in ("light", "dark")
+    }
     for path in paths:
         drawn, committed = (
             re.findall(r"<text[^>]*>(.*?)</text>", text.read_text()) for text in (path, DOCS / "drawings" / path.name)

@@ -106,11 +106,12 @@ class Naive:
         return map_tensors(lambda t: taken(t, self.forward.batch_dim), x), map_tensors(lambda t: taken(t, 0), y)
 
 
-# What two_pass refuses since it cannot tell, and the naive way of cutting happens to get right: the last four write
-# into parameters what they hold already.
+# What two_pass refuses since it cannot tell, and the naive way of cutting happens to get right: the second line writes
+# into parameters what they hold already, the third keeps tensors with a graph, which are cut too.
 RIGHT_BY_LUCK = {
     "packed_sequence", "names_of_samples", "identity_over_the_batch",
     "weights_clipped_in_the_forward", "renormalised_embedding", "double_precision", "in_double_precision",
+    "features_kept_with_their_graph", "likeness_of_all_views",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from batchtrim.lab import cli
 from batchtrim.lab import options as lab_options
 from batchtrim.lab.execute import scheduler
 from batchtrim.lab.execute.grid import expand
+from batchtrim.lab.terminal import FAILED, MISTAKE
 from lab.conftest import _make_row
 
 pytestmark = pytest.mark.slow
@@ -49,9 +50,9 @@ def nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
 def ends_well(*words: str) -> None:
     done = CliRunner().invoke(cli.app, list(words))
     assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
-    assert done.exit_code in (0, cli.FAILED, cli.MISTAKE), done.output
+    assert done.exit_code in (0, FAILED, MISTAKE), done.output
     assert "Traceback" not in done.output
-    if done.exit_code == cli.MISTAKE:
+    if done.exit_code == MISTAKE:
         assert done.stderr.strip()
 
 

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["any_strides", "boxed", "executable", "graph_copy", "hinted", "in_traced_order", "without_dead_draws"]
+__all__ = [
+    "any_strides",
+    "boxed",
+    "executable",
+    "graph_copy",
+    "hinted",
+    "in_traced_order",
+    "name_of",
+    "without_dead_draws",
+]
 
 
 def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
@@ -87,6 +96,12 @@ def any_strides(graph: fx.GraphModule) -> bool:
 def without_dead_draws(graph: fx.Graph) -> None:
     """Remove what nobody reads from a backward graph, random operators of the forward too."""
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
+def name_of(func: Any) -> str:
+    """Return an operator's name: ``mm`` of ``aten.mm.default``."""
+    schema = getattr(func, "_schema", None)
+    return schema.name.split("::")[-1] if schema is not None else str(func)
 
 
 def hinted(size: Any) -> int:

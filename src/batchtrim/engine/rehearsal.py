@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchtrim.engine.rules import name_of
+from batchtrim.engine.graphs import name_of
 
 __all__ = ["Rehearsal"]
 

@@ -16,6 +16,7 @@ import sympy
 import torch
 
 from batchtrim.engine.capture import zeros_at_zero
+from batchtrim.engine.graphs import name_of
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of
 
 __all__ = ["Call", "Value", "apply_rule", "has_rule", "holds", "name_of"]
@@ -76,12 +77,6 @@ class Call:
 
 Rule = Callable[[Call], Layout | list[Layout]]
 _RULES: dict[str, Rule] = {}
-
-
-def name_of(func: Any) -> str:
-    """Return an operator's name: ``mm`` of ``aten.mm.default``."""
-    schema = getattr(func, "_schema", None)
-    return schema.name.split("::")[-1] if schema is not None else str(func)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
