@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from batchtrim.engine.cutting import KeptRows, can_be_cut, cut, put_back
+from batchtrim.engine.graphs import name_of
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Whole
 from batchtrim.engine.proof import make_call
-from batchtrim.engine.rules import Value, alike, apply_rule, name_of
+from batchtrim.engine.rules import Value, alike, apply_rule
 
 S, T = sympy.symbols("s t", positive=True, integer=True)  # how many samples, how many tokens each
 SIZES = {S: 7, T: 5}

@@ -17,8 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchtrim.engine.graphs import hinted
-from batchtrim.engine.rules import name_of
+from batchtrim.engine.graphs import hinted, name_of
 
 __all__ = ["Cost", "Forecast", "Machine", "OperatorCount", "cost_of", "hinted_size", "is_costly", "machine_of"]
 

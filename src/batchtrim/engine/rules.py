@@ -19,7 +19,7 @@ from batchtrim.engine.capture import zeros_at_zero
 from batchtrim.engine.graphs import name_of
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of
 
-__all__ = ["Call", "Value", "apply_rule", "has_rule", "holds", "name_of"]
+__all__ = ["Call", "Value", "apply_rule", "has_rule", "holds"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from batchtrim.engine.graphs import name_of
 from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Whole
-from batchtrim.engine.rules import Call, Value, aligned, holds, name_of, rule
+from batchtrim.engine.rules import Call, Value, aligned, holds, rule
 from batchtrim.engine.rules_nn import only_batch, summed_gradients
 
 __all__ = ["draws", "draws_by_place"]

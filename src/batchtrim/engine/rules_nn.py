@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from batchtrim.engine.graphs import name_of
 from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Whole
-from batchtrim.engine.rules import Call, Value, aligned, name_of, not_along, one_with_rows, rule
+from batchtrim.engine.rules import Call, Value, aligned, not_along, one_with_rows, rule
 
 __all__ = ["BATCH_NORM_BACKWARD", "only_batch", "summed_gradients"]
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import sympy
 
+from batchtrim.engine.graphs import name_of
 from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of, product
 from batchtrim.engine.rules import (
     Call,
     Value,
     aligned,
     holds,
-    name_of,
     not_along,
     one_with_rows,
     only_dim,

@@ -19,10 +19,9 @@ from torch import fx
 
 from batchtrim.engine.capture import CannotCapture, expression_of
 from batchtrim.engine.cost import is_costly
-from batchtrim.engine.graphs import executable
+from batchtrim.engine.graphs import executable, name_of
 from batchtrim.engine.layout import Layout, Rows
 from batchtrim.engine.proof import Proof
-from batchtrim.engine.rules import name_of
 
 __all__ = ["Crossing", "Part", "Slices", "split_backward"]
 
