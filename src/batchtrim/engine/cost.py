@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.graphs import hinted, name_of
+from batchtrim.engine.watching import Watching
 
 __all__ = ["Cost", "Forecast", "Machine", "OperatorCount", "cost_of", "hinted_size", "is_costly", "machine_of"]
 
@@ -155,18 +155,11 @@ class Forecast:
         return _PAID_WITHIN * saved >= self.trace
 
 
-class OperatorCount(TorchDispatchMode):
+class OperatorCount(Watching):
     """Count the operators of a forward, and their cost; change nothing.
 
     Use it as a context manager around a forward with a graph.
     """
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Return True: what torch compiles by itself, as ``torch.cond`` does, cannot be compiled inside a mode."""
-        return True
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.graphs import name_of
+from batchtrim.engine.watching import Watching
 
 __all__ = ["Rehearsal"]
 
@@ -25,22 +25,15 @@ _CHECKING = frozenset({
 })  # fmt: skip
 
 
-class Rehearsal(TorchDispatchMode):
+class Rehearsal(Watching):
     """Run each operator that checks its numbers on the CPU first, where it raises an error instead.
 
     A context manager. ``device`` is the type of device whose tensors are tried.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, device: str = "cuda") -> None:
         super().__init__()
         self.device = device
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Return True: what torch compiles by itself, as ``torch.cond`` does, cannot be compiled inside a mode."""
-        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

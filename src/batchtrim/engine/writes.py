@@ -9,16 +9,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.held import Held
 from batchtrim.engine.state import TAKEN_TWICE, compiled_part, is_sharded
+from batchtrim.engine.watching import Watching
 from batchtrim.errors import EngineRefused
 
 __all__ = ["ParameterWrites", "known_to_write", "writes_undone"]
 
 
-class ParameterWrites(TorchDispatchMode):
+class ParameterWrites(Watching):
     """Note the parameters that the operators inside it write into, and what they held before.
 
     A momentum encoder moves in its forward; two forwards would move it twice. A parameter may be written into in place
@@ -29,13 +29,6 @@ class ParameterWrites(TorchDispatchMode):
             back if they are written into in place.
         others: further tensors to watch: those of :class:`batchtrim.engine.held.Held`.
     """
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Return True: what torch compiles by itself, as ``torch.cond`` does, cannot be compiled inside a mode."""
-        return True
 
     def __init__(self, model: nn.Module, copied: Container[str] | None = (), others: Iterable[Tensor] = ()) -> None:
         super().__init__()

@@ -1,0 +1,18 @@
+"""See every operator that runs, those inside ``torch.cond`` too."""
+
+from __future__ import annotations
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Watching"]
+
+
+class Watching(TorchDispatchMode):
+    """A mode that watches a forward in which higher-order operators may run."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return True: what torch compiles by itself, as ``torch.cond`` does, cannot be compiled inside a mode."""
+        return True
