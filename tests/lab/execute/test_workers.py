@@ -37,6 +37,7 @@ def train(run):
 """
 
 
+@pytest.mark.slow
 def test_a_task_may_load_its_data_in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers were daemons, which may have no children: num_workers failed. Children outlived a worker that died."""
     Path("loads.py").write_text(LOADS)

@@ -59,6 +59,7 @@ def test_imports_during_the_call_are_noted(config: TaskConfig, tmp_path: Path) -
     assert "notes" not in second
 
 
+@pytest.mark.slow
 def test_the_process_is_left_as_it_was_by_what_is_imported_ahead() -> None:
     """A notebook may have turned gradients off, or set another dtype or device."""
     drawn = torch.random.get_rng_state()
@@ -74,6 +75,7 @@ def test_the_process_is_left_as_it_was_by_what_is_imported_ahead() -> None:
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
 
+@pytest.mark.slow
 def test_torchs_compiler_is_imported_before_the_clock_starts(config: TaskConfig) -> None:
     """The first run of each process counted seconds of imports as training, and with it its method."""
     program = (
