@@ -321,7 +321,7 @@ def test_images_and_a_network_of_ones_own(tmp_path: Path) -> None:
     assert ">light<" in page
     words[words.index("here")] = "there"
     said = mistake(*words, "--model", "net.py:wrong", "-q")
-    assert "expected net.py:wrong to give logits (B, 2), one a class" in said
+    assert "expected net.py:wrong to give logits (B, 2), one per class" in said
     said = mistake(*words, "--model", "net.py:fails", "-q")
     assert "NameError" in said
     assert "own_models.py" not in said

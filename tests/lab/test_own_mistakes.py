@@ -144,7 +144,7 @@ def test_exit_fails_one_run() -> None:
 
 def test_a_task_that_forgets_its_trimmer_is_told() -> None:
     text = failing(lambda run: {"error": 0.1})
-    assert "got a run of 'trim' in which it was never called: it would be plain training by another name" in text
+    assert "got a run of 'trim' in which it was never called: that is plain training" in text
     assert [row["config"]["method"] for row in records.read("here") if row["status"] == "finished"] == ["full"]
 
 

@@ -146,7 +146,8 @@ class AutoEngine:
         if seconds < _SHORT:
             self._untimed = 0
             _log.info(
-                "engine 'auto' goes on with 'exact': a trace of this model takes at least 0.5 s, and 100 steps %.1f s; "
+                "engine 'auto' continues with 'exact': a trace of this model takes at least 0.5 s, and 100 steps %.1f "
+                "s; "
                 "engine='shared' makes it anyway",
                 300 * seconds,
             )
@@ -168,7 +169,7 @@ class AutoEngine:
         if not self.forecast.pays(_SMALLEST):
             self.saving = None
             _log.info(
-                "engine 'auto' goes on with 'exact': a trace of this model takes about %.1f s, and 100 steps %.1f s; "
+                "engine 'auto' continues with 'exact': a trace of this model takes about %.1f s, and 100 steps %.1f s; "
                 "engine='shared' makes it anyway",
                 self.forecast.trace,
                 100 * self.forecast.step,
@@ -192,7 +193,7 @@ class AutoEngine:
         _log.info("engine 'auto' runs 'shared': %.0f %% of the backward on the kept rows%s", 100 * cost.share, below)
         if cost.ratio(_SMALLEST) > 1.0:
             self.saving = None
-            _log.info("engine 'auto' goes on with 'exact': this model is too small for cutting to pay")
+            _log.info("engine 'auto' continues with 'exact': this model is too small for cutting to pay")
 
     def _judge(self, measure: Callable[[], float]) -> bool:
         """Return True if BatchNorm's backward may take its means over the kept rows in this step."""
@@ -204,7 +205,7 @@ class AutoEngine:
         near = cosine >= LEAST_COSINE
         if not self._warned or near != shared.approximate:
             self._warned = True
-            done = "goes on with the kept rows alone" if near else "is whole from the last BatchNorm on, which is exact"
+            done = "continues on the kept rows alone" if near else "is whole from the last BatchNorm on, which is exact"
             warnings.warn(
                 f"taking the means of BatchNorm's backward over the kept rows gives a gradient of cosine {cosine:.3f} "
                 f"with the exact one: backward {done}.",
@@ -222,4 +223,4 @@ class AutoEngine:
         self.saving = TwoPassEngine(forward, self.trim, approximate=False) if two_pass else None
         also = f", and {reason}" if reason else ""
         going_on = "two_pass" if two_pass else "exact"
-        warnings.warn(f"{refused}{also}. Going on with engine={going_on!r}.", EngineFallback, stacklevel=stacklevel)
+        warnings.warn(f"{refused}{also}. Continuing with engine={going_on!r}.", EngineFallback, stacklevel=stacklevel)

@@ -108,8 +108,8 @@ class CompiledStep:
         if self.failed is not None and not self._told:
             self._told = True
             warnings.warn(
-                f"Inductor does not compile the graphs of the shared engine ({self.failed}). Going on operator by "
-                "operator.",
+                f"Inductor does not compile the graphs of the shared engine ({self.failed}). They run operator "
+                "by operator.",
                 EngineFallback,
                 stacklevel=2,
             )

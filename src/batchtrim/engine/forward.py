@@ -55,7 +55,7 @@ class TrimmedForward:
         batch_dim: the dimension of the tensors in ``x`` that holds the batch; 1 for time-major inputs.
 
     Raises:
-        EngineRefused: engine "shared" cannot run this model exactly. "auto" warns once and goes on with another.
+        EngineRefused: engine "shared" cannot run this model exactly. "auto" warns once and continues with another.
 
     Notes:
         Two passes run the model's Python twice, hooks too: the second time on a smaller batch. Buffers, attributes,
