@@ -112,9 +112,7 @@ def test_sizes_and_modes_are_brought_to_one(tmp_path: Path) -> None:
     (tmp_path / "mine2" / "b").rename(tmp_path / "mine" / "b")
     found = load("mine", ImageOptions(test_split=0.3, image_size=16))
     assert found.shape == (3, 16, 16)
-    assert any(
-        "images of 10 x 30 to 40 x 20 pixels resized to 16 x 16, cropped at the centre" in n for n in found.notes
-    )
+    assert any("images of 10 x 30 to 40 x 20 pixels resized to 16 x 16, centre-cropped" in n for n in found.notes)
     found = load("mine", ImageOptions(test_split=0.3))
     assert found.shape == (3, 64, 64)
     assert any("--image-size sets another size" in note for note in found.notes)

@@ -329,7 +329,7 @@ def _resized(headers: Sequence[Header], size: tuple[int, int], options: ImageOpt
     low, high = by_area[0], by_area[-1]
     seen = f"{low[0]} x {low[1]}" + (f" to {high[0]} x {high[1]}" if len(sizes) > 1 else "")
     hint = "" if options.image_size else "; --image-size sets another size"
-    return [f"images of {seen} pixels resized to {size[0]} x {size[1]}, cropped at the centre{hint}"]
+    return [f"images of {seen} pixels resized to {size[0]} x {size[1]}, centre-cropped{hint}"]
 
 
 def _named(listing: Listing, broken: dict[int, str], what: str) -> str:
