@@ -111,7 +111,7 @@ def goes_wrong(body: str, says: str) -> None:
     assert ours == []
     assert done.stderr.count("Traceback") == ("raise" in body or "run.trim(1)" in body)
     assert [row["config"]["method"] for row in records.read("here") if row["status"] == "finished"] == ["full"]
-    assert "1 run failed; the same command tries it again" in done.stderr
+    assert "1 run failed; repeat the command to retry it" in done.stderr
 
 
 @pytest.mark.parametrize(
