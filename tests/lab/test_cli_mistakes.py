@@ -33,7 +33,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["compare", "photos"], "To train on images in it: --dataset photos"),
         (
             ["compare", "section.toml"],
-            "expected a value of `settings` in section.toml, got a table. Settings stand above",
+            "expected a value of `settings` in section.toml, got a table. Put settings above",
         ),
         (["compare", "--param", "keep_end=0.3"], "It is an option: --keep-end 0.3"),
         (["compare", "--param", "trim.keep_end=0.3"], "It is an option: --keep-end 0.3"),
@@ -125,7 +125,7 @@ def test_words_in_the_wrong_place_are_named(words: list[str], message: str) -> N
         ('methods = "full,trim"', 'to be a list in g.toml, got the text \'full,trim\'. Write ["full", "trim"].'),
         ('[[grid]]\nschedule = "step, linear"', 'Write ["step", "linear"].'),
         ('[grid]\nmodel = "cnn"', "expected a value of `grid` in g.toml, got a table. Double its brackets: [[grid]]."),
-        ("[param.small_loss]\nnoise_rate = 0.1", "got a table. Parameters stand in [params.METHOD]."),
+        ("[param.small_loss]\nnoise_rate = 0.1", "got a table. Put parameters into [params.METHOD]."),
     ],
 )
 def test_values_of_the_wrong_kind_in_toml_are_named(text: str, message: str) -> None:

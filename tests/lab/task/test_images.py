@@ -189,7 +189,7 @@ def test_non_ascii_names_and_hidden_files(tmp_path: Path) -> None:
     (root / "empty").mkdir()
     found = load("mine", ImageOptions(test_split=0.4))
     assert found.class_names == ("Äpfel 🍎", "梨")
-    assert any("1 files that are no images left out, such as notes.txt" in note for note in found.notes)
+    assert any("1 files left out that are not images, such as notes.txt" in note for note in found.notes)
     assert any("class folder without images left out: empty" in note for note in found.notes)
 
 

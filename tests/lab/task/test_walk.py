@@ -182,5 +182,5 @@ def test_a_data_folder_that_may_not_be_read_is_named(mine: Path, monkeypatch: py
 def test_images_without_endings_are_told(mine: Path) -> None:
     for number, file in enumerate(mine.rglob("*.png")):
         file.rename(file.with_name(f"image{number}"))
-    with pytest.raises(ValueError, match=r"got none\. 10 files there end otherwise than images do, such as image\d"):
+    with pytest.raises(ValueError, match=r"got none\. 10 files there have no suffix of an image, such as image\d"):
         read()
