@@ -149,7 +149,7 @@ def _gains(records: Sequence[Record]) -> list[str]:
     heads = ["problem", "seeds", "training error of plain training, %", *(f"`{name}`" for name in GAINS)]
     return [
         "## When does trimming help?", "",
-        "Difference in test error to plain training, in points (95 % interval); below zero is better. Problems are "
+        "Difference in test error from plain training, in points (95 % interval); below zero is better. Problems are "
         "ordered by the training error at the end of plain training, measured with augmentation in training mode.", "",
         f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(line for _, line in sorted(rows)), "",
     ]  # fmt: skip
