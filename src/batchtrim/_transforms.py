@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchtrim.unreduced import Losses
 
-__all__ = ["batched", "fixed_shapes", "in_backward", "outside", "plain", "settled", "transforming"]
+__all__ = ["batched", "fixed_shapes", "in_backward", "outside", "settled", "transforming", "unwrapped"]
 
 _func = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
@@ -43,7 +43,7 @@ def fixed_shapes(rule: object, scope: str, losses: Losses, scores: Tensor) -> bo
     return (batched(losses.values) or batched(scores)) and not getattr(rule, "k_follows_losses", False)
 
 
-def plain(tensor: Tensor, what: str) -> Tensor:
+def unwrapped(tensor: Tensor, what: str) -> Tensor:
     """Unwrap a tensor of torch.func's, and detach it.
 
     Raises:
@@ -71,5 +71,5 @@ def outside() -> AbstractContextManager[Any]:
 def settled(losses: Losses, scores: Tensor, what: str) -> tuple[Losses, Tensor]:
     """Unwrap losses and scores, so that a rule can choose from them."""
     parts = {name: getattr(losses, name) for name in ("values", "mask", "weights", "counts")}
-    found = {name: None if part is None else plain(part, what) for name, part in parts.items()}
-    return replace(losses, **found), plain(scores, what)
+    found = {name: None if part is None else unwrapped(part, what) for name, part in parts.items()}
+    return replace(losses, **found), unwrapped(scores, what)

@@ -24,7 +24,7 @@ from batchtrim._checks import (
     check_within,
     describe,
 )
-from batchtrim._transforms import batched, plain, transforming
+from batchtrim._transforms import batched, transforming, unwrapped
 from batchtrim.criteria import Criterion, check_values, not_its_own, same_shape
 from batchtrim.unreduced import UNITS, Losses, accumulator, flatten
 
@@ -156,7 +156,7 @@ class per_sample:
             raise not_its_own(self._criterion.name, *late[1:])
         if transforming() and batched(losses.values):
             if not self._seen[0]:  # nothing can be read here
-                plain(losses.values, f"the first check of {self._criterion.name}, whose divisor is unknown")
+                unwrapped(losses.values, f"the first check of {self._criterion.name}, whose divisor is unknown")
             return
         if losses.values.numel() == 0 or (own := own_call()) is None:
             return

@@ -16,7 +16,7 @@ from batchtrim.lab.files import in_a_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["FAILED", "INTERRUPTED", "MISTAKE", "Count", "console", "guard", "open_closed", "print_plainly"]
+__all__ = ["FAILED", "INTERRUPTED", "MISTAKE", "ProgressCount", "console", "guard", "open_closed", "print_plainly"]
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 """Exit codes: some runs failed, a mistake in the command, Ctrl-C."""
@@ -58,7 +58,7 @@ def guard(work: Callable[[], None], debug: bool) -> None:
         sys.exit(MISTAKE)
 
 
-class Count:
+class ProgressCount:
     """Report the progress of a long task on standard error: nothing at first, then an occasional line.
 
     Args:

@@ -30,7 +30,7 @@ import numpy as np
 from batchtrim._checks import import_extra
 from batchtrim.lab.task import memory
 from batchtrim.lab.task.entry import hash_of
-from batchtrim.lab.terminal import Count
+from batchtrim.lab.terminal import ProgressCount
 
 __all__ = ["BrokenImage", "Contradicted", "Decoded", "Form", "Header", "Source", "decode_all", "first_header"]
 
@@ -159,7 +159,7 @@ def decode_all(
 
     most = max(1, min(CHUNK, CHUNK_BYTES // length, n // (4 * _cores())))  # so that a few images occupy all cores too
     with file.open("r+b") as out:
-        said = Count("images decoded", n)
+        said = ProgressCount("images decoded", n)
         for images, counts in _in_threads(decode, _cut(chunks, most)):
             found.counts += counts
             said.add(images)
