@@ -62,7 +62,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         ValueError: no micro-batch.
         EngineRefused: the forward begins to write into parameters after its first window, the model holds an iterator
             (with "window"), or engine "two_pass" cannot train the window.
-        RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`; and where M differs and must not.
+        RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`; and if M differs but must not.
 
     Notes:
         "window" costs one more forward than "micro", without a graph. Engine "two_pass" then trains on the kept rows

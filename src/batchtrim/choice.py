@@ -19,7 +19,7 @@ class Choice:
         losses: (B,), detached. Under ``unit="element"`` one entry per token or pixel. Shares memory with those that
             were given, unless they had to be averaged per sample.
         selection: the kept rows of ``losses``.
-        mask: bool (B,), False where an entry does not count; None where all do.
+        mask: bool (B,), False where an entry does not count; None if all do.
 
     Example:
         >>> import torch, batchtrim

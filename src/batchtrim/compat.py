@@ -43,7 +43,7 @@ def get_adapted_loss_for_trimmed_minibatch(
 
     Source: hfassold/mbtrim, the code of arXiv 2110.13058. Faults mended here:
 
-    * 'constant' kept ``(a * b) / 2`` of the batch, a product where its comment says average: 10 of 100, not 60, with
+    * 'constant' kept ``(a * b) / 2`` of the batch, a product although its comment says average: 10 of 100, not 60, with
       a = 1.0 and b = 0.2.
     * One epoch in all divided by zero; here q = a.
     * Beyond the last epoch the line ran on below b; here it stays at b.

@@ -134,7 +134,7 @@ class Criterion:
         Raises:
             TypeError: the criterion takes other arguments, or returns no tensor.
             ValueError: the arguments would be broadcast against each other.
-            PassUnreducedLosses: the criterion averages nevertheless.
+            PassUnreducedLosses: the criterion averages anyway.
         """
         self._check_inputs(inputs)
         try:

@@ -17,7 +17,7 @@ Each call makes three collectives, which every rank enters whatever it holds:
 3. a checksum of the result, four numbers of rows, divisor and weights. Whatever differs between ranks and did not
    show in the header (a rule without a ``repr``, a lambda, the state of a rule) shows here, before a loss is returned.
 
-The third costs one more round trip of 32 bytes a rank. If a rank never arrives, the others wait for the timeout of
+The third costs one more round trip of 32 bytes per rank. If a rank never arrives, the others wait for the timeout of
 the process group, ``init_process_group(timeout=...)``.
 """
 

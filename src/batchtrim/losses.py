@@ -52,7 +52,7 @@ class per_sample:
             many tensors as it takes: ``per_sample(nn.TripletMarginLoss())(anchor, positive, negative)``.
         unit: what a trimmer chooses among: "sample" averages each sample's counted entries, (B, ...) to (B,);
             "element" keeps every pixel or token separate. The trimmer must have the same unit.
-        ignore_index: target value that does not count; by default the criterion's own, where it has one. For any
+        ignore_index: target value that does not count; by default the criterion's own, if it has one. For any
             criterion with a target for each loss: floating-point targets too.
 
     Raises:
@@ -209,7 +209,7 @@ def _check_tokens(logits: Any, labels: Any) -> None:
     if not isinstance(labels, Tensor) or labels.shape != logits.shape[:2] or labels.dtype.is_floating_point:
         raise TypeError(
             f"expected `labels` to be token ids of shape {tuple(logits.shape[:2])}, got {describe(labels)}. "
-            "Give both unshifted, with shift=True, where the logits at t predict the label at t + 1."
+            "Give both unshifted, with shift=True, if the logits at t predict the label at t + 1."
         )
 
 

@@ -127,7 +127,7 @@ def stay_excess(history: Sequence[dict[str, Any]]) -> tuple[int, float]:
 
 
 def _compares(line: dict[str, Any]) -> bool:
-    """True if an epoch has a hardest and an easiest part: not where it saw nothing, or losses are NaN."""
+    """True if an epoch has a hardest and an easiest part: not if it saw nothing, or losses are NaN."""
     return all(line.get(name) is not None for name in ("keep", "compared", "stay_hard", "stay_easy", "hard_kept"))
 
 

@@ -44,7 +44,7 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
     batch: ``L = sum_kept(w_i * l_i) / sum(w_i)``, the divisor over all candidates, and with no weights their
            number n
 
-    A ``normalizer`` or ``batch_normalizer`` of the selection, as :meth:`batchtrim.Trimmer.select` sets them where
+    A ``normalizer`` or ``batch_normalizer`` of the selection, as :meth:`batchtrim.Trimmer.select` sets them if
     losses are weighted, replaces these divisors.
 
     Args:
@@ -171,7 +171,7 @@ def reduce_mask(losses: Losses, kept: Tensor, scale: str) -> Tensor:
     """Return :func:`reduce` with fixed shapes, for torch.compile: ``sum(where(kept, losses, 0)) / divisor``.
 
     Args:
-        losses: of shape (B,). kept: bool (B,), True where kept.
+        losses: of shape (B,). kept: bool (B,), True for kept.
     """
     if losses.terms:
         return torch.stack([reduce_mask(term, kept, scale) for term in losses.terms]).sum()

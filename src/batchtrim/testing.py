@@ -98,7 +98,7 @@ class EngineReport:
             after = f", after {self.steps} right steps" if self.steps else ""
             return f"engine {self.engine!r} refuses this model{after}: {self.refused}"
         if self.failed is not None:
-            return f"engine {self.engine!r} fails where a plain step trains: {self.failed}"
+            return f"engine {self.engine!r} fails although a plain step trains: {self.failed}"
         note = " (BatchNorm couples samples: no cheap gradient is exact)" if self.batch_norm else ""
         gradient = f"relative error {self.gradient_error:.1e}, cosine {self.gradient_cosine:.4f}"
         worst = f"{self.parameter}, relative error {self.parameter_error:.1e}"

@@ -1,4 +1,4 @@
-"""Engines: how a trimmed step is computed. All give the same samples and, where they can, the same gradient.
+"""Engines: how a trimmed step is computed. All keep the same samples and, if they can, give the same gradient.
 
 =========  ================================  ===========  ==========================================================
 engine     how                               cost/plain   exact where
@@ -6,7 +6,7 @@ engine     how                               cost/plain   exact where
 exact      full graph, mean of the kept      1            always: it defines what is right
 two_pass   forward without a graph, then     (1 + 3q)/3   samples do not interact; dropout is drawn anew, BatchNorm
            forward and backward on the kept               normalises the kept by their own statistics
-shared     one forward, backward on kept     (1 + 2q)/3   always, where it runs; rows that meet cost more;
+shared     one forward, backward on kept     (1 + 2q)/3   always, if it runs; rows that interact cost more;
                                                           BatchNorm by the kept rows' means in backward
 auto       shared, two_pass or exact         at most 1    as the engine it picks
 =========  ================================  ===========  ==========================================================

@@ -24,7 +24,7 @@ __all__ = ["Cost", "Forecast", "Machine", "OperatorCount", "cost_of", "hinted_si
 
 @dataclass(frozen=True)
 class Machine:
-    """Operations a second, bytes a second, seconds to start an operator."""
+    """Operations per second, bytes per second, seconds to start an operator."""
 
     flops: float
     bytes: float

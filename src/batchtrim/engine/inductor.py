@@ -53,7 +53,7 @@ class CannotCompile(Exception):
 
 
 def inductor_of(model: nn.Module) -> Inductor | None:
-    """Return Inductor with the user's options, where the model or a part of it is compiled by it; else None."""
+    """Return Inductor with the user's options if it compiles the model or a part of it; else None."""
     settings = getattr(compiled_part(model), "get_compiler_config", lambda: None)()
     return None if settings is None else Inductor.of(settings)
 

@@ -3,7 +3,7 @@
 There are two walks. :func:`label` follows rows through the forward part of a joint graph and notes in every node where
 they lie. :func:`prove` walks the backward graph, which is to run on kept rows, and decides for every node whether it
 may. The proof holds even if a label of the forward is wrong: saved tensors are cut along their labels, whatever they
-are, and every operator of the backward must then agree with them. So the forward may mix rows where no gradient
+are, and every operator of the backward must then agree with them. So the forward may mix rows if no gradient
 follows.
 """
 

@@ -209,9 +209,9 @@ _COPIES = {
     "_to_copy", "convert_element_type", "clone", "alias", "detach", "view", "_unsafe_view", "reshape", "permute",
     "transpose", "t", "unsqueeze", "squeeze", "expand", "lift_fresh_copy", "_reshape_alias",
 }  # fmt: skip
-# zero where one of the operands is
+# zero if one of the operands is
 _PRODUCTS = {"mul", "logical_and", "bitwise_and"}
-# zero where the first operand is
+# zero if the first operand is
 _ZERO_WHERE_FIRST_IS = {
     "div", "pow", "native_dropout_backward", "threshold_backward", "fmod", "remainder", "_prelu_kernel",
 }  # fmt: skip

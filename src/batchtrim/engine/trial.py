@@ -98,7 +98,7 @@ class _Side:
         return {name: p.detach().clone() for name, p in held if not nn.parameter.is_lazy(p)}
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return each parameter's gradient, zeros where it has none."""
+        """Return each parameter's gradient, zeros if it has none."""
         return {
             name: (torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad)
             .detach()

@@ -42,7 +42,7 @@ def check_used(module: Any, attribute: str, trim: Trimmer | None, keep_log: Keep
         warnings.warn(
             f"{name}.training_step has not called self.{attribute} in a whole epoch: it trains on everything. "
             f"Return self.{attribute}(losses) of un-reduced losses, or leave the module as it is and use "
-            "TrimmingCallback(intercept=True). (Ignore this where a compiled step calls it: that leaves no trace.)",
+            "TrimmingCallback(intercept=True). (Ignore this if a compiled step calls it, which leaves no trace.)",
             stacklevel=2,
         )
     if keep_log is not None and not keep_log.steps:

@@ -17,9 +17,9 @@ __all__ = ["LightningClock"]
 class LightningClock:
     """Lightning's progress, counted in epochs or steps.
 
-    Under automatic optimization a step is an optimizer's. Under manual optimization, where several may step in a batch
-    and ``trainer.global_step`` counts them all, training batches are counted instead; with ``max_steps``,
-    :class:`StepLimit` computes the progress.
+    Under automatic optimization a step is an optimizer step. Under manual optimization, several optimizers may step in
+    one batch, and ``trainer.global_step`` counts all of their steps, so training batches are counted instead; with
+    ``max_steps``, :class:`StepLimit` computes the progress.
 
     Args:
         unit: "epoch" or "step"; None leaves it to the trainer.

@@ -67,7 +67,7 @@ class Interception:
             return None
         except NotFound as reason:
             raise NotFound(
-                f"expected a training_step whose loss is made of one loss a sample, got one where {reason}. "
+                f"expected a training_step whose loss is made of one loss per sample, got one where {reason}. "
                 "Call self.trim(losses) in it, without `intercept`."
             ) from reason
         loss = trim(found.losses, rank_by=found.scores)

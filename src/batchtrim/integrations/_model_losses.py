@@ -65,7 +65,7 @@ class ModelLosses:
             return self.finder(lambda: eager(**inputs), loss_of, len(labels[0]), labels)
         except NotFound as reason:
             raise NotFound(
-                f"expected a model whose loss is made of one loss a sample, got {self.name(model)}: "
+                f"expected a model whose loss is made of one loss per sample, got {self.name(model)}: "
                 f"{reason}. Pass per_sample_loss=(outputs, labels) -> un-reduced losses."
             ) from reason
 

@@ -1,7 +1,7 @@
 """Selection rules: which samples of a batch are kept.
 
 A rule is a callable ``rule(losses, keep, generator=None) -> Selection``: it reads a vector of detached losses and a
-keep fraction and returns rows and, where the rule has them, weights. Rules are small objects that pickle and print as
+keep fraction and returns rows and, if the rule has them, weights. Rules are small objects that pickle and print as
 typed. No gradient flows through the selection.
 
 Legend: n samples to choose from, k kept. Ties: of equal losses the lower index counts as harder, so results

@@ -201,7 +201,7 @@ class loss_mass:
         """Return the rows of the largest losses that hold the share, without a full sort. None if one is not finite.
 
         The sum is taken bin by bin from the top. Only the bin in which it reaches the share is resolved further: in
-        finer bins while it holds many, sorted where it holds few.
+        finer bins while it holds many, sorted if it holds few.
         """
         values = losses.double()
         low, high = (float(end) for end in values.aminmax())

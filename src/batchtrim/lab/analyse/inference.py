@@ -26,7 +26,7 @@ NO_SPREAD = 1e-12
 
 @dataclass(frozen=True)
 class Moments:
-    """The mean of some values and its precision; None where n is too small.
+    """The mean of some values and its precision; None if n is too small.
 
     Attributes:
         n: number of values; ``std``: with n - 1. ``t``: 95 % interval of the mean from Student's t. ``bootstrap``: 95 %

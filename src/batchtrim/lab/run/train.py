@@ -327,7 +327,7 @@ def run(
 
     Args:
         config: what to run.
-        data_dir: where data sets lie, see :func:`batchtrim.lab.task.data.load`.
+        data_dir: the folder of data sets, see :func:`batchtrim.lab.task.data.load`.
         checkpoint: a file to resume from, if it exists, and to save to between epochs; the caller removes it.
         checkpoint_seconds: the minimum time between two checkpoints.
         on_epoch: called after every epoch. on_batch: called after the first batch, and about twice a second from then.

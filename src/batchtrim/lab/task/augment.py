@@ -26,7 +26,7 @@ class Batches:
         mean: per channel, in [0, 255]; ``std`` likewise.
         augment: one of ``AUGMENTS``.
         seed: of the random numbers.
-        device: where the images are kept and the batches made.
+        device: holds the images and the batches.
     """
 
     def __init__(

@@ -213,7 +213,7 @@ def _sides(listing: Listing, labels: np.ndarray, options: ImageOptions) -> tuple
     if options.test_split is None:
         raise ValueError(
             f"expected a test split in {listing.where}, got images without one. Set some aside: --test-split 0.2, "
-            "and --group where images belong together."
+            "and --group if images belong together."
         )
     sides = split_rows(labels, options.test_split, options.split_seed, listing.groups)
     groups = "" if listing.groups is None else f", in {len(set(listing.groups))} groups that stay whole"
