@@ -28,7 +28,7 @@ __all__ = ["AutoEngine"]
 
 _log = logging.getLogger("batchtrim.engine")
 
-# A trace that does not pay at this keep fraction pays at none.
+# A trace that does not pay at this keep fraction never pays.
 _SMALLEST = 0.1
 # A trace takes half a second at least. Steps of less than 8 ms do not pay that back within 100 steps, however little is
 # kept. So ``auto`` gives a model up at once whose forward is shorter than _SHORT on a CPU. A forward that takes longer,
@@ -38,7 +38,7 @@ _JUDGE_EVERY = 300  # steps between two measurements of what BatchNorm's approxi
 
 
 class AutoEngine:
-    """Run "shared" where it pays, "two_pass" for compiled models that cannot be traced, and else "exact".
+    """Run "shared" if it pays, "two_pass" for compiled models that cannot be traced, otherwise "exact".
 
     The keep fraction and a count of operations and bytes decide what pays. No clock does, so that runs repeat. The
     first step that might pay runs with "exact" and is counted. A trace takes about a second; it is made as soon as 100
@@ -49,16 +49,16 @@ class AutoEngine:
     """
 
     name = "auto"
-    forecast: Forecast | None = None  # costs of a trace and of a step; None until a step was counted
+    forecast: Forecast | None = None  # costs of a trace and of a step; None until a step has been counted
 
     def __init__(self, forward: Forward, trim: Trimmer) -> None:
         self.trim = trim
         self.exact = ExactEngine(forward, trim)
-        self.saving: Engine | None = None  # cuts rows; None until one is made, and where none pays
+        self.saving: Engine | None = None  # the engine that cuts rows; None until it is made, or if none pays
         self._judged = 0
         self._told = False
         self._warned = False
-        self._untimed = _TIMED  # how many steps may still be timed
+        self._untimed = _TIMED  # how many more steps may be timed
         compiled = compiled_part(forward.model) is not None
         if compiled or self.forecast is not None or device_of(forward.model).type != "cpu":
             self._prepare(compiled, stacklevel=5)
@@ -73,7 +73,7 @@ class AutoEngine:
             self.saving = shared = SharedEngine(self.exact.forward, self.trim)
             shared.judge = self._judge
             if compiled:
-                self.forecast = Forecast(math.inf, 0.0)  # a trace costs nothing beside the compilation
+                self.forecast = Forecast(math.inf, 0.0)  # beside the compilation, a trace costs nothing
         except EngineRefused as refused:
             self._hand_on(refused, stacklevel)
 
@@ -94,7 +94,7 @@ class AutoEngine:
             if not self._told and self.saving.traces:
                 self._tell()
             return step
-        # Run it here and not in the handler: the error holds the model's frames, and with them hooks of checkpointing.
+        # Run it here, not in the handler: the error holds the model's frames, and with them hooks of checkpointing.
         step = self.exact(x, y, refused.selection if selection is None else selection)
         self._hand_on(refused, stacklevel=4)
         return step
@@ -112,7 +112,7 @@ class AutoEngine:
         return self.running.pays_below
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
-        """Return the loss, with a graph, of rows that were chosen before."""
+        """Return the loss, with a graph, of rows chosen earlier."""
         refused: EngineRefused | None = None
         if self.saving is not None and not self.saving.repeats_forward and self.pays(x, y):
             try:
@@ -178,11 +178,11 @@ class AutoEngine:
 
     @property
     def running(self) -> Engine:
-        """The engine that runs a step where cutting pays."""
+        """The engine that runs a step if cutting pays."""
         return self.exact if self.saving is None else self.saving
 
     def _tell(self) -> None:
-        """Say once what runs and why; give up for good what never pays."""
+        """Log once what runs and why; give up for good if cutting never pays."""
         shared: Any = self.saving
         if shared.trace is None:
             return
@@ -215,7 +215,7 @@ class AutoEngine:
         return near
 
     def _hand_on(self, refused: EngineRefused, stacklevel: int) -> None:
-        """Go on with another engine for good, and warn once, at the user's line."""
+        """Switch to another engine for good, and warn once, at the user's line."""
         forward = self.exact.forward
         compiled = self.trim.unit == "sample" and compiled_part(forward.model) is not None
         reason = redrawn(forward) if compiled else None
