@@ -1,4 +1,4 @@
-"""A training loop of your own: one line makes the trimmer, one changes, one steps its clock."""
+"""Your own training loop: one line makes the trimmer, one line changes, and one steps the trimmer's clock."""
 
 import torch
 import torch.nn.functional as F

@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 2 examples/02_ddp.py
 
 scope="global" keeps what one process with the joined batch would keep. With the default, "local", each rank trims its
-own part: no communication, another choice.
+own part: that needs no communication, but keeps other samples.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Sharded parameters (FSDP2): nothing else changes against DDP. Start it with
+"""Sharded parameters (FSDP2): otherwise the same as DDP. Start it with
 
 torchrun --nproc-per-node 2 examples/03_fsdp2.py
 """

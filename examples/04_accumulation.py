@@ -1,4 +1,4 @@
-"""Gradient accumulation: trim all micro-batches of a step as one large batch, under a gradient scaler too."""
+"""Gradient accumulation: trim all micro-batches of a step as one large batch, here with a gradient scaler."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Lightning: a callback, and self.trim in place of the mean. The engine in training_step saves backward as well."""
+"""Lightning: add a callback, and call self.trim in place of the mean. An engine in training_step saves time as well."""
 
 import lightning.pytorch as pl
 import torch
@@ -29,7 +29,7 @@ class Digits(pl.LightningModule):
 
 
 class FasterDigits(Digits):
-    """The same step from an engine that runs backward on the kept rows alone."""
+    """The same step with an engine, which runs backward on the kept rows only."""
 
     def on_train_start(self) -> None:
         self.step = batchtrim.TrimmedForward(self.model, nn.CrossEntropyLoss(), self.trim)

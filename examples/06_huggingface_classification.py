@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: another class and a schedule. Accumulation and several ranks are scaled right by themselves."""
+"""Hugging Face Trainer: change the class and pass a schedule. Accumulation and several ranks are scaled correctly."""
 
 import tempfile
 

@@ -1,4 +1,4 @@
-"""A causal language model trained on its hardest tokens. Padding takes no part; the model is not patched."""
+"""Train a causal language model on its hardest tokens. Padding is ignored; the model is not patched."""
 
 import tempfile
 

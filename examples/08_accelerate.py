@@ -1,4 +1,4 @@
-"""Accelerate: the plain loop; register() puts the trimmer in the checkpoint."""
+"""Accelerate: the plain loop, with register() to put the trimmer into the checkpoint."""
 
 import tempfile
 

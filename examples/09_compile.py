@@ -1,4 +1,4 @@
-"""torch.compile: the whole loss side is one graph, which a changing keep fraction does not compile again."""
+"""torch.compile: model, loss and trimmer are one graph, and a changing keep fraction does not recompile it."""
 
 import torch
 import torch.nn.functional as F

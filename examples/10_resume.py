@@ -2,8 +2,8 @@
 
 python examples/10_resume.py FOLDER
 
-What counts is saved after every step, in one file that is replaced in one move: model, optimizer, trimmer (clock,
-generator, statistics) and torch's generator, which dropout draws from. The order of the data follows from the epoch.
+The state is saved after every step, in one file that is replaced atomically: model, optimizer, trimmer (clock,
+generator, statistics) and torch's generator, which dropout draws from. The order of the data depends on the epoch only.
 """
 
 import os

@@ -18,7 +18,7 @@ def main(epochs: int = 10, rows: int | None = None) -> float:
         nn.Dropout(0.1), nn.Flatten(), nn.Linear(64 * 16, 10),
     )  # fmt: skip
     data = digits(rows=rows)
-    report = check_engine(model, data[:64], nn.CrossEntropyLoss(), engine="shared", keep=0.4)  # prints what it finds
+    report = check_engine(model, data[:64], nn.CrossEntropyLoss(), engine="shared", keep=0.4)  # prints its findings
     assert report.ok
 
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)

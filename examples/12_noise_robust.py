@@ -1,4 +1,4 @@
-"""Wrong labels: the hardest samples are where they gather. Leave those out, and look at who they are."""
+"""Wrong labels concentrate among the hardest samples: leave these out, and list the most suspect labels."""
 
 import warnings
 
@@ -19,7 +19,7 @@ def train(x: Tensor, y: Tensor, select: Rule, epochs: int) -> tuple[nn.Module, b
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     log = batchtrim.KeepLog(len(x), classes=10)
-    trim = batchtrim.Trimmer(batchtrim.linear(1.0, 0.2), total=epochs, select=select)  # select: what differs
+    trim = batchtrim.Trimmer(batchtrim.linear(1.0, 0.2), total=epochs, select=select)  # select: the only difference
     for _ in range(epochs):
         for ids in torch.randperm(len(x)).split(64):
             outputs = model(x[ids])
@@ -51,7 +51,7 @@ def main(epochs: int = 20) -> float:
         print(f"{select}: test accuracy {reached[-1]:.3f}, wrong labels {part:.0%} of the kept, {WRONG:.0%} of all")
         for warning in caught:
             print(f"  {warning.category.__name__}: {warning.message}")
-        # A label's score is its keep rate times its mean loss, and between() seldom keeps what it is to leave out:
+        # A label's score is its keep rate times its mean loss, and between() seldom keeps those it leaves out:
         # look for wrong labels in the run that keeps the hardest.
         ids, _ = batchtrim.suspects(log, top=int(wrong.sum()))
         print(f"  of the {len(ids)} most suspect labels {wrong[ids].float().mean():.0%} are wrong")

@@ -1,4 +1,4 @@
-"""Pixels: train on the hardest of them. Ignored pixels count neither in the ranking nor in how many are kept."""
+"""Train on the hardest pixels. Ignored pixels count neither in the ranking nor in the number kept."""
 
 import torch
 from torch import Tensor, nn

@@ -1,8 +1,8 @@
-"""Compare on images of your own, with a network of your own: a folder of class folders, images of several sizes.
+"""Compare on your own images with your own network: a folder of class folders, with images of several sizes.
 
     python examples/15_own_images.py [--epochs 6] [--seeds 3]
 
-Draws shapes into a folder, as many images a class, several of each "clip", and types the command for it.
+It draws shapes into a folder, the same number per class and several per "clip", and runs the command for them.
 """
 
 import random
@@ -15,7 +15,7 @@ from torch import nn
 from _data import command_line
 from batchtrim.lab import cli, records
 
-CLIP = 4  # images of one clip look alike: they have to stay on one side of the split
+CLIP = 4  # images of one clip look similar, so they have to stay on one side of the split
 
 
 def build(shape: tuple[int, int, int], classes: int) -> nn.Module:

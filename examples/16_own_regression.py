@@ -1,4 +1,4 @@
-"""Compare on a training function of your own: a table, a small network, and rmse in place of an error.
+"""Compare with your own training function: a table, a small network, and rmse as the metric.
 
 batchtrim compare --task examples/16_own_regression.py:train --metric rmse --methods full,trim,random --epochs 30
 """
@@ -13,7 +13,7 @@ from batchtrim.lab import Run, compare
 
 
 def table() -> tuple[Tensor, Tensor]:
-    """Return 442 patients: ten numbers each, and how far their diabetes went in a year, in standard deviations."""
+    """Return 442 patients: ten numbers each, and the progress of their diabetes in a year, in standard deviations."""
     found = load_diabetes()
     x, y = torch.tensor(found.data, dtype=torch.float32), torch.tensor(found.target, dtype=torch.float32)
     return x / x.std(0), (y - y.mean()) / y.std()

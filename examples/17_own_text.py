@@ -1,4 +1,4 @@
-"""Compare with the trainer you have: a small transformer that tells TREC's six kinds of questions apart.
+"""Compare with your own trainer: a small transformer that classifies TREC's six kinds of questions.
 
     batchtrim compare --task examples/17_own_text.py:train --methods full,trim,random,two_sided --epochs 6 --seeds 5
 

@@ -1,9 +1,9 @@
-"""Search schedules with Optuna on the function that methods are compared with.
+"""Search schedules with Optuna, with the same training function as in a comparison.
 
     python examples/18_optuna.py [--trials 20]
 
-A search sees the test set many times, so what it finds looks better than it is: search on seeds of their own, then
-compare the one schedule that was found with plain training on fresh seeds, as the last lines do.
+A search sees the test set many times, so its best result looks better than it is. Search on separate seeds, then
+compare the schedule found with plain training on fresh seeds, as the last lines do.
 """
 
 import runpy

@@ -61,7 +61,7 @@ def questions(train: bool = True, rows: int | None = None, length: int = 16) -> 
 
 
 def command_line(main: Callable[..., Any]) -> None:
-    """Call ``main`` with what was typed: ``--NAME VALUE`` for each number or word it has a default for."""
+    """Call ``main`` with the options typed: ``--NAME VALUE`` for each of its parameters that has a default."""
     parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules["__main__"]))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for name, parameter in inspect.signature(main).parameters.items():

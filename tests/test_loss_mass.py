@@ -237,7 +237,7 @@ def test_the_control_draws_as_many() -> None:
     assert repr(uniform()) == "uniform()"
     with pytest.raises(TypeError, match="expected `like` to be a selection rule"):
         uniform(like=loss_mass)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected `like` to be a rule without a memory, got percentile"):
+    with pytest.raises(ValueError, match="expected `like` to be a rule without state, got percentile"):
         uniform(like=batchtrim.percentile())
 
 

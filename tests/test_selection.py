@@ -185,7 +185,7 @@ def test_rules_pickle_and_compare(rule: object) -> None:
 
 
 def test_wrong_parameters() -> None:
-    with pytest.raises(ValueError, match=r"expected `skip` in \[0, 1\), got 10\. It is the part of the batch"):
+    with pytest.raises(ValueError, match=r"expected `skip` in \[0, 1\), got 10\. It is the fraction of the batch"):
         between(10)
     with pytest.raises(ValueError, match="expected `beta` to be at least 0"):
         percentile(-1)

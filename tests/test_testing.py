@@ -184,7 +184,7 @@ def test_an_engine_that_raises_where_a_plain_step_trains(monkeypatch: pytest.Mon
     report = planted(monkeypatch, fails)
     assert report.failed == "RuntimeError: out of luck"
     assert report.verdict == "wrong"
-    assert "fails where a plain step trains: RuntimeError: out of luck" in str(report)
+    assert "fails although a plain step trains: RuntimeError: out of luck" in str(report)
 
 
 def test_two_pass_with_dropout_says_that_it_is_approximate() -> None:

@@ -1,6 +1,6 @@
 """Mini-batch trimming for PyTorch: spend training on the samples that still teach something.
 
-In the loop you have, two lines change::
+Make a trimmer, call it in place of the mean of the losses, and step it once an epoch::
 
     trim = batchtrim.Trimmer(batchtrim.linear(1.0, 0.2), total=epochs)
     ...
@@ -14,7 +14,7 @@ Schedules say how much to keep, selection rules say which, a :class:`Trimmer` pu
 Importing the package is quick: torch and a name's module are imported when the name is first used.
 """
 
-TYPE_CHECKING = False  # as of typing, whose import takes longer than all of this file
+TYPE_CHECKING = False  # stands for typing.TYPE_CHECKING: importing typing takes longer than all of this file
 if TYPE_CHECKING:  # for editors and type checkers; _HOMES says the same to Python
     from batchtrim import errors as errors
     from batchtrim import keeplog as keeplog
@@ -96,7 +96,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name or a module when it is first used, and keep it."""
+    """Import a public name or a module when it is first used, and cache it."""
     import importlib.util
 
     from batchtrim._deprecated import MOVED, moved
@@ -117,6 +117,6 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """Return what a reader looks for: the public names, and the modules that hold more of them."""
+    """Return the public names, and the modules that hold further ones."""
     modules = ("compat", "errors", "integrations", "keeplog", "lab", "schedules", "selection", "testing")
     return sorted([*__all__, *modules, "__version__"])

@@ -15,7 +15,7 @@ EARLY = "\nstopped before anything had begun"
 
 
 def main() -> None:
-    """Run the command line; without the lab extra, one line says how to get it."""
+    """Run the command line; without the lab extra, print one line that says how to install it."""
     listening = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in a background job
     try:
         if listening:
@@ -29,12 +29,12 @@ def main() -> None:
         print(EARLY, file=sys.stderr)
         sys.exit(INTERRUPTED)
     finally:
-        if listening:  # the interpreter's own end shows a traceback too
+        if listening:  # Ctrl-C while the interpreter exits shows a traceback too
             signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
 
 
 def _print_all(command: Callable[[], None]) -> None:
-    """Call ``command`` and print the last of its output; say so in a line if that is impossible, as on a full disk."""
+    """Call ``command`` and flush its output; if that fails, as on a full disk, say so in one line."""
     code: str | int | None = None
     try:
         try:
@@ -44,15 +44,15 @@ def _print_all(command: Callable[[], None]) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's own end would fail on it once more
-        if not code and not isinstance(error, BrokenPipeError):  # an error has been told; a reader that left wants none
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter would fail again at exit
+        if not code and not isinstance(error, BrokenPipeError):  # else it was printed, or nobody reads
             print(f"error: cannot print ({error.strerror or error}).", file=sys.stderr)
         code = code or MISTAKE
     sys.exit(code)
 
 
 def _check_current_folder() -> None:
-    """Exit with a line if the current folder is gone: libraries end the process with a line that is no help."""
+    """Exit with one line if the current folder is gone: the messages that libraries print then do not help."""
     try:
         os.getcwd()
     except OSError as error:
@@ -62,7 +62,7 @@ def _check_current_folder() -> None:
 
 
 def _load(listening: bool) -> Callable[[], None]:
-    """Import the lab's command line; torch, whose import takes seconds, follows when a command's work begins."""
+    """Import the lab's command line. torch takes seconds to import, so it follows only when a command's work begins."""
 
     def before_work() -> None:
         with _missing_library_named():
@@ -84,7 +84,7 @@ def _missing_library_named() -> Iterator[None]:
         yield
     except ImportError as error:
         root = (error.name or "").partition(".")[0]
-        if root in ("", "batchtrim"):  # a fault of this package, and no missing library
+        if root in ("", "batchtrim"):  # a fault of this package, not a missing library
             raise
         from batchtrim.errors import install_hint  # needs no library
 
@@ -94,7 +94,7 @@ def _missing_library_named() -> Iterator[None]:
 
 
 def _leave_early(*_: object) -> None:
-    """Leave at once: a KeyboardInterrupt inside a library's import may be lost, or be shown as an error of its own."""
+    """Exit at once: a KeyboardInterrupt inside a library's import may be swallowed, or shown as another error."""
     try:
         os.write(2, f"{EARLY}\n".encode())
     finally:

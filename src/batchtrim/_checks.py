@@ -2,7 +2,7 @@
 
 Every message reads ``expected <argument> <what was required>, got <what arrived>. <likeliest cause or cure>``.
 Checks read shapes, dtypes and Python values, never the contents of a tensor: that would force a device sync.
-torch is imported where a tensor is checked: the help of the command line, which needs none, is quick without it.
+torch is imported only when a tensor is checked, so that the help of the command line is quick.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def describe(value: object) -> str:
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:
-    torch = sys.modules.get("torch")  # without it there is no tensor
+    torch = sys.modules.get("torch")  # if torch is not imported, there is no tensor
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def plain(value: Any) -> Any:
     """Return a NumPy number, or an array or tensor of one entry, as a Python number; anything else unchanged."""
     if hasattr(value, "item"):
-        with contextlib.suppress(ValueError, RuntimeError, TypeError):  # of several entries
+        with contextlib.suppress(ValueError, RuntimeError, TypeError):  # it has several entries
             return value.item()
     return value
 
@@ -90,7 +90,7 @@ def check_fraction(name: str, value: Any, hint: str = "") -> float:
 
 
 def check_part(name: str, value: Any, hint: str = "") -> float:
-    """Check a part of a whole, in [0, 1]."""
+    """Check a fraction in [0, 1]."""
     value = check_number(name, value, hint)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"expected `{name}` in [0, 1], got {_shown(value)}.{_space(hint)}")
@@ -105,7 +105,7 @@ def check_ordered(low_name: str, low: float, high_name: str, high: float) -> Non
 
 
 def check_not_below(name: str, low: float, limit: float, rounding: float, user: str) -> None:
-    """Check the smallest of some values against a lower limit, give or take ``rounding``; NaN passes."""
+    """Check the smallest of some values against a lower limit, up to ``rounding``; NaN passes."""
     if low < limit - rounding:
         offset = " Is `offset` larger than the loss's own floor?" if limit else ""
         raise ValueError(
@@ -122,7 +122,7 @@ def check_rule(name: str, value: Any) -> None:
 
 
 def check_criterion(name: str, value: Any) -> None:
-    """Check a loss to call: an instance, not its class, nor a functools.partial of one."""
+    """Check a callable loss: an instance, not its class, nor a functools.partial of the class."""
     if not callable(value):
         raise TypeError(f"expected `{name}` to be callable, got {describe(value)}.")
     made = value.func if isinstance(value, functools.partial) else value
@@ -141,14 +141,14 @@ def check_stateless(name: str, rule: object) -> None:
     """Check that a rule has no state: a rule inside another is not part of a trimmer's state."""
     if hasattr(rule, "state_dict"):
         raise ValueError(
-            f"expected `{name}` to be a rule without a memory, got {describe(rule)}. It would be lost on resume."
+            f"expected `{name}` to be a rule without state, got {describe(rule)}. Its state would be lost on resume."
         )
 
 
 def check_progress(name: str, value: Any) -> float:
     value = check_number(name, value)
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"expected `{name}` in [0, 1], got {_shown(value)}. Progress is the part of training done.")
+        raise ValueError(f"expected `{name}` in [0, 1], got {_shown(value)}. Progress is the share of training done.")
     return value
 
 
@@ -191,7 +191,8 @@ def check_schedule_output(schedule: object, at: str, value: Any) -> float:
     if not is_number(value) or not 0.0 < value <= 1.0:
         raise ScheduleOutOfRange(
             f"expected the keep schedule to return a fraction in (0, 1], got {describe(value)} at {at} "
-            f"from {describe(schedule)}. It is asked with a number in [0, 1] and returns the part of the batch to keep."
+            f"from {describe(schedule)}. It is called with a number in [0, 1] and returns the fraction of the batch "
+            "to keep."
         )
     return float(value)
 
@@ -215,7 +216,7 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
     if losses.layout is not torch.strided or losses.is_nested:
         raise TypeError(
             f"expected `{name}` to be dense, got {'a nested tensor' if losses.is_nested else losses.layout}. "
-            "Make it dense (to_dense(), to_padded_tensor(0.0)) and leave out what is none with mask=."
+            "Make it dense (to_dense(), to_padded_tensor(0.0)) and mask the entries that are padding with mask=."
         )
     if losses.numel() == 0 and not allow_empty:
         raise ValueError(
@@ -266,12 +267,12 @@ def import_extra(module: str, extra: str, wanted_by: str) -> ModuleType:
     except ImportError as error:
         root = module.partition(".")[0]
         if error.name is not None and error.name.partition(".")[0] != root:
-            raise  # the library is there but broken: its own message says more than ours would
+            raise  # the library is installed but broken: its own message says more than ours would
         raise InstallExtra(f"{wanted_by} needs `{root}`, which is not installed. {install_hint(extra)}") from error
 
 
 def _shown(value: float) -> str:
-    """Return a number in a few figures if that loses nothing, else in full: 1.0000001 is not 1."""
+    """Return a number in a few digits if that loses nothing, otherwise in full: 1.0000001 is not 1."""
     return f"{value:g}" if float(f"{value:g}") == value or value != value else repr(value)
 
 

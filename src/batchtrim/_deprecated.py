@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 _RECORD = "call `log.record(trim.last, ids=ids, outputs=outputs, labels=labels)` after `trim(losses)`"
 
-# Names that said nothing by themselves, and the modules that now hold them.
+# Names that were too vague at the top level, and the modules that now hold them.
 MOVED = {"above": "batchtrim.selection", "join": "batchtrim.schedules", "step": "batchtrim.schedules"}
 
 

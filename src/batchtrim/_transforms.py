@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchtrim.unreduced import Losses
 
-__all__ = ["batched", "fixed_shapes", "in_backward", "outside", "plain", "settled", "transforming"]
+__all__ = ["batched", "fixed_shapes", "in_backward", "outside", "settled", "transforming", "unwrapped"]
 
 _func = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
@@ -32,9 +32,9 @@ def batched(tensor: Tensor | None) -> bool:
 
 
 def fixed_shapes(rule: object, scope: str, losses: Losses, scores: Tensor) -> bool:
-    """True if the choice needs fixed shapes and the rule has such a form: in a compiled function, and under torch.vmap.
+    """True if the choice needs fixed shapes (in a compiled function, under torch.vmap) and the rule has such a form.
 
-    Under torch.vmap, not for a rule whose k depends on the losses: it has to check their values.
+    Under torch.vmap, a rule whose k depends on the losses has none: it has to check their values.
     """
     if scope != "local" or not hasattr(rule, "compiled_mask"):
         return False
@@ -43,7 +43,7 @@ def fixed_shapes(rule: object, scope: str, losses: Losses, scores: Tensor) -> bo
     return (batched(losses.values) or batched(scores)) and not getattr(rule, "k_follows_losses", False)
 
 
-def plain(tensor: Tensor, what: str) -> Tensor:
+def unwrapped(tensor: Tensor, what: str) -> Tensor:
     """Unwrap a tensor of torch.func's, and detach it.
 
     Raises:
@@ -51,7 +51,7 @@ def plain(tensor: Tensor, what: str) -> Tensor:
     """
     if batched(tensor):
         raise TypeError(
-            f"expected losses of one batch for {what}, got those of many, inside of torch.vmap. There "
+            f"expected losses of one batch for {what}, got those of many, inside torch.vmap. There "
             "trim(losses) works for the rules hardest and between with scope='local'; otherwise return the "
             "un-reduced losses from the mapped function, and call the trimmer on each batch of them."
         )
@@ -62,7 +62,7 @@ def plain(tensor: Tensor, what: str) -> Tensor:
 
 
 def outside() -> AbstractContextManager[Any]:
-    """Suspend the transforms: inside the block results of plain tensors are plain, and random numbers can be drawn."""
+    """Suspend the transforms: inside the block, plain tensors give plain results, and random numbers can be drawn."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     return temporarily_clear_interpreter_stack()
@@ -71,5 +71,5 @@ def outside() -> AbstractContextManager[Any]:
 def settled(losses: Losses, scores: Tensor, what: str) -> tuple[Losses, Tensor]:
     """Unwrap losses and scores, so that a rule can choose from them."""
     parts = {name: getattr(losses, name) for name in ("values", "mask", "weights", "counts")}
-    found = {name: None if part is None else plain(part, what) for name, part in parts.items()}
-    return replace(losses, **found), plain(scores, what)
+    found = {name: None if part is None else unwrapped(part, what) for name, part in parts.items()}
+    return replace(losses, **found), unwrapped(scores, what)

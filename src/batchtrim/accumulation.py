@@ -43,9 +43,9 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
             loss.backward()
         optimizer.step()
 
-    window: ``L = (1/k) * sum of the k largest of all N losses``, k = keep_count(keep, N). What one large batch would
-            give. A first pass without a graph stores the losses of every micro-batch, then all is chosen at once.
-    micro:  ``L = sum_m (n_m / N) * L_m``, each micro-batch trimmed by itself. Equal ones: the mean of L_m.
+    window: ``L = (1/k) * sum of the k largest of all N losses``, k = keep_count(keep, N). This is what one large batch
+            would give. A first pass without a graph computes all losses, then one choice is made from them.
+    micro:  ``L = sum_m (n_m / N) * L_m``, each micro-batch trimmed by itself. With equal sizes: the mean of L_m.
 
     The losses add up to L; do not divide them by M. In a trainer that divides (Accelerate, Lightning), set accumulation
     to 1. In DistributedDataParallel gradients are exchanged with the last micro-batch only.
@@ -62,7 +62,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         ValueError: no micro-batch.
         EngineRefused: the forward begins to write into parameters after its first window, the model holds an iterator
             (with "window"), or engine "two_pass" cannot train the window.
-        RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`; and where M differs and must not.
+        RanksDisagree: with ``scope="global"``, see :mod:`batchtrim.distributed`; and if M differs but must not.
 
     Notes:
         "window" costs one more forward than "micro", without a graph. Engine "two_pass" then trains on the kept rows
@@ -80,7 +80,8 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
     check_choice("over", over, OVER)
     if over == "micro" and getattr(step.forward.per_sample_loss, "reduction", "mean") == "sum":
         raise ValueError(
-            "expected a criterion of reduction 'mean' with over='micro', got 'sum'. Micro-batches weigh by their "
+            "expected a criterion of reduction 'mean' with over='micro', got 'sum'. Micro-batches are weighted by "
+            "their "
             "samples: choose from the window (over='window'), or call the step on each, whose sums add up as they are."
         )
     if not batches:
@@ -107,7 +108,7 @@ def _check_batches(batches: Any) -> None:
     """Check that a window is a list of pairs: it is read twice, and a tensor of two rows would unpack as a pair."""
     if not isinstance(batches, Sequence) or isinstance(batches, str):
         raise TypeError(
-            f"expected `batches` to be a list of (x, y), one a micro-batch, got {describe(batches)}. "
+            f"expected `batches` to be a list of (x, y), one per micro-batch, got {describe(batches)}. "
             "Make a list of a generator; a whole data loader is not one optimizer step."
         )
     for each in batches:
@@ -120,15 +121,15 @@ def first_pass(
 ) -> tuple[list[Outcome], list[GeneratorStates]]:
     """Return ``forward(batch)`` of each micro-batch, without a graph, and the generators' state before it.
 
-    Parameters that the forward writes into are left as they were found.
+    Parameters that the forward writes into are restored.
 
     Args:
-        undo_buffers: leave the model's buffers and plain attributes as they were found, for a whole second pass over
+        undo_buffers: restore the model's buffers and plain attributes, for a whole second pass over
             the same batches.
 
     Raises:
         ValueError: a second pass follows, and the forward changes its batch in place, so the second would differ.
-        EngineRefused: the forward writes into a parameter that it left alone in earlier windows.
+        EngineRefused: the forward writes into a parameter that it did not change in earlier windows.
     """
     before = ModelState(model) if undo_buffers else None
     device = device_of(model)
@@ -154,7 +155,7 @@ def _choose(
 ) -> tuple[list[Selection], list[GeneratorStates], list[tuple[Moment, Tensor]]]:
     """Return each micro-batch's selection, the generators before it, and what the two-pass engine trains from."""
     forward, trim = step.forward, step.trim
-    once = not step.engine.repeats_forward and trim.keep < 1.0  # its second pass leaves the buffers alone
+    once = not step.engine.repeats_forward and trim.keep < 1.0  # its second pass leaves the buffers as they are
     first: list[tuple[Moment, Tensor]] = []
 
     def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
@@ -167,7 +168,7 @@ def _choose(
 
     before = ModelState(forward.inner, forward.per_sample_loss, forward.rank_by)
     found, states = first_pass(forward.inner, batches, score, undo_buffers=False)
-    if first and known_to_write(forward.inner):  # the kept rows alone do not write the same: repeat all
+    if first and known_to_write(forward.inner):  # the kept rows alone would write other values: repeat all
         for batch, (moment, _) in zip(batches, first, strict=True):
             restore_values(batch, (moment.x, moment.y))
         once, first = False, []
@@ -177,14 +178,14 @@ def _choose(
 
 
 def _versions(batch: Any) -> list[int]:
-    """Return each tensor's version, which every change in place raises."""
+    """Return each tensor's version, which every in-place change increments."""
     found: list[int] = []
     map_tensors(lambda t: t if t.is_inference() else found.append(t._version) or t, batch)
     return found
 
 
 def _waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
-    """Return the process groups that the model's own forward waits for; not DDP's, which meets in backward."""
+    """Return the process groups that the model's own forward waits for; not DDP's, whose ranks meet in backward."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     found: dict[int, dist.ProcessGroup | None] = {}
@@ -200,7 +201,7 @@ def _waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
 
 
 def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | None] = ()) -> list[Selection]:
-    """Choose from the losses of all micro-batches together; return a selection of each, with the window's divisors."""
+    """Choose from the losses of all micro-batches together; return one selection for each, with joint divisors."""
     window = join_losses(parts)
     ranked = [score for score in scores if score is not None]
     selection = trim.select(window, rank_by=torch.cat(ranked) if ranked else None)
@@ -208,7 +209,7 @@ def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | 
 
 
 def join_losses(parts: Sequence[Losses]) -> Losses:
-    """Concatenate losses; a missing mask or weight counts as all True or 1 if another part has one."""
+    """Concatenate losses; if only some parts have a mask or weights, the others count as True or 1."""
     joined: dict[str, Any] = {"values": torch.cat([part.values.detach() for part in parts])}
     for name in ("mask", "weights", "counts"):
         found = [getattr(part, name) for part in parts]

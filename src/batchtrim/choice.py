@@ -16,10 +16,10 @@ class Choice:
     """One batch after the choice: :attr:`batchtrim.Trimmer.last`, and what :meth:`batchtrim.KeepLog.record` reads.
 
     Attributes:
-        losses: (B,), detached. Under ``unit="element"`` one entry a token or pixel. Shares memory with the losses that
+        losses: (B,), detached. Under ``unit="element"`` one entry per token or pixel. Shares memory with those that
             were given, unless they had to be averaged per sample.
         selection: the kept rows of ``losses``.
-        mask: bool (B,), False where an entry does not count; None where all do.
+        mask: bool (B,), False where an entry does not count; None if all do.
 
     Example:
         >>> import torch, batchtrim
@@ -33,4 +33,4 @@ class Choice:
     mask: Tensor | None = None
 
     def __init__(self, losses: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
-        vars(self).update(losses=losses, selection=selection, mask=mask)  # at once, for speed, as in Selection
+        vars(self).update(losses=losses, selection=selection, mask=mask)  # set all at once, for speed, as in Selection

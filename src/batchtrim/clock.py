@@ -12,7 +12,7 @@ from batchtrim.schedules import progress_at
 
 __all__ = ["LENGTHS", "Clock"]
 
-# How to go on from a state that was saved with another total.
+# How to resume from a state that was saved with another total.
 LENGTHS = ("stretch", "saved")
 # A new clock evaluates its schedule at up to this many points, to find faults before training.
 _PROBE_POINTS = 1001
@@ -39,11 +39,11 @@ class Clock:
 
     @property
     def progress(self) -> float:
-        """The part of training that is done, in [0, 1]."""
+        """The fraction of training that is done, in [0, 1]."""
         return progress_at(self.steps, self.total)
 
     def step(self, n: int, accuracy: float | None) -> None:
-        """Advance by n. The first step beyond ``total`` warns, where the keep fraction depends on progress."""
+        """Advance by n. The first step beyond ``total`` warns if the keep fraction depends on progress."""
         n = check_count("n", n, minimum=0)
         if accuracy is not None:
             self.accuracy = check_progress("accuracy", accuracy)
@@ -55,15 +55,15 @@ class Clock:
             self._tell_overrun()
 
     def resumed(self, steps: Any, accuracy: Any, saved_total: Any, length: str | None) -> Clock:
-        """Return a clock that goes on from a saved one.
+        """Return a clock that continues from a saved one.
 
         Args:
-            length: what to do where ``saved_total`` is another; see :meth:`batchtrim.Trimmer.load_state_dict`.
+            length: what to do if ``saved_total`` differs; see :meth:`batchtrim.Trimmer.load_state_dict`.
         """
         steps = check_count("state['steps']", steps, minimum=0)
         clock = Clock(self.schedule, self._resumed_total(steps, saved_total, length))
         clock.steps, clock.accuracy = steps, check_progress("state['accuracy']", accuracy)
-        # with "saved" the user expects training to go on past the total
+        # with "saved" the user expects training to continue past the total
         clock._told = length == "saved" and clock.total != self.total
         clock.keep = clock._at_present()
         return clock
@@ -86,13 +86,13 @@ class Clock:
             )
         raise ChooseLength(
             f"expected `state` of a trimmer with total={self.total}, got total={saved}. Progress would jump from "
-            f"{progress_at(steps, saved):.4g} to {progress_at(steps, self.total):.4g}. Say what is meant: "
-            "load_state_dict(state, length='stretch') stretches the schedule over this training, jump included; "
-            "length='saved' goes on by the saved total and stays at the schedule's end beyond it."
+            f"{progress_at(steps, saved):.4g} to {progress_at(steps, self.total):.4g}. Choose one: "
+            "load_state_dict(state, length='stretch') stretches the schedule over this training, with one jump; "
+            "length='saved' keeps the saved total and stays at the schedule's end beyond it."
         )
 
     def moves(self, *totals: int | None) -> bool:
-        """True if the keep fraction changes with progress, in trainings of these lengths."""
+        """True if the keep fraction changes with progress, for trainings of these lengths."""
         if not getattr(self.schedule, "needs_total", True):
             return False
         return len({self._ask(at) for total in totals for at in _probe_points(total)}) > 1
@@ -103,7 +103,7 @@ class Clock:
             warnings.warn(
                 f"expected at most total={self.total} calls of step(), got {self.steps}. The schedule is over, and "
                 f"{self.keep:.4g} of each batch is kept from here on. Does `total` count epochs "
-                "while step() is called once a batch? Count both alike.",
+                "while step() is called once a batch? Count both in one unit.",
                 ClockPastTotal,
                 stacklevel=4,
             )
@@ -120,6 +120,6 @@ class Clock:
 
 
 def _probe_points(total: int | None) -> list[float]:
-    """Return the points at which to test a schedule: every progress of a short training, a thousand of a long one."""
+    """Return the points at which to test a schedule: every step of a short training, a thousand steps of a long one."""
     points = min(total or _PROBE_POINTS, _PROBE_POINTS)
     return [progress_at(i, points) for i in range(points)]

@@ -8,7 +8,7 @@ From sqwash::
 
     from batchtrim.compat import SuperquantileReducer, reduce_superquantile      # was: from sqwash import ...
 
-The results are the same, except where the other project is at fault; each docstring lists those cases. A
+The results are the same, except for faults of the other project, which are fixed here; each docstring lists them. A
 :class:`batchtrim.Trimmer` has what these calls lack: steps as well as epochs, masks, statistics, all ranks, resuming.
 
 Legend: B batch, k kept, a and b the keep fractions of the first and the last epoch.
@@ -43,13 +43,13 @@ def get_adapted_loss_for_trimmed_minibatch(
 
     Source: hfassold/mbtrim, the code of arXiv 2110.13058. Faults mended here:
 
-    * 'constant' kept ``(a * b) / 2`` of the batch, a product where its comment says average: 10 of 100, not 60, with
+    * 'constant' kept ``(a * b) / 2`` of the batch, a product although its comment says average: 10 of 100, not 60, with
       a = 1.0 and b = 0.2.
     * One epoch in all divided by zero; here q = a.
     * Beyond the last epoch the line ran on below b; here it stays at b.
     * A batch of one sample, as the last of an epoch may be, ended the run; here it is kept.
     * A loss that is already averaged gave an IndexError; here an error that names ``reduction='none'``.
-    * Losses (B, T) were trimmed per column; here each sample is its mean over T.
+    * Losses (B, T) were trimmed per column; here each sample counts as its mean over T.
     * ``max_epochs=-1``, which Lightning reports for a run limited by steps, asked for more samples than there are;
       here it is an error that names the cure.
 
@@ -68,7 +68,7 @@ def get_adapted_loss_for_trimmed_minibatch(
         PassUnreducedLosses, TypeError, ValueError: an argument is out of its range.
 
     Notes:
-        Of equal losses the lower index is kept; a NaN loss counts as largest. New code: ``Trimmer(linear(1.0, 0.2),
+        Ties keep the lower index; a NaN loss counts as largest. In new code use ``Trimmer(linear(1.0, 0.2),
         total=epochs)``.
 
     Example:
@@ -100,10 +100,10 @@ def reduce_superquantile(batch: Tensor, superquantile_tail_fraction: float = 0.5
     * Where the quantile falls between two samples it gave one of them a negative weight, so that its loss was pushed
       up (5 losses with f = 0.3, 64 with f = 0.2); here no weight is negative.
     * fp16 and bf16 losses were refused; here they are summed in fp32.
-    * More than 16 million losses (pixels, tokens) were refused; here any number will do.
+    * More than 16 million losses (pixels, tokens) were refused; here there is no limit.
 
     Args:
-        batch: losses of any shape, floating point, not reduced; read as one vector of n, as there.
+        batch: losses of any shape, floating point, not reduced; read as one vector of n, as in sqwash.
         superquantile_tail_fraction: f, in [0, 1]; 1 is the mean, 0 the largest loss.
 
     Returns:
@@ -113,8 +113,8 @@ def reduce_superquantile(batch: Tensor, superquantile_tail_fraction: float = 0.5
         PassUnreducedLosses, TypeError, ValueError: an argument is out of its range.
 
     Notes:
-        A NaN loss counts as largest, so the result is NaN, as there. Their smoothed reducer has no counterpart here.
-        New code: ``Trimmer(0.5, select=superquantile())``.
+        A NaN loss counts as largest, so the result is NaN, as in sqwash. Its smoothed reducer has no counterpart here.
+        In new code use ``Trimmer(0.5, select=superquantile())``.
 
     Example:
         >>> reduce_superquantile(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), superquantile_tail_fraction=0.3)
@@ -153,7 +153,7 @@ class SuperquantileReducer(nn.Module):
 
 
 def _check_tail(value: float) -> float:
-    hint = "It is the part of the batch to average over."
+    hint = "It is the fraction of the batch to average over."
     value = check_number("superquantile_tail_fraction", value, hint)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"expected `superquantile_tail_fraction` in [0, 1], got {value:g}. {hint}")

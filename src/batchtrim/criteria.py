@@ -48,7 +48,7 @@ _LIGHT = 1 << 16
 
 
 class _Generators:
-    """The state of torch's generators, on the CPU and on the devices of some tensors."""
+    """The state of torch's generators, on the CPU and on the devices of the given tensors."""
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         self.devices = {each.device for each in inputs if isinstance(each, Tensor) and each.is_cuda}
@@ -63,7 +63,7 @@ class _Generators:
 
 
 class Criterion:
-    """A criterion called without its reduction, and what it would have divided by.
+    """A criterion called without its reduction, and the divisor that it would have used.
 
     A change of a criterion module (its reduction, its weights) takes effect at the next call.
 
@@ -112,7 +112,7 @@ class Criterion:
 
     @property
     def reduction(self) -> str | None:
-        """The reduction asked for, "mean", "sum" or "batchmean"; None where the criterion has none, or "none"."""
+        """The reduction asked for, "mean", "sum" or "batchmean"; None if the criterion has none, or "none"."""
         return _reduction(self._own("reduction") if self._legacy is None else self._legacy)
 
     @property
@@ -134,7 +134,7 @@ class Criterion:
         Raises:
             TypeError: the criterion takes other arguments, or returns no tensor.
             ValueError: the arguments would be broadcast against each other.
-            PassUnreducedLosses: the criterion averages nevertheless.
+            PassUnreducedLosses: the criterion averages anyway.
         """
         self._check_inputs(inputs)
         try:
@@ -167,7 +167,7 @@ class Criterion:
         return describe(self.given)
 
     def weights(self, targets: Tensor, mask: Tensor | None, values: Tensor) -> Tensor | None:
-        """Return what each entry adds to the divisor, 0 where the mask leaves it out, or None where that is 1."""
+        """Return what each entry adds to the divisor, 0 if it is masked out; None if every entry adds 1."""
         weight = self._own("weight") if self.classes or self.weighted else None
         if weight is None or (self.classes and targets.dtype.is_floating_point):
             return None
@@ -178,14 +178,14 @@ class Criterion:
         return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
 
     def own_call(self, inputs: Sequence[Any]) -> Callable[[], Tensor | None]:
-        """Return a function that computes the criterion's own value of the inputs, or None if that is not one number.
+        """Return a function that computes the criterion's own value for the inputs, or None if that is not one number.
 
         Make it before the un-reduced call: it draws the same random numbers. It leaves the criterion's state unchanged.
         """
         generators = _Generators(inputs)
         try:
             criterion = copy.deepcopy(self.given) if isinstance(self.given, nn.Module) else self.given
-        except (RuntimeError, TypeError):  # it holds what cannot be copied, such as a loss with its graph
+        except (RuntimeError, TypeError):  # it holds something that cannot be copied, such as a loss with its graph
             return lambda: None
 
         def call() -> Tensor | None:
@@ -232,7 +232,7 @@ class Criterion:
             )
 
     def _explain_arguments(self, inputs: Sequence[Any], error: TypeError) -> None:
-        """Say what the criterion takes, where the arguments do not fit it."""
+        """Raise an error that says what the criterion takes, if the arguments do not fit it."""
         target = self._module.forward if self._module is not None else self.given
         try:
             signature = inspect.signature(target)
@@ -261,11 +261,11 @@ def check_values(criterion: Criterion, values: Tensor, inputs: Sequence[Any], un
 
 
 def _check_pairs(criterion: Criterion, values: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Refuse losses of samples paired with other samples, to which two of the inputs were broadcast."""
+    """Refuse losses that pair samples with other samples because two of the inputs were broadcast."""
     for first, second in itertools.combinations(range(len(tensors)), 2):
         one, other = (tuple(tensors[at].shape) for at in (first, second))
         across = len(one) != len(other) or one[0] != other[0]
-        # a target of that shape says that pairs are meant; for a weight, so do the outputs
+        # a target of that shape shows that pairs are meant; for a weight, the outputs show it too
         meant = tensors[1:] if (first, second) == (0, 1) else tensors
         if not across or _broadcast(one, other) != tuple(values.shape) or any(same_shape(values, t) for t in meant):
             continue
@@ -289,7 +289,7 @@ def _constant(value: Any) -> property:
 
 
 def _broadcast(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...] | None:
-    """Return the shape that two are broadcast to, or None. torch.broadcast_shapes raises, which no compiler traces."""
+    """Return the shape that two are broadcast to, or None. torch.broadcast_shapes raises, which cannot be traced."""
     pairs = list(zip_longest(reversed(one), reversed(other), fillvalue=1))
     if any(a != b and 1 not in (a, b) for a, b in pairs):
         return None
@@ -346,8 +346,8 @@ def _reduction(asked: Any) -> str | None:
 
 
 def not_its_own(name: str, own: Tensor, ours: Tensor) -> ValueError:
-    """Return the error for a criterion whose own value is no mean of its un-reduced losses."""
+    """Return the error for a criterion whose own value is not the mean of its un-reduced losses."""
     return ValueError(
         f"expected {name} to give the mean of its un-reduced losses, {float(ours):.6g}, got {float(own):.6g}. It "
-        f"divides in a way of its own. {_WAY_OUT}"
+        f"uses another divisor. {_WAY_OUT}"
     )

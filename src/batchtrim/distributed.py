@@ -1,23 +1,23 @@
-"""Selection over all ranks: keep the samples that one process would keep of the joined batch.
+"""Selection over all ranks: keep the samples that one process would keep from the joined batch.
 
-With ``scope="local"`` each rank trims its own part. DDP averages gradients over ranks, so that equals trimming the
+With ``scope="local"`` each rank trims its own part. DDP averages gradients over ranks, so this equals trimming the
 joined batch only where each rank's hardest samples happen to be the joint ones. With ``scope="global"`` every rank
 sends its detached losses to every other, all choose from the same joined vector, and rank r steps on
 
     ``L_r = R * sum(kept losses on r) / (kept samples on all ranks)``
 
-whose mean over the R ranks, and so the gradient DDP and FSDP make of it, is that of the joined batch. A rank that keeps
-nothing, or has no samples, gives an attached 0. Joined means in the order of ranks and then of rows: of equal losses
-the lower (rank, row) is kept. Losses travel as float64, so no bit is lost; indices do not travel at all.
+whose mean over the R ranks is that of the joined batch, and so is the gradient under DDP and FSDP. A rank that keeps
+nothing, or has no samples, returns a 0 with a graph. The joined batch is ordered by ranks, then rows: of equal losses
+the lower (rank, row) is kept. Losses are sent as float64, so no bit is lost; indices are not sent at all.
 
-Three collectives a call, entered by every rank whatever it holds:
+Each call makes three collectives, which every rank enters whatever it holds:
 
-1. a header of fixed size: settings that differ show here, and every rank raises before anything else is sent;
+1. a header of fixed size: it shows settings that differ, and every rank then raises before anything else is sent;
 2. the losses, padded to the longest rank;
-3. a checksum of the result, four numbers: rows, divisor and weights chosen. Whatever differs between ranks and did not
+3. a checksum of the result, four numbers of rows, divisor and weights. Whatever differs between ranks and did not
    show in the header (a rule without a ``repr``, a lambda, the state of a rule) shows here, before a loss is returned.
 
-The third costs one more round trip of 32 bytes a rank. If a rank never arrives, the others wait until the time limit of
+The third costs one more round trip of 32 bytes per rank. If a rank never arrives, the others wait for the timeout of
 the process group, ``init_process_group(timeout=...)``.
 """
 
@@ -47,10 +47,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What ranks meet for. Every meeting begins with a header of one size: gloo aborts the process where sizes differ.
+# What ranks meet for. Every meeting begins with a header of one size: gloo aborts the process if sizes differ.
 _MEETINGS = ("choice of samples", "number of micro-batches", "number of totals", "keep log")
 _HEADER_SIZE = 12
-# The header of a choice: what must be the same on every rank; then on every rank that has samples; then their number.
+# The header of a choice: what must agree on every rank; what must agree on every rank with samples; their number.
 _SAME = (
     "settings (rule, schedule, total, scale, unit)",
     "number of steps so far",
@@ -64,8 +64,8 @@ _SAME_WITH_SAMPLES = (
     "dtype of what is ranked by",
     "reduction",
 )
-_CURE = "Make the trimmer with the same arguments, step it as often and call it alike everywhere."
-# Sums in another order differ in their last digits; anything else that differs, differs by more.
+_CURE = "Make the trimmer with the same arguments on every rank, and call it and its step() equally often."
+# Sums in another order differ in their last digits; any real disagreement is larger.
 _CLOSE = 1e-6
 
 
@@ -85,7 +85,7 @@ class Joined:
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Return how many ranks choose together; 1 where no process group was set up.
+    """Return how many ranks choose together; 1 if no process group was set up.
 
     Raises:
         ValueError: this rank is not part of ``group``.
@@ -150,8 +150,8 @@ def select_over_ranks(
             arrive before the time limit.
 
     Notes:
-        A rank that has nothing to choose from may differ in dtype, weights and ``rank_by``.
-        Syncs the device: how much to gather has to be known. In a compiled function it is a graph break.
+        A rank with nothing to choose from may differ in dtype, weights and ``rank_by``.
+        Syncs the device, to know how much to gather. In a compiled function it is a graph break.
     """
     ranks = world_size(group)
     valid = None if mask is None else mask.nonzero().squeeze(1)
@@ -214,7 +214,7 @@ def _part(chosen: Selection, before: int, own: int, valid: Tensor | None, size: 
 
 
 def sum_over_ranks(numbers: Tensor, what: str, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the sum of a vector over the ranks, which must all hold one of the same length.
+    """Return the sum of a vector over the ranks, which must all pass the same length.
 
     Args:
         numbers: (M,), int64. what: what M is, for the message.
@@ -226,12 +226,12 @@ def sum_over_ranks(numbers: Tensor, what: str, group: dist.ProcessGroup | None =
     if ranks == 1:
         return numbers
     lengths = [header[0] for header in meet(what, [numbers.shape[0]], numbers.device, group)]
-    check_same(what, lengths, lengths, "Give every rank as many; one that has run out of data gives empty ones.")
+    check_same(what, lengths, lengths, "Give every rank the same number; a rank out of data gives empty ones.")
     return gather(numbers, ranks, group).sum(0)
 
 
 def check_same_count(count: int, what: str, device: torch.device, groups: Sequence[dist.ProcessGroup | None]) -> None:
-    """Raise RanksDisagree on every rank of the groups, which may share ranks, where not all have the same count."""
+    """Raise RanksDisagree on every rank of the groups, which may share ranks, unless all have the same count."""
     low = high = count
     for group in groups:
         if world_size(group) > 1:
@@ -240,16 +240,17 @@ def check_same_count(count: int, what: str, device: torch.device, groups: Sequen
     if low != high:
         raise RanksDisagree(
             f"expected the same {what} on every rank, got {low} to {high}, here {count}. The model's own forward waits "
-            "for the other ranks (FSDP, SyncBatchNorm): give every rank as many, of no rows where its data has run out."
+            "for the other ranks (FSDP, SyncBatchNorm): give every rank the same number, empty ones once its data has "
+            "run out."
         )
 
 
 def meet(
     what: str, numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[list[int]]:
-    """Return every rank's ``numbers``, which all ranks of ``group`` send each other.
+    """Gather every rank's ``numbers`` over ``group``.
 
-    Every meeting sends the same size, whatever it is for, so a rank that is elsewhere causes an error on all of them.
+    Every meeting sends the same size, whatever it is for, so a rank at another meeting causes an error on all of them.
 
     Raises:
         RanksDisagree: ranks came for something else, or one did not arrive before the time limit.
@@ -271,7 +272,7 @@ def gather(tensor: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tenso
         dist.all_gather(parts, tensor, group=group)
     except RuntimeError as error:  # a time limit, a closed connection, or another collective on the other side
         raise RanksDisagree(
-            f"expected all {ranks} ranks to choose together, got no fitting answer ({str(error).splitlines()[0]}). "
+            f"expected all {ranks} ranks to choose together, got no matching answer ({str(error).splitlines()[0]}). "
             "Either a rank has stopped, or it does not call its trimmer as often as this one, or not with "
             "scope='global'. A rank without samples calls it too, with losses of shape (0,)."
         ) from error
@@ -279,7 +280,7 @@ def gather(tensor: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tenso
 
 
 def check_same(what: str, found: Sequence[float], readable: object, cure: str) -> None:
-    """Raise RanksDisagree where the ranks' numbers are not all the same."""
+    """Raise RanksDisagree unless the ranks' numbers are all the same."""
     if len(set(found)) > 1:
         _disagree(what, readable, len(found), cure)
 
@@ -303,7 +304,7 @@ def _choose_alike(
     ranks: int,
     group: dist.ProcessGroup | None,
 ) -> tuple[Selection, float]:
-    """Return what ``choose`` returns, and its divisor; compare them, since all ranks choose from the same numbers.
+    """Return what ``choose`` returns, and its divisor; compare both over ranks, which choose from the same numbers.
 
     Args:
         weights: (N,), class weights.
@@ -312,7 +313,7 @@ def _choose_alike(
     try:
         chosen = choose()
         mine = [0.0, *_checksum(chosen, weights)]
-    except Exception as error:  # tell the other ranks before it propagates
+    except Exception as error:  # tell the other ranks before the error propagates
         failure = error
     verdicts = gather(torch.tensor(mine, dtype=torch.float64, device=device), ranks, group).tolist()
     if failure is not None:
@@ -320,14 +321,14 @@ def _choose_alike(
     failed = [rank for rank, verdict in enumerate(verdicts) if verdict[0]]
     if failed:
         raise RanksDisagree(
-            f"expected the rule to choose on every rank, got an error on ranks {failed}. It is told there."
+            f"expected the rule to choose on every rank, got an error on ranks {failed}. They report it."
         )
     names = ("rows kept", "divisor of the kept losses", "weights of the kept losses")
     for position, name in enumerate(names, start=1):
         found = [verdict[position] for verdict in verdicts]
         if not all(_alike(number, found[0]) for number in found):
             readable = [f"checksum {int(number):08x}" for number in found] if position == 1 else found
-            _disagree(name, readable, ranks, "The rule or its state differs between ranks: make it alike everywhere.")
+            _disagree(name, readable, ranks, "The rule or its state differs between ranks: make it the same on all.")
     assert chosen is not None
     return chosen, mine[2]
 

@@ -1,4 +1,4 @@
-"""Errors raised by batchtrim: each is a builtin error, named after what the reader should do about it."""
+"""Errors raised by batchtrim: each is a subclass of a builtin error, named after what to do about it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = [
 
 
 class NothingToChoose(UserWarning):
-    """Batches hold one sample each, of which trimming keeps all whatever the schedule says. Given once."""
+    """Each batch holds a single sample, so trimming keeps all of it whatever the schedule says. Warned once."""
 
     def __init__(self, batches: int) -> None:
         super().__init__(
-            f"expected batches of several samples to choose from, got {batches} of one in a row: whatever is kept of "
-            "one is all of it, so nothing is trimmed. If a padding-free collator packs the batch into one row, choose "
+            f"expected batches of several samples to choose from, got {batches} of one sample in a row: at least one "
+            "sample is kept, so nothing is trimmed. If a padding-free collator packs the batch into one row, choose "
             "tokens with unit='element'; if micro-batches hold one sample each, choose from the whole window with "
             "batchtrim.accumulate."
         )
 
 
 class PassUnreducedLosses(ValueError):
-    """The loss arrived already averaged, where one loss per sample is needed."""
+    """The loss is already averaged, but one loss per sample is needed."""
 
 
 class ScheduleOutOfRange(ValueError):
@@ -40,22 +40,22 @@ class ScheduleOutOfRange(ValueError):
 
 
 class ChooseLength(ValueError):
-    """A state was saved in a training of another length: say whether the schedule keeps its length or stretches."""
+    """The state is from a training of another length: choose whether the schedule keeps its length or stretches."""
 
 
 class ClockPastTotal(UserWarning):
-    """A trimmer was stepped more often than its ``total``: the schedule stays where it ended. Given once."""
+    """A trimmer was stepped more often than its ``total``: the schedule stays at its end. Warned once."""
 
 
 class InstallExtra(ImportError):
-    """An optional library is needed and not installed; the message holds the command that installs it."""
+    """An optional library is needed and not installed; the message has the command that installs it."""
 
 
 class EngineRefused(RuntimeError):
     """An engine cannot compute the right gradient for this model; the message names the module and the reason.
 
     Attributes:
-        selection: the choice already made from the batch at hand, for another engine to go on with; or None.
+        selection: the selection already made from the current batch, for another engine to continue with; or None.
     """
 
     def __init__(self, message: str, selection: Any = None) -> None:
@@ -64,15 +64,15 @@ class EngineRefused(RuntimeError):
 
 
 class ApproximateGradient(UserWarning):
-    """A step's gradient may be approximate; the message says how near it is, and what is done. Given once."""
+    """A step's gradient may be approximate; the message says how close it is, and what is done. Warned once."""
 
 
 class EngineFallback(UserWarning):
-    """Another engine took over; the message names the module and the reason. Given once."""
+    """Another engine took over; the message names the module and the reason. Warned once."""
 
 
 class RanksDisagree(RuntimeError):
-    """Processes of one group entered a collective selection with settings that do not fit together."""
+    """The processes of one group disagree on a collective selection: their settings or results differ."""
 
 
 def install_hint(extra: str) -> str:
@@ -81,10 +81,10 @@ def install_hint(extra: str) -> str:
 
 
 def nearest(name: Any, names: Iterable[str], before: str = "") -> str:
-    """Return a hint at the nearest of ``names``, with a space before it; "" if none is near.
+    """Return a hint that names the nearest of ``names``, with a space before it; "" if none is close.
 
     Args:
-        before: what the user has to write before the name.
+        before: what the user has to type before the name.
     """
     import difflib  # late: only a wrong name needs it
 

@@ -24,49 +24,49 @@ from batchtrim._checks import (
     check_within,
     describe,
 )
-from batchtrim._transforms import batched, plain, transforming
+from batchtrim._transforms import batched, transforming, unwrapped
 from batchtrim.criteria import Criterion, check_values, not_its_own, same_shape
 from batchtrim.unreduced import UNITS, Losses, accumulator, flatten
 
-# How often the value of a criterion that is not cheap to call again is compared.
+# How often to check the value of a criterion that is expensive to call again.
 _CHECK_EVERY = 100
 
 __all__ = ["UNITS", "Losses", "flatten", "focal", "per_sample", "superloss", "token_losses"]
 
 
 class per_sample:
-    """Any criterion, without its reduction: ``per_sample(criterion)(outputs, targets) -> Losses``.
+    """Wrap any criterion to return un-reduced losses: ``per_sample(criterion)(outputs, targets) -> Losses``.
 
-    A criterion module is called with ``reduction='none'``, in the state that it has then; a function that takes
+    A criterion module is called with ``reduction='none'``, in its current state; a function that takes
     ``reduction`` (or a ``functools.partial`` of one, or a module whose ``forward`` does) is called with ``'none'``; any
-    other callable is expected to return un-reduced losses itself. A compiled criterion runs uncompiled.
-    The reduction that was asked for is kept: trimmed with keep 1, the losses give the criterion's own value.
+    other callable must return un-reduced losses itself. A compiled criterion runs uncompiled.
+    The criterion's reduction is remembered: trimmed with keep 1, the losses give the criterion's own value.
 
-    * "mean": class weights and the number of entries that count go along, so the divisor is the criterion's own.
-    * "sum": the loss is the sum over what is kept, whatever the trimmer's scale.
+    * "mean": class weights and the number of counted entries are returned too, so the divisor is the criterion's own.
+    * "sum": the loss is the sum over the kept entries, whatever the trimmer's scale.
     * "batchmean": a sample's loss is the sum of its entries, and the mean is over samples. Not with unit "element".
     * "none", or no reduction: as "mean".
 
     Args:
         criterion: ``nn.CrossEntropyLoss()``, ``F.mse_loss``, ... called as ``criterion(outputs, targets)``, or with as
             many tensors as it takes: ``per_sample(nn.TripletMarginLoss())(anchor, positive, negative)``.
-        unit: what a trimmer is to choose among: "sample" averages each sample's counted entries, (B, ...) to (B,);
-            "element" leaves every pixel or token on its own. The trimmer must have the same.
-        ignore_index: target value that does not count; by default the criterion's own, where it has one. For any
+        unit: what a trimmer chooses among: "sample" averages each sample's counted entries, (B, ...) to (B,);
+            "element" keeps every pixel or token separate. The trimmer must have the same unit.
+        ignore_index: target value that does not count; by default the criterion's own, if it has one. For any
             criterion with a target for each loss: floating-point targets too.
 
     Raises:
-        PassUnreducedLosses: on call, where the criterion averages nevertheless.
-        ValueError, TypeError: on call, where outputs and targets would be broadcast, ``ignore_index`` cannot be
-            applied, or a criterion that is not torch's divides in a way of its own. The message holds the way out.
+        PassUnreducedLosses: on call, if the criterion averages anyway.
+        ValueError, TypeError: on call, if outputs and targets would be broadcast, ``ignore_index`` cannot be
+            applied, or a criterion that is not torch's uses another divisor. The message says what to do.
 
     Notes:
-        Where nothing counts the loss is 0; torch's own mean is NaN there. A criterion that is not torch's and has a
-        reduction is called once more in every batch, as it was given and without a graph, and its value compared: it
-        may divide by weights that not every batch shows. On a CPU that is an error at once; on a device at the next
-        call, so that nothing waits. Where it holds more than 65,536 numbers (a network) only the first batch, the first
-        with ignored targets and every hundredth are compared; in a compiled function, and where it cannot be copied,
-        none is.
+        If nothing counts, the loss is 0, where torch's own mean is NaN. A criterion that is not torch's and has a
+        reduction is called once more in every batch, as given and without a graph, to compare its value: it
+        may divide by weights that matter only in some batches. On a CPU a difference is an error at once; on a device
+        at the next call, so that nothing waits. If it holds more than 65,536 numbers (a network), only the first batch,
+        the first with ignored targets and every hundredth are compared; in a compiled function, or if it cannot be
+        copied, none is.
 
     Example:
         >>> criterion = per_sample(nn.CrossEntropyLoss())
@@ -78,12 +78,12 @@ class per_sample:
         check_criterion("criterion", criterion)
         self.unit = check_choice("unit", unit, UNITS)
         if ignore_index is not None and check_number("ignore_index", ignore_index) != ignore_index:
-            raise ValueError("expected `ignore_index` to be a number that equals itself, got nan. Give a mask instead.")
+            raise ValueError("expected `ignore_index` to be a number other than nan, got nan. Give a mask instead.")
         self._asked = ignore_index
         self._criterion = Criterion(criterion, ignore_index)
         # of a criterion that is not torch's: whether a batch was compared, plainly and with entries left out
         self._seen, self._calls = [False, False], 0
-        self._late: tuple[Tensor, Tensor, Tensor] | None = None  # a comparison on a device, to be looked at later
+        self._late: tuple[Tensor, Tensor, Tensor] | None = None  # a comparison on a device, to be read later
         self._check_unit()
 
     @property
@@ -102,7 +102,7 @@ class per_sample:
         return self._criterion.reduction or "mean"
 
     def __call__(self, *inputs: Any) -> Losses:
-        """Return the un-reduced losses of a batch, ``(outputs, targets)`` or whatever the criterion takes."""
+        """Return the un-reduced losses of a batch, given ``(outputs, targets)`` or what the criterion takes."""
         reduction = self._check_unit()
         own = self._criterion.own_call(inputs) if self._to_compare() else None
         values = self._criterion(*inputs)
@@ -120,7 +120,7 @@ class per_sample:
         return losses
 
     def _check_unit(self) -> str:
-        """Return the reduction, which may have been set since the last call."""
+        """Return the reduction, which may have changed since the last call."""
         reduction = self.reduction
         if reduction == "batchmean" and self.unit == "element":
             raise ValueError(
@@ -143,7 +143,7 @@ class per_sample:
         return None
 
     def _to_compare(self) -> bool:
-        """Return True if the criterion's own value is to be compared in this call."""
+        """Return True if this call should compare the criterion's own value."""
         if torch.compiler.is_compiling() or not self._criterion.foreign or self._criterion.reduction is None:
             return False
         self._calls += 1
@@ -156,7 +156,7 @@ class per_sample:
             raise not_its_own(self._criterion.name, *late[1:])
         if transforming() and batched(losses.values):
             if not self._seen[0]:  # nothing can be read here
-                plain(losses.values, f"a first look at {self._criterion.name}, which may divide in a way of its own")
+                unwrapped(losses.values, f"the first check of {self._criterion.name}, whose divisor is unknown")
             return
         if losses.values.numel() == 0 or (own := own_call()) is None:
             return
@@ -167,7 +167,7 @@ class per_sample:
             within = 3e-2 * size if half else 1e-3 * own.to(total).abs() + 1e-5 * size
             apart = own.isfinite() & ((own.to(total) - ours).abs() > within)
             if mask is not None and self._criterion.ignore_index != self.ignore_index:
-                apart &= mask.all()  # it does not know what was to be ignored
+                apart &= mask.all()  # it does not know which targets are ignored
         if not own.is_cpu and not transforming():
             self._late = (apart, own, ours)
         elif bool(apart):
@@ -200,7 +200,7 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, sh
 
 
 def _check_tokens(logits: Any, labels: Any) -> None:
-    """Check what the cross-entropy of tokens is computed from: torch's own errors speak of other dimensions."""
+    """Check the arguments of the tokens' cross-entropy: torch's own errors name other dimensions."""
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.dtype.is_floating_point:
         raise TypeError(
             f"expected `logits` to be floating point of shape (B, T, C), got {describe(logits)}. "
@@ -209,14 +209,14 @@ def _check_tokens(logits: Any, labels: Any) -> None:
     if not isinstance(labels, Tensor) or labels.shape != logits.shape[:2] or labels.dtype.is_floating_point:
         raise TypeError(
             f"expected `labels` to be token ids of shape {tuple(logits.shape[:2])}, got {describe(labels)}. "
-            "Give both unshifted, with shift=True, where the logits at t predict the label at t + 1."
+            "Give both unshifted, with shift=True, if the logits at t predict the label at t + 1."
         )
 
 
 def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
     """Return the focal loss of cross-entropy losses: ``(1 - p_i)^gamma * l_i`` with ``p_i = exp(-l_i)``.
 
-    Source: arXiv 1708.02002. Weights instead of selection; gradient flows through the factor, as in the source.
+    Source: arXiv 1708.02002. It weights instead of selecting; gradient flows through the factor, as in the source.
 
     Args:
         losses: (B,) or (B, ...), cross-entropy without label smoothing. gamma: >= 0; 0 changes nothing.
@@ -226,7 +226,7 @@ def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
         tensor([0.1733])
     """
     check_losses(losses, allow_empty=True)
-    if not check_number("gamma", gamma) >= 0:  # NaN is not
+    if not check_number("gamma", gamma) >= 0:  # NaN fails this too
         raise ValueError(f"expected `gamma` to be at least 0, got {gamma:g}. 0 is plain cross-entropy.")
     check_within("gamma", gamma, losses.dtype)
     return (-torch.expm1(-losses)) ** gamma * losses if gamma else losses
@@ -235,11 +235,12 @@ def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
 def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:
     """Return the SuperLoss ``(l - tau) * s + lam * log(s)^2`` with ``s = exp(-W(max(-2/e, (l - tau)/lam) / 2))``.
 
-    Source: Castells et al., NeurIPS 2020. Weighs hard samples down, the opposite of trimming. W is the principal
-    branch of Lambert's function; s is a constant in backward, which is exact since s minimises the expression.
+    Source: Castells et al., NeurIPS 2020. It gives hard samples less weight, the opposite of trimming. W is the
+    principal branch of Lambert's function; s is a constant in backward, which is exact since s minimises the
+    expression.
 
     Args:
-        losses: (B,). tau: expected loss that tells easy from hard: log(C), or a running mean.
+        losses: (B,). tau: the loss that separates easy from hard: log(C), or a running mean.
         lam: > 0; the larger, the closer all weights are to 1.
 
     Example:
@@ -261,7 +262,7 @@ def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:
 
 
 def _check_spreads(name: str, value: Tensor, losses: Tensor) -> None:
-    """Check that a tensor can be broadcast to the losses: else the losses would be, to a shape of more of them."""
+    """Check that a tensor broadcasts to the losses' shape, so that the losses are not broadcast to a larger one."""
     try:
         value.expand_as(losses)
     except RuntimeError:

@@ -1,11 +1,11 @@
-"""Detect that trimming trains ever more on wrong labels: the counts of each epoch, and the rule that reads them.
+"""Detect that trimming concentrates on wrong labels: counts of each epoch, and the rules that read them.
 
-There are two signs. First, the network's surest predictions contradict random wrong labels; they rarely contradict
-people's mistakes, which are made where an image is hard to tell. Second, samples with wrong labels of either kind stay
+There are two signs. First, the network's most confident predictions contradict random wrong labels; they rarely
+contradict people's mistakes, which occur on ambiguous images. Second, samples with wrong labels of either kind stay
 the hardest however often they are trained on; on clean data, other samples become the hardest. The numbers below were
 chosen on runs with seeds 0 and 1 and tried on others: ``studies/noise_warning.py``.
 
-Legend: P entries of a log that are entered together.
+Legend: P entries of a log that are processed together.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 __all__ = ["NoiseAmplified"]
 
-# A prediction is confident if it is in the surest quarter. Relative, because a network that trains on the hardest
-# samples is unsure of everything. A label is in doubt where such a prediction contradicts it.
+# A prediction is confident if it is in the most confident quarter. This is relative, because a network that trains on
+# the hardest samples is unsure of everything. A label is in doubt if such a prediction contradicts it.
 CONFIDENT_PART = 0.25
-# The first sign: at least this part of the kept samples is in doubt, and this many times the least so far.
+# The first sign: at least this fraction of the kept samples is in doubt, and this many times the minimum so far.
 DOUBT_AT_LEAST, DOUBT_RISES = 0.05, 1.5
 DOUBT_SAMPLES = 20  # fewer than these in an epoch are no evidence
 # The second: the hardest tenth of an epoch stays the hardest by this much more than the easiest tenth stays the
@@ -30,12 +30,12 @@ DOUBT_SAMPLES = 20  # fewer than these in an epoch are no evidence
 EXTREME_PART = 0.1
 STAY_EXCESS = 0.115
 STAY_BELOW, STAY_JUDGED = 0.6, 0.4
-STAY_SAMPLES = 1500  # with fewer, chance alone may do it
-HARD_KEPT = 0.8  # of the hardest, at least: a rule that leaves them out, or draws, amplifies nothing
+STAY_SAMPLES = 1500  # with fewer, chance alone may cause it
+HARD_KEPT = 0.8  # at least this share of the hardest is kept: a rule that leaves them out, or draws, amplifies nothing
 
 
 class NoiseAmplified(UserWarning):
-    """The samples that are kept are more and more those whose labels look wrong."""
+    """Warns that more and more of the kept samples have labels that look wrong."""
 
 
 def surest(confidence: Tensor, judged: Tensor) -> Tensor:
@@ -61,12 +61,12 @@ def stays(before: Tensor, now: Tensor, compared: Tensor, kept: Tensor) -> Tensor
 
 
 def warn_of(history: Sequence[dict[str, Any]], stacklevel: int) -> bool:
-    """Warn where the last epoch of a log's history speaks for wrong labels; returns whether it does."""
+    """Warn if the last epoch of a log's history shows signs of wrong labels; return True if it does."""
     found = sign(history)
     if found is not None:
         warnings.warn(
-            f"{found}: with keep at {history[-1]['keep']:.2g} trimming trains ever more on what look like wrong labels."
-            " Look at them with batchtrim.suspects(log), and leave out the very hardest with "
+            f"{found}: with keep at {history[-1]['keep']:.2g} trimming trains more and more on labels that look wrong."
+            " Inspect them with batchtrim.suspects(log), and leave out the very hardest with "
             "Trimmer(select=batchtrim.between(skip=...)), which is two_sided in the lab.",
             NoiseAmplified,
             stacklevel=stacklevel,
@@ -75,7 +75,7 @@ def warn_of(history: Sequence[dict[str, Any]], stacklevel: int) -> bool:
 
 
 def sign(history: Sequence[dict[str, Any]]) -> str | None:
-    """Return the sign of wrong labels in the last epoch of a log's history, in words; None where there is none."""
+    """Describe the sign of wrong labels in the last epoch of a log's history; None if there is none."""
     line = history[-1]
     if doubt_rises(history):
         return (
@@ -91,9 +91,9 @@ def sign(history: Sequence[dict[str, Any]]) -> str | None:
 
 
 def doubt_rises(history: Sequence[dict[str, Any]]) -> bool:
-    """True if more and more of the kept samples are in doubt; ``history`` is a log's, the last epoch the question.
+    """True if the kept samples in doubt rose up to the last epoch of a log's ``history``.
 
-    On clean data the doubtful part of the kept samples falls as the network learns; with random wrong labels it falls
+    On clean data the fraction of kept samples in doubt falls as the network learns; with random wrong labels it falls
     first and then rises while keep falls.
     """
     if not _falls(history):
@@ -105,7 +105,7 @@ def doubt_rises(history: Sequence[dict[str, Any]]) -> bool:
 
 
 def hardest_stay(history: Sequence[dict[str, Any]]) -> bool:
-    """True if the hardest samples stay the hardest more than the easiest stay the easiest, as keep falls."""
+    """True if, as keep falls, the hardest samples stay the hardest more often than the easiest stay the easiest."""
     if not _falls(history) or history[-1]["keep"] > STAY_JUDGED:
         return False
     if history[-1]["stay_hard"] is None or history[-1]["stay_easy"] is None:
@@ -115,7 +115,7 @@ def hardest_stay(history: Sequence[dict[str, Any]]) -> bool:
 
 
 def stay_excess(history: Sequence[dict[str, Any]]) -> tuple[int, float]:
-    """Return how much more of the hardest stay than of the easiest, over the epochs that kept little.
+    """Return how much larger the fraction that stays is among the hardest than among the easiest, over late epochs.
 
     The first number is that of the samples compared; 0 if a rule leaves the hardest out.
     """
@@ -127,11 +127,11 @@ def stay_excess(history: Sequence[dict[str, Any]]) -> tuple[int, float]:
 
 
 def _compares(line: dict[str, Any]) -> bool:
-    """True if an epoch has a hardest and an easiest part: not where it saw nothing, or losses are NaN."""
+    """True if an epoch has a hardest and an easiest part: not if it saw nothing, or losses are NaN."""
     return all(line.get(name) is not None for name in ("keep", "compared", "stay_hard", "stay_easy", "hard_kept"))
 
 
 def _falls(history: Sequence[dict[str, Any]]) -> bool:
-    """True if less is kept than before, with predictions and labels to judge by."""
+    """True if less is kept than before, and predictions and labels were recorded."""
     before = [line["keep"] for line in history[:-1] if line["doubt_kept"] is not None]
     return bool(before) and history[-1]["doubt_kept"] is not None and history[-1]["keep"] < max(before)

@@ -29,11 +29,11 @@ __all__ = [
 ]
 
 SCALES = ("kept", "batch")
-# A dot product adds up in the losses' own dtype, one after the other: off by 4e-6 of 65,536, by 1e-3 of 20 million.
+# A dot product sums in the losses' own dtype, in sequence: its error is 4e-6 for 65,536 losses, 1e-3 for 20 million.
 _DOT_TO = 1 << 14
 SUM_OF_TERMS = (
     "a sum of terms that count differently (one is masked, weighted or summed, the other is not). Only trim(losses) on "
-    "one process takes that; elsewhere add plain values, a.values + b.values, of which each sample counts the same."
+    "one process takes that; elsewhere add plain values, a.values + b.values, so that each sample counts the same."
 )
 
 
@@ -41,15 +41,15 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
     """Return the loss to call backward on: the mean of the kept ``losses``.
 
     kept:  ``L = sum_kept(w_i * l_i) / sum_kept(w_i)``, and with no weights ``(1 / k) * sum_kept(l_i)``
-    batch: ``L = sum_kept(w_i * l_i) / sum(w_i)`` over the samples there was to choose from, and with no weights their
+    batch: ``L = sum_kept(w_i * l_i) / sum(w_i)``, the divisor over all candidates, and with no weights their
            number n
 
-    A ``normalizer`` or ``batch_normalizer`` of the selection, as :meth:`batchtrim.Trimmer.select` sets them where
-    losses are weighted, stands in place of these divisors.
+    A ``normalizer`` or ``batch_normalizer`` of the selection, as :meth:`batchtrim.Trimmer.select` sets them if
+    losses are weighted, replaces these divisors.
 
     Args:
         losses: (B,), with a graph.
-        selection: what to keep of it.
+        selection: the samples to keep.
         scale: "kept" or "batch".
         weights: (B,), per-sample weights a criterion has already multiplied into ``losses`` (class weights); the
             mean over the kept is then divided by their sum over the kept, as the criterion's own mean would be.
@@ -75,7 +75,7 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
         if divisor is None:
             divisor = rows.shape[0] if scale == "kept" else selection.candidates
         loss = losses.dot(losses.new_zeros(selection.size).index_fill_(0, rows, 1.0 / divisor))
-        # 0 * inf is NaN: where a dropped loss is not finite, or a kept one is NaN, take the way below
+        # 0 * inf is NaN: if a dropped loss is not finite, or a kept one is NaN, continue below
         value = loss.item()
         if value == value:
             return loss
@@ -88,10 +88,10 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
 
 
 def _dot_is_exact(losses: Tensor) -> bool:
-    """True if a dot product serves: its backward is one product, against three operators for a gathered mean.
+    """True if a dot product is precise enough: its backward is one product, a gathered mean's is three operators.
 
-    Not in half precision, where the shares would be rounded, nor of very many, where the sum would be; and not on a
-    device, where reading the result is a sync.
+    It is not in half precision, which rounds the weights, nor for very many losses, whose sum it rounds. It is not used
+    on a device, since reading the result would sync.
     """
     return losses.is_cpu and losses.dtype in (torch.float32, torch.float64) and losses.shape[0] <= _DOT_TO
 
@@ -99,7 +99,7 @@ def _dot_is_exact(losses: Tensor) -> bool:
 def reduce_kept(kept: Tensor, selection: Selection, scale: str = "kept", weights: Tensor | None = None) -> Tensor:
     """Return :func:`reduce` from the losses of the kept rows alone: (k,), in the order of ``selection.indices``."""
     if selection.k == 0:
-        return kept.sum()  # 0, attached to the graph: a step that changes nothing, under DDP too
+        return kept.sum()  # 0 with a graph: a step that changes nothing, under DDP too
     dtype, total = kept.dtype, accumulator(kept)
     normalizer = selection.batch_normalizer if scale == "batch" else selection.normalizer
     if normalizer is None and weights is None and selection.weights is None and scale == "kept":
@@ -113,15 +113,15 @@ def reduce_kept(kept: Tensor, selection: Selection, scale: str = "kept", weights
 
 
 def normalized(selection: Selection, losses: Losses) -> Selection:
-    """Return a selection with the divisors of ``losses``, (B,), where a mean over the kept would not have them.
+    """Return a selection with the divisors of ``losses``, (B,), unless a plain mean over the kept has them already.
 
     Args:
-        selection: of ``losses``, as a rule chose it. Its own normalizer counts samples; where losses are weighted,
+        selection: of ``losses``, as a rule chose it. Its own normalizer counts samples; if losses are weighted,
             the divisor is the sum of the kept weights.
-        losses: with weights, counts or reduction "sum"; without, the selection is right as it is.
+        losses: with weights, counts or reduction "sum"; without these, the selection is returned as it is.
 
     Notes:
-        The divisors are tensors of no dimension: nothing is read from the device.
+        The divisors are 0-d tensors: nothing is read from the device.
     """
     if losses.reduction == "sum":
         return replace(selection, normalizer=1.0, batch_normalizer=1.0)
@@ -143,7 +143,7 @@ def normalized(selection: Selection, losses: Losses) -> Selection:
 
 
 def reduce_terms(losses: Losses, selection: Selection, scale: str) -> Tensor:
-    """Return :func:`reduce` of a sum of terms, each divided by its own divisor over what is kept."""
+    """Return :func:`reduce` of a sum of terms, each with its own divisor over the kept entries."""
     parts = []
     for term in losses.terms:
         if term.mask is not None:
@@ -171,7 +171,7 @@ def reduce_mask(losses: Losses, kept: Tensor, scale: str) -> Tensor:
     """Return :func:`reduce` with fixed shapes, for torch.compile: ``sum(where(kept, losses, 0)) / divisor``.
 
     Args:
-        losses: of shape (B,). kept: bool (B,), True where kept.
+        losses: of shape (B,). kept: bool (B,), True for kept.
     """
     if losses.terms:
         return torch.stack([reduce_mask(term, kept, scale) for term in losses.terms]).sum()

@@ -1,10 +1,10 @@
-"""Keep schedules: the fraction of each batch to keep, as training goes on.
+"""Keep schedules: the fraction of each batch to keep, as a function of training progress.
 
 A schedule is a plain callable from a number in [0, 1] to a keep fraction in (0, 1]. The number is ``progress``, the
-part of training that is done; only :class:`by_accuracy` takes the running training accuracy instead, and says so by
-``reads = "accuracy"``. Schedules hold no state: the clock is in :class:`batchtrim.Trimmer`.
+fraction of training that is done. Only :class:`by_accuracy` takes the running training accuracy instead; it sets
+``reads = "accuracy"``. Schedules have no state: the clock is in :class:`batchtrim.Trimmer`.
 
-They are small frozen dataclasses with lower-case names, so that what ``repr`` prints is what one types.
+They are small frozen dataclasses with lower-case names, so that ``repr`` prints the expression that makes them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["Schedule", "by_accuracy", "constant", "cosine", "join", "linear", "p
 
 
 class Schedule:
-    """Base of the schedules here. Any callable of progress serves as well; this class adds what it reads."""
+    """Base class of the schedules here. Any callable of progress works too; this class says what a schedule reads."""
 
     reads: ClassVar[str] = "progress"  # or "accuracy"
-    needs_total: ClassVar[bool] = True  # False where progress plays no part
+    needs_total: ClassVar[bool] = True  # False if the keep fraction does not depend on progress
 
     def __call__(self, progress: float, /) -> float:
         """Return the keep fraction, in (0, 1], at ``progress`` in [0, 1]."""
@@ -36,7 +36,7 @@ class Schedule:
 class constant(Schedule):
     """The same keep fraction from start to end: ``q(p) = keep``.
 
-    The author's code keeps ``0.5 * (a * b)`` of the batch under this name; here it is the number that was given.
+    The author's code keeps ``0.5 * (a * b)`` of the batch under this name; here it is ``keep`` itself.
 
     Args:
         keep: fraction of the batch, in (0, 1].
@@ -59,10 +59,10 @@ class constant(Schedule):
 
 @dataclass(frozen=True)
 class linear(Schedule):
-    """A straight line: ``q(p) = start + (end - start) * p``. The paper's schedule, and its values, by default.
+    """A straight line: ``q(p) = start + (end - start) * p``. The defaults are the paper's schedule.
 
-    Source: Fassold, arXiv 2110.13058. With E epochs numbered 0..E-1 and ``p = e / (E - 1)`` the first epoch trains
-    on everything and the last one on the hardest fifth.
+    Source: Fassold, arXiv 2110.13058. With E epochs numbered 0..E-1 and ``p = e / (E - 1)``, the first epoch trains
+    on all samples and the last one on the hardest fifth.
 
     Args:
         start: fraction kept at the start of training, in (0, 1].
@@ -86,7 +86,7 @@ class linear(Schedule):
 
 @dataclass(frozen=True)
 class cosine(Schedule):
-    """Half a cosine: ``q(p) = end + (start - end) * (1 + cos(pi * p)) / 2``. Slow at both ends, fast in the middle.
+    """Half a cosine: ``q(p) = end + (start - end) * (1 + cos(pi * p)) / 2``. Slow at both ends, fast between.
 
     Args:
         start: fraction kept at the start of training, in (0, 1].
@@ -134,7 +134,7 @@ class step(Schedule):
 
 @dataclass(frozen=True)
 class piecewise(Schedule):
-    """Straight lines through given points; level before the first and after the last.
+    """Straight lines between given points; constant before the first and after the last.
 
     Args:
         points: progress in [0, 1] -> keep fraction at that point.
@@ -161,11 +161,11 @@ class piecewise(Schedule):
 
 @dataclass(frozen=True)
 class join(Schedule):
-    """One schedule after the other; each one sees its own part of training as progress 0 to 1.
+    """One schedule after another; each sees its own part of training as progress 0 to 1.
 
     Args:
         schedules: two or more schedules of progress.
-        at: the progress at which the next one takes over; rising, one fewer than ``schedules``.
+        at: the progress at which each next schedule takes over; increasing, one fewer than ``schedules``.
 
     Example:
         >>> schedule = join([constant(1.0), linear(1.0, 0.2)], at=[0.5])
@@ -209,8 +209,8 @@ class by_accuracy(Schedule):
     """Keep less as training accuracy rises: ``start``, then the fraction of the highest level reached.
 
     Source: Ordered SGD, arXiv 1907.04371, whose levels are the default: everything, a half from 80 % training
-    accuracy on, a quarter from 90 %, an eighth from 95 %, a sixteenth from 99.5 %. Its scripts also decay the
-    learning rate once at 99.5 %; that is left to the caller. Report the accuracy with ``trim.step(accuracy=...)``.
+    accuracy on, a quarter from 90 %, an eighth from 95 %, a sixteenth from 99.5 %. The authors' scripts also decay the
+    learning rate once at 99.5 %; the caller has to do that. Pass the accuracy with ``trim.step(accuracy=...)``.
 
     Args:
         levels: running training accuracy in [0, 1] -> keep fraction from there on.
@@ -236,7 +236,7 @@ class by_accuracy(Schedule):
 
 
 def as_schedule(keep: Any, name: str = "keep") -> Callable[[float], float]:
-    """Return ``keep`` as a schedule: a callable of progress as it is, a number as :class:`constant`."""
+    """Return ``keep`` as a schedule: a callable of progress unchanged, a number as :class:`constant`."""
     if is_number(keep := plain(keep)):
         return constant(check_keep(name, keep))
     if callable(keep) and not isinstance(keep, type):
@@ -258,12 +258,12 @@ def progress_at(steps: int, total: int | None) -> float:
 
 
 def _part(progress: float) -> float:
-    """Return progress that is a number in [0, 1]; a schedule that is called directly checks it."""
+    """Return progress, checked to be a number in [0, 1]; schedules may be called directly."""
     return progress if isinstance(progress, float) and 0.0 <= progress <= 1.0 else check_progress("progress", progress)
 
 
 def _lerp(start: float, end: float, part: float) -> float:
-    # Written from the nearer end, so that both ends come out exactly: 1.0 + (0.2 - 1.0) is 0.19999999999999996.
+    # Computed from the nearer end, so that both ends are exact: 1.0 + (0.2 - 1.0) is 0.19999999999999996.
     return start + (end - start) * part if part <= 0.5 else end - (end - start) * (1.0 - part)
 
 

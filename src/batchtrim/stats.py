@@ -12,7 +12,7 @@ from batchtrim.selection import Selection
 
 __all__ = ["KeepStats"]
 
-# Batches held before they are summed up: one stacked sum a while costs less than small sums every batch.
+# Batches held before they are summed: an occasional stacked sum costs less than small sums in every batch.
 _FLUSH_EVERY = 256
 _FLUSH_LARGE = 1 << 14
 _SUM_DTYPE = torch.float64
@@ -35,10 +35,10 @@ class KeepStats:
         self._pending: list[tuple[Tensor, Tensor, int]] = []
 
     def record(self, losses: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
-        """Add a batch: detached ``losses`` (B,) and what was chosen of them."""
+        """Add a batch: detached ``losses`` (B,) and the selection from them."""
         if selection.candidates == 0:
             return
-        # a copy, since the caller is free to change the losses in place afterwards
+        # a copy, since the caller may change the losses in place afterwards
         losses = losses.clone() if mask is None else torch.where(mask, losses, 0.0)
         pending = self._pending
         pending.append((losses, selection.indices, selection.candidates))
@@ -75,7 +75,7 @@ class KeepStats:
         return {**self._counts, "sums": None if self._sums is None else self._sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned.
+        """Continue from what :meth:`state_dict` returned.
 
         Raises:
             ValueError, TypeError: the state is of another kind.

@@ -1,4 +1,4 @@
-"""Check on your own model that an engine computes what a plain step does."""
+"""Check on your own model that an engine computes the same as a plain step."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _COSINE = 0.9
 
 @dataclass(frozen=True)
 class EngineReport:
-    """The findings of :func:`check_engine`, engine against a plain step, worst over the steps.
+    """The findings of :func:`check_engine`: engine against plain step, the worst over all steps.
 
     Attributes:
-        engine: the engine that ran, or the engines, where they changed: ``"exact, shared"``.
+        engine: the engine that ran; if it changed, all of them: ``"exact, shared"``.
         refused: why the engine would not run the model, or None.
-        approximate: why the gradient is not exact, where the engine itself says so, or None.
-        failed: what an engine raised where a plain step trains, or None.
+        approximate: why the gradient is not exact, if the engine itself says so, or None.
+        failed: what the engine raised although a plain step trains, or None.
         same_samples: True if the right samples were kept in every step; of equal losses either one is right.
         loss_error: ``|L - L_plain| / |L_plain|``.
         gradient_error: ``||g - g_plain|| / ||g_plain||`` over all parameters together.
-        parameter_error: the same of the parameter that is worst; one with a gradient below a hundredth of the whole is
+        parameter_error: the same for the worst parameter; one with a gradient below a hundredth of the whole is
             judged against that hundredth.
         parameter: the name of that parameter.
         gradient_cosine: cosine between the two gradients.
         buffer_error: largest difference of a buffer, or of a parameter after the step, relative to its norm.
-        attributes: plain attributes of modules (counters, flags) that ended otherwise than after a plain step.
+        attributes: plain attributes of modules (counters, flags) that differ from those after a plain step.
         same_generators: True if the generators of torch, Python and NumPy ended in the same state.
         same_batch: True if the batch was left as a plain step leaves it.
         steps: how many steps were compared.
         batch_norm: True if the model has a BatchNorm in training mode, for which no cheap gradient is exact.
-        tolerance: what an error may be; see :func:`check_engine`.
+        tolerance: the largest accepted error; see :func:`check_engine`.
     """
 
     engine: str
@@ -82,9 +82,9 @@ class EngineReport:
 
     @property
     def verdict(self) -> str:
-        """Return "right", "approximate" (and said so), "refused" or "wrong".
+        """Return "right", "approximate" (as the engine itself says), "refused" or "wrong".
 
-        "refused" needs every step before to be right, and nothing left changed; otherwise the verdict is "wrong".
+        It is "refused" only if all steps before were right and nothing was left changed; otherwise it is "wrong".
         """
         said = self.approximate is not None or (self.batch_norm and self.gradient_cosine >= _COSINE)
         if self.failed is not None or not self.same_state or not (self.exact or said):
@@ -98,7 +98,7 @@ class EngineReport:
             after = f", after {self.steps} right steps" if self.steps else ""
             return f"engine {self.engine!r} refuses this model{after}: {self.refused}"
         if self.failed is not None:
-            return f"engine {self.engine!r} fails where a plain step trains: {self.failed}"
+            return f"engine {self.engine!r} fails although a plain step trains: {self.failed}"
         note = " (BatchNorm couples samples: no cheap gradient is exact)" if self.batch_norm else ""
         gradient = f"relative error {self.gradient_error:.1e}, cosine {self.gradient_cosine:.4f}"
         worst = f"{self.parameter}, relative error {self.parameter_error:.1e}"
@@ -133,36 +133,36 @@ def check_engine(
     lr: float = 0.05,
     verbose: bool = True,
 ) -> EngineReport:
-    """Run an engine and a plain step on copies of a model, side by side, and compare.
+    """Run an engine and a plain step side by side on copies of a model, and compare them.
 
     A plain step is one forward with a graph and the mean of the kept losses. Both copies start from the same state and
-    the same random numbers in every step, and both are updated by the plain gradient, so that errors do not add up.
-    The batches, their sizes and the fractions kept change from step to step.
+    the same random numbers in every step, and both are updated by the plain gradient, so that errors do not accumulate.
+    Batches, batch sizes and keep fractions change from step to step.
 
     Args:
-        model: left as it is; two copies are made.
-        batch: ``(x, y)`` as they would be given to :class:`batchtrim.TrimmedForward`.
-        per_sample_loss: as there.
+        model: not changed; two copies are made.
+        batch: ``(x, y)`` as given to :class:`batchtrim.TrimmedForward`.
+        per_sample_loss: as for TrimmedForward.
         engine: which one to check.
-        keep: the fraction kept, or several, taken in turn.
+        keep: the keep fraction, or several, used in turn.
         steps: how many; an engine may prepare in the first ones.
         batch_dim: as in :class:`batchtrim.TrimmedForward`.
-        more: further batches, taken in turn. By default two are made of the given one where it can be cut to rows:
+        more: further batches, used in turn. By default two are made from ``batch`` if it can be cut to rows:
             its rows in another order, and three quarters of them.
-        tolerance: what a relative error may be. By default 1e-5 in float32, and what the least precise dtype of the
-            parameters or of autocast allows; give 0.1 for a model that casts to bfloat16 inside.
+        tolerance: the largest relative error accepted. By default 1e-5 in float32, and what the least precise dtype of
+            the parameters or of autocast allows; pass 0.1 for a model that casts to bfloat16 inside.
         lr: step size of the update between steps, along a gradient of norm 1 at most.
         verbose: print the report too.
 
     Returns:
-        An :class:`EngineReport`; ``assert report.ok`` in a test of your own.
+        An :class:`EngineReport`. In a test of your own: ``assert report.ok``.
 
     Raises:
-        TypeError, ValueError: an argument is none of the above. Whatever the model raises in a plain step.
+        TypeError, ValueError: an argument is not as above. Errors of the model in a plain step are passed on.
 
     Notes:
-        TF32 is off meanwhile: what rounds to ten bits cannot be compared to 1e-5.
-        Generators of torch, Python and NumPy are left as they were found. Cost: about two plain steps a step.
+        TF32 is switched off meanwhile: it rounds to ten bits, which cannot be compared to 1e-5.
+        The generators of torch, Python and NumPy are restored. Cost: about two plain steps per step.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
@@ -181,7 +181,7 @@ def check_engine(
         batches += trial.made_of(batches[0])
     with generators_kept(model), full_float32():
         for number in range(steps):
-            turn = number + number // len(batches)  # so that each batch meets each fraction
+            turn = number + number // len(batches)  # so that each batch is combined with each fraction
             if not trial.step(number, batches[number % len(batches)], keeps[turn % len(keeps)], lr):
                 break
     report = EngineReport(**trial.results())

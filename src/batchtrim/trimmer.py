@@ -1,4 +1,4 @@
-"""The trimmer: schedule, selection rule and clock in one object, called where the mean of the losses used to be."""
+"""The trimmer: schedule, selection rule and clock in one object, called in place of the mean of the losses."""
 
 from __future__ import annotations
 
@@ -38,41 +38,41 @@ __all__ = ["Trimmer"]
 
 _STATE_VERSION = 1
 SCOPES = ("local", "global")
-# This many batches of one sample in a row are no accident; the last batch of an epoch may be one.
+# This many batches of one sample in a row are no accident; a single one may be the last batch of an epoch.
 _SINGLE_ROWS = 3
 
 
 class Trimmer:
     """Mini-batch trimming: keep the hardest samples of each batch, fewer as training goes on.
 
-    At progress p keep ``k = max(1, round(q(p) * B))`` of B samples, those of largest loss, and step on their mean,
-    ``L = (1/k) * sum of the k largest l_i``. Defaults are the paper's: q falls on a line from 1.0 to 0.2.
+    At progress p keep the ``k = max(1, round(q(p) * B))`` samples of B with the largest losses, and return their mean,
+    ``L = (1/k) * sum of the k largest l_i``. The defaults are the paper's: q falls linearly from 1.0 to 0.2.
 
     Source: Fassold, arXiv 2110.13058. Differences from the author's code: progress is clamped at the end of training
-    instead of running on below the last keep fraction; a run of one epoch and a batch of one sample work; losses with
+    instead of falling below the last keep fraction; a run of one epoch and a batch of one sample work; losses with
     more than one dimension are averaged per sample first (``unit``).
 
     Args:
-        keep: a schedule, a number in (0, 1], or a callable from progress in [0, 1] to such a number. What it is a
-            part of, the rule says: of the samples, or with :class:`batchtrim.loss_mass` of their loss.
+        keep: a schedule, a number in (0, 1], or a callable from progress in [0, 1] to such a number. It is a fraction
+            of the samples, or with :class:`batchtrim.loss_mass` of their loss.
         total: how many times :meth:`step` is called in the whole training: epochs, if it is called once an epoch,
-            or batches. Progress is ``min(1, steps / (total - 1))``, so the first of ``total`` runs at 0, the last at 1.
-            Needed wherever progress is.
+            or batches. Progress is ``min(1, steps / (total - 1))``: 0 in the first of ``total``, 1 in the last.
+            Needed if the schedule depends on progress.
         select: which samples to keep, :class:`batchtrim.hardest` by default.
         scale: "kept" divides by the number kept (the paper); "batch" divides by the batch size, which leaves a
             sample's weight what it is in plain training. The mean of the hardest k has a larger gradient than the mean
-            of all: ``stats`` reports the ratio of the losses.
-        unit: "sample" ranks losses of shape (B, ...) by each sample's mean over what counts, "element" chooses among
-            all entries (tokens, pixels). Either way keep 1 gives the criterion's own value.
-        scope: "local" trims what this process holds; "global" chooses from the joined batch of all ranks, with their
+            of all; ``stats`` reports the ratio of the two losses.
+        unit: "sample" ranks losses of shape (B, ...) by each sample's mean over the entries that count; "element"
+            chooses among all entries (tokens, pixels). Either way keep 1 gives the criterion's own value.
+        scope: "local" trims this process's batch; "global" chooses from the joined batch of all ranks, with its
             loss and gradient under DDP and FSDP; see :mod:`batchtrim.distributed`. Statistics are then those of the
             joined batch, and a rank without samples calls with losses of shape (0,).
-        process_group: the ranks that average gradients together, with scope "global"; all of them by default.
-        seed: for rules that draw. The generator is the trimmer's own and part of :meth:`state_dict`.
+        process_group: with scope "global", the ranks that average gradients together; all of them by default.
+        seed: for rules that draw. The generator belongs to the trimmer and is part of :meth:`state_dict`.
 
     Attributes:
-        last: the last :class:`batchtrim.Choice`, to look at or to log; None before the first, and after a compiled step
-            or one inside of ``torch.vmap``, which ``stats`` do not count either.
+        last: the last :class:`batchtrim.Choice`, to inspect or to log; None before the first, and after a compiled step
+            or one inside ``torch.vmap``, which ``stats`` do not count either.
 
     Raises:
         ScheduleOutOfRange: the schedule leaves (0, 1] somewhere.
@@ -127,7 +127,7 @@ class Trimmer:
         self.stats = KeepStats()
         self.last: Choice | None = None
         self._single_rows = 0
-        # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
+        # A tensor, so that a compiled step takes it as an input and is not recompiled when it changes.
         self._keep_tensor = torch.tensor(self._clock.keep, dtype=torch.float64)
 
     def __call__(
@@ -141,24 +141,24 @@ class Trimmer:
         """Return the trimmed loss of a batch; use it in place of ``losses.mean()``.
 
         Args:
-            losses: (B,) or (B, ...), one loss per sample or entry, floating point, not reduced. Gradient is not
-                needed: a validation loop may call this too. Or what :class:`batchtrim.per_sample` returned, or a sum.
-            rank_by: shape of ``losses``, or what another ``per_sample`` returned: rank by these, per sample by their
-                plain mean, and train on ``losses``. For label smoothing, mixup and class weights.
+            losses: (B,) or (B, ...), one loss per sample or entry, floating point, not reduced. A graph is not
+                needed: a validation loop may call this too. Or what :class:`batchtrim.per_sample` returns, or a sum.
+            rank_by: losses to rank by, of the shape of ``losses``, or what another ``per_sample`` returned; samples
+                rank by their plain mean, and train on ``losses``. For label smoothing, mixup and class weights.
             mask: bool, shape of ``losses``: False where an entry does not count (padding, ignored labels).
-            logged: deprecated: ``ids``, ``outputs`` and ``labels``, which :meth:`batchtrim.KeepLog.record` takes.
+            logged: deprecated: ``ids``, ``outputs`` and ``labels``. Pass them to :meth:`batchtrim.KeepLog.record`.
 
         Returns:
-            0-d. With keep 1 the plain mean, bit for bit. Where nothing counts, an attached 0.
+            0-d. With keep 1 the plain mean, bit for bit. If nothing counts, a 0 with a graph.
 
         Raises:
-            PassUnreducedLosses, TypeError, ValueError: the losses are no vector of losses.
+            PassUnreducedLosses, TypeError, ValueError: the losses are reduced, or not losses.
 
         Notes:
             Of equal losses the lower index is kept. A NaN or inf loss counts as largest and is kept, so the step is
-            NaN as in plain training and a gradient scaler skips it. No gradient flows through the choice.
-            No device sync, unless a mask is given or the rule's k depends on the losses. A drop-in for one full
-            graph: dropped samples still cost their backward; :class:`batchtrim.TrimmedForward` saves that.
+            NaN as in plain training and a gradient scaler skips it. No gradient flows through the selection.
+            No device sync, unless a mask is given or the rule's k depends on the losses. Backward runs on the full
+            graph, so dropped samples still cost their share; :class:`batchtrim.TrimmedForward` saves that.
         """
         flat, scores = self._flatten(losses, rank_by, mask)
         if (is_compiling() or transforming()) and fixed_shapes(self.rule, self.scope, flat, scores):
@@ -178,7 +178,7 @@ class Trimmer:
         mask: Tensor | None = None,
         **logged: Any,
     ) -> Selection:
-        """Choose as :meth:`__call__` does, and count it in ``stats``; :func:`batchtrim.reduce` does the rest."""
+        """Choose as :meth:`__call__` does, and count it in ``stats``; :func:`batchtrim.reduce` then gives the loss."""
         flat, scores = self._flatten(losses, rank_by, mask)
         if flat.terms:
             raise ValueError(f"expected `losses` with one divisor, got {SUM_OF_TERMS}")
@@ -190,12 +190,12 @@ class Trimmer:
     def step(self, n: int = 1, *, accuracy: float | None = None) -> None:
         """Advance the clock, like a learning-rate scheduler: once an epoch or once a batch, as ``total`` counts.
 
-        Past ``total`` the schedule stays where it ended. The first step beyond it gives a
-        :class:`batchtrim.errors.ClockPastTotal` warning where the keep fraction depends on progress: most often
+        Past ``total`` the schedule stays at its end. The first step beyond it gives a
+        :class:`batchtrim.errors.ClockPastTotal` warning if the keep fraction depends on progress: most often
         ``total`` counts epochs and this is called once a batch.
 
         Args:
-            n: by how many. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
+            n: how many steps. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
         """
         self._clock.step(n, accuracy)
         self._keep_tensor.fill_(self._clock.keep)
@@ -207,10 +207,10 @@ class Trimmer:
 
     @property
     def expected_keep(self) -> float:
-        """The part of the next batch that will be kept, as far as can be said before its losses are known.
+        """The expected fraction of the next batch that will be kept, before its losses are known.
 
-        ``keep``, but for rules whose k follows from the losses (``loss_mass``, ``above``, ``percentile``): what was
-        kept of the last batch. Engines decide by it whether a smaller backward will pay.
+        This is ``keep``; for rules whose k depends on the losses (``loss_mass``, ``above``, ``percentile``) it is the
+        fraction kept of the last batch. Engines use it to decide whether a smaller backward pays.
         """
         if not getattr(self.rule, "k_follows_losses", False):
             return self.keep
@@ -224,7 +224,7 @@ class Trimmer:
 
     @property
     def total(self) -> int | None:
-        """Return the number of steps that the schedule spans; a saved run's where its length was kept."""
+        """Return the number of steps that the schedule spans: the saved run's if its length was kept."""
         return self._clock.total
 
     @property
@@ -234,19 +234,19 @@ class Trimmer:
 
     @property
     def progress(self) -> float:
-        """The part of training that is done, in [0, 1]; 0 where ``total`` is 1 or unknown."""
+        """The fraction of training that is done, in [0, 1]; 0 if ``total`` is 1 or unknown."""
         return self._clock.progress
 
     @property
     def keep(self) -> float:
-        """The keep fraction in force, in (0, 1]."""
+        """The current keep fraction, in (0, 1]."""
         return self._clock.keep
 
     def state_dict(self) -> dict[str, Any]:
         """Return clock, generator, statistics, and the rule's own state if it has one.
 
-        Holds tensors, numbers and strings only, so ``torch.load(weights_only=True)`` reads it. A run that loads it goes
-        on exactly as an uninterrupted one.
+        It holds tensors, numbers and strings only, so ``torch.load(weights_only=True)`` reads it. A run that loads it
+        continues exactly as an uninterrupted one.
         """
         state: dict[str, Any] = {
             "version": _STATE_VERSION,
@@ -263,22 +263,22 @@ class Trimmer:
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, length: str | None = None) -> None:
-        """Go on from :meth:`state_dict`.
+        """Continue from :meth:`state_dict`.
 
         Args:
             state: what it returned.
-            length: what to do where the state was saved with another ``total`` and the keep fraction depends on
-                progress, t steps done. "stretch": the schedule spans this training's ``total``; progress becomes
+            length: what to do if the state was saved with another ``total`` and the keep fraction depends on
+                progress, after t steps. "stretch": the schedule spans this training's ``total``; progress becomes
                 ``t / (total - 1)``, so the keep fraction jumps once, as a learning-rate schedule made for the new
-                length does. "saved": nothing jumps; the saved ``total`` stays in force, and past it the schedule stays
-                where it ended.
+                length does. "saved": nothing jumps; the saved ``total`` still applies, and past it the schedule stays
+                at its end.
 
         Raises:
             ChooseLength: the totals differ, so that progress would jump, and ``length`` is None.
-            ValueError, TypeError: the state is of something else. The trimmer is then as before.
+            ValueError, TypeError: the state is not a trimmer's. The trimmer is then unchanged.
 
         Notes:
-            Where the keep fraction does not depend on progress, nothing can jump and any ``total`` will do.
+            If the keep fraction does not depend on progress, nothing can jump, and any ``total`` works.
 
         Example:
             >>> state = {**Trimmer(total=11).state_dict(), "steps": 5}
@@ -323,7 +323,7 @@ class Trimmer:
     def _flatten(
         self, losses: Tensor | Losses, rank_by: Tensor | Losses | None, mask: Tensor | None
     ) -> tuple[Losses, Tensor]:
-        """Return the vector there is to choose from, and the scores to rank it by."""
+        """Return the vector of losses to choose from, and the scores to rank them by."""
         joint = self.scope == "global"
         values = losses.values if isinstance(losses, Losses) else losses
         check_losses(values, allow_empty=joint)
@@ -341,7 +341,7 @@ class Trimmer:
         else:
             check_losses(rank_by, "rank_by", allow_empty=joint)
             check_like("rank_by", rank_by, values)
-            # by their plain mean: the weights and the reduction are those of the losses trained on
+            # by their plain mean: weights and reduction belong to the losses trained on
             ranked = flatten(Losses(rank_by, losses.mask), self.unit)
         return flat, ranked.values.detach()
 

@@ -1,6 +1,6 @@
 """Un-reduced losses, with the mask, weights and counts that their reduction needs.
 
-A criterion's own mean is ``sum(l) / D``: D the number of entries that count, or the sum of their class weights.
+A criterion's own mean is ``sum(l) / D``, with D the number of entries that count, or the sum of their class weights.
 Trimming does the same over the kept entries, ``sum_kept(l) / D_kept``, so keep 1 gives the criterion's own value.
 
 Legend: B batch, P further positions of a sample (pixels, tokens), j one of them.
@@ -24,28 +24,29 @@ UNITS = ("sample", "element")
 
 @dataclass(eq=False)
 class Losses:
-    """Un-reduced losses and what travels with them. A :class:`batchtrim.Trimmer` takes it in place of a tensor.
+    """Un-reduced losses with mask, weights and counts. A :class:`batchtrim.Trimmer` takes them in place of a tensor.
 
-    The loss of a choice is ``sum_kept(c_i * v_i) / sum_kept(c_i * w_i)``, v the values, w the weights, c the counts.
+    The loss of a selection is ``sum_kept(c_i * v_i) / sum_kept(c_i * w_i)``: v values, w weights, c counts.
 
     Attributes:
         values: (B,) or (B, ...), with a graph.
-        mask: bool, shape of ``values``, True where an entry counts; None where all do.
+        mask: bool, shape of ``values``, True where an entry counts; None if all do.
         weights: shape of ``values``: weights already multiplied into ``values`` (class weights), whose sum the
-            criterion's own mean divides by; None where there are none.
-        counts: (B,): how much of the criterion's own divisor each value stands for, where a value is the mean of a
-            sample's entries: the number of entries that count, or the sum of their class weights. None where every
-            value stands for as much.
-        unit: what the values are chosen as, "sample" or "element"; None where the trimmer may say.
-        reduction: "mean", or "sum" where the loss is the plain sum of what is kept.
+            criterion's own mean divides by; None if there are none.
+        counts: (B,): what each value contributes to the criterion's own divisor, if a value is the mean of a
+            sample's entries: the number of entries that count, or the sum of their class weights. None if every
+            value contributes the same.
+        unit: what each value is, "sample" or "element"; None leaves it to the trimmer.
+        reduction: "mean", or "sum" if the loss is the plain sum of what is kept.
         terms: the terms of a sum whose entries count differently (``ce + dice``, of which only one has class weights):
             each is divided by its own divisor over what is kept. Empty otherwise.
 
-    Losses add up and scale: ``ce(out, y) + 0.4 * ce(aux, y)``. They are ranked by their sum. A tensor of the shape of
-    ``values`` adds as well.
+    Losses can be added and scaled: ``ce(out, y) + 0.4 * ce(aux, y)``. They are ranked by their sum. A tensor of the
+        shape of
+    ``values`` can be added too.
 
     Notes:
-        Adding compares masks, weights and counts, which syncs the device where there are any.
+        Adding compares masks, weights and counts, which syncs the device if there are any.
 
     Example:
         >>> main, aux = Losses(torch.tensor([1.0, 3.0])), Losses(torch.tensor([0.0, 1.0]))
@@ -68,12 +69,12 @@ class Losses:
         return Losses(values, self.mask, self.weights, self.counts, self.unit, self.reduction, terms)
 
     def masked(self, mask: Tensor) -> Losses:
-        """Return the same with the entries left out where ``mask`` is False too."""
+        """Return the same with the entries where ``mask`` is False left out as well."""
         terms = tuple(term.masked(mask) for term in self.terms)
         return replace(self, mask=mask if self.mask is None else mask & self.mask, terms=terms)
 
     def mean(self) -> Tensor:
-        """Return the criterion's own value, 0-d: what keeping everything gives; 0 where nothing counts."""
+        """Return the criterion's own value, 0-d: the loss with everything kept; 0 if nothing counts."""
         if self.terms:
             return torch.stack([term.mean() for term in self.terms]).sum()
         values, total = self.values, accumulator(self.values)
@@ -89,7 +90,7 @@ class Losses:
         return (summed / number).to(values.dtype)
 
     def __add__(self, other: object) -> Losses:
-        if is_number(other) and other == 0:  # where sum() starts
+        if is_number(other) and other == 0:  # sum() starts with 0
             return self
         other = Losses(self._checked_term(other), unit=self.unit) if isinstance(other, Tensor) else other
         if not isinstance(other, Losses):
@@ -146,7 +147,7 @@ class Losses:
 
 
 def _sum(terms: tuple[Losses, ...], unit: str | None) -> Losses:
-    """Return the sum of terms that count differently. An entry counts where it does in one of them."""
+    """Return the sum of terms that count differently. An entry counts if it counts in one of them."""
     values = [term.values if term.mask is None else torch.where(term.mask, term.values, 0.0) for term in terms]
     masks = [term.mask for term in terms if term.mask is not None]
     mask = torch.stack(masks).any(0) if len(masks) == len(terms) else None
@@ -154,13 +155,13 @@ def _sum(terms: tuple[Losses, ...], unit: str | None) -> Losses:
 
 
 def _count_alike(one: Losses, other: Losses) -> bool:
-    """Return True where two terms have one divisor whatever is kept, as far as can be told."""
+    """Return True if two terms certainly have the same divisor whatever is kept."""
     if one.terms or other.terms or one.reduction != other.reduction:
         return False
     pairs = [(one.mask, other.mask), (one.weights, other.weights), (one.counts, other.counts)]
     if all(part is others for part, others in pairs):
         return True
-    if torch.compiler.is_compiling():  # no branch on values in a graph
+    if torch.compiler.is_compiling():  # a graph cannot branch on values
         return False
     for part, others in pairs:
         given = part if part is not None else others
@@ -176,7 +177,7 @@ def _count_alike(one: Losses, other: Losses) -> bool:
 
 
 def accumulator(values: Tensor) -> torch.dtype:
-    """Return the dtype that sums of ``values`` are held in: float32 at least. Half precision ends at 65,504."""
+    """Return the dtype for sums of ``values``: at least float32. Half precision ends at 65,504."""
     return torch.promote_types(values.dtype, torch.float32)
 
 
@@ -186,7 +187,7 @@ def nonzero(divisor: Tensor) -> Tensor:
 
 
 def divisors(losses: Losses) -> Tensor | None:
-    """Return what each entry adds to the criterion's own divisor, ``c_i * w_i``, or None where that is 1 for all."""
+    """Return what each entry adds to the criterion's own divisor, ``c_i * w_i``, or None if that is 1 for all."""
     if losses.counts is None or losses.weights is None:
         return losses.weights if losses.counts is None else losses.counts
     return losses.counts * losses.weights
@@ -196,10 +197,10 @@ def flatten(losses: Losses, unit: str) -> Losses:
     """Return (B, ...) losses as the vector a rule chooses from.
 
     sample:  ``l_i = sum_j(m_ij * l_ij) / c_i`` with ``c_i = sum_j(m_ij)`` over the positions that count, (B,): a mean,
-             since a longer sample is no harder for its length. With class weights ``c_i = sum_j(m_ij * w_ij)``. The
-             counts go along, so that keeping everything gives the criterion's own value. With reduction "sum" ``l_i``
-             is the sum. A sample of which nothing counts is masked out.
-    element: every position on its own, (B * ...,).
+             since length alone does not make a sample harder. With class weights ``c_i = sum_j(m_ij * w_ij)``. The
+             counts are returned too, so that keeping everything gives the criterion's own value. With reduction "sum"
+             ``l_i`` is the sum. A sample in which nothing counts is masked out.
+    element: every position separately, (B * ...,).
 
     Raises:
         ValueError: the losses were made for another unit.

@@ -294,7 +294,7 @@ def absent(me: Rank) -> None:
 def elsewhere(me: Rank, group: dist.ProcessGroup) -> None:
     """A rank in another collective gets an error at its time limit; when it ends, so does the one that waits."""
     if me.rank == 0:
-        with pytest.raises(RanksDisagree, match="no fitting answer"):
+        with pytest.raises(RanksDisagree, match="no matching answer"):
             batchtrim.Trimmer(0.5, scope="global", process_group=group)(torch.rand(4))
     else:
         with pytest.raises(RuntimeError):

@@ -72,7 +72,7 @@ def test_a_model_whose_trace_is_not_paid_back_is_not_traced(
     monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=a_millisecond_each))
     with caplog.at_level(logging.INFO, "batchtrim.engine"):
         step = stepped(Wide(), 0.2, BATCH)
-    assert re.search(r"goes on with 'exact': a trace .* \d\.\d s, and 100 steps 0\.\d s", caplog.records[-1].message)
+    assert re.search(r"continues with 'exact': a trace .* \d\.\d s, and 100 steps 0\.\d s", caplog.records[-1].message)
     assert "engine='auto (exact)'" in repr(step)
     for _ in range(2):
         step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()

@@ -31,7 +31,7 @@ def test_shared_names_the_release_it_needs() -> None:
 
 @pytest.mark.usefixtures("older")
 def test_auto_trains_exactly_and_says_why() -> None:
-    with pytest.warns(EngineFallback, match=r"needs torch 2\.8 or newer.* Going on with engine='exact'"):
+    with pytest.warns(EngineFallback, match=r"needs torch 2\.8 or newer.* Continuing with engine='exact'"):
         step = stepper("auto")
     step(X, Y).backward()
     assert step.last is not None

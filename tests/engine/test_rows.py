@@ -98,10 +98,10 @@ def test_time_major_inputs_and_poisoned_rows() -> None:
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
-        (torch.randn(4, 2), [0, 1, 2, 3], "in `y`, it is a list of 4 entries, one a sample. Pass a tensor"),
+        (torch.randn(4, 2), [0, 1, 2, 3], "in `y`, it is a list of 4 entries, one per sample. Pass a tensor"),
         (torch.randn(4, 2), {"a": ("b", "c", "d", "e")}, r"in `y\['a'\]`, it is a tuple of 4 entries"),
         (torch.randn(4, 2), np.arange(4), r"in `y`, it is a NumPy array of shape \(4,\). Pass a tensor"),
-        (torch.randn(4, 2), object(), "in `y`, it is an object of type object, of which no rows can be taken"),
+        (torch.randn(4, 2), object(), "in `y`, it is an object of type object, whose rows cannot be taken"),
         (torch.randn(5, 2), torch.arange(4), "in `x`, no tensor has the 4 rows of the losses along dimension 0"),
         (torch.randn(4, 2).to_sparse(), torch.arange(4), "layout torch.sparse_coo"),
         (

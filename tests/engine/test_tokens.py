@@ -83,7 +83,7 @@ def test_pixels_are_no_tokens_and_go_on_exactly() -> None:
     y[0] = 3
     loss = batchtrim.per_sample(nn.CrossEntropyLoss(ignore_index=3), unit="element")
     step = batchtrim.TrimmedForward(model, loss, batchtrim.Trimmer(0.25, unit="element"), "auto")
-    with pytest.warns(EngineFallback, match=r"takes tokens for rows.*exact"):
+    with pytest.warns(EngineFallback, match=r"takes tokens as rows.*exact"):
         value = step(x, y)
     values = F.cross_entropy(model(x), y, reduction="none")[y != 3]
     k = batchtrim.keep_count(0.25, len(values))

@@ -311,7 +311,7 @@ def test_out_of_range_on_a_device() -> None:
         )
         log._pending.append(entries)
         log.steps += 1
-        with pytest.raises(ValueError, match=f"from 0 to 3, and `labels` below 3, got {wrong} others in the epoch"):
+        with pytest.raises(ValueError, match=f"from 0 to 3, and `labels` below 3, got {wrong} outside in the epoch"):
             log.end_epoch()
     assert [line["seen"] for line in log.history] == [3, 3], "the epochs are closed all the same"
 
@@ -337,9 +337,7 @@ class TestWhatIsGivenAndKept:
     def test_names_in_place_of_row_numbers(self) -> None:
         log, trim = KeepLog(3), Trimmer(0.5)
         trim(torch.ones(2))
-        with pytest.raises(
-            TypeError, match=r"row numbers in the data set, got \['a', 'b'\]\. Samples that go by a name"
-        ):
+        with pytest.raises(TypeError, match=r"row numbers in the data set, got \['a', 'b'\]\. Samples with names"):
             log.record(trim.last, ids=["a", "b"])
 
     def test_an_added_column_does_not_replace_the_logs_own(self, tmp_path: Path) -> None:
@@ -347,7 +345,7 @@ class TestWhatIsGivenAndKept:
         log = _recorded()
         with pytest.raises(ValueError, match="expected `columns` of other names than the log's own, got 'seen'"):
             log.to_parquet(tmp_path / "log.parquet", seen=[9] * log.n)
-        with pytest.raises(ValueError, match="expected column 'group' of 3 values, one a sample, got "):
+        with pytest.raises(ValueError, match="expected column 'group' of 3 values, one per sample, got "):
             log.to_parquet(tmp_path / "log.parquet", group=[1, 2])
         log.to_parquet(tmp_path / "log.parquet", group=torch.arange(3, dtype=torch.float32, requires_grad=True))
         assert KeepLog.from_parquet(tmp_path / "log.parquet").table()["seen"].tolist() == [2, 1, 1]

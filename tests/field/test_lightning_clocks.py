@@ -162,7 +162,7 @@ def test_a_resumed_training_goes_on_where_it_was(mode: str, epochs: int, after: 
 @pytest.mark.filterwarnings("ignore:.*resume.*:UserWarning")
 def test_resuming_with_more_steps(tmp_path: Path) -> None:
     limits, longer = ({"max_steps": steps, "max_epochs": -1} for steps in (12, 16))
-    with pytest.raises(ChooseLength, match="as many steps, total=15, got total=11"):
+    with pytest.raises(ChooseLength, match="with total=15 steps, got total=11"):
         resumed("each", tmp_path, limits, 4, longer)
     whole, again = resumed("each", tmp_path, limits, 4, longer, resume_length="saved")
     assert again == [*whole, *[pytest.approx(0.2)] * 2]

@@ -37,7 +37,7 @@ class TestEveryBatchOfACriterionThatIsNotTorchs:
         outputs = torch.randn(6, 3)
         for _ in range(3):
             criterion(outputs, torch.tensor([0, 1, 0, 1, 1, 0]))
-        with pytest.raises(ValueError, match="divides in a way of its own"):
+        with pytest.raises(ValueError, match="It uses another divisor"):
             criterion(outputs, torch.tensor([0, 1, 2, 2, 1, 0]))
 
     def test_a_function_whose_divisor_shows_late(self) -> None:
@@ -47,7 +47,7 @@ class TestEveryBatchOfACriterionThatIsNotTorchs:
 
         criterion, outputs = per_sample(dice), torch.rand(4, 3)
         criterion(outputs, torch.ones(4, 3))
-        with pytest.raises(ValueError, match="divides in a way of its own"):
+        with pytest.raises(ValueError, match="It uses another divisor"):
             criterion(outputs, torch.full((4, 3), 2.0))
 
     def test_one_that_holds_a_network_is_compared_now_and_then(self) -> None:
@@ -64,7 +64,7 @@ class TestEveryBatchOfACriterionThatIsNotTorchs:
         criterion, outputs = per_sample(own), torch.randn(4, 3)
         for _ in range(99):
             criterion(outputs, torch.tensor([0, 1, 0, 1]))
-        with pytest.raises(ValueError, match="divides in a way of its own"):
+        with pytest.raises(ValueError, match="It uses another divisor"):
             criterion(outputs, torch.tensor([0, 1, 2, 2]))
         assert own.calls == 100, "and it is not called more often than that"
 

@@ -38,7 +38,7 @@ class TestCriteriaOfOthers:
         logits, labels = pixels()
         criterion = per_sample(Normalised())
         criterion(logits, labels.clamp(max=2))  # nothing ignored: the same
-        with pytest.raises(ValueError, match=r"It divides in a way of its own\. Make it with reduction='none'"):
+        with pytest.raises(ValueError, match=r"It uses another divisor\. Make it with reduction='none'"):
             criterion(logits, labels)
         plain = per_sample(Normalised("none"))(logits, labels)
         torch.testing.assert_close(plain.mean(), F.cross_entropy(logits, labels, ignore_index=255))
@@ -56,7 +56,7 @@ class TestCriteriaOfOthers:
             return losses if reduction == "none" else losses.sum() / targets.sum()
 
         outputs, targets = torch.randn(6, 4), (torch.rand(6, 4) > 0.8).float()
-        with pytest.raises(ValueError, match="divides in a way of its own"):
+        with pytest.raises(ValueError, match="It uses another divisor"):
             per_sample(focal)(outputs, targets)
         assert per_sample(functools.partial(focal, reduction="none"))(outputs, targets).values.shape == (6,)
 

@@ -260,9 +260,9 @@ def test_a_loss_of_ones_own(loss: Any, tmp_path: Path) -> None:
         (lambda out, y, _: out.logsumexp(-1).mean(), "no call of a loss function"),
         (lambda out, y, _: F.cross_entropy(out, y) + 1.0, "the sum of the losses found is"),
         (lambda out, y, _: F.cross_entropy(out, y) ** 2, "the sum of the losses found is"),
-        (lambda out, y, _: F.cross_entropy(out @ out.t(), torch.arange(len(y))), "do not lie in the order"),
+        (lambda out, y, _: F.cross_entropy(out @ out.t(), torch.arange(len(y))), "are not in the order"),
         (lambda out, y, _: F.cross_entropy(out.repeat(2, 1), y.repeat(2)), "cannot be told apart"),
-        (lambda out, y, _: F.cross_entropy(out.flip(0), y.flip(0)), "do not lie in the order"),
+        (lambda out, y, _: F.cross_entropy(out.flip(0), y.flip(0)), "are not in the order"),
         (lambda out, y, _: F.cross_entropy(out[y > 0], y[y > 0]), "cannot be told apart"),
     ],
 )
@@ -338,7 +338,7 @@ def test_label_smoothing_is_the_trainers(tmp_path: Path) -> None:
         )
         assert trained[1][0] == pytest.approx(F.cross_entropy(out, y, label_smoothing=0.3).item(), rel=1e-5)
     model = classifier(num_labels=1)
-    with pytest.raises(NotFound, match="label smoothing is for cross-entropy with classes"):
+    with pytest.raises(NotFound, match="label smoothing applies to cross-entropy with classes"):
         one_step(model, labelled(*torch.randn(5)), tmp_path, label_smoothing_factor=0.1)
 
 

@@ -197,7 +197,7 @@ def test_a_loss_of_no_standard_form(tmp_path: Path) -> None:
     with pytest.raises(EngineRefused, match=r"cannot run Head .* none of the standard forms. Pass per_sample_loss="):
         trained(Head(squared), data("sequence", 40), "shared", tmp_path)
     plain, _ = trained(Head(squared), data("sequence", 40), None, tmp_path)
-    with pytest.warns(EngineFallback, match=r"none of the standard forms. Going on with engine='exact'"):
+    with pytest.warns(EngineFallback, match=r"none of the standard forms. Continuing with engine='exact'"):
         auto, trainer = trained(Head(squared), data("sequence", 40), "auto", tmp_path)
     assert last(trainer).engine == "exact"
     torch.testing.assert_close(auto, plain, rtol=1e-4, atol=1e-6)
@@ -215,9 +215,9 @@ def test_a_loss_that_changes_later(tmp_path: Path) -> None:
         return Head(changing)
 
     plain, _ = trained(model(), data("sequence", 40), None, tmp_path)
-    with pytest.raises(EngineRefused, match=r"cannot run Head with the loss that it computes: it was .* where what"):
+    with pytest.raises(EngineRefused, match=r"cannot run Head .* it computes: it was .*, but its proven form gives"):
         trained(model(), data("sequence", 40), "shared", tmp_path)
-    with pytest.warns(EngineFallback, match="Going on with engine='exact'"):
+    with pytest.warns(EngineFallback, match="Continuing with engine='exact'"):
         auto, _ = trained(model(), data("sequence", 40), "auto", tmp_path)
     torch.testing.assert_close(auto, plain, rtol=1e-4, atol=1e-6)
 

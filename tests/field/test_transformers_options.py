@@ -240,9 +240,9 @@ def tokens_by_sample(outputs: Any, labels: Tensor) -> Tensor:
     ("own", "unit", "said"),
     [
         (flat_tokens, "sample", r"whose first dimension is the batch, 8 samples, got shape \(72,\)"),
-        (flat_tokens, "element", r"to say which losses count where labels are -100"),
-        (tokens_by_sample, "sample", r"to say which losses count where labels are -100"),
-        (tokens_by_sample, "element", r"to say which losses count where labels are -100"),
+        (flat_tokens, "element", r"to mask the losses of labels that are -100"),
+        (tokens_by_sample, "sample", r"to mask the losses of labels that are -100"),
+        (tokens_by_sample, "element", r"to mask the losses of labels that are -100"),
     ],
 )
 def test_losses_of_tokens_say_what_they_are_of(own: Any, unit: str, said: str, tmp_path: Path) -> None:

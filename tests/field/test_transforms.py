@@ -68,7 +68,7 @@ def test_an_ensemble_with_a_criterion() -> None:
 def test_what_many_batches_cannot_do_at_once_is_said(rule: Any) -> None:
     trim = Trimmer(0.4, select=rule)
     for function in (lambda weight: trim(losses(weight)), torch.func.grad(lambda weight: trim(losses(weight)))):
-        with pytest.raises(TypeError, match=r"expected losses of one batch for .*inside of torch\.vmap"):
+        with pytest.raises(TypeError, match=r"expected losses of one batch for .*inside torch\.vmap"):
             torch.vmap(function, randomness="different")(torch.stack([W, -W]))
     with pytest.raises(TypeError, match=r"expected losses of one batch for hardest\(\)"):
         torch.vmap(lambda weight: Trimmer(0.4).select(losses(weight)).indices)(torch.stack([W, -W]))
@@ -87,7 +87,7 @@ def test_a_criterion_that_was_never_looked_at() -> None:
     def mapped() -> Tensor:
         return torch.vmap(lambda weight: trim(criterion(X @ weight, targets)))(torch.stack([W, -W]))
 
-    with pytest.raises(TypeError, match=r"for a first look at Squared\(\), which may divide in a way of its own"):
+    with pytest.raises(TypeError, match=r"for the first check of Squared\(\), whose divisor is unknown"):
         mapped()
     criterion(X @ W, targets)
     torch.testing.assert_close(mapped()[0], trim(criterion(X @ W, targets)))

@@ -212,7 +212,7 @@ def test_a_checkpoint_without_a_trimmer_warns(tmp_path: Path) -> None:
 
     trainer().train()
     (tmp_path / "checkpoint-1" / "trimmer_0.pt").unlink()
-    with pytest.warns(UserWarning, match=r"trimmer_0.pt is missing: only the clock goes on"):
+    with pytest.warns(UserWarning, match=r"trimmer_0.pt is missing: the clock is restored"):
         trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

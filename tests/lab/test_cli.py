@@ -253,7 +253,7 @@ def test_failed_runs_give_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     done = batchtrim("compare", *TINY, "-q")
     assert done.exit_code == 1
     assert "failed: trim seed 0: MemoryError: no room" in done.stderr
-    assert "the same command tries them again" in done.stderr
+    assert "repeat the command to retry them" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["compare", "sweep", "train", "demo", "report", "claims", "methods"])
@@ -288,7 +288,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, workers: str) -> None:
     assert process.returncode == 130
     assert output == ""
     assert "Traceback" not in said
-    assert "The same command goes on from there" in said
+    assert "Repeat the command to continue" in said
     done = len(records.read("here"))
     assert 1 <= done < 8
     assert f"{done} runs are recorded in here" in said

@@ -33,14 +33,14 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["compare", "photos"], "To train on images in it: --dataset photos"),
         (
             ["compare", "section.toml"],
-            "expected a value of `settings` in section.toml, got a table. Settings stand above",
+            "expected a value of `settings` in section.toml, got a table. Put settings above",
         ),
         (["compare", "--param", "keep_end=0.3"], "It is an option: --keep-end 0.3"),
         (["compare", "--param", "trim.keep_end=0.3"], "It is an option: --keep-end 0.3"),
         (["train", "--param", "trim.lr=1"], "It is an option: --lr 1"),
         (["compare", "--param", "trim.start=0.3"], "expected a parameter of method 'trim' (none), got 'start'"),
-        (["claims", "nowhere"], "expected a folder of records, got nowhere, which is none."),
-        (["claims", "results.csv"], "expected a folder of records, got results.csv, which is none."),
+        (["claims", "nowhere"], "expected a folder of records, got nowhere, which is not a folder."),
+        (["claims", "results.csv"], "expected a folder of records, got results.csv, which is not a folder."),
         (["report", "--csv", "results.csv", "--out", "results.csv"], "to be a folder, got the file results.csv."),
         (["report", "--csv", "results.csv", "--figures", "results.csv"], "to be a folder, got the file results.csv."),
     ],
@@ -125,7 +125,7 @@ def test_words_in_the_wrong_place_are_named(words: list[str], message: str) -> N
         ('methods = "full,trim"', 'to be a list in g.toml, got the text \'full,trim\'. Write ["full", "trim"].'),
         ('[[grid]]\nschedule = "step, linear"', 'Write ["step", "linear"].'),
         ('[grid]\nmodel = "cnn"', "expected a value of `grid` in g.toml, got a table. Double its brackets: [[grid]]."),
-        ("[param.small_loss]\nnoise_rate = 0.1", "got a table. Parameters stand in [params.METHOD]."),
+        ("[param.small_loss]\nnoise_rate = 0.1", "got a table. Put parameters into [params.METHOD]."),
     ],
 )
 def test_values_of_the_wrong_kind_in_toml_are_named(text: str, message: str) -> None:

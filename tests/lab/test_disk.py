@@ -141,9 +141,9 @@ def test_a_report_in_a_read_only_folder_names_out_and_shows_its_numbers(
     done = CliRunner().invoke(cli.app, words)
     assert done.exit_code == 2
     assert re.search(
-        r"error: cannot write .*report\.html \(Read-only file system\)\. .*that can be written.*--out", done.stderr
+        r"error: cannot write .*report\.html \(Read-only file system\)\. .*report elsewhere.*--out", done.stderr
     )
-    assert "the same command" not in done.stderr
+    assert not re.search("same command|repeat the command", done.stderr)
     assert "full" in done.stdout
     assert "trim" in done.stdout
 
@@ -179,7 +179,7 @@ def test_another_page_that_cannot_be_written_names_its_option(
     done = CliRunner().invoke(cli.app, [places.get(word, word) for word in words])
     assert done.exit_code == 2, done.output
     assert option in done.stderr
-    assert "the same command" not in done.stderr
+    assert not re.search("same command|repeat the command", done.stderr)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def test_names_that_tell_which_way_is_better(name: str) -> None:
 
 def test_other_names_have_to_say_it() -> None:
     assert Metric.called("score", True).better == "higher"
-    with pytest.raises(ValueError, match="whose name does not tell"):
+    with pytest.raises(ValueError, match="whose name does not imply it"):
         Metric.called("score")
     with pytest.raises(ValueError, match="Did you mean 'rmse'"):
         Metric.called("rsme")

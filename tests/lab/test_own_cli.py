@@ -111,7 +111,7 @@ def goes_wrong(body: str, says: str) -> None:
     assert ours == []
     assert done.stderr.count("Traceback") == ("raise" in body or "run.trim(1)" in body)
     assert [row["config"]["method"] for row in records.read("here") if row["status"] == "finished"] == ["full"]
-    assert "1 run failed; the same command tries it again" in done.stderr
+    assert "1 run failed; repeat the command to retry it" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_images_and_a_network_of_ones_own(tmp_path: Path) -> None:
     assert ">light<" in page
     words[words.index("here")] = "there"
     said = mistake(*words, "--model", "net.py:wrong", "-q")
-    assert "expected net.py:wrong to give logits (B, 2), one a class" in said
+    assert "expected net.py:wrong to give logits (B, 2), one per class" in said
     said = mistake(*words, "--model", "net.py:fails", "-q")
     assert "NameError" in said
     assert "own_models.py" not in said

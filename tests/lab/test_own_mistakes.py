@@ -46,7 +46,7 @@ def test_a_method_no_trimmer_drives_is_refused_before_the_first_run(method: str)
         (0.3, "got 0.3"),
         ([0.3], "got [0.3]"),
         ({}, "got nothing in it"),
-        ({"accuracy": 0.3}, "got accuracy. --metric says which number is compared"),
+        ({"accuracy": 0.3}, "got accuracy. --metric names the number to compare"),
         ({"error": "low"}, "expected `error` to be a number, got 'low'"),
         ({"error": True}, "expected `error` to be a number, got True"),
         ({"error": None}, "expected `error` to be a number, got None"),
@@ -144,7 +144,7 @@ def test_exit_fails_one_run() -> None:
 
 def test_a_task_that_forgets_its_trimmer_is_told() -> None:
     text = failing(lambda run: {"error": 0.1})
-    assert "got a run of 'trim' in which it was never called: it would be plain training by another name" in text
+    assert "got a run of 'trim' in which it was never called: that is plain training" in text
     assert [row["config"]["method"] for row in records.read("here") if row["status"] == "finished"] == ["full"]
 
 

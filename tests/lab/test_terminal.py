@@ -18,7 +18,7 @@ from batchtrim.lab.execute import grid, progress
 from batchtrim.lab.execute.progress import Live
 from batchtrim.lab.present import tables
 from batchtrim.lab.task import decode
-from batchtrim.lab.terminal import Count
+from batchtrim.lab.terminal import ProgressCount
 
 
 def printed(make_row: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> str:
@@ -104,7 +104,7 @@ def _codes(text: str) -> list[str]:
 def test_a_long_count_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 100.0
     monkeypatch.setattr("batchtrim.lab.terminal.time.monotonic", lambda: now)
-    said = Count("images decoded", 12_000)
+    said = ProgressCount("images decoded", 12_000)
     for _ in range(12):
         now += 2.0
         said.add(1000)
@@ -114,8 +114,8 @@ def test_a_long_count_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, caps
 def test_decoding_says_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Count, "first", 0.0)
-    monkeypatch.setattr(Count, "every", 0.0)
+    monkeypatch.setattr(ProgressCount, "first", 0.0)
+    monkeypatch.setattr(ProgressCount, "every", 0.0)
     paths = [tmp_path / f"{i}.png" for i in range(40)]
     for path in paths:
         Image.new("L", (4, 4)).save(path)

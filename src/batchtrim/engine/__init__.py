@@ -1,4 +1,4 @@
-"""Engines: how a trimmed step is computed. All give the same samples and, where they can, the same gradient.
+"""Engines: how a trimmed step is computed. All keep the same samples and, if they can, give the same gradient.
 
 =========  ================================  ===========  ==========================================================
 engine     how                               cost/plain   exact where
@@ -6,29 +6,29 @@ engine     how                               cost/plain   exact where
 exact      full graph, mean of the kept      1            always: it defines what is right
 two_pass   forward without a graph, then     (1 + 3q)/3   samples do not interact; dropout is drawn anew, BatchNorm
            forward and backward on the kept               normalises the kept by their own statistics
-shared     one forward, backward on kept     (1 + 2q)/3   always, where it runs; rows that meet cost more;
+shared     one forward, backward on kept     (1 + 2q)/3   always, if it runs; rows that interact cost more;
                                                           BatchNorm by the kept rows' means in backward
 auto       shared, two_pass or exact         at most 1    as the engine it picks
 =========  ================================  ===========  ==========================================================
 
 A tour of the shared engine, in the order of a step:
 
-1. ``shared.py``: a step. ``capture.py``: run model and loss as graphs; it and ``inductor.py`` alone use torch's private
-   parts.
+1. ``shared.py`` runs a step. ``capture.py`` runs model and loss as graphs; only it and ``inductor.py`` use torch's
+   private parts.
 2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
    graph (which operators may run on kept rows?), by the rules of ``rules.py``, ``rules_shape.py``, ``rules_nn.py`` and
-   ``rules_attention.py`` over the layouts of ``layout.py``. ``split.py`` makes two graphs of the backward, ``cost.py``
-   counts what that saves. ``shared.py`` runs the model's own Python once, to check the trace against it.
-3. ``sliced.py``: forward; what it saves goes onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
+   ``rules_attention.py`` over the layouts of ``layout.py``. ``split.py`` splits the backward into two graphs;
+   ``cost.py`` counts what that saves. ``shared.py`` runs the model's own Python once, to check the trace against it.
+3. ``sliced.py`` runs the forward and puts what it saves onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
 4. ``loss.backward()``: ``parts.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
 
-Where the model's Python runs twice, ``held.py`` finds all that it may change, and ``state.py`` and ``writes.py`` put
-that back. ``reasons.py`` says why a model could not be traced.
+If the model's Python runs twice, ``held.py`` finds all that it may change, and ``state.py`` and ``writes.py`` put
+that back. ``reasons.py`` explains why a model could not be traced.
 
-``auto.py`` runs the first step that might pay with ``exact`` while ``cost.py`` counts it, and traces the model as soon
+``auto.py`` runs the first step that might pay with ``exact`` while ``cost.py`` counts it. It traces the model as soon
 as 100 steps would pay the trace back.
 
-If the user compiled the model, the first step of a trace still runs as above, to be checked against the model. From the
+If the user compiled the model, the first step of a trace still runs as above, to check it against the model. From the
 second step on ``compiled.py`` runs it: ``inductor.py`` compiles the forward, and all of step 4, cutting included, as
 one function.
 
@@ -42,11 +42,12 @@ CannotCompile    inductor.py              compiled.py              a warning; th
 EngineRefused    shared.py, two_pass.py   auto.py, or the caller   another engine; the state is as before
 ===============  =======================  =======================  ===================================================
 
-Glossary. *Row*: what is chosen, a sample or a token. *Kept*: chosen. *Layout*: where a tensor holds its rows. *Axis*:
-the dimension of one row symbol, and its factors. *Whole*: a value that belongs to no row; a part that runs on all.
+Glossary. *Row*: the unit of choice, a sample or a token. *Kept*: chosen. *Layout*: where a tensor holds its rows.
+*Axis*: the dimension of one row symbol, and its factors. *Whole*: a value that belongs to no row; a part that runs on
+all.
 *Vanish*: to be zero in every row that is not kept. *Mixes*: makes one row of another. *Upper*, *lower*: backward above
-and below the first operator that mixes rows. *Crossing*: an operator of the upper part that runs on all rows, for it
-draws dropout by their places. *Pinned*: must be saved, for kept rows cannot compute it again. *Tape*: what one forward
+and below the first operator that mixes rows. *Crossing*: an operator of the upper part that runs on all rows, since it
+draws dropout by their positions. *Pinned*: must be saved, since kept rows cannot recompute it. *Tape*: what one forward
 saved.
 """
 

@@ -28,7 +28,7 @@ __all__ = ["AutoEngine"]
 
 _log = logging.getLogger("batchtrim.engine")
 
-# A trace that does not pay at this keep fraction pays at none.
+# A trace that does not pay at this keep fraction never pays.
 _SMALLEST = 0.1
 # A trace takes half a second at least. Steps of less than 8 ms do not pay that back within 100 steps, however little is
 # kept. So ``auto`` gives a model up at once whose forward is shorter than _SHORT on a CPU. A forward that takes longer,
@@ -38,7 +38,7 @@ _JUDGE_EVERY = 300  # steps between two measurements of what BatchNorm's approxi
 
 
 class AutoEngine:
-    """Run "shared" where it pays, "two_pass" for compiled models that cannot be traced, and else "exact".
+    """Run "shared" if it pays, "two_pass" for compiled models that cannot be traced, otherwise "exact".
 
     The keep fraction and a count of operations and bytes decide what pays. No clock does, so that runs repeat. The
     first step that might pay runs with "exact" and is counted. A trace takes about a second; it is made as soon as 100
@@ -49,16 +49,16 @@ class AutoEngine:
     """
 
     name = "auto"
-    forecast: Forecast | None = None  # costs of a trace and of a step; None until a step was counted
+    forecast: Forecast | None = None  # costs of a trace and of a step; None until a step has been counted
 
     def __init__(self, forward: Forward, trim: Trimmer) -> None:
         self.trim = trim
         self.exact = ExactEngine(forward, trim)
-        self.saving: Engine | None = None  # cuts rows; None until one is made, and where none pays
+        self.saving: Engine | None = None  # the engine that cuts rows; None until it is made, or if none pays
         self._judged = 0
         self._told = False
         self._warned = False
-        self._untimed = _TIMED  # how many steps may still be timed
+        self._untimed = _TIMED  # how many more steps may be timed
         compiled = compiled_part(forward.model) is not None
         if compiled or self.forecast is not None or device_of(forward.model).type != "cpu":
             self._prepare(compiled, stacklevel=5)
@@ -73,7 +73,7 @@ class AutoEngine:
             self.saving = shared = SharedEngine(self.exact.forward, self.trim)
             shared.judge = self._judge
             if compiled:
-                self.forecast = Forecast(math.inf, 0.0)  # a trace costs nothing beside the compilation
+                self.forecast = Forecast(math.inf, 0.0)  # beside the compilation, a trace costs nothing
         except EngineRefused as refused:
             self._hand_on(refused, stacklevel)
 
@@ -94,7 +94,7 @@ class AutoEngine:
             if not self._told and self.saving.traces:
                 self._tell()
             return step
-        # Run it here and not in the handler: the error holds the model's frames, and with them hooks of checkpointing.
+        # Run it here, not in the handler: the error holds the model's frames, and with them hooks of checkpointing.
         step = self.exact(x, y, refused.selection if selection is None else selection)
         self._hand_on(refused, stacklevel=4)
         return step
@@ -112,7 +112,7 @@ class AutoEngine:
         return self.running.pays_below
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
-        """Return the loss, with a graph, of rows that were chosen before."""
+        """Return the loss, with a graph, of rows chosen earlier."""
         refused: EngineRefused | None = None
         if self.saving is not None and not self.saving.repeats_forward and self.pays(x, y):
             try:
@@ -146,7 +146,8 @@ class AutoEngine:
         if seconds < _SHORT:
             self._untimed = 0
             _log.info(
-                "engine 'auto' goes on with 'exact': a trace of this model takes at least 0.5 s, and 100 steps %.1f s; "
+                "engine 'auto' continues with 'exact': a trace of this model takes at least 0.5 s, and 100 steps %.1f "
+                "s; "
                 "engine='shared' makes it anyway",
                 300 * seconds,
             )
@@ -168,7 +169,7 @@ class AutoEngine:
         if not self.forecast.pays(_SMALLEST):
             self.saving = None
             _log.info(
-                "engine 'auto' goes on with 'exact': a trace of this model takes about %.1f s, and 100 steps %.1f s; "
+                "engine 'auto' continues with 'exact': a trace of this model takes about %.1f s, and 100 steps %.1f s; "
                 "engine='shared' makes it anyway",
                 self.forecast.trace,
                 100 * self.forecast.step,
@@ -177,11 +178,11 @@ class AutoEngine:
 
     @property
     def running(self) -> Engine:
-        """The engine that runs a step where cutting pays."""
+        """The engine that runs a step if cutting pays."""
         return self.exact if self.saving is None else self.saving
 
     def _tell(self) -> None:
-        """Say once what runs and why; give up for good what never pays."""
+        """Log once what runs and why; give up for good if cutting never pays."""
         shared: Any = self.saving
         if shared.trace is None:
             return
@@ -192,7 +193,7 @@ class AutoEngine:
         _log.info("engine 'auto' runs 'shared': %.0f %% of the backward on the kept rows%s", 100 * cost.share, below)
         if cost.ratio(_SMALLEST) > 1.0:
             self.saving = None
-            _log.info("engine 'auto' goes on with 'exact': this model is too small for cutting to pay")
+            _log.info("engine 'auto' continues with 'exact': this model is too small for cutting to pay")
 
     def _judge(self, measure: Callable[[], float]) -> bool:
         """Return True if BatchNorm's backward may take its means over the kept rows in this step."""
@@ -204,7 +205,7 @@ class AutoEngine:
         near = cosine >= LEAST_COSINE
         if not self._warned or near != shared.approximate:
             self._warned = True
-            done = "goes on with the kept rows alone" if near else "is whole from the last BatchNorm on, which is exact"
+            done = "continues on the kept rows alone" if near else "is whole from the last BatchNorm on, which is exact"
             warnings.warn(
                 f"taking the means of BatchNorm's backward over the kept rows gives a gradient of cosine {cosine:.3f} "
                 f"with the exact one: backward {done}.",
@@ -214,7 +215,7 @@ class AutoEngine:
         return near
 
     def _hand_on(self, refused: EngineRefused, stacklevel: int) -> None:
-        """Go on with another engine for good, and warn once, at the user's line."""
+        """Switch to another engine for good, and warn once, at the user's line."""
         forward = self.exact.forward
         compiled = self.trim.unit == "sample" and compiled_part(forward.model) is not None
         reason = redrawn(forward) if compiled else None
@@ -222,4 +223,4 @@ class AutoEngine:
         self.saving = TwoPassEngine(forward, self.trim, approximate=False) if two_pass else None
         also = f", and {reason}" if reason else ""
         going_on = "two_pass" if two_pass else "exact"
-        warnings.warn(f"{refused}{also}. Going on with engine={going_on!r}.", EngineFallback, stacklevel=stacklevel)
+        warnings.warn(f"{refused}{also}. Continuing with engine={going_on!r}.", EngineFallback, stacklevel=stacklevel)

@@ -27,10 +27,10 @@ class StepResult(NamedTuple):
         loss: 0-d, with a graph.
         losses: (B,), all samples', detached.
         outputs: the model's outputs for the whole batch, detached.
-        selection: which samples the loss is of.
-        mask: bool (B,), False for samples that do not count; None where all do.
+        selection: the samples that the loss is of.
+        mask: bool (B,), False for samples that do not count; None if all do.
         engine: the name of the engine that computed it.
-        approximate: why its gradient is not the exact one, or None.
+        approximate: why its gradient is not exact, or None.
     """
 
     loss: Tensor
@@ -56,7 +56,7 @@ class Forward:
         model: called as ``model(x)``, ``model(*x)`` for a plain tuple or list, ``model(**x)`` for a mapping. A named
             tuple, a PackedSequence or a dataclass is one argument.
         per_sample_loss: ``(outputs, y) -> losses``, a tensor (B,) or (B, ...), or :class:`batchtrim.Losses`.
-        rank_by: ``(outputs, y) -> losses`` to rank by, where that is not the loss trained on.
+        rank_by: ``(outputs, y) -> losses`` to rank by, if that is not the loss trained on.
         batch_dim: the dimension of the tensors in ``x`` that holds the batch.
         unit: what is chosen, "sample" or "element".
     """

@@ -1,13 +1,13 @@
-"""BatchNorm, the one interaction of rows that may be approximated: the error, and whether it is small enough.
+"""BatchNorm, the only interaction of rows that may be approximated: how large the error is.
 
-BatchNorm takes from a gradient its mean and its part along the normalised activations, over all rows of the batch. With
-the whole batch's mean M and deviation S and the k kept rows, a backward over these alone takes
+BatchNorm subtracts from a gradient its mean and its component along the normalised activations, over the batch. With
+the whole batch's mean M and deviation S, a backward over the k kept rows computes
 
     ``dx = weight / S * (g - mean_k(g) - u * mean_k(g * u))``,   ``u = (x - M) / S``
 
-its means over the kept rows. Gradients of weight and bias are exact, given g. How far the direction is from the exact
+with means over the kept rows. Gradients of weight and bias are exact, given g. How far the direction is from the exact
 one depends on the network: cosines of 0.98 and more for residual networks, 0.1 to 0.7 with depthwise convolutions.
-So it is measured, on the batch at hand, against the exact form, in which backward is whole below the last BatchNorm.
+So it is measured on the current batch against the exact form, in which backward is whole below the last BatchNorm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEAST_COSINE = 0.95
 
 
 def has_batch_norm(modules: list[nn.Module]) -> bool:
-    """Return True if one of them is a BatchNorm that takes its statistics from the batch."""
+    """Return True if one of the modules is a BatchNorm that takes its statistics from the batch."""
     return any(isinstance(each, nn.modules.batchnorm._BatchNorm) and each.training for each in modules)
 
 

@@ -1,8 +1,8 @@
 """Capture a function as graphs, and run them. Only this file and ``inductor.py`` use torch's private parts.
 
 ``torch.compile``'s front end traces model and loss together, with guards that trace anew when something in Python
-changes. AOTAutograd turns that into one joint graph of forward and backward. :class:`Capture` gives the joint graph to
-a planner and runs the graphs that the planner returns. :func:`unfit` says which torch releases cannot be used.
+changes. AOTAutograd turns the trace into one joint graph of forward and backward. :class:`Capture` passes the joint
+graph to a planner and runs the graphs that the planner returns. :func:`unfit` says which torch releases cannot be used.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-_OLDEST = TorchVersion("2.8")  # the oldest release that the engine's tests have passed with
+_OLDEST = TorchVersion("2.8")  # the oldest release with which the engine's tests have passed
 _numbers = itertools.count()
 
 
@@ -55,7 +55,7 @@ class CannotCapture(Exception):
 
 
 class OneBatchSize(CannotCapture):
-    """A trace holds for one batch size only."""
+    """A trace is valid for one batch size only."""
 
 
 class Planner(Protocol):
@@ -81,7 +81,7 @@ class Planner(Protocol):
 
 
 def unfit() -> str | None:
-    """Return the reason why this torch release cannot be used for capture, or None."""
+    """Return why this torch release cannot be used for capture, or None."""
     if torch.__version__ < _OLDEST:
         return f"capture needs torch {_OLDEST} or newer, and this is torch {torch.__version__}"
     try:
@@ -106,7 +106,7 @@ def expression_of(value: Any) -> Any:
 
 
 def fixed_by(tensor: Any, size: Any) -> str:
-    """Return the line that made the traced batch size a number, as far as the tracer tells: ``", by ..."``."""
+    """Return the line that made the traced batch size a number, if the tracer tells: ``", by ..."``."""
     guards = getattr(getattr(getattr(tensor, "fake_mode", None), "shape_env", None), "guards", ())
     for guard in guards:
         if isinstance(guard.expr, sympy.Eq) and size in guard.expr.args:
@@ -119,15 +119,15 @@ def fixed_by(tensor: Any, size: Any) -> str:
 
 
 class Capture:
-    """A function of (x, y) that runs as graphs, one trace for each state of guards.
+    """A function of (x, y) that runs as graphs, with one trace per state of the guards.
 
     Args:
         function: what to capture. make_planner: called once for every trace.
         limit: the most traces to make before giving up.
-        compiler: what will compile the graphs. They are then made of smaller operators.
+        compiler: what will compile the graphs, which are then decomposed into smaller operators.
 
     Raises:
-        CannotCapture: on call, before any part of the function ran.
+        CannotCapture: on call, before any part of the function has run.
     """
 
     traced = False  # True once a trace was made in this process
@@ -159,11 +159,11 @@ class Capture:
                 return self._compiled(*args)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # an error of the model itself, once its graph runs, is the caller's
+            except Exception as error:  # an error of the model itself while its graph runs is passed on
                 if self.running:
                     raise
                 cause = cause_of(error)
-                # Refused for what the graph shows, or not traced. Do not keep the error: it holds the model's frames.
+                # Refused because of the graph, or not traced. Do not keep the error: it holds the model's frames.
                 reason = str(cause) if isinstance(cause, CannotCapture) else told(cause)
                 refusal = OneBatchSize if isinstance(cause, OneBatchSize) else CannotCapture
                 del cause
@@ -227,18 +227,18 @@ def _settings(limit: int) -> Iterator[None]:
             fail_on_recompile_limit_hit=True,
             allow_rnn=True,
             optimize_ddp=False,
-            skip_nnmodule_hook_guards=False,  # a hook that is added later is another function
-            use_numpy_random_stream=True,  # numbers drawn by NumPy are not replaced by torch's
+            skip_nnmodule_hook_guards=False,  # a hook added later changes the function
+            use_numpy_random_stream=True,  # do not replace NumPy's random numbers by torch's
         ),
         functorch.patch(donated_buffer=False),
-        shapes.patch(use_duck_shape=False),  # two sizes that are equal by chance are two sizes
+        shapes.patch(use_duck_shape=False),  # sizes that are equal by chance stay separate
     ):
         yield
 
 
 @contextlib.contextmanager
 def _draws_kept() -> Iterator[None]:
-    """Keep random operators whose result is not used in graphs: they move the generator, as in the model itself."""
+    """Keep random operators with unused results in graphs: they advance the generator, as in the model itself."""
     import torch._inductor.config as inductor
 
     with inductor.patch(fallback_random=True):
@@ -270,7 +270,7 @@ def speech_encoders(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def without_input_gradient(encoders: Sequence[Any]) -> Iterator[None]:
-    """Have speech encoders leave ``requires_grad`` of their input alone, which no trace can follow.
+    """Keep speech encoders from changing ``requires_grad`` of their input, which cannot be traced.
 
     They set it for reentrant checkpoints. Nothing reads the gradient.
     """
@@ -290,12 +290,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def is_transformed() -> bool:
-    """True inside a transform of torch.func (grad, vmap, jvp), and where forward-mode derivatives are computed."""
+    """True inside a transform of torch.func (grad, vmap, jvp), and if forward-mode derivatives are computed."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def keeps_graph() -> bool:
-    """True if the backward in progress keeps its graph for another one."""
+    """True if the current backward keeps its graph for another one."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -303,7 +303,7 @@ def keeps_graph() -> bool:
 
 
 def pin(node: fx.Node) -> None:
-    """Tell the partitioner to save a node's value and not to compute it again."""
+    """Tell the partitioner to save a node's value rather than recompute it."""
     from torch.utils.checkpoint import CheckpointPolicy
 
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -328,7 +328,7 @@ def decomposed(
         run = func.decompose
     else:
         return None
-    args = [list(arg) if isinstance(arg, list) else arg for arg in args]  # those of a graph must not be changed
+    args = [list(arg) if isinstance(arg, list) else arg for arg in args]  # a graph's own arguments must not be changed
     fakes = [arg for arg in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(arg, Tensor)]
     if not fakes:
         return None
@@ -342,9 +342,9 @@ def decomposed(
 
 
 def zeros_at_zero(func: Any, args: dict[str, Any], zeros: Mapping[str, tuple[Sequence[int], Any]]) -> list[bool]:
-    """Return which outputs of an operator are zero if all its operands are; none if that cannot be decided.
+    """Return which outputs of an operator are zero if all its operands are; none if that is unknown.
 
-    The operator is run, so that its numbers count: ``relu(0)`` is zero, ``clamp_min(0, 0.1)`` is not.
+    The operator is run, since its numbers matter: ``relu(0)`` is zero, ``clamp_min(0, 0.1)`` is not.
 
     Args:
         args: by name. zeros: names of operands, their sizes and types.
@@ -359,12 +359,12 @@ def zeros_at_zero(func: Any, args: dict[str, Any], zeros: Mapping[str, tuple[Seq
             outputs = func(*positional, **{each.name: given[each.name] for each in arguments if each.kwarg_only})
             outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
             return [not bool(output.any()) for output in outputs]
-    except Exception:  # it takes no such operands here, or one of its numbers is not known yet
+    except Exception:  # it does not take such operands, or one of its numbers is not known yet
         return []
 
 
 class _Facts(TorchDispatchMode):
-    """Record the facts known of every tensor that operators inside it produce."""
+    """Record the facts known about every tensor that operators inside the block produce."""
 
     def __init__(self, known: Callable[[Tensor], Any], inner: Callable[..., Any]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A trace that runs compiled: its forward, and one backward that cuts to the kept rows and runs on them.
+"""A trace that runs compiled: its forward, and a backward that cuts tensors to the kept rows and runs on them.
 
 Backward takes the rows where it reads them, so the compiler fuses the cut with the operators that follow, and a tensor
 that is read once is not copied. Both are compiled when they first run, for every batch size and every k.
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 __all__ = ["CompiledStep"]
 
 
-# Where it makes better code, Inductor assumes on which side of a bound a size lies (k below 4096, say). For sizes that
-# do not fit, the backward is compiled again, at most this often.
+# For better code, Inductor may assume on which side of a bound a size lies (such as k below 4096). For sizes that
+# do not fit, the backward is recompiled, at most this often.
 _BACKWARDS = 3
 
 
 @dataclass
 class _Backward:
-    """A compiled backward and its arguments: places of the backward's inputs, whole or already cut."""
+    """A compiled backward and its arguments: positions of the backward's inputs, whole or already cut."""
 
     compiled: Compiled
     given: list[tuple[int, bool]]
 
 
 class CompiledStep:
-    """Run one trace compiled, as long as it compiles.
+    """Run one trace compiled, as long as that works.
 
     Attributes:
         failed: the reason why it is not compiled, or None.
@@ -108,8 +108,8 @@ class CompiledStep:
         if self.failed is not None and not self._told:
             self._told = True
             warnings.warn(
-                f"Inductor does not compile the graphs of the shared engine ({self.failed}). Going on operator by "
-                "operator.",
+                f"Inductor does not compile the graphs of the shared engine ({self.failed}). They run operator "
+                "by operator.",
                 EngineFallback,
                 stacklevel=2,
             )
@@ -182,7 +182,7 @@ class _Rows:
 
 
 class _Late(fx.Interpreter):
-    """Run a graph, and take rows where they are first read: earlier, they would leave the cache and fill memory."""
+    """Run a graph, and take rows when they are first read: taken earlier, they would leave the cache and use memory."""
 
     def run_list(self, args: list[Any]) -> Any:
         return self.run(*args)

@@ -1,7 +1,7 @@
-"""Count the cost of a step from a trace's graphs, or from the operators of a plain step before there is a trace.
+"""Estimate the cost of a step from a trace's graphs, or before there is a trace, from a plain step's operators.
 
-Nothing is timed, so runs repeat. An operator costs a fixed time for its start, and the longer of its arithmetic and its
-memory traffic. The machine's numbers are rough; they only decide whether a step that cuts rows is cheaper than a plain
+Nothing is timed, so runs repeat. An operator costs a fixed time to start, plus the longer of its arithmetic and its
+memory traffic. The machine's figures are rough; they only decide whether a step that cuts rows is cheaper than a plain
 one.
 """
 
@@ -24,7 +24,7 @@ __all__ = ["Cost", "Forecast", "Machine", "OperatorCount", "cost_of", "hinted_si
 
 @dataclass(frozen=True)
 class Machine:
-    """Operations a second, bytes a second, seconds to start an operator."""
+    """Operations per second, bytes per second, seconds to start an operator."""
 
     flops: float
     bytes: float
@@ -32,7 +32,7 @@ class Machine:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """Return rough numbers for a device; for a CPU, by the number of threads in use."""
+    """Return rough figures for a device; for a CPU, by the number of threads in use."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return Machine(4e10 * threads, 6e9 * min(threads, 4), 6e-6)
@@ -72,7 +72,7 @@ _COSTLY = frozenset(_CONTRACTED) | {"convolution", "convolution_backward"}
 
 
 def hinted_size(tensor: Any) -> int:
-    """Return how many entries a tensor has, symbolic sizes by their hints."""
+    """Return how many entries a tensor has, with the hints of symbolic sizes."""
     return math.prod(_shape(tensor))
 
 
@@ -111,7 +111,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _seconds(name: str, args: Sequence[Any], inputs: Sequence[Any], output: Any, machine: Machine) -> float:
-    """Return the seconds an operator takes; ``inputs`` are all it reads, lists and keywords included."""
+    """Return the seconds an operator takes; ``inputs`` are all that it reads, including lists and keywords."""
     moved = _bytes(output) + _bytes(inputs)
     flops = _flops(name, args, output) if _is_costly(name) else 0.0
     return max(flops / machine.flops, moved / machine.bytes) + machine.start
@@ -134,7 +134,7 @@ def cost_of(node: fx.Node, machine: Machine) -> float:
 _TRACE, _TRACE_OPERATOR, _FIRST = 0.5, 0.0145, 0.9
 # The time of cutting, over that of writing the forward's outputs: fitted to networks of 46 to 500 ms a step.
 _CUTTING_OVER_WRITING = 0.83
-# The steps within which a trace must be paid back, and how much slower than plain training they may be.
+# The steps within which a trace must pay off, and how much slower than plain training they may be.
 _PAID_WITHIN, _ALLOWED = 100, 0.02
 
 
@@ -156,7 +156,7 @@ class Forecast:
 
 
 class OperatorCount(Watching):
-    """Count the operators of a forward, and their cost; change nothing.
+    """Count the operators of a forward and their cost, without changing anything.
 
     Use it as a context manager around a forward with a graph.
     """
@@ -166,7 +166,7 @@ class OperatorCount(Watching):
         self.machine = machine
         self.operators = 0
         self.seconds = 0.0
-        self.writing = 0.0  # of the seconds, on writing outputs
+        self.writing = 0.0  # the part of the seconds spent on writing outputs
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -20,9 +20,9 @@ class KeptRows:
     """The rows that are kept.
 
     Attributes:
-        rows: int64 (k,), in rising order; of tokens, their places in the losses of shape (batch, tokens).
-        batch: how many samples there are.
-        tokens: how many tokens each has losses for, where tokens are rows.
+        rows: int64 (k,), in ascending order; for tokens, their positions in the losses of shape (batch, tokens).
+        batch: the number of samples.
+        tokens: how many tokens of each sample have a loss, if tokens are rows.
         lost: how many tokens at the end of each sample have no loss.
     """
 
@@ -36,7 +36,7 @@ class KeptRows:
         return self.rows.shape[0]
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Return the sample of every token, and its place in the sample."""
+        """Return the sample of every token, and its position in the sample."""
         assert self.tokens is not None
         return self.rows // self.tokens, self.rows % self.tokens
 
@@ -44,8 +44,8 @@ class KeptRows:
 def can_be_cut(layout: Rows, symbols: int) -> bool:
     """True if rows in this layout can be taken and put back.
 
-    Samples can, in any layout with one factor that is a number. Tokens can, if samples and tokens are dimensions of
-    their own, or one dimension, sample by sample; or if all tokens of a sample hold the same.
+    Samples can, in any layout in which one factor is a number. Tokens can, if samples and tokens are separate
+    dimensions or one dimension, sample by sample; or if all tokens of a sample hold the same values.
     """
     if symbols == 1:
         (axis,) = layout.axes
@@ -147,7 +147,7 @@ def _cut_samples(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
     strides = tensor.stride()
     if layout.iota or strides[dim] == 0:
         return tensor.narrow(dim, 0, size)
-    if tensor.is_contiguous():  # mostly it is, and a step cuts hundreds
+    if tensor.is_contiguous():  # the common case, and a step cuts hundreds
         if outer == 1 and inner == 1:
             return tensor.index_select(dim, kept.rows)
         before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
@@ -176,7 +176,7 @@ def _put_samples(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
     shape = list(value.shape)
     shape[dim] = outer * kept.batch * inner
     whole = value.new_zeros(shape)
-    # one row may be both: its rows among zeros are then to be as most operators take them
+    # a single row may be both; put back, it should then have the order that most operators expect
     if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
         whole = whole.to(memory_format=torch.channels_last)
     parts = whole.unflatten(dim, (outer, kept.batch, inner))

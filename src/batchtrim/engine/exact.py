@@ -16,7 +16,7 @@ __all__ = ["ExactEngine", "is_training_step"]
 
 
 class ExactEngine:
-    """Run forward and backward over the whole batch. A dropped sample is a row of zeros in backward. Cost: 1."""
+    """Run forward and backward over the whole batch; a dropped sample is a row of zeros in backward. Cost: 1."""
 
     name = "exact"
     repeats_forward = True
@@ -38,7 +38,7 @@ class ExactEngine:
         return StepResult(loss, detached.values, outputs, selection, engine=self.name)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
-        """Return the loss of rows that were chosen before."""
+        """Return the loss of rows chosen earlier."""
         return self(x, y, selection).loss
 
     def pays(self, x: Any, y: Any) -> bool:

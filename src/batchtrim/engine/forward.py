@@ -45,22 +45,22 @@ class TrimmedForward:
         loss.backward()
 
     Args:
-        model: an unmodified module; wrapped in DistributedDataParallel where there are several processes.
+        model: an unmodified module; with several processes, wrapped in DistributedDataParallel.
         per_sample_loss: ``(outputs, y) -> losses``, a tensor (B,) or (B, ...) or :class:`batchtrim.Losses`. A loss
-            module with a ``reduction`` (``nn.CrossEntropyLoss()``) is taken without its reduction; of a function
-            make one with ``batchtrim.per_sample(F.cross_entropy)``.
+            module with a ``reduction`` (``nn.CrossEntropyLoss()``) is used without its reduction; wrap a function
+            as ``batchtrim.per_sample(F.cross_entropy)``.
         trim: the trimmer that chooses. Call its ``step()`` as without an engine.
         engine: "auto", "exact", "two_pass" or "shared"; see :mod:`batchtrim.engine`.
-        rank_by: ``(outputs, y) -> losses`` to rank by, where that is not the loss trained on.
+        rank_by: ``(outputs, y) -> losses`` to rank by, if that is not the loss trained on.
         batch_dim: the dimension of the tensors in ``x`` that holds the batch; 1 for time-major inputs.
 
     Raises:
-        EngineRefused: engine "shared" cannot run this model exactly. "auto" warns once and goes on with another.
+        EngineRefused: engine "shared" cannot run this model exactly. "auto" warns once and continues with another.
 
     Notes:
-        Two passes run the model's Python twice, hooks too: the second time on a smaller batch. Buffers, attributes,
-        what hooks collect, and random generators end up as after one forward. Inside ``torch.no_grad()`` every
-        engine is one plain forward.
+        Two passes run the model's Python twice, including hooks, the second time on a smaller batch. Buffers,
+        attributes, what hooks collect, and random generators end up as after one forward. Inside ``torch.no_grad()``
+        every engine is one plain forward.
 
     Example:
         >>> import torch
@@ -94,7 +94,7 @@ class TrimmedForward:
         if isinstance(per_sample_loss, per_sample) and per_sample_loss.unit != trim.unit:
             raise ValueError(
                 f"expected `per_sample_loss` and `trim` to have one unit, got {per_sample_loss.unit!r} and "
-                f"{trim.unit!r}. Give both the unit that is to be chosen."
+                f"{trim.unit!r}. Give both the same unit."
             )
         batch_dim = check_count("batch_dim", batch_dim, minimum=0)
         self.forward = Forward(model, per_sample_loss, rank_by, batch_dim, trim.unit)
@@ -132,13 +132,13 @@ class TrimmedForward:
     @property
     def last(self) -> StepResult | None:
         """The last step, detached, with its kept rows in rising order; None before the first."""
-        if self._last is not None and not self._in_order:  # sort on request, not in every step
+        if self._last is not None and not self._in_order:  # sorted on request, not in every step
             self._last = self._last._replace(selection=self._last.selection.rising())
             self._in_order = True
         return self._last
 
     def _called_compiled(self, x: Any, y: Any) -> Tensor:
-        """Run a step called from a compiled function, and compile the model, as that function would have."""
+        """Run a step called from a compiled function, and compile the model, as that function would have done."""
         model = self.forward.model
         if compiled_part(model) is None and not isinstance(model, nn.parallel.DistributedDataParallel):
             self.forward.model = torch.compile(model)  # type: ignore[assignment]
@@ -146,7 +146,7 @@ class TrimmedForward:
         return self(x, y)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the arguments that make it anew, for pickle and deepcopy, without traces and measurements."""
+        """Return the arguments to recreate it, for pickle and deepcopy, without traces and measurements."""
         return {"forward": self.forward, "trim": self.trim, "engine": self._kind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -46,14 +46,14 @@ _WHOLE = (
 
 
 class CannotCompile(Exception):
-    """Inductor does not compile a graph; the message says why."""
+    """Inductor cannot compile a graph; the message says why."""
 
 
 # --- what the user compiled ------------------------------------------------------------------------------------------
 
 
 def inductor_of(model: nn.Module) -> Inductor | None:
-    """Return Inductor with the user's options, where the model or a part of it is compiled by it; else None."""
+    """Return Inductor with the user's options if it compiles the model or a part of it; else None."""
     settings = getattr(compiled_part(model), "get_compiler_config", lambda: None)()
     return None if settings is None else Inductor.of(settings)
 
@@ -74,7 +74,7 @@ class Compiled:
     """A compiled function of a list of inputs, which it empties.
 
     Attributes:
-        strides: of each output, or None where that is not known. They may be symbolic.
+        strides: of each output, or None if unknown. They may be symbolic.
         assumed: conditions on the symbols of the inputs' sizes. sizes: where each symbol is found.
     """
 
@@ -85,7 +85,7 @@ class Compiled:
     _known: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
     def fits(self, args: Sequence[Any]) -> bool:
-        """Return True if what was assumed of the sizes holds for these inputs."""
+        """Return True if the assumptions on sizes hold for these inputs."""
         if not self.assumed:
             return True
         sizes = tuple(args[at] if dim is None else args[at].shape[dim] for at, dim in self.sizes.values())
@@ -97,7 +97,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Inductor:
-    """Inductor, and the options that the user gave it, as far as they differ from its own."""
+    """Inductor, and the user's options, as far as they differ from its defaults."""
 
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -107,7 +107,7 @@ class Inductor:
 
         current = config.get_config_copy()
         given = {name: value for name, value in settings.items() if name in current and value != current[name]}
-        # CUDA graphs are recorded for each size, and k is another one in every step
+        # CUDA graphs are recorded per size, and k changes in every step
         return cls({name: value for name, value in given.items() if name != "triton.cudagraphs"})
 
     @contextlib.contextmanager
@@ -118,7 +118,7 @@ class Inductor:
             yield
 
     def decompositions(self) -> dict[Any, Any]:
-        """Return what to make smaller operators of, before a graph is proven and parted."""
+        """Return which operators to decompose before a graph is proven and split."""
         from torch._inductor.decomposition import select_decomp_table
 
         with self._settings():
@@ -132,8 +132,8 @@ class Inductor:
 
         Args:
             inputs: tensors without data, and symbolic sizes.
-            visible: how many of the first outputs need the strides they have by the operators' own rules; the others
-                lie in memory as suits.
+            visible: how many of the first outputs need the strides that the operators themselves would give; the others
+                may have any strides.
 
         Raises:
             CannotCompile: with Inductor's reason.
@@ -141,9 +141,9 @@ class Inductor:
         mode = next(each.fake_mode for each in inputs if isinstance(each, Tensor))
         env = mode.shape_env
         known, frozen = len(env.guards), env.frozen
-        env.frozen = False  # else it would forget what is assumed from here on
+        env.frozen = False  # otherwise it would not record later assumptions
         try:
-            # operators that have nothing but the rows' numbers in common are not to run as one, far from their readers
+            # do not fuse operators that share only the rows' numbers, far from their readers
             apart = {"score_fusion_memory_threshold": _SHARED_BYTES} if backward else {}
             with self._settings(**apart):
                 run, strides = self._compile(function, inputs, mode, visible, backward)
@@ -173,7 +173,7 @@ class Inductor:
                 graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
             graph.shape_env = mode.shape_env
             if not config.fallback_random:
-                replace_random_passes(graph)  # random numbers from Inductor's own generator, within its loops
+                replace_random_passes(graph)  # random numbers come from Inductor's own generator, inside its loops
             (output,) = graph.graph.find_nodes(op="output")
             output.meta["user_visible_output_idxs"] = [
                 at for at, node in enumerate(output.args[0][:visible]) if isinstance(node, fx.Node)
@@ -219,7 +219,7 @@ def without_data(like: Tensor) -> Any:
 
 
 def restrided(tensor: Tensor, strides: Sequence[Any] | None) -> Tensor:
-    """Return a tensor without data of the same size that lies in memory otherwise."""
+    """Return a tensor without data of the same size with other strides."""
     if strides is None:
         return tensor
     with tensor.fake_mode:
@@ -228,7 +228,7 @@ def restrided(tensor: Tensor, strides: Sequence[Any] | None) -> Tensor:
 
 
 def without_strides(graph: fx.GraphModule) -> None:
-    """Make a plain reshape of each ``as_strided`` that is one: decompositions of norms are written so.
+    """Replace each ``as_strided`` that is a reshape by a plain reshape: decompositions of norms use them.
 
     :func:`with_strides` undoes that.
     """
@@ -244,8 +244,8 @@ def without_strides(graph: fx.GraphModule) -> None:
 def with_strides(graph: fx.GraphModule) -> fx.GraphModule:
     """Return a copy in which the reshapes of :func:`without_strides` are ``as_strided`` again, of any number of rows.
 
-    It makes Inductor compute what it reads once, for each channel of a sample. What reads a reshape computes it anew,
-    for each pixel, and an index that it divides keeps the loop from being vectorised.
+    With it, Inductor computes the input once, for each channel of a sample. A reader of a reshape recomputes it
+    for each pixel, and dividing an index prevents vectorisation of the loop.
     """
     own = graph_copy(graph)
     for node in own.find_nodes(op="call_function", target=torch.ops.aten.reshape.default):
@@ -282,7 +282,7 @@ def _place(symbol: sympy.Symbol, inputs: Sequence[Any]) -> tuple[int, int | None
                     return at, dim
         elif expression_of(each) == symbol:
             return at, None
-    raise CannotCompile(f"it assumes something of a size, {symbol}, that no input has")
+    raise CannotCompile(f"it assumes something about a size, {symbol}, that no input has")
 
 
 def _reason(error: BaseException) -> str:

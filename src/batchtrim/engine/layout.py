@@ -1,9 +1,9 @@
 """The layout of a tensor: the dimensions along which it holds the rows of a batch.
 
-A row is what is chosen: a sample, or a token. A tensor holds rows along the dimensions of the symbols that count them:
-along ``s0`` (the batch size) for samples, along ``s0`` and the number of tokens for tokens. Where dimensions were
-merged, a dimension of size ``outer * s0 * inner`` holds row b at the places ``(o * s0 + b) * inner + i``: batch-major
-where ``outer`` is 1, batch-minor where ``inner`` is 1. Sizes are integers, or sympy expressions of such symbols.
+A row is the unit of choice: a sample, or a token. A tensor holds rows along the dimensions of the symbols that count
+them: along ``s0`` (the batch size) for samples, along ``s0`` and the number of tokens for tokens. Where dimensions were
+merged, a dimension of size ``outer * s0 * inner`` holds row b at positions ``(o * s0 + b) * inner + i``: batch-major
+if ``outer`` is 1, batch-minor if ``inner`` is 1. Sizes are integers, or sympy expressions of such symbols.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Mixes(Exception):
 
 @dataclass(frozen=True)
 class Axis:
-    """The place of one row symbol: dimension ``dim``, between factors ``outer`` and ``inner``.
+    """The position of one row symbol: dimension ``dim``, between factors ``outer`` and ``inner``.
 
-    ``outer`` is None if every row holds the same, so that any order of factors is right. ``lost`` counts the
-    rows that a slice has taken off the end.
+    ``outer`` is None if every row holds the same values, so that any order of factors is right. ``lost`` counts the
+    rows that a slice has cut off the end.
     """
 
     dim: int
@@ -43,7 +43,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Rows:
-    """A value with rows: ``axes[i]`` says where row symbol i lies, None where the value does not depend on it.
+    """A value with rows: ``axes[i]`` says where row symbol i lies, None if the value does not depend on it.
 
     Attributes:
         vanish: rows that are not kept are zero.
@@ -89,7 +89,7 @@ def product(sizes: Sequence[Size]) -> Size:
 
 
 def exact_ratio(a: Size, b: Size) -> Size | None:
-    """Return a / b if it is whole for every value of the symbols, else None."""
+    """Return a / b if it is an integer for every value of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
     if a == b:

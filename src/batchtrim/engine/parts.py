@@ -38,7 +38,7 @@ def run_backward(
     """Run the upper part on the kept rows, put its gradients back, run the lower part.
 
     Args:
-        whole: the backward's inputs by place, on all rows; emptied. kept: what was cut already; emptied.
+        whole: the backward's inputs by position, on all rows; emptied. kept: inputs already cut; emptied.
     """
     known: dict[fx.Node, Any] = {}
 

@@ -1,6 +1,6 @@
 """Check on a few rows, by their losses, gradients and NaN, that samples do not depend on one another.
 
-This is not a proof, which needs the graph. It serves the engine that runs models without a captured graph.
+This is not a proof, which needs the graph. It is for the engine that runs models without a captured graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from batchtrim.errors import EngineRefused
 
 __all__ = ["Probe", "Tolerance"]
 
-ROWS = 8  # of which every second is then run alone
+ROWS = 8  # every second one of them is then run alone
 # How far the same loss may differ between two batch sizes, relative to itself or to the batch's mean loss. Kernels
 # sum in another order for another batch size: 1e-7 to 3e-6 over 150 architectures in float32, about eps in the others.
 # A wrong loss is off by 1e-3 or more, or not at all (a gate that is zero); the gradient and NaN show the latter.
@@ -50,7 +50,7 @@ class Tolerance:
         expected = scored.index_select(0, rows)
         scale = scored.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()
         for dtype in (self._dtype(losses), None):
-            if dtype is None:  # in doubt: does the model compute in a less precise dtype than is visible from outside?
+            if dtype is None:  # does the model compute in a less precise dtype than is visible from outside?
                 dtype = self._look_inside(moment, len(scored))
             apart = _APART[dtype] * (_DRAWN_APART if drawn else 1.0)
             near = (losses - expected).abs() <= apart * (expected.abs() + scale)
@@ -65,7 +65,7 @@ class Tolerance:
     def compare_gradients(
         self, ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], names: list[str]
     ) -> None:
-        """Refuse unless each parameter has the same gradient in both."""
+        """Refuse unless each parameter has the same gradient in both runs."""
         pairs = [
             (name, a.to_dense() if a.is_sparse else a, b.to_dense() if b.is_sparse else b)
             for name, a, b in zip(names, *map(_filled, (ours, theirs), (theirs, ours)), strict=True)
@@ -81,13 +81,13 @@ class Tolerance:
                 )
 
     def _dtype(self, losses: Tensor) -> torch.dtype:
-        """Return the least precise dtype in use, as far as it can be seen from outside."""
+        """Return the least precise dtype in use, as far as is visible from outside."""
         device = losses.device.type
         seen = [losses.dtype, *(p.dtype for p in self.forward.inner.parameters() if p.dtype in _APART)]
         if torch.is_autocast_enabled(device):
             seen.append(torch.get_autocast_dtype(device))
         if uses_tf32(losses.device):
-            seen.append(torch.float16)  # TF32 has float16's digits
+            seen.append(torch.float16)  # TF32 has as many digits as float16
         if self.coarsest is not None:
             seen.append(self.coarsest)
         return max((dtype for dtype in seen if dtype in _APART), key=_APART.__getitem__, default=torch.float32)
@@ -104,7 +104,7 @@ class Tolerance:
         try:
             with _restored(moment), without_graph():
                 self.forward(*self.forward.rows(moment.x, moment.y, rows, batch), model=self.forward.inner)
-        except Exception:  # whoever runs the model next reports this error
+        except Exception:  # the next run of the model reports this error
             return torch.float32
         finally:
             hook.remove()
@@ -118,7 +118,7 @@ def _filled(own: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> lis
 
 
 class Probe:
-    """Look for samples that depend on one another, in steps 1, 2, 4, 8, ... of an engine.
+    """Look for samples that depend on one another, in an engine's steps 1, 2, 4, 8, ...
 
     Eight rows go through the model, then every second of them alone. The losses of these must be the same; so must
     each parameter's gradient, which shows an interaction behind a weight that is zero, a hook that looks at the batch,
@@ -205,7 +205,7 @@ class Probe:
         return losses.values
 
     def _compare_gradients(self, ours: Tensor, theirs: Tensor, before: Moment) -> None:
-        """Compare the gradients of every parameter, and of what in the batch requires one."""
+        """Compare the gradients of all parameters, and of the parts of the batch that require one."""
         named = [(f"parameter {name}", p) for name, p in self.forward.inner.named_parameters() if p.requires_grad]
         if any(type(p) is not nn.Parameter for _, p in named):
             return  # sharded parameters (DTensor) have hooks that a gradient asked for here would not run
@@ -233,20 +233,20 @@ class Probe:
             with without_graph():
                 x, y = self.forward.cutter(before.x, before.y, rows, batch, poisoned)
                 losses = self.forward(x, y, model=self.forward.inner)[0].values
-        except Exception:  # it tells nothing
+        except Exception:  # this shows nothing
             return None
         return losses[~poisoned]
 
 
 def _rehearsed(moment: Moment) -> AbstractContextManager[Any]:
-    """Try on the CPU what could end a GPU's process: NaN where a probability is expected, places in a shorter table."""
+    """Try on the CPU what could end a GPU process: NaN for a probability, indices beyond a shorter table."""
     on_gpu = any(each.device.type == "cuda" for each in tensors_of((moment.x, moment.y)))
     return Rehearsal() if on_gpu else nullcontext()
 
 
 @contextmanager
 def _restored(moment: Moment) -> Iterator[None]:
-    """Start from a recorded state, and leave the model and the generators as they were found."""
+    """Start from a recorded state, and restore the model and the generators afterwards."""
     found = ModelState(*moment.model.roots), GeneratorStates(moment.generators.device)
     moment.restore()
     try:

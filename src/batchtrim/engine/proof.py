@@ -1,9 +1,9 @@
-"""Prove from a graph which of its operators give the same on the kept rows as on all rows.
+"""Prove from a graph which of its operators give the same result on the kept rows as on all rows.
 
 There are two walks. :func:`label` follows rows through the forward part of a joint graph and notes in every node where
 they lie. :func:`prove` walks the backward graph, which is to run on kept rows, and decides for every node whether it
 may. The proof holds even if a label of the forward is wrong: saved tensors are cut along their labels, whatever they
-are, and every operator of the backward must then agree with them. So the forward may mix rows where no gradient
+are, and every operator of the backward must then agree with them. So the forward may mix rows if no gradient
 follows.
 """
 
@@ -53,7 +53,7 @@ def _flat(outputs: Any) -> list[Any]:
 
 
 def make_call(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Any, symbols: Any, see: Any) -> Call:
-    """Return a call with its arguments by name; ``see`` turns what stands for a tensor into a :class:`Value`."""
+    """Return a call with its arguments by name; ``see`` converts each stand-in for a tensor to a :class:`Value`."""
     bound: dict[str, Any] = {}
     for i, argument in enumerate(func._schema.arguments):
         if i < len(args):
@@ -68,7 +68,7 @@ def make_call(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: A
 
 
 def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts: Any) -> list[Layout]:
-    """Return layouts by the operator's rule, or by the rules of the operators it is made of."""
+    """Return layouts by the operator's rule, or by the rules of the operators that it decomposes into."""
     if has_rule(call.func) or not any(isinstance(value.layout, Rows) for value in call.values):
         return apply_rule(call)
 
@@ -94,7 +94,7 @@ def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts:
 
 
 class _Walk:
-    """Layouts of the nodes seen so far."""
+    """The layouts of the nodes seen so far."""
 
     def __init__(self, symbols: tuple[sympy.Symbol, ...], lost: int = 0) -> None:
         self.symbols = symbols
@@ -125,7 +125,7 @@ class _Walk:
             Mixes: see :func:`batchtrim.engine.rules.apply_rule`.
         """
         outputs = node.meta.get("val")
-        for each in node.all_input_nodes:  # a number that was read from a tensor shows no layout
+        for each in node.all_input_nodes:  # a number read from a tensor has no layout
             if isinstance(layout := self.layout(each), Broken):
                 raise Mixes(layout.reason)
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -138,7 +138,7 @@ class _Walk:
         for each in node.all_input_nodes:
             value = each.meta.get("val")
             if isinstance(value, Tensor) and known.setdefault(id(value), self.layout(each)) != self.layout(each):
-                known[id(value)] = Broken("one tensor stands in it for two")
+                known[id(value)] = Broken("one tensor is used in it as two")
         return layouts_of(call, args, kwargs, lambda tensor: known.get(id(tensor), Whole()))
 
 
@@ -153,13 +153,13 @@ def _getitem(walk: _Walk, node: fx.Node) -> list[Layout] | None:
 
 
 def label(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...], skip: set[fx.Node]) -> dict[fx.Node, str]:
-    """Note in the meta of every node where its rows lie.
+    """Store in the meta of every node where its rows lie.
 
     Args:
         graph: a joint graph; ``skip`` holds its nodes that belong to backward.
 
     Returns:
-        The nodes that cannot be recomputed from the kept rows alone, each with its reason: they must be saved.
+        The nodes that cannot be recomputed from the kept rows alone and so must be saved, each with its reason.
     """
     walk = _Walk(symbols)
     pinned: dict[fx.Node, str] = {}
@@ -188,7 +188,7 @@ def label(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...], skip: set[fx.Node]
 
 
 def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -> Layout:
-    """Return a layout if no rule gives one: that of an operand of the same shape, or the only possible dimension."""
+    """Return a layout if no rule gives one: that of an operand of the same shape, or the only possible one."""
     if not isinstance(value, Tensor):
         return Whole()
     shape = _shape(value)
@@ -220,14 +220,14 @@ class NodeProof:
     """The proof of one node of a backward graph.
 
     Attributes:
-        gradient: whether it depends on the losses' gradient.
+        gradient: True if it depends on the losses' gradient.
         layouts: of its outputs, on the kept rows.
-        whole: whether it has to run on all rows.
-        reason: why, if the node itself is the first on its path.
-        unkept: the operator that gives a gradient to rows that are not kept, where the node's rows have one. On the
-            kept rows it is right; what sums over rows, or runs on all of them, has to start above that operator.
-        all_rows: it keeps rows apart, but has to run on all of them: its gradients are put back before it, and its
-            results are cut after it.
+        whole: True if it has to run on all rows.
+        reason: why, if the node is the first such node on its path.
+        unkept: the operator that gives a gradient to rows that are not kept, if the node's rows have one. On the
+            kept rows it is right; operators that sum over rows, or run on all of them, have to start above it.
+        all_rows: True if it keeps rows apart but has to run on all of them: its gradients are put back before it, and
+            its results are cut after it.
     """
 
     gradient: bool
@@ -244,13 +244,13 @@ class NodeProof:
 
     @property
     def vanishes(self) -> bool:
-        """True if a result is right as the kept rows give it: its other rows are zero."""
+        """True if the result on the kept rows is complete, since its other rows are zero."""
         return self.on_kept and not any(isinstance(each, Rows) and not each.vanish for each in self.layouts)
 
 
 @dataclass
 class Proof:
-    """Verdicts of all nodes, and the approximations they rest on."""
+    """The proofs of all nodes, and the approximations that they rely on."""
 
     verdicts: dict[fx.Node, NodeProof] = field(default_factory=dict)
     batch_norms: list[fx.Node] = field(default_factory=list)
@@ -273,8 +273,8 @@ def prove(
 
     Args:
         graph: its placeholders labelled by :func:`label`.
-        tangents: the placeholders that are the outputs' gradients, and where their rows lie.
-        batch_norm: whether BatchNorm's backward may take its means over the kept rows, which is not exact.
+        tangents: the placeholders of the outputs' gradients, and where their rows lie.
+        batch_norm: True if BatchNorm's backward may take its means over the kept rows, which is not exact.
         lost: how many tokens at the end of each sample have no loss.
     """
     proof, walk = Proof(), _Walk(symbols, lost)
@@ -352,13 +352,13 @@ def _kept_batch_norm(node: fx.Node, walk: _Walk, proof: Proof) -> list[Layout] |
     if gradient.layout.axes != x.layout.axes or not gradient.zero:
         return None
     with contextlib.suppress(Mixes):
-        return walk.call(node)  # in evaluation mode it has no means to take
+        return walk.call(node)  # in evaluation mode it takes no means
     proof.batch_norms.append(node)
     return [gradient.layout, Whole(), Whole()]
 
 
 def place_of(node: fx.Node) -> str:
-    """Return the operator and the module it runs in: ``aten.mean in layers.3 (Attention)``."""
+    """Return the operator and its module: ``aten.mean in layers.3 (Attention)``."""
     name = str(node.target).removesuffix(".default")
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     for path, kind in reversed(list(stack.values())):

@@ -17,10 +17,10 @@ class Engine(Protocol):
 
     Attributes:
         name: as given to :class:`batchtrim.TrimmedForward`.
-        repeats_forward: True if a step whose selection is given runs the forward of the whole batch; False if it runs
-            the kept rows alone and leaves buffers and generators as an earlier pass left them.
+        repeats_forward: True if a step with a given selection runs the forward of the whole batch; False if it runs
+            only the kept rows and leaves buffers and generators as an earlier pass left them.
         traces: True if it traces the model, which takes about a second.
-        pays_below: the keep fraction up to which it may pay at all.
+        pays_below: the keep fraction up to which the engine may pay.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Engine(Protocol):
         ...
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
-        """Return the loss, with a graph, of rows that were chosen before.
+        """Return the loss, with a graph, of rows chosen earlier.
 
         Args:
             first: if the forward is not repeated, the state before the scoring pass, and its losses.

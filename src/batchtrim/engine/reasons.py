@@ -1,4 +1,4 @@
-"""Say why a function could not be traced: torch's own first lines, and the line of the model that they are about."""
+"""Explain why a function could not be traced: the first line of torch's message, and the line of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def told(cause: BaseException) -> str:
-    """Return the reason in one line, and the last line outside of torch that the tracer had reached."""
+    """Return the reason in one line, and the last line outside torch that the tracer reached."""
     if type(cause).__name__ == "FailOnRecompileLimitHit":
         return (
             "its Python changes from step to step, each time with a new trace. Hold a number that changes as a tensor"
@@ -30,7 +30,7 @@ def told(cause: BaseException) -> str:
 
 
 def _place(lines: list[str]) -> str:
-    """Return `` at `line of code` (file:line)``, as far as the tracer tells."""
+    """Return `` at `line of code` (file:line)``, if the tracer tells."""
     found = ""
     for number, line in enumerate(lines[:-1]):
         frame = _FRAME.search(line)

@@ -1,4 +1,4 @@
-"""Try on the CPU what would end a GPU's process, which cannot go on after a kernel found a number it does not take."""
+"""Try on the CPU what would end a GPU process, which cannot continue after a kernel rejects a value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchtrim.engine.watching import Watching
 
 __all__ = ["Rehearsal"]
 
-# Operators whose kernels check numbers on the GPU: probabilities, and places in a table.
+# Operators whose kernels check values on the GPU: probabilities, and indices into a table.
 _CHECKING = frozenset({
     "multinomial", "bernoulli", "poisson", "binomial", "binary_cross_entropy", "_assert_async",
     "_embedding_bag", "_embedding_bag_forward_only", "embedding", "embedding_renorm",
@@ -26,7 +26,7 @@ _CHECKING = frozenset({
 
 
 class Rehearsal(Watching):
-    """Run each operator that checks its numbers on the CPU first, where it raises an error instead.
+    """First run each operator that checks its values on the CPU, where it raises an error instead.
 
     A context manager. ``device`` is the type of device whose tensors are tried.
     """
@@ -50,7 +50,7 @@ def _on_cpu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     def copied(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().to("cpu", copy=True)
-        return None if isinstance(value, torch.Generator) else value  # one of the GPU's cannot draw there
+        return None if isinstance(value, torch.Generator) else value  # a GPU generator cannot draw there
 
     args, kwargs = pytree.tree_map(copied, (args, kwargs))
     func(*args, **kwargs)

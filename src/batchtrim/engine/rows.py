@@ -15,7 +15,7 @@ from batchtrim.errors import EngineRefused
 
 __all__ = ["RowCutter", "copied", "map_tensors", "restore_values", "tensors_of"]
 
-# Values in a batch that belong to no row. A list of labels is recognised before its items are seen.
+# Types of values that belong to no row. A list of labels is recognised before its items are visited.
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), slice, enum.Enum, torch.dtype, torch.device)
 
 
@@ -52,12 +52,13 @@ def restore_values(value: Any, copy_of_it: Any) -> None:
 class RowCutter:
     """Cut batches to some of their rows.
 
-    A tensor holds the batch if its batch dimension is as long as the batch. One that had another length in any earlier
-    batch never holds it: a constant of shape (C,) stays whole in a last batch of C samples.
+    A tensor holds the batch if its batch dimension is as long as the batch. A tensor that had another length in an
+    earlier
+    batch never holds it: a constant of shape (C,) stays whole even in a last batch of C samples.
 
     Attributes:
         batch_dim: the dimension of the tensors in ``x`` that holds the batch; in ``y`` it is the first.
-        whole: the places of tensors that were seen not to hold the batch, such as ``y[1]``.
+        whole: the positions of tensors known not to hold the batch, such as ``y[1]``.
     """
 
     batch_dim: int = 0
@@ -71,7 +72,7 @@ class RowCutter:
             poisoned: bool (k,), rows whose floating-point numbers are all set to NaN.
 
         Raises:
-            EngineRefused: something in the batch has rows that cannot be identified or taken.
+            EngineRefused: part of the batch has rows that cannot be identified or taken.
         """
         cut: dict[tuple[int, int], Tensor] = {}
 
@@ -105,7 +106,7 @@ class RowCutter:
         if isinstance(part, (list, tuple)) and len(part) == batch > 1:
             held = any(isinstance(item, Tensor) and item.ndim > dim and item.shape[dim] == batch for item in part)
             if not held:
-                refuse(place, f"it is a {type(part).__name__} of {batch} entries, one a sample. Pass a tensor")
+                refuse(place, f"it is a {type(part).__name__} of {batch} entries, one per sample. Pass a tensor")
 
 
 def refuse(place: str, why: str) -> None:
@@ -120,7 +121,7 @@ def _constant(place: str, leaf: Any, batch: int) -> Any:
         if batch in shape:
             refuse(place, f"it is a NumPy array of shape {shape}. Pass a tensor")
         return leaf
-    refuse(place, f"it is an object of type {type(leaf).__name__}, of which no rows can be taken")
+    refuse(place, f"it is an object of type {type(leaf).__name__}, whose rows cannot be taken")
 
 
 def _rows_of(tensor: Tensor, dim: int, rows: Tensor, poisoned: Tensor | None) -> Tensor:
@@ -158,7 +159,7 @@ def _map(
 def _like_mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(value) is dict or not isinstance(value, MutableMapping):
         return items
-    new = copy.copy(value)  # a ModelOutput, a BatchEncoding, a defaultdict: by its own copy, not by its constructor
+    new = copy.copy(value)  # a ModelOutput, a BatchEncoding, a defaultdict: use its copy method, not its constructor
     for key, item in items.items():
         new[key] = item
     return new

@@ -1,9 +1,9 @@
 """One rule per kind of operator: whether it keeps rows apart, and where rows lie in its results.
 
 A rule answers from shapes and layouts, never from values. It promises: computed on the kept rows alone, the operator
-gives exactly the kept rows of what it gives on all of them. A sum over rows keeps the promise where the rows that are
-not kept are zero (``vanish``), as they are in every gradient that comes from the kept rows' losses: then the sum over
-the kept ones is the whole sum. Everything else raises :class:`Mixes`.
+gives exactly the kept rows of its result on all rows. A sum over rows keeps the promise if the rows that are
+not kept are zero (``vanish``), as in every gradient that comes from the kept rows' losses: then the sum over
+the kept rows is the whole sum. Everything else raises :class:`Mixes`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Value:
 
     @property
     def zero(self) -> bool:
-        """True where it is zero in every row that is not kept."""
+        """True if it is zero in every row that is not kept."""
         return (
             self.layout.vanish if isinstance(self.layout, Rows) else isinstance(self.layout, Whole) and self.layout.zero
         )
@@ -44,7 +44,7 @@ class Value:
 
 @dataclass
 class Call:
-    """One call of an operator, its tensors replaced by values and its symbolic sizes by expressions."""
+    """One call of an operator, with tensors replaced by values and symbolic sizes by expressions."""
 
     func: Any
     args: dict[str, Any]
@@ -109,7 +109,7 @@ def apply_rule(call: Call) -> list[Layout]:
     if not call.rows and not sized and not shaped:
         return [Whole(_is_zero(call))] * len(call.outputs)
     if any(argument.is_out for argument in call.func._schema.arguments):
-        raise Mixes("it writes into a tensor that is given")
+        raise Mixes("it writes into a given tensor")
     found = _RULES.get(name_of(call.func))
     if found is None:
         if torch.Tag.pointwise not in call.func.tags:
@@ -124,12 +124,12 @@ def apply_rule(call: Call) -> list[Layout]:
 
 
 def alike(layout: Layout) -> bool:
-    """True if all rows hold the same, so that nothing else tells where they lie."""
+    """True if all rows hold the same values, so that nothing else shows where they lie."""
     return isinstance(layout, Rows) and any(axis is not None and axis.outer is None for axis in layout.axes)
 
 
 def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbol]) -> Layout:
-    """Return the layout after checking it against the shape: a rule that is wrong here is refused."""
+    """Return the layout after checking it against the shape, which refuses a wrong rule."""
     if output is None:
         return Whole()
     axes = layout.axes if isinstance(layout, Rows) else (None,) * len(symbols)
@@ -172,7 +172,7 @@ def holds(size: Any, symbols: Sequence[sympy.Symbol]) -> bool:
 
 
 def _no_count_as_number(call: Call) -> None:
-    """Refuse the number of rows as a number rather than a size: on the kept rows it is another number."""
+    """Refuse the number of rows used as a number rather than a size: on the kept rows it differs."""
     name = name_of(call.func)
     for argument in call.func._schema.arguments:
         value = call.args.get(argument.name)
@@ -184,7 +184,7 @@ def _no_count_as_number(call: Call) -> None:
             raise Mixes("it computes with the number of rows")
 
 
-# arguments that are sizes, and not numbers to compute with or places to look at
+# arguments that are sizes, not numbers to compute with or positions
 _SIZES = (
     "N", "end", "size", "length", "sizes", "shape", "repeats", "input_size", "input_sizes", "split_sizes", "self_size",
 )  # fmt: skip
@@ -192,7 +192,7 @@ _WITH_STRIDES = ("empty_strided", "new_empty_strided", "as_strided", "_reshape_a
 
 
 def _no_own_numbers(call: Call) -> None:
-    """Refuse the rows' own numbers, which differ on kept rows, to all operators that do not copy or index by them."""
+    """Refuse the rows' own numbers, which differ on kept rows, unless an operator copies them or indexes by them."""
     name = name_of(call.func)
     if name in _COPIES or name in ("slice", "select"):
         return
@@ -204,20 +204,20 @@ def _no_own_numbers(call: Call) -> None:
 
 # --- pointwise -------------------------------------------------------------------------------------------------------
 
-# the values of their operand and nothing else
+# copies of their operand's values
 _COPIES = {
     "_to_copy", "convert_element_type", "clone", "alias", "detach", "view", "_unsafe_view", "reshape", "permute",
     "transpose", "t", "unsqueeze", "squeeze", "expand", "lift_fresh_copy", "_reshape_alias",
 }  # fmt: skip
-# zero where one of the operands is
+# zero if one of the operands is
 _PRODUCTS = {"mul", "logical_and", "bitwise_and"}
-# zero where the first operand is
+# zero if the first operand is
 _ZERO_WHERE_FIRST_IS = {
     "div", "pow", "native_dropout_backward", "threshold_backward", "fmod", "remainder", "_prelu_kernel",
 }  # fmt: skip
 # where a result is stored, which does not change its values
 _PLACES = ("device", "layout", "pin_memory", "memory_format")
-# no Tag.pointwise in every release
+# not tagged pointwise in every release
 _POINTWISE = (
     "_to_copy", "clone", "alias", "detach", "lift_fresh_copy", "copy", "fill", "native_dropout", "bernoulli", "where",
     "rand_like", "randn_like", "randint_like", "full_like", "zeros_like", "ones_like", "empty_like", "uniform",
@@ -233,10 +233,10 @@ _POINTWISE = (
 
 @rule(*_POINTWISE)
 def pointwise(call: Call) -> list[Layout]:
-    """Compute entry by entry, with broadcasting: operands that have rows must have them in the same place."""
+    """Compute entry by entry, with broadcasting: operands with rows must have them in the same place."""
     name = name_of(call.func)
     if name == "where" and "self" not in call.args:
-        raise Mixes("it makes as many entries as a condition holds")
+        raise Mixes("the number of its results depends on values")
     axes = aligned(call, call.out)
     vanish = _vanishes(call, name)
     iota = name in _COPIES and any(value.layout.iota for value in call.rows)  # type: ignore[union-attr]
@@ -274,7 +274,7 @@ def _same(a: Axis | None, b: Axis) -> Axis:
 
 
 def only_dim(shape: Sequence[Size], symbol: sympy.Symbol, symbols: Sequence[sympy.Symbol]) -> Axis:
-    """Return the axis of a tensor in which every row is alike, from its shape. Tokens may be missing at the end."""
+    """Return the axis of a tensor with equal rows, from its shape. Tokens may be missing at the end."""
     dims = [dim for dim, size in enumerate(shape) if holds(size, (symbol,))]
     if len(dims) != 1:
         raise Mixes("it makes a tensor in which rows meet rows")
@@ -315,7 +315,7 @@ def _vanishes(call: Call, name: str) -> bool:
 
 
 def zero_outputs(call: Call) -> list[bool]:
-    """Return which outputs vanish because every operand does; none if that cannot be decided. A few entries show it."""
+    """Return which outputs vanish because all operands do; none if that is unknown. A few entries are computed."""
     if not all(value.zero for value in call.values) or torch.Tag.nondeterministic_seeded in call.func.tags:
         return []
     zeros = {

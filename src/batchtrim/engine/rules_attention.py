@@ -1,6 +1,6 @@
 """Rules of the attention kernels, and which operators draw random numbers.
 
-A fused kernel draws its dropout from a seed, by the place of each row in the batch. So its backward, which draws it
+A fused kernel draws its dropout from a seed, by the position of each row in the batch. So its backward, which draws it
 again, keeps rows apart and yet has to run on all of them.
 """
 
@@ -40,7 +40,7 @@ def attention(call: Call) -> list[Layout]:
 def attention_backward(call: Call) -> list[Layout]:
     gradient = call.values[0]
     axes = _axes(call, [gradient, *(call[name] for name in ("query", "key", "value", "out"))])
-    sums = call["logsumexp"]  # has no last dimension, so that it cannot be aligned with the others
+    sums = call["logsumexp"]  # it has no last dimension, so it cannot be aligned with the others
     if sums is not None and isinstance(sums.layout, Rows) and sums.layout.axes != axes:
         raise Mixes("it puts different rows together")
     layouts: list[Layout] = [Rows(axes, gradient.zero)] * 3
@@ -67,14 +67,14 @@ def _axes(call: Call, values: list[Value]) -> tuple[Axis | None, ...]:
 
 
 def draws(func: Any) -> bool:
-    """True if an operator draws random numbers anew; attention's backward draws those of its forward, if any."""
+    """True if an operator draws new random numbers; attention's backward repeats those of its forward, if any."""
     return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) and name_of(func) not in _BACKWARD
 
 
 def draws_by_place(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """True if an operator draws numbers from a seed by the place of a row, so that it has to run on all rows."""
+    """True if an operator draws numbers from a seed by the position of a row, so that it has to run on all rows."""
     if name_of(func) not in _BACKWARD:
         return False
     names = [argument.name for argument in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    return given.get("dropout_p", 0.0) != 0.0  # a number that is not known yet, too
+    return given.get("dropout_p", 0.0) != 0.0  # also for a number that is not known yet

@@ -14,7 +14,7 @@ __all__ = ["BATCH_NORM_BACKWARD", "only_batch", "summed_gradients"]
 
 
 def summed_gradients(call: Call, *gradients: Value) -> Layout:
-    """Return the layout of a sum over all rows: right where the rows that are not kept vanish."""
+    """Return the layout of a sum over all rows, which is right if the rows that are not kept vanish."""
     if not all(gradient.zero for gradient in gradients):
         raise Mixes("it sums over the rows")
     rows = [value.layout for value in gradients if isinstance(value.layout, Rows)]
@@ -104,7 +104,7 @@ BATCH_NORM_BACKWARD = ("native_batch_norm_backward", "cudnn_batch_norm_backward"
 
 @rule(*_BATCH_NORMS)
 def batch_norm(call: Call) -> list[Layout]:
-    """Keep rows apart if they lie along the channels (instance norm) and in evaluation; otherwise mix the batch."""
+    """Keep rows apart if they lie along the channels (instance norm), or in evaluation; otherwise mix the batch."""
     x = call["input"]
     training = call["training"] if call["training"] is not None else call["train"]
     channels = _channels(call, x, training is not False and name_of(call.func) not in _EVALUATING)
@@ -159,7 +159,7 @@ _SPATIAL_BACKWARD = (
 
 @rule(*_SPATIAL, *_SPATIAL_BACKWARD)
 def spatial(call: Call) -> list[Layout]:
-    """Treat each sample by itself, batch first."""
+    """Process each sample by itself, batch first."""
     if any(isinstance(value.layout, Whole) for value in call.values):
         raise Mixes("one of its inputs belongs to no row")
     name = name_of(call.func)
@@ -181,7 +181,7 @@ def embedding(call: Call) -> Layout:
 @rule("embedding_dense_backward")
 def embedding_backward(call: Call) -> Layout:
     if call["scale_grad_by_freq"]:
-        raise Mixes("it counts how often an entry comes in the batch")
+        raise Mixes("it counts how often an entry occurs in the batch")
     gradient, indices = call["grad_output"], call["indices"]
     spread = Value((*indices.shape, 1), indices.layout)
     aligned(call, gradient, [gradient, spread])
@@ -268,7 +268,7 @@ def _masked(call: Call) -> Layout:
     at = next(dim for dim, index in enumerate(call["indices"]) if index is not None)
     mask = call["indices"][at]
     if sum(index is not None for index in call["indices"]) > 1 or values.ndim:
-        raise Mixes("it writes where a mask says, and nobody knows how often")
+        raise Mixes("it writes where a mask says, an unknown number of times")
     opened = Value((*mask.shape, *(1,) * (base.ndim - at - mask.ndim)), mask.layout)
     return Rows(aligned(call, base, [base, opened]), base.zero and values.zero)
 
@@ -280,7 +280,7 @@ def _by_mask(call: Call) -> bool:
 @rule("index", "_unsafe_index")
 def index(call: Call) -> Layout:
     if _by_mask(call):
-        raise Mixes("it takes what a mask says, and nobody knows how much that is")
+        raise Mixes("it takes what a mask says, an unknown number of entries")
     axes, _ = _indexed(call, call["self"])
     return Rows(axes, call["self"].zero)
 
@@ -294,7 +294,7 @@ def index_put(call: Call) -> Layout:
     if isinstance(base.layout, Rows) and any(
         there is not None and mine is None for mine, there in zip(base.layout.axes, axes, strict=True)
     ):
-        raise Mixes("it writes what rows have into one place")
+        raise Mixes("it writes values of several rows into one place")
     if isinstance(values.layout, Rows):
         for mine, theirs in zip(axes, values.layout.axes, strict=True):
             if theirs is not None and (mine is None or replace(theirs, dim=theirs.dim + ndim - values.ndim) != mine):
@@ -302,7 +302,7 @@ def index_put(call: Call) -> Layout:
     if isinstance(base.layout, Rows):
         return replace(base.layout, vanish=base.zero and values.zero)
     if not call["accumulate"] or not isinstance(values.layout, Rows):
-        raise Mixes("it writes what rows have into one place")
+        raise Mixes("it writes values of several rows into one place")
     return summed_gradients(call, values)
 
 
@@ -318,7 +318,7 @@ def nll_loss(call: Call) -> list[Layout]:
 @rule("nll_loss_backward", "nll_loss2d_backward")
 def nll_loss_backward(call: Call) -> Layout:
     gradient, target = call["grad_output"], call["target"]
-    layout = Rows(aligned(call, target, [gradient, target]))  # targets that are alike tell nothing of where rows lie
+    layout = Rows(aligned(call, target, [gradient, target]))  # equal targets do not show where rows lie
     return replace(_with_classes(call, layout), vanish=gradient.zero)
 
 

@@ -1,4 +1,4 @@
-"""Rules of the operators that move, cut and join dimensions, or go along some of them."""
+"""Rules of the operators that move, split and join dimensions, or run along some of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["view_axis"]
 def view(call: Call) -> Layout:
     value = call.values[0]
     if not isinstance(value.layout, Rows):
-        raise Mixes("it makes rows of what has none")
+        raise Mixes("it makes rows from a tensor without rows")
     axes = [
         None if axis is None else view_axis(axis, symbol, value.shape, call.out.shape)
         for axis, symbol in zip(value.layout.axes, call.symbols, strict=True)
@@ -54,7 +54,7 @@ def view_axis(axis: Axis, symbol: sympy.Symbol, before: Sequence[Size], after: S
                 break
             return Axis(dim, outer, inner, axis.lost)
         left = left * size
-    raise Mixes("it cuts the dimension of the rows apart")
+    raise Mixes("it splits the dimension of the rows")
 
 
 @rule("permute")
@@ -88,7 +88,7 @@ def squeeze(call: Call) -> Layout:
     given = call["dim"]
     given = range(value.ndim) if given is None else given if isinstance(given, (list, tuple)) else [given]
     gone = {dim % value.ndim for dim in given}
-    not_along(layout, list(gone), value.ndim, "it drops the dimension of the rows where there is one row")
+    not_along(layout, list(gone), value.ndim, "it drops the dimension of the rows if there is one row")
     gone = {dim for dim in gone if value.shape[dim] == 1}
     return layout.moved([dim - sum(g < dim for g in gone) for dim in range(value.ndim)])
 
@@ -104,7 +104,7 @@ def expand(call: Call) -> Layout:
 
 @rule("repeat")
 def repeat(call: Call) -> Layout:
-    """Repeat one copy after the other: the rows' dimension gets a factor in front."""
+    """Repeat one copy after another: the rows' dimension gets a factor in front."""
     value = call.values[0]
     repeats = call["repeats"]
     shift = len(repeats) - value.ndim
@@ -132,12 +132,12 @@ def repeat(call: Call) -> Layout:
 def slice_(call: Call) -> Layout:
     """Slice along a dimension without rows, or without removing any; tokens may be cut off at the end.
 
-    Where a dimension holds all rows several times, whole copies may be taken, and put back among zeros.
+    If a dimension holds all rows several times, whole copies may be taken, and put back among zeros.
     """
     value = call.values[0]
     layout = value.layout
     if not isinstance(layout, Rows):
-        raise Mixes("it makes rows of what has none")
+        raise Mixes("it makes rows from a tensor without rows")
     dim = (call["dim"] or 0) % value.ndim
     copies = _copies(call, value, dim)
     if copies is not None and value.shape[dim] != call.out.shape[dim]:
@@ -158,7 +158,7 @@ def slice_(call: Call) -> Layout:
 
 
 def _copies(call: Call, value: Value, dim: int) -> Layout | None:
-    """Return the layout where a slice, or its backward, takes whole copies of all rows; None where it does not.
+    """Return the layout if a slice, or its backward, takes whole copies of all rows; otherwise None.
 
     A dimension of size ``outer * s * inner`` holds row b in ``outer`` blocks. Blocks p to q are a slice from
     ``p * s * inner`` on, which then has ``q - p`` of them.
@@ -228,7 +228,7 @@ def cat(call: Call) -> Layout:
         return Rows((replace(blocks[0], outer=outer),), all(value.zero for value in values))  # type: ignore[type-var]
     axes = aligned(call, call.out, values)
     layout = Rows(axes, all(value.zero for value in values))
-    not_along(layout, [at], call.out.ndim, "it puts rows behind rows")
+    not_along(layout, [at], call.out.ndim, "it appends rows to rows")
     return layout
 
 
@@ -268,13 +268,13 @@ def pad(call: Call) -> Layout:
 
 @rule("view_as_real")
 def view_as_real(call: Call) -> Layout:
-    return one_with_rows(call)[1]  # two numbers for each entry, behind all dimensions
+    return one_with_rows(call)[1]  # two numbers per entry, after all dimensions
 
 
 @rule("view_as_complex")
 def view_as_complex(call: Call) -> Layout:
     value, layout = one_with_rows(call)
-    not_along(layout, [-1], value.ndim, "it makes one number of two rows")
+    not_along(layout, [-1], value.ndim, "it combines two rows into one number")
     return layout
 
 
@@ -322,7 +322,7 @@ _ALONG = (
 
 @rule(*_ALONG)
 def along(call: Call) -> list[Layout]:
-    """Go over given dimensions, which must not be the rows'."""
+    """Run over given dimensions, which must not be the rows'."""
     value = call.values[0]
     layout = Rows(aligned(call, value))
     dims = next((call[name] for name in ("dim", "dims") if call[name] is not None), None)

@@ -1,4 +1,4 @@
-"""A traced step whose backward runs on the kept rows: what it saves, when that is cut, and how its backward runs."""
+"""A traced step whose backward runs on the kept rows: what it saves, when it is cut, and how backward runs."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class Tape:
     """The tensors with rows that one forward saved for its backward.
 
     Attributes:
-        chosen: the kept rows; None where backward runs on all.
-        approximate: whether BatchNorm's means are to be taken over the kept rows.
-        compiled: what ran the forward; None where that ran operator by operator.
-        late: backward is compiled too, and cuts by itself what it reads.
+        chosen: the kept rows; None if backward runs on all rows.
+        approximate: True if BatchNorm's means are taken over the kept rows.
+        compiled: what ran the forward; None if it ran operator by operator.
+        late: True if backward is compiled too and cuts what it reads itself.
     """
 
     def __init__(self) -> None:
         self.step: SlicedStep | None = None
         self.saved: dict[int, Tensor] = {}
         self.versions: dict[int, int] = {}
-        self.size = 0  # how many losses there are
-        self.batch = 0  # and of how many samples
+        self.size = 0  # the number of losses
+        self.batch = 0  # and of samples
         self.kept: dict[int, Tensor] = {}
         self.chosen: KeptRows | None = None
         self.approximate = False
@@ -58,8 +58,8 @@ class Tape:
         """Keep the given rows of the saved tensors, and all rows of those that the lower part reads.
 
         Args:
-            rows: int64 (k,), places in the losses.
-            again: keep everything else too, to be cut another time.
+            rows: int64 (k,), positions in the losses.
+            again: keep everything else too, so that it can be cut again.
 
         A compiled backward itself cuts the tensors it reads; only the batch, which may change before that, is cut here.
         """
@@ -68,7 +68,7 @@ class Tape:
         self.late = self.compiled is not None and not again
         slices = self.step.slices(approximate)
         self.kept = {}
-        for place in sorted(self.saved, key=lambda place: self.saved[place].nbytes):  # small ones make room
+        for place in sorted(self.saved, key=lambda place: self.saved[place].nbytes):  # small ones first, to free memory
             layout = slices.cuts.get(place)
             later = self.late and place not in self.step.given
             if layout is not None and not later:
@@ -191,9 +191,9 @@ class SlicedStep:
         self.place = {node: place for place, node in enumerate(self.places)}
         self.multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
         self._stashed: dict[int, int] = {}
-        self.given: set[int] = set()  # places of what is saved of the batch itself
+        self.given: set[int] = set()  # positions of saved parts of the batch itself
         self.saved_at = {by_name[node.name]: at for at, node in enumerate(saved, start=self.outputs)}
-        # what is written into an input after the forward must not reach what backward reads of it
+        # a write into an input after the forward must not change what backward reads of it
         alike = {_kind(node) for node in output.args[0][: self._written]}
         self._copied = [at for at, node in enumerate(saved, self.outputs) if node in inputs and _kind(node) in alike]
         for at, node in enumerate(saved, start=self.outputs):
@@ -208,7 +208,7 @@ class SlicedStep:
         return isinstance(size, sympy.Expr) and factor_of(size, self.symbols[0]) is not None
 
     def slices(self, approximate: bool) -> Slices:
-        """Return the backward in two parts, made at the first call."""
+        """Return the backward in two parts, created at the first call."""
         if approximate not in self._slices:
             self._slices[approximate] = self._split(approximate)
         return self._slices[approximate]
@@ -223,8 +223,8 @@ class SlicedStep:
     def _tangent(self, value: Tensor, losses: bool) -> Layout:
         """Return where the rows of an output's gradient lie.
 
-        Those that are not kept are zero in that of the losses alone. The model's outputs are detached; but the gradient
-        of a tensor that the model keeps, or of a batch that the forward wrote into, is made by what follows the step.
+        Only in the losses' gradient are rows that are not kept zero. The model's outputs are detached, but the gradient
+        of a tensor that the model keeps, or of a batch that the forward wrote into, depends on what follows the step.
         """
         if self.unit == "element" and losses:
             batch, tokens = self.symbols
@@ -235,7 +235,7 @@ class SlicedStep:
         return Rows(layout.axes, vanish=losses) if isinstance(layout, Rows) else layout
 
     def kept(self, rows: Tensor, batch: int, size: int) -> KeptRows:
-        """Return the rows at the given places among ``size`` losses of the tokens of ``batch`` samples."""
+        """Return the rows at the given positions among ``size`` losses of the tokens of ``batch`` samples."""
         if self.unit == "sample":
             return KeptRows(rows, size)
         return KeptRows(rows, batch, size // batch, self.lost)
@@ -252,7 +252,7 @@ class SlicedStep:
         machine = machine_of(device)
         compiled = self.compiled is not None and self.compiled.failed is None
         if compiled:
-            machine = replace(machine, start=0.0)  # operators are joined
+            machine = replace(machine, start=0.0)  # operators are fused
         cost = Cost(forward=sum(cost_of(node, machine) for node in self.forward_graph.graph.nodes))
         for node, verdict in slices.proof.verdicts.items():
             if verdict.gradient and (node in slices.lower.nodes or verdict.all_rows):
@@ -299,9 +299,9 @@ def _layout(node: fx.Node) -> Layout | None:
 
 
 def _without_passed_on(graph: fx.Graph, losses: str, leaves: Sequence[bool]) -> None:
-    """Give no gradient to a leaf that the forward only writes into: a trace passes on that of its new value.
+    """Give no gradient to a leaf that the forward only writes into: a trace would give it that of its new value.
 
-    A leaf is written into without a graph. What has a graph (a batch from another network) does get that gradient.
+    A leaf is written into without a graph. A tensor with a graph (a batch from another network) does get that gradient.
     """
     (output,) = graph.find_nodes(op="output")
     if len(output.args[0]) != len(leaves):
@@ -321,23 +321,21 @@ def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _losses_of(tangents: set[fx.Node]) -> fx.Node:
-    """Return the losses' gradient: the only vector of as many entries as there are rows.
+    """Return the losses' gradient: the only vector with one entry per row.
 
-    What a forward writes into a parameter or into the batch has a gradient too.
+    Writes of a forward into a parameter or into the batch have a gradient too.
     """
     vectors = [n for n in tangents if n.op == "placeholder" and n.meta["val"].ndim == 1]
     counting = [n for n in vectors if not isinstance(expression_of(n.meta["val"].shape[0]), int)]
     if len(counting or vectors) != 1:
-        raise CannotCapture(
-            "it returns or keeps further vectors with a gradient, so that one cannot tell which are the losses"
-        )
+        raise CannotCapture("it returns or keeps further vectors with a gradient, so the losses cannot be identified")
     return (counting or vectors)[0]
 
 
 def _row_symbols(
     graph: fx.Graph, tangents: set[fx.Node], losses: fx.Node, unit: str
 ) -> tuple[tuple[sympy.Symbol, ...], int]:
-    """Return the symbols that count rows, from the size of the losses, which are a vector with a gradient.
+    """Return the symbols that count rows, from the size of the losses, a vector with a gradient.
 
     Returns:
         The batch size's symbol; for tokens also that of their number, and how many at the end have no loss.
@@ -353,7 +351,7 @@ def _row_symbols(
                 if lost == 0 or getattr(lost, "is_Integer", False):
                     return (batch, tokens), int(lost)  # type: ignore[arg-type]
         reason = f"its losses are {size} others than the tokens of inputs (B, T)"
-        raise CannotCapture(f"unit='element' takes tokens for rows, and {reason}")
+        raise CannotCapture(f"unit='element' takes tokens as rows, and {reason}")
     if not isinstance(size, sympy.Symbol):
         raise OneBatchSize(
             f"its trace holds for one batch size only ({size} losses{fixed_by(losses.meta['val'], size)})"

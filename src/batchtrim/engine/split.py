@@ -1,9 +1,9 @@
 """Split a backward graph in two: the upper part runs on the kept rows, the lower part on all rows.
 
-The upper part, from the loss down, is proven to give the same on the kept rows; it reads saved tensors that were cut to
+The upper part, from the loss down, is proven to give the same result on the kept rows; it reads saved tensors cut to
 them. The lower part begins where an operator mixes rows: gradients that go into it are put back among zeros for the
-rows that were not kept, and it runs on all rows, as in plain training. An operator of the upper part may have to run
-on all rows too, since it draws its dropout again by the place of a row: see :class:`Crossing`.
+other rows, and it runs on all rows, as in plain training. An operator of the upper part may also have to run
+on all rows, since it draws its dropout again by the position of a row: see :class:`Crossing`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Crossing:
     """An operator among kept rows that runs on all rows.
 
     Attributes:
-        gradients: the layouts of its operands that have a gradient; they are put back. results: those of its results,
-            which are cut.
+        gradients: the layouts of its operands that have a gradient, which are put back. results: the layouts of its
+            results, which are cut.
     """
 
     gradients: list[Layout]
@@ -45,7 +45,7 @@ class Part:
 
     Attributes:
         beside: nodes whose values on all rows are further inputs, for what crosses to all rows.
-        crossings: those operators, each with an input of its own that puts back and cuts.
+        crossings: those operators, each with its own input that puts back and cuts.
     """
 
     run: Callable[[list[Any]], Any]
@@ -65,7 +65,7 @@ class Slices:
     Attributes:
         upper, lower: run on the kept rows and on all. beside: computes from saved tensors what the upper part reads of
             all rows.
-        cuts: places of the backward's inputs that are cut, and where their rows lie. whole: places read uncut.
+        cuts: positions of the backward's inputs that are cut, and where their rows lie. whole: positions read uncut.
     """
 
     upper: Part
@@ -91,7 +91,7 @@ def split_backward(
     verdicts = proof.verdicts
 
     def at_frontier(node: fx.Node) -> bool:
-        """True if the lower part takes a result from the upper one; what it cannot, it computes again."""
+        """True if the lower part can take a result from the upper one; otherwise it recomputes it."""
         tensor = node.op != "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
         return tensor and verdicts[node].gradient and verdicts[node].vanishes
 
@@ -132,7 +132,7 @@ def _kept_sizes(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...]) -> dict[fx.N
 
 
 def _kept_size(size: Any, symbols: tuple[sympy.Symbol, ...]) -> Callable[[int], int]:
-    """Return ``c * k`` for ``c * batch * (tokens - lost)``, and accordingly for either factor alone."""
+    """Return ``c * k`` for ``c * batch * (tokens - lost)``, and likewise for either factor alone."""
     batch, tokens = symbols
     factor, rows = 1, False
     for each in sympy.Mul.make_args(sympy.sympify(size)):
@@ -141,7 +141,7 @@ def _kept_size(size: Any, symbols: tuple[sympy.Symbol, ...]) -> Callable[[int], 
         elif each.is_Integer:
             factor *= int(each)
         elif not (each == tokens or (each.free_symbols == {tokens} and (each - tokens).is_Integer)):
-            raise CannotCapture(f"it has a size, {size}, that kept tokens alone do not have")
+            raise CannotCapture(f"it has a size, {size}, that does not exist for kept tokens alone")
     return (lambda k: factor * k) if rows else (lambda k: factor)
 
 

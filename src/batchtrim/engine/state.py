@@ -1,7 +1,7 @@
 """Record and restore what a forward changes besides its result: generators, the model's state, the batch.
 
 An engine that runs the model's Python twice starts the second run from the state before the first, and leaves
-everything as the first one left it: as one plain step would have.
+everything as the first run left it, as one plain step would.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TAKEN_TWICE = "it holds an iterator ({}), of which a second forward would take t
 
 @contextmanager
 def without_graph() -> Iterator[None]:
-    """Run without a graph, and leave no weights that autocast has cast.
+    """Run without a graph, and leave no weights cast by autocast in its cache.
 
     A later pass with a graph would find them, and on torch 2.4 no gradient would reach the weights behind them.
     """
@@ -59,7 +59,7 @@ def without_graph() -> Iterator[None]:
 
 @contextmanager
 def uncompiled_calls() -> Iterator[None]:
-    """Run compiled models as plain Python inside the block, where the torch release can."""
+    """Run compiled models as plain Python inside the block, if the torch release supports it."""
     if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
         yield
         return
@@ -113,7 +113,7 @@ def is_lazy(model: nn.Module) -> bool:
 
 
 def compiled_part(model: nn.Module) -> Any:
-    """Return the first part of the model that torch.compile made, or None."""
+    """Return the first part of the model that is compiled, or None."""
     for module in model.modules():
         if hasattr(module, "_orig_mod"):
             return module
@@ -145,7 +145,7 @@ class GeneratorStates:
         self.restore_outside_torch()
 
     def restore_outside_torch(self) -> None:
-        """Put back Python's and NumPy's generators alone."""
+        """Restore only the generators of Python and NumPy."""
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
@@ -168,7 +168,7 @@ def _same_numpy(a: Any, b: Any) -> bool:
 
 
 class ModelState:
-    """A copy of what a forward may change, without its result and the generators; see :class:`Held`.
+    """A copy of what a forward may change, except its result and the generators; see :class:`Held`.
 
     Args:
         roots: the model, and what computes its loss.
@@ -197,7 +197,7 @@ class ModelState:
             if name in module._buffers:
                 module._buffers[name] = buffer
             if buffer is not None and value is not None:
-                buffer.data.copy_(value)  # past autograd, which may have saved the buffer but not for its value
+                buffer.data.copy_(value)  # bypass autograd, which may have saved the buffer, though not for its value
         for value, copy in self.contents:
             _put_back(value, copy)
         for module, training in self.modes if modes else ():
@@ -205,7 +205,7 @@ class ModelState:
                 module.training = training
 
     def _delete_new(self, owner: Any, held: dict[str, Any], new: Iterable[str]) -> None:
-        """Delete attributes and buffers that are new, unless a new flag says that something was set up.
+        """Delete new attributes and buffers, unless a new flag says that something was set up.
 
         A second forward would not set it up again; and without the flag it would set up hooks a second time.
         """
@@ -219,7 +219,7 @@ class ModelState:
                 del owner._buffers[name]
 
     def difference(self, other: ModelState) -> float:
-        """Return the largest difference of a buffer, relative to its norm; inf where attributes differ."""
+        """Return the largest difference of a buffer, relative to its norm; inf if attributes differ."""
         largest = 0.0
         if len(self.buffers) != len(other.buffers):
             return float("inf")
@@ -255,7 +255,7 @@ class Moment:
         self.generators = GeneratorStates(device_of(forward.inner))
 
     def restore(self, x: Any = None, y: Any = None, *, modes: bool = True) -> None:
-        """Put the model and the generators back, and the batch where it is given."""
+        """Restore the model and the generators, and the batch if one was given."""
         self.model.restore(modes)
         self.generators.restore()
         if x is not None or y is not None:
@@ -263,7 +263,7 @@ class Moment:
 
 
 def relative_difference(exact: Tensor, other: Tensor) -> float:
-    """Return ``||exact - other|| / ||exact||``; inf where shapes differ, 0 where both are not finite alike."""
+    """Return ``||exact - other|| / ||exact||``; inf if shapes differ, 0 if both are not finite in the same way."""
     if exact.shape != other.shape:
         return float("inf")
     if torch.equal(exact, other):
@@ -275,7 +275,7 @@ def relative_difference(exact: Tensor, other: Tensor) -> float:
 
 
 def _copy_of(value: Any) -> Any:
-    """Return a copy of what may change in place: of a container, its entries alone."""
+    """Return a copy of what may change in place; of a container, only its entries."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):

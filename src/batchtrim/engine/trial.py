@@ -25,7 +25,7 @@ from batchtrim.trimmer import Trimmer
 
 __all__ = ["TOLERANCE", "Trial", "generators_kept", "max_or_nan"]
 
-# How far a gradient may be off, relative to its norm: float32 sums in another order, and no more.
+# How far a gradient may be off, relative to its norm: float32 sums in another order differ by this much.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # A parameter's gradient below this share of the whole is judged against the share: the key bias of an attention has a
 # gradient of zero, up to rounding.
@@ -84,7 +84,7 @@ class _Side:
         return ModelState(self.model, self.step.forward.per_sample_loss)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the model's parameters, and those of its loss and of modules that are no submodules."""
+        """Return the parameters of the model, of its loss, and of modules that are not submodules."""
         found = dict(self.model.named_parameters())
         known = set(map(id, found.values()))
         for number, module in enumerate(modules_of(self.model, self.step.forward.per_sample_loss)):
@@ -98,7 +98,7 @@ class _Side:
         return {name: p.detach().clone() for name, p in held if not nn.parameter.is_lazy(p)}
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return each parameter's gradient, zeros where it has none."""
+        """Return each parameter's gradient, zeros if it has none."""
         return {
             name: (torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad)
             .detach()
@@ -131,7 +131,7 @@ class Trial:
         return _Side(step, schedule, refused)
 
     def made_of(self, batch: tuple[Any, Any]) -> list[tuple[Any, Any]]:
-        """Return further batches made of one: its rows in another order, and three quarters of them."""
+        """Return further batches made from one: its rows in another order, and three quarters of them."""
         forward = self._side(*self.given, "exact", self.own.step.forward.batch_dim).step.forward
         try:
             with torch.no_grad(), generators_kept(forward.inner):
@@ -184,7 +184,7 @@ class Trial:
         return value.detach(), None
 
     def _run_plain(self, number: int, batch: Any, keep: float, selection: Selection | None) -> GeneratorStates:
-        """Run one forward with a graph, and the kept losses: of the rows the engine kept, if their losses are as large.
+        """Run one forward with a graph and reduce the kept losses: of the engine's rows, if their losses are as large.
 
         Returns:
             The generators as they were before.
@@ -220,7 +220,7 @@ class Trial:
     def _judge_refusal(
         self, before: Any, started: GeneratorStates, after: GeneratorStates, ours: Any, same: Any
     ) -> None:
-        """Accept the state after a plain step, and the state before it."""
+        """Accept the state after a plain step or the state before it."""
         state, batch, parameters = before
         own = self.own.state()
         moved = max_or_nan(state.difference(own), _difference(parameters, self.own.parameters()))
@@ -255,7 +255,7 @@ class Trial:
         self.found["gradient_cosine"] = cosine if not cosine >= lowest else lowest
 
     def _given_a_gradient(self) -> tuple[str, ...]:
-        """Return what has a gradient after the engine and none after a plain step: weight decay would move it."""
+        """Return what has a gradient only after the engine, not after a plain step: weight decay would change it."""
         own, plain = self.own.named_parameters(), self.plain.named_parameters()
         return tuple(
             f"{name}.grad" for name, p in plain.items() if name in own and p.grad is None and own[name].grad is not None
@@ -272,7 +272,7 @@ class Trial:
                 self.found[name] = max_or_nan(self.found.get(name, 0.0), value)
 
     def _update(self, lr: float) -> None:
-        """Move both copies along the plain gradient, of norm 1 at most."""
+        """Update both copies along the plain gradient, with norm at most 1."""
         gradients = self.plain.gradients()
         norm = sum(float(g.norm()) ** 2 for g in gradients.values()) ** 0.5
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Choose in a forward without a graph, then forward and backward on the kept rows."""
+"""Choose after a forward without a graph, then run forward and backward on the kept rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TwoPassEngine:
     They cost (1 + 3q) / 3 of a plain step, which is below 1 for q < 2/3.
 
     In every step, the kept losses of the second pass must equal those of the first; otherwise the engine refuses,
-    because the kept rows alone do not behave as they did in the batch. What a loss does not show (a gate that is
+    because the kept rows behave differently alone than in the batch. What a loss does not show (a gate that is
     still zero) is looked for in steps 1, 2, 4, 8, ..., on a few rows; see :class:`batchtrim.engine.probe.Probe`.
 
     Buffers, plain attributes and generators are those of the first forward, over the whole batch, and the second
@@ -53,7 +53,7 @@ class TwoPassEngine:
     name = "two_pass"
     repeats_forward = False
     traces = False
-    pays_below = 0.6  # two passes cost more than one above 2/3, and the engine itself costs too
+    pays_below = 0.6  # above 2/3 two passes cost more than one, and the engine itself has a cost too
 
     def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
         if trim.unit != "sample":
@@ -64,7 +64,7 @@ class TwoPassEngine:
         self.exact = ExactEngine(forward, trim)
         self.tolerance = Tolerance(forward)
         self.probe = Probe(forward, self.tolerance)
-        self.approximation: str | None = None  # the reason why the last step's gradient is not exact
+        self.approximation: str | None = None  # why the last step's gradient is not exact
         self.said = False
         self.began = False
 
@@ -92,13 +92,13 @@ class TwoPassEngine:
         return StepResult(loss, losses.values, outputs, selection, engine=self.name, approximate=self.approximation)
 
     def _look_for_writes(self, before: Moment, x: Any, y: Any) -> None:
-        """Refuse a forward that writes into parameters: a second one would do so twice."""
+        """Refuse a forward that writes into parameters: with a second one, they would be written twice."""
         writes, seen = ParameterWrites(self.forward.inner, others=before.model.watched), False
         try:
             with uncompiled_calls(), without_graph(), writes:
                 self.forward(*copied((x, y)), model=self.forward.inner)
             seen = True
-        except Exception:  # what is at fault shows in the first pass
+        except Exception:  # the fault shows in the first pass
             pass
         finally:
             written = writes.written()
@@ -162,7 +162,7 @@ class TwoPassEngine:
         return kept_loss(kept, selection, self.trim)
 
     def _look_for_graphs(self) -> None:
-        """Refuse a model that keeps a tensor of its graph: what is added to the loss by it would have no gradient."""
+        """Refuse a model that keeps a tensor of its graph: a loss term from it would have no gradient."""
         found = Held(self.forward.inner, self.forward.per_sample_loss).with_graph
         if found:
             raise EngineRefused(
@@ -199,7 +199,7 @@ def _said(error: BaseException) -> str:
 
 
 def redrawn(forward: Forward) -> str | None:
-    """Return the reason why a second pass would differ from the first, as far as the modules show, or None."""
+    """Return why a second pass would differ from the first, as far as the modules show, or None."""
     training = [module for module in forward.inner.modules() if module.training]
     if has_batch_norm(training):
         return _BATCH_NORM

@@ -1,4 +1,4 @@
-"""See every operator that runs, those inside ``torch.cond`` too."""
+"""Watch every operator that runs, including those inside ``torch.cond``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the parameters that a forward writes into, and put them back: a second forward would write again."""
+"""Find the parameters that a forward writes into, and restore them, since a second forward would write again."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["ParameterWrites", "known_to_write", "writes_undone"]
 
 
 class ParameterWrites(Watching):
-    """Note the parameters that the operators inside it write into, and what they held before.
+    """Record the parameters that operators inside the block write into, and their values before.
 
-    A momentum encoder moves in its forward; two forwards would move it twice. A parameter may be written into in place
-    (also through ``p.data``), or be given other memory (``p.data = ...``).
+    A momentum encoder moves in its forward, so two forwards would move it twice. A parameter may be written into in
+    place (also through ``p.data``), or be given other memory (``p.data = ...``).
 
     Args:
-        copied: names of parameters to copy beforehand, None for all. Used without ``with``, these alone can be put
+        copied: names of parameters to copy beforehand, None for all. Without a ``with`` block, only these can be put
             back if they are written into in place.
-        others: further tensors to watch: those of :class:`batchtrim.engine.held.Held`.
+        others: further tensors to watch, from :class:`batchtrim.engine.held.Held`.
     """
 
     def __init__(self, model: nn.Module, copied: Container[str] | None = (), others: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.parameters: dict[str, tuple[Tensor, Tensor]] = {}  # and its memory, which an assignment leaves alive
+        self.parameters: dict[str, tuple[Tensor, Tensor]] = {}  # and its memory, which stays alive after an assignment
         self.copies: dict[str, Tensor] = {}
         self._noted: set[str] = set()
         self._marks: dict[str, tuple[int, int]] = {}
@@ -64,12 +64,12 @@ class ParameterWrites(Watching):
                         self.copies[name] = self.parameters[name][1].clone()
 
     def written(self) -> set[str]:
-        """Return the names of the parameters that were written into until now."""
+        """Return the names of the parameters written into so far."""
         changed = {name for name, copy in self.copies.items() if not torch.equal(copy, self.parameters[name][1])}
         return self._noted | self._moved() | changed
 
     def lost(self) -> list[str]:
-        """Return the parameters that were written into in place, and whose values before are not known."""
+        """Return the parameters written into in place whose previous values are unknown."""
         return [
             name
             for name in sorted(self._moved() - self.copies.keys())
@@ -77,7 +77,7 @@ class ParameterWrites(Watching):
         ]
 
     def restore(self) -> None:
-        """Give the parameters that were written into the values they had."""
+        """Restore the values of the parameters that were written into."""
         for name, (parameter, memory) in self.parameters.items():
             if name in self.copies:
                 memory.copy_(self.copies[name])  # past autograd, like the write itself
@@ -102,14 +102,14 @@ _written: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # by the
 
 @contextmanager
 def writes_undone(model: nn.Module) -> Iterator[ParameterWrites]:
-    """Run forwards, and take back what they write into the model's parameters.
+    """Run forwards, and undo their writes into the model's parameters.
 
-    The first time, every operator is watched; of a compiled model, whose operators cannot be, all parameters are
-    copied. Later only those found are copied, and the versions of the others compared.
+    The first time, every operator is watched; for a compiled model, whose operators cannot be, all parameters are
+    copied. Later only those found are copied, and the versions of the others are compared.
 
     Raises:
-        EngineRefused: a parameter was written into for the first time later on, so that its value before is lost. A
-            write through ``p.data`` that begins later is not seen. Or the model holds an iterator.
+        EngineRefused: a parameter was first written into in a later step, so that its previous value is lost. A
+            write through ``p.data`` that begins later is not detected. Or the model holds an iterator.
     """
     known = _written.get(model)
     watched = known is None and compiled_part(model) is None

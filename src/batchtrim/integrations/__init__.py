@@ -1,6 +1,6 @@
-"""Trimming in the trainer you have: Lightning, Hugging Face Trainer, Accelerate. Each needs its own extra.
+"""Trimming in an existing trainer: Lightning, Hugging Face Trainer, Accelerate. Each needs its own extra.
 
-A trainer knows how long training is, which epoch or step it is at, and when it logs and saves. The code that all
+A trainer knows how long training is, its current epoch or step, and when it logs and saves. The code that all
 integrations share is here; it imports no trainer.
 """
 
@@ -31,44 +31,45 @@ def build(keep: Callable[[float], float] | float, total: int | None, options: Ma
     trim = Trimmer(keep, total=total, **options)
     if getattr(trim.schedule, "reads", "progress") == "accuracy":
         raise ValueError(
-            f"expected `keep` to read progress, got {trim.schedule!r}. A trainer does not know the training accuracy: "
+            f"expected `keep` to be a schedule of progress, got {trim.schedule!r}. A trainer does not know the "
+            "training accuracy: "
             "make the Trimmer yourself, call it in your loss and step it with trim.step(accuracy=...)."
         )
     return trim
 
 
 def total_of(clock: str, epochs: float | None, steps: float | None) -> int | None:
-    """Return what a trimmer's clock counts up to; None if the trainer does not know."""
+    """Return the total of a trimmer's clock; None if the trainer does not know it."""
     total = {"epoch": epochs, "step": steps}[check_choice("clock", clock, CLOCKS)]
     return None if total is None or total < 1 or math.isinf(total) else math.ceil(total)
 
 
 def check_resume_length(length: Any) -> str | None:
-    """Check the argument that says how to go on from a checkpoint of another length, before one is loaded."""
+    """Check the argument that says how to resume from a checkpoint of another length, before one is loaded."""
     return None if length is None else check_choice("resume_length", length, LENGTHS)
 
 
 def follow(trim: Trimmer, now: int) -> None:
-    """Set the clock to the trainer's, which a resumed run restores by itself."""
+    """Set the clock to the trainer's, which the trainer restores in a resumed run."""
     if now > trim.steps:
         trim.step(now - trim.steps)
 
 
 def put(trim: Trimmer, now: int, total: int) -> None:
-    """Set the clock and its total, for a trainer that learns the length of training only while it runs."""
+    """Set the clock and its total, for a trainer that learns the length of training only during the run."""
     trim._clock.steps, trim._clock.total = now, total
     trim.step(0)
 
 
 def log_values(trim: Trimmer, mean: Callable[[Tensor], Any] | None = None) -> dict[str, float]:
-    """Return the statistics since the last call, to log; none if there was no batch. Syncs the device.
+    """Return the statistics since the last call, for a logger; an empty dict if there was no batch. Syncs the device.
 
     Args:
-        mean: of a vector over the ranks. Every rank calls it, whether it has seen batches or not.
+        mean: returns the mean of a vector over the ranks. Every rank calls it, whether it has seen batches or not.
 
     Returns:
-        trim/keep: keep fraction in force. trim/kept: samples (or tokens) kept, mean over batches. trim/threshold:
-        smallest kept loss. trim/kept_loss, trim/mean_loss: mean over the kept and over all. trim/ratio: of these two.
+        trim/keep: current keep fraction. trim/kept: samples (or tokens) kept, mean over batches. trim/threshold:
+        smallest kept loss. trim/kept_loss, trim/mean_loss: mean over kept and over all samples. trim/ratio: of the two.
     """
     found = trim.stats.compute()
     trim.stats.reset()
@@ -81,7 +82,7 @@ def log_values(trim: Trimmer, mean: Callable[[Tensor], Any] | None = None) -> di
 
 
 def load_state(trim: Trimmer, state: dict[str, Any], length: str | None, taken_by: str, unit: str) -> None:
-    """Go on from ``state``. ``taken_by`` is whose argument ``resume_length`` is, ``unit`` what the clock counts.
+    """Continue from ``state``. ``taken_by`` has the argument ``resume_length``; ``unit`` is what the clock counts.
 
     Raises:
         ChooseLength: the state is from a training of another length, and ``length`` is None.
@@ -90,8 +91,8 @@ def load_state(trim: Trimmer, state: dict[str, Any], length: str | None, taken_b
         trim.load_state_dict(state, length=length)
     except ChooseLength as error:
         raise ChooseLength(
-            f"expected a checkpoint of a training of as many {unit}s, total={trim.total}, got total={state['total']}. "
-            f"Progress would jump. Say what is meant: {taken_by}(resume_length='stretch') stretches the schedule over "
-            "this training, jump included; resume_length='saved' goes on by the saved total and stays at the "
+            f"expected a checkpoint of a training with total={trim.total} {unit}s, got total={state['total']}. "
+            f"Progress would jump. Choose one: {taken_by}(resume_length='stretch') stretches the schedule over "
+            "this training, with one jump; resume_length='saved' keeps the saved total and stays at the "
             "schedule's end beyond it."
         ) from error

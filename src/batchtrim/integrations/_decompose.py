@@ -1,12 +1,12 @@
-"""Turn the one number that a model or a training step computes into one loss per sample, with proof.
+"""Turn the single loss that a model or a training step returns into one loss per sample, with proof.
 
 :class:`LossFinder` runs the model's own code under :class:`batchtrim.integrations._intercept.Recorder`, so the loss is
-what that code computes and nothing is guessed from names, configurations or the form of the labels. It checks that the
-losses add up to the model's own loss. The first time it sees a kind of batch, and now and then after that, it also
-checks that each loss lies in the row of its sample. If a check fails, it raises an error; it never returns another
+what that code computes, and nothing is guessed from names, configurations or the form of the labels. It checks that the
+losses add up to the model's own loss. The first time it sees a kind of batch, and occasionally after that, it also
+checks that each loss is in the row of its sample. If a check fails, it raises an error; it never returns another
 loss.
 
-Legend: B batch, t entries a sample, L the model's loss.
+Legend: B batch, t entries per sample, L the model's loss.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Found:
     """The losses of a batch.
 
     Attributes:
-        losses: a vector of what there is to choose from; keeping all of it gives L.
-        scores: what to rank by where it is not ``values``.
-        loss: L, cut off from the model. outputs: what the model returned.
-        parts: what the recorded calls contribute. terms: the same laid out by sample. alike: whether they add up entry
+        losses: a vector to choose from; keeping all of it gives L.
+        scores: what to rank by, if that is not ``values``.
+        loss: L, detached from the model. outputs: what the model returned.
+        parts: what the recorded calls contribute. terms: the same, arranged by sample. alike: whether they add up entry
             by entry.
     """
 
@@ -54,8 +54,8 @@ class LossFinder:
     """Find the losses behind the number that ``run`` returns.
 
     Args:
-        unit: "sample": one loss a sample, weighted by its entries that count, so that keeping all gives L where samples
-            have different numbers of tokens too. "element": one an entry.
+        unit: "sample": one loss per sample, weighted by its entries that count, so that keeping all gives L even if
+            samples have different numbers of tokens. "element": one loss per entry.
         smoothing: label smoothing to add to the model's cross-entropy.
     """
 
@@ -70,7 +70,7 @@ class LossFinder:
         """Return the losses of a batch of ``batch`` samples.
 
         Args:
-            run: the model's code. loss_of: L in what it returns. labels: (B, ...), what it is trained on.
+            run: the model's code. loss_of: returns L from its result. labels: (B, ...), the targets.
 
         Raises:
             NotFound: see :class:`batchtrim.integrations._intercept.NotFound`.
@@ -79,7 +79,7 @@ class LossFinder:
         with Recorder(self.smoothing) as recorder:
             outputs = run()
         if self.smoothing and any(call.name != "cross_entropy" or call.ignored is None for call in recorder.calls):
-            raise NotFound("label smoothing is for cross-entropy with classes, and its loss is another")
+            raise NotFound("label smoothing applies to cross-entropy with classes, and its loss is a different one")
         loss = loss_of(outputs)
         kinds = tuple((call.name, call.values.ndim, call.leaf.ndim) for call in recorder.calls)
         form = (kinds, batch > 1, getattr(loss, "dtype", None))

@@ -23,12 +23,12 @@ __all__ = ["EngineStep"]
 class EngineStep:
     """Forward, choose, and a loss whose backward may cost the kept rows only.
 
-    Where the model's loss has a standard form (:mod:`batchtrim.integrations._forms`), the model itself runs in the
+    If the model's loss has a standard form (:mod:`batchtrim.integrations._forms`), the model itself runs in the
     engine, with its labels, and the losses are the form's. Otherwise its losses are recorded while it runs, and no
-    graph can be traced: "shared" refuses, and "auto" goes on with "exact".
+    graph can be traced: "shared" refuses, and "auto" continues with "exact".
 
     Args:
-        losses: what is trained on. trim: the trimmer. engine: a name of :class:`batchtrim.TrimmedForward`'s.
+        losses: the losses trained on. trim: the trimmer. engine: a name, as for :class:`batchtrim.TrimmedForward`.
     """
 
     def __init__(self, losses: ModelLosses, trim: Trimmer, engine: str) -> None:
@@ -71,18 +71,18 @@ class EngineStep:
         self.last = last
         if self.losses.forms.holds(form, last.losses, last.mask, last.outputs, inputs):
             return loss
-        if world_size() > 1:  # a further forward on one rank alone would leave the others waiting
+        if world_size() > 1:  # an extra forward on a single rank would leave the others waiting
             self._refuse(model, always=True)
         return None
 
     def _refuse(self, model: nn.Module, always: bool = False) -> None:
-        """Raise an error, or warn once, that the model's losses have no form that can be traced."""
+        """Raise an error, or warn once, that the model's losses cannot be traced."""
         name = self.losses.name(model)
         said = f"the shared engine cannot run {name} with the loss that it computes: {self.losses.forms.reason}"
         if always or self.engine == "shared":
             raise EngineRefused(f"{said}. Pass per_sample_loss=(outputs, labels) -> un-reduced losses.")
         if None not in self._steps:
-            warnings.warn(f"{said}. Going on with engine='exact'.", EngineFallback, stacklevel=3)
+            warnings.warn(f"{said}. Continuing with engine='exact'.", EngineFallback, stacklevel=3)
 
     def _recorded(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         step = self._steps.get(None)

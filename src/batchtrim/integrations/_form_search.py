@@ -1,4 +1,4 @@
-"""Look for the standard form that gives the losses that were recorded, entry by entry, with their gradient."""
+"""Find the standard form that gives the recorded losses, entry by entry, with the same gradient."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["find_form", "fits"]
 def find_form(
     found: Found, labels: Mapping[str, Tensor], unit: str, smoothing: float, parameters: list[nn.Parameter]
 ) -> Form | None:
-    """Return the form that gives the losses that were found, or None where none does.
+    """Return the form that gives the recorded losses, or None if there is none.
 
     Args:
-        found: with its graph. labels: by name. unit: what is chosen. smoothing: label smoothing that was added.
-        parameters: of the model, of which the gradient is compared.
+        found: the losses, with their graph. labels: by name. unit: what is chosen. smoothing: added label smoothing.
+        parameters: of the model, to compare the gradient.
     """
     outputs = found.outputs
     calls = [next(_matching(part, outputs, labels), None) for part in found.parts]
@@ -36,10 +36,10 @@ def find_form(
 
 
 def fits(form: Form, found: Found, labels: Mapping[str, Tensor], parameters: list[nn.Parameter]) -> bool:
-    """Return True if a form gives the recorded losses: values, what counts, and the gradient."""
+    """Return True if a form gives the recorded losses: values, counted entries and gradient."""
     try:
         losses, scores = form.with_scores(found.outputs, labels)
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError):  # shapes of another layout
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError):  # the shapes have another layout
         return False
     mine = (losses.values, losses.mask, losses.weights, losses.counts, scores)
     terms = [_all_count(term, part) for term, part in zip(found.terms, found.parts, strict=True)]
@@ -51,7 +51,7 @@ def fits(form: Form, found: Found, labels: Mapping[str, Tensor], parameters: lis
 
 
 def _all_count(term: Term, part: LossPart) -> Term:
-    """Return a term without its mask if all entries count, where the model took their mean itself."""
+    """Return a term without its mask if all entries count and the model took their mean itself."""
     every = part.call.divisor is None and term.counted is not None and bool(term.counted.all())
     return term._replace(counted=None) if every else term
 
@@ -76,7 +76,7 @@ def _matching(part: LossPart, outputs: Any, labels: Mapping[str, Tensor]) -> Ite
                 try:
                     with torch.no_grad():
                         term = made.term({output: tensor.detach()}, {label: target})
-                except (RuntimeError, ValueError, IndexError, TypeError):  # not of these shapes
+                except (RuntimeError, ValueError, IndexError, TypeError):  # these shapes do not match
                     continue
                 if term.values.numel() == part.values.numel() and _same(
                     term.values.reshape(-1), part.values.reshape(-1)
@@ -122,7 +122,7 @@ def _same_gradient(one: Losses, other: Losses, parameters: list[nn.Parameter]) -
         sums.append(values @ weights)
     try:
         pairs = [torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True) for each in sums]
-    except RuntimeError:  # a model that cannot be differentiated twice: nothing is proven
+    except RuntimeError:  # the model cannot be differentiated twice: nothing is proven
         return False
     size, apart = 0.0, 0.0
     for mine, theirs in zip(*pairs, strict=True):

@@ -36,7 +36,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 class Forms:
     """The forms of a model's loss.
 
-    A form is proven on the first batch of each kind, and on every hundredth batch, in a forward of its own. In every
+    A form is proven on the first batch of each kind, and on every hundredth batch, in an extra forward. In every
     step the form's loss is also checked against the model's own.
 
     Args:
@@ -48,13 +48,13 @@ class Forms:
         self._known: list[Form] = []
         self._by_kind: dict[Any, Form | None] = {}
         self._calls = 0
-        self.reason = ""  # why there is none
+        self.reason = ""  # why there is no form
 
     def labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         return named_labels(inputs, self.losses.trainer.label_names)
 
     def of(self, model: nn.Module, inputs: Mapping[str, Any]) -> Form | None:
-        """Return the form of a batch's losses, or None where it has none."""
+        """Return the form of a batch's losses, or None if there is none."""
         trainer, labels = self.losses.trainer, self.labels(inputs)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not labels:
             self.reason = (
@@ -79,12 +79,12 @@ class Forms:
         ours = form.own_loss(values, mask, outputs, self.labels(inputs))
         if near(float(true), float(ours), true.dtype):
             return True
-        self.reason = f"it was {float(true):.6g} where what it was proven to be is {float(ours):.6g}"
+        self.reason = f"it was {float(true):.6g}, but its proven form gives {float(ours):.6g}"
         self._by_kind = {kind: None for kind in (*self._by_kind, _kind(inputs))}
         return False
 
     def _prove(self, model: nn.Module, inputs: Mapping[str, Any], labels: Mapping[str, Tensor]) -> Form | None:
-        """Prove the form in an extra forward of the model's own Python."""
+        """Prove the form in an extra forward of the model's own Python code."""
         losses, eager = self.losses, uncompiled(model)
         parameters = [each for each in eager.parameters() if each.requires_grad]
         with left_as_found(eager), torch.enable_grad():

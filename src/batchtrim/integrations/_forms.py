@@ -1,11 +1,11 @@
-"""Standard forms of a model's loss: a graph can be traced of them, and they are proven equal to the recorded losses.
+"""Standard forms of a model's loss. They can be traced, and they are proven equal to the recorded losses.
 
 A forward whose loss functions are being recorded cannot be traced. Most losses are one call of a loss function on one
-of the model's outputs and its labels, laid out in one of a few ways. ``_form_search.py`` looks for the way that gives
-the recorded losses, entry by entry, and the same gradient of the model's parameters. The function, its class weights,
-label smoothing and ignored label are those of the recorded call.
+of the model's outputs and its labels, arranged in one of a few ways. ``_form_search.py`` looks for the one that gives
+the recorded losses, entry by entry, and the same gradient for the model's parameters. The function, its class weights,
+label smoothing and ignored label are taken from the recorded call.
 
-Legend: B batch, t entries a sample, T tokens, C classes, L the model's loss.
+Legend: B batch, t entries per sample, T tokens, C classes, L the model's loss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Arranged = tuple[Tensor, Tensor, int]  # a loss function's input and target, and
 
 
 def _check_shapes(output: Tensor, label: Tensor) -> None:
-    """Refuse labels of other samples or tokens; tells a trace, too, that the sizes of the two are the same."""
+    """Refuse labels of other samples or tokens; this also tells a trace that the two sizes are the same."""
     if label.ndim == output.ndim - 1 and label.shape != output.shape[:-1]:
         raise ValueError(f"expected labels of shape {tuple(output.shape[:-1])}, got {tuple(label.shape)}.")
 
@@ -40,7 +40,7 @@ def _each(output: Tensor, label: Tensor, ignored: int) -> Arranged:
 
 
 def _next_padded(output: Tensor, label: Tensor, ignored: int) -> Arranged:
-    """Pair each output with the next token, the last one with none: as transformers shifts."""
+    """Pair each output with the next token, the last one with none, as transformers shifts labels."""
     _check_shapes(output, label)
     shifted = F.pad(label, (0, 1), value=ignored)[..., 1:]
     return output.reshape(-1, output.shape[-1]), shifted.reshape(-1), ignored
@@ -63,7 +63,7 @@ def _pixels_resized(output: Tensor, label: Tensor, ignored: int) -> Arranged:
 
 
 def _position(output: Tensor, label: Tensor, _: int) -> Arranged:
-    """Pair scores of T places with the start or end of an answer; one outside does not count."""
+    """Pair scores of T positions with the start or end of an answer; a position outside does not count."""
     return output, label.reshape(-1).clamp(0, output.shape[1]), output.shape[1]
 
 
@@ -83,7 +83,7 @@ class FormCall:
 
     Attributes:
         output: name or place among the outputs. label: name. arrange: one of the functions above.
-        options: of ``function``. factor: by which it goes into L. masked: whether ignored labels are left out.
+        options: of ``function``. factor: its factor in L. masked: whether ignored labels are left out.
     """
 
     output: Any
@@ -95,7 +95,7 @@ class FormCall:
     masked: bool
 
     def term(self, outputs: Any, labels: Mapping[str, Tensor], values: bool = True) -> Term:
-        """Return the term; with zeros for its values where only what counts is asked for."""
+        """Return the term; its values are zeros if only the counted entries are asked for."""
         label, options = labels[self.label], self.options
         given, target, ignored = self.arrange(outputs[self.output], label, options.get("ignore_index", -100))
         if "ignore_index" in options:
@@ -132,12 +132,12 @@ class Form:
         return self.with_scores(outputs, labels)[0]
 
     def scores(self, outputs: Any, labels: Mapping[str, Tensor]) -> Tensor:
-        """Return what to rank by, (B,), where the terms are not ``alike``."""
+        """Return what to rank by, (B,), if the terms are not ``alike``."""
         losses, scores = self.with_scores(outputs, labels)
         return losses.values if scores is None else scores
 
     def own_loss(self, values: Tensor, mask: Tensor | None, outputs: Any, labels: Mapping[str, Tensor]) -> Tensor:
-        """Return what the model's own loss is if this is its form.
+        """Return the model's own loss, if this is its form.
 
         Args:
             values: (B,) or (B * t,), the losses of this form. mask: which of them count.
@@ -152,5 +152,5 @@ class Form:
             return replace(counts, values=values.detach()).mean()
 
     def with_scores(self, outputs: Any, labels: Mapping[str, Tensor]) -> tuple[Losses, Tensor | None]:
-        """Return the losses, and what to rank by where that is not their values."""
+        """Return the losses, and what to rank by if that is not their values."""
         return merged([call.term(outputs, labels) for call in self.calls], self.alike, self.unit)

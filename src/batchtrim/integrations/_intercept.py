@@ -1,10 +1,10 @@
-"""Record the loss functions that somebody else's code calls, without changing that code.
+"""Record the loss functions that other code calls, without changing that code.
 
 A model's ``forward`` or a module's ``training_step`` returns one number. :class:`Recorder` is a
-``torch.overrides.TorchFunctionMode``: while it is entered, and no longer, every call of a loss function of
-``torch.nn.functional`` passes through it, also those that ``nn.CrossEntropyLoss()`` and its like make. The caller gets
-the value it would have got, cut off from the graph. The un-reduced losses are kept, with their graph. Differentiating
-the returned number by these values then tells what each loss contributes to it:
+``torch.overrides.TorchFunctionMode``: only while it is entered, every call of a loss function of
+``torch.nn.functional`` passes through it, also those that modules such as ``nn.CrossEntropyLoss()`` make. The caller
+gets the usual value, detached from the graph. The un-reduced losses are stored, with their graph. Differentiating
+the returned number with respect to these values then gives what each loss contributes to it:
 :func:`batchtrim.integrations._parts.parts_of`.
 
 Legend: L the returned number, u_j un-reduced losses, r the reduced value the caller got, D its divisor.
@@ -27,16 +27,16 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["LossCall", "LossPart", "NotFound", "Recorder"]
 
-_CLASSES = (F.cross_entropy, F.nll_loss)  # divide by the targets that count, weighted
-_ENTRIES = (  # divide by all entries
+_CLASSES = (F.cross_entropy, F.nll_loss)  # these divide by the targets that count, weighted
+_ENTRIES = (  # these divide by all entries
     F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
     F.kl_div, F.soft_margin_loss, F.multilabel_soft_margin_loss, F.poisson_nll_loss, F.gaussian_nll_loss,
     F.hinge_embedding_loss, F.margin_ranking_loss, F.cosine_embedding_loss, F.multi_margin_loss,
     F.multilabel_margin_loss,
 )  # fmt: skip
 _SIGNATURES = {function: inspect.signature(function) for function in (*_CLASSES, *_ENTRIES, F.ctc_loss)}
-_WEIGHTED = (F.mse_loss, F.l1_loss)  # with `weight`, which newer torch has, divide by its sum
-# Those whose losses cannot be told apart by their target; told by name where nothing else was found.
+_WEIGHTED = (F.mse_loss, F.l1_loss)  # with `weight`, which newer torch has, these divide by its sum
+# Functions whose losses cannot be assigned by their target; named in the error if nothing else was found.
 _UNREAD = {F.triplet_margin_loss, F.triplet_margin_with_distance_loss}
 
 
@@ -49,12 +49,12 @@ class LossCall:
     """One call of a loss function.
 
     Attributes:
-        name: of the function. values: un-reduced, in float32 at least, with a graph. leaf: what the caller got.
-        target: what it was called with. counted: bool, shape of ``values``; None where every entry counts.
+        name: of the function. values: un-reduced, at least float32, with a graph. leaf: what the caller got.
+        target: of the call. counted: bool, shape of ``values``; None if every entry counts.
         weights: weights already in ``values`` that the mean divides by, of classes or of ``mse_loss(weight=)``; shape
-            of ``values``, 0 where nothing counts; None without.
-        divisor: D, where ``leaf`` is ``sum(values) / D``; None where ``leaf`` is un-reduced.
-        own: makes the caller's own call again; holds its function and arguments.
+            of ``values``, 0 where nothing counts; None if there are none.
+        divisor: D, if ``leaf`` is ``sum(values) / D``; None if ``leaf`` is un-reduced.
+        own: repeats the caller's own call; holds its function and arguments.
     """
 
     name: str
@@ -73,7 +73,7 @@ class LossPart:
     """One call's contribution to L: ``L = sum over parts of sum_j(values_j / divisor)``.
 
     Attributes:
-        values: the call's, times the factor they go into L with. weights: what is to be counted, or None for ones.
+        values: the call's, times their factor in L. weights: what each entry counts, or None for ones.
     """
 
     call: LossCall
@@ -94,7 +94,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.smoothing = smoothing
         self.calls: list[LossCall] = []
-        self.unread: list[str] = []  # loss functions called that cannot be recorded
+        self.unread: list[str] = []  # called loss functions that cannot be recorded
 
     def __enter__(self) -> Recorder:
         self._grad = torch.is_grad_enabled()
@@ -115,7 +115,7 @@ class Recorder(TorchFunctionMode):
         return _record(self, func, args, kwargs or {})  # pyright: ignore[reportCallIssue]
 
     def record(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
-        """Make the caller's call without its reduction, and return what the caller is to get."""
+        """Make the caller's call without its reduction, and return the value for the caller."""
         bound = _SIGNATURES[function].bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
@@ -125,7 +125,7 @@ class Recorder(TorchFunctionMode):
         if self.smoothing and function is F.cross_entropy and of_classes and not given["label_smoothing"]:
             given["label_smoothing"] = self.smoothing
         values = function(**{**given, "reduction": "none"})
-        if function is F.ctc_loss and given["reduction"] == "mean":  # over the samples, each by its length
+        if function is F.ctc_loss and given["reduction"] == "mean":  # mean over the samples, each divided by its length
             values = values / torch.as_tensor(given["target_lengths"], device=values.device).clamp(min=1)
         dtype = values.dtype
         values = values.float() if dtype in (torch.float16, torch.bfloat16) else values
@@ -135,17 +135,17 @@ class Recorder(TorchFunctionMode):
         divisor = _divisor(given["reduction"], values, counted, weights)
         plain = values.detach()
         leaf = (plain if divisor is None else plain.sum() / divisor).to(dtype, copy=True)
-        torch.set_grad_enabled(True)  # what follows is told by its graph, in a pass without one too
+        torch.set_grad_enabled(True)  # the graph shows what follows, so one is needed in a pass without a graph too
         target = given["targets" if function is F.ctc_loss else "target"]
         ignored = given.get("ignore_index") if of_classes else None
         leaf.requires_grad_()
         own = functools.partial(function, **given)
         self.calls.append(LossCall(function.__name__, values, leaf, target, ignored, counted, weights, divisor, own))
-        return leaf.clone()  # which may be added to in place
+        return leaf.clone()  # the caller may add to it in place
 
 
 def _local_of(function: Any, name: str) -> Any:
-    """Return a local variable of a function that is being called: l1_loss does not pass its weight on to a mode."""
+    """Return a local variable of a function that is being called: l1_loss does not pass its weight to a mode."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
@@ -158,7 +158,7 @@ def _record(recorder: Recorder, function: Any, args: Any, kwargs: Any) -> Tensor
 
 
 def entries(given: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return which entries of class targets count, and their class weights.
+    """Return which entries of the class targets count, and their class weights.
 
     Args:
         given: ``target``, ``weight`` and ``ignore_index`` of the loss function. dtype: of the weights.

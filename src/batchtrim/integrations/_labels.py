@@ -1,4 +1,4 @@
-"""The labels of a Hugging Face batch, and its weight in an optimizer step.
+"""Find the labels of a Hugging Face batch, and its weight in an optimizer step.
 
 Legend: B batch, T tokens, M micro-batches in a window (one optimizer step), R ranks.
 """
@@ -23,28 +23,28 @@ _SPANS = ("start_positions", "end_positions")
 
 
 def loss_of(outputs: Any) -> Any:
-    """Return the loss in a model's outputs, as the Trainer takes it."""
+    """Return the loss from a model's outputs, as the Trainer does."""
     return outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
 
 
 def labels_of(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> list[Tensor]:
-    """Return the labels of a batch: what is among ``names`` or is called so, and without any all of its tensors."""
+    """Return the labels of a batch: entries whose name is among ``names`` or says so; without any, all tensors."""
     labels = named_labels(inputs, names)
     return list(labels.values()) or [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
 
 
 def named_labels(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Return the labels of a batch by name: what is among ``names`` or is called so."""
+    """Return the labels of a batch by name: entries whose name is among ``names`` or says so."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
     return {name: value for name, value in tensors.items() if name in names or "label" in name or name in _SPANS}
 
 
 @dataclass(frozen=True)
 class Counting:
-    """The way to count the losses of a batch to select from, by its labels.
+    """How to count the losses of a batch to select from, by its labels.
 
     Attributes:
-        ignored: the label that does not count; None where every sample counts as one.
+        ignored: the label that does not count; None if every sample counts as one.
         shift: how many labels at the start of a sample are never predicted. entries: False counts a sample as one
             entry.
     """
@@ -75,7 +75,7 @@ def counting_of(found: Found, labels: Sequence[Tensor]) -> Counting:
 
 
 def counting_of_own(losses: Losses, batch: Mapping[str, Any], unit: str, names: Sequence[str]) -> Counting:
-    """Return how to count where the losses are not the model's: a shift shows in their number."""
+    """Return how to count losses that are not the model's: their number shows a shift."""
     there = losses.values.numel() if losses.mask is None else int(losses.mask.sum())
     for shift in (0, 1):
         if int(Counting(-100, shift)(batch, names)) == there:
@@ -84,10 +84,10 @@ def counting_of_own(losses: Losses, batch: Mapping[str, Any], unit: str, names: 
 
 
 def check_own(losses: Losses, labels: Sequence[Tensor], unit: str) -> None:
-    """Refuse losses from a user's function that do not match the samples or labels to choose from.
+    """Refuse losses of the user's function that do not match the samples or labels to choose from.
 
     Raises:
-        ValueError: there is not one for each sample, or some are of labels that are ignored.
+        ValueError: there is not one per sample, or some belong to ignored labels.
     """
     values, batch = losses.values, len(labels[0]) if labels else len(losses.values)
     recipe = "batchtrim.token_losses(outputs.logits, labels) gives them (shift=True for a causal model)."
@@ -99,13 +99,13 @@ def check_own(losses: Losses, labels: Sequence[Tensor], unit: str) -> None:
     several = values.numel() > batch and losses.mask is None and losses.weights is None and losses.counts is None
     if several and labels and not labels[0].is_floating_point() and bool((labels[0] == -100).any()):
         raise ValueError(
-            "expected `per_sample_loss` to say which losses count where labels are -100, got none left out. "
+            "expected `per_sample_loss` to mask the losses of labels that are -100, got no mask. "
             f"Return batchtrim.Losses(values, mask): {recipe}"
         )
 
 
 def plain_sums(losses: Losses) -> Tensor:
-    """Return (2,) float64: the sum of all losses that count and what it is divided by: their number, or weights."""
+    """Return (2,) float64: the sum of all losses that count, and its divisor, their number or weights."""
     flat = flatten(losses, losses.unit or "element")
     divisor = divisors(flat)
     counts = torch.ones_like(flat.values) if divisor is None else divisor
@@ -116,14 +116,14 @@ def plain_sums(losses: Losses) -> Tensor:
 
 
 def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:
-    """Return the factor of each micro-batch's loss: the Trainer adds the losses up and averages over R ranks.
+    """Return the factor of each micro-batch's loss: the Trainer sums the losses and averages over R ranks.
 
-    ``R * n_m / N``, n_m of N in the windows of all ranks; with scope "global", whose loss is that of all ranks already,
-    ``sum_r(n_rm) / N``; and where the whole window is chosen from, its sum in place of n_m.
+    ``R * n_m / N``, n_m of N in the windows of all ranks. With scope "global", whose loss already covers all ranks,
+    ``sum_r(n_rm) / N``. If the choice is made from the whole window, its sum replaces n_m.
 
     Args:
-        counts: (M,), n_m: what :class:`Counting` says of this rank's micro-batches. over: "micro" or "window".
-        across: False gives every rank the same weight, whatever it holds: N is its own then, and R is 1.
+        counts: (M,), n_m: what :class:`Counting` returns for this rank's micro-batches. over: "micro" or "window".
+        across: False gives every rank the same weight, whatever it holds: N is then its own, and R is 1.
 
     Raises:
         RanksDisagree: M differs between ranks that choose together, or a rank does not arrive.
@@ -136,7 +136,7 @@ def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:
     total, ranks = counts.sum()[None], 1
     if scope == "local" and across:
         total, ranks = sum_over_ranks(total, "number of totals"), world_size()
-    return list((ranks * counts / total.clamp(min=1)).expand(micro_batches))  # nothing to train on: 0, not NaN
+    return list((ranks * counts / total.clamp(min=1)).expand(micro_batches))  # with nothing to train on, 0 and not NaN
 
 
 def tensors_in(value: Any) -> list[Tensor]:

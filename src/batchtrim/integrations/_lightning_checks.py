@@ -1,4 +1,4 @@
-"""Check what the Lightning callback is given, and that a module uses it."""
+"""Check the arguments of the Lightning callback, and that the module uses it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["check_arguments", "check_free", "check_over", "check_used"]
 
 
 def check_arguments(log: Any, keep_log: Any, attribute: Any, intercept: bool, options: dict[str, Any]) -> None:
-    """Raise an error for arguments that do not fit, alone or together."""
+    """Raise an error for arguments that are wrong, alone or together."""
     if not isinstance(log, bool) or not isinstance(keep_log, (KeepLog, type(None))):
         given = describe(keep_log if isinstance(log, bool) else log)
         raise TypeError(f"expected `log` to be a bool and `keep_log` to be a batchtrim.KeepLog, got {given}.")
@@ -36,13 +36,13 @@ def check_free(module: Any, attribute: str) -> None:
 
 
 def check_used(module: Any, attribute: str, trim: Trimmer | None, keep_log: KeepLog | None) -> None:
-    """Warn if no step of an epoch called the trimmer; raise an error if none recorded in the keep log."""
+    """Warn if no step of an epoch called the trimmer; raise an error if none recorded into the keep log."""
     name = type(module).__name__
     if trim is not None and trim.last is None:
         warnings.warn(
             f"{name}.training_step has not called self.{attribute} in a whole epoch: it trains on everything. "
             f"Return self.{attribute}(losses) of un-reduced losses, or leave the module as it is and use "
-            "TrimmingCallback(intercept=True). (Ignore this where a compiled step calls it: that leaves no trace.)",
+            "TrimmingCallback(intercept=True). (Ignore this if a compiled step calls it, which leaves no trace.)",
             stacklevel=2,
         )
     if keep_log is not None and not keep_log.steps:
@@ -53,7 +53,7 @@ def check_used(module: Any, attribute: str, trim: Trimmer | None, keep_log: Keep
 
 
 def check_over(trim: Trimmer, trainer: Any, unit: str) -> None:
-    """Warn if training ran to its end and the schedule did not."""
+    """Warn if training ended before the schedule did."""
     if trainer.should_stop or trim.progress >= 1.0 or (trim.total or 1) == 1 or not trim._clock.moves(trim.total):
         return
     warnings.warn(

@@ -1,4 +1,4 @@
-"""Lightning's clock: how far a run is, counted in epochs, steps or batches."""
+"""Lightning's clock: the progress of a run, counted in epochs, steps or batches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["LightningClock"]
 class LightningClock:
     """Lightning's progress, counted in epochs or steps.
 
-    Under automatic optimization a step is an optimizer's. Under manual optimization, where several may step in a batch
-    and ``trainer.global_step`` counts them all, training batches are counted instead; with ``max_steps``,
-    :class:`StepLimit` computes the progress.
+    Under automatic optimization a step is an optimizer step. Under manual optimization, several optimizers may step in
+    one batch, and ``trainer.global_step`` counts all of their steps, so training batches are counted instead; with
+    ``max_steps``, :class:`StepLimit` computes the progress.
 
     Args:
-        unit: "epoch" or "step"; None to be told by the trainer.
+        unit: "epoch" or "step"; None leaves it to the trainer.
     """
 
     def __init__(self, unit: str | None) -> None:
@@ -30,10 +30,10 @@ class LightningClock:
         self.unit = unit or "epoch"
         self.max_epochs: int | None = None  # as first set: weight averaging adds an epoch
         self.limit: StepLimit | None = None
-        self.kept = False  # whether the saved length of another training stays in force
+        self.kept = False  # whether the saved length of another training still applies
 
     def total(self, trainer: Any, module: Any) -> int | None:
-        """Return what is counted up to; None where it is unknown."""
+        """Return the total to count to; None if it is unknown."""
         self.unit = self._given or ("step" if trainer.max_steps > 0 else "epoch")
         self.limit, self.kept = None, False
         if not module.automatic_optimization:
@@ -70,7 +70,7 @@ class LightningClock:
         return {} if self.limit is None else {"limit": self.limit.state_dict()}
 
     def load(self, trim: Trimmer, state: Mapping[str, Any], length: str | None, trainer: Any) -> None:
-        """Go on from a callback's state; ``length`` as :func:`batchtrim.integrations.load_state` takes it."""
+        """Continue from a callback's state; ``length`` as for :func:`batchtrim.integrations.load_state`."""
         state = dict(state)
         saved, limit = state.pop("limit", None), None
         if saved is not None and self.unit == "step":
@@ -105,34 +105,34 @@ class LightningClock:
 
 
 class StepLimit:
-    """Progress towards ``max_steps`` under manual optimization, or towards the last epoch's end if that comes first.
+    """Progress towards ``max_steps`` under manual optimization, or towards the end of the last epoch if that is first.
 
-    How many steps a batch makes is known only while training runs: two optimizers make two, and a window accumulated
-    by hand makes one in its last batch. Training ends with the batch that reaches M steps; that one begins with M - N:
+    The number of steps per batch is known only while training runs: two optimizers make two, and a window accumulated
+    by hand makes one in its last batch. Training ends with the batch that reaches M steps; it begins with M - N done:
 
-        ``progress = g / (M - N)``,  or ``b / (T - 1)`` where that is larger
+        ``progress = g / (M - N)``,  or ``b / (T - 1)`` if that is larger
 
     If batches make different numbers of steps, the schedule reaches its end at the first batch that may be the last.
 
     Legend: g steps and b batches done, M ``max_steps``, N the most steps that a batch has made, T batches in all.
 
     Args:
-        steps: M. batches: T, or None where it is unknown.
+        steps: M. batches: T, or None if it is unknown.
     """
 
     def __init__(self, steps: int, batches: int | None) -> None:
         self.steps, self.batches = steps, batches
-        self.most, self.even = 0, True  # N, and whether each batch that made steps made as many
+        self.most, self.even = 0, True  # N, and whether every batch that made steps made N
         self._seen: int | None = None
 
     def count(self, steps: int) -> None:
-        """Learn from the steps done how many the last batch made."""
+        """Update N from the steps done: how many the last batch made."""
         made = 0 if self._seen is None else steps - self._seen
         self.even &= made in (0, self.most) or self.most == 0
         self.most, self._seen = max(self.most, made), steps
 
     def at(self, steps: int, batches: int) -> tuple[int, int]:
-        """Return (now, total) of a trimmer's clock, with so many steps and batches done."""
+        """Return (now, total) for a trimmer's clock, after this many steps and batches."""
         most = max(1, self.most)
         last = (math.ceil(self.steps / most) * most if self.even else max(most, self.steps)) - most
         found = (min(steps, last), last + 1)
@@ -148,19 +148,19 @@ class StepLimit:
 
     @classmethod
     def of(cls, state: Mapping[str, Any], steps: int) -> StepLimit:
-        """Return a saved limit after ``steps`` steps."""
+        """Return a limit saved after ``steps`` steps."""
         found = cls(state["steps"], state["batches"])
         found.most, found.even, found._seen = state["most"], state["even"], state["seen"]
         found.count(steps)
         return found
 
     def learn(self, other: StepLimit) -> None:
-        """Take over what another has learnt of a batch's steps."""
+        """Take over what another limit knows of a batch's steps."""
         self.most, self.even, self._seen = other.most, other.even, other._seen
 
     @property
     def rounds(self) -> int:
-        """Return the number of batches that make steps, as far as can be told."""
+        """Return the number of batches that make steps, as far as it is known."""
         return min(math.ceil(self.steps / max(1, self.most)), self.batches or self.steps)
 
 
@@ -169,7 +169,7 @@ def _batches_done(trainer: Any) -> int:
 
 
 def _accumulation(trainer: Any) -> dict[int, int] | None:
-    """Return how many batches are accumulated from which epoch on, where that changes."""
+    """Return how many batches are accumulated from which epoch on, if that changes."""
     for callback in trainer.callbacks:
         if isinstance(callback, GradientAccumulationScheduler) and len(callback.scheduling) > 1:
             return {0: 1, **callback.scheduling}

@@ -17,13 +17,13 @@ __all__ = ["Interception"]
 
 
 class Interception:
-    """Trim the number that a module's own ``training_step`` returns, and leave the module unchanged.
+    """Trim the loss that a module's own ``training_step`` returns, and leave the module unchanged.
 
-    While training lasts, the module's ``training_step`` runs under :class:`batchtrim.integrations._intercept.Recorder`,
-    which finds the un-reduced losses behind the number, and proves on the first batch that they add up to it. If the
-    step itself logs its loss, it logs the plain one.
+    During training, the module's ``training_step`` runs under :class:`batchtrim.integrations._intercept.Recorder`,
+    which finds the un-reduced losses behind the loss, and proves on the first batch that they add up to it. If the
+    step itself logs its loss, that is the plain one.
 
-    Refused are manual optimization, where the step runs backward by itself; a number with terms that are not loss
+    It refuses manual optimization, in which the step runs backward by itself; a loss with terms that are not loss
     functions of ``torch.nn.functional`` (a regulariser, a contrastive or CTC loss); a step that calls a compiled
     function with the loss in it; and a batch without a tensor whose first dimension is the batch.
 
@@ -36,7 +36,7 @@ class Interception:
         self._module: Any = None
 
     def start(self, trim: Trimmer, module: Any) -> None:
-        """Put the step that trims before the module's own."""
+        """Wrap the module's own step in one that trims."""
         if not module.automatic_optimization:
             raise ValueError(
                 f"expected automatic optimization with `intercept`, got {type(module).__name__} that runs backward by "
@@ -52,7 +52,7 @@ class Interception:
         module.training_step = training_step
 
     def end(self) -> None:
-        """Remove that step."""
+        """Restore the module's own step."""
         if self._module is not None:
             vars(self._module).pop("training_step", None)
             self._module = None
@@ -67,7 +67,7 @@ class Interception:
             return None
         except NotFound as reason:
             raise NotFound(
-                f"expected a training_step whose loss is made of one loss a sample, got one where {reason}. "
+                f"expected a training_step whose loss is made of one loss per sample, got one where {reason}. "
                 "Call self.trim(losses) in it, without `intercept`."
             ) from reason
         loss = trim(found.losses, rank_by=found.scores)
@@ -83,5 +83,5 @@ def _loss_of(output: Any) -> Any:
         raise _Skipped
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
-        raise NotFound(f"it returned {type(output).__name__} and no loss")
+        raise NotFound(f"it returned {type(output).__name__}, which is no loss")
     return loss

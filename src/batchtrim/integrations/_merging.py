@@ -1,6 +1,6 @@
 """Merge the terms of a loss into one value for each sample or element to choose from.
 
-Legend: B batch, t entries a sample.
+Legend: B batch, t entries per sample.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["Term", "merged"]
 
 
 class Term(NamedTuple):
-    """One term of a loss, ``sum(values) / divisor``: the sum of ``weights``, or else the number of what counts.
+    """One term of a loss, ``sum(values) / divisor``; the divisor is the sum of ``weights``, else the counted entries.
 
     Attributes:
-        values: (B, t). counted: bool, of as many entries; None where all count. weights: of as many entries, or None.
+        values: (B, t). counted: bool, as many entries; None if all count. weights: as many entries, or None.
     """
 
     values: Tensor
@@ -29,24 +29,24 @@ class Term(NamedTuple):
     weights: Tensor | None
 
     def numbers(self) -> Tensor:
-        """Return (B,), what each sample adds to the divisor."""
+        """Return what each sample adds to the divisor, (B,)."""
         counts = self.counted if self.weights is None else self.weights
         counts = torch.ones_like(self.values) if counts is None else counts
         return counts.reshape(self.values.shape).sum(1).to(self.values.dtype)
 
 
 def merged(terms: Sequence[Term], alike: bool, unit: str) -> tuple[Losses, Tensor | None]:
-    """Return the losses to choose from, of which keeping all gives the sum of the terms, and what to rank them by.
+    """Return the losses to choose from (keeping all gives the sum of the terms), and what to rank them by.
 
     Args:
-        alike: the terms have the same entries, weighed alike, so that they add up entry by entry. unit: "sample" or
-            "element".
+        alike: the terms have the same entries with the same weights, so that they add up entry by entry. unit: "sample"
+            or "element".
 
     Returns:
-        Losses, and scores (B,), None where the losses' own values are to be ranked.
+        Losses, and scores (B,), None if the losses' own values are ranked.
 
     Raises:
-        NotFound: elements are to be chosen, of terms with different entries.
+        NotFound: elements are to be chosen, but the terms have different entries.
     """
     if alike:
         values = terms[0].values if len(terms) == 1 else torch.stack([term.values for term in terms]).sum(0)
@@ -56,7 +56,7 @@ def merged(terms: Sequence[Term], alike: bool, unit: str) -> tuple[Losses, Tenso
     numbers = [term.numbers() for term in terms]
     counted = torch.stack([each > 0 for each in numbers]).any(0)
     shares = [term.values.sum(1) / nonzero(each.sum()) for term, each in zip(terms, numbers, strict=True)]
-    # what each sample adds to L; ranked by what its loss would be alone
+    # what each sample adds to L; ranked by its loss alone
     alone = [term.values.detach().sum(1) / nonzero(each) for term, each in zip(terms, numbers, strict=True)]
     return Losses(torch.stack(shares).sum(0) * counted.sum(), counted), torch.stack(alone).sum(0)
 

@@ -1,4 +1,4 @@
-"""The un-reduced losses of a Hugging Face batch: those of the model itself, or of the user's function."""
+"""The un-reduced losses of a Hugging Face batch: the model's own, or those of the user's function."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ModelLosses:
             return self.finder(lambda: eager(**inputs), loss_of, len(labels[0]), labels)
         except NotFound as reason:
             raise NotFound(
-                f"expected a model whose loss is made of one loss a sample, got {self.name(model)}: "
+                f"expected a model whose loss is made of one loss per sample, got {self.name(model)}: "
                 f"{reason}. Pass per_sample_loss=(outputs, labels) -> un-reduced losses."
             ) from reason
 
@@ -87,10 +87,10 @@ class ModelLosses:
         return FlatLosses(outputs, flat.values, flat.mask, flat.weights, flat.counts, scores)
 
     def one_mean(self, losses: Losses) -> Losses:
-        """Return losses as the vector to choose from.
+        """Return the losses as the vector to choose from.
 
         Raises:
-            ValueError: their reduction is a sum.
+            ValueError: their reduction is "sum".
         """
         flat = flatten(losses, self.unit)
         if flat.terms or flat.reduction != "mean":
@@ -98,7 +98,7 @@ class ModelLosses:
         return flat
 
     def _compiled(self, model: nn.Module, inputs: Any) -> tuple[Losses, Tensor | None, Any] | None:
-        """Return a compiled model's losses by their standard form; None if it has to run uncompiled."""
+        """Return a compiled model's losses from their standard form; None if the model has to run uncompiled."""
         eager = uncompiled(model)
         if eager is model:
             return None
@@ -118,7 +118,7 @@ class ModelLosses:
         return None
 
     def prove(self, batch: Any) -> Counting:
-        """Return how to count, from an extra forward before training, so that errors show here."""
+        """Return how to count, from an extra forward before training, so that errors show early."""
         trainer = self.trainer
         model = self.inner(trainer.model_wrapped).train()
         inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != IDS}

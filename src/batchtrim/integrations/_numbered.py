@@ -1,4 +1,4 @@
-"""Carry row numbers along with a Trainer's batches, past its column filter and collator, but not into the model."""
+"""Carry row numbers along with a Trainer's batches, past its column filter and collator, but not to the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IDS = "batchtrim_ids"
 
 
 class _Row(dict[str, Any]):
-    """A row of the data set that knows its number. No key of its own: a sampler that groups by length reads it too."""
+    """A row of the data set that knows its number. It adds no key: a sampler that groups by length reads rows too."""
 
     number: int
 
@@ -45,10 +45,10 @@ class _Collator:
 
 @contextmanager
 def numbered_rows(trainer: Any) -> Iterator[None]:
-    """Make the Trainer build its training loader from numbered rows while entered.
+    """Make the Trainer build its training loader from numbered rows inside the block.
 
     Raises:
-        ValueError: its data set has no length or its rows are no mappings.
+        ValueError: the data set has no length, or its rows are not mappings.
     """
     data, collate, filtered = trainer.train_dataset, trainer.data_collator, trainer.args.remove_unused_columns
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):

@@ -1,6 +1,6 @@
-"""The contribution of each recorded call of a loss function to the number computed from them.
+"""Find what each recorded call of a loss function contributes to the loss computed from them.
 
-Legend: L the number, u_j un-reduced losses of a call, r the value the caller got for them, D its divisor.
+Legend: L the loss, u_j un-reduced losses of a call, r the value that the caller got for them, D its divisor.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["parts_of"]
 def parts_of(loss: Any, calls: list[LossCall], *, check: bool) -> list[LossPart]:
     """Return what each recorded call contributes to ``loss``.
 
-    ``L = sum_i dL/dr_i * r_i``, with the values u of call i in place of its r. That holds where L is homogeneous in the
-    recorded values: sums of them, with factors. The gradient with respect to the model is right for any L.
+    ``L = sum_i dL/dr_i * r_i``, with the values u of call i in place of its r. This holds if L is homogeneous in the
+    recorded values: a sum of them, with factors. The gradient with respect to the model is right for any L.
 
     Args:
-        check: check the recorded calls as well as L, which costs each of them once more.
+        check: check the recorded calls as well as L, which repeats each of them once.
 
     Raises:
         NotFound: L depends on something else as well, or nothing was recorded.
@@ -39,7 +39,7 @@ def parts_of(loss: Any, calls: list[LossCall], *, check: bool) -> list[LossPart]
 
 def _part(call: LossCall, factor: Tensor) -> LossPart:
     factor = factor.to(call.values.dtype)
-    if call.divisor is None:  # the caller reduced: dL/du_j says how
+    if call.divisor is None:  # the caller reduced the losses: dL/du_j shows how
         counted = factor != 0
         divisor = counted.sum().clamp(min=1)
         return LossPart(call, call.values * (factor * divisor), counted, None, divisor)
@@ -66,7 +66,7 @@ def _has_other_leaves(loss: Tensor, leaves: list[Tensor]) -> bool:
 
 
 def _check(loss: Tensor, calls: list[LossCall], factors: Any, *, whole: bool) -> None:
-    """Check L against what it is made of, since it may be made otherwise in another batch: |L - 0.1| + 0.1, a clamp.
+    """Check L against its parts, since another batch may compute it differently: |L - 0.1| + 0.1, a clamp.
 
     Args:
         whole: check each reduced value against the caller's own call, too.
@@ -75,7 +75,7 @@ def _check(loss: Tensor, calls: list[LossCall], factors: Any, *, whole: bool) ->
     for call, _ in used if whole else ():
         with torch.no_grad():
             own = call.own()
-        # the mean of nothing is NaN there and 0 here
+        # for the mean of nothing, torch gives NaN and we give 0
         if call.divisor is not None and (call.counted is None or call.counted.any()):
             compare(own, call.leaf, f"the mean of {call.name}'s un-reduced losses")
     rebuilt = torch.stack([(call.leaf.detach().double() * factor.double()).sum() for call, factor in used]).sum()
@@ -83,17 +83,17 @@ def _check(loss: Tensor, calls: list[LossCall], factors: Any, *, whole: bool) ->
 
 
 def compare(true: Tensor, found: Tensor, what: str) -> None:
-    """Raise an error if ``found`` is not the loss, up to rounding in its dtype."""
+    """Raise an error if ``found`` differs from the loss by more than rounding in its dtype."""
     right, ours = float(true.detach()), float(found.detach())
     if not near(right, ours, true.dtype):
-        raise NotFound(f"{what} is {ours:.6g} where the loss is {right:.6g}")
+        raise NotFound(f"{what} is {ours:.6g}, but the loss is {right:.6g}")
 
 
 def near(true: float, found: float, dtype: torch.dtype) -> bool:
-    """True if two values of a loss agree up to rounding, or if the true one is NaN, as in plain training."""
+    """True if two values of a loss agree up to rounding, or if the true one is NaN, which plain training would give."""
     return true != true or true == found or abs(true - found) <= tolerance_of(dtype) * max(abs(true), 1e-2)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Return how far apart two ways of computing one loss may be, relative to it."""
+    """Return the relative difference allowed between two ways of computing one loss."""
     return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)

@@ -14,7 +14,7 @@ __all__ = ["label_sizes", "output_tensors", "prove_rows", "rows_of", "shift_of"]
 
 
 def label_sizes(labels: Iterable[Tensor], batch: int) -> set[int]:
-    """Return how many entries a sample may have: as many as labels, or one fewer where they are shifted; or one."""
+    """Return how many entries a sample may have: as many as labels, one fewer if they are shifted, or one."""
     whole = {tensor.numel() // batch for tensor in labels if tensor.ndim and tensor.shape[0] == batch}
     return whole | {size - 1 for size in whole if size > 1} | {1}
 
@@ -27,7 +27,7 @@ def output_tensors(outputs: Any, loss: Any) -> list[Tensor]:
 
 
 def rows_of(values: Tensor, batch: int, sizes: set[int]) -> Tensor:
-    """Return (B, t). A flat vector must have every entry of the labels: with some left out, none can be placed."""
+    """Return (B, t). A flat vector must have an entry for every label: if some are left out, none can be assigned."""
     each, rest = divmod(values.numel(), batch)
     whole = values.ndim > 2 and values.shape[0] == batch
     if batch == 1 or (not rest and (each in sizes or whole or _flat_classes(values, batch, sizes))):
@@ -44,16 +44,16 @@ def _flat_classes(values: Tensor, batch: int, sizes: set[int]) -> bool:
 
 
 def prove_rows(parts: list[LossPart], rows: list[Tensor], outputs: list[Tensor], labels: Sequence[Tensor]) -> None:
-    """Prove that each row belongs to its sample, by the gradient of the outputs or, without one, by the labels."""
+    """Prove that each row belongs to its sample, by the gradient of the outputs or, if there is none, by the labels."""
     batch = len(rows[0])
     outputs = [each for each in outputs if each.ndim and each.shape[0] == batch]
     for part, each in zip(parts, rows, strict=True):
         if not (_reaches_its_rows(each, outputs) or any(shift_of(part.call, label) is not None for label in labels)):
-            raise NotFound("neither an output that it returns nor its labels show which loss is of which sample")
+            raise NotFound("neither an output that it returns nor its labels show which loss belongs to which sample")
 
 
 def _reaches_its_rows(rows: Tensor, outputs: list[Tensor]) -> bool:
-    """Return True if weighting the rows weights the gradient of each output's row alike; False without a gradient."""
+    """Return True if weights on the rows weight the gradients of the output rows equally; False without a gradient."""
     if not outputs or not rows.requires_grad:
         return False
     weights = torch.arange(1, len(rows) + 1, device=rows.device, dtype=rows.dtype)
@@ -66,12 +66,12 @@ def _reaches_its_rows(rows: Tensor, outputs: list[Tensor]) -> bool:
         reached = True
         expected = one.double() * weights.double().reshape(-1, *[1] * (one.ndim - 1))
         if (other.double() - expected).abs().max() > 2e-2 * expected.abs().max():
-            raise NotFound("its losses do not lie in the order of the samples")
+            raise NotFound("its losses are not in the order of the samples")
     return reached
 
 
 def shift_of(call: LossCall, label: Tensor) -> int | None:
-    """Return 0 where a call's targets are these labels, sample by sample, 1 where they are the next ones, else None."""
+    """Return 0 if a call's targets are these labels, sample by sample, 1 if they are the next labels, else None."""
     batch = len(label)
     if not batch or call.target.numel() % batch:
         return None

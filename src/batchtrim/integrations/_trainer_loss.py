@@ -1,6 +1,6 @@
 """The loss of a :class:`batchtrim.integrations.transformers.TrimmedTrainer`: found, trimmed and weighted.
 
-Legend: W ranks, M micro-batches in a window (one optimizer step), n_rm entries of micro-batch m of rank r, N their sum.
+Legend: W ranks, M micro-batches in a window (one optimizer step), n_rm entries in micro-batch m of rank r, N their sum.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class TrainerLoss:
         self.start_training()
 
     def start_training(self) -> None:
-        """Discard what an interrupted training left behind."""
-        self.waits = False  # for compute_loss to be called
-        self._batches: list[Any] = []  # the window's micro-batches, until it is chosen from
+        """Discard what an interrupted training has left."""
+        self.waits = False  # so that compute_loss is called
+        self._batches: list[Any] = []  # the window's micro-batches, until the choice is made
         self._window: list[tuple[Selection, GeneratorStates]] = []
         self._shares: list[Tensor] = []
         self._counting: Counting | None = None
         self._step: EngineStep | None = None
 
     def start_window(self, batches: list[Any]) -> None:
-        """Set the clock and compute each micro-batch's weight, before the first one of an optimizer step."""
+        """Set the clock and compute each micro-batch's weight, before the first one in an optimizer step."""
         trainer, trim = self.trainer, self.trainer.trim
         if self._counting is None:
             self._counting = self.model_losses.prove(batches[0])
@@ -61,7 +61,7 @@ class TrainerLoss:
         self._batches = batches if self.over == "window" else []
 
     def start_micro_batch(self, model: nn.Module) -> None:
-        """Choose from the window if not yet done, and repeat its dropout, before each micro-batch."""
+        """Before each micro-batch, choose from the window if not yet done, and set up its dropout again."""
         self.waits = True
         if self._batches:
             self._choose_window(self.model_losses.inner(model))
@@ -69,7 +69,7 @@ class TrainerLoss:
             self._window[0][1].restore()
 
     def trimmed(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
-        """Return the loss of a micro-batch, times its share of the window and the window's length, and the outputs."""
+        """Return a micro-batch's loss, times its share of the window and the window's length, and the outputs."""
         self.waits = False
         trim = self.trainer.trim
         if self.engine is not None:
@@ -87,9 +87,9 @@ class TrainerLoss:
         return loss, outputs
 
     def plain(self, model: nn.Module, inputs: Any) -> tuple[Tensor, Any]:
-        """Return the loss with nothing left out, and the model's outputs: for evaluation.
+        """Return the untrimmed loss and the model's outputs, for evaluation.
 
-        The Trainer's number of items is not passed on: where it takes a shifted loss for an unshifted one, that number
+        The Trainer's number of items is not passed on: if it takes a shifted loss for an unshifted one, that number
         counts other labels.
         """
         source = self.model_losses
@@ -102,11 +102,11 @@ class TrainerLoss:
         losses, outputs = source.own(model, inputs)
         self.evaluated.append(plain_sums(losses))
         loss = losses.mean()
-        # of a tuple the Trainer takes the first for the loss
+        # the Trainer takes the first entry of a tuple as the loss
         return loss, (loss, *outputs) if type(outputs) is tuple else outputs
 
     def mean_evaluated(self) -> float:
-        """Return the mean over all that :meth:`plain` saw, on all ranks: of entries, not of batches."""
+        """Return the mean over all entries (not batches) that :meth:`plain` saw, on all ranks."""
         total = self.trainer.accelerator.reduce(torch.stack(self.evaluated).sum(0), reduction="sum")
         return float(total[0] / total[1].clamp(min=torch.finfo(total.dtype).tiny))
 
@@ -120,7 +120,7 @@ class TrainerLoss:
         return loss, outputs
 
     def _choose_window(self, model: nn.Module) -> None:
-        """Choose from all micro-batches of the window; training repeats the random numbers of the scoring."""
+        """Choose from all micro-batches of the window; training repeats the random numbers of the scoring pass."""
         trainer = self.trainer
         ids: list[Tensor] = []
 

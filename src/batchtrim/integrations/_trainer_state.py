@@ -1,4 +1,4 @@
-"""The state that a ``TrimmedTrainer`` saves beside its checkpoints, and the arguments that it refuses."""
+"""The state that a ``TrimmedTrainer`` saves beside its checkpoints, and checks of its arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["StateKeeper", "check_arguments", "check_smoothing"]
 def check_arguments(
     compute_loss_func: Any, over: str, engine: str | None, options: Mapping[str, Any], keep_log: Any
 ) -> None:
-    """Refuse arguments of a TrimmedTrainer that do not go together."""
+    """Refuse arguments of a TrimmedTrainer that cannot be combined."""
     if compute_loss_func is not None:
         raise ValueError(
             f"expected `per_sample_loss` in place of `compute_loss_func`, got {describe(compute_loss_func)}. "
@@ -35,7 +35,7 @@ def check_arguments(
         if over == "window":
             raise ValueError(
                 f"expected `over` 'micro' with an engine, got 'window' and {engine!r}. "
-                "A window is scored in a pass of its own: leave `engine` out."
+                "A window is scored in a separate pass: leave `engine` out."
             )
     if keep_log is not None and not isinstance(keep_log, KeepLog):
         raise TypeError(f"expected `keep_log` to be a batchtrim.KeepLog, got {describe(keep_log)}.")
@@ -44,7 +44,7 @@ def check_arguments(
 
 
 def check_smoothing(factor: float, per_sample_loss: Any) -> None:
-    """Refuse label smoothing that nothing would apply."""
+    """Refuse label smoothing that would have no effect."""
     if factor and per_sample_loss is not None:
         raise ValueError(
             f"expected `label_smoothing_factor` 0 with a `per_sample_loss`, got {factor}. Smooth in your function: "
@@ -53,7 +53,7 @@ def check_smoothing(factor: float, per_sample_loss: Any) -> None:
 
 
 class StateKeeper(TrainerCallback):
-    """Makes the trimmer when training starts and keeps its state beside the checkpoint, one file a rank."""
+    """Makes the trimmer when training starts, and saves its state beside the checkpoint, one file per rank."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -63,18 +63,18 @@ class StateKeeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
-        endless = state.num_train_epochs > state.max_steps  # a data set without a length
+        endless = state.num_train_epochs > state.max_steps  # the data set has no length
         total = total_of(trainer.clock, None if endless else state.num_train_epochs, state.max_steps)
         trainer.trim = build(trainer.keep, total, trainer.trim_options)
         trainer.losses.start_training()
-        trainer.accelerator.gradient_accumulation_steps = 1  # transformers 5.3 has it divide what is divided already
+        trainer.accelerator.gradient_accumulation_steps = 1  # transformers 5.3 would divide by it a second time
         if trainer._checkpoint is None:
             return
         path = self._path(trainer._checkpoint)
         if os.path.isfile(path):
             self._load(torch.load(path, weights_only=True))
-        else:  # saved without trimming, or on fewer ranks
-            warnings.warn(f"{path} is missing: only the clock goes on, generators and statistics do not", stacklevel=2)
+        else:  # the checkpoint was saved without trimming, or on fewer ranks
+            warnings.warn(f"{path} is missing: the clock is restored, generators and statistics are not", stacklevel=2)
 
     def _load(self, state: dict[str, Any]) -> None:
         trainer = self.trainer

@@ -1,4 +1,4 @@
-"""Accelerate: a trimmer in the checkpoint, and its numbers in the trackers. The rest is the plain loop.
+"""Accelerate: the trimmer in the checkpoint, and its numbers in the trackers. The loop itself is plain.
 
 ::
 
@@ -9,7 +9,7 @@
         accelerator.backward(loss)
 
 ``accelerator.backward`` divides by the accumulation steps and DDP averages over ranks: each micro-batch is trimmed
-alone. To trim a whole window leave ``gradient_accumulation_steps`` at 1 and use :func:`batchtrim.accumulate`. With
+by itself. To trim a whole window, leave ``gradient_accumulation_steps`` at 1 and use :func:`batchtrim.accumulate`. With
 ``even_batches``, Accelerate's default, the last batch of an epoch is filled up with samples from the first.
 """
 
@@ -28,7 +28,7 @@ from accelerate import Accelerator  # noqa: E402
 
 __all__ = ["log", "register"]
 
-_TOLD: WeakSet[Trimmer] = WeakSet()  # those whose user was told that the clock stands still
+_TOLD: WeakSet[Trimmer] = WeakSet()  # trimmers whose user was told that the clock stands still
 
 
 def register(accelerator: Accelerator, trim: Trimmer) -> Trimmer:
@@ -41,13 +41,13 @@ def register(accelerator: Accelerator, trim: Trimmer) -> Trimmer:
 
 
 def log(accelerator: Accelerator, trim: Trimmer, step: int | None = None) -> dict[str, float]:
-    """Log what was kept since the last call, averaged over ranks, with ``accelerator.log``. Every rank calls it.
+    """Log what was kept since the last call, averaged over ranks, with ``accelerator.log``. Every rank must call it.
 
     Returns:
         What was logged; see :func:`batchtrim.integrations.log_values`.
 
     Warns:
-        UserWarning: once, where a prepared loader has gone through two epochs and ``trim`` was never stepped.
+        UserWarning: once, if a prepared loader has run two epochs and ``trim`` was never stepped.
     """
     _check_clock(accelerator, trim)
     values = log_values(trim, lambda numbers: accelerator.reduce(numbers.to(accelerator.device), reduction="mean"))
@@ -56,7 +56,7 @@ def log(accelerator: Accelerator, trim: Trimmer, step: int | None = None) -> dic
 
 
 def _check_clock(accelerator: Accelerator, trim: Trimmer) -> None:
-    # a prepared loader counts the epochs it has been through
+    # a prepared loader counts its epochs
     epochs = max((getattr(loader, "iteration", 0) for loader in accelerator._dataloaders), default=0)
     if trim.total is None or trim.steps or epochs < 2 or trim in _TOLD:
         return

@@ -8,12 +8,12 @@
 
     trainer = Trainer(max_epochs=30, callbacks=[TrimmingCallback(batchtrim.linear(1.0, 0.2))])
 
-or, for a module that is to stay as it is, whose ``training_step`` returns the mean::
+or, to leave the module unchanged, if its ``training_step`` returns the mean::
 
     trainer = Trainer(max_epochs=30, callbacks=[TrimmingCallback(batchtrim.linear(1.0, 0.2), intercept=True)])
 
-Lightning divides by ``accumulate_grad_batches`` and averages over ranks by itself: each micro-batch is trimmed alone.
-To trim a whole window use manual optimization and :func:`batchtrim.accumulate`.
+Lightning divides by ``accumulate_grad_batches`` and averages over ranks: each micro-batch is trimmed by itself.
+To trim a whole window, use manual optimization and :func:`batchtrim.accumulate`.
 """
 
 from __future__ import annotations
@@ -44,38 +44,38 @@ __all__ = ["TrimmingCallback"]
 class TrimmingCallback(Callback):
     """Mini-batch trimming in a LightningModule: ``self.trim(losses)`` in place of their mean.
 
-    Makes a :class:`batchtrim.Trimmer` when training starts and sets it on the module as ``trim``; a
-    :class:`batchtrim.TrimmedForward` can be made with it in the module's ``on_train_start``. Before that, in the sanity
+    It makes a :class:`batchtrim.Trimmer` when training starts and sets it on the module as ``trim``; a
+    :class:`batchtrim.TrimmedForward` can be made from it in the module's ``on_train_start``. Before that, in the sanity
     check and under a tuner (``lr_find``, ``scale_batch_size``), ``trim`` is a trimmer that keeps everything.
 
     Args:
         keep: the schedule.
-        clock: "epoch" or "step"; by default steps where ``max_steps`` is set, otherwise epochs. A step is an
-            optimizer's; under manual optimization a training batch, and with ``max_steps`` the steps that several
-            optimizers make in one batch are one.
+        clock: "epoch" or "step"; by default steps if ``max_steps`` is set, otherwise epochs. A step is an
+            optimizer step; under manual optimization it is a training batch, and with ``max_steps`` the steps that
+            several optimizers make in one batch count as one.
         log: log ``trim/keep``, ``trim/kept``, ``trim/threshold``, ``trim/kept_loss``, ``trim/mean_loss`` and
             ``trim/ratio`` every ``log_every_n_steps`` and at the end of an epoch, averaged over ranks.
-        attribute: the name on the module. Several callbacks have one each, and log under it.
-        intercept: trim the number that an unchanged ``training_step`` returns (or that its dict has as "loss"); see
+        attribute: the trimmer's name on the module. Several callbacks need one each, and log under it.
+        intercept: trim the loss that an unchanged ``training_step`` returns (itself, or as "loss" in a dict); see
             :class:`batchtrim.integrations._lightning_step.Interception` for what it cannot do.
-        keep_log: a :class:`batchtrim.KeepLog` that the module records in,
+        keep_log: a :class:`batchtrim.KeepLog` that the module records into,
             ``self.keep_log.record(self.trim.last, ids=ids)``. The callback sets it on the module, saves it in the
-            checkpoint and closes its epochs.
-        resume_length: "stretch" or "saved", for a checkpoint of a training of another length; see
+            checkpoint and ends its epochs.
+        resume_length: "stretch" or "saved", for a checkpoint from a training of another length; see
             :meth:`batchtrim.Trimmer.load_state_dict`.
-        options: what else :class:`batchtrim.Trimmer` takes: ``select``, ``scale``, ``unit``, ``scope``, ``seed``.
+        options: further arguments of :class:`batchtrim.Trimmer`: ``select``, ``scale``, ``unit``, ``scope``, ``seed``.
 
     Raises:
-        ValueError: when training starts, where the length of training is unknown and the schedule needs it; at the end
-            of the first epoch, where nothing was recorded in ``keep_log``.
+        ValueError: when training starts, if the length of training is unknown and the schedule needs it; at the end
+            of the first epoch, if nothing was recorded into ``keep_log``.
 
     Warns:
-        UserWarning: at the end of the first epoch, where the module never called its trimmer; at the end of training,
-            where that came before the schedule's end and nothing had stopped it early.
+        UserWarning: at the end of the first epoch, if the module never called its trimmer; at the end of training,
+            if that came before the schedule's end and nothing stopped training early.
 
     Notes:
-        A checkpoint holds the trimmer's state, rank 0's where there are several; with ``scope="local"`` and a rule that
-        draws or remembers, the other ranks go on with that.
+        A checkpoint holds the trimmer's state, that of rank 0 if there are several; with ``scope="local"`` and a rule
+        that draws or has state, the other ranks continue from it.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TrimmingCallback(Callback):
         if clock is not None:
             check_choice("clock", clock, CLOCKS)
         check_arguments(log, keep_log, attribute, intercept, options)
-        build(keep, 2, options)  # a wrong argument shows here and not when training starts
+        build(keep, 2, options)  # report a wrong argument now, not when training starts
         self.keep, self.log, self.attribute, self.options = keep, log, attribute, options
         self.keep_log, self.resume_length = keep_log, check_resume_length(resume_length)
         self.clock = LightningClock(clock)
@@ -104,7 +104,7 @@ class TrimmingCallback(Callback):
         self._epochs = 0
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # a tuner runs without callbacks, and the sanity check before training
+        if stage == "fit":  # a tuner runs without callbacks, and the sanity check runs before training
             self.clock.max_epochs = trainer.max_epochs
             self.trim, self._restored = None, None
             check_free(pl_module, self.attribute)
@@ -112,7 +112,7 @@ class TrimmingCallback(Callback):
             if self.keep_log is not None:
                 pl_module.keep_log = self.keep_log  # type: ignore[assignment]
 
-    # Not on_fit_start: to ask for the number of steps there would set up the loader before its state is restored.
+    # Not on_fit_start: asking for the number of steps there would set up the loader before its state is restored.
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self.trim = build(self.keep, self.clock.total(trainer, pl_module), self.options)
         if self._restored is not None:
@@ -168,7 +168,7 @@ class TrimmingCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """The name of its state in a checkpoint: another for each ``attribute``, so that there may be several."""
+        """The name of the state in a checkpoint; it depends on ``attribute``, so that several callbacks can be used."""
         own = super().state_key
         return own if self.attribute == "trim" else f"{own}[{self.attribute}]"
 
@@ -179,7 +179,7 @@ class TrimmingCallback(Callback):
         return {**self.trim.state_dict(), **self.clock.state_dict(), **log}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:  # before training; on_train_start goes on from it
+        if state_dict:  # before training; on_train_start continues from it
             self._restored = state_dict
 
     def _load(self, state: dict[str, Any], trainer: LightningTrainer) -> None:

@@ -1,12 +1,12 @@
-"""Hugging Face Trainer (transformers 5) with a trimmed loss, and no model patched.
+"""Hugging Face Trainer (transformers 5) with a trimmed loss; models stay unpatched.
 
 ::
 
     trainer = TrimmedTrainer(model=model, args=args, train_dataset=data, keep=batchtrim.linear(1.0, 0.2))
 
-The loss is the one that the model computes from its labels, found and proven by
+The loss is the one that the model computes from its labels. It is found and proven by
 :class:`batchtrim.integrations._decompose.LossFinder`. Micro-batch m of rank r, trimmed to the loss L_rm of n_rm samples
-(or tokens), counts by its share of the N in the window of all ranks:
+(or tokens), is weighted by its share of the N in the window of all ranks:
 
     ``L = sum_rm (n_rm / N) * L_rm``
 
@@ -43,29 +43,29 @@ __all__ = ["TrimmedTrainer"]
 
 logger = logging.get_logger(__name__)
 
-# makes the Trainer divide by the number of micro-batches, in every release
+# this makes the Trainer divide by the number of micro-batches, in every release
 _DIVISION = {"model_accepts_loss_kwargs": False, "loss_is_scaled_for_ga": False}
 
 
 class TrimmedTrainer(Trainer):
-    """``transformers.Trainer`` with mini-batch trimming. Evaluation is by the model's own loss, with nothing left out.
+    """``transformers.Trainer`` with mini-batch trimming. Evaluation uses the model's own, untrimmed loss.
 
     Args:
-        keep: the schedule. args, kwargs: the Trainer's.
-        clock: "epoch" or "step" (optimizer steps); by default steps where ``max_steps`` is set, otherwise epochs.
-        over: "micro" trims each micro-batch, "window" all of an optimizer step's, for one more forward without a graph.
-        per_sample_loss: ``(outputs, labels) -> losses``, un-reduced, in place of the loss the model computes.
-        trim_options: what else :class:`batchtrim.Trimmer` takes; ``unit="element"`` chooses tokens, not samples.
-        keep_log: a :class:`batchtrim.KeepLog` of ``train_dataset``; row numbers travel with the batches by themselves.
-        engine: one of :class:`batchtrim.TrimmedForward`'s, for a cheaper backward; without one, the plain graph.
-        resume_length: "stretch" or "saved", for a checkpoint of a training of another length; see
+        keep: the schedule. args, kwargs: passed to the Trainer.
+        clock: "epoch" or "step" (optimizer steps); by default steps if ``max_steps`` is set, otherwise epochs.
+        over: "micro" trims each micro-batch; "window" trims those of an optimizer step together, for one more forward.
+        per_sample_loss: ``(outputs, labels) -> losses``, un-reduced, in place of the model's own loss.
+        trim_options: further arguments of :class:`batchtrim.Trimmer`; ``unit="element"`` chooses tokens, not samples.
+        keep_log: a :class:`batchtrim.KeepLog` of ``train_dataset``; the batches carry their row numbers automatically.
+        engine: as for :class:`batchtrim.TrimmedForward`, for a cheaper backward; without one, the plain graph is used.
+        resume_length: "stretch" or "saved", for a checkpoint from a training of another length; see
             :meth:`batchtrim.Trimmer.load_state_dict`.
 
     Raises:
-        ValueError: when training starts, where the model's loss is no mean of losses of samples that can be found.
+        ValueError: when training starts, if the model's loss is not a mean of per-sample losses that can be found.
 
     Notes:
-        ``trainer.trim`` is made when training starts, and saved by each rank in the checkpoint's folder. Logs get
+        ``trainer.trim`` is made when training starts, and saved by each rank in the checkpoint's folder. Logs contain
         what :func:`batchtrim.integrations.log_values` returns. Data parallel only.
     """
 
@@ -89,16 +89,16 @@ class TrimmedTrainer(Trainer):
             check_resume_length(resume_length),
         )
         self.keep_log = keep_log
-        self.explained = False  # True once the log has said what its loss is
+        self.explained = False  # True once the log has explained its loss
         check_arguments(kwargs.get("compute_loss_func"), over, engine, self.trim_options, keep_log)
         if per_sample_loss is not None:
             check_criterion("per_sample_loss", per_sample_loss)
-        build(keep, 2, self.trim_options)  # a wrong argument shows here and not when training starts
+        build(keep, 2, self.trim_options)  # report a wrong argument now, not when training starts
         super().__init__(*args, **kwargs)
         check_arguments(self.compute_loss_func, over, engine, self.trim_options, keep_log)
         check_smoothing(self.args.label_smoothing_factor, per_sample_loss)
         if self.args.n_gpu > 1:
-            raise ValueError(f"expected one device a process, got n_gpu={self.args.n_gpu}. Use torchrun.")
+            raise ValueError(f"expected one device per process, got n_gpu={self.args.n_gpu}. Use torchrun.")
         self.clock = check_choice("clock", clock or ("step" if self.args.max_steps > 0 else "epoch"), CLOCKS)
         self.losses = TrainerLoss(self, per_sample_loss, over, engine)
         self.trim: Trimmer | None = None
@@ -124,8 +124,8 @@ class TrimmedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         self.losses.start_micro_batch(model.train())
-        # compute_loss returns a micro-batch's loss and the Trainer divides by their number, whatever the model takes:
-        # what a subclass adds to it is then averaged, too
+        # compute_loss returns a micro-batch's loss, and the Trainer divides by their number whatever the model accepts:
+        # what a subclass adds to it is then averaged too
         said = {name: getattr(self, name, None) for name in _DIVISION}
         vars(self).update(_DIVISION)
         try:
@@ -150,7 +150,7 @@ class TrimmedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the Trainer; with ``per_sample_loss`` the loss is the (weighted) mean over the whole data set."""
+        """Evaluate as the Trainer does; with ``per_sample_loss`` the loss is the (weighted) mean over the data set."""
         self.losses.evaluated = []
         found = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
@@ -159,10 +159,10 @@ class TrimmedTrainer(Trainer):
         return found
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the Trainer does, with the values of :func:`batchtrim.integrations.log_values` beside ``loss``.
+        """Log as the Trainer does, and add the values of :func:`batchtrim.integrations.log_values`.
 
-        ``loss`` is the mean over the kept samples alone: that it rises as keep falls is no fault. Compare
-        ``trim/mean_loss``, over all samples, and ``eval_loss``.
+        ``loss`` is the mean over the kept samples alone, so it may rise as keep falls. To judge training, use
+        ``trim/mean_loss`` (over all samples) and ``eval_loss``.
         """
         if "loss" in logs and self.trim is not None:
             logs.update(log_values(self.trim, self._mean_over_ranks))

@@ -1,4 +1,4 @@
-"""A batch as a log records it: checked, and packed so that many batches are entered at once.
+"""A batch as a log records it: checked, and packed so that many batches can be entered at once.
 
 Legend: n samples in the data set, B batch, C classes.
 """
@@ -19,11 +19,11 @@ from batchtrim.selection import Selection
 __all__ = ["Chosen", "Entries", "as_before", "check_batch", "check_classes", "joined", "logits_of", "pack", "parts_of"]
 
 _LARGEST_LABEL = torch.iinfo(torch.int32).max
-_MOST_CLASSES = 10_000_000  # each line of the history has two lists of as many counts
+_MOST_CLASSES = 10_000_000  # each line of the history has two lists of this many counts
 
 
 class Chosen(Protocol):
-    """A :class:`batchtrim.Choice`, or another object with ``losses``, ``selection`` and, where it has one, ``mask``."""
+    """A :class:`batchtrim.Choice`, or another object with ``losses``, ``selection`` and, optionally, ``mask``."""
 
     @property
     def losses(self) -> Tensor: ...
@@ -33,22 +33,22 @@ class Chosen(Protocol):
 
 
 def check_classes(classes: Any) -> int:
-    """Check a number of classes to count by, long before an epoch's end."""
+    """Check the number of classes to count by early, not at the end of an epoch."""
     if check_count("classes", classes) > _MOST_CLASSES:
         raise ValueError(
             f"expected `classes` of at most {_MOST_CLASSES:,}, got {classes}. It is the number of classes; leave it "
-            "out where no keep rate of each is needed."
+            "out if you need no keep rate per class."
         )
     return int(classes)
 
 
 class Entries(NamedTuple):
-    """The entries of a batch, one for each row; of several batches, one after the other.
+    """The entries of a batch, one per row; or of several batches, one after another.
 
     Attributes:
-        rows: int64, which sample: n where a mask leaves the entry out, -1 where the id was out of range.
+        rows: int64, which sample: n if a mask leaves the entry out, -1 if the id was out of range.
         losses: float32. kept: bool. steps: int32, the number of the batch.
-        predicted: int32, -1 where there were no outputs; confidence: float16. labels: int32, below 0 for none.
+        predicted: int32, -1 if there were no outputs; confidence: float16. labels: int32, below 0 for none.
     """
 
     rows: Tensor
@@ -63,7 +63,7 @@ class Entries(NamedTuple):
 def as_before(
     ids: Tensor, losses: Tensor | None, selection: Selection | None, mask: Tensor | None
 ) -> tuple[Tensor, Choice]:
-    """Return the form ``record(ids, losses, selection, mask=mask)``, deprecated, as ids and a choice."""
+    """Convert the deprecated call ``record(ids, losses, selection, mask=mask)`` to ids and a choice."""
     if losses is None or selection is None:
         raise TypeError(f"expected `last` to be what was chosen, such as `trim.last`, got {describe(ids)}.")
     message = (
@@ -74,7 +74,7 @@ def as_before(
 
 
 def parts_of(last: Any) -> tuple[Tensor, Selection, Tensor | None]:
-    """Return losses, selection and mask of what was chosen last."""
+    """Return losses, selection and mask of the last choice."""
     if last is None:
         raise ValueError(
             "expected `last` to be what was chosen, got None. Record after the trimmer was called; a compiled step "
@@ -93,7 +93,7 @@ def parts_of(last: Any) -> tuple[Tensor, Selection, Tensor | None]:
 
 
 def logits_of(outputs: Any, size: int) -> Tensor | None:
-    """Return a model's outputs where they are (B, C) logits, by themselves or as ``logits``; else nothing to record."""
+    """Return a model's outputs if they are (B, C) logits, directly or as ``logits``; otherwise None."""
     if not isinstance(outputs, Tensor):
         outputs = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     fits = isinstance(outputs, Tensor) and outputs.ndim == 2 and len(outputs) == size and outputs.shape[1] > 1
@@ -120,7 +120,7 @@ def check_batch(losses: Tensor, mask: Tensor | None, ids: Any, outputs: Any, lab
 
 
 def _as_tensor(ids: Any) -> Any:
-    """Return row numbers that a collator left as a list or an array as a tensor."""
+    """Return row numbers as a tensor if a collator left them as a list or an array."""
     if isinstance(ids, Tensor):
         return ids
     try:
@@ -128,7 +128,7 @@ def _as_tensor(ids: Any) -> Any:
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"expected `ids` to be integers, the samples' row numbers in the data set, got {describe(ids)}. Samples "
-            "that go by a name need one too: rows = {name: row for row, name in enumerate(names)}."
+            "with names need a number too: rows = {name: row for row, name in enumerate(names)}."
         ) from None
 
 
@@ -144,10 +144,10 @@ def pack(
     classes: int | None,
     step: int,
 ) -> Entries:
-    """Return a batch as entries. All are copies: the caller may change the losses in place afterwards.
+    """Return a batch as entries. They are copies, since the caller may change the losses in place afterwards.
 
     Raises:
-        ValueError: ids or labels are out of range, and lie on the CPU: elsewhere looking would stall the device.
+        ValueError: ids or labels on the CPU are out of range; on a device, reading them would stall it.
     """
     device = losses.device
     rows = ids.to(device, torch.int64, copy=True)
@@ -157,7 +157,7 @@ def pack(
         _check_range("ids", rows, mask, n, "They are row numbers of the data set the log was made for.")
         if labels is not None and classes:
             hint = f"The log was made with classes={classes}."
-            _check_range("labels", labels.clamp(min=0), mask, classes, hint)  # one below 0 is no label
+            _check_range("labels", labels.clamp(min=0), mask, classes, hint)  # below 0 means no label
     else:
         rows = torch.where((rows < 0) | (rows >= n), -1, rows)
     if mask is not None:
@@ -179,7 +179,7 @@ def pack(
 
 
 def joined(batches: list[Entries], device: torch.device) -> Entries:
-    """Return the entries of several batches, one after the other; of none, no entries."""
+    """Return the entries of several batches, one after another; none for no batches."""
     if batches:
         return Entries(*(torch.cat([part.to(device) for part in parts]) for parts in zip(*batches, strict=True)))
     numbers = (torch.int64, torch.float32, torch.bool, torch.int32, torch.int32, torch.float16, torch.int32)

@@ -1,6 +1,6 @@
-"""The numbers of every sample, as columns of n + 1 rows; the last row takes the entries that a mask leaves out.
+"""The numbers of every sample, as columns of n + 1 rows; the last row receives the entries that a mask leaves out.
 
-Legend: n samples in the data set, P entries that are entered together.
+Legend: n samples in the data set, P entries that are added together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from batchtrim.keeplog.batch import Entries
 
 __all__ = ["COLUMNS", "INT16_CLASSES", "empty", "enter", "merged", "read", "unread", "widened"]
 
-# name: dtype and value of a sample never seen; 32 bytes in all
+# name: dtype, and value for a sample never seen; 32 bytes in all
 COLUMNS: dict[str, tuple[torch.dtype, float]] = {
     "seen": (torch.int32, 0),
     "kept": (torch.int32, 0),
@@ -29,7 +29,7 @@ COLUMNS: dict[str, tuple[torch.dtype, float]] = {
     "predicted": (torch.int16, -1),
     "confidence": (torch.float16, float("nan")),
 }
-INT16_CLASSES = 2**15  # with more, ``predicted`` is int32, and a sample takes 34 bytes
+INT16_CLASSES = 2**15  # with more classes, ``predicted`` is int32, and a sample takes 34 bytes
 
 _BYTES = sum(dtype.itemsize for dtype, _ in COLUMNS.values())
 
@@ -37,7 +37,7 @@ Columns = dict[str, Tensor]
 
 
 def _memory() -> float:
-    """Return the machine's memory in bytes; infinity if the system does not say."""
+    """Return the machine's memory in bytes; infinity if the system does not tell."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):  # not on Windows
@@ -47,11 +47,11 @@ def _memory() -> float:
 def empty(n: int) -> Columns:
     """Return columns for n samples, none seen yet."""
     beyond = ValueError(f"expected `n` samples of 32 bytes each to fit in memory, got {n}.")
-    if n * _BYTES > _memory():  # Linux would allocate it, and kill the process as it is filled
+    if n * _BYTES > _memory():  # Linux would allocate it, and kill the process while it is filled
         raise beyond
     try:
         return {name: torch.full((n + 1,), fill, dtype=dtype) for name, (dtype, fill) in COLUMNS.items()}
-    except (RuntimeError, MemoryError, TypeError, OverflowError):  # torch has no error of its own for this
+    except (RuntimeError, MemoryError, TypeError, OverflowError):  # torch has no specific error for this
         raise beyond from None
 
 
@@ -61,7 +61,7 @@ def widened(columns: Columns) -> Columns:
 
 
 def enter(columns: Columns, entries: Entries) -> Tensor:
-    """Add entries in place. No data-dependent shape, so no wait for the device.
+    """Add entries in place. No shape depends on the data, so nothing waits for the device.
 
     Args:
         entries: rows from 0 to n, in the order recorded.

@@ -1,6 +1,6 @@
-"""The sums of an epoch, which become a line of history.
+"""The sums of an epoch, which become one line of the history.
 
-Legend: P entries that are entered together, C classes.
+Legend: P entries that are added together, C classes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SUMS = _COUNTED + 6
 
 
 def length(classes: int | None) -> int:
-    """Return the number of sums: those of all samples, then seen and kept of each class."""
+    """Return the number of sums: those over all samples, then seen and kept for each class."""
     return _SUMS + 2 * (classes or 0)
 
 
 def count(entries: Entries, stays: Tensor, *, n: int, classes: int | None) -> Tensor:
-    """Return the sums of entries; those that a mask left out do not count.
+    """Return the sums of the entries; masked entries do not count.
 
     Args:
         entries: as recorded, rows out of range included.

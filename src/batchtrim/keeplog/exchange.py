@@ -11,19 +11,19 @@ from batchtrim.keeplog.batch import Entries
 __all__ = ["gathered", "meeting_device"]
 
 _SAME = ("number of batches recorded since the last epoch", "number of samples, n,", "number of classes")
-_CURE = "Make the log alike, and record every batch, one of no rows too, and end the epoch on every rank."
+_CURE = "On every rank, make the log with the same arguments, record every batch (also empty ones), and end the epoch."
 
 
 def gathered(entries: Entries, batches: int, n: int, classes: int | None, *, wide: bool) -> tuple[Entries, bool]:
-    """Return the entries of all ranks, in the order of steps and then of ranks; and whether any of them is ``wide``.
+    """Return the entries of all ranks, ordered by steps and then by ranks, and whether any rank is ``wide``.
 
     Args:
         batches: how many were recorded since the last time.
         wide: there are more classes than ``predicted`` has room for.
 
     Raises:
-        RanksDisagree: on every rank, if one recorded another number of batches (none, say) or has another log; and if
-            a rank does not arrive before the time limit.
+        RanksDisagree: on every rank, if one recorded another number of batches (such as none) or has another log; and
+            if a rank does not arrive before the time limit.
     """
     ranks, device = world_size(), entries.rows.device
     headers = meet("keep log", [batches, n, classes or 0, int(wide), len(entries.rows)], device)
@@ -31,7 +31,7 @@ def gathered(entries: Entries, batches: int, n: int, classes: int | None, *, wid
         found = [header[position] for header in headers]
         check_same(what, found, found, _CURE)
     sizes = [header[4] for header in headers]
-    # gloo and NCCL know neither int16 nor bool everywhere; doubles hold every value here exactly
+    # gloo and NCCL do not support int16 and bool everywhere; doubles hold every value here exactly
     padded = torch.zeros(len(entries), max(sizes), dtype=torch.float64, device=device)
     padded[:, : sizes[dist.get_rank()]] = torch.stack([part.double() for part in entries])
     parts = torch.cat([part[:, :size] for part, size in zip(gather(padded, ranks, None), sizes, strict=True)], dim=1)
@@ -41,7 +41,7 @@ def gathered(entries: Entries, batches: int, n: int, classes: int | None, *, wid
 
 
 def meeting_device(held: torch.device) -> torch.device:
-    """Return where ranks can meet: ``held``, or this rank's GPU where the CPU's tensors cannot be sent."""
+    """Return the device for collectives: ``held``, or this rank's GPU if tensors on the CPU cannot be sent."""
     if held.type == "cpu" and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return held

@@ -1,7 +1,7 @@
 """The log itself. See the guide *See what was kept*.
 
-The numbers stay on the device of the losses, 32 bytes a sample. Batches are held back and entered a few dozen at a
-time, so a step pays for a copy of its losses and little else. Nothing waits for the device before
+The numbers stay on the device of the losses, 32 bytes per sample. Batches are buffered and entered a few dozen at a
+time, so a step costs a copy of its losses and little else. Nothing waits for the device before
 :meth:`KeepLog.end_epoch` or a read.
 
 Legend: n samples in the data set, B batch, C classes.
@@ -32,14 +32,14 @@ _FLUSH_ENTRIES = 1 << 15
 
 
 class KeepLog:
-    """A record of every sample's losses and of whether it was kept.
+    """A record of every sample's losses and of how often it was kept.
 
     After each batch call ``log.record(trim.last, ids=ids)``, after each epoch ``log.end_epoch()``.
 
     Args:
         n: samples in the data set; ids run from 0 to n - 1.
         classes: C, for the keep rate of each class over time; needs ``labels`` with every batch.
-        distributed: gather what all ranks record, so that each rank holds the whole log. Every rank must then record
+        distributed: gather the records of all ranks, so that each rank holds the whole log. Every rank must then record
             the same number of batches, as under DDP, and call :meth:`end_epoch` together.
         warn: warn when trimming seems to amplify label noise (:class:`NoiseAmplified`; ``batchtrim/noise.py`` has the
             two signs); needs ``outputs`` and ``labels``.
@@ -83,18 +83,18 @@ class KeepLog:
         """Add a batch: ``log.record(trim.last, ids=ids)``.
 
         Args:
-            last: what was chosen from what: :attr:`batchtrim.Trimmer.last`, :attr:`batchtrim.TrimmedForward.last`, or
+            last: the choice to record: :attr:`batchtrim.Trimmer.last`, :attr:`batchtrim.TrimmedForward.last`, or
                 a :class:`batchtrim.Choice` of your own.
-            ids: integers (B,), a tensor, an array or a list: which samples these are, as rows of the data set; one may
-                come twice.
-            outputs: (B, C) logits, for the last prediction of each sample and its confidence. Where ``last`` is a
-                TrimmedForward's and there are ``labels``, the model's outputs if they are of that form.
+            ids: integers (B,), a tensor, an array or a list: the samples' rows in the data set; one may
+                occur twice.
+            outputs: (B, C) logits, for the last prediction of each sample and its confidence. If ``last`` is a
+                TrimmedForward's and there are ``labels``, the default is the model's outputs, if they have that form.
             labels: integers (B,); below 0 for none.
             losses, selection, mask: deprecated: ``log.record(ids, losses, selection, mask=mask)``.
 
         Raises:
             ValueError, TypeError: there was no choice (a compiled step leaves none), or shapes, dtypes, ids or labels
-                do not fit. On a device ids are looked at in :meth:`end_epoch`.
+                do not fit. Ids on a device are checked in :meth:`end_epoch`.
         """
         if isinstance(last, Tensor):
             ids, last = batches.as_before(last, losses, selection, mask)
@@ -115,18 +115,20 @@ class KeepLog:
             self._flush()
 
     def end_epoch(self) -> dict[str, Any]:
-        """Close an epoch: enter what is held back, add a line to ``history``, warn if noise is being amplified.
+        """End an epoch: enter buffered batches, add a line to ``history``, and warn if noise is being amplified.
 
         Returns:
             The line: ``steps`` so far; ``seen``, ``kept`` in the epoch; ``keep``: their ratio; ``doubt``,
-            ``doubt_kept``: part of all samples and of the kept ones whose label is contradicted by one of the surest
-            quarter of the predictions (None without outputs and labels); ``stay_hard``, ``stay_easy``: parts of the
-            hardest and easiest tenth, by each sample's loss before, that are so again (None in the first epoch);
-            ``compared``: how many that hardest tenth was; ``hard_kept``: part of the hardest tenth that is kept;
-            ``class_seen``, ``class_kept``: lists of C counts, where asked for.
+            ``doubt_kept``: fraction of all and of the kept samples whose label is contradicted by one of the most
+            confident quarter of the predictions (None without outputs and labels); ``stay_hard``, ``stay_easy``:
+            fractions of the hardest and easiest tenth, by each sample's previous loss, that are so again (None in the
+            first epoch);
+            ``compared``: size of that hardest tenth; ``hard_kept``: fraction of the hardest tenth that is kept;
+            ``class_seen``, ``class_kept``: lists of C counts, if asked for.
 
         Raises:
-            ValueError: an id was out of range on a device where looking at once would have stalled it.
+            ValueError: an id on a device was out of range; it was not checked earlier, since that would stall the
+                device.
         """
         if self._several or self._pending:
             self._flush()
@@ -138,7 +140,7 @@ class KeepLog:
         self._epoch.zero_()
         if beyond := epoch.outside(sums):
             labels = f", and `labels` below {self.classes}" if self.classes else ""
-            raise ValueError(f"expected `ids` from 0 to {self.n - 1}{labels}, got {beyond} others in the epoch.")
+            raise ValueError(f"expected `ids` from 0 to {self.n - 1}{labels}, got {beyond} outside in the epoch.")
         if self.warn and not self._warned:
             self._warned = noise.warn_of(self.history, stacklevel=3)
         return line
@@ -147,7 +149,7 @@ class KeepLog:
         """Return all samples on the CPU: seen, kept, keep_rate, first, last, mean, variance, last_dropped and more.
 
         Losses of samples never seen are NaN; ``last_dropped`` is the number of the batch, -1 for never; ``predicted``
-        is -1 and ``confidence`` NaN where no outputs were given. ``variance`` divides by the times seen.
+        is -1 and ``confidence`` NaN if no outputs were given. ``variance`` divides by the number of times seen.
         """
         self._check_nothing_apart()
         if self._pending:
@@ -155,7 +157,7 @@ class KeepLog:
         return columns.read(self._columns)
 
     def merge(self, later: KeepLog) -> None:
-        """Add another log of the same data set, as if its batches had been recorded after this one's."""
+        """Add another log of the same data set, as if its batches had been recorded after those of this one."""
         if not isinstance(later, KeepLog):
             raise TypeError(f"expected `later` to be a batchtrim.KeepLog, got {describe(later)}.")
         for name in ("n", "classes"):
@@ -182,10 +184,10 @@ class KeepLog:
         return states.save(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+        """Continue from :meth:`state_dict`.
 
         Raises:
-            ValueError: the state is of a log with another n or other classes, of another version, or damaged.
+            ValueError: the state is from a log with another n or other classes, from another version, or damaged.
         """
         states.load(self, state)
 
@@ -199,7 +201,7 @@ class KeepLog:
 
     @classmethod
     def from_parquet(cls, path: str | Path) -> KeepLog:
-        """Read what :meth:`to_parquet` wrote, all but the added columns.
+        """Read what :meth:`to_parquet` wrote, except for added columns.
 
         Raises:
             ValueError: the file is of another kind, or damaged. InstallExtra: pyarrow is missing.
@@ -221,10 +223,10 @@ class KeepLog:
             )
 
     def _flush(self) -> None:
-        """Enter all batches held back: at once where there are other ranks, which then do the same."""
+        """Enter all buffered batches; with several ranks, each does so at the same time."""
         if not self._pending and not self._several:
             return
-        # batches of a loaded state lie on the CPU, and so do the columns before the first batch
+        # batches of a loaded state are on the CPU, and so are the columns before the first batch
         device = (self._pending[-1].rows if self._pending else self._columns["seen"]).device
         if self._several:
             device = exchange.meeting_device(device)

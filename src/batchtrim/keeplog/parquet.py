@@ -1,4 +1,4 @@
-"""Write a log as a Parquet file and read it: its table, and its history as metadata."""
+"""Write a log as a Parquet file, and read it: the table, with the history as metadata."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def write(log: KeepLog, path: str | Path, columns: dict[str, Any]) -> None:
         if name in table:
             raise ValueError(f"expected `columns` of other names than the log's own, got {name!r}.")
         if len(values) != log.n or getattr(values, "ndim", 1) != 1:
-            raise ValueError(f"expected column {name!r} of {log.n} values, one a sample, got {describe(values)}.")
+            raise ValueError(f"expected column {name!r} of {log.n} values, one per sample, got {describe(values)}.")
         arrays[name] = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
     known = {"version": STATE_VERSION, "classes": log.classes, "steps": log.steps, "history": log.history}
-    known["epoch"] = log._epoch.tolist()  # of the one that is not over
+    known["epoch"] = log._epoch.tolist()  # those of the unfinished epoch
     built = arrow.table(arrays)
     parquet.write_table(built.replace_schema_metadata({"batchtrim": json.dumps(known)}), path)
 
 
 def read(kind: type[KeepLog], path: str | Path) -> KeepLog:
-    """Read what :func:`write` wrote, all but the added columns."""
+    """Read what :func:`write` wrote, except for added columns."""
     parquet = import_extra("pyarrow.parquet", "lab", "KeepLog.from_parquet")
     try:
         found = parquet.read_table(path)
@@ -53,7 +53,7 @@ def read(kind: type[KeepLog], path: str | Path) -> KeepLog:
         log._columns = unread(table, log._columns)
     except FileNotFoundError:
         raise
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
+    except Exception as error:  # the error of a damaged file depends on where it is damaged
         raise ValueError(
             f"expected a file that KeepLog.to_parquet wrote, got {str(path)!r} ({type(error).__name__}: {error})."
         ) from error

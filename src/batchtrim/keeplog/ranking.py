@@ -1,4 +1,4 @@
-"""Rank samples by how likely their labels are wrong."""
+"""Rank samples by how likely it is that their labels are wrong."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ __all__ = ["suspects"]
 
 
 def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return samples by how hard they stayed and how often they were kept, where wrong labels gather.
+    """Return samples ranked by how hard they stayed and how often they were kept; wrong labels rank high.
 
-    The score is a rank, not a probability: 0.99 says that 99 % of the samples rank lower, in clean data too.
+    The score is a rank, not a probability: 0.99 means that 99 % of the samples rank lower, in clean data too.
 
-    ``score = keep_rate * mean_loss``, given as its rank among all samples. Where nothing was ever dropped that is the
+    ``score = keep_rate * mean_loss``, given as its rank among all samples. If nothing was ever dropped, this is the
     order of the mean loss over training, the area under the loss curve.
 
     Args:
-        top: only so many.
+        top: return only this many.
 
     Returns:
         ids int64 and scores in [0, 1], most suspect first. Samples never seen are left out; a NaN loss comes first.
 
     Notes:
-        A high score says hard, and rare or ambiguous samples are hard as well: look before you drop. How it compares
-        with other scores on real label noise is measured in ``studies/label_errors.py``.
+        A high score means hard, and rare or ambiguous samples are hard too: look before you drop any. How the score
+        compares with other scores on real label noise is measured in ``studies/label_errors.py``.
 
     Example:
         >>> from batchtrim import Choice, KeepLog, Selection
@@ -50,7 +50,7 @@ def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Return each value's rank in [0, 1], ties at their mean rank; NaN ranks highest."""
+    """Return each value's rank in [0, 1]; ties get their mean rank, and NaN ranks highest."""
     values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     ordered = torch.sort(values).values
     low = torch.searchsorted(ordered, values)

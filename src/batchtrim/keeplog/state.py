@@ -35,7 +35,7 @@ def save(log: KeepLog) -> dict[str, Any]:
 
 
 def load(log: KeepLog, state: Any) -> None:
-    """Put a state that :func:`save` made into a log of the same size."""
+    """Load a state that :func:`save` returned into a log of the same size."""
     check_state(state, ("version",), "a KeepLog")
     if state["version"] != STATE_VERSION:
         raise ValueError(
@@ -59,7 +59,7 @@ def load(log: KeepLog, state: Any) -> None:
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(
-            "expected `state` to hold batches and a history of a KeepLog, got others. It is damaged."
+            "expected `state` to hold batches and a history of a KeepLog, got something else. It is damaged."
         ) from None
     log.steps = check_count("state['steps']", state["steps"], minimum=0)
     log._pending, log.history = pending, history
@@ -73,7 +73,7 @@ def _check_shapes(log: KeepLog, found: dict[str, Any]) -> None:
     expected = {**log._columns, "epoch": log._epoch}
     for name, value in found.items():
         wanted = expected[name]
-        known = (wanted.dtype, torch.int32) if name == "predicted" else (wanted.dtype,)  # int32 for many classes
+        known = (wanted.dtype, torch.int32) if name == "predicted" else (wanted.dtype,)  # int32: many classes
         if not isinstance(value, Tensor) or value.shape != wanted.shape or value.dtype not in known:
             raise ValueError(
                 f"expected `state` to hold '{name}' of shape {tuple(wanted.shape)} and dtype {wanted.dtype}, got "

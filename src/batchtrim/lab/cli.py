@@ -29,7 +29,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 130, "help_option_names": ["-h", "--help"]},
 )
 
-# Each command's own defaults, which its help shows.
+# Each command's own defaults, shown in its help.
 COMPARE = {"methods": ["full", "trim"], "seeds": 5}
 SWEEP = {
     "methods": ["full", "trim", "random"],
@@ -127,7 +127,7 @@ def report_command(given: dict[str, Any]) -> None:
     rows, place = _rows_of(given["folder"], given["csv"], given["metric"], way)
     with as_written("the records"):
         methods = sorted({row["config"]["method"] for row in rows})
-    if baseline != "full":  # which gives way to another where there is none
+    if baseline != "full":  # if the baseline was not run, another is used
         check_choice("baseline", baseline, methods)
     _report(rows, None if given["as_json"] else given["out"] or place, baseline, given["as_json"])
     if figures is not None:
@@ -149,7 +149,7 @@ def claims_command(given: dict[str, Any]) -> None:
 
     folder, out, table = given["folder"], given["out"], given["table"]
     if not folder.is_dir():
-        raise FileNotFoundError(f"expected a folder of records, got {folder}, which is none.")
+        raise FileNotFoundError(f"expected a folder of records, got {folder}, which is not a folder.")
     folders = sorted(path.parent for path in folder.glob("**/claims.toml") if (path.parent / "runs.jsonl").exists())
     if not folders:
         raise FileNotFoundError(f"expected claims.toml beside runs.jsonl in or under {folder}, got none.")
@@ -212,13 +212,13 @@ def _rows_of(
     rows = records.read_results(folder)
     if torn := records.torn(folder):
         typer.echo(
-            f"note: {torn} is a piece of a run, left out. A machine may have gone down while it wrote.", err=True
+            f"note: {torn} is a partial run and is left out. The machine may have crashed while writing it.", err=True
         )
     return rows, folder
 
 
 def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings, and the presets that they leave open; a file may say `method` or `seed` in the singular."""
+    """Return the settings, with presets for those not given; a file may use the singular `method` or `seed`."""
     return {name: value for name, value in presets.items() if name.removesuffix("s") not in settings} | settings
 
 
@@ -230,10 +230,10 @@ def main() -> None:
 
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    """Do the runs that are not done yet, then print their comparison and write its report."""
+    """Do the runs that are not done yet, then print the comparison and write its report."""
     from batchtrim.lab import records
 
-    with contextlib.redirect_stdout(sys.stderr):  # prints of the user's code are for people, as in a worker
+    with contextlib.redirect_stdout(sys.stderr):  # the user's code prints for people, as in a worker
         configs, out, failed, rank = _run(settings, given)
     if rank == 0:
         _report(records.read_results(out), out, "full", given["as_json"], [config.method for config in configs])
@@ -243,7 +243,7 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         typer.echo(text, err=True)
     if failed:
         runs, them = ("1 run", "it") if len(failed) == 1 else (f"{len(failed)} runs", "them")
-        typer.echo(f"{runs} failed; the same command tries {them} again.", err=True)
+        typer.echo(f"{runs} failed; repeat the command to retry {them}.", err=True)
         raise typer.Exit(FAILED)
 
 
@@ -291,9 +291,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
             )  # fmt: skip
     except KeyboardInterrupt:
         done = len(records.Records(out).rows())
-        typer.echo(
-            f"\nstopped; {done} runs are recorded in {shown(out)}. The same command goes on from there.", err=True
-        )
+        typer.echo(f"\nstopped; {done} runs are recorded in {shown(out)}. Repeat the command to continue.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     return configs, out, failed, ranks.rank
 
@@ -301,7 +299,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
 def _report(
     rows: list[dict[str, Any]], out: Path | None, baseline: str, as_json: bool, methods: Iterable[str] | None = None
 ) -> None:
-    """Print the table, or the numbers as JSON, and write the report, if there is a folder for it."""
+    """Print the table, or the numbers as JSON, and write the report if there is a folder for it."""
     from batchtrim.lab.analyse import comparison
     from batchtrim.lab.present import report, tables
 
@@ -312,7 +310,7 @@ def _report(
         summary = comparison.summarize(rows, baseline=baseline)
         try:
             page = out and report.write_report(rows, out, baseline)
-        except CannotWrite:  # the numbers are there all the same
+        except CannotWrite:  # the numbers are printed anyway
             tables.print_numbers(summary, as_json)
             raise
     tables.print_numbers(summary, as_json)

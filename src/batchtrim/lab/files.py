@@ -1,4 +1,4 @@
-"""Helpers that several parts of the lab need: read a TOML file, write a file whole, look up a name."""
+"""Helpers for several parts of the lab: read a TOML file, write a file atomically, look up a name."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Entry = TypeVar("Entry")
 
 
 class CannotWrite(OSError):
-    """A file of the output folder cannot be written: the disk is full, or the folder read-only or gone.
+    """A file in the output folder cannot be written: the disk is full, or the folder is read-only or gone.
 
-    No other run could be recorded either, so whoever does runs stops at once. The message names the file.
+    No other run could be recorded either, so the command stops at once. The message names the file.
     """
 
 
 @contextlib.contextmanager
 def writing(path: Path, cure: str | None = None) -> Iterator[None]:
-    """Turn an error of the file system inside the block into :class:`CannotWrite`, which names ``path``.
+    """Turn a file-system error inside the block into :class:`CannotWrite`, which names ``path``.
 
     Args:
-        cure: what the user can do about it, where that is not to repeat the command.
+        cure: what the user can do, if not free the disk and repeat the command.
     """
     try:
         yield
-    except (CannotWrite, TimeoutError):  # a lock that another process holds is no fault of the disk
+    except (CannotWrite, TimeoutError):  # a lock held by another process is not a disk error
         raise
     except OSError as error:
         reason = error.strerror or str(error).strip().partition("\n")[0]
@@ -44,18 +44,18 @@ def writing(path: Path, cure: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_written(what: str) -> Iterator[None]:
-    """Report files that lack a field, or hold a word instead of a number: another program or a person wrote them."""
+    """Report files that lack a field, or have a word for a number, because something else wrote them."""
     try:
         yield
     except (LookupError, AttributeError, ArithmeticError, RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"expected {what} to be as batchtrim writes them, got {type(error).__name__}: {error}. "
-            "Was a file changed by hand, or made by another release? --debug shows where."
+            "Was a file edited by hand, or written by another release? --debug shows where."
         ) from error
 
 
 TABLES = (".csv", ".tsv")
-"""Suffixes of files that hold results of another program."""
+"""Suffixes of files with another program's results."""
 
 PART = ".part"
 """The suffix of a file that is being written."""
@@ -81,17 +81,17 @@ def load_toml(path: str | Path) -> dict[str, Any]:
 
 
 def shown(name: object) -> str:
-    """Return a name as it is told: on one line, and with escapes for what is no text, which file systems allow."""
+    """Return a name for a message: on one line, with escapes for bytes that are not text, which file systems allow."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(name))
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with its ``~`` replaced; as it is, where nobody knows whose home that is."""
-    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError there
+    """Return a path with its ``~`` expanded; unchanged if the home folder is unknown."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError then
 
 
 def in_a_line(error: Exception) -> str:
-    """Return an error's message; where it is the file system's own, one that names the file in words."""
+    """Return an error's message; for an error of the file system, a sentence that names the file."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     if error.filename is None:
@@ -100,12 +100,12 @@ def in_a_line(error: Exception) -> str:
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file beside ``path`` and rename it: readers see the old file or the new one, never half of one.
+    """Write a file beside ``path`` and rename it: readers see the old file or the new one, never a partial one.
 
     Args:
-        write: called with the open file. What it raises is passed on, and nothing is left behind.
+        write: called with the open file. Its errors are passed on, and nothing is left behind.
     """
-    # the name begins as the file's own, so that remove_parts finds what a process that died left behind
+    # the name starts like the file's, so that remove_parts finds it if this process dies
     part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}{PART}")
     try:
         with part.open("wb") as file:
@@ -116,9 +116,9 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def remove_parts(folder: Path, stem: str = "") -> None:
-    """Remove what writers that died left in ``folder``: all of it, or that of the file of one stem.
+    """Remove partial files that dead writers left in ``folder``: all of them, or those for one stem.
 
-    The caller makes sure that nobody is writing there.
+    The caller makes sure that no process is writing there.
     """
     for path in folder.glob(f"*{PART}"):
         if not stem or path.name.partition(".")[0] == stem:
@@ -126,10 +126,10 @@ def remove_parts(folder: Path, stem: str = "") -> None:
 
 
 def look_up(what: str, name: Any, table: Mapping[str, Entry], other: str = "") -> Entry:
-    """Return the entry called ``name``, or raise an error that suggests the nearest one.
+    """Return the entry called ``name``, or raise an error that suggests the nearest name.
 
     Args:
-        other: what else the argument may be, for the message.
+        other: further forms of the argument, for the message.
     """
     if isinstance(name, str) and name in table:
         return table[name]

@@ -1,4 +1,4 @@
-"""The metric that runs are compared by: the name of a number, which way is better, and how it is written."""
+"""The metric that runs are compared by: its name, which direction is better, and how it is printed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ HIGHER = (
     "accuracy", "acc", "f1", "macro_f1", "micro_f1", "auc", "auroc", "roc_auc", "average_precision", "precision",
     "recall", "r2", "iou", "miou", "dice", "map", "bleu", "rouge", "mcc", "balanced_accuracy", "ndcg", "mrr",
 )  # fmt: skip
-MOST = 9  # decimals that are written out
-IN_PERCENT = ("error", "accuracy")  # fractions of the test samples, written as percent and compared in points
+MOST = 9  # decimals that are printed
+IN_PERCENT = ("error", "accuracy")  # fractions of the test samples, printed as percent and compared in points
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that each run ends with.
+    """The number that each run ends with.
 
     Args:
-        name: what the task's result, or the column of a table, calls it.
-        higher_is_better: which way is better.
+        name: as in the task's result, or in the column of a table.
+        higher_is_better: True if higher is better.
 
     Example:
         >>> Metric.called("rmse").better, Metric.called("f1").better, Metric.called("accuracy").number(0.9787)
@@ -38,24 +38,24 @@ class Metric:
 
     @classmethod
     def called(cls, name: str, higher_is_better: bool | None = None) -> Metric:
-        """Return the metric of that name; say which way is better if the name does not tell.
+        """Return the metric of that name; pass the better direction if the name does not imply it.
 
         Raises:
-            ValueError: the name says nothing of the direction, or the direction contradicts a name that does.
+            ValueError: the name implies no direction and none is given, or the direction contradicts the name.
         """
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"expected `metric` to be a name such as error, accuracy or rmse, got {name!r}.")
         known = True if name.lower() in HIGHER else False if name.lower() in LOWER else None
         if known is None and higher_is_better is None:
             raise ValueError(
-                f"expected `higher_is_better` for the metric {name!r}, whose name does not tell, got nothing."
+                f"expected `higher_is_better` for the metric {name!r}, whose name does not imply it, got nothing."
                 f"{nearest(name, (*LOWER, *HIGHER))} Pass --higher-is-better or --lower-is-better."
             )
         if known is not None and higher_is_better is not None and higher_is_better is not known:
             way = "higher" if known else "lower"
             raise ValueError(
                 f"expected {way} to be better for the metric {name!r}, got the other way round. "
-                "Give the number another name if that is meant."
+                "If that is intended, give the metric another name."
             )
         return cls(name, bool(known if known is not None else higher_is_better))
 
@@ -66,17 +66,17 @@ class Metric:
 
     @property
     def field(self) -> str:
-        """The field of a record, and the curve, that holds the number."""
+        """The name of the record's field, and of the curve, that holds the number."""
         return "test_error" if self.name == "error" else "value"
 
     @property
     def in_percent(self) -> bool:
-        """True if the number is a fraction in [0, 1] that is written as percent."""
+        """True if the number is a fraction in [0, 1] that is printed as percent."""
         return self.name in IN_PERCENT
 
     @property
     def title(self) -> str:
-        """The metric in a sentence: test error, rmse."""
+        """The metric's name in a sentence: test error, rmse."""
         return f"test {self.name}" if self.in_percent else self.name
 
     @property
@@ -86,7 +86,7 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """The head of a column: test error %, rmse."""
+        """The heading of a column: test error %, rmse."""
         return f"{self.title} %" if self.in_percent else self.name
 
     @property
@@ -95,10 +95,10 @@ class Metric:
         return " points" if self.in_percent else ""
 
     def number(self, value: float, digits: int = 2, spread: float | None = None) -> str:
-        """Return the number alone: 0.0213 of an error is 2.13, of another metric four figures.
+        """Return the number alone: an error of 0.0213 is 2.13; other metrics have four significant digits.
 
         Args:
-            spread: what another metric is uncertain by: as many decimals as show two figures of it.
+            spread: the spread of another metric; two of its significant digits are shown.
         """
         if self.in_percent:
             return f"{100 * value:.{digits}f}"

@@ -1,6 +1,6 @@
-"""Options of the command line, derived from the settings' own definitions, and back: words typed into settings.
+"""Options of the command line, derived from the definitions of settings, and the parsing of typed values.
 
-Every option's help ends in its true default for the command at hand, in brackets.
+Each option's help ends with its true default for that command, in brackets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Table = dict[str, tuple[Any, Any]]
 
 
 def option(kind: Any, help: str, *names: str, default: Any = None, **more: Any) -> tuple[Any, Any]:
-    """Return an option's annotation and default; what it takes is named alike whatever release of typer there is."""
+    """Return an option's annotation and default; its type is named the same in every release of typer."""
     plain = next((each for each in METAVARS if kind in (each, each | None)), None)
     more = {"metavar": METAVARS[plain], **more} if plain else more
     if plain is int or plain is float:
@@ -49,7 +49,7 @@ def _number(kind: type[int] | type[float], text: str | float) -> float:
 
 
 def _meant(kind: Callable[[str], Any], text: str) -> str:
-    """Return a hint that names the number meant by a text with a percent sign, a decimal comma, or another minus."""
+    """Return a hint that names the intended number, for text with a percent sign, decimal comma or other minus."""
     plainer = text.strip().replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "-").replace(",", ".")
     try:
         value = float(plainer.removesuffix("%").strip()) / (100 if plainer.endswith("%") else 1)
@@ -60,9 +60,9 @@ def _meant(kind: Callable[[str], Any], text: str) -> str:
 
 
 def _path(what: str, text: str | Path) -> Path:
-    """Return the path of that name, with its ``~`` replaced: shells leave one after ``--out=`` as it is.
+    """Return the path of that name, with ``~`` expanded: shells do not expand it after ``--out=``.
 
-    An empty name is most often an unset shell variable.
+    An empty name usually comes from an unset shell variable.
     """
     if not str(text).strip():
         raise typer.BadParameter(f"expected the name of a {what}, got nothing.")
@@ -70,20 +70,20 @@ def _path(what: str, text: str | Path) -> Path:
 
 
 def check_targets(**folders: Path | None) -> None:
-    """Check folders that are to be written to."""
+    """Check the folders to write to."""
     for name, folder in folders.items():
         if folder is not None and folder.is_file():
             raise ValueError(f"expected `{name}` to be a folder, got the file {folder}.")
 
 
 MANY: Table = {
-    "grid": _argument("TOML file with settings; options win over it", Path | None, None, "GRID.toml"),
+    "grid": _argument("TOML file with settings; options override it", Path | None, None, "GRID.toml"),
     "methods": option(str | None, "methods, comma-separated; `batchtrim methods` lists them"),
     "seeds": option(str | None, "how many seeds, or which, comma-separated"),
 }
 ONE: Table = {
     "method": option(str | None, "method; `batchtrim methods` lists them"),
-    "seed": option(int | None, "seed of everything drawn"),
+    "seed": option(int | None, "random seed"),
 }
 PLACE: Table = {
     "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]"),
@@ -146,7 +146,7 @@ METHODS_LISTED: Table = {"as_json": option(bool, "print as JSON", "--json", defa
 
 def _setting_option(setting: Setting) -> tuple[Any, Any]:
     help = setting.help
-    if setting.own:  # too many to list: an error names them all
+    if setting.own:  # too many to list here: errors list them all
         names = list(setting.choices or ("",))
         help += f": {names[0]} .. {names[-1]}, {setting.own}"
     elif setting.choices is not None:
@@ -160,7 +160,7 @@ def _flag(setting: Setting) -> tuple[str, ...]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Return names in a line, ``resnet8 .. resnet34`` for a family of more than three."""
+    """Return names on one line, with ``resnet8 .. resnet34`` for a family of more than three."""
     names = list(names)
     family = [name for name in names if name.rstrip("0123456789") == names[-1].rstrip("0123456789")]
     if len(family) > 3:
@@ -169,7 +169,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 _CONFIG: Table = {name: _setting_option(each) for name, each in SETTINGS.items() if each.help}
-_PARAM: Table = {"param": option(list[str] | None, "a method's parameter, as small_loss.noise_rate=0.1; repeatable",
+_PARAM: Table = {"param": option(list[str] | None, "method parameter, such as small_loss.noise_rate=0.1; repeatable",
                           metavar="METHOD.NAME=VALUE")}  # fmt: skip
 _WAYS = ("higher_is_better", "lower_is_better")
 NAMES = (*(name for name in {**MANY, **ONE, **TASK, **_CONFIG} if name not in ("grid", *_WAYS)), *_PARAM)
@@ -177,10 +177,10 @@ NAMES = (*(name for name in {**MANY, **ONE, **TASK, **_CONFIG} if name not in ("
 
 
 def settings_table(presets: Mapping[str, Any], only: Table) -> Table:
-    """Return ``only`` and an option for each setting; a help ends in the command's preset, else the setting's default.
+    """Return ``only`` and an option per setting; help shows the command's preset, else the setting's default.
 
     Args:
-        presets: what the command takes where nothing is said.
+        presets: the command's own defaults.
     """
     table = {}
     for name, (kind, default) in {**only, **_CONFIG}.items():
@@ -204,15 +204,15 @@ def _default(name: str, presets: Mapping[str, Any]) -> str:
 
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the TOML file, if there is one, under those given as options."""
+    """Return the settings of the TOML file, if there is one, overridden by options."""
     settings = _settings_in(given["grid"], given.get("methods")) if given.get("grid") else {}
     _refuse_elsewhere(settings, given)
     options = {name: given[name] for name in NAMES if given.get(name) is not None}
-    if options.keys() & {"methods", "seeds"}:  # a file may say `method` or `seed` instead
+    if options.keys() & {"methods", "seeds"}:  # a file may have `method` or `seed` instead
         settings = {name: value for name, value in settings.items() if f"{name}s" not in options}
     for name, text in list(options.items()):
         if name in _CONFIG and SETTINGS[name].many:
-            whole = name == "dataset" and text and files.expanded(text).exists()  # a path may have a comma in it
+            whole = name == "dataset" and text and files.expanded(text).exists()  # a path may contain a comma
             options[name] = [text] if whole else _list(name, text, SETTINGS[name].kind)
     if "methods" in options:
         options["methods"] = _list("methods", options["methods"], str)
@@ -230,7 +230,7 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings_in(grid: Path, methods: str | None) -> dict[str, Any]:
-    """Return the settings of a TOML file; an error where the name is that of a method, typed beside its option."""
+    """Return the settings of a TOML file; raise an error if its name is a method's, typed without the option."""
     from batchtrim.lab.methods.table import METHODS
 
     names = [each for each in re.split(r"[,\s]+", str(grid)) if each]
@@ -249,7 +249,7 @@ def _parts(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _check_written(name: str, value: Any, grid: Path) -> None:
-    """Refuse text in TOML where a number is meant, or a list: neither is read out of it."""
+    """Refuse text in TOML where a number or a list is expected: text is not parsed."""
     setting = SETTINGS.get({"methods": "method", "seeds": "seed"}.get(name, name))
     if setting is None or not isinstance(value, str):
         return
@@ -261,12 +261,12 @@ def _check_written(name: str, value: Any, grid: Path) -> None:
 
 
 def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse options of the command in a file of settings: they belong to no run."""
+    """Refuse options of the command in a file of settings: they are not settings of a run."""
     named = {**PLACE, **SCALE, **TALK}
     table = next((name for name, value in settings.items() if isinstance(value, dict) and name != "params"), None)
     if table is not None:
-        cure = {"grid": "Double its brackets: [[grid]].", "param": "Parameters stand in [params.METHOD]."}.get(
-            table, f"Settings stand above all tables, or in [[grid]]: leave out the line [{table}]."
+        cure = {"grid": "Double its brackets: [[grid]].", "param": "Put parameters into [params.METHOD]."}.get(
+            table, f"Put settings above all tables or into [[grid]], and remove the line [{table}]."
         )
         raise ValueError(f"expected a value of `{table}` in {given['grid']}, got a table. {cure}")
     wrong = next((name for part in _parts(settings) for name in part if name in named), None)
@@ -278,7 +278,7 @@ def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> 
 
 
 def direction(higher_is_better: bool, lower_is_better: bool) -> bool | None:
-    """Return whether a higher metric is better, by the two flags; None where neither is given."""
+    """Return True if a higher metric is better, from the two flags; None if neither is given."""
     if higher_is_better and lower_is_better:
         raise ValueError("expected --higher-is-better or --lower-is-better, got both.")
     return higher_is_better if higher_is_better or lower_is_better else None
@@ -289,7 +289,7 @@ def refuse_without_task(settings: Mapping[str, Any]) -> None:
     given = next((name for name in ("metric", "higher_is_better") if name in settings), None)
     if given is not None:
         raise ValueError(
-            f"expected `{given}` beside --task, got {settings[given]!r}. The lab's own loop counts errors."
+            f"expected `{given}` beside --task, got {settings[given]!r}. The lab's own loop measures the test error."
         )
 
 
@@ -299,7 +299,7 @@ def refuse_with_task(given: Mapping[str, Any]) -> None:
         raise ValueError("expected no --keep-log with --task, got one. The function keeps its log: run.keep_log(n).")
     if given.get("data_dir"):
         raise ValueError(
-            f"expected no --data-dir with --task, got {str(given['data_dir'])!r}. The function reads its data."
+            f"expected no --data-dir with --task, got {str(given['data_dir'])!r}. The function reads its data itself."
         )
     from batchtrim.lab.run.ranks import Ranks
 
@@ -308,19 +308,19 @@ def refuse_with_task(given: Mapping[str, Any]) -> None:
 
 
 def check_one_run(settings: Mapping[str, Any]) -> None:
-    """Refuse several values of a setting."""
+    """Refuse several values for a setting."""
     for name, value in settings.items():
         if (isinstance(value, list) and len(value) > 1) or (name == "method" and "," in str(value)):
             raise ValueError(f"expected one run, got several values of `{name}`. `batchtrim compare` does many.")
 
 
-_COMMA = re.compile(r",(?![^\[]*\])")  # one that is not inside brackets
+_COMMA = re.compile(r",(?![^\[]*\])")  # a comma that is not inside brackets
 
 
 def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     parts = [part.strip() for part in _COMMA.split(text) if part.strip()]
     names = [each for part in parts for each in re.split(r"[\s;|]+", part) if each]
-    if len(names) > len(parts) and not (name in SETTINGS and SETTINGS[name].own):  # a path may have a space in it
+    if len(names) > len(parts) and not (name in SETTINGS and SETTINGS[name].own):  # a path may contain a space
         raise ValueError(f"expected `{name}` to be separated by commas, got {text!r}. Did you mean {','.join(names)}?")
     try:
         return [kind(part) for part in parts]
@@ -331,7 +331,7 @@ def _list(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 def _range_meant(text: str) -> str:
-    """Return a hint that lists the numbers of a range such as 0-4 or 0..4."""
+    """Return a hint that lists the numbers in a range such as 0-4 or 0..4."""
     ends = re.fullmatch(r"\s*(\d{1,6})\s*(?:-|\.\.\.?|to)\s*(\d{1,6})\s*", text)
     if ends is None or not 0 < int(ends[2]) - int(ends[1]) < 20:
         return ""
@@ -339,7 +339,7 @@ def _range_meant(text: str) -> str:
 
 
 def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``method.name=value`` texts as tables; several values, comma-separated, are an axis."""
+    """Parse ``method.name=value`` into tables; several comma-separated values are an axis."""
     from batchtrim.lab.methods.table import METHODS
 
     tables = {method: dict(table) for method, table in base.items()}
@@ -358,7 +358,7 @@ def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hint(name: str, value: str) -> str:
-    """Return a hint that a setting is an option of its own, with a space before it; nothing where it is none."""
+    """Return a hint that a name is an option, not a parameter, with a space before it; "" if it is neither."""
     return f" It is an option: --{name.replace('_', '-')} {value}".rstrip() if name in _CONFIG else ""
 
 

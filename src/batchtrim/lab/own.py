@@ -1,11 +1,11 @@
-"""Compare methods on your own training function, or from the results of another program: the Python side of
+"""Compare methods with your own training function, or from another program's results: the Python side of
 ``batchtrim compare --task`` and ``batchtrim report --csv``.
 
 ::
 
     def train(run):
         ...                                   # any loop, on any data, drawing from run.seed
-        loss = run.trim(losses)               # where losses.mean() was
+        loss = run.trim(losses)               # was: losses.mean()
         ...
         run.trim.step()                       # once an epoch
         return {"error": test_error}
@@ -57,23 +57,23 @@ def compare(
     The same call continues where it stopped: runs recorded in ``out`` are not repeated.
 
     Args:
-        train: called with a :class:`batchtrim.lab.Run`; returns a mapping with the metric in it. Or "FILE.py:NAME".
-        methods: names of ``batchtrim methods`` that a trimmer drives. seeds: how many, or which.
-        out: folder of the records and of the report; by default one under ``runs`` named after the function.
-        workers: processes; 1 stays in this one. A function of a notebook goes to others by value. In a script with
-            several, call this under ``if __name__ == "__main__":``.
-        ray: address of a Ray cluster, or "auto". retries: how often a run whose worker died is done again.
-        tensorboard: write what ``run.log`` is given as TensorBoard events too. quiet: no progress, and no table.
+        train: called with a :class:`batchtrim.lab.Run`; returns a mapping that contains the metric. Or "FILE.py:NAME".
+        methods: names from ``batchtrim methods`` that a trimmer can drive. seeds: how many, or which.
+        out: folder for records and report; by default one under ``runs`` named after the function.
+        workers: processes; 1 uses this one. A notebook's function is sent to others by value. In a script with
+            several workers, call this under ``if __name__ == "__main__":``.
+        ray: address of a Ray cluster, or "auto". retries: how often a run whose worker died is repeated.
+        tensorboard: also write the values of ``run.log`` as TensorBoard events. quiet: no progress, and no table.
         baseline: the method the others are compared with.
         settings: of the runs: ``epochs``, ``metric``, ``higher_is_better``, ``keep_start``, ``keep_end``, ``schedule``,
             ``params`` (of methods, by method and name), ``engine``, ``device``, ``threads``; a list is an axis.
 
     Returns:
-        The comparison as data; ``report.html``, ``report.md`` and ``report.csv`` lie in ``out``.
+        The comparison as data; ``report.html``, ``report.md`` and ``report.csv`` are in ``out``.
 
     Raises:
-        TaskMistake: the function does not do what is needed: it returns no number, or never calls its trimmer.
-        YourCodeFailed: it raised in every run. Where some runs ended well, failed ones are counted and told.
+        TaskMistake: the function returns no number, or never calls its trimmer.
+        YourCodeFailed: it raised in every run. If some runs finished, failed ones are counted and reported.
         ValueError, TypeError: a setting is wrong, or a trimmer cannot drive a method. Nothing has been run by then.
     """
     code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
@@ -87,14 +87,14 @@ def compare(
         check_flag(name, flag)
     listed = list(seeds) if isinstance(seeds, Iterable) else plain(seeds)
     methods = methods.split(",") if isinstance(methods, str) else list(methods)
-    if baseline != "full":  # which gives way to another where there is none
+    if baseline != "full":  # if the baseline was not run, another is used
         check_choice("baseline", baseline, methods)
     configs = grid.expand_task(code, {"methods": methods, "seeds": listed, **settings})
     workers, threads = cores.share_cores(len(configs), workers)
     if "threads" not in settings:
         configs = [replace(config, threads=1 if ray else threads) for config in configs]
     if workers > 1 or ray:
-        code.__getstate__()  # what cannot go to another process is said before the first run
+        code.__getstate__()  # report what cannot be sent to another process before the first run
     folder = Path(out) if out is not None else default_out(configs)
     place = scheduler.Workplace(folder, tensorboard=tensorboard)
     with progress.Quiet() if quiet else progress.Live() as watcher:
@@ -120,11 +120,11 @@ def compare(
 def run_once(
     train: Callable[[Run], Mapping[str, Any]] | str, method: str = "trim", seed: int = 0, **settings: Any
 ) -> float:
-    """Do one run of a training function, recorded nowhere, and return its metric: for a search over schedules.
+    """Do one run of a training function without recording it, and return its metric: for a search over schedules.
 
     Args:
-        train, settings: as :func:`compare` takes them, each setting with one value.
-        settings: ``out`` among them is the folder that ``run.out`` lies in, by default ``runs/once``.
+        train, settings: as for :func:`compare`, with one value per setting.
+        settings: ``out`` is the parent folder of ``run.out``, by default ``runs/once``.
 
     Raises:
         TaskMistake, YourCodeFailed: as in :func:`compare`. ArithmeticError: the run diverged.
@@ -154,14 +154,14 @@ def summarize(
     metric: str | None = None,
     higher_is_better: bool | None = None,
 ) -> Summary:
-    """Compare methods from the results of another program, paired by seed, and return the comparison as data.
+    """Compare methods from another program's results, paired by seed, and return the comparison as data.
 
     Args:
-        rows: mappings with ``method``, ``seed``, the metric and, if known, ``time`` in seconds; one a run. Or rows of
+        rows: one mapping per run with ``method``, ``seed``, the metric and, if known, ``time`` in seconds. Or rows of
             ``runs.jsonl``.
         baseline: the method the others are compared with.
-        metric: the field to compare; by default the only further one. higher_is_better: needed if the name does not
-            tell.
+        metric: the field to compare; by default the only other one. higher_is_better: needed if the name does not
+            imply it.
 
     Example:
         >>> rows = [{"method": m, "seed": s, "rmse": 1.0 + 0.1 * s - 0.2 * (m == "trim") + 0.01 * (m == "trim") * s}

@@ -1,4 +1,4 @@
-"""The terminal: a mistake is told in a line, with plainer characters where the encoding lacks those of a report."""
+"""The terminal: report a user's mistake in one line, and replace characters that the encoding lacks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from batchtrim.lab.files import in_a_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["FAILED", "INTERRUPTED", "MISTAKE", "Count", "console", "guard", "open_closed", "print_plainly"]
+__all__ = ["FAILED", "INTERRUPTED", "MISTAKE", "ProgressCount", "console", "guard", "open_closed", "print_plainly"]
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
-"""Exit codes: of runs, of the user, by Ctrl-C."""
+"""Exit codes: some runs failed, a mistake in the command, Ctrl-C."""
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
-"""What a wrong option, file or folder raises; --debug shows the traceback."""
+"""Errors of a wrong option, file or folder; --debug shows their traceback."""
 
 PLAIN = {
     "\N{PLUS-MINUS SIGN}": "+-",
@@ -30,14 +30,14 @@ PLAIN = {
     "\N{MULTIPLICATION SIGN}": "x",
     "\N{HORIZONTAL ELLIPSIS}": "...",
 }
-"""ASCII for what the tables print; a sign of a number must not get lost."""
+"""ASCII for the characters that tables print; the sign of a number must not get lost."""
 
 
 def _nothing() -> None: ...
 
 
 before_work: Callable[[], None] = _nothing
-"""Called when the work of a command begins, and not for its help; :mod:`batchtrim.__main__` sets it."""
+"""Called when a command's work begins, but not for its help; :mod:`batchtrim.__main__` sets it."""
 
 
 def guard(work: Callable[[], None], debug: bool) -> None:
@@ -48,7 +48,7 @@ def guard(work: Callable[[], None], debug: bool) -> None:
     except KeyboardInterrupt:  # before the first run, or in a command without runs
         _say("\nstopped")
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # as with `| head -1`: the reader of the pipe has gone
+    except BrokenPipeError:  # the reader of the pipe is gone, as with `| head -1`
         raise
     except USER_ERRORS as error:
         if debug:
@@ -58,11 +58,11 @@ def guard(work: Callable[[], None], debug: bool) -> None:
         sys.exit(MISTAKE)
 
 
-class Count:
-    """Say on standard error how far a long piece of work is: nothing at first, then a line now and then.
+class ProgressCount:
+    """Report the progress of a long task on standard error: nothing at first, then an occasional line.
 
     Args:
-        text: what is done to what, such as ``"images decoded"``. total: how many there are.
+        text: what is counted, such as ``"images decoded"``. total: how many there are.
     """
 
     first, every = 3.0, 10.0  # seconds
@@ -86,7 +86,7 @@ def _say(text: str) -> None:
 
 
 def console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """Return rich's console; under NO_COLOR (no-color.org) without any styling, whatever FORCE_COLOR says."""
+    """Return rich's console; under NO_COLOR (no-color.org) it has no styling, whatever FORCE_COLOR says."""
     from rich.console import Console
 
     plain = os.environ.get("NO_COLOR", "") != ""
@@ -94,20 +94,20 @@ def console(*, stderr: bool = False, width: int | None = None) -> Console:
 
 
 def open_closed() -> None:
-    """Let what is printed get lost where standard output or error is closed, as by ``>&-``, rather than fail."""
+    """Discard output, rather than fail, if standard output or error is closed, as by ``>&-``."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def print_plainly() -> None:
-    """Let standard output and error write plainer characters for those their encoding lacks, rather than fail.
+    """Have standard output and error replace characters that their encoding lacks, rather than fail.
 
-    So under ``LANG=C`` without UTF-8 mode, and in pipes of Windows.
+    This happens under ``LANG=C`` without UTF-8 mode, and in pipes on Windows.
     """
     codecs.register_error("batchtrim.plain", _plain)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where something else stands in for it
+        if isinstance(stream, io.TextIOWrapper):  # not if another object replaces it
             stream.reconfigure(errors="batchtrim.plain")
 
 

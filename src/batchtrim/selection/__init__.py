@@ -1,11 +1,11 @@
 """Selection rules: which samples of a batch are kept.
 
 A rule is a callable ``rule(losses, keep, generator=None) -> Selection``: it reads a vector of detached losses and a
-keep fraction and returns rows and, where the rule has them, weights. Rules are small objects that pickle and print as
-typed. No gradient flows through a choice.
+keep fraction and returns rows and, if the rule has them, weights. Rules are small objects that pickle and print as
+typed. No gradient flows through the selection.
 
-Legend: n samples to choose from, k kept. Ties: of equal losses the lower index counts as the harder one, so results
-repeat. NaN counts as the largest loss (as in ``torch.sort``), so a NaN loss is kept and the step is NaN, as it would be
+Legend: n samples to choose from, k kept. Ties: of equal losses the lower index counts as harder, so results
+repeat. NaN counts as the largest loss (as in ``torch.sort``), so a NaN loss is kept and the step is NaN, as
 in plain training; gradient scalers rely on that. inf likewise.
 """
 

@@ -33,10 +33,10 @@ class Selection:
     Attributes:
         indices: int64 (k,), the kept rows, in no particular order; see :meth:`rising`.
         size: B, the length of the vector that was chosen from.
-        candidates: how many of these could be chosen; less than ``size`` where a mask left some out.
-        weights: (k,), or None where every kept sample counts the same.
-        normalizer: the number, or tensor of no dimension, the weighted sum is divided by; k where it is None.
-        batch_normalizer: the same for scale "batch"; ``candidates`` where it is None.
+        candidates: how many of these could be chosen; less than ``size`` if a mask left some out.
+        weights: (k,), or None if every kept sample counts the same.
+        normalizer: the divisor of the weighted sum, a number or a 0-d tensor; None means k.
+        batch_normalizer: the same for scale "batch"; None means ``candidates``.
     """
 
     indices: Tensor
@@ -55,7 +55,7 @@ class Selection:
         normalizer: float | Tensor | None = None,
         batch_normalizer: float | Tensor | None = None,
     ) -> None:
-        # one is made a batch, and a frozen dataclass sets its fields one by one, at twice the cost
+        # one is made per batch; a frozen dataclass would set its fields one by one, at twice the cost
         vars(self).update(
             indices=indices,
             size=size,
@@ -72,11 +72,11 @@ class Selection:
 
     @property
     def everything(self) -> bool:
-        """True if the selection is the whole vector, each entry counting the same."""
+        """True if the selection is the whole vector and each entry counts the same."""
         return self.k == self.size and self.weights is None
 
     def rising(self) -> Selection:
-        """Return the selection with its rows in rising order: cheaper to slice by."""
+        """Return the selection with its rows in ascending order, which is cheaper to slice by."""
         indices, order = torch.sort(self.indices)
         weights = None if self.weights is None else self.weights[order]
         return Selection(indices, self.size, self.candidates, weights, self.normalizer, self.batch_normalizer)
@@ -88,7 +88,7 @@ class Selection:
 
 
 class Rule(Protocol):
-    """A selection rule. Any callable of this form can be given to :class:`batchtrim.Trimmer`."""
+    """A selection rule. :class:`batchtrim.Trimmer` takes any callable with this signature."""
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         """Choose from ``losses`` (n,), n >= 1, detached; ``keep`` in (0, 1]."""
@@ -98,7 +98,7 @@ class Rule(Protocol):
 def keep_count(keep: float, n: int) -> int:
     """Return the number of n samples that a keep fraction keeps: ``k = max(1, round(keep * n))``, and 0 of 0.
 
-    The one place that owns the rounding: Python's ``round``, half to even, as in the author's code.
+    All rounding is done here, by Python's ``round``: half to even, as in the author's code.
 
     Example:
         >>> keep_count(0.2, 128), keep_count(0.25, 10), keep_count(0.2, 1)
@@ -110,14 +110,14 @@ def keep_count(keep: float, n: int) -> int:
 
 
 def fraction(keep: float) -> float:
-    """Return a keep fraction that is a number in [0, 1]: a rule that is called directly checks it."""
+    """Return a keep fraction, checked to be a number in [0, 1]; rules may be called directly."""
     if isinstance(keep, float) and 0.0 <= keep <= 1.0:
         return keep
     return check_part("keep", keep, "It is a fraction of the batch, not a percentage or a count.")
 
 
 def length(losses: Tensor) -> int:
-    """Return n of ``losses`` (n,), or raise an error for what is no such vector."""
+    """Return n of ``losses`` (n,), or raise an error if they are not such a vector."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"expected `losses` to be a tensor, got {describe(losses)}.")
     if losses.ndim != 1:
@@ -129,7 +129,7 @@ def length(losses: Tensor) -> int:
 
 
 def drawing(generator: torch.Generator | None) -> torch.Generator | None:
-    """Return the generator to draw from, None for torch's own, or raise an error for anything else, as for a seed."""
+    """Return the generator to draw from, None for torch's own; raise an error for anything else, such as a seed."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     raise TypeError(
@@ -139,18 +139,18 @@ def drawing(generator: torch.Generator | None) -> torch.Generator | None:
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Return rows of the k largest ``scores`` (n,). Ties at the edge: lower row first. NaN is largest."""
+    """Return the rows of the k largest ``scores`` (n,). Ties at the cut: lower row first. NaN is largest."""
     n = scores.shape[0]
     if k >= n:
         return torch.arange(n, device=scores.device)
     if not scores.is_cpu:
         return torch.sort(scores, descending=True, stable=True).indices[:k]
-    # A partial sort is several times cheaper than a stable one, but of equal values at the edge it takes any.
-    # One value more shows whether the edge is tied; ties away from the edge do not change what is kept.
+    # A partial sort is several times cheaper than a stable one, but takes any of several equal values at the cut.
+    # One more value shows whether there is a tie at the cut; ties elsewhere do not change what is kept.
     values, rows = torch.topk(scores, k + 1)
     last, after = (values if k < 256 else values[-2:]).tolist()[-2:]
     if last != after and after == after:
-        return rows.resize_(k)  # in place: the last row goes, for less than a view costs
+        return rows.resize_(k)  # drop the last row in place, which costs less than a view
     return torch.sort(scores, descending=True, stable=True).indices[:k]
 
 
@@ -172,7 +172,7 @@ def select_valid(
 ) -> Selection:
     """Apply ``rule`` to the entries of ``losses`` (n,) where ``mask`` is True; indices refer to all n.
 
-    Entries left out (padding, ignored labels) count neither in the ranking nor in k. With nothing left the selection
+    Masked entries (padding, ignored labels) count neither in the ranking nor in k. If none are left, the selection
     is empty. A mask syncs the device, since k depends on how many entries it leaves.
     """
     if mask is None:
@@ -185,23 +185,23 @@ def select_valid(
 
 
 def select_again(rule: Rule, losses: Tensor, keep: float, mask: Tensor | None, generator: torch.Generator) -> Selection:
-    """Return :func:`select_valid` in a backward pass, where torch.utils.checkpoint computes a forward once more.
+    """Return :func:`select_valid` in a backward pass, in which torch.utils.checkpoint repeats a forward.
 
     Raises:
-        ValueError: the rule draws or remembers, so that it would choose otherwise than it did in the forward.
+        ValueError: the rule draws or has state, so it would not repeat the choice of the forward.
     """
     before = generator.get_state()
     selection = select_valid(rule, losses, keep, mask, generator)
     if hasattr(rule, "state_dict") or not torch.equal(before, generator.get_state()):
         raise ValueError(
-            f"expected a rule that chooses the same again inside of torch.utils.checkpoint, got {rule!r}, which draws "
+            f"expected a rule that chooses the same again inside torch.utils.checkpoint, got {rule!r}, which draws "
             "or remembers. Call the trimmer on losses that the checkpointed function returns."
         )
     return selection
 
 
 def masked_choice(rule: Rule, losses: Tensor, keep: Tensor, mask: Tensor | None) -> Tensor:
-    """Return bool (n,), True where kept: :func:`select_valid` in fixed shapes, by a rule's ``compiled_mask``."""
+    """Return bool (n,), True for kept: :func:`select_valid` in fixed shapes, by a rule's ``compiled_mask``."""
     if mask is None:
         return rule.compiled_mask(losses, keep, losses.shape[0])  # type: ignore[attr-defined]
     return mask & rule.compiled_mask(torch.where(mask, losses, float("-inf")), keep, mask.sum())  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """Keep the samples that hold most of the loss: k follows from the batch, and the dropped share is bounded.
 
-Legend: n samples to choose from, s skipped, k kept, v_1 >= v_2 >= ... the losses by falling size.
+Legend: n samples to choose from, s skipped, k kept, v_1 >= v_2 >= ... the losses in descending order.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from batchtrim.selection.base import Selection, fraction, keep_count, keep_count
 
 __all__ = ["loss_mass", "smoothing_floor"]
 
-# A sum that misses the share by less than this part of the whole has reached it: float64 sums round.
+# A sum counts as reaching the share if it falls short by less than this fraction of the total: float64 sums round.
 _ROUNDING = 1e-12
-# A loss that is 0 may come out this many units of its dtype below: log_softmax and the like round.
+# A loss of 0 may be computed as this many units of its dtype below 0: log_softmax and the like round.
 _BELOW_ZERO = 4
-# On a CPU: up to this many losses are counted in Python, from this many on by bins. In between a sort is as fast.
+# On a CPU: up to this many losses are counted in Python, and from this many on by bins. In between, a sort is as fast.
 _LIST_TO = 1024
 _BINS_FROM = 4096
 _BINS = 2048
-_SUMMABLE = 1e290  # sums of larger losses may overflow
+_SUMMABLE = 1e290  # sums of losses above this may overflow
 
 
 def smoothing_floor(label_smoothing: float, classes: int) -> float:
@@ -71,31 +71,32 @@ class loss_mass:
     ``k = min{ j : v_1 + ... + v_j >= keep * (v_1 + ... + v_n) }``, the j largest losses
 
     With ``Trimmer(0.9, select=loss_mass(), scale="batch")`` the loss of a step is at least 0.9 of the plain mean,
-    whatever the network: what is dropped is bounded. Early in training losses are alike and most samples stay; later
-    a few hold nearly all of the loss. Schedules fall on the share. Source: batchtrim. Its control is
+    whatever the network, so the dropped loss is bounded. Early in training losses are similar and most samples stay;
+    later a few hold nearly all of the loss. A schedule sets the share. Source: batchtrim. Its control is
     ``uniform(like=loss_mass())``: as many samples at each step, drawn at random.
 
     Args:
         skip: fraction dropped from the hard end first, in [0, 1), against label noise, as in :class:`between`:
-            ``s = min(round(skip * n), n - 1)`` samples go, and the share is one of the loss of the rest.
-        at_least: floor of k as a part of n: ``k >= keep_count(at_least, n)``; 0 asks for one sample.
-        at_most: ceiling: ``k <= keep_count(at_most, n)``. Below 1 it takes the bound on what is dropped away.
-        offset: taken off every loss before it is counted: what no sample can lose. With label smoothing that is
-            :func:`smoothing_floor`; else k stays large, since that floor looks like loss.
+            ``s = min(round(skip * n), n - 1)`` samples are dropped, and the share refers to the loss of the rest.
+        at_least: lower bound of k as a fraction of n: ``k >= keep_count(at_least, n)``; 0 asks for one sample.
+        at_most: upper bound: ``k <= keep_count(at_most, n)``. Below 1 the dropped loss is no longer bounded.
+        offset: subtracted from every loss first: the least loss that a sample can have. With label smoothing that is
+            :func:`smoothing_floor`; without it k stays large, since the floor counts as loss.
 
     Raises:
-        ValueError: on call, where a loss lies below ``offset`` (0) by more than rounding. Such losses have no mass:
-            rank by one that has (``rank_by``), or use another rule. In a compiled function a RuntimeError.
+        ValueError: on call, if a loss lies below ``offset`` (0) by more than rounding. Negative losses have no mass:
+            rank by a loss that cannot be negative (``rank_by``), or use another rule. In a compiled function, a
+            RuntimeError.
 
     Notes:
-        Ties: of equal losses the lower index is kept. NaN and inf hold all the mass: where there are any (after
-        ``skip``) they are kept, and the rest of the batch counts nothing. Where all losses are 0, one sample is kept.
-        With keep 1 everything is kept, zeros too: plain training. Sums are made in float64, and a sum that
-        misses the share by 1e-12 of the whole counts as reaching it.
-        The mass is that of what is ranked by: losses with class weights in them, or ``rank_by``. With ``rank_by`` the
-        bound holds for that loss. Over ranks the joined batch's mass counts, with no further collective.
-        Cost: a sort; on a CPU from 4,096 losses on a histogram and the sort of one bin. k depends on the losses, so
-        a device waits once a call; under torch.compile the form is a mask of fixed shape, without waiting.
+        Ties: of equal losses the lower index is kept. NaN and inf hold all the mass: if there are any (after
+        ``skip``), they are kept, and the rest of the batch counts as nothing. If all losses are 0, one sample is kept.
+        With keep 1 everything is kept, zeros too: plain training. Sums are in float64, and a sum that
+        falls short of the share by 1e-12 of the total counts as reaching it.
+        The mass is that of the ranked losses: those with class weights multiplied in, or ``rank_by``. With ``rank_by``
+        the bound holds for that loss. With several ranks, the joined batch's mass counts, without a further collective.
+        Cost: a sort; on a CPU, from 4,096 losses on, a histogram and the sort of one bin. k depends on the losses, so
+        each call syncs the device once; under torch.compile a mask of fixed shape is used, without a sync.
 
     Example:
         >>> losses = torch.tensor([0.1, 3.0, 2.0, 0.5])
@@ -112,7 +113,7 @@ class loss_mass:
     k_follows_losses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        skip = check_fraction("skip", self.skip, "It is the part of the batch dropped from the hard end.")
+        skip = check_fraction("skip", self.skip, "It is the fraction of the batch dropped from the hard end.")
         at_least, at_most = check_part("at_least", self.at_least), check_keep("at_most", self.at_most)
         check_ordered("at_least", at_least, "at_most", at_most)
         offset = check_positive("offset", self.offset) if check_number("offset", self.offset) else 0.0
@@ -135,13 +136,13 @@ class loss_mass:
         active = torch.arange(n, device=losses.device) >= skipped
         share = torch.full((), keep, dtype=_wide(losses), device=losses.device)
         count = self._count(ordered, active, share)
-        low, number = torch.stack([ordered[-1].to(share.dtype), count]).tolist()  # the one wait
+        low, number = torch.stack([ordered[-1].to(share.dtype), count]).tolist()  # the only sync
         self._check_low(low, losses.dtype)
         k = min(self._within(int(number), n), n - skipped)
         return Selection(rows[skipped : skipped + k], n, n)
 
     def compiled_mask(self, losses: Tensor, keep: Tensor, n: Tensor | int) -> Tensor:
-        """Return bool, kept or not: :meth:`__call__` in fixed shapes. Beyond the ``n`` that count, losses are -inf."""
+        """Return bool, True for kept: :meth:`__call__` in fixed shapes. Losses beyond the ``n`` that count are -inf."""
         ordered, rows = torch.sort(losses, descending=True, stable=True)
         place = torch.arange(losses.shape[0], device=losses.device)
         share = keep.to(losses.device, _wide(losses))
@@ -161,7 +162,7 @@ class loss_mass:
         return torch.zeros_like(kept).scatter(0, rows, kept)
 
     def _count(self, ordered: Tensor, active: Tensor, share: Tensor) -> Tensor:
-        """Return how many of the ``active`` entries, hardest first, hold the share of their mass, 0-d."""
+        """Return how many of the ``active`` entries, hardest first, hold the share of their mass; 0-d."""
         finite = active & ordered.isfinite()
         mass = torch.where(finite, self._mass(ordered.to(share.dtype), ordered.dtype), 0.0)
         mass = mass / mass.amax().clamp(min=torch.finfo(share.dtype).tiny)  # so that no sum overflows
@@ -172,7 +173,7 @@ class loss_mass:
         return torch.where(share >= 1.0, active.sum(), torch.minimum(k, active.sum())).to(share.dtype)
 
     def _listed(self, losses: Tensor, share: float, skipped: int) -> Tensor | None:
-        """Return the rows kept of few losses, counted in Python, which is cheaper. None if a loss is not finite."""
+        """Return the kept rows of a short vector, counted in Python, which is cheaper. None if a loss is not finite."""
         n = losses.shape[0]
         ordered, rows = torch.topk(losses, n)  # half the cost of a stable sort
         values = ordered.tolist()
@@ -193,14 +194,14 @@ class loss_mass:
             k = min(self._within(k, n), n - skipped)
         end = skipped + k
         if (end < n and values[end - 1] == values[end]) or (skipped and values[skipped - 1] == values[skipped]):
-            rows = torch.sort(losses, descending=True, stable=True).indices  # a tie at an edge: the lower row
+            rows = torch.sort(losses, descending=True, stable=True).indices  # a tie at the cut: the lower row
         return rows[skipped:end]
 
     def _by_bins(self, losses: Tensor, share: float) -> Tensor | None:
         """Return the rows of the largest losses that hold the share, without a full sort. None if one is not finite.
 
-        The sum is taken bin by bin from the top. Only the bin where it reaches the share is looked into: in finer
-        bins while it holds many, sorted where it holds few.
+        The sum is taken bin by bin from the top. Only the bin in which it reaches the share is resolved further: in
+        finer bins while it holds many, sorted if it holds few.
         """
         values = losses.double()
         low, high = (float(end) for end in values.aminmax())
@@ -212,7 +213,7 @@ class loss_mass:
         while values.shape[0] > _BINS and (width := (high - low) / _BINS) > 0.0:
             bins = ((values - low) / width).long().clamp_(max=_BINS - 1)
             held = torch.bincount(bins, mass, minlength=_BINS).flip(0).cumsum(0)
-            inside = min(int((held < wanted).sum()), _BINS - 1)  # so many bins from the top do not reach it
+            inside = min(int((held < wanted).sum()), _BINS - 1)  # this many bins from the top do not reach it
             wanted -= float(held[inside - 1]) if inside else 0.0
             rows = (bins == _BINS - 1 - inside).nonzero().squeeze(1)
             if rows.shape[0] == values.shape[0]:
@@ -222,13 +223,13 @@ class loss_mass:
         ordered, rows = torch.sort(values, descending=True)
         reached = int((mass[rows].cumsum(0) < wanted).sum())
         edge = ordered[min(reached, ordered.shape[0] - 1)]
-        # of the losses that equal the last one kept, as many as it takes
+        # of the losses that equal the last one kept, as many as needed
         tied = int((ordered[: reached + 1] == edge).sum())
         over = (losses > edge).nonzero().squeeze(1)
         return torch.cat([over, (losses == edge).nonzero().squeeze(1)[:tied]])
 
     def _nothing(self, dtype: torch.dtype) -> float:
-        """Return the largest loss without mass: the floor, plus what rounding adds to it in the losses' dtype."""
+        """Return the largest loss that has no mass: the floor, plus the rounding error of the losses' dtype."""
         return self.offset + _tolerance(self.offset, dtype) if self.offset else 0.0
 
     def _mass(self, values: Tensor, dtype: torch.dtype) -> Tensor:

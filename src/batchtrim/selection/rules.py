@@ -54,9 +54,9 @@ class hardest:
 
 @dataclass(frozen=True)
 class easiest:
-    """Keep the k smallest losses: small-loss selection against label noise. NaN counts as largest, so it goes first.
+    """Keep the k smallest losses: small-loss selection against label noise. NaN counts as largest and is dropped first.
 
-    Source: Co-teaching, arXiv 1804.06872, with one network; schedule there: from 1 down to 1 - noise rate.
+    Source: Co-teaching, arXiv 1804.06872, here with one network; its schedule falls from 1 to 1 - noise rate.
 
     Example:
         >>> easiest()(torch.tensor([0.1, 3.0, 2.0, 0.5]), 0.5).indices
@@ -73,8 +73,8 @@ class between:
     """Two-sided trimming: drop the hardest part ``skip``, keep the next ``keep``.
 
     ``s = min(round(skip * n), n - 1)`` samples of largest loss are dropped, then the ``min(k, n - s)`` next hardest are
-    kept. A cure for label noise: wrong labels gather among the very largest losses, and a small keep fraction
-    multiplies their share. Where ``keep`` is 1 the hardest ``skip`` is dropped all the same.
+    kept. It is meant for label noise: wrong labels concentrate among the very largest losses, and a small keep fraction
+    multiplies their share. The hardest ``skip`` is dropped even if ``keep`` is 1.
 
     Args:
         skip: fraction dropped from the hard end, in [0, 1); about the noise rate.
@@ -87,7 +87,7 @@ class between:
     skip: float = 0.1
 
     def __post_init__(self) -> None:
-        skip = check_fraction("skip", self.skip, "It is the part of the batch dropped from the hard end.")
+        skip = check_fraction("skip", self.skip, "It is the fraction of the batch dropped from the hard end.")
         object.__setattr__(self, "skip", skip)
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
@@ -103,13 +103,13 @@ class between:
 
 @dataclass(frozen=True)
 class uniform:
-    """Keep k samples drawn uniformly without replacement: the control that tells selection from smaller batches.
+    """Keep k samples drawn uniformly without replacement: the control that separates selection from smaller batches.
 
-    Source: as a strong baseline, arXiv 2111.12621. The draw comes from ``generator``, never from the global one.
+    Source: a strong baseline in arXiv 2111.12621. It draws from ``generator``, never from the global one.
 
     Args:
-        like: a rule whose k is taken, step by step, where k depends on the losses: the control of ``loss_mass`` is
-            ``uniform(like=loss_mass())``. None takes ``k = keep_count(keep, n)``.
+        like: a rule that sets k in each step, for rules whose k depends on the losses: the control of ``loss_mass`` is
+            ``uniform(like=loss_mass())``. None means ``k = keep_count(keep, n)``.
 
     Example:
         >>> uniform(like=above(1.0))(torch.tensor([0.1, 3.0, 2.0, 0.5]), 1.0).k
@@ -139,14 +139,14 @@ class uniform:
 
 @dataclass(frozen=True)
 class above:
-    """Keep every loss above a threshold, and the ``min_keep`` hardest at least: online hard example mining.
+    """Keep every loss above a threshold, and at least the ``min_keep`` hardest: online hard example mining.
 
-    Source: arXiv 1604.03540 and the threshold form in common use for segmentation. The keep fraction plays no part.
+    Source: arXiv 1604.03540, in the threshold form commonly used for segmentation. The keep fraction is not used.
     How many are kept depends on the values, so this rule syncs the device.
 
     Args:
         threshold: in units of the loss.
-        min_keep: least number kept.
+        min_keep: smallest number kept.
 
     Example:
         >>> above(1.0)(torch.tensor([0.1, 3.0, 2.0, 0.5]), 1.0).indices
@@ -170,10 +170,10 @@ class above:
 
 @dataclass(frozen=True)
 class superquantile:
-    """The mean above the (1 - keep) quantile, with the boundary sample weighted in by its fraction (CVaR).
+    """Take the mean above the (1 - keep) quantile, with the boundary sample weighted by its fraction (CVaR).
 
-    With ``t = keep * n`` and ``m = floor(t)``: weight 1 for the m hardest, ``t - m`` for the next, sum divided by t.
-    No weight is ever negative. Equals :class:`hardest` where t is whole.
+    With ``t = keep * n`` and ``m = floor(t)``: weight 1 for the m hardest, ``t - m`` for the next; the sum is divided
+    by t. No weight is ever negative. If t is whole, this equals :class:`hardest`.
 
     Example:
         >>> selection = superquantile()(torch.tensor([0.1, 3.0, 2.0, 0.5]), 0.375)
@@ -185,7 +185,7 @@ class superquantile:
         n = length(losses)
         tail = fraction(keep) * n
         whole = int(tail)
-        if whole in (0, tail):  # below one sample the mean is the largest loss, whatever its fraction
+        if whole in (0, tail):  # for less than one sample the mean is the largest loss, whatever the fraction
             return Selection(top_indices(losses, max(1, whole)), n, n)
         indices = torch.sort(losses, descending=True, stable=True).indices[: whole + 1]
         weights = torch.ones(whole + 1, dtype=torch.promote_types(losses.dtype, torch.float32), device=losses.device)
@@ -197,13 +197,13 @@ class superquantile:
 class percentile:
     """Keep each sample with probability ``(percentile among recent losses) ** beta``, independently.
 
-    Source: Selective-Backprop, arXiv 1910.00762 (its script: beta 3, history 1024). There, kept samples are gathered
-    until a batch is full; here a batch gives what it gives, and the hardest sample where the draw leaves none. The keep
-    fraction plays no part. The percentile of l is the part of the history, this batch included, that is <= l.
+    Source: Selective-Backprop, arXiv 1910.00762 (its script: beta 3, history 1024). There, kept samples are collected
+    until a batch is full; here each batch keeps its own draws, or the hardest sample if nothing was drawn. The keep
+    fraction is not used. The percentile of l is the fraction of the history, this batch included, that is <= l.
 
     Args:
-        beta: exponent, >= 0; larger is choosier. The expected part kept is 1 / (beta + 1).
-        history: how many recent losses the percentile is taken over.
+        beta: exponent, >= 0; a larger one keeps fewer. The expected fraction kept is 1 / (beta + 1).
+        history: how many recent losses the percentile refers to.
     """
 
     beta: float = 2.0
@@ -238,11 +238,11 @@ class percentile:
 
 @dataclass(frozen=True)
 class percentile_topk:
-    """Draw k samples without replacement, with chance proportional to ``percentile ** (1 / keep - 1)``.
+    """Draw k samples without replacement, with probability proportional to ``percentile ** (1 / keep - 1)``.
 
-    Source: the variant of Selective-Backprop in MosaicML's Composer, where the percentile of rank i of n (0 the
+    Source: the variant of Selective-Backprop in MosaicML's Composer, in which the percentile of rank i of n (0 the
     easiest) is ``(i + 0.5) / n`` and k is rounded down; here k follows :func:`keep_count`. Composer keeps 0.5 from
-    50 % to 90 % of training, on every second step: that part belongs to the schedule.
+    50 % to 90 % of training, on every second step: here that is up to the schedule.
     """
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
@@ -252,7 +252,7 @@ class percentile_topk:
             return Selection(torch.arange(n, device=losses.device), n, n)
         order = torch.argsort(losses, stable=True).cpu()
         chance = torch.empty(n, dtype=torch.float64)
-        # over the hardest one's, in logarithms: a small keep makes a power that is 0 for all
+        # relative to the hardest, in logarithms: with a small keep the powers would all round to 0
         rank = torch.arange(n, dtype=torch.float64) + 0.5
         chance[order] = torch.exp(min(1.0 / keep - 1.0, 1e300) * torch.log(rank / (n - 0.5)))
         drawn = torch.multinomial(chance, k, replacement=False, generator=drawing(generator))

@@ -21,7 +21,7 @@ def said(**settings: Any) -> str:
         ({"methods": ["full", "full", "trim"]}, "methods: full is given more than once"),
         (
             {"methods": ["full", "focal"], "keep_end": 0.2},
-            "keep_end: without effect, no method here has a keep schedule",
+            "keep_end: without effect, since no method here has a keep schedule",
         ),
         ({"methods": ["trim"], "keep_start": 0.2, "keep_end": 0.8}, "keep_start 0.2 is below keep_end 0.8"),
         ({"methods": ["trim"], "schedule": "constant", "keep_start": 0.9}, "keep_start 0.9: without effect"),

@@ -223,7 +223,7 @@ def test_a_resumed_run_keeps_its_log():
     assert resumed.log.history == whole.log.history
     for name, column in whole.log.table().items():
         assert column.equal(resumed.log.table()[name]), name
-    with pytest.raises(ValueError, match="keeps a log"):
+    with pytest.raises(ValueError, match="with the same --keep-log"):
         train.Training(config, images).load_state_dict(first.state_dict())
 
 

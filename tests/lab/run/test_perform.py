@@ -53,9 +53,7 @@ def test_imports_during_the_call_are_noted(config: TaskConfig, tmp_path: Path) -
     config = replace(config, code=Code.in_file("slow_to_import.py:train", "train"))
     first, second = (perform(config, tmp_path) for _ in range(2))
     (note,) = first["notes"]
-    assert note.startswith(
-        "the first run of a process imported my_helper_here during the call, which counts as its time"
-    )
+    assert note.startswith("the first run of a process imported my_helper_here during the call, which adds to its time")
     assert "notes" not in second
 
 

@@ -139,7 +139,7 @@ def test_a_file_too_large_to_be_read_whole(mine: Path, monkeypatch: pytest.Monke
 def test_paths_of_a_table_that_lead_nowhere_name_the_cure(mine: Path) -> None:
     """As where the table was written on Windows."""
     (mine / "a.csv").write_text("image,label\na\\0.png,a\na\\1.png,a\nb\\0.png,b\nb\\1.png,b\n")
-    with pytest.raises(OSError, match=r"got none: \d that cannot .*Paths start at the table's own folder"):
+    with pytest.raises(OSError, match=r"got none: \d that cannot .*Paths are relative to the table's folder"):
         load(str(mine / "a.csv"), ImageOptions(test_split=0.5))
 
 

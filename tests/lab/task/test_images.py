@@ -112,10 +112,10 @@ def test_sizes_and_modes_are_brought_to_one(tmp_path: Path) -> None:
     (tmp_path / "mine2" / "b").rename(tmp_path / "mine" / "b")
     found = load("mine", ImageOptions(test_split=0.3, image_size=16))
     assert found.shape == (3, 16, 16)
-    assert any("images of 10 x 30 to 40 x 20 pixels resized to 16 x 16, cut at the centre" in n for n in found.notes)
+    assert any("images of 10 x 30 to 40 x 20 pixels resized to 16 x 16, centre-cropped" in n for n in found.notes)
     found = load("mine", ImageOptions(test_split=0.3))
     assert found.shape == (3, 64, 64)
-    assert any("--image-size takes another" in note for note in found.notes)
+    assert any("--image-size sets another size" in note for note in found.notes)
 
 
 def one_each(folder: Path, save: Callable[[Path], None], name: str = "odd.png", grey: bool = False) -> torch.Tensor:
@@ -189,7 +189,7 @@ def test_non_ascii_names_and_hidden_files(tmp_path: Path) -> None:
     (root / "empty").mkdir()
     found = load("mine", ImageOptions(test_split=0.4))
     assert found.class_names == ("Äpfel 🍎", "梨")
-    assert any("1 files that are no images left out, such as notes.txt" in note for note in found.notes)
+    assert any("1 files left out that are not images, such as notes.txt" in note for note in found.notes)
     assert any("class folder without images left out: empty" in note for note in found.notes)
 
 
@@ -255,7 +255,7 @@ def test_animated_and_floating_point_images_are_broken(tmp_path: Path) -> None:
     [
         (lambda root: tree(root, {"only": 5}), {"test_split": 0.2}, "at least two classes in mine, got 1: only"),
         (lambda root: root.mkdir(), {"test_split": 0.2}, "images in class folders, as in mine/CLASS/image.png"),
-        (lambda root: tree(root, {"a": 3, "b": 3}), {}, "Set a part aside: --test-split 0.2"),
+        (lambda root: tree(root, {"a": 3, "b": 3}), {}, "Set some aside: --test-split 0.2"),
         (lambda root: tree(root / "train", {"a": 3, "b": 3}), {}, "expected a folder 'test' (or val"),
         (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.2, "group": "frame("}, "expected `group` to be a"),
         (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.2, "group": "frame"}, "to match every file name"),
@@ -301,7 +301,7 @@ def test_csv_with_names_and_splits(tmp_path: Path) -> None:
     assert found.class_names == ("a", "b")
     assert len(found.test_labels) == 4
     (tmp_path / "other.csv").write_text("\n".join(["photo,kind,split", *lines]))
-    assert "expected one image column in other.csv, got photo, kind, split. Say which: --image-column" in mistake(
+    assert "expected one image column in other.csv, got photo, kind, split. Name it with --image-column" in mistake(
         "other.csv"
     )
     found = load("other.csv", ImageOptions(image_column="photo", label_column="kind"))
@@ -390,7 +390,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
     tree(tmp_path / "mine", {"a": 5, "b": 5})
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("BATCHTRIM_CACHE", str(tmp_path / "file"))
-    assert "Set BATCHTRIM_CACHE to a folder that can be written and has room" in mistake("mine", test_split=0.2)
+    assert "Set BATCHTRIM_CACHE to a writable folder with enough space" in mistake("mine", test_split=0.2)
 
 
 def test_pixels_stay_on_disk(tmp_path: Path) -> None:

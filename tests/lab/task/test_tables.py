@@ -111,7 +111,7 @@ def test_tables_in_another_encoding(encoding: str, mine: Path) -> None:
 
 def test_two_columns_of_one_name(mine: Path) -> None:
     """A traceback for the label, the first of both for images of Parquet files."""
-    assert "Name them apart" in refusal(csv(mine, ["a,b", "b,a"] * 2, "image,label,label"))
+    assert "Give them different names" in refusal(csv(mine, ["a,b", "b,a"] * 2, "image,label,label"))
     held = pyarrow.array([pixels(1), pixels(2)] * 2)
     table = pyarrow.table([held, held, pyarrow.array(["a", "b"] * 2)], names=["image", "image", "label"])
     pyarrow.parquet.write_table(table, mine / "b.parquet")

@@ -84,7 +84,7 @@ def test_links_that_lead_to_themselves_are_broken_images(mine: Path) -> None:
         read()
     found = read(skip_broken=True)
     assert len(found.train_labels) + len(found.test_labels) == 10
-    assert any("2 files that are no images left out, such as one.txt" in note for note in found.notes)
+    assert any("2 files left out that are not images, such as one.txt" in note for note in found.notes)
 
 
 def test_names_are_told_on_one_line_and_as_text(mine: Path) -> None:
@@ -98,7 +98,7 @@ def test_names_are_told_on_one_line_and_as_text(mine: Path) -> None:
     notes = read(skip_broken=True).notes
     assert [note for note in notes if "\n" in note or not note.isprintable()] == []
     assert "mine: class folder without images left out: empty\\udcff\\n" in notes
-    assert "mine: 1 files that are no images left out, such as note\\udcff.txt" in notes
+    assert "mine: 1 files left out that are not images, such as note\\udcff.txt" in notes
     assert "mine: 1 linked folders in class folders left out, such as b/link\\udcff" in notes
 
 
@@ -142,7 +142,7 @@ def test_images_under_several_classes_are_counted(mine: Path) -> None:
         (root / "train" / "y" / f"as{i}.png").write_bytes((root / "train" / "x" / f"{i}.png").read_bytes())
     (root / "train" / "y" / "twice.png").write_bytes((root / "train" / "y" / "0.png").read_bytes())
     (note,) = load("twins", ImageOptions()).notes
-    assert note.startswith("twins: 2 training images are there under several classes, pixel by pixel, such as train/x/")
+    assert note.startswith("twins: 2 training images occur under several classes, pixel by pixel, such as train/x/")
     assert "and train/y/as" in note
 
 
@@ -154,7 +154,7 @@ def test_a_class_of_broken_images_alone_is_left_out(mine: Path) -> None:
     found = read(skip_broken=True)
     assert found.class_names == ("b", "c")
     assert sorted({*found.train_labels.tolist(), *found.test_labels.tolist()}) == [0, 1]
-    assert "mine: no images left of a, left out" in found.notes
+    assert "mine: classes left out, since all their images are broken: a" in found.notes
     for file in (mine / "c").iterdir():
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="two classes in mine, got 1 with images that can be decoded"):
@@ -182,5 +182,5 @@ def test_a_data_folder_that_may_not_be_read_is_named(mine: Path, monkeypatch: py
 def test_images_without_endings_are_told(mine: Path) -> None:
     for number, file in enumerate(mine.rglob("*.png")):
         file.rename(file.with_name(f"image{number}"))
-    with pytest.raises(ValueError, match=r"got none\. 10 files there end otherwise than images do, such as image\d"):
+    with pytest.raises(ValueError, match=r"got none\. 10 files there have no suffix of an image, such as image\d"):
         read()

@@ -1,4 +1,4 @@
-"""Reasons to trust a comparison less than it looks: missing pairs, seeds that were not used, programs that changed."""
+"""Reasons to trust a comparison less: missing pairs, unused seeds, programs that changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Caveat", "Kind", "caveats"]
 
-MIN_ALIKE = 3  # equal values to the last bit in this many seeds are no coincidence
+MIN_ALIKE = 3  # values equal to the last bit for this many seeds are no coincidence
 
 
 class Kind(Enum):
@@ -33,7 +33,7 @@ class Kind(Enum):
     SOURCES = "sources"
     """Several versions of the user's program, or of a module beside it, made the runs of the group."""
     NOTED = "noted"
-    """Noted when the run was done, on its data, its schedule or the process."""
+    """A note made during the run, on its data, its schedule or the process."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Caveat:
     """A reason to trust a comparison less.
 
     Attributes:
-        arm: label of the arm; "" where it concerns the group.
-        seeds: which it concerns. ``number``: of pairs left, of versions, or the seed that was used.
-        note: as it was recorded; of versions, the module, "" for the program itself.
+        arm: label of the arm; "" if it concerns the group.
+        seeds: the seeds concerned. ``number``: of pairs left, of versions, or the seed that was used.
+        note: as recorded; for versions, the module, or "" for the program itself.
     """
 
     kind: Kind
@@ -54,7 +54,7 @@ class Caveat:
 
 
 def caveats(group: Group) -> tuple[Caveat, ...]:
-    """Return the caveats that belong to the group's verdict."""
+    """Return the caveats on the group's verdict."""
     return (*_few(group), *_missing_pairs(group), *_seeds(group), *_sources(group), *_notes(group))
 
 
@@ -111,7 +111,7 @@ def _sources(group: Group) -> Iterator[Caveat]:
 
 
 def _notes(group: Group) -> Iterator[Caveat]:
-    """Yield one for each arm and note; one for the group if all its runs have the note."""
+    """Yield one caveat per arm and note; one for the whole group if all its runs have the note."""
     found: dict[str, list[tuple[str, int]]] = {}
     runs = 0
     for arm in group.arms:

@@ -21,8 +21,8 @@ A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written befor
     margin = 0.3                     # points, at most; fixed before the first run
     backward = 50                    # optional: at most this percentage of the other's backward samples
 
-Training times count where nothing else ran on the machine. ``alone.jsonl`` holds such runs, of one seed or more, of
-the same settings, made one after the other; their times then stand for those of ``runs.jsonl``.
+Training times are valid only if nothing else ran on the machine. ``alone.jsonl`` holds such runs, of one seed or more,
+with the same settings, done one after another; their times then replace those of ``runs.jsonl``.
 
 A claim may also name any setting of a run or parameter of a method. It picks one of several arms of the method
 (``keep_end = 0.5``, ``engine = "shared"``), or limits the claim to some groups (``optimizer = "sgd"``). With
@@ -60,7 +60,7 @@ _LIMITS = ("margin", "backward")
 
 
 class Status(Enum):
-    """The status of a claim, judged by the runs."""
+    """The status of a claim, judged from the runs."""
 
     SUPPORTED = "supported"
     NOT_SUPPORTED = "not supported"
@@ -72,9 +72,9 @@ class Claim:
     """A claim: ``method`` has a lower, higher, the same or no worse test error than ``against``.
 
     Attributes:
-        margin: how much higher the error may be and still be "not worse", in [0, 1]; only for claims of that kind.
-        backward: the largest share of the other's backward samples that it may take; None if unlimited.
-        settings: of the arm of ``method``; ``against_settings``: of the other; ``shared``: of the groups to read it in.
+        margin: how much higher the error may be and still count as "not worse", in [0, 1]; only for such claims.
+        backward: the largest share of the other's backward samples that it may use; None if unlimited.
+        settings: of the arm of ``method``; ``against_settings``: of the other; ``shared``: of the groups it applies to.
     """
 
     text: str
@@ -95,8 +95,8 @@ class Finding:
     Attributes:
         difference: of test errors in [0, 1], method minus the other, over the pairs.
         diverged: seeds without a pair, because a run of either side diverged.
-        p: paired t-test, Holm-corrected; of "not worse", of the differences less the margin.
-        backward: backward samples over those of the other, means of the finished runs; None if unknown.
+        p: paired t-test, Holm-corrected; for "not worse", of the differences minus the margin.
+        backward: backward samples divided by the other's, means of the finished runs; None if unknown.
         detectable: the smallest difference that the design could have detected, with 80 % power at the 0.05 level; None
             if unknown.
     """
@@ -113,10 +113,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Record:
-    """A folder of records, read: its title and note, the effect of interest in [0, 1], tables and findings.
+    """A record as read: title and note, the effect of interest in [0, 1], tables and findings.
 
     Attributes:
-        timed: whether training times were taken alone. Those of arms without such a run are left out.
+        timed: True if training times were taken with nothing else running. Arms without such a run have no times.
     """
 
     folder: Path
@@ -132,7 +132,7 @@ def read(folder: str | Path) -> Record:
     """Judge the claims of a folder from its runs.
 
     Raises:
-        ValueError, TypeError: claims.toml is not what the module says. FileNotFoundError: a file is missing.
+        ValueError, TypeError: claims.toml is not as described in this module. FileNotFoundError: a file is missing.
     """
     folder = Path(folder)
     title, note, effect, partial, claims = _load(folder / "claims.toml")
@@ -160,7 +160,7 @@ def read(folder: str | Path) -> Record:
 
 
 def _timed(groups: Sequence[Group], file: Path) -> tuple[Group, ...]:
-    """Return the groups with the training times of the runs in a file in place of their own."""
+    """Return the groups with their training times replaced by those of the runs in a file."""
     alone = comparison.summarize(records.read_results(file)).groups
     times = [
         (group.title, arm.settings, arm.cost["seconds"])
@@ -193,7 +193,7 @@ def judge(says: str, difference: Moments, p: float | None, effect: float, margin
             return Status.SUPPORTED
         return Status.NOT_SUPPORTED if low > effect or high < -effect else Status.NOT_DECIDABLE
     if says == "not worse":
-        # no p-value is an interval without width: all differences are equal
+        # without a p-value the interval has no width: all differences are equal
         if high < margin and (p is None or p < inference.ALPHA):
             return Status.SUPPORTED
         return Status.NOT_SUPPORTED if low > margin else Status.NOT_DECIDABLE
@@ -206,7 +206,7 @@ def judge(says: str, difference: Moments, p: float | None, effect: float, margin
 
 
 def _status(found: Finding, effect: float) -> Status:
-    """Return the status by the errors, and by the limit on backward samples if the claim has one."""
+    """Return the status from the errors, and from the limit on backward samples if the claim has one."""
     claim, spent = found.claim, found.backward
     status = judge(claim.says, found.difference, found.p, effect, claim.margin or 0.0)
     if claim.backward is None or found.difference.n < inference.MIN_PAIRS:
@@ -273,7 +273,7 @@ def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:
 
 
 def _claim(table: Mapping[str, Any], method: str) -> Claim:
-    """Return the claim of one method, with its settings assigned to arm, other arm and group."""
+    """Return the claim about one method, with its settings assigned to arm, other arm and group."""
     picked: dict[str, dict[str, Any]] = {"settings": {}, "against_settings": {}, "shared": {}}
     for key, value in table.items():
         if place := _place(key, table, method):
@@ -320,13 +320,13 @@ def _judge_group(claims: Sequence[Claim], group: Group, effect: float) -> list[F
 
 
 def _backward(mine: Arm, other: Arm) -> float | None:
-    """Return the backward samples over the other's."""
+    """Return the backward samples divided by the other's."""
     spent, full = (arm.cost.get("samples_backward") for arm in (mine, other))
     return spent / full if spent is not None and full else None
 
 
 def _arm(group: Group, claim: Claim, method: str, chosen: Mapping[str, Any], prefix: str) -> Arm | None:
-    """Return the one arm of a method that has the settings chosen; None where there is none in this group."""
+    """Return the single arm of a method with the given settings; None if this group has none."""
     arms = [
         arm
         for arm in group.arms

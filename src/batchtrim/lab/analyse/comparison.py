@@ -1,6 +1,6 @@
 """Decide the verdict on finished runs: paired comparisons, intervals and tests. Numbers and enums, no sentences.
 
-Runs that differ in nothing but method and seed form a group; inside it every method is compared with the baseline,
+Runs that differ only in method and seed form a group. Within it, every method is compared with the baseline,
 seed by seed, because two runs of one seed share data order, augmentation and initial weights. Errors are fractions in
 [0, 1] throughout; a *point* is one percentage point of error. Differences are method minus baseline: below zero means
 fewer errors than the baseline.
@@ -58,7 +58,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Paired:
-    """A method against the baseline over the seeds where both finished.
+    """A method against the baseline, over the seeds for which both finished.
 
     Attributes:
         seeds, differences: one per pair, method minus baseline. ``p_t``: paired t-test, two-sided. ``p_wilcoxon``:
@@ -84,13 +84,13 @@ class Arm:
     """All runs of one method with one set of parameters.
 
     Attributes:
-        label: the method's name, with the settings that tell it from other arms of the same method.
+        label: the method's name, with the settings that distinguish it from other arms of the same method.
         runs: finished and diverged rows, by seed. ``errors``: by seed, the ``metric`` of those that finished: the test
             error, unless a task or a table names another.
-        diverged, failed: seeds of runs that diverged, and of runs that an exception ended.
+        diverged, failed: seeds of runs that diverged, and of runs that ended in an exception.
         cost: means over the finished runs of seconds, seconds_eval, samples_forward, samples_backward and steps, each
             if all of them have it.
-        paired: None for the baseline, and where there is none.
+        paired: None for the baseline, and if there is no baseline.
     """
 
     label: str
@@ -107,13 +107,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class View:
-    """The comparison read at one budget that every method reached.
+    """The comparison at one budget that every method reached.
 
     Attributes:
-        name: "samples_backward" or "seconds". ``budget``: the largest at which every finished run had been evaluated;
-            None where there is none. ``arms``: as in the group, errors read at the budget.
+        name: "samples_backward" or "seconds". ``budget``: the largest by which every finished run had been evaluated;
+            None if there is none. ``arms``: as in the group, with errors at the budget.
         missing: why there is no budget, as in :class:`batchtrim.lab.analyse.views.Missing`; "" if there is one.
-        apart: label and seed of a run that ended, and of one that had not been evaluated by then.
+        apart: label and seed of a run that had ended, and of one not yet evaluated by then.
     """
 
     name: str
@@ -125,11 +125,11 @@ class View:
 
 @dataclass(frozen=True)
 class Group:
-    """Arms that differ in method alone.
+    """Arms that differ only in method.
 
     Attributes:
-        title: names the group. ``settings``: what its runs share.
-        against: the method asked for as baseline. ``baseline``: the label of its arm; None where it has no runs here.
+        title: the group's name. ``settings``: those that its runs share.
+        against: the method asked for as baseline. ``baseline``: the label of its arm; None if it has no runs here.
     """
 
     title: str
@@ -141,7 +141,7 @@ class Group:
 
     @property
     def metric(self) -> Metric:
-        """The metric its arms are compared by."""
+        """The metric that compares its arms."""
         return Metric.of(self.settings)
 
     @property
@@ -151,13 +151,13 @@ class Group:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seeds that any arm ran, diverged and failed ones included."""
+        """The seeds of all arms, those of diverged and failed runs included."""
         return tuple(sorted({seed for arm in self.arms for seed in (*arm.errors, *arm.diverged, *arm.failed)}))
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All groups of a record file, compared with runs of the method ``against``."""
+    """All groups of a record file, compared with the method ``against``."""
 
     groups: tuple[Group, ...]
     runs: int
@@ -168,17 +168,17 @@ class Summary:
 
 
 def summarize(rows: Iterable[Row], baseline: str = "full") -> Summary:
-    """Group rows of ``runs.jsonl``, compare every method with the baseline by seed, and judge what was seen.
+    """Group rows of ``runs.jsonl``, compare every method with the baseline by seed, and decide the verdicts.
 
     Args:
-        rows: as read from the record file; where a key comes twice, the last counts.
+        rows: as read from the record file; if a key occurs twice, the last row counts.
         baseline: name of the method to compare with.
 
     Raises:
-        ValueError: there are no rows, or one lacks what a result has; its key is named.
+        ValueError: there are no rows, or one lacks a field of a result; the message names its key.
 
     Notes:
-        A diverged run has no error and is in no mean, but it is counted and its seed is named. A failed run (an
+        A diverged run has no error and is left out of means, but it is counted and its seed is named. A failed run (an
         exception, not a property of the method) is counted and left out.
     """
     latest = {str(row["key"]): row for row in rows}
@@ -206,7 +206,7 @@ def summarize(rows: Iterable[Row], baseline: str = "full") -> Summary:
 
 
 def _settings(row: Row, shared: bool) -> dict[str, Any]:
-    """Return a run's settings: those its group shares, or those that make its arm."""
+    """Return a run's settings: those that its group shares, or those that define its arm."""
     config = row["config"]
     if shared:
         return {name: value for name, value in config.items() if name not in COMPARED and not _unsaid(name, value)}
@@ -214,7 +214,7 @@ def _settings(row: Row, shared: bool) -> dict[str, Any]:
 
 
 def _unsaid(name: str, value: Any) -> bool:
-    """True for a default that a run may record or leave out: its setting came after runs had been recorded."""
+    """True for a default that a run may omit: the setting was added after runs had been recorded."""
     return name in SETTINGS and SETTINGS[name].later and value == SETTINGS[name].default
 
 
@@ -223,7 +223,7 @@ def _group(title: str, shared: dict[str, Any], rows: list[Row], against: str, la
     for row in rows:
         members.setdefault(naming.key(_settings(row, shared=False)), []).append(row)
     arms = [_arm(labels[key], _settings(runs[0], shared=False), runs) for key, runs in members.items()]
-    # stable: the baseline first, the rest as they ran; of several arms of its method the same one in any order of lines
+    # stable: the baseline first, then as they ran; of several arms of its method, the same one whatever the line order
     arms.sort(key=lambda arm: _place(arm, against))
     reference = arms[0] if arms[0].settings["method"] == against else None
     return Group(
@@ -280,7 +280,7 @@ def _compare(arms: Sequence[Arm], reference: Arm | None) -> tuple[Arm, ...]:
 
 
 def _unit(values: Collection[float], metric: Metric) -> float:
-    """Return the unit in which spread is distinguished from rounding: 1 for errors, for others by their size."""
+    """Return the unit that separates spread from rounding: 1 for errors, by size for other metrics."""
     return 1.0 if metric.in_percent else unit_of(values)
 
 
@@ -310,10 +310,10 @@ def _paired(
 
 
 def _within(spread: Moments, metric: Metric, least: float) -> Moments:
-    """Return the moments with their t interval cut to what can be: a fraction of the test samples ends at 0 and at 1.
+    """Return the moments with their t interval cut to possible values: a fraction of the test samples is in [0, 1].
 
     Args:
-        least: the lower end: 0 of a fraction, -1 of a difference of two.
+        least: the lower end: 0 for a fraction, -1 for a difference of two.
     """
     if not metric.in_percent or spread.t is None:
         return spread
@@ -335,7 +335,7 @@ def verdict_of(differences: Moments, p: float | None) -> Verdict:
 
 
 def _view(name: str, arms: Sequence[Arm], reference: Arm | None) -> View:
-    """Return every arm's error at the largest budget at which all finished runs had been evaluated."""
+    """Return every arm's error at the largest budget by which all finished runs had been evaluated."""
     finished = [(arm, row) for arm in arms for row in arm.runs if row["status"] == "finished"]
     budget = views.common_budget([row for _, row in finished], name)
     if isinstance(budget, views.Missing):

@@ -1,4 +1,4 @@
-"""Read the results of another program as records: a CSV table with a method, a seed and a number in each row."""
+"""Read another program's results as records: a CSV table with a method, a seed and a number in each row."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["read_csv", "to_records"]
 
 KNOWN = ("method", "seed")
 TIMES = ("time", "seconds")
-MOST_NAMED, LONGEST_NAME = 12, 40  # columns of a table, and characters of each, in a message
+MOST_NAMED, LONGEST_NAME = 12, 40  # in a message: the most columns, and characters of each
 
 
 def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool | None = None) -> list[Row]:
     """Return the runs of a CSV file with columns method, seed, a number and, if known, time in seconds.
 
     Args:
-        metric: the column to compare; by default the only further one.
-        higher_is_better: needed if the column's name does not tell.
+        metric: the column to compare; by default the only other one.
+        higher_is_better: needed if the column's name does not imply it.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: there is no such file, or a line that cannot be read; it is named.
+        FileNotFoundError, ValueError, TypeError: there is no such file, or a line cannot be read; the message names it.
     """
     path = Path(path)
     if path.suffix == ".jsonl" or path.is_dir():
@@ -59,7 +59,7 @@ def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool
             line = reader.line_num + blank
             if None in row or any(value is None for value in row.values()):
                 raise ValueError(f"expected {len(names)} columns in line {line} of {path}, got another number.")
-            if any(value.strip() for value in row.values()):  # spreadsheets write rows of nothing at the end
+            if any(value.strip() for value in row.values()):  # spreadsheets write empty rows at the end
                 rows.append({**{name: value for name, value in row.items() if name}, "line": line})
     except csv.Error as error:
         at = reader.line_num + blank
@@ -70,7 +70,7 @@ def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool
 def to_records(
     rows: Sequence[Mapping[str, Any]], where: str, metric: str | None = None, higher_is_better: bool | None = None
 ) -> list[Row]:
-    """Return rows of ``runs.jsonl`` made from rows of a table; see :func:`read_csv`.
+    """Convert the rows of a table to rows of ``runs.jsonl``; see :func:`read_csv`.
 
     Args:
         where: the table's name, for messages and the title.
@@ -89,7 +89,7 @@ def to_records(
         if at in found:
             raise ValueError(
                 f"expected one run of a method and seed in {where}, got {at[0]!r} with seed {at[1]} again in {place}. "
-                "Is the mean of the two meant, or do they differ in a setting? Then name the methods apart."
+                "If they differ in a setting, give the methods different names; otherwise average the two."
             )
         found[at] = record
     return list(found.values())
@@ -115,7 +115,7 @@ def _metric_column(names: Sequence[str], metric: str | None, where: str) -> str:
     if len(others) != 1:
         raise ValueError(
             f"expected one column of numbers to compare in {where} besides method, seed and time, got "
-            f"{', '.join(others) or 'none'}. Say which: --metric NAME."
+            f"{', '.join(others) or 'none'}. Name it with --metric NAME."
         )
     return others[0]
 
@@ -129,7 +129,7 @@ def _record(row: Mapping[str, Any], place: str, where: str, metric: Metric, time
     if value is not None and metric.in_percent and math.isfinite(value) and not 0.0 <= value <= 1.0:
         raise ValueError(
             f"expected `{metric.name}` in [0, 1] in {place} of {where}, got {value:g}. It is a fraction: divide by 100 "
-            "what is in percent, or give the column another name."
+            "if it is in percent, or give the column another name."
         )
     status = "failed" if value is None else "finished" if math.isfinite(value) else "diverged"
     seconds = _number(time, row.get(time), place, where) if time else None
@@ -156,7 +156,7 @@ def _seed(value: Any, place: str, where: str) -> int:
     except (ValueError, TypeError, OverflowError):
         raise ValueError(
             f"expected `seed` to be a whole number in {place} of {where}, got {describe(value)}. It pairs the runs of "
-            "the methods: number them if there were no seeds."
+            "the methods: number the runs if there were no seeds."
         ) from None
 
 
@@ -169,13 +169,13 @@ def _number(name: str | None, value: Any, place: str, where: str) -> float | Non
     try:
         return _float(value)
     except (ValueError, TypeError):
-        hint = " Write a point for the decimals." if isinstance(value, str) and "," in value else ""
+        hint = " Use a decimal point." if isinstance(value, str) and "," in value else ""
         raise ValueError(
             f"expected `{name}` to be a number in {place} of {where}, got {describe(value)}.{hint}"
         ) from None
 
 
 def _float(value: Any) -> float:
-    if isinstance(value, str) and "_" in value:  # which Python reads as 1_000
+    if isinstance(value, str) and "_" in value:  # Python reads 1_000 as a number
         raise ValueError(value)
     return float(value)

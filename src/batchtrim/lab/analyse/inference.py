@@ -1,4 +1,4 @@
-"""Statistics of a few paired values: intervals, tests, correction, and the smallest detectable difference.
+"""Statistics of few paired values: intervals, tests, correction, and the smallest detectable difference.
 
 Errors are fractions in [0, 1] throughout; a *point* is one percentage point of error.
 """
@@ -26,11 +26,11 @@ NO_SPREAD = 1e-12
 
 @dataclass(frozen=True)
 class Moments:
-    """The mean of some values and its precision; None where n is too small.
+    """The mean of some values and its precision; None if n is too small.
 
     Attributes:
-        n: how many; ``std``: with n - 1. ``t``: 95 % interval of the mean from Student's t. ``bootstrap``: 95 %
-            percentile interval over resamples. It is too narrow for a handful of values, and only shows whether the
+        n: number of values; ``std``: with n - 1. ``t``: 95 % interval of the mean from Student's t. ``bootstrap``: 95 %
+            percentile interval over resamples. It is too narrow for a handful of values and only shows whether the
             t interval depends on the shape of the distribution.
     """
 
@@ -51,13 +51,13 @@ class Moments:
 
 
 def unit_of(values: Iterable[float]) -> float:
-    """Return the power of two next below the largest size among values: in units of it rounding is as for errors."""
+    """Return the power of two below the largest magnitude: in this unit, rounding is as for errors."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
 
 
 def moments(values: Sequence[float]) -> Moments:
-    """Return mean, spread and 95 % intervals of a few values; intervals need two of them."""
+    """Return mean, spread and 95 % intervals of a few values; intervals need at least two."""
     n = len(values)
     if n == 0:
         return Moments(0, None, None, None, None)
@@ -73,7 +73,7 @@ def moments(values: Sequence[float]) -> Moments:
 def paired_t(differences: Sequence[float]) -> float | None:
     """Return the two-sided p-value of Student's paired t-test: t = mean / (std / sqrt(n)) on n - 1 degrees of freedom.
 
-    None for fewer than two pairs, and if all differences are equal but not zero, where the test is undefined.
+    None for fewer than two pairs, and if all differences are equal but not zero: the test is then undefined.
     """
     from scipy import stats
 
@@ -88,7 +88,7 @@ def paired_t(differences: Sequence[float]) -> float | None:
 def wilcoxon(differences: Sequence[float]) -> float | None:
     """Return the two-sided p-value of Wilcoxon's signed-rank test, exact with ties and at any n.
 
-    Zeros are left out, ties take their mean rank. None for fewer than two pairs; 1 if all differences are zero.
+    Zeros are left out; ties get their mean rank. None for fewer than two pairs; 1 if all differences are zero.
     """
     from scipy import stats
 
@@ -104,7 +104,7 @@ def wilcoxon(differences: Sequence[float]) -> float | None:
 
 
 def _wilcoxon_with_ties(data: np.ndarray, ranks: np.ndarray) -> float:
-    """Return the exact p-value where ranks are tied: SciPy's exact test has no ties, and trying all signs takes 2^n."""
+    """Return the exact p-value with tied ranks: SciPy's exact test allows none, and trying all signs takes 2^n."""
     doubled = (2 * ranks).astype(int)  # so that tied ranks are whole numbers
     ways = np.zeros(doubled.sum() + 1)
     ways[0] = 1.0
@@ -116,7 +116,7 @@ def _wilcoxon_with_ties(data: np.ndarray, ranks: np.ndarray) -> float:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Apply Holm's step-down correction: the i-th smallest of m p-values times m - i + 1, never falling."""
+    """Apply Holm's step-down correction: the i-th smallest of m p-values times m - i + 1, kept non-decreasing."""
     order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i] or 0.0)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -137,17 +137,17 @@ def detectable(differences: Moments) -> float | None:
 def detectable_effect(n: int) -> float:
     """Return the mean difference, in standard deviations of the differences, that a paired t-test over n pairs finds.
 
-    Finding it means: with 80 % power at the two-sided 0.05 level, from the noncentral t distribution.
+    That is, with 80 % power at the two-sided 0.05 level, by the noncentral t distribution.
     """
     from scipy import optimize, stats
 
     critical = _t_quantile(n - 1)
 
     def power(effect: float) -> float:
-        # The other tail adds less than 0.0001 where the power is 0.8.
+        # The other tail adds less than 0.0001 at a power of 0.8.
         return float(stats.nct.sf(critical, n - 1, effect * math.sqrt(n))) - POWER
 
-    high = 2.0 / math.sqrt(n)  # a little less than the answer at any n
+    high = 2.0 / math.sqrt(n)  # slightly below the answer for any n
     while power(high) < 0:
         high *= 1.25
     return float(optimize.brentq(power, 1e-9, high, xtol=1e-9))  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ def _t_quantile(df: int) -> float:
 
 
 def _bootstrap(data: np.ndarray) -> tuple[float, float]:
-    """Return the percentile interval of the mean; the same resamples at every call, so that a report repeats."""
+    """Return the percentile interval of the mean; every call uses the same resamples, so reports are reproducible."""
     from scipy import stats
 
     found = stats.bootstrap(

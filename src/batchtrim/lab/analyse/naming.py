@@ -1,4 +1,4 @@
-"""Short and unique names of groups and arms."""
+"""Short, unique names for groups and arms."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Settings = dict[str, Any]
 
 
 def key(settings: Settings) -> str:
-    """Return the key of an arm or a group: its settings, to the last bit."""
+    """Return the key of an arm or a group: all its settings, unrounded."""
     return json.dumps(settings, sort_keys=True, default=str)
 
 
 def titles(settings: Sequence[Settings]) -> list[str]:
-    """Return a title for each group: data set, model, optimizer, and what else tells it from groups alike in these."""
+    """Return a title for each group: data set, model, optimizer, and whatever distinguishes it from similar groups."""
     named = ("task", "dataset", "model", "optimizer")
     found = []
     for each in settings:
@@ -26,7 +26,7 @@ def titles(settings: Sequence[Settings]) -> list[str]:
 
 
 def labels(settings: Sequence[Settings]) -> dict[str, str]:
-    """Return a label for each arm, by :func:`key`: its method; where arms share it, the settings they differ in too.
+    """Return a label for each arm, by :func:`key`: its method, and if arms share that, the settings that differ.
 
     Numbers are rounded unless two labels would then be equal.
     """
@@ -56,7 +56,7 @@ def _varying(settings: Sequence[Settings], exclude: Sequence[str] = ()) -> list[
 
 
 def _shortest(value: Any, values: Sequence[Any]) -> str:
-    """Return the shortest form of ``value`` that differs from every other of ``values``."""
+    """Return the shortest form of ``value`` that differs from all ``values``."""
     others = [other for other in values if other != value or type(other) is not type(value)]
     for write in (lambda each: f"{each:g}" if isinstance(each, float) else str(each), str, repr):
         if write(value) not in map(write, others):

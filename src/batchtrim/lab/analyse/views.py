@@ -16,10 +16,10 @@ BUDGETS = ("samples_backward", "seconds")
 
 
 def error_at(row: Row, budget: float, axis: str) -> float | None:
-    """Return the test error of a run when it had spent ``budget`` of ``axis`` ("samples_backward" or "seconds").
+    """Return the test error of a run at ``budget`` on ``axis`` ("samples_backward" or "seconds").
 
-    Interpolated linearly between the evaluations around the budget; None before the first evaluation, where nothing
-    was measured.
+    It is interpolated linearly between the evaluations around the budget; None before the first evaluation, since
+    nothing was measured.
     """
     spent, errors = spent_curve(row, axis)
     if not _reached(spent, budget):
@@ -28,7 +28,7 @@ def error_at(row: Row, budget: float, axis: str) -> float | None:
 
 
 def spent_curve(row: Row, axis: str) -> tuple[list[float], list[float]]:
-    """Return what a run had spent by each evaluation, and the test error there, where there was one."""
+    """Return what a run had spent at each evaluation, and the test error there, if there was one."""
     curve = row.get("curve") or {}
     if axis == "seconds" or curve.get(axis):
         spent = list(curve.get(axis) or [])
@@ -50,7 +50,8 @@ class Missing:
 
     Attributes:
         kind: "no run" finished, "no curve" of a run was recorded, or the runs lie "apart".
-        ended, begun: of runs that lie apart, the one that ended before the first evaluation of the other, by index.
+        ended, begun: for runs that lie apart, the index of the one that ended before the other's first evaluation, and
+            of the other.
     """
 
     kind: Literal["no run", "no curve", "apart"]
@@ -59,7 +60,7 @@ class Missing:
 
 
 def common_budget(rows: Sequence[Row], axis: str) -> float | Missing:
-    """Return the largest budget at which all runs have been evaluated, or why there is none."""
+    """Return the largest budget by which all runs have been evaluated, or why there is none."""
     if not rows:
         return Missing("no run")
     spent = [spent_curve(row, axis)[0] for row in rows]
@@ -73,7 +74,7 @@ def common_budget(rows: Sequence[Row], axis: str) -> float | Missing:
 
 
 def _reached(spent: list[float], budget: float) -> bool:
-    """True if a run was evaluated at the budget or before; its sum may be off in the last digits."""
+    """True if a run was evaluated at the budget or before; sums may be off in their last digits."""
     return bool(spent) and budget >= spent[0] * (1 - 1e-9)
 
 

@@ -1,1 +1,1 @@
-"""Many runs: from a grid of settings to recorded rows, in this process, in several, or on a Ray cluster."""
+"""Many runs: from a grid of settings to recorded rows, in one process, in several, or on a Ray cluster."""

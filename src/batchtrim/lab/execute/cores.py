@@ -1,4 +1,4 @@
-"""Choose the numbers of processes and threads for runs: the cores, unless the machine or the user sets fewer."""
+"""Choose the number of processes and threads: all cores, unless the machine or the user limits them."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from joblib import cpu_count
 
 from batchtrim._checks import check_count
 
-MOST_WORKERS = 8  # each holds the images in memory
+MOST_WORKERS = 8  # each process holds the images in memory
 
 
 def cores() -> int:
-    """Return the cores this process may use: those of its affinity mask, and no more than a container's CPU quota."""
+    """Return how many cores this process may use: those in its affinity mask, at most a container's CPU quota."""
     return max(1, cpu_count())
 
 
 def asked_threads() -> int | None:
-    """Return the threads set by OMP_NUM_THREADS; None if it is not set, or not a number."""
+    """Return the number of threads in OMP_NUM_THREADS; None if it is not set, or not a number."""
     text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
 def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
-    """Return how many processes, and threads in each, to use for this number of runs on this machine.
+    """Return how many processes, and threads in each, to use on this machine for a number of runs.
 
-    The processes are limited by cores, runs and eight, or by runs alone where ``workers`` sets them: small networks
-    gain more from parallel runs than from threads. Cores are shared evenly. OMP_NUM_THREADS, if set, fixes the threads,
-    and the number of processes follows.
+    There are at most as many processes as cores and runs, and at most eight; if ``workers`` is set, only runs limit it.
+    Small networks gain more from parallel runs than from threads. Cores are divided evenly. OMP_NUM_THREADS, if set,
+    fixes the threads, and the number of processes follows.
     """
     have, threads = cores(), asked_threads()
     if workers is None:
         workers = max(1, min(have // (threads or 1), runs, MOST_WORKERS))
-    workers = min(check_count("workers", workers), runs)  # a process without a run takes its memory for nothing
+    workers = min(check_count("workers", workers), runs)  # a process without a run would only use memory
     return workers, threads or max(1, have // workers)
 
 
 def crowded(workers: int, threads: int) -> str:
-    """Return a warning if the runs use more threads than there are cores, which slows all of them; else ""."""
+    """Return a warning if the runs use more threads than there are cores, which slows them all; else ""."""
     have = cores()
     if workers * threads <= have:
         return ""

@@ -1,4 +1,4 @@
-"""Choose the output folder of a command that names none, after the settings that its runs share."""
+"""Name the output folder of a command without --out, after the settings that its runs share."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run.config import RunConfig
 
 LONGEST_NAME = 150  # bytes
-LONGEST = 80  # characters that the differing settings add to a name; more of them become a number
+LONGEST = 80  # the most characters that differing settings add to a name; longer ones become a number
 
 
 def named_after(configs: Sequence[RunConfig]) -> Path:
-    """Return a folder named after what the runs share, so that the same command finds it again."""
+    """Return a folder named after the shared settings, so that the same command finds it again."""
     names = [sorted({str(getattr(config, name)) for config in configs}) for name in ("dataset", "model", "optimizer")]
     epochs = sorted({config.epochs for config in configs})
     parts = ["+".join(map(_plain, values)) for values in names] + ["+".join(map(str, epochs)) + "ep"]
     name = "-".join(parts)
-    if len(name.encode()) > LONGEST_NAME:  # a long path, or many networks: file systems take 255 bytes
+    if len(name.encode()) > LONGEST_NAME:  # a long path, or many networks: file systems allow 255 bytes
         name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}-{name[-40:]}"
     return Path("runs") / name
 
 
 def free_folder(base: Path, cells: list[Row]) -> tuple[Path, str]:
-    """Return the folder for these cells, and what to say where it is not ``base``; the same call finds it again.
+    """Return the folder for these cells, and a note if it is not ``base``; the same call finds it again.
 
-    ``base`` unless it holds another experiment; else ``base`` and the settings that differ: ``...-lr0.01``.
+    It is ``base``, or if that holds another experiment, ``base`` plus the settings that differ: ``...-lr0.01``.
 
     Args:
         cells: settings that the runs share, see :meth:`batchtrim.lab.records.Records.settle`.

@@ -30,7 +30,7 @@ from batchtrim.lab.run.config import COMPARED, RunConfig
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.code import Code
 
-MOST_RUNS = 100_000  # more are a typing error, and would fill the memory before the first starts
+MOST_RUNS = 100_000  # more than this is a typo, and would fill the memory before the first run starts
 
 Settings = dict[str, Any]
 
@@ -39,15 +39,15 @@ Config = TypeVar("Config", RunConfig, TaskConfig)
 
 
 def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[Config]:
-    """Return all runs of the settings: resolved, checked, without repeats.
+    """Return all runs of the settings, resolved, checked and without duplicates.
 
     Seeds vary slowest, so that a sweep that is stopped early has compared all methods on the seeds it reached.
 
     Args:
-        kind: of the runs: of the lab's own loop, or of a task.
+        kind: the class of the runs: of the lab's own loop, or of a task.
 
     Raises:
-        ValueError, TypeError: any setting of any run is wrong. Nothing has been run by then.
+        ValueError, TypeError: a setting of a run is wrong. Nothing has been run by then.
     """
     common = {name: value for name, value in settings.items() if name != "grid"}
     parts = settings.get("grid", [{}])
@@ -59,7 +59,7 @@ def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[
     for part in parts:
         for config in _expand_part({**common, **part}, kind):
             configs.setdefault(config.key, config)
-    return sorted(configs.values(), key=lambda config: config.seed)  # stable: the order within a seed stays
+    return sorted(configs.values(), key=lambda config: config.seed)  # stable: keeps the order within a seed
 
 
 def expand_task(code: Code, settings: Mapping[str, Any]) -> list[TaskConfig]:
@@ -68,7 +68,7 @@ def expand_task(code: Code, settings: Mapping[str, Any]) -> list[TaskConfig]:
 
 
 def cells(configs: Sequence[AnyConfig]) -> list[Settings]:
-    """Return the settings that runs of each part share; see :meth:`batchtrim.lab.records.Records.settle`."""
+    """Return the settings that the runs of each part share; see :meth:`batchtrim.lab.records.Records.settle`."""
     found: list[Settings] = []
     for config in configs:
         cell = {name: value for name, value in config.to_dict().items() if name not in COMPARED}
@@ -123,7 +123,7 @@ def _as_lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:
     for name, found in lists.items():
         for value in found:
             if isinstance(value, (Mapping, list, tuple, set)):
-                raise TypeError(f"expected `{name}` to be a value or a list of values, got {describe(value)} for one.")
+                raise TypeError(f"expected `{name}` to be a value or a list of values, got {describe(value)} in it.")
     return lists
 
 

@@ -1,6 +1,6 @@
-"""Runs on this machine: in this process, or in several that are replaced when they die.
+"""Runs on this machine: in this process, or in several worker processes, which are replaced if they die.
 
-Each worker leads a process group, where the system has groups: what the user's code starts in it ends with it.
+Each worker leads a process group, if the system has them: processes that the user's code starts end with it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from batchtrim.lab.records import Records
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.task_config import AnyConfig
 
-# How long to wait before asking again for runs that another process has claimed, in seconds.
+# Seconds to wait before trying again to claim runs that another process has claimed.
 ASK_AGAIN = 0.5
-# How often to check which workers live, in seconds.
+# Seconds between checks of which workers are alive.
 LOOK_EVERY = 1.0
-# How long a worker may take to end after its pipe closes, in seconds: the user's loggers send their last points.
+# Seconds that a worker may take to exit after its pipe closes: the user's loggers send their last points.
 ENDING = 10.0
 
 
@@ -39,7 +39,7 @@ def run_here(tally: Tally, records: Records, place: Workplace) -> None:
 
 
 def _until_over(tally: Tally) -> Iterator[AnyConfig]:
-    """Yield the runs that are left, repeatedly; pause when other processes have claimed all of them."""
+    """Yield the remaining runs, repeatedly; pause while other processes have claimed all of them."""
     refused = 0
     while tally.left:
         before = len(tally.left)
@@ -59,7 +59,7 @@ class _Worker:
         self.line, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, place), daemon=True)
         self.config: AnyConfig | None = None
-        resource_tracker.ensure_running()  # starting it would let Ctrl-C through
+        resource_tracker.ensure_running()  # otherwise Ctrl-C would reach it while it starts
         with _ctrl_c_held_back():
             self.process.start()
         other.close()
@@ -69,8 +69,8 @@ class _Worker:
         self.line.send(config)
 
     def hear(self) -> tuple[str, Any] | None:
-        """Return its next message; None if it died."""
-        if not self.process.is_alive() and not self.line.poll():  # a child of its own may hold the other end open
+        """Return the worker's next message; None if it died."""
+        if not self.process.is_alive() and not self.line.poll():  # a child of the worker may hold the other end open
             return None
         try:
             return self.line.recv()
@@ -78,14 +78,14 @@ class _Worker:
             return None
 
     def end(self) -> None:
-        """Let it exit by itself, so that the exit handlers of the user's code run."""
+        """Let the worker exit by itself, so that exit handlers of the user's code run."""
         self.line.close()
         self.process.join(ENDING)
         if self.process.is_alive():  # a thread that the user's code left behind
             self.stop()
 
     def stop(self) -> None:
-        """Kill it, with the processes that it started."""
+        """Kill the worker and the processes that it started."""
         self.process.kill()
         self.process.join()
         self.line.close()
@@ -96,7 +96,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Hold Ctrl-C back while a process starts, which inherits that until it ignores it; then let it through here."""
+    """Block Ctrl-C while a process starts, which inherits the block until it ignores Ctrl-C; then unblock it here."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -108,32 +108,32 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
 
 def _settle_in() -> None:
-    """Leave the parent's process group, and allow child processes: a task may load its data in them."""
-    os.dup2(2, 1)  # what a task prints is for people: standard output is the parent's
+    """Leave the parent's process group, and allow child processes, in which a task may load its data."""
+    os.dup2(2, 1)  # a task prints for people: standard output belongs to the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     if hasattr(os, "setsid"):
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     multiprocessing.current_process().daemon = False
-    multiprocessing.set_start_method(None, force=True)  # the system's own, as in a program of the user's
+    multiprocessing.set_start_method(None, force=True)  # the system's default, as in any program
 
 
 def _vanish() -> None:
-    """End at once, with all children, as if killed."""
+    """Exit at once with all children, as if killed."""
     if hasattr(os, "killpg"):
         os.killpg(os.getpgid(0), signal.SIGKILL)
     os._exit(1)
 
 
 def _work(line: Connection, place: Workplace) -> None:
-    """Do runs until the parent is done, or gone: its end of the pipe then closes."""
+    """Do runs until the parent closes its end of the pipe, because it is done or has died."""
     _settle_in()
     records = Records(place.out)
 
     def tell(what: str, news: object) -> None:
         try:
             line.send((what, news))
-        except OSError:  # the parent is dead: record no failure, so that the run can go on
+        except OSError:  # the parent is dead: record no failure, so that the run can be resumed
             _vanish()
 
     while True:
@@ -154,7 +154,7 @@ def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: 
         while tally.left or any(worker.config for worker in crew):
             for worker in crew:
                 if worker.config is None and tally.left:
-                    with contextlib.suppress(BrokenPipeError):  # it died: its line says so below
+                    with contextlib.suppress(BrokenPipeError):  # it died: reported below
                         worker.give(tally.left.popleft())
             turned_away = []
             for worker in _heard(crew):
@@ -189,17 +189,17 @@ def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: 
 
 
 def _heard(crew: list[_Worker]) -> list[_Worker]:
-    """Wait for workers that sent a message or died, and return them."""
+    """Wait until workers send a message or die, and return them."""
     busy = [worker for worker in crew if worker.config]
     ready = wait([worker.line for worker in busy], timeout=LOOK_EVERY)
     return [worker for worker in busy if worker.line in ready or not worker.process.is_alive()]
 
 
 def _settle_dead(worker: _Worker, tally: Tally, records: Records, retries: int) -> None:
-    """Give the run of a worker that died to another one, unless it has been tried often enough."""
+    """Give the run of a dead worker to another one, unless it was tried often enough."""
     assert worker.config is not None
     config = worker.config
-    worker.process.join(ENDING)  # its pipe closes before it exits: killing it now would hide its exit code
+    worker.process.join(ENDING)  # the pipe closes before the process exits: killing it now would hide its exit code
     worker.stop()
     tally.lost[config.key] += 1
     reason = f"its worker ended with exit code {worker.process.exitcode}"
@@ -215,7 +215,7 @@ def _settle_dead(worker: _Worker, tally: Tally, records: Records, retries: int) 
 
 
 def _likely(worker: _Worker) -> str:
-    """Return the likeliest reason for which a worker ended."""
+    """Return the most likely reason why a worker ended."""
     code = worker.process.exitcode or 0
     if code == -signal.SIGKILL:
         return "Out of memory?"

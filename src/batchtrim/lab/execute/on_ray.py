@@ -1,7 +1,7 @@
-"""The same grid on a Ray cluster: each run is a task, and the driver alone keeps the record.
+"""Runs on a Ray cluster: each run is a Ray task, and only the driver writes the record.
 
-Every node needs batchtrim with its lab extra, and the data set: in a folder at the same path, or from the hub. The file
-of a task has to lie at the same path too; a function of a notebook goes along.
+Every node needs batchtrim with its lab extra, and the data set, in a folder at the same path or from the hub. The file
+of a task must be at the same path too; a function from a notebook is sent along.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.task_config import AnyConfig
 
-LOOK_EVERY = 0.5  # seconds between two looks at the runs' progress
+LOOK_EVERY = 0.5  # seconds between two checks of the runs' progress
 
 
 def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, retries: int) -> None:
-    """Do what is left of ``tally`` as Ray tasks, each with as many CPUs as its run has threads.
+    """Do the remaining runs of ``tally`` as Ray tasks, each with as many CPUs as its run has threads.
 
-    A task whose worker or node is lost is done again by Ray, ``retries`` times; then its run is recorded as failed.
+    If a task's worker or node is lost, Ray repeats it up to ``retries`` times; then its run is recorded as failed.
 
     Raises:
         ConnectionError: there is no cluster at ``address``.
@@ -41,7 +41,7 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
     mailbox = ray.remote(_Mailbox).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     with contextlib.ExitStack() as all_claims:
         claims: dict[Any, tuple[AnyConfig, contextlib.ExitStack]] = {}
-        window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # a few waiting runs keep every node busy
+        window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # a few queued runs keep every node busy
         while tally.left or claims:
             while tally.left and len(claims) < window:
                 config = tally.left.popleft()
@@ -68,12 +68,12 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
 
 
 def _sentence(error: Exception) -> str:
-    """Return the first sentence of an error, whole."""
+    """Return the whole first sentence of an error."""
     return str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 class _Mailbox:
-    """An actor to which runs report after every epoch. It holds progress, not records, and may be lost."""
+    """An actor that runs report progress to after every epoch. It holds no records, so losing it does no harm."""
 
     def __init__(self) -> None:
         self.news: list[tuple[str, dict[str, Any]]] = []
@@ -87,7 +87,7 @@ class _Mailbox:
 
 
 def _news(ray: Any, mailbox: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Return what runs have reported since the last call; nothing if the mailbox does not answer at once."""
+    """Return the reports since the last call; none if the mailbox does not answer at once."""
     try:
         return ray.get(mailbox.take.remote(), timeout=LOOK_EVERY)
     except ray.exceptions.RayError:
@@ -95,7 +95,7 @@ def _news(ray: Any, mailbox: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _task(config: AnyConfig, place: Workplace, mailbox: Any) -> Row:
-    """Do a run on a node; its checkpoint helps if all nodes see the output folder."""
+    """Do a run on a node; its checkpoint is useful if all nodes see the output folder."""
     row = do_run(config, place, lambda point: mailbox.put.remote(config.key, point))
     with contextlib.suppress(OSError):
         place.clear(config, row)

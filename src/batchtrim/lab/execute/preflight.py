@@ -1,4 +1,4 @@
-"""Warn before the first run of a command: settings that have no effect, or are likely mistakes."""
+"""Warn before the first run of a command about settings without effect and likely mistakes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEEP = ("keep_start", "keep_end", "schedule")
 
 
 def warnings_for(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
-    """Return a line for each surprise in the settings given and in the runs they make."""
+    """Return a line for each problem in the given settings and the runs made from them."""
     return [*_repeats(settings), *_schedule(settings, configs), *_rate(configs)]
 
 
@@ -23,7 +23,7 @@ def _repeats(settings: Mapping[str, Any]) -> list[str]:
         if isinstance(values, list) and not any(isinstance(value, (list, dict)) for value in values):
             twice = [value for value, count in Counter(values).items() if count > 1]
             if twice:
-                said.append(f"{name}: {', '.join(map(str, twice))} is given more than once, and done once")
+                said.append(f"{name}: {', '.join(map(str, twice))} is given more than once, but done once")
     return said
 
 
@@ -32,7 +32,7 @@ def _schedule(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list
     given = [name for name in KEEP if name in settings]
     if given and not scheduled:
         methods = ", ".join(dict.fromkeys(config.method for config in configs))
-        return [f"{', '.join(given)}: without effect, no method here has a keep schedule ({methods})"]
+        return [f"{', '.join(given)}: without effect, since no method here has a keep schedule ({methods})"]
     said = {}
     for config in scheduled:
         assert config.keep_start is not None
@@ -45,7 +45,7 @@ def _schedule(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list
         elif config.schedule != "constant" and config.keep_start < config.keep_end:
             said["rising"] = (
                 f"keep_start {config.keep_start:g} is below keep_end {config.keep_end:g}: the schedule "
-                "rises, and keeps most at the end"
+                "rises, and keeps the most at the end"
             )
     return list(said.values())
 

@@ -19,13 +19,13 @@ from batchtrim.lab.terminal import console
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
-SAY_EVERY = 30.0  # seconds between two lines inside an epoch, where there is no terminal
-WIDE, NARROW = 110, 76  # columns of a terminal from which all is shown; below which no bar and no times are
+SAY_EVERY = 30.0  # without a terminal: seconds between two lines inside an epoch
+WIDE, NARROW = 110, 76  # terminal widths: from the first on everything is shown; below the second neither bar nor times
 NEWS, TIME = 31, 7  # characters: epoch 100/100, accuracy 99.99 %; 0:00:00
 
 
 class Quiet:
-    """Show nothing."""
+    """Shows nothing."""
 
     def __enter__(self) -> Quiet:
         return self
@@ -46,22 +46,22 @@ class Quiet:
 class Live(Quiet):
     """A bar over all epochs of all runs, and a line for each run in progress.
 
-    Where nothing can be redrawn (in a pipe, under ``TERM=dumb``), one line for each run.
+    If nothing can be redrawn (in a pipe, under ``TERM=dumb``), it prints one line per run.
     """
 
     def __init__(self) -> None:
         from rich.progress import Progress
 
         self.console = console(stderr=True)
-        # a terminal that can be asked for nothing but colours, as by FORCE_COLOR in a pipe, cannot be redrawn
+        # FORCE_COLOR in a pipe makes rich believe in a terminal, but it cannot be redrawn
         self.redraws = self.console.file.isatty() and self.console.is_terminal and not self.console.is_dumb_terminal
         self.said = -SAY_EVERY
         self.bars = Progress(
             *_columns(self.console.width), console=self.console, disable=not self.redraws, transient=True
         )
-        self.alike = 0  # words that all labels begin with
+        self.alike = 0  # how many words all labels start with
         self.runs = self.done = 0
-        self.shown: dict[str, tuple[Any, float]] = {}  # key -> its bar, epochs it has counted
+        self.shown: dict[str, tuple[Any, float]] = {}  # key -> the run's bar, and the epochs it has counted
 
     def __enter__(self) -> Live:
         self.bars.start()
@@ -73,7 +73,7 @@ class Live(Quiet):
     def begin(self, configs: list[Any], done: int) -> None:
         self.runs, self.done = len(configs), done
         if done:
-            rest = "; going on with the rest" if done < self.runs else ""
+            rest = "; continuing with the rest" if done < self.runs else ""
             self.note(f"{done} of {self.runs} runs are recorded already{rest}")
         self.alike = _words_alike([config.label for config in configs])
         epochs = sum(config.epochs for config in configs)
@@ -119,7 +119,7 @@ class Live(Quiet):
         else:
             self._say(config, f"{row['status']}: {row.get('error', '')}")
         for note in (row or {}).get("notes", ()) if isinstance(config, TaskConfig) else ():
-            self._say(config, note)  # those on the data are said once, before the first run
+            self._say(config, note)  # notes on the data are printed once, before the first run
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -132,7 +132,7 @@ class Live(Quiet):
 
 
 def _columns(width: int) -> list[ProgressColumn]:
-    """Return the columns that fit on a line of a terminal: a label that is too long is cut, a number is not."""
+    """Return the columns that fit on a terminal line: labels are truncated, numbers are not."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
@@ -157,7 +157,7 @@ def _columns(width: int) -> list[ProgressColumn]:
 
 
 def _words_alike(labels: Sequence[str]) -> int:
-    """Return with how many equal words all labels begin; 0 for a single one."""
+    """Return how many words all labels start with; 0 for a single label."""
     if len(labels) < 2:
         return 0
     columns = zip(*(label.split() for label in labels), strict=False)
@@ -184,14 +184,14 @@ def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
 
 
 def _times(row: Row) -> str:
-    """Return the seconds of training, of evaluation and of the whole run, as far as measured."""
+    """Return the seconds of training, of evaluation and of the whole run, if measured."""
     more = [f"{row[name]:.1f} s {what}" for name, what in (("seconds_eval", "testing"), ("seconds_total", "in all"))
             if row.get(name)]  # fmt: skip
     return ", ".join([f"{row['seconds']:.1f} s training", *more])
 
 
 def _said(point: dict[str, Any]) -> str:
-    """Return the metric of an epoch in words; an own task words its own, and an epoch may be untested."""
+    """Return an epoch's metric as text; a user's task may have its own, and an epoch may be untested."""
     if "said" in point:
         return point["said"]
     error = point["test_error"]

@@ -1,4 +1,4 @@
-"""Short checks that an address answers, before a library waits long for it."""
+"""Check quickly that an address answers, before a library waits for it for long."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-WAIT = 5.0  # seconds for a connection
-LONGEST_START = 20.0  # seconds for a cluster to accept us
+WAIT = 5.0  # seconds to connect
+LONGEST_START = 20.0  # seconds for a cluster to accept the connection
 
 
 _given_up: list[threading.Thread] = []
 
 
 def call_and_leave(command: Callable[[], Any]) -> None:
-    """Call ``command``; when it exits, leave at once even if a start that was given up still waits.
+    """Call ``command``; when it exits, exit at once even if an abandoned start is still waiting.
 
     A normal exit would wait for that start, which is inside a C++ library.
     """
@@ -33,9 +33,9 @@ def call_and_leave(command: Callable[[], Any]) -> None:
 
 
 def check_address(address: str) -> None:
-    """Raise a ConnectionError if nothing listens at ``host:port`` or ``ray://host:port``, or the port is left out.
+    """Raise a ConnectionError if nothing listens at ``host:port`` or ``ray://host:port``, or the port is missing.
 
-    Other forms pass: ``auto``, and those of a library's own.
+    Other forms pass: ``auto``, and forms that only a library knows.
     """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if address.startswith("ray://") and not (host and port.isdecimal()):
@@ -51,7 +51,7 @@ def check_address(address: str) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Discard what the process writes to file descriptor 2; Python cannot turn off the log of a C++ library."""
+    """Discard what the process writes to file descriptor 2: Python cannot switch off a C++ library's log."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -63,9 +63,9 @@ def _silence() -> Iterator[None]:
 
 
 def in_time(start: Callable[[], Any], seconds: float | None = None) -> None:
-    """Call ``start``; raise what it raises, or a ConnectionError if it has not returned after ``seconds``.
+    """Call ``start``; pass on its error, or raise a ConnectionError if it has not returned after ``seconds``.
 
-    Its standard error is discarded: at the port of another service, Ray's C++ library repeats one line.
+    Its standard error is discarded: if another service has the port, Ray's C++ library repeats one line forever.
     """
     seconds = LONGEST_START - WAIT if seconds is None else seconds
     failed: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""Schedule many runs: find those that are left to do, and hand them to workers."""
+"""Schedule many runs: decide which are still to do, and hand them to workers. A rerun resumes here."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def run_all(
     retries: int = 2,
     isolated: bool = False,
 ) -> list[Row]:
-    """Do all runs that are not yet recorded in ``place.out``; return the rows of those that failed.
+    """Do all runs that are not yet recorded in ``place.out``; return the rows of failed ones.
 
     Args:
         configs: resolved, see :func:`batchtrim.lab.execute.grid.expand`.
-        workers: processes on this machine; 1 works in this one.
+        workers: processes on this machine; 1 uses this process.
         ray: address of a Ray cluster, or "auto", instead of processes here.
-        retries: how often a run whose worker died is given to another.
+        retries: how often a run whose worker died is given to another worker.
         isolated: use a separate process even if ``workers`` is 1, so that user code that exits or prints does not
             affect this one.
 
     Raises:
         UseAnotherFolder: the folder holds another experiment.
-        KeyboardInterrupt: passed on. Finished runs are recorded, and the same call continues.
+        KeyboardInterrupt: passed on. Finished runs are recorded, and the same call continues from there.
     """
     check_count("workers", workers)
-    if place.tensorboard and not ray:  # else every run would fail; on a cluster it is the nodes that need it
+    if place.tensorboard and not ray:  # otherwise every run would fail; on a cluster, the nodes need it instead
         import_extra("tensorboard", "tensorboard", "--tensorboard")
     records = Records(place.out)
     records.settle(grid.cells(configs))
@@ -55,12 +55,12 @@ def run_all(
     tally = Tally(left, watcher)
     if not left:
         return []
-    if Ranks.from_environment().rank > 0:  # a run on several processes: the first of them keeps the record
+    if Ranks.from_environment().rank > 0:  # one run on several processes: the first of them writes the record
         return [row for config in left if (row := do_run(config, place))["status"] == "failed"]
     if ray:
         on_ray.run_on_ray(tally, records, place, ray, retries)
         return tally.failed
-    for config in _one_per_data_set(left):  # a fault in the data or the task is found before any run
+    for config in _one_per_data_set(left):  # find faults in the data or the task before any run
         if isinstance(config, TaskConfig):
             check_task(config)
         else:
@@ -74,7 +74,7 @@ def run_all(
 
 
 def _one_per_data_set(configs: collections.deque[AnyConfig]) -> list[AnyConfig]:
-    """Return one run for each network and each task or training set, seeds aside."""
+    """Return one run per network and per task or training set, whatever the seed."""
     seen = {}
     for config in configs:
         made_by = tuple(getattr(config, name, None) for name, each in SETTINGS.items() if each.role is Role.DATA)

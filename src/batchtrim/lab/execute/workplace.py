@@ -1,7 +1,7 @@
-"""Shared by all ways of doing runs: the output folder, progress, and the doing and recording of one run.
+"""Shared by local runs and Ray: the output folder, progress, and doing and recording one run.
 
 The process that does a run claims it first and records it itself (on Ray the driver does both), so no finished run
-depends on another process. A run that was interrupted, or that failed, goes on from its last checkpoint.
+depends on another process. A run that was interrupted or failed resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from batchtrim.lab.run.perform import perform
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 
 DATA_DIR = "data-dir.txt"
-"""The file in a folder of runs that says where their data sets lay, for `batchtrim show`."""
+"""The file in a folder of runs that says where their data sets were, for `batchtrim show`."""
 
 
 class Watcher(Protocol):
@@ -46,9 +46,9 @@ class Workplace:
 
     Args:
         out: the folder of records. data_dir, cache_dir: see :func:`batchtrim.lab.task.data.load`.
-        checkpoint_seconds: runs longer than this save a checkpoint as often.
-        tensorboard: whether each run writes event files under ``out/tensorboard``.
-        keep_log: whether each run writes what it kept to ``out/keep``.
+        checkpoint_seconds: seconds between two checkpoints of a run.
+        tensorboard: write each run's event files under ``out/tensorboard``.
+        keep_log: write each run's keep log to ``out/keep``.
     """
 
     out: Path
@@ -63,12 +63,12 @@ class Workplace:
         return self.out / "checkpoints" / f"{config.key}.pt"
 
     def clear(self, config: AnyConfig, row: Row) -> None:
-        """Remove the checkpoint of a run that is done; one that failed is tried again and goes on from it."""
+        """Remove the checkpoint of a run that is done; a failed run is retried and resumes from it."""
         if row["status"] in DONE:
             self.checkpoint(config).unlink(missing_ok=True)
 
     def log(self, config: AnyConfig) -> contextlib.AbstractContextManager[OnEpoch | None]:
-        """Return what writes a run's TensorBoard events, if that is asked for."""
+        """Return a writer of the run's TensorBoard events, if asked for."""
         if not self.tensorboard:
             return contextlib.nullcontext()
         return tensorboard_log(self.out / "tensorboard" / f"{config.label.replace(' ', '_')}-{config.key}")
@@ -76,7 +76,7 @@ class Workplace:
 
 @dataclass
 class Tally:
-    """The runs left to do, and the results of the others."""
+    """The runs still to do, and the results of the others."""
 
     left: collections.deque[AnyConfig]
     watcher: Watcher
@@ -84,31 +84,31 @@ class Tally:
     lost: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def tell(self, config: AnyConfig, point: dict[str, Any]) -> None:
-        """Pass on a run's progress, after an epoch or within one."""
+        """Pass on a run's progress, after an epoch or within it."""
         (self.watcher.batch if "batch" in point else self.watcher.epoch)(config, point)
 
     def settle(self, config: AnyConfig, row: Row | None) -> None:
-        """Count a run as over; ``row`` is None if another process recorded it."""
+        """Count a run as done; ``row`` is None if another process recorded it."""
         if row is not None and row["status"] == "failed":
             self.failed.append(row)
         self.watcher.finished(config, row)
         if row is not None and row.get("mistake") and self.left:
-            self.watcher.note(f"stopped: the {len(self.left)} runs that are left would end the same way")
+            self.watcher.note(f"stopped: the {len(self.left)} remaining runs would end the same way")
             self.left.clear()
 
 
 def attempt(
     config: AnyConfig, records: Records, place: Workplace, on_epoch: OnEpoch | None = None
 ) -> tuple[bool, Row | None]:
-    """Claim a run, do it, record it.
+    """Claim a run, do it and record it.
 
     Returns:
-        True if the run is over, and its row if it was done here; (False, None) if another process is doing it.
+        True if the run is done, and its row if it was done here; (False, None) if another process is doing it.
     """
     with records.claim(config.key) as mine:
         if not mine:
             return records.is_done(config.key), None
-        remove_parts(place.checkpoint(config).parent, config.key)  # of a process that died while it saved
+        remove_parts(place.checkpoint(config).parent, config.key)  # left by a process that died while saving
         row = do_run(config, place, on_epoch)
         records.append(row)
         place.clear(config, row)
@@ -116,7 +116,7 @@ def attempt(
 
 
 def do_run(config: AnyConfig, place: Workplace, on_epoch: OnEpoch | None = None) -> Row:
-    """Return the run's row, also if it fails."""
+    """Do the run and return its row, also if it fails."""
     try:
         with place.log(config) as log:
             if isinstance(config, TaskConfig):
@@ -131,12 +131,12 @@ def do_run(config: AnyConfig, place: Workplace, on_epoch: OnEpoch | None = None)
                 on_batch=on_epoch,
                 keep_log=place.out / "keep" / f"{config.key}.parquet" if place.keep_log else None,
             )
-    except CannotWrite:  # nothing can be recorded: no run is to blame
+    except CannotWrite:  # nothing can be recorded: not the run's fault
         raise
-    except DamagedCheckpoint as error:  # nothing can go on from it: the next try starts at the beginning
+    except DamagedCheckpoint as error:  # no run can resume from it: the next try starts from the beginning
         place.checkpoint(config).unlink(missing_ok=True)
         return failed_row(config, error)
-    except Exception as error:  # whatever it was, it goes into the record, and the other runs go on
+    except Exception as error:  # whatever it was, record it, and continue with the other runs
         return failed_row(config, error)
 
 

@@ -1,6 +1,7 @@
-"""Methods that a :class:`batchtrim.Trimmer` alone can drive: those that work with a training function of your own.
+"""Methods that a :class:`batchtrim.Trimmer` alone can drive: they work with your own training function.
 
-The others choose the rows of an epoch, train a second network or transform the loss: only the lab's own loop does that.
+The others choose the rows of an epoch, train a second network or transform the loss, which only the lab's own loop
+does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class _NeedsMore(Exception):
 
 @dataclass(frozen=True)
 class _Info:
-    """All that is known of a run whose data only its training function sees."""
+    """What is known of a run whose data only its training function sees."""
 
     epochs: int
     seed: int

@@ -21,7 +21,7 @@ from batchtrim.selection import Rule
 
 __all__ = ["Decaying", "FullEnd", "GradientNorm", "Importance", "LossDrop", "ProxySelection", "UnlessFull"]
 
-_TWIN_SEED = 2_000_003  # twins start from weights no run starts from
+_TWIN_SEED = 2_000_003  # an offset, so that twins start from weights that no run starts from
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ class UnlessFull:
 
 @dataclass(frozen=True)
 class Importance:
-    """Draw k = keep_count(keep, B) times, with replacement, with probability ``p_i`` proportional to the scores.
+    """Draw k = keep_count(keep, B) times with replacement, with probability ``p_i`` proportional to the scores.
 
-    A sample drawn c_i times weighs ``c_i / (B * p_i)`` and the sum is divided by k: the expected loss is the mean of
-    the batch, whatever the scores. The samples drawn at least once are kept.
+    A sample drawn c_i times has weight ``c_i / (B * p_i)``, and the sum is divided by k: the expected loss is the mean
+    of the batch, whatever the scores. The samples drawn at least once are kept.
     """
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = losses.shape[0]
         k = batchtrim.keep_count(keep, n)
         scores = losses.double().cpu()
-        # a sample that cannot be drawn has no unbiased weight; NaN and inf are always drawn, as by other rules
+        # a sample with probability 0 has no unbiased weight; NaN and inf are always drawn, as by other rules
         chance = torch.where(scores.isfinite(), scores.clamp(min=1e-12), scores.nan_to_num(1.0, 1.0).clamp(min=1.0))
         chance = chance / chance.sum()
         drawn, times = torch.multinomial(chance, k, replacement=True, generator=generator).unique(return_counts=True)
@@ -97,7 +97,7 @@ class GradientNorm(Method):
 
 
 class LossDrop(Method):
-    """Drop the part of a batch whose loss fell furthest below its first loss; the first epoch keeps all samples."""
+    """Drop the samples whose loss fell furthest below their first loss; the first epoch keeps all samples."""
 
     def __init__(self, info: RunInfo, drop: float):
         afterwards = {0.5 / (info.epochs - 1): 1.0 - drop} if info.epochs > 1 else {1.0: 1.0}
@@ -123,7 +123,7 @@ class LossDrop(Method):
 class ProxySelection(Method):
     """Rank the batch by a narrow twin, and run the network on the hardest ``keep`` only.
 
-    The twin trains on the whole batch in every ``every``-th step. Its forwards and backwards are counted too.
+    The twin trains on the whole batch in every ``every``-th step. Its forward and backward samples are counted too.
     """
 
     def __init__(self, info: RunInfo, keep: float, width: int, every: int):
@@ -151,7 +151,7 @@ class ProxySelection(Method):
             self.backward(losses.mean())
             self.optimizer.step()
         selection = self.trim.select(losses.detach())
-        # the training loop counts the whole batch forward and what is kept backward
+        # the training loop counts the whole batch as forward and the kept samples as backward
         self.counted[0] += selection.k
         self.counted[1] += len(targets) if learns else 0
         return selection.rising()

@@ -1,4 +1,4 @@
-"""Rows of the table of methods: loss mass, later starts and earlier ends of trimming, and methods seen since 2025."""
+"""Rows of the table of methods: loss mass, trimming that starts late or ends early, and methods since 2025."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _MASS_PARAMS = {
 
 
 def _dropout(matched: bool) -> Callable[[RunInfo, Params], Method]:
-    """Drop samples progressively, by difficulty or the same number at random."""
+    """Drop samples progressively: by difficulty, or as many at random."""
 
     def build(info: RunInfo, params: Params) -> Method:
         threshold = batchtrim.selection.above(-math.log(params["threshold"]))

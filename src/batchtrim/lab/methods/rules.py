@@ -1,6 +1,6 @@
-"""The training loop's view of a method: which rows an epoch visits, and how a batch's losses become one loss.
+"""The interface of a method to the training loop: the rows of an epoch, and the loss from a batch's losses.
 
-Most methods only put a :class:`batchtrim.Trimmer` together; those that need more are here. The table of all of them is
+Most methods only configure a :class:`batchtrim.Trimmer`; those that need more are here. The table of all methods is
 in :mod:`batchtrim.lab.methods.table`.
 
 N training samples, B batch, E epochs, q keep fraction.
@@ -35,16 +35,16 @@ __all__ = [
 
 
 class Reference(Protocol):
-    """Train a fresh network on some rows and return every row's loss under it; :meth:`Method.prepare` gets one."""
+    """Trains a fresh network on some rows and returns every row's loss; passed to :meth:`Method.prepare`."""
 
     def __call__(self, rows: Tensor, epochs: int, seed: int) -> Tensor: ...
 
 
 class NewNetwork(Protocol):
-    """Make a network of the run's kind with another width; :meth:`Method.connect` gets one.
+    """Makes a network of the run's kind with another width; passed to :meth:`Method.connect`.
 
     Returns:
-        The network, its optimizer, and what to call in place of ``loss.backward()`` at the run's precision.
+        The network, its optimizer, and a function to call in place of ``loss.backward()`` at the run's precision.
     """
 
     def __call__(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer, Callable[[Tensor], None]]: ...
@@ -69,15 +69,15 @@ class RunInfo:
 
     @property
     def batches(self) -> int:
-        """Steps in an epoch; the last batch may be smaller."""
+        """The number of steps in an epoch; the last batch may be smaller."""
         return math.ceil(self.samples / self.batch_size)
 
 
 class Method:
-    """A method in training: by default it is a trimmer and nothing else.
+    """A method in training; by default just a trimmer.
 
     Attributes:
-        trim: chooses, counts, and is the clock.
+        trim: the trimmer, which also counts and keeps the clock.
         epochs: how many epochs to train, a whole number or not.
     """
 
@@ -86,7 +86,7 @@ class Method:
         self.epochs = epochs
 
     def prepare(self, reference: Reference) -> None:
-        """Prepare once, before the first epoch; the time counts as training."""
+        """Prepare once before the first epoch; the time counts as training."""
 
     def rows(self, order: Tensor, epoch: int) -> Tensor:
         """Return the rows that ``epoch`` visits, given all of them in a random order."""
@@ -96,27 +96,27 @@ class Method:
         """Return the loss to step on, from the losses (B,) of the training set's ``rows`` (B,).
 
         Args:
-            plain: losses (B,) to rank by, where those that are trained on have something added (label smoothing).
+            plain: losses (B,) to rank by, if something is added to those trained on (label smoothing).
         """
         return self.trim(losses, rank_by=plain)
 
     def connect(self, network: NewNetwork) -> None:
-        """Receive a way to make further networks; called once, first. For methods that train a second one."""
+        """Receive a function that makes further networks, for methods that train a second one. Called once, first."""
 
     def choose(self, inputs: Tensor, targets: Tensor) -> Selection | None:
-        """Return the samples of a batch that the network is to see; None for all."""
+        """Return the samples of a batch that the network should see; None for all."""
         return None
 
     def watch(self, outputs: Tensor, targets: Tensor) -> None:
         """Receive the batch's detached outputs (B, classes), before :meth:`loss`."""
 
     def more_samples(self) -> tuple[int, int]:
-        """Return forward and backward samples since the last call that the training loop does not see."""
+        """Return the forward and backward samples since the last call that the training loop does not count itself."""
         return 0, 0
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Optimizers of further networks; they follow the run's learning rate."""
+        """The optimizers of further networks; they follow the run's learning rate."""
         return []
 
     def after_batch(self) -> None:
@@ -127,16 +127,16 @@ class Method:
         self.trim.step(accuracy=accuracy)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs to go on as if it had never stopped."""
+        """Return all that a resumed run needs to continue as if it had never stopped."""
         return {"trim": self.trim.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Continue from ``state``."""
         self.trim.load_state_dict(state["trim"])
 
 
 class Reweighted(Method):
-    """Keep every sample and transform its loss; statistics are those of the plain losses."""
+    """Keeps every sample and transforms its loss; statistics are those of the plain losses."""
 
     def __init__(self, transform: Callable[[Tensor], Tensor], epochs: float):
         super().__init__(Trimmer(1.0), epochs)
@@ -172,13 +172,13 @@ class EveryStep(Method):
 class InfoBatch(Method):
     """Before each epoch, drop samples whose last loss is below the mean with probability r.
 
-    Those that stay weigh 1 / (1 - r), so the expected gradient is the full one. The last epochs use all samples.
+    The others get the weight 1 / (1 - r), so the expected gradient is the full one. The last epochs use all samples.
     """
 
     def __init__(self, info: RunInfo, ratio: float, anneal: float):
         super().__init__(Trimmer(1.0), info.epochs)
         self.ratio = ratio
-        self.last_pruned = math.floor(info.epochs * (1.0 - anneal))  # pruning ends before this epoch
+        self.last_pruned = math.floor(info.epochs * (1.0 - anneal))  # the first epoch without pruning
         self.scores = torch.full((info.samples,), math.inf)
         self.weights = torch.ones(info.samples)
         self.generator = Generator().manual_seed(info.seed)
@@ -213,9 +213,9 @@ class InfoBatch(Method):
 
 
 class RhoLoss(Method):
-    """Keep the hardest by loss minus the loss of a network that never trained on the sample.
+    """Keep the hardest samples by loss minus the loss of a network that never trained on them.
 
-    There is no spare data to hold out, so two networks are trained, each on one half, and each scores the other half.
+    There is no spare data to hold out, so two networks are trained, one on each half, and each scores the other half.
     """
 
     def __init__(self, info: RunInfo, keep: float, reference_epochs: int):

@@ -1,4 +1,4 @@
-"""A row of the table of methods, and the checks of parameters that only methods need."""
+"""A row of the table of methods, and checks of parameters that only methods need."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Param:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One method of the table.
+    """One method: a row of the table.
 
     Args:
-        name: as typed; ``summary``: one line; ``source``: where the rule comes from.
+        name: as typed; ``summary``: one line; ``source``: the origin of the rule.
         build: makes the method from a :class:`RunInfo` and checked parameters.
         params: the parameters it takes, by name.
         uses_schedule: True if it follows the run's keep schedule.
         any_engine: True if its choice needs only the losses of the current batch.
-        smoothing: False if it reads probabilities off the loss, which rules out label smoothing.
+        smoothing: False if it derives probabilities from the loss, which rules out label smoothing.
     """
 
     name: str
@@ -45,7 +45,7 @@ class MethodSpec:
     smoothing: bool = True
 
     def described(self) -> dict[str, Any]:
-        """Return what the method is, as plain values for JSON."""
+        """Return a description of the method as plain values, for JSON."""
         params = {name: param.default for name, param in self.params.items()}
         return {"summary": self.summary, "source": self.source, "params": params}
 

@@ -1,7 +1,7 @@
 """All methods in one table: every method the lab can train with is one row of ``METHODS``.
 
-A row builds a :class:`batchtrim.lab.methods.rules.Method`, the training loop's view of it. Each row has a card in
-docs/methods with its rule, cost, source, and when not to use it.
+A row builds a :class:`batchtrim.lab.methods.rules.Method` for the training loop. Each row has a card in
+docs/methods with its rule, cost and source, and when not to use it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from batchtrim.lab.methods.spec import (
 def make_schedule(name: str, start: float, end: float) -> Callable[[float], float]:
     """Return the keep schedule of a run's ``schedule``, ``keep_start`` and ``keep_end``.
 
-    ``step`` goes down in three levels, the middle one halfway; ``constant`` is ``end`` throughout.
+    ``step`` falls in three levels, the middle one halfway; ``constant`` is ``end`` throughout.
     """
     if name == "linear":
         return batchtrim.linear(start, end)
@@ -86,7 +86,7 @@ def _selective_backprop_topk(info: RunInfo, params: Params) -> Method:
 
 
 def _equal_compute(info: RunInfo, params: Params) -> Method:
-    """Return plain training that stops after as many backward samples as ``trim`` takes on the run's schedule."""
+    """Return plain training that stops after as many backward samples as ``trim`` uses with the run's schedule."""
     trim = Trimmer(info.keep, total=info.epochs)
     whole, rest = divmod(info.samples, info.batch_size)
     budget = 0
@@ -152,7 +152,7 @@ _SPECS = (
         lambda s, p: Method(Trimmer(1.0, select=batchtrim.percentile(p["beta"], p["history"]), seed=s.seed), s.epochs),
         {
             "beta": Param(2.0, check_not_negative, "exponent; 1 / (beta + 1) of the samples are kept"),
-            "history": Param(1024, check_count, "recent losses the percentile is taken over"),
+            "history": Param(1024, check_count, "recent losses that the percentile refers to"),
         },
     ),
     MethodSpec(
@@ -196,7 +196,7 @@ _SPECS = (
     ),
     MethodSpec(
         "superloss",
-        "hard samples weighted down, in closed form",
+        "hard samples get less weight, in closed form",
         "Castells et al., NeurIPS 2020",
         lambda s, p: Reweighted(SuperLoss(p["tau"] or math.log(s.classes), p["lam"]), s.epochs),
         {
@@ -208,7 +208,7 @@ _SPECS = (
     ),
     MethodSpec(
         "infobatch",
-        "each epoch, samples below the mean loss dropped at random and the rest of them weighted up",
+        "each epoch, samples below the mean loss are dropped at random, and the rest of them get more weight",
         "arXiv 2303.04947",
         lambda s, p: InfoBatch(s, p["ratio"], p["anneal"]),
         {
@@ -224,7 +224,7 @@ _SPECS = (
         lambda s, p: RhoLoss(s, p["keep"], p["reference_epochs"]),
         {
             "keep": Param(0.1, check_keep, "fraction of the batch kept"),
-            "reference_epochs": Param(0, check_count_or_zero, "epochs of the held-out networks; 0 is those of the run"),
+            "reference_epochs": Param(0, check_count_or_zero, "epochs of the held-out networks; 0 means the run's"),
         },
         any_engine=False,
     ),

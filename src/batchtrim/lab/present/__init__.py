@@ -1,1 +1,1 @@
-"""Numbers into sentences, tables and pages."""
+"""Turn numbers into sentences, tables and pages."""

@@ -1,4 +1,4 @@
-"""Caveats of a comparison in words; see :mod:`batchtrim.lab.analyse.caveats`."""
+"""Word the caveats of a comparison; see :mod:`batchtrim.lab.analyse.caveats`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Small charts as inline SVG: lines with bands, paired differences, cost against error.
 
 Written by hand rather than with a plotting library so that a page of them is light, sharp at any size, follows the
-reader's light or dark scheme through CSS variables, and is searchable text. Colours are classes ``s0`` (the baseline)
+reader's light or dark scheme through CSS variables, and has searchable text. Colours are classes ``s0`` (the baseline)
 to ``s8``; from ``s9`` on they repeat with dashes. Every label is escaped here.
 """
 
@@ -22,10 +22,10 @@ from batchtrim.lab.present.point_labels import Box
 WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
 DOT, BIG = 3.5, 5.5  # radius of a dot in a chart of lines, and of costs
-FAR = 15  # from a point to its name
-BOLD = 7.6  # width of a letter of a name, about
-COLOURS = 8  # besides the baseline's
-MOST_POINTS = 150  # of a line: more cannot be seen at this size
+FAR = 15  # distance from a point to its name
+BOLD = 7.6  # approximate width of a letter in a name
+COLOURS = 8  # not counting the baseline's
+MOST_POINTS = 150  # points of a line: more are not visible at this size
 
 Format = Callable[[float], str]
 _ids = itertools.count()
@@ -46,7 +46,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Differences:
-    """A row of the paired plot: one dot a seed, the mean with its interval, and what could not have been seen."""
+    """A row of the paired plot: one dot per seed, the mean with its interval, and the undetectable range."""
 
     label: str
     style: int
@@ -71,7 +71,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """A straight map from data to the drawing."""
+    """A linear map from data to the drawing."""
 
     low: float
     high: float
@@ -83,12 +83,12 @@ class Scale:
 
 
 def esc(value: object) -> str:
-    """Escape text for HTML, also inside a quoted attribute."""
+    """Escape text for HTML, including quoted attributes."""
     return html.escape(str(value), quote=True)
 
 
 def style_class(style: int) -> str:
-    """Return the CSS classes of a series: its colour, and dashes if the colours have run out."""
+    """Return the CSS classes of a series: its colour, and dashes once all colours are used."""
     if style == 0:
         return "s0"
     return f"s{1 + (style - 1) % COLOURS}" + (f" d{(style - 1) // COLOURS}" if style > COLOURS else "")
@@ -114,7 +114,7 @@ def lines(
     y_range: tuple[float, float] | None = None,
     title: str = "",
 ) -> Markup:
-    """Draw lines with bands over a common x axis; with scripts, the pointer reads the values."""
+    """Draw lines with bands over a common x axis; with scripts enabled, the pointer shows the values."""
     drawn = [_thin(each) for each in series if len(each.x)]
     xs = [x for each in drawn for x in each.x]
     if not xs:
@@ -146,7 +146,7 @@ def lines(
 
 
 def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title: str = "") -> Markup:
-    """Draw one row per method: dots for seeds, a bar for the interval, a shade for differences too small to see."""
+    """Draw one row per method: dots for seeds, a bar for the interval, shading for differences too small to detect."""
     values = [value for row in rows for value in (*row.values, *(row.interval or ()), 0.0)]
     low, high = data_range(values)
     step, top = 58, 8
@@ -168,8 +168,8 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
                 f'<rect class="blind" x="{left:.1f}" y="{middle - 13}" width="{right - left:.1f}" height="26"/>'
             )
         parts.append(f'<g class="{style_class(row.style)}">')
-        wide = 7 * len(row.text)  # a clear ground, so that no line of the axis crosses the name or the numbers
-        room, needed = WIDTH - 40 - wide, BOLD * len(row.label)  # longer names are squeezed, not cut off
+        wide = 7 * len(row.text)  # a background, so that no grid line crosses the name or the numbers
+        room, needed = WIDTH - 40 - wide, BOLD * len(row.label)  # longer names are squeezed, not truncated
         parts.append(f'<rect class="clear" x="12" y="{base}" width="{min(room, needed) + 8:.0f}" height="24"/>')
         parts.append(f'<rect class="clear" x="{WIDTH - 16 - wide}" y="{base}" width="{wide + 8}" height="24"/>')
         squeezed = f' textLength="{room}" lengthAdjust="spacingAndGlyphs"' if 0.92 * needed > room else ""
@@ -201,20 +201,20 @@ def scatter(
     title: str = "",
     named: Collection[str] | None = None,
 ) -> Markup:
-    """Draw cost on x from zero, error on y with its interval; each point has its name beside it.
+    """Draw cost on x from zero, and error on y with its interval; each point is labelled.
 
     Args:
-        named: labels of the points that are named where all would be too many; those of the front are besides.
+        named: labels of the points to name if all would be too many; points on the front are always named.
 
-    A line joins the front: the points that no other has both a lower cost and a lower error than. A point where others
-    are is a ring around them.
+    A line joins the front: the points that no other point beats in both cost and error. A point at the same place as
+    others is a ring around them.
     """
     if not points:
         return Markup('<p class="note">No run finished.</p>')
     x = Scale(0.0, max(point.x for point in points) * 1.08 or 1.0, LEFT, WIDTH - RIGHT)
     values = [v for point in points for v in (point.y, *(point.interval or ()))]
     low, high = data_range(values)
-    y = Scale(max(low, 0.0) if min(values) >= 0 else low, high, HEIGHT - BOTTOM, TOP)  # no error is below 0
+    y = Scale(max(low, 0.0) if min(values) >= 0 else low, high, HEIGHT - BOTTOM, TOP)  # errors are not below 0
     parts = [_axes(x, y, x_label, y_label, x_fmt, fmt)]
     best = front(points)
     if len(best) > 1:
@@ -237,12 +237,12 @@ def scatter(
     shown = [point for point in points if named is None or point.label in named or point in best]
     dots = [[_around(x(each.x), y(each.y), radius + 0.5)] for each, radius in zip(points, radii, strict=True)]
     whiskers = [[_reach(each, x, y)] for each in points]
-    parts += _labels(shown, x, y, [*dots, *dots, *whiskers, _along(best, x, y)])  # dots twice: rather cover a line
+    parts += _labels(shown, x, y, [*dots, *dots, *whiskers, _along(best, x, y)])  # dots twice: lines may be covered
     return _svg("".join(parts), title, HEIGHT, ' class="chart"')
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Return the points that none of the others beats: at most its cost and its error, and one of them less."""
+    """Return the points that no other beats: none has at most their cost and error, with one of the two lower."""
     best: list[Point] = []
     for point in sorted(points, key=lambda each: (each.x, each.y)):
         if not best or point.y < best[-1].y:
@@ -251,7 +251,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def legend(entries: Sequence[tuple[str, int]]) -> Markup:
-    """Draw names with a stroke of their colour; pointing at one brings its lines forward."""
+    """Draw names with a line of their colour; hovering over one brings its lines to the front."""
     items = "".join(
         f'<li class="{style_class(style)}" data-series="{esc(label)}"><svg width="26" height="10" aria-hidden="true">'
         f'<line class="line" x1="1" x2="25" y1="5" y2="5"/></svg>{esc(label)}</li>'
@@ -261,7 +261,7 @@ def legend(entries: Sequence[tuple[str, int]]) -> Markup:
 
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: Sequence[Sequence[Box]]) -> list[str]:
-    """Draw names beside their points, with a stroke to those that are far."""
+    """Draw names beside their points, with a leader line to distant ones."""
     ordered = sorted(points, key=lambda each: y(each.y))
     room = (LEFT, WIDTH, TOP - 2, HEIGHT - BOTTOM)
     places = point_labels.place([(x(each.x), y(each.y), BOLD * len(each.label)) for each in ordered], taken, room)
@@ -279,18 +279,18 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: Sequence[Sequenc
 
 
 def _reach(point: Point, x: Scale, y: Scale) -> Box:
-    """Return the box of a point with its interval."""
+    """Return the bounding box of a point with its interval."""
     ends = [y(edge) for edge in (point.y, *(point.interval or ()))]
     return x(point.x) - 6, x(point.x) + 6, min(ends) - 5, max(ends) + 5
 
 
 def _around(x: float, y: float, radius: float) -> Box:
-    """Return the box of a dot."""
+    """Return the bounding box of a dot."""
     return x - radius, x + radius, y - radius, y + radius
 
 
 def _along(best: Sequence[Point], x: Scale, y: Scale, pieces: int = 24) -> list[Box]:
-    """Return the line that joins the front, in small pieces."""
+    """Return the line that joins the front, as small segments."""
     places = [
         (x(one.x + part * (other.x - one.x)), y(one.y + part * (other.y - one.y)))
         for one, other in itertools.pairwise(best)
@@ -330,7 +330,7 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str, x_fmt: Format, fmt: Fo
 
 
 def _lines(drawn: Sequence[Series], x: Scale, y: Scale) -> Iterator[str]:
-    """Yield each line; a single point is a dot, a ring where others are, and hollow where a line would be dashed."""
+    """Yield each line; a single point is a dot, a ring if others are there, and hollow if the line would be dashed."""
     shared = overlaps.covered([(each.x, [y(value) for value in each.y], each.dashed) for each in drawn])
     rings = iter(overlaps.rings([(x(each.x[0]), y(each.y[0])) for each in drawn if len(each.x) == 1]))
     for series, below in zip(drawn, shared, strict=True):
@@ -360,7 +360,7 @@ def _path(xs: Sequence[float], ys: Sequence[float], x: Scale, y: Scale) -> str:
 
 
 def _thin(series: Series) -> Series:
-    """Return every n-th point of a long line, the last one always."""
+    """Return every n-th point of a long line, and always the last one."""
     n = len(series.x)
     if n <= MOST_POINTS:
         return series
@@ -371,14 +371,14 @@ def _thin(series: Series) -> Series:
 
 
 def data_range(values: Sequence[float]) -> tuple[float, float]:
-    """Return the range from the smallest value to the largest, with a little margin."""
+    """Return the range from the smallest value to the largest, with a small margin."""
     low, high = _widen(min(values), max(values))
     air = 0.06 * (high - low)
     return low - air if low < 0 or low - air > 0 else 0.0, high + air
 
 
 def _widen(low: float, high: float) -> tuple[float, float]:
-    """Return a range that is never a single point."""
+    """Return the range, widened if it is a single point."""
     if high > low:
         return low, high
     air = abs(low) * 0.1 or 0.01

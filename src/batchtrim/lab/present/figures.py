@@ -1,4 +1,4 @@
-"""The charts of a report as files of their own, SVG and PNG, for papers and slides: light, with their own style."""
+"""Save the charts of a report as separate SVG and PNG files for papers and slides, with a light style."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import charts, report
 from batchtrim.lab.present.templating import shipped
 
-ELSEWHERE = "The report stays as it is. Name a folder that can be written: --figures FOLDER."
-SCALE = 3  # pixels of the PNG to one of the chart
-ROW = 20  # height of a line of the legend
+ELSEWHERE = "The report is unchanged. Pass a writable folder: --figures FOLDER."
+SCALE = 3  # pixels of the PNG per unit of the chart
+ROW = 20  # height of a legend line
 
 
 def save(summary: Summary, folder: str | Path) -> list[Path]:
@@ -44,7 +44,7 @@ def save(summary: Summary, folder: str | Path) -> list[Path]:
 
 
 def standalone(chart: str, group: Group, note: str = "") -> str:
-    """Return a chart as an SVG document: with its style, a white ground and a legend, and without the page's script.
+    """Return a chart as an SVG document with its style, a white background and a legend, without the page's script.
 
     Args:
         note: a line under the legend.
@@ -66,7 +66,7 @@ def standalone(chart: str, group: Group, note: str = "") -> str:
 
 
 def _charts(group: Group) -> Iterator[tuple[str, str, str]]:
-    """Yield name, chart and the note it needs on its own: what dashes mean stands beside the chart on the page."""
+    """Yield name, chart and the note it needs outside the page, which explains dashes beside the chart."""
     drawn = report.group_values(group)
     if drawn["differences"]:
         yield "differences", str(drawn["differences"]), ""
@@ -86,7 +86,7 @@ def _legend(names: list[tuple[str, int]], top: int) -> str:
 
 
 def _style() -> str:
-    """Return the page's rules for charts in its light colours, written out: programs that draw know no variables."""
+    """Return the page's light rules for charts without CSS variables, which drawing programs do not support."""
     sheet = str(shipped("page.css")).partition("@media (max-width")[0]
     light = dict(re.findall(r"--([\w-]+): (#\w+);", sheet.partition("@media")[0]))
     rules = [

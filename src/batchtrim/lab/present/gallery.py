@@ -1,6 +1,6 @@
 """The gallery: one self-contained page with the hardest samples, a map, confusions and classes over time.
 
-:func:`build` makes it from a folder of runs that recorded a keep log (``batchtrim show``), :func:`write` from a log and
+:func:`build` makes it from a folder of runs with a keep log (``batchtrim show``), :func:`write` from a log and
 samples of your own: images, or rows of text or fields.
 
 n samples, C classes, S samples with a thumbnail.
@@ -38,12 +38,12 @@ from batchtrim.lab.run.task_config import TaskConfig
 
 __all__ = ["Samples", "build", "write"]
 
-PER_CLASS = 200  # hardest of a class that get a thumbnail or a row of text
-MOST_SHOWN = 6000  # of them in all, so that a page of a thousand classes stays light
+PER_CLASS = 200  # the hardest samples per class that get a thumbnail or a row of text
+MOST_SHOWN = 6000  # of them in total, so that a page of a thousand classes stays small
 MOST_SUSPECTS = 500
 SHEET_SIDE = 20  # thumbnails on a side of a sprite sheet
-THUMB = 64  # longest side of a thumbnail; smaller images are kept as they are
-MOST_LINES = 12  # classes drawn as lines of their own
+THUMB = 64  # longest side of a thumbnail; smaller images are not scaled
+MOST_LINES = 12  # classes drawn as separate lines
 LONGEST_TEXT = 400
 NO_CLASSES = ("all samples",)
 ORDERS = (
@@ -61,15 +61,16 @@ DRAWN = ("random", "loss_mass_random", "data_dropout")
 @renamed("pictures", "images")
 @dataclass(frozen=True)
 class Samples:
-    """The samples that the log's ids stand for.
+    """The samples that the log's ids refer to.
 
     Args:
-        labels: int (n,), as trained on. ``classes``: their C names. Neither for samples of no class, as in regression.
+        labels: int (n,), as trained on. ``classes``: their C names. Omit both for samples without a class, as in
+            regression.
         images: uint8 (n, channels, H, W), one or three channels; or
         rows: a text for each sample, or a mapping of field names to values.
-        predicted, confidence: (n,), class and probability, where the log's own (the last seen in training, augmentation
-            and all) should not be used.
-        title: heading of the page. ``facts``: settings to print at its foot. ``random``: the kept samples were
+        predicted, confidence: (n,), class and probability, if the log's own (from the last visit in training, with
+            augmentation) should not be used.
+        title: heading of the page. ``facts``: settings to print at the bottom. ``random``: the kept samples were
             drawn at random, so keep rates say nothing about them.
     """
 
@@ -93,16 +94,16 @@ def build(
     seed: int | None = None,
     data_dir: str | None = None,
 ) -> Path:
-    """Write the gallery of a run that recorded a keep log; returns the page's path.
+    """Write the gallery of a run with a keep log, and return the page's path.
 
     Args:
         run: the folder that holds ``runs.jsonl`` and ``keep/KEY.parquet``. ``out``: the page, by default
             ``keep/KEY.html`` in that folder. ``key``, ``method``, ``seed``: which
             run; see :func:`batchtrim.lab.present.logged.choose`.
-        data_dir: where data sets lie; by default where the runs found them.
+        data_dir: the folder of data sets; by default where the runs found them.
 
     Raises:
-        ValueError: the folder holds no keep log, or none of that key.
+        ValueError: the folder has no keep log, or none with that key.
     """
     folder = Path(run).parent if Path(run).name == "runs.jsonl" else Path(run)
     rows = records.read(folder)
@@ -155,7 +156,7 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     """Write the page of ``log`` over ``samples`` to ``out``.
 
     Raises:
-        ValueError: log and samples are of different length, or there is neither an image nor a row to show.
+        ValueError: log and samples differ in length, or there are neither images nor rows to show.
     """
     by_class = samples.labels is not None
     if samples.labels is None:
@@ -201,18 +202,18 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         orders=ORDERS,
         history=_class_history(log, samples.classes) if by_class else None,
         facts=samples.facts,
-        # no tag inside the script: neither </script> nor <!--<script>, after which a browser looks past the closing tag
+        # no tag inside the script: neither </script> nor <!--<script>, which makes a browser ignore the closing tag
         data=Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
     )
     path = Path(out)
-    with writing(path, "The runs stay as they are. Name a page that can be written: --out PAGE."):
+    with writing(path, "The runs are unchanged. Pass a writable page: --out PAGE."):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write(page.encode()))
     return path
 
 
 def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
-    """Return the page's data on each sample that was seen, most suspect first, packed into few bytes."""
+    """Return the page's data on each sample seen, most suspect first, packed into few bytes."""
     assert samples.labels is not None
     table = log.table()
     ids, scores = suspects(log)
@@ -239,7 +240,7 @@ def _percent(values: Tensor) -> np.ndarray:
 
 
 def _shown(columns: dict[str, np.ndarray], classes: int) -> np.ndarray:
-    """Return positions of the samples to show: the hardest of each class by mean loss, and the most suspect of all."""
+    """Return the positions of the samples to show: the hardest per class by mean loss, and the most suspect overall."""
     each = min(PER_CLASS, max(4, MOST_SHOWN // max(1, classes)))
     order = np.argsort(-np.nan_to_num(columns["mean"], nan=np.inf), kind="stable")
     labels = columns["label"][order]
@@ -249,7 +250,7 @@ def _shown(columns: dict[str, np.ndarray], classes: int) -> np.ndarray:
 
 
 def _loss_scale(columns: dict[str, np.ndarray]) -> float:
-    """Return a loss that nearly all samples stay below, so that a few outliers do not squeeze the map."""
+    """Return a loss that nearly all samples are below, so that a few outliers do not compress the map."""
     mean = columns["mean"][np.isfinite(columns["mean"])]
     return float(np.quantile(mean, 0.999)) or 1.0 if len(mean) else 1.0
 
@@ -285,7 +286,7 @@ def _sheets(images: Tensor) -> tuple[list[str], dict[str, int]]:
 
 
 def _fields(row: str | Mapping[str, Any]) -> list[list[str]]:
-    """Return a sample that is no image, as names and values; a plain text has an empty name."""
+    """Return a sample that is not an image, as names and values; a plain text has an empty name."""
     pairs = [("", row)] if isinstance(row, str) else row.items()
     return [[str(name), text if len(text := str(value)) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"]
             for name, value in pairs]  # fmt: skip
@@ -310,7 +311,7 @@ def _numbers(log: KeepLog, columns: dict[str, np.ndarray]) -> list[Tile]:
 
 
 def _class_history(log: KeepLog, classes: Sequence[str]) -> dict[str, Any]:
-    """Keep rate of each class over epochs; of many classes those kept least and most at the end."""
+    """Return the keep rate of each class over epochs; of many classes, those kept least and most at the end."""
     lines = [line for line in log.history if line.get("class_seen")]
     if not lines:
         return {"note": "The log was made without classes, so this was not recorded.", "chart": None}

@@ -1,4 +1,4 @@
-"""Choose the run of a folder to show: by key, by name, or the likeliest one."""
+"""Choose the run of a folder to show: by key, by name, or by default."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def choose(
 ) -> Mapping[str, Any]:
     """Return the run with this key (or its beginning), method and seed.
 
-    Where several fit: ``trim`` before others, any method before plain training, the smallest seed, the last started.
+    If several match: ``trim`` before others, any method before plain training, the smallest seed, the last started.
 
     Raises:
-        ValueError: none fits; the message lists the runs by name.
+        ValueError: none matches; the message lists the runs by name.
     """
     found = [
         row
@@ -42,13 +42,13 @@ def choose(
 
 
 def name(row: Mapping[str, Any]) -> str:
-    """Return a run's name, as progress lines have it."""
+    """Return a run's name, as in progress lines."""
     config = row["config"]
     return (TaskConfig if "task" in config else RunConfig).from_dict(config).label
 
 
 def remembered(folder: Path) -> str | None:
-    """Return the folder of data sets that the runs in ``folder`` were given, if it is there still."""
+    """Return the folder of data sets that the runs in ``folder`` used, if it still exists."""
     path = folder / DATA_DIR
     if not path.exists():
         return None

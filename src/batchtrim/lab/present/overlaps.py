@@ -1,4 +1,4 @@
-"""Draw what overlaps in a chart so that nothing hides anything else. Lengths are in units of the drawing."""
+"""Separate overlapping marks in a chart so that none hides another. Lengths are in units of the drawing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEVELS = (0, *(sign * step for step in (6, 12, 3, 9, 15) for sign in (-1, 1)))
 
 
 def apart(places: Sequence[float], near: float = 7.0) -> list[int]:
-    """Return how far up or down each dot of a row moves: by its size, or by half of it where many are at one place."""
+    """Return how far each dot of a row moves up or down: by its size, or half of it if many share a place."""
     taken: list[tuple[float, int]] = []
     for place in places:
         beside = {level for other, level in taken if abs(place - other) <= near}
@@ -29,7 +29,7 @@ def rings(places: Sequence[tuple[float, float]], near: float = 4.0) -> list[int]
 
 
 def covered(lines: Sequence[tuple[Sequence[float], Sequence[float], bool]], near: float = 1.5) -> list[int]:
-    """Return how many earlier lines each would cover over most of its way: its gaps are the wider, the more.
+    """Return how many earlier lines each would mostly cover: more of them give it wider gaps.
 
     Args:
         lines: x and y of each, and whether it is dashed.

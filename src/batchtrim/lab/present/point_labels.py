@@ -1,6 +1,6 @@
 """Place the names of a chart's points: beside them, clear of each other, and of other points and lines if possible.
 
-All lengths are those of the drawing, y downwards.
+All lengths are in units of the drawing, with y downwards.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from collections.abc import Sequence
 __all__ = ["Box", "place"]
 
 Box = tuple[float, float, float, float]
-"""Left, right, top and bottom of something drawn."""
+"""Left, right, top and bottom of a mark."""
 
-ABOVE, BELOW = 10, 3  # of a name's base line, that its letters take
+ABOVE, BELOW = 10, 3  # height of letters above a name's baseline
 GAP = 10  # between the middle of a point and its name
-CROSSED = 16.0  # how far a name is moved rather than laid over a point or a line
+CROSSED = 16.0  # how far a name moves rather than cover a point or a line
 SIDES = {"start": 0.0, "end": 2.0, "middle": 4.0}
-"""Anchors of a name: to the right, to the left, above or below; each with its penalty."""
+"""Positions of a name: right, left, above or below, each with its penalty."""
 
 
 def place(
     points: Sequence[tuple[float, float, float]], taken: Sequence[Sequence[Box]], room: Box
 ) -> list[tuple[float, float, str]]:
-    """Return each name's x, base line and anchor.
+    """Return each name's x, baseline and anchor.
 
-    No name covers another as long as there is room; each is moved up or down by little, and by up to ``CROSSED`` for
+    No name covers another as long as there is room. Each moves up or down a little, and by up to ``CROSSED`` for
     each point or line that it would cover.
 
     Args:
-        points: x and y of each, and the width of its name. taken: what else is drawn, in boxes. room: for all of it.
+        points: x and y of each, and the width of its name. taken: boxes of other marks. room: the box for everything.
     """
     found: list[tuple[float, float, str]] = []
     names: list[Box] = []

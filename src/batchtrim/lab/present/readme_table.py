@@ -1,4 +1,4 @@
-"""One row a problem: the table of a README, written between two marks so that a command can write it again."""
+"""The README's table, one row per problem, written between two marks so that a command can rewrite it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from batchtrim.lab.present import tables, wording
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 METHODS = ("random", "full_equal_compute", "trim", "loss_mass", "loss_mass_kept")
-"""Methods that have a column, beside plain training."""
+"""Methods with a column, besides plain training."""
 FEWEST = 3  # seeds
 
 
 def write(records: Sequence[Record], page: Path) -> None:
-    """Replace what stands between the marks of a page by the table.
+    """Replace the text between the marks of a page by the table.
 
     Raises:
         ValueError: the page lacks the marks.
@@ -29,15 +29,15 @@ def write(records: Sequence[Record], page: Path) -> None:
     if not begun or not ended:
         raise ValueError(f"expected {BEGIN} and {END} around the table in {page}, got a page without them.")
     whole = f"{before}{BEGIN}\n\n{table(records)}\n\n{END}{after}"
-    with writing(page, "The page stays as it was. Name one that can be written: --table PAGE."):
+    with writing(page, "The page is unchanged. Pass a writable one: --table PAGE."):
         write_whole(page, lambda file: file.write(whole.encode()))
 
 
 def table(records: Sequence[Record]) -> str:
-    """Return a row for every problem that plain training and a trimmed one were run on, with three seeds or more.
+    """Return a row for every problem with runs of plain and trimmed training on at least three seeds.
 
-    A problem in several records has the row of the last. The order is that of plain training's error.
-    Cells: plain training's error, mean ± standard deviation in percent; then differences to it in points, with the
+    If a problem is in several records, the last one counts. Rows are ordered by plain training's error.
+    Cells: plain training's error, mean ± standard deviation in percent; then differences from it in points, with the
     95 % interval and the share of backward samples.
     """
     rows: dict[str, tuple[float, str]] = {}

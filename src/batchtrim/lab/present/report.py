@@ -1,6 +1,6 @@
-"""The comparison report as one page of HTML: style, script and charts are in it, nothing is fetched.
+"""The comparison report as one HTML page that contains style, script and charts and fetches nothing.
 
-This file gathers what ``templates/report.html`` lays out. What the page says is worded in
+This file collects the values for ``templates/report.html``. The page's sentences are in
 :mod:`batchtrim.lab.present.wording` and drawn in :mod:`batchtrim.lab.present.charts`.
 """
 
@@ -23,18 +23,16 @@ from batchtrim.lab.present.caveats import caveat_texts
 from batchtrim.lab.present.charts import Series, style_class
 from batchtrim.lab.present.templating import render
 
-MOST_LABELS = 10  # points that are named in a chart of costs; of more, the best of each method
-MOST_BANDS = 4  # methods; bands of more than these cover one another
-OPEN_GROUPS = 3  # more groups than this start folded
-ELSEWHERE = (
-    "The runs stay as they are. For a report in a folder that can be written: `batchtrim report` with --out FOLDER."
-)
+MOST_LABELS = 10  # points that are named in a chart of costs; if there are more, the best of each method
+MOST_BANDS = 4  # methods; bands of more would cover one another
+OPEN_GROUPS = 3  # more groups than this start collapsed
+ELSEWHERE = "The runs are unchanged. To write the report elsewhere: `batchtrim report` with --out FOLDER."
 MARKS = {"lower": "▼ ", "higher": "▲ ", "same": "≈ ", "none": ""}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table: a line, and a second, quieter one."""
+    """A table cell: a line, and a second, less prominent one."""
 
     main: str
     small: str = ""
@@ -42,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Tile:
-    """A number that stands out, with what it is; ``kind`` colours it."""
+    """A prominent number with its caption; ``kind`` sets the colour."""
 
     value: str
     text: str
@@ -103,7 +101,7 @@ def comparison_page(summary: Summary) -> str:
 
 
 def _overview(summary: Summary) -> dict[str, Any] | None:
-    """Return a table of settings by methods: the difference in points, marked if it is a finding."""
+    """Return a table of settings by methods: the difference in points, highlighted if it is a finding."""
     labels = list(dict.fromkeys(arm.label for group in summary.groups for arm in group.arms if arm.paired))
     if not labels:
         return None
@@ -133,7 +131,7 @@ def _overview_cell(arm: Arm | None, base: Arm | None) -> dict[str, str]:
 
 
 def group_values(group: Group) -> dict[str, Any]:
-    """Return what the page says and draws of a group."""
+    """Return the page's texts and charts for a group."""
     chosen = styles(group)
     return {
         "title": group.title,
@@ -165,13 +163,13 @@ def group_values(group: Group) -> dict[str, Any]:
 
 
 def styles(group: Group) -> dict[str, int]:
-    """Return a style for each arm: 0, grey, for the baseline; the others take the colours in turn."""
+    """Return a style per arm: 0 (grey) for the baseline; the others get the colours in turn."""
     others = [arm.label for arm in group.arms if arm.label != group.baseline]
     return ({group.baseline: 0} if group.baseline else {}) | {label: 1 + i for i, label in enumerate(others)}
 
 
 def _tiles(group: Group) -> list[Tile]:
-    """Return a comparison of two arms as four tiles; none for more arms, which have the table."""
+    """Return a comparison of two arms as four tiles; none for more arms, for which there is the table."""
     if len(group.arms) != 2 or group.arms[1].paired is None:
         return []
     base, arm = group.arms
@@ -210,7 +208,7 @@ def _table(arms: Sequence[Arm], group: Group, styles: dict[str, int], cost: bool
             names = ("seconds", "samples_backward")
             cells += [Cell(wording.cost(arm, name), wording.share(arm, base, name) if base else "") for name in names]
         kind = wording.kind(arm.paired) if arm.paired else ""
-        # a view at an equal budget counts against full, whose rate has not fallen yet: no colour of a verdict
+        # a view at an equal budget disadvantages full, whose learning rate has not decayed yet: no verdict colour
         colour = wording.colour(arm.paired) if arm.paired and cost else ""
         first, _, rest = wording.verdict(arm, group.reference).partition("; ")
         said = MARKS[kind] + first if arm.paired else "baseline" if arm is base else ""
@@ -262,7 +260,7 @@ def _differences(group: Group, styles: dict[str, int]) -> Markup | None:
 
 
 def _drawn(cards: list[Card]) -> list[Card]:
-    """Return the cards that show something: results of another program have no curves, and may have no cost."""
+    """Return the cards that have data: results of another program have no curves, and may have no cost."""
     return [card for card in cards if "<svg" in card.chart]
 
 
@@ -278,7 +276,7 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
         *(_series(group, styles, "mean_loss", band=False, dashed=True)),
     ]
     keep = _series(group, styles, "keep", band=False)
-    training = _series(group, styles, "train_error", band=banded)  # which a task need not log
+    training = _series(group, styles, "train_error", band=banded)  # a task need not log it
     fitted = [
         Card("Training error", "Of the samples as they were trained on, while the network changed.",
              charts.lines(training, x_label="epoch", y_label="training error %", fmt=_axis_percent,
@@ -301,7 +299,7 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
 def _series(
     group: Group, styles: dict[str, int], name: str, *, band: bool = True, dashed: bool = False
 ) -> list[Series]:
-    """Return one line per arm: a curve's mean over seeds. Epochs count from 1; some seed must have a value."""
+    """Return one line per arm: a curve's mean over seeds. Epochs count from 1; at least one seed must have a value."""
     series = []
     for arm in group.arms:
         curves = [row["curve"].get(name) or [] for row in arm.runs if row["status"] == "finished"]
@@ -333,7 +331,7 @@ def _series(
 
 
 def _error_range(series: Sequence[Series]) -> tuple[tuple[float, float] | None, bool]:
-    """Return a range for the end of training, up to the worst error after a fifth of it, and whether it cuts any."""
+    """Return an axis range up to the worst error after a fifth of training, and whether it cuts off any values."""
     late = [y for each in series for part in (each.y, each.low, each.high) for y in (part or [])[len(each.y) // 5 :]]
     if not late:
         return None, False
@@ -394,5 +392,5 @@ def _axis(metric: Metric) -> Callable[[float], str]:
 
 
 def _axis_percent(value: float) -> str:
-    """Return a percentage with as few decimals as an axis of errors needs."""
+    """Return a percentage with as few decimals as an error axis needs."""
     return f"{100 * value:.4g}"

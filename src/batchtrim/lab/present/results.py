@@ -1,7 +1,7 @@
-"""The page of results in Markdown: the claims of every record, judged by its runs, then its tables.
+"""The page of results in Markdown: the claims of every record, judged from its runs, then its tables.
 
-Its drawings are written to a folder beside it: test error against backward samples, one for each problem, and against
-training time where that was taken alone.
+Its drawings are written to a folder beside it, one per problem: test error against backward samples, and against
+training time if that was measured with nothing else running.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def write(records: Sequence[Record], out: Path) -> None:
     """Write the page, and its drawings into a folder beside it."""
     files = {out: page(records)} | {out.parent / DRAWINGS / name: each for name, each in drawings(records).items()}
     for path, text in files.items():
-        with writing(path, "The records stay as they are. Name a page that can be written: --out PAGE."):
+        with writing(path, "The records are unchanged. Pass a writable page: --out PAGE."):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda file, text=text: file.write(text.encode()))
 
 
 def page(records: Sequence[Record]) -> str:
-    """Return a Markdown page on all records: the claims first, then each record's tables."""
+    """Return a Markdown page on all records: for each, the claims and then the tables."""
     lines = [_INTRODUCTION, *_gains(records)]
     for record in records:
         name, topic = record.folder.name, _topic(record)
@@ -79,7 +79,7 @@ def page(records: Sequence[Record]) -> str:
 
 
 def _topic(record: Record) -> str:
-    return re.sub(r"^\d{4}-\d\d-\d\d-", "", record.folder.name)  # a record is named by its date first
+    return re.sub(r"^\d{4}-\d\d-\d\d-", "", record.folder.name)  # a record's name starts with its date
 
 
 def _drawing_name(record: Record, group: Group, axis: _Axis) -> str:
@@ -124,7 +124,7 @@ def _drawing(group: Group, axis: _Axis) -> str:
 
 
 def _css() -> list[str]:
-    """Return the lines of the page's style sheet that its charts use, for a drawing that stands alone."""
+    """Return the lines of the page's style sheet that charts use, for a separate drawing."""
     lines = (Path(__file__).parent / "page.css").read_text(encoding="utf-8").splitlines()
     end = lines.index("* { box-sizing: border-box; }")
     font = 'svg { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }'
@@ -132,7 +132,7 @@ def _css() -> list[str]:
 
 
 def _gains(records: Sequence[Record]) -> list[str]:
-    """Return a table of each method's gain; problems are ordered by the training error of plain training."""
+    """Return a table of each method's gain; problems are ordered by plain training's training error."""
     rows = []
     for record in records:
         for group in record.groups:
@@ -149,7 +149,7 @@ def _gains(records: Sequence[Record]) -> list[str]:
     heads = ["problem", "seeds", "training error of plain training, %", *(f"`{name}`" for name in GAINS)]
     return [
         "## When does trimming help?", "",
-        "Difference in test error to plain training, in points (95 % interval); below zero is better. Problems are "
+        "Difference in test error from plain training, in points (95 % interval); below zero is better. Problems are "
         "ordered by the training error at the end of plain training, measured with augmentation in training mode.", "",
         f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(line for _, line in sorted(rows)), "",
     ]  # fmt: skip
@@ -184,6 +184,6 @@ def _findings_table(record: Record) -> list[str]:
 
 
 def _seeds(found: Finding) -> str:
-    """Return the number of pairs, and how many are missing because a run diverged."""
+    """Return the number of pairs, and the number missing because a run diverged."""
     lost = f" ({len(found.diverged)} diverged)" if found.diverged else ""
     return f"{found.difference.n}{lost}"

@@ -1,6 +1,6 @@
 """A sweep over schedules and ends: its headline, and a grid for each method with the best cell marked.
 
-Besides, what the page explains where it stands: its terms, and the seconds that a run's parts took.
+It also has the page's explanations: terms, and the seconds of a run's parts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.present import wording
 
-LEAST = 4  # cells; fewer are read in the table of methods
+LEAST = 4  # cells; with fewer, the table of methods is enough
 MOST_TIMED = 4  # methods whose seconds are listed in a sentence
 
 TERMS = (
@@ -23,7 +23,7 @@ TERMS = (
 
 @dataclass(frozen=True)
 class GridCell:
-    """The arm of a schedule and an end; ``best`` marks the one with the best mean."""
+    """The arm of a schedule and a keep end; ``best`` marks the one with the best mean."""
 
     main: str
     small: str
@@ -33,7 +33,7 @@ class GridCell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A method's arms: schedules downwards, keep ends to the right. ``said``: the best in a line."""
+    """A method's arms: schedules as rows, keep ends as columns. ``said``: a line on the best."""
 
     method: str
     ends: tuple[str, ...]
@@ -42,7 +42,7 @@ class Grid:
 
 
 def grids(group: Group) -> list[Grid]:
-    """Return a grid for each method that was run with several schedules and ends; none of other comparisons."""
+    """Return a grid for each method that was run with several schedules and ends; none for other comparisons."""
     by_method: dict[str, list[Arm]] = {}
     for arm in group.arms:
         if arm.settings.get("schedule") is not None and arm.settings.get("keep_end") is not None:
@@ -51,7 +51,7 @@ def grids(group: Group) -> list[Grid]:
 
 
 def times(group: Group) -> str:
-    """Return the mean seconds of a run in training and in testing; of many methods, those in testing alone."""
+    """Return a run's mean seconds of training and testing; for many methods, those of testing only."""
     timed = [arm for arm in group.arms if "seconds" in arm.cost and arm.cost.get("seconds_eval")]
     if len(timed) > MOST_TIMED:
         low, high = (wording.amount(each(arm.cost["seconds_eval"] for arm in timed)) for each in (min, max))
@@ -86,7 +86,7 @@ def _cell(arm: Arm | None, best: Arm | None) -> GridCell | None:
 
 
 def _best_said(best: Arm, of: int) -> str:
-    """Return the best of several in words, with the warning that goes with picking it."""
+    """Return a sentence on the best of several arms, with a warning about picking it."""
     unit = best.metric.unit
     against = f", {wording.difference(best.paired)}{unit} against the baseline" if best.paired else ""
     return (

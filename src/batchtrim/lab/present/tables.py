@@ -1,6 +1,6 @@
-"""A comparison in tables: Markdown, CSV, JSON, and one for the console.
+"""A comparison as tables: Markdown, CSV, JSON, and for the console.
 
-The numbers come from :mod:`batchtrim.lab.analyse.comparison`, their words from :mod:`batchtrim.lab.present.wording`.
+The numbers come from :mod:`batchtrim.lab.analyse.comparison`, the texts from :mod:`batchtrim.lab.present.wording`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["console_table", "print_numbers", "print_table", "to_json"]
 
-NARROWEST_LABEL = 20  # characters to which the names of methods are folded
+NARROWEST_LABEL = 20  # characters after which names of methods are wrapped
 
 
 def console_table(summary: Summary) -> RenderableType:
@@ -52,7 +52,7 @@ def console_table(summary: Summary) -> RenderableType:
 
 
 class _ConsoleTable:
-    """A group's table; where the console is too narrow for it, a paragraph for each arm: no number is cut off."""
+    """A group's table, or a paragraph per arm if the console is too narrow, so that no number is truncated."""
 
     def __init__(self, group: Group):
         self.title = group.title
@@ -95,7 +95,7 @@ class _ConsoleTable:
 
 
 def print_table(summary: Summary) -> None:
-    """Print the tables and verdicts on standard output; lines are wrapped for a terminal alone, not for a pipe."""
+    """Print tables and verdicts on standard output; lines are wrapped for a terminal, but not for a pipe."""
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
     console(width=wide).print(console_table(summary))
 
@@ -113,7 +113,7 @@ def _legends(summary: Summary) -> list[str]:
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
-    """Return everything but the curves as plain values."""
+    """Return everything except the curves as plain values."""
     return {
         "verdict": wording.headline(summary),
         "runs": summary.runs,
@@ -158,7 +158,7 @@ def to_markdown(summary: Summary) -> str:
                 lines += [*markdown_table(group, view.arms, cost=False), ""]
         lines += ["### Settings", ""]
         lines += [f"* {cell(name)}: {cell(value)}" for name, value in group.settings.items()]
-        command = " ".join(wording.command(group).splitlines())  # one line cannot close the block it stands in
+        command = " ".join(wording.command(group).splitlines())  # a single line cannot close the block that contains it
         lines += ["", "Run it again:", "", "```", command, "```", ""] if command else [""]
     lines += ["## Environment", ""]
     lines += [f"* {cell(name)}: {cell(value)}" for name, value in wording.environment(summary).items()]
@@ -269,7 +269,7 @@ def cell(value: object) -> str:
 
 
 def by_method(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
-    """Return all arms of each method: one method may have several, with other settings."""
+    """Return all arms of each method: a method may have several, with different settings."""
     found: dict[str, list[Arm]] = {}
     for arm in arms:
         found.setdefault(arm.settings["method"], []).append(arm)
@@ -277,7 +277,7 @@ def by_method(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
 
 
 def of_arms(arms: Sequence[Arm], text: Callable[[Arm], str]) -> str:
-    """Return the text of a method's only arm, or that of each with the settings that tell it from the others."""
+    """Return the text of a method's only arm, or of each arm with the settings that distinguish it."""
     if len(arms) == 1:
         return text(arms[0])
     named = ((arm.label.removeprefix(arm.settings["method"]).strip(" ()"), text(arm)) for arm in arms)

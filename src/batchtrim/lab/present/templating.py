@@ -1,4 +1,4 @@
-"""Pages from templates: all that enters one is escaped, but for charts and the package's own style and script."""
+"""Render pages from templates: every value is escaped, except charts and the package's own style and script."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from markupsafe import Markup, escape
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page of ``templates/``: self-contained, it fetches nothing."""
+    """Return a page from ``templates/``; it is self-contained and fetches nothing."""
     return _environment().get_template(template).render(values)
 
 
 def shipped(name: str) -> Markup:
-    """Return a style sheet or script of this package."""
+    """Return a style sheet or script that belongs to this package."""
     return Markup(resources.files(__package__ or "").joinpath(name).read_text(encoding="utf-8"))
 
 
@@ -35,5 +35,5 @@ def _environment() -> Environment:
 
 
 def _breakable(text: object) -> Markup:
-    """Allow line breaks before a bracket and after a comma, and nowhere inside an identifier."""
+    """Allow line breaks before a bracket and after a comma, but not inside an identifier."""
     return escape(text).replace("(", Markup("<wbr>(")).replace(",", Markup(",<wbr>"))

@@ -1,4 +1,4 @@
-"""Every sentence on a comparison: verdicts and numbers in words, the same on the console, in Markdown and on pages."""
+"""Every sentence on a comparison: verdicts and numbers as text, the same on the console, in Markdown and on pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchtrim.lab.analyse.inference import MIN_PAIRS
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.run.config import ARM_SETTINGS, SETTINGS
 
-MOST_NAMED = 4  # arms that a verdict lists by name, where some are the same method
+MOST_NAMED = 4  # arms that a verdict lists by name, if some are the same method
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 LEGEND = (
@@ -24,7 +24,7 @@ LEGEND = (
 
 
 def legend(metric: Metric) -> str:
-    """Return how to read a table of a metric."""
+    """Return an explanation of a metric's table."""
     if metric == ERROR:
         return LEGEND
     sign = "above" if metric.higher_is_better else "below"
@@ -36,7 +36,7 @@ def legend(metric: Metric) -> str:
 
 
 KINDS = {Verdict.LOWER: "lower", Verdict.HIGHER: "higher", Verdict.NOT_SEEN: "same", Verdict.SAME: "same"}
-"""The direction of a verdict; the others have none."""
+"""The direction of a verdict; other verdicts have none."""
 FINDINGS = {"lower": "lower", "higher": "higher", "same": "no difference seen", "none": "no verdict"}
 VIEWS = {
     "samples_backward": ("Equal samples backward", "samples backward"),
@@ -116,7 +116,7 @@ def group_verdict(group: Group) -> str:
 
 
 def _sweep_verdict(compared: list[Arm], metric: Metric) -> str:
-    """Return how often each method was lower, higher or neither over its schedules, and its best."""
+    """Return how often each method was lower, higher or neither over its schedules, and its best arm."""
     lines = []
     for method in dict.fromkeys(str(arm.settings["method"]) for arm in compared):
         arms = [arm for arm in compared if arm.settings["method"] == method]
@@ -128,7 +128,7 @@ def _sweep_verdict(compared: list[Arm], metric: Metric) -> str:
 
 
 def best_of(arms: Iterable[Arm]) -> Arm | None:
-    """Return the arm with the best mean; None where no run finished."""
+    """Return the arm with the best mean; None if no run finished."""
     known = [arm for arm in arms if arm.moments.mean is not None]
     sign = -1.0 if known and known[0].metric.higher_is_better else 1.0
     return min(known, key=lambda arm: sign * (arm.moments.mean or 0.0), default=None)
@@ -174,7 +174,7 @@ def view_title(view: View) -> str:
 
 
 def view_note(view: View) -> str:
-    """Return how the errors of a view were read."""
+    """Return an explanation of how the errors of a view were read."""
     if view.apart:
         (ended, first), (begun, second) = view.apart
         return (
@@ -205,7 +205,7 @@ def claim(claim: Claim) -> str:
 
 
 def better(metric: Metric) -> str:
-    """Return which direction of a metric is better, and how it is compared."""
+    """Return a sentence on which direction of a metric is better, and how it is compared."""
     return f"{capital(metric.better)} {metric.name} is better; differences are paired by seed."
 
 
@@ -235,7 +235,7 @@ def points(value: float, digits: int = 2) -> str:
 
 
 def percent(value: float | None, digits: int = 2, metric: Metric = ERROR, spread: float | None = None) -> str:
-    """Return a metric's number: an error in percent, without the sign; another's decimals by its spread."""
+    """Return a metric's number: an error in percent, without the sign; others with decimals by their spread."""
     return UNKNOWN if value is None else metric.number(value, digits, spread)
 
 
@@ -264,7 +264,7 @@ def runs(arm: Arm) -> str:
 
 
 def short_runs(arm: Arm) -> str:
-    """Return how many runs finished; 4/5 if one did not."""
+    """Return how many runs finished, such as 4/5 if one did not."""
     tried = arm.moments.n + len(arm.diverged) + len(arm.failed)
     return str(tried) if tried == arm.moments.n else f"{arm.moments.n}/{tried}"
 
@@ -297,7 +297,7 @@ def p_value(p: float | None) -> str:
 
 
 def amount(value: float) -> str:
-    """Return a count or a time in at most four figures and a letter: 1.2M."""
+    """Return a count or a time in three digits and a letter: 1.2M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -325,7 +325,7 @@ def share(arm: Arm, reference: Arm | None, name: str) -> str:
 
 
 def environment(summary: Summary) -> dict[str, str]:
-    """Return versions and hardware; if runs differ, every value."""
+    """Return versions and hardware; if runs differ, all values."""
     seen: dict[str, list[str]] = {}
     for row in summary.rows:
         for name, value in (row.get("environment") or {}).items():
@@ -337,13 +337,13 @@ def environment(summary: Summary) -> dict[str, str]:
 
 
 _NOT_TYPED = ("device", *(name for name, each in SETTINGS.items() if not each.help))
-"""Settings that the command leaves out: the device is the machine's, and the others are no options."""
+"""Settings that the command omits: the device depends on the machine, and the others have no option."""
 
 
 def command(group: Group) -> str:
-    """Return the command that runs this group again; runs already recorded in the folder are skipped.
+    """Return the command that repeats this group; runs already recorded in the folder are skipped.
 
-    "" for the results of another program.
+    "" for another program's results.
     """
     if "epochs" not in group.settings:
         return ""
@@ -372,7 +372,7 @@ def command(group: Group) -> str:
 
 
 def _flag(name: str, value: bool) -> str:
-    """Return the flag that gives this value; "" where leaving it out does."""
+    """Return the flag that sets this value; "" if omitting it does."""
     if name == "higher_is_better":
         return "--higher-is-better" if value else "--lower-is-better"
     return f"--{name.replace('_', '-')}" if value else ""

@@ -1,9 +1,10 @@
-"""runs.jsonl: every finished run is one line, appended whole or not at all, even if a process dies.
+"""Read and write runs.jsonl: each finished run is one line, appended whole or not at all, even if a process dies.
 
 A line is written by one ``write`` to a file opened for appending, then synced, under a file lock. If the machine
-goes down in the middle, the piece at the end is not a finished run: readers skip it, and the next writer moves it to
+crashes in the middle, the partial line at the end is not a finished run: readers skip it, and the next writer moves it
+to
 ``runs.torn``. A whole run at the end that only lacks its newline counts. A run in progress is claimed by a lock that
-the kernel frees when its holder dies, so two processes on one folder share the work and never do a run twice.
+the kernel releases when its holder dies, so two processes on one folder share the work and never do a run twice.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Records:
     """The runs in a folder.
 
     Args:
-        folder: made if missing; holds ``runs.jsonl``, and the locks of runs in progress in ``.claims``.
+        folder: created if missing; holds ``runs.jsonl``, and in ``.claims`` the locks of runs in progress.
 
     Raises:
         PermissionError: the folder cannot be written.
@@ -71,20 +72,20 @@ class Records:
         self._offset = self._line = 0
 
     def rows(self) -> list[Row]:
-        """Return the runs recorded so far, by anyone: one per key, the last one recorded."""
+        """Return the runs recorded so far by any process: the last row for each key."""
         self._refresh()
         return list(self._rows.values())
 
     def is_done(self, key: str) -> bool:
-        """True if the run of that key finished or diverged; one that failed is tried again."""
+        """True if the run with that key finished or diverged; a failed run is retried."""
         self._refresh()
         return self._rows.get(key, {}).get("status") in DONE
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Record a run: when this returns, the line is on the disk. Curves are kept to six figures.
+        """Record a run; when this returns, the line is on disk. Curves are rounded to six significant digits.
 
         Raises:
-            OSError: the disk is full, or the file cannot be written; nothing of the row is left in it.
+            OSError: the disk is full, or the file cannot be written; no part of the row is left in it.
         """
         line = line_of(row)
         with writing(self.path), self._lock("append"):
@@ -103,9 +104,9 @@ class Records:
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Hold the run of that key for this process: True, or False where another holds it or it is done.
+        """Claim the run with that key for this process; yield False if another process has it or it is done.
 
-        The claim ends with the block, and with the process, however it ends.
+        The claim ends with the block, or with the process, however that ends.
         """
         lock = self._lock(key)
         try:
@@ -120,10 +121,10 @@ class Records:
             lock.release()
 
     def settle(self, cells: list[Row]) -> None:
-        """Say which experiment this folder holds, or check that it is still the same one.
+        """Note which experiment this folder holds, or check that it is the same one.
 
         Args:
-            cells: for each part of a grid, the settings its runs share (all but method, schedule and seed).
+            cells: for each part of a grid, the settings that its runs share (all but method, schedule and seed).
 
         Raises:
             UseAnotherFolder: the folder's experiment neither contains these cells nor is contained in them.
@@ -138,21 +139,21 @@ class Records:
                     write_whole(path, lambda file: file.write(text.encode()))
 
     def differing(self, cells: list[Row]) -> dict[str, tuple[Any, Any]]:
-        """Return the settings, there and here, that make these cells another experiment; {} where they are not."""
+        """Return the settings, there and here, that make these cells another experiment; {} if it is the same."""
         with self._lock("settle"):
             _, ours, gone = self._compared(cells)
         return _differing(gone, ours) if ours and gone else {}
 
     def _compared(self, cells: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-        """Return the folder's cells, those of ``cells`` that it lacks, and those it has that are not among them."""
+        """Return the folder's cells, those of ``cells`` that it lacks, and those that only it has."""
         path = self.folder / "grid.json"
         there = _read_cells(path) if path.exists() and self._begun() else []
         return there, [cell for cell in cells if cell not in there], [cell for cell in there if cell not in cells]
 
     def _begun(self) -> bool:
-        """True if anything of the experiment is here: a recorded run, a checkpoint, or a run in progress.
+        """True if the experiment has begun here: there is a recorded run, a checkpoint, or a run in progress.
 
-        A first run that failed for a wrong setting leaves none.
+        A first run that failed because of a wrong setting leaves none.
         """
         if self.rows() or any((self.folder / "checkpoints").glob("*.pt")):
             return True
@@ -161,11 +162,11 @@ class Records:
                 with self.claim(lock.stem) as free:
                     if not free:
                         return True
-        remove_parts(self.folder / "checkpoints")  # no run is in progress: a process that died left them
+        remove_parts(self.folder / "checkpoints")  # no run is in progress: a dead process left them
         return False
 
     def _close_last_line(self, file: int) -> int:
-        """Make the file end in a newline, and return its size: complete a whole run, set a piece of one aside."""
+        """Make the file end in a newline, and return its size: complete a whole run, move a partial one away."""
         start, size = _end_of_last_line(file), os.fstat(file).st_size
         if start == size:
             return size
@@ -180,7 +181,7 @@ class Records:
 
     def _lock(self, name: str) -> FileLock:
         claims = self.folder / ".claims"
-        if not claims.is_dir():  # the lock would make it again, and a row go into a new file without the others
+        if not claims.is_dir():  # the lock would create it, and the row go into a new file
             raise CannotWrite(f"cannot write {self.path}: the folder is gone. Was it moved or removed?")
         return FileLock(claims / f"{name}.lock")
 
@@ -200,15 +201,15 @@ class Records:
 
 
 def read(path: str | Path) -> list[Row]:
-    """Return the runs in a folder or in a ``runs.jsonl``: one per key, the last one recorded. Writes nothing."""
+    """Return the runs in a folder or in a ``runs.jsonl``: the last row for each key. Writes nothing."""
     return _read(path)
 
 
 def read_results(path: str | Path) -> list[Row]:
-    """Return the runs as :func:`read` does, each checked to have what a comparison reads.
+    """Return the runs as :func:`read` does, and check that each has the fields that a comparison needs.
 
     Raises:
-        ReplaceRecords: a run lacks something, or has a word where a number belongs; file and line are named.
+        ReplaceRecords: a run lacks a field, or has a word in place of a number; the message names file and line.
     """
     return _read(path, check_result)
 
@@ -225,7 +226,7 @@ def _read(path: str | Path, check: Callable[[Row, str], None] = lambda row, plac
 
 
 def torn(path: str | Path) -> str:
-    """Return where the record file ends in a piece of a run, as ``FILE, line N``; "" where it does not."""
+    """Return where the record file ends in a partial run, as ``FILE, line N``; "" if it does not."""
     path = _record_file(path)
     *ended, rest = path.read_bytes().split(b"\n")
     return f"{path}, line {len(ended) + 1}" if rest and not is_whole(rest) else ""
@@ -247,7 +248,7 @@ def _record_file(path: str | Path) -> Path:
 
 
 def _read_cells(path: Path) -> list[Row]:
-    """Return what ``grid.json`` says of the experiment in its folder."""
+    """Return the cells that ``grid.json`` lists for the experiment in its folder."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
@@ -255,13 +256,13 @@ def _read_cells(path: Path) -> list[Row]:
     except ValueError as error:
         raise ReplaceRecords(
             f"expected the settings of the runs in {path}, got a file that does not hold them ({error}). "
-            "It was changed by hand, or damaged: remove it, and the next command writes it anew."
+            "It was edited by hand or is damaged: remove it, and the next command rewrites it."
         ) from error
     return cells
 
 
 def _folders_near(path: Path) -> str:
-    """Return a hint naming folders of runs under a folder, or under the nearest existing one of a wrong path."""
+    """Return a hint that names folders of runs under a folder, or under the nearest existing parent."""
     while not path.exists() and path != path.parent:
         path = path.parent
     found = sorted(str(each.parent) for each in path.glob("*/runs.jsonl")) if path.is_dir() else []
@@ -274,7 +275,7 @@ def _read_at(file: int, count: int, start: int) -> bytes:
 
 
 def _end_of_last_line(file: int) -> int:
-    """Return the offset just behind the last newline."""
+    """Return the offset just after the last newline."""
     end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - 65536)
@@ -286,7 +287,7 @@ def _end_of_last_line(file: int) -> int:
 
 
 def _differing(there: list[Row], here: list[Row]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs between the two cells that differ least, there and here."""
+    """Return the differences, there and here, between the two most similar cells."""
 
     def differing(pair: tuple[Row, Row]) -> list[str]:
         return [name for name in sorted(pair[0] | pair[1]) if pair[0].get(name) != pair[1].get(name)]
@@ -299,7 +300,7 @@ def _difference(folder: Path, there: list[Row], here: list[Row]) -> str:
     parts = [f"{name} {old} there and {new} here" for name, (old, new) in _differing(there, here).items()]
     return (
         f"expected the configuration that {folder} already holds runs of, got another: {'; '.join(parts)}. "
-        "Pass another --out, or the old settings to go on."
+        "Pass another --out, or the old settings to continue."
     )
 
 

@@ -1,4 +1,4 @@
-"""Write, read and check a line of runs.jsonl, with the errors for a damaged one."""
+"""Write, read and check a line of runs.jsonl; a damaged one is an error."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ SCHEMA = 1
 DONE = ("finished", "diverged")
 STATUSES = (*DONE, "failed")
 COSTS = ("seconds", "seconds_eval", "samples_forward", "samples_backward", "steps")
-# Keys name files (checkpoints, keep logs), so one from a file made elsewhere must not lead out of the folder.
+# Keys name files (checkpoints, keep logs), so a key from an untrusted file must not point outside the folder.
 _KEY = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 Row = dict[str, Any]
 
 
 class ReplaceRecords(ValueError):
-    """A line of the record file is damaged; the message names it."""
+    """A line of the record file is damaged; the message names the line."""
 
 
 def line_of(row: Mapping[str, Any]) -> bytes:
-    """Return the line of a run, with its newline; curves are kept to six figures."""
+    """Return the line of a run, with its newline; curves are rounded to six significant digits."""
     short = {**row, "curve": _six_figures(row["curve"])} if "curve" in row else row
     return (json.dumps(_plain(short), allow_nan=False, separators=(",", ":")) + "\n").encode()
 
 
 def parse_row(line: bytes, path: Path, number: int) -> Row:
-    """Return the run on a line; ``path`` and ``number`` name it in the error."""
+    """Return the run on a line; ``path`` and ``number`` name the line in an error."""
     try:
         row = json.loads(line)
         schema, _ = row["schema"], (row["config"]["method"], row["status"])
@@ -42,8 +42,8 @@ def parse_row(line: bytes, path: Path, number: int) -> Row:
     except (ValueError, KeyError, TypeError) as error:
         start = line[:60].decode(errors="replace")
         raise ReplaceRecords(
-            f"expected a run on each line of {path}, got {start!r} on line {number}. The file was changed by hand, or "
-            "damaged: remove that line, and its run is done again."
+            f"expected a run on each line of {path}, got {start!r} on line {number}. The file was edited by hand or is "
+            "damaged: remove that line, and its run is repeated."
         ) from error
     if schema != SCHEMA:
         raise ReplaceRecords(
@@ -54,7 +54,7 @@ def parse_row(line: bytes, path: Path, number: int) -> Row:
 
 
 def whole_lines(text: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield each line with its number from 1; the last counts without a newline too, if a whole run stands there."""
+    """Yield each line with its number from 1; a last line without a newline counts if it is a whole run."""
     *ended, rest = text.split(b"\n")
     yield from enumerate(ended, 1)
     if rest and is_whole(rest):
@@ -74,7 +74,7 @@ def _is_finite(value: object) -> bool:
 
 
 def check_result(row: Mapping[str, Any], place: str) -> None:
-    """Refuse a row that lacks what a comparison reads of it; ``place`` names it in the error."""
+    """Refuse a row that lacks a field that a comparison needs; ``place`` names the row in the error."""
     config = row.get("config")
     finished = row.get("status") == "finished"
     wrong = None
@@ -94,12 +94,12 @@ def check_result(row: Mapping[str, Any], place: str) -> None:
         raise ReplaceRecords(
             f"expected the records to be as batchtrim writes them, with `{name}` {needed}, "
             f"got {describe(got) if got is not None else 'none'} in {place}. "
-            "Remove that line, and its run is done again by the command that made it."
+            "Remove that line, and the command that made it repeats its run."
         )
 
 
 def _wrong_number(row: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str, Any] | None:
-    """Return the number that a finished run lacks, with what it has to be; costs may be unknown of other programs."""
+    """Return the field that a finished run lacks, and what it has to be; other programs' costs may be unknown."""
     metric = Metric.of(config)
     value = row.get(metric.field)
     if metric.in_percent and not (_is_finite(value) and 0 <= value <= 1):  # type: ignore[operator]
@@ -111,7 +111,7 @@ def _wrong_number(row: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[st
 
 
 def _plain(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by null."""
+    """Replace NaN and infinity, which JSON lacks, by null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -122,7 +122,7 @@ def _plain(value: Any) -> Any:
 
 
 def _six_figures(value: Any) -> Any:
-    """Round to six figures: a run of many epochs is mostly curves, which need no more."""
+    """Round to six significant digits: a long run is mostly curves, which need no more."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Report progress inside an epoch: the first batch at once, then every half second."""
+"""Report progress within an epoch: the first batch at once, then every half second."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Called after each epoch with the last point of the curves, and with `epochs`, how many there will be.
+# Called after each epoch with the last point of the curves and `epochs`, their total number.
 OnEpoch = Callable[[dict[str, Any]], None]
 
 EVERY = 0.5
 
 
 def beat(tell: OnEpoch, epochs: int) -> Callable[[int, int, int], None]:
-    """Return a function to call after every batch, with the epoch, the batch and the epoch's number of batches."""
+    """Return a function to call after every batch with the epoch, the batch and the number of batches in the epoch."""
     told = -EVERY
 
     def after(epoch: int, batch: int, batches: int) -> None:

@@ -1,6 +1,6 @@
 """The settings of one run: frozen, checked, and hashed into the key that names the run.
 
-The definitions need no torch, so that the command line's help, which is derived from them, is quick; checks import it.
+The definitions do not need torch, so the command line's help, derived from them, is quick; the checks import torch.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ ENGINES = ("exact", "two_pass", "shared", "auto")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
-# Default learning rate and weight decay of each optimizer, those in common use.
+# Default learning rate and weight decay of each optimizer: common values.
 OPTIMIZER_DEFAULTS = {"adam": (1e-3, 0.0), "adamw": (1e-3, 0.05), "sgd": (0.1, 5e-4), "nesterov": (0.1, 5e-4)}
 
 
 def _by_optimizer(place: int) -> str:
-    """Return each optimizer's default, those that share one together."""
+    """Return the optimizers' defaults, grouped by value."""
     together: dict[float, list[str]] = {}
     for name, values in OPTIMIZER_DEFAULTS.items():
         together.setdefault(values[place], []).append(name)
@@ -53,10 +53,10 @@ def _by_optimizer(place: int) -> str:
 class RunConfig:
     """The settings of one run. None stands for a default that :meth:`resolved` fills in.
 
-    Each field says what it means, what it may be and what part it plays: see :mod:`batchtrim.lab.run.settings`.
+    Each field defines its help, its choices and its role: see :mod:`batchtrim.lab.run.settings`.
     ``label_noise`` is none, symmetric:RATE, asymmetric:RATE or human:WHICH. Under the ``constant`` schedule
-    ``keep_end`` holds throughout. ``data_version`` is a hash of the user's own images, so that runs on other images are
-    other runs; "" if not yet computed.
+    ``keep_end`` applies throughout. ``data_version`` is a hash of the user's own images, so that runs on other images
+    are different runs; "" if not yet computed.
     """
 
     dataset: str = setting(
@@ -128,12 +128,12 @@ class RunConfig:
     threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
 
     def resolved(self) -> RunConfig:
-        """Return the run with every default written out and every setting checked.
+        """Return the run with every default filled in and every setting checked.
 
-        Settings that play no part are set to None (the keep schedule of ``full``), so that equal runs have equal keys.
+        Settings without effect (the keep schedule of ``full``) are set to None, so that equal runs have equal keys.
 
         Raises:
-            ValueError, TypeError: a setting is out of its range, or no such name is known.
+            ValueError, TypeError: a setting is out of range, or its name is unknown.
         """
         from batchtrim.lab.methods.table import find_method
         from batchtrim.lab.task import images
@@ -160,13 +160,13 @@ class RunConfig:
         if self.label_smoothing and not method.smoothing:
             raise ValueError(
                 f"expected `label_smoothing` 0 with method '{self.method}', got {self.label_smoothing:g}. "
-                "It reads a probability off the loss, which smoothing changes."
+                "It derives a probability from the loss, which smoothing changes."
             )
         params = method.check_params(self.method_params)
         if self.engine != "exact" and not method.any_engine:
             raise ValueError(
                 f"expected `engine` to be 'exact' for method '{self.method}', got {self.engine!r}. "
-                "Its rule needs more than the losses of the batch at hand."
+                "Its rule needs more than the losses of the current batch."
             )
         keep: dict[str, Any] = {"keep_start": None, "keep_end": None, "schedule": None}
         if method.uses_schedule:
@@ -189,7 +189,7 @@ class RunConfig:
         )
 
     def _check_words(self) -> None:
-        """Check the types of settings whose values are not in a list."""
+        """Check the types of settings without a list of choices."""
         for name in ("dataset", "group", "image_column", "label_column", "skip_broken"):
             value, kind = getattr(self, name), SETTINGS[name].kind
             if not isinstance(value, kind) and (value is not None or SETTINGS[name].default is not None):
@@ -197,7 +197,7 @@ class RunConfig:
                 raise TypeError(f"expected `{name}` to be {what}, got {describe(value)}.")
 
     def _check_numbers(self, spec: Spec | None, model: ModelRow) -> None:
-        """Check counts, sizes and fractions, each by itself."""
+        """Check counts, sizes and fractions individually."""
         from batchtrim.lab.task.conditions import parse_label_noise
 
         parse_label_noise(self.label_noise)
@@ -207,12 +207,12 @@ class RunConfig:
         if self.width is not None:
             check_count("width", self.width)
             if model.width is None:
-                raise ValueError(f"expected no `width` for {self.model!r}, which decides itself, got {self.width}.")
+                raise ValueError(f"expected no `width` for {self.model!r}, which sets its own, got {self.width}.")
         for name in ("train_size", "test_size"):
             if getattr(self, name) is not None:
                 least = spec.classes if spec else 2
-                check_count(name, getattr(self, name), minimum=least, hint="At least one image a class.")
-        for name in ("keep_start", "keep_end"):  # a method without a schedule ignores them, but not a wrong number
+                check_count(name, getattr(self, name), minimum=least, hint="At least one image per class.")
+        for name in ("keep_start", "keep_end"):  # a method may ignore them, but a wrong number is an error
             if getattr(self, name) is not None:
                 check_keep(name, getattr(self, name))
         if not 1.0 <= check_number("imbalance", self.imbalance) < math.inf:
@@ -223,7 +223,7 @@ class RunConfig:
             raise ValueError(f"expected `momentum` in [0, 1), got {self.momentum:g}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; settings added later only if they are not the default."""
+        """Return plain values for JSON; settings added later are included only if they differ from the default."""
         values = asdict(replace(self, method_params=dict(self.method_params)))
         return {
             name: value for name, value in values.items() if not SETTINGS[name].later or value != SETTINGS[name].default
@@ -231,7 +231,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Make a config from plain values; an unknown name is an error that suggests the nearest one."""
+        """Make a config from plain values; an unknown name raises an error that suggests the nearest one."""
         for name in values:
             if name not in SETTINGS:
                 hint = nearest(name, SETTINGS) or f" Settings are {', '.join(SETTINGS)}."
@@ -240,14 +240,14 @@ class RunConfig:
 
     @property
     def key(self) -> str:
-        """Short hash that names the run: equal for equal settings, whatever the number of threads."""
+        """A short hash that names the run: equal for equal settings, whatever the number of threads."""
         values = {name: value for name, value in self.to_dict().items() if SETTINGS[name].in_key(value)}
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def label(self) -> str:
-        """A few words for progress lines."""
+        """A short description for progress lines."""
         params = ",".join(f"{name}={value}" for name, value in self.method_params.items())
         keep = f" {self.schedule} {self.keep_start:g}-{self.keep_end:g}" if self.keep_start and self.keep_end else ""
         return f"{self.dataset} {self.model} {self.method}{f'({params})' if params else ''}{keep} seed {self.seed}"
@@ -261,7 +261,7 @@ COMPARED = tuple(name for name, each in SETTINGS.items() if each.role in (Role.A
 
 
 def resolve_device(device: str) -> str:
-    """Resolve ``auto`` to cuda, mps or cpu, the first available; an absent device is an error."""
+    """Resolve ``auto`` to the first available of cuda, mps and cpu; an absent device is an error."""
     import torch
 
     check_choice("device", device, DEVICES)

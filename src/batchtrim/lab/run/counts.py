@@ -21,10 +21,10 @@ class Counts:
 
 
 class CountingLoss:
-    """Cross-entropy of each sample, and on the side the errors of the epoch so far; they stay on the device.
+    """Cross-entropy of each sample. It also counts the errors of the epoch so far, on the device.
 
     Args:
-        device: of the outputs. smoothing: label smoothing of the loss that is trained on.
+        device: of the outputs. smoothing: label smoothing of the loss trained on.
     """
 
     def __init__(self, device: torch.device, smoothing: float = 0.0):
@@ -42,7 +42,7 @@ class CountingLoss:
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.smoothing)
 
     def plain(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Return the losses to rank by if label smoothing is trained on; None if it is not."""
+        """Return the losses to rank by if training uses label smoothing; otherwise None."""
         return F.cross_entropy(outputs.detach(), targets, reduction="none") if self.smoothing else None
 
     def count(self, outputs: Tensor, targets: Tensor) -> None:

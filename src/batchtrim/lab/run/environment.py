@@ -17,7 +17,7 @@ from batchtrim.lab.task.own_models import code_of, is_own_model
 
 
 def environment(config: AnyConfig) -> dict[str, Any]:
-    """Return the versions and hardware that a run's numbers belong to."""
+    """Return the versions and hardware that a run's numbers were measured with."""
     return {
         **_machine(),
         "threads": config.threads,
@@ -28,14 +28,14 @@ def environment(config: AnyConfig) -> dict[str, Any]:
 
 
 def _sources(config: AnyConfig) -> dict[str, Any]:
-    """Return hashes of the user's own code in the run: its file, and modules beside it that it imports."""
+    """Return hashes of the user's own code: its file, and the modules beside it that it imports."""
     if isinstance(config, TaskConfig):
         code = config.code
     elif is_own_model(config.model):
         try:
             code = code_of(config.model)
         except (OSError, ValueError):
-            code = None  # the file is gone by now
+            code = None  # the file is gone
     else:
         code = None
     if code is None:
@@ -66,7 +66,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout this package runs from, with + when files differ; None when it is installed."""
+    """Return the commit of the checkout that this package runs from, with + if files differ; None if installed."""
     here = Path(batchtrim.__file__).resolve().parent
 
     def git(*words: str) -> str:

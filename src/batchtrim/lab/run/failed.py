@@ -21,16 +21,16 @@ CURVES = (
 
 
 def error_line(error: BaseException) -> str:
-    """Return an error as one line, cut off where it is too long; one in the user's code keeps its traceback."""
+    """Return an error as one line, truncated if too long; an error in the user's code keeps its traceback."""
     try:
         text = f"{type(error).__name__}: {error}"
-    except Exception:  # an error of the user's own, whose text raises another
+    except Exception:  # a user's error whose text raises another error
         text = f"{type(error).__name__} without a text that can be read"
     return (text if isinstance(error, YourCodeFailed) else " ".join(text.split()))[:LONGEST]
 
 
 def failed_row(config: AnyConfig, error: BaseException) -> dict[str, Any]:
-    """Return the row; the run is tried again when the same command is given again."""
+    """Return the row of the failed run; repeating the command retries it."""
     return {
         "schema": SCHEMA,
         "key": config.key,

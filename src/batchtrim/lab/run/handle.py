@@ -1,4 +1,4 @@
-"""The argument of a user's training function: the run, with its trimmer, seed, folder and log."""
+"""The argument of the user's training function: the run with its trimmer, seed, folder and log."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["Run", "TaskMistake", "as_number"]
 
 
 class TaskMistake(ValueError):
-    """The training function does not do what the harness needs; every other run would end the same way."""
+    """The training function breaks a rule of the harness; every other run would end the same way."""
 
 
 class WatchedRule:
-    """A selection rule that counts what it chooses from, in whatever trimmer it is used."""
+    """A selection rule that counts the samples it chooses from, whichever trimmer uses it."""
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
@@ -45,7 +45,7 @@ class WatchedRule:
         if name.startswith("__") or name == "rule":
             raise AttributeError(name)
         value = getattr(self.rule, name)
-        if name == "compiled_mask":  # asked for in a compiled step, which is not counted
+        if name == "compiled_mask":  # used in a compiled step, which is not counted
             self.compiled = True
         return value
 
@@ -54,24 +54,24 @@ class WatchedRule:
 
     @property
     def used(self) -> bool:
-        """True if anything was chosen with it."""
+        """True if the rule was used."""
         return self.calls > 0 or self.compiled
 
 
 class Run:
-    """One run: what ``train(run)`` gets.
+    """One run: the argument of ``train(run)``.
 
     Attributes:
-        trim: the method's :class:`batchtrim.Trimmer`. Call it where the mean of the losses used to be, and
+        trim: the method's :class:`batchtrim.Trimmer`. Call it in place of the mean of the losses, and
             ``trim.step()`` once an epoch. For the method ``full`` it keeps everything.
-        keep, trim_options: the same for a trainer, which makes the trimmer itself and steps it:
+        keep, trim_options: the same for a trainer that makes and steps the trimmer itself:
             ``TrimmedTrainer(..., keep=run.keep, trim_options=run.trim_options)``, or
             ``TrimmingCallback(run.keep, **run.trim_options)``. For tokens or pixels make your own:
             ``Trimmer(run.keep, total=run.epochs, unit="element", **run.trim_options)``.
-        method, params: the method's name and its parameters. ``seed``: to draw everything from; torch, NumPy and
-            ``random`` are seeded with it. ``epochs``: how many to train.
+        method, params: the method's name and its parameters. ``seed``: the seed to use; torch, NumPy and
+            ``random`` are already seeded with it. ``epochs``: how many to train.
         device: "cpu", "cuda" or "mps". ``threads``: torch's number of threads is set to it.
-        out: a folder of this run's own, which stays: for checkpoints, should the function want to resume itself.
+        out: a permanent folder of this run, for example for the function's own checkpoints.
     """
 
     def __init__(self, config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> None:
@@ -88,7 +88,7 @@ class Run:
         self.kept: KeepLog | None = None
         self.shown: dict[str, Any] | None = None
         self._engine, self._out, self._on_epoch = config.engine, out, on_epoch
-        self.begun = time.perf_counter()  # set again right before the function is called
+        self.begun = time.perf_counter()  # set again just before the function is called
 
     @property
     def out(self) -> Path:
@@ -101,18 +101,18 @@ class Run:
         """Return a :class:`batchtrim.TrimmedForward` with this run's trimmer: ``loss = step(x, y)``.
 
         Args:
-            engine: by default the one of the command (``--engine``). more: what else TrimmedForward takes.
+            engine: by default the command's ``--engine``. more: further arguments of TrimmedForward.
         """
         return TrimmedForward(model, criterion, self.trim, engine or self._engine, **more)
 
     def log(self, *, epoch: int | None = None, **values: float) -> None:
-        """Record an epoch's numbers: a point of every curve, a line of progress, TensorBoard where asked for.
+        """Record an epoch's numbers: a point of every curve, a line of progress, and TensorBoard events if asked for.
 
-        What was kept since the last call comes with it: ``keep``, ``kept_loss``, ``mean_loss``, ``ratio``.
+        The statistics since the last call are added: ``keep``, ``kept_loss``, ``mean_loss``, ``ratio``.
 
         Args:
-            epoch: counted from 0; by default one more than the last.
-            values: numbers by name, the metric's among them where it is known: ``run.log(epoch=3, error=0.12)``.
+            epoch: counted from 0; by default the last one plus 1.
+            values: numbers by name, including the metric if it is known: ``run.log(epoch=3, error=0.12)``.
         """
         last = self.curve["epoch"][-1] if self.curve.get("epoch") else None
         epoch = (0 if last is None else int(last) + 1) if epoch is None else check_count("epoch", epoch, minimum=0)
@@ -134,7 +134,7 @@ class Run:
             )  # fmt: skip
 
     def keep_log(self, n: int, classes: int | None = None) -> KeepLog:
-        """Return the run's :class:`batchtrim.KeepLog` over ``n`` samples; it is written to the folder ``keep``.
+        """Return the run's :class:`batchtrim.KeepLog` for ``n`` samples; it is saved in the folder ``keep``.
 
         Record each batch with ``log.record(run.trim.last, ids=ids)`` and end each epoch with ``log.end_epoch()``.
         """
@@ -150,10 +150,10 @@ class Run:
         labels: Sequence[int] | Tensor | None = None,
         classes: Sequence[str] = (),
     ) -> None:
-        """Say what the samples of :meth:`keep_log` are, for the page that ``batchtrim show`` makes of them.
+        """Describe the samples of :meth:`keep_log` for the page of ``batchtrim show``.
 
         Args:
-            rows: a text, or fields by name, of each sample; or images: uint8 (n, C, H, W).
+            rows: for each sample a text, or a mapping of fields; or images: uint8 (n, C, H, W).
             labels, classes: int (n,) and their names, for classification; without them, samples of no class.
         """
         if self.kept is None:
@@ -173,7 +173,7 @@ class Run:
         }
 
     def _kept_since(self) -> dict[str, float]:
-        """Return what the run's own trimmer kept since the last point; a trainer's logs its own numbers."""
+        """Return the statistics of the run's own trimmer since the last point; a trainer's trimmer logs its own."""
         values = log_values(self.trim)
         return {name: values[f"trim/{name}"] for name in ("keep", "kept_loss", "mean_loss", "ratio") if values}
 
@@ -189,7 +189,7 @@ class Run:
 
 
 def as_number(name: str, value: Any) -> float:
-    """Return a number of any kind, or a tensor or array of one entry, as a float, or raise an error that names it."""
+    """Return a number, or a tensor or array of one entry, as a float; raise an error that names it otherwise."""
     value = plain(value)
     if not is_number(value) and not isinstance(value, Decimal):
         raise TypeError(f"expected `{name}` to be a number, got {describe(value)}.")

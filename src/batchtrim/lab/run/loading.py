@@ -1,4 +1,4 @@
-"""The data of a run, loaded once for all runs that share it, and checked before the first one."""
+"""Load the data of a run, once for all runs that share them, and check them before the first run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["load_images", "prepare", "with_versions"]
 
 
 def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Path | None) -> tuple[str, ...]:
-    """Load the data and, if they are the user's own, try the network, so that a fault is found before the first run.
+    """Load the data, and if they are the user's own, try the network, to find faults before the first run.
 
     Returns:
         Notes on the data.
@@ -33,13 +33,13 @@ def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Pat
 def with_versions(
     configs: Sequence[RunConfig], data_dir: str | Path | None, cache_dir: str | Path | None = None
 ) -> list[RunConfig]:
-    """Return the runs with the version of their data, so that runs on images that changed are not taken for the same.
+    """Return the runs with the version of their data, so that runs on changed images count as different.
 
-    Only the user's own data sets have one. They are loaded anew, and decoded where that has not been done.
+    Only the user's own data sets have a version. They are loaded again, and decoded if necessary.
     """
     found: dict[tuple[str, images.ImageOptions], str] = {}
     if any(images.is_own(config.dataset) for config in configs):
-        _load_once.cache_clear()  # in a process that goes on, the files may have changed since
+        _load_once.cache_clear()  # in a long-lived process, the files may have changed since
     for config in configs:
         if images.is_own(config.dataset) and not config.data_version:
             which = config.dataset, images.options_of(config)

@@ -1,4 +1,4 @@
-"""Optimizers and how the learning rate moves over training."""
+"""Optimizers, and the learning rate over training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["lr_factor", "make_optimizer"]
 def lr_factor(schedule: str, progress: float) -> float:
     """Return the learning rate as a fraction of its peak, at ``progress`` in [0, 1].
 
-    ``step`` divides by ten at one half and at three quarters; ``onecycle`` rises for 30 % from 1/25, then falls to
-    1/250,000, both as half cosines (torch's OneCycleLR with momentum left alone). ``triangle`` rises on a line from 0
-    for 20 %, then falls on one to 0.
+    ``step`` divides by ten at one half and at three quarters; ``onecycle`` rises from 1/25 for 30 %, then falls to
+    1/250,000, both as half cosines (torch's OneCycleLR with constant momentum). ``triangle`` rises linearly from 0
+    for 20 %, then falls linearly to 0.
     """
     if schedule == "constant":
         return 1.0

@@ -1,4 +1,4 @@
-"""Do one run of a user's training function: everything around the call that makes its result comparable."""
+"""Do one run of the user's training function: everything around the call that makes its result comparable."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from batchtrim.lab.task.code import own_traceback
 __all__ = ["check_task", "perform"]
 
 LONGEST_TRACEBACK = 4000
-SHORT = 60.0  # seconds of a run up to which imports in it matter
+SHORT = 60.0  # imports matter in runs of up to this many seconds
 
 
 def check_task(config: TaskConfig) -> None:
-    """Load the function, so that a fault in its file is found before the first run."""
+    """Load the function, to find a fault in its file before the first run."""
     assert config.code is not None
     config.code.load()
 
 
 def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
-    """Call the training function once and return its row for ``runs.jsonl``, whatever happens in it.
+    """Call the training function once and return its row for ``runs.jsonl``, even if it fails.
 
     Args:
         config: resolved, with its code.
-        out: the folder of records; the run's own folder, keep log and page lie under it.
+        out: the folder of records; the run's own folder, keep log and page are under it.
         on_epoch: called whenever the function logs.
 
     Notes:
-        torch, NumPy and ``random`` are seeded with the run's seed, and what the function changes of the process (random
+        torch, NumPy and ``random`` are seeded with the run's seed. What the function changes in the process (random
         state, threads, default dtype and device, modes of torch and NumPy, working folder, standard streams, warnings
-        that it made errors) is put back. A process that it forked, and that returns too, ends here.
+        that it made errors) is restored. If the function forks a process that returns too, that process ends here.
     """
     assert config.code is not None
     _import_ahead(config.engine)
@@ -65,18 +65,18 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         try:
             function = config.code.load()
             seen.begin()
-            begun = run.begun = time.perf_counter()  # what the file imports is no part of training
+            begun = run.begun = time.perf_counter()  # importing the file is not part of training
             returned = function(run)
             seconds = time.perf_counter() - begun
             result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, seconds)}
             _write_log(run, config, out)
-        except CannotWrite:  # the disk's fault, not the task's
+        except CannotWrite:  # a fault of the disk, not of the task
             raise
         except TaskMistake as error:
             result = {"status": "failed", "error": str(error), "mistake": True}
         except SystemExit as error:
             result = {"status": "failed", "error": f"the task called exit({error.code}); return the result instead"}
-        except BaseException as error:  # the user's code: whatever it raises is theirs, and the other runs go on
+        except BaseException as error:  # an error in the user's code: record it, and continue with the other runs
             if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
                 raise  # Ctrl-C, which a worker ignores
             result = {"status": "failed", "error": error_line(error)}
@@ -98,7 +98,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
 
 @functools.cache
 def _import_ahead(engine: str) -> None:
-    """Do two steps, for which torch imports its compiler and what the engine needs: seconds of no run's training."""
+    """Do two steps, so that torch imports its compiler and the engine's modules outside any run's training time."""
     with (
         torch.device("cpu"),
         torch.random.fork_rng(devices=[]),
@@ -115,14 +115,14 @@ def _import_ahead(engine: str) -> None:
 
 
 def _value(returned: Any, metric: Metric) -> dict[str, Any]:
-    """Return status and value of a run from what the function returned."""
+    """Return the status and value of a run from the function's result."""
     example = f'return {{"{metric.name}": ...}}'
     if not isinstance(returned, Mapping):
         raise TaskMistake(f"expected the task to {example}, got {describe(returned)}.")
     if metric.name not in returned:
         there = ", ".join(map(str, returned)) or "nothing in it"
         raise TaskMistake(
-            f"expected the task to {example} in every run, got {there}. --metric says which number is compared."
+            f"expected the task to {example} in every run, got {there}. --metric names the number to compare."
         )
     try:
         value = as_number(metric.name, returned[metric.name])
@@ -144,11 +144,12 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
 
 
 def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
-    """Return what is to be said of a run that ended well; a method that was never applied is a mistake."""
+    """Return the notes on a successful run; raise an error if the method was never applied."""
     if run.method != "full" and not run.rule.used:
         raise TaskMistake(
-            f"expected the task to choose with run.trim, got a run of {run.method!r} in which it was never called: it "
-            "would be plain training by another name. Call run.trim(losses) where the mean was, use run.forward, or "
+            f"expected the task to choose with run.trim, got a run of {run.method!r} in which it was never called: "
+            "that "
+            "is plain training. Call run.trim(losses) in place of the mean of the losses, use run.forward, or "
             "give a trainer run.keep and run.trim_options."
         )
     notes, more = [], {}
@@ -170,11 +171,11 @@ def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
                 f"after {(run.epochs - 1) / run.trim.steps:.0%} of them"
             )
     if seen.torch_seed != run.seed:
-        more["torch_seed"] = seen.torch_seed  # judged beside the other seeds', in batchtrim.lab.analyse.caveats
+        more["torch_seed"] = seen.torch_seed  # judged together with other seeds in batchtrim.lab.analyse.caveats
     if seconds < SHORT and (names := seen.imported()):
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         notes.append(
-            f"the first run of a process imported {listed} during the call, which counts as its time: import at the "
+            f"the first run of a process imported {listed} during the call, which adds to its time: import at the "
             "top of the file"
         )
     for one, many, left in (("thread", "threads", seen.threads()), ("process", "processes", seen.processes())):
@@ -192,14 +193,14 @@ def _moves(run: Run) -> bool:
 
 
 def _counts(run: Run) -> dict[str, Any]:
-    """Return the numbers of samples seen and kept; unknown if the trimmer saw none, as in plain training."""
+    """Return the numbers of samples seen and kept; None if the trimmer saw none, as in plain training."""
     if not run.rule.calls:
         return {"samples_forward": None, "samples_backward": None, "steps": None}
     return {"samples_forward": run.rule.seen, "samples_backward": run.rule.kept, "steps": run.rule.calls}
 
 
 def _write_log(run: Run, config: TaskConfig, out: Path) -> None:
-    """Write the keep log, and beside it what its samples are, for ``batchtrim show``."""
+    """Write the keep log, and beside it the description of its samples, for ``batchtrim show``."""
     if run.kept is None:
         return
     path = out / "keep" / f"{config.key}.parquet"

@@ -1,4 +1,4 @@
-"""The process around a user's function: seeded before the call, and put back as it was after it."""
+"""The process around the user's function: seeded before the call, and restored after it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Seen:
         self.begin()
 
     def begin(self) -> None:
-        """Take what is imported by now as no part of the call."""
+        """Treat everything imported so far as not part of the call."""
         self._packages = _packages()
 
     def imported(self) -> list[str]:
-        """Return the packages, other than Python's own, that were imported since, in that order."""
+        """Return the packages imported since, in order, without the standard library."""
         return [name for name in _packages() if name not in self._packages]
 
     @property
@@ -42,17 +42,17 @@ class Seen:
         return torch.initial_seed()
 
     def threads(self) -> list[str]:
-        """Return the names of threads left running; not those of a library's own, such as tqdm's monitor."""
+        """Return the names of threads left running, without those of libraries, such as tqdm's monitor."""
         return [each.name for each in threading.enumerate() if each not in self._threads and not _is_a_librarys(each)]
 
     def processes(self) -> list[str]:
-        """Return the names of processes of :mod:`multiprocessing` left running."""
+        """Return the names of :mod:`multiprocessing` processes left running."""
         return [each.name for each in multiprocessing.active_children() if each not in self._processes]
 
 
 @contextlib.contextmanager
 def as_it_was(seed: int, threads: int) -> Iterator[Seen]:
-    """Seed everything, and put back what the function changes."""
+    """Seed everything, and restore what the function changes."""
     folder, process = Path.cwd(), os.getpid()
     before = [read() for read, _ in _STATE]
     drawn, drawn_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one, which tasks use)
@@ -65,7 +65,7 @@ def as_it_was(seed: int, threads: int) -> Iterator[Seen]:
             yield Seen()
     finally:
         if os.getpid() != process:
-            os._exit(0)  # forked by the function, which returned in it too: the run is another process's
+            os._exit(0)  # the function forked and also returned in the child: the run belongs to the parent
         for (read, write), value in zip(_STATE, before, strict=True):
             if read() != value:
                 write(value)
@@ -88,7 +88,7 @@ def _default_device() -> str | None:
     device = str(torch.get_default_device())
     return (
         None if device == "cpu" and torch.__version__ >= "2.5" else device
-    )  # before, it cannot be read once it is None
+    )  # read it first: it cannot be read once it is None
 
 
 def _deterministic() -> tuple[bool, bool]:
@@ -104,7 +104,7 @@ def _errors() -> list[Any]:
 
 
 def _set_errors(errors: list[Any]) -> None:
-    """Leave no further warnings errors; other filters come with the modules that the function imported."""
+    """Remove filters that turn warnings into errors; keep other filters of modules that the function imported."""
     filters: Any = warnings.filters
     filters[:] = [each for each in warnings.filters if each[0] != "error" or each in errors]
 
@@ -121,4 +121,4 @@ _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (lambda: (sys.stdout, sys.stderr), _set_streams),
     (_errors, _set_errors),
 )
-"""State of the process that a function may change, as pairs: a getter and a setter."""
+"""State of the process that a function may change, as pairs of getter and setter."""

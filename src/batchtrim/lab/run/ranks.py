@@ -1,7 +1,7 @@
-"""One run on several processes: our rank under ``torchrun``, our part of a batch, sums over all ranks.
+"""One run on several processes: this rank under ``torchrun``, its part of a batch, sums over all ranks.
 
-Started as ``torchrun --nproc-per-node 2 -m batchtrim.lab.cli train ...``. Every process draws the same numbers, so
-their generators stay alike, and works on its own part of each batch; DistributedDataParallel averages the gradients.
+Start it with ``torchrun --nproc-per-node 2 -m batchtrim.lab.cli train ...``. Every process draws the same numbers, so
+their generators stay equal, and works on its own part of each batch; DistributedDataParallel averages the gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from batchtrim.lab.run.config import RunConfig
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all: ``rank`` of ``world``, ``local`` of them on this machine."""
+    """This process's place: ``rank`` of ``world``, ``local`` of them on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -28,13 +28,13 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Return the ranks as ``torchrun`` sets them, or one rank alone."""
+        """Return the ranks as ``torchrun`` sets them, or a single rank."""
         rank, world, local = (int(os.environ.get(name, "1")) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         return cls(rank, world, local) if world > 1 else cls()
 
     @property
     def share(self) -> slice:
-        """Return this process's entries of a batch: every ``world``-th, so that shares differ by one at most."""
+        """Return this process's entries of a batch: every ``world``-th, so that shares differ by at most one."""
         return slice(self.rank, None, self.world)
 
     def sum(self, *numbers: float, device: torch.device) -> list[float]:
@@ -46,14 +46,14 @@ class Ranks:
         return total.tolist()
 
     def fabric(self, config: RunConfig) -> Any:
-        """Return the Lightning Fabric that places the run's model and takes its backward, joined to all processes."""
+        """Return the Lightning Fabric, joined to all processes, that places the run's model and runs its backward."""
         fabric = import_extra("lightning_fabric", "lab", "the training loop")
         if self.world == 1:
             return fabric.Fabric(accelerator=config.device, devices=1, precision=config.precision)
         if config.engine != "exact" or not find_method(config.method).any_engine:
             raise ValueError(
                 f"expected a method that chooses within a batch, with engine 'exact', under torchrun, "
-                f"got '{config.method}' with '{config.engine}'. Others need all of the run in one process."
+                f"got '{config.method}' with '{config.engine}'. Others need the whole run in one process."
             )
         launched = fabric.Fabric(
             accelerator=config.device,
@@ -71,5 +71,5 @@ class Ranks:
             torch.distributed.destroy_process_group()
 
     def batches(self, rows: Tensor, size: int) -> list[Tensor]:
-        """Split ``rows`` into batches; drop a last one with fewer rows than processes, since each needs work."""
+        """Split ``rows`` into batches; drop a last one with fewer rows than processes, since each needs a row."""
         return [batch for batch in rows.split(size) if len(batch) >= self.world]

@@ -1,4 +1,4 @@
-"""The definition of a setting of a run: one dataclass field that holds all there is to know about it.
+"""The definition of a setting of a run: one dataclass field holds everything about it.
 
 The command line, TOML grids, keys, groups of the report and ``--help`` are derived from these definitions; no other
 file lists settings.
@@ -16,30 +16,30 @@ from typing import Any
 
 
 class Role(Enum):
-    """The part that a setting plays in a comparison."""
+    """The role of a setting in a comparison."""
 
     ARM = "arm"
-    """Varies inside a comparison: runs that differ only in these are compared with each other."""
+    """Varies within a comparison: runs that differ only in these are compared with each other."""
     SEED = "seed"
-    """Paired: two runs of one seed share all that is drawn."""
+    """Pairs runs: two runs of one seed share all random numbers."""
     GROUP = "group"
     """Shared by all runs of a comparison."""
     DATA = "data"
-    """As GROUP; besides, the training set is made by these and the seed."""
+    """As GROUP; in addition, these and the seed determine the training set."""
     SPEED = "speed"
-    """Changes nothing that is learnt: not in a run's key, so that a sweep goes on elsewhere."""
+    """Does not affect the result: not in a run's key, so that a sweep can continue on another machine."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, read off a dataclass field.
+    """One setting, read from a dataclass field.
 
     Attributes:
         name, default: of the field. ``kind``: str, int or float. ``help``: a line without the default.
-        default_help: what None stands for, or "" where the default says it itself. ``choices``: the values there are,
-            None where they are not a list; ``own``: what else may be given, or "". ``many``: the command line takes
+        default_help: what None stands for, or "" if the default speaks for itself. ``choices``: the possible values,
+            None if there is no list; ``own``: what else may be given, or "". ``many``: the command line takes
             several values, comma-separated.
-        later: came after runs had been recorded; at its default it is no part of a key, so that theirs stay.
+        later: added after runs had been recorded; at its default it is not part of keys, so that old keys stay valid.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Setting:
     later: bool
 
     def in_key(self, value: Any) -> bool:
-        """Return True if this value tells a run apart from others."""
+        """Return True if this value distinguishes a run from others."""
         return self.role is not Role.SPEED and not (self.later and value == self.default)
 
 
@@ -69,7 +69,7 @@ def setting(
     own: str = "",
     later: bool = False,
 ) -> Any:
-    """Return a dataclass field that defines a setting; see :class:`Setting`. Without ``help`` it is no option."""
+    """Return a dataclass field that defines a setting; see :class:`Setting`. Without ``help`` it has no option."""
     metadata = {
         "help": help,
         "role": role,
@@ -85,7 +85,7 @@ def setting(
 
 
 def settings_of(config: type) -> dict[str, Setting]:
-    """Return every setting that a dataclass defines, by name."""
+    """Return all settings that a dataclass defines, by name."""
     hints = typing.get_type_hints(config)
     found = {}
     for field in dataclasses.fields(config):

@@ -1,4 +1,4 @@
-"""The settings of one run of a user's training function: checked, and hashed into the key that names the run."""
+"""The settings of one run of the user's training function: checked, and hashed into the key that names the run."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _NOT_IN_KEY = ("threads",)
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The settings of one run of a training function. The function itself decides on data, network and optimizer.
+    """The settings of one run of a training function, which itself decides on data, network and optimizer.
 
-    Each field says what it means and what part it plays, as in :class:`batchtrim.lab.run.config.RunConfig`. ``task`` is
-    the function's name, as in ``my_task.py:train``; ``code`` is how to get at it, which is not recorded. None as
-    ``higher_is_better`` stands for what the metric's name tells.
+    Each field defines its help and its role, as in :class:`batchtrim.lab.run.config.RunConfig`. ``task`` is
+    the function's name, as in ``my_task.py:train``; ``code`` loads it and is not recorded. None as
+    ``higher_is_better`` means: as the metric's name implies.
     """
 
     task: str = setting("", role=Role.DATA)
@@ -48,16 +48,16 @@ class TaskConfig:
     code: Code | None = field(default=None, compare=False, repr=False)
 
     def resolved(self) -> TaskConfig:
-        """Return the same run with every default written out and every setting checked.
+        """Return the same run with every default filled in and every setting checked.
 
         Raises:
-            ValueError, TypeError: a setting is out of its range, or no trimmer can drive the method.
+            ValueError, TypeError: a setting is out of range, or no trimmer can drive the method.
         """
         for name in ("epochs", "threads"):
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, minimum=0)
         check_choice("engine", self.engine, ENGINES)
-        for name in ("keep_start", "keep_end"):  # a method without a schedule ignores them, but not a wrong number
+        for name in ("keep_start", "keep_end"):  # a method may ignore them, but a wrong number is an error
             if getattr(self, name) is not None:
                 check_keep(name, getattr(self, name))
         metric = Metric.called(self.metric, self.higher_is_better)
@@ -90,7 +90,7 @@ class TaskConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TaskConfig:
-        """Return the run of plain values; a name that is no setting of a task is an error."""
+        """Return the run from plain values; a name that is not a setting of a task is an error."""
         names = [each.name for each in fields(cls)]
         for name in values:
             if name not in names:
@@ -103,20 +103,20 @@ class TaskConfig:
 
     @property
     def key(self) -> str:
-        """Short hash that names the run: equal for equal settings, whatever the number of threads."""
+        """A short hash that names the run: equal for equal settings, whatever the number of threads."""
         values = {name: value for name, value in self.to_dict().items() if name not in _NOT_IN_KEY}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def label(self) -> str:
-        """A few words for progress lines."""
+        """A short description for progress lines."""
         params = ",".join(f"{name}={value}" for name, value in self.method_params.items())
         keep = f" {self.schedule} {self.keep_start:g}-{self.keep_end:g}" if self.keep_start and self.keep_end else ""
         return f"{self.task} {self.method}{f'({params})' if params else ''}{keep} seed {self.seed}"
 
 
 AnyConfig = RunConfig | TaskConfig
-"""A run of the lab's own loop, or of a user's training function."""
+"""A run of the lab's own loop, or of the user's training function."""
 
 
 def _plain(value: Any) -> Any:

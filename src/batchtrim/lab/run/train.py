@@ -1,8 +1,8 @@
-"""One training loop for every method: same network, data order and augmentation at the same seed.
+"""The training loop for every method: the same seed gives the same network, data order and augmentation.
 
-The clock that is reported runs over training alone, selection and whatever a method prepares included; evaluation has
-its own. A seed repeats bit for bit on the CPU at the same number of threads, and so does a run resumed from a
-checkpoint. Nothing in the loop over batches waits for the device.
+The reported time covers training alone, including selection and a method's preparation; evaluation has
+its own time. On a CPU, a run with the same seed and number of threads repeats bit for bit, and so does a run resumed
+from a checkpoint. Nothing in the loop over batches waits for the device.
 
 N training samples, B batch.
 """
@@ -42,8 +42,8 @@ from batchtrim.lab.task import data, models
 from batchtrim.lab.task.augment import Batches
 
 EVALUATION_BATCH = 500
-DID_NOT_LEARN = "did not learn: no better than naming the commonest class"
-REFERENCE_SEED = 1_000_003  # held-out networks start from weights no run starts from
+DID_NOT_LEARN = "did not learn: no better than always predicting the most common class"
+REFERENCE_SEED = 1_000_003  # an offset, so that held-out networks start from weights that no run starts from
 
 
 class Diverged(ArithmeticError):
@@ -56,7 +56,7 @@ class Training:
 
     Args:
         config: resolved.
-        images: the data set, label noise and the like applied.
+        images: the data set with its conditions (such as label noise) applied.
     """
 
     config: RunConfig
@@ -68,7 +68,7 @@ class Training:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.before, self.begun = 0.0, time.perf_counter()  # seconds of the run before it was resumed, and since when
+        self.before, self.begun = 0.0, time.perf_counter()  # seconds before the run was resumed, and since when
         self.ranks = Ranks.from_environment()
         self.fabric = self.ranks.fabric(config)
         self.device = self.fabric.device
@@ -110,7 +110,7 @@ class Training:
         return model
 
     def _beside(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer, Callable[[Tensor], None]]:
-        """Return another network of the run's kind with fresh weights, its optimizer and its backward."""
+        """Return another network of the run's kind with fresh weights, its optimizer and its backward function."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._network(width)
@@ -120,15 +120,15 @@ class Training:
         return Batches(images, self.images.mean, self.images.std, augment, seed, self.device)
 
     def prepare(self) -> None:
-        """Prepare the method before the first epoch; a resumed run has that in its checkpoint."""
+        """Prepare the method before the first epoch; a resumed run has this in its checkpoint."""
         with self._clock("seconds"):
             self.method.prepare(self._reference)
 
     def advance(self) -> dict[str, Any]:
-        """Train one epoch, evaluate where it is time to, and add a point to every curve; returns the point.
+        """Train one epoch, evaluate if due, add a point to every curve, and return the point.
 
         Raises:
-            Diverged: the mean loss or an output is not finite. The curves keep the epoch, its error unknown.
+            Diverged: the mean loss or an output is not finite. The curves include the epoch, with unknown error.
         """
         point = self.train_epoch()
         finite = math.isfinite(point["mean_loss"])
@@ -145,12 +145,12 @@ class Training:
         return point
 
     def train_epoch(self) -> dict[str, Any]:
-        """Train for one epoch; return its point of the curves without test error and clock."""
+        """Train for one epoch; return its point of the curves, without test error and time."""
         method, counts, size, share = self.method, self.counts, self.config.batch_size, self.ranks.share
         method.trim.stats.reset()
         with self._clock("seconds"):
             visited = method.rows(torch.randperm(len(self.labels), generator=self.order), self.epoch)
-            part = min(1.0, method.epochs - self.epoch)  # of this epoch; less than 1 only in a shortened run's last
+            part = min(1.0, method.epochs - self.epoch)  # of this epoch; below 1 only at the end of a shortened run
             batches = self.ranks.batches(visited.to(self.device), size)
             rate = 0.0
             self.criterion.reset()
@@ -184,7 +184,7 @@ class Training:
         }
 
     def _over_all_ranks(self) -> tuple[float, dict[str, float]]:
-        """Return training error and kept-sample statistics of the epoch, over all processes."""
+        """Return the epoch's training error and kept-sample statistics, over all processes."""
         stats = self.method.trim.stats.compute()
         wrong, seen, kept, mean_sum, kept_sum = self.ranks.sum(
             self.criterion.wrong.item(),
@@ -252,15 +252,15 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, which must be of a run with the same key."""
+        """Continue from ``state``, which must be from a run with the same key."""
         if state["key"] != self.config.key:
             raise ValueError(
                 f"expected a checkpoint of run {self.config.key}, got one of {state['key']}. "
-                "Its settings differ: remove it, or pass the settings it was made with."
+                "Its settings differ: remove it, or pass its settings."
             )
         if (self.log is None) != ("log" not in state):
             raise ValueError(
-                "expected a checkpoint of a run that keeps a log exactly where this one does, got the other kind. "
+                "expected a checkpoint of a run with the same --keep-log, got one without it, or the reverse. "
                 "Pass --keep-log as before, or remove the checkpoint."
             )
         if self.log is not None:
@@ -283,7 +283,7 @@ class Training:
         return rate
 
     def _reference(self, rows: Tensor, epochs: int, seed: int) -> Tensor:
-        """Return losses of all training images under a fresh network that was plainly trained on ``rows``."""
+        """Return the losses of all training images under a fresh network with plain training on ``rows``."""
         part = self.images.with_train(self.images.train_images[rows], self.images.train_labels[rows])
         config = replace(self.config, method="full", method_params={}, epochs=epochs, seed=REFERENCE_SEED + seed)
         training = Training(config.resolved(), part)
@@ -327,11 +327,11 @@ def run(
 
     Args:
         config: what to run.
-        data_dir: where data sets lie, see :func:`batchtrim.lab.task.data.load`.
-        checkpoint: a file to go on from, if it is there, and to save to between epochs; the caller removes it.
-        checkpoint_seconds: save when at least so long has passed since the last time.
+        data_dir: the folder of data sets, see :func:`batchtrim.lab.task.data.load`.
+        checkpoint: a file to resume from, if it exists, and to save to between epochs; the caller removes it.
+        checkpoint_seconds: the minimum time between two checkpoints.
         on_epoch: called after every epoch. on_batch: called after the first batch, and about twice a second from then.
-        keep_log: a Parquet file to write what happened to every training sample to.
+        keep_log: a Parquet file to write the keep log of all training samples to.
     """
     config = config.resolved()
     started, begun = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
@@ -375,7 +375,7 @@ def run(
 
 
 def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_epoch: OnEpoch | None) -> tuple[str, str]:
-    """Train what is left; returns the status and, if it diverged, the reason."""
+    """Train to the end; return the status and, if the run diverged, the reason."""
     if checkpoint and checkpoint.exists():
         checkpoints.load(training, checkpoint)
     else:

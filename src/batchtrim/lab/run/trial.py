@@ -1,4 +1,4 @@
-"""Check before the first run that the network fits the images and the memory, and the batch the data."""
+"""Check before the first run that the network fits the images and the memory, and the batch fits the data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from batchtrim.lab.task import models
 from batchtrim.lab.task.data import ImageData
 from batchtrim.lab.task.own_models import is_own_model
 
-BYTES_A_PARAMETER = 16  # weight, gradient and two moments, in float32
+BYTES_A_PARAMETER = 16  # bytes per parameter: weight, gradient and two moments, in float32
 
 
 def check_network(config: RunConfig, images: ImageData) -> None:
     """Raise a ValueError if the network cannot be built for these images, or does not fit into memory.
 
-    It is built and called without storage, so even an absurd width costs nothing. Own networks are tried elsewhere.
+    It is built and called on the meta device, so even an absurd width costs nothing. The user's networks are tried
+    elsewhere.
     """
     if is_own_model(config.model):
         return
@@ -51,7 +52,7 @@ def notes_on(config: RunConfig, images: ImageData) -> list[str]:
 
 
 def no_better_than_chance(error: float, labels: Tensor) -> bool:
-    """Return True if a test error is within two standard errors of always predicting the commonest class."""
+    """Return True if a test error is within two standard errors of always predicting the most common class."""
     chance = 1.0 - float(torch.bincount(labels).max()) / len(labels)
     return error >= chance - 2.0 * math.sqrt(chance * (1.0 - chance) / len(labels))
 

@@ -1,4 +1,4 @@
-"""Batches from an image tensor: gather, crop, flip and normalise whole batches by tensor indexing.
+"""Make batches from an image tensor: gather, crop, flip and normalise whole batches by tensor indexing.
 
 N images, B batch, C channels, H and W pixels.
 """
@@ -18,15 +18,15 @@ class Batches:
     """Turns row numbers into network input: float32 (B, C, H, W), normalised per channel.
 
     Crop: each image is padded with black by an eighth of its side (4 pixels at 28 or 32) and cut back to its size
-    at an offset of its own. Flip: each image is mirrored with probability one half. All draws come from one
+    at its own random offset. Flip: each image is mirrored with probability one half. All draws come from one
     generator, whose state is this object's whole state.
 
     Args:
         images: uint8 (N, C, H, W).
         mean: per channel, in [0, 255]; ``std`` likewise.
         augment: one of ``AUGMENTS``.
-        seed: of the draws.
-        device: where the images are kept and the batches made.
+        seed: of the random numbers.
+        device: holds the images and the batches.
     """
 
     def __init__(
@@ -44,19 +44,19 @@ class Batches:
         self.flip = "flip" in augment
         self.margin = round(images.shape[-1] / 8) if "crop" in augment else 0
         height, width = images.shape[-2:]
-        padded = images.to(self.device)  # no copy without a margin: images may be mapped from a file
+        padded = images.to(self.device)  # no copy if there is no margin: images may be mapped from a file
         if self.margin:
             padded = F.pad(padded, [self.margin] * 4)
-        # A view (N, C, 2m+1, 2m+1, H, W) of every cut: choosing one per image is then a plain gather of rows.
+        # A view (N, C, 2m+1, 2m+1, H, W) of all crops: choosing one per image is then a plain gather of rows.
         self.cuts = padded.unfold(2, height, 1).unfold(3, width, 1)
         self.mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1)
         self.scale = 1.0 / torch.tensor(std, device=self.device).view(1, -1, 1, 1)
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
 
     def __call__(self, rows: Tensor, share: slice = slice(None)) -> Tensor:
-        """Return the images of ``rows`` int64 (B,), augmented and normalised; or only of a ``share`` of them.
+        """Return the images of ``rows`` int64 (B,), augmented and normalised, or those of a ``share`` of them.
 
-        Draws are made for all rows either way, so generators of processes that share batches stay alike.
+        Numbers are drawn for all rows either way, so that generators of processes that share batches stay equal.
         """
         mine = rows[share]
         if self.margin:
@@ -73,9 +73,9 @@ class Batches:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the generator's state: with it, the same rows give the same images again."""
+        """Return the generator's state, with which the same rows give the same images again."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on drawing where the saved state left off."""
+        """Continue drawing from the saved state."""
         self.generator.set_state(state["generator"].cpu())

@@ -1,4 +1,4 @@
-"""The cache of decoded images: where it is, and how an entry gets into it whole."""
+"""The cache of decoded images: where it is, and how entries are written atomically."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["CannotKeep", "cache_folder", "filled", "folder_for"]
 
 
 class CannotKeep(OSError):
-    """Decoded images cannot be kept; the message names the folder."""
+    """Decoded images cannot be cached; the message names the folder."""
 
     def __init__(self, folder: Path, error: OSError):
         reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         super().__init__(
-            f"cannot keep decoded images in {folder} ({reason}). Set BATCHTRIM_CACHE to a folder that can be written "
-            "and has room."
+            f"cannot keep decoded images in {folder} ({reason}). Set BATCHTRIM_CACHE to a writable folder "
+            "with enough space."
         )
 
 
@@ -44,10 +44,10 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def folder_for(entry: str, cache_dir: str | Path | None = None) -> tuple[Path, tuple[str, ...]]:
-    """Return the cache folder to find or put an entry in, and what is to be said of it.
+    """Return the cache folder to find or put an entry in, and a note on it.
 
-    A folder that was named is taken. The platform's own gives way to one among the temporary files where it cannot be
-    written, as in a container without a home; what it holds already is used.
+    A folder that the user named is used. The platform's own is replaced by a temporary one if it cannot be
+    written, as in a container without a home; entries that it already has are used.
 
     Args:
         entry: a path inside the cache folder.
@@ -64,7 +64,7 @@ def folder_for(entry: str, cache_dir: str | Path | None = None) -> tuple[Path, t
 
 
 def _reason_not_to_write(folder: Path) -> str:
-    """Return why no file can be made in a folder; "" where one can."""
+    """Return why no file can be created in a folder; "" if one can."""
     if folder.parts[:1] == ("~",):
         return "there is no home folder"
     try:
@@ -76,7 +76,7 @@ def _reason_not_to_write(folder: Path) -> str:
 
 
 def _temporary() -> Path | None:
-    """Return this user's folder among the temporary files; None where there is none that nobody else can write."""
+    """Return this user's temporary folder; None if there is none that only this user can write."""
     try:
         user = os.getuid() if hasattr(os, "getuid") else None
         folder = Path(tempfile.gettempdir()) / ("batchtrim" if user is None else f"batchtrim-{user}")
@@ -91,15 +91,15 @@ def _temporary() -> Path | None:
 
 @contextlib.contextmanager
 def filled(folder: Path) -> Iterator[Path]:
-    """Make a folder for the block to fill, and rename it to ``folder`` when the block ends.
+    """Create a folder for the block to fill, and rename it to ``folder`` when the block ends.
 
-    Readers see all of an entry or nothing. What a process left that was killed inside the block is removed by the next
-    one; of two at once the faster one's entry stays.
+    Readers see a whole entry or none. What a process killed inside the block has left is removed by the next
+    one; if two run at once, the faster one's entry stays.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_dead(folder.parent)
     part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}{PART}")
-    lock = FileLock(part.with_suffix(".lock"))  # held as long as somebody fills the part, and so from before it is made
+    lock = FileLock(part.with_suffix(".lock"))  # held from before the part is created until it is filled
     try:
         with lock:
             part.mkdir()
@@ -114,7 +114,7 @@ def filled(folder: Path) -> Iterator[Path]:
 
 
 def _remove_dead(folder: Path) -> None:
-    """Remove the parts whose process has died: the system has let go of their locks."""
+    """Remove the parts whose process has died: the system has released their locks."""
     for part in folder.glob(f"*{PART}"):
         with contextlib.suppress(Timeout, OSError), FileLock(part.with_suffix(".lock"), timeout=0):
             _remove(part)
@@ -122,5 +122,5 @@ def _remove_dead(folder: Path) -> None:
 
 def _remove(part: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
-    with contextlib.suppress(OSError):  # on Windows, while another process looks whether it is held
+    with contextlib.suppress(OSError):  # on Windows, while another process checks whether it is held
         part.with_suffix(".lock").unlink()

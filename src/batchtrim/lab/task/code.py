@@ -1,6 +1,6 @@
 """The user's own code: a function in a file, such as ``my_task.py:train``, or one that is already in memory.
 
-It is loaded as Python itself would load a script: its folder comes first on ``sys.path``. Errors inside it are reported
+It is loaded like a script: its folder comes first on ``sys.path``. Errors inside it are reported
 with the user's lines only.
 """
 
@@ -31,12 +31,12 @@ __all__ = ["Code", "YourCodeFailed", "is_installed", "own_traceback"]
 
 _PACKAGE = str(Path(batchtrim.__file__).parent)
 _INSTALLED = (_PACKAGE, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
-"""Folders that hold no program of the user."""
+"""Folders that do not hold the user's code."""
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
 class YourCodeFailed(ValueError):
-    """The reader's code raised; the message holds their lines of the traceback."""
+    """The user's code raised an error; the message has their lines of the traceback."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Code:
     """A user's function.
 
     Attributes:
-        name: as it is shown and recorded: ``my_task.py:train``, or a function's own name.
-        path, attribute: where it lies; None for a function that was given.
+        name: as shown and recorded: ``my_task.py:train``, or a function's own name.
+        path, attribute: the file and the name in it; None for a function object.
         source: a short hash of the program in the file, or of the function. Comments, docstrings and layout do not
             change it; what the file imports is in :meth:`helpers`.
     """
@@ -58,10 +58,10 @@ class Code:
 
     @classmethod
     def in_file(cls, text: str, what: str) -> Code:
-        """Return the function that ``FILE.py:NAME`` names; the file is parsed, not yet run.
+        """Return the function that ``FILE.py:NAME`` names; the file is parsed but not yet run.
 
         Args:
-            what: the argument it came as, for the message.
+            what: the name of the argument, for the message.
         """
         file, colon, attribute = text.rpartition(":")
         if not colon or not file.endswith(".py") or not attribute.isidentifier():
@@ -76,21 +76,21 @@ class Code:
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Code:
-        """Return a function that is already in memory, as in a notebook."""
+        """Wrap a function that is already in memory, as in a notebook."""
         if not callable(function):
             raise TypeError(f"expected a function or 'FILE.py:NAME', got {describe(function)}.")
         name = getattr(function, "__name__", type(function).__name__).strip("<>")
         return cls(name, source=_hash_of_function(function), function=function)
 
     def load(self, arguments: int = 1) -> Callable[..., Any]:
-        """Return the function, its file run.
+        """Run the file and return the function.
 
         Args:
-            arguments: how many positional ones it will be called with.
+            arguments: the number of positional arguments it will be called with.
 
         Raises:
-            ValueError, TypeError: there is no such function, or it cannot be called so.
-            YourCodeFailed: the file raised when it was run.
+            ValueError, TypeError: there is no such function, or it does not take these arguments.
+            YourCodeFailed: the file raised an error when it ran.
         """
         function = self.function if self.path is None else self._in_module(_module(Path(self.path), self.source))
         self.helpers()
@@ -98,11 +98,11 @@ class Code:
             raise TypeError(f"expected {self.name} to be a function, got {describe(function)}.")
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
             kind = "an async one" if inspect.iscoroutinefunction(function) else "one that yields"
-            raise TypeError(f"expected {self.name} to be a function that returns, got {kind}. Call it inside another.")
+            raise TypeError(f"expected {self.name} to be a function that returns, got {kind}. Wrap it in a plain one.")
         try:
             signature = inspect.signature(function)
         except (ValueError, TypeError):
-            return function  # some callables have none
+            return function  # some callables have no signature
         try:
             signature.bind(*[None] * arguments)
         except TypeError as error:
@@ -111,9 +111,10 @@ class Code:
         return function
 
     def helpers(self) -> dict[str, str]:
-        """Return a hash of every module in the file's folder that is imported by now, by its file's name there.
+        """Return a hash of every imported module in the file's folder, by file name.
 
-        Each is read when it is first seen here, so the hash is that of what runs, even where the file changes later.
+        A file is read when its module is first seen, so the hash is that of the running code even if the file changes
+        later.
         """
         if self.path is None:
             return {}
@@ -145,7 +146,7 @@ class Code:
             pickler = import_extra("cloudpickle", "lab", "a function in another process")
             try:
                 state["function"] = pickler.dumps(self.function)
-            except Exception as error:  # whatever the function holds on to has its own way to refuse
+            except Exception as error:  # objects that the function refers to raise their own errors
                 raise TypeError(
                     f"expected a function that can go to another process, got {self.name}: {error}. Open files and "
                     "connections inside it, or pass workers=1."
@@ -161,9 +162,9 @@ class Code:
 
 
 def own_traceback(error: BaseException) -> str:
-    """Return the traceback of an error in the user's code, from their first line on, without this package's lines.
+    """Return the traceback of an error in the user's code from their first line on, without this package's lines.
 
-    Errors that led to it, and those of a group, are told in the same way.
+    Chained errors, and those of a group, are reported in the same way.
     """
     told = traceback.TracebackException.from_exception(error)
     _leave_out_ours(told)
@@ -171,7 +172,7 @@ def own_traceback(error: BaseException) -> str:
 
 
 def is_installed(file: str | None) -> bool:
-    """True if a module's file is no program of the user."""
+    """True if a module's file is not the user's own."""
     return file is not None and file.startswith(_INSTALLED)
 
 
@@ -186,7 +187,7 @@ def _leave_out_ours(told: traceback.TracebackException) -> None:
 
 
 def _module(path: Path, source: str) -> ModuleType:
-    """Return the file as a module, run once a process and again when it has changed."""
+    """Return the file as a module; it runs once per process, and again after a change."""
     known = str(path), source
     if known in _loaded:
         return _loaded[known]
@@ -209,7 +210,7 @@ def _module(path: Path, source: str) -> ModuleType:
         sys.modules.pop(spec.name, None)
         raise YourCodeFailed(
             f"expected {path.name} to define a function, got exit({error.code}) when it was loaded. "
-            "Put what it does by itself under: if __name__ == '__main__'"
+            "Put what it runs by itself under: if __name__ == '__main__'"
         ) from error
     _loaded[known] = module
     return module
@@ -226,7 +227,7 @@ def _hash_of_file(path: Path) -> str:
 
 @functools.cache
 def _first_hash(file: str, module: int) -> str:
-    """Return the hash of a module's file when it was first asked for; "" if it is gone, or no text."""
+    """Return the hash of a module's file at the first call; "" if the file is gone or not text."""
     try:
         return _hash_of_file(Path(file))
     except (OSError, ValueError):
@@ -237,7 +238,7 @@ def _hash_of_function(function: Callable[..., Any]) -> str:
     try:
         return _hash(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        return ""  # made by exec, or an object: nothing to tell versions by
+        return ""  # made by exec, or an object: there is no source to hash
 
 
 def _hash(source: str) -> str:

@@ -1,6 +1,6 @@
-"""Harder versions of a training set: wrong labels, unequal classes, fewer images. The test set is never touched.
+"""Make a training set harder: wrong labels, unequal classes, fewer images. Test labels are never changed.
 
-Everything is drawn from the run's seed, so that methods compared at one seed see the same training set.
+Everything is drawn from the run's seed, so that methods compared at the same seed see the same training set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HUMAN_COLUMNS = {
     "random3": "random_label3",
 }
 
-# Pairs that people mix up, as the literature on noisy CIFAR-10 has them; elsewhere a label slips to the next class.
+# Similar classes, as in the literature on noisy CIFAR-10; for other data a label becomes the next class.
 CIFAR10_CONFUSED = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
 
 
@@ -60,15 +60,16 @@ def apply(
     seed: int = 0,
     data_dir: str | Path | None = None,
 ) -> ImageData:
-    """Return the data with label noise, then class imbalance, then fewer images, each as asked for.
+    """Return the data with label noise, then class imbalance, then fewer images, as asked for.
 
     Args:
         label_noise: ``none``; ``symmetric:RATE`` (a wrong class, each equally likely); ``asymmetric:RATE`` (one
-            similar class); ``human:WHICH`` (labels people gave, CIFAR-10N, for cifar10 only).
-        imbalance: size of the largest class over that of the smallest, falling exponentially in between; 1 is none.
-        train_size: keep this many images, the same part of every class; None keeps all.
-        test_size: test on this many, the same part of every class, whatever the seed; None keeps all.
-        data_dir: where ``cifar10n/train_labels.parquet`` lies, for human labels.
+            similar class); ``human:WHICH`` (human labels of CIFAR-10N, for cifar10 only).
+        imbalance: size of the largest class divided by that of the smallest, falling exponentially in between; 1 is
+            none.
+        train_size: keep this many images, the same fraction of every class; None keeps all.
+        test_size: test on this many, the same fraction of every class, whatever the seed; None keeps all.
+        data_dir: the folder with ``cifar10n/train_labels.parquet``, for human labels.
     """
     if test_size is not None:
         data = _smaller_test(data, test_size)
@@ -128,7 +129,7 @@ def _human_labels(data: ImageData, which: str, data_dir: str | Path | None) -> T
     if len(clean) != len(data.train_labels) or not np.array_equal(clean, data.train_labels.numpy()):
         raise ValueError(
             f"expected the clean labels of {path} to equal those of the cifar10 training set, row by row, got others. "
-            "The images may stand in another order."
+            "The images may be in another order."
         )
     human = torch.from_numpy(table.column(HUMAN_COLUMNS[which]).to_numpy().astype(np.int64))
     if int(human.min()) < 0 or int(human.max()) >= data.classes:
@@ -147,7 +148,7 @@ def _imbalanced(labels: Tensor, classes: int, ratio: float, generator: Generator
 
 
 def _stratified(labels: Tensor, classes: int, size: int, generator: Generator) -> Tensor:
-    """Return ``size`` rows in the classes' proportions; rounding goes to the largest remainders."""
+    """Return ``size`` rows in the classes' proportions, rounded by largest remainders."""
     counts = torch.bincount(labels, minlength=classes)
     exact = counts.double() * size / len(labels)
     shares = exact.floor().long()

@@ -1,9 +1,9 @@
-"""Image data sets, decoded once and kept as uint8 tensors.
+"""Image data sets, decoded once and cached as uint8 tensors.
 
-A data set comes from the Hugging Face hub by its usual name, or from a folder in the hub's own layout,
+A data set comes from the Hugging Face hub by its usual name, or from a folder in the hub's layout,
 ``DIR/<name>/{train,test}-*.parquet``, given as ``data_dir`` or in the environment variable BATCHTRIM_DATA.
-scikit-learn's handwritten digits need neither. Decoded images are kept in a cache folder (BATCHTRIM_CACHE, or the
-platform's own), as plain .npy files without pickle, under a key made of the source files' names, sizes and times.
+scikit-learn's handwritten digits need neither. Decoded images are cached in a folder (BATCHTRIM_CACHE, or the
+platform's cache), as plain .npy files without pickle, under a key made of the source files' names, sizes and times.
 
 N images, C channels, H and W pixels.
 """
@@ -32,11 +32,11 @@ SPLITS = ("train", "test")
 
 
 class PassDataDir(OSError):
-    """A data set cannot be had from where it was looked for; the message says how to point at a copy of it."""
+    """A data set was not found; the message says how to point to a copy of it."""
 
 
 class ReplaceFile(OSError):
-    """A data file is there, but damaged; the message names it."""
+    """A data file exists but is damaged; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class ImageData:
 
     Args:
         name: its name in ``SPECS``.
-        classes: how many classes the labels stand for.
+        classes: the number of classes.
         train_images: uint8 (N, C, H, W), and ``train_labels`` int64 (N,), each in [0, classes).
         test_images: the same for the test split, with ``test_labels``.
         mean: of the training images, one number per channel in [0, 255]; ``std`` likewise.
-        class_names: in the order of the labels, where they are known.
-        notes: what is to be said of the data before anybody trains on them.
-        local_notes: what is to be said on this machine alone; it enters no record.
+        class_names: in the order of the labels, if known.
+        notes: remarks on the data, shown before training.
+        local_notes: remarks for this machine only, which are not recorded.
         version: a hash of the images, labels and split of the user's own data; "" for those in ``SPECS``.
     """
 
@@ -75,22 +75,22 @@ class ImageData:
         return channels, height, width
 
     def with_train(self, images: Tensor, labels: Tensor) -> ImageData:
-        """Return the data with another training split; the normalisation stays, so that runs stay comparable."""
+        """Return the data with another training split; the normalisation is kept, so that runs stay comparable."""
         return replace(self, train_images=images, train_labels=labels)
 
 
 def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> ImageData:
-    """Load a data set, from the cache where it was decoded before.
+    """Load a data set, from the cache if it was decoded before.
 
     Args:
         name: one of ``SPECS``.
         data_dir: folder that holds ``<name>/{train,test}-*.parquet``; default: BATCHTRIM_DATA, else the hub.
-        cache_dir: where decoded images are kept; default: BATCHTRIM_CACHE, else the platform's cache folder.
+        cache_dir: the cache of decoded images; default: BATCHTRIM_CACHE, else the platform's cache folder.
 
     Raises:
         ValueError: for an unknown name, or labels outside [0, classes).
         PassDataDir: when the folder lacks the files, or the hub cannot be reached.
-        ReplaceFile: when a file is damaged; it is named.
+        ReplaceFile: when a file is damaged; the message names it.
     """
     spec = find_spec(name)
     splits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -101,8 +101,9 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
         folder = data_folder(data_dir)
         if not folder and not spec.hub:
             raise PassDataDir(
-                f"expected a folder with {name}/{{train,test}}-*.parquet, got none. This data set is not taken from "
-                "the hub, whose copies are split otherwise: pass --data-dir DIR, or set BATCHTRIM_DATA."
+                f"expected a folder with {name}/{{train,test}}-*.parquet, got none. This data set is not downloaded "
+                "from "
+                "the hub, whose copies have other splits: pass --data-dir DIR, or set BATCHTRIM_DATA."
             )
         source = _Folder(spec, folder) if folder else _Hub(spec)
         for split in SPLITS:
@@ -120,13 +121,13 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
 
 
 def data_folder(data_dir: str | Path | None) -> Path | None:
-    """Return the folder with Parquet files: the argument, else BATCHTRIM_DATA, else none (the hub is asked)."""
+    """Return the folder with Parquet files: the argument, else BATCHTRIM_DATA, else None (the hub is used)."""
     found = data_dir or os.environ.get("BATCHTRIM_DATA")
     return expanded(found) if found else None
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
-    """Return the Parquet files of one split, in order, or an error that says what was looked for and what is there."""
+    """Return the Parquet files of one split in order; the error says what was expected and what was found."""
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "no such folder"
@@ -195,7 +196,7 @@ class _Hub:
             datasets = import_extra("datasets", "lab", f"the data set '{self.spec.name}'")
             try:
                 self.splits = hub.load_dataset(datasets, self.spec.hub, self.spec.hub_config)
-            except (OSError, ValueError, RuntimeError) as error:  # what hub clients raise varies with their versions
+            except (OSError, ValueError, RuntimeError) as error:  # the errors of hub clients vary with their versions
                 raise PassDataDir(
                     f"could not get '{self.spec.hub}' from the Hugging Face hub ({_first_line(error)}). Without a "
                     f"connection, pass --data-dir DIR (or set BATCHTRIM_DATA) with DIR/{self.spec.name}/"
@@ -214,7 +215,7 @@ class _Hub:
 def _cached(
     spec: Spec, source: _Folder | _Hub, split: str, cache_dir: str | Path | None
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
-    """Return images and labels of a split, and what is to be said of where they are kept."""
+    """Return images and labels of a split, and notes on their cache."""
     parts = [str(CACHE_VERSION), spec.name, spec.mode, split, *source.key(split)]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     names = [f"{spec.name}-{split}-{key}-{what}.npy" for what in ("images", "labels")]
@@ -269,7 +270,7 @@ def _decode(spec: Spec, tables: list[tuple[str, Any, Any]]) -> tuple[np.ndarray,
 
 
 def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return 1,797 digits of 8 x 8 pixels; every third image of each class, in the data's order, is a test image."""
+    """Return 1,797 digits of 8 x 8 pixels; every third image of each class, in file order, is a test image."""
     from batchtrim._checks import import_extra
 
     digits: Any = import_extra("sklearn.datasets", "lab", "the data set 'digits'").load_digits()
@@ -293,7 +294,7 @@ def _check_labels(spec: Spec, origin: str, labels: np.ndarray) -> None:
 
 
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation per channel, exactly, from counts of the 256 values."""
+    """Return the exact mean and standard deviation per channel, from counts of the 256 values."""
     values = np.arange(256, dtype=np.float64)
     means, stds = [], []
     for channel in range(images.shape[1]):

@@ -1,10 +1,10 @@
 """Decode images of any size and mode on all cores into one array of uint8 pixels.
 
-Every file is read once: its header and its pixels come from the same bytes. What all images are brought to depends on
-all headers, so it is assumed from the first; an image that contradicts it ends the pass, and another begins.
+Every file is read once: its header and its pixels come from the same bytes. The common form depends on
+all headers, so it is assumed from the first; if an image contradicts it, decoding starts over with another form.
 
-Decoding runs in threads: Pillow releases the GIL while it decodes and resizes, and threads share one memory. What holds
-the GIL is what limits them, so counts and writes are done once a chunk. Memory holds only the chunks at hand.
+Decoding runs in threads: Pillow releases the GIL while it decodes and resizes, and threads share memory. What holds
+the GIL limits them, so counts and writes are done once per chunk. Only the current chunks are in memory.
 
 n images, C channels, H and W pixels.
 """
@@ -30,19 +30,19 @@ import numpy as np
 from batchtrim._checks import import_extra
 from batchtrim.lab.task import memory
 from batchtrim.lab.task.entry import hash_of
-from batchtrim.lab.terminal import Count
+from batchtrim.lab.terminal import ProgressCount
 
 __all__ = ["BrokenImage", "Contradicted", "Decoded", "Form", "Header", "Source", "decode_all", "first_header"]
 
 Source = Path | bytes
 """An image: a file, or its bytes."""
-CHUNK = 64  # images that one thread takes at a time
-CHUNK_BYTES = 2**22  # of their pixels, where they are larger; four times that of encoded images that a table holds
-WAITING_BYTES = 2**27  # of a table's encoded images that wait for a thread
-WHOLE = 2**28  # bytes of a file up to which it is read whole; Pillow reads larger ones piece by piece
-READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for a writer
+CHUNK = 64  # images per chunk, which one thread decodes at a time
+CHUNK_BYTES = 2**22  # bytes of pixels per chunk, if images are large; four times that for encoded images from a table
+WAITING_BYTES = 2**27  # bytes of a table's encoded images that wait for a thread
+WHOLE = 2**28  # files up to this many bytes are read whole; Pillow reads larger ones in pieces
+READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for a writer
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
-MAGIC = {b"\xff\xd8\xff": ("JPEG",), b"\x89PNG": ("PNG",)}  # otherwise Pillow asks all of its formats in turn
+MAGIC = {b"\xff\xd8\xff": ("JPEG",), b"\x89PNG": ("PNG",)}  # otherwise Pillow tries all its formats in turn
 
 
 class BrokenImage(ValueError):
@@ -51,7 +51,7 @@ class BrokenImage(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """The data in the head of an image file; width and height as it is seen, turned by its EXIF."""
+    """The header of an image file; width and height are after rotation by EXIF."""
 
     width: int
     height: int
@@ -64,7 +64,7 @@ class Form:
 
     Attributes:
         size: width and height. grey: one channel; otherwise three.
-        uniform: every image has that size from the start.
+        uniform: every image has this size already.
     """
 
     size: tuple[int, int]
@@ -72,12 +72,12 @@ class Form:
     uniform: bool
 
     def fits(self, header: Header) -> bool:
-        """True if an image of that header leaves the form as it is."""
+        """True if an image with that header needs no other form."""
         return (header.grey or not self.grey) and (not self.uniform or (header.width, header.height) == self.size)
 
 
 class Contradicted(Exception):
-    """An image has a header that the form does not fit; ``header`` is it."""
+    """An image has a header that does not fit the form; ``header`` is that header."""
 
     def __init__(self, header: Header):
         super().__init__(header)
@@ -89,7 +89,7 @@ class Decoded:
     """The result of decoding.
 
     Attributes:
-        headers: of each image; None where it is too broken to have one. broken: the reason by row.
+        headers: of each image; None if it is too broken to have one. broken: the reason, by row.
         hashes: of each image's pixels. counts: how often each value occurs in a channel, int (C, 256).
     """
 
@@ -100,7 +100,7 @@ class Decoded:
 
 
 def first_header(chunks: Iterable[tuple[int, list[Source]]]) -> Header | None:
-    """Return the header of the first image that has one."""
+    """Return the first image header that can be read."""
     with _quiet():
         for _, sources in chunks:
             for source in sources:
@@ -117,9 +117,9 @@ def decode_all(
     """Decode n images into ``file``, an .npy array of uint8 (n, C, H, W); broken ones stay black.
 
     Args:
-        chunks: number of the first row, and a few images from there on.
-        places: int (n,): where in the array each row goes. Hashes are in that order.
-        counted: how many places from the first on enter the counts of pixel values.
+        chunks: the number of the first row, and the images from that row on.
+        places: int (n,): the position of each row in the array. Hashes are in that order.
+        counted: how many positions, from the first on, enter the counts of pixel values.
 
     Raises:
         Contradicted: an image does not fit the form.
@@ -130,7 +130,7 @@ def decode_all(
     offset, length = array.offset, int(np.prod(shape))
     del array
     found = Decoded([None] * n, np.zeros(n, dtype=np.uint64), np.zeros((shape[0], 256), dtype=np.int64), {})
-    turn = threading.Lock()  # not os.pwrite, which Windows lacks; nor the mapped array, where a full disk kills
+    turn = threading.Lock()  # not os.pwrite, which Windows lacks; nor a mapped array: a full disk would kill
 
     def decode(first: int, sources: list[Source]) -> tuple[int, np.ndarray]:
         pixels = np.empty((len(sources), *shape), dtype=np.uint8)
@@ -157,9 +157,9 @@ def decode_all(
             [np.bincount(pixels[train, channel].ravel(), minlength=256) for channel in range(shape[0])]
         )
 
-    most = max(1, min(CHUNK, CHUNK_BYTES // length, n // (4 * _cores())))  # so that few images occupy all cores too
+    most = max(1, min(CHUNK, CHUNK_BYTES // length, n // (4 * _cores())))  # so that a few images occupy all cores too
     with file.open("r+b") as out:
-        said = Count("images decoded", n)
+        said = ProgressCount("images decoded", n)
         for images, counts in _in_threads(decode, _cut(chunks, most)):
             found.counts += counts
             said.add(images)
@@ -167,16 +167,16 @@ def decode_all(
 
 
 def _runs(places: np.ndarray, rows: list[int]) -> list[np.ndarray]:
-    """Return the rows in the order of their places, cut where a place is left out."""
+    """Return the rows in the order of their positions, split at gaps."""
     order = np.asarray(sorted(rows, key=places.__getitem__), dtype=np.int64)
     return [run for run in np.split(order, np.flatnonzero(np.diff(places[order]) != 1) + 1) if len(run)]
 
 
 def _in_threads(work: Callable[[int, list[Source]], Any], chunks: Iterable[tuple[int, list[Source]]]) -> Iterator[Any]:
-    """Do ``work`` on every chunk, on all cores, with no more of them waiting than keep the cores busy."""
+    """Do ``work`` on every chunk on all cores, with only as many chunks waiting as keep the cores busy."""
     cores = _cores()
     waiting: deque[tuple[Future[Any], int]] = deque()
-    # one thread more than cores, for while another waits for the disk
+    # one more thread than cores, for when one waits for the disk
     with _quiet(), memory.blocks_kept(), ThreadPoolExecutor(cores + 1) as pool:
         try:
             for first, sources in chunks:
@@ -195,12 +195,12 @@ def _cores() -> int:
 
 
 def _announce(sources: list[Source]) -> None:
-    """Have the system read files ahead of their turn, where it can: no core then waits for the disk."""
+    """Ask the system to read files ahead, if it can, so that no core waits for the disk."""
     if not hasattr(os, "posix_fadvise"):
         return
     for source in sources:
         if isinstance(source, Path):
-            with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+            with contextlib.suppress(OSError):  # the reader will report what is wrong
                 file = os.open(source, READ)
                 try:
                     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
@@ -209,12 +209,12 @@ def _announce(sources: list[Source]) -> None:
 
 
 def _quiet() -> warnings.catch_warnings:
-    """Silence what Pillow says of odd metadata; what cannot be decoded is told by name."""
+    """Silence Pillow's warnings about odd metadata; images that cannot be decoded are reported by name."""
     return warnings.catch_warnings(action="ignore")
 
 
 def _cut(chunks: Iterable[tuple[int, list[Source]]], most: int) -> Iterator[tuple[int, list[Source]]]:
-    """Cut chunks where they hold ``most`` images, or many bytes of encoded ones."""
+    """Split chunks at ``most`` images, or at many bytes of encoded ones."""
     for first, sources in chunks:
         start = held = 0
         for i, source in enumerate(sources):
@@ -226,7 +226,7 @@ def _cut(chunks: Iterable[tuple[int, list[Source]]], most: int) -> Iterator[tupl
 
 
 def _held(source: Source) -> int:
-    """Return how many bytes of memory hold an image that is not decoded yet."""
+    """Return how many bytes of memory an undecoded image takes."""
     return len(source) if isinstance(source, bytes) else 0
 
 
@@ -236,7 +236,7 @@ def _pil(name: str) -> Any:
 
 
 def _open(source: Source) -> tuple[Any, Header, bool]:
-    """Return an image that is not decoded yet, its header, and whether its EXIF turns or mirrors it."""
+    """Return an undecoded image, its header, and whether its EXIF data rotate or mirror it."""
     image_module = _pil("Image")
     held = _read(source) if isinstance(source, Path) else source
     try:
@@ -245,9 +245,9 @@ def _open(source: Source) -> tuple[Any, Header, bool]:
             image = image_module.open(io.BytesIO(held), formats=formats)
         else:
             image = image_module.open(held)
-    except Exception as error:  # what a damaged file raises depends on where it is damaged, and on the format
+    except Exception as error:  # the error of a damaged file depends on the damage and on the format
         raise BrokenImage(_reason(error, source)) from error
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones put a second view into a JPEG
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones store a second view in a JPEG
         raise BrokenImage(f"it is animated, or has pages: {image.n_frames} frames")
     if image.mode == "F":
         raise BrokenImage("its pixels are floating point, of unknown range")
@@ -258,7 +258,7 @@ def _open(source: Source) -> tuple[Any, Header, bool]:
 
 
 def _read(path: Path) -> bytes | Path:
-    """Return a file's bytes, or the path of a large one; refuse what cannot be opened, and what is no file."""
+    """Return a file's bytes, or the path of a large one; refuse what cannot be opened or is not a regular file."""
     try:
         held = os.open(path, READ)
         try:
@@ -277,33 +277,33 @@ def _read(path: Path) -> bytes | Path:
 
 
 def _orientation(image: Any, held: bytes | Path) -> int:
-    """Return how an image's EXIF turns it, 1 to 8; 1 as it lies."""
-    if image.format == "TIFF":  # Pillow turns it while it decodes, and its size is that of the turned image
+    """Return an image's EXIF orientation, 1 to 8; 1 is unchanged."""
+    if image.format == "TIFF":  # Pillow rotates it while decoding, and its size is that of the rotated image
         return 1
     try:
-        if image.format == "PNG":  # Pillow decodes all of a PNG to look for it
+        if image.format == "PNG":  # Pillow would decode the whole PNG to look for it
             held = held if isinstance(held, bytes) else held.read_bytes()
             if not any(mark in held for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
                 return 1
         return image.getexif().get(0x0112, 1)
-    except Exception:  # metadata that cannot be read turns nothing
+    except Exception:  # unreadable metadata rotate nothing
         return 1
 
 
 def _pixels(image: Any, source: Source, turned: bool, form: Form) -> np.ndarray:
-    """Return (C, H, W), turned by its EXIF, transparency on white, scaled to cover the size and centre-cropped."""
+    """Return (C, H, W): rotated by EXIF, transparency on white, scaled to cover the size, cropped at the centre."""
     ops = _pil("ImageOps")
     size = form.size
     try:
         if image.format == "JPEG":
-            image.draft("L" if form.grey else "RGB", (2 * size[0], 2 * size[1]))  # a fraction of it where it is larger
+            image.draft("L" if form.grey else "RGB", (2 * size[0], 2 * size[1]))  # a fraction of its size, if larger
         with memory.room.taken(memory.needed(image)):
             image.load()
             if turned:
                 ops.exif_transpose(image, in_place=True)
             image = _in_mode(image, form.grey)
             if image.size != size:
-                image = ops.fit(image, size, method=2, bleed=0.0)  # 2: bilinear, over all pixels that go into one
+                image = ops.fit(image, size, method=2, bleed=0.0)  # 2: bilinear, over all pixels that contribute
     except BrokenImage:
         raise
     except Exception as error:  # as above
@@ -313,7 +313,7 @@ def _pixels(image: Any, source: Source, turned: bool, form: Form) -> np.ndarray:
 
 
 def _in_mode(image: Any, grey: bool) -> Any:
-    """Convert to 8 bits a channel, grey or RGB. 16 bits keep their upper 8; Pillow would clip all above 255."""
+    """Convert to 8 bits per channel, grey or RGB. 16 bits keep their upper 8; Pillow would clip all above 255."""
     module = _pil("Image")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
@@ -335,7 +335,7 @@ def _reason(error: BaseException, source: Source) -> str:
         return f"it cannot be opened ({error.strerror})"
     size = None if isinstance(source, Path) else len(source)
     if isinstance(source, Path):
-        with contextlib.suppress(OSError):  # it may be gone by now
+        with contextlib.suppress(OSError):  # it may be gone
             size = source.stat().st_size
     if size == 0:
         return "it is empty"

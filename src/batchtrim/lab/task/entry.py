@@ -1,4 +1,4 @@
-"""One entry of the cache of the user's own images: its pixels and what is known of them, checked when it is read.
+"""An entry in the cache of the user's own images: pixels and metadata, checked when read.
 
 n images, of which k were kept; C channels, H and W pixels.
 """
@@ -18,17 +18,17 @@ from batchtrim.lab.task.data import ReplaceFile
 __all__ = ["ABOUT", "PIXELS", "Entry", "hash_of", "read", "write_about"]
 
 ABOUT, PIXELS = "about.json", "pixels.npy"
-COMPARED = 64  # images whose pixels are compared with their hashes when an entry is read
+COMPARED = 64  # how many images are compared with their hashes when an entry is read
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry's content.
+    """The content of an entry.
 
     Attributes:
         pixels: uint8 (k, C, H, W), mapped from the file. hashes: uint64 (k,), of each image's pixels.
-        kept: bool (n,), False for a broken image. mean, std: of the training images, a number per channel.
-        notes: what is to be said of the images.
+        kept: bool (n,), False for a broken image. mean, std: of the training images, per channel.
+        notes: remarks on the images.
     """
 
     pixels: np.ndarray
@@ -48,7 +48,7 @@ def write_about(
     folder: Path, kept: np.ndarray, hashes: np.ndarray, mean: Sequence[float], std: Sequence[float],
     notes: Sequence[str], source: str,
 ) -> None:  # fmt: skip
-    """Write what is known of the pixels beside them."""
+    """Write the metadata beside the pixels."""
     np.save(folder / "kept.npy", kept)
     np.save(folder / "hashes.npy", hashes)
     about = {"mean": mean, "std": std, "notes": notes, "source": source}
@@ -59,12 +59,13 @@ def read(folder: Path, n: int) -> Entry:
     """Return the entry of n images in a folder.
 
     Raises:
-        ReplaceFile: it is damaged: files are missing, cut short or of other images, or pixels are not those decoded.
+        ReplaceFile: it is damaged: files are missing, truncated or of other images, or pixels differ from those
+            decoded.
     """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         found = Entry(
-            pixels=np.load(folder / PIXELS, mmap_mode="c", allow_pickle=False),  # c: torch wants to be able to write
+            pixels=np.load(folder / PIXELS, mmap_mode="c", allow_pickle=False),  # c: torch requires a writable array
             hashes=np.load(folder / "hashes.npy", allow_pickle=False),
             kept=np.load(folder / "kept.npy", allow_pickle=False),
             mean=tuple(about["mean"]),

@@ -1,6 +1,6 @@
-"""The user's own images as a data set: split, decoded once on all cores, and kept as a memory-mapped array.
+"""The user's own images as a data set: split, decoded once on all cores, and cached as a memory-mapped array.
 
-What is said of them (resized, left out, the same image on both sides) is in ``ImageData.notes``.
+Remarks on them (resized, left out, the same image on both sides) are in ``ImageData.notes``.
 
 N images, C channels, H and W pixels.
 """
@@ -31,8 +31,8 @@ from batchtrim.lab.task.split import split_rows
 __all__ = ["ImageOptions", "is_own", "load"]
 
 VERSION = 2
-SMALL = 128  # images of one size are kept as they are up to this many pixels a side
-SIZE = 64  # side of the others, unless another is asked for
+SMALL = 128  # images that share one size are not resized up to this many pixels a side
+SIZE = 64  # default side of all others
 MOST_NAMED = 3
 
 
@@ -41,10 +41,10 @@ class ImageOptions:
     """Options for reading a user's own data set.
 
     Args:
-        image_size: side in pixels that every image is brought to; None keeps images of one small size as they are.
-        test_split: part of the images to test on, where the source has no test split. split_seed: of its draw.
-        group: a column, or a pattern of file names, whose value images share that have to stay on one side.
-        image_column, label_column: of a table. skip_broken: go on without images that cannot be decoded.
+        image_size: side in pixels to resize every image to; None keeps images that share one small size unchanged.
+        test_split: fraction of the images to test on, if the source has no test split. split_seed: of the split.
+        group: a column, or a pattern of file names; images with the same value stay on one side of the split.
+        image_column, label_column: of a table. skip_broken: continue without images that cannot be decoded.
     """
 
     image_size: int | None = None
@@ -57,19 +57,19 @@ class ImageOptions:
 
 
 def is_own(dataset: str) -> bool:
-    """True if ``dataset`` is a path or a hub name, and not one of the data sets the lab knows by name."""
+    """True if ``dataset`` is a path or a hub name, and not a data set that the lab knows by name."""
     if dataset in SPECS:
         return False
     return "/" in dataset or "\\" in dataset or expanded(dataset).exists() or dataset.lower().endswith(tables.SUFFIXES)
 
 
 def options_of(config: Any) -> ImageOptions:
-    """Return the options among the settings of a run."""
+    """Return these options from the settings of a run."""
     return ImageOptions(**{name: getattr(config, name) for name in ImageOptions.__dataclass_fields__})
 
 
 def check_options(config: Any) -> None:
-    """Refuse options of the user's own data set beside one that the lab knows by name, and values out of range."""
+    """Refuse options for own data with a data set that the lab knows by name, and values out of range."""
     options = options_of(config)
     if options.image_size is not None:
         check_count("image_size", options.image_size)
@@ -90,10 +90,10 @@ def load(
     data_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> data.ImageData:
-    """Load the user's own images, from the cache where they were decoded before.
+    """Load the user's own images, from the cache if they were decoded before.
 
     Args:
-        dataset: a folder of class folders (with train/ and test/, or without and ``test_split``), a CSV or Parquet file
+        dataset: a folder of class folders (with train/ and test/, or with ``test_split``), a CSV or Parquet file
             with an image and a label column, or a hub name ``owner/name[:config]``.
         data_dir, cache_dir: as for :func:`batchtrim.lab.task.data.load`.
 
@@ -131,7 +131,7 @@ def load(
 
 
 def _version(found: data.ImageData, hashes: np.ndarray) -> str:
-    """Hash the pixels, labels and split, independent of file names, places and dates."""
+    """Hash the pixels, labels and split, independently of file names, locations and dates."""
     labels = torch.cat([found.train_labels, found.test_labels]).numpy()
     told = json.dumps([found.shape, len(found.train_labels), found.class_names])
     digest = hashlib.sha256(told.encode())
@@ -141,7 +141,7 @@ def _version(found: data.ImageData, hashes: np.ndarray) -> str:
 
 
 def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
-    """Return the class names in order, and each image's number among them."""
+    """Return the class names in order, and each image's class number."""
     labels = listing.labels
     if listing.classes is not None and all(isinstance(each, int) for each in labels):
         wrong = next((each for each in labels if not 0 <= each < len(listing.classes)), None)
@@ -165,7 +165,7 @@ def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
 def _only_those_left(
     listing: Listing, classes: list[str], labels: np.ndarray
 ) -> tuple[list[str], np.ndarray, list[str]]:
-    """Return classes, labels and a note without classes all of whose images are broken, unless the source names all."""
+    """Return classes, labels and a note, without classes whose images are all broken unless the source names all."""
     left = np.unique(labels)
     if listing.classes is not None or len(left) == len(classes):
         return classes, labels, []
@@ -175,11 +175,12 @@ def _only_those_left(
             f"expected at least two classes in {listing.where}, got {len(left)} with images that can be decoded, none "
             f"of {gone}."
         )
-    return [classes[each] for each in left], np.searchsorted(left, labels), [f"no images left of {gone}, left out"]
+    note = f"classes left out, since all their images are broken: {gone}"
+    return [classes[each] for each in left], np.searchsorted(left, labels), [note]
 
 
 def _alike(names: Sequence[str]) -> list[str]:
-    """Return a note on names that are likely to mean one class."""
+    """Return a note on names that probably mean the same class."""
     found: dict[Any, list[str]] = {}
     for name in names:
         plain: Any = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
@@ -211,8 +212,8 @@ def _sides(listing: Listing, labels: np.ndarray, options: ImageOptions) -> tuple
         return sides
     if options.test_split is None:
         raise ValueError(
-            f"expected a test split in {listing.where}, got images without one. Set a part aside: --test-split 0.2, "
-            "and --group where images belong together."
+            f"expected a test split in {listing.where}, got images without one. Set some aside: --test-split 0.2, "
+            "and --group if images belong together."
         )
     sides = split_rows(labels, options.test_split, options.split_seed, listing.groups)
     groups = "" if listing.groups is None else f", in {len(set(listing.groups))} groups that stay whole"
@@ -234,7 +235,7 @@ def _key(listing: Listing, stamps: dict[str, str], order: np.ndarray, options: I
 def _decode(
     listing: Listing, stamps: dict[str, str], order: np.ndarray, train: int, folder: Path, options: ImageOptions
 ) -> None:
-    """Fill the cache: into a folder beside, renamed when it is whole."""
+    """Fill the cache: decode into a temporary folder, which is renamed when it is complete."""
     places = np.empty(len(order), dtype=np.int64)
     places[order] = np.arange(len(order))
     try:
@@ -256,7 +257,7 @@ def _decode(
 def _decode_all(
     listing: Listing, stamps: dict[str, str], file: Path, places: np.ndarray, train: int, options: ImageOptions
 ) -> tuple[Decoded, Form]:
-    """Decode into ``file`` in the form that the first image suggests; again, in another, where a later one differs."""
+    """Decode into ``file`` in the form of the first image; if a later one differs, start over with a wider form."""
     header = first_header(listing.chunks())
     form = _form(header or Header(SIZE, SIZE, grey=False), options)
     while True:
@@ -271,18 +272,18 @@ def _decode_all(
         if len(decoded.broken) == len(places):
             table = listing.where.lower().endswith(tables.SUFFIXES)
             gone = table and set(decoded.broken.values()) == {"there is no such file"}
-            hint = " Paths start at the table's own folder, with / between folders." if gone else ""
+            hint = " Paths are relative to the table's folder, with / between folders." if gone else ""
             raise data.ReplaceFile(f"expected images that can be decoded in {listing.where}, got none: {broken}.{hint}")
         if decoded.broken and not options.skip_broken:
             raise data.ReplaceFile(
-                f"expected images that can be decoded in {listing.where}, got {broken}. Mend or remove them, or pass "
-                "--skip-broken to go on without."
+                f"expected images that can be decoded in {listing.where}, got {broken}. Repair or remove them, or pass "
+                "--skip-broken to continue without them."
             )
         return decoded, form
 
 
 def _check_still_there(listing: Listing, stamps: dict[str, str]) -> None:
-    """Refuse to call images broken, and keep the others, where a disk went away or somebody still writes to it."""
+    """Raise an error, rather than call images broken, if a disk was removed or files are still being written."""
     after = listing.stamps()
     changed = [name for name, stamp in stamps.items() if after.get(name) != stamp]
     if changed:
@@ -294,7 +295,7 @@ def _check_still_there(listing: Listing, stamps: dict[str, str]) -> None:
 
 
 def _only(file: Path, places: np.ndarray) -> None:
-    """Write the array in ``file`` again with these places alone."""
+    """Rewrite the array in ``file`` with these positions alone."""
     pixels = np.load(file, mmap_mode="r", allow_pickle=False)
     left = file.with_suffix(".left")
     out = np.lib.format.open_memmap(left, mode="w+", dtype=np.uint8, shape=(len(places), *pixels.shape[1:]))
@@ -305,7 +306,7 @@ def _only(file: Path, places: np.ndarray) -> None:
 
 
 def _form(header: Header, options: ImageOptions) -> Form:
-    """Return the form of all images, if all are as the first."""
+    """Return the form of all images, assuming that all are like the first."""
     if options.image_size is not None:
         return Form((options.image_size, options.image_size), header.grey, uniform=False)
     if max(header.width, header.height) <= SMALL:
@@ -314,21 +315,21 @@ def _form(header: Header, options: ImageOptions) -> Form:
 
 
 def _widened(form: Form, header: Header) -> Form:
-    """Return the form that takes in an image of another kind too: never the narrower one again."""
+    """Return a form that also fits an image of another kind; it never gets narrower."""
     as_is = form.uniform and form.size == (header.width, header.height)
     return Form(form.size if as_is or not form.uniform else (SIZE, SIZE), form.grey and header.grey, as_is)
 
 
 def _resized(headers: Sequence[Header], size: tuple[int, int], options: ImageOptions) -> list[str]:
-    """Return a note on the images' own sizes, where they are not the common one."""
+    """Return a note on the images' own sizes, if they differ from the common one."""
     sizes = {(each.width, each.height) for each in headers}
     if sizes <= {size}:
         return []
     by_area = sorted(sizes, key=lambda each: (each[0] * each[1], each))
     low, high = by_area[0], by_area[-1]
     seen = f"{low[0]} x {low[1]}" + (f" to {high[0]} x {high[1]}" if len(sizes) > 1 else "")
-    hint = "" if options.image_size else "; --image-size takes another"
-    return [f"images of {seen} pixels resized to {size[0]} x {size[1]}, cut at the centre{hint}"]
+    hint = "" if options.image_size else "; --image-size sets another size"
+    return [f"images of {seen} pixels resized to {size[0]} x {size[1]}, centre-cropped{hint}"]
 
 
 def _named(listing: Listing, broken: dict[int, str], what: str) -> str:
@@ -338,7 +339,7 @@ def _named(listing: Listing, broken: dict[int, str], what: str) -> str:
 
 
 def _moments(counts: np.ndarray) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each channel from how often each of 256 values came."""
+    """Return mean and standard deviation of each channel from the counts of the 256 values."""
     values = np.arange(256, dtype=np.float64)
     mean = counts @ values / counts.sum(1)
     std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1))
@@ -346,7 +347,7 @@ def _moments(counts: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def _check_sides(found: data.ImageData, names: Sequence[str], hashes: np.ndarray, first_test: int) -> list[str]:
-    """Refuse classes that cannot be learnt, and say what makes the test less than one."""
+    """Refuse classes that cannot be learnt, and note what weakens the test."""
     train, test = (torch.bincount(part, minlength=found.classes) for part in (found.train_labels, found.test_labels))
     listed = found.class_names
     unlearnt = [listed[i] for i in ((train == 0) & (test > 0)).nonzero().flatten().tolist()]
@@ -367,8 +368,8 @@ def _check_sides(found: data.ImageData, names: Sequence[str], hashes: np.ndarray
         row, twin = again[0]
         notes.append(
             f"{len(again)} of {len(hashes) - first_test} images to test on are in the training split too, pixel by "
-            f"pixel, such as {shown(names[row])} and {shown(names[twin])}: the test error is too low by what was "
-            "learnt by heart"
+            f"pixel, such as {shown(names[row])} and {shown(names[twin])}: the test error is too low, since these can "
+            "be memorised"
         )
     labels, pixels = found.train_labels.numpy(), hashes[:first_test]
     order = np.lexsort((labels, pixels))
@@ -376,7 +377,7 @@ def _check_sides(found: data.ImageData, names: Sequence[str], hashes: np.ndarray
     if len(torn):
         one, other = (shown(names[row]) for row in sorted(order[torn[0] : torn[0] + 2]))
         notes.append(
-            f"{len(np.unique(pixels[order[torn]]))} training images are there under several classes, pixel by pixel, "
+            f"{len(np.unique(pixels[order[torn]]))} training images occur under several classes, pixel by pixel, "
             f"such as {one} and {other}: no network can learn all of them"
         )
     return notes

@@ -1,4 +1,4 @@
-"""The user's own images, found but not yet decoded: in class folders, in a table, or on the Hugging Face hub.
+"""Find the user's own images, before decoding: in class folders, in a table, or on the Hugging Face hub.
 
 N images, C classes.
 """
@@ -28,14 +28,15 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 @dataclass
 class Listing:
-    """The places of N images, and what they show.
+    """The locations of N images, and their labels.
 
     Attributes:
-        names: of each image, to name it by. ``labels``: class names, or numbers. ``classes``: all names in order, where
+        names: of each image, for messages. ``labels``: class names, or numbers. ``classes``: all names in order, if
             the source knows them; otherwise the sorted labels.
-        split: "train" or "test" of each, where the source has splits. ``groups``: of each, where asked for.
-        chunks: reads the images again and again: number of the first row, and a few images from there on.
-        stamps: asks each file behind the images, by name, for what changes when it does. ``notes``: what is to be said.
+        split: "train" or "test" for each image, if the source has splits. ``groups``: of each, if asked for.
+        chunks: yields the images in chunks, each time it is called: the number of the first row, and the images from it
+            on.
+        stamps: returns, by file name, a stamp that changes when the file does. ``notes``: remarks on the images.
     """
 
     where: str
@@ -53,15 +54,15 @@ def find_images(
     dataset: str, *, group: str | None = None, image_column: str | None = None, label_column: str | None = None,
     data_dir: Path | None = None,
 ) -> Listing:  # fmt: skip
-    """Return what a folder, a CSV or Parquet file, or a hub name holds.
+    """Return the images of a folder, a CSV or Parquet file, or a hub name.
 
     Args:
-        dataset: a path, or ``owner/name[:config]`` on the hub, which is looked for under ``data_dir`` first.
-        group: a column of a table, or a pattern of a folder's file names, whose value images of one group share.
+        dataset: a path, or ``owner/name[:config]`` on the hub, for which ``data_dir`` is searched first.
+        group: a column of a table, or a pattern for a folder's file names; images with one value form a group.
         image_column, label_column: of a table; by default the usual names.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: there is nothing of that name, or no images in it.
+        FileNotFoundError, ValueError, OSError: nothing has that name, or there are no images in it.
     """
     _check_text([dataset], "the path of the data set")
     path = expanded(dataset)
@@ -112,7 +113,7 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
             labels += [kind.name] * len(here)
             split += [name] * len(here)
     if others:
-        notes.append(f"{len(others)} files that are no images left out, such as {shown(others[0])}")
+        notes.append(f"{len(others)} files left out that are not images, such as {shown(others[0])}")
     if linked:
         notes.append(
             f"{len(linked)} linked folders in class folders left out, such as {shown(linked[0].relative_to(root))}"
@@ -120,7 +121,7 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
     if not files:
         hint = f" {len(loose)} images lie in {shown(loose[0].parent)} itself, in no class." if loose else ""
         if others and not loose:
-            hint = f" {len(others)} files there end otherwise than images do, such as {shown(others[0])}."
+            hint = f" {len(others)} files there have no suffix of an image, such as {shown(others[0])}."
         raise ValueError(f"expected images in class folders, as in {shown(root)}/CLASS/image.png, got none.{hint}")
     if loose:
         notes.append(f"{len(loose)} images in no class folder left out, such as {shown(loose[0].relative_to(root))}")
@@ -138,9 +139,9 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
 
 
 def _splits(root: Path, folders: dict[str, Path], notes: list[str]) -> dict[str, Path]:
-    """Return the folders of training and test images; the whole tree as "" where it has none.
+    """Return the folders of training and test images; the whole tree as "" if it has no splits.
 
-    A folder "train" without folders in it, and without another to test on beside it, is a class of that name.
+    A folder "train" that contains no folders, and has no test folder beside it, is a class of that name.
     """
     train = next(iter(_named(folders, TRAIN_NAMES)), None)
     tests = _named(folders, TEST_NAMES)
@@ -161,7 +162,7 @@ def _splits(root: Path, folders: dict[str, Path], notes: list[str]) -> dict[str,
 
 
 def _named(folders: dict[str, Path], names: Sequence[str]) -> list[Path]:
-    """Return the folders of these names in their order, upper case or lower."""
+    """Return the folders with these names, in this order, in upper or lower case."""
     return [folder for name in names for each, folder in folders.items() if each.casefold() == name]
 
 
@@ -170,7 +171,7 @@ def _has_folders(folder: Path) -> bool:
 
 
 def _check_text(names: Sequence[str], what: str) -> None:
-    """Refuse names that are no text, which file systems allow: records and pages could not hold them."""
+    """Refuse names that are not text, which file systems allow: records and pages cannot hold them."""
     for name in names:
         try:
             name.encode()
@@ -201,7 +202,7 @@ def _groups_by_name(names: Sequence[str], pattern: str) -> list[str]:
 
 
 def _tables(files: dict[str, list[Path]], where: str, columns: dict[str, str | None]) -> Listing:
-    """Return tables of one split each, or of none; a column 'split' names it if there is one."""
+    """Return tables of one split each, or of none; a column 'split' names the split if there is one."""
     names: list[str] = []
     labels: list[Any] = []
     split: list[str] = []
@@ -254,7 +255,7 @@ def _table_chunks(spans: Sequence[tuple[int, Path, str, Sequence[Any] | None]]) 
 
 
 def _source(cell: Any, path: Path) -> Source:
-    """Return a cell: a path beside the table, bytes, or the hub's mapping of both."""
+    """Return a cell's image: a path relative to the table, bytes, or the hub's mapping of both."""
     cell = tables.content(cell)
     if cell is None or cell == "":
         return b""
@@ -296,7 +297,7 @@ def _hub(dataset: str, data_dir: Path | None, columns: dict[str, str | None]) ->
     datasets = import_extra("datasets", "lab", f"the data set '{dataset}'")
     try:
         splits = hub.load_dataset(datasets, name, config or None)
-    except Exception as error:  # what hub clients raise varies with their versions
+    except Exception as error:  # the errors of hub clients vary with their versions
         text = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise OSError(
             f"could not get {dataset!r} from the Hugging Face hub ({text}). Without a connection, pass --data-dir DIR "
@@ -306,7 +307,7 @@ def _hub(dataset: str, data_dir: Path | None, columns: dict[str, str | None]) ->
 
 
 def from_splits(splits: Any, where: str, columns: dict[str, str | None]) -> Listing:
-    """Return what a ``datasets.DatasetDict`` holds."""
+    """Return the images of a ``datasets.DatasetDict``."""
     if "train" not in splits:
         raise ValueError(f"expected a split 'train' in {where}, got {', '.join(splits)}.")
     test = next((name for name in TEST_NAMES if name in splits), None)

@@ -1,4 +1,4 @@
-"""Bound the memory of images that are decoded at once, however large they are and however many cores there are."""
+"""Bound the memory of images decoded at the same time, whatever their size and the number of cores."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from batchtrim._checks import import_extra
 
 __all__ = ["ROOM", "Room", "blocks_kept", "needed", "room"]
 
-ROOM = 2**29  # bytes of images at their own size
-_ONE_COPY = ("1", "L", "RGB", "YCbCr", "CMYK")  # modes that are converted in a single step
+ROOM = 2**29  # bytes of images at their full size
+_ONE_COPY = ("1", "L", "RGB", "YCbCr", "CMYK")  # modes converted in a single step
 
 
 class Room:
-    """Let as many images be decoded at once as memory is meant to hold; one that needs more than all of it goes alone.
+    """Limit the images decoded at once to a memory budget; an image that exceeds it is decoded alone.
 
     Args:
-        size: bytes for all of them.
+        size: the budget in bytes.
     """
 
     def __init__(self, size: int):
@@ -28,7 +28,7 @@ class Room:
 
     @contextlib.contextmanager
     def taken(self, size: int) -> Iterator[None]:
-        """Wait for ``size`` bytes, and hold them inside the block."""
+        """Wait for ``size`` bytes of the budget, and hold them inside the block."""
         size = min(size, self.size)
         with self.turn:
             self.turn.wait_for(lambda: self.free >= size)
@@ -45,14 +45,14 @@ room = Room(ROOM)
 
 
 def needed(image: Any) -> int:
-    """Return about how many bytes an image of Pillow takes while it is decoded and converted."""
+    """Return about how many bytes a Pillow image takes while it is decoded and converted."""
     simple = image.mode in _ONE_COPY and "transparency" not in image.info
     return image.width * image.height * (8 if simple else 24)
 
 
 @contextlib.contextmanager
 def blocks_kept() -> Iterator[None]:
-    """Have Pillow use the blocks of large images again, as PILLOW_BLOCKS_MAX does: malloc would hold some a thread."""
+    """Have Pillow reuse the blocks of large images, as PILLOW_BLOCKS_MAX does: malloc would keep some per thread."""
     core: Any = import_extra("PIL.Image", "lab", "images").core
     before = core.get_blocks_max()
     try:

@@ -26,7 +26,7 @@ def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Con
 
 
 class PadShortcut(nn.Module):
-    """Every second pixel, and zeros for the new channels: a shortcut without parameters (He et al., option A)."""
+    """A shortcut without parameters: every second pixel, and zeros for the new channels (He et al., option A)."""
 
     def __init__(self, extra: int):
         super().__init__()
@@ -37,7 +37,7 @@ class PadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a way around them."""
+    """Two 3 x 3 convolutions with a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm, shortcut: nn.Module):
         super().__init__()
@@ -127,7 +127,7 @@ def _mlp(shape: tuple[int, int, int], classes: int, width: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One network of the registry: its builder takes (image shape, classes, width, norm)."""
+    """A network of the registry: its builder takes (image shape, classes, width, norm)."""
 
     build: Callable[[tuple[int, int, int], int, int, Norm], nn.Module]
     width: int | None
@@ -159,7 +159,7 @@ MODELS: dict[str, ModelRow] = {
 
 
 def find_model(name: str) -> ModelRow:
-    """Return the registry's row of that name, or the user's own; an error suggests the nearest name."""
+    """Return the registry's row of that name, or one for the user's own network; an error suggests the nearest name."""
     if isinstance(name, str) and own_models.is_own_model(name):
         return ModelRow(lambda shape, classes, width, norm: own_models.build_own(name, shape, classes), None, False)
     return look_up("model", name, MODELS)
@@ -168,13 +168,13 @@ def find_model(name: str) -> ModelRow:
 def build(
     name: str, shape: tuple[int, int, int], classes: int, width: int | None = None, norm: str = "batch"
 ) -> nn.Module:
-    """Make a network for images of ``shape`` (channels, height, width); its weights come from torch's global seed.
+    """Make a network for images of ``shape`` (channels, height, width); weights depend on torch's global seed.
 
     Args:
         name: a name in ``MODELS``. resnet8, 14, 20, 26 and 32 have 6n+2 layers in three stages (He et al. 2015,
             section 4.2); resnet18 and resnet34 have the four stages of their ImageNet namesakes behind a 3 x 3 stem.
             speed and speed_lite are :class:`batchtrim.lab.task.speed.SpeedNet`, whose first layer is set from data.
-        width: channels (or features) of the first stage; None takes the registry's.
+        width: channels (or features) of the first stage; None means the registry's default.
         norm: ``batch`` or ``group`` (no statistics shared within a batch). Networks without norm layers ignore it.
     """
     row = find_model(name)

@@ -1,4 +1,4 @@
-"""What the lab knows by name: data sets, augmentations, networks. No torch here: the command line's help lists them."""
+"""Names that the lab knows: data sets, augmentations, networks. No torch here, since the help lists them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Spec:
-    """The place of a data set, its shape and its classes."""
+    """The source, shape and classes of a data set."""
 
     name: str
     classes: int
-    mode: str  # Pillow's word for what an image is decoded to: L is grey, RGB is colour
-    augment: str  # what `augment="auto"` becomes
+    mode: str  # the Pillow mode to decode to: L is grey, RGB is colour
+    augment: str  # the value of `augment="auto"`
     hub: str = ""
     hub_config: str | None = None
     image: str = "image"

@@ -1,7 +1,7 @@
-"""Networks that are not in the lab's registry: a function in a file, or an image classifier of transformers.
+"""Networks outside the lab's registry: a function in a file, or an image classifier of transformers.
 
-``my_model.py:build`` is called as ``build(shape, classes)``, shape being (channels, height, width), and returns a
-module from images (B, C, H, W) to logits (B, classes). ``hf:ARCHITECTURE`` is made from its configuration, with fresh
+``my_model.py:build`` is called as ``build(shape, classes)``, with shape (channels, height, width), and returns a
+module from images (B, C, H, W) to logits (B, classes). ``hf:ARCHITECTURE`` is built from its configuration with fresh
 weights: ``hf:vit``, ``hf:ViTForImageClassification``, with ``:NAME=VALUE`` for each setting that is not its
 default, as in ``hf:vit:hidden_size=64:num_hidden_layers=4``, or ``hf:FOLDER`` with a config.json in it.
 """
@@ -30,7 +30,7 @@ def is_own_model(name: str) -> bool:
 
 
 def check_own(name: str) -> None:
-    """Refuse a name for which nothing can be made, before the data are read."""
+    """Refuse a name that no network can be made from, before the data are read."""
     if name.startswith("hf:"):
         _configuration(name)
     else:
@@ -38,16 +38,16 @@ def check_own(name: str) -> None:
 
 
 def code_of(name: str) -> Code | None:
-    """Return the function in a file, to tell versions by; None for an architecture."""
+    """Return the function in a file, whose hash is the version; None for an architecture."""
     return None if name.startswith("hf:") else Code.in_file(name, "model")
 
 
 def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
-    """Make the network; its weights come from torch's global seed.
+    """Make the network; weights depend on torch's global seed.
 
     Raises:
-        ValueError, TypeError: what came is no network from images of ``shape`` to ``classes`` logits.
-        YourCodeFailed: the function raised.
+        ValueError, TypeError: the result is not a network from images of ``shape`` to ``classes`` logits.
+        YourCodeFailed: the function raised an error.
     """
     if name.startswith("hf:"):
         model: Any = Logits(_hf_model(name, shape, classes))
@@ -67,7 +67,7 @@ def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
 
 
 class Logits(nn.Module):
-    """A model of transformers, called with images and giving its logits alone."""
+    """A model of transformers that takes images and returns only its logits."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -78,7 +78,7 @@ class Logits(nn.Module):
 
 
 def _try(name: str, model: nn.Module, shape: Shape, classes: int) -> None:
-    """Send two images through once, so that a network of the wrong form is reported before training."""
+    """Run two images through the network, to report wrong shapes before training."""
     training = model.training
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model.eval()
@@ -92,7 +92,7 @@ def _try(name: str, model: nn.Module, shape: Shape, classes: int) -> None:
             model.train(training)
     if not isinstance(outputs, Tensor) or outputs.shape != (2, classes):
         raise ValueError(
-            f"expected {name} to give logits (B, {classes}), one a class, got {describe(outputs)} for B = 2. "
+            f"expected {name} to give logits (B, {classes}), one per class, got {describe(outputs)} for B = 2. "
             "It is called as build((channels, height, width), classes)."
         )
     if not any(each.requires_grad for each in model.parameters()):
@@ -100,7 +100,7 @@ def _try(name: str, model: nn.Module, shape: Shape, classes: int) -> None:
 
 
 def _configuration(name: str) -> tuple[Any, dict[str, Any]]:
-    """Return the configuration of an architecture with its settings, and those that were given."""
+    """Return the configuration of an architecture with the given settings, and those settings."""
     transformers: Any = import_extra("transformers", "transformers", name)
     import_extra("transformers.models.auto.modeling_auto", "transformers", name)
     _, architecture, *settings = name.split(":")
@@ -160,7 +160,7 @@ def _hf_model(name: str, shape: Shape, classes: int) -> nn.Module:
         RuntimeError,
         KeyError,
         ImportError,
-    ) as error:  # architectures refuse in their own ways
+    ) as error:  # each architecture raises its own errors
         raise ValueError(
             f"expected {name!r} to make a network for images of shape {shape}, got {type(error).__name__}: {error}."
         ) from error

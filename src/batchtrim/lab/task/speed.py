@@ -1,7 +1,7 @@
-"""A small network of the kind that training-speed records use: a whitening first layer, then wide, shallow groups.
+"""A small network like those of training-speed records: a whitening first layer, then wide, shallow groups.
 
-The facts are those of the CIFAR-10 speed runs (arXiv 2404.00498 and the code it describes); written anew for small
-images of any number of channels. The first convolution is set from the training images and never trained: its
+The design is that of the CIFAR-10 speed runs (arXiv 2404.00498 and the code it describes), rewritten for small
+images with any number of channels. The first convolution is set from the training images and never trained: its
 outputs are decorrelated patches, so that the rest starts from well-conditioned input.
 
 N images, C channels, K x K patch, P = C * K * K.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 __all__ = ["SpeedNet", "patch_whitening"]
 
 _PATCH_IMAGES = 2000
-_EPS = 1e-2  # added to the variance of a patch component, so that noise is not blown up
+_EPS = 1e-2  # added to the variance of a patch component, so that noise is not amplified
 _HEAD_SCALE = 1 / 3
 
 
@@ -29,7 +29,7 @@ def patch_whitening(images: Tensor, mean: Sequence[float], std: Sequence[float],
     ``w_j = v_j / sqrt(lambda_j + eps)`` for the eigenpairs of the patches' second moments.
 
     Args:
-        images: uint8 (N, C, H, W); up to 2,000 of them are taken, evenly spaced, so that nothing is drawn.
+        images: uint8 (N, C, H, W); up to 2,000 of them, evenly spaced, are used, so that nothing is random.
         mean: per channel, in [0, 255]; ``std`` likewise. kernel: K.
     """
     some = images[:: max(1, len(images) // _PATCH_IMAGES)].float()
@@ -37,7 +37,7 @@ def patch_whitening(images: Tensor, mean: Sequence[float], std: Sequence[float],
     patches = F.unfold(some, kernel, stride=2).transpose(1, 2).flatten(0, 1).double()
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (vectors / (values + _EPS).sqrt()).T.flip(0)
-    # the sign of an eigenvector is anyone's choice: let its largest entry be positive
+    # the sign of an eigenvector is arbitrary: make its largest entry positive
     largest = filters.gather(1, filters.abs().argmax(1, keepdim=True))
     return (filters * largest.sign()).float().reshape(-1, images.shape[1], kernel, kernel)
 
@@ -45,8 +45,8 @@ def patch_whitening(images: Tensor, mean: Sequence[float], std: Sequence[float],
 class SpeedNet(nn.Module):
     """Whitened patches and their negatives, then groups of two 3 x 3 convolutions, each group halving the side.
 
-    Convolutions start as the identity on as many channels as they have in common with their input. Norm layers have a
-    trained offset and no trained scale. The head reads the largest value of each channel and its outputs are divided
+    Convolutions start as the identity on the channels that they share with their input. Norm layers have a
+    trained offset and no trained scale. The head takes the maximum of each channel, and its outputs are divided
     by 3, which together with a large learning rate keeps early steps small.
 
     Args:
@@ -75,7 +75,7 @@ class SpeedNet(nn.Module):
         groups: list[nn.Module] = []
         inputs = 2 * components
         for outputs in (width, 2 * width, 2 * width):
-            if side < 2:  # an image of 8 pixels has room for fewer
+            if side < 2:  # an image of 8 pixels allows fewer
                 break
             groups.append(_Group(inputs, outputs, norm))
             inputs, side = outputs, side // 2

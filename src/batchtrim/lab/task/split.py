@@ -1,4 +1,4 @@
-"""Set a test split aside: the same part of every class, drawn from a seed, groups kept whole.
+"""Set a test split aside: the same fraction of every class, drawn from a seed, with groups kept whole.
 
 N samples, C classes, G groups.
 """
@@ -17,15 +17,15 @@ __all__ = ["split_rows"]
 def split_rows(
     labels: np.ndarray, fraction: float, seed: int = 0, groups: Sequence[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of the training and of the test split, each rising.
+    """Return the rows of the training and the test split, each in ascending order.
 
-    Without groups, ``round(fraction * n)`` of each class's n samples are for testing: at least one where a class has
-    two, and never all of them. With groups, whole groups are taken in a random order as long as they bring the classes
-    closer to that many.
+    Without groups, ``round(fraction * n)`` of each class's n samples are for testing: at least one if a class has
+    two, and never all of them. With groups, whole groups are taken in random order if they bring the classes
+    closer to that number.
 
     Args:
-        labels: int (N,). fraction: in (0, 1). seed: of the draw.
-        groups: a name a sample; samples of one group, such as frames of a clip, end up on the same side.
+        labels: int (N,). fraction: in (0, 1). seed: of the random draw.
+        groups: one name per sample; samples of one group, such as frames of a clip, end up on the same side.
 
     Raises:
         ValueError: nothing would be left on one side.
@@ -54,7 +54,7 @@ def split_rows(
 def _whole_groups(
     labels: np.ndarray, fraction: float, random: np.random.Generator, groups: Sequence[str]
 ) -> np.ndarray:
-    """Return bool (N,): a group is taken if that brings the count of each class closer to the wanted one."""
+    """Return bool (N,): a group is taken if that brings the class counts closer to the wanted ones."""
     _, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     order = np.argsort(group, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)

@@ -1,4 +1,4 @@
-"""CSV and Parquet tables with an image and a label in each row. Images of Parquet files are read when decoded."""
+"""CSV and Parquet tables with an image and a label per row. Images in Parquet files are read when decoded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchtrim._checks import describe
 __all__ = ["SUFFIXES", "Table", "batches", "check_labels", "column", "content", "read", "rows_at_once"]
 
 SUFFIXES = (".csv", ".parquet")
-ROWS, ROWS_BYTES = 256, 2**25  # most rows of images that are read at a time, and most bytes
+ROWS, ROWS_BYTES = 256, 2**25  # the most rows of images, and bytes, that are read at a time
 IMAGE_COLUMNS = ("image", "img", "path", "file", "file_name", "filename")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "coarse_label")
 MISSING = ("", "nan", "null", "na", "n/a", "none")  # what other programs write for a missing number
@@ -26,9 +26,9 @@ class Table:
     """The columns that matter.
 
     Attributes:
-        image, label: their names. labels: one a row. images: of a CSV table; None where they are read when decoded.
-        files: paths of the images that lie beside the table, not in it.
-        groups, split: one a row, where asked for and where there. class_names: those that the hub's files carry.
+        image, label: their names. labels: one per row. images: of a CSV table; None if they are read when decoded.
+        files: paths of images that are beside the table, not in it.
+        groups, split: one per row, if asked for and present. class_names: those in the hub's files.
     """
 
     image: str
@@ -42,10 +42,10 @@ class Table:
 
 
 def read(path: Path, columns: dict[str, str | None]) -> Table:
-    """Return a table; ``columns`` holds the names asked for, by "image", "label" and "group".
+    """Return a table; ``columns`` has the requested names, by "image", "label" and "group".
 
     Raises:
-        ValueError: the file cannot be read, or has no such columns, or two of one name.
+        ValueError: the file cannot be read, lacks such a column, or has two of one name.
     """
     with _readable(path):
         return (_csv if path.suffix.lower() == ".csv" else _parquet)(path, columns)
@@ -53,7 +53,7 @@ def read(path: Path, columns: dict[str, str | None]) -> Table:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Name the table in whatever is raised while it is read."""
+    """Name the table in any error raised while it is read."""
     import pyarrow
 
     try:
@@ -68,7 +68,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _csv(path: Path, columns: dict[str, str | None]) -> Table:
-    """Read every cell as it is written: 007 is a name, and NA a country."""
+    """Read every cell as text: 007 is a name, and NA a country."""
     import pyarrow.csv
 
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -113,7 +113,7 @@ def _parquet(path: Path, columns: dict[str, str | None]) -> Table:
 
 
 def _groups_with_paths(kind: Any, counts: Any, image: str) -> list[int]:
-    """Return the row groups of a Parquet file in which images are paths, or may be."""
+    """Return the row groups of a Parquet file in which images are, or may be, paths."""
     import pyarrow
 
     if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
@@ -128,10 +128,10 @@ def _groups_with_paths(kind: Any, counts: Any, image: str) -> list[int]:
 
 
 def batches(path: Path, image: str, groups: Sequence[int] | None = None) -> Iterator[list[Any]]:
-    """Return the cells of a Parquet file's image column, some rows at a time, so that few are in memory.
+    """Yield the cells of a Parquet file's image column a few rows at a time, so that few are in memory.
 
     Args:
-        groups: of the row groups with these numbers only. The pages of one row group are in memory at once.
+        groups: read only the row groups with these numbers. The pages of one row group are in memory at once.
     """
     import pyarrow.parquet
 
@@ -145,12 +145,12 @@ def batches(path: Path, image: str, groups: Sequence[int] | None = None) -> Iter
 
 
 def rows_at_once(size: int, rows: int) -> int:
-    """Return how many rows of a table to read at a time, ``rows`` being ``size`` bytes."""
+    """Return how many rows of a table to read at a time, if ``rows`` rows have ``size`` bytes."""
     return max(1, min(ROWS, ROWS_BYTES * rows // max(1, size)))
 
 
 def content(cell: Any) -> Any:
-    """Return the bytes of an image's cell, or its path; the hub's mapping holds either."""
+    """Return the bytes in an image's cell, or its path; the hub's mapping has either."""
     return cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
 
 
@@ -161,33 +161,33 @@ def _names(there: Sequence[str], columns: dict[str, str | None], path: Path) -> 
 
 
 def column(there: Sequence[str], what: str, asked: str | None, path: Path) -> str:
-    """Return the name of a column: the one asked for, or the usual one."""
+    """Return the name of a column: the requested one, or the usual one."""
     listed = ", ".join(there) or "none"
     if asked is None:
         usual = IMAGE_COLUMNS if what == "image" else LABEL_COLUMNS
         found = [name for name in usual if name in there]
         if len(found) != 1:
             got = " and ".join(found) or listed
-            raise ValueError(f"expected one {what} column in {path}, got {got}. Say which: --{what}-column NAME.")
+            raise ValueError(f"expected one {what} column in {path}, got {got}. Name it with --{what}-column NAME.")
         asked = found[0]
     elif asked not in there:
         raise ValueError(f"expected `{what}` column {asked!r} in {path}, got {listed}.")
     if list(there).count(asked) > 1:
-        raise ValueError(f"expected one {what} column {asked!r} in {path}, got {listed}. Name them apart.")
+        raise ValueError(f"expected one {what} column {asked!r} in {path}, got {listed}. Give them different names.")
     return asked
 
 
 def _classes(values: list[str]) -> list[Any]:
-    """Return a CSV column's labels: whole numbers where all are, names as they are written otherwise.
+    """Return a CSV column's labels: integers if all are, otherwise names as written.
 
-    Among numbers, an empty cell, or what programs write for one, is None.
+    Among integers, an empty cell, or what programs write for one, is None.
     """
     numbers = {each: _number(each) for each in set(values) if each.strip().lower() not in MISSING}
     if None in numbers.values():
         return values
     found: dict[str, Any] = {each: each for each in numbers}
     if any(not each.is_integer() for each in numbers.values() if each is not None):
-        found = numbers  # which check_labels refuses
+        found = numbers  # check_labels refuses it
     elif all(each.isascii() and each.lstrip("-").isdigit() and each == str(int(each)) for each in numbers):
         found = {each: int(each) for each in numbers}
     return [found.get(each) for each in values]
@@ -195,13 +195,13 @@ def _classes(values: list[str]) -> list[Any]:
 
 def _number(text: str) -> float | None:
     try:
-        return None if "_" in text else float(text)  # which Python reads as 1_000
+        return None if "_" in text else float(text)  # Python reads 1_000 as a number
     except ValueError:
         return None
 
 
 def check_labels(values: Sequence[Any], name: str, path: Path) -> None:
-    """Refuse labels that are missing, or no classes."""
+    """Refuse labels that are missing or are not classes."""
     missing = [
         row for row, value in enumerate(values) if value is None or (isinstance(value, str) and not value.strip())
     ]

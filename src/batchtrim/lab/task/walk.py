@@ -1,4 +1,4 @@
-"""Find the images below a class folder, and the files beside them: nothing is left out without a word."""
+"""Find the images below a class folder, and other files, so that nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 __all__ = ["FolderContents", "check_link", "check_readable", "images_in", "is_hidden"]
 
 _SYSTEM = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-"""Folders that systems and network disks make for themselves, with thumbnails or deleted files in them."""
+"""Folders that operating systems and network disks create, for thumbnails or deleted files."""
 
 
 @dataclass
@@ -18,8 +18,8 @@ class FolderContents:
     """The files below class folders.
 
     Attributes:
-        images: files by their suffix, links that lead nowhere among them, which are told as broken images.
-        others: names of files that are no images. linked: folders that links lead to, which are not entered.
+        images: files by their suffix, including broken links, which are reported as broken images.
+        others: names of files that are not images. linked: linked folders, which are not entered.
     """
 
     images: list[Path] = field(default_factory=list)
@@ -28,7 +28,7 @@ class FolderContents:
 
 
 def images_in(folder: Path, suffixes: Collection[str]) -> FolderContents:
-    """Return what lies below ``folder``; hidden files, and all in hidden folders, are left out.
+    """Return what is below ``folder``, without hidden files and the contents of hidden folders.
 
     Raises:
         PermissionError: a folder cannot be read, which would hide its images.
@@ -50,12 +50,12 @@ def images_in(folder: Path, suffixes: Collection[str]) -> FolderContents:
 
 
 def is_hidden(name: str) -> bool:
-    """True if a file or folder of that name is no part of the data: hidden, or made by a system for itself."""
+    """True if a file or folder of that name is not part of the data: hidden, or made by the operating system."""
     return name.startswith(".") or name in _SYSTEM
 
 
 def _inside(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
-    """Return what a folder holds that is not hidden, in the order of paths."""
+    """Return the entries of a folder that are not hidden, in path order."""
     check_readable(folder)
     with os.scandir(folder) as entries:
         return sorted(
@@ -66,7 +66,7 @@ def _inside(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 
@@ -79,7 +79,7 @@ def check_readable(folder: Path | os.DirEntry[str]) -> None:
 
 
 def check_link(folder: Path, root: Path) -> None:
-    """Refuse a class folder that is a link to ``root`` or to what holds it: it would hold every image once more."""
+    """Refuse a class folder that links to ``root`` or a parent of it, and so would contain every image again."""
     if folder.is_symlink() and root.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
             f"expected class folders in {root}, got {folder.name}, a link to {folder.resolve()}. Remove it."
