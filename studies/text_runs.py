@@ -3,10 +3,11 @@
     python -m studies.text_runs records/2026-11-24-trec/config.toml --out runs/trec [--data-dir DIR]
 
 Writes rows as the lab does, so that ``batchtrim report`` and ``batchtrim claims`` read them. The same command goes on
-where it stopped; started twice at once, the two share the work. ``full`` is the Trainer itself, with nothing of ours.
+where it stopped; started twice at once, the two share the work. ``full`` is the Trainer itself, with nothing of ours;
+``studies/trainer_methods.py`` drives the others, every method of the lab.
 
-Superseded, except for the records made by it, by ``batchtrim compare --task examples/17_own_text.py:train``, which
-compares on the same data and network. Only this study has ``full_equal_compute``, which no trimmer drives.
+``batchtrim compare --task examples/17_own_text.py:train`` compares on the same data and network what a trimmer alone
+drives. Only this study has the methods that need more: ``full_equal_compute``, ``infobatch`` and others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import os
 import re
 import tempfile
 import time
-import tomllib
 from collections import Counter
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -31,6 +31,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 import batchtrim
 from batchtrim.lab import records
+from batchtrim.lab.files import load_toml
 from batchtrim.lab.methods.rules import Method, RunInfo
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.run import environment
@@ -38,6 +39,7 @@ from batchtrim.lab.run.config import RunConfig
 from studies.trainer_methods import count_samples, make_trainer
 
 PADDING, UNKNOWN, WORDS = 0, 1, 2
+SETTINGS = ("methods", "seeds", "epochs", "batch_size", "lr", "layers", "size", "length", "keep_end")
 
 
 @cache
@@ -139,7 +141,13 @@ def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, A
 
 
 def configs(settings: dict[str, Any]) -> list[RunConfig]:
-    """Return the runs, seeds varying slowest."""
+    """Return the runs, seeds varying slowest.
+
+    Raises:
+        ValueError: a setting is missing, or no such method is known.
+    """
+    if missing := [name for name in SETTINGS if name not in settings]:
+        raise ValueError(f"expected settings {', '.join(SETTINGS)}, got none called {', '.join(missing)}.")
     keep = {"keep_start": 1.0, "keep_end": settings["keep_end"], "schedule": "linear"}
     shared = {"dataset": "trec", "model": "bert", "optimizer": "adamw", "weight_decay": 0.01, "momentum": 0.0}
     shared |= {"lr_schedule": "cosine", "augment": "none", "device": "cpu"}
@@ -167,10 +175,14 @@ def main() -> None:
     given = parser.parse_args()
     if not given.data_dir or not Path(given.data_dir, "trec").is_dir():
         parser.error(f"expected --data-dir with a folder trec in it, got {given.data_dir}.")
-    settings = tomllib.loads(given.settings.read_text())
+    try:
+        settings = load_toml(given.settings)
+        wanted = configs(settings)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     kept = records.Records(given.out)
-    for config in configs(settings):
+    for config in wanted:
         with kept.claim(config.key) as mine:
             if mine:
                 row = run(config, settings, given.data_dir)

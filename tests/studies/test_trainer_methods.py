@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,17 @@ from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.run import loading
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.train import Training
+from studies import text_runs
 from tiers import few
 
 SMALL = RunConfig(
     dataset="digits", model="mlp", width=8, optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, epochs=4,
     batch_size=16, train_size=60, seed=3, device="cpu",
 )  # fmt: skip
-DEFAULT = tuple(METHODS)
+DEFAULT = (  # each hook, and a rule with a draw and one with a scale through TrimmedTrainer
+    "full_equal_compute", "random", "ordered_sgd", "selective_backprop_topk", "focal", "infobatch", "rho_loss",
+    "loss_mass", "proxy", "gradient_norm",
+)  # fmt: skip
 PARAMS = {"small_loss": {"ramp_epochs": 2}, "loss_drop": {"drop": 0.3}, "proxy": {"every": 2}}
 
 
@@ -52,7 +57,8 @@ def lab_order(sampler: Any) -> Iterator[int]:
     yield from torch.randperm(len(sampler.data_source), generator=sampler.order).tolist()
 
 
-def trained_by_both(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Training, Any]:
+def trained_by_both(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Training, Any, Tensor]:
+    """Return the lab's training and a finished Trainer, of one network on the same 60 digits, and the lab's losses."""
     monkeypatch.setattr(SeedableRandomSampler, "__iter__", lab_order)
     config = dataclasses.replace(SMALL, method=name, method_params=PARAMS.get(name, {})).resolved()
     lab = Training(config, loading.load_images(config))
@@ -60,6 +66,8 @@ def trained_by_both(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> tu
     torch.manual_seed(config.seed)
     model = Classifier(lab._network(config.width))
     lab.prepare()
+    losses, before = [], lab._loss
+    monkeypatch.setattr(lab, "_loss", lambda *args: losses.append(loss := before(*args)) or loss)
     while lab.epoch < lab.epochs:
         lab.train_epoch()
     inputs = lab.batches(torch.arange(len(lab.labels)))
@@ -73,13 +81,37 @@ def trained_by_both(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> tu
         train_dataset=rows,
     )  # fmt: skip
     trainer.train()
-    return lab, trainer
+    return lab, trainer, torch.stack(losses)
 
 
 @pytest.mark.parametrize("name", few(METHODS, default=DEFAULT))
 def test_a_method_ends_where_the_labs_loop_ends(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lab, trainer = trained_by_both(name, tmp_path, monkeypatch)
+    lab, trainer, losses = trained_by_both(name, tmp_path, monkeypatch)
     assert (lab.counts.samples_forward, lab.counts.samples_backward) == count_samples(trainer)
     assert lab.counts.steps == trainer.state.global_step
     for name_, value in lab.model.state_dict().items():
         torch.testing.assert_close(trainer.model.network.state_dict()[name_], value, rtol=1e-4, atol=1e-6)
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ('methods = ["full", "infobach"]', "expected `method` to be one of full, .*got 'infobach'. Did you mean"),
+        ("", "expected settings methods, .*, got none called methods."),
+        ("methods = [", "to be TOML, got a line that is not"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(
+    change: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "config.toml"
+    given = (Path(__file__).parents[2] / "records/2026-11-24-trec/config.toml").read_text()
+    settings.write_text("\n".join(line for line in given.splitlines() if "methods" not in line) + "\n" + change)
+    (tmp_path / "trec").mkdir()
+    words = ["text_runs", str(settings), "--out", str(tmp_path / "out"), "--data-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit):
+        text_runs.main()
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "out").exists()
