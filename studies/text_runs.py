@@ -3,10 +3,11 @@
     python -m studies.text_runs records/2026-11-24-trec/config.toml --out runs/trec [--data-dir DIR]
 
 Writes rows as the lab does, so that ``batchtrim report`` and ``batchtrim claims`` read them. The same command goes on
-where it stopped; started twice at once, the two share the work. ``full`` is the Trainer itself, with nothing of ours.
+where it stopped; started twice at once, the two share the work. ``full`` is the Trainer itself, with nothing of ours;
+``studies/trainer_methods.py`` drives the others, every method of the lab.
 
-Superseded, except for the records made by it, by ``batchtrim compare --task examples/17_own_text.py:train``, which
-compares on the same data and network. Only this study has ``full_equal_compute``, which no trimmer drives.
+``batchtrim compare --task examples/17_own_text.py:train`` compares on the same data and network what a trimmer alone
+drives. Only this study has the methods that need more: ``full_equal_compute``, ``infobatch`` and others.
 """
 
 from __future__ import annotations
@@ -17,26 +18,28 @@ import os
 import re
 import tempfile
 import time
-import tomllib
 from collections import Counter
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import batchtrim
-from batchtrim.integrations.transformers import TrimmedTrainer
 from batchtrim.lab import records
-from batchtrim.lab.methods.table import find_method
+from batchtrim.lab.files import load_toml
+from batchtrim.lab.methods.rules import Method, RunInfo
+from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.run import environment
 from batchtrim.lab.run.config import RunConfig
+from studies.trainer_methods import count_samples, make_trainer
 
 PADDING, UNKNOWN, WORDS = 0, 1, 2
+SETTINGS = ("methods", "seeds", "epochs", "batch_size", "lr", "layers", "size", "length", "keep_end")
 
 
 @cache
@@ -74,30 +77,26 @@ def questions(folder: str, split: str, length: int) -> list[dict[str, Tensor]]:
     return rows
 
 
-def trimming(method: str, end: float) -> dict[str, Any]:
-    """Return how a method trims: keep, and options of the Trimmer."""
-    fall = batchtrim.linear(1.0, end)
-    everything = batchtrim.constant(1.0)
-    mass = {"keep": 0.9, "select": batchtrim.loss_mass()}
-    return {
-        "trim": {"keep": fall},
-        "trim_late": {"keep": batchtrim.schedules.join([everything, fall], at=[0.5])},
-        "trim_full_end": {"keep": batchtrim.schedules.join([fall, everything], at=[0.875])},
-        "random": {"keep": fall, "select": batchtrim.uniform()},
-        "two_sided": {"keep": fall, "select": batchtrim.between(skip=0.1)},
-        "loss_mass": mass | {"scale": "batch"},
-        "loss_mass_kept": mass,
-        "loss_mass_random": {"keep": 0.9, "select": batchtrim.uniform(like=batchtrim.loss_mass())},
-        "data_dropout": {"keep": everything, "select": batchtrim.selection.above(-math.log(0.3))},  # no full last epoch
-    }[method]
+def new_model(settings: dict[str, Any], words: int, width: int) -> BertForSequenceClassification:
+    """Return an untrained BERT for the six kinds."""
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=words, hidden_size=width, num_hidden_layers=settings["layers"], num_attention_heads=4,
+            intermediate_size=4 * width, max_position_embeddings=settings["length"], num_labels=6,
+        )
+    )  # fmt: skip
 
 
-def trainer_for(method: str, settings: dict[str, Any], common: dict[str, Any]) -> Trainer:
-    """Return the Trainer of a method: transformers' own, or ours with a schedule and a rule."""
-    if method in ("full", "full_equal_compute"):
-        return Trainer(**common)
-    options = trimming(method, settings["keep_end"])
-    return TrimmedTrainer(**common, keep=options.pop("keep"), trim_options={**options, "seed": settings["seed"]})
+def method_of(config: RunConfig, samples: int, width: int) -> Method:
+    """Return the lab's method of a run."""
+    keep = make_schedule(config.schedule or "constant", config.keep_start or 1.0, config.keep_end or 1.0)
+    if config.method == "trim_full_end":
+        # as recorded: this fall ends at progress 0.875, the lab's between the last two epochs (here at 0.9)
+        keep = batchtrim.schedules.join([keep, batchtrim.constant(1.0)], at=[0.875])
+        return Method(batchtrim.Trimmer(keep, total=config.epochs), config.epochs)
+    info = RunInfo(samples, 6, config.epochs, config.batch_size, config.seed, keep, width)
+    spec = find_method(config.method)
+    return spec.build(info, spec.check_params(config.method_params))
 
 
 def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -105,30 +104,24 @@ def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, A
     started = datetime.now(UTC).isoformat(timespec="seconds")
     torch.manual_seed(config.seed)
     size, length = settings["size"], settings["length"]
-    model = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=WORDS + len(vocabulary(folder)), hidden_size=size, num_hidden_layers=settings["layers"],
-            num_attention_heads=4, intermediate_size=4 * size, max_position_embeddings=length, num_labels=6,
-        )
-    )  # fmt: skip
+    build = partial(new_model, settings, WORDS + len(vocabulary(folder)))
+    model = build(size)
     learn = questions(folder, "train", length)
-    part = (1.0 + settings["keep_end"]) / 2 if config.method == "full_equal_compute" else 1.0
-    epochs = config.epochs * part
+    method = method_of(config, len(learn), size)
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
-            out, num_train_epochs=epochs, per_device_train_batch_size=config.batch_size, learning_rate=config.lr or 0.0,
+            out, per_device_train_batch_size=config.batch_size, learning_rate=config.lr or 0.0,
             weight_decay=config.weight_decay or 0.0, lr_scheduler_type="cosine", seed=config.seed, report_to=[],
             save_strategy="no", logging_steps=10**9, disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
         common = {"model": model, "args": arguments, "train_dataset": learn}
-        trainer = trainer_for(config.method, settings | {"seed": config.seed}, common)
+        trainer = make_trainer(method, config.method == "full", build, size, **common)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
         found = trainer.predict(questions(folder, "test", length))
     error = float((found.predictions.argmax(1) != found.label_ids).mean())
-    forward = trainer.state.global_step * config.batch_size
-    trim = getattr(trainer, "trim", None)
+    forward, backward = count_samples(trainer)
     return {
         "schema": records.SCHEMA,
         "key": config.key,
@@ -138,17 +131,23 @@ def run(config: RunConfig, settings: dict[str, Any], folder: str) -> dict[str, A
         "seconds": seconds,
         "seconds_eval": time.perf_counter() - start - seconds,
         "samples_forward": forward,
-        "samples_backward": forward if trim is None else trim.stats.compute()["kept"],
+        "samples_backward": backward,
         "steps": trainer.state.global_step,
         "params": sum(parameter.numel() for parameter in model.parameters()),
-        "curve": {"epoch": [config.epochs - 1], "test_error": [error]},
+        "curve": {"epoch": [math.ceil(method.epochs) - 1], "test_error": [error]},
         "environment": environment.environment(config),
         "started": started,
     }
 
 
 def configs(settings: dict[str, Any]) -> list[RunConfig]:
-    """Return the runs, seeds varying slowest."""
+    """Return the runs, seeds varying slowest.
+
+    Raises:
+        ValueError: a setting is missing, or no such method is known.
+    """
+    if missing := [name for name in SETTINGS if name not in settings]:
+        raise ValueError(f"expected settings {', '.join(SETTINGS)}, got none called {', '.join(missing)}.")
     keep = {"keep_start": 1.0, "keep_end": settings["keep_end"], "schedule": "linear"}
     shared = {"dataset": "trec", "model": "bert", "optimizer": "adamw", "weight_decay": 0.01, "momentum": 0.0}
     shared |= {"lr_schedule": "cosine", "augment": "none", "device": "cpu"}
@@ -156,7 +155,7 @@ def configs(settings: dict[str, Any]) -> list[RunConfig]:
     return [
         RunConfig(
             **shared,
-            **(keep if find_method(method).uses_schedule and method != "full_equal_compute" else dict.fromkeys(keep)),
+            **(keep if find_method(method).uses_schedule else dict.fromkeys(keep)),
             method=method,
             method_params={"skip": 0.1} if method == "two_sided" else {},
             seed=seed,
@@ -176,10 +175,14 @@ def main() -> None:
     given = parser.parse_args()
     if not given.data_dir or not Path(given.data_dir, "trec").is_dir():
         parser.error(f"expected --data-dir with a folder trec in it, got {given.data_dir}.")
-    settings = tomllib.loads(given.settings.read_text())
+    try:
+        settings = load_toml(given.settings)
+        wanted = configs(settings)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     kept = records.Records(given.out)
-    for config in configs(settings):
+    for config in wanted:
         with kept.claim(config.key) as mine:
             if mine:
                 row = run(config, settings, given.data_dir)
