@@ -101,14 +101,19 @@ class per_sample:
         """The criterion's own: "mean", "sum" or "batchmean"."""
         return self._criterion.reduction or "mean"
 
-    def __call__(self, *inputs: Any) -> Losses:
-        """Return the un-reduced losses of a batch, ``(outputs, targets)`` or whatever the criterion takes."""
+    def __call__(self, *inputs: Any, **named: Any) -> Losses:
+        """Return the un-reduced losses of a batch, ``(outputs, targets)`` or whatever the criterion takes, in order."""
+        if named:
+            raise TypeError(
+                f"expected what {self._criterion.name} takes in its order, without names, got {sorted(named)}. What is "
+                "the same in every batch can be bound by name: per_sample(functools.partial(criterion, weight=w))."
+            )
         reduction = self._check_unit()
         own = self._criterion.own_call(inputs) if self._to_compare() else None
         values = self._criterion(*inputs)
         check_losses(values, "criterion(outputs, targets)", allow_empty=True)
         check_values(self._criterion, values, inputs, self.unit)
-        targets = inputs[1] if len(inputs) == 2 and isinstance(inputs[1], Tensor) else None
+        targets = self._criterion.targets(inputs)
         mask = self._mask(values, targets)
         weights = None if targets is None else self._criterion.weights(targets, mask, values)
         losses = Losses(values, mask, weights, reduction="mean" if reduction == "mean" else "sum")

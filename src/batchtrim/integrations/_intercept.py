@@ -37,7 +37,7 @@ _ENTRIES = (  # divide by all entries
 _SIGNATURES = {function: inspect.signature(function) for function in (*_CLASSES, *_ENTRIES, F.ctc_loss)}
 _WEIGHTED = (F.mse_loss, F.l1_loss)  # with `weight`, which newer torch has, divide by its sum
 # Those whose losses cannot be told apart by their target; told by name where nothing else was found.
-_UNREAD = {F.triplet_margin_loss, F.triplet_margin_with_distance_loss}
+_UNREAD = {F.triplet_margin_loss, F.triplet_margin_with_distance_loss, getattr(F, "linear_cross_entropy", None)}
 
 
 class NotFound(ValueError):

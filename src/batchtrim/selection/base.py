@@ -14,6 +14,7 @@ __all__ = [
     "Rule",
     "Selection",
     "drawing",
+    "drawing_device",
     "fraction",
     "keep_count",
     "keep_count_tensor",
@@ -136,6 +137,11 @@ def drawing(generator: torch.Generator | None) -> torch.Generator | None:
         f"expected `generator` to be a torch.Generator, got {describe(generator)}. "
         "For one with a seed: torch.Generator().manual_seed(0)."
     )
+
+
+def drawing_device(generator: torch.Generator | None) -> torch.device:
+    """Return the device to draw on: the generator's, or the CPU, whatever torch.set_default_device says."""
+    return generator.device if isinstance(generator, torch.Generator) else torch.device("cpu")
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
