@@ -234,7 +234,14 @@ def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
     if not check_number("gamma", gamma) >= 0:  # NaN is not
         raise ValueError(f"expected `gamma` to be at least 0, got {gamma:g}. 0 is plain cross-entropy.")
     check_within("gamma", gamma, losses.dtype)
-    return (-torch.expm1(-losses)) ** gamma * losses if gamma else losses
+    if not gamma:
+        return losses
+    missed = -torch.expm1(-losses)
+    if gamma < 1.0:  # the power's derivative is infinite at 0, where that of the focal loss is 0
+        certain = missed == 0.0
+        weighed = torch.where(certain, 1.0, missed) ** gamma * losses
+        return torch.where(certain, losses * 0.0, weighed)
+    return missed**gamma * losses
 
 
 def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:

@@ -13,6 +13,7 @@ from batchtrim._checks import check_count, check_part, describe
 __all__ = [
     "Rule",
     "Selection",
+    "choose",
     "drawing",
     "drawing_device",
     "fraction",
@@ -173,6 +174,38 @@ def keep_count_tensor(keep: Tensor, n: Tensor | int) -> Tensor:
     return torch.round(keep * n).clamp(min=1)
 
 
+def choose(rule: Rule, losses: Tensor, keep: float, generator: torch.Generator | None) -> Selection:
+    """Return what ``rule`` chooses from ``losses`` (n,); a rule of somebody else's is checked, which syncs the device.
+
+    Raises:
+        TypeError: it returned no selection. ValueError: its rows are not distinct, or not those of ``losses``.
+    """
+    if type(rule).__module__.startswith("batchtrim."):
+        return rule(losses, keep, generator)
+    chosen = rule(losses.clone(), keep, generator)  # it may write into what it is given
+    if not isinstance(chosen, Selection):
+        raise TypeError(
+            f"expected `select` to return a batchtrim.Selection, got {describe(chosen)} from {describe(rule)}. "
+            "Of rows: batchtrim.Selection(rows, size=len(losses), candidates=len(losses))."
+        )
+    rows, n = chosen.indices, losses.shape[0]
+    if rows.dtype != torch.int64 or rows.ndim != 1 or chosen.size != n:
+        raise ValueError(
+            f"expected `select` to return rows of {n} losses, int64 of shape (k,), got {describe(rows)} of "
+            f"{chosen.size} from {describe(rule)}."
+        )
+    if chosen.weights is not None and chosen.weights.shape != rows.shape:
+        raise ValueError(
+            f"expected `select` to return a weight for each of {len(rows)} rows, got {describe(chosen.weights)}."
+        )
+    if not torch.compiler.is_compiling() and bool(((rows < 0) | (rows >= n)).any() or len(rows.unique()) != len(rows)):
+        raise ValueError(
+            f"expected `select` to return distinct rows from 0 to {n - 1}, got others from {describe(rule)}. "
+            "A row that is drawn twice counts twice by its weight: Selection(rows, n, n, weights)."
+        )
+    return chosen
+
+
 def select_valid(
     rule: Rule, losses: Tensor, keep: float, mask: Tensor | None, generator: torch.Generator | None = None
 ) -> Selection:
@@ -182,12 +215,13 @@ def select_valid(
     is empty. A mask syncs the device, since k depends on how many entries it leaves.
     """
     if mask is None:
-        return rule(losses, keep, generator)
+        return choose(rule, losses, keep, generator)
     valid = mask.nonzero().squeeze(1)
     if valid.shape[0] == 0:
         return Selection(valid, losses.shape[0], 0)
-    chosen = rule(losses[valid], keep, generator)
-    return Selection(valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, chosen.normalizer)
+    chosen = choose(rule, losses[valid], keep, generator)
+    divisors = chosen.normalizer, chosen.batch_normalizer
+    return Selection(valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, *divisors)
 
 
 def select_again(rule: Rule, losses: Tensor, keep: float, mask: Tensor | None, generator: torch.Generator) -> Selection:

@@ -169,6 +169,8 @@ class above:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
+        if self.threshold != self.threshold:
+            raise ValueError("expected `threshold` to be a number to compare losses with, got nan.")
         object.__setattr__(self, "min_keep", check_count("min_keep", self.min_keep))
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
