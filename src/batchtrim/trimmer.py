@@ -150,7 +150,8 @@ class Trimmer:
             losses: (B,) or (B, ...), one loss per sample or entry, floating point, not reduced. Gradient is not
                 needed: a validation loop may call this too. Or what :class:`batchtrim.per_sample` returned, or a sum.
             rank_by: shape of ``losses``, or what another ``per_sample`` returned: rank by these, per sample by their
-                plain mean, and train on ``losses``. For label smoothing, mixup and class weights.
+                plain mean, and train on ``losses``. For label smoothing, mixup and class weights. Every entry that
+                counts in ``losses`` needs a score.
             mask: bool, shape of ``losses``: False where an entry does not count (padding, ignored labels).
             logged: deprecated: ``ids``, ``outputs`` and ``labels``, which :meth:`batchtrim.KeepLog.record` takes.
 

@@ -93,7 +93,7 @@ class Selection:
 
 
 class Rule(Protocol):
-    """A selection rule. Any callable of this form can be given to :class:`batchtrim.Trimmer`."""
+    """A selection rule. Any callable of this form can be given to :class:`batchtrim.Trimmer`, which checks its rows."""
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         """Choose from ``losses`` (n,), n >= 1, detached; ``keep`` in (0, 1]."""
