@@ -13,15 +13,17 @@ import importlib
 import math
 import numbers
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
 from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRange, install_hint, nearest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 def describe(value: object) -> str:
@@ -146,10 +148,7 @@ def check_stateless(name: str, rule: object) -> None:
 
 
 def check_progress(name: str, value: Any) -> float:
-    value = check_number(name, value)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"expected `{name}` in [0, 1], got {_shown(value)}. Progress is the share of training done.")
-    return value
+    return check_part(name, value, "Progress is the share of training done.")
 
 
 def check_positive(name: str, value: Any, hint: str = "") -> float:
@@ -207,6 +206,10 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
         raise PassUnreducedLosses(
             f"expected `{name}` to have shape (B,), one loss per sample, got (). "
             "Did the loss function average already? Pass reduction='none', or wrap it in batchtrim.per_sample."
+        )
+    if losses.dtype.is_floating_point and losses.dtype.itemsize == 1:
+        raise TypeError(
+            f"expected `{name}` in half precision or more, got dtype {losses.dtype}. Convert: losses.float()."
         )
     if not losses.dtype.is_floating_point:
         raise TypeError(
@@ -269,6 +272,28 @@ def import_extra(module: str, extra: str, wanted_by: str) -> ModuleType:
         if error.name is not None and error.name.partition(".")[0] != root:
             raise  # the library is installed but broken: its own message says more than ours would
         raise InstallExtra(f"{wanted_by} needs `{root}`, which is not installed. {install_hint(extra)}") from error
+
+
+class Checked(Generic[T]):
+    """An attribute that is checked whenever it is set. Reading it costs no more than any attribute.
+
+    Args:
+        check: called with the attribute's name, the value and ``arguments``; raises an error.
+    """
+
+    def __init__(self, check: Callable[..., Any], *arguments: Any) -> None:
+        self._check, self._arguments = check, arguments
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, instance: object, value: T) -> None:
+        self._check(self._name, value, *self._arguments)
+        vars(instance)[self._name] = value
+
+    if TYPE_CHECKING:  # without it, Python reads the instance's own entry
+
+        def __get__(self, instance: object, owner: type) -> T: ...
 
 
 def _shown(value: float) -> str:

@@ -27,7 +27,7 @@ from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["OVER", "accumulate", "first_pass", "join_losses", "select_window", "split"]
+__all__ = ["OVER", "accumulate", "first_pass", "join_losses", "select_window", "split", "waits_in_forward"]
 
 OVER = ("window", "micro")
 Batch = TypeVar("Batch")
@@ -87,7 +87,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
     if not batches:
         raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")
     model = step.forward.model
-    check_same_count(len(batches), "number of micro-batches", device_of(step.forward.inner), _waits_in_forward(model))
+    check_same_count(len(batches), "number of micro-batches", device_of(step.forward.inner), waits_in_forward(model))
     if over == "window":
         selections, states, first = _choose(step, batches)
     else:
@@ -184,7 +184,7 @@ def _versions(batch: Any) -> list[int]:
     return found
 
 
-def _waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
+def waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
     """Return the process groups that the model's own forward waits for; not DDP's, whose ranks meet in backward."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
@@ -244,7 +244,8 @@ def split(selection: Selection, sizes: Sequence[int], weights: Tensor | None = N
 
 def _shares(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> list[float]:
     """Return n_m / N; with scope "global" of all ranks' samples."""
-    sizes = torch.tensor([_samples(x, step.forward.batch_dim) for x, _ in batches], dtype=torch.int64)
+    found = [_samples(x, step.forward.batch_dim) for x, _ in batches]
+    sizes = torch.tensor(found, dtype=torch.int64, device="cpu")
     trim = step.trim
     if trim.scope == "global":
         parameter = next(step.forward.inner.parameters(), sizes)

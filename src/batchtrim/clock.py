@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from batchtrim._checks import check_choice, check_count, check_progress, check_schedule_output
+from batchtrim._checks import check_choice, check_count, check_part, check_schedule_output
 from batchtrim.errors import ChooseLength, ClockPastTotal
 from batchtrim.schedules import progress_at
 
@@ -46,11 +46,12 @@ class Clock:
         """Advance by n. The first step beyond ``total`` warns if the keep fraction depends on progress."""
         n = check_count("n", n, minimum=0)
         if accuracy is not None:
-            self.accuracy = check_progress("accuracy", accuracy)
+            accuracy = check_part("accuracy", accuracy, "It is a fraction, not a percentage.")
         elif self.reads_accuracy:
             raise ValueError("expected `accuracy`, which drives this schedule, got None. Call step(accuracy=...).")
-        self.steps += n
-        self.keep = self._at_present()
+        steps, accuracy = self.steps + n, self.accuracy if accuracy is None else accuracy
+        self.keep = self._ask(accuracy if self.reads_accuracy else progress_at(steps, self.total))
+        self.steps, self.accuracy = steps, accuracy
         if self.total is not None and self.steps > self.total and not self._told:
             self._tell_overrun()
 
@@ -62,7 +63,7 @@ class Clock:
         """
         steps = check_count("state['steps']", steps, minimum=0)
         clock = Clock(self.schedule, self._resumed_total(steps, saved_total, length))
-        clock.steps, clock.accuracy = steps, check_progress("state['accuracy']", accuracy)
+        clock.steps, clock.accuracy = steps, check_part("state['accuracy']", accuracy)
         # with "saved" the user expects training to continue past the total
         clock._told = length == "saved" and clock.total != self.total
         clock.keep = clock._at_present()
@@ -102,14 +103,20 @@ class Clock:
         if self.moves(self.total):
             warnings.warn(
                 f"expected at most total={self.total} calls of step(), got {self.steps}. The schedule is over, and "
-                f"{self.keep:.4g} of each batch is kept from here on. Does `total` count epochs "
-                "while step() is called once a batch? Count both in one unit.",
+                f"{self.keep:.4g} of each batch is kept from here on. Does `total` count epochs while step() is called "
+                "once a batch, or is the epoch's number passed to step(), which advances by what it is given?",
                 ClockPastTotal,
                 stacklevel=4,
             )
 
     def _ask(self, at: float) -> float:
-        value = self.schedule(at)
+        try:
+            value = self.schedule(at)
+        except Exception as error:
+            error.add_note(
+                "batchtrim calls a keep schedule with one number in [0, 1]: progress, not an epoch or a step."
+            )
+            raise
         if type(value) is float and 0.0 < value <= 1.0:  # the usual case, a thousand times for each new clock
             return value
         name = "accuracy" if self.reads_accuracy else "progress"

@@ -24,7 +24,13 @@ from batchtrim.errors import PassUnreducedLosses
 
 __all__ = ["Criterion", "check_values", "not_its_own", "same_shape"]
 
-_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
+# Cross-entropy of the logits of a layer of its own, which newer torch has; its function takes that layer's weight, too.
+_LINEAR = tuple(getattr(F, name) for name in ("linear_cross_entropy",) if hasattr(F, name))
+_CLASSES = (
+    nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss, *_LINEAR,
+    *(getattr(nn, name) for name in ("LinearCrossEntropyLoss",) if hasattr(nn, name)),
+)  # fmt: skip
+_IGNORED = -100  # the label that cross-entropy leaves out where its `ignore_index` is None
 _CTC = (nn.CTCLoss, F.ctc_loss)
 # In newer torch these take `weight`, of the outputs' shape, and divide by its sum. F.huber_loss divides by the entries.
 _WEIGHTED = (F.mse_loss, F.l1_loss)
@@ -37,6 +43,13 @@ _ELEMENTWISE = (
     F.binary_cross_entropy_with_logits, F.kl_div, F.poisson_nll_loss, F.gaussian_nll_loss, F.soft_margin_loss,
     F.hinge_embedding_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss,
 )  # fmt: skip
+# Their mean is over samples; of several inputs, some may be broadcast.
+_OF_SAMPLES = (
+    nn.MultiMarginLoss, nn.TripletMarginLoss, nn.TripletMarginWithDistanceLoss, nn.CosineEmbeddingLoss,
+    nn.MarginRankingLoss, nn.AdaptiveLogSoftmaxWithLoss, F.multi_margin_loss, F.triplet_margin_loss,
+    F.triplet_margin_with_distance_loss, F.cosine_embedding_loss, F.margin_ranking_loss,
+)  # fmt: skip
+_KNOWN = (*_CLASSES, *_CTC, *_ELEMENTWISE, *_OF_SAMPLES)
 _WAY_OUT = (
     "Make it with reduction='none', whose losses are averaged, or write a function that returns them as they should "
     "count: batchtrim.Losses(values, mask, weights)."
@@ -71,7 +84,7 @@ class Criterion:
         given: the criterion as it was given.
         call: the same with ``reduction='none'``.
         classes: cross-entropy of class labels, with or without class weights.
-        foreign: not one of torch's, so its mean has to be checked.
+        foreign: not one of torch's, or one that a newer torch has, so its mean has to be checked.
     """
 
     def __init__(self, given: Callable[..., Any], ignore_index: int | None = None) -> None:
@@ -86,14 +99,13 @@ class Criterion:
         self.elementwise = _is_one(known, _ELEMENTWISE)
         self.weighted = _is_one(known, _WEIGHTED)
         self.adaptive = known is nn.AdaptiveLogSoftmaxWithLoss
+        self._arguments = 3 if _is_one(known, _LINEAR) else 2
         self._module = given if isinstance(given, nn.Module) else None
         if self._module is not None and not hasattr(given, "reduction") and "reduction" in _defaults(_function(given)):
             self._module = None  # its forward takes the reduction, as a function does
         self._named = named
         self._parameters = {} if self._module is not None else _defaults(_function(given))
-        self.foreign = (
-            getattr(known, "__module__", "") not in (nn.modules.loss.__name__, F.__name__) and not self.classes
-        )
+        self.foreign = not _is_one(known, _KNOWN)
         legacy = [self._parameters.get(name) for name in _LEGACY]
         self._legacy = None if legacy == [None, None] else legacy_get_string(*legacy, emit_warning=False)
         self._settings: dict[str, Any] = {}
@@ -118,7 +130,8 @@ class Criterion:
     @property
     def ignore_index(self) -> int | None:
         """The label that the criterion itself leaves out, or None."""
-        return self._settings.get("ignore_index", self._own("ignore_index"))
+        own = self._own("ignore_index")
+        return self._settings.get("ignore_index", _IGNORED if own is None and self.classes else own)
 
     @property
     def light(self) -> bool:
@@ -152,19 +165,20 @@ class Criterion:
             )
         if values.ndim == 0:
             raise PassUnreducedLosses(
-                f"expected {self.name} to return one loss per sample, got (). "
-                "It averages by itself and takes no `reduction`. If it is a mean over samples, call it for each: "
-                "per_sample(lambda outputs, targets: torch.stack([criterion(o[None], t[None]) for o, t in zip(outputs, "
-                "targets)])); otherwise give a criterion that can return un-reduced losses."
+                f"expected {self.name} to return one loss per sample, got (). {self._why_reduced()}"
             )
         if self.ctc and self.reduction == "mean":  # as documented: each loss over its target's length, then the mean
-            lengths = torch.as_tensor(inputs[3] if len(inputs) > 3 else self._named["target_lengths"])
-            values = values / lengths.to(values).clamp(min=1)
+            lengths = inputs[3] if len(inputs) > 3 else self._named["target_lengths"]
+            values = values / torch.as_tensor(lengths, device=values.device).to(values).clamp(min=1)
         return values
 
     @property
     def name(self) -> str:
         return describe(self.given)
+
+    def targets(self, inputs: Sequence[Any]) -> Tensor | None:
+        """Return the targets among the inputs, or None where the criterion takes others than outputs and targets."""
+        return inputs[-1] if len(inputs) == self._arguments and isinstance(inputs[-1], Tensor) else None
 
     def weights(self, targets: Tensor, mask: Tensor | None, values: Tensor) -> Tensor | None:
         """Return what each entry adds to the divisor, 0 if it is masked out; None if every entry adds 1."""
@@ -219,9 +233,10 @@ class Criterion:
         return _set_apart(self._module, settings)
 
     def _check_inputs(self, inputs: Sequence[Any]) -> None:
-        if self.classes and len(inputs) != 2:
+        if self.classes and len(inputs) != self._arguments:
+            taken = "(outputs, targets)" if self._arguments == 2 else "(input, linear_weight, target)"
             raise TypeError(
-                f"expected (outputs, targets) for {self.name}, got {len(inputs)} arguments. "
+                f"expected {taken} for {self.name}, got {len(inputs)} arguments. "
                 "Bind the others by name: per_sample(functools.partial(F.cross_entropy, weight=weight))."
             )
         shapes = [tuple(each.shape) for each in inputs[:2] if isinstance(each, Tensor)]
@@ -230,6 +245,18 @@ class Criterion:
                 f"expected outputs and targets of one shape for {self.name}, got {shapes[0]} and {shapes[1]}. "
                 "They would be broadcast against each other: squeeze or unsqueeze one, or pick the channel."
             )
+
+    def _why_reduced(self) -> str:
+        """Say why the un-reduced losses are one number, and what to do."""
+        if not self.foreign:
+            return "Its inputs are of one sample: give them a batch dimension of 1, as in outputs[None]."
+        takes = "averages in spite of reduction='none'" if self._has("reduction") else "takes no `reduction` by name"
+        return (
+            f"It averages by itself: it {takes}. If it can be told otherwise, bind that: "
+            "per_sample(functools.partial(criterion, reduction='none')). If it is a mean over samples, call it for "
+            "each: per_sample(lambda outputs, targets: torch.stack([criterion(o[None], t[None]) for o, t in "
+            "zip(outputs, targets)])). Otherwise give a criterion that can return un-reduced losses."
+        )
 
     def _explain_arguments(self, inputs: Sequence[Any], error: TypeError) -> None:
         """Raise an error that says what the criterion takes, if the arguments do not fit it."""

@@ -40,6 +40,7 @@ from torch._compile import _disable_dynamo
 from batchtrim.errors import RanksDisagree
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Rule, Selection
+from batchtrim.selection.base import choose
 
 __all__ = ["Joined", "check_same_count", "gather", "meet", "select_over_ranks", "sum_over_ranks", "world_size"]
 
@@ -181,7 +182,11 @@ def select_over_ranks(
     joined = _joined(rows, 2 + weighted, sizes, group)
     joined_weights = joined[2] if weighted else None
     chosen, divisor = _choose_alike(
-        lambda: rule(joined[0].to(_DTYPES[of_scores]), keep, generator), joined_weights, values.device, ranks, group
+        lambda: choose(rule, joined[0].to(_DTYPES[of_scores]), keep, generator),
+        joined_weights,
+        values.device,
+        ranks,
+        group,
     )
     before = sum(sizes[: dist.get_rank(group)])
     selection = dataclasses.replace(

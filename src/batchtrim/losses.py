@@ -101,14 +101,19 @@ class per_sample:
         """The criterion's own: "mean", "sum" or "batchmean"."""
         return self._criterion.reduction or "mean"
 
-    def __call__(self, *inputs: Any) -> Losses:
-        """Return the un-reduced losses of a batch, given ``(outputs, targets)`` or what the criterion takes."""
+    def __call__(self, *inputs: Any, **named: Any) -> Losses:
+        """Return the un-reduced losses of a batch, given ``(outputs, targets)`` or what the criterion takes, in order."""
+        if named:
+            raise TypeError(
+                f"expected what {self._criterion.name} takes in its order, without names, got {sorted(named)}. What is "
+                "the same in every batch can be bound by name: per_sample(functools.partial(criterion, weight=w))."
+            )
         reduction = self._check_unit()
         own = self._criterion.own_call(inputs) if self._to_compare() else None
         values = self._criterion(*inputs)
         check_losses(values, "criterion(outputs, targets)", allow_empty=True)
         check_values(self._criterion, values, inputs, self.unit)
-        targets = inputs[1] if len(inputs) == 2 and isinstance(inputs[1], Tensor) else None
+        targets = self._criterion.targets(inputs)
         mask = self._mask(values, targets)
         weights = None if targets is None else self._criterion.weights(targets, mask, values)
         losses = Losses(values, mask, weights, reduction="mean" if reduction == "mean" else "sum")
@@ -229,7 +234,14 @@ def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
     if not check_number("gamma", gamma) >= 0:  # NaN fails this too
         raise ValueError(f"expected `gamma` to be at least 0, got {gamma:g}. 0 is plain cross-entropy.")
     check_within("gamma", gamma, losses.dtype)
-    return (-torch.expm1(-losses)) ** gamma * losses if gamma else losses
+    if not gamma:
+        return losses
+    missed = -torch.expm1(-losses)
+    if gamma < 1.0:  # the power's derivative is infinite at 0, where that of the focal loss is 0
+        certain = missed == 0.0
+        weighed = torch.where(certain, 1.0, missed) ** gamma * losses
+        return torch.where(certain, losses * 0.0, weighed)
+    return missed**gamma * losses
 
 
 def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:

@@ -104,8 +104,8 @@ class KeepStats:
             lows = kept.amin(1)
         else:
             seen, device = torch.cat(losses), losses[0].device
-            batch_of = torch.arange(len(ks)).repeat_interleave(torch.tensor(ks)).to(device)
-            starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).to(device)
+            batch_of = torch.arange(len(ks), device="cpu").repeat_interleave(torch.tensor(ks, device="cpu")).to(device)
+            starts = torch.tensor([0, *sizes[:-1]], device="cpu").cumsum(0).to(device)
             kept = seen[torch.cat(indices) + starts[batch_of]]
             lows = kept.new_full((len(ks),), float("inf")).scatter_reduce_(0, batch_of, kept, "amin")
         sums = torch.stack([part.sum(dtype=_SUM_DTYPE) for part in (seen, kept, lows)])

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.compiler import is_compiling
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from batchtrim._checks import (
+    Checked,
     check_choice,
     check_count,
-    check_like,
-    check_losses,
     check_rule,
     check_state,
     describe,
+    is_number,
 )
 from batchtrim._deprecated import record_as_before, trimmer_log
 from batchtrim._transforms import fixed_shapes, in_backward, outside, settled, transforming
@@ -32,7 +33,7 @@ from batchtrim.schedules import as_schedule, linear
 from batchtrim.selection import Rule, Selection, hardest
 from batchtrim.selection.base import masked_choice, select_again, select_valid
 from batchtrim.stats import KeepStats
-from batchtrim.unreduced import UNITS, Losses, divisors, flatten
+from batchtrim.unreduced import UNITS, Losses, divisors, to_rank
 
 __all__ = ["Trimmer"]
 
@@ -88,6 +89,11 @@ class Trimmer:
         Trimmer(keep=linear(start=1.0, end=0.2), total=3, select=hardest(), at step 2, keeping 0.2)
     """
 
+    rule = Checked[Rule](check_rule)
+    scale = Checked[str](check_choice, SCALES)
+    unit = Checked[str](check_choice, UNITS)
+    scope = Checked[str](check_choice, SCOPES)
+
     def __init__(
         self,
         keep: Callable[[float], float] | float = linear(1.0, 0.2),  # noqa: B008  (frozen)
@@ -109,26 +115,26 @@ class Trimmer:
                 "if it is not known, pass a constant keep."
             )
         check_rule("select", select)
-        hint = "If the length of training is unknown (-1), count batches instead, or pass a constant keep."
-        total = None if total is None else check_count("total", total, hint=hint)
+        if total is not None:
+            hint = "If the length of training is unknown (-1), count batches instead, or pass a constant keep."
+            known = not is_number(total) or total >= 1
+            total = check_count("total", total, hint="It counts calls of step()." if known else hint)
         self._clock = Clock(schedule, total)
-        self.rule = select
-        self.scale = check_choice("scale", scale, SCALES)
-        self.unit = check_choice("unit", unit, UNITS)
-        self.scope = check_choice("scope", scope, SCOPES)
+        self.rule, self.scale, self.unit, self.scope = select, scale, unit, scope
         if process_group is not None and self.scope != "global":
             raise ValueError("expected `scope` 'global' with a `process_group`, got 'local'. Local asks no other rank.")
         if process_group is not None:
             world_size(process_group)
         self.process_group = process_group
         self.seed = check_count("seed", seed, minimum=0)
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator = torch.Generator("cpu").manual_seed(self.seed)
         self.log = trimmer_log(log, self.unit)
         self.stats = KeepStats()
         self.last: Choice | None = None
         self._single_rows = 0
-        # A tensor, so that a compiled step takes it as an input and is not recompiled when it changes.
-        self._keep_tensor = torch.tensor(self._clock.keep, dtype=torch.float64)
+        # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
+        with torch.inference_mode(False):  # step() changes it
+            self._keep_tensor = torch.tensor(self._clock.keep, dtype=torch.float64, device="cpu")
 
     def __call__(
         self,
@@ -141,10 +147,11 @@ class Trimmer:
         """Return the trimmed loss of a batch; use it in place of ``losses.mean()``.
 
         Args:
-            losses: (B,) or (B, ...), one loss per sample or entry, floating point, not reduced. A graph is not
-                needed: a validation loop may call this too. Or what :class:`batchtrim.per_sample` returns, or a sum.
-            rank_by: losses to rank by, of the shape of ``losses``, or what another ``per_sample`` returned; samples
-                rank by their plain mean, and train on ``losses``. For label smoothing, mixup and class weights.
+            losses: (B,) or (B, ...), one loss per sample or entry, floating point, not reduced. Gradient is not
+                needed: a validation loop may call this too. Or what :class:`batchtrim.per_sample` returned, or a sum.
+            rank_by: shape of ``losses``, or what another ``per_sample`` returned: rank by these, per sample by their
+                plain mean, and train on ``losses``. For label smoothing, mixup and class weights. Every entry that
+                counts in ``losses`` needs a score.
             mask: bool, shape of ``losses``: False where an entry does not count (padding, ignored labels).
             logged: deprecated: ``ids``, ``outputs`` and ``labels``. Pass them to :meth:`batchtrim.KeepLog.record`.
 
@@ -304,9 +311,10 @@ class Trimmer:
             raise ValueError(
                 f"expected `state` of a trimmer with {self.rule!r}, got one of a trimmer with another rule."
             )
-        self.stats.load_state_dict(state["stats"])
+        KeepStats().load_state_dict(state["stats"])  # an error shows before anything has changed
         if "rule" in state:
             self.rule.load_state_dict(state["rule"])  # type: ignore[attr-defined]
+        self.stats.load_state_dict(state["stats"])
         if self.log is not None and "log" in state:
             self.log.load_state_dict(state["log"])
         self._clock = clock
@@ -323,27 +331,13 @@ class Trimmer:
     def _flatten(
         self, losses: Tensor | Losses, rank_by: Tensor | Losses | None, mask: Tensor | None
     ) -> tuple[Losses, Tensor]:
-        """Return the vector of losses to choose from, and the scores to rank them by."""
-        joint = self.scope == "global"
-        values = losses.values if isinstance(losses, Losses) else losses
-        check_losses(values, allow_empty=joint)
-        if not isinstance(losses, Losses):
-            losses = Losses(values)
-        if mask is not None:
-            check_like("mask", mask, values, torch.bool)
-            losses = losses.masked(mask)
-        flat = losses if values.ndim == 1 and losses.unit is None else flatten(losses, self.unit)
-        if rank_by is None:
-            return flat, flat.values.detach()
-        if isinstance(rank_by, Losses):
-            ranked = flatten(rank_by, self.unit)
-            check_like("rank_by", ranked.values, flat.values)
-        else:
-            check_losses(rank_by, "rank_by", allow_empty=joint)
-            check_like("rank_by", rank_by, values)
-            # by their plain mean: weights and reduction belong to the losses trained on
-            ranked = flatten(Losses(rank_by, losses.mask), self.unit)
-        return flat, ranked.values.detach()
+        """Return the vector there is to choose from, and the scores to rank it by."""
+        if is_tracing():
+            raise TypeError(
+                "expected a trimmer outside of torch.jit.trace, which would keep the rows of its example in every "
+                "batch. Trace the model alone; torch.compile and torch.export take a trimmer too."
+            )
+        return to_rank(losses, rank_by, mask, self.unit, allow_empty=self.scope == "global")
 
     def _choose(self, flat: Losses, scores: Tensor, ranked_by_itself: bool) -> Selection:
         if transforming() and not is_compiling():

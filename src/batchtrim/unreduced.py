@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from batchtrim._checks import describe, is_number
+from batchtrim._checks import check_like, check_losses, describe, is_number
 from batchtrim.errors import PassUnreducedLosses
 
-__all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "nonzero"]
+__all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "nonzero", "to_rank"]
 
 UNITS = ("sample", "element")
+
+_transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(eq=False)
@@ -191,6 +193,49 @@ def divisors(losses: Losses) -> Tensor | None:
     if losses.counts is None or losses.weights is None:
         return losses.weights if losses.counts is None else losses.counts
     return losses.counts * losses.weights
+
+
+def to_rank(
+    losses: Tensor | Losses,
+    rank_by: Tensor | Losses | None,
+    mask: Tensor | None,
+    unit: str,
+    *,
+    allow_empty: bool = False,
+) -> tuple[Losses, Tensor]:
+    """Return the vector there is to choose from, and the scores to rank it by; arguments as a trimmer's."""
+    values = losses.values if isinstance(losses, Losses) else losses
+    check_losses(values, allow_empty=allow_empty)
+    if not isinstance(losses, Losses):
+        losses = Losses(values)
+    if mask is not None:
+        check_like("mask", mask, values, torch.bool)
+        losses = losses.masked(mask)
+    flat = losses if values.ndim == 1 and losses.unit is None else flatten(losses, unit)
+    if rank_by is None:
+        return flat, flat.values.detach()
+    if isinstance(rank_by, Losses):
+        ranked = flatten(rank_by, unit)
+        check_like("rank_by", ranked.values, flat.values)
+        _check_scored(flat.mask, ranked.mask)
+    else:
+        check_losses(rank_by, "rank_by", allow_empty=allow_empty)
+        check_like("rank_by", rank_by, values)
+        # by their plain mean: the weights and the reduction are those of the losses trained on
+        ranked = flatten(Losses(rank_by, losses.mask), unit)
+    return flat, ranked.values.detach()
+
+
+def _check_scored(counted: Tensor | None, scored: Tensor | None) -> None:
+    """Check that every entry that counts has a score; not where no value can be read, compiled or under torch.vmap."""
+    if scored is None or scored is counted or torch.compiler.is_compiling() or _transforming():
+        return
+    without = ~scored if counted is None else counted & ~scored
+    if bool(without.any()):
+        raise ValueError(
+            f"expected `rank_by` to rank every entry that counts, got {int(without.sum())} left out of it (ignored "
+            "targets, a mask). Leave them out of the losses too, with mask=, or rank them by 0: rank_by=scores.values."
+        )
 
 
 def flatten(losses: Losses, unit: str) -> Losses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from pathlib import Path
@@ -339,3 +340,33 @@ def test_the_attribute_is_not_taken_from_the_module(tmp_path: Path) -> None:
     for name in ("model", "forward"):
         with pytest.raises(ValueError, match=f"expected `attribute` to be free on Module, got '{name}'"):
             trained(Module(), TrimmingCallback(0.5, attribute=name), tmp_path)
+
+
+class WithItsOwn(Module):
+    def __init__(self, keep: Any, total: int | None = None) -> None:
+        super().__init__()
+        self.trim = batchtrim.Trimmer(keep, total=total)
+
+
+def test_a_trimmer_of_the_modules_own(tmp_path: Path) -> None:
+    """The callback put its own in its place, and the module's schedule was dropped."""
+    for own in (WithItsOwn(0.3), WithItsOwn(batchtrim.linear(1.0, 0.5), total=2)):
+        with pytest.raises(ValueError, match="a Trimmer of the module's own, which the callback's would replace"):
+            trainer(tmp_path, TrimmingCallback(0.5), max_epochs=1).fit(own, loader())
+    keeping_all = WithItsOwn(1.0)  # a stand-in for training without the callback
+    for _ in range(2):  # the second fit finds the first callback's
+        trainer(tmp_path, TrimmingCallback(0.5), max_epochs=1).fit(keeping_all, loader())
+        assert keeping_all.trim.keep == 0.5
+        keeping_all = copy.deepcopy(keeping_all)
+
+
+def test_intercepted_losses_that_are_no_number(tmp_path: Path) -> None:
+    """It was said that no loss function had been seen."""
+
+    class Vector(Plain):
+        def training_step(self, batch: Any, index: int) -> Any:
+            x, y = batch
+            return F.cross_entropy(self.model(x), y, reduction="none")
+
+    with pytest.raises(NotFound, match=r"it is no single number, but has shape \("):
+        trainer(tmp_path, TrimmingCallback(0.5, intercept=True), max_epochs=1).fit(Vector(), loader())

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
@@ -136,3 +138,122 @@ def test_an_engine_trains_as_the_plain_graph(task: str, engine: str, tmp_path: P
         TrimmedTrainer(model=model, args=args, train_dataset=data(task, 30), keep=0.4, engine=each).train()
         trained.append(model.state_dict())
     torch.testing.assert_close(trained[0], trained[1], rtol=1e-4, atol=1e-6)
+
+
+class Twice(TrimmedTrainer):
+    """Two forwards of a micro-batch, as R-Drop takes their mean."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **extra: Any) -> Any:
+        return (super().compute_loss(model, dict(inputs)) + super().compute_loss(model, dict(inputs))) / 2
+
+
+def weights(kind: type[TrimmedTrainer], rows: list[Any], folder: Path, **extra: Any) -> Tensor:
+    """The model's parameters after two steps of up to three micro-batches of four rows."""
+    args = arguments(
+        str(folder), max_steps=2, gradient_accumulation_steps=3, per_device_train_batch_size=4, learning_rate=0.5,
+        optim="sgd", lr_scheduler_type="constant", train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = kind(model=new_model("causal"), args=args, train_dataset=rows, **extra)
+    trainer.train()
+    return torch.cat([each.detach().flatten() for each in trainer.model.parameters()])
+
+
+def by_hand(rows: list[Any]) -> Tensor:
+    """The same with everything kept: the mean over all tokens of a step."""
+    model = new_model("causal").train()
+    for window in (rows[:12], rows[12:]):
+        batch = {name: torch.stack([row[name] for row in window]) for name in window[0]}
+        labels = batch.pop("labels")[:, 1:]
+        loss = F.cross_entropy(model(**batch).logits[:, :-1].transpose(1, 2), labels)
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for each in model.parameters():
+                each -= 0.5 * each.grad  # type: ignore[operator]
+    return torch.cat([each.detach().flatten() for each in model.parameters()])
+
+
+def next_tokens(outputs: Any, labels: Tensor) -> batchtrim.Losses:
+    return batchtrim.token_losses(outputs.logits, labels, shift=True)
+
+
+@pytest.mark.parametrize("first", ["as they are", "ignored", "all the same"])
+@pytest.mark.parametrize("own", [None, next_tokens])
+def test_micro_batches_count_by_their_tokens(own: Any, first: str, tmp_path: Path) -> None:
+    """A first batch that does not show that labels are shifted decided for all; one's own losses counted samples."""
+    rows = [
+        {**row, "labels": torch.where(row["attention_mask"] == 1, row["labels"], -100)} for row in data("causal", 20)
+    ]
+    rows[17] = {**rows[17], "labels": torch.full((9,), -100)}
+    for row in rows[:4]:
+        if first == "ignored":
+            row["labels"] = torch.full((9,), -100)
+        elif first == "all the same":
+            row.update({name: torch.ones(9, dtype=torch.int64) for name in row})
+    found = weights(TrimmedTrainer, rows, tmp_path, keep=1.0, per_sample_loss=own)
+    torch.testing.assert_close(found, by_hand(rows), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("over", ["micro", "window"])
+def test_a_loss_computed_twice_for_a_micro_batch(over: str, tmp_path: Path) -> None:
+    """The second loss was given the next micro-batch's weight, and its part of the window's choice."""
+    rows = data("causal", 20)
+    expected = weights(TrimmedTrainer, rows, tmp_path, keep=0.5, over=over)
+    torch.testing.assert_close(weights(Twice, rows, tmp_path, keep=0.5, over=over), expected, rtol=1e-4, atol=1e-6)
+
+
+class OwnStep(TrimmedTrainer):
+    losses_a_step = 1
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        losses = [self.compute_loss(model.train(), dict(inputs)) for _ in range(self.losses_a_step)]
+        loss = torch.stack(losses).mean() / self.args.gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class OwnStepTwice(OwnStep):
+    losses_a_step = 2
+
+
+def test_a_training_step_of_ones_own(tmp_path: Path) -> None:
+    rows = data("causal", 24)
+    expected = weights(TrimmedTrainer, rows, tmp_path, keep=0.5)
+    torch.testing.assert_close(weights(OwnStep, rows, tmp_path, keep=0.5), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(TypeError, match=r"OwnStepTwice\.training_step to compute one loss for each micro-batch"):
+        weights(OwnStepTwice, rows, tmp_path, keep=0.5)
+    with pytest.raises(TypeError, match=r"to call super\(\)\.training_step\(\.\.\.\) with over='window'"):
+        weights(OwnStep, rows, tmp_path, keep=0.5, over="window")
+
+
+def test_a_loss_computed_after_training_has_no_share(tmp_path: Path) -> None:
+    rows = data("sequence", 10)
+    args = arguments(str(tmp_path), max_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=5)
+    trainer = TrimmedTrainer(model=new_model("sequence"), args=args, train_dataset=rows[:7], keep=1.0)
+    trainer.train()
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    found = trainer.compute_loss(trainer.model.train(), dict(batch))
+    torch.testing.assert_close(found, trainer.model(**batch).loss)
+
+
+def test_a_function_that_averages(tmp_path: Path) -> None:
+    """It came as an IndexError of torch's."""
+    with pytest.raises(
+        batchtrim.errors.PassUnreducedLosses, match=r"`per_sample_loss\(outputs, labels\)` to have shape"
+    ):
+        weights(TrimmedTrainer, data("causal", 4), tmp_path, per_sample_loss=lambda outputs, _: outputs.logits.mean())
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(data("sequence", 10))
+
+
+def test_epochs_of_a_stream(tmp_path: Path) -> None:
+    """The advice was to pass ``total`` and to call step(), which a trainer does by itself."""
+    trainer = TrimmedTrainer(
+        model=new_model("sequence"), args=arguments(str(tmp_path)), train_dataset=Stream(), clock="epoch"
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"expected `total`, the length of training, to be known .* \(clock='step'\)"):
+        trainer.train()

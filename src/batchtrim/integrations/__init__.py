@@ -16,6 +16,7 @@ from torch import Tensor
 from batchtrim._checks import check_choice
 from batchtrim.clock import LENGTHS
 from batchtrim.errors import ChooseLength
+from batchtrim.schedules import as_schedule
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["log_values"]
@@ -28,6 +29,11 @@ def build(keep: Callable[[float], float] | float, total: int | None, options: Ma
     for name in ("keep", "total"):
         if name in options:
             raise TypeError(f"expected options of the trimmer besides `keep` and `total`, got {name!r} among them.")
+    if total is None and getattr(schedule := as_schedule(keep), "needs_total", True):
+        raise ValueError(
+            f"expected `total`, the length of training, to be known for {schedule!r}, got None (max_epochs=-1, a data "
+            "set without a length). Set max_steps and count steps (clock='step'), or pass a constant keep."
+        )
     trim = Trimmer(keep, total=total, **options)
     if getattr(trim.schedule, "reads", "progress") == "accuracy":
         raise ValueError(
@@ -77,7 +83,7 @@ def log_values(trim: Trimmer, mean: Callable[[Tensor], Any] | None = None) -> di
     values |= {name: found[name] for name in ("threshold", "kept_loss", "mean_loss", "ratio")}
     row = [1.0, *values.values()] if found["batches"] else [0.0] * (1 + len(values))
     if mean is not None:
-        row = mean(torch.tensor(row, dtype=torch.float64)).tolist()
+        row = mean(torch.tensor(row, dtype=torch.float64, device="cpu")).tolist()
     return {f"trim/{name}": value / row[0] for name, value in zip(values, row[1:], strict=True)} if row[0] else {}
 
 

@@ -37,7 +37,7 @@ _ENTRIES = (  # these divide by all entries
 _SIGNATURES = {function: inspect.signature(function) for function in (*_CLASSES, *_ENTRIES, F.ctc_loss)}
 _WEIGHTED = (F.mse_loss, F.l1_loss)  # with `weight`, which newer torch has, these divide by its sum
 # Functions whose losses cannot be assigned by their target; named in the error if nothing else was found.
-_UNREAD = {F.triplet_margin_loss, F.triplet_margin_with_distance_loss}
+_UNREAD = {F.triplet_margin_loss, F.triplet_margin_with_distance_loss, getattr(F, "linear_cross_entropy", None)}
 
 
 class NotFound(ValueError):

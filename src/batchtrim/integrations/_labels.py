@@ -5,7 +5,7 @@ Legend: B batch, T tokens, M micro-batches in a window (one optimizer step), R r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from batchtrim.distributed import sum_over_ranks, world_size
 from batchtrim.integrations._decompose import Found
-from batchtrim.integrations._rows import shift_of
+from batchtrim.integrations._rows import shifts_of
 from batchtrim.unreduced import Losses, divisors, flatten
 
-__all__ = ["Counting", "shares"]
+__all__ = ["Counting", "count", "shares"]
 
 _SPANS = ("start_positions", "end_positions")
 
@@ -65,22 +65,45 @@ class Counting:
         return counted.sum() if self.entries else counted.any(1).sum()
 
 
-def counting_of(found: Found, labels: Sequence[Tensor]) -> Counting:
-    """Return how to count the batches of a model, from the losses found in one of them."""
-    call, first = found.parts[0].call, labels[0]
-    shift = shift_of(call, first)
-    if call.counted is None or call.weights is not None or len(found.parts) > 1 or shift is None:
-        return Counting()
-    return Counting(call.ignored, shift)
+def countings_of(found: Found, labels: Sequence[Tensor]) -> list[Counting]:
+    """Return how the batches of a model may be counted, from the losses found in one of them."""
+    call = found.parts[0].call
+    shifts = shifts_of(call, labels[0])
+    if call.counted is None or call.weights is not None or len(found.parts) > 1 or not shifts:
+        return [Counting()]
+    return [Counting(call.ignored, shift) for shift in shifts]
 
 
-def counting_of_own(losses: Losses, batch: Mapping[str, Any], unit: str, names: Sequence[str]) -> Counting:
-    """Return how to count losses that are not the model's: their number shows a shift."""
-    there = losses.values.numel() if losses.mask is None else int(losses.mask.sum())
-    for shift in (0, 1):
-        if int(Counting(-100, shift)(batch, names)) == there:
-            return Counting(-100, shift, entries=unit == "element")
-    return Counting(-100, entries=unit == "element")
+def countings_of_own(losses: Losses, batch: Mapping[str, Any], unit: str, names: Sequence[str]) -> list[Counting]:
+    """Return how batches may be counted if the losses are not the model's: their number shows a shift.
+
+    Samples whose loss is the mean of several entries count by these, as in the loss of one batch.
+    """
+    several = losses.counts is not None or losses.values.numel() > len(losses.values)
+    entries = unit == "element" or (several and losses.weights is None)
+    there = torch.ones_like(losses.values) if losses.counts is None else losses.counts
+    number = float((there if losses.mask is None else there[losses.mask]).sum())
+    found = [shift for shift in (0, 1) if int(Counting(-100, shift)(batch, names)) == number]
+    return [Counting(-100, shift, entries) for shift in found] or [Counting(-100, entries=unit == "element")]
+
+
+def count(
+    batches: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    countings: list[Counting],
+    prove: Callable[[Mapping[str, Any]], list[Counting]] | None,
+) -> tuple[Tensor, list[Counting]]:
+    """Return each batch's count, (M,), and the ways to count that are left.
+
+    Args:
+        names: of the labels. countings: the ways to count that fit all batches seen so far.
+        prove: returns those that fit a batch, for a batch in which two of them differ; None if no forward may run.
+    """
+    for batch in batches if prove is not None else ():
+        if len({int(each(batch, names)) for each in countings}) > 1:
+            fit = prove(batch)  # pyright: ignore[reportOptionalCall]
+            countings = [each for each in countings if each in fit] or fit
+    return torch.stack([countings[0](batch, names) for batch in batches]), countings
 
 
 def check_own(losses: Losses, labels: Sequence[Tensor], unit: str) -> None:

@@ -9,7 +9,10 @@ from batchtrim._checks import describe
 from batchtrim.keeplog import KeepLog
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["check_arguments", "check_free", "check_over", "check_used"]
+__all__ = ["check_arguments", "check_free", "check_over", "check_used", "mark"]
+
+
+_MARK = "of_callback"
 
 
 def check_arguments(log: Any, keep_log: Any, attribute: Any, intercept: bool, options: dict[str, Any]) -> None:
@@ -26,9 +29,21 @@ def check_arguments(log: Any, keep_log: Any, attribute: Any, intercept: bool, op
         raise ValueError(f"expected `attribute` to be the name of an attribute, got {describe(attribute)}.")
 
 
+def mark(trim: Trimmer) -> Trimmer:
+    """Mark a trimmer as made by a callback, which may put another in its place; a copy of it is marked, too."""
+    vars(trim)[_MARK] = True
+    return trim
+
+
 def check_free(module: Any, attribute: str) -> None:
-    """Raise an error if the module uses the trimmer's name for something else."""
-    if not isinstance(getattr(module, attribute, None), (Trimmer, type(None))):
+    """Raise an error if the module uses the trimmer's name for something else, or for a trimmer of its own."""
+    own = getattr(module, attribute, None)
+    if isinstance(own, Trimmer) and not hasattr(own, _MARK) and (own.keep < 1.0 or own._clock.moves(own.total)):
+        raise ValueError(
+            f"expected `attribute` to be free on {type(module).__name__}, got {attribute!r}, a Trimmer of the module's "
+            "own, which the callback's would replace. Remove it, or leave the callback out and call trim.step()."
+        )
+    if not isinstance(own, (Trimmer, type(None))):
         raise ValueError(
             f"expected `attribute` to be free on {type(module).__name__}, got {attribute!r}, which it has for "
             "something else. Take another name, and call that one in training_step."

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from batchtrim._checks import check_losses
 from batchtrim.engine.capture import uncompiled
 from batchtrim.integrations._decompose import Found, LossFinder
 from batchtrim.integrations._form_table import Forms, left_as_found
 from batchtrim.integrations._intercept import NotFound
-from batchtrim.integrations._labels import Counting, check_own, counting_of, counting_of_own, labels_of, loss_of
+from batchtrim.integrations._labels import Counting, check_own, countings_of, countings_of_own, labels_of, loss_of
 from batchtrim.integrations._numbered import IDS
 from batchtrim.unreduced import Losses, flatten
 
@@ -73,7 +74,9 @@ class ModelLosses:
         assert self.per_sample_loss is not None
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         losses = self.per_sample_loss(outputs, inputs.get("labels"))
-        return losses if isinstance(losses, Losses) else Losses(losses), outputs
+        losses = losses if isinstance(losses, Losses) else Losses(losses)
+        check_losses(losses.values, "per_sample_loss(outputs, labels)", allow_empty=True)
+        return losses, outputs
 
     def __call__(self, model: nn.Module, inputs: Any) -> FlatLosses:
         if self.per_sample_loss is not None:
@@ -117,16 +120,16 @@ class ModelLosses:
             )
         return None
 
-    def prove(self, batch: Any) -> Counting:
-        """Return how to count, from an extra forward before training, so that errors show early."""
+    def prove(self, batch: Any) -> list[Counting]:
+        """Return the ways to count that fit a batch, from an extra forward before training, so that errors show early."""
         trainer = self.trainer
         model = self.inner(trainer.model_wrapped).train()
         inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != IDS}
         with trainer.compute_loss_context_manager(), left_as_found(model):
             if self.per_sample_loss is None:
                 found = self.find(model, inputs)
-                return counting_of(found, labels_of(inputs, trainer.label_names))
+                return countings_of(found, labels_of(inputs, trainer.label_names))
             losses = self.own(model, inputs)[0]
             self.one_mean(losses)
             check_own(losses, labels_of(inputs, trainer.label_names), self.unit)
-            return counting_of_own(losses, inputs, self.unit, trainer.label_names)
+            return countings_of_own(losses, inputs, self.unit, trainer.label_names)

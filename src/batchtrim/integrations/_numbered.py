@@ -39,7 +39,7 @@ class _Collator:
 
     def __call__(self, rows: list[_Row]) -> dict[str, Any]:
         batch = dict(self.collate([dict(row) for row in rows]))
-        batch[IDS] = torch.tensor([row.number for row in rows])
+        batch[IDS] = torch.tensor([row.number for row in rows], device="cpu")
         return batch
 
 

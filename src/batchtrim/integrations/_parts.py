@@ -27,7 +27,9 @@ def parts_of(loss: Any, calls: list[LossCall], *, check: bool) -> list[LossPart]
     Raises:
         NotFound: L depends on something else as well, or nothing was recorded.
     """
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad or not calls:
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise NotFound(f"it is no single number, but has shape {tuple(loss.shape)}")
+    if not isinstance(loss, Tensor) or not loss.requires_grad or not calls:
         raise NotFound("no call of a loss function of torch.nn.functional was seen in it")
     if _has_other_leaves(loss, [call.leaf for call in calls]):
         raise NotFound("it has a further term besides the loss functions it calls")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchtrim.integrations._intercept import LossCall, LossPart, NotFound
 
-__all__ = ["label_sizes", "output_tensors", "prove_rows", "rows_of", "shift_of"]
+__all__ = ["label_sizes", "output_tensors", "prove_rows", "rows_of", "shifts_of"]
 
 
 def label_sizes(labels: Iterable[Tensor], batch: int) -> set[int]:
@@ -48,7 +48,7 @@ def prove_rows(parts: list[LossPart], rows: list[Tensor], outputs: list[Tensor],
     batch = len(rows[0])
     outputs = [each for each in outputs if each.ndim and each.shape[0] == batch]
     for part, each in zip(parts, rows, strict=True):
-        if not (_reaches_its_rows(each, outputs) or any(shift_of(part.call, label) is not None for label in labels)):
+        if not (_reaches_its_rows(each, outputs) or any(shifts_of(part.call, label) for label in labels)):
             raise NotFound("neither an output that it returns nor its labels show which loss belongs to which sample")
 
 
@@ -70,15 +70,16 @@ def _reaches_its_rows(rows: Tensor, outputs: list[Tensor]) -> bool:
     return reached
 
 
-def shift_of(call: LossCall, label: Tensor) -> int | None:
-    """Return 0 if a call's targets are these labels, sample by sample, 1 if they are the next labels, else None."""
+def shifts_of(call: LossCall, label: Tensor) -> list[int]:
+    """Return 0 if a call's targets are these labels, sample by sample, and 1 if they are the next ones.
+
+    Both if the labels of each sample are all the same: all ignored, for example.
+    """
     batch = len(label)
     if not batch or call.target.numel() % batch:
-        return None
+        return []
     target = call.target.detach().reshape(batch, -1)
     label = label.reshape(batch, -1).to(target.device)
-    if torch.equal(target, label):
-        return 0
     length = min(target.shape[1], label.shape[1] - 1)
     shifted = length > 0 and target.shape[1] - length <= 1 and torch.equal(target[:, :length], label[:, 1 : length + 1])
-    return 1 if shifted else None
+    return [0] * torch.equal(target, label) + [1] * shifted

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.accumulation import first_pass, select_window
+from batchtrim.accumulation import first_pass, select_window, waits_in_forward
 from batchtrim.choice import Choice
 from batchtrim.engine.state import GeneratorStates
 from batchtrim.integrations import follow
 from batchtrim.integrations._engine_step import EngineStep
-from batchtrim.integrations._labels import Counting, loss_of, plain_sums, shares
+from batchtrim.integrations._labels import Counting, count, loss_of, plain_sums, shares
 from batchtrim.integrations._model_losses import FlatLosses, ModelLosses
 from batchtrim.integrations._numbered import IDS
 from batchtrim.reduction import reduce
@@ -41,23 +41,30 @@ class TrainerLoss:
         self.start_training()
 
     def start_training(self) -> None:
-        """Discard what an interrupted training has left."""
+        """Discard what an interrupted training left behind."""
         self.waits = False  # so that compute_loss is called
+        self._countings: list[Counting] = []
+        self._step: EngineStep | None = None
+        self.end_training()
+
+    def end_training(self) -> None:
+        """Discard the window: a loss that is computed outside of training has no share of one."""
         self._batches: list[Any] = []  # the window's micro-batches, until the choice is made
         self._window: list[tuple[Selection, GeneratorStates]] = []
-        self._shares: list[Tensor] = []
-        self._counting: Counting | None = None
-        self._step: EngineStep | None = None
+        self._shares: list[Tensor] | None = None  # of the micro-batches to come; None outside of training
+        self._current: tuple[Tensor, Selection | None] | None = None  # share and choice of the micro-batch being run
 
     def start_window(self, batches: list[Any]) -> None:
         """Set the clock and compute each micro-batch's weight, before the first one in an optimizer step."""
         trainer, trim = self.trainer, self.trainer.trim
-        if self._counting is None:
-            self._counting = self.model_losses.prove(batches[0])
+        source, names = self.model_losses, trainer.label_names
+        self._countings = self._countings or source.prove(batches[0])
         follow(trim, trainer.state.global_step if trainer.clock == "step" else int(trainer.state.epoch or 0))
-        counts = torch.stack([self._counting(each, trainer.label_names) for each in batches]).to(trainer.args.device)
+        prove = None if waits_in_forward(source.inner(trainer.model_wrapped)) else source.prove
+        counts, self._countings = count(batches, names, self._countings, prove)
         across = trainer.args.average_tokens_across_devices
-        self._shares = shares(counts, self.over, trim.scope, across)
+        self._shares = shares(counts.to(trainer.args.device), self.over, trim.scope, across)
+        self._current = None
         self._batches = batches if self.over == "window" else []
 
     def start_micro_batch(self, model: nn.Module) -> None:
@@ -65,26 +72,53 @@ class TrainerLoss:
         self.waits = True
         if self._batches:
             self._choose_window(self.model_losses.inner(model))
+        selection = None
         if self._window:
-            self._window[0][1].restore()
+            selection, states = self._window.pop(0)
+            states.restore()
+        self._current = (self._shares.pop(0), selection) if self._shares else None
 
     def trimmed(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
-        """Return a micro-batch's loss, times its share of the window and the window's length, and the outputs."""
+        """Return the loss of a micro-batch, times its share of the window and the window's length, and the outputs.
+
+        A ``compute_loss`` that runs the model twice, as R-Drop does, asks for it twice.
+        """
         self.waits = False
         trim = self.trainer.trim
+        share, selection = self._share()
         if self.engine is not None:
             loss, outputs = self._engine_step(model, inputs, ids)
         else:
             found = self.model_losses(model, inputs)
             outputs = found.outputs
-            if self._window:
-                loss = reduce(found.values, self._window.pop(0)[0], trim.scale, found.weights)
+            if selection is not None:
+                loss = reduce(found.values, selection, trim.scale, found.weights)
             else:
                 loss = trim(found.losses, rank_by=found.scores)
                 self._record(trim.last, ids, inputs, outputs)
-        if self._shares:
-            loss = loss * (self._shares.pop(0) * self.trainer.current_gradient_accumulation_steps).to(loss)
+        if share is not None:
+            loss = loss * (share * self.trainer.current_gradient_accumulation_steps).to(loss)
         return loss, outputs
+
+    def _share(self) -> tuple[Tensor | None, Selection | None]:
+        """Return the current micro-batch's share of the window, and its part of the window's choice."""
+        if self._current is not None:
+            return self._current
+        if self._shares is None:
+            return None, None
+        # a training_step of the user's own, which does not call the Trainer's: one loss a micro-batch
+        name = type(self.trainer).__name__
+        if self.over == "window":
+            raise TypeError(
+                f"expected {name}.training_step to call super().training_step(...) with over='window', got one of its "
+                "own. The window is chosen from there: leave `over` at 'micro', or call it."
+            )
+        if not self._shares:
+            raise TypeError(
+                f"expected {name}.training_step to compute one loss for each micro-batch, got a further one, whose "
+                "micro-batch cannot be told. Call super().training_step(...), and compute both in compute_loss."
+            )
+        return self._shares.pop(0), None
 
     def plain(self, model: nn.Module, inputs: Any) -> tuple[Tensor, Any]:
         """Return the untrimmed loss and the model's outputs, for evaluation.

@@ -87,6 +87,9 @@ class StateKeeper(TrainerCallback):
         if self.trainer.keep_log is not None:
             self.trainer.keep_log.end_epoch()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.losses.end_training()
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

@@ -25,7 +25,7 @@ import torch
 
 from batchtrim._checks import check_choice, import_extra
 from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values
-from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used
+from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used, mark
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
@@ -108,13 +108,13 @@ class TrimmingCallback(Callback):
             self.clock.max_epochs = trainer.max_epochs
             self.trim, self._restored = None, None
             check_free(pl_module, self.attribute)
-            setattr(pl_module, self.attribute, build(1.0, None, self.options))
+            setattr(pl_module, self.attribute, mark(build(1.0, None, self.options)))
             if self.keep_log is not None:
                 pl_module.keep_log = self.keep_log  # type: ignore[assignment]
 
     # Not on_fit_start: asking for the number of steps there would set up the loader before its state is restored.
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        self.trim = build(self.keep, self.clock.total(trainer, pl_module), self.options)
+        self.trim = mark(build(self.keep, self.clock.total(trainer, pl_module), self.options))
         if self._restored is not None:
             self._load(self._restored, trainer)
             self._restored = None
@@ -164,7 +164,7 @@ class TrimmingCallback(Callback):
             values = {name.replace("trim/", f"{self.attribute}/", 1): value for name, value in values.items()}
         for logger in trainer.loggers if values else ():
             logger.log_metrics(values, step=trainer.global_step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in values.items()})
 
     @property
     def state_key(self) -> str:

@@ -124,7 +124,7 @@ def _as_tensor(ids: Any) -> Any:
     if isinstance(ids, Tensor):
         return ids
     try:
-        return torch.as_tensor(ids if hasattr(ids, "__array__") else list(ids))
+        return torch.as_tensor(ids if hasattr(ids, "__array__") else list(ids), device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"expected `ids` to be integers, the samples' row numbers in the data set, got {describe(ids)}. Samples "

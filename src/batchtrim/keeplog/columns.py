@@ -50,7 +50,7 @@ def empty(n: int) -> Columns:
     if n * _BYTES > _memory():  # Linux would allocate it, and kill the process while it is filled
         raise beyond
     try:
-        return {name: torch.full((n + 1,), fill, dtype=dtype) for name, (dtype, fill) in COLUMNS.items()}
+        return {name: torch.full((n + 1,), fill, dtype=dtype, device="cpu") for name, (dtype, fill) in COLUMNS.items()}
     except (RuntimeError, MemoryError, TypeError, OverflowError):  # torch has no specific error for this
         raise beyond from None
 

@@ -65,7 +65,7 @@ class KeepLog:
         self._columns = columns.empty(self.n)
         self._pending: list[Entries] = []
         self._entries = 0
-        self._epoch = torch.zeros(epoch.length(self.classes), dtype=torch.int64)
+        self._epoch = torch.zeros(epoch.length(self.classes), dtype=torch.int64, device="cpu")
         self._wide = False  # more classes than the columns have room for
         self._warned = False
 

@@ -25,7 +25,7 @@ def write(log: KeepLog, path: str | Path, columns: dict[str, Any]) -> None:
     """Write the log's table, more ``columns`` of n values, and its history."""
     arrow = import_extra("pyarrow", "lab", "KeepLog.to_parquet")
     parquet = import_extra("pyarrow.parquet", "lab", "KeepLog.to_parquet")
-    table = {"id": torch.arange(log.n), **log.table()}
+    table = {"id": torch.arange(log.n, device="cpu"), **log.table()}
     arrays = {name: column.numpy() for name, column in table.items()}
     for name, values in columns.items():
         if name in table:
@@ -48,7 +48,7 @@ def read(kind: type[KeepLog], path: str | Path) -> KeepLog:
         log = kind(found.num_rows, classes=known["classes"])
         log.steps = check_count("steps", known["steps"], minimum=0)
         log.history = [dict(line) for line in known["history"]]
-        log._epoch = torch.tensor(known.get("epoch", log._epoch.tolist()), dtype=torch.int64).reshape(log._epoch.shape)
+        log._epoch = log._epoch.new_tensor(known.get("epoch", log._epoch.tolist())).reshape(log._epoch.shape)
         table = {name: torch.from_numpy(found[name].to_numpy().copy()) for name in _READ}
         log._columns = unread(table, log._columns)
     except FileNotFoundError:

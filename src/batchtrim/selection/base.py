@@ -13,7 +13,9 @@ from batchtrim._checks import check_count, check_part, describe
 __all__ = [
     "Rule",
     "Selection",
+    "choose",
     "drawing",
+    "drawing_device",
     "fraction",
     "keep_count",
     "keep_count_tensor",
@@ -24,6 +26,9 @@ __all__ = [
     "select_valid",
     "top_indices",
 ]
+
+
+_OWN: set[type] = set()  # kinds of rules that are this library's, once seen
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Selection:
 
 
 class Rule(Protocol):
-    """A selection rule. :class:`batchtrim.Trimmer` takes any callable with this signature."""
+    """A selection rule. :class:`batchtrim.Trimmer` takes any callable with this signature, and checks its rows."""
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         """Choose from ``losses`` (n,), n >= 1, detached; ``keep`` in (0, 1]."""
@@ -138,6 +143,11 @@ def drawing(generator: torch.Generator | None) -> torch.Generator | None:
     )
 
 
+def drawing_device(generator: torch.Generator | None) -> torch.device:
+    """Return the device to draw on: the generator's, or the CPU, whatever torch.set_default_device says."""
+    return generator.device if isinstance(generator, torch.Generator) else torch.device("cpu")
+
+
 def top_indices(scores: Tensor, k: int) -> Tensor:
     """Return the rows of the k largest ``scores`` (n,). Ties at the cut: lower row first. NaN is largest."""
     n = scores.shape[0]
@@ -167,6 +177,42 @@ def keep_count_tensor(keep: Tensor, n: Tensor | int) -> Tensor:
     return torch.round(keep * n).clamp(min=1)
 
 
+def choose(rule: Rule, losses: Tensor, keep: float, generator: torch.Generator | None) -> Selection:
+    """Return what ``rule`` chooses from ``losses`` (n,); a rule of somebody else's is checked, which syncs the device.
+
+    Raises:
+        TypeError: it returned no selection. ValueError: its rows are not distinct, or not those of ``losses``.
+    """
+    kind = type(rule)
+    if kind in _OWN:
+        return rule(losses, keep, generator)
+    if kind.__module__.startswith("batchtrim."):
+        _OWN.add(kind)
+        return rule(losses, keep, generator)
+    chosen = rule(losses.clone(), keep, generator)  # it may write into what it is given
+    if not isinstance(chosen, Selection):
+        raise TypeError(
+            f"expected `select` to return a batchtrim.Selection, got {describe(chosen)} from {describe(rule)}. "
+            "Of rows: batchtrim.Selection(rows, size=len(losses), candidates=len(losses))."
+        )
+    rows, n = chosen.indices, losses.shape[0]
+    if rows.dtype != torch.int64 or rows.ndim != 1 or chosen.size != n:
+        raise ValueError(
+            f"expected `select` to return rows of {n} losses, int64 of shape (k,), got {describe(rows)} of "
+            f"{chosen.size} from {describe(rule)}."
+        )
+    if chosen.weights is not None and chosen.weights.shape != rows.shape:
+        raise ValueError(
+            f"expected `select` to return a weight for each of {len(rows)} rows, got {describe(chosen.weights)}."
+        )
+    if not torch.compiler.is_compiling() and bool(((rows < 0) | (rows >= n)).any() or len(rows.unique()) != len(rows)):
+        raise ValueError(
+            f"expected `select` to return distinct rows from 0 to {n - 1}, got others from {describe(rule)}. "
+            "A row that is drawn twice counts twice by its weight: Selection(rows, n, n, weights)."
+        )
+    return chosen
+
+
 def select_valid(
     rule: Rule, losses: Tensor, keep: float, mask: Tensor | None, generator: torch.Generator | None = None
 ) -> Selection:
@@ -176,12 +222,13 @@ def select_valid(
     is empty. A mask syncs the device, since k depends on how many entries it leaves.
     """
     if mask is None:
-        return rule(losses, keep, generator)
+        return choose(rule, losses, keep, generator)
     valid = mask.nonzero().squeeze(1)
     if valid.shape[0] == 0:
         return Selection(valid, losses.shape[0], 0)
-    chosen = rule(losses[valid], keep, generator)
-    return Selection(valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, chosen.normalizer)
+    chosen = choose(rule, losses[valid], keep, generator)
+    divisors = chosen.normalizer, chosen.batch_normalizer
+    return Selection(valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, *divisors)
 
 
 def select_again(rule: Rule, losses: Tensor, keep: float, mask: Tensor | None, generator: torch.Generator) -> Selection:

@@ -8,11 +8,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_count, check_fraction, check_keep, check_number, check_rule, check_stateless
+from batchtrim._checks import (
+    check_count,
+    check_fraction,
+    check_keep,
+    check_number,
+    check_rule,
+    check_state,
+    check_stateless,
+    describe,
+)
 from batchtrim.selection.base import (
     Rule,
     Selection,
     drawing,
+    drawing_device,
     fraction,
     keep_count,
     keep_count_tensor,
@@ -133,7 +143,7 @@ class uniform:
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = length(losses)
         k = keep_count(keep, n) if self.like is None else self.like(losses, keep, generator).k
-        drawn = torch.randperm(n, generator=drawing(generator))[:k]
+        drawn = torch.randperm(n, generator=drawing(generator), device=drawing_device(generator))[:k]
         return Selection(drawn.to(losses.device), n, n)
 
 
@@ -159,6 +169,8 @@ class above:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
+        if self.threshold != self.threshold:
+            raise ValueError("expected `threshold` to be a number to compare losses with, got nan.")
         object.__setattr__(self, "min_keep", check_count("min_keep", self.min_keep))
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
@@ -224,7 +236,7 @@ class percentile:
         self._recent = recent[-self.history :].clone()
         ordered = torch.sort(self._recent).values
         chance = torch.searchsorted(ordered, batch, right=True).to(batch.dtype) / ordered.shape[0]
-        draw = torch.rand(n, generator=drawing(generator)).to(batch.device)
+        draw = torch.rand(n, generator=drawing(generator), device=drawing_device(generator)).to(batch.device)
         indices = (draw < chance**self.beta).nonzero().squeeze(1)
         return Selection(indices if indices.shape[0] else top_indices(losses, 1), n, n)
 
@@ -232,7 +244,10 @@ class percentile:
         return {"recent": None if self._recent is None else self._recent.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(state, ("recent",), "a percentile rule")
         recent = state["recent"]
+        if recent is not None and not (isinstance(recent, Tensor) and recent.ndim == 1 and recent.is_floating_point()):
+            raise ValueError(f"expected `state['recent']` to be a vector of losses, got {describe(recent)}.")
         self._recent = None if recent is None else recent.clone()
 
 
@@ -250,10 +265,11 @@ class percentile_topk:
         k = keep_count(check_keep("keep", keep), n)
         if k == n:
             return Selection(torch.arange(n, device=losses.device), n, n)
-        order = torch.argsort(losses, stable=True).cpu()
-        chance = torch.empty(n, dtype=torch.float64)
+        generator, device = drawing(generator), drawing_device(generator)
+        order = torch.argsort(losses, stable=True).to(device)
+        chance = torch.empty(n, dtype=torch.float64, device=device)
         # relative to the hardest, in logarithms: with a small keep the powers would all round to 0
-        rank = torch.arange(n, dtype=torch.float64) + 0.5
+        rank = torch.arange(n, dtype=torch.float64, device=device) + 0.5
         chance[order] = torch.exp(min(1.0 / keep - 1.0, 1e300) * torch.log(rank / (n - 0.5)))
-        drawn = torch.multinomial(chance, k, replacement=False, generator=drawing(generator))
+        drawn = torch.multinomial(chance, k, replacement=False, generator=generator)
         return Selection(drawn.to(losses.device), n, n)

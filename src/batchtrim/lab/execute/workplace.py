@@ -93,7 +93,7 @@ class Tally:
             self.failed.append(row)
         self.watcher.finished(config, row)
         if row is not None and row.get("mistake") and self.left:
-            self.watcher.note(f"stopped: the {len(self.left)} remaining runs would end the same way")
+            self.watcher.note(f"stopped: the task has to be mended first; runs left: {len(self.left)}")
             self.left.clear()
 
 
