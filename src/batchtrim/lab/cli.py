@@ -290,7 +290,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
                 isolated=task is not None,
             )  # fmt: skip
     except KeyboardInterrupt:
-        done = len(records.Records(out).rows())
+        done = len(records.Records(out, make=False).rows())
         typer.echo(
             f"\nstopped; {done} runs are recorded in {shown(out)}. The same command goes on from there.", err=True
         )

@@ -1,6 +1,6 @@
 """runs.jsonl: every finished run is one line, appended whole or not at all, even if a process dies.
 
-A line is written by one ``write`` to a file opened for appending, then synced, under a file lock. If the machine
+A line is written at once to a file opened for appending, then synced, under a file lock. If the machine
 goes down in the middle, the piece at the end is not a finished run: readers skip it, and the next writer moves it to
 ``runs.torn``. A whole run at the end that only lacks its newline counts. A run in progress is claimed by a lock that
 the kernel frees when its holder dies, so two processes on one folder share the work and never do a run twice.
@@ -9,6 +9,7 @@ the kernel frees when its holder dies, so two processes on one folder share the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -48,27 +49,33 @@ class Records:
     """The runs in a folder.
 
     Args:
-        folder: made if missing; holds ``runs.jsonl``, and the locks of runs in progress in ``.claims``.
+        folder: holds ``runs.jsonl``, and the locks of runs in progress in ``.claims``.
+        make: make the folder if it is missing, and check that it can be written. A worker does not: one that is
+            missing then was removed, with the records in it.
 
     Raises:
         PermissionError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, *, make: bool = True):
         self.folder = Path(folder)
         self.path = self.folder / "runs.jsonl"
+        self._rows: dict[str, Row] = {}
+        self._offset = self._line = 0
+        if make:
+            self._make()
+
+    def _make(self) -> None:
         try:
             (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
             writable = os.access(self.folder, os.W_OK)
         except FileExistsError as error:
-            what = "a link to nothing" if not Path(folder).exists() else "a file in the way"
-            raise FileExistsError(f"expected `out` to be a folder, got {folder}, {what}.") from error
+            what = "a link to nothing" if not self.folder.exists() else "a file in the way"
+            raise FileExistsError(f"expected `out` to be a folder, got {self.folder}, {what}.") from error
         except OSError as error:
             raise PermissionError(_not_writable(self.folder, error.strerror)) from error
         if not writable:
             raise PermissionError(_not_writable(self.folder, "permission denied"))
-        self._rows: dict[str, Row] = {}
-        self._offset = self._line = 0
 
     def rows(self) -> list[Row]:
         """Return the runs recorded so far, by anyone: one per key, the last one recorded."""
@@ -92,8 +99,9 @@ class Records:
             try:
                 end = self._close_last_line(file)
                 try:
-                    if os.write(file, line) != len(line):
-                        raise OSError(f"cannot append a whole row to {self.path}. Is the disk full?")
+                    rest = line[os.write(file, line) :]  # a disk that is nearly full takes a piece, then says why not
+                    if rest and os.write(file, rest) != len(rest):
+                        raise OSError(errno.ENOSPC, "no room for a whole row. Is the disk full?")
                     os.fsync(file)
                 except OSError:
                     os.ftruncate(file, end)
