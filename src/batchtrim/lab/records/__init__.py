@@ -78,7 +78,7 @@ class Records:
             raise PermissionError(_not_writable(self.folder, "permission denied"))
 
     def rows(self) -> list[Row]:
-        """Return the runs recorded so far, by anyone: one per key, the last one recorded."""
+        """Return the runs recorded so far, by anyone: one per key, the last one recorded that did not fail."""
         self._refresh()
         return list(self._rows.values())
 
@@ -200,15 +200,13 @@ class Records:
             text = file.read()
         ended = text[: text.rfind(b"\n") + 1]
         for number, line in whole_lines(text):
-            row = parse_row(line, self.path, self._line + number)
-            self._rows.pop(row["key"], None)
-            self._rows[row["key"]] = row
+            _add(self._rows, parse_row(line, self.path, self._line + number))
         self._offset += len(ended)
         self._line += ended.count(b"\n")
 
 
 def read(path: str | Path) -> list[Row]:
-    """Return the runs in a folder or in a ``runs.jsonl``: one per key, the last one recorded. Writes nothing."""
+    """Return the runs in a folder or in a ``runs.jsonl``: one per key, the last that did not fail. Writes nothing."""
     return _read(path)
 
 
@@ -227,9 +225,16 @@ def _read(path: str | Path, check: Callable[[Row, str], None] = lambda row, plac
     for number, line in whole_lines(path.read_bytes()):
         row = parse_row(line, path, number)
         check(row, f"{path}, line {number}")
+        _add(rows, row)
+    return list(rows.values())
+
+
+def _add(rows: dict[str, Row], row: Row) -> None:
+    """Let a row replace an earlier one of its run, unless that is done and this failed: files may have been merged."""
+    before = rows.get(row["key"])
+    if before is None or row["status"] in DONE or before["status"] not in DONE:
         rows.pop(row["key"], None)
         rows[row["key"]] = row
-    return list(rows.values())
 
 
 def torn(path: str | Path) -> str:
@@ -250,6 +255,8 @@ def _record_file(path: str | Path) -> Path:
         )
     if path.suffix != ".jsonl":
         hint = f" For a table of results: batchtrim report --csv {path}" if path.suffix in TABLES else ""
+        if (path.parent / "runs.jsonl").exists():
+            hint = f" For the report on the runs beside it: batchtrim report {path.parent}"
         raise ValueError(f"expected a folder of runs, or its runs.jsonl, got {path}.{hint}")
     return path
 
