@@ -45,7 +45,10 @@ def crowded(workers: int, threads: int) -> str:
     """
     have = cores()
     if threads > (most := MOST_THREADS * have):
-        raise ValueError(f"expected `threads` to be at most {most}, {MOST_THREADS} for each core here, got {threads}.")
+        by = " It is from OMP_NUM_THREADS." if threads == asked_threads() else ""
+        raise ValueError(
+            f"expected `threads` to be at most {most}, {MOST_THREADS} for each core here, got {threads}.{by}"
+        )
     if workers * threads <= have:
         return ""
     return (
