@@ -7,7 +7,7 @@ import random
 import re
 
 from batchtrim.lab.present import charts
-from batchtrim.lab.present.point_labels import ABOVE, BELOW, FAR, GAP, NUMBER, named_and_numbered, place
+from batchtrim.lab.present.point_labels import ABOVE, BELOW, FAR, GAP, NUMBER, far, named_and_numbered, place, width
 
 ROOM = (0.0, 480.0, 0.0, 250.0)
 
@@ -88,3 +88,23 @@ def test_numbers_are_listed_below_the_chart_which_grows() -> None:
     assert height > charts.HEIGHT
     assert max(float(y) for y in re.findall(r'<text class="tick" x="[0-9.]+" y="([0-9.]+)">', drawn)) < height
     assert max(float(x) for x in re.findall(r'<text class="tick" x="([0-9.]+)" y="[0-9.]+">', drawn)) < charts.WIDTH
+
+
+def test_a_single_crowded_name_is_joined_by_a_stroke() -> None:
+    """A list of one name is more to read than a stroke."""
+    points = [(100.0, 100.0, 90.0), (300.0, 30.0, 50.0), (300.0, 200.0, 50.0), (400.0, 40.0, 40.0), (60.0, 220.0, 90.0)]
+    dots = [[(x - 6, x + 6, y - 6, y + 6)] for x, y, _ in points]
+    lines = [[(0.0, 480.0, 80.0, 118.0)]]
+    places, numbered = named_and_numbered(points, [*dots, *lines], ROOM)
+    assert numbered == []
+    assert any(far(point, at) for point, at in zip(points, places, strict=True))
+
+
+def test_the_baseline_keeps_its_name() -> None:
+    points = [charts.Point("full", 0, 100.0, 3.05, (2.5, 3.5))]
+    points += [
+        charts.Point(f"method_{n:02d}", 1 + n, 90.0 + n / 3, 3.0 + (7 * n % 5) / 50, (2.5, 3.5)) for n in range(16)
+    ]
+    drawn = str(charts.scatter(points, x_label="", y_label="", x_fmt=str, fmt=str))
+    assert re.search(r'<text class="name s0"[^>]*>full</text>', drawn)
+    assert width("full") < width("oooo")

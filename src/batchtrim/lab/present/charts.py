@@ -23,7 +23,6 @@ WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
 DOT, BIG = 3.5, 5.5  # radius of a dot in a chart of lines, and of costs
 BOLD = 7.6  # width of a letter of a name, about
-LARGE = 8.9  # the same on a phone, where letters are larger
 COLOURS = 8  # besides the baseline's
 MOST_POINTS = 150  # of a line: more cannot be seen at this size
 
@@ -271,8 +270,8 @@ def _labels(
     A stroke joins a point and a name or number that is far.
     """
     room = (LEFT, WIDTH, TOP - 2, HEIGHT - BOTTOM)
-    spots = [(x(each.x), y(each.y), LARGE * len(each.label)) for each in points]
-    first = [number for number, point in enumerate(points) if point in best]
+    spots = [(x(each.x), y(each.y), point_labels.width(each.label)) for each in points]
+    first = [row for row, point in enumerate(points) if point in best or not point.style]  # and the baseline
     places, numbered = point_labels.named_and_numbered(spots, taken, room, first)
     number_of = {row: str(1 + number) for number, row in enumerate(numbered)}
     strokes, names = [], []
@@ -291,7 +290,7 @@ def _numbers(points: Sequence[Point]) -> tuple[str, int]:
     """List the names that numbers stand for, below a chart, in as many columns as there is room for."""
     if not points:
         return "", 0
-    wide = 42 + LARGE * max(len(point.label) for point in points)
+    wide = 42 + max(point_labels.width(point.label) for point in points)
     rows = math.ceil(len(points) / max(1, int((WIDTH - 16) / wide)))
     drawn = []
     for place, point in enumerate(points):

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-__all__ = ["Box", "Place", "along", "around", "far", "named_and_numbered", "place"]
+__all__ = ["Box", "Place", "along", "around", "far", "named_and_numbered", "place", "width"]
 
 Box = tuple[float, float, float, float]
 """Left, right, top and bottom of something drawn."""
@@ -21,9 +21,11 @@ Named = tuple[float, float, float]
 ABOVE, BELOW = 11, 4  # of a name's base line, that its letters take on a phone, where they are the largest
 GAP = 10  # between the middle of a point and its name
 FAR = 15  # from a point to its name: from here on a stroke joins them
+MOST_STROKE = 60  # from the only point whose name is not beside it
 CROSSED = 16.0  # how far a name is moved rather than laid over a point or a line
 SIDES = {"start": 0.0, "end": 2.0, "middle": 4.0}
 """Anchors of a name: to the right, to the left, above or below; each with its penalty."""
+THIN, WIDE = 5.8, 9.9  # width of a letter of a name, about, on a phone
 FEW = 4  # points whose names are told apart wherever they stand
 NUMBER = 20.0  # width of a number of two digits
 
@@ -69,11 +71,20 @@ def named_and_numbered(
         if clear and not far(points[each], at[each]):
             names[each] = _box(points[each], at[each])
     numbered = sorted(set(order) - set(names), key=lambda each: points[each])
+    if len(numbered) == 1:  # a stroke to its name is less to read than a list of one
+        (alone,) = numbered
+        at[alone], clear = _best(points[alone], list(names.values()), taken, room)
+        numbered = [] if clear and abs(at[alone][1] - points[alone][1]) < MOST_STROKE else numbered
     for each in numbered:
         short = (*points[each][:2], NUMBER)
         at[each], _ = _best(short, list(names.values()), taken, room)
         names[each] = _box(short, at[each])
     return [at[each] for each in range(len(points))], numbered
+
+
+def width(name: str) -> float:
+    """Return about how wide a name is."""
+    return sum(THIN if letter in "fijlrt1(). " else WIDE for letter in name)
 
 
 def far(point: Named, at: Place) -> bool:
