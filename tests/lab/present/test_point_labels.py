@@ -94,7 +94,7 @@ def test_a_single_crowded_name_is_joined_by_a_stroke() -> None:
     """A list of one name is more to read than a stroke."""
     points = [(100.0, 100.0, 90.0), (300.0, 30.0, 50.0), (300.0, 200.0, 50.0), (400.0, 40.0, 40.0), (60.0, 220.0, 90.0)]
     dots = [[(x - 6, x + 6, y - 6, y + 6)] for x, y, _ in points]
-    lines = [[(0.0, 480.0, 80.0, 118.0)]]
+    lines = [[(0.0, 480.0, 80.0, 118.0)], [(0.0, 480.0, 90.0, 110.0)]]
     places, numbered = named_and_numbered(points, [*dots, *lines], ROOM)
     assert numbered == []
     assert any(far(point, at) for point, at in zip(points, places, strict=True))
