@@ -1,6 +1,7 @@
 """Compare with your own trainer: a small transformer that classifies TREC's six kinds of questions.
 
     batchtrim compare --task examples/17_own_text.py:train --methods full,trim,random,two_sided --epochs 6 --seeds 5
+    batchtrim show runs/17_own_text.py-train-6ep    # the questions that stayed hard: the folder is named by the first
 
 Needs BATCHTRIM_DATA with TREC in it (trec/{train,test}-*.parquet); `questions` is the place for your own texts.
 """
@@ -21,6 +22,7 @@ from batchtrim.integrations.transformers import TrimmedTrainer  # was: from tran
 from batchtrim.lab import Run, compare
 
 PADDING, UNKNOWN, WORDS = 0, 1, 2
+KINDS = ("abbreviation", "entity", "description", "human", "location", "number")
 LENGTH, WIDTH = 24, 64
 
 
@@ -66,8 +68,11 @@ def train(run: Run) -> dict[str, float]:
         disable_tqdm=True, use_cpu=run.device == "cpu",
         seed=run.seed,  # not the Trainer's own 42 in every run
     )  # fmt: skip
+    words, kinds = (part[:rows] for part in texts("train"))
+    log = run.keep_log(len(words), classes=len(KINDS))  # for `batchtrim show`: what was kept of every question,
+    run.show(rows=[" ".join(each) for each in words], labels=kinds, classes=KINDS)  # and what it is
     trainer = TrimmedTrainer(  # was: Trainer(
-        model=model, args=args, train_dataset=questions("train", rows),
+        model=model, args=args, train_dataset=questions("train", rows), keep_log=log,
         keep=run.keep, trim_options=run.trim_options,  # the method's schedule and rule; the Trainer steps them
     )  # fmt: skip
     trainer.train()

@@ -102,7 +102,7 @@ class per_sample:
         return self._criterion.reduction or "mean"
 
     def __call__(self, *inputs: Any, **named: Any) -> Losses:
-        """Return the un-reduced losses of a batch, given ``(outputs, targets)`` or what the criterion takes, in order."""
+        """Return the un-reduced losses of ``(outputs, targets)``, or of what the criterion takes, in its order."""
         if named:
             raise TypeError(
                 f"expected what {self._criterion.name} takes in its order, without names, got {sorted(named)}. What is "

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import launch
+from batchtrim.lab.present import gallery
 from tiers import few
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -88,6 +89,9 @@ def test_the_text_task_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("TREC_ROWS", "200")
     monkeypatch.chdir(tmp_path)
     assert 0.1 < load("17_own_text", monkeypatch)["main"](epochs=1, seeds=1, methods="trim", out="text") < 0.95
+    page = gallery.build("text").read_text(encoding="utf-8")
+    assert "how did serfdom develop in and then leave russia ?" in page
+    assert "description" in page
 
 
 @pytest.mark.slow

@@ -149,6 +149,56 @@ def test_a_home_after_an_equals_sign_is_meant(monkeypatch: pytest.MonkeyPatch, t
     assert not Path("~").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "full", "--methods", "trim"], "expected --methods once, got it 2 times. Separate its values by"),
+        (["--seeds", "1", "--seeds", "2", "--seeds", "3"], "expected --seeds once, got it 3 times."),
+        (["--keep-end", "0.1", "--keep-end=0.2"], "expected --keep-end once, got it 2 times."),
+        (
+            ["--param", "small_loss.noise_rate=0.1", "--param", "small_loss.noise_rate=0.2"],
+            "Several values are comma-separated: small_loss.noise_rate=0.1,0.2",
+        ),
+        (["--threads", "1000000"], "expected `threads` to be at most"),
+    ],
+)
+def test_a_list_given_twice_loses_none_of_its_values(words: list[str], message: str) -> None:
+    """The last one won without a word: `--methods full --methods trim` compared nothing."""
+    assert message in mistake("compare", *words)
+
+
+def test_of_an_option_that_is_no_list_the_last_counts() -> None:
+    assert "`epochs` to be at least 1, got 0" in mistake("compare", "--epochs", "2", "--epochs", "0", "-q", "-q")
+
+
+@pytest.mark.parametrize("name", ["report.html", "grid.json"])
+def test_a_file_beside_the_runs_names_their_folder(name: str) -> None:
+    Path("done").mkdir()
+    for each in (name, "runs.jsonl"):
+        Path("done", each).write_text("")
+    said = mistake("report", f"done/{name}")
+    assert f"got done/{name}. For the report on the runs beside it: batchtrim report done" in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "expected RANK to be a number, as torchrun sets it"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "expected LOCAL_WORLD_SIZE to be a number"),
+        ({"WORLD_SIZE": "two"}, "expected WORLD_SIZE to be a number"),
+        ({"WORLD_SIZE": "2", "RANK": "-1", "LOCAL_WORLD_SIZE": "2"}, "got '-1'. For a run on one, unset WORLD_SIZE."),
+    ],
+)
+def test_half_an_environment_of_torchrun_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert message in mistake("compare", "--epochs", "1", "--train-size", "100", "-q", "--workers", "1")
+
+
 def test_a_link_to_nothing_as_a_folder_is_named() -> None:
     Path("link").symlink_to("nowhere")
     said = mistake("compare", "--seeds", "1", "--epochs", "1", "--train-size", "100", "--out", "link", "-q")

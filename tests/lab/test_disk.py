@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import pickle
 import re
 import shutil
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from typer.testing import CliRunner
 
 from batchtrim import KeepLog, lab
 from batchtrim.lab import cli, files, records
-from batchtrim.lab.execute import grid, progress, scheduler
+from batchtrim.lab.execute import grid, local, on_ray, progress, scheduler
 from batchtrim.lab.files import CannotWrite
 from batchtrim.lab.present import readme_table
 from batchtrim.lab.records import Records
@@ -190,3 +194,154 @@ def made_runs(tmp_path: Path, make_row: Callable[..., Any]) -> Path:
     rows = [make_row(method, seed) for method in ("full", "trim") for seed in range(2)]
     (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+class NearlyFull:
+    """A file on a disk with room for some bytes more."""
+
+    def __init__(self, file: Any, room: int):
+        self.file, self.room = file, room
+
+    def write(self, data: Any) -> int:
+        if len(memoryview(data).cast("B")) > self.room:
+            full()
+        self.room -= len(memoryview(data).cast("B"))
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_a_disk_that_fills_up_within_a_checkpoint_is_no_fault_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save raised a RuntimeError about its own container there, and every run failed by it."""
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, NearlyFull(file, 3000)))
+    with pytest.raises(CannotWrite, match=r"\.pt \(No space left on device\)\. .*Free space there"):
+        scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path, checkpoint_seconds=0.0), progress.Quiet())
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_runtime_error_that_no_disk_is_to_blame_for_is_passed_on(tmp_path: Path) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError, match="of its own"):
+        files.write_whole(tmp_path / "a", fails)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_that_fits_by_half_says_that_space_is_lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first write takes what fits, without an error: the cure said to make the folder writable."""
+    there, write = Records(tmp_path), os.write
+    room = [30]
+
+    def fill(file: int, data: bytes) -> int:
+        taken = write(file, data[: room[0]]) if room[0] else full()
+        room[0] -= taken
+        return taken
+
+    monkeypatch.setattr(records.os, "write", fill)
+    with pytest.raises(CannotWrite, match=r"runs\.jsonl \(No space left on device\)\. .*Free space there"):
+        there.append({"schema": 1, "key": "a", "config": {"method": "full"}, "status": "finished"})
+    assert (tmp_path / "runs.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("code", "cure", "says"),
+    [
+        (errno.ENOSPC, None, "Free space there and repeat the command."),
+        (errno.EDQUOT, None, "Free space there and repeat the command."),
+        (errno.EFBIG, None, "Raise the limit on the size of files (ulimit -f) and repeat the command."),
+        (errno.EROFS, None, "Make the folder writable, or pass another --out, and repeat the command."),
+        (errno.ENOSPC, "Name another page.", "Free space there. Name another page."),
+        (errno.EROFS, "Name another page.", "(Read-only file system). Name another page."),
+    ],
+)
+def test_the_cure_fits_the_reason(code: int, cure: str | None, says: str) -> None:
+    with pytest.raises(CannotWrite) as told, files.writing(Path("a"), cure):
+        raise OSError(code, os.strerror(code))
+    assert str(told.value).endswith(says)
+
+
+def test_events_that_cannot_be_written_are_no_fault_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard's thread showed a traceback, and every run failed, or the command ended without naming a file."""
+    writers = pytest.importorskip("tensorboard.summary.writer.record_writer")
+    monkeypatch.setattr(writers.RecordWriter, "write", full)
+    with pytest.raises(CannotWrite, match=r"tensorboard/digits_mlp_full.* \(No space left on device\)"):
+        scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path, tensorboard=True), progress.Quiet())
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+class Line:
+    """The end of a pipe that a worker has: gives it one run, and keeps what it says."""
+
+    def __init__(self) -> None:
+        self.runs, self.said = [CONFIGS[0]], []
+
+    def recv(self) -> RunConfig:
+        if not self.runs:
+            raise EOFError
+        return self.runs.pop()
+
+    def send(self, news: Any) -> None:
+        self.said.append(pickle.loads(pickle.dumps(news)))
+
+
+def at_work(place: scheduler.Workplace, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return what a worker says, in this process."""
+    monkeypatch.setattr(local, "_settle_in", lambda: None)
+    line = Line()
+    local._work(line, place)  # type: ignore[arg-type]
+    return line.said
+
+
+def test_a_worker_does_not_make_a_folder_again_that_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It did where the folder went before the worker had begun: the rows came into a folder without the others."""
+    ((what, error),) = at_work(scheduler.Workplace(tmp_path / "gone"), monkeypatch)
+    assert (what, type(error)) == ("unusable", CannotWrite)
+    assert "the folder is gone" in str(error)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_records_that_a_worker_cannot_read_are_told_once_and_end_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died with a traceback, and others were started in its place."""
+    Records(tmp_path)
+    (tmp_path / "runs.jsonl").mkdir()
+    ((what, error),) = at_work(scheduler.Workplace(tmp_path), monkeypatch)
+    assert (what, type(error)) == ("unusable", IsADirectoryError)
+    (tmp_path / "runs.jsonl").rmdir()
+    (tmp_path / "runs.jsonl").write_text("no run\n")
+    ((what, error),) = at_work(scheduler.Workplace(tmp_path), monkeypatch)
+    assert (what, type(error)) == ("unusable", records.ReplaceRecords)
+
+
+def test_a_full_disk_on_a_node_of_a_cluster_is_no_fault_of_the_run() -> None:
+    class TaskError(Exception):
+        cause = CannotWrite("cannot write a (No space left on device).")
+
+    def get(_: object) -> None:
+        raise TaskError("a traceback of many lines")
+
+    ray = types.SimpleNamespace(get=get, exceptions=types.SimpleNamespace(RayError=TaskError))
+    with pytest.raises(CannotWrite, match=r"^cannot write a \(No space left on device\)\.$"):
+        on_ray._result(ray, None, CONFIGS[0])
+    TaskError.cause = ValueError("of the run")  # type: ignore[assignment]
+    assert on_ray._result(ray, None, CONFIGS[0])["status"] == "failed"
+
+
+def test_a_clock_that_runs_backwards_changes_no_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1.7e9 - 3600 * next(hours))
+    scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path, checkpoint_seconds=0.0), progress.Quiet())
+    rows = records.read(tmp_path)
+    assert len(rows) == len(CONFIGS)
+    assert all(0 <= row["seconds"] <= row["seconds_total"] < 100 for row in rows)

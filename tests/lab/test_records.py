@@ -242,3 +242,28 @@ def test_kill_9_loses_no_finished_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kill_9_at_fifty_moments_loses_no_finished_run(tmp_path: Path) -> None:
     kill_at_random(tmp_path, kills=50, seed=2)
+
+
+def test_a_run_that_is_done_stays_so_where_a_failed_one_is_appended(tmp_path: Path) -> None:
+    """Files of two machines, joined by hand: the failed run hid the finished one."""
+    kept = Records(tmp_path)
+    for status in ("failed", "finished", "failed"):
+        kept.append(row("a", status=status))
+    kept.append(row("b", status="failed"))
+    for read in (kept.rows(), Records(tmp_path).rows(), records.read(tmp_path)):
+        assert [(each["key"], each["status"]) for each in read] == [("a", "finished"), ("b", "failed")]
+    assert kept.is_done("a")
+    assert not kept.is_done("b")
+
+
+def test_blank_lines_between_runs_are_passed_over(tmp_path: Path) -> None:
+    kept = Records(tmp_path)
+    kept.append(row("a"))
+    with kept.path.open("ab") as file:
+        file.write(b"\n \r\n")
+    kept.append(row("b"))
+    assert [each["key"] for each in kept.rows()] == [each["key"] for each in records.read(tmp_path)] == ["a", "b"]
+    with kept.path.open("ab") as file:
+        file.write(b"no run\n")
+    with pytest.raises(records.ReplaceRecords, match="line 5"):
+        records.read(tmp_path)

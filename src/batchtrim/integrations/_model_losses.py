@@ -121,7 +121,7 @@ class ModelLosses:
         return None
 
     def prove(self, batch: Any) -> list[Counting]:
-        """Return the ways to count that fit a batch, from an extra forward before training, so that errors show early."""
+        """Return the ways to count that fit a batch, from an extra forward before training: errors show early."""
         trainer = self.trainer
         model = self.inner(trainer.model_wrapped).train()
         inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != IDS}

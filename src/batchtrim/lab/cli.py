@@ -56,7 +56,7 @@ def _command(name: str, *tables: options.Table) -> Callable[[Callable[[dict[str,
         )
         command.__annotations__ = {key: kind for key, (kind, _) in parameters.items()}
         command.__doc__ = function.__doc__
-        return app.command(name)(command)
+        return app.command(name, cls=options.Once)(command)
 
     return register
 
@@ -270,7 +270,8 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
     workers = workers if ranks.world == 1 else 1
     if "threads" not in settings:
         configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
-    said = [cores.crowded(workers, max(config.threads for config in configs))] if not given.get("ray") else []
+    most = max(config.threads for config in configs)
+    said = [cores.crowded(workers, most)] if not given.get("ray") else []
     said += preflight.warnings_for(settings, configs)
     out = given["out"]
     if out is None:
@@ -290,7 +291,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
                 isolated=task is not None,
             )  # fmt: skip
     except KeyboardInterrupt:
-        done = len(records.Records(out).rows())
+        done = len(records.Records(out, make=False).rows())
         typer.echo(f"\nstopped; {done} runs are recorded in {shown(out)}. Repeat the command to continue.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     return configs, out, failed, ranks.rank

@@ -16,6 +16,15 @@ from batchtrim._checks import nearest
 Entry = TypeVar("Entry")
 
 
+_SPACE = "Free space there"
+_TO_DO = {
+    errno.ENOSPC: _SPACE,
+    getattr(errno, "EDQUOT", errno.ENOSPC): _SPACE,
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
+}
+"""What helps against an error that no other folder on the same disk is free of."""
+
+
 class CannotWrite(OSError):
     """A file in the output folder cannot be written: the disk is full, or the folder is read-only or gone.
 
@@ -36,9 +45,12 @@ def writing(path: Path, cure: str | None = None) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error).strip().partition("\n")[0]
-        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-        again = "Free space there" if full else "Make the folder writable, or pass another --out,"
-        cure = cure or f"Finished runs stay recorded. {again} and repeat the command."
+        first = _TO_DO.get(error.errno or 0)
+        if cure is None:
+            again = first or "Make the folder writable, or pass another --out,"
+            cure = f"Finished runs stay recorded. {again} and repeat the command."
+        elif first is not None:
+            cure = f"{first}. {cure}"
         raise CannotWrite(f"cannot write {path} ({reason}). {cure}") from error
 
 
@@ -103,7 +115,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file beside ``path`` and rename it: readers see the old file or the new one, never a partial one.
 
     Args:
-        write: called with the open file. Its errors are passed on, and nothing is left behind.
+        write: called with the open file. Its errors are passed on, and nothing is left behind. If an error followed
+            one of the file system, as torch.save's does on a full disk, that one is raised.
     """
     # the name starts like the file's, so that remove_parts finds it if this process dies
     part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}{PART}")
@@ -111,8 +124,17 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         with part.open("wb") as file:
             write(file)
         os.replace(part, path)
+    except RuntimeError as error:
+        raise _first_of_the_disk(error) or error from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def _first_of_the_disk(error: BaseException | None) -> OSError | None:
+    """Return the file system's error that an error followed; None where it followed none."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def remove_parts(folder: Path, stem: str = "") -> None:

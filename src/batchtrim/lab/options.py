@@ -5,6 +5,7 @@ Each option's help ends with its true default for that command, in brackets.
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 import itertools
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from batchtrim.lab import files
 from batchtrim.lab.run.config import SETTINGS
@@ -67,6 +69,21 @@ def _path(what: str, text: str | Path) -> Path:
     if not str(text).strip():
         raise typer.BadParameter(f"expected the name of a {what}, got nothing.")
     return files.expanded(text)
+
+
+class Once(TyperCommand):
+    """A command that refuses a list given twice, of which the last would win without a word.
+
+    Of other options the last one counts, as elsewhere: a shell's alias may hold the first.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args(args=list(args))[2]
+        for param, count in collections.Counter(given).items():
+            if count > 1 and "comma-separated" in (getattr(param, "help", None) or ""):
+                name = param.opts[0]
+                raise typer.BadParameter(f"expected {name} once, got it {count} times. Separate its values by commas.")
+        return super().parse_args(ctx, args)
 
 
 def check_targets(**folders: Path | None) -> None:
@@ -343,8 +360,15 @@ def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
     from batchtrim.lab.methods.table import METHODS
 
     tables = {method: dict(table) for method, table in base.items()}
+    given: dict[str, str] = {}
     for text in texts:
         place, equals, value = text.partition("=")
+        if place in given:
+            raise ValueError(
+                f"expected each parameter once, got {place} twice. Several values are comma-separated: "
+                f"{place}={given[place]},{value}"
+            )
+        given[place] = value
         method, dot, name = place.partition(".")
         if not (equals and dot and value):
             raise ValueError(

@@ -34,3 +34,13 @@ def test_more_threads_than_cores_are_told() -> None:
 def test_no_process_is_started_without_a_run(runs: int, workers: int, shared: tuple[int, int]) -> None:
     """A thousand were, for two runs: that took minutes, and memory for each."""
     assert cores.share_cores(runs, workers) == shared
+
+
+def test_threads_that_no_system_starts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million ended the process, without a line of ours."""
+    assert "512 threads" in cores.crowded(1, 512)
+    with pytest.raises(ValueError, match=r"`threads` to be at most 512, 64 for each core here, got 513\.$"):
+        cores.crowded(1, 513)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000000")
+    with pytest.raises(ValueError, match=r"got 1000000\. It is from OMP_NUM_THREADS"):
+        cores.crowded(*cores.share_cores(3))

@@ -8,6 +8,7 @@ from joblib import cpu_count
 
 from batchtrim._checks import check_count
 
+MOST_THREADS = 64  # of a run, per core
 MOST_WORKERS = 8  # each process holds the images in memory
 
 
@@ -37,8 +38,17 @@ def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
 
 
 def crowded(workers: int, threads: int) -> str:
-    """Return a warning if the runs use more threads than there are cores, which slows them all; else ""."""
+    """Return a warning if the runs use more threads than there are cores, which slows them all; else "".
+
+    Raises:
+        ValueError: a run's threads are too many for the system to start, which would end the process.
+    """
     have = cores()
+    if threads > (most := MOST_THREADS * have):
+        by = " It is from OMP_NUM_THREADS." if threads == asked_threads() else ""
+        raise ValueError(
+            f"expected `threads` to be at most {most}, {MOST_THREADS} for each core here, got {threads}.{by}"
+        )
     if workers * threads <= have:
         return ""
     return (

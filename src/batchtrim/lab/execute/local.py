@@ -16,8 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from batchtrim.lab.execute.workplace import Tally, Workplace, attempt
-from batchtrim.lab.files import CannotWrite
-from batchtrim.lab.records import Records
+from batchtrim.lab.records import Records, ReplaceRecords
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.task_config import AnyConfig
 
@@ -128,7 +127,7 @@ def _vanish() -> None:
 def _work(line: Connection, place: Workplace) -> None:
     """Do runs until the parent closes its end of the pipe, because it is done or has died."""
     _settle_in()
-    records = Records(place.out)
+    records = Records(place.out, make=False)
 
     def tell(what: str, news: object) -> None:
         try:
@@ -143,8 +142,8 @@ def _work(line: Connection, place: Workplace) -> None:
             return
         try:
             tell("over", attempt(config, records, place, lambda point: tell("epoch", point)))
-        except CannotWrite as error:
-            tell("unwritable", str(error))
+        except (OSError, ReplaceRecords) as error:  # of the records, not of the run: no other could be recorded either
+            tell("unusable", error)
 
 
 def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: int, retries: int) -> None:
@@ -169,8 +168,8 @@ def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: 
                 if what == "epoch":
                     tally.tell(worker.config, news)
                     continue
-                if what == "unwritable":
-                    raise CannotWrite(news)
+                if what == "unusable":
+                    raise news
                 config, worker.config = worker.config, None
                 over, row = news
                 if over:

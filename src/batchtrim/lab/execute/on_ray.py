@@ -12,6 +12,7 @@ from typing import Any
 from batchtrim._checks import import_extra
 from batchtrim.lab.execute import reach
 from batchtrim.lab.execute.workplace import Tally, Workplace, do_run
+from batchtrim.lab.files import CannotWrite
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.task_config import AnyConfig
@@ -106,4 +107,7 @@ def _result(ray: Any, reference: Any, config: AnyConfig) -> Row:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, CannotWrite):  # no run is to blame, as on this machine
+            raise CannotWrite(str(cause)) from None
         return failed_row(config, error)

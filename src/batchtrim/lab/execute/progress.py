@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchtrim._checks import import_extra
+from batchtrim.lab.files import writing
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import Row
 from batchtrim.lab.run.beat import OnEpoch
@@ -170,17 +172,37 @@ def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
     import_extra("tensorboard", "tensorboard", "--tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder))
+    with _threads_of_writers_silent():
+        with writing(folder):
+            writer = SummaryWriter(str(folder))
 
-    def log(point: dict[str, Any]) -> None:
-        for name, value in point.items():
-            if name not in ("epoch", "epochs") and not isinstance(value, str):
-                writer.add_scalar(name, value, point["epoch"])
+        def log(point: dict[str, Any]) -> None:
+            with writing(folder):
+                for name, value in point.items():
+                    if name not in ("epoch", "epochs") and not isinstance(value, str):
+                        writer.add_scalar(name, value, point["epoch"])
 
+        try:
+            yield log
+        finally:
+            with writing(folder):
+                writer.close()
+
+
+@contextlib.contextmanager
+def _threads_of_writers_silent() -> Iterator[None]:
+    """Show no traceback of a thread of TensorBoard's that cannot write; its next call raises the same error."""
+    before = threading.excepthook
+
+    def pass_on(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            before(args)
+
+    threading.excepthook = pass_on
     try:
-        yield log
+        yield
     finally:
-        writer.close()
+        threading.excepthook = before
 
 
 def _times(row: Row) -> str:

@@ -22,7 +22,6 @@ from batchtrim.lab.present.point_labels import Box
 WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
 DOT, BIG = 3.5, 5.5  # radius of a dot in a chart of lines, and of costs
-FAR = 15  # distance from a point to its name
 BOLD = 7.6  # approximate width of a letter in a name
 COLOURS = 8  # not counting the baseline's
 MOST_POINTS = 150  # points of a line: more are not visible at this size
@@ -201,13 +200,13 @@ def scatter(
     title: str = "",
     named: Collection[str] | None = None,
 ) -> Markup:
-    """Draw cost on x from zero, and error on y with its interval; each point is labelled.
+    """Draw cost on x from zero, error on y with its interval; each point has its name beside it, or a number.
 
     Args:
         named: labels of the points to name if all would be too many; points on the front are always named.
 
     A line joins the front: the points that no other point beats in both cost and error. A point at the same place as
-    others is a ring around them.
+    others is a ring around them. If names would be crowded, numbers stand for them, and are listed below.
     """
     if not points:
         return Markup('<p class="note">No run finished.</p>')
@@ -235,10 +234,13 @@ def scatter(
             f"<title>{esc(point.label)}: {fmt(point.y)} at {x_fmt(point.x)}{there}</title></circle></g>"
         )
     shown = [point for point in points if named is None or point.label in named or point in best]
-    dots = [[_around(x(each.x), y(each.y), radius + 0.5)] for each, radius in zip(points, radii, strict=True)]
+    dots = [
+        [point_labels.around(x(each.x), y(each.y), radius + 0.5)] for each, radius in zip(points, radii, strict=True)
+    ]
     whiskers = [[_reach(each, x, y)] for each in points]
-    parts += _labels(shown, x, y, [*dots, *dots, *whiskers, _along(best, x, y)])  # dots twice: lines may be covered
-    return _svg("".join(parts), title, HEIGHT, ' class="chart"')
+    joined = point_labels.along([(x(each.x), y(each.y)) for each in best])
+    names, below = _labels(shown, x, y, [*dots, *dots, *whiskers, joined], best)  # dots twice: rather cover a line
+    return _svg("".join([*parts, names]), title, HEIGHT + below, ' class="chart"')
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -260,43 +262,52 @@ def legend(entries: Sequence[tuple[str, int]]) -> Markup:
     return Markup(f'<ul class="legend">{items}</ul>')
 
 
-def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: Sequence[Sequence[Box]]) -> list[str]:
-    """Draw names beside their points, with a leader line to distant ones."""
-    ordered = sorted(points, key=lambda each: y(each.y))
+def _labels(
+    points: Sequence[Point], x: Scale, y: Scale, taken: Sequence[Sequence[Box]], best: Sequence[Point]
+) -> tuple[str, int]:
+    """Draw names beside their points, or numbers and a list of names below; return it, and the height of the list.
+
+    A stroke joins a point and a name or number that is far.
+    """
     room = (LEFT, WIDTH, TOP - 2, HEIGHT - BOTTOM)
-    places = point_labels.place([(x(each.x), y(each.y), BOLD * len(each.label)) for each in ordered], taken, room)
-    strokes = [
-        f'<line class="lead {style_class(point.style)}" x1="{x(point.x):.1f}" y1="{y(point.y):.1f}" x2="{at:.1f}" '
-        f'y2="{level - 4:.1f}"/>'
-        for point, (at, level, _) in zip(ordered, places, strict=True)
-        if abs(level - 4 - y(point.y)) > FAR
-    ]
-    return strokes + [
-        f'<text class="name {style_class(point.style)}" x="{at:.1f}" y="{level:.1f}" text-anchor="{anchor}">'
-        f"{esc(point.label)}</text>"
-        for point, (at, level, anchor) in zip(ordered, places, strict=True)
-    ]
+    spots = [(x(each.x), y(each.y), point_labels.width(each.label)) for each in points]
+    first = [row for row, point in enumerate(points) if point in best or not point.style]  # and the baseline
+    places, numbered = point_labels.named_and_numbered(spots, taken, room, first)
+    number_of = {row: str(1 + number) for number, row in enumerate(numbered)}
+    strokes, names = [], []
+    for row, (point, spot, at) in enumerate(zip(points, spots, places, strict=True)):
+        css = style_class(point.style)
+        if point_labels.far(spot, at):
+            ends = f'x1="{spot[0]:.1f}" y1="{spot[1]:.1f}" x2="{at[0]:.1f}" y2="{at[1] - 4:.1f}"'
+            strokes.append(f'<line class="lead {css}" {ends}/>')
+        said = esc(number_of.get(row, point.label))
+        names.append(f'<text class="name {css}" x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{at[2]}">{said}</text>')
+    listed, height = _numbers([points[row] for row in numbered])
+    return "".join([*strokes, *names, listed]), height
+
+
+def _numbers(points: Sequence[Point]) -> tuple[str, int]:
+    """List the names that numbers stand for, below a chart, in as many columns as there is room for."""
+    if not points:
+        return "", 0
+    wide = 42 + max(point_labels.width(point.label) for point in points)
+    rows = math.ceil(len(points) / max(1, int((WIDTH - 16) / wide)))
+    drawn = []
+    for place, point in enumerate(points):
+        column, row = divmod(place, rows)
+        left, down = 16 + column * wide, HEIGHT + 16 + 20 * row
+        drawn.append(
+            f'<g class="{style_class(point.style)}"><circle class="big" cx="{left:.0f}" cy="{down - 4}" r="4.5"/>'
+            f'<text class="name" x="{left + 26:.0f}" y="{down}" text-anchor="end">{place + 1}</text>'
+            f'<text class="tick" x="{left + 32:.0f}" y="{down}">{esc(point.label)}</text></g>'
+        )
+    return "".join(drawn), 20 * rows + 8
 
 
 def _reach(point: Point, x: Scale, y: Scale) -> Box:
     """Return the bounding box of a point with its interval."""
     ends = [y(edge) for edge in (point.y, *(point.interval or ()))]
     return x(point.x) - 6, x(point.x) + 6, min(ends) - 5, max(ends) + 5
-
-
-def _around(x: float, y: float, radius: float) -> Box:
-    """Return the bounding box of a dot."""
-    return x - radius, x + radius, y - radius, y + radius
-
-
-def _along(best: Sequence[Point], x: Scale, y: Scale, pieces: int = 24) -> list[Box]:
-    """Return the line that joins the front, as small segments."""
-    places = [
-        (x(one.x + part * (other.x - one.x)), y(one.y + part * (other.y - one.y)))
-        for one, other in itertools.pairwise(best)
-        for part in (k / pieces for k in range(pieces + 1))
-    ]
-    return [(across - 5, across + 5, down - 1, down + 1) for across, down in places]
 
 
 def _svg(body: str, title: str, height: int, attributes: str) -> Markup:

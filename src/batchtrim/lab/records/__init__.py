@@ -2,14 +2,14 @@
 
 A line is written by one ``write`` to a file opened for appending, then synced, under a file lock. If the machine
 crashes in the middle, the partial line at the end is not a finished run: readers skip it, and the next writer moves it
-to
-``runs.torn``. A whole run at the end that only lacks its newline counts. A run in progress is claimed by a lock that
+to ``runs.torn``. A whole run at the end that only lacks its newline counts. A run in progress is claimed by a lock that
 the kernel releases when its holder dies, so two processes on one folder share the work and never do a run twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -49,30 +49,36 @@ class Records:
     """The runs in a folder.
 
     Args:
-        folder: created if missing; holds ``runs.jsonl``, and in ``.claims`` the locks of runs in progress.
+        folder: holds ``runs.jsonl``, and the locks of runs in progress in ``.claims``.
+        make: make the folder if it is missing, and check that it can be written. A worker does not: one that is
+            missing then was removed, with the records in it.
 
     Raises:
         PermissionError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, *, make: bool = True):
         self.folder = Path(folder)
         self.path = self.folder / "runs.jsonl"
+        self._rows: dict[str, Row] = {}
+        self._offset = self._line = 0
+        if make:
+            self._make()
+
+    def _make(self) -> None:
         try:
             (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
             writable = os.access(self.folder, os.W_OK)
         except FileExistsError as error:
-            what = "a link to nothing" if not Path(folder).exists() else "a file in the way"
-            raise FileExistsError(f"expected `out` to be a folder, got {folder}, {what}.") from error
+            what = "a link to nothing" if not self.folder.exists() else "a file in the way"
+            raise FileExistsError(f"expected `out` to be a folder, got {self.folder}, {what}.") from error
         except OSError as error:
             raise PermissionError(_not_writable(self.folder, error.strerror)) from error
         if not writable:
             raise PermissionError(_not_writable(self.folder, "permission denied"))
-        self._rows: dict[str, Row] = {}
-        self._offset = self._line = 0
 
     def rows(self) -> list[Row]:
-        """Return the runs recorded so far by any process: the last row for each key."""
+        """Return the runs recorded so far, by any process: one per key, the last one recorded that did not fail."""
         self._refresh()
         return list(self._rows.values())
 
@@ -93,8 +99,9 @@ class Records:
             try:
                 end = self._close_last_line(file)
                 try:
-                    if os.write(file, line) != len(line):
-                        raise OSError(f"cannot append a whole row to {self.path}. Is the disk full?")
+                    rest = line[os.write(file, line) :]  # a disk that is nearly full takes a piece, then says why not
+                    if rest and os.write(file, rest) != len(rest):
+                        raise OSError(errno.ENOSPC, "no room for a whole row. Is the disk full?")
                     os.fsync(file)
                 except OSError:
                     os.ftruncate(file, end)
@@ -193,15 +200,13 @@ class Records:
             text = file.read()
         ended = text[: text.rfind(b"\n") + 1]
         for number, line in whole_lines(text):
-            row = parse_row(line, self.path, self._line + number)
-            self._rows.pop(row["key"], None)
-            self._rows[row["key"]] = row
+            _add(self._rows, parse_row(line, self.path, self._line + number))
         self._offset += len(ended)
         self._line += ended.count(b"\n")
 
 
 def read(path: str | Path) -> list[Row]:
-    """Return the runs in a folder or in a ``runs.jsonl``: the last row for each key. Writes nothing."""
+    """Return the runs in a folder or in a ``runs.jsonl``: one per key, the last that did not fail. Writes nothing."""
     return _read(path)
 
 
@@ -220,9 +225,16 @@ def _read(path: str | Path, check: Callable[[Row, str], None] = lambda row, plac
     for number, line in whole_lines(path.read_bytes()):
         row = parse_row(line, path, number)
         check(row, f"{path}, line {number}")
+        _add(rows, row)
+    return list(rows.values())
+
+
+def _add(rows: dict[str, Row], row: Row) -> None:
+    """Let a row replace an earlier one of its run, unless that is done and this failed: files may have been merged."""
+    before = rows.get(row["key"])
+    if before is None or row["status"] in DONE or before["status"] not in DONE:
         rows.pop(row["key"], None)
         rows[row["key"]] = row
-    return list(rows.values())
 
 
 def torn(path: str | Path) -> str:
@@ -243,6 +255,8 @@ def _record_file(path: str | Path) -> Path:
         )
     if path.suffix != ".jsonl":
         hint = f" For a table of results: batchtrim report --csv {path}" if path.suffix in TABLES else ""
+        if (path.parent / "runs.jsonl").exists():
+            hint = f" For the report on the runs beside it: batchtrim report {path.parent}"
         raise ValueError(f"expected a folder of runs, or its runs.jsonl, got {path}.{hint}")
     return path
 

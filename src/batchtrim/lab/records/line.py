@@ -54,9 +54,12 @@ def parse_row(line: bytes, path: Path, number: int) -> Row:
 
 
 def whole_lines(text: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield each line with its number from 1; a last line without a newline counts if it is a whole run."""
+    """Yield each line with its number from 1, but for blank ones, which editors leave.
+
+    The last counts without a newline too, if a whole run stands there.
+    """
     *ended, rest = text.split(b"\n")
-    yield from enumerate(ended, 1)
+    yield from ((number, line) for number, line in enumerate(ended, 1) if line.strip())
     if rest and is_whole(rest):
         yield len(ended) + 1, rest
 

@@ -28,9 +28,15 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Return the ranks as ``torchrun`` sets them, or a single rank."""
-        rank, world, local = (int(os.environ.get(name, "1")) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        return cls(rank, world, local) if world > 1 else cls()
+        """Return the ranks as ``torchrun`` sets them, or one rank alone.
+
+        Raises:
+            ValueError: the environment holds a part of them: this process would wait for others for ever.
+        """
+        world = _number("WORLD_SIZE", "1")
+        if world <= 1:
+            return cls()
+        return cls(_number("RANK"), world, _number("LOCAL_WORLD_SIZE"))
 
     @property
     def share(self) -> slice:
@@ -73,3 +79,14 @@ class Ranks:
     def batches(self, rows: Tensor, size: int) -> list[Tensor]:
         """Split ``rows`` into batches; drop a last one with fewer rows than processes, since each needs a row."""
         return [batch for batch in rows.split(size) if len(batch) >= self.world]
+
+
+def _number(name: str, default: str | None = None) -> int:
+    """Return a number that ``torchrun`` puts into the environment."""
+    text = os.environ.get(name, default)
+    if text is None or not text.strip().isdecimal():
+        raise ValueError(
+            f"expected {name} to be a number, as torchrun sets it for a run on several processes, got "
+            f"{'nothing' if text is None else repr(text)}. For a run on one, unset WORLD_SIZE."
+        )
+    return int(text)
