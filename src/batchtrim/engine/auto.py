@@ -120,7 +120,7 @@ class AutoEngine:
             except EngineRefused as error:
                 refused = EngineRefused(str(error))
         if first is not None:
-            first[0].restore(x, y)  # "exact" repeats the forward
+            first[0].restore(batch=True)  # "exact" repeats the forward
         loss = self.exact(x, y, selection).loss
         if refused is not None:
             self._hand_on(refused, stacklevel=4)

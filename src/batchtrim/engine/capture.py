@@ -9,9 +9,10 @@ from __future__ import annotations
 
 # pyright: reportAttributeAccessIssue=false
 import contextlib
+import copy
 import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import sympy
@@ -32,15 +33,15 @@ __all__ = [
     "OneBatchSize",
     "Planner",
     "decomposed",
+    "dynamic",
     "expression_of",
     "fixed_by",
     "is_transformed",
+    "is_watched",
     "keeps_graph",
     "pin",
-    "speech_encoders",
     "uncompiled",
     "unfit",
-    "without_input_gradient",
     "without_logging",
     "zeros_at_zero",
 ]
@@ -48,6 +49,7 @@ __all__ = [
 
 _OLDEST = TorchVersion("2.8")  # the oldest release that the engine's tests have passed with
 _numbers = itertools.count()
+_MARKS = "_dynamo_"  # of a tensor's attributes
 
 
 class CannotCapture(Exception):
@@ -259,29 +261,27 @@ def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-def speech_encoders(model: nn.Module) -> list[nn.Module]:
-    """Return the feature encoders of transformers' speech models, as wav2vec2 has one."""
-    return [
-        each
-        for each in model.modules()
-        if type(each).__module__.startswith("transformers.") and "_requires_grad" in vars(each)
-    ]
-
-
 @contextlib.contextmanager
-def without_input_gradient(encoders: Sequence[Any]) -> Iterator[None]:
-    """Have speech encoders leave ``requires_grad`` of their input alone, which no trace can follow.
-
-    They set it for reentrant checkpoints. Nothing reads the gradient.
-    """
-    setting = [each for each in encoders if each._requires_grad]
-    for each in setting:
-        each._requires_grad = False
+def dynamic(sizes: Iterable[tuple[Tensor, int]]) -> Iterator[None]:
+    """Have dimensions of tensors traced as sizes that change. The tensors bear no mark of it afterwards."""
+    marked: dict[int, tuple[Tensor, dict[str, Any]]] = {}
     try:
+        for tensor, dim in sizes:
+            before = {name: copy.copy(mark) for name, mark in vars(tensor).items() if name.startswith(_MARKS)}
+            marked.setdefault(id(tensor), (tensor, before))
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
         yield
     finally:
-        for each in setting:
-            each._requires_grad = True
+        for tensor, before in marked.values():
+            held = vars(tensor)
+            for name in [name for name in held if name.startswith(_MARKS)]:
+                del held[name]
+            held.update(before)
+
+
+def is_watched() -> bool:
+    """True inside a mode that sees every operator (FlopCounterMode): nothing is traced there."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -18,15 +18,17 @@ from batchtrim.engine.capture import (
     CannotCapture,
     Capture,
     OneBatchSize,
+    dynamic,
     is_transformed,
-    speech_encoders,
+    is_watched,
     uncompiled,
     unfit,
-    without_input_gradient,
 )
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.inductor import inductor_of
+from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
+from batchtrim.engine.speech import speech_encoders, without_input_gradient
 from batchtrim.engine.state import (
     TAKEN_TWICE,
     GeneratorStates,
@@ -36,6 +38,7 @@ from batchtrim.engine.state import (
     uncompiled_calls,
     uses_tf32,
 )
+from batchtrim.engine.unguarded import Unguarded
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -51,6 +54,7 @@ _WORTH = 0.96  # of a plain step's estimated cost: a smaller saving is not worth
 _TRIES = 4  # traces of one step
 _CANNOT = "the shared engine cannot run this model: {}"
 _TRANSFORMED = "it runs inside torch.func or with forward-mode derivatives (jvp). Use engine='exact'"
+_WATCHED = "a mode that sees every operator is active (FlopCounterMode, say). Run the step outside of it"
 _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separate one for a batch of 1)
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
@@ -87,9 +91,9 @@ class SharedEngine:
         self.refused: str | None = None
         self.was_run = False  # the model's own Python, before the first trace
         self.speech = speech_encoders(forward.inner)
-        self.compiler = inductor_of(forward.model)
         self.compares = True
-        self.capture = self._capture()
+        self.anew = -1  # how often all traces were given up, since something changed that no guard sees
+        self._begin()
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # decides whether to approximate, by a cosine
         self.said = False  # whether the log says that it is approximate; a judge warns by itself
         self.trace: SlicedStep | None = None  # the last that ran
@@ -138,6 +142,13 @@ class SharedEngine:
             self.approximate = self.judge(lambda: cosine_of(tape, loss, rows, parameters))
         tape.cut(rows, self.approximate)
 
+    def _begin(self) -> None:
+        """Begin without a trace."""
+        self.anew += 1
+        self.unguarded = Unguarded(self.forward)
+        self.compiler = inductor_of(self.forward.model)
+        self.capture = self._capture()
+
     def _capture(self) -> Capture:
         return Capture(_step_of(self.forward, self.compares), self._planner, compiler=self.compiler)
 
@@ -148,8 +159,12 @@ class SharedEngine:
         """Run the traced step; return its tape, the losses with their graph, and the model's outputs."""
         if self.refused is not None:
             raise EngineRefused(self.refused)
-        if is_transformed():
-            raise EngineRefused(_CANNOT.format(_TRANSFORMED))
+        if is_transformed() or is_watched():
+            raise EngineRefused(_CANNOT.format(_TRANSFORMED if is_transformed() else _WATCHED))
+        if self.unguarded.changed():
+            if self.anew == _TRIES:
+                self._refuse("a method of its classes, a hook on all modules, or its loss changes from step to step")
+            self._begin()
         x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
         reason = ""
         try:
@@ -162,7 +177,7 @@ class SharedEngine:
         coarse = tape.step is not None and tape.step.coarse
         differs = None if plain is None else plain.difference(parts[0].detach(), coarse)
         if plain is not None and differs is not None:
-            plain.restore(x, y)
+            plain.restore()
             self._refuse(f"its trace differs from the model: {differs}")
         return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
@@ -173,8 +188,8 @@ class SharedEngine:
         for _ in range(_TRIES):
             tape = self._tape = Tape()
             try:
-                with without_input_gradient(self.speech):
-                    found = self.capture(*_marked(x, y, self.forward))
+                with without_input_gradient(self.speech), dynamic(_row_sizes(x, y, self.forward)):
+                    found = self.capture(x, y)
             except NewTrace:
                 pass
             except CannotCapture as error:
@@ -198,7 +213,7 @@ class SharedEngine:
             finally:
                 self._tape = None
             if failed and plain is not None:
-                plain.restore(x, y)
+                plain.restore()
                 raise CannotCapture(f"its trace fails where the model itself has just run ({failed})")
             plain = _Plain(self.forward, x, y)
         raise CannotCapture("its Python changes from run to run, so that no trace lasts")
@@ -217,19 +232,19 @@ class _Plain:
 
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
         self.before = Moment(forward, x, y)
-        if self.before.model.iterators:
-            raise CannotCapture(TAKEN_TWICE.format(self.before.model.iterators[0]))
+        if self.before.iterators:
+            raise CannotCapture(TAKEN_TWICE.format(self.before.iterators[0]))
         self.writes = ParameterWrites(forward.inner, others=self.before.model.watched)
         try:
             with uncompiled_calls(), self.writes:
                 self.losses = forward(x, y, model=forward.inner)[0].values.detach()
             self.generators = GeneratorStates(self.before.generators.device)
         finally:
-            self.restore(x, y)
+            self.restore()
 
-    def restore(self, x: Any, y: Any) -> None:
+    def restore(self) -> None:
         """Put everything back that the model changes."""
-        self.before.restore(x, y)
+        self.before.restore(batch=True)
         self.writes.restore()
 
     def difference(self, losses: Tensor, coarse: bool) -> str | None:
@@ -323,31 +338,19 @@ def _rows(x: Any, dim: int) -> int:
     return found[0] if found else 0
 
 
-def _marked(x: Any, y: Any, forward: Forward) -> tuple[Any, Any]:
-    """Return the batch, with the dimensions of its rows marked as dynamic.
-
-    It marks aliases, so that the caller's tensors stay unmarked.
-    """
+def _row_sizes(x: Any, y: Any, forward: Forward) -> list[tuple[Tensor, int]]:
+    """Return the dimensions of the batch's tensors that hold rows."""
     dim = forward.batch_dim
     batch = _rows(x, dim)
     tokens = _rows(x, 1) if forward.unit == "element" else None
-    aliases: dict[int, Tensor] = {}
-
-    def mark(at: int) -> Callable[[Tensor], Tensor]:
-        def marked(tensor: Tensor) -> Tensor:
-            if id(tensor) not in aliases:
-                plain = type(tensor) is Tensor and not tensor.requires_grad and tensor.layout == torch.strided
-                aliases[id(tensor)] = tensor.detach() if plain else tensor
-            alias = aliases[id(tensor)]
-            if alias.ndim > at and alias.shape[at] == batch:
-                torch._dynamo.maybe_mark_dynamic(alias, at)
-                if tokens is not None and alias.ndim > 1 and alias.shape[1] == tokens:
-                    torch._dynamo.maybe_mark_dynamic(alias, 1)
-            return alias
-
-        return marked
-
-    return map_tensors(mark(dim), x), map_tensors(mark(0), y)
+    found: list[tuple[Tensor, int]] = []
+    for part, at in ((x, dim), (y, 0)):
+        for tensor in tensors_of(part):
+            if tensor.ndim > at and tensor.shape[at] == batch:
+                found.append((tensor, at))
+                if tokens is not None and tensor.ndim > 1 and tensor.shape[1] == tokens:
+                    found.append((tensor, 1))
+    return found
 
 
 # --- DistributedDataParallel -----------------------------------------------------------------------------------------
