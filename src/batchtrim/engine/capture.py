@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchtrim.engine.checkpoints import done_again
 from batchtrim.engine.graphs import boxed, executable
 from batchtrim.engine.reasons import cause_of, told
 
@@ -36,8 +37,7 @@ __all__ = [
     "dynamic",
     "expression_of",
     "fixed_by",
-    "is_transformed",
-    "is_watched",
+    "hindrance",
     "keeps_graph",
     "pin",
     "uncompiled",
@@ -153,8 +153,6 @@ class Capture:
         self._compiled = torch.compile(own, backend=self._backend, fullgraph=True)
 
     def __call__(self, *args: Any) -> Any:
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            raise CannotCapture("hooks on saved tensors are active, which would see them before they are cut")
         self.running = False
         with _settings(self.limit):
             try:
@@ -175,6 +173,8 @@ class Capture:
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+        if (reason := done_again(graph)) is not None:
+            raise CannotCapture(reason)
         self.traces += 1
         Capture.traced = True
         planner = self.make_planner()
@@ -279,19 +279,20 @@ def dynamic(sizes: Iterable[tuple[Tensor, int]]) -> Iterator[None]:
             held.update(before)
 
 
-def is_watched() -> bool:
-    """True inside a mode that sees every operator (FlopCounterMode): nothing is traced there."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module that the user gave to torch.compile."""
     return getattr(model, "_orig_mod", model)
 
 
-def is_transformed() -> bool:
-    """True inside a transform of torch.func (grad, vmap, jvp), and where forward-mode derivatives are computed."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+def hindrance() -> str | None:
+    """Return the reason why nothing can be traced at this point of the user's program, or None."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return "it runs inside torch.func or with forward-mode derivatives (jvp). Use engine='exact'"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a mode that sees every operator is active (FlopCounterMode, say). Run the step outside of it"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors are active, which would see them before they are cut"
+    return None
 
 
 def keeps_graph() -> bool:

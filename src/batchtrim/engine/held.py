@@ -141,7 +141,8 @@ class Held:
             if own and _is_iterator(value):
                 self.iterators.append(name)
         elif isinstance(value, ContextVar):
-            self.names.append(Names(value, [value.name], lambda _: value.get(), lambda _, held: value.set(held)))
+            bind = partial(_set_variable, value)
+            self.names.append(Names(value, [value.name], lambda _: value.get(), bind))
             self._walk(value.get(None), name, deep, own)
         elif deep and _is_entered(type(value), own):
             self._object(value, deep - 1, own)
@@ -236,14 +237,15 @@ class Held:
         named = [name for name in names if name in space]
         self.iterators += [f"the global variable {name}" for name in named if _is_iterator(space[name])]
         found = [Names(function, named, space.__getitem__, space.__setitem__)]
-        files = [space[name] for name in named]
+        files, seen = [space[name] for name in named], set()
         while files:
             file = files.pop()
-            if isinstance(file, ModuleType) and not _is_installed(file.__name__):
+            if isinstance(file, ModuleType) and id(file) not in seen and not _is_installed(file.__name__):
+                seen.add(id(file))
                 held = vars(file)
                 inside = [each for each in attributes if each in held]
                 found.append(Names(file, inside, held.__getitem__, held.__setitem__))
-                files += [held[each] for each in inside if isinstance(held[each], ModuleType) and held[each] is not file]
+                files += [held[each] for each in inside]
         return found
 
 
@@ -265,6 +267,10 @@ def is_numpy_generator(value: Any) -> bool:
 def is_array(value: Any) -> bool:
     """True for a NumPy array that can be written into."""
     return type(value).__module__ == "numpy" and hasattr(value, "nbytes") and value.flags.writeable
+
+
+def _set_variable(variable: ContextVar[Any], _: str, value: Any) -> None:
+    variable.set(value)
 
 
 def _fill(cells: dict[str, CellType], name: str, value: Any) -> None:
