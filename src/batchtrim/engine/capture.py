@@ -49,7 +49,7 @@ __all__ = [
 
 _OLDEST = TorchVersion("2.8")  # the oldest release that the engine's tests have passed with
 _numbers = itertools.count()
-_MARKS = "_dynamo_"  # of a tensor's attributes
+_MARK = "dynamo"  # in the names of attributes that mark tensors
 
 
 class CannotCapture(Exception):
@@ -267,14 +267,14 @@ def dynamic(sizes: Iterable[tuple[Tensor, int]]) -> Iterator[None]:
     marked: dict[int, tuple[Tensor, dict[str, Any]]] = {}
     try:
         for tensor, dim in sizes:
-            before = {name: copy.copy(mark) for name, mark in vars(tensor).items() if name.startswith(_MARKS)}
+            before = {name: copy.copy(mark) for name, mark in vars(tensor).items() if _MARK in name}
             marked.setdefault(id(tensor), (tensor, before))
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
         yield
     finally:
         for tensor, before in marked.values():
             held = vars(tensor)
-            for name in [name for name in held if name.startswith(_MARKS)]:
+            for name in [name for name in held if _MARK in name]:
                 del held[name]
             held.update(before)
 

@@ -217,8 +217,11 @@ class SharedEngine:
                     raise
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # of the model itself, which is to raise it, and leave the state as it does
+            except Exception as error:
                 drawn.restore()
+                if plain is None:  # an error of the model itself: it raises it and leaves the state as it does
+                    _Plain(self.forward, x, y)
+                    raise
                 failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
             else:
                 return *found, tape, plain
