@@ -215,10 +215,11 @@ class Probe:
         self.tolerance.compare(all_losses.detach(), scored, rows, before, where=f"{len(rows)} probed")
         few_losses = self._losses(before, batch, some)
         self.tolerance.compare(few_losses.detach(), scored, some, before, where=f"{len(some)} probed")
-        self._compare_gradients(all_losses[~poisoned], few_losses, before)
+        gradients = self._gradients(all_losses[~poisoned], before)
+        self._compare_gradients(gradients, self._gradients(few_losses, before))
         other_losses = self._losses(before, batch, _others(rows, poisoned))
         self.tolerance.compare_beside_others(all_losses.detach()[~poisoned], other_losses.detach()[~poisoned], some)
-        self._compare_gradients(all_losses[~poisoned], other_losses[~poisoned], before, _GRADIENT_ALIKE)
+        self._compare_gradients(gradients, self._gradients(other_losses[~poisoned], before), _GRADIENT_ALIKE)
         beside = self._beside_nan(before, batch, rows, poisoned)
         if beside is not None:
             self.tolerance.compare(beside, scored, some, before, where="probed, beside NaN,")
@@ -258,20 +259,25 @@ class Probe:
         if state.difference(ModelState(*before.model.roots)) > 0:
             raise EngineRefused("its backward moves buffers (BatchNorm in an activation checkpoint does)")
 
-    def _compare_gradients(
-        self, ours: Tensor, theirs: Tensor, before: Moment, tolerance: dict[torch.dtype, float] = _GRADIENT_APART
-    ) -> None:
-        """Compare the gradients of every parameter, and of what in the batch requires one."""
+    def _gradients(self, losses: Tensor, before: Moment) -> dict[str, Tensor | None]:
+        """Return the gradient of every parameter, and of what in the batch requires one. The graph is then gone."""
         named = [(f"parameter {name}", p) for name, p in self.forward.inner.named_parameters() if p.requires_grad]
         if any(type(p) is not nn.Parameter for _, p in named):
-            return  # sharded parameters (DTensor) have hooks that a gradient asked for here would not run
+            return {}  # sharded parameters (DTensor) have hooks that a gradient asked for here would not run
         asking = [tensor for tensor in tensors_of((before.x, before.y)) if tensor.requires_grad]
         named += [(f"input {number}", tensor) for number, tensor in enumerate(asking)]
-        if not named or not ours.requires_grad:
-            return
-        parameters = [p for _, p in named]
-        a, b = (_gradients(losses, parameters) for losses in (ours, theirs))
-        self.tolerance.compare_gradients(a, b, [name for name, _ in named], tolerance)
+        if not named or not losses.requires_grad:
+            return {}
+        return dict(zip([name for name, _ in named], _gradients(losses, [p for _, p in named]), strict=True))
+
+    def _compare_gradients(
+        self,
+        ours: dict[str, Tensor | None],
+        theirs: dict[str, Tensor | None],
+        tolerance: dict[torch.dtype, float] = _GRADIENT_APART,
+    ) -> None:
+        both = [name for name in ours if name in theirs]
+        self.tolerance.compare_gradients([ours[n] for n in both], [theirs[n] for n in both], both, tolerance)
 
     def _beside_nan(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:
         """Return the losses of ``rows`` with the poisoned ones NaN; None if the model does not take NaN."""
@@ -294,7 +300,7 @@ def _others(rows: Tensor, poisoned: Tensor) -> Tensor:
 
 def _gradients(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]:
     try:
-        return list(torch.autograd.grad(losses.mean(), parameters, allow_unused=True, retain_graph=True))
+        return list(torch.autograd.grad(losses.mean(), parameters, allow_unused=True))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
