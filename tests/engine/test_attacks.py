@@ -43,7 +43,7 @@ def test_exact_is_right(name: str) -> None:
     assert report.gradient_error == 0.0
 
 
-@pytest.mark.parametrize("name", few(ATTACKS, DEFAULT))
+@pytest.mark.parametrize("name", few(ATTACKS, [*DEFAULT, "weak_signs_of_the_batch", "weak_mean_of_words_in_training"]))
 def test_two_pass_is_never_silently_wrong(name: str) -> None:
     attack = ATTACKS[name]
     report = tried(attack, "two_pass")
@@ -54,7 +54,10 @@ def test_two_pass_is_never_silently_wrong(name: str) -> None:
 
 
 # Each takes seconds to trace: these few in every run, all of them among the slow tests.
-FEW = ("zero_head", "padded_tokens")
+FEW = (
+    "zero_head", "padded_tokens", "popped_from_the_batch", "data_class_changed", "batch_norm_in_a_checkpoint",
+    "buffer_moved_in_a_checkpoint", "uniform_number_of_python", "five_negatives_of_each_sample",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
+import other_file
 import pytest
 import torch
 from harness import agree, train
@@ -19,6 +23,15 @@ COUNT = 0
 SEEN: list[int] = []
 STATE = SimpleNamespace(count=0)
 TABLE = torch.zeros(2)
+LOCAL = threading.local()
+VARIABLE: ContextVar[int] = ContextVar("VARIABLE", default=0)
+NUMBERS = itertools.count()
+
+
+class Space:
+    """A class that nobody makes an object of: a place for numbers."""
+
+    count = 0
 
 
 class Counting(nn.Module):
@@ -97,11 +110,43 @@ def of_a_list_in_a_closure() -> Callable[[Any], float]:
     return tick
 
 
+def of_a_class_as_a_place(_: Any) -> float:
+    Space.count += 1
+    return Space.count
+
+
+def of_another_file(_: Any) -> float:
+    other_file.COUNT += 1
+    return other_file.COUNT
+
+
+def of_a_list_of_another_file(_: Any) -> float:
+    other_file.LOG.append(1)
+    return len(other_file.LOG)
+
+
+def of_a_function_of_another_file(_: Any) -> float:
+    return other_file.tick()
+
+
+def of_a_thread(_: Any) -> float:
+    LOCAL.count += 1
+    return LOCAL.count
+
+
+def of_a_context(_: Any) -> float:
+    VARIABLE.set(VARIABLE.get() + 1)
+    return VARIABLE.get()
+
+
 PLACES = {
     "global": lambda: of_a_global, "global list": lambda: of_a_global_list, "global object": lambda: of_a_global_object,
     "class": lambda: of_a_class, "list of the class": lambda: of_a_list_of_the_class,
     "default": lambda: of_a_default, "function": lambda: of_a_function, "closure": of_a_closure,
-    "list in a closure": of_a_list_in_a_closure,
+    "list in a closure": of_a_list_in_a_closure, "class as a place": lambda: of_a_class_as_a_place,
+    "another file": lambda: of_another_file, "list of another file": lambda: of_a_list_of_another_file,
+    "function of another file": lambda: of_a_function_of_another_file, "thread": lambda: of_a_thread,
+    "context": lambda: of_a_context,
 }  # fmt: skip
 
 
@@ -111,6 +156,9 @@ def _reset() -> None:
     for each in (SEEN, Counting.log, of_a_default.__defaults__[0]):  # type: ignore[index]
         each.clear()
     TABLE.zero_()
+    Space.count = other_file.COUNT = LOCAL.count = 0
+    other_file.LOG.clear()
+    VARIABLE.set(0)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +227,11 @@ def test_an_iterator_is_refused_for_it_cannot_be_put_back() -> None:
         train(lambda: model, lambda b: torch.randn(b, 6), "auto", steps=2)
     with pytest.raises(Exception, match=r"it holds an iterator \(Counting\.count\)"):
         train(lambda: model, lambda b: torch.randn(b, 6), "two_pass", steps=2)
+
+
+def test_a_global_iterator_is_refused_and_no_name_of_an_attribute_is_taken_for_one() -> None:
+    assert Held(Counting(lambda _: next(NUMBERS))).iterators == ["the global variable NUMBERS"]
+    assert not Held(Counting(lambda model: model.NUMBERS)).iterators
 
 
 def test_a_window_of_a_model_with_an_iterator_is_refused() -> None:

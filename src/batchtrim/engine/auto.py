@@ -58,6 +58,7 @@ class AutoEngine:
         self._judged = 0
         self._told = False
         self._warned = False
+        self._passed = False
         self._untimed = _TIMED  # how many more steps may be timed
         compiled = compiled_part(forward.model) is not None
         if compiled or self.forecast is not None or device_of(forward.model).type != "cpu":
@@ -96,7 +97,10 @@ class AutoEngine:
             return step
         # Run it here, not in the handler: the error holds the model's frames, and with them hooks of checkpointing.
         step = self.exact(x, y, refused.selection if selection is None else selection)
-        self._hand_on(refused, stacklevel=4)
+        if getattr(self.saving, "refused", "") is None:
+            self._pass(refused, stacklevel=4)
+        else:
+            self._hand_on(refused, stacklevel=4)
         return step
 
     @property
@@ -120,7 +124,7 @@ class AutoEngine:
             except EngineRefused as error:
                 refused = EngineRefused(str(error))
         if first is not None:
-            first[0].restore(x, y)  # "exact" repeats the forward
+            first[0].restore(batch=True)  # "exact" repeats the forward
         loss = self.exact(x, y, selection).loss
         if refused is not None:
             self._hand_on(refused, stacklevel=4)
@@ -213,6 +217,12 @@ class AutoEngine:
                 stacklevel=6,
             )
         return near
+
+    def _pass(self, refused: EngineRefused, stacklevel: int) -> None:
+        """Warn once of a step that cannot be traced where it is called; elsewhere the model may be."""
+        if not self._passed:
+            self._passed = True
+            warnings.warn(f"{refused}. This step runs with engine='exact'.", EngineFallback, stacklevel=stacklevel)
 
     def _hand_on(self, refused: EngineRefused, stacklevel: int) -> None:
         """Switch to another engine for good, and warn once, at the user's line."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 # pyright: reportAttributeAccessIssue=false
 import contextlib
+import copy
 import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import sympy
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchtrim.engine.checkpoints import done_again
 from batchtrim.engine.graphs import boxed, executable
 from batchtrim.engine.reasons import cause_of, told
 
@@ -32,15 +34,14 @@ __all__ = [
     "OneBatchSize",
     "Planner",
     "decomposed",
+    "dynamic",
     "expression_of",
     "fixed_by",
-    "is_transformed",
+    "hindrance",
     "keeps_graph",
     "pin",
-    "speech_encoders",
     "uncompiled",
     "unfit",
-    "without_input_gradient",
     "without_logging",
     "zeros_at_zero",
 ]
@@ -48,6 +49,7 @@ __all__ = [
 
 _OLDEST = TorchVersion("2.8")  # the oldest release with which the engine's tests have passed
 _numbers = itertools.count()
+_MARK = "dynamo"  # in the names of attributes that mark tensors
 
 
 class CannotCapture(Exception):
@@ -151,8 +153,6 @@ class Capture:
         self._compiled = torch.compile(own, backend=self._backend, fullgraph=True)
 
     def __call__(self, *args: Any) -> Any:
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            raise CannotCapture("hooks on saved tensors are active, which would see them before they are cut")
         self.running = False
         with _settings(self.limit):
             try:
@@ -173,6 +173,8 @@ class Capture:
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+        if (reason := done_again(graph)) is not None:
+            raise CannotCapture(reason)
         self.traces += 1
         Capture.traced = True
         planner = self.make_planner()
@@ -259,29 +261,22 @@ def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-def speech_encoders(model: nn.Module) -> list[nn.Module]:
-    """Return the feature encoders of transformers' speech models, as wav2vec2 has one."""
-    return [
-        each
-        for each in model.modules()
-        if type(each).__module__.startswith("transformers.") and "_requires_grad" in vars(each)
-    ]
-
-
 @contextlib.contextmanager
-def without_input_gradient(encoders: Sequence[Any]) -> Iterator[None]:
-    """Keep speech encoders from changing ``requires_grad`` of their input, which cannot be traced.
-
-    They set it for reentrant checkpoints. Nothing reads the gradient.
-    """
-    setting = [each for each in encoders if each._requires_grad]
-    for each in setting:
-        each._requires_grad = False
+def dynamic(sizes: Iterable[tuple[Tensor, int]]) -> Iterator[None]:
+    """Have dimensions of tensors traced as sizes that change. The tensors bear no mark of it afterwards."""
+    marked: dict[int, tuple[Tensor, dict[str, Any]]] = {}
     try:
+        for tensor, dim in sizes:
+            before = {name: copy.copy(mark) for name, mark in vars(tensor).items() if _MARK in name}
+            marked.setdefault(id(tensor), (tensor, before))
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
         yield
     finally:
-        for each in setting:
-            each._requires_grad = True
+        for tensor, before in marked.values():
+            held = vars(tensor)
+            for name in [name for name in held if _MARK in name]:
+                del held[name]
+            held.update(before)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -289,9 +284,15 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def is_transformed() -> bool:
-    """True inside a transform of torch.func (grad, vmap, jvp), and if forward-mode derivatives are computed."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+def hindrance() -> str | None:
+    """Return the reason why nothing can be traced at this point of the user's program, or None."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return "it runs inside torch.func or with forward-mode derivatives (jvp). Use engine='exact'"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a mode that sees every operator is active (FlopCounterMode, say). Run the step outside of it"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors are active, which would see them before they are cut"
+    return None
 
 
 def keeps_graph() -> bool:

@@ -2,17 +2,21 @@
 
 These are buffers and attributes of modules; what those attributes hold in turn, in lists and dictionaries, in plain
 objects, and in modules that are no submodules (a teacher in a list); variables in the closures of functions and hooks;
-attributes of the user's own classes; and the global variables that their functions name.
+attributes of the user's own classes; and the global variables that their functions name, in other files of theirs too.
 """
 
 from __future__ import annotations
 
+import dis
+import enum
 import functools
 import io
 import random
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -47,7 +51,7 @@ class Names:
 
     Attributes:
         owner: the module, object, class or function whose names they are.
-        read: returns a name's value, or raises KeyError, AttributeError or ValueError. bind: gives it another value.
+        read: returns a name's value, or raises LookupError, AttributeError or ValueError. bind: gives it another value.
         whole: all that the owner has, by name, as it is now: what is new there can be deleted. None if not known.
     """
 
@@ -75,12 +79,15 @@ class Names:
     def _value(self, name: str) -> Any:
         try:
             return self.read(name)
-        except (AttributeError, KeyError, ValueError):
+        except (AttributeError, LookupError, ValueError):
             return Names  # no value
 
 
 class Held:
     """What can be reached from a model, from the function that computes its loss, and the like.
+
+    Args:
+        passed: what is left out.
 
     Attributes:
         modules: each once.
@@ -88,18 +95,19 @@ class Held:
         contents: what can change in place, tensors among it that are neither parameters nor buffers.
         watched: tensors that are too large to copy in every step, or not the model's own: parameters that the first
             root does not list, and tensors that functions name.
-        iterators: where modules hold iterators, whose next value can be taken only once.
+        iterators: where modules hold iterators, or functions name them: their next value can be taken only once.
         with_graph: where tensors with a graph are kept.
     """
 
-    def __init__(self, *roots: Any) -> None:
+    def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
         self.modules: list[nn.Module] = []
         self.names: list[Names] = []
         self.contents: list[Any] = []
         self.watched: list[Tensor] = []
         self.iterators: list[str] = []
         self.with_graph: list[str] = []
-        self._seen: dict[int, Any] = {}  # it holds what it has seen, so that no number is given twice
+        # it holds what it has seen, so that no number is given twice
+        self._seen: dict[int, Any] = {id(value): value for value in passed}
         for parameter in roots[0].parameters() if isinstance(next(iter(roots), None), nn.Module) else ():
             self._seen[id(parameter)] = parameter
         for root in roots:
@@ -111,7 +119,10 @@ class Held:
             for module in value.modules():
                 if self._is_new(module):
                     self._module(module)
-        elif type(value) in _FIXED or isinstance(value, (type, ModuleType)) or not self._is_new(value):
+        elif isinstance(value, type):
+            if not (_is_installed(value.__module__) or issubclass(value, enum.Enum)):
+                self._class(value)
+        elif type(value) in _FIXED or isinstance(value, ModuleType) or not self._is_new(value):
             return
         elif isinstance(value, Tensor):
             if value.grad_fn is not None:
@@ -127,8 +138,12 @@ class Held:
         elif isinstance(value, (FunctionType, MethodType, partial)):
             self._callable(value, name, deep)
         elif isinstance(value, Iterator):
-            if own and not isinstance(value, io.IOBase):
+            if own and _is_iterator(value):
                 self.iterators.append(name)
+        elif isinstance(value, ContextVar):
+            bind = partial(_set_variable, value)
+            self.names.append(Names(value, [value.name], lambda _: value.get(), bind))
+            self._walk(value.get(None), name, deep, own)
         elif deep and _is_entered(type(value), own):
             self._object(value, deep - 1, own)
 
@@ -210,12 +225,32 @@ class Held:
             Names(function, list(own), own.__getitem__, own.__setitem__),
         ]
         if not _is_installed(function.__module__ or ""):
-            space = function.__globals__
-            named = [name for name in _names_in(code) if name in space]
-            spaces.append(Names(function, named, space.__getitem__, space.__setitem__))
+            spaces += self._globals(function)
         self.names += [each for each in spaces if each.names]
         values = [each._value(name) for each in spaces for name in each.names]
         return [*values, function.__defaults__, function.__kwdefaults__]
+
+    def _globals(self, function: FunctionType) -> list[Names]:
+        """Return the global variables that a function names, and those of the user's other files that it names."""
+        names, attributes = _names_in(function.__code__)
+        space = function.__globals__
+        named = [name for name in names if name in space]
+        self.iterators += [f"the global variable {name}" for name in named if _is_iterator(space[name])]
+        found = [Names(function, named, space.__getitem__, space.__setitem__)]
+        files, seen = [space[name] for name in named], set()
+        while files:
+            file = files.pop()
+            if isinstance(file, ModuleType) and id(file) not in seen and not _is_installed(file.__name__):
+                seen.add(id(file))
+                held = vars(file)
+                inside = [each for each in attributes if each in held]
+                found.append(Names(file, inside, held.__getitem__, held.__setitem__))
+                files += [held[each] for each in inside]
+        return found
+
+
+def _is_iterator(value: Any) -> bool:
+    return isinstance(value, Iterator) and not isinstance(value, io.IOBase)
 
 
 def _is_state(owner: Any, name: str, value: Any) -> bool:
@@ -234,12 +269,16 @@ def is_array(value: Any) -> bool:
     return type(value).__module__ == "numpy" and hasattr(value, "nbytes") and value.flags.writeable
 
 
+def _set_variable(variable: ContextVar[Any], _: str, value: Any) -> None:
+    variable.set(value)
+
+
 def _fill(cells: dict[str, CellType], name: str, value: Any) -> None:
     cells[name].cell_contents = value
 
 
 def _is_entered(cls: type, own: bool) -> bool:
-    if cls.__module__ in _WRAPPERS or cls is SimpleNamespace:
+    if cls.__module__ in _WRAPPERS or cls is SimpleNamespace or issubclass(cls, threading.local):
         return True
     return cls.__module__.partition(".")[0] not in _TOOLS and (own or not _is_installed(cls.__module__))
 
@@ -252,7 +291,10 @@ def _is_installed(module: str) -> bool:
     return top in _TOOLS or top in sys.stdlib_module_names or "-packages" in file
 
 
-def _names_in(code: CodeType) -> set[str]:
-    """Return the names that a function and those within it use of their globals, and of attributes."""
+@functools.lru_cache(4096)
+def _names_in(code: CodeType) -> tuple[list[str], list[str]]:
+    """Return the global variables that a function and those within it name, and all names of attributes."""
     inner = [_names_in(each) for each in code.co_consts if isinstance(each, CodeType)]
-    return set(code.co_names).union(*inner)
+    own = {each.argval for each in dis.get_instructions(code) if each.opname.endswith(("_GLOBAL", "_NAME"))}
+    attributes = set(code.co_names).union(*(attributes for _, attributes in inner))
+    return sorted(own.union(*(names for names, _ in inner))), sorted(attributes)

@@ -29,6 +29,10 @@ _APART = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.b
 # Dropout drawn anew in front of a head with small weights moves a loss by 1e-5: where numbers were drawn the samples'
 # losses have to be the same but for rounding.
 _DRAWN_APART = 0.03
+# The same between two batches of the same size, where kernels sum in the same order: other rows may only change what
+# is computed on a selection of rows.
+_ALIKE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_GRADIENT_ALIKE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _GRADIENT_APART = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 
@@ -62,8 +66,27 @@ class Tolerance:
             f"{float(expected[worst]):.6g} in the batch, and {float(losses[worst]):.6g} among the {where} ones)"
         )
 
+    def compare_beside_others(self, ours: Tensor, theirs: Tensor, rows: Tensor) -> None:
+        """Refuse unless rows have the same losses in two batches of one size that differ in the other rows.
+
+        Raises:
+            EngineRefused: names the sample that is furthest off.
+        """
+        apart = _ALIKE[self._dtype(ours)] * (ours.abs() + ours.nan_to_num(posinf=0.0, neginf=0.0).abs().mean())
+        off = torch.where((ours == theirs) | (ours.isnan() & theirs.isnan()), 0.0, (ours - theirs).abs())
+        if not (off <= apart).all():
+            worst = int(off.nan_to_num(nan=float("inf")).argmax())
+            raise EngineRefused(
+                f"its samples depend on one another (the loss of sample {int(rows[worst])} changes by "
+                f"{float(off[worst]):.2g}, from {float(ours[worst]):.6g}, beside other samples)"
+            )
+
     def compare_gradients(
-        self, ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], names: list[str]
+        self,
+        ours: Sequence[Tensor | None],
+        theirs: Sequence[Tensor | None],
+        names: list[str],
+        tolerance: dict[torch.dtype, float] = _GRADIENT_APART,
     ) -> None:
         """Refuse unless each parameter has the same gradient in both runs."""
         pairs = [
@@ -73,7 +96,7 @@ class Tolerance:
         ]
         total = sum(float(a.double().norm()) ** 2 for _, a, _ in pairs) ** 0.5
         for name, a, b in pairs:
-            apart = _GRADIENT_APART[self.coarsest or self._dtype(a)]
+            apart = tolerance[self.coarsest or self._dtype(a)]
             off, size = float((a - b).double().norm()), float(a.double().norm())
             if off > apart * max(size, 0.01 * total):
                 raise EngineRefused(
@@ -122,8 +145,10 @@ class Probe:
 
     Eight rows go through the model, then every second of them alone. The losses of these must be the same; so must
     each parameter's gradient, which shows an interaction behind a weight that is zero, a hook that looks at the batch,
-    a gradient that counts the batch; and so must the losses where every float of the rows between is NaN. A model with
-    dropout or BatchNorm is checked in evaluation mode; in training mode only by NaN, without its BatchNorm.
+    a gradient that counts the batch; and so must the losses where every float of the rows between is NaN. Beside other
+    rows, of which there are as many, losses and gradients must be the same up to rounding: that shows interactions too
+    weak for the rest, and those of integers, which cannot be NaN. A model with dropout or BatchNorm is checked in
+    evaluation mode; in training mode only beside NaN and beside other rows, without its BatchNorm.
     """
 
     def __init__(self, forward: Forward, tolerance: Tolerance) -> None:
@@ -164,8 +189,11 @@ class Probe:
                 with without_graph():
                     known = self.forward(*copied((before.x, before.y)), model=self.forward.inner)[0].values
                 self._ask(before, batch, rows, poisoned, known)
+            self._look_for_moves(before, batch, rows)
             with _evaluation([each for each in before.model.modules if has_batch_norm([each])]):
-                beside = self._beside_nan(before, batch, rows.to(known.device), poisoned.to(known.device))
+                rows, poisoned = rows.to(known.device), poisoned.to(known.device)
+                beside = self._beside_nan(before, batch, rows, poisoned)
+                self._beside_others(before, batch, rows, poisoned)
         if scored is not None and beside is not None and beside.isnan().any() and not scored.isnan().any():
             raise EngineRefused("its samples depend on one another in training mode (one that is NaN spreads)")
 
@@ -187,7 +215,11 @@ class Probe:
         self.tolerance.compare(all_losses.detach(), scored, rows, before, where=f"{len(rows)} probed")
         few_losses = self._losses(before, batch, some)
         self.tolerance.compare(few_losses.detach(), scored, some, before, where=f"{len(some)} probed")
-        self._compare_gradients(all_losses[~poisoned], few_losses, before)
+        gradients = self._gradients(all_losses[~poisoned], before)
+        self._compare_gradients(gradients, self._gradients(few_losses, before))
+        other_losses = self._losses(before, batch, _others(rows, poisoned))
+        self.tolerance.compare_beside_others(all_losses.detach()[~poisoned], other_losses.detach()[~poisoned], some)
+        self._compare_gradients(gradients, self._gradients(other_losses[~poisoned], before), _GRADIENT_ALIKE)
         beside = self._beside_nan(before, batch, rows, poisoned)
         if beside is not None:
             self.tolerance.compare(beside, scored, some, before, where="probed, beside NaN,")
@@ -204,27 +236,48 @@ class Probe:
             raise EngineRefused(f"it returns {losses.values.shape[0]} losses for {len(rows)} samples of the batch")
         return losses.values
 
-    def _compare_gradients(self, ours: Tensor, theirs: Tensor, before: Moment) -> None:
-        """Compare the gradients of all parameters, and of the parts of the batch that require one."""
+    def _beside_others(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> None:
+        """Refuse if losses change beside other rows, unless the rows decide how many random numbers are drawn."""
+        losses, drawn = [], []
+        with without_graph():
+            for each in (rows, _others(rows, poisoned)):
+                losses.append(self._losses(before, batch, each)[~poisoned])
+                drawn.append(GeneratorStates(before.generators.device))
+        if drawn[0].same(drawn[1]):
+            self.tolerance.compare_beside_others(losses[0], losses[1], rows[~poisoned])
+
+    def _look_for_moves(self, before: Moment, batch: int, rows: Tensor) -> None:
+        """Refuse a model whose backward moves buffers or generators: it would do so by the kept rows alone."""
+        losses = self._losses(before, batch, rows)
+        parameters = [p for p in self.forward.inner.parameters() if p.requires_grad]
+        if not losses.requires_grad or not parameters or any(type(p) is not nn.Parameter for p in parameters):
+            return
+        state, generators = ModelState(*before.model.roots), GeneratorStates(before.generators.device)
+        _gradients(losses, parameters)
+        if not generators.same(GeneratorStates(generators.device)):
+            raise EngineRefused("its backward draws random numbers (a checkpoint with preserve_rng_state=False does)")
+        if state.difference(ModelState(*before.model.roots)) > 0:
+            raise EngineRefused("its backward moves buffers (BatchNorm in an activation checkpoint does)")
+
+    def _gradients(self, losses: Tensor, before: Moment) -> dict[str, Tensor | None]:
+        """Return the gradient of every parameter, and of what in the batch requires one. The graph is then gone."""
         named = [(f"parameter {name}", p) for name, p in self.forward.inner.named_parameters() if p.requires_grad]
         if any(type(p) is not nn.Parameter for _, p in named):
-            return  # sharded parameters (DTensor) have hooks that a gradient asked for here would not run
+            return {}  # sharded parameters (DTensor) have hooks that a gradient asked for here would not run
         asking = [tensor for tensor in tensors_of((before.x, before.y)) if tensor.requires_grad]
         named += [(f"input {number}", tensor) for number, tensor in enumerate(asking)]
-        if not named or not ours.requires_grad:
-            return
-        parameters = [p for _, p in named]
-        try:
-            a, b = (
-                list(torch.autograd.grad(losses.mean(), parameters, allow_unused=True, retain_graph=True))
-                for losses in (ours, theirs)
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            first = (str(error).strip() or "no message").splitlines()[0]
-            raise EngineRefused(f"its gradient cannot be asked for twice ({type(error).__name__}: {first})") from error
-        self.tolerance.compare_gradients(a, b, [name for name, _ in named])
+        if not named or not losses.requires_grad:
+            return {}
+        return dict(zip([name for name, _ in named], _gradients(losses, [p for _, p in named]), strict=True))
+
+    def _compare_gradients(
+        self,
+        ours: dict[str, Tensor | None],
+        theirs: dict[str, Tensor | None],
+        tolerance: dict[torch.dtype, float] = _GRADIENT_APART,
+    ) -> None:
+        both = [name for name in ours if name in theirs]
+        self.tolerance.compare_gradients([ours[n] for n in both], [theirs[n] for n in both], both, tolerance)
 
     def _beside_nan(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:
         """Return the losses of ``rows`` with the poisoned ones NaN; None if the model does not take NaN."""
@@ -236,6 +289,23 @@ class Probe:
         except Exception:  # this shows nothing
             return None
         return losses[~poisoned]
+
+
+def _others(rows: Tensor, poisoned: Tensor) -> Tensor:
+    """Return the rows with others in the place of the poisoned ones: of those between them, again."""
+    others = rows.clone()
+    others[poisoned] = rows[~poisoned][: int(poisoned.sum())]
+    return others
+
+
+def _gradients(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]:
+    try:
+        return list(torch.autograd.grad(losses.mean(), parameters, allow_unused=True))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise EngineRefused(f"its gradient cannot be asked for twice ({type(error).__name__}: {first})") from error
 
 
 def _rehearsed(moment: Moment) -> AbstractContextManager[Any]:

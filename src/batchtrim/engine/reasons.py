@@ -6,6 +6,7 @@ import re
 
 __all__ = ["cause_of", "told"]
 
+_NOT_THE_MODELS = ("/torch/", "/batchtrim/engine/")
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
@@ -25,7 +26,9 @@ def told(cause: BaseException) -> str:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if not lines:
         return f"it cannot be traced as one graph ({type(cause).__name__})"
-    explained = next((f" {line}" for line in lines if line.startswith("Explanation:")), "")
+    if "only concrete integers" in lines[0]:
+        return f"it cannot be traced as one graph{_place(lines)}: an operator takes a size of the batch for a number"
+    explained = next((f" {line}" for line in lines if line.startswith("Explanation: ")), "")
     return f"it cannot be traced as one graph{_place(lines)}: {lines[0]}{explained}"
 
 
@@ -34,7 +37,7 @@ def _place(lines: list[str]) -> str:
     found = ""
     for number, line in enumerate(lines[:-1]):
         frame = _FRAME.search(line)
-        if frame is not None and "/torch/" not in frame["path"].replace("\\", "/"):
+        if frame is not None and not any(part in frame["path"].replace("\\", "/") for part in _NOT_THE_MODELS):
             file = re.split(r"[/\\]", frame["path"])[-1]
             found = f" at `{lines[number + 1][:120]}` ({file}:{frame['line']})"
     return found

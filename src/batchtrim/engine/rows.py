@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from batchtrim.errors import EngineRefused
 
-__all__ = ["RowCutter", "copied", "map_tensors", "restore_values", "tensors_of"]
+__all__ = ["RowCutter", "copied", "entries", "map_tensors", "restore_values", "tensors_of"]
 
 # Types of values that belong to no row. A list of labels is recognised before its items are visited.
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), slice, enum.Enum, torch.dtype, torch.device)
@@ -31,6 +31,13 @@ def tensors_of(value: Any) -> list[Tensor]:
     """Return every tensor of a batch, in order."""
     found: list[Tensor] = []
     map_tensors(lambda tensor: found.append(tensor) or tensor, value)
+    return found
+
+
+def entries(value: Any) -> dict[str, Any]:
+    """Return what a batch holds, by its place in it, such as ``[0]['mask']``."""
+    found: dict[str, Any] = {}
+    _map(lambda place, leaf: found.setdefault(place, leaf), value, "")
     return found
 
 

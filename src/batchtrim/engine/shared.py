@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from batchtrim.engine.batch import Forward, StepResult, as_losses, map_tensors, padded_rows
@@ -18,24 +16,28 @@ from batchtrim.engine.capture import (
     CannotCapture,
     Capture,
     OneBatchSize,
-    is_transformed,
-    speech_encoders,
+    dynamic,
+    hindrance,
     uncompiled,
     unfit,
-    without_input_gradient,
 )
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.inductor import inductor_of
+from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
+from batchtrim.engine.speech import speech_encoders, without_input_gradient
 from batchtrim.engine.state import (
     TAKEN_TWICE,
     GeneratorStates,
     Moment,
+    device_of,
     is_lazy,
     is_sharded,
     uncompiled_calls,
     uses_tf32,
 )
+from batchtrim.engine.unguarded import Unguarded
+from batchtrim.engine.wrapped import with_call
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -50,7 +52,6 @@ _logger = logging.getLogger("batchtrim")
 _WORTH = 0.96  # of a plain step's estimated cost: a smaller saving is not worth another kind of step
 _TRIES = 4  # traces of one step
 _CANNOT = "the shared engine cannot run this model: {}"
-_TRANSFORMED = "it runs inside torch.func or with forward-mode derivatives (jvp). Use engine='exact'"
 _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separate one for a batch of 1)
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
@@ -87,20 +88,26 @@ class SharedEngine:
         self.refused: str | None = None
         self.was_run = False  # the model's own Python, before the first trace
         self.speech = speech_encoders(forward.inner)
-        self.compiler = inductor_of(forward.model)
         self.compares = True
-        self.capture = self._capture()
+        self.anew = -1  # how often all traces were given up, since something changed that no guard sees
+        self._begin()
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # decides whether to approximate, by a cosine
         self.said = False  # whether the log says that it is approximate; a judge warns by itself
         self.trace: SlicedStep | None = None  # the last that ran
+        self.alone: set[int] = set()  # batch sizes of which each would need a trace of its own
         self._tape: Tape | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
-        whole = self.trim.keep == 1.0 or _rows(x, self.forward.batch_dim) < _FEWEST
+        size = _rows(x, self.forward.batch_dim)
+        whole = self.trim.keep == 1.0 or size < _FEWEST or size in self.alone
         lazy = self.trace is None and is_lazy(self.forward.inner)  # never again after a trace
         if whole or lazy or not is_training_step():
             return self.exact(x, y, selection)
-        tape, losses, outputs = self._forward(x, y)
+        found = self._forward(x, y)
+        if found is None:
+            self.alone.add(size)
+            return self.exact(x, y, selection)
+        tape, losses, outputs = found
         if selection is None:
             scores = self.forward.scores(outputs, y)
             selection = self.trim.select(losses.detach(), rank_by=scores).rising()
@@ -138,46 +145,67 @@ class SharedEngine:
             self.approximate = self.judge(lambda: cosine_of(tape, loss, rows, parameters))
         tape.cut(rows, self.approximate)
 
+    def _begin(self) -> None:
+        """Begin without a trace."""
+        self.anew += 1
+        self.unguarded = Unguarded(self.forward)
+        self.compiler = inductor_of(self.forward.model)
+        self.capture = self._capture()
+
     def _capture(self) -> Capture:
         return Capture(_step_of(self.forward, self.compares), self._planner, compiler=self.compiler)
 
     def _planner(self) -> SlicedStep:
         return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit, self.compiler)
 
-    def _forward(self, x: Any, y: Any) -> tuple[Tape, Losses, Any]:
-        """Run the traced step; return its tape, the losses with their graph, and the model's outputs."""
+    def _forward(self, x: Any, y: Any) -> tuple[Tape, Losses, Any] | None:
+        """Run the traced step; return its tape, the losses with their graph, and the model's outputs.
+
+        Returns:
+            None where other batch sizes have a trace, and this one would need its own.
+        """
         if self.refused is not None:
             raise EngineRefused(self.refused)
-        if is_transformed():
-            raise EngineRefused(_CANNOT.format(_TRANSFORMED))
+        if (reason := hindrance()) is not None:
+            raise EngineRefused(_CANNOT.format(reason))
+        if self.unguarded.changed():
+            if self.anew == _TRIES:
+                self._refuse("a method of its classes, a hook on all modules, or its loss changes from step to step")
+            self._begin()
         x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
-        reason = ""
+        reason, alone = "", False
         try:
-            with torch.enable_grad(), _with_call(self.forward.model, self._traced) as call:
+            with torch.enable_grad(), with_call(self.forward.model, self._traced) as call:
                 parts, outputs, tape, plain = call(x, y)
         except CannotCapture as error:
             reason = str(error)
+            alone = isinstance(error, OneBatchSize) and self.trace is not None and len(self.alone) < _TRIES
+        if alone:
+            return None
         if reason:
             self._refuse(reason)
         coarse = tape.step is not None and tape.step.coarse
         differs = None if plain is None else plain.difference(parts[0].detach(), coarse)
         if plain is not None and differs is not None:
-            plain.restore(x, y)
+            plain.restore()
             self._refuse(f"its trace differs from the model: {differs}")
         return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace; before its first run, run the model's own Python to compare."""
         plain: _Plain | None = None
-        failed = ""
+        failed, device = "", device_of(self.forward.inner)
         for _ in range(_TRIES):
             tape = self._tape = Tape()
+            drawn = GeneratorStates(device, of_numpy=False)  # no trace draws from NumPy's
             try:
-                with without_input_gradient(self.speech):
-                    found = self.capture(*_marked(x, y, self.forward))
+                with without_input_gradient(self.speech), dynamic(_row_sizes(x, y, self.forward)):
+                    found = self.capture(x, y)
             except NewTrace:
-                pass
+                drawn.restore()  # a trace draws Python's random numbers before its graph runs
             except CannotCapture as error:
+                if isinstance(error, OneBatchSize) and self.trace is not None:
+                    raise
                 if isinstance(error, OneBatchSize) and self.compares:
                     # A size that the model's Python takes for a number, such as that of its images, may be another.
                     self.compares = False
@@ -190,7 +218,9 @@ class SharedEngine:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                if plain is None:
+                drawn.restore()
+                if plain is None:  # an error of the model itself: it raises it and leaves the state as it does
+                    _Plain(self.forward, x, y)
                     raise
                 failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
             else:
@@ -198,7 +228,7 @@ class SharedEngine:
             finally:
                 self._tape = None
             if failed and plain is not None:
-                plain.restore(x, y)
+                plain.restore()
                 raise CannotCapture(f"its trace fails where the model itself has just run ({failed})")
             plain = _Plain(self.forward, x, y)
         raise CannotCapture("its Python changes from run to run, so that no trace lasts")
@@ -217,19 +247,17 @@ class _Plain:
 
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
         self.before = Moment(forward, x, y)
-        if self.before.model.iterators:
-            raise CannotCapture(TAKEN_TWICE.format(self.before.model.iterators[0]))
+        if self.before.iterators:
+            raise CannotCapture(TAKEN_TWICE.format(self.before.iterators[0]))
         self.writes = ParameterWrites(forward.inner, others=self.before.model.watched)
-        try:
-            with uncompiled_calls(), self.writes:
-                self.losses = forward(x, y, model=forward.inner)[0].values.detach()
-            self.generators = GeneratorStates(self.before.generators.device)
-        finally:
-            self.restore(x, y)
+        with uncompiled_calls(), self.writes:  # an error leaves the state as in a plain step
+            self.losses = forward(x, y, model=forward.inner)[0].values.detach()
+        self.generators = GeneratorStates(self.before.generators.device)
+        self.restore()
 
-    def restore(self, x: Any, y: Any) -> None:
+    def restore(self) -> None:
         """Put everything back that the model changes."""
-        self.before.restore(x, y)
+        self.before.restore(batch=True)
         self.writes.restore()
 
     def difference(self, losses: Tensor, coarse: bool) -> str | None:
@@ -323,63 +351,21 @@ def _rows(x: Any, dim: int) -> int:
     return found[0] if found else 0
 
 
-def _marked(x: Any, y: Any, forward: Forward) -> tuple[Any, Any]:
-    """Return the batch, with the dimensions of its rows marked as dynamic.
+def _counts(size: int, batch: int) -> bool:
+    """True for as many rows as samples, for several of each sample, and for one of several: of a pair, say."""
+    return size == batch or (min(size, batch) > 1 and (size % batch == 0 or batch % size == 0))
 
-    It marks aliases, so that the caller's tensors stay unmarked.
-    """
+
+def _row_sizes(x: Any, y: Any, forward: Forward) -> list[tuple[Tensor, int]]:
+    """Return the dimensions of the batch's tensors that hold rows."""
     dim = forward.batch_dim
     batch = _rows(x, dim)
     tokens = _rows(x, 1) if forward.unit == "element" else None
-    aliases: dict[int, Tensor] = {}
-
-    def mark(at: int) -> Callable[[Tensor], Tensor]:
-        def marked(tensor: Tensor) -> Tensor:
-            if id(tensor) not in aliases:
-                plain = type(tensor) is Tensor and not tensor.requires_grad and tensor.layout == torch.strided
-                aliases[id(tensor)] = tensor.detach() if plain else tensor
-            alias = aliases[id(tensor)]
-            if alias.ndim > at and alias.shape[at] == batch:
-                torch._dynamo.maybe_mark_dynamic(alias, at)
-                if tokens is not None and alias.ndim > 1 and alias.shape[1] == tokens:
-                    torch._dynamo.maybe_mark_dynamic(alias, 1)
-            return alias
-
-        return marked
-
-    return map_tensors(mark(dim), x), map_tensors(mark(0), y)
-
-
-# --- DistributedDataParallel -----------------------------------------------------------------------------------------
-
-
-class _StandIn(nn.Module):
-    """Take the module's place in a wrapper: the same parts, another call."""
-
-    def __init__(self, inner: nn.Module, call: Callable[..., Any]) -> None:
-        super().__init__()
-        self.call = call
-        self.named_modules = inner.named_modules  # parameters and buffers are listed by it
-        self.modules = inner.modules
-
-    def forward(self, *args: Any) -> Any:
-        return self.call(*args)
-
-
-@contextmanager
-def _with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Return ``call`` in place of the model inside its wrapper, whose own work is not part of the model."""
-    if not isinstance(model, DistributedDataParallel):
-        yield call
-        return
-    inner: Any = model._modules["module"]
-
-    def called(*args: Any) -> Any:
-        model._modules["module"] = inner
-        return call(*args)
-
-    model._modules["module"] = _StandIn(inner, called)
-    try:
-        yield model
-    finally:
-        model._modules["module"] = inner
+    found: list[tuple[Tensor, int]] = []
+    for part, at in ((x, dim), (y, 0)):
+        for tensor in tensors_of(part):
+            if tensor.ndim > at and _counts(tensor.shape[at], batch):
+                found.append((tensor, at))
+                if tokens is not None and tensor.ndim > 1 and tensor.shape[1] == tokens:
+                    found.append((tensor, 1))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,7 @@ class Tape:
         approximate: True if BatchNorm's means are taken over the kept rows.
         compiled: what ran the forward; None if it ran operator by operator.
         late: True if backward is compiled too and cuts what it reads itself.
+        outputs: those of the forward that still exist, such as tensors that the model keeps.
     """
 
     def __init__(self) -> None:
@@ -53,6 +55,7 @@ class Tape:
         self.approximate = False
         self.compiled: CompiledStep | None = None
         self.late = False
+        self.outputs: list[weakref.ref[Tensor]] = []
 
     def cut(self, rows: Tensor, approximate: bool, again: bool = False) -> None:
         """Keep the given rows of the saved tensors, and all rows of those that the lower part reads.
@@ -137,6 +140,7 @@ class SlicedStep:
         if tape is None:
             return results
         tape.step, tape.batch = self, batch
+        tape.outputs = [weakref.ref(each) for each in results[self._written : self.outputs] if isinstance(each, Tensor)]
         tape.compiled = self.compiled if compiled else None
         mark = torch.empty(0)
         mark.tape = tape  # type: ignore[attr-defined]
@@ -151,6 +155,7 @@ class SlicedStep:
         tape = next((args[place].tape for place in self._stashed.values() if hasattr(args[place], "tape")), None)
         if tape is None:
             return self._backward(args)
+        _check_unasked(tape.outputs)
         for place, version in tape.versions.items():
             if place in tape.saved and tape.saved[place]._version != version:
                 raise RuntimeError(
@@ -288,6 +293,16 @@ class SlicedStep:
         return bool(self.slices(True).proof.batch_norms)
 
 
+def _check_unasked(outputs: Sequence[weakref.ref[Tensor]]) -> None:
+    for each in outputs:
+        tensor = each()
+        if tensor is not None and (tensor._backward_hooks or tensor.retains_grad):
+            raise RuntimeError(
+                f"expected no hook and no retain_grad() on a tensor {tuple(tensor.shape)} that the model keeps, got "
+                "one: the gradient of the loss does not pass through it. Use engine='exact'."
+            )
+
+
 def _kind(node: Any) -> tuple[Any, ...]:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return (tuple(map(expression_of, value.shape)), value.dtype) if isinstance(value, Tensor) else (node,)
@@ -352,6 +367,12 @@ def _row_symbols(
                     return (batch, tokens), int(lost)  # type: ignore[arg-type]
         reason = f"its losses are {size} others than the tokens of inputs (B, T)"
         raise CannotCapture(f"unit='element' takes tokens as rows, and {reason}")
+    several = next((factor_of(size, each) for each in getattr(size, "free_symbols", ())), None)
+    if isinstance(several, int) and several > 1:
+        raise CannotCapture(
+            f"its loss returns {several} values for each sample, in one dimension. Return them as (B, {several}): then "
+            "their mean is the sample's loss, or each one counts with unit='element'"
+        )
     if not isinstance(size, sympy.Symbol):
         raise OneBatchSize(
             f"its trace holds for one batch size only ({size} losses{fixed_by(losses.meta['val'], size)})"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim.engine.held import Held, Names, is_array, is_numpy_generator
-from batchtrim.engine.rows import copied, restore_values
+from batchtrim.engine.rows import copied, restore_values, tensors_of
 
 if TYPE_CHECKING:
     from batchtrim.engine.batch import Forward
@@ -128,14 +128,17 @@ def modules_of(*roots: Any) -> list[nn.Module]:
 
 
 class GeneratorStates:
-    """The state of every generator a forward may draw from: torch's, Python's, and NumPy's if it is loaded."""
+    """The state of every generator a forward may draw from: torch's, Python's, and NumPy's if it is loaded.
 
-    def __init__(self, device: torch.device) -> None:
+    NumPy's takes longer to read than all others: ``of_numpy=False`` leaves it out.
+    """
+
+    def __init__(self, device: torch.device, *, of_numpy: bool = True) -> None:
         self.device = device
         self.cpu = torch.get_rng_state()
         self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self.python = random.getstate()
-        numpy = sys.modules.get("numpy")
+        numpy = sys.modules.get("numpy") if of_numpy else None
         self.numpy: Any = None if numpy is None else numpy.random.get_state(legacy=False)
 
     def restore(self) -> None:
@@ -171,12 +174,12 @@ class ModelState:
     """A copy of what a forward may change, except its result and the generators; see :class:`Held`.
 
     Args:
-        roots: the model, and what computes its loss.
+        roots: the model, and what computes its loss; or a batch. passed: what is left out.
     """
 
-    def __init__(self, *roots: Any) -> None:
+    def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
         self.roots = roots
-        held = Held(*roots)
+        held = Held(*roots, passed=passed)
         self.modules, self.watched, self.iterators = held.modules, held.watched, held.iterators
         self.modes = [(module, module.training) for module in self.modules]
         self.buffers = [
@@ -247,19 +250,31 @@ class ModelState:
 
 
 class Moment:
-    """A copy of what a step may change: the model's state, generators, and the batch if one is given."""
+    """A copy of what a step may change: the model's state, generators, and the batch if one is given.
+
+    Attributes:
+        x, y: copies of the batch. given: the batch itself, its lists, dictionaries and objects.
+    """
 
     def __init__(self, forward: Forward, x: Any = None, y: Any = None) -> None:
         self.x, self.y = copied((x, y))
+        self._tensors = tensors_of((x, y)), tensors_of((self.x, self.y))
+        self.given = ModelState([x, y], passed=self._tensors[0])
         self.model = ModelState(forward.inner, forward.per_sample_loss, forward.rank_by)
         self.generators = GeneratorStates(device_of(forward.inner))
 
-    def restore(self, x: Any = None, y: Any = None, *, modes: bool = True) -> None:
-        """Restore the model and the generators, and the batch if one was given."""
+    def restore(self, *, modes: bool = True, batch: bool = False) -> None:
+        """Restore the model and the generators, and the batch if asked."""
         self.model.restore(modes)
         self.generators.restore()
-        if x is not None or y is not None:
-            restore_values((x, y), (self.x, self.y))
+        if batch:
+            self.given.restore()
+            restore_values(*self._tensors)
+
+    @property
+    def iterators(self) -> list[str]:
+        """Where the model or the batch holds iterators."""
+        return [*self.model.iterators, *(f"the batch: {name}" for name in self.given.iterators)]
 
 
 def relative_difference(exact: Tensor, other: Tensor) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch_norm import has_batch_norm
-from batchtrim.engine.rows import copied, map_tensors, tensors_of
+from batchtrim.engine.rows import copied, entries, map_tensors, tensors_of
 from batchtrim.engine.state import GeneratorStates, ModelState, device_of, modules_of, relative_difference
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.reduction import reduce_kept
@@ -321,10 +321,16 @@ def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def _same_batch(ours: Any, theirs: Any) -> bool:
-    pairs = zip(tensors_of(ours), tensors_of(theirs), strict=True)
-    return all(
-        torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True) for a, b in pairs if a.layout == torch.strided
-    )
+    """Return True if two batches hold the same, in the same places; what is no tensor, number or text is left out."""
+    own, plain = entries(ours), entries(theirs)
+    return own.keys() == plain.keys() and all(_alike(own[place], plain[place]) for place in own)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        strided = a.layout == b.layout == torch.strided
+        return a.shape == b.shape and (not strided or torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True))
+    return type(a) is type(b) and (not isinstance(a, (bool, int, float, str)) or a == b or a != a)
 
 
 def max_or_nan(*values: float) -> float:

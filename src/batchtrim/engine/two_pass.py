@@ -75,8 +75,8 @@ class TwoPassEngine:
         if not self.approximate and (reason := redrawn(self.forward)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
         before = Moment(self.forward, x, y)
-        if before.model.iterators:
-            raise EngineRefused(_CANNOT.format(TAKEN_TWICE.format(before.model.iterators[0])))
+        if before.iterators:
+            raise EngineRefused(_CANNOT.format(TAKEN_TWICE.format(before.iterators[0])))
         if not self.began:
             self._look_for_writes(before, x, y)
         losses, outputs = self._first_pass(before, x, y)
@@ -87,7 +87,7 @@ class TwoPassEngine:
                 selection = self.trim.select(losses, rank_by=self.forward.scores(outputs, y)).rising()
             loss = self.train_on_kept(x, y, selection, (before, losses.values))
         except EngineRefused:
-            before.restore(x, y)
+            before.restore(batch=True)
             raise
         return StepResult(loss, losses.values, outputs, selection, engine=self.name, approximate=self.approximation)
 
@@ -117,9 +117,9 @@ class TwoPassEngine:
             with without_graph():
                 return self.forward(x, y, model=self.forward.inner)
         except Exception as error:
-            before.restore(x, y)
+            before.restore(batch=True)
             self.forward(*copied((x, y)), model=self.forward.inner)  # a model at fault raises its own error
-            before.restore(x, y)
+            before.restore(batch=True)
             raise EngineRefused(_CANNOT.format(f"it does not run without a graph ({_said(error)})")) from error
 
     def pays(self, x: Any, y: Any) -> bool:

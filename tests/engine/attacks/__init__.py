@@ -3,6 +3,7 @@
 from attacks import (
     arguments,
     backward,
+    changed,
     chosen,
     combined,
     cutting,
@@ -21,6 +22,6 @@ from attacks import (
 from attacks.base import ATTACKS, KINDS, Attack
 
 __all__ = [
-    "ATTACKS", "KINDS", "Attack", "arguments", "backward", "chosen", "combined", "cutting", "habits", "held", "hidden",
-    "layers", "plain", "python", "running", "state", "traces", "training", "users",
+    "ATTACKS", "KINDS", "Attack", "arguments", "backward", "changed", "chosen", "combined", "cutting", "habits", "held",
+    "hidden", "layers", "plain", "python", "running", "state", "traces", "training", "users",
 ]  # fmt: skip

@@ -45,6 +45,8 @@ KINDS = {
     24: "the batch itself requires a gradient",
     25: "state that lies deeper than a module's own attributes",
     26: "what training programs are made of",
+    27: "the forward changes the lists, dictionaries and objects of its batch",
+    28: "an activation checkpoint does it again in backward",
 }
 
 
