@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from batchtrim.engine.batch import Forward, StepResult
+from batchtrim.engine.batch import StepResult
 from batchtrim.engine.batch_norm import LEAST_COSINE
 from batchtrim.engine.exact import ExactEngine, is_training_step
+from batchtrim.engine.forward import Forward
 from batchtrim.engine.protocol import Engine
 from batchtrim.engine.state import compiled_part, device_of
 from batchtrim.engine.two_pass import TwoPassEngine, redrawn

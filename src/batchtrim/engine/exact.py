@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.engine.batch import Forward, StepResult, map_tensors
+from batchtrim.engine.batch import StepResult, map_tensors
+from batchtrim.engine.forward import Forward
 from batchtrim.reduction import reduce
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer

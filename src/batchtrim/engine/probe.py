@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.batch import Forward
 from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.forward import Forward
 from batchtrim.engine.rehearsal import Rehearsal
 from batchtrim.engine.rows import copied, tensors_of
 from batchtrim.engine.state import GeneratorStates, ModelState, Moment, uncompiled_calls, uses_tf32, without_graph

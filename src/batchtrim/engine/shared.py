@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from batchtrim.engine.batch import Forward, StepResult, as_losses, map_tensors, padded_rows
+from batchtrim.engine.batch import StepResult, map_tensors, padded_rows
 from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.capture import (
     CannotCapture,
@@ -22,6 +22,7 @@ from batchtrim.engine.capture import (
     unfit,
 )
 from batchtrim.engine.exact import ExactEngine, is_training_step
+from batchtrim.engine.forward import Forward, as_losses
 from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape

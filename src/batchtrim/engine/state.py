@@ -21,7 +21,7 @@ from batchtrim.engine.held import Held, Names, is_array, is_numpy_generator
 from batchtrim.engine.rows import copied, restore_values, tensors_of
 
 if TYPE_CHECKING:
-    from batchtrim.engine.batch import Forward
+    from batchtrim.engine.forward import Forward
 
 __all__ = [
     "TAKEN_TWICE",

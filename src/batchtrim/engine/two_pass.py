@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.batch import Forward, StepResult, kept_loss, padded_rows
+from batchtrim.engine.batch import StepResult, kept_loss, padded_rows
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
+from batchtrim.engine.forward import Forward
 from batchtrim.engine.held import Held
 from batchtrim.engine.probe import Probe, Tolerance
 from batchtrim.engine.rows import copied

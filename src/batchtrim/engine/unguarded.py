@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from batchtrim.engine.batch import Forward
+from batchtrim.engine.forward import Forward
 
 __all__ = ["Unguarded"]
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from batchtrim._checks import check_choice, describe
-from batchtrim.engine.forward import ENGINES
+from batchtrim.engine.trimmed_forward import ENGINES
 from batchtrim.integrations import build, load_state, total_of
 from batchtrim.keeplog import KeepLog
 

@@ -1,0 +1,162 @@
+"""The public interface of the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchtrim._checks import check_choice, check_count, check_criterion, describe
+from batchtrim.engine.auto import AutoEngine
+from batchtrim.engine.batch import StepResult
+from batchtrim.engine.exact import ExactEngine
+from batchtrim.engine.forward import Forward
+from batchtrim.engine.protocol import Engine
+from batchtrim.engine.state import compiled_part
+from batchtrim.engine.two_pass import TwoPassEngine
+from batchtrim.losses import Losses, per_sample
+from batchtrim.trimmer import Trimmer
+
+__all__ = ["ENGINES", "TrimmedForward"]
+
+
+def _shared(forward: Forward, trim: Trimmer) -> Engine:
+    from batchtrim.engine.shared import SharedEngine  # it imports sympy, which is slow
+
+    return SharedEngine(forward, trim)
+
+
+ENGINES: dict[str, Callable[[Forward, Trimmer], Engine]] = {
+    "auto": AutoEngine,
+    "exact": ExactEngine,
+    "shared": _shared,
+    "two_pass": TwoPassEngine,
+}
+
+
+class TrimmedForward:
+    """Run a forward, choose rows, and return a loss whose backward computes the kept rows only.
+
+    ::
+
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), trim)
+        loss = step(x, y)
+        loss.backward()
+
+    Args:
+        model: an unmodified module; with several processes, wrapped in DistributedDataParallel.
+        per_sample_loss: ``(outputs, y) -> losses``, a tensor (B,) or (B, ...) or :class:`batchtrim.Losses`. A loss
+            module with a ``reduction`` (``nn.CrossEntropyLoss()``) is used without its reduction; wrap a function
+            as ``batchtrim.per_sample(F.cross_entropy)``.
+        trim: the trimmer that chooses. Call its ``step()`` as without an engine.
+        engine: "auto", "exact", "two_pass" or "shared"; see :mod:`batchtrim.engine`.
+        rank_by: ``(outputs, y) -> losses`` to rank by, if that is not the loss trained on.
+        batch_dim: the dimension of the tensors in ``x`` that holds the batch; 1 for time-major inputs.
+
+    Raises:
+        EngineRefused: engine "shared" cannot run this model exactly. "auto" warns once and continues with another.
+
+    Notes:
+        Two passes run the model's Python twice, including hooks, the second time on a smaller batch. Buffers,
+        attributes, what hooks collect, and random generators end up as after one forward. Inside ``torch.no_grad()``
+        every engine is one plain forward.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(3, 2)
+        >>> step = TrimmedForward(model, nn.CrossEntropyLoss(), Trimmer(0.5))
+        >>> loss = step(torch.randn(8, 3), torch.randint(0, 2, (8,)))
+        >>> loss.backward(); step.last.selection.k
+        4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        per_sample_loss: Callable[[Any, Any], Tensor | Losses],
+        trim: Trimmer,
+        engine: str = "auto",
+        *,
+        rank_by: Callable[[Any, Any], Tensor | Losses] | None = None,
+        batch_dim: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected `model` to be a torch.nn.Module, got {describe(model)}.")
+        if not isinstance(trim, Trimmer):
+            raise TypeError(f"expected `trim` to be a batchtrim.Trimmer, got {describe(trim)}.")
+        check_criterion("per_sample_loss", per_sample_loss)
+        if rank_by is not None:
+            check_criterion("rank_by", rank_by)
+        check_choice("engine", engine, ENGINES)
+        if isinstance(per_sample_loss, nn.Module) and hasattr(per_sample_loss, "reduction"):
+            per_sample_loss = per_sample(per_sample_loss, unit=trim.unit)
+        if isinstance(per_sample_loss, per_sample) and per_sample_loss.unit != trim.unit:
+            raise ValueError(
+                f"expected `per_sample_loss` and `trim` to have one unit, got {per_sample_loss.unit!r} and "
+                f"{trim.unit!r}. Give both the same unit."
+            )
+        batch_dim = check_count("batch_dim", batch_dim, minimum=0)
+        self.forward = Forward(model, per_sample_loss, rank_by, batch_dim, trim.unit)
+        self.trim = trim
+        self._kind = engine
+        self.engine = ENGINES[engine](self.forward, trim)
+        self._last: StepResult | None = None
+        self._in_order = False
+
+    def __call__(self, x: Any, y: Any = None) -> Tensor:
+        """Return the trimmed loss of a batch, with a graph.
+
+        Args:
+            x: what the model takes: a tensor, a tuple or list of them (``model(*x)``), or a mapping (``model(**x)``).
+            y: targets, in any form ``per_sample_loss`` takes.
+
+        Returns:
+            0-d. :attr:`last` holds all losses, the outputs and the selection, detached, until the next call.
+        """
+        if self._kind != "exact" and torch.compiler.is_compiling():
+            from batchtrim.engine.inductor import not_traced
+
+            return not_traced(self._called_compiled, x, y)
+        self._last = None  # frees the outputs of the batch before
+        step = self.engine(x, y)
+        chosen = self.trim.last
+        mask = None if chosen is None else chosen.mask
+        loss, losses, outputs, selection, _, engine, approximate = step
+        self._last = StepResult(
+            loss.detach(), losses, outputs, selection, mask, engine or self.engine.name, approximate
+        )
+        self._in_order = False
+        return loss
+
+    @property
+    def last(self) -> StepResult | None:
+        """The last step, detached, with its kept rows in rising order; None before the first."""
+        if self._last is not None and not self._in_order:  # sorted on request, not in every step
+            self._last = self._last._replace(selection=self._last.selection.rising())
+            self._in_order = True
+        return self._last
+
+    def _called_compiled(self, x: Any, y: Any) -> Tensor:
+        """Run a step called from a compiled function, and compile the model, as that function would have done."""
+        model = self.forward.model
+        if compiled_part(model) is None and not isinstance(model, nn.parallel.DistributedDataParallel):
+            self.forward.model = torch.compile(model)  # type: ignore[assignment]
+            self.engine = ENGINES[self._kind](self.forward, self.trim)
+        return self(x, y)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arguments to recreate it, for pickle and deepcopy, without traces and measurements."""
+        return {"forward": self.forward, "trim": self.trim, "engine": self._kind}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.forward, self.trim, self._kind = state["forward"], state["trim"], state["engine"]
+        self.engine = ENGINES[self._kind](self.forward, self.trim)
+        self._last, self._in_order = None, False
+
+    def __repr__(self) -> str:
+        name = self.engine.name
+        running = getattr(self.engine, "running", self.engine).name
+        name = name if running == name else f"{name} ({running})"
+        return f"TrimmedForward({type(self.forward.model).__name__}, engine={name!r}, {self.trim!r})"
