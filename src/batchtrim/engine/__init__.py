@@ -23,8 +23,8 @@ A tour of the shared engine, in the order of a step:
 4. ``loss.backward()``: ``parts.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
 
 If the model's Python runs twice, ``held.py`` finds all that it may change, and ``state.py`` and ``writes.py`` put
-that back. ``reasons.py`` explains why a model could not be traced. ``unguarded.py`` notices changes that the guards of a
-trace do not see, ``checkpoints.py`` what activation checkpoints do again in backward.
+that back. ``reasons.py`` explains why a model could not be traced. ``unguarded.py`` notices changes that the guards of
+a trace do not see, ``checkpoints.py`` what activation checkpoints do again in backward.
 
 ``auto.py`` runs the first step that might pay with ``exact`` while ``cost.py`` counts it. It traces the model as soon
 as 100 steps would pay the trace back.
