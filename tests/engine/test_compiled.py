@@ -299,6 +299,7 @@ def test_what_is_assumed_of_a_size_is_held_against_it(compiles: list[bool], monk
     assert compiles == [False, True, True]
 
 
+@pytest.mark.slow
 def test_a_compiled_part_and_options(compiles: list[bool]) -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:

@@ -43,6 +43,7 @@ def test_only_the_kernel_with_dropout_runs_on_all_rows(p: float, rows: int) -> N
     assert 0.1 < share < 1.0 if p else share == 1.0, "its work counts as work on all rows"
 
 
+@pytest.mark.slow
 def test_a_second_backward_gives_the_same_again() -> None:
     x, y = batch()
     model = fused.Attending(0.3)

@@ -59,6 +59,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "run_in_processes", run)
 
 
+@pytest.mark.slow
 def test_a_task_is_compared_in_a_process_of_its_own() -> None:
     done = batchtrim("compare", "--task", "my_task.py:train", *ARGUMENTS, "--json", "-q")
     assert done.exit_code == 0, done.output
