@@ -81,8 +81,8 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
     if over == "micro" and getattr(step.forward.per_sample_loss, "reduction", "mean") == "sum":
         raise ValueError(
             "expected a criterion of reduction 'mean' with over='micro', got 'sum'. Micro-batches are weighted by "
-            "their "
-            "samples: choose from the window (over='window'), or call the step on each, whose sums add up as they are."
+            "their samples: choose from the window (over='window'), or call the step on each, whose sums add up as "
+            "they are."
         )
     if not batches:
         raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")

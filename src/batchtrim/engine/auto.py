@@ -151,9 +151,8 @@ class AutoEngine:
         if seconds < _SHORT:
             self._untimed = 0
             _log.info(
-                "engine 'auto' continues with 'exact': a trace of this model takes at least 0.5 s, and 100 steps %.1f "
-                "s; "
-                "engine='shared' makes it anyway",
+                "engine 'auto' continues with 'exact': a trace of this model takes at least 0.5 s, and 100 steps "
+                "%.1f s; engine='shared' makes it anyway",
                 300 * seconds,
             )
         elif seconds > _LONG or not self._untimed:

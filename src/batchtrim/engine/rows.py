@@ -60,8 +60,7 @@ class RowCutter:
     """Cut batches to some of their rows.
 
     A tensor holds the batch if its batch dimension is as long as the batch. A tensor that had another length in an
-    earlier
-    batch never holds it: a constant of shape (C,) stays whole even in a last batch of C samples.
+    earlier batch never holds it: a constant of shape (C,) stays whole even in a last batch of C samples.
 
     Attributes:
         batch_dim: the dimension of the tensors in ``x`` that holds the batch; in ``y`` it is the first.

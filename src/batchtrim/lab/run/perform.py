@@ -148,8 +148,7 @@ def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
     if run.method != "full" and not run.rule.used:
         raise TaskMistake(
             f"expected the task to choose with run.trim, got a run of {run.method!r} in which it was never called: "
-            "that "
-            "is plain training. Call run.trim(losses) in place of the mean of the losses, use run.forward, or "
+            "that is plain training. Call run.trim(losses) in place of the mean of the losses, use run.forward, or "
             "give a trainer run.keep and run.trim_options."
         )
     notes, more = [], {}

@@ -102,8 +102,7 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
         if not folder and not spec.hub:
             raise PassDataDir(
                 f"expected a folder with {name}/{{train,test}}-*.parquet, got none. This data set is not downloaded "
-                "from "
-                "the hub, whose copies have other splits: pass --data-dir DIR, or set BATCHTRIM_DATA."
+                "from the hub, whose copies have other splits: pass --data-dir DIR, or set BATCHTRIM_DATA."
             )
         source = _Folder(spec, folder) if folder else _Hub(spec)
         for split in SPLITS:
