@@ -131,12 +131,13 @@ def train(run: Run) -> dict[str, float]:
     trim = Trimmer(run.keep, total=run.epochs, unit="element", **run.trim_options)
     split = os.environ.get("ENTITIES_SPLIT", "test")
     for epoch in range(run.epochs):
+        right = torch.zeros((), dtype=torch.int64)
         for rows in torch.randperm(len(x)).split(BATCH):
             longest = int(lengths[rows].max())
             labels = y[rows, :longest]
-            losses = F.cross_entropy(
-                model(x[rows, :longest]).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
-            )
+            logits = model(x[rows, :longest])
+            right += (logits.detach().argmax(-1) == labels).sum()
+            losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
             loss = trim(Losses(losses, labels != IGNORED))
             optimizer.zero_grad()
             loss.backward()
@@ -145,5 +146,5 @@ def train(run: Run) -> dict[str, float]:
             rate.step()
         found = tested(model, split)
         run.log(epoch=epoch, **found)
-        trim.step()
+        trim.step(accuracy=int(right) / int(lengths.sum()))
     return found

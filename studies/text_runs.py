@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-import batchtrim
 from batchtrim.lab import records
 from batchtrim.lab.files import load_toml
 from batchtrim.lab.methods.rules import Method, RunInfo
@@ -90,10 +89,6 @@ def new_model(settings: dict[str, Any], words: int, width: int) -> BertForSequen
 def method_of(config: RunConfig, samples: int, width: int) -> Method:
     """Return the lab's method of a run."""
     keep = make_schedule(config.schedule or "constant", config.keep_start or 1.0, config.keep_end or 1.0)
-    if config.method == "trim_full_end":
-        # as recorded: this fall ends at progress 0.875, the lab's between the last two epochs (here at 0.9)
-        keep = batchtrim.schedules.join([keep, batchtrim.constant(1.0)], at=[0.875])
-        return Method(batchtrim.Trimmer(keep, total=config.epochs), config.epochs)
     info = RunInfo(samples, 6, config.epochs, config.batch_size, config.seed, keep, width)
     spec = find_method(config.method)
     return spec.build(info, spec.check_params(config.method_params))
