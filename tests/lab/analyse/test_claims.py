@@ -105,6 +105,23 @@ def test_too_many_backward_samples_make_a_claim_not_supported(limit: int, status
     assert f"with at most {limit}% of its backward samples (it used 60%)" in results.page([claims.read(folder)])
 
 
+def test_a_limit_on_training_time_is_judged_by_runs_that_had_the_machine_to_themselves(tmp_path: Path) -> None:
+    text = CLAIMS.replace('"lower"', '"not worse"\nmargin = 0.5\ntime = 70').replace('["trim", "random"]', '"trim"')
+    full = [5.0, 5.5, 6.0, 5.2]
+    folder = write(tmp_path / "r", {"full": full, "trim": full}, text)
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+    def found(seconds: float) -> claims.Finding:
+        alone = [row | {"seconds": 10.0 if row["config"]["method"] == "full" else seconds} for row in rows]
+        (folder / "alone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
+        return claims.read(folder).findings[0]
+
+    assert (claims.read(folder).findings[0].status, found(7.0).status, found(7.1).status) == (
+        Status.NOT_DECIDABLE, Status.SUPPORTED, Status.NOT_SUPPORTED,
+    )  # fmt: skip
+    assert "with at most 70% of its training time (it used 71%)" in results.page([claims.read(folder)])
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "says"),
     [("effect", "efect", "Did you mean 'effect'?"), ('"trim"', '"tirm"', "Did you mean 'trim'?")],

@@ -20,9 +20,11 @@ A folder of records holds ``runs.jsonl`` and ``claims.toml``, best written befor
     says = "not worse"
     margin = 0.3                     # points, at most; fixed before the first run
     backward = 50                    # optional: at most this percentage of the other's backward samples
+    time = 80                        # optional: at most this percentage of the other's training time
 
 Training times are valid only if nothing else ran on the machine. ``alone.jsonl`` holds such runs, of one seed or more,
-with the same settings, done one after another; their times then replace those of ``runs.jsonl``.
+with the same settings, done one after another; their times then replace those of ``runs.jsonl``. A claim with a limit
+on time is not decidable without them.
 
 A claim may also name any setting of a run or parameter of a method. It picks one of several arms of the method
 (``keep_end = 0.5``, ``engine = "shared"``), or limits the claim to some groups (``optimizer = "sgd"``). With
@@ -56,7 +58,7 @@ ALONE = "alone.jsonl"
 """The file of a record whose runs had the machine to themselves."""
 SAYS = ("lower", "higher", "same", "not worse")
 _KEYS = ("text", "method", "against", "says")
-_LIMITS = ("margin", "backward")
+_LIMITS = ("margin", "backward", "time")
 
 
 class Status(Enum):
@@ -74,6 +76,7 @@ class Claim:
     Attributes:
         margin: how much higher the error may be and still count as "not worse", in [0, 1]; only for such claims.
         backward: the largest share of the other's backward samples that it may use; None if unlimited.
+        time: the largest share of the other's training time that it may take; None if unlimited.
         settings: of the arm of ``method``; ``against_settings``: of the other; ``shared``: of the groups it applies to.
     """
 
@@ -83,6 +86,7 @@ class Claim:
     says: str
     margin: float | None = None
     backward: float | None = None
+    time: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     against_settings: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
@@ -97,6 +101,7 @@ class Finding:
         diverged: seeds without a pair, because a run of either side diverged.
         p: paired t-test, Holm-corrected; for "not worse", of the differences minus the margin.
         backward: backward samples divided by the other's, means of the finished runs; None if unknown.
+        time: training time divided by the other's, both with nothing else running; None if unknown.
         detectable: the smallest difference that the design could have detected, with 80 % power at the 0.05 level; None
             if unknown.
     """
@@ -109,6 +114,7 @@ class Finding:
     p: float | None
     detectable: float | None
     backward: float | None = None
+    time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,10 @@ def read(folder: str | Path) -> Record:
     other = next((group.metric.name for group in groups if group.metric != ERROR), None)
     if other is not None:
         raise ValueError(f"expected claims on test errors, `effect` being in points, got runs compared by {other}.")
-    findings = [found for group in groups for found in _judge_group(claims, group, effect)]
+    alone = folder / ALONE
+    if alone.exists():
+        groups = _timed(groups, alone)
+    findings = [found for group in groups for found in _judge_group(claims, group, effect, alone.exists())]
     for claim in claims:
         if not any(found.claim == claim for found in findings):
             if partial and claim.method in METHODS and claim.against in METHODS:
@@ -153,9 +162,6 @@ def read(folder: str | Path) -> Record:
                 f"the claim {claim.text!r}. There are runs of {', '.join(there)}."
                 + "".join(nearest(name, METHODS) for name in (claim.method, claim.against) if name not in METHODS)
             )
-    alone = folder / ALONE
-    if alone.exists():
-        groups = _timed(groups, alone)
     return Record(folder, title, note, effect, groups, tuple(findings), alone.exists())
 
 
@@ -206,14 +212,15 @@ def judge(says: str, difference: Moments, p: float | None, effect: float, margin
 
 
 def _status(found: Finding, effect: float) -> Status:
-    """Return the status from the errors, and from the limit on backward samples if the claim has one."""
-    claim, spent = found.claim, found.backward
+    """Return the status from the errors, and from the limits on backward samples and time if the claim has them."""
+    claim = found.claim
     status = judge(claim.says, found.difference, found.p, effect, claim.margin or 0.0)
-    if claim.backward is None or found.difference.n < inference.MIN_PAIRS:
+    limits = [(used, most) for used, most in ((found.backward, claim.backward), (found.time, claim.time)) if most]
+    if not limits or found.difference.n < inference.MIN_PAIRS:
         return status
-    if spent is None:
-        return Status.NOT_DECIDABLE
-    return Status.NOT_SUPPORTED if spent > claim.backward else status
+    if any(used is not None and used > most for used, most in limits):
+        return Status.NOT_SUPPORTED
+    return Status.NOT_DECIDABLE if any(used is None for used, _ in limits) else status
 
 
 _TOP = ("title", "note", "effect", "partial", "claim")
@@ -296,7 +303,7 @@ def _parameters(method: object) -> tuple[str, ...]:
     return tuple(METHODS[method].params) if isinstance(method, str) and method in METHODS else ()
 
 
-def _judge_group(claims: Sequence[Claim], group: Group, effect: float) -> list[Finding]:
+def _judge_group(claims: Sequence[Claim], group: Group, effect: float, timed: bool) -> list[Finding]:
     found = []
     for claim in claims:
         if any(group.settings.get(name) != value for name, value in claim.shared.items()):
@@ -312,16 +319,16 @@ def _judge_group(claims: Sequence[Claim], group: Group, effect: float) -> list[F
         margin = claim.margin or 0.0
         p, seen = inference.paired_t([value - margin for value in values]), inference.detectable(spread)
         diverged = tuple(sorted({*mine.diverged, *other.diverged}))
-        spent = _backward(mine, other)
-        found.append(Finding(claim, group.title, Status.NOT_DECIDABLE, spread, diverged, p, seen, spent))
+        spent = _ratio(mine, other, "samples_backward"), _ratio(mine, other, "seconds") if timed else None
+        found.append(Finding(claim, group.title, Status.NOT_DECIDABLE, spread, diverged, p, seen, *spent))
     corrected = inference.holm([each.p for each in found])
     tested = [replace(each, p=p) for each, p in zip(found, corrected, strict=True)]
     return [replace(each, status=_status(each, effect)) for each in tested]
 
 
-def _backward(mine: Arm, other: Arm) -> float | None:
-    """Return the backward samples divided by the other's."""
-    spent, full = (arm.cost.get("samples_backward") for arm in (mine, other))
+def _ratio(mine: Arm, other: Arm, cost: str) -> float | None:
+    """Return a cost divided by the other's."""
+    spent, full = (arm.cost.get(cost) for arm in (mine, other))
     return spent / full if spent is not None and full else None
 
 

@@ -43,7 +43,7 @@ the runs in the same folder, paired by seed.
 * *Not supported*: the test finds a difference in the other direction, or the 95 % interval excludes a difference as
   large as the smallest of interest.
 * *Not worse* by a margin, which was fixed before the runs: supported if the same test finds the difference below the
-  margin. A claim that also limits the backward samples is not supported if more were used.
+  margin. A claim that also limits the backward samples or the training time is not supported if more were used.
 * *Not decidable*: neither, with this many seeds. The table shows the smallest difference that could have been detected
   with 80 % power.
 
@@ -173,8 +173,9 @@ def _findings_table(record: Record) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for found in record.findings:
         said = f"{tables.cell(found.claim.text)} {wording.claim(found.claim)}"
-        if found.claim.backward is not None and found.backward is not None:
-            said += f" (it used {found.backward:.0%})"
+        used = ((found.claim.backward, found.backward), (found.claim.time, found.time))
+        shares = " and ".join(f"{share:.0%}" for limit, share in used if limit is not None and share is not None)
+        said += f" (it used {shares})" if shares else ""
         cells = [f"**{found.status.value}**", said, *([tables.cell(found.group)] if several else [])]
         cells += [_seeds(found)]
         cells += [f"{wording.signed(found.difference.mean)} ({wording.signed_interval(found.difference.t)})"]

@@ -200,8 +200,9 @@ def claim(claim: Claim) -> str:
         named = ", ".join(f"{name} {value}" for name, value in chosen.items())
         sides.append(f"`{method}`" + (f" ({named})" if named else ""))
     by = "" if claim.margin is None else f" by {points(claim.margin)} points"
-    at = "" if claim.backward is None else f", with at most {claim.backward:.0%} of its backward samples"
-    return f"{sides[0]} against {sides[1]}: {claim.says}{by}{at}"
+    limits = ((claim.backward, "backward samples"), (claim.time, "training time"))
+    most = " and ".join(f"{share:.0%} of its {what}" for share, what in limits if share is not None)
+    return f"{sides[0]} against {sides[1]}: {claim.says}{by}" + (f", with at most {most}" if most else "")
 
 
 def better(metric: Metric) -> str:
