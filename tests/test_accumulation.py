@@ -1,4 +1,4 @@
-"""Accumulation: a window trimmed as one large batch, or micro-batch by micro-batch, and what either is scaled by."""
+"""Accumulation: a window trimmed as one large batch, or micro-batch by micro-batch, and the scale of either."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rule that keeps a share of the loss: against an oracle, and every point where a share could mean two things."""
+"""The rule `loss_mass`: against an oracle, and each case in which a share could mean two things."""
 
 from __future__ import annotations
 

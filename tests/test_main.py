@@ -1,4 +1,4 @@
-"""``python -m batchtrim``, and the command where its extra is missing."""
+"""``python -m batchtrim``, and the command if its extra is not installed."""
 
 from __future__ import annotations
 

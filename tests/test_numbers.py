@@ -1,4 +1,4 @@
-"""Numbers of NumPy's, of fractions and of tensors without dimension: as good as Python's, wherever one is asked for."""
+"""NumPy's numbers, fractions and 0-d tensors are accepted like Python's numbers, for every argument."""
 
 from __future__ import annotations
 

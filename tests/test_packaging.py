@@ -1,4 +1,4 @@
-"""The package as shipped: one version, a wheel that works outside the checkout, types that a checker sees."""
+"""The package as shipped: one version, a wheel that works outside the clone, types that a checker sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trimmer as a person uses it: golden values, the clock, resume, and every way to hand it losses."""
+"""The trimmer as a person uses it: golden values, the clock, resuming, and every way to pass it losses."""
 
 from __future__ import annotations
 

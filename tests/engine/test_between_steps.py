@@ -1,4 +1,4 @@
-"""What changes between two steps, or around one of them: guards of a trace do not see all of it."""
+"""Changes between two steps, or around a step, not all of which the guards of a trace see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model keeps tensors of its forward, and the training loop adds a term of its own made of them to the loss."""
+"""A model keeps tensors of its forward, from which the training loop computes a further term of the loss."""
 
 from __future__ import annotations
 

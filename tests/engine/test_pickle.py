@@ -1,4 +1,4 @@
-"""A step can be pickled and copied, whatever its engine has found out."""
+"""A step can be pickled and copied, whatever its engine has traced or measured."""
 
 from __future__ import annotations
 

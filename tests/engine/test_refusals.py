@@ -1,4 +1,4 @@
-"""Models that the shared engine refuses, with the reason, and how `auto` goes on."""
+"""Models that the shared engine refuses, with the reason, and how `auto` continues."""
 
 from __future__ import annotations
 

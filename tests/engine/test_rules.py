@@ -1,4 +1,4 @@
-"""Every rule is held against its operator: what it promises of rows must be so, for rows along every dimension."""
+"""Every rule is checked against its operator, for rows along every dimension."""
 
 from __future__ import annotations
 

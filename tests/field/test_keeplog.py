@@ -1,4 +1,4 @@
-"""Keep logs as their users write them: what went wrong without a word, and what ended a training."""
+"""Keep logs as their users write them: cases that were silently wrong, or ended a training."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_a_run_that_fails_goes_on_where_it_was(
     assert watcher.epochs == 1
     assert not place.checkpoint(config).exists()
     (row,) = records.read(tmp_path)
-    assert row["test_error"] == train.run(config)["test_error"]
+    assert row["test_error"] == train.train_run(config)["test_error"]
 
 
 def test_a_damaged_checkpoint_is_removed_once_and_the_run_begins_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The step clock by hand (Lightning#17958): several optimizers, ``max_steps``, and checkpoints to go on from."""
+"""The step clock worked out by hand (Lightning#17958): several optimizers, ``max_steps``, and resuming."""
 
 from __future__ import annotations
 

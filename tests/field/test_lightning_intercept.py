@@ -1,4 +1,4 @@
-"""A module's own training_step, intercepted: losses that are made otherwise from one batch to the next."""
+"""A module's own training_step, intercepted: losses that are computed differently from batch to batch."""
 
 from __future__ import annotations
 

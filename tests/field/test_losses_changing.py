@@ -1,4 +1,4 @@
-"""Criteria that show their divisor late, change as they are called, or are changed after they were wrapped."""
+"""Criteria that show their divisor late, change when they are called, or are changed after they were wrapped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Criteria of every form: signatures of torch's and of others', what they divide by, and sums of several."""
+"""Criteria of every form, torch's and others': their signatures, their divisors, and sums of several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relatives of the field cases: criteria of newer torch, devices and modes, rules of one's own, clocks."""
+"""Relatives of the field cases: criteria of newer torch releases, devices and modes, custom rules, clocks."""
 
 from __future__ import annotations
 

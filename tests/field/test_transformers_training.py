@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer over a whole training: resuming, keep logs, engines, arguments it does not take."""
+"""Hugging Face's Trainer over a whole training: resuming, keep logs, engines, arguments that it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trimmers inside of torch.func: gradients as functions, second derivatives, ensembles by torch.vmap."""
+"""Trimmers inside torch.func: gradients as functions, second derivatives, ensembles by torch.vmap."""
 
 from __future__ import annotations
 

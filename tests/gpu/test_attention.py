@@ -1,4 +1,4 @@
-"""Attention on a GPU: each kernel keeps rows apart, and dropout inside one is never drawn anew."""
+"""Attention on a GPU: each kernel keeps rows separate, and dropout inside one is never redrawn."""
 
 from __future__ import annotations
 

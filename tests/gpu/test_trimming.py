@@ -1,4 +1,4 @@
-"""Rules, trimmer and log with losses that lie on a GPU: the CPU's choice, and no wait for the device."""
+"""Rules, trimmer and log with losses on a GPU: the same choice as on the CPU, without waiting for the device."""
 
 from __future__ import annotations
 

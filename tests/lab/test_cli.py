@@ -242,14 +242,14 @@ def test_debug_shows_the_traceback() -> None:
 def test_failed_runs_give_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     from batchtrim.lab.run import train
 
-    run = train.run
+    run = train.train_run
 
     def fails_for_trim(config: Any, **options: Any) -> Any:
         if config.method == "trim":
             raise MemoryError("no room")
         return run(config, **options)
 
-    monkeypatch.setattr(train, "run", fails_for_trim)
+    monkeypatch.setattr(train, "train_run", fails_for_trim)
     done = batchtrim("compare", *TINY, "-q")
     assert done.exit_code == 1
     assert "failed: trim seed 0: MemoryError: no room" in done.stderr

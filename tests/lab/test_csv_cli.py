@@ -1,4 +1,4 @@
-"""Tables of numbers made elsewhere, reported from the command line."""
+"""Results of other programs in a table, reported from the command line."""
 
 from __future__ import annotations
 

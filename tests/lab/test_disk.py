@@ -1,4 +1,4 @@
-"""A disk that is full, and a folder that is gone: one line at once, and what is recorded stays."""
+"""A full disk, and a folder that is gone: one line at once, and what is recorded stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training function of one's own: what it is given, what is recorded, and what happens when it does wrong."""
+"""The user's own training function: what it gets, what is recorded, and what happens if it is wrong."""
 
 from __future__ import annotations
 

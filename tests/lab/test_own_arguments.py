@@ -1,4 +1,4 @@
-"""Arguments of another kind, given to what compares and summarizes."""
+"""Arguments of the wrong kind to `compare` and `summarize`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training functions, images and networks of one's own from the command line, as a person types it."""
+"""The user's own training functions, images and networks, from the command line as a person types it."""
 
 from __future__ import annotations
 

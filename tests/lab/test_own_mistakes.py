@@ -1,4 +1,4 @@
-"""A training function that does wrong: what stops the comparison, what fails a run, and what is noted."""
+"""A training function with mistakes: what stops the comparison, what fails a run, and what is noted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""runs.jsonl: whole lines whoever dies, one run once whoever shares the folder."""
+"""runs.jsonl: lines are whole whichever process dies, and no run is done twice by processes on one folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes to a terminal: no styling where NO_COLOR asks for none, and how far a long piece of work is."""
+"""Output to a terminal: no styling under NO_COLOR, and the progress of a long task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweep over transformers' classes: what it counts, what it goes on from, and a part of it."""
+"""The sweep over transformers' classes: its counts, resuming it, and a part of the sweep itself."""
 
 from __future__ import annotations
 

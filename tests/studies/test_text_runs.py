@@ -1,4 +1,4 @@
-"""The study on TREC's questions, on a few made-up ones: what its rows count, and that it goes on where it stopped."""
+"""The study on TREC's questions, on a few made-up ones: the counts in its rows, and resuming it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find what an activation checkpoint does again in backward, and a trace does not.
+"""Find side effects that an activation checkpoint repeats in backward and a trace does not.
 
 Backward runs a checkpointed part of the forward once more. What that part writes into a buffer is then written twice,
 and what it reads there is another value the second time. A trace runs it once.
@@ -23,7 +23,7 @@ _DRAWING = {
 
 
 def done_again(graph: fx.GraphModule) -> str | None:
-    """Return what a checkpoint of a function's graph, as torch.compile's front end traces it, does twice, or None."""
+    """Return the side effect that a checkpoint in a graph of torch.compile's front end repeats, or None."""
     for node in graph.graph.find_nodes(op="get_attr"):
         body = getattr(graph, str(node.target), None)
         if not isinstance(body, fx.GraphModule):

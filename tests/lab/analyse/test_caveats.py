@@ -9,7 +9,7 @@ import pytest
 
 from batchtrim.lab.analyse import comparison
 from batchtrim.lab.analyse.caveats import Caveat, Kind, caveats
-from batchtrim.lab.present.caveats import caveat_texts
+from batchtrim.lab.present.caveat_texts import caveat_texts
 
 Row = dict[str, Any]
 MakeRow = Callable[..., Row]

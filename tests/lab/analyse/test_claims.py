@@ -1,4 +1,4 @@
-"""Claims beside their runs: what is supported, what is not, and what cannot be told."""
+"""Claims judged from their runs: supported, not supported, or not decidable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes and threads: what the machine and the reader say wins over our own guess."""
+"""Processes and threads: limits of the machine and of the user override our own guess."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An address where nobody answers is told soon, and in our own words."""
+"""An address that does not answer is reported soon, and in our own words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many runs: in this process, in several, on a Ray cluster; with deaths in between."""
+"""Many runs: in this process, in several, on a Ray cluster; with workers that die in between."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_run_that_fails_is_recorded_and_tried_again(tmp_path: Path, monkeypatc
         raise MemoryError("no room")
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "run", broken)
+        patched.setattr(train, "train_run", broken)
         failed = scheduler.run_all(grid.expand(TINY), scheduler.Workplace(tmp_path), Spy())
     assert [row["error"] for row in failed] == ["MemoryError: no room"] * 4
     assert {row["status"] for row in records.read(tmp_path)} == {"failed"}
@@ -148,7 +148,7 @@ def test_what_another_process_is_at_is_waited_for(tmp_path: Path, monkeypatch: p
         def note(self, text: str) -> None:
             super().note(text)
             if len(self.notes) == 2:
-                other.append(train.run(configs[0]))
+                other.append(train.train_run(configs[0]))
                 held.close()
 
     spy = Releases()
@@ -220,7 +220,7 @@ def test_a_run_that_kills_every_worker_is_recorded_as_failed(tmp_path: Path) -> 
         "else:\n"
         "    import os\n"
         "    def die(*_, **__): os.kill(os.getpid(), 9)\n"
-        "    train.run = die\n"
+        "    train.train_run = die\n"
     )
     (tmp_path / "sweep_that_kills.py").write_text(script)
     done = subprocess.run(

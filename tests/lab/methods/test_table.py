@@ -1,4 +1,4 @@
-"""The contract every method passes, and what is particular to each."""
+"""The contract that every method passes, and tests of single methods."""
 
 from __future__ import annotations
 

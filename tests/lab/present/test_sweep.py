@@ -12,7 +12,7 @@ import pytest
 
 from batchtrim.lab.analyse import comparison
 from batchtrim.lab.present import charts, figures, report, sweep, wording
-from batchtrim.lab.present.caveats import caveat_texts
+from batchtrim.lab.present.caveat_texts import caveat_texts
 
 MakeRow = Callable[..., dict[str, Any]]
 

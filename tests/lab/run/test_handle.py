@@ -1,4 +1,4 @@
-"""The run that a training function gets, where it makes the trimmer itself."""
+"""The run that a training function gets, if it makes the trimmer itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache of decoded images: its folder, its substitute, and entries that are whole whatever kills a process."""
+"""The cache of decoded images: its folder, the substitute, and entries that stay whole if a process is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images of one's own: class folders, tables, the hub's layout; what is said of them and what is refused."""
+"""The user's own images: class folders, tables, the hub's layout; what is noted and what is refused."""
 
 from __future__ import annotations
 

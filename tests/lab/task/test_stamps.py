@@ -1,4 +1,4 @@
-"""Files that change: images are decoded again, and those of a disk that goes away are not called broken."""
+"""Files that change: images are decoded again, and those on a disk that was removed are not called broken."""
 
 from __future__ import annotations
 

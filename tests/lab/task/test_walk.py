@@ -1,4 +1,4 @@
-"""Folders of images as they lie on disks: links, hidden folders, pixels of 32 bits. All that is left out is told."""
+"""Folders of images as found on disks: links, hidden folders, pixels of 32 bits. All that is left out is noted."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Row, Summary, s
 from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.present import charts, sweep, tables, wording
-from batchtrim.lab.present.caveats import caveat_texts
+from batchtrim.lab.present.caveat_texts import caveat_texts
 from batchtrim.lab.present.charts import Series, style_class
 from batchtrim.lab.present.templating import render
 
