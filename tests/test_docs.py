@@ -109,7 +109,7 @@ def test_its_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(code, title(page), "exec"), names)
 
 
-def test_programs_are_told_from_fragments() -> None:
+def test_programs_are_distinguished_from_fragments() -> None:
     codes = ["model(x)\n", "import math\nx = math.pi\n", "print(x)\n", "...\n"]
     assert programs("".join(f"```python\n{code}```\n" for code in codes)) == codes[1:3]
     counts = {title(page): len(programs(page.read_text())) for page in RUNNABLE}

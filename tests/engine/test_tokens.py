@@ -56,7 +56,7 @@ def test_a_language_model_is_exact_and_cut_down_to_its_last_attention(shift: boo
 
 
 @pytest.mark.slow
-def test_what_is_saved_of_the_head_is_that_of_the_kept_tokens() -> None:
+def test_only_the_kept_tokens_of_the_head_are_saved() -> None:
     torch.manual_seed(0)
     model = zoo.LanguageModel(WORDS)
     trim = batchtrim.Trimmer(0.25, unit="element")
@@ -76,7 +76,7 @@ def test_what_is_saved_of_the_head_is_that_of_the_kept_tokens() -> None:
     assert set(sizes) == {12}
 
 
-def test_pixels_are_no_tokens_and_go_on_exactly() -> None:
+def test_pixels_are_not_tokens_and_run_exactly() -> None:
     torch.manual_seed(0)
     model = nn.Conv2d(3, 5, 1)
     x, y = torch.randn(4, 3, 4, 4), torch.randint(5, (4, 4, 4))

@@ -43,7 +43,7 @@ def test_engines(device: torch.device, engine: str) -> None:
     assert row["status"] == "finished", row
 
 
-def test_a_run_goes_on_from_its_checkpoint(device: torch.device, tmp_path: Path) -> None:
+def test_a_run_continues_from_its_checkpoint(device: torch.device, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 

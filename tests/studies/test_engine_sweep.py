@@ -102,7 +102,7 @@ def test_a_model_that_does_not_train_is_not_run(monkeypatch: pytest.MonkeyPatch)
     assert "RuntimeError: mat1 and mat2" in found.reason
 
 
-def test_a_wrong_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_engine_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     report = EngineReport("shared", gradient_error=0.5, steps=6)
     monkeypatch.setattr(sweep, "check_engine", lambda *_, **__: report)
     found = sweep.judged(

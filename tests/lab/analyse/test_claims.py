@@ -109,7 +109,7 @@ def test_too_many_backward_samples_make_a_claim_not_supported(limit: int, status
     ("right", "wrong", "says"),
     [("effect", "efect", "Did you mean 'effect'?"), ('"trim"', '"tirm"', "Did you mean 'trim'?")],
 )
-def test_misspelt_names_in_claims_are_told(tmp_path: Path, right: str, wrong: str, says: str) -> None:
+def test_misspelt_names_in_claims_are_reported(tmp_path: Path, right: str, wrong: str, says: str) -> None:
     errors = {name: [5.0, 5.5, 6.0] for name in ("full", "trim", "random")}
     with pytest.raises(ValueError, match=re.escape(says)):
         claims.read(write(tmp_path / "r", errors, CLAIMS.replace(right, wrong)))

@@ -39,7 +39,7 @@ def test_lower_error_is_seen_and_paired_by_seed(make_row):
     assert _only(summary, "full").paired is None
 
 
-def test_higher_error_is_said_as_plainly(make_row):
+def test_higher_error_is_stated_as_plainly(make_row):
     summary = comparison.summarize(
         [*_rows(make_row, "full", [0.10, 0.11, 0.12]), *_rows(make_row, "trim", [0.20, 0.212, 0.219])]
     )

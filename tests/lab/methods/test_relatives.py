@@ -116,7 +116,7 @@ def test_importance_is_unbiased_and_draws_by_the_scores() -> None:
     assert counts[scores.argmax()] > 2 * counts[scores.argmin()]
 
 
-def test_importance_takes_zeros_and_keeps_what_is_no_number() -> None:
+def test_importance_accepts_zeros_and_keeps_nan() -> None:
     generator = torch.Generator().manual_seed(0)
     assert Importance()(torch.zeros(8), 0.5, generator).k >= 1
     losses = torch.zeros(8)
@@ -163,7 +163,7 @@ def test_proxy_counts_every_forward_and_the_network_sees_the_kept_alone() -> Non
     assert method.optimizer.param_groups[0]["lr"] == training.optimizer.param_groups[0]["lr"]
 
 
-def test_a_twin_leaves_the_network_and_the_draws_as_they_are() -> None:
+def test_a_proxy_does_not_change_the_network_or_the_draws() -> None:
     plain, proxy = start("full"), start("proxy")
     for mine, theirs in zip(plain.model.parameters(), proxy.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -285,7 +285,7 @@ def test_results_without_curves_and_costs_have_no_section_on_them(make_row, tmp_
         assert absent not in page
 
 
-def test_settings_of_a_method_are_words_and_no_python(make_row, tmp_path):
+def test_settings_of_a_method_are_words_and_not_python(make_row, tmp_path):
     """A parameter read {'keep': 0.5}."""
     rows = [make_row(method, seed, method_params={"keep": 0.5} if method == "superquantile" else {})
             for method in ("full", "superquantile") for seed in range(3)]  # fmt: skip
@@ -304,7 +304,7 @@ def test_seconds_of_many_methods_are_a_range(make_row, tmp_path, methods, told):
     assert ("Seconds for a run" in page) == (methods == 4)
 
 
-def test_an_arm_whose_runs_all_failed_is_told_so(make_row):
+def test_an_arm_whose_runs_all_failed_is_reported_as_failed(make_row):
     rows = [make_row(method, seed, None, status="failed") for method in ("full", "trim") for seed in range(3)]
     assert wording.headline(comparison.summarize(rows)) == "trim: every run of trim and of full failed"
     rows = rows[3:] + [make_row("full", seed, 0.1) for seed in range(3)]

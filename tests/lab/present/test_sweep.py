@@ -79,7 +79,7 @@ def test_views_at_an_equal_budget_carry_no_colour_of_a_verdict(make_row: MakeRow
     assert {row["colour"] for view in values["views"] for row in view["table"]["rows"]} == {""}
 
 
-def test_dots_and_lines_on_one_another_are_told_apart() -> None:
+def test_overlapping_dots_and_lines_are_distinguished() -> None:
     row = charts.Differences("trim", 1, (0, 1, 2), (0.1, 0.1, 0.1), 0.1, None, None, "")
     drawn = str(charts.differences([row], x_label="", fmt=str))
     assert len({part.partition('"')[0] for part in drawn.split('cy="')[1:]}) == 3

@@ -23,7 +23,7 @@ def test_the_registry_fits(model: str, norm: str) -> None:
     assert loading.prepare(RunConfig(model=model, norm=norm).resolved(), None, None) == ()
 
 
-def test_a_batch_larger_than_the_data_is_told() -> None:
+def test_a_batch_larger_than_the_data_is_reported() -> None:
     (note,) = loading.prepare(RunConfig(batch_size=300, train_size=200).resolved(), None, None)
     assert "batch_size 300 is more than the 200 training images" in note
 

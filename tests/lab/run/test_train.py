@@ -108,7 +108,7 @@ def test_threads_are_set_for_the_run_alone() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
     """Stopped after the second epoch; what goes on trains one more and gives the row of a run never stopped."""
     file = tmp_path / "checkpoints" / "run.pt"
     config = replace(SMALL, augment="crop+flip", optimizer="nesterov", lr=0.01)

@@ -193,7 +193,7 @@ def test_non_ascii_names_and_hidden_files(tmp_path: Path) -> None:
     assert any("class folder without images left out: empty" in note for note in found.notes)
 
 
-def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_names_that_are_not_text_are_refused(tmp_path: Path) -> None:
     tree(tmp_path / "mine", {"bad\udcff": 2, "b": 2})
     assert "expected names of files and folders in UTF-8, got b'bad\\xff/" in mistake("mine", test_split=0.5)
 
@@ -205,7 +205,7 @@ def test_ten_thousand_classes(tmp_path: Path) -> None:
     assert np.array_equal(labels[train], np.arange(10_000))
 
 
-def test_leakage_is_counted_and_said(tmp_path: Path) -> None:
+def test_leakage_is_counted_and_noted(tmp_path: Path) -> None:
     tree(tmp_path / "mine" / "train", {"a": 5, "b": 5})
     tree(tmp_path / "mine" / "test", {"a": 3, "b": 3}, first=500)
     image(2).save(tmp_path / "mine" / "test" / "b" / "renamed.bmp")
@@ -284,7 +284,7 @@ def test_splits_that_do_not_fit(tmp_path: Path) -> None:
     assert "1 images lie in flat itself, in no class" in mistake("flat", test_split=0.2)
 
 
-def test_val_stands_in_for_test_and_is_said(tmp_path: Path) -> None:
+def test_val_replaces_test_and_is_noted(tmp_path: Path) -> None:
     tree(tmp_path / "mine" / "train", {"a": 3, "b": 3})
     tree(tmp_path / "mine" / "val", {"a": 1, "b": 1}, first=500)
     (tmp_path / "mine" / "extra").mkdir()
@@ -386,7 +386,7 @@ def test_the_cache_is_used_and_made_again_when_a_file_changes(tmp_path: Path, ca
     assert "got a damaged cache" in mistake("mine", test_split=0.2)
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree(tmp_path / "mine", {"a": 5, "b": 5})
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("BATCHTRIM_CACHE", str(tmp_path / "file"))
