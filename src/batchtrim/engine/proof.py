@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from batchtrim.engine import rules_attention, rules_nn, rules_shape  # noqa: F401  (they enter their rules)
+from batchtrim.engine import rules_attention, rules_nn, rules_products, rules_shape  # noqa: F401  (they enter their rules)
 from batchtrim.engine.capture import decomposed, expression_of
 from batchtrim.engine.cutting import can_be_cut
 from batchtrim.engine.graphs import name_of
