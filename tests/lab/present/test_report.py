@@ -84,7 +84,7 @@ def test_markdown_and_csv_hold_the_numbers(rows, tmp_path):
     assert float(as_run["trim"]["difference"]) == pytest.approx(-0.0096)
     assert as_run["random"]["diverged"] == "1"
     assert as_run["full"]["difference"] == ""
-    assert {line["view"] for line in table} == {"as run", "Equal samples backward", "Equal training time"}
+    assert {line["view"] for line in table} == {"as run", "Equal backward samples", "Equal training time"}
 
 
 def test_json_is_plain_and_complete(rows):
@@ -281,7 +281,7 @@ def test_results_without_curves_and_costs_have_no_section_on_them(make_row, tmp_
     table.write_text("\n".join(["method,seed,accuracy", *lines]))
     page = report.write_report(csv_table.read_csv(table), tmp_path / "out").read_text()
     assert "Seed by seed" in page
-    for absent in ("Over training", "What it cost", "No curve", "Equal samples backward", "<dd></dd>"):
+    for absent in ("Over training", "What it cost", "No curve", "Equal backward samples", "<dd></dd>"):
         assert absent not in page
 
 
@@ -319,4 +319,4 @@ def test_numbers_of_very_good_and_very_short_runs(make_row):
         assert "-" not in re.sub(r"<[^>]*>", "", str(card.chart))
     notes = [wording.view_note(view) for view in group.views]
     assert any(note.startswith("Read at 0.13 seconds of training") for note in notes), notes
-    assert any(note.startswith("Read at 3,000 samples backward") for note in notes), notes
+    assert any(note.startswith("Read at 3,000 backward samples") for note in notes), notes

@@ -127,7 +127,7 @@ def test_charts_are_written_as_svg_and_png(swept: comparison.Summary, tmp_path: 
         patch.setattr(figures, "SCALE", 1)  # a ninth of the pixels
         paths = figures.save(swept, tmp_path / "figures")
     assert {path.suffix for path in paths} == {".svg", ".png"}
-    assert {path.stem for path in paths} >= {"differences", "test-error", "error-against-samples-backward"}
+    assert {path.stem for path in paths} >= {"differences", "test-error", "error-against-backward-samples"}
     for path in paths:
         if path.suffix == ".svg":
             text = path.read_text()
