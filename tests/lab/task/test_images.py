@@ -96,16 +96,6 @@ def test_groups_stay_on_one_side(tmp_path: Path) -> None:
     assert "in 20 groups that stay whole" in " ".join(find.notes)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_groups_of_several_classes_come_close_to_the_part_asked_for(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, 5, 2000)
-    groups = [str(each) for each in random.integers(0, 200, 2000)]
-    train, test = images.split_rows(labels, 0.2, seed, groups)
-    assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(2000))
-    assert np.bincount(labels[test]) / np.bincount(labels) == pytest.approx([0.2] * 5, abs=0.04)
-
-
 def test_sizes_and_modes_are_brought_to_one(tmp_path: Path) -> None:
     tree(tmp_path / "mine", {"a": 6}, size=(40, 20))
     tree(tmp_path / "mine" / ".." / "mine2", {"b": 6}, size=(10, 30))
