@@ -13,7 +13,7 @@ from torch import Tensor, fx
 __all__ = ["done_again"]
 
 _WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")  # further ones end with an underscore
-# where a function says that it writes its running statistics, and where these are
+# the argument by which a function writes its running statistics: its name and its position
 _NORMS = {"batch_norm": ("training", 5), "instance_norm": ("use_input_stats", 5)}
 _DRAWING = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
