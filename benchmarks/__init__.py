@@ -1,1 +1,1 @@
-"""Every number the documentation states about cost. ``python -m benchmarks`` runs all of them."""
+"""Measure every number that the documentation states about cost. ``python -m benchmarks`` runs all benchmarks."""

@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other: ``python -m benchmarks [FOLDER]`` writes each result there as JSON too."""
+"""Run all benchmarks one after another: ``python -m benchmarks [FOLDER]`` also writes each result there as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure the cost of the trimmer call, against a bare topk, against a training step, and at import.
+"""Measure what calling the trimmer costs relative to a bare topk and to a training step, and what importing it costs.
 
 python -m benchmarks.bench_core [--rounds 40] [--json out.json]
 """
@@ -22,7 +22,7 @@ KEEP = 0.2
 
 
 def against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
-    """Time forward and backward of ``trim(losses)`` over those of ``losses.topk(k).values.mean()``."""
+    """Time forward and backward of ``trim(losses)``, relative to those of ``losses.topk(k).values.mean()``."""
     losses = torch.rand(batch, requires_grad=True)
     k = batchtrim.keep_count(KEEP, batch)
     trim = batchtrim.Trimmer(KEEP)
@@ -41,7 +41,7 @@ def against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
 
 
 def mass_against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
-    """Time ``loss_mass``, whose k follows from the losses, over a topk that is given the same k."""
+    """Time ``loss_mass``, whose k follows from the losses, relative to a topk that is given the same k."""
     losses = (torch.rand(batch) ** 4).requires_grad_()  # a few hold most of the loss, as in a trained network
     trim = batchtrim.Trimmer(0.9, select=batchtrim.loss_mass())
     trim(losses)
@@ -63,7 +63,7 @@ def mass_against_topk(batch: int, rounds: int, inner: int) -> dict[str, Any]:
 
 
 def against_a_step(rounds: int) -> dict[str, Any]:
-    """Time the call as a part of a resnet8 step at B = 128."""
+    """Time the call as a share of a resnet8 step at B = 128."""
     model = models.build("resnet8", (3, 32, 32), 10)
     x, y = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
     losses = torch.rand(128, requires_grad=True)
@@ -88,7 +88,7 @@ def against_a_step(rounds: int) -> dict[str, Any]:
 
 
 def import_time(runs: int = 5) -> dict[str, float]:
-    """Return the milliseconds that ``import batchtrim`` adds to ``import torch``; the least of some runs."""
+    """Return the milliseconds that ``import batchtrim`` adds to ``import torch``: the minimum of several runs."""
     code = "import time, torch; start = time.perf_counter(); import batchtrim; print(time.perf_counter() - start)"
     # with bytecode, which the first run leaves, also on a machine that is told to write none
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}

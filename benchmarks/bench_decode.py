@@ -1,11 +1,11 @@
-"""Measure how long decoding and caching own images takes, beside a bare Pillow loop and the disk, and its peak memory.
+"""Measure the time and peak memory of decoding and caching own images, beside a bare Pillow loop and the disk.
 
-python -m benchmarks.bench_decode [--images 5000] [--rounds 3] [--folder DIR] [--json out.json]
+    python -m benchmarks.bench_decode [--images 5000] [--rounds 3] [--folder DIR] [--json out.json]
 
-Half are JPEG, half PNG, of 32 to 640 pixels a side; all end as 32 x 32. On all cores, in turn: read every file and do
-nothing with it; read, decode and resize every file and keep nothing (bare Pillow); decode and cache them as the lab
-does. Cold, the system has dropped every file from its cache before; warm, it holds all. ``--folder`` keeps the images,
-and uses those that are there.
+Half of the images are JPEG and half PNG, of 32 to 640 pixels a side; all are resized to 32 x 32. Three tasks take turns
+on all cores: only read every file; read, decode and resize every file and discard the result (bare Pillow); decode and
+cache the files as the lab does. "cold": every file was dropped from the system's page cache before. "warm": all files
+are in it. ``--folder`` keeps the images, and reuses those that are there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ print(json.dumps({"images": images_, "seconds": seconds, "peak_mb": peak / 1024,
 
 
 def make_images(folder: Path, number: int) -> None:
-    """Write images of all sizes in class folders."""
+    """Write images of all sizes into class folders."""
     random = np.random.default_rng(0)
     for name in range(CLASSES):
         (folder / f"class{name}").mkdir(parents=True)
@@ -64,7 +64,7 @@ def make_images(folder: Path, number: int) -> None:
 
 
 def forget(files: list[Path]) -> None:
-    """Drop the files from the system's cache, so that the next reader has them from the disk."""
+    """Drop the files from the system's page cache, so that the next reader gets them from the disk."""
     os.sync()
     for file in files:
         with file.open("rb") as held:
@@ -72,7 +72,7 @@ def forget(files: list[Path]) -> None:
 
 
 def seconds_of(work: Callable[[Path], object], files: list[Path]) -> float:
-    """Return the seconds that ``work`` takes for every file, in a thread per core."""
+    """Return the seconds that ``work`` takes for all files, in one thread per core."""
 
     def each(some: list[Path]) -> None:
         for file in some:
@@ -90,7 +90,7 @@ def bare(file: Path) -> None:
 
 
 def lab(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Decode into a new cache, and read from it, each in a process of its own."""
+    """Decode into a new cache, then read from it, each in a process of its own."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as cache:
         command = [sys.executable, "-c", _LAB, str(folder), cache]
         first, again = (json.loads(subprocess.check_output(command).splitlines()[-1]) for _ in range(2))
@@ -98,7 +98,7 @@ def lab(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def measure(folder: Path, rounds: int) -> dict[str, Any]:
-    """Time disk, bare Pillow and the lab in turn; medians of their seconds, and of the ratios within a round."""
+    """Time disk, bare Pillow and the lab in turn; return medians of their seconds, and of the ratios within a round."""
     files = sorted(each for each in folder.rglob("*.*") if each.is_file())
     megabytes = sum(each.stat().st_size for each in files) / 1e6
     found = []

@@ -1,10 +1,10 @@
-"""Step time, gradient and peak memory of every engine beside plain training.
+"""Measure step time, gradient error and peak memory of every engine beside plain training.
 
     python -m benchmarks.bench_engine [--models resnet18-group,vit] [--rounds 15] [--json out.json]
 
-Every step is forward, choice and backward on one batch; selection is inside the clock. "author" is the published rule:
-the mean of ``topk`` on the full graph. "floor" is what a step costs at least that looks at the whole batch once: with
-f the share of a forward without a graph in a plain step, f + (1 - f) q. It is (1 + 2q) / 3 where f is a third.
+A timed step is forward, selection and backward on one batch. "author" is the published rule: the mean of ``topk`` on
+the full graph. "floor" is the lowest possible cost of a step with one forward of the whole batch: f + (1 - f) q, if a
+forward without a graph takes the share f of a plain step. That is (1 + 2q) / 3 if f is a third.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def classify(outputs: Any, y: Tensor) -> Tensor:
     return F.cross_entropy(getattr(outputs, "logits", outputs), y, reduction="none")
 
 
-# network, inputs, and how far above (1 + 2q) / 3 its shared step may be
+# network, inputs, and by how much its step under `shared` may exceed (1 + 2q) / 3
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, Tensor]], float]] = {
     "resnet18-group": (lambda: resnet18("group"), some_images, 0.06),
     "resnet18-batch": (lambda: resnet18("batch"), some_images, 0.06),
@@ -80,9 +80,10 @@ def make_step(
     keep: float | batchtrim.Trimmer,
     precision: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Callable[[], Tensor]:
-    """Return one step of an engine, which returns the loss after its backward.
+    """Return a function that runs one step of an engine and returns the loss after backward.
 
-    ``keep`` may be a trimmer, whose fraction then holds; forward runs within ``precision()``.
+    Args:
+        keep: the fraction kept, or a trimmer that determines it. precision: a context for the forward.
     """
     trim = keep if isinstance(keep, batchtrim.Trimmer) else batchtrim.Trimmer(keep)
 
@@ -117,7 +118,7 @@ def gradients(model: nn.Module) -> Tensor:
 
 
 def warm_up(model: nn.Module, batches: Callable[[], tuple[Any, Tensor]], steps: int) -> None:
-    """Train for some steps, so that gradients and statistics are those of a network at work."""
+    """Train for a few steps, so that gradients and statistics are those of a network in training."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(steps):
         x, y = batches()
@@ -128,9 +129,10 @@ def warm_up(model: nn.Module, batches: Callable[[], tuple[Any, Tensor]], steps: 
 
 
 def agreement(model: nn.Module, batches: list[tuple[Any, Tensor]], keep: float) -> dict[str, Any]:
-    """Compare the gradients of two_pass and shared with exact, all parameters together.
+    """Compare the gradients of two_pass and shared with those of exact, over all parameters together.
 
-    The largest relative error, the median cosine, and every batch's cosine.
+    Returns:
+        The largest relative error, the median cosine, and every batch's cosine.
     """
     errors: dict[str, list[float]] = {"two_pass": [], "shared": []}
     cosines: dict[str, list[float]] = {"two_pass": [], "shared": []}
@@ -182,7 +184,7 @@ def measure(name: str, keeps: tuple[float, ...], rounds: int, seed: int = 0) -> 
 
 
 def whole_run(steps: int, names: tuple[str, ...], norm: str = "group") -> dict[str, Any]:
-    """Time plain training, and trim on the paper's schedule with each engine, taking turns step by step."""
+    """Time plain training, and trimming on the paper's schedule with each engine, interleaved step by step."""
     torch.manual_seed(0)
     first = resnet18(norm).train()
     networks = {name: copy.deepcopy(first) for name in ("plain", *names)}
@@ -219,7 +221,7 @@ HUNDRED: dict[str, Callable[[], nn.Module]] = {
 
 
 def first_hundred(name: str, keep: float, steps: int = 100) -> dict[str, Any]:
-    """Time auto's first hundred steps, counting and trace included, against as many plain ones."""
+    """Time auto's first hundred steps, counting and trace included, relative to as many plain ones."""
     torch.manual_seed(0)
     model, (x, y) = HUNDRED[name]().train(), some_images()
     run = {"plain": make_step("plain", model, x, y, keep)}
@@ -303,7 +305,7 @@ def language_model(
 
 
 def traces(names: tuple[str, ...]) -> dict[str, float]:
-    """Return the seconds that the shared engine's first step takes beyond a plain one: the trace, once a run."""
+    """Return by how many seconds the shared engine's first step exceeds a plain one: its trace, once per run."""
     seconds = {}
     for name in names:
         build, inputs, _ = CASES[name]
@@ -322,10 +324,10 @@ def traces(names: tuple[str, ...]) -> dict[str, float]:
 
 
 def compiled(name: str, keeps: tuple[float, ...], rounds: int) -> list[dict[str, float]]:
-    """Time engines on a model that the user compiled, over a compiled plain step.
+    """Time engines on a model that the user compiled, relative to a compiled plain step.
 
-    The first steps compile, and are not counted: the second of ``shared``, the first and the first with another k of
-    the others. From q = 0.4 on ``shared`` is to be below ``two_pass``.
+    The steps that compile are not counted: the second of ``shared``; for the others the first, and the first with
+    another k. From q = 0.4 on, ``shared`` should take less time than ``two_pass``.
     """
     build, inputs, _ = CASES[name]
     torch.manual_seed(0)

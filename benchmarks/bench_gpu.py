@@ -1,13 +1,13 @@
-"""Step time, gradient and peak memory of every engine on a GPU: ResNet-50, ViT-S, BERT-base and a small GPT-2.
+"""Measure step time, gradient error and peak memory of every engine on a GPU: ResNet-50, ViT-S, BERT-base, small GPT-2.
 
     python -m benchmarks.bench_gpu --language-model --json out.json
     python -m benchmarks.bench_gpu --networks vit-s --dtypes bf16 --modes eager --json out.json
 
-Every case (network, dtype, eager or compiled) has a process of its own. All prepare side by side, which for compiled
-ones takes a minute or more, and then take turns: nothing else runs while one is timed. Steps of all engines are
-interleaved, and ratios are paired within a round. Forward, choice and backward are inside the clock; the optimizer is
-not. fp32 is full float32: TF32 is off. bf16 is autocast. "host" is how long a step keeps Python busy: where it is no
-shorter than the step, starting operators costs more than running them.
+Every case (network, dtype, eager or compiled) has a process of its own. All cases prepare at the same time, which takes
+a minute or more for compiled ones. Then they take turns: nothing else runs while one is timed. Steps of all engines are
+interleaved, and ratios are paired within a round. A timed step is forward, selection and backward, without the
+optimizer. fp32 is full float32: TF32 is off. bf16 is autocast. "host" is how long a step keeps Python busy: if that is
+as long as the step, starting operators takes longer than running them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Precision = Callable[[], contextlib.AbstractContextManager[Any]]
 EAGER = ("plain", "forward", "author", "exact", "two_pass", "shared", "auto")
 COMPILED = ("plain", "exact", "two_pass", "shared", "auto")
 KEEPS = (0.2, 0.4, 0.6)
-FEW = 8  # rows of a batch so small that starting operators is all that a step costs
+FEW = 8  # rows of a batch so small that a step's time is that of starting its operators
 MODES = ("eager", "compiled")
 
 
@@ -106,7 +106,7 @@ def precision_of(dtype: str, device: torch.device) -> Precision:
 
 
 def host_seconds(step: Callable[[], Any], rounds: int) -> float:
-    """Return how long a step keeps Python busy, by median."""
+    """Return the median time that a step keeps Python busy."""
     seconds = []
     for _ in range(rounds):
         if torch.cuda.is_available():
@@ -118,7 +118,7 @@ def host_seconds(step: Callable[[], Any], rounds: int) -> float:
 
 
 def agreement(model: nn.Module, x: Any, y: Tensor, keep: float, precision: Precision) -> dict[str, float]:
-    """Return the relative error and the cosine of the gradient of shared against exact; dropout at one seed."""
+    """Return relative error and cosine of the gradient of shared against exact, with the same dropout masks."""
     found = {}
     for name in ("exact", "shared"):
         own = copy.deepcopy(model)
@@ -172,7 +172,7 @@ class Case:
                 trim.step()
 
     def prepare(self) -> None:
-        """Trace and compile whatever will be timed."""
+        """Trace and compile everything that will be timed."""
         self.all = self.steps(self._trimmer, self.x, self.y)
         for keep in self.keeps:
             for name, step in list(self.all.items()):
@@ -191,7 +191,7 @@ class Case:
             self._next_keep()
         self.small = {} if self.compiled else self.steps(lambda: 0.5, *self.few)
         for name in [*self.told["refused"], *({"two_pass"} & self.small.keys())]:
-            self.small.pop(name, None)  # two passes of a batch this small are nobody's choice
+            self.small.pop(name, None)  # nobody would choose two passes for a batch this small
         for step in self.small.values():
             step()
             step()
@@ -250,12 +250,12 @@ def failure(key: tuple[str, str, str], why: str) -> dict[str, Any]:
 
 
 def run_case(key: tuple[str, str, str], options: Any, room: Any, ready: Any, turn: Any, results: Any) -> None:
-    """Prepare, wait until all others have, and measure alone."""
+    """Prepare, wait until all other cases are prepared, and measure alone."""
     _settle(options)
     outcome: dict[str, Any]
     case = None
     try:
-        with room:  # so that memory suffices
+        with room:  # limits the number of cases in memory
             case = Case(*key, options)
             case.prepare()
     except Exception:
@@ -263,13 +263,13 @@ def run_case(key: tuple[str, str, str], options: Any, room: Any, ready: Any, tur
         outcome = failure(key, traceback.format_exc()[-3000:])
         print(outcome["failed"], flush=True)
     print(f"prepared: {' '.join(key)}{'' if case else ' (failed)'}", flush=True)
-    with contextlib.suppress(Exception):  # one that takes too long must not keep the others from their turn
+    with contextlib.suppress(Exception):  # a case that takes too long must not block the others
         ready.wait(options.prepare_seconds)
     while options.after and not Path(options.after).exists():
         time.sleep(0.5)
     with turn:
         if case is not None:
-            if options.timing:  # whoever else uses the machine may stop when this file comes, and go on when it goes
+            if options.timing:  # other programs on the machine can pause while this file exists
                 Path(options.timing).touch()
                 time.sleep(1.0)
             try:
@@ -280,14 +280,14 @@ def run_case(key: tuple[str, str, str], options: Any, room: Any, ready: Any, tur
 
 
 def _gathered(keys: list[Any], crew: list[Any], results: Any, path: str | None) -> dict[Any, dict[str, Any]]:
-    """Return what every case found; a process that died without a word is a failed case."""
+    """Return every case's result; a process that died without one is a failed case."""
     found: dict[Any, dict[str, Any]] = {}
     while len(found) < len(keys):
         alive = any(each.is_alive() for each in crew)
         try:
             key, outcome = results.get(timeout=2.0)
             found[key] = outcome
-            save(path, {"cases": list(found.values())})  # what is there, should a later case take too long
+            save(path, {"cases": list(found.values())})  # the results so far, in case a later case takes too long
         except queue.Empty:
             if not alive:
                 break

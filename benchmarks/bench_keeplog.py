@@ -1,7 +1,9 @@
-"""Measure the cost of a keep log: a training step with one and without, and the bytes of a million samples.
+"""Measure the cost of a keep log: a training step with and without it, and the bytes for a million samples.
 
-``python -m benchmarks.bench_keeplog [--json FILE]``. Steps are interleaved, so that what else the machine does falls on
-both alike. Aim: under 1 % of a resnet8 step, under 64 MiB for a million samples.
+    python -m benchmarks.bench_keeplog [--json FILE]
+
+Steps with and without it are interleaved, so that other load on the machine affects both alike. Goals: under 1 % of a
+resnet8 step, and under 64 MiB for a million samples.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ BATCH, SAMPLES = 128, 50_000
 
 
 def step_cost(rounds: int) -> dict[str, Any]:
-    """Return the seconds of a resnet8 step and of recording a batch (entering the log included), and their ratio."""
+    """Return the seconds of a resnet8 step, those of recording a batch (its entry included), and their ratio."""
     torch.manual_seed(0)
     model = models.build("resnet8", (3, 32, 32), 10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters())
@@ -41,7 +43,7 @@ def step_cost(rounds: int) -> dict[str, Any]:
     records = {
         name: lambda log=log, more=extra[name]: _record(log, losses, selection, more) for name, log in logs.items()
     }
-    per_step = 64  # a multiple of the batches a log holds back, so that entering them is part of the time
+    per_step = 64  # a multiple of the batches that a log buffers, so that entering them is part of the time
     steps: list[float] = []
     costs: dict[str, list[float]] = {name: [] for name in records}
     step()
@@ -76,7 +78,7 @@ def _record(log: batchtrim.KeepLog, losses: torch.Tensor, selection: Any, extra:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the numbers, and save them where asked."""
+    """Print the numbers, and save them if a path is given."""
     given = timing.parser_of(__doc__, rounds=30).parse_args(arguments)
     result = {"resnet8, batch 128": step_cost(given.rounds), "memory": memory()}
     for name, values in result.items():

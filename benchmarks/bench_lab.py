@@ -1,4 +1,4 @@
-"""Measure the cost of the lab: its loop beside a bare one, its overhead a run, two workers against one.
+"""Measure the cost of the lab: its loop beside a bare one, its overhead per run, and two workers against one.
 
 python -m benchmarks.bench_lab [--runs 200] [--json out.json]
 """
@@ -27,9 +27,9 @@ SIZE, BATCH = 3200, 128
 
 
 def loop(method: str, rounds: int, network: str = "resnet8") -> dict[str, Any]:
-    """Time an epoch in the lab, with augmentation and records, over one written by hand without either.
+    """Time an epoch in the lab, with augmentation and records, relative to a loop written by hand without either.
 
-    The network ``speed`` goes with label smoothing, so that ranking by the unsmoothed loss is inside the clock.
+    The network ``speed`` is trained with label smoothing, so that the time includes ranking by the unsmoothed loss.
     """
     dataset = "cifar10" if os.environ.get("BATCHTRIM_DATA") else "digits"
     settings: dict[str, Any] = {"keep_start": 0.6, "keep_end": 0.6} if method == "trim" else {}
@@ -43,7 +43,7 @@ def loop(method: str, rounds: int, network: str = "resnet8") -> dict[str, Any]:
     mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in (images.mean, images.std))
     x, y = (images.train_images.float() - mean) / std, images.train_labels
     model = models.build(network, images.shape, images.classes)
-    if images.shape[0] > 1:  # the layout the lab trains in
+    if images.shape[0] > 1:  # the memory format that the lab trains in
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], 1e-3)
 
@@ -103,7 +103,7 @@ def overhead(runs: int, workers: int, epochs: int) -> dict[str, Any]:
 
 
 def own_task(runs: int) -> dict[str, Any]:
-    """Return the milliseconds that the harness adds to a run of a function of yours, and the report's seconds."""
+    """Return the milliseconds that the lab adds to a run of an own training function, and the report's seconds."""
 
     def task(run: Any) -> dict[str, float]:
         for _ in range(run.epochs):

@@ -1,4 +1,4 @@
-"""The shared engine of this checkout beside that of another one, in one process and interleaved.
+"""Time the shared engine of this checkout beside that of another one, interleaved in one process.
 
     git worktree add ../before ddc1b7f^      # the last commit with the engine's first design
     python -m benchmarks.bench_versions ../before [--models resnet18-group,vit] [--json out.json]
@@ -24,12 +24,12 @@ from benchmarks.bench_engine import CASES, KEEPS, classify, make_step
 from benchmarks.timing import interleaved, parser_of, ratio, save
 
 OTHER = "batchtrim_other"
-# The most by which the ratio may exceed the other's, by keep fraction.
+# By how much the ratio may exceed the other's, at each keep fraction.
 ALLOWANCES = {0.2: 0.02, 0.4: 0.02, 0.6: 0.04}
 
 
 def load(checkout: Path, into: Path) -> ModuleType:
-    """Import the package of another checkout, copied into a folder with every mention of its name changed."""
+    """Import the package of another checkout, from a copy in which every mention of its name is changed."""
     source = checkout / "src" / "batchtrim"
     if not source.is_dir():
         raise FileNotFoundError(f"expected a checkout with src/batchtrim for `checkout`, got {checkout}.")
@@ -53,7 +53,7 @@ def step_of(package: ModuleType, model: Any, x: Any, y: Any, keep: float) -> Any
 
 
 def measure(name: str, other: ModuleType, keeps: tuple[float, ...], rounds: int) -> list[dict[str, Any]]:
-    """Time both engines over a plain step."""
+    """Time both engines relative to a plain step."""
     build, inputs, _ = CASES[name]
     torch.manual_seed(0)
     model, (x, y) = build().train(), inputs()

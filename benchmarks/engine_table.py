@@ -1,4 +1,4 @@
-"""Print the records of bench_engine as a Markdown table: ``python -m benchmarks.engine_table FILE.json ...``"""
+"""Print results of bench_engine as a Markdown table: ``python -m benchmarks.engine_table FILE.json ...``"""
 
 from __future__ import annotations
 

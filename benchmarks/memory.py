@@ -1,4 +1,4 @@
-"""Peak memory of a step."""
+"""Measure the peak memory of a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def peak_memory(step: Callable[[], Any]) -> float:
-    """Return the peak resident memory of one step above what was held before it, in MiB; on a GPU, of its allocator."""
+    """Return by how many MiB memory rises at the peak of a step: resident memory, or the allocator's on a GPU."""
     step()
     gc.collect()
     if torch.cuda.is_available():
@@ -22,7 +22,7 @@ def peak_memory(step: Callable[[], Any]) -> float:
 
 
 def _allocated_peak(step: Callable[[], Any]) -> float:
-    """Return the peak of bytes allocated by tensors, from the profiler's records: resident size lags behind."""
+    """Return the peak of bytes allocated by tensors, from the profiler: resident memory lags behind."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     held = peak = 0

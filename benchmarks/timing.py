@@ -1,4 +1,4 @@
-"""Timing on a machine that is never quite idle: interleaved, paired, by median."""
+"""Time functions on a machine that is never quite idle: interleaved, paired within a round, by median."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import batchtrim
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, inner: int = 1) -> dict[str, list[float]]:
-    """Return the seconds per call of each function, ``rounds`` times, taking turns in every round."""
+    """Return the seconds per call of each function in each of ``rounds`` rounds; in a round they take turns."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -39,7 +39,7 @@ def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """Return what belongs to a number: versions, machine and date."""
+    """Return the environment of a measurement: versions, machine and date."""
     return {
         "batchtrim": batchtrim.__version__,
         "torch": torch.__version__,
@@ -54,10 +54,10 @@ def environment() -> dict[str, Any]:
 
 
 def parser_of(text: str | None, **numbers: int) -> argparse.ArgumentParser:
-    """Return a parser with ``--json`` and an option for each whole number, which is its default.
+    """Return a parser with ``--json``, and an integer option for each of the given defaults.
 
     Args:
-        text: the docstring of the benchmark's module, which is its help.
+        text: the docstring of the benchmark's module; it becomes the help.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in numbers.items():
@@ -67,7 +67,7 @@ def parser_of(text: str | None, **numbers: int) -> argparse.ArgumentParser:
 
 
 def save(path: str | None, result: dict[str, Any]) -> None:
-    """Write a result with its environment as JSON, where a path is given."""
+    """Write a result with its environment as JSON, if a path is given."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Studies of methods and of the keep log, which make the evidence in `records/`. `benchmarks/` measures cost only."""
+"""Produce the evidence in `records/`: studies of methods, engines and keep log. `benchmarks/` measures cost only."""

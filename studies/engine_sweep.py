@@ -1,4 +1,4 @@
-"""Check which engine computes which model of transformers right: tiny configurations, with and without dropout.
+"""Check which models of transformers each engine computes right: tiny configurations, with and without dropout.
 
     python -m studies.engine_sweep --out runs/engine-sweep                     # everything, resumable
     python -m studies.engine_sweep --out runs/engine-sweep --part 1/2          # one of two processes
@@ -6,16 +6,16 @@
     python -m studies.engine_sweep --out runs/engine-sweep --engines shared --only bert gpt2 vit
     python -m studies.engine_sweep --out runs/engine-sweep --table             # only write table.md again
 
-Each (class, dropout, engine) is one call of ``batchtrim.testing.check_engine``: six steps on batches of 8, 8 and 5,
-half, a fifth and three quarters of the samples kept, weights updated in between. Ends in
+Each (class, dropout, engine) is one call of ``batchtrim.testing.check_engine``: six steps on batches of 8, 8 and 5
+samples, of which half, a fifth and three quarters are kept, with weight updates in between. The verdict is one of
 
-* "right": every gradient, buffer, generator and batch as a plain step has them, gradients to 1e-5;
-* "approximate": the engine itself says that its gradient is not exact, and why (BatchNorm; dropout in two_pass);
-* "refused": the engine says why it will not run the model;
+* "right": gradients are those of a plain step up to 1e-5; buffers, generators and batches are the same;
+* "approximate": the engine reports that its gradient is not exact, and why (BatchNorm; dropout in two_pass);
+* "refused": the engine reports why it does not run the model;
 * "wrong": anything else. There must be none;
 * "not run": the plain model does not train with the tiny configuration, which says nothing about an engine.
 
-Rows go to results.jsonl as they come, one a line, and are not computed again; table.md is made from them.
+Each verdict is appended to results.jsonl as one line and is not computed again; table.md is made from that file.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from studies.hf_losses import seed
 from studies.hf_models import FAMILIES, Family, tiny_config, tiny_model
 from studies.time_limit import TooLong, time_limit
 
-PARAMETERS = 3_000_000  # above that a configuration did not come out tiny
-SECONDS = 150  # for a plain step, and for a check
+PARAMETERS = 3_000_000  # with more, the configuration is not tiny
+SECONDS = 150  # time limit for a plain step, and for a check
 SIZES = (8, 8, 5)
 ENGINES = ("shared", "two_pass", "auto")
 VERDICTS = ("right", "approximate", "refused", "wrong", "not run")
@@ -67,7 +67,7 @@ _PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", 
 
 @dataclass(frozen=True)
 class Task:
-    """The training of a family of model classes: its per-sample loss, and what ``x`` holds beside the inputs."""
+    """The training of a family of model classes: its per-sample loss, and what ``x`` contains besides the inputs."""
 
     family: str
     loss: Callable[[Any, Any], Tensor | Losses]
@@ -169,7 +169,7 @@ def make(task: Task, kind: str, name: str, dropout: bool) -> tuple[nn.Module, li
 
 
 def _split(task: Task, batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Return what the model takes, and the labels."""
+    """Return the model's inputs, and the labels."""
     labels = batch.pop("labels")
     if task.shifted_into_decoder:
         started = torch.cat([torch.ones_like(labels[:, :1]), labels[:, :-1]], 1)
@@ -178,7 +178,7 @@ def _split(task: Task, batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
 
 
 def plain(task: Task, kind: str, name: str, dropout: bool) -> tuple[nn.Module, list[tuple[Any, Any]]]:
-    """Return model and batches after a plain step on each; raise where the model does not train."""
+    """Return model and batches after a plain step on each; raise if the model does not train."""
     model, batches = make(task, kind, name, dropout)
     trial = copy.deepcopy(model)
     drawn: list[Tensor] = []
@@ -205,7 +205,7 @@ def judged(task: Task, kind: str, name: str, dropout: bool, engine: str, seconds
     except TooLong:
         row.reason = f"a plain step takes more than {seconds} seconds"
         return row
-    except Exception as error:  # whatever a model does with a configuration that is not its own
+    except Exception as error:  # a model may fail in any way with a configuration that it was not made for
         row.reason = _line(f"{type(error).__name__}: {error}")
         return row
     try:
@@ -232,9 +232,9 @@ def _line(text: str) -> str:
 def cases(
     tasks: list[str], only: list[str], engines: list[str], every: bool = True
 ) -> Iterator[tuple[Task, str, str, bool, str]]:
-    """Yield one class of each model type, with dropout, and then, with ``every``, all else.
+    """Yield one class of each model type, with dropout; then, with ``every``, all others.
 
-    So what is stopped early has seen every architecture.
+    A sweep that is stopped early has then covered every architecture.
     """
     first: dict[str, tuple[Task, str, str]] = {}
     others: list[tuple[Task, str, str]] = []
@@ -265,7 +265,7 @@ def read(path: Path) -> dict[tuple[str, str, str, bool, str], CheckResult]:
 
 
 def table(rows: list[CheckResult]) -> str:
-    """Return the counts by engine and task, and below them whatever is neither right nor not run."""
+    """Return the counts by engine and task, followed by each case that is neither right nor not run."""
     lines = [f"{len({row.model for row in rows if row.verdict != 'not run'})} model classes.", ""]
     lines += ["| engine | dropout | task | " + " | ".join(VERDICTS) + " | largest error where right |"]
     lines += ["|---" * (len(VERDICTS) + 4) + "|"]
@@ -299,7 +299,7 @@ def _counted(engine: str, dropout: bool, task: str, rows: list[CheckResult]) -> 
 
 
 def quiet() -> None:
-    """Silence what torch and transformers say of odd models, and have ``auto`` trace even models too small to pay."""
+    """Silence warnings of torch and transformers, and make ``auto`` trace even models that are too small to pay."""
     AutoEngine.forecast = Forecast(math.inf, 0.0)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

@@ -1,19 +1,20 @@
-"""Check that the loss TrimmedTrainer finds is the model's own, for the classes of transformers that take labels.
+"""Check that the loss that TrimmedTrainer finds is the model's own, for all classes of transformers that take labels.
 
     python -m studies.hf_losses                          # all: about 10 minutes, results to stdout
     python -m studies.hf_losses --family ForCausalLM --only gpt2 llama
     python -m studies.hf_losses --out records/2026-11-25-hf-losses
 
-Every class is made with a tiny random configuration and given one batch of 4, with padding and ignored labels where
-its task knows them. Then, under the same dropout:
+Every class is made with a tiny random configuration and gets one batch of 4, with padding and ignored labels if its
+task has them. With the same dropout masks, these are compared:
 
-* what a ``TrimmedTrainer`` finds (``batchtrim.integrations._model_losses.ModelLosses``), with everything kept, and its
-  gradient, against ``model(**batch).loss`` and its gradient, in training mode, for ``unit="sample"`` and ``"element"``;
-* the same in evaluation mode, without a gradient;
-* each sample's own loss against the model's loss of a batch of that sample alone, in evaluation mode.
+* the loss that a ``TrimmedTrainer`` finds (``batchtrim.integrations._model_losses.ModelLosses``) with everything kept,
+  and its gradient, with ``model(**batch).loss`` and its gradient, in training mode, for ``unit="sample"`` and
+  ``"element"``;
+* the same losses in evaluation mode, without a gradient;
+* each sample's loss with the model's loss of a batch of that sample alone, in evaluation mode.
 
-Ends in "equal", "refused" (batchtrim says that it cannot, and why), "different" (what must not be), or "not run" (the
-plain model does not run with the tiny configuration; that says nothing about batchtrim).
+The verdict is "equal", "refused" (batchtrim reports that it cannot, and why), "different" (an error of batchtrim), or
+"not run" (the plain model does not run with the tiny configuration, which says nothing about batchtrim).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from batchtrim.integrations._model_losses import ModelLosses
 from studies.hf_models import FAMILIES, Family, tiny_config, tiny_model
 from studies.time_limit import TooLong, time_limit
 
-PARAMETERS = 14_000_000  # above that a configuration did not come out tiny
+PARAMETERS = 14_000_000  # with more, the configuration is not tiny
 SECONDS = 60
 BATCH = 4
 
@@ -70,7 +71,7 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
 
 
 def source(model: nn.Module, unit: str) -> ModelLosses:
-    """Return the losses of a TrimmedTrainer, without the trainer."""
+    """Return the object that finds the losses in a TrimmedTrainer, without the trainer."""
     trainer = SimpleNamespace(
         args=SimpleNamespace(label_smoothing_factor=0.0), label_smoother=None, trim_options={"unit": unit},
         label_names=find_labels(type(uncompiled(model))), is_fsdp_enabled=False, is_deepspeed_enabled=False,
@@ -80,7 +81,7 @@ def source(model: nn.Module, unit: str) -> ModelLosses:
 
 
 def verdict(model: nn.Module, batch: dict[str, Tensor], unit: str) -> str:
-    """Return "equal", or what differs."""
+    """Return "equal", or a description of the difference."""
     trim = Trimmer(1.0, unit=unit)
     model.train()
     seed()
@@ -92,7 +93,7 @@ def verdict(model: nn.Module, batch: dict[str, Tensor], unit: str) -> str:
     seed()
     losses = source(model, unit)
     found = losses(model, batch)
-    if losses.ran_eager:  # which draws other numbers than compiled code does: NumPy's are torch's there
+    if losses.ran_eager:  # it draws other numbers than compiled code, in which NumPy's come from torch
         seed()
         plain = loss_of(uncompiled(model)(**batch))
         expected = gradient(model, plain)
@@ -132,14 +133,14 @@ def rows_verdict(model: nn.Module, batch: dict[str, Tensor]) -> str:
     found = source(model, "sample")(model, batch)
     each = found.losses.values if found.scores is None else found.scores
     summed = type(model).__name__.endswith("ForCTC") and model.config.ctc_loss_reduction == "sum"
-    each = each / BATCH if summed else each  # their mean is the model's sum
+    each = each / BATCH if summed else each  # scaled so that their mean is the model's sum
     for row in range(BATCH):
         if found.losses.mask is not None and not found.losses.mask[row]:
             continue
         outputs = model(**{name: _of_row(value, row) for name, value in batch.items()})
         alone = loss_of(outputs)
         if not _as_in_batch(found.outputs, outputs, row):
-            continue  # the model itself says something else of a sample alone
+            continue  # the model's own outputs differ for a sample alone
         if alone.isfinite() and not torch.allclose(each[row], alone, rtol=2e-3, atol=1e-4):
             return f"different: sample {row} has {each[row].item():.6g} for {alone.item():.6g}"
     return "equal"
@@ -169,7 +170,7 @@ def judged(family: Family, kind: str, name: str, options: dict[str, Any], compil
             plain.backward()
     except TooLong:
         return "not run", "too long"
-    except Exception as error:  # whatever a model does with a configuration that is not its own
+    except Exception as error:  # a model may fail in any way with a configuration that it was not made for
         return "not run", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150]
     try:
         if compiled:

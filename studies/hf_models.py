@@ -1,4 +1,4 @@
-"""Tiny configurations of transformers' models, the models, and batches for their tasks."""
+"""Make tiny configurations of transformers' models, the models, and batches for their tasks."""
 
 from __future__ import annotations
 
@@ -93,19 +93,19 @@ _SPECIAL: dict[str, dict[str, Any]] = WHOLE | {
 }  # fmt: skip
 _IS_SPEECH = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "sew", "sew-d", "data2vec-audio",
               "wav2vec2-conformer")  # fmt: skip
-# vision-language models: which configuration holds which
+# configurations within the configuration of a model of several parts
 _SUB = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "qformer_config", "backbone_config")
 
 
 def _settings(config: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the small settings that a configuration knows under some name, as numbers."""
+    """Return those of the small settings that a configuration has, under the configuration's own names."""
     names = getattr(type(config), "attribute_map", {}) or {}
     found = {}
     for key, value in given.items():
         own = names.get(key, key)
         try:
             usual = getattr(config, own, None)
-        except Exception:  # transformers' own: it has another value in each layer
+        except Exception:  # raised by transformers if the setting differs from layer to layer
             continue
         if isinstance(usual, (int, float, str)) and not isinstance(usual, bool):
             found[own] = value
@@ -151,7 +151,7 @@ def tiny_model(name: str, config: Any, most: int) -> nn.Module:
         raise ValueError(f"{size} parameters: not tiny")
     model = model_class(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # heads that start at zero, norms at one
+        for parameter in model.parameters():  # some heads start at zero, and norms at one
             parameter.add_(0.02 * torch.randn_like(parameter))
     return model
 
@@ -160,7 +160,7 @@ def _made(maker: Any, settings: dict[str, Any]) -> Any:
     for _ in range(20):
         try:
             return maker(**settings)
-        except AttributeError as error:  # a name that is read only in this one
+        except AttributeError as error:  # a property that this configuration does not let one set
             name = re.search(r"property '(\w+)' of", str(error))
             if not name or name[1] not in settings:
                 raise
@@ -186,7 +186,7 @@ def _lm(batch: int, config: Any) -> dict[str, Tensor]:
 def _masked(batch: int, config: Any) -> dict[str, Tensor]:
     found = _lm(batch, config)
     found["labels"] = found["labels"].masked_fill(torch.rand(found["labels"].shape) < 0.7, -100)
-    found["labels"][:, 1] = 7  # every sample has one
+    found["labels"][:, 1] = 7  # every sample has at least one label
     return found
 
 
@@ -307,7 +307,7 @@ def _pairs(batch: int, config: Any) -> dict[str, Any]:
 
 @dataclass
 class Family:
-    """Model classes of one task: where transformers lists them, their batch, and what is set on the configuration."""
+    """Model classes of one task: the name of transformers' list of them, their batch, and settings to change."""
 
     mapping: str
     batch: Callable[[int, Any], dict[str, Any]]

@@ -1,6 +1,6 @@
-"""Tiny vision-language models: settings of their parts, and the inputs that their processors would make.
+"""Make tiny vision-language models: settings of their parts, and the inputs that their processors would produce.
 
-Legend: B batch, n image tokens a sample, p patch size, t frames a patch, m patches a side that are merged to one token.
+Legend: B batch, n image tokens per sample, p patch size, t frames per patch, m x m patches are merged into one token.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 __all__ = ["token_settings", "vision_settings", "with_images"]
 
-_TOKENS = {  # by how far from the end of the vocabulary; ordinary tokens stay 10 away from it
+_TOKENS = {  # distance from the end of the vocabulary; ordinary tokens stay 10 away from it
     "image_token_id": 1, "image_token_index": 1, "video_token_id": 2, "video_token_index": 2,
     "vision_start_token_id": 3, "vision_end_token_id": 4, "image_start_token_id": 3, "image_end_token_id": 4,
     "video_start_token_id": 5, "video_end_token_id": 6, "audio_token_id": 7,
 }  # fmt: skip
-_GRID = dict(  # vision transformers that take patches of any number of images in a row, and their grids
+_GRID = dict(  # for vision transformers that take the patches of all images in one sequence, and their grids
     depth=2, embed_dim=32, hidden_size=32, num_heads=4, intermediate_size=48, patch_size=4, spatial_merge_size=2,
     out_hidden_size=32, window_size=16, num_hidden_layers=2, num_attention_heads=4, num_position_embeddings=16,
     image_size=16, pos_emb_height=4, pos_emb_width=4, num_key_value_heads=2,
@@ -32,8 +32,8 @@ GRID = (
     "glmga", "glm_ocr", "paddleocr_vl", "video_llama_3", "exaone4_5", "hyperclovax_vision_v2", "ernie4_5_vl_moe",
     "minimax_m3_vl", "kimi_k25", "lfm3_vl", "cosmos3_omni", "cosmos3_edge", "glm5_next", "qwen2_5_omni_thinker",
 )  # fmt: skip
-SIDE = 4  # patches a side of one image in a grid
-# image tokens a sample, where that is not the number of patches
+SIDE = 4  # patches per side of an image in a grid
+# image tokens per sample, if that is not the number of patches
 _COUNTS = {
     "aya_vision": 4, "got_ocr2": 1, "pp_chart2table": 1, "step3p7": 1, "gemma3": 4, "shieldgemma2": 4, "idefics2": 64,
     "idefics3": 4, "smolvlm": 4, "mistral3": 4, "lighton_ocr": 4, "mistral_large4": 4, "internvl": 4, "qianfan_ocr": 4,
@@ -41,11 +41,11 @@ _COUNTS = {
     "instructblip": 4, "instructblipvideo": 16,
 }  # fmt: skip
 _SEVERAL = ("idefics", "idefics2", "idefics3", "smolvlm", "llava_next", "llava_next_video", "llava_onevision")
-_TILED = {"llava_next": 2, "llava_next_video": 2, "llava_onevision": 2}  # images a sample, where more than one
+_TILED = {"llava_next": 2, "llava_next_video": 2, "llava_onevision": 2}  # images per sample, if more than one
 _SIZED = ("mistral3", "lighton_ocr", "mistral_large4", *_TILED)
 _PATCHES = ("fuyu", "lfm2_vl")  # take (B, patches, numbers)
 _QUERIES = {"image_token_index": 119, "num_query_tokens": 4}
-WHOLE: dict[str, dict[str, Any]] = {  # settings beside those of the parts
+WHOLE: dict[str, dict[str, Any]] = {  # settings of the whole model, besides those of its parts
     "kimi_k25": {"projection_hidden_size": 32}, "paligemma": {"projection_dim": 32},
     "gemma3": {"mm_tokens_per_image": 4}, "shieldgemma2": {"mm_tokens_per_image": 4},
     "aria": {"projector_patch_to_query_dict": {16: 4}}, "vipllava": {"vision_feature_layers": [-1, 0]},
@@ -55,12 +55,12 @@ WHOLE: dict[str, dict[str, Any]] = {  # settings beside those of the parts
 
 
 def token_settings(config: Any, vocabulary: int) -> dict[str, int]:
-    """Return those of the special tokens that a configuration has, within the vocabulary."""
+    """Return the special tokens that a configuration has, moved into the vocabulary."""
     return {name: vocabulary - back for name, back in _TOKENS.items() if isinstance(getattr(config, name, None), int)}
 
 
 def vision_settings(kind: str, part: str, config: Any) -> dict[str, Any]:
-    """Return what else to set in a part of a vision-language model's configuration."""
+    """Return further settings for a part of a vision-language model's configuration."""
     if kind in GRID and part == "vision_config":
         found = {name: value for name, value in _GRID.items() if isinstance(getattr(config, name, None), int)}
         return found | {name: value for name, value in _LISTS.items() if hasattr(config, name)}
@@ -76,7 +76,7 @@ def vision_settings(kind: str, part: str, config: Any) -> dict[str, Any]:
 
 
 def with_images(found: dict[str, Tensor], images: Tensor, config: Any) -> dict[str, Any]:
-    """Return a batch of token sequences with an image before each, its tokens no labels."""
+    """Return a batch of token sequences with an image in front of each; image tokens are not labels."""
     kind = config.model_type
     token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     if kind in GRID:
@@ -125,7 +125,7 @@ def _with_tokens(found: dict[str, Tensor], token: int, number: int) -> dict[str,
 
 
 def _with_grids(found: dict[str, Tensor], config: Any, token: int) -> dict[str, Tensor]:
-    """Return a batch as of Qwen2-VL: the patches of all images in a row, and (frames, height, width) of each."""
+    """Return a batch as for Qwen2-VL: the patches of all images in one sequence, and each (frames, height, width)."""
     vision, batch = config.vision_config, len(found["input_ids"])
     merge = getattr(vision, "spatial_merge_size", 2)
     patch, frames = vision.patch_size, getattr(vision, "temporal_patch_size", 1)

@@ -1,12 +1,12 @@
-"""Measure how well wrong labels are found: keep history against losses and confident learning.
+"""Measure how well wrong labels are found: by the keep history, by losses and by confident learning.
 
 ``python -m studies.label_errors --data-dir DIR --noise human:aggre,human:worse,symmetric:0.2 --seeds 3``
 
-One run of the lab gives every score: the same network, epochs, seed and noise, so the scores differ in nothing but what
-they look at. A label is wrong where it differs from the data set's own. Reported: area under the precision-recall curve
-(average precision), whose value for a random order is the part of wrong labels. Confident learning is cleanlab's, where
-it is installed, on the final network's probabilities for the samples it was trained on: that is what a single run has,
-and less than the cross-validated probabilities its authors advise.
+One run of the lab gives every score, so network, epochs, seed and noise are the same for all scores. A label is wrong
+if it differs from the data set's own. The area under the precision-recall curve (average precision) is reported; for a
+random order it is the fraction of wrong labels. Confident learning is cleanlab's, if that is installed, on the final
+network's probabilities for the samples that it was trained on. A single run has no others; cleanlab's authors advise
+cross-validated ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from studies import recorded
 
 
 def scores(run: dict[str, np.ndarray], batch: int) -> dict[str, Tensor]:
-    """Return each score (n,) of one recorded run, larger where a label is more likely wrong."""
+    """Return each score (n,) of one recorded run; a larger score means that the label is more likely wrong."""
     n, classes = run["probabilities"].shape
     log = batchtrim.KeepLog(n, classes=classes, warn=False)
     for _ in recorded.epochs(log, run, batch):
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
                 ).resolved()  # fmt: skip
                 run = recorded.recorded(config, given.data_dir, given.cache)
                 for name, score in scores(run, config.batch_size).items():
-                    # a sample that no score is known of, or whose loss is no number, comes first: it wants a look
+                    # samples without a score, or with a loss that is NaN, come first: they should be looked at
                     ranked = score.double().nan_to_num(nan=score.nan_to_num().max().item() + 1.0)
                     found.setdefault(name, []).append(float(average_precision_score(run["wrong"], ranked.numpy())))
                 found.setdefault("part of wrong labels", []).append(float(run["wrong"].mean()))

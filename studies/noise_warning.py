@@ -2,10 +2,10 @@
 
 ``python -m studies.noise_warning --data-dir DIR --seeds 2,3,4 --cache FOLDER --json FILE``
 
-Each run trains with ``trim``; printed are the part of wrong labels, in all and of the kept at the end, the training
-error, how many times its least the doubt is at the end, by how much the hardest stay more than the easiest, and how
-many runs each sign and either would warn of. With ``--cache`` every prediction is stored, so that another rule is tried
-without training again.
+Each run trains with ``trim``. For each kind of run it prints: the fraction of wrong labels, among all samples and among
+the kept ones at the end; the training error; the doubt at the end divided by its minimum; the fraction of the hardest
+samples that stay, minus that of the easiest; and in how many runs each sign, or either, would warn. With ``--cache``
+every prediction is stored, so that another rule can be tried without training again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RUNS = (
 
 
 def warnings_of(config: RunConfig, data_dir: str | None, cache: Path | None) -> dict[str, Any]:
-    """Return what the log saw of a run, and the epoch, counted from 1, in which it warned; None if it did not."""
+    """Return the statistics that the log computed for a run, and the epoch (from 1) in which it warned, or None."""
     run = recorded.recorded(config, data_dir, cache)
     log = batchtrim.KeepLog(len(run["labels"]), classes=int(run["outputs"].shape[-1]), warn=False)
     warned: dict[str, int | None] = {"doubt rises": None, "the hardest stay": None}
@@ -57,7 +57,7 @@ def warnings_of(config: RunConfig, data_dir: str | None, cache: Path | None) -> 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train or read the runs, print a line for each kind of run, and save all where asked."""
+    """Train or read the runs, print a line for each kind of run, and save all results if a path is given."""
     parser = timing.parser_of(__doc__, epochs=10, train_size=10_000)
     parser.add_argument("--data-dir", help="folder with the data sets [BATCHTRIM_DATA]")
     parser.add_argument(

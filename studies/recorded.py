@@ -1,4 +1,4 @@
-"""Runs whose every prediction is stored, so that scores and rules can be tried on them without training again."""
+"""Store every prediction of a run, so that scores and rules can be tried on it without training again."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from batchtrim.lab.task import conditions, data
 
 
 class StoringLog(batchtrim.KeepLog):
-    """A keep log that also stores what it is given."""
+    """A keep log that also stores every batch that it receives."""
 
     def __init__(self, n: int, **options: Any) -> None:
         super().__init__(n, warn=False, **options)
         self.given: list[list[tuple[Tensor, ...]]] = [[]]
 
     def record(self, last: Any, *, ids: Tensor, outputs: Tensor, **more: Any) -> None:  # type: ignore[override]
-        """Store, and record."""
+        """Store the batch, and record it."""
         parts = (ids.int(), last.losses, last.selection.mask(), outputs.detach())
         self.given[-1].append(tuple(part.cpu().clone() for part in parts))
         super().record(last, ids=ids, outputs=outputs, **more)
 
     def end_epoch(self) -> dict[str, Any]:
-        """Close an epoch of both."""
+        """End the epoch, of the log and of what is stored."""
         self.given.append([])
         return super().end_epoch()
 
@@ -40,8 +40,8 @@ class StoringLog(batchtrim.KeepLog):
 def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dict[str, np.ndarray]:
     """Return what a run's log receives: ids, losses and kept (E, n), outputs (E, n, C), in the order of training.
 
-    And labels (n,), whether each is wrong (n,), the trained network's probabilities (n, C) for the same samples, and
-    the training error of each epoch (E,). Where ``cache`` holds the run it is read from there.
+    Further entries are the labels (n,), whether each is wrong (n,), the trained network's probabilities (n, C) for the
+    same samples, and the training error of each epoch (E,). A run that is in ``cache`` is read from there.
     """
     config = config.resolved()
     path = cache and stored(config, cache)
@@ -92,7 +92,7 @@ def epochs(log: batchtrim.KeepLog, run: dict[str, np.ndarray], batch: int) -> It
 def wrong_labels(config: RunConfig, data_dir: str | None) -> Tensor:
     """Return bool (n,), True where the run's training label is not the data set's own."""
     clean = data.load(config.dataset, data_dir)
-    # row numbers go through the run's conditions in the place of the images, so that each is found again
+    # row numbers pass through the run's conditions in place of the images, so that each image can be identified
     numbered = clean.with_train(torch.arange(len(clean.train_labels)), clean.train_labels)
     noisy = conditions.apply(
         numbered,

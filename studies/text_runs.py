@@ -1,13 +1,13 @@
-"""Compare methods on text: TREC's question kinds with a small transformer, through the Hugging Face Trainer.
+"""Compare methods on text: classify TREC's questions with a small transformer in the Hugging Face Trainer.
 
     python -m studies.text_runs records/2026-11-24-trec/config.toml --out runs/trec [--data-dir DIR]
 
-Writes rows as the lab does, so that ``batchtrim report`` and ``batchtrim claims`` read them. The same command goes on
-where it stopped; started twice at once, the two share the work. ``full`` is the Trainer itself, with nothing of ours;
-``studies/trainer_methods.py`` drives the others, every method of the lab.
+It writes records as the lab does, so that ``batchtrim report`` and ``batchtrim claims`` can read them. The same command
+continues where it stopped; two processes with the same command share the work. ``full`` is transformers' own Trainer;
+``studies/trainer_methods.py`` runs all other methods of the lab in it.
 
-``batchtrim compare --task examples/17_own_text.py:train`` compares on the same data and network what a trimmer alone
-drives. Only this study has the methods that need more: ``full_equal_compute``, ``infobatch`` and others.
+``batchtrim compare --task examples/17_own_text.py:train`` compares, on the same data and network, the methods that need
+a trimmer only. Methods that need more, such as ``full_equal_compute`` and ``infobatch``, are in this study only.
 """
 
 from __future__ import annotations

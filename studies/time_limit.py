@@ -1,4 +1,4 @@
-"""Stop what takes too long, by the alarm signal: in the main thread of a process, on systems that have it."""
+"""Stop code that takes too long by the alarm signal: in the main thread of a process, on systems that have it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["TooLong", "time_limit"]
 
 
 class TooLong(BaseException):
-    """Raised by the alarm. No ``Exception``: it gets past whatever catches the errors of a model."""
+    """Raised by the alarm. It is not an ``Exception``, so code that catches a model's errors does not catch it."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise :class:`TooLong` where the block takes more than ``seconds``."""
+    """Raise :class:`TooLong` if the block takes more than ``seconds``."""
     before = signal.signal(signal.SIGALRM, _raise)
     signal.alarm(seconds)
     try:

@@ -1,8 +1,8 @@
-"""Drive the lab's methods by the Hugging Face Trainer. Each is the lab's own object: none is written a second time.
+"""Run the lab's methods in the Hugging Face Trainer. Each is the lab's own object; none is implemented twice.
 
-``full`` is transformers' own Trainer. What a trimmer alone drives goes through :class:`TrimmedTrainer`, as for users.
-The others go through :class:`MethodTrainer`, which calls a method's hooks as the lab's loop does; as all hooks are
-called, no method of the table is left out.
+``full`` is transformers' own Trainer. Methods that need a trimmer only run in :class:`TrimmedTrainer`, as users run
+them. The others run in :class:`MethodTrainer`, which calls a method's hooks as the lab's loop does. It calls all hooks,
+so every method of the table works.
 
 N training samples, B batch.
 """
@@ -32,9 +32,9 @@ def make_trainer(method: Method, plain: bool, new_model: Callable[[int], nn.Modu
     """Return the Trainer of a method.
 
     Args:
-        method: the lab's. plain: True for ``full``: a Trainer with nothing of ours.
+        method: the lab's. plain: True for ``full``, which uses transformers' own Trainer.
         new_model: ``width -> model``, untrained; for methods that train a second one. width: of the run's model.
-        common: the Trainer's arguments, the model among them. ``args.num_train_epochs`` is set to the method's.
+        common: the Trainer's arguments, including the model. ``args.num_train_epochs`` is set to the method's.
     """
     common["args"].num_train_epochs = math.ceil(method.epochs)
     trim = method.trim
@@ -47,7 +47,7 @@ def make_trainer(method: Method, plain: bool, new_model: Callable[[int], nn.Modu
 
 
 def count_samples(trainer: Any) -> tuple[int, int]:
-    """Return how many samples a finished training put through forward and backward, further networks included."""
+    """Return the forward and backward samples of a finished training, including those of further networks."""
     if not isinstance(trainer, TrimmedTrainer | MethodTrainer):
         seen = len(trainer.train_dataset) * int(trainer.args.num_train_epochs)
         return seen, seen
@@ -59,10 +59,10 @@ def count_samples(trainer: Any) -> tuple[int, int]:
 
 
 class MethodTrainer(Trainer):
-    """A Trainer of a classifier that calls a method's hooks where the lab's loop calls them.
+    """A Trainer for a classifier that calls a method's hooks where the lab's loop calls them.
 
-    The learning rate follows the part of training that is done, as in the lab: a short epoch moves it as far as a long
-    one. Row numbers travel with the batches. One process, no accumulation.
+    The learning rate follows progress, as in the lab: a short epoch moves it as far as a long one. Batches contain row
+    numbers. One process, no accumulation.
 
     Args:
         method, new_model, width: as for :func:`make_trainer`. kwargs: the Trainer's.
@@ -78,13 +78,13 @@ class MethodTrainer(Trainer):
 
     @property
     def trim(self) -> Any:
-        """The method's trimmer."""
+        """Return the method's trimmer."""
         return self.method.trim
 
     @property
     def progress(self) -> float:
-        """The part of training that is done, in [0, 1]."""
-        part = min(1.0, self.method.epochs - self.epochs_done)  # of this epoch; less than 1 only in a shortened last
+        """Return the fraction of training that is done, in [0, 1]."""
+        part = min(1.0, self.method.epochs - self.epochs_done)  # of this epoch; below 1 only in a shortened last epoch
         steps = math.ceil(len(self.rows.visited) / self.args.train_batch_size) if self.steps_done else 1
         return (self.epochs_done + part * self.steps_done / steps) / self.method.epochs
 
@@ -101,7 +101,7 @@ class MethodTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         schedule = super().create_scheduler(num_training_steps, optimizer)
-        schedule.lr_lambdas = [  # the arguments' schedule, read where training is and not at the number of its step
+        schedule.lr_lambdas = [  # the arguments' schedule, as a function of progress instead of the step number
             lambda _, factor=factor: factor(self.progress * num_training_steps) for factor in schedule.lr_lambdas
         ]
         return schedule
@@ -113,7 +113,7 @@ class MethodTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs)
         batch = dict(inputs)
         rows, labels = batch.pop(IDS), batch.pop("labels")
-        chosen = self.method.choose(batch, labels)  # type: ignore[arg-type]  # the twin reads them as they are
+        chosen = self.method.choose(batch, labels)  # type: ignore[arg-type]  # the proxy takes them as they are
         if chosen is not None:
             batch = {name: value.index_select(0, chosen.indices) for name, value in batch.items()}
             rows, labels = rows.index_select(0, chosen.indices), labels.index_select(0, chosen.indices)
@@ -160,7 +160,7 @@ class MethodTrainer(Trainer):
 
 
 class _EpochRows(Sampler[int]):
-    """The rows that a method visits of an epoch, out of a sampler's order. Its length is that of a whole epoch."""
+    """The rows of an epoch that a method visits, in a sampler's order. Its length is that of a whole epoch."""
 
     def __init__(self, order: Any, method: Method) -> None:
         self.order, self.method, self.epoch = order, method, 0
@@ -190,7 +190,7 @@ class _Logits(nn.Module):
 
 
 class _Events(TrainerCallback):
-    """Calls the hooks of a method that are not about a batch."""
+    """Call the hooks of a method that do not concern a single batch."""
 
     def __init__(self, trainer: MethodTrainer) -> None:
         self.trainer, self.method = trainer, trainer.method
@@ -200,7 +200,7 @@ class _Events(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         trainer = self.trainer
-        trainer.steps_done += 1  # counted first: the learning rate moves on before `on_step_end`
+        trainer.steps_done += 1  # counted here, since the learning rate is updated before `on_step_end`
         assert trainer.optimizer is not None
         for optimizer in self.method.optimizers:
             for group in optimizer.param_groups:

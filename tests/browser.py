@@ -1,4 +1,4 @@
-"""Chromium for tests that look at a page; they skip where there is none, unless one is required."""
+"""Find Chromium for tests of rendered pages; without it they are skipped, or fail if it is required."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands as a person types them."""
+"""Run commands as a person types them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches for the tests of the keep log, and the same record as plain lists."""
+"""Batches for the tests of the keep log, and the same log kept in plain lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accumulation: a window trimmed as one large batch, or micro-batch by micro-batch, and what either is scaled by."""
+"""Accumulation: a window trimmed as one large batch, or micro-batch by micro-batch, and the scale of either."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_parameters_that_begin_to_move_later(move: str) -> None:
     torch.testing.assert_close(model.slow.weight, expected)
 
 
-def test_auto_goes_on_exactly_where_two_passes_cannot_train_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_continues_with_exact_if_two_passes_cannot_train_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """It raised; and where two passes did not pay, the repeated forward moved buffers once more."""
     monkeypatch.setattr("batchtrim.engine.shared.refusal", lambda forward: "refused")
     for keep, mixes in ((KEEP, True), (0.8, False)):

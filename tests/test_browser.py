@@ -1,4 +1,4 @@
-"""A browser test is skipped where there is no browser, and fails where CI requires one."""
+"""A browser test is skipped if there is no browser, and fails if CI requires one."""
 
 from __future__ import annotations
 

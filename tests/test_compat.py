@@ -1,4 +1,4 @@
-"""The calls of mbtrim and sqwash: values by hand, and each fault that is mended."""
+"""The calls of mbtrim and sqwash: values by hand, and each fault that is fixed."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_its_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(code, title(page), "exec"), names)
 
 
-def test_programs_are_told_from_fragments() -> None:
+def test_programs_are_distinguished_from_fragments() -> None:
     codes = ["model(x)\n", "import math\nx = math.pi\n", "print(x)\n", "...\n"]
     assert programs("".join(f"```python\n{code}```\n" for code in codes)) == codes[1:3]
     counts = {title(page): len(programs(page.read_text())) for page in RUNNABLE}
@@ -274,7 +274,7 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     assert re.search(r'<code>batchtrim <span class="option">--install-completion</span></code>', options)
     assert not re.search(r"<code>[^<]*--[a-z]", options), "an option that breaks after its dashes"
     notebook = (tmp_path / "notebooks" / "first-steps.html").read_text()
-    assert "of the samples backward" in notebook, "what the notebook prints"
+    assert "of the backward samples" in notebook, "what the notebook prints"
     command = [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=10000", "--dump-dom", (tmp_path / "index.html").as_uri() + "?q=superquantile"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

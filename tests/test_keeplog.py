@@ -109,7 +109,7 @@ def test_merge_is_as_if_recorded_one_after_the_other():
         torch.testing.assert_close(first.table()[name], column, equal_nan=True)
 
 
-def test_resumed_log_goes_on_as_an_uninterrupted_one(tmp_path):
+def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
     whole, part = KeepLog(40, classes=2), KeepLog(40, classes=2)
     for i, (ids, losses, selection) in enumerate(random_batches(40, 30, 12)):
         if i == 11:
@@ -246,7 +246,7 @@ def test_errors_say_what_was_expected(call, says):
 
 @AS_BEFORE
 @pytest.mark.parametrize("name", ["labels", "outputs"])
-def test_lists_are_no_tensors(name):
+def test_lists_are_not_tensors(name):
     given = {"ids": torch.arange(2), "labels": torch.arange(2), "outputs": torch.ones(2, 2), name: [0, 1]}
     with pytest.raises(TypeError, match=rf"expected `{name}` to be a tensor, got \[0, 1\]"):
         batchtrim.Trimmer(0.5, log=KeepLog(3))(torch.ones(2), **given)

@@ -1,4 +1,4 @@
-"""The rule that keeps a share of the loss: against an oracle, and every point where a share could mean two things."""
+"""The rule `loss_mass`: against an oracle, and each case in which a share could mean two things."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_masked_negative_losses_do_not_count() -> None:
     assert trim(losses, mask=torch.zeros(4, dtype=torch.bool)) == 0.0
 
 
-def test_label_smoothings_floor_is_no_loss() -> None:
+def test_the_floor_of_label_smoothing_is_not_a_loss() -> None:
     logits = torch.tensor([[9.0, 0, 0, 0], [9.0, 0, 0, 0], [9.0, 0, 0, 0], [0.0, 3.0, 0, 0]])
     targets = torch.zeros(4, dtype=torch.int64)
     floor = smoothing_floor(0.2, 4)

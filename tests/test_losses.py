@@ -1,4 +1,4 @@
-"""One loss per sample, from any criterion; the weighting relatives."""
+"""One loss per sample, from any criterion; methods that weight losses."""
 
 from __future__ import annotations
 

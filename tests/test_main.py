@@ -1,4 +1,4 @@
-"""``python -m batchtrim``, and the command where its extra is missing."""
+"""``python -m batchtrim``, and the command if its extra is not installed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(words: list[str], code: str,
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped before anything had begun\n")
 
 
-def test_ctrl_c_while_the_interpreter_ends_is_no_traceback(tmp_path: Path) -> None:
+def test_ctrl_c_while_the_interpreter_ends_shows_no_traceback(tmp_path: Path) -> None:
     code = (
         "import atexit, os, signal, sys; atexit.register(os.kill, os.getpid(), signal.SIGINT); "
         "from batchtrim.__main__ import main; main()"
@@ -68,7 +68,7 @@ def test_ctrl_c_while_the_interpreter_ends_is_no_traceback(tmp_path: Path) -> No
     assert (done.returncode, done.stderr) == (130, "")
 
 
-def test_a_background_job_goes_on_ignoring_ctrl_c(tmp_path: Path) -> None:
+def test_a_background_job_keeps_ignoring_ctrl_c(tmp_path: Path) -> None:
     code = "os.kill(os.getpid(), signal.SIGINT)\nraise ImportError('no torch', name='torch')"
     done = interrupted([*MODULE, "methods"], torch_that(tmp_path, code), ignored=True)
     assert done.returncode == 2
@@ -153,7 +153,7 @@ def test_without_the_lab_extra_one_line_names_it(
     assert "pip install -e '.[lab]'" in told
 
 
-def test_ctrl_c_while_libraries_are_imported_is_no_traceback(
+def test_ctrl_c_during_imports_shows_no_traceback(
     first_import: Callable[[BaseException], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert first_import(KeyboardInterrupt()) == 130

@@ -1,4 +1,4 @@
-"""The warning of label noise: what the keep log sees of doubt and of samples that stay hard."""
+"""The warning of label noise: the keep log's measures of doubt and of samples that stay hard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and are committed with what they print, which the site shows."""
+"""The notebooks run from top to bottom, and are committed with their output, which the site shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of NumPy's, of fractions and of tensors without dimension: as good as Python's, wherever one is asked for."""
+"""NumPy's numbers, fractions and 0-d tensors are accepted like Python's numbers, for every argument."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_numbers_of_any_kind_serve_as_counts(three: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", [True, np.bool_(True), "0.5", [0.5, 0.5], np.array([0.5, 0.5]), 1j])
-def test_what_is_no_number(wrong: Any) -> None:
+def test_values_that_are_not_numbers(wrong: Any) -> None:
     with pytest.raises(TypeError, match="expected `keep` to be"):
         Trimmer(wrong)
     with pytest.raises(ScheduleOutOfRange, match="expected the keep schedule to return a fraction"):

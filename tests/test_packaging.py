@@ -1,4 +1,4 @@
-"""The package as shipped: one version, a wheel that works outside the checkout, types that a checker sees."""
+"""The package as shipped: one version, a wheel that works outside the clone, types that a checker sees."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(*words: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_version_stands_in_one_place() -> None:
+def test_the_version_is_in_one_place() -> None:
     version = batchtrim.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+([ab]\d+|rc\d+|\.dev\d+)?", version)
     assert project()["project"]["dynamic"] == ["version"], "the build reads it"

@@ -174,7 +174,7 @@ def test_import_adds_at_most_50_ms_to_torch() -> None:
     ("wrong", "right"),
     [("Trimer", "Trimmer"), ("per_samples", "per_sample"), ("hardes", "hardest"), ("schedule", "schedules")],
 )
-def test_a_name_slightly_wrong_is_told_the_right_one(wrong: str, right: str) -> None:
+def test_a_misspelt_name_gets_a_suggestion(wrong: str, right: str) -> None:
     with pytest.raises(AttributeError, match=rf"has no attribute '{wrong}'\. Did you mean 'batchtrim\.{right}'\?$"):
         getattr(batchtrim, wrong)
 

@@ -79,7 +79,7 @@ def test_another_kind_of_argument(call: Any, error: type[Exception], message: st
 
 
 @pytest.mark.parametrize("value", ["8", None, [8], 8.0, True, -1, float("nan"), 10**400, torch.rand(2), int])
-def test_a_count_of_samples_that_is_none(value: Any) -> None:
+def test_an_invalid_count_of_samples(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^expected `n` .*, got .*It is the number of samples"):
         batchtrim.keep_count(0.5, value)
 
@@ -102,7 +102,7 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("value", ["0.5", None, [0.5], 1.5, -0.1, float("nan"), float("inf"), 50, 1j, torch.rand(2)])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda each: type(each).__name__)
-def test_a_schedule_called_with_no_part_of_training(schedule: Any, value: Any) -> None:
+def test_a_schedule_called_with_something_other_than_progress(schedule: Any, value: Any) -> None:
     """Beyond 1 a straight line went on below 0."""
     with pytest.raises((TypeError, ValueError), match=r"^expected `(progress|accuracy)` .*, got "):
         schedule(value)
@@ -123,7 +123,7 @@ RULES = [
 
 @pytest.mark.parametrize("losses", [None, 0.5, [0.5, 1.0], "losses", torch.rand(6, 2), torch.tensor(1.0)])
 @pytest.mark.parametrize("rule", RULES, ids=lambda each: type(each).__name__)
-def test_a_rule_called_with_no_vector_of_losses(rule: Any, losses: Any) -> None:
+def test_a_rule_called_with_something_other_than_a_vector(rule: Any, losses: Any) -> None:
     """Of rows, hardest() returned indices of two dimensions."""
     with pytest.raises((TypeError, ValueError), match=r"^expected `losses` .*, got "):
         rule(losses, 0.2)
@@ -131,14 +131,14 @@ def test_a_rule_called_with_no_vector_of_losses(rule: Any, losses: Any) -> None:
 
 @pytest.mark.parametrize("keep", ["0.2", None, 50.0, -1.0, float("nan")])
 @pytest.mark.parametrize("rule", [*RULES[:6], RULES[8]], ids=lambda each: type(each).__name__)
-def test_a_rule_called_with_no_fraction(rule: Any, keep: Any) -> None:
+def test_a_rule_called_with_something_other_than_a_fraction(rule: Any, keep: Any) -> None:
     """superquantile and loss_mass kept everything at 50, one sample at -1."""
     with pytest.raises((TypeError, ValueError), match=r"^expected `keep` .*, got "):
         rule(torch.rand(8), keep)
 
 
 @pytest.mark.parametrize("rule", [batchtrim.uniform(), percentile(), percentile_topk()])
-def test_a_seed_is_no_generator(rule: Any) -> None:
+def test_a_seed_is_not_a_generator(rule: Any) -> None:
     with pytest.raises(TypeError, match=r"expected `generator` to be a torch\.Generator, got 5\. .*manual_seed"):
         rule(torch.rand(8), 0.5, 5)
 
@@ -193,7 +193,7 @@ class OwnLoss(torch.nn.Module):
     ],
 )
 @pytest.mark.parametrize("name", ["criterion", "per_sample_loss", "rank_by"])
-def test_the_class_of_a_loss_is_no_loss(name: str, given: Any, cure: str) -> None:
+def test_the_class_of_a_loss_is_not_a_loss(name: str, given: Any, cure: str) -> None:
     """It was taken, and the first batch failed in torch."""
     makes = {
         "criterion": lambda: batchtrim.per_sample(given),
@@ -224,7 +224,7 @@ def test_a_state_that_is_not_one_leaves_the_trimmer_as_it_was(name: str, value: 
     assert trim.stats.compute() == before
 
 
-def test_a_step_that_is_refused_is_no_step() -> None:
+def test_a_refused_step_does_not_count() -> None:
     trim = Trimmer(linear(1.0, 0.5), total=2)
     with pytest.raises(ValueError, match="expected `accuracy` in"):
         trim.step(accuracy=2.0)
@@ -249,7 +249,7 @@ def test_a_state_of_another_rule_is_refused() -> None:
         ({"outputs": torch.ones(3, 2, dtype=torch.int64)}, "expected `outputs` to be floating point"),
     ],
 )
-def test_a_keep_log_checks_what_travels_beside_the_losses(given: dict[str, Any], message: str) -> None:
+def test_a_keep_log_checks_the_tensors_beside_the_losses(given: dict[str, Any], message: str) -> None:
     losses = torch.rand(3)
     beside = dict(given)
     last = Choice(losses, hardest()(losses, 0.5), beside.pop("mask", None))
@@ -267,14 +267,14 @@ def test_suspects_of_losses_that_are_not_finite_have_scores() -> None:
 
 
 @pytest.mark.parametrize("value", [None, 5, 0.1, ["none"]])
-def test_label_noise_that_is_no_text(value: Any) -> None:
+def test_label_noise_that_is_not_a_string(value: Any) -> None:
     conditions = pytest.importorskip("batchtrim.lab.task.conditions")
     with pytest.raises(ValueError, match="expected `label_noise` to be none"):
         conditions.parse_label_noise(value)
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "other"])
-def test_a_keep_log_that_is_none(tmp_path: Path, damage: str) -> None:
+def test_something_that_is_not_a_keep_log(tmp_path: Path, damage: str) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "log.parquet"
     KeepLog(3).to_parquet(path)
@@ -287,7 +287,7 @@ def test_a_keep_log_that_is_none(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"no checkpoint", "cut", "other"])
-def test_a_checkpoint_that_is_none_is_named(tmp_path: Path, damage: Any) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path: Path, damage: Any) -> None:
     checkpoint = pytest.importorskip("batchtrim.lab.run.checkpoint")
     path = tmp_path / "abc.pt"
     trim = Trimmer(total=3)

@@ -1,4 +1,4 @@
-"""Schedules: values by hand, ends exact, faults found early."""
+"""Schedules: values by hand, exact ends, faults found early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files from elsewhere: nothing in them is run, nothing becomes markup, and no name in them leaves its folder."""
+"""Untrusted files: nothing in them is run or becomes markup, and no name in them leads out of its folder."""
 
 from __future__ import annotations
 

@@ -39,13 +39,13 @@ def test_right_engines_pass(engine: str, capsys: pytest.CaptureFixture[str]) -> 
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_two_pass_with_dropout_is_told_apart() -> None:
+def test_two_pass_with_dropout_is_detected() -> None:
     report = check_engine(model(), batch(), nn.CrossEntropyLoss(), engine="two_pass", keep=0.4, verbose=False)
     assert not report.ok
     assert "NOT THE SAME" in str(report)
 
 
-def test_a_broken_engine_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_engine_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(step: Any, *_: Any) -> Any:
         return step._replace(loss=step.loss * step.selection.k / step.selection.size)
 
@@ -54,7 +54,7 @@ def test_a_broken_engine_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.gradient_error == pytest.approx(0.5, rel=1e-4)  # half of the samples kept, divided by all
 
 
-def test_one_that_breaks_later_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_breaks_later_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def later_nan(step: Any, *_: Any) -> Any:
@@ -160,7 +160,7 @@ def test_another_sample_of_the_same_loss_is_right(monkeypatch: pytest.MonkeyPatc
         assert report.ok == right
 
 
-def test_batches_of_other_sizes_and_orders_are_made_of_one() -> None:
+def test_batches_of_other_sizes_and_orders_are_made_from_one() -> None:
     sizes: list[tuple[int, float]] = []
     network = model()
     network.register_forward_pre_hook(lambda _, given: sizes.append((len(given[0]), float(given[0][0, 0]))))
@@ -170,7 +170,7 @@ def test_batches_of_other_sizes_and_orders_are_made_of_one() -> None:
     assert {first for _, first in sizes} == {float(x[0, 0]), float(x[-1, 0])}
 
 
-def test_the_engine_that_ran_is_told() -> None:
+def test_the_engine_that_ran_is_reported() -> None:
     network = nn.Sequential(nn.LazyLinear(3))
     report = check_engine(network, batch(), nn.CrossEntropyLoss(), engine="two_pass", verbose=False)
     assert report.engine == "exact, two_pass"  # the first step makes the weights

@@ -1,4 +1,4 @@
-"""The trimmer as a person uses it: golden values, the clock, resume, and every way to hand it losses."""
+"""The trimmer as a person uses it: golden values, the clock, resuming, and every way to pass it losses."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_repr_tells_the_state() -> None:
 
 
 @pytest.mark.parametrize("rule", [batchtrim.uniform(), batchtrim.percentile(), batchtrim.percentile_topk()])
-def test_a_resumed_run_goes_on_as_an_uninterrupted_one(rule: Any) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(rule: Any) -> None:
     def run(trim: Trimmer, batches: range) -> list[list[int]]:
         chosen = []
         for number in batches:

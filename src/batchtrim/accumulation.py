@@ -20,7 +20,7 @@ from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.rows import copied, restore_values
-from batchtrim.engine.state import GeneratorStates, ModelState, Moment, device_of, without_graph
+from batchtrim.engine.state import GeneratorStates, ModelState, Snapshot, device_of, without_graph
 from batchtrim.engine.writes import known_to_write, writes_undone
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
@@ -152,25 +152,25 @@ def first_pass(
 
 def _choose(
     step: TrimmedForward, batches: Sequence[tuple[Any, Any]]
-) -> tuple[list[Selection], list[GeneratorStates], list[tuple[Moment, Tensor]]]:
+) -> tuple[list[Selection], list[GeneratorStates], list[tuple[Snapshot, Tensor]]]:
     """Return each micro-batch's selection, the generators before it, and what the two-pass engine trains from."""
     forward, trim = step.forward, step.trim
     once = not step.engine.repeats_forward and trim.keep < 1.0  # its second pass leaves the buffers as they are
-    first: list[tuple[Moment, Tensor]] = []
+    first: list[tuple[Snapshot, Tensor]] = []
 
     def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
-        moment = Moment(forward, *batch) if once else None
+        snapshot = Snapshot(forward, *batch) if once else None
         x, y = batch if once else copied(batch)  # a model may change its batch in place, but only once, as in one step
         losses, outputs = forward(x, y, model=forward.inner)
-        if moment is not None:
-            first.append((moment, losses.values))
+        if snapshot is not None:
+            first.append((snapshot, losses.values))
         return losses, forward.scores(outputs, y)
 
     before = ModelState(forward.inner, forward.per_sample_loss, forward.rank_by)
     found, states = first_pass(forward.inner, batches, score, undo_buffers=False)
     if first and known_to_write(forward.inner):  # the kept rows alone would write other values: repeat all
-        for batch, (moment, _) in zip(batches, first, strict=True):
-            restore_values(batch, (moment.x, moment.y))
+        for batch, (snapshot, _) in zip(batches, first, strict=True):
+            restore_values(batch, (snapshot.x, snapshot.y))
         once, first = False, []
     if not once:
         before.restore()

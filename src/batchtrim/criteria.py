@@ -177,7 +177,7 @@ class Criterion:
         return describe(self.given)
 
     def targets(self, inputs: Sequence[Any]) -> Tensor | None:
-        """Return the targets among the inputs, or None where the criterion takes others than outputs and targets."""
+        """Return the targets among the inputs; None if the criterion takes more or less than outputs and targets."""
         return inputs[-1] if len(inputs) == self._arguments and isinstance(inputs[-1], Tensor) else None
 
     def weights(self, targets: Tensor, mask: Tensor | None, values: Tensor) -> Tensor | None:

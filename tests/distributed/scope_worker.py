@@ -1,4 +1,4 @@
-"""One rank of test_scope.py. Every rank builds the joined batch too and works out by hand what must come of it."""
+"""One rank of test_scope.py. Every rank also builds the joined batch and computes the expected result by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection over all ranks, by real processes over gloo. The cases are in scope_worker.py."""
+"""Selection over all ranks, in real processes over gloo. The cases are in scope_worker.py."""
 
 from __future__ import annotations
 

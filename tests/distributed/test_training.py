@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and Accelerate by two real processes. The cases are in train_worker.py."""
+"""DDP, FSDP2 and Accelerate in two real processes. The cases are in train_worker.py."""
 
 from __future__ import annotations
 

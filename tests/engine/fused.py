@@ -1,4 +1,4 @@
-"""Attention with dropout in one kernel, as GPUs have it, for the CPU: the mask comes from a seed by a row's place."""
+"""A CPU version of the GPUs' fused attention with dropout: the mask follows from a seed and a row's position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a few steps of training, and note everything that two engines must agree in."""
+"""Run a few steps of training, and record everything in which two engines must agree."""
 
 from __future__ import annotations
 

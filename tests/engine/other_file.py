@@ -1,4 +1,4 @@
-"""Variables of another file than the model's, as a training program's utilities have them."""
+"""Variables in another file than the model's, as in a training program's utilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hold one rule's answer against the operator itself: cut the inputs or cut the outputs, it must be the same."""
+"""Check a rule against its operator: cutting the inputs and cutting the outputs must give the same result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batchtrim.engine.cutting import KeptRows, can_be_cut, cut, put_back
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Whole
+from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, RowLayout, Whole
 from batchtrim.engine.proof import make_call
 from batchtrim.engine.rules import Value, alike, apply_rule
 
@@ -56,7 +56,7 @@ class Spec:
                 continue
             outer = self.factors[dim] if self.factors else 1
             axes.append(Axis(dim, None, None) if outer is None else Axis(dim, outer, rest // outer))
-        return Rows(tuple(axes), self.zero, self.iota) if any(axes) else Whole(self.zero)
+        return RowLayout(tuple(axes), self.zero, self.iota) if any(axes) else Whole(self.zero)
 
     def tensor(self, sizes: dict[Any, int]) -> Tensor:
         shape = [size if isinstance(size, int) else int(size.subs(sizes)) for size in self.shape]
@@ -164,7 +164,7 @@ def violation(sample: Sample, symbols: tuple[sympy.Symbol, ...] = (S,), k: int =
     layouts = answer_of(sample, symbols)
     if layouts is None:
         return None
-    if any(axis is not None and axis.lost for each in layouts if isinstance(each, Rows) for axis in each.axes):
+    if any(axis is not None and axis.lost for each in layouts if isinstance(each, RowLayout) for axis in each.axes):
         return None  # the engine leaves such a slice out
     count = SIZES[S] * (SIZES[T] if len(symbols) > 1 else 1)
     kept = torch.tensor(sorted(random.sample(range(count), k)))
@@ -188,7 +188,7 @@ def violation(sample: Sample, symbols: tuple[sympy.Symbol, ...] = (S,), k: int =
         return torch.tensor(number)
 
     everything = [*layouts, *(spec.layout(symbols) for spec in specs_of(sample.args, sample.kwargs))]
-    if any(isinstance(each, Rows) and not can_be_cut(each, len(symbols)) for each in everything):
+    if any(isinstance(each, RowLayout) and not can_be_cut(each, len(symbols)) for each in everything):
         return None
     fewer = {S: k, T: 1} if len(symbols) > 1 else {S: k, T: SIZES[T]}
     plan = mapped((list(sample.args), sample.kwargs), lambda each: pair(each) if isinstance(each, Spec) else each)

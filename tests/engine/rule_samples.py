@@ -1,4 +1,4 @@
-"""Calls of every operator that has a rule: of pointwise ones made from their schemas, of the others by hand."""
+"""Calls of every operator that has a rule: generated from the schema for pointwise ones, by hand for others."""
 
 from __future__ import annotations
 

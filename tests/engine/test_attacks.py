@@ -1,4 +1,4 @@
-"""No engine is silently wrong: every attack of attacks.py is computed right, said to be approximate, or refused."""
+"""No engine is silently wrong: every attack is computed right, reported as approximate, or refused."""
 
 from __future__ import annotations
 

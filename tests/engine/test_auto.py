@@ -272,7 +272,7 @@ def test_a_compiled_model_goes_to_two_pass_where_shared_refuses() -> None:
 
 
 @pytest.mark.parametrize("engine", few(["shared", "auto"], ["auto"]))
-def test_batch_norm_in_evaluation_mode_is_exact_and_said_to_be(engine: str) -> None:
+def test_batch_norm_in_evaluation_mode_is_exact_and_reported_as_exact(engine: str) -> None:
     model = Wide(nn.BatchNorm1d(512))
     model[1].eval()
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What changes between two steps, or around one of them: guards of a trace do not see all of it."""
+"""Changes between two steps, or around a step, not all of which the guards of a trace see."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_backward_hook_on_all_modules_is_refused() -> None:
         step(*_batch(1))
 
 
-def test_classes_that_change_in_every_step_are_given_up() -> None:
+def test_classes_that_change_in_every_step_are_refused() -> None:
     step = batchtrim.TrimmedForward(_model(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     step.engine._begin = lambda: setattr(step.engine, "anew", step.engine.anew + 1)  # type: ignore[attr-defined, method-assign]
     step.engine.unguarded.changed = lambda: True  # type: ignore[attr-defined]
@@ -161,7 +161,7 @@ def test_what_cannot_be_traced_in_one_step_is_not_given_up(around: Callable[[], 
 
 
 @pytest.mark.slow
-def test_a_batch_size_that_needs_its_own_trace_runs_exactly_and_others_go_on() -> None:
+def test_a_batch_size_that_needs_its_own_trace_runs_exactly() -> None:
     class Square(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -263,7 +263,7 @@ def test_asking_for_the_gradient_of_a_kept_tensor_is_an_error(ask: Callable[[Ten
         loss.backward()
 
 
-def test_losses_of_several_values_in_one_dimension_are_told() -> None:
+def test_several_losses_per_sample_in_one_dimension_are_refused() -> None:
     step = batchtrim.TrimmedForward(
         nn.Linear(6, 5),
         lambda out, y: nn.functional.cross_entropy(out.reshape(-1, 5), y.reshape(-1), reduction="none"),

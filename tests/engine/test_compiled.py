@@ -283,7 +283,7 @@ def test_a_backward_that_is_not_compiled_runs_operator_by_operator(name: str, mo
         assert error(theirs, ours) <= 1e-5
 
 
-def test_what_is_assumed_of_a_size_is_held_against_it(compiles: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_assumptions_on_a_size_are_checked(compiles: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     inner = torch._inductor.compile_fx.compile_fx_inner
 
     def assuming(graph: Any, inputs: list[Any], **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Attacks on models that the user compiled: the graphs that the engine compiles give what the model itself gives."""
+"""Attacks on models that the user compiled: the engine's compiled graphs compute what the model computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout inside a fused kernel: its backward runs on all rows, and what lies around it on the kept ones."""
+"""Dropout inside a fused kernel: its backward runs on all rows, the operators around it on the kept ones."""
 
 from __future__ import annotations
 

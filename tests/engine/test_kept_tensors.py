@@ -1,4 +1,4 @@
-"""A model keeps tensors of its forward, and the training loop adds a term of its own made of them to the loss."""
+"""A model keeps tensors of its forward, from which the training loop computes a further term of the loss."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def weight_normed(net: Keeping) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch has a newer weight norm
 @pytest.mark.parametrize("change", [pruned, weight_normed])
 @pytest.mark.parametrize("engine", ["two_pass", "shared"])
-def test_a_weight_made_of_parameters_is_not_kept(change: Any, engine: str) -> None:
+def test_a_weight_computed_from_parameters_is_not_a_kept_tensor(change: Any, engine: str) -> None:
     found = []
     for name in ("exact", engine):
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Engines under the rule that keeps a share of the loss, where k follows the losses."""
+"""Engines with the rule `loss_mass`, whose k follows from the losses."""
 
 from __future__ import annotations
 

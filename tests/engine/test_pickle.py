@@ -1,4 +1,4 @@
-"""A step can be pickled and copied, whatever its engine has found out."""
+"""A step can be pickled and copied, whatever its engine has traced or measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tiers import few
         [("exact", True), ("two_pass", True), ("shared", True)],
     ),
 )
-def test_a_step_goes_on_the_same_after_pickle_and_deepcopy(engine: str, used: bool) -> None:
+def test_a_step_continues_unchanged_after_pickle_and_deepcopy(engine: str, used: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     step = TrimmedForward(model, nn.CrossEntropyLoss(), Trimmer(0.5), engine)

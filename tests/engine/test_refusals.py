@@ -1,4 +1,4 @@
-"""Models that the shared engine refuses, with the reason, and how `auto` goes on."""
+"""Models that the shared engine refuses, with the reason, and how `auto` continues."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_refuses_and_says_why(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", few(REFUSED, ("layer_drop", "one_batch_size")))
-def test_auto_goes_on_exactly_with_one_warning(name: str) -> None:
+def test_auto_continues_with_exact_after_one_warning(name: str) -> None:
     make, data, reason = REFUSED[name]
     exact = train(make, data, "exact")
     with pytest.warns(EngineFallback, match=reason) as caught:

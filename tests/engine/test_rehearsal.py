@@ -1,4 +1,4 @@
-"""What a GPU's process would not survive is tried on the CPU first, and raises there."""
+"""Operators that could end a GPU process are tried on the CPU first, and raise an error there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A torch release that the engine does not fit: refused with the reason, and ``auto`` trains exactly."""
+"""A torch release that the engine does not support: refused with the reason, and ``auto`` runs ``exact``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches are mapped, copied and cut by one walk, which keeps types and refuses what it cannot cut."""
+"""Batches are mapped, copied and cut by one traversal, which keeps types and refuses what it cannot cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every rule is held against its operator: what it promises of rows must be so, for rows along every dimension."""
+"""Every rule is checked against its operator, for rows along every dimension."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import rule_samples
 import torch
 from rule_check import S, Sample, Spec, T, mapped, varied, violation
 
-from batchtrim.engine import rules, rules_attention, rules_nn, rules_shape  # noqa: F401  (they enter their rules)
+from batchtrim.engine import (  # noqa: F401  (they enter their rules)
+    rules,
+    rules_attention,
+    rules_nn,
+    rules_products,
+    rules_shape,
+)
 from batchtrim.engine.graphs import name_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd calls is not the subject

@@ -95,7 +95,7 @@ def test_any_keep(keep: float) -> None:
 
 
 @pytest.mark.parametrize("keep", few([0.02, 0.2], [0.02]))
-def test_one_kept_row_lies_in_memory_as_it_likes(keep: float) -> None:
+def test_a_single_kept_row_may_have_any_memory_layout(keep: float) -> None:
     """As in transformers' Doge: a view in backward was possible on all rows and not on one."""
     agree(*(train(zoo.GatedAttention, zoo.tokens, engine, keep=keep) for engine in ("exact", "shared")))
 

@@ -1,4 +1,4 @@
-"""Gradients that the kept rows alone cannot give come from all rows."""
+"""Gradients that the kept rows do not determine are computed from all rows."""
 
 from __future__ import annotations
 

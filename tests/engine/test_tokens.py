@@ -1,4 +1,4 @@
-"""Tokens as rows: what lies between the last attention of a language model and its loss runs on the kept ones alone."""
+"""Tokens as rows: the layers between a language model's last attention and its loss run on the kept ones alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.engine.cutting import KeptRows, cut, gather, put_back, spread
-from batchtrim.engine.layout import Axis, Rows
+from batchtrim.engine.layout import Axis, RowLayout
 from batchtrim.errors import EngineFallback, EngineRefused
 from tiers import few
 
@@ -56,7 +56,7 @@ def test_a_language_model_is_exact_and_cut_down_to_its_last_attention(shift: boo
 
 
 @pytest.mark.slow
-def test_what_is_saved_of_the_head_is_that_of_the_kept_tokens() -> None:
+def test_only_the_kept_tokens_of_the_head_are_saved() -> None:
     torch.manual_seed(0)
     model = zoo.LanguageModel(WORDS)
     trim = batchtrim.Trimmer(0.25, unit="element")
@@ -76,7 +76,7 @@ def test_what_is_saved_of_the_head_is_that_of_the_kept_tokens() -> None:
     assert set(sizes) == {12}
 
 
-def test_pixels_are_no_tokens_and_go_on_exactly() -> None:
+def test_pixels_are_not_tokens_and_run_exactly() -> None:
     torch.manual_seed(0)
     model = nn.Conv2d(3, 5, 1)
     x, y = torch.randn(4, 3, 4, 4), torch.randint(5, (4, 4, 4))
@@ -117,7 +117,7 @@ def test_what_was_cut_can_be_put_back(shape: tuple[int, ...], axes: tuple[Axis, 
     rows = torch.tensor([0, 7, 8, 19])  # of 4 samples with 5 tokens each
     kept = KeptRows(rows, batch=4, tokens=5)
     whole = torch.arange(1.0, 1.0 + torch.Size(shape).numel()).reshape(shape)
-    layout = Rows(axes)
+    layout = RowLayout(axes)
     taken = cut(whole, layout, kept)
     back = put_back(taken, layout, kept)
     assert back.shape == whole.shape
@@ -133,10 +133,10 @@ def test_samples_that_were_cut_can_be_put_back(axis: Axis) -> None:
     kept = KeptRows(torch.tensor([1, 2]), batch=4)
     whole = torch.arange(1.0, 1.0 + 2 * 4 * axis.outer * axis.inner).reshape(2, 4 * axis.outer * axis.inner)
     for each in (whole, whole.t().contiguous().t()):
-        taken = cut(each, Rows((axis,)), kept)
-        back = put_back(taken, Rows((axis,)), kept)
+        taken = cut(each, RowLayout((axis,)), kept)
+        back = put_back(taken, RowLayout((axis,)), kept)
         assert torch.equal(back[back != 0], whole[back != 0])
-        assert torch.equal(gather(each, Rows((axis,)), kept), taken)
-        assert torch.equal(spread(taken, Rows((axis,)), kept), back)
+        assert torch.equal(gather(each, RowLayout((axis,)), kept), taken)
+        assert torch.equal(spread(taken, RowLayout((axis,)), kept), back)
         assert taken.shape == (2, 2 * axis.outer * axis.inner)
         assert (taken.stride(0) > taken.stride(1)) == (each.stride(0) > each.stride(1)), "memory keeps its order"

@@ -1,4 +1,4 @@
-"""Two passes: right without dropout and BatchNorm, and no side effect where peers have one."""
+"""Two passes: right without dropout and BatchNorm, and without the side effects of similar projects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses written by hand: inputs and targets have one number of rows, though nothing in the loss compares them."""
+"""Losses written by hand, in which nothing shows that inputs and targets have the same number of rows."""
 
 from __future__ import annotations
 

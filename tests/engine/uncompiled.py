@@ -1,4 +1,4 @@
-"""A stand-in for Inductor, which takes a C++ compiler and seconds a graph."""
+"""A stand-in for Inductor, which needs a C++ compiler, and seconds per graph."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def train(keep: Any, epochs: int, step: str, accumulation: int = 1, prepared_las
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("prepared_last", [False, True])
-def test_a_clock_that_stands_still_is_told_once(accumulation: int, prepared_last: bool) -> None:
+def test_a_clock_that_is_never_stepped_is_reported_once(accumulation: int, prepared_last: bool) -> None:
     with pytest.warns(UserWarning, match=r"expected trim.step\(\) to be called") as told:
         trim = train(batchtrim.linear(1.0, 0.2), 4, "never", accumulation, prepared_last)
     assert len(told) == 1
@@ -54,7 +54,7 @@ def test_a_clock_that_stands_still_is_told_once(accumulation: int, prepared_last
 
 
 @pytest.mark.parametrize("step", ["epoch", "batch"])
-def test_a_clock_that_goes_is_not(step: str) -> None:
+def test_a_clock_that_is_stepped_is_not_reported(step: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert train(batchtrim.linear(1.0, 0.2), 4, step).steps == 4 * (3 if step == "batch" else 1)

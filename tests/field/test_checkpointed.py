@@ -1,4 +1,4 @@
-"""A trimmer inside of a function that torch.utils.checkpoint computes a second time, in the backward pass."""
+"""A trimmer inside a function that torch.utils.checkpoint computes a second time, in the backward pass."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_every_schedule_of_progress_warns(trim: Trimmer) -> None:
     ],
     ids=["exactly total", "constant", "level", "by_accuracy", "one epoch", "no total"],
 )
-def test_nothing_is_said_where_nothing_is_over(trim: Trimmer) -> None:
+def test_no_warning_if_the_total_is_not_exceeded(trim: Trimmer) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(4):
@@ -119,7 +119,7 @@ def test_more_epochs_under_a_schedule_is_the_users_choice(keep: Any) -> None:
     again.load_state_dict(trim.state_dict())
 
 
-def test_a_finished_run_goes_on() -> None:
+def test_a_finished_run_can_continue() -> None:
     """flair#1824: train for ten epochs, look, train for ten more."""
     state = saved(linear(1.0, 0.2), 10, 10)
     trim = Trimmer(total=20)

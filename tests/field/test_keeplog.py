@@ -1,4 +1,4 @@
-"""Keep logs as their users write them: what went wrong without a word, and what ended a training."""
+"""Keep logs as their users write them: cases that were silently wrong, or ended a training."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_ids_without_a_log_are_an_error() -> None:
             call(LOSSES, id=IDS)
 
 
-def test_the_forms_of_before_work_and_say_that_they_go() -> None:
+def test_the_old_forms_work_with_a_deprecation_warning() -> None:
     log = KeepLog(10)
     with pytest.warns(
         DeprecationWarning, match=r"Trimmer\(log=...\) is removed in the next release: call `log.record\(trim.last"
@@ -126,7 +126,7 @@ def test_what_cannot_be_recorded(last: object, ids: Tensor | None, message: str)
     assert log.steps == 0
 
 
-def test_entries_are_no_samples() -> None:
+def test_entries_are_not_samples() -> None:
     """A trimmer of tokens leaves one loss a token: ids of samples do not fit."""
     trim = Trimmer(0.5, unit="element")
     trim(torch.rand(4, 3))
@@ -234,7 +234,7 @@ def test_an_epoch_of_a_log_made_before_may_hold_nothing() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("part", [0.05, 0.5, 1.0])
 @pytest.mark.parametrize("below", [2.0, 0.45])
-def test_losses_that_are_not_finite_end_no_training(value: float, part: float, below: float) -> None:
+def test_losses_that_are_not_finite_do_not_end_training(value: float, part: float, below: float) -> None:
     """From the start, or in the middle of training: a hardest tenth of the last epoch and none of this one."""
     n = 2000
     log = KeepLog(n)
@@ -350,7 +350,7 @@ class TestWhatIsGivenAndKept:
         log.to_parquet(tmp_path / "log.parquet", group=torch.arange(3, dtype=torch.float32, requires_grad=True))
         assert KeepLog.from_parquet(tmp_path / "log.parquet").table()["seen"].tolist() == [2, 1, 1]
 
-    def test_an_epoch_goes_on_in_the_log_that_was_read(self, tmp_path: Path) -> None:
+    def test_an_epoch_continues_in_a_log_read_from_a_file(self, tmp_path: Path) -> None:
         log = _recorded()
         log.to_parquet(tmp_path / "log.parquet")
         read = KeepLog.from_parquet(tmp_path / "log.parquet")

@@ -1,4 +1,4 @@
-"""Limits of a keep log, checked when it is made."""
+"""Limits of a keep log, checked when it is created."""
 
 from __future__ import annotations
 

@@ -43,9 +43,7 @@ def fail_at(epoch: int, error: BaseException) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("a kernel failed"), ValueError("bad input")])
-def test_a_run_that_fails_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_a_failed_run_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     place = scheduler.Workplace(tmp_path, checkpoint_seconds=0.0)
     (config,) = grid.expand(TINY)
     with monkeypatch.context() as patched:
@@ -65,7 +63,7 @@ def test_a_run_that_fails_goes_on_where_it_was(
     assert watcher.epochs == 1
     assert not place.checkpoint(config).exists()
     (row,) = records.read(tmp_path)
-    assert row["test_error"] == train.run(config)["test_error"]
+    assert row["test_error"] == train.train_run(config)["test_error"]
 
 
 def test_a_damaged_checkpoint_is_removed_once_and_the_run_begins_again(tmp_path: Path) -> None:
@@ -266,7 +264,7 @@ def test_a_last_line_without_newline_counts_and_stays(tmp_path: Path) -> None:
     assert len(kept.rows()) == 3
 
 
-def test_a_piece_of_a_run_is_told_and_set_aside(tmp_path: Path) -> None:
+def test_a_partial_run_is_reported_and_set_aside(tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text(json.dumps(_make_row("full", 0, 0.1)) + '\n{"schema": 1, "ke')
     assert records.torn(tmp_path) == f"{tmp_path / 'runs.jsonl'}, line 2"
     records.Records(tmp_path).append(_make_row("full", 1, 0.1))
@@ -275,7 +273,7 @@ def test_a_piece_of_a_run_is_told_and_set_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 3, 4])
-def test_few_pairs_get_a_verdict_or_are_told_how_many_are_needed(pairs: int) -> None:
+def test_few_pairs_get_a_verdict_or_the_number_that_is_needed(pairs: int) -> None:
     rows = [_make_row("full", seed, 0.2 + seed / 100) for seed in range(pairs)]
     rows += [_make_row("trim", seed, 0.1 + seed / 100 + seed * seed / 1000) for seed in range(pairs)]
     (group,) = comparison.summarize(rows).groups

@@ -86,7 +86,7 @@ class Trimming(Module):
 
 
 @pytest.mark.parametrize("module", [Plain, AsDict])
-def test_a_module_that_never_trims_is_told(module: type[Module], tmp_path: Path) -> None:
+def test_a_module_that_never_trims_raises_a_warning(module: type[Module], tmp_path: Path) -> None:
     """Lightning's callbacks are added to modules as they are: nothing was trimmed, without a word."""
     with pytest.warns(UserWarning, match="has not called self.trim in a whole epoch: it trains on everything") as told:
         trained(module(), TrimmingCallback(0.5), tmp_path, max_epochs=3)
@@ -160,7 +160,7 @@ class WithNorm(Trimming):
 
 
 @pytest.mark.parametrize("clock", ["epoch", "step"])
-def test_averaging_weights_lengthens_no_schedule(clock: str, tmp_path: Path) -> None:
+def test_averaging_weights_does_not_lengthen_the_schedule(clock: str, tmp_path: Path) -> None:
     """StochasticWeightAveraging adds an epoch for BatchNorm: the last one that trains is still the schedule's last."""
     module = WithNorm()
     callback = TrimmingCallback(clock=clock)
@@ -360,7 +360,7 @@ def test_a_trimmer_of_the_modules_own(tmp_path: Path) -> None:
         keeping_all = copy.deepcopy(keeping_all)
 
 
-def test_intercepted_losses_that_are_no_number(tmp_path: Path) -> None:
+def test_intercepted_losses_that_are_nan(tmp_path: Path) -> None:
     """It was said that no loss function had been seen."""
 
     class Vector(Plain):

@@ -1,4 +1,4 @@
-"""The step clock by hand (Lightning#17958): several optimizers, ``max_steps``, and checkpoints to go on from."""
+"""The step clock worked out by hand (Lightning#17958): several optimizers, ``max_steps``, and resuming."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_window_accumulated_by_hand_is_one_step(tmp_path: Path) -> None:
     assert keeps == pytest.approx([1.0] * 4 + [0.6] * 4 + [0.2] * 4)
 
 
-def test_an_end_that_could_not_be_foreseen_is_said(tmp_path: Path) -> None:
+def test_an_end_that_could_not_be_foreseen_is_reported(tmp_path: Path) -> None:
     """The first five batches make one step each, the last one three."""
     with pytest.warns(UserWarning, match="expected training of 7 steps, which the schedule spans, got 5"):
         trained("one in every fifth", 3, tmp_path, max_steps=7, max_epochs=-1)
@@ -153,7 +153,7 @@ def resumed(
     ("mode", "epochs", "after"),
     few(itertools.product(MODES, [-1, 6], [1, 6]), list(itertools.product(MODES, [6], [6]))),
 )
-def test_a_resumed_training_goes_on_where_it_was(mode: str, epochs: int, after: int, tmp_path: Path) -> None:
+def test_a_resumed_training_continues_where_it_was(mode: str, epochs: int, after: int, tmp_path: Path) -> None:
     limits = {"max_steps": 20, "max_epochs": epochs}
     whole, again = resumed(mode, tmp_path, limits, after, limits)
     assert again == whole
@@ -172,7 +172,7 @@ def test_resuming_with_more_steps(tmp_path: Path) -> None:
     assert again == pytest.approx([1.0 - 0.8 * b / 7 for b in range(4, 8)], abs=1e-5), "counting batches"
 
 
-def test_a_callback_that_trains_twice_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+def test_a_callback_used_twice_continues_from_the_checkpoint(tmp_path: Path) -> None:
     """Its trimmer of the first training took the checkpoint, and the second training's was a new one."""
     callback = TrimmingCallback(0.5, select=batchtrim.uniform(), seed=3)
     first = trainer(tmp_path, callback, max_epochs=1)

@@ -1,4 +1,4 @@
-"""A module's own training_step, intercepted: losses that are made otherwise from one batch to the next."""
+"""A module's own training_step, intercepted: losses that are computed differently from batch to batch."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Flooded(Plain):
         return loss if self.global_step < 3 else (loss - 5.0).abs() + 5.0
 
 
-def test_a_loss_that_is_made_otherwise_in_a_later_batch(tmp_path: Path) -> None:
+def test_a_loss_that_is_computed_differently_in_a_later_batch(tmp_path: Path) -> None:
     """The first batch proved it: from the fourth on the easiest were kept, and the loss was negative."""
     with pytest.raises(NotFound, match="the sum of the losses found is -"):
         trainer(tmp_path, TrimmingCallback(0.5, intercept=True), max_epochs=2).fit(Flooded(), loader())
 
 
-def test_a_loss_that_is_not_finite_goes_on() -> None:
+def test_a_loss_that_is_not_finite_passes() -> None:
     """A gradient scaler skips such a step. It read "is inf where the loss is inf"; and it proves nothing."""
     outputs, targets = torch.zeros(4, 3, requires_grad=True), torch.zeros(4, dtype=torch.int64)
     finder = LossFinder()

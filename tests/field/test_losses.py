@@ -110,7 +110,7 @@ class TestWhatWasAskedFor:
         with pytest.raises(ValueError, match="a number other than nan, got nan"):
             per_sample(nn.MSELoss(), ignore_index=float("nan"))  # type: ignore[arg-type]
 
-    def test_an_ignore_index_of_a_function_or_beside_the_criterions(self) -> None:
+    def test_an_ignore_index_of_a_function_or_besides_the_criterions_own(self) -> None:
         outputs, labels = torch.randn(6, 3), torch.tensor([0, -100, 2, 1, -100, 0])
         torch.testing.assert_close(
             per_sample(F.cross_entropy)(outputs, labels).mean(), F.cross_entropy(outputs, labels)
@@ -250,11 +250,11 @@ class TestShapes:
         with pytest.raises(ValueError, match=r"\(4, 3, 5, 5\) and \(4, 1, 5, 5\)"):
             per_sample(nn.MSELoss())(torch.rand(4, 3, 5, 5), torch.rand(4, 1, 5, 5))
 
-    def test_a_single_sample_is_no_exception(self) -> None:
+    def test_a_single_sample_does_not_raise(self) -> None:
         with pytest.raises(ValueError, match="of one shape"):
             per_sample(nn.MSELoss())(torch.rand(1, 1), torch.rand(1))
 
-    def test_flattened_tokens_are_no_samples(self) -> None:
+    def test_flattened_tokens_are_not_samples(self) -> None:
         logits, labels = torch.randn(4, 10, 7), torch.randint(0, 7, (4, 10))
 
         def flat(o: Tensor, t: Tensor) -> Tensor:

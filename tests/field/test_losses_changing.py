@@ -1,4 +1,4 @@
-"""Criteria that show their divisor late, change as they are called, or are changed after they were wrapped."""
+"""Criteria that show their divisor late, change when they are called, or are changed after they were wrapped."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TestEveryBatchOfACriterionThatIsNotTorchs:
         with pytest.raises(ValueError, match="It uses another divisor"):
             criterion(outputs, torch.full((4, 3), 2.0))
 
-    def test_one_that_holds_a_network_is_compared_now_and_then(self) -> None:
+    def test_a_criterion_that_holds_a_network_is_compared_now_and_then(self) -> None:
         class Perceptual(Own):
             def __init__(self) -> None:
                 super().__init__(torch.tensor([1.0, 1.0, 10.0]))
@@ -89,7 +89,7 @@ class TestEveryBatchOfACriterionThatIsNotTorchs:
         found = per_sample(Squared(), ignore_index=255)(outputs, targets).mean()
         torch.testing.assert_close(found, (outputs - targets)[1:].square().mean())
 
-    def test_one_that_changes_as_it_is_called(self) -> None:
+    def test_a_criterion_that_changes_when_it_is_called(self) -> None:
         """Losses over their running mean: the un-reduced call is the one that counts."""
 
         class Running(Own):
@@ -111,7 +111,7 @@ class TestEveryBatchOfACriterionThatIsNotTorchs:
             torch.testing.assert_close(wrapped(outputs, targets).mean(), plain(outputs, targets))
         assert (own.calls, float(own.running)) == (3, pytest.approx(float(plain.running)))
 
-    def test_one_that_keeps_its_last_loss(self) -> None:
+    def test_a_criterion_that_keeps_its_last_loss(self) -> None:
         class Keeps(Own):
             def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
                 losses = (outputs - targets).square()
@@ -146,7 +146,7 @@ class TestACriterionChangedAfterItWasWrapped:
         torch.testing.assert_close(Trimmer(1.0)(wrapped(outputs, labels)), own(outputs, labels))
         assert own.reduction == ("sum" if name == "reduction" else "mean")
 
-    def test_a_criterion_of_ones_own(self) -> None:
+    def test_a_custom_criterion(self) -> None:
         own = Own()
         wrapped = per_sample(own)
         wrapped(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))

@@ -1,4 +1,4 @@
-"""Criteria of every form: signatures of torch's and of others', what they divide by, and sums of several."""
+"""Criteria of every form, torch's and others': their signatures, their divisors, and sums of several."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Normalised(nn.Module):
 
 
 class TestCriteriaOfOthers:
-    def test_one_that_divides_in_a_way_of_its_own(self) -> None:
+    def test_a_criterion_with_its_own_divisor(self) -> None:
         """mmsegmentation's avg_non_ignore=False: ignored pixels are in the divisor."""
         logits, labels = pixels()
         criterion = per_sample(Normalised())
@@ -43,7 +43,7 @@ class TestCriteriaOfOthers:
         plain = per_sample(Normalised("none"))(logits, labels)
         torch.testing.assert_close(plain.mean(), F.cross_entropy(logits, labels, ignore_index=255))
 
-    def test_one_that_divides_as_torch_does(self) -> None:
+    def test_a_criterion_that_divides_as_torch_does(self) -> None:
         logits, labels = pixels()
         criterion = Normalised(own=False)
         torch.testing.assert_close(per_sample(criterion)(logits, labels).mean(), criterion(logits, labels))
@@ -241,7 +241,7 @@ class TestDivisorsOfTorchs:
     """Divide a mean as the criterion itself does, however it is given."""
 
     @pytest.mark.filterwarnings("ignore:.*NLLLoss2d.*:FutureWarning")
-    def test_a_class_of_torchs_that_inherits_its_forward(self) -> None:
+    def test_a_torch_class_that_inherits_its_forward(self) -> None:
         logits, labels = pixels()
         weight = torch.tensor([0.2, 1.0, 3.0])[: logits.shape[1]]
         criterion = nn.NLLLoss2d(weight=weight, ignore_index=255)
@@ -338,7 +338,7 @@ class TestShapesBeyondTheFirstTwo:
         ],
         ids=["pairs", "one target", "one label", "class weight", "labels", "weight"],
     )
-    def test_what_is_meant_goes_on(self, criterion: Any, shapes: Any) -> None:
+    def test_intended_broadcasting_works(self, criterion: Any, shapes: Any) -> None:
         inputs = [torch.rand(shape) for shape in shapes]
         losses = per_sample(criterion)(*inputs)
         torch.testing.assert_close(Trimmer(1.0)(losses), criterion(*inputs).mean())

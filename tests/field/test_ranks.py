@@ -27,5 +27,5 @@ WORKER = Path(__file__).parent.parent / "distributed" / "field_worker.py"
         pytest.param("forward_that_waits", marks=pytest.mark.slow),  # FSDP's imports take longer than the rest
     ],
 )
-def test_ranks_agree_or_all_of_them_say_so(cases: str, tmp_path: Path) -> None:
+def test_ranks_agree_or_all_of_them_raise(cases: str, tmp_path: Path) -> None:
     run_ranks(WORKER, 2, tmp_path, cases)

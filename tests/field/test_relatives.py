@@ -1,4 +1,4 @@
-"""Relatives of the field cases: criteria of newer torch, devices and modes, rules of one's own, clocks."""
+"""Relatives of the field cases: criteria of newer torch releases, devices and modes, custom rules, clocks."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ class TestRulesOfOnesOwn:
             (lambda losses: Selection(torch.tensor([0, 1]), 5, 5, torch.ones(1)), ValueError, "a weight for each of 2"),
         ],
     )  # fmt: skip
-    def test_what_is_no_choice(self, rows: Callable[[Tensor], Any], error: type[Exception], words: str) -> None:
+    def test_an_invalid_selection(self, rows: Callable[[Tensor], Any], error: type[Exception], words: str) -> None:
         """A row drawn twice counted once, -1 was the last row, and one weight was all rows'."""
         with pytest.raises(error, match=words):
             Trimmer(0.5, select=lambda losses, keep, generator=None: rows(losses))(LOSSES)
@@ -235,7 +235,7 @@ class TestRulesOfOnesOwn:
         mask = torch.tensor([False, True, True, True, True])
         assert Trimmer(0.5, select=rule, scale="batch")(LOSSES, mask=mask).item() == pytest.approx(0.3)
 
-    def test_a_threshold_that_is_none(self) -> None:
+    def test_an_invalid_threshold(self) -> None:
         with pytest.raises(ValueError, match="expected `threshold` to be a number to compare losses with, got nan"):
             batchtrim.selection.above(math.nan)
 
@@ -268,13 +268,13 @@ class TestSettingsOfATrimmer:
             assert trim.stats.compute()["batches"] == 0
 
     @pytest.mark.parametrize("total", [10.0, True])
-    def test_a_total_that_is_no_whole_number(self, total: Any) -> None:
+    def test_a_total_that_is_not_an_integer(self, total: Any) -> None:
         with pytest.raises(TypeError, match=r"expected `total` to be an int, got .*\. It counts calls of step\(\)\.$"):
             Trimmer(total=total)
 
 
 class TestClock:
-    def test_a_step_that_fails_leaves_the_clock(self) -> None:
+    def test_a_failed_step_does_not_move_the_clock(self) -> None:
         sound = [True]
 
         def schedule(progress: float) -> float:

@@ -129,7 +129,7 @@ def test_a_compiled_model_runs_compiled(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_compiled_model_of_no_standard_form(tmp_path: Path) -> None:
+def test_a_compiled_model_without_a_standard_form(tmp_path: Path) -> None:
     model = Weighted(lambda out, y, _: F.mse_loss(out.softmax(-1), F.one_hot(y, 3).float()))
     rows = data("sequence", 5)
     expected, _ = by_hand(model, rows)
@@ -248,7 +248,7 @@ def in_place(out: Tensor, y: Tensor, _: Any) -> Tensor:
         lambda out, y, _: F.cross_entropy(out.repeat_interleave(2, 0).view(len(y), 2, 3)[:, 0], y),
     ],
 )
-def test_a_loss_of_ones_own(loss: Any, tmp_path: Path) -> None:
+def test_a_custom_loss(loss: Any, tmp_path: Path) -> None:
     assert_trained_as(Weighted(loss), labelled(*torch.tensor([0, 2, 1, 2, 0])), tmp_path)
 
 
@@ -354,7 +354,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert math.isfinite(model(**batch).loss.item())
 
 
-def test_a_batch_of_which_some_losses_are_left_out_later() -> None:
+def test_a_later_batch_that_leaves_out_some_losses() -> None:
     """A model that gathers the masked tokens: placed by number on one batch, it must not be misplaced on the next."""
 
     def run(counted: Tensor) -> Any:

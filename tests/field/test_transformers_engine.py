@@ -132,7 +132,7 @@ def test_outputs_are_the_models_own(engine: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", few(["exact", "shared", "two_pass"], ["two_pass"]))
-def test_a_function_of_ones_own(engine: str, tmp_path: Path) -> None:
+def test_a_custom_function(engine: str, tmp_path: Path) -> None:
     def loss(outputs: Any, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs.logits, labels, reduction="none", label_smoothing=0.1)
 
@@ -181,7 +181,7 @@ LOSSES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", few(LOSSES, ["weights"]))
-def test_a_loss_of_ones_own(name: str, tmp_path: Path) -> None:
+def test_a_custom_loss(name: str, tmp_path: Path) -> None:
     loss = LOSSES[name]
     plain, _ = trained(Head(loss), data("sequence", 40), None, tmp_path)
     shared, trainer = trained(Head(loss), data("sequence", 40), "shared", tmp_path)
@@ -193,7 +193,7 @@ def squared(out: Tensor, y: Tensor, _: Any) -> Tensor:
     return F.mse_loss(out.softmax(-1), F.one_hot(y, 3).float())
 
 
-def test_a_loss_of_no_standard_form(tmp_path: Path) -> None:
+def test_a_loss_without_a_standard_form(tmp_path: Path) -> None:
     with pytest.raises(EngineRefused, match=r"cannot run Head .* none of the standard forms. Pass per_sample_loss="):
         trained(Head(squared), data("sequence", 40), "shared", tmp_path)
     plain, _ = trained(Head(squared), data("sequence", 40), None, tmp_path)

@@ -219,7 +219,7 @@ def test_predictions_without_labels(own: Any, tmp_path: Path) -> None:
     assert found.label_ids is None
 
 
-def test_label_smoothing_with_a_function_of_ones_own_is_refused(tmp_path: Path) -> None:
+def test_label_smoothing_with_a_custom_function_is_refused(tmp_path: Path) -> None:
     """It was left out without a word."""
     with pytest.raises(ValueError, match=r"expected `label_smoothing_factor` 0 with a `per_sample_loss`, got 0.1"):
         TrimmedTrainer(
@@ -324,7 +324,7 @@ class Paired(nn.Module):
 
 @pytest.mark.parametrize("engine", [None, "auto"])
 @pytest.mark.parametrize("make", [mixture, contrastive])
-def test_what_is_no_mean_of_losses_of_samples_is_refused(make: Any, engine: str | None, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_mean_over_samples_is_refused(make: Any, engine: str | None, tmp_path: Path) -> None:
     """A router's balance, samples against one another: before anything is trained."""
     torch.manual_seed(0)
     model, rows = make()

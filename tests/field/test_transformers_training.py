@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer over a whole training: resuming, keep logs, engines, arguments it does not take."""
+"""Hugging Face's Trainer over a whole training: resuming, keep logs, engines, arguments that it refuses."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_compute_loss_func_names_per_sample_loss(tmp_path: Path) -> None:
         )
 
 
-def test_a_compute_loss_of_ones_own_is_told(tmp_path: Path) -> None:
+def test_a_custom_compute_loss_is_reported(tmp_path: Path) -> None:
     class Mine(TrimmedTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
             outputs = model(**{name: value for name, value in inputs.items() if name != "batchtrim_ids"})
@@ -217,7 +217,7 @@ class OwnStepTwice(OwnStep):
     losses_a_step = 2
 
 
-def test_a_training_step_of_ones_own(tmp_path: Path) -> None:
+def test_a_custom_training_step(tmp_path: Path) -> None:
     rows = data("causal", 24)
     expected = weights(TrimmedTrainer, rows, tmp_path, keep=0.5)
     torch.testing.assert_close(weights(OwnStep, rows, tmp_path, keep=0.5), expected, rtol=1e-4, atol=1e-6)

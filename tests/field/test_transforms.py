@@ -1,4 +1,4 @@
-"""Trimmers inside of torch.func: gradients as functions, second derivatives, ensembles by torch.vmap."""
+"""Trimmers inside torch.func: gradients as functions, second derivatives, ensembles by torch.vmap."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_an_ensemble_with_a_criterion() -> None:
 
 
 @pytest.mark.parametrize("rule", OTHERS, ids=repr)
-def test_what_many_batches_cannot_do_at_once_is_said(rule: Any) -> None:
+def test_limits_under_vmap_are_reported(rule: Any) -> None:
     trim = Trimmer(0.4, select=rule)
     for function in (lambda weight: trim(losses(weight)), torch.func.grad(lambda weight: trim(losses(weight)))):
         with pytest.raises(TypeError, match=r"expected losses of one batch for .*inside torch\.vmap"):

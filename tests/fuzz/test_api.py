@@ -1,4 +1,4 @@
-"""Anything at all given to the public API: it works and keeps its promises, or raises what the docstrings name."""
+"""Arbitrary arguments to the public API: it works and keeps its promises, or raises what the docstrings name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Anything typed, and any file: the command line ends with a known code and a sentence, never with a traceback."""
+"""Arbitrary words and files: the command line ends with a known code and a sentence, never with a traceback."""
 
 from __future__ import annotations
 

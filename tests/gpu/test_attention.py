@@ -1,4 +1,4 @@
-"""Attention on a GPU: each kernel keeps rows apart, and dropout inside one is never drawn anew."""
+"""Attention on a GPU: each kernel keeps rows separate, and dropout inside one is never redrawn."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_layers_below_attention_run_on_the_kept_rows(device: torch.device, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_in_an_attention_kernel_is_never_drawn_anew(device: torch.device, backend: str) -> None:
+def test_dropout_in_an_attention_kernel_is_never_redrawn(device: torch.device, backend: str) -> None:
     if device.type != "cuda" and backend != "math":
         pytest.skip("a GPU's kernel")
     dtype = torch.float32 if backend in ("math", "efficient") else torch.bfloat16

@@ -50,7 +50,7 @@ def test_no_engine_is_wrong(device: torch.device, name: str, engine: str) -> Non
 
 
 @pytest.mark.parametrize("engine", ["shared", "auto"])
-def test_batch_norm_of_cudnn_is_approximate_and_said(device: torch.device, engine: str) -> None:
+def test_batch_norm_of_cudnn_is_approximate_and_reported(device: torch.device, engine: str) -> None:
     report = report_of(lambda: zoo.Residual(BATCH), zoo.images, device, engine)
     assert report.verdict in ("approximate", "right"), report
 
@@ -237,7 +237,7 @@ def test_a_traced_step_never_waits_for_the_gpu(device: torch.device) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_tf32_is_no_reason_to_refuse(device: torch.device) -> None:
+def test_tf32_is_not_a_reason_to_refuse(device: torch.device) -> None:
     torch.backends.cudnn.deterministic = False
     torch.set_float32_matmul_precision("high")
     if hasattr(torch.backends.cudnn, "conv"):

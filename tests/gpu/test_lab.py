@@ -1,4 +1,4 @@
-"""The lab on a GPU: a run trains, repeats, and goes on where it was stopped."""
+"""The lab on a GPU: a run trains, repeats, and resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.run.config import RunConfig
-from batchtrim.lab.run.train import run
+from batchtrim.lab.run.train import train_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -22,7 +22,7 @@ def settings(device: torch.device, **more: Any) -> RunConfig:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(device: torch.device, method: str) -> None:
-    row = run(settings(device, method=method))
+    row = train_run(settings(device, method=method))
     assert row["status"] == "finished", row
     assert row["test_error"] < 0.75
     assert row["config"]["device"] == device.type
@@ -33,22 +33,22 @@ def test_every_method_trains(device: torch.device, method: str) -> None:
 def test_precisions(device: torch.device, precision: str) -> None:
     if device.type != "cuda" and precision == "16-mixed":
         pytest.skip("a GPU's precision")
-    row = run(settings(device, method="trim", precision=precision))
+    row = train_run(settings(device, method="trim", precision=precision))
     assert row["status"] == "finished", row
 
 
 @pytest.mark.parametrize("engine", ["exact", "two_pass", "shared", "auto"])
 def test_engines(device: torch.device, engine: str) -> None:
-    row = run(settings(device, method="trim", engine=engine, norm="group"))
+    row = train_run(settings(device, method="trim", engine=engine, norm="group"))
     assert row["status"] == "finished", row
 
 
-def test_a_run_goes_on_from_its_checkpoint(device: torch.device, tmp_path: Path) -> None:
+def test_a_run_continues_from_its_checkpoint(device: torch.device, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
     config = settings(device, method="trim", augment="crop")
-    whole = run(config)
+    whole = train_run(config)
     checkpoint = tmp_path / "run.pt"
 
     def stop_after_saving(point: dict[str, Any]) -> None:
@@ -56,8 +56,8 @@ def test_a_run_goes_on_from_its_checkpoint(device: torch.device, tmp_path: Path)
             raise Stop
 
     with pytest.raises(Stop):
-        run(config, checkpoint=checkpoint, checkpoint_seconds=0.0, on_epoch=stop_after_saving)
+        train_run(config, checkpoint=checkpoint, checkpoint_seconds=0.0, on_epoch=stop_after_saving)
     assert checkpoint.exists()
-    resumed = run(config, checkpoint=checkpoint, checkpoint_seconds=0.0)
+    resumed = train_run(config, checkpoint=checkpoint, checkpoint_seconds=0.0)
     assert resumed["status"] == "finished"
     assert abs(resumed["test_error"] - whole["test_error"]) < 0.1

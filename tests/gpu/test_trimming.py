@@ -1,4 +1,4 @@
-"""Rules, trimmer and log with losses that lie on a GPU: the CPU's choice, and no wait for the device."""
+"""Rules, trimmer and log with losses on a GPU: the same choice as on the CPU, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_model_and_its_criterion_train_like_the_rule(device: torch.device) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_grad_scaler_skips_overflow_and_goes_on(device: torch.device, dtype: torch.dtype) -> None:
+def test_grad_scaler_skips_overflow_and_continues(device: torch.device, dtype: torch.dtype) -> None:
     if device.type != "cuda" and dtype == torch.float16:
         pytest.skip("autocast to float16 is the GPU's")
     torch.manual_seed(0)

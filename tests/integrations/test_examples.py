@@ -1,4 +1,4 @@
-"""Every file in examples/, run. Digits, and TREC's questions where BATCHTRIM_DATA has them."""
+"""Every file in examples/ runs: on digits, and on TREC's questions if BATCHTRIM_DATA has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/guides/trainers.md: its diffs are at most four lines, and what they lead to stands in the examples."""
+"""docs/guides/trainers.md: its diffs are at most four lines, and applied, they give the examples."""
 
 from __future__ import annotations
 

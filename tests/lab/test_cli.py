@@ -54,7 +54,7 @@ def test_compare_writes_table_report_and_records(tmp_path: Path) -> None:
         assert (tmp_path / "here" / name).stat().st_size > 100
 
 
-def test_the_same_command_goes_on() -> None:
+def test_the_same_command_continues() -> None:
     batchtrim("compare", *TINY, "-q")
     done = batchtrim("compare", *TINY)
     assert done.exit_code == 0
@@ -222,13 +222,13 @@ def test_methods_are_listed() -> None:
         (["no.toml"], "expected a TOML file no.toml"),
     ],
 )
-def test_mistakes_are_said_in_a_line(words: list[str], message: str) -> None:
+def test_mistakes_are_reported_in_one_line(words: list[str], message: str) -> None:
     said = mistake("compare", *words)
     assert message in said
     assert len(said.splitlines()) == 1
 
 
-def test_no_permission_to_write_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_permission_to_write_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert "expected `out` to be a folder that can be written, got here" in mistake("compare", *TINY, "--out", "here")
 
@@ -242,14 +242,14 @@ def test_debug_shows_the_traceback() -> None:
 def test_failed_runs_give_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     from batchtrim.lab.run import train
 
-    run = train.run
+    run = train.train_run
 
     def fails_for_trim(config: Any, **options: Any) -> Any:
         if config.method == "trim":
             raise MemoryError("no room")
         return run(config, **options)
 
-    monkeypatch.setattr(train, "run", fails_for_trim)
+    monkeypatch.setattr(train, "train_run", fails_for_trim)
     done = batchtrim("compare", *TINY, "-q")
     assert done.exit_code == 1
     assert "failed: trim seed 0: MemoryError: no room" in done.stderr
@@ -269,7 +269,7 @@ def test_help_has_a_line_for_every_option(command: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path, workers: str) -> None:
+def test_ctrl_c_says_how_to_continue(tmp_path: Path, workers: str) -> None:
     words = [sys.executable, "-m", "batchtrim.lab.cli", "compare", "--seeds", "4", "--epochs", "60", "--out", "here"]
     words += ["--threads", "1"]
     process = subprocess.Popen(

@@ -40,7 +40,7 @@ def test_the_other_commands_have_no_option_beside(command: str, own: set[str]) -
     assert {each.name for each in COMMANDS.commands[command].params} - known == own
 
 
-def test_presets_of_a_sweep_are_told() -> None:
+def test_presets_of_a_sweep_are_documented() -> None:
     for values in cli.SWEEP.values():
         if isinstance(values, list):
             assert f"`{','.join(map(str, values))}`" in PAGE or ", ".join(f"`{each}`" for each in values) in PAGE

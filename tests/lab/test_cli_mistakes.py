@@ -71,7 +71,7 @@ def test_the_likelier_meaning_is_named(words: list[str], message: str) -> None:
         (["compare", "--seeds", "0-1000000"], "whole numbers, comma-separated, got '0-1000000'.\n"),
     ],
 )
-def test_what_is_no_number_is_named_with_the_number_meant(words: list[str], message: str) -> None:
+def test_invalid_numbers_are_named_with_the_expected_form(words: list[str], message: str) -> None:
     """Some releases of typer name neither the option's value nor what is wrong with it."""
     assert message in mistake(*words)
 
@@ -167,7 +167,7 @@ def test_a_list_given_twice_loses_none_of_its_values(words: list[str], message: 
     assert message in mistake("compare", *words)
 
 
-def test_of_an_option_that_is_no_list_the_last_counts() -> None:
+def test_the_last_of_a_repeated_option_counts_unless_it_is_a_list() -> None:
     assert "`epochs` to be at least 1, got 0" in mistake("compare", "--epochs", "2", "--epochs", "0", "-q", "-q")
 
 
@@ -205,7 +205,7 @@ def test_a_link_to_nothing_as_a_folder_is_named() -> None:
     assert said == "error: expected `out` to be a folder, got link, a link to nothing.\n"
 
 
-def test_a_name_of_two_lines_is_told_in_one() -> None:
+def test_a_name_of_two_lines_is_printed_in_one() -> None:
     done = batchtrim("report", "--csv", "results.csv", "--out", "two\nlines")
     assert done.stdout.splitlines()[-1] == "report: two\\nlines/report.html"
 
@@ -242,7 +242,7 @@ def test_a_closed_output_loses_what_is_printed_and_no_more(words: str) -> None:
 
 
 @pytest.mark.parametrize("words", few(["--version", "--help", "methods"], ["--version"]))
-def test_a_reader_that_leaves_is_no_error(words: str) -> None:
+def test_a_reader_that_closes_the_pipe_is_not_an_error(words: str) -> None:
     done = in_a_shell(f"$B {words} | true")
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -50,7 +50,7 @@ def test_show_takes_method_and_seed_and_lists_runs_by_name() -> None:
     assert "digits mlp trim linear 1-0.2 seed 0  (--key" in wrong.stderr
 
 
-def test_lines_to_a_pipe_are_whole_and_times_are_told_apart() -> None:
+def test_lines_to_a_pipe_are_whole_and_times_are_distinguished() -> None:
     done = batchtrim("compare", *TINY, "--out", "here")
     assert any("minus baseline on the same seed, in points" in line for line in done.stdout.splitlines())
     assert "s training, " in done.stderr
@@ -119,7 +119,7 @@ def test_files_and_folders_of_the_wrong_kind_are_named(words: list[str], says: s
     assert says in mistake(*words)
 
 
-def test_a_dumb_terminal_is_told_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dumb_terminal_gets_line_by_line_output(monkeypatch: pytest.MonkeyPatch) -> None:
     import rich.console
 
     monkeypatch.setenv("TERM", "dumb")
@@ -141,7 +141,7 @@ def test_a_dumb_terminal_is_told_line_by_line(monkeypatch: pytest.MonkeyPatch) -
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),
     ],
 )
-def test_what_happens_outside_of_runs_is_told_in_a_line(
+def test_an_error_outside_of_runs_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
 ) -> None:
     def fails(*_: object) -> None:
@@ -155,7 +155,7 @@ def test_what_happens_outside_of_runs_is_told_in_a_line(
     assert "Traceback" not in done.stderr
 
 
-def test_a_listing_that_cannot_be_printed_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listing_that_cannot_be_printed_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, err: bool = False, **__: object) -> None:
         if not err:
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""Tables of numbers made elsewhere, reported from the command line."""
+"""Results of other programs in a table, reported from the command line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_csv_of_results_is_reported(tmp_path: Path) -> None:
     assert "Run it again" not in Path("results/report.md").read_text()
 
 
-def test_missing_pairs_are_said_and_the_others_compared(tmp_path: Path) -> None:
+def test_missing_pairs_are_named_and_the_others_compared(tmp_path: Path) -> None:
     lines = table(tmp_path / "results.csv")
     del lines[2]  # full, seed 1
     lines[-1] = "trim,5,,15"
@@ -123,7 +123,7 @@ def test_what_other_programs_write_around_the_numbers(text: str, tmp_path: Path)
         ("\n\nmethod,seed,f1\nfull,0,x\n", "in line 4 of results.csv, got 'x'"),
     ],
 )
-def test_what_is_no_number_and_no_table(text: str, says: str, tmp_path: Path) -> None:
+def test_invalid_numbers_and_tables(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text(text)
     with pytest.raises(ValueError, match=re.escape(says)):
         read_csv("results.csv")

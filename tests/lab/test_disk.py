@@ -1,4 +1,4 @@
-"""A disk that is full, and a folder that is gone: one line at once, and what is recorded stays."""
+"""A full disk, and a folder that is gone: one line at once, and what is recorded stays."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_full_disk_stops_the_runs_at_the_first_and_names_the_file(
     assert len(records.read(tmp_path)) == 1
 
 
-def test_a_checkpoint_that_cannot_be_saved_is_no_fault_of_the_run(
+def test_a_checkpoint_that_cannot_be_saved_does_not_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "save", full)
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_no_fault_of_the_run(
     assert not (tmp_path / "runs.jsonl").exists()
 
 
-def test_a_folder_that_is_gone_is_told_and_not_made_again(tmp_path: Path) -> None:
+def test_a_folder_that_is_gone_is_reported_and_not_recreated(tmp_path: Path) -> None:
     class Removes(Counts):
         def finished(self, config: RunConfig, row: records.Row | None) -> None:
             super().finished(config, row)
@@ -81,7 +81,7 @@ def test_a_folder_that_is_gone_is_told_and_not_made_again(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_a_row_is_not_written_into_a_folder_made_anew(tmp_path: Path) -> None:
+def test_a_row_is_not_written_into_a_recreated_folder(tmp_path: Path) -> None:
     there = Records(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     os.mkdir(tmp_path / "out")
@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_from_the_start_names_the_file(tmp_path: Path, monke
         scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path), progress.Quiet())
 
 
-def test_a_keep_log_of_a_task_that_cannot_be_written_is_no_fault_of_the_task(
+def test_a_keep_log_that_cannot_be_written_does_not_fail_the_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(run: lab.Run) -> dict[str, float]:
@@ -212,7 +212,7 @@ class NearlyFull:
         return getattr(self.file, name)
 
 
-def test_a_disk_that_fills_up_within_a_checkpoint_is_no_fault_of_the_run(
+def test_a_disk_that_fills_up_within_a_checkpoint_does_not_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch.save raised a RuntimeError about its own container there, and every run failed by it."""
@@ -265,7 +265,7 @@ def test_the_cure_fits_the_reason(code: int, cure: str | None, says: str) -> Non
     assert str(told.value).endswith(says)
 
 
-def test_events_that_cannot_be_written_are_no_fault_of_the_run(
+def test_events_that_cannot_be_written_do_not_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """TensorBoard's thread showed a traceback, and every run failed, or the command ended without naming a file."""
@@ -300,9 +300,7 @@ def at_work(place: scheduler.Workplace, monkeypatch: pytest.MonkeyPatch) -> list
     return line.said
 
 
-def test_a_worker_does_not_make_a_folder_again_that_was_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_does_not_recreate_a_removed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It did where the folder went before the worker had begun: the rows came into a folder without the others."""
     ((what, error),) = at_work(scheduler.Workplace(tmp_path / "gone"), monkeypatch)
     assert (what, type(error)) == ("unusable", CannotWrite)
@@ -310,7 +308,7 @@ def test_a_worker_does_not_make_a_folder_again_that_was_removed(
     assert not (tmp_path / "gone").exists()
 
 
-def test_records_that_a_worker_cannot_read_are_told_once_and_end_all(
+def test_records_that_a_worker_cannot_read_are_reported_once_and_end_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It died with a traceback, and others were started in its place."""
@@ -324,7 +322,7 @@ def test_records_that_a_worker_cannot_read_are_told_once_and_end_all(
     assert (what, type(error)) == ("unusable", records.ReplaceRecords)
 
 
-def test_a_full_disk_on_a_node_of_a_cluster_is_no_fault_of_the_run() -> None:
+def test_a_full_disk_on_a_node_of_a_cluster_does_not_fail_the_run() -> None:
     class TaskError(Exception):
         cause = CannotWrite("cannot write a (No space left on device).")
 
@@ -338,7 +336,7 @@ def test_a_full_disk_on_a_node_of_a_cluster_is_no_fault_of_the_run() -> None:
     assert on_ray._result(ray, None, CONFIGS[0])["status"] == "failed"
 
 
-def test_a_clock_that_runs_backwards_changes_no_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_runs_backwards_does_not_change_durations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hours = itertools.count()
     monkeypatch.setattr(time, "time", lambda: 1.7e9 - 3600 * next(hours))
     scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path, checkpoint_seconds=0.0), progress.Quiet())

@@ -1,4 +1,4 @@
-"""A training function of one's own: what it is given, what is recorded, and what happens when it does wrong."""
+"""The user's own training function: what it gets, what is recorded, and what happens if it is wrong."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_tensorboard_gets_what_is_logged() -> None:
     assert [round(each.value, 3) for each in events.Scalars("keep")] == [1.0, 0.6, 0.2]
 
 
-def test_the_source_is_told_apart_by_what_it_does(tmp_path: Path) -> None:
+def test_sources_are_distinguished_by_what_they_do(tmp_path: Path) -> None:
     path = tmp_path / "task.py"
     path.write_text("def train(run):\n    return {'error': 0.1}\n")
     first = Code.in_file("task.py:train", "task").source
@@ -184,7 +184,7 @@ def test_the_source_is_told_apart_by_what_it_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_closure_goes_to_other_processes_and_what_cannot_is_said() -> None:
+def test_closures_are_sent_to_other_processes_or_refused() -> None:
     scale = 0.25
 
     def train(run: Run) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Arguments of another kind, given to what compares and summarizes."""
+"""Arguments of the wrong kind to `compare` and `summarize`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     "rows", ["runs.csv", 5, None, {"method": "trim"}, ["method", "seed"], [("trim", 0, 0.1)], Path("runs")]
 )
-def test_rows_that_are_no_rows_are_refused(rows: Any) -> None:
+def test_arguments_that_are_not_rows_are_refused(rows: Any) -> None:
     with pytest.raises(TypeError, match="expected `rows` to be a list of mappings such as"):
         summarize(rows)
 
@@ -43,7 +43,7 @@ def test_settings_of_another_kind_are_refused_before_the_first_run(settings: dic
     assert not Path("here").exists()
 
 
-def test_what_is_no_flag_table_or_summary_is_refused() -> None:
+def test_arguments_that_are_not_flag_table_or_summary_are_refused() -> None:
     with pytest.raises(TypeError, match="expected `higher_is_better` to be True or False, got 'yes'"):
         summarize([{"method": "full", "seed": 0, "score": 0.1}], higher_is_better="yes")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"expected `params` to be a mapping of methods .*got 5"):

@@ -1,4 +1,4 @@
-"""Training functions, images and networks of one's own from the command line, as a person types it."""
+"""The user's own training functions, images and networks, from the command line as a person types it."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_higher_is_better_turns_the_verdict() -> None:
 
 
 @pytest.mark.slow
-def test_a_changed_program_is_said() -> None:
+def test_a_changed_program_is_reported() -> None:
     batchtrim("compare", "--task", "my_task.py:train", *ARGUMENTS, "-q")
     Path("my_task.py").write_text(TASK.replace("rand(8)", "rand(9)"))
     done = batchtrim("compare", "--task", "my_task.py:train", "--seeds", "4", *ARGUMENTS[2:], "-q")
@@ -294,7 +294,7 @@ def test_images_that_changed_make_other_runs(tmp_path: Path) -> None:
     assert "recorded already" not in batchtrim(*words).stderr
 
 
-def test_images_and_a_network_of_ones_own(tmp_path: Path) -> None:
+def test_the_users_images_and_network(tmp_path: Path) -> None:
     from PIL import Image
 
     for kind, value in (("dark", 40), ("light", 200)):

@@ -1,4 +1,4 @@
-"""A training function that does wrong: what stops the comparison, what fails a run, and what is noted."""
+"""A training function with mistakes: what stops the comparison, what fails a run, and what is noted."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_method_no_trimmer_drives_is_refused_before_the_first_run(method: str)
         ({"error": torch.rand(3)}, "expected `error` to be a number, got a tensor of shape (3,)"),
     ],
 )
-def test_what_is_no_result_stops_the_comparison(returned: Any, says: str) -> None:
+def test_an_invalid_result_stops_the_comparison(returned: Any, says: str) -> None:
     done = []
 
     def train(run: Run) -> Any:
@@ -97,7 +97,7 @@ def test_another_metric_each_time_keeps_what_finished() -> None:
     assert [row["status"] for row in records.read("here")] == ["finished", "failed"]
 
 
-def test_a_task_that_raises_is_told_by_its_own_lines(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_task_that_raises_is_reported_by_its_own_lines(capfd: pytest.CaptureFixture[str]) -> None:
     def inner(run: Run) -> None:
         raise KeyError("column")
 
@@ -142,13 +142,13 @@ def test_exit_fails_one_run() -> None:
     )
 
 
-def test_a_task_that_forgets_its_trimmer_is_told() -> None:
+def test_a_task_that_forgets_its_trimmer_is_reported() -> None:
     text = failing(lambda run: {"error": 0.1})
     assert "got a run of 'trim' in which it was never called: that is plain training" in text
     assert [row["config"]["method"] for row in records.read("here") if row["status"] == "finished"] == ["full"]
 
 
-def test_a_task_that_forgets_the_clock_is_told() -> None:
+def test_a_task_that_forgets_the_clock_is_reported() -> None:
     assert "to call run.trim.step() once an epoch" in failing(calls(steps=False))
 
 
@@ -210,7 +210,7 @@ def test_threads_that_are_left_behind_are_noted(capfd: pytest.CaptureFixture[str
     assert "the task left 1 thread running (loader)" in capfd.readouterr().err
 
 
-def test_log_refuses_what_is_no_number_or_a_second_time() -> None:
+def test_log_refuses_invalid_numbers_and_a_second_point() -> None:
     def words(run: Run) -> dict[str, float]:
         run.log(error="low")  # type: ignore[arg-type]
         return {"error": 0.1}
@@ -268,7 +268,7 @@ def test_whatever_a_task_raises_fails_its_run_alone(error: BaseException, capfd:
     assert [row["status"] for row in records.read("here")] == ["finished", "failed"]
 
 
-def test_ctrl_c_is_no_failed_run() -> None:
+def test_ctrl_c_is_not_a_failed_run() -> None:
     def train(run: Run) -> None:
         raise KeyboardInterrupt
 
@@ -281,7 +281,7 @@ def test_ctrl_c_is_no_failed_run() -> None:
     assert not Path("here/runs.jsonl").exists()
 
 
-def test_what_led_to_an_error_is_told() -> None:
+def test_the_cause_of_an_error_is_reported() -> None:
     def train(run: Run) -> None:
         try:
             run.trim(1)
@@ -358,7 +358,7 @@ class LibraryThread(threading.Thread):
     """As tqdm's monitor."""
 
 
-def test_threads_of_libraries_are_not_told_and_processes_are(
+def test_threads_of_libraries_are_not_reported_and_processes_are(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import multiprocessing

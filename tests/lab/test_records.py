@@ -1,4 +1,4 @@
-"""runs.jsonl: whole lines whoever dies, one run once whoever shares the folder."""
+"""runs.jsonl: lines are whole whichever process dies, and no run is done twice by processes on one folder."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_last_row_of_a_key_counts_and_failed_runs_are_not_done(tmp_path: Pat
     assert [each["status"] for each in records.read(tmp_path)] == ["diverged"]
 
 
-def test_a_piece_of_a_line_is_no_run_and_is_cut_off(tmp_path: Path) -> None:
+def test_a_partial_line_is_not_a_run_and_is_cut_off(tmp_path: Path) -> None:
     kept = Records(tmp_path)
     kept.append(row("a"))
     with kept.path.open("a") as file:
@@ -74,7 +74,7 @@ def test_a_piece_of_a_line_is_no_run_and_is_cut_off(tmp_path: Path) -> None:
     assert [each["key"] for each in kept.rows()] == ["a", "c"]
 
 
-def test_a_file_that_is_one_long_piece_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_only_a_partial_line_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "pread", raising=False)  # Windows has none
     kept = Records(tmp_path)
     kept.path.write_bytes(b"x" * 200_000)
@@ -121,18 +121,18 @@ def test_rows_of_another_release_are_refused(tmp_path: Path) -> None:
         records.read(tmp_path)
 
 
-def test_no_runs_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_runs_is_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="got nothing there"):
         records.read(tmp_path)
 
 
-def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
+def test_a_file_in_the_way_is_reported(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(OSError, match=r"Pass another --out|a file is in the way"):
         Records(tmp_path / "out")
 
 
-def test_no_permission_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_permission_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # as root the file system would not refuse
     with pytest.raises(PermissionError, match=r"a folder that can be written, got .*Pass another --out"):
         Records(tmp_path)

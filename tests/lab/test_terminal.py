@@ -1,4 +1,4 @@
-"""What goes to a terminal: no styling where NO_COLOR asks for none, and how far a long piece of work is."""
+"""Output to a terminal: no styling under NO_COLOR, and the progress of a long task."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_no_color_wins_over_force_color(
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_an_empty_no_color_asks_for_nothing(
+def test_an_empty_no_color_has_no_effect(
     monkeypatch: pytest.MonkeyPatch, make_row: Callable[..., Any], capsys: pytest.CaptureFixture[str], value: str | None
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -101,7 +101,9 @@ def _codes(text: str) -> list[str]:
     return re.findall(r"\x1b\[[0-9;?]*[A-Za-z]", text)
 
 
-def test_a_long_count_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_count_is_reported_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     now = 100.0
     monkeypatch.setattr("batchtrim.lab.terminal.time.monotonic", lambda: now)
     said = ProgressCount("images decoded", 12_000)

@@ -1,4 +1,4 @@
-"""The sweep over transformers' classes: what it counts, what it goes on from, and a part of it."""
+"""The sweep over transformers' classes: its counts, resuming it, and a part of the sweep itself."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_model_that_does_not_train_is_not_run(monkeypatch: pytest.MonkeyPatch)
     assert "RuntimeError: mat1 and mat2" in found.reason
 
 
-def test_a_wrong_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_engine_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     report = EngineReport("shared", gradient_error=0.5, steps=6)
     monkeypatch.setattr(sweep, "check_engine", lambda *_, **__: report)
     found = sweep.judged(

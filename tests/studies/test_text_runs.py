@@ -1,4 +1,4 @@
-"""The study on TREC's questions, on a few made-up ones: what its rows count, and that it goes on where it stopped."""
+"""The study on TREC's questions, on a few made-up ones: the counts in its rows, and resuming it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_row_counts_the_samples_that_there_are_and_no_run_is_done_twice(study:
     assert (study / "runs.jsonl").read_bytes() == before
 
 
-def test_the_record_goes_on_by_the_rules_of_its_rows() -> None:
+def test_the_study_can_continue_the_record() -> None:
     """The names of the runs, and what trim_full_end keeps."""
     settings = load_toml(RECORD / "config.toml")
     recorded = [json.loads(line) for line in (RECORD / "runs.jsonl").read_text().splitlines()]

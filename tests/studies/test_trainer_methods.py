@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer drives each method of the lab to what the lab's own loop makes of it."""
+"""Each method of the lab gives the same result in the Hugging Face Trainer as in the lab's own loop."""
 
 from __future__ import annotations
 

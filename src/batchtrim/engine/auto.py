@@ -31,11 +31,11 @@ _log = logging.getLogger("batchtrim.engine")
 
 # A trace that does not pay at this keep fraction never pays.
 _SMALLEST = 0.1
-# A trace takes half a second at least. Steps of less than 8 ms do not pay that back within 100 steps, however little is
-# kept. So ``auto`` gives a model up at once whose forward is shorter than _SHORT on a CPU. A forward that takes longer,
-# but less than _LONG, is timed again, up to _TIMED times: the first ones may have been slow for another reason.
+# A trace takes at least half a second. Steps of less than 8 ms do not pay that back within 100 steps, however little is
+# kept. So ``auto`` gives up at once on a model whose forward takes less than _SHORT on a CPU. A forward of less than
+# _LONG is timed again, up to _TIMED times: the first ones may have been slow for another reason.
 _SHORT, _LONG, _TIMED = 2e-3, 20e-3, 3
-_JUDGE_EVERY = 300  # steps between two measurements of what BatchNorm's approximation is worth
+_JUDGE_EVERY = 300  # steps between two measurements of the error of BatchNorm's approximation
 
 
 class AutoEngine:
@@ -75,7 +75,7 @@ class AutoEngine:
             self.saving = shared = SharedEngine(self.exact.forward, self.trim)
             shared.judge = self._judge
             if compiled:
-                self.forecast = Forecast(math.inf, 0.0)  # beside the compilation, a trace costs nothing
+                self.forecast = Forecast(math.inf, 0.0)  # compared with the compilation, a trace costs nothing
         except EngineRefused as refused:
             self._hand_on(refused, stacklevel)
 
@@ -141,7 +141,7 @@ class AutoEngine:
         return affordable and saving.pays(x, y)
 
     def _timed(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
-        """Run an exact step by the clock, and give up a model too small for a trace to pay."""
+        """Time an exact step, and give up on a model too small for a trace to pay."""
         start = time.perf_counter()
         step = self.exact(x, y, selection)
         seconds = time.perf_counter() - start
@@ -160,7 +160,7 @@ class AutoEngine:
         return step
 
     def _counted(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
-        """Run an exact step, count its operations, and give up a model for which no trace pays."""
+        """Run an exact step, count its operations, and give up on a model for which no trace pays."""
         from batchtrim.engine.capture import Capture
         from batchtrim.engine.cost import OperatorCount, machine_of
 
@@ -219,7 +219,7 @@ class AutoEngine:
         return near
 
     def _pass(self, refused: EngineRefused, stacklevel: int) -> None:
-        """Warn once of a step that cannot be traced where it is called; elsewhere the model may be."""
+        """Warn once that a step cannot be traced at the place it is called from; called elsewhere, it may be."""
         if not self._passed:
             self._passed = True
             warnings.warn(f"{refused}. This step runs with engine='exact'.", EngineFallback, stacklevel=stacklevel)

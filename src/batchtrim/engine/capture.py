@@ -74,7 +74,7 @@ class Planner(Protocol):
         ...
 
     def forward(self, args: list[Any]) -> Any:
-        """Run the forward; its outputs, and behind them what it saves."""
+        """Run the forward; return its outputs, followed by what it saves for backward."""
         ...
 
     def backward(self, args: list[Any]) -> Any:

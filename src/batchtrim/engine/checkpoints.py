@@ -1,4 +1,4 @@
-"""Find what an activation checkpoint does again in backward, and a trace does not.
+"""Find side effects that an activation checkpoint repeats in backward and a trace does not.
 
 Backward runs a checkpointed part of the forward once more. What that part writes into a buffer is then written twice,
 and what it reads there is another value the second time. A trace runs it once.
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 __all__ = ["done_again"]
 
 _WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")  # further ones end with an underscore
-# where a function says that it writes its running statistics, and where these are
+# the argument by which a function writes its running statistics: its name and its position
 _NORMS = {"batch_norm": ("training", 5), "instance_norm": ("use_input_stats", 5)}
 _DRAWING = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
@@ -23,7 +23,7 @@ _DRAWING = {
 
 
 def done_again(graph: fx.GraphModule) -> str | None:
-    """Return what a checkpoint of a function's graph, as torch.compile's front end traces it, does twice, or None."""
+    """Return the side effect that a checkpoint in a graph of torch.compile's front end repeats, or None."""
     for node in graph.graph.find_nodes(op="get_attr"):
         body = getattr(graph, str(node.target), None)
         if not isinstance(body, fx.GraphModule):

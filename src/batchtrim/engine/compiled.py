@@ -24,7 +24,7 @@ from batchtrim.engine.inductor import (
     with_strides,
     without_data,
 )
-from batchtrim.engine.layout import Rows
+from batchtrim.engine.layout import RowLayout
 from batchtrim.engine.parts import Runs, run_backward
 from batchtrim.errors import EngineFallback
 
@@ -149,7 +149,7 @@ class CompiledStep:
                     cut_before[at] = value
                 else:
                     given[at] = value
-            runs = Runs(upper, lower, beside, _Rows, spread)
+            runs = Runs(upper, lower, beside, _LazyRows, spread)
             return run_backward(step, slices, now, given, cut_before, runs)
 
         inputs = [*sizes, rows, *(kept[at] if on_kept else whole[at] for at, on_kept in wanted)]
@@ -174,10 +174,10 @@ class CompiledStep:
         return [*((at, True) for at in sorted(cut_before)), *((at, False) for at in sorted(whole))]
 
 
-class _Rows:
+class _LazyRows:
     """The kept rows of a tensor, not yet taken."""
 
-    def __init__(self, tensor: Tensor, layout: Rows, kept: KeptRows) -> None:
+    def __init__(self, tensor: Tensor, layout: RowLayout, kept: KeptRows) -> None:
         self.taken = lambda: gather(tensor, layout, kept)
 
 
@@ -190,7 +190,7 @@ class _Late(fx.Interpreter):
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         def value(node: fx.Node) -> Any:
             found = self.env[node]
-            if isinstance(found, _Rows):
+            if isinstance(found, _LazyRows):
                 found = self.env[node] = found.taken()
             return found
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchtrim.engine.layout import Rows
+from batchtrim.engine.layout import RowLayout
 
 __all__ = ["KeptRows", "can_be_cut", "cut", "gather", "put_back", "spread"]
 
@@ -41,7 +41,7 @@ class KeptRows:
         return self.rows // self.tokens, self.rows % self.tokens
 
 
-def can_be_cut(layout: Rows, symbols: int) -> bool:
+def can_be_cut(layout: RowLayout, symbols: int) -> bool:
     """True if rows in this layout can be taken and put back.
 
     Samples can, in any layout in which one factor is a number. Tokens can, if samples and tokens are separate
@@ -58,12 +58,12 @@ def can_be_cut(layout: Rows, symbols: int) -> bool:
     return sample.outer == 1 and token.inner == 1
 
 
-def cut(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+def cut(tensor: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     """Return the kept rows of a tensor."""
     return _cut_samples(tensor, layout, kept) if kept.tokens is None else _cut_tokens(tensor, layout, kept)
 
 
-def put_back(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+def put_back(value: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     """Return zeros for all rows with the kept rows among them: the inverse of :func:`cut`."""
     return _put_samples(value, layout, kept) if kept.tokens is None else _put_tokens(value, layout, kept)
 
@@ -71,7 +71,7 @@ def put_back(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
 # --- the same, to be compiled: nothing is written in place, and the compiler picks the memory layout ------------------
 
 
-def gather(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+def gather(tensor: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     """Return the kept rows of a tensor, through operators that fuse with their readers."""
     sample = layout.axes[0]
     assert sample is not None
@@ -94,7 +94,7 @@ def gather(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
     return taken.permute([order.index(d) for d in range(tensor.ndim)])
 
 
-def spread(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+def spread(value: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     """Return what :func:`put_back` returns: each row reads its kept row, or is zero."""
     sample = layout.axes[0]
     assert sample is not None
@@ -130,7 +130,7 @@ def _take_or_zero(value: Tensor, dim: int, from_row: Tensor) -> Tensor:
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
-def _factors(layout: Rows, size: int, batch: int) -> tuple[int, int, int]:
+def _factors(layout: RowLayout, size: int, batch: int) -> tuple[int, int, int]:
     axis = layout.axes[0]
     assert axis is not None
     if axis.outer is None:
@@ -140,7 +140,7 @@ def _factors(layout: Rows, size: int, batch: int) -> tuple[int, int, int]:
     return axis.dim, int(axis.outer), size // (batch * int(axis.outer))
 
 
-def _cut_samples(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+def _cut_samples(tensor: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     """Cut samples; the result keeps the tensor's order of dimensions in memory."""
     dim, outer, inner = _factors(layout, tensor.shape[layout.axes[0].dim], kept.batch)  # type: ignore[union-attr]
     size = outer * kept.k * inner
@@ -171,7 +171,7 @@ def _cut_samples(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
     return result
 
 
-def _put_samples(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+def _put_samples(value: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     dim, outer, inner = _factors(layout, value.shape[layout.axes[0].dim], kept.k)  # type: ignore[union-attr]
     shape = list(value.shape)
     shape[dim] = outer * kept.batch * inner
@@ -187,7 +187,7 @@ def _put_samples(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def _cut_tokens(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+def _cut_tokens(tensor: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     sample, token = layout.axes
     assert sample is not None
     samples, places = kept.places()
@@ -202,7 +202,7 @@ def _cut_tokens(tensor: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
     return taken.contiguous() if tensor.is_contiguous() else taken
 
 
-def _put_tokens(value: Tensor, layout: Rows, kept: KeptRows) -> Tensor:
+def _put_tokens(value: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     sample, token = layout.axes
     assert sample is not None
     assert token is not None

@@ -1,4 +1,4 @@
-"""Graphs as functions, and what is changed in them before they run."""
+"""Turn graphs into functions, and transform them before they run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def any_strides(graph: fx.GraphModule) -> bool:
 
 
 def without_dead_draws(graph: fx.Graph) -> None:
-    """Remove what nobody reads from a backward graph, random operators of the forward too."""
+    """Remove unused nodes from a backward graph, including random operators of the forward."""
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
 

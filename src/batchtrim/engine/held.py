@@ -1,8 +1,8 @@
-"""Find what a forward may change: what a model and its loss hold, or name, and what outlives a call.
+"""Find the state that a forward may change: everything that can be reached from a model and its loss.
 
-These are buffers and attributes of modules; what those attributes hold in turn, in lists and dictionaries, in plain
-objects, and in modules that are no submodules (a teacher in a list); variables in the closures of functions and hooks;
-attributes of the user's own classes; and the global variables that their functions name, in other files of theirs too.
+That is: buffers and attributes of modules; the contents of these attributes, such as lists, dictionaries, objects, and
+modules that are not submodules (a teacher in a list); variables in the closures of functions and hooks; attributes of
+the user's own classes; and the global variables that the user's functions name, also in other files of the user.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ _STATE = (
     bool, int, float, complex, str, bytes, type(None), tuple, *CONTAINERS, Tensor, torch.Generator, random.Random,
 )  # fmt: skip
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_MADE_OF = ("_orig", "_g")  # parameters of which torch.nn.utils (prune, weight_norm) makes a weight in every forward
+_MADE_OF = ("_orig", "_g")  # suffixes of parameters from which torch.nn.utils (prune, weight_norm) computes a weight
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Objects of these packages keep no state that a forward changes, or are tools, such as a trainer that holds the data.
+# Objects of these packages have no state that a forward changes, or are tools, such as a trainer that holds the data.
 _TOOLS = frozenset((
     "accelerate", "batchtrim", "builtins", "functools", "lightning", "lightning_fabric", "logging", "numpy",
     "pytorch_lightning", "random", "torch",
 ))  # fmt: skip
 _WRAPPERS = ("batchtrim.criteria", "batchtrim.losses")  # around a user's loss; they have no state of their own
-_DEEP = 3  # objects within objects
-_LARGE, _MANY = 2**20, 10_000  # bytes of an array, entries of a container: beyond, only what a module holds is copied
+_DEEP = 3  # levels of objects within objects that are searched
+_LARGE, _MANY = 2**20, 10_000  # bytes of an array, entries of a container; larger ones are copied only from modules
 
 
 @dataclass
 class Names:
-    """Names that may be bound to other values: attributes of an object or a class, or variables.
+    """Names that a forward may rebind: attributes of an object or a class, or variables.
 
     Attributes:
         owner: the module, object, class or function whose names they are.
-        read: returns a name's value, or raises LookupError, AttributeError or ValueError. bind: gives it another value.
-        whole: all that the owner has, by name, as it is now: what is new there can be deleted. None if not known.
+        read: returns a name's value, or raises LookupError, AttributeError or ValueError. bind: rebinds a name.
+        whole: the owner's ``__dict__``, if names that are added later can be deleted from it; otherwise None.
     """
 
     owner: Any
@@ -62,7 +62,7 @@ class Names:
     whole: dict[str, Any] | None = None
 
     def state(self, known: Container[str] = ()) -> dict[str, Any]:
-        """Return the values, but those ``known``, that are put back: numbers, containers, tensors, no functions."""
+        """Return the values to restore, except those ``known``: numbers, containers and tensors, but no functions."""
         names = self.names
         if self.whole is not None:
             passed = _OF_EVERY_MODULE if isinstance(self.owner, nn.Module) else ()
@@ -71,7 +71,7 @@ class Names:
         return {name: value for name, value in found if type(value) in _FIXED or _is_state(self.owner, name, value)}
 
     def put_back(self, noted: Mapping[str, Any]) -> None:
-        """Bind each name to its value of before, where it is another now."""
+        """Rebind each name whose value has changed to its earlier value."""
         for name, value in noted.items():
             if self._value(name) is not value:
                 self.bind(name, value)
@@ -84,19 +84,20 @@ class Names:
 
 
 class Held:
-    """What can be reached from a model, from the function that computes its loss, and the like.
+    """The state that can be reached from the roots: a model, and the function that computes its loss.
 
     Args:
-        passed: what is left out.
+        passed: objects to leave out.
 
     Attributes:
-        modules: each once.
-        names: of modules, and of the objects, classes and functions behind them.
-        contents: what can change in place, tensors among it that are neither parameters nor buffers.
-        watched: tensors that are too large to copy in every step, or not the model's own: parameters that the first
-            root does not list, and tensors that functions name.
-        iterators: where modules hold iterators, or functions name them: their next value can be taken only once.
-        with_graph: where tensors with a graph are kept.
+        modules: each module once.
+        names: of modules, and of the objects, classes and functions reached from them.
+        contents: objects that can change in place, including tensors that are neither parameters nor buffers.
+        watched: tensors that are too large to copy in every step, or do not belong to the model: parameters that the
+            first root does not list, and tensors that functions name.
+        iterators: descriptions of iterators that modules hold or functions name. Their next value can be taken only
+            once, so they cannot be restored.
+        with_graph: descriptions of the places that hold a tensor with a graph.
     """
 
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
@@ -106,7 +107,7 @@ class Held:
         self.watched: list[Tensor] = []
         self.iterators: list[str] = []
         self.with_graph: list[str] = []
-        # it holds what it has seen, so that no number is given twice
+        # by id; the values keep their objects alive, so that ids stay unique
         self._seen: dict[int, Any] = {id(value): value for value in passed}
         for parameter in roots[0].parameters() if isinstance(next(iter(roots), None), nn.Module) else ():
             self._seen[id(parameter)] = parameter
@@ -114,7 +115,7 @@ class Held:
             self._walk(root, "the loss", _DEEP, own=True)
 
     def _walk(self, value: Any, name: str, deep: int, own: bool) -> None:
-        """Go through a value; ``own``: a module holds it. ``deep``: how many objects may still be entered."""
+        """Search a value. ``own``: a module holds it. ``deep``: how many more levels of objects to enter."""
         if isinstance(value, nn.Module):
             for module in value.modules():
                 if self._is_new(module):
@@ -160,7 +161,7 @@ class Held:
         held = vars(module)
         for hook in [hook for hooks in _HOOKS if held.get(hooks) for hook in held[hooks].values()]:
             self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)
-        if not type(module).__module__.startswith("torch.distributed"):  # they set themselves up in their first forward
+        if not type(module).__module__.startswith("torch.distributed"):  # these set attributes in their first forward
             self.names.append(Names(module, [], held.__getitem__, held.__setitem__, held))
             for name, value in list(held.items()):
                 if name in _OF_EVERY_MODULE or type(value) in _FIXED:
@@ -175,7 +176,7 @@ class Held:
         if isinstance(value, CONTAINERS):
             self.contents.append(value)
         items = value.values() if isinstance(value, Mapping) else value
-        if not _FIXED.issuperset(map(type, items)):  # a vocabulary has very many
+        if not _FIXED.issuperset(map(type, items)):  # fast for large containers of constants, such as a vocabulary
             for item in list(items):
                 self._walk(item, name, deep, own)
 
@@ -216,7 +217,7 @@ class Held:
             self._walk(part, name, deep, own=False)
 
     def _function(self, function: FunctionType) -> list[Any]:
-        """Note the variables of a function's closure, and the globals that it names; return what they hold."""
+        """Add the variables of a function's closure and the globals that it names; return their values."""
         code = function.__code__
         cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         own = vars(function)
@@ -231,7 +232,7 @@ class Held:
         return [*values, function.__defaults__, function.__kwdefaults__]
 
     def _globals(self, function: FunctionType) -> list[Names]:
-        """Return the global variables that a function names, and those of the user's other files that it names."""
+        """Return the global variables that a function names, including those of the user's other files."""
         names, attributes = _names_in(function.__code__)
         space = function.__globals__
         named = [name for name in names if name in space]
@@ -260,7 +261,7 @@ def _is_state(owner: Any, name: str, value: Any) -> bool:
 
 
 def is_numpy_generator(value: Any) -> bool:
-    """True for a ``numpy.random.Generator``; it does not import NumPy."""
+    """True for a ``numpy.random.Generator``. Does not import NumPy."""
     return type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator")
 
 
@@ -285,7 +286,7 @@ def _is_entered(cls: type, own: bool) -> bool:
 
 @functools.cache
 def _is_installed(module: str) -> bool:
-    """True for code that is not the user's own: torch and other packages, and the standard library."""
+    """True for a module that is not the user's own code: of an installed package or the standard library."""
     top = module.partition(".")[0]
     file = getattr(sys.modules.get(top), "__file__", None) or ""
     return top in _TOOLS or top in sys.stdlib_module_names or "-packages" in file
@@ -293,7 +294,7 @@ def _is_installed(module: str) -> bool:
 
 @functools.lru_cache(4096)
 def _names_in(code: CodeType) -> tuple[list[str], list[str]]:
-    """Return the global variables that a function and those within it name, and all names of attributes."""
+    """Return the global names that a function and its inner functions use, and all names of attributes."""
     inner = [_names_in(each) for each in code.co_consts if isinstance(each, CodeType)]
     own = {each.argval for each in dis.get_instructions(code) if each.opname.endswith(("_GLOBAL", "_NAME"))}
     attributes = set(code.co_names).union(*(attributes for _, attributes in inner))

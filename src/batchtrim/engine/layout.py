@@ -14,7 +14,7 @@ from typing import Any
 
 import sympy
 
-__all__ = ["Axis", "Broken", "Layout", "Mixes", "Rows", "Whole", "exact_ratio", "factor_of", "product"]
+__all__ = ["Axis", "Broken", "Layout", "Mixes", "RowLayout", "Whole", "exact_ratio", "factor_of", "product"]
 
 Size = Any  # int or sympy.Expr
 
@@ -42,8 +42,8 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A value with rows: ``axes[i]`` says where row symbol i lies, None if the value does not depend on it.
+class RowLayout:
+    """The layout of a value with rows: ``axes[i]`` is where row symbol i lies, None if the value does not depend on it.
 
     Attributes:
         vanish: rows that are not kept are zero.
@@ -54,7 +54,7 @@ class Rows:
     vanish: bool = False
     iota: bool = False
 
-    def moved(self, to: dict[int, int] | Sequence[int | None], **changes: Any) -> Rows:
+    def moved(self, to: dict[int, int] | Sequence[int | None], **changes: Any) -> RowLayout:
         """Return the layout after dimensions were moved: dimension d is now ``to[d]``."""
         axes = tuple(None if a is None else replace(a, dim=to[a.dim]) for a in self.axes)
         return replace(self, axes=axes, **changes)
@@ -78,7 +78,7 @@ class Broken:
     reason: str
 
 
-Layout = Rows | Whole | Broken
+Layout = RowLayout | Whole | Broken
 
 
 def product(sizes: Sequence[Size]) -> Size:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from batchtrim.engine.cutting import KeptRows
-from batchtrim.engine.layout import Layout, Rows
+from batchtrim.engine.layout import Layout, RowLayout
 from batchtrim.engine.split import Crossing, Slices
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run_backward(
         found = dict(zip(slices.upper.outputs, runs.upper(inputs), strict=True))
     for node in list(found):
         layout = slices.proof.verdicts[node].layouts[0]
-        if isinstance(layout, Rows):
+        if isinstance(layout, RowLayout):
             found[node] = runs.put_back(found[node], layout, chosen)
     if slices.lower.outputs:
         known = found
@@ -94,4 +94,4 @@ class _Across:
         return [self._each(self.runs.cut, *each) for each in zip(results, self.crossing.results, strict=True)]
 
     def _each(self, function: Callable[..., Any], value: Any, layout: Layout) -> Any:
-        return function(value, layout, self.chosen) if isinstance(layout, Rows) else value
+        return function(value, layout, self.chosen) if isinstance(layout, RowLayout) else value

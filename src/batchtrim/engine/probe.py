@@ -16,7 +16,7 @@ from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.rehearsal import Rehearsal
 from batchtrim.engine.rows import copied, tensors_of
-from batchtrim.engine.state import GeneratorStates, ModelState, Moment, uncompiled_calls, uses_tf32, without_graph
+from batchtrim.engine.state import GeneratorStates, ModelState, Snapshot, uncompiled_calls, uses_tf32, without_graph
 from batchtrim.errors import EngineRefused
 
 __all__ = ["Probe", "Tolerance"]
@@ -26,11 +26,11 @@ ROWS = 8  # every second one of them is then run alone
 # sum in another order for another batch size: 1e-7 to 3e-6 over 150 architectures in float32, about eps in the others.
 # A wrong loss is off by 1e-3 or more, or not at all (a gate that is zero); the gradient and NaN show the latter.
 _APART = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Dropout drawn anew in front of a head with small weights moves a loss by 1e-5: where numbers were drawn the samples'
-# losses have to be the same but for rounding.
+# Redrawn dropout in front of a head with small weights moves a loss by only 1e-5. So if random numbers were drawn, the
+# samples' losses have to be the same up to rounding.
 _DRAWN_APART = 0.03
-# The same between two batches of the same size, where kernels sum in the same order: other rows may only change what
-# is computed on a selection of rows.
+# The same for two batches of one size, for which kernels sum in the same order. Other rows may then only change the
+# results of operators that run on a selection of rows.
 _ALIKE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _GRADIENT_ALIKE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _GRADIENT_APART = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
@@ -44,7 +44,7 @@ class Tolerance:
         self.coarsest: torch.dtype | None = None  # the least precise dtype seen inside the model
 
     def compare(
-        self, losses: Tensor, scored: Tensor, rows: Tensor, moment: Moment, where: str = "kept", drawn: bool = False
+        self, losses: Tensor, scored: Tensor, rows: Tensor, snapshot: Snapshot, where: str = "kept", drawn: bool = False
     ) -> None:
         """Refuse unless ``losses`` (k,) equal ``scored[rows]``; to a closer tolerance if random numbers were ``drawn``.
 
@@ -55,7 +55,7 @@ class Tolerance:
         scale = scored.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()
         for dtype in (self._dtype(losses), None):
             if dtype is None:  # does the model compute in a less precise dtype than is visible from outside?
-                dtype = self._look_inside(moment, len(scored))
+                dtype = self._look_inside(snapshot, len(scored))
             apart = _APART[dtype] * (_DRAWN_APART if drawn else 1.0)
             near = (losses - expected).abs() <= apart * (expected.abs() + scale)
             if (near | (losses == expected) | (losses.isnan() & expected.isnan())).all():
@@ -115,7 +115,7 @@ class Tolerance:
             seen.append(self.coarsest)
         return max((dtype for dtype in seen if dtype in _APART), key=_APART.__getitem__, default=torch.float32)
 
-    def _look_inside(self, moment: Moment, batch: int) -> torch.dtype:
+    def _look_inside(self, snapshot: Snapshot, batch: int) -> torch.dtype:
         """Return the least precise dtype that a module of the model returns: autocast may be on in its forward."""
         seen = {torch.float32}
 
@@ -125,8 +125,8 @@ class Tolerance:
         rows = torch.arange(min(batch, ROWS))
         hook = nn.modules.module.register_module_forward_hook(note)
         try:
-            with _restored(moment), without_graph():
-                self.forward(*self.forward.rows(moment.x, moment.y, rows, batch), model=self.forward.inner)
+            with _restored(snapshot), without_graph():
+                self.forward(*self.forward.rows(snapshot.x, snapshot.y, rows, batch), model=self.forward.inner)
         except Exception:  # the next run of the model reports this error
             return torch.float32
         finally:
@@ -143,12 +143,16 @@ def _filled(own: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> lis
 class Probe:
     """Look for samples that depend on one another, in an engine's steps 1, 2, 4, 8, ...
 
-    Eight rows go through the model, then every second of them alone. The losses of these must be the same; so must
-    each parameter's gradient, which shows an interaction behind a weight that is zero, a hook that looks at the batch,
-    a gradient that counts the batch; and so must the losses where every float of the rows between is NaN. Beside other
-    rows, of which there are as many, losses and gradients must be the same up to rounding: that shows interactions too
-    weak for the rest, and those of integers, which cannot be NaN. A model with dropout or BatchNorm is checked in
-    evaluation mode; in training mode only beside NaN and beside other rows, without its BatchNorm.
+    Eight rows go through the model, then every second of them alone. Three things must be the same for these rows:
+
+    * their losses;
+    * each parameter's gradient, which shows an interaction behind a weight that is zero, a hook that looks at the
+      batch, or a gradient that counts the batch;
+    * their losses if every float of the rows in between is NaN.
+
+    If the rows in between are replaced by others, losses and gradients must be the same up to rounding. That shows
+    interactions too weak for the other checks, and those of integers, which cannot be NaN. A model with dropout or
+    BatchNorm is checked in evaluation mode; in training mode only beside NaN and beside other rows, without BatchNorm.
     """
 
     def __init__(self, forward: Forward, tolerance: Tolerance) -> None:
@@ -161,13 +165,13 @@ class Probe:
         """True in steps 1, 2, 4, 8, ..."""
         return not self.calls & (self.calls - 1)
 
-    def __call__(self, before: Moment, batch: int, scored: Tensor | None, *, redrawn: bool) -> None:
+    def __call__(self, before: Snapshot, batch: int, scored: Tensor | None, *, redrawn: bool) -> None:
         """Check if a check is due; then restore everything to ``before``.
 
         Args:
             before: the state before the first pass, and the batch as it was.
-            scored: (B,), what the first pass found.
-            redrawn: the first pass drew random numbers or normalised by the batch.
+            scored: (B,), the losses of the first pass.
+            redrawn: True if the first pass drew random numbers or normalised by the batch.
 
         Raises:
             EngineRefused: the samples depend on one another.
@@ -180,7 +184,7 @@ class Probe:
                 raise EngineRefused("an embedding with scale_grad_by_freq counts how often the whole batch has a word")
         rows = torch.linspace(0, batch - 1, min(batch, ROWS)).long()
         poisoned = torch.arange(len(rows)) % 2 == 1
-        # compiled, it would be compiled anew for so few rows, and its buffers be gone after one gradient
+        # a compiled model would be recompiled for so few rows, and would free its buffers after one gradient
         with uncompiled_calls(), _restored(before), _rehearsed(before):
             if not redrawn and scored is not None:
                 self._ask(before, batch, rows, poisoned, scored)
@@ -197,7 +201,7 @@ class Probe:
         if scored is not None and beside is not None and beside.isnan().any() and not scored.isnan().any():
             raise EngineRefused("its samples depend on one another in training mode (one that is NaN spreads)")
 
-    def _ask(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor, scored: Tensor) -> None:
+    def _ask(self, before: Snapshot, batch: int, rows: Tensor, poisoned: Tensor, scored: Tensor) -> None:
         try:
             self._compare(before, batch, rows.to(scored.device), poisoned.to(scored.device), scored)
         except EngineRefused as refused:
@@ -209,22 +213,22 @@ class Probe:
                 "it draws random numbers for each sample, in evaluation mode too, which a second pass would draw anew"
             ) from refused
 
-    def _compare(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor, scored: Tensor) -> None:
+    def _compare(self, before: Snapshot, batch: int, rows: Tensor, poisoned: Tensor, scored: Tensor) -> None:
         some = rows[~poisoned]
         all_losses = self._losses(before, batch, rows)
         self.tolerance.compare(all_losses.detach(), scored, rows, before, where=f"{len(rows)} probed")
         few_losses = self._losses(before, batch, some)
         self.tolerance.compare(few_losses.detach(), scored, some, before, where=f"{len(some)} probed")
-        gradients = self._gradients(all_losses[~poisoned], before)
-        self._compare_gradients(gradients, self._gradients(few_losses, before))
+        gradients = self._named_gradients(all_losses[~poisoned], before)
+        self._compare_named(gradients, self._named_gradients(few_losses, before))
         other_losses = self._losses(before, batch, _others(rows, poisoned))
         self.tolerance.compare_beside_others(all_losses.detach()[~poisoned], other_losses.detach()[~poisoned], some)
-        self._compare_gradients(gradients, self._gradients(other_losses[~poisoned], before), _GRADIENT_ALIKE)
+        self._compare_named(gradients, self._named_gradients(other_losses[~poisoned], before), _GRADIENT_ALIKE)
         beside = self._beside_nan(before, batch, rows, poisoned)
         if beside is not None:
             self.tolerance.compare(beside, scored, some, before, where="probed, beside NaN,")
 
-    def _losses(self, before: Moment, batch: int, rows: Tensor) -> Tensor:
+    def _losses(self, before: Snapshot, batch: int, rows: Tensor) -> Tensor:
         before.restore(modes=False)
         try:
             losses, _ = self.forward(*self.forward.rows(before.x, before.y, rows, batch), model=self.forward.inner)
@@ -236,7 +240,7 @@ class Probe:
             raise EngineRefused(f"it returns {losses.values.shape[0]} losses for {len(rows)} samples of the batch")
         return losses.values
 
-    def _beside_others(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> None:
+    def _beside_others(self, before: Snapshot, batch: int, rows: Tensor, poisoned: Tensor) -> None:
         """Refuse if losses change beside other rows, unless the rows decide how many random numbers are drawn."""
         losses, drawn = [], []
         with without_graph():
@@ -246,21 +250,21 @@ class Probe:
         if drawn[0].same(drawn[1]):
             self.tolerance.compare_beside_others(losses[0], losses[1], rows[~poisoned])
 
-    def _look_for_moves(self, before: Moment, batch: int, rows: Tensor) -> None:
-        """Refuse a model whose backward moves buffers or generators: it would do so by the kept rows alone."""
+    def _look_for_moves(self, before: Snapshot, batch: int, rows: Tensor) -> None:
+        """Refuse a model whose backward changes buffers or generators: two passes would do so by the kept rows."""
         losses = self._losses(before, batch, rows)
         parameters = [p for p in self.forward.inner.parameters() if p.requires_grad]
         if not losses.requires_grad or not parameters or any(type(p) is not nn.Parameter for p in parameters):
             return
         state, generators = ModelState(*before.model.roots), GeneratorStates(before.generators.device)
-        _gradients(losses, parameters)
+        _differentiate(losses, parameters)
         if not generators.same(GeneratorStates(generators.device)):
             raise EngineRefused("its backward draws random numbers (a checkpoint with preserve_rng_state=False does)")
         if state.difference(ModelState(*before.model.roots)) > 0:
             raise EngineRefused("its backward moves buffers (BatchNorm in an activation checkpoint does)")
 
-    def _gradients(self, losses: Tensor, before: Moment) -> dict[str, Tensor | None]:
-        """Return the gradient of every parameter, and of what in the batch requires one. The graph is then gone."""
+    def _named_gradients(self, losses: Tensor, before: Snapshot) -> dict[str, Tensor | None]:
+        """Return the gradient of every parameter and of every batch tensor that requires one. Frees the graph."""
         named = [(f"parameter {name}", p) for name, p in self.forward.inner.named_parameters() if p.requires_grad]
         if any(type(p) is not nn.Parameter for _, p in named):
             return {}  # sharded parameters (DTensor) have hooks that a gradient asked for here would not run
@@ -268,9 +272,9 @@ class Probe:
         named += [(f"input {number}", tensor) for number, tensor in enumerate(asking)]
         if not named or not losses.requires_grad:
             return {}
-        return dict(zip([name for name, _ in named], _gradients(losses, [p for _, p in named]), strict=True))
+        return dict(zip([name for name, _ in named], _differentiate(losses, [p for _, p in named]), strict=True))
 
-    def _compare_gradients(
+    def _compare_named(
         self,
         ours: dict[str, Tensor | None],
         theirs: dict[str, Tensor | None],
@@ -279,26 +283,26 @@ class Probe:
         both = [name for name in ours if name in theirs]
         self.tolerance.compare_gradients([ours[n] for n in both], [theirs[n] for n in both], both, tolerance)
 
-    def _beside_nan(self, before: Moment, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:
-        """Return the losses of ``rows`` with the poisoned ones NaN; None if the model does not take NaN."""
+    def _beside_nan(self, before: Snapshot, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:
+        """Return the losses of the other rows if the poisoned ones are NaN; None if the model does not accept NaN."""
         before.restore(modes=False)
         try:
             with without_graph():
                 x, y = self.forward.cutter(before.x, before.y, rows, batch, poisoned)
                 losses = self.forward(x, y, model=self.forward.inner)[0].values
-        except Exception:  # this shows nothing
+        except Exception:  # that says nothing about interactions
             return None
         return losses[~poisoned]
 
 
 def _others(rows: Tensor, poisoned: Tensor) -> Tensor:
-    """Return the rows with others in the place of the poisoned ones: of those between them, again."""
+    """Return the rows with each poisoned one replaced by one of those in between."""
     others = rows.clone()
     others[poisoned] = rows[~poisoned][: int(poisoned.sum())]
     return others
 
 
-def _gradients(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]:
+def _differentiate(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]:
     try:
         return list(torch.autograd.grad(losses.mean(), parameters, allow_unused=True))
     except torch.OutOfMemoryError:
@@ -308,17 +312,17 @@ def _gradients(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]:
         raise EngineRefused(f"its gradient cannot be asked for twice ({type(error).__name__}: {first})") from error
 
 
-def _rehearsed(moment: Moment) -> AbstractContextManager[Any]:
+def _rehearsed(snapshot: Snapshot) -> AbstractContextManager[Any]:
     """Try on the CPU what could end a GPU process: NaN for a probability, indices beyond a shorter table."""
-    on_gpu = any(each.device.type == "cuda" for each in tensors_of((moment.x, moment.y)))
+    on_gpu = any(each.device.type == "cuda" for each in tensors_of((snapshot.x, snapshot.y)))
     return Rehearsal() if on_gpu else nullcontext()
 
 
 @contextmanager
-def _restored(moment: Moment) -> Iterator[None]:
+def _restored(snapshot: Snapshot) -> Iterator[None]:
     """Start from a recorded state, and restore the model and the generators afterwards."""
-    found = ModelState(*moment.model.roots), GeneratorStates(moment.generators.device)
-    moment.restore()
+    found = ModelState(*snapshot.model.roots), GeneratorStates(snapshot.generators.device)
+    snapshot.restore()
     try:
         yield
     finally:

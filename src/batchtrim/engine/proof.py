@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from batchtrim.engine import rules_attention, rules_nn, rules_shape  # noqa: F401  (they enter their rules)
+from batchtrim.engine import rules_attention, rules_nn, rules_products, rules_shape  # noqa: F401  (they enter their rules)
 from batchtrim.engine.capture import decomposed, expression_of
 from batchtrim.engine.cutting import can_be_cut
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Whole
+from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, RowLayout, Whole
 from batchtrim.engine.rules import Call, Value, alike, apply_rule, has_rule, holds, only_dim
 from batchtrim.engine.rules_attention import draws, draws_by_place
 
@@ -69,7 +69,7 @@ def make_call(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: A
 
 def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts: Any) -> list[Layout]:
     """Return layouts by the operator's rule, or by the rules of the operators that it decomposes into."""
-    if has_rule(call.func) or not any(isinstance(value.layout, Rows) for value in call.values):
+    if has_rule(call.func) or not any(isinstance(value.layout, RowLayout) for value in call.values):
         return apply_rule(call)
 
     def inner(func: Any, args: Any, kwargs: Any, outputs: Any, known: Any) -> list[Layout]:
@@ -107,7 +107,7 @@ class _Walk:
 
     def lacks(self, layouts: Sequence[Layout]) -> bool:
         """True if a layout has fewer tokens than there are losses: a kept token may be missing."""
-        axes = [axis for each in layouts if isinstance(each, Rows) for axis in each.axes[1:] if axis is not None]
+        axes = [axis for each in layouts if isinstance(each, RowLayout) for axis in each.axes[1:] if axis is not None]
         return any(axis.lost > self.lost for axis in axes)
 
     def see(self, item: Any) -> Any:
@@ -195,7 +195,12 @@ def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -
     if not holds(shape, symbols):
         return Whole()
     for each in near:
-        if isinstance(each, Value) and each.shape == shape and isinstance(each.layout, Rows) and not alike(each.layout):
+        if (
+            isinstance(each, Value)
+            and each.shape == shape
+            and isinstance(each.layout, RowLayout)
+            and not alike(each.layout)
+        ):
             return replace(each.layout, vanish=False, iota=False)
     axes: list[Axis | None] = []
     for symbol in symbols:
@@ -209,7 +214,7 @@ def by_shape(value: Any, symbols: Sequence[sympy.Symbol], near: Sequence[Any]) -
         if axis.outer is None:
             return Broken("nothing tells where its rows are")
         axes.append(axis)
-    return Rows(tuple(axes))
+    return RowLayout(tuple(axes))
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -245,7 +250,7 @@ class NodeProof:
     @property
     def vanishes(self) -> bool:
         """True if the result on the kept rows is complete, since its other rows are zero."""
-        return self.on_kept and not any(isinstance(each, Rows) and not each.vanish for each in self.layouts)
+        return self.on_kept and not any(isinstance(each, RowLayout) and not each.vanish for each in self.layouts)
 
 
 @dataclass
@@ -282,7 +287,7 @@ def prove(
         if node.op == "placeholder":
             layouts = [tangents[node]] if node in tangents else node.meta.get(LAYOUT, [Whole()])
             if walk.lacks(layouts) or any(
-                isinstance(each, Rows) and not can_be_cut(each, len(symbols)) for each in layouts
+                isinstance(each, RowLayout) and not can_be_cut(each, len(symbols)) for each in layouts
             ):
                 layouts = [_UNCUT]
             verdict = NodeProof(node in tangents, layouts)
@@ -320,7 +325,9 @@ def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> N
         if walk.lacks(layouts):
             raise Mixes("it takes some rows and leaves others")
         gradient = gradient and not _fresh(node)
-        if gradient and any(isinstance(each, Rows) and not can_be_cut(each, len(walk.symbols)) for each in layouts):
+        if gradient and any(
+            isinstance(each, RowLayout) and not can_be_cut(each, len(walk.symbols)) for each in layouts
+        ):
             raise Mixes("it puts rows where they cannot be put back")
     except Mixes as mixes:
         if gradient:
@@ -331,7 +338,7 @@ def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> N
             return NodeProof(True, [Broken(reason)] * count, whole=True, reason=reason, unkept=unkept)
         return NodeProof(False, [Broken(f"{mixes} ({place_of(node)})")] * count)
     unkept = None
-    if gradient and any(isinstance(each, Rows) and not each.vanish for each in layouts):
+    if gradient and any(isinstance(each, RowLayout) and not each.vanish for each in layouts):
         unkept = next((source.unkept for source in sources if source.unkept is not None), place_of(node))
     return NodeProof(gradient, layouts, unkept=unkept, all_rows=all_rows)
 
@@ -347,7 +354,7 @@ def _kept_batch_norm(node: fx.Node, walk: _Walk, proof: Proof) -> list[Layout] |
     if name_of(node.target) not in rules_nn.BATCH_NORM_BACKWARD:
         return None
     gradient, x = walk.see(node.args[0]), walk.see(node.args[1])
-    if not (isinstance(x.layout, Rows) and isinstance(gradient.layout, Rows)) or 1 in x.layout.dims:
+    if not (isinstance(x.layout, RowLayout) and isinstance(gradient.layout, RowLayout)) or 1 in x.layout.dims:
         return None
     if gradient.layout.axes != x.layout.axes or not gradient.zero:
         return None

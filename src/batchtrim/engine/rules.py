@@ -17,7 +17,7 @@ import torch
 
 from batchtrim.engine.capture import zeros_at_zero
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of
+from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, RowLayout, Size, Whole, exact_ratio, factor_of
 
 __all__ = ["Call", "Value", "apply_rule", "has_rule", "holds"]
 
@@ -38,7 +38,9 @@ class Value:
     def zero(self) -> bool:
         """True if it is zero in every row that is not kept."""
         return (
-            self.layout.vanish if isinstance(self.layout, Rows) else isinstance(self.layout, Whole) and self.layout.zero
+            self.layout.vanish
+            if isinstance(self.layout, RowLayout)
+            else isinstance(self.layout, Whole) and self.layout.zero
         )
 
 
@@ -66,7 +68,7 @@ class Call:
 
     @property
     def rows(self) -> list[Value]:
-        return [value for value in self.values if isinstance(value.layout, Rows)]
+        return [value for value in self.values if isinstance(value.layout, RowLayout)]
 
     @property
     def out(self) -> Value:
@@ -125,15 +127,15 @@ def apply_rule(call: Call) -> list[Layout]:
 
 def alike(layout: Layout) -> bool:
     """True if all rows hold the same values, so that nothing else shows where they lie."""
-    return isinstance(layout, Rows) and any(axis is not None and axis.outer is None for axis in layout.axes)
+    return isinstance(layout, RowLayout) and any(axis is not None and axis.outer is None for axis in layout.axes)
 
 
 def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbol]) -> Layout:
     """Return the layout after checking it against the shape, which refuses a wrong rule."""
     if output is None:
         return Whole()
-    axes = layout.axes if isinstance(layout, Rows) else (None,) * len(symbols)
-    if isinstance(layout, Rows) and layout.iota and output.dtype not in (torch.int32, torch.int64):
+    axes = layout.axes if isinstance(layout, RowLayout) else (None,) * len(symbols)
+    if isinstance(layout, RowLayout) and layout.iota and output.dtype not in (torch.int32, torch.int64):
         raise Mixes("it computes with the rows' own numbers")
     for axis, symbol in zip(axes, symbols, strict=True):
         if axis is None:
@@ -150,7 +152,7 @@ def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbo
             fits = exact_ratio(output.shape[axis.dim], expected) == 1
         if not fits:
             raise Mixes("it gives rows a shape that its rule does not know")
-    if isinstance(layout, Rows) and not layout.dims:
+    if isinstance(layout, RowLayout) and not layout.dims:
         return Whole(layout.vanish)
     return layout
 
@@ -240,9 +242,9 @@ def pointwise(call: Call) -> list[Layout]:
     axes = aligned(call, call.out)
     vanish = _vanishes(call, name)
     iota = name in _COPIES and any(value.layout.iota for value in call.rows)  # type: ignore[union-attr]
-    layouts: list[Layout] = [Rows(axes, vanish, iota) for _ in call.outputs]
+    layouts: list[Layout] = [RowLayout(axes, vanish, iota) for _ in call.outputs]
     if name in ("native_dropout", "rrelu_with_noise_functional"):
-        layouts[1:] = [Rows(axes)] * (len(layouts) - 1)
+        layouts[1:] = [RowLayout(axes)] * (len(layouts) - 1)
     return layouts
 
 
@@ -252,16 +254,17 @@ def aligned(call: Call, out: Value, values: list[Value] | None = None) -> tuple[
     for i, symbol in enumerate(call.symbols):
         place: Axis | None = None
         for value in call.rows if values is None else values:
-            axis = value.layout.axes[i] if isinstance(value.layout, Rows) else None  # type: ignore[union-attr]
+            axis = value.layout.axes[i] if isinstance(value.layout, RowLayout) else None  # type: ignore[union-attr]
             if axis is not None:
-                place = _same(place, replace(axis, dim=axis.dim + out.ndim - value.ndim))
+                place = same_axis(place, replace(axis, dim=axis.dim + out.ndim - value.ndim))
         if place is None and holds(out.shape, (symbol,)):
             place = only_dim(out.shape, symbol, call.symbols)
         found.append(place)
     return tuple(found)
 
 
-def _same(a: Axis | None, b: Axis) -> Axis:
+def same_axis(a: Axis | None, b: Axis) -> Axis:
+    """Return the axis of both operands; ``a`` is None if there was none before. Refuse different ones."""
     if a is None:
         return b
     if a.dim != b.dim or a.lost != b.lost:
@@ -330,7 +333,7 @@ def _zero(value: Any) -> bool:
     return value.zero if isinstance(value, Value) else value == 0
 
 
-def one_with_rows(call: Call) -> tuple[Value, Rows]:
+def one_with_rows(call: Call) -> tuple[Value, RowLayout]:
     """Return the only operand that has rows."""
     rows = call.rows
     if len(rows) != 1:
@@ -338,58 +341,6 @@ def one_with_rows(call: Call) -> tuple[Value, Rows]:
     return rows[0], rows[0].layout  # type: ignore[return-value]
 
 
-def not_along(layout: Rows, dims: Sequence[int], ndim: int, what: str = "it goes along the rows") -> None:
+def not_along(layout: RowLayout, dims: Sequence[int], ndim: int, what: str = "it goes along the rows") -> None:
     if layout.dims & {dim % ndim for dim in dims}:
         raise Mixes(what)
-
-
-# --- products --------------------------------------------------------------------------------------------------------
-
-_CONTRACTIONS = {
-    "mm": "ab,bc->ac", "bmm": "nab,nbc->nac", "mv": "ab,b->a", "dot": "a,a->", "addmm": "ab,bc->ac",
-    "baddbmm": "nab,nbc->nac", "addmv": "ab,b->a", "addbmm": "nab,nbc->ac",
-}  # fmt: skip
-
-
-@rule(*_CONTRACTIONS)
-def contraction(call: Call) -> Layout:
-    name = name_of(call.func)
-    inputs, out = _CONTRACTIONS[name].split("->")
-    values = call.values
-    bias = values.pop(0) if name.startswith(("add", "badd")) else None
-    layout = contract(call.symbols, inputs.split(","), out, values)
-    if bias is None or isinstance(bias.layout, Whole):
-        if bias is not None and isinstance(layout, Rows) and not bias.zero:
-            return replace(layout, vanish=False)
-        return layout
-    if not isinstance(layout, Rows):
-        raise Mixes("it puts different rows together")
-    product_ = Value(call.out.shape, layout)
-    return Rows(aligned(call, call.out, [bias, product_]), layout.vanish and bias.zero)
-
-
-def contract(symbols: Sequence[Any], inputs: Sequence[str], out: str, values: Sequence[Value]) -> Layout:
-    """Apply ``einsum`` to values: rows must lie along one letter; a summed letter needs rows that vanish."""
-    axes: list[Axis | None] = []
-    summed: list[bool] = []
-    for i in range(len(symbols)):
-        letter, place, holders = None, None, 0
-        for value, letters in zip(values, inputs, strict=True):
-            axis = value.layout.axes[i] if isinstance(value.layout, Rows) else None
-            if axis is None:
-                continue
-            if letter is not None and letters[axis.dim] != letter:
-                raise Mixes("it multiplies rows with rows")
-            letter = letters[axis.dim]
-            place = _same(place, replace(axis, dim=0))
-            holders += 1
-        summed.append(letter is not None and letter not in out)
-        axes.append(None if letter is None or letter not in out else replace(place, dim=out.index(letter)))  # type: ignore[type-var]
-    vanish = any(value.zero for value in values)
-    if not any(summed):
-        return Rows(tuple(axes), vanish)
-    if not all(summed):
-        raise Mixes("it sums over some rows")
-    if not vanish:
-        raise Mixes("it sums over the rows")
-    return Whole()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Whole
+from batchtrim.engine.layout import Axis, Layout, Mixes, RowLayout, Whole
 from batchtrim.engine.rules import Call, Value, aligned, holds, rule
 from batchtrim.engine.rules_nn import only_batch, summed_gradients
 
@@ -32,7 +32,7 @@ def attention(call: Call) -> list[Layout]:
     layouts: list[Layout] = []
     for output in call.outputs:  # log-sum-exp and random states too
         tall = output is not None and output.ndim >= 2 and holds(output.shape, call.symbols)
-        layouts.append(Rows(axes) if tall else Whole())
+        layouts.append(RowLayout(axes) if tall else Whole())
     return layouts
 
 
@@ -41,14 +41,14 @@ def attention_backward(call: Call) -> list[Layout]:
     gradient = call.values[0]
     axes = _axes(call, [gradient, *(call[name] for name in ("query", "key", "value", "out"))])
     sums = call["logsumexp"]  # it has no last dimension, so it cannot be aligned with the others
-    if sums is not None and isinstance(sums.layout, Rows) and sums.layout.axes != axes:
+    if sums is not None and isinstance(sums.layout, RowLayout) and sums.layout.axes != axes:
         raise Mixes("it puts different rows together")
-    layouts: list[Layout] = [Rows(axes, gradient.zero)] * 3
+    layouts: list[Layout] = [RowLayout(axes, gradient.zero)] * 3
     if len(call.outputs) > 3:  # of the mask
         mask = call["attn_bias"]
         if call.outputs[3] is None:
             layouts.append(Whole())
-        elif mask is not None and isinstance(mask.layout, Rows):
+        elif mask is not None and isinstance(mask.layout, RowLayout):
             layouts.append(replace(mask.layout, vanish=gradient.zero))
         else:
             layouts.append(summed_gradients(call, gradient))
@@ -58,7 +58,7 @@ def attention_backward(call: Call) -> list[Layout]:
 def _axes(call: Call, values: list[Value]) -> tuple[Axis | None, ...]:
     axes = only_batch(call, list(values), (0, 1))
     mask = call["attn_mask"] or call["attn_bias"]
-    if mask is not None and isinstance(mask.layout, Rows):
+    if mask is not None and isinstance(mask.layout, RowLayout):
         aligned(call, values[0], [values[0], mask])
     return axes
 

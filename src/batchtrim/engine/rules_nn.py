@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Whole
+from batchtrim.engine.layout import Axis, Layout, Mixes, RowLayout, Whole
 from batchtrim.engine.rules import Call, Value, aligned, not_along, one_with_rows, rule
 
 __all__ = ["BATCH_NORM_BACKWARD", "only_batch", "summed_gradients"]
@@ -17,7 +17,7 @@ def summed_gradients(call: Call, *gradients: Value) -> Layout:
     """Return the layout of a sum over all rows, which is right if the rows that are not kept vanish."""
     if not all(gradient.zero for gradient in gradients):
         raise Mixes("it sums over the rows")
-    rows = [value.layout for value in gradients if isinstance(value.layout, Rows)]
+    rows = [value.layout for value in gradients if isinstance(value.layout, RowLayout)]
     if any(axis is None for layout in rows for axis in layout.axes):
         raise Mixes("it sums over some rows")
     return Whole()
@@ -30,7 +30,7 @@ def _whole(value: Value | None, what: str) -> None:
 
 def only_batch(call: Call, values: list[Value | None], dims: tuple[int, ...] = (0,)) -> tuple[Axis | None, ...]:
     """Return the row axes that all operands with rows share; they must lie along ``dims``."""
-    given = [value for value in values if value is not None and isinstance(value.layout, Rows)]
+    given = [value for value in values if value is not None and isinstance(value.layout, RowLayout)]
     axes = aligned(call, given[0], given)
     if any(axis is not None and axis.dim not in dims for axis in axes):
         raise Mixes("it goes along the rows")
@@ -44,14 +44,14 @@ def only_batch(call: Call, values: list[Value | None], dims: tuple[int, ...] = (
 def convolution(call: Call) -> Layout:
     _whole(call["weight"], "weight")
     _whole(call["bias"], "bias")
-    return Rows(only_batch(call, [call["input"]]))
+    return RowLayout(only_batch(call, [call["input"]]))
 
 
 @rule("convolution_backward")
 def convolution_backward(call: Call) -> list[Layout]:
     _whole(call["weight"], "weight")
     gradient = call["grad_output"]
-    rows = Rows(only_batch(call, [gradient, call["input"]]), gradient.zero)
+    rows = RowLayout(only_batch(call, [gradient, call["input"]]), gradient.zero)
     total = summed_gradients(call, gradient) if any(call["output_mask"][1:]) else Whole()
     return [rows, total, total]
 
@@ -71,7 +71,7 @@ def layer_norm_backward(call: Call) -> list[Layout]:
     gradient, x = call["grad_out"], call["input"]
     _whole(call["weight"], "weight")
     axes = aligned(call, x)
-    rows = Rows(axes, gradient.zero)
+    rows = RowLayout(axes, gradient.zero)
     not_along(rows, [-1 - i for i in range(len(call["normalized_shape"]))], x.ndim, "it normalises over the rows")
     return [rows, *[summed_gradients(call, gradient)] * (len(call.outputs) - 1)]
 
@@ -79,7 +79,7 @@ def layer_norm_backward(call: Call) -> list[Layout]:
 @rule("native_group_norm")
 def group_norm(call: Call) -> list[Layout]:
     _whole(call["weight"], "weight")
-    return [Rows(only_batch(call, [call["input"]]))] * 3
+    return [RowLayout(only_batch(call, [call["input"]]))] * 3
 
 
 @rule("native_group_norm_backward")
@@ -88,9 +88,9 @@ def group_norm_backward(call: Call) -> list[Layout]:
     gradient = call["grad_out"]
     axes = only_batch(call, [gradient, call["input"]])
     for statistic in (call["mean"], call["rstd"]):
-        if not isinstance(statistic.layout, Rows) or statistic.layout.axes != axes:
+        if not isinstance(statistic.layout, RowLayout) or statistic.layout.axes != axes:
             raise Mixes("it puts different rows together")
-    return [Rows(axes, gradient.zero), *[summed_gradients(call, gradient)] * 2]
+    return [RowLayout(axes, gradient.zero), *[summed_gradients(call, gradient)] * 2]
 
 
 _BATCH_NORMS = (
@@ -108,7 +108,7 @@ def batch_norm(call: Call) -> list[Layout]:
     x = call["input"]
     training = call["training"] if call["training"] is not None else call["train"]
     channels = _channels(call, x, training is not False and name_of(call.func) not in _EVALUATING)
-    assert isinstance(x.layout, Rows)
+    assert isinstance(x.layout, RowLayout)
     return [replace(x.layout, vanish=False), *[channels] * (len(call.outputs) - 1)]
 
 
@@ -117,8 +117,8 @@ def batch_norm_backward(call: Call) -> list[Layout]:
     gradient, x = call["grad_out"] or call["grad_output"], call["input"]
     training = call["train"] if call["train"] is not None else call["update"]
     channels = _channels(call, x, training is not False)
-    rows = Rows(aligned(call, x, [gradient, x]), gradient.zero)
-    if isinstance(channels, Rows):
+    rows = RowLayout(aligned(call, x, [gradient, x]), gradient.zero)
+    if isinstance(channels, RowLayout):
         return [rows, *[replace(channels, vanish=gradient.zero)] * 2]
     return [rows, *[summed_gradients(call, gradient)] * 2]
 
@@ -126,16 +126,16 @@ def batch_norm_backward(call: Call) -> list[Layout]:
 def _channels(call: Call, x: Value, training: bool) -> Layout:
     """Return the layout of values per channel: weights and statistics."""
     layout = x.layout
-    among_channels = isinstance(layout, Rows) and layout.dims == {1}
-    if not isinstance(layout, Rows) or (training and not among_channels):
+    among_channels = isinstance(layout, RowLayout) and layout.dims == {1}
+    if not isinstance(layout, RowLayout) or (training and not among_channels):
         raise Mixes("it normalises over the batch")
     not_along(layout, () if among_channels else (1,), x.ndim)
-    channels = Rows(tuple(None if axis is None else replace(axis, dim=0) for axis in layout.axes))
+    channels = RowLayout(tuple(None if axis is None else replace(axis, dim=0) for axis in layout.axes))
     for name in ("weight", "bias", "running_mean", "running_var", "save_mean", "save_invstd", "save_var"):
         value = call[name]
         if not among_channels:
             _whole(value, name)
-        elif value is not None and (not isinstance(value.layout, Rows) or value.layout.axes != channels.axes):
+        elif value is not None and (not isinstance(value.layout, RowLayout) or value.layout.axes != channels.axes):
             raise Mixes("it puts different rows together")
     return channels if among_channels else Whole()
 
@@ -166,7 +166,7 @@ def spatial(call: Call) -> list[Layout]:
     vanish = call.values[0].zero and (name.endswith("_backward") or "avg" in name or "upsample" in name)
     if "pad" in name and call.values[0].ndim == call["padding"].__len__() // 2:
         raise Mixes("it goes along the rows")
-    return [Rows(only_batch(call, list(call.values)), vanish)] * len(call.outputs)
+    return [RowLayout(only_batch(call, list(call.values)), vanish)] * len(call.outputs)
 
 
 # --- lookups ---------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def embedding_backward(call: Call) -> Layout:
 
 @rule("gather")
 def gather(call: Call) -> Layout:
-    layout = Rows(aligned(call, call.out, [call["self"], call["index"]]))
+    layout = RowLayout(aligned(call, call.out, [call["self"], call["index"]]))
     not_along(layout, [call["dim"]], call.out.ndim, "it takes entries of other rows")
     if isinstance(call["index"].layout, Whole) or isinstance(call["self"].layout, Whole):
         raise Mixes("one of its inputs belongs to no row")
@@ -200,7 +200,7 @@ def gather(call: Call) -> Layout:
 @rule("scatter", "scatter_add", "scatter_reduce")
 def scatter(call: Call) -> Layout:
     values = [call["self"], call["index"], *([call["src"]] if isinstance(call["src"], Value) else [])]
-    layout = Rows(aligned(call, call.out, values))
+    layout = RowLayout(aligned(call, call.out, values))
     not_along(layout, [call["dim"]], call.out.ndim, "it writes into other rows")
     if any(isinstance(value.layout, Whole) for value in values):
         raise Mixes("one of its inputs belongs to no row")
@@ -233,13 +233,13 @@ def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
     to: dict[int, int] = {}
     for dim in kept:
         to[dim] = kept.index(dim) + (width if not together or dim > given[0] else 0)
-    base_axes = base.layout.axes if isinstance(base.layout, Rows) else (None,) * len(call.symbols)
+    base_axes = base.layout.axes if isinstance(base.layout, RowLayout) else (None,) * len(call.symbols)
     axes: list[Axis | None] = []
     for i in range(len(call.symbols)):
         place: Axis | None = None
         for dim in given:
             index = indices[dim]
-            axis = index.layout.axes[i] if isinstance(index.layout, Rows) else None
+            axis = index.layout.axes[i] if isinstance(index.layout, RowLayout) else None
             if axis is not None:
                 moved = replace(axis, dim=start + width - index.ndim + axis.dim)
                 if place is not None and place != moved:
@@ -248,7 +248,7 @@ def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
         mine = base_axes[i]
         if mine is not None and mine.dim in given:
             index = indices[mine.dim]
-            if not (isinstance(index.layout, Rows) and index.layout.iota and mine.plain):
+            if not (isinstance(index.layout, RowLayout) and index.layout.iota and mine.plain):
                 raise Mixes("it takes rows by an index into the batch")
         elif mine is not None:
             if place is not None:
@@ -257,7 +257,7 @@ def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
         axes.append(place)
     for dim, index in enumerate(indices):
         holder = next((axis for axis in base_axes if axis is not None and axis.dim == dim), None)
-        if index is not None and isinstance(index.layout, Rows) and index.layout.iota and holder is None:
+        if index is not None and isinstance(index.layout, RowLayout) and index.layout.iota and holder is None:
             raise Mixes("it computes with the rows' own numbers")
     return tuple(axes), width + len(kept)
 
@@ -270,7 +270,7 @@ def _masked(call: Call) -> Layout:
     if sum(index is not None for index in call["indices"]) > 1 or values.ndim:
         raise Mixes("it writes where a mask says, an unknown number of times")
     opened = Value((*mask.shape, *(1,) * (base.ndim - at - mask.ndim)), mask.layout)
-    return Rows(aligned(call, base, [base, opened]), base.zero and values.zero)
+    return RowLayout(aligned(call, base, [base, opened]), base.zero and values.zero)
 
 
 def _by_mask(call: Call) -> bool:
@@ -282,7 +282,7 @@ def index(call: Call) -> Layout:
     if _by_mask(call):
         raise Mixes("it takes what a mask says, an unknown number of entries")
     axes, _ = _indexed(call, call["self"])
-    return Rows(axes, call["self"].zero)
+    return RowLayout(axes, call["self"].zero)
 
 
 @rule("index_put", "_unsafe_index_put")
@@ -291,17 +291,17 @@ def index_put(call: Call) -> Layout:
     if _by_mask(call):
         return _masked(call)
     axes, ndim = _indexed(call, base)
-    if isinstance(base.layout, Rows) and any(
+    if isinstance(base.layout, RowLayout) and any(
         there is not None and mine is None for mine, there in zip(base.layout.axes, axes, strict=True)
     ):
         raise Mixes("it writes values of several rows into one place")
-    if isinstance(values.layout, Rows):
+    if isinstance(values.layout, RowLayout):
         for mine, theirs in zip(axes, values.layout.axes, strict=True):
             if theirs is not None and (mine is None or replace(theirs, dim=theirs.dim + ndim - values.ndim) != mine):
                 raise Mixes("it puts different rows together")
-    if isinstance(base.layout, Rows):
+    if isinstance(base.layout, RowLayout):
         return replace(base.layout, vanish=base.zero and values.zero)
-    if not call["accumulate"] or not isinstance(values.layout, Rows):
+    if not call["accumulate"] or not isinstance(values.layout, RowLayout):
         raise Mixes("it writes values of several rows into one place")
     return summed_gradients(call, values)
 
@@ -318,21 +318,21 @@ def nll_loss(call: Call) -> list[Layout]:
 @rule("nll_loss_backward", "nll_loss2d_backward")
 def nll_loss_backward(call: Call) -> Layout:
     gradient, target = call["grad_output"], call["target"]
-    layout = Rows(aligned(call, target, [gradient, target]))  # equal targets do not show where rows lie
+    layout = RowLayout(aligned(call, target, [gradient, target]))  # equal targets do not show where rows lie
     return replace(_with_classes(call, layout), vanish=gradient.zero)
 
 
-def _with_classes(call: Call, per_row: Layout) -> Rows:
+def _with_classes(call: Call, per_row: Layout) -> RowLayout:
     """Return where the rows of the predictions lie, which must be where those of the targets do."""
     if call["reduction"] != 0:
         raise Mixes("it averages over the batch")
     _whole(call["weight"], "weight")
     x, target = call["self"], call["target"]
-    if not isinstance(target.layout, Rows) or not isinstance(x.layout, Rows):
+    if not isinstance(target.layout, RowLayout) or not isinstance(x.layout, RowLayout):
         raise Mixes("one of its inputs belongs to no row")
-    assert isinstance(per_row, Rows)
+    assert isinstance(per_row, RowLayout)
     opened = Value(x.shape, per_row.moved([0, *range(2, target.ndim + 1)]))
-    layout = Rows(aligned(call, x, [x, opened]))
+    layout = RowLayout(aligned(call, x, [x, opened]))
     not_along(layout, [1], x.ndim)
     return layout
 
@@ -340,7 +340,7 @@ def _with_classes(call: Call, per_row: Layout) -> Rows:
 @rule("bucketize")
 def bucketize(call: Call) -> Layout:
     _whole(call["boundaries"], "table")
-    return Rows(aligned(call, call.out))
+    return RowLayout(aligned(call, call.out))
 
 
 @rule("mse_loss", "binary_cross_entropy", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits",
@@ -350,4 +350,4 @@ def elementwise_loss(call: Call) -> Layout:
     if call["reduction"] != 0:
         raise Mixes("it averages over the batch")
     backward = name_of(call.func).endswith("_backward")
-    return Rows(aligned(call, call.out), backward and call["grad_output"].zero)
+    return RowLayout(aligned(call, call.out), backward and call["grad_output"].zero)

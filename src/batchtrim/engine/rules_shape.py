@@ -8,7 +8,7 @@ from dataclasses import replace
 import sympy
 
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.layout import Axis, Layout, Mixes, Rows, Size, Whole, exact_ratio, factor_of, product
+from batchtrim.engine.layout import Axis, Layout, Mixes, RowLayout, Size, Whole, exact_ratio, factor_of, product
 from batchtrim.engine.rules import (
     Call,
     Value,
@@ -30,7 +30,7 @@ __all__ = ["view_axis"]
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias")
 def view(call: Call) -> Layout:
     value = call.values[0]
-    if not isinstance(value.layout, Rows):
+    if not isinstance(value.layout, RowLayout):
         raise Mixes("it makes rows from a tensor without rows")
     axes = [
         None if axis is None else view_axis(axis, symbol, value.shape, call.out.shape)
@@ -99,7 +99,7 @@ def expand(call: Call) -> Layout:
     value = call.values[0]
     axes = aligned(call, call.out)
     layout = value.layout
-    return Rows(axes, value.zero, isinstance(layout, Rows) and layout.iota)
+    return RowLayout(axes, value.zero, isinstance(layout, RowLayout) and layout.iota)
 
 
 @rule("repeat")
@@ -110,7 +110,7 @@ def repeat(call: Call) -> Layout:
     shift = len(repeats) - value.ndim
     axes: list[Axis | None] = []
     for i, symbol in enumerate(call.symbols):
-        axis = value.layout.axes[i] if isinstance(value.layout, Rows) else None
+        axis = value.layout.axes[i] if isinstance(value.layout, RowLayout) else None
         if axis is None:
             dims = [d for d, size in enumerate(repeats) if holds(size, (symbol,))]
             if not dims:
@@ -125,7 +125,7 @@ def repeat(call: Call) -> Layout:
         else:
             outer = None if axis.outer is None else axis.outer * repeats[axis.dim + shift]
             axes.append(replace(axis, dim=axis.dim + shift, outer=outer))
-    return Rows(tuple(axes), value.zero)
+    return RowLayout(tuple(axes), value.zero)
 
 
 @rule("slice", "slice_backward")
@@ -136,7 +136,7 @@ def slice_(call: Call) -> Layout:
     """
     value = call.values[0]
     layout = value.layout
-    if not isinstance(layout, Rows):
+    if not isinstance(layout, RowLayout):
         raise Mixes("it makes rows from a tensor without rows")
     dim = (call["dim"] or 0) % value.ndim
     copies = _copies(call, value, dim)
@@ -170,13 +170,13 @@ def _copies(call: Call, value: Value, dim: int) -> Layout | None:
     outer = exact_ratio(call.out.shape[dim], block)
     if not isinstance(outer, int) or outer == 0 or not isinstance(exact_ratio(call["start"] or 0, block), int):
         return None
-    return Rows((replace(axis, outer=outer),), value.zero)
+    return RowLayout((replace(axis, outer=outer),), value.zero)
 
 
 def _one_axis(call: Call, value: Value, dim: int) -> Axis | None:
     """Return the axis of samples, if they lie along ``dim`` in blocks that can be counted."""
     layout = value.layout
-    if len(call.symbols) > 1 or not isinstance(layout, Rows) or layout.iota:
+    if len(call.symbols) > 1 or not isinstance(layout, RowLayout) or layout.iota:
         return None
     (axis,) = layout.axes
     return axis if axis is not None and axis.dim == dim and isinstance(axis.outer, int) else None
@@ -225,15 +225,15 @@ def cat(call: Call) -> Layout:
     blocks = [None if stacked else _one_axis(call, value, at) for value in values]
     if all(axis is not None and axis.inner == blocks[0].inner for axis in blocks):  # type: ignore[union-attr]
         outer = sum(axis.outer for axis in blocks)  # type: ignore[union-attr]
-        return Rows((replace(blocks[0], outer=outer),), all(value.zero for value in values))  # type: ignore[type-var]
+        return RowLayout((replace(blocks[0], outer=outer),), all(value.zero for value in values))  # type: ignore[type-var]
     axes = aligned(call, call.out, values)
-    layout = Rows(axes, all(value.zero for value in values))
+    layout = RowLayout(axes, all(value.zero for value in values))
     not_along(layout, [at], call.out.ndim, "it appends rows to rows")
     return layout
 
 
 def _opened(layout: Layout, at: int, ndim: int) -> Layout:
-    return layout.moved([dim + (dim >= at) for dim in range(ndim)]) if isinstance(layout, Rows) else layout
+    return layout.moved([dim + (dim >= at) for dim in range(ndim)]) if isinstance(layout, RowLayout) else layout
 
 
 @rule("full", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn",
@@ -245,7 +245,7 @@ def create(call: Call) -> Layout:
     name = name_of(call.func)
     if name in ("rand", "randn", "randint") and any(axis is not None and axis.outer is None for axis in axes):
         raise Mixes("it draws random numbers for a shape that does not tell where the rows are")
-    return Rows(axes, "zeros" in name or (name in ("full", "new_full") and call["fill_value"] == 0))
+    return RowLayout(axes, "zeros" in name or (name in ("full", "new_full") and call["fill_value"] == 0))
 
 
 @rule("arange")
@@ -253,7 +253,7 @@ def arange(call: Call) -> Layout:
     """Return the rows' own numbers for 0 to B - 1."""
     if call["start"] not in (None, 0) or call["step"] not in (None, 1) or call.out.shape[0] != call.symbols[0]:
         raise Mixes("it counts rows")
-    return Rows((Axis(0), *(None,) * (len(call.symbols) - 1)), iota=True)
+    return RowLayout((Axis(0), *(None,) * (len(call.symbols) - 1)), iota=True)
 
 
 @rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
@@ -301,7 +301,7 @@ def scatter_part(call: Call) -> Layout:
             inner, shape=(*inner.shape[:at], 1, *inner.shape[at:]), layout=_opened(inner.layout, at, inner.ndim)
         )
     axes = aligned(call, call.out, [call["self"], inner])
-    layout = Rows(axes, call["self"].zero and inner.zero)
+    layout = RowLayout(axes, call["self"].zero and inner.zero)
     if at not in layout.dims and holds(call["end"], call.symbols):
         raise Mixes("it computes with the number of rows")
     if inner.shape[at] != call.out.shape[at] or name_of(call.func) == "select_scatter":
@@ -324,7 +324,7 @@ _ALONG = (
 def along(call: Call) -> list[Layout]:
     """Run over given dimensions, which must not be the rows'."""
     value = call.values[0]
-    layout = Rows(aligned(call, value))
+    layout = RowLayout(aligned(call, value))
     dims = next((call[name] for name in ("dim", "dims") if call[name] is not None), None)
     if dims is None or dims == []:
         raise Mixes("it goes over all rows")
@@ -353,7 +353,7 @@ def sum_(call: Call) -> Layout:
     return layout
 
 
-def _summed(layout: Rows, summed: Sequence[bool]) -> Layout:
+def _summed(layout: RowLayout, summed: Sequence[bool]) -> Layout:
     if not all(summed):
         raise Mixes("it sums over some rows")
     if not layout.vanish:

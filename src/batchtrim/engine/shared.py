@@ -1,4 +1,7 @@
-"""One forward of the whole batch, backward of the kept rows, proven from the graph. See :mod:`batchtrim.engine`."""
+"""Run one forward on the whole batch and backward on the kept rows, by a traced graph that proves this right.
+
+See :mod:`batchtrim.engine` for a tour.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from batchtrim.engine.speech import speech_encoders, without_input_gradient
 from batchtrim.engine.state import (
     TAKEN_TWICE,
     GeneratorStates,
-    Moment,
+    Snapshot,
     device_of,
     is_lazy,
     is_sharded,
@@ -50,8 +53,8 @@ __all__ = ["SharedEngine"]
 
 _logger = logging.getLogger("batchtrim")
 
-_WORTH = 0.96  # of a plain step's estimated cost: a smaller saving is not worth another kind of step
-_TRIES = 4  # traces of one step
+_WORTH = 0.96  # of a plain step's estimated cost; above it, the saving is too small
+_TRIES = 4  # how often one step is traced before the model is refused
 _CANNOT = "the shared engine cannot run this model: {}"
 _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separate one for a batch of 1)
 
@@ -59,24 +62,25 @@ _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
 
 
 class SharedEngine:
-    """One forward of B rows, backward of k. Cost: (1 + 2q) / 3 of a plain step where no operator mixes rows.
+    """Run forward on B rows and backward on k. Costs (1 + 2q) / 3 of a plain step if no operator mixes rows.
 
-    The first step traces model and loss together and proves from the graph which operators of the backward give the
-    same on the kept rows alone. From the loss down to the first that does not, backward runs on the kept rows; from
-    there on, on all. Nothing is approximate but BatchNorm, and that only where ``approximate`` is True.
+    The first step traces model and loss together, and proves from the graph which operators of the backward give the
+    same result on the kept rows alone. Backward runs on the kept rows from the loss down to the first operator that
+    does not, and on all rows from there on. Only BatchNorm is approximate, and only if ``approximate`` is True.
 
     Args:
-        approximate: take the means of BatchNorm's backward over the kept rows and go on with them alone; otherwise it
-            mixes rows like any other operator, and backward is whole from there on.
+        approximate: take the means of BatchNorm's backward over the kept rows, and continue on these rows. Otherwise
+            BatchNorm mixes rows like any other operator, and backward runs on all rows from there on.
 
     Raises:
-        EngineRefused: on call, before anything ran: the model cannot be traced as one graph, or its loss mixes rows.
+        EngineRefused: on call, before anything has run: the model cannot be traced as one graph, or its loss mixes
+            rows.
     """
 
     name = "shared"
     repeats_forward = True
     traces = True
-    pays_below = 0.85  # above it no trace is made
+    pays_below = 0.85  # keep fraction above which no trace is made
 
     def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
         reason = refusal(forward)
@@ -87,15 +91,15 @@ class SharedEngine:
         self.approximate = approximate
         self.exact = ExactEngine(forward, trim)
         self.refused: str | None = None
-        self.was_run = False  # the model's own Python, before the first trace
+        self.was_run = False  # True once the model's own Python has run, before the first trace
         self.speech = speech_encoders(forward.inner)
         self.compares = True
-        self.anew = -1  # how often all traces were given up, since something changed that no guard sees
+        self.anew = -1  # how often all traces were discarded because something changed that no guard sees
         self._begin()
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # decides whether to approximate, by a cosine
-        self.said = False  # whether the log says that it is approximate; a judge warns by itself
-        self.trace: SlicedStep | None = None  # the last that ran
-        self.alone: set[int] = set()  # batch sizes of which each would need a trace of its own
+        self.said = False  # True once the log says that it is approximate; a judge warns by itself
+        self.trace: SlicedStep | None = None  # the trace that ran last
+        self.alone: set[int] = set()  # batch sizes that would each need a trace of their own
         self._tape: Tape | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
@@ -129,11 +133,11 @@ class SharedEngine:
         return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
-        """Return the loss of rows that were chosen before."""
+        """Return the loss of rows that were selected before."""
         return self(x, y, selection).loss
 
     def pays(self, x: Any, y: Any) -> bool:
-        """True if the trace is cheap enough, or not yet made; False once the model was refused."""
+        """True if the trace saves enough or is not made yet; False once the model was refused."""
         if self.refused is not None:
             return False
         return self.trace is None or self.trace.cost(self.approximate).ratio(self.trim.expected_keep) < _WORTH
@@ -147,7 +151,7 @@ class SharedEngine:
         tape.cut(rows, self.approximate)
 
     def _begin(self) -> None:
-        """Begin without a trace."""
+        """Discard all traces."""
         self.anew += 1
         self.unguarded = Unguarded(self.forward)
         self.compiler = inductor_of(self.forward.model)
@@ -163,7 +167,7 @@ class SharedEngine:
         """Run the traced step; return its tape, the losses with their graph, and the model's outputs.
 
         Returns:
-            None where other batch sizes have a trace, and this one would need its own.
+            None if there is a trace for other batch sizes and this one would need its own.
         """
         if self.refused is not None:
             raise EngineRefused(self.refused)
@@ -173,7 +177,7 @@ class SharedEngine:
             if self.anew == _TRIES:
                 self._refuse("a method of its classes, a hook on all modules, or its loss changes from step to step")
             self._begin()
-        x = dict(x) if isinstance(x, Mapping) else x  # a BatchEncoding: what the model gets is its entries
+        x = dict(x) if isinstance(x, Mapping) else x  # such as a BatchEncoding; the model gets its entries
         reason, alone = "", False
         try:
             with torch.enable_grad(), with_call(self.forward.model, self._traced) as call:
@@ -193,7 +197,7 @@ class SharedEngine:
         return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
     def _traced(self, x: Any, y: Any) -> Any:
-        """Run the trace; before its first run, run the model's own Python to compare."""
+        """Run the trace. Before a trace's first run, run the model's own Python to compare."""
         plain: _Plain | None = None
         failed, device = "", device_of(self.forward.inner)
         for _ in range(_TRIES):
@@ -208,19 +212,20 @@ class SharedEngine:
                 if isinstance(error, OneBatchSize) and self.trace is not None:
                     raise
                 if isinstance(error, OneBatchSize) and self.compares:
-                    # A size that the model's Python takes for a number, such as that of its images, may be another.
+                    # A size that the model's Python treats as a constant, such as that of its images, may only equal
+                    # the batch size by chance.
                     self.compares = False
                     self.capture = self._capture()
                     continue
-                # Perhaps only what a model sets up in its first forward (hooks, tables) prevented the trace; and a
-                # model or a loss at fault raises its own error.
+                # Perhaps only the set-up in a model's first forward (hooks, tables) prevented the trace. A faulty model
+                # or loss raises its own error when it runs.
                 if plain is not None or self.was_run:
                     raise
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 drawn.restore()
-                if plain is None:  # an error of the model itself: it raises it and leaves the state as it does
+                if plain is None:  # an error of the model itself: run it, so that it raises as in a plain step
                     _Plain(self.forward, x, y)
                     raise
                 failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
@@ -240,14 +245,14 @@ class SharedEngine:
 
 
 class _Plain:
-    """The step as the model's own Python runs it, to compare a new trace with. It leaves everything unchanged.
+    """A step run by the model's own Python, to compare a new trace with. It leaves all state unchanged.
 
-    The proof is about the traced graph; that the graph is the model is the tracer's promise, which it does not always
-    keep.
+    The proof is about the traced graph. That the graph computes what the model does is the tracer's promise, which it
+    does not always keep.
     """
 
     def __init__(self, forward: Forward, x: Any, y: Any) -> None:
-        self.before = Moment(forward, x, y)
+        self.before = Snapshot(forward, x, y)
         if self.before.iterators:
             raise CannotCapture(TAKEN_TWICE.format(self.before.iterators[0]))
         self.writes = ParameterWrites(forward.inner, others=self.before.model.watched)
@@ -257,7 +262,7 @@ class _Plain:
         self.restore()
 
     def restore(self) -> None:
-        """Put everything back that the model changes."""
+        """Restore all state that the model changes."""
         self.before.restore(batch=True)
         self.writes.restore()
 
@@ -265,7 +270,7 @@ class _Plain:
         """Return how a trace differs from the model, or None. Call it right after the trace ran.
 
         Args:
-            coarse: a part of the model computes with fewer digits than float32 has: compiled, it rounds elsewhere.
+            coarse: a part of the model computes in less than float32 precision, and rounds elsewhere if compiled.
         """
         if not self.generators.same_torch_state(GeneratorStates(self.generators.device)):
             return "it draws random numbers in another order"
@@ -302,7 +307,7 @@ def _step_of(forward: Forward, compares: bool) -> Callable[..., Any]:
     """Return the traced function: model, loss, and one loss per sample.
 
     Args:
-        compares: take sizes that are equal for one number; see :func:`_compare_rows`.
+        compares: treat sizes that are equal as one number; see :func:`_compare_rows`.
     """
     model = uncompiled(forward.inner)
     per_sample_loss, unit, dim = forward.per_sample_loss, forward.unit, forward.batch_dim
@@ -326,12 +331,12 @@ def _step_of(forward: Forward, compares: bool) -> Callable[..., Any]:
 
 
 def _detached(outputs: Any) -> Any:
-    """Return the outputs without their graph: no gradient comes by way of them."""
+    """Return the outputs without their graph, so that no gradient flows through them."""
     return pytree.tree_map(lambda leaf: map_tensors(Tensor.detach, leaf), outputs)
 
 
 def _compare_rows(x: Any, dim: int, y: Any) -> None:
-    """Compare the sizes that may be the batch size: a trace then treats them as one number, with a guard."""
+    """Compare the sizes that may be the batch size, so that a trace treats them as one number, with a guard."""
     rows = None
     for part, at in ((x, dim), (y, 0)):
         for leaf in pytree.tree_leaves(part):
@@ -339,7 +344,7 @@ def _compare_rows(x: Any, dim: int, y: Any) -> None:
                 if rows is None:
                     rows = leaf.shape[at]
                 elif rows == leaf.shape[at]:
-                    continue  # the comparison is all there is to do
+                    continue  # the comparison itself makes the guard
 
 
 # --- the batch -------------------------------------------------------------------------------------------------------
@@ -353,12 +358,12 @@ def _rows(x: Any, dim: int) -> int:
 
 
 def _counts(size: int, batch: int) -> bool:
-    """True for as many rows as samples, for several of each sample, and for one of several: of a pair, say."""
+    """True if there is one row per sample, several per sample, or one for several samples, such as a pair."""
     return size == batch or (min(size, batch) > 1 and (size % batch == 0 or batch % size == 0))
 
 
 def _row_sizes(x: Any, y: Any, forward: Forward) -> list[tuple[Tensor, int]]:
-    """Return the dimensions of the batch's tensors that hold rows."""
+    """Return the tensors of a batch that hold rows, each with the dimension along which it holds them."""
     dim = forward.batch_dim
     batch = _rows(x, dim)
     tokens = _rows(x, 1) if forward.unit == "element" else None

@@ -18,7 +18,7 @@ from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
 from batchtrim.engine.graphs import any_strides, executable, without_dead_draws
 from batchtrim.engine.inductor import Inductor, without_strides
-from batchtrim.engine.layout import Axis, Broken, Layout, Rows, exact_ratio, factor_of
+from batchtrim.engine.layout import Axis, Broken, Layout, RowLayout, exact_ratio, factor_of
 from batchtrim.engine.parts import Runs, run_backward
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.rules_shape import view_axis
@@ -202,7 +202,7 @@ class SlicedStep:
         alike = {_kind(node) for node in output.args[0][: self._written]}
         self._copied = [at for at, node in enumerate(saved, self.outputs) if node in inputs and _kind(node) in alike]
         for at, node in enumerate(saved, start=self.outputs):
-            if isinstance(node.meta.get("val"), Tensor) and isinstance(_layout(node), (Rows, Broken)):
+            if isinstance(node.meta.get("val"), Tensor) and isinstance(_layout(node), (RowLayout, Broken)):
                 self._stashed[at] = by_name[node.name]
                 if node in inputs:
                     self.given.add(by_name[node.name])
@@ -235,9 +235,9 @@ class SlicedStep:
             batch, tokens = self.symbols
             shape, flat = (batch, tokens - self.lost), (expression_of(value.shape[0]),)
             axes = view_axis(Axis(0), batch, shape, flat), view_axis(Axis(1, lost=self.lost), tokens, shape, flat)
-            return Rows(axes, vanish=True)
+            return RowLayout(axes, vanish=True)
         layout = by_shape(value, self.symbols, [])
-        return Rows(layout.axes, vanish=losses) if isinstance(layout, Rows) else layout
+        return RowLayout(layout.axes, vanish=losses) if isinstance(layout, RowLayout) else layout
 
     def kept(self, rows: Tensor, batch: int, size: int) -> KeptRows:
         """Return the rows at the given positions among ``size`` losses of the tokens of ``batch`` samples."""

@@ -20,7 +20,7 @@ from torch import fx
 from batchtrim.engine.capture import CannotCapture, expression_of
 from batchtrim.engine.cost import is_costly
 from batchtrim.engine.graphs import executable, name_of
-from batchtrim.engine.layout import Layout, Rows
+from batchtrim.engine.layout import Layout, RowLayout
 from batchtrim.engine.proof import Proof
 
 __all__ = ["Crossing", "Part", "Slices", "split_backward"]
@@ -72,7 +72,7 @@ class Slices:
     lower: Part
     beside: Part
     proof: Proof
-    cuts: dict[int, Rows] = field(default_factory=dict)
+    cuts: dict[int, RowLayout] = field(default_factory=dict)
     whole: set[int] = field(default_factory=set)
 
     @property
@@ -113,10 +113,10 @@ def split_backward(
     upper.sizes = sizes
     lower = _extract(module, lower_outputs, set(frontier))
     beside = _extract(module, upper.beside)
-    cuts: dict[int, Rows] = {}
+    cuts: dict[int, RowLayout] = {}
     for place, node in enumerate(places):
         layout = verdicts[node].layouts[0]
-        if node in upper.inputs and isinstance(layout, Rows):
+        if node in upper.inputs and isinstance(layout, RowLayout):
             cuts[place] = layout
     whole = {place for place, node in enumerate(places) if node in lower.inputs or node in beside.inputs}
     return Slices(upper, lower, beside, proof, cuts, whole)
@@ -151,7 +151,7 @@ def _cut_by_slices(proof: Proof) -> set[fx.Node]:
     for node, verdict in proof.verdicts.items():
         if name_of(node.target) in ("slice", "slice_backward"):
             before, after = proof.verdicts[node.args[0]].layouts[0], verdict.layouts[0]  # type: ignore[index]
-            if isinstance(before, Rows) and isinstance(after, Rows) and before.axes != after.axes:
+            if isinstance(before, RowLayout) and isinstance(after, RowLayout) and before.axes != after.axes:
                 found.add(node)
     return found
 

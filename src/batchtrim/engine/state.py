@@ -27,7 +27,7 @@ __all__ = [
     "TAKEN_TWICE",
     "GeneratorStates",
     "ModelState",
-    "Moment",
+    "Snapshot",
     "compiled_part",
     "device_of",
     "full_float32",
@@ -249,7 +249,7 @@ class ModelState:
         return [(names, noted) for names, noted in self.names if names.whole is not None]
 
 
-class Moment:
+class Snapshot:
     """A copy of what a step may change: the model's state, generators, and the batch if one is given.
 
     Attributes:
@@ -273,7 +273,7 @@ class Moment:
 
     @property
     def iterators(self) -> list[str]:
-        """Where the model or the batch holds iterators."""
+        """Descriptions of the iterators that the model and the batch hold."""
         return [*self.model.iterators, *(f"the batch: {name}" for name in self.given.iterators)]
 
 

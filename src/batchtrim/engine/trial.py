@@ -48,7 +48,7 @@ def _seed(number: int) -> None:
         sys.modules["numpy"].random.seed(1000 + number)
 
 
-class _Keep:
+class _SetKeep:
     """A schedule whose keep is set from outside."""
 
     needs_total = False
@@ -65,7 +65,7 @@ class _Side:
     """One of the two copies, with its own loss and trimmer."""
 
     step: TrimmedForward
-    schedule: _Keep
+    schedule: _SetKeep
     refused: EngineRefused | None = None
 
     @property
@@ -120,7 +120,7 @@ class Trial:
 
     def _side(self, model: nn.Module, loss: Any, engine: str, batch_dim: int) -> _Side:
         own, own_loss = copy.deepcopy((model, loss))  # together: a loss may hold a part of the model
-        schedule = _Keep()
+        schedule = _SetKeep()
         refused = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EngineFallback)

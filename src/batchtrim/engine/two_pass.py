@@ -15,7 +15,7 @@ from batchtrim.engine.forward import Forward
 from batchtrim.engine.held import Held
 from batchtrim.engine.probe import Probe, Tolerance
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import TAKEN_TWICE, Moment, is_lazy, uncompiled_calls, without_graph
+from batchtrim.engine.state import TAKEN_TWICE, Snapshot, is_lazy, uncompiled_calls, without_graph
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -75,7 +75,7 @@ class TwoPassEngine:
             return self.exact(x, y, selection)
         if not self.approximate and (reason := redrawn(self.forward)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
-        before = Moment(self.forward, x, y)
+        before = Snapshot(self.forward, x, y)
         if before.iterators:
             raise EngineRefused(_CANNOT.format(TAKEN_TWICE.format(before.iterators[0])))
         if not self.began:
@@ -92,7 +92,7 @@ class TwoPassEngine:
             raise
         return StepResult(loss, losses.values, outputs, selection, engine=self.name, approximate=self.approximation)
 
-    def _look_for_writes(self, before: Moment, x: Any, y: Any) -> None:
+    def _look_for_writes(self, before: Snapshot, x: Any, y: Any) -> None:
         """Refuse a forward that writes into parameters: with a second one, they would be written twice."""
         writes, seen = ParameterWrites(self.forward.inner, others=before.model.watched), False
         try:
@@ -113,7 +113,7 @@ class TwoPassEngine:
             )
         self.began = seen
 
-    def _first_pass(self, before: Moment, x: Any, y: Any) -> tuple[Losses, Any]:
+    def _first_pass(self, before: Snapshot, x: Any, y: Any) -> tuple[Losses, Any]:
         try:
             with without_graph():
                 return self.forward(x, y, model=self.forward.inner)
@@ -127,7 +127,9 @@ class TwoPassEngine:
         """Return True if (1 + 3q) / 3 is below 1."""
         return self.trim.expected_keep < 2 / 3
 
-    def train_on_kept(self, x: Any, y: Any, selection: Selection, first: tuple[Moment, Tensor] | None = None) -> Tensor:
+    def train_on_kept(
+        self, x: Any, y: Any, selection: Selection, first: tuple[Snapshot, Tensor] | None = None
+    ) -> Tensor:
         """Return the loss of the kept rows, with a graph, from the second pass alone.
 
         Args:
@@ -143,9 +145,9 @@ class TwoPassEngine:
         except EngineRefused as refused:
             raise EngineRefused(_CANNOT.format(refused), selection) from refused.__cause__
 
-    def _train_on_kept(self, x: Any, y: Any, selection: Selection, first: tuple[Moment, Tensor] | None) -> Tensor:
-        before, scored = first or (Moment(self.forward, x, y), None)
-        after = Moment(self.forward)
+    def _train_on_kept(self, x: Any, y: Any, selection: Selection, first: tuple[Snapshot, Tensor] | None) -> Tensor:
+        before, scored = first or (Snapshot(self.forward, x, y), None)
+        after = Snapshot(self.forward)
         drawn = not before.generators.same(after.generators)
         normed = has_batch_norm([module for module in before.model.modules if module.training])
         try:
@@ -171,7 +173,7 @@ class TwoPassEngine:
             )
 
     def _compare(
-        self, kept: Tensor, scored: Tensor, selection: Selection, before: Moment, drawn: bool, normed: bool
+        self, kept: Tensor, scored: Tensor, selection: Selection, before: Snapshot, drawn: bool, normed: bool
     ) -> None:
         try:
             self.tolerance.compare(kept, scored, selection.indices, before, drawn=drawn)

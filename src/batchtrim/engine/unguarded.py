@@ -24,7 +24,7 @@ _METHODS = (FunctionType, staticmethod, classmethod, property)
 
 
 class Unguarded:
-    """What the traces of a model rest on, though no guard watches it."""
+    """The state that a model's traces depend on although no guard watches it."""
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
@@ -41,12 +41,12 @@ class Unguarded:
         self._others = self._now()
 
     def changed(self) -> bool:
-        """True if something is other than at the construction. Takes some 10 microseconds: it runs in every step."""
+        """True if something has changed since construction. Takes about 10 microseconds; it runs in every step."""
         if self._now() != self._others or any(len(held) != size for held, size, _ in self._classes):
             return True
         try:
             return [take(held) for held, _, take in self._classes] != self._methods
-        except KeyError:  # one is gone, another came
+        except KeyError:  # a method was removed and another one added
             return True
 
     def _now(self) -> list[Any]:

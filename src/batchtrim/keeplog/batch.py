@@ -16,13 +16,23 @@ from batchtrim._checks import check_count, check_integers, check_like, check_los
 from batchtrim.choice import Choice
 from batchtrim.selection import Selection
 
-__all__ = ["Chosen", "Entries", "as_before", "check_batch", "check_classes", "joined", "logits_of", "pack", "parts_of"]
+__all__ = [
+    "ChoiceLike",
+    "Entries",
+    "as_before",
+    "check_batch",
+    "check_classes",
+    "joined",
+    "logits_of",
+    "pack",
+    "parts_of",
+]
 
 _LARGEST_LABEL = torch.iinfo(torch.int32).max
 _MOST_CLASSES = 10_000_000  # each line of the history has two lists of this many counts
 
 
-class Chosen(Protocol):
+class ChoiceLike(Protocol):
     """A :class:`batchtrim.Choice`, or another object with ``losses``, ``selection`` and, optionally, ``mask``."""
 
     @property

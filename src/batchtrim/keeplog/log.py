@@ -22,7 +22,7 @@ from batchtrim.distributed import world_size
 from batchtrim.keeplog import batch as batches
 from batchtrim.keeplog import columns, epoch, exchange, parquet
 from batchtrim.keeplog import state as states
-from batchtrim.keeplog.batch import Chosen, Entries
+from batchtrim.keeplog.batch import ChoiceLike, Entries
 from batchtrim.selection import Selection
 
 __all__ = ["KeepLog"]
@@ -71,7 +71,7 @@ class KeepLog:
 
     def record(
         self,
-        last: Chosen | Tensor | None,
+        last: ChoiceLike | Tensor | None,
         losses: Tensor | None = None,
         selection: Selection | None = None,
         *,

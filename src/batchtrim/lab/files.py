@@ -131,7 +131,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def _first_of_the_disk(error: BaseException | None) -> OSError | None:
-    """Return the file system's error that an error followed; None where it followed none."""
+    """Return the file system's error that an error followed, or None."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error

@@ -1,7 +1,6 @@
-"""Compare methods with your own training function, or from another program's results: the Python side of
-``batchtrim compare --task`` and ``batchtrim report --csv``.
+"""Compare methods with your own training function, or from another program's results.
 
-::
+These are the Python forms of ``batchtrim compare --task`` and ``batchtrim report --csv``::
 
     def train(run):
         ...                                   # any loop, on any data, drawing from run.seed

@@ -1,4 +1,4 @@
-"""Networks, losses and batches made to be got wrong by an engine; see :mod:`attacks.base`."""
+"""Networks, losses and batches that an engine could get wrong; see :mod:`attacks.base`."""
 
 from attacks import (
     arguments,

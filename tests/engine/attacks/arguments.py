@@ -1,4 +1,4 @@
-"""Operators that keep rows apart, or zeros zero, for some of their arguments only."""
+"""Operators that keep rows separate, or keep zeros zero, only for some of their arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attacks that only backward shows, random operators of their own form, batch statistics by hand."""
+"""Interactions in backward alone, unusual random operators, batch statistics written by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forward changes in its batch, and what an activation checkpoint does a second time."""
+"""Forwards that change their batch, and side effects that an activation checkpoint repeats."""
 
 from __future__ import annotations
 

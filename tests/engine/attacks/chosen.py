@@ -1,4 +1,4 @@
-"""Indices made of the batch, and numbers drawn for each sample or for all."""
+"""Indices computed from the batch, and random numbers drawn for each sample or for all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training programs are made of: recurrent state, functions of their own, several batches in one, graphs."""
+"""Parts of training programs: recurrent state, custom autograd functions, several batches in one, graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a sample are elsewhere, or cannot be cut."""
+"""Batches whose rows are in an unusual place, or cannot be cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses, hooks and habits of training, kept apart or mixing."""
+"""Common losses, hooks and training code, with separate and with interacting samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State that lies deeper than a module's own attributes."""
+"""State that is deeper than a module's own attributes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interactions that values do not show, or not yet; numbers from elsewhere."""
+"""Interactions that values do not show, or not yet; random numbers from other sources."""
 
 from __future__ import annotations
 

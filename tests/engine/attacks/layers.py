@@ -1,4 +1,4 @@
-"""Layers, losses and habits of training that models are made of, kept apart or mixing."""
+"""Common layers, losses and training code, with separate and with interacting samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples interact, plainly."""
+"""Samples that interact in an obvious way."""
 
 from __future__ import annotations
 

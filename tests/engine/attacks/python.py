@@ -1,4 +1,4 @@
-"""Compiled models, and models that run with a graph and not in every other way."""
+"""Compiled models, and models that run with a graph but not in every other mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State that a forward keeps outside of BatchNorm, and losses that divide by something of the batch."""
+"""Running state other than BatchNorm's, and losses that divide by a statistic of the batch."""
 
 from __future__ import annotations
 

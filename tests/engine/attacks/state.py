@@ -1,4 +1,4 @@
-"""State that moves: buffers, attributes, generators, the batch itself."""
+"""State that a forward changes: buffers, attributes, generators, the batch itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attacks on the trace, and rows that lie in unusual places."""
+"""Attacks on the trace, and rows along unusual dimensions."""
 
 from __future__ import annotations
 

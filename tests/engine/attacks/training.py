@@ -1,4 +1,4 @@
-"""Habits of training: how forward and backward are run, attention of many kinds, inputs that require a gradient."""
+"""Training code: ways to run forward and backward, many kinds of attention, inputs that require a gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training programs are made of: quantisation, normalisation, operators of their own, memories."""
+"""Parts of training programs: quantisation, normalisation, custom operators, memory banks."""
 
 from __future__ import annotations
 

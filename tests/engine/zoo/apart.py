@@ -1,4 +1,4 @@
-"""Networks in which rows never meet: all of their backward can run on the kept ones."""
+"""Networks in which rows never interact: all of their backward can run on the kept ones."""
 
 from __future__ import annotations
 

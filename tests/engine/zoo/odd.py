@@ -1,4 +1,4 @@
-"""Networks and a loss that engines refuse, or in which rows meet; networks with odd inputs and outputs."""
+"""Networks and a loss that engines refuse, or in which rows interact; networks with odd inputs and outputs."""
 
 from __future__ import annotations
 

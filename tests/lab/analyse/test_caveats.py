@@ -9,7 +9,7 @@ import pytest
 
 from batchtrim.lab.analyse import comparison
 from batchtrim.lab.analyse.caveats import Caveat, Kind, caveats
-from batchtrim.lab.present.caveats import caveat_texts
+from batchtrim.lab.present.caveat_texts import caveat_texts
 
 Row = dict[str, Any]
 MakeRow = Callable[..., Row]
@@ -29,7 +29,7 @@ def found(rows: list[Row]) -> tuple[Caveat, ...]:
     return caveats(group)
 
 
-def test_nothing_is_said_of_whole_pairs(make_row: MakeRow) -> None:
+def test_complete_pairs_have_no_caveat(make_row: MakeRow) -> None:
     assert found(runs(make_row, {"full": [0, 1, 2], "trim": [0, 1, 2]})) == ()
 
 
@@ -71,7 +71,7 @@ def test_the_same_value_on_every_seed(make_row: MakeRow, task: bool) -> None:
     assert found(rows) == (expected if task else ())
 
 
-def test_notes_of_runs_are_told_by_arm_or_once(make_row: MakeRow) -> None:
+def test_notes_of_runs_are_listed_by_arm_or_once(make_row: MakeRow) -> None:
     rows = runs(make_row, {"full": [0, 1, 2], "trim": [0, 1, 2]})
     data = [{**row, "notes": ["5 images are on both sides"]} for row in rows]
     assert found(data) == (Caveat(Kind.NOTED, "", (), 0, "5 images are on both sides"),)

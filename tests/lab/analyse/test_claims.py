@@ -1,4 +1,4 @@
-"""Claims beside their runs: what is supported, what is not, and what cannot be told."""
+"""Claims judged from their runs: supported, not supported, or not decidable."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_limit_on_training_time_is_judged_by_runs_that_had_the_machine_to_them
     ("right", "wrong", "says"),
     [("effect", "efect", "Did you mean 'effect'?"), ('"trim"', '"tirm"', "Did you mean 'trim'?")],
 )
-def test_misspelt_names_in_claims_are_told(tmp_path: Path, right: str, wrong: str, says: str) -> None:
+def test_misspelt_names_in_claims_are_reported(tmp_path: Path, right: str, wrong: str, says: str) -> None:
     errors = {name: [5.0, 5.5, 6.0] for name in ("full", "trim", "random")}
     with pytest.raises(ValueError, match=re.escape(says)):
         claims.read(write(tmp_path / "r", errors, CLAIMS.replace(right, wrong)))

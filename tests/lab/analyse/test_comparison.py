@@ -39,7 +39,7 @@ def test_lower_error_is_seen_and_paired_by_seed(make_row):
     assert _only(summary, "full").paired is None
 
 
-def test_higher_error_is_said_as_plainly(make_row):
+def test_higher_error_is_stated_as_plainly(make_row):
     summary = comparison.summarize(
         [*_rows(make_row, "full", [0.10, 0.11, 0.12]), *_rows(make_row, "trim", [0.20, 0.212, 0.219])]
     )
@@ -160,7 +160,7 @@ def test_views_read_each_curve_at_the_budget_all_reached(make_row):
         make_row("trim", 0, 0.20, epochs=3, test_errors=[0.60, 0.40, 0.20], seconds=12.0, keep=keep),
     ]
     views = {view.name: view for view in comparison.summarize(rows).groups[0].views}
-    # trim sends 1000 + 500 + 500 samples backward, full has 0.30 after its second epoch's 2000.
+    # trim has 1000 + 500 + 500 backward samples, full has 0.30 after its second epoch's 2000.
     assert views["samples_backward"].budget == 2000
     assert [arm.moments.mean for arm in views["samples_backward"].arms] == pytest.approx([0.30, 0.20])
     # full ends after 9 s; there trim is a quarter of the way from its second evaluation (8 s) to its third (12 s).

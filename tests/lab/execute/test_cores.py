@@ -1,4 +1,4 @@
-"""Processes and threads: what the machine and the reader say wins over our own guess."""
+"""Processes and threads: limits of the machine and of the user override our own guess."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def test_omp_num_threads_wins(monkeypatch: pytest.MonkeyPatch, asked: str, share
 
 
 @pytest.mark.parametrize("nonsense", ["", "many", "0", "-2"])
-def test_an_omp_num_threads_that_is_no_number_counts_as_none(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
+def test_an_omp_num_threads_that_is_not_a_number_is_ignored(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", nonsense)
     assert cores.share_cores(2) == (2, 4)
 
 
-def test_more_threads_than_cores_are_told() -> None:
+def test_more_threads_than_cores_are_reported() -> None:
     assert cores.crowded(4, 2) == ""
     assert "4 processes of 3 threads on 8 cores" in cores.crowded(4, 3)
 

@@ -1,4 +1,4 @@
-"""The folder of a command that names none."""
+"""The output folder of a command without --out."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_the_grids_of_examples_and_records_are_right(path: Path) -> None:
     assert len({config.seed for config in configs}) >= (3 if path.name == "config.toml" else 5)
 
 
-def test_a_grid_that_is_no_toml_is_refused(tmp_path: Path) -> None:
+def test_a_grid_that_is_not_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text("epochs = = 3")
     with pytest.raises(ValueError, match="line 1"):
         files.load_toml(tmp_path / "grid.toml")

@@ -1,4 +1,4 @@
-"""Workers that end before their run is done: the likeliest reason is told."""
+"""Workers that end before their run is done: the likeliest reason is reported."""
 
 from __future__ import annotations
 

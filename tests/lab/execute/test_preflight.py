@@ -28,7 +28,7 @@ def said(**settings: Any) -> str:
         ({"lr": 1e9}, "lr 1e+09: hardly any network learns"),
     ],
 )
-def test_a_surprise_is_told(settings: dict[str, Any], words: str) -> None:
+def test_surprising_settings_are_reported(settings: dict[str, Any], words: str) -> None:
     assert words in said(**settings)
 
 

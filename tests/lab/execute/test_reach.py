@@ -1,4 +1,4 @@
-"""An address where nobody answers is told soon, and in our own words."""
+"""An address that does not answer is reported soon, and in our own words."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize("address", ["ray://", "ray://nowhere", "ray://:10001", "ray://nowhere:port"])
-def test_an_address_without_host_or_port_is_told_before_ray_waits_for_it(address: str) -> None:
+def test_an_address_without_host_or_port_is_reported_before_ray_waits_for_it(address: str) -> None:
     with pytest.raises(ConnectionError, match="ray://HOST:10001"):
         reach.check_address(address)
 

@@ -1,4 +1,4 @@
-"""Many runs: in this process, in several, on a Ray cluster; with deaths in between."""
+"""Many runs: in this process, in several, on a Ray cluster; with workers that die in between."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_run_that_fails_is_recorded_and_tried_again(tmp_path: Path, monkeypatc
         raise MemoryError("no room")
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "run", broken)
+        patched.setattr(train, "train_run", broken)
         failed = scheduler.run_all(grid.expand(TINY), scheduler.Workplace(tmp_path), Spy())
     assert [row["error"] for row in failed] == ["MemoryError: no room"] * 4
     assert {row["status"] for row in records.read(tmp_path)} == {"failed"}
@@ -109,7 +109,7 @@ def test_ctrl_c_keeps_what_has_finished(tmp_path: Path) -> None:
     assert len(records.read(tmp_path)) == 4
 
 
-def test_a_long_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_long_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
     settings = {**TINY, "methods": ["trim"], "seeds": 1, "epochs": 4}
     place = scheduler.Workplace(tmp_path, checkpoint_seconds=0.0)
 
@@ -148,7 +148,7 @@ def test_what_another_process_is_at_is_waited_for(tmp_path: Path, monkeypatch: p
         def note(self, text: str) -> None:
             super().note(text)
             if len(self.notes) == 2:
-                other.append(train.run(configs[0]))
+                other.append(train.train_run(configs[0]))
                 held.close()
 
     spy = Releases()
@@ -220,7 +220,7 @@ def test_a_run_that_kills_every_worker_is_recorded_as_failed(tmp_path: Path) -> 
         "else:\n"
         "    import os\n"
         "    def die(*_, **__): os.kill(os.getpid(), 9)\n"
-        "    train.run = die\n"
+        "    train.train_run = die\n"
     )
     (tmp_path / "sweep_that_kills.py").write_text(script)
     done = subprocess.run(
@@ -270,7 +270,7 @@ def kill_sweeps(folder: Path, kills: int, workers: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, workers: int) -> None:
+def test_a_killed_sweep_continues(tmp_path: Path, workers: int) -> None:
     kill_sweeps(tmp_path / "sweep", kills=3, workers=workers)
 
 
@@ -291,7 +291,7 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path: Path) -> None:
 # --- on a Ray cluster ---------------------------------------------------------------------------------------------
 
 
-def test_no_cluster_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cluster_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
 
     def nothing_there(**_: Any) -> None:
@@ -332,7 +332,9 @@ def test_a_cluster_that_loses_a_node_does_every_run_once(tmp_path: Path) -> None
         cluster.shutdown()
 
 
-def test_a_missing_tensorboard_is_told_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tensorboard_is_reported_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     place = scheduler.Workplace(tmp_path / "out", tensorboard=True)
     with pytest.raises(ImportError, match="--tensorboard needs `tensorboard`"):

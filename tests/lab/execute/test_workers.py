@@ -1,4 +1,4 @@
-"""Workers of tasks: what the user's code starts in them works, and ends with them."""
+"""Workers of tasks: processes that the user's code starts in them work, and end with them."""
 
 from __future__ import annotations
 

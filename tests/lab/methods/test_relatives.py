@@ -116,7 +116,7 @@ def test_importance_is_unbiased_and_draws_by_the_scores() -> None:
     assert counts[scores.argmax()] > 2 * counts[scores.argmin()]
 
 
-def test_importance_takes_zeros_and_keeps_what_is_no_number() -> None:
+def test_importance_accepts_zeros_and_keeps_nan() -> None:
     generator = torch.Generator().manual_seed(0)
     assert Importance()(torch.zeros(8), 0.5, generator).k >= 1
     losses = torch.zeros(8)
@@ -153,17 +153,17 @@ def test_proxy_counts_every_forward_and_the_network_sees_the_kept_alone() -> Non
     seen: list[int] = []
     training.model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     training.train_epoch()
-    # 300 images in batches of 64: 4 of 64 and one of 44; the twin sees 300, and learns in steps 0 and 4
+    # 300 images in batches of 64: 4 of 64 and one of 44; the proxy sees 300, and learns in steps 0 and 4
     assert seen == [32, 32, 32, 32, 22]
     assert training.counts.samples_forward == 300 + 150
     assert training.counts.samples_backward == 150 + 64 + 44
     method: Any = training.method
-    twin, network = (sum(p.numel() for p in model.parameters()) for model in (method.twin, training.model))
-    assert twin < network / 2 + 50
+    proxy, network = (sum(p.numel() for p in model.parameters()) for model in (method.proxy, training.model))
+    assert proxy < network / 2 + 50
     assert method.optimizer.param_groups[0]["lr"] == training.optimizer.param_groups[0]["lr"]
 
 
-def test_a_twin_leaves_the_network_and_the_draws_as_they_are() -> None:
+def test_a_proxy_does_not_change_the_network_or_the_draws() -> None:
     plain, proxy = start("full"), start("proxy")
     for mine, theirs in zip(plain.model.parameters(), proxy.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -1,4 +1,4 @@
-"""The contract every method passes, and what is particular to each."""
+"""The contract that every method passes, and tests of single methods."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_seed_repeats_and_another_differs(name: str) -> None:
 
 
 @every_state
-def test_it_goes_on_from_a_checkpoint_bit_for_bit(name: str) -> None:
+def test_it_continues_from_a_checkpoint_bit_for_bit(name: str) -> None:
     whole = start(name)
     whole.advance()
     whole.advance()

@@ -124,7 +124,7 @@ def test_text_and_tables_are_rows(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["length", "neither", "both", "rows", "classes"])
-def test_samples_that_do_not_fit_are_refused(tmp_path, images, bad):
+def test_invalid_samples_are_refused(tmp_path, images, bad):
     log, labels, _ = _log(300, 3)
     samples = {
         "length": gallery.Samples(labels[:9], "abc", images=images),
@@ -240,7 +240,7 @@ def _only_log(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_run_that_goes_on_writes_the_same_log(tmp_path):
+def test_a_killed_run_that_is_resumed_writes_the_same_log(tmp_path):
     words = ("--epochs", "60", "--train-size", "600")
     go = [sys.executable, "-m", *_command(tmp_path / "killed", *words)]
     process = subprocess.Popen(go)

@@ -1,4 +1,4 @@
-"""Names of points lie beside them, on nothing else if that can be."""
+"""Names of points are beside them, and overlap nothing else if possible."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_markdown_and_csv_hold_the_numbers(rows, tmp_path):
     assert float(as_run["trim"]["difference"]) == pytest.approx(-0.0096)
     assert as_run["random"]["diverged"] == "1"
     assert as_run["full"]["difference"] == ""
-    assert {line["view"] for line in table} == {"as run", "Equal samples backward", "Equal training time"}
+    assert {line["view"] for line in table} == {"as run", "Equal backward samples", "Equal training time"}
 
 
 def test_json_is_plain_and_complete(rows):
@@ -281,11 +281,11 @@ def test_results_without_curves_and_costs_have_no_section_on_them(make_row, tmp_
     table.write_text("\n".join(["method,seed,accuracy", *lines]))
     page = report.write_report(csv_table.read_csv(table), tmp_path / "out").read_text()
     assert "Seed by seed" in page
-    for absent in ("Over training", "What it cost", "No curve", "Equal samples backward", "<dd></dd>"):
+    for absent in ("Over training", "What it cost", "No curve", "Equal backward samples", "<dd></dd>"):
         assert absent not in page
 
 
-def test_settings_of_a_method_are_words_and_no_python(make_row, tmp_path):
+def test_settings_of_a_method_are_words_and_not_python(make_row, tmp_path):
     """A parameter read {'keep': 0.5}."""
     rows = [make_row(method, seed, method_params={"keep": 0.5} if method == "superquantile" else {})
             for method in ("full", "superquantile") for seed in range(3)]  # fmt: skip
@@ -304,7 +304,7 @@ def test_seconds_of_many_methods_are_a_range(make_row, tmp_path, methods, told):
     assert ("Seconds for a run" in page) == (methods == 4)
 
 
-def test_an_arm_whose_runs_all_failed_is_told_so(make_row):
+def test_an_arm_whose_runs_all_failed_is_reported_as_failed(make_row):
     rows = [make_row(method, seed, None, status="failed") for method in ("full", "trim") for seed in range(3)]
     assert wording.headline(comparison.summarize(rows)) == "trim: every run of trim and of full failed"
     rows = rows[3:] + [make_row("full", seed, 0.1) for seed in range(3)]
@@ -319,4 +319,4 @@ def test_numbers_of_very_good_and_very_short_runs(make_row):
         assert "-" not in re.sub(r"<[^>]*>", "", str(card.chart))
     notes = [wording.view_note(view) for view in group.views]
     assert any(note.startswith("Read at 0.13 seconds of training") for note in notes), notes
-    assert any(note.startswith("Read at 3,000 samples backward") for note in notes), notes
+    assert any(note.startswith("Read at 3,000 backward samples") for note in notes), notes

@@ -12,7 +12,7 @@ import pytest
 
 from batchtrim.lab.analyse import comparison
 from batchtrim.lab.present import charts, figures, report, sweep, wording
-from batchtrim.lab.present.caveats import caveat_texts
+from batchtrim.lab.present.caveat_texts import caveat_texts
 
 MakeRow = Callable[..., dict[str, Any]]
 
@@ -79,7 +79,7 @@ def test_views_at_an_equal_budget_carry_no_colour_of_a_verdict(make_row: MakeRow
     assert {row["colour"] for view in values["views"] for row in view["table"]["rows"]} == {""}
 
 
-def test_dots_and_lines_on_one_another_are_told_apart() -> None:
+def test_overlapping_dots_and_lines_are_distinguished() -> None:
     row = charts.Differences("trim", 1, (0, 1, 2), (0.1, 0.1, 0.1), 0.1, None, None, "")
     drawn = str(charts.differences([row], x_label="", fmt=str))
     assert len({part.partition('"')[0] for part in drawn.split('cy="')[1:]}) == 3
@@ -127,7 +127,7 @@ def test_charts_are_written_as_svg_and_png(swept: comparison.Summary, tmp_path: 
         patch.setattr(figures, "SCALE", 1)  # a ninth of the pixels
         paths = figures.save(swept, tmp_path / "figures")
     assert {path.suffix for path in paths} == {".svg", ".png"}
-    assert {path.stem for path in paths} >= {"differences", "test-error", "error-against-samples-backward"}
+    assert {path.stem for path in paths} >= {"differences", "test-error", "error-against-backward-samples"}
     for path in paths:
         if path.suffix == ".svg":
             text = path.read_text()

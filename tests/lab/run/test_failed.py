@@ -1,4 +1,4 @@
-"""The record of a run that raised."""
+"""The record of a run that raised an error."""
 
 from __future__ import annotations
 

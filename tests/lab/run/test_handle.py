@@ -1,4 +1,4 @@
-"""The run that a training function gets, where it makes the trimmer itself."""
+"""The run that a training function gets, if it makes the trimmer itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_trimmer_made_from_the_options_computes_what_the_run_s_own_does(method
         run.trim.step()
 
 
-def test_tokens_are_chosen_by_a_trimmer_of_one_s_own(tmp_path: Path) -> None:
+def test_tokens_are_chosen_by_the_users_own_trimmer(tmp_path: Path) -> None:
     run = Run(TaskConfig(task="mine.py:train", method="loss_mass", epochs=3).resolved(), tmp_path)
     trim = Trimmer(run.keep, total=run.epochs, unit="element", **run.trim_options)
     losses = torch.tensor([[9.0, 0.1], [0.2, 0.3]])

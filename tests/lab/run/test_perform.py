@@ -1,4 +1,4 @@
-"""The call of a training function: what counts as its time, and what does not."""
+"""The call of a training function: what its time includes, and what it does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: repeats, resumes, counts, keeps its clocks apart, and says when a run diverges."""
+"""The training loop: it repeats, resumes, counts, keeps its clocks separate, and reports when a run diverges."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_it_equals_a_loop_written_by_hand() -> None:
 
 
 def test_a_row_has_what_readers_rely_on() -> None:
-    row = train.run(SMALL)
+    row = train.train_run(SMALL)
     assert row["schema"] == 1
     assert row["key"] == SMALL.resolved().key
     assert row["status"] == "finished"
@@ -94,21 +94,21 @@ def test_runs_repeat_and_leave_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
-    first = train.run(SMALL)
+    first = train.train_run(SMALL)
     assert torch.rand(3).equal(wanted)
     torch.rand(100)
-    assert comparable(train.run(SMALL)) == comparable(first)
+    assert comparable(train.train_run(SMALL)) == comparable(first)
 
 
 def test_threads_are_set_for_the_run_alone() -> None:
     before = torch.get_num_threads()
     seen = []
-    train.run(replace(SMALL, threads=2), on_epoch=lambda _: seen.append(torch.get_num_threads()))
+    train.train_run(replace(SMALL, threads=2), on_epoch=lambda _: seen.append(torch.get_num_threads()))
     assert seen == [2, 2, 2]
     assert torch.get_num_threads() == before
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
     """Stopped after the second epoch; what goes on trains one more and gives the row of a run never stopped."""
     file = tmp_path / "checkpoints" / "run.pt"
     config = replace(SMALL, augment="crop+flip", optimizer="nesterov", lr=0.01)
@@ -118,17 +118,17 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train.run(config, checkpoint=file, checkpoint_seconds=0.0, on_epoch=stop_after_two)
+        train.train_run(config, checkpoint=file, checkpoint_seconds=0.0, on_epoch=stop_after_two)
     epochs = []
-    resumed = train.run(config, checkpoint=file, on_epoch=lambda point: epochs.append(point["epoch"]))
+    resumed = train.train_run(config, checkpoint=file, on_epoch=lambda point: epochs.append(point["epoch"]))
     assert epochs == [2]
-    assert comparable(resumed) == comparable(train.run(config))
+    assert comparable(resumed) == comparable(train.train_run(config))
 
 
 def test_a_checkpoint_is_read_to_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """States of generators have to lie there, wherever the run trains."""
     file = tmp_path / "run.pt"
-    train.run(SMALL, checkpoint=file, checkpoint_seconds=0.0)
+    train.train_run(SMALL, checkpoint=file, checkpoint_seconds=0.0)
     places, load = [], torch.load
 
     def noting(*args: Any, **options: Any) -> Any:
@@ -136,19 +136,19 @@ def test_a_checkpoint_is_read_to_the_cpu(tmp_path: Path, monkeypatch: pytest.Mon
         return load(*args, **options)
 
     monkeypatch.setattr(torch, "load", noting)
-    train.run(SMALL, checkpoint=file)
+    train.train_run(SMALL, checkpoint=file)
     assert places == ["cpu"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "run.pt"
-    train.run(SMALL, checkpoint=file, checkpoint_seconds=0.0)
+    train.train_run(SMALL, checkpoint=file, checkpoint_seconds=0.0)
     with pytest.raises(ValueError, match="expected a checkpoint of run"):
-        train.run(replace(SMALL, seed=1), checkpoint=file)
+        train.train_run(replace(SMALL, seed=1), checkpoint=file)
 
 
 def test_a_run_that_diverges_is_recorded_as_such() -> None:
-    row = train.run(replace(SMALL, lr=1e30, optimizer="sgd"))
+    row = train.train_run(replace(SMALL, lr=1e30, optimizer="sgd"))
     assert row["status"] == "diverged"
     assert "not finite after epoch 1 of 3" in row["error"]
     assert row["test_error"] is None
@@ -176,7 +176,7 @@ def test_a_network_that_breaks_in_its_last_step_has_diverged(monkeypatch: pytest
 def test_evaluation_has_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = train.Training.evaluate
     monkeypatch.setattr(train.Training, "evaluate", lambda self: (time.sleep(0.2), evaluate(self))[1])
-    row = train.run(replace(SMALL, epochs=2))
+    row = train.train_run(replace(SMALL, epochs=2))
     assert row["seconds_eval"] > 0.4
     assert row["seconds"] < 0.4
 
@@ -184,7 +184,7 @@ def test_evaluation_has_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_selection_is_inside_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = train.Training._loss
     monkeypatch.setattr(train.Training, "_loss", lambda self, *args: (time.sleep(0.04), loss(self, *args))[1])
-    assert train.run(replace(SMALL, epochs=1))["seconds"] > 5 * 0.04
+    assert train.train_run(replace(SMALL, epochs=1))["seconds"] > 5 * 0.04
 
 
 OPTIMIZERS, LR_SCHEDULES = ["adam", "adamw", "sgd", "nesterov"], ["constant", "step", "cosine", "onecycle"]
@@ -198,7 +198,7 @@ OPTIMIZERS, LR_SCHEDULES = ["adam", "adamw", "sgd", "nesterov"], ["constant", "s
 def test_every_optimizer_learns_with_every_learning_rate(optimizer: str, lr_schedule: str) -> None:
     lr = 0.001 if optimizer.startswith("adam") else 0.01
     settings = replace(SMALL, optimizer=optimizer, lr=lr, lr_schedule=lr_schedule, epochs=4, batch_size=16)
-    assert train.run(settings)["test_error"] < 0.4
+    assert train.train_run(settings)["test_error"] < 0.4
 
 
 def test_sharing_the_seed_shares_start_and_order() -> None:
@@ -262,10 +262,12 @@ def test_testing_now_and_then_changes_what_is_known_and_not_what_is_learnt(
     tests: list[str] = []
     evaluate = train.Training.evaluate
     monkeypatch.setattr(train.Training, "evaluate", lambda self: tests.append("one") or evaluate(self))
-    every = train.run(settings)
+    every = train.train_run(settings)
     assert len(tests) == 7
     tests.clear()
-    some = train.run(replace(settings, eval_every=3), on_epoch=lambda point: said.append(str(point["test_error"])))
+    some = train.train_run(
+        replace(settings, eval_every=3), on_epoch=lambda point: said.append(str(point["test_error"]))
+    )
     assert len(tests) == 3, "a test that is not made costs nothing"
     known = every["curve"]["test_error"]
     assert some["curve"]["test_error"] == [None, None, known[2], None, None, known[5], known[6]]
@@ -301,10 +303,10 @@ def test_a_setting_of_no_run_gets_a_suggestion() -> None:
 )
 def test_engines_train_on_the_samples_that_exact_trains_on(engine: str, model: str) -> None:
     settings = replace(SMALL, model=model, width=8)
-    exact = train.run(settings)
+    exact = train.train_run(settings)
     approximate = engine == "auto" and model == "resnet8"
     with pytest.warns(ApproximateGradient, match="cosine 0") if approximate else nullcontext():
-        other = train.run(replace(settings, engine=engine))
+        other = train.train_run(replace(settings, engine=engine))
     assert other["samples_backward"] == exact["samples_backward"]
     assert other["curve"]["mean_loss"][0] == pytest.approx(exact["curve"]["mean_loss"][0], rel=1e-4)
     assert other["curve"]["train_error"][0] == pytest.approx(exact["curve"]["train_error"][0], abs=0.01)
@@ -317,7 +319,7 @@ def test_engines_train_on_the_samples_that_exact_trains_on(engine: str, model: s
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_other_number_formats_train(precision: str) -> None:
-    assert train.run(replace(SMALL, precision=precision))["test_error"] < 0.8
+    assert train.train_run(replace(SMALL, precision=precision))["test_error"] < 0.8
 
 
 @pytest.mark.slow
@@ -336,7 +338,7 @@ def test_two_processes_do_one_run(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     full, trim = records.read(tmp_path)
     assert full["environment"]["processes"] == 2
-    alone = train.run(RunConfig.from_dict(full["config"]))
+    alone = train.train_run(RunConfig.from_dict(full["config"]))
     assert full["curve"]["mean_loss"] == pytest.approx(alone["curve"]["mean_loss"], rel=1e-3)
     assert full["curve"]["train_error"] == pytest.approx(alone["curve"]["train_error"], abs=0.005)
     assert full["curve"]["test_error"] == pytest.approx(alone["curve"]["test_error"], abs=0.02)

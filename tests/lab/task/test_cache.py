@@ -1,4 +1,4 @@
-"""The cache of decoded images: its folder, its substitute, and entries that are whole whatever kills a process."""
+"""The cache of decoded images: its folder, the substitute, and entries that stay whole if a process is killed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_user_without_a_home(no_home: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "there is no home folder" in note
 
 
-def test_the_substitute_is_said_before_the_first_run_and_not_recorded(
+def test_the_substitute_is_noted_before_the_first_run_and_not_recorded(
     no_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image

@@ -75,7 +75,7 @@ def test_a_changed_file_is_decoded_again(folder: Path) -> None:
     assert data.load("fashion_mnist", folder).test_labels.tolist() == [3] * 10
 
 
-def test_a_damaged_cache_entry_is_made_anew(folder: Path) -> None:
+def test_a_damaged_cache_entry_is_rebuilt(folder: Path) -> None:
     data.load("fashion_mnist", folder)
     for path in (folder / "cache").glob("*-images.npy"):
         path.write_bytes(b"nonsense")
@@ -112,7 +112,7 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
         data.load("fashion_mnist", folder)
 
 
-def test_bytes_that_are_no_image_are_named(folder: Path) -> None:
+def test_bytes_that_are_not_an_image_are_named(folder: Path) -> None:
     write_split(folder / "fashion_mnist", "test", [0, 1], encoded=b"no image")
     with pytest.raises(data.ReplaceFile, match=r"an image in row 0 of .*test-00000-of-00001\.parquet"):
         data.load("fashion_mnist", folder)
@@ -226,7 +226,7 @@ def test_symmetric_noise_has_its_rate_and_spreads_over_all_other_classes() -> No
     assert not noisy.train_labels.equal(conditions.apply(digits, label_noise="symmetric:0.4", seed=4).train_labels)
 
 
-def test_asymmetric_noise_goes_one_class_on() -> None:
+def test_asymmetric_noise_moves_a_label_to_the_next_class() -> None:
     digits = data.load("digits")
     noisy = conditions.apply(digits, label_noise="asymmetric:0.3")
     shift = (noisy.train_labels - digits.train_labels) % 10
@@ -252,7 +252,7 @@ def test_train_size_keeps_the_share_of_each_class() -> None:
 
 
 @pytest.mark.parametrize("text", ["symetric:0.2", "symmetric", "symmetric:1", "symmetric:x", "human:some", "none:0.1"])
-def test_noise_of_no_kind_is_refused(text: str) -> None:
+def test_an_unknown_kind_of_noise_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         conditions.parse_label_noise(text)
 
@@ -296,7 +296,7 @@ def test_each_image_has_a_crop_and_a_flip_of_its_own() -> None:
     assert min(within) > 1  # not one draw for the whole batch
 
 
-def test_augmentation_goes_on_from_its_state() -> None:
+def test_augmentation_continues_from_its_state() -> None:
     batches = augment.Batches(numbered_images(), (0.0,) * 3, (1.0,) * 3, "crop+flip", seed=5)
     batches(torch.arange(6))
     state = batches.state_dict()
@@ -307,7 +307,7 @@ def test_augmentation_goes_on_from_its_state() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_cannot_be_written_is_said(folder: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(folder: Path) -> None:
     (folder / "cache").mkdir()
     (folder / "cache").chmod(0o500)
     with pytest.raises(OSError, match="Set BATCHTRIM_CACHE"):

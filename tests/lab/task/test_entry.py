@@ -1,4 +1,4 @@
-"""Entries of the cache that are damaged are refused by name: none of them ends in other images, or in a traceback."""
+"""Damaged entries of the cache are refused by name: none gives other images, or a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""However large images are and however many cores, few are decoded at once; and few images occupy all cores."""
+"""Few images are decoded at once, however large they are and however many cores; and few images use all cores."""
 
 from __future__ import annotations
 

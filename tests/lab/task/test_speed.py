@@ -1,4 +1,4 @@
-"""The network of the speed-run kind: its whitened first layer, its sizes, and that it learns."""
+"""The network `speed`: its whitened first layer, its sizes, and that it learns."""
 
 from __future__ import annotations
 

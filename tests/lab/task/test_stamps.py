@@ -1,4 +1,4 @@
-"""Files that change: images are decoded again, and those of a disk that goes away are not called broken."""
+"""Files that change: images are decoded again, and those on a disk that was removed are not called broken."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_an_image_that_changes_is_decoded_again(source: str, mine: Path) -> None
 
 
 @pytest.mark.parametrize("source", ["csv", "parquet", "hub", "mixed"])
-def test_an_image_that_comes_back_is_taken_in(source: str, mine: Path) -> None:
+def test_an_image_that_reappears_is_included(source: str, mine: Path) -> None:
     """It stayed left out, as a broken one."""
     data = str(SOURCES[source](mine))
     (mine / "b" / "7.png").rename(mine / "away")
@@ -90,7 +90,7 @@ def test_images_in_a_parquet_file_are_not_read_for_their_paths(mine: Path, monke
     assert load(str(mine / "t.parquet"), SKIP).version == first.version
 
 
-def test_an_image_that_may_be_read_again_is_taken_in(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_becomes_readable_is_included(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """chmod changes neither size nor time."""
     access = os.access
     locked = mine / "b" / "7.png"

@@ -88,7 +88,7 @@ def test_classes_are_named_as_they_are_written(labels: list[str], names: tuple[s
         (["1", "1e400"], "expected classes in column 'label'"),
     ],
 )
-def test_labels_that_are_none(labels: list[str], says: str, mine: Path) -> None:
+def test_invalid_labels(labels: list[str], says: str, mine: Path) -> None:
     assert says in refusal(csv(mine, labels * 2))
 
 
@@ -125,7 +125,7 @@ def test_parquet_in_capitals(mine: Path) -> None:
 
 
 @pytest.mark.parametrize("cell", [1, [[1, 2], [3, 4]], "https://example.org/a.png"])
-def test_cells_that_are_no_images(cell: Any, mine: Path) -> None:
+def test_cells_that_are_not_images(cell: Any, mine: Path) -> None:
     """They read "there is no such file"."""
     told = refusal(parquet(mine, {"image": [cell] * 4, "label": ["a", "b"] * 2}))
     assert "expected image files or their bytes" in told
@@ -157,7 +157,7 @@ def test_images_in_no_class_are_noted(mine: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
 @pytest.mark.timeout(20)
-def test_what_is_no_regular_file_is_broken(mine: Path) -> None:
+def test_a_file_that_is_not_regular_is_a_broken_image(mine: Path) -> None:
     """A pipe was waited for without end; a link to itself was called empty."""
     tree(mine, "a", "b")
     os.mkfifo(mine / "a" / "pipe.png")

@@ -1,4 +1,4 @@
-"""Folders of images as they lie on disks: links, hidden folders, pixels of 32 bits. All that is left out is told."""
+"""Folders of images as found on disks: links, hidden folders, pixels of 32 bits. All that is left out is noted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_link_that_leads_nowhere_is_a_broken_image(mine: Path) -> None:
     assert any("1 broken image left out (a/gone.png: there is no such file)" in note for note in found.notes)
 
 
-def test_a_linked_folder_in_a_class_is_said(mine: Path, tmp_path: Path) -> None:
+def test_a_linked_folder_in_a_class_is_noted(mine: Path, tmp_path: Path) -> None:
     fill(tmp_path / "more", 3, 200)
     (mine / "a" / "more").symlink_to(tmp_path / "more")
     assert "mine: 1 linked folders in class folders left out, such as a/more" in read().notes
@@ -57,7 +57,7 @@ def test_a_class_folder_may_be_a_link_but_not_to_what_holds_it(mine: Path, tmp_p
         read()
 
 
-def test_images_in_hidden_folders_are_no_samples(mine: Path) -> None:
+def test_images_in_hidden_folders_are_not_samples(mine: Path) -> None:
     """Notebooks keep copies of the images one looked at there."""
     fill(mine / "a" / ".ipynb_checkpoints", 4, 200)
     found = read()
@@ -87,7 +87,7 @@ def test_links_that_lead_to_themselves_are_broken_images(mine: Path) -> None:
     assert any("2 files left out that are not images, such as one.txt" in note for note in found.notes)
 
 
-def test_names_are_told_on_one_line_and_as_text(mine: Path) -> None:
+def test_names_are_printed_on_one_line_and_as_text(mine: Path) -> None:
     """Notes go into records and pages, which hold UTF-8: after all runs there was no report."""
     (mine / "a" / "two\nlines.png").write_bytes(b"")
     (mine / "a" / os.fsdecode(b"note\xff.txt")).write_text("x")
@@ -103,7 +103,7 @@ def test_names_are_told_on_one_line_and_as_text(mine: Path) -> None:
 
 
 @pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "VAL"), ("training", "testing")])
-def test_splits_by_other_names_are_no_classes(train: str, test: str, mine: Path) -> None:
+def test_splits_by_other_names_are_not_classes(train: str, test: str, mine: Path) -> None:
     """They were two classes without a word."""
     for side in (train, test):
         for number, name in enumerate("xy"):
@@ -162,7 +162,7 @@ def test_a_class_of_broken_images_alone_is_left_out(mine: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lost+found", "@eaDir", "__MACOSX"])
-def test_folders_that_systems_make_are_no_classes(name: str, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_systems_create_are_not_classes(name: str, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thumbnails of a network disk were samples; on a disk of its own, nothing could be read but by root."""
     fill(mine / name, 3, 200)
     fill(mine / "a" / name, 3, 220)
@@ -179,7 +179,7 @@ def test_a_data_folder_that_may_not_be_read_is_named(mine: Path, monkeypatch: py
         read()
 
 
-def test_images_without_endings_are_told(mine: Path) -> None:
+def test_images_without_file_endings_are_reported(mine: Path) -> None:
     for number, file in enumerate(mine.rglob("*.png")):
         file.rename(file.with_name(f"image{number}"))
     with pytest.raises(ValueError, match=r"got none\. 10 files there have no suffix of an image, such as image\d"):

@@ -52,7 +52,7 @@ from batchtrim.lab.metric import ERROR
 from batchtrim.lab.run.config import ARM_SETTINGS, SETTINGS
 from batchtrim.lab.run.settings import Role
 
-__all__ = ["ALONE", "Claim", "Finding", "Record", "Status", "judge", "read"]
+__all__ = ["ALONE", "Claim", "EvidenceRecord", "Finding", "Status", "judge", "read"]
 
 ALONE = "alone.jsonl"
 """The file of a record whose runs had the machine to themselves."""
@@ -118,8 +118,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Record:
-    """A record as read: title and note, the effect of interest in [0, 1], tables and findings.
+class EvidenceRecord:
+    """A record of evidence as read: title and note, the effect of interest in [0, 1], tables and findings.
 
     Attributes:
         timed: True if training times were taken with nothing else running. Arms without such a run have no times.
@@ -134,7 +134,7 @@ class Record:
     timed: bool = False
 
 
-def read(folder: str | Path) -> Record:
+def read(folder: str | Path) -> EvidenceRecord:
     """Judge the claims of a folder from its runs.
 
     Raises:
@@ -162,7 +162,7 @@ def read(folder: str | Path) -> Record:
                 f"the claim {claim.text!r}. There are runs of {', '.join(there)}."
                 + "".join(nearest(name, METHODS) for name in (claim.method, claim.against) if name not in METHODS)
             )
-    return Record(folder, title, note, effect, groups, tuple(findings), alone.exists())
+    return EvidenceRecord(folder, title, note, effect, groups, tuple(findings), alone.exists())
 
 
 def _timed(groups: Sequence[Group], file: Path) -> tuple[Group, ...]:

@@ -121,7 +121,7 @@ def do_run(config: AnyConfig, place: Workplace, on_epoch: OnEpoch | None = None)
         with place.log(config) as log:
             if isinstance(config, TaskConfig):
                 return perform(config, place.out, _both(log, on_epoch))
-            return train.run(
+            return train.train_run(
                 config,
                 data_dir=place.data_dir,
                 cache_dir=place.cache_dir,

@@ -21,7 +21,7 @@ from batchtrim.selection import Rule
 
 __all__ = ["Decaying", "FullEnd", "GradientNorm", "Importance", "LossDrop", "ProxySelection", "UnlessFull"]
 
-_TWIN_SEED = 2_000_003  # an offset, so that twins start from weights that no run starts from
+_PROXY_SEED = 2_000_003  # an offset, so that proxies start from weights that no run starts from
 
 
 @dataclass(frozen=True)
@@ -121,20 +121,20 @@ class LossDrop(Method):
 
 
 class ProxySelection(Method):
-    """Rank the batch by a narrow twin, and run the network on the hardest ``keep`` only.
+    """Rank the batch by a narrower proxy network, and run the network on the hardest ``keep`` only.
 
-    The twin trains on the whole batch in every ``every``-th step. Its forward and backward samples are counted too.
+    The proxy trains on the whole batch in every ``every``-th step. Its forward and backward samples are counted too.
     """
 
     def __init__(self, info: RunInfo, keep: float, width: int, every: int):
         super().__init__(Trimmer(keep), info.epochs)
         self.width = width or max(1, info.width // 2)
-        self.every, self.seed = every, _TWIN_SEED + info.seed
+        self.every, self.seed = every, _PROXY_SEED + info.seed
         self.steps = 0
         self.counted = [0, 0]
 
     def connect(self, network: NewNetwork) -> None:
-        self.twin, self.optimizer, self.backward = network(self.width, self.seed)
+        self.proxy, self.optimizer, self.backward = network(self.width, self.seed)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -143,9 +143,9 @@ class ProxySelection(Method):
     def choose(self, inputs: Tensor, targets: Tensor) -> Selection:
         learns = self.steps % self.every == 0
         self.steps += 1
-        self.twin.train()
+        self.proxy.train()
         with torch.set_grad_enabled(learns):
-            losses = F.cross_entropy(self.twin(inputs).float(), targets, reduction="none")
+            losses = F.cross_entropy(self.proxy(inputs).float(), targets, reduction="none")
         if learns:
             self.optimizer.zero_grad()
             self.backward(losses.mean())
@@ -165,11 +165,11 @@ class ProxySelection(Method):
         return forward, backward
 
     def state_dict(self) -> dict[str, Any]:
-        twin = {"twin": self.twin.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}
-        return super().state_dict() | twin
+        state = {"twin": self.proxy.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}
+        return super().state_dict() | state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.twin.load_state_dict(state["twin"])
+        self.proxy.load_state_dict(state["twin"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]

@@ -140,13 +140,13 @@ RELATIVES = (
     ),
     MethodSpec(
         "proxy",
-        "the hardest samples by the losses of a narrow twin; the network sees no others",
+        "the hardest samples by the losses of a narrower proxy network; the network sees no others",
         "the airbench96 speed record of 2025",
         lambda s, p: ProxySelection(s, p["keep"], p["width"], p["every"]),
         {
             "keep": Param(0.5, check_keep, "fraction of the batch the network trains on"),
-            "width": Param(0, check_count_or_zero, "channels of the twin's first stage; 0 is half the network's"),
-            "every": Param(4, check_count, "steps from one step of the twin to the next"),
+            "width": Param(0, check_count_or_zero, "channels of the proxy's first stage; 0 is half the network's"),
+            "every": Param(4, check_count, "steps from one step of the proxy to the next"),
         },
         any_engine=False,
     ),

@@ -14,7 +14,7 @@ __all__ = ["Box", "Place", "along", "around", "far", "named_and_numbered", "plac
 Box = tuple[float, float, float, float]
 """Left, right, top and bottom of something drawn."""
 Place = tuple[float, float, str]
-"""Where a name stands: x, base line and anchor."""
+"""The place of a name: x, base line and anchor."""
 Named = tuple[float, float, float]
 """A point: x, y, and the width of its name."""
 
@@ -26,7 +26,7 @@ CROSSED = 16.0  # how far a name is moved rather than laid over a point or a lin
 SIDES = {"start": 0.0, "end": 2.0, "middle": 4.0}
 """Anchors of a name: to the right, to the left, above or below; each with its penalty."""
 THIN, WIDE = 5.8, 9.9  # width of a letter of a name, about, on a phone
-FEW = 4  # points whose names are told apart wherever they stand
+FEW = 4  # points whose names can be distinguished at any place
 NUMBER = 20.0  # width of a number of two digits
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchtrim.lab.analyse.claims import Record
+from batchtrim.lab.analyse.claims import EvidenceRecord
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import tables, wording
@@ -17,7 +17,7 @@ METHODS = ("random", "full_equal_compute", "trim", "loss_mass", "loss_mass_kept"
 FEWEST = 3  # seeds
 
 
-def write(records: Sequence[Record], page: Path) -> None:
+def write(records: Sequence[EvidenceRecord], page: Path) -> None:
     """Replace the text between the marks of a page by the table.
 
     Raises:
@@ -33,7 +33,7 @@ def write(records: Sequence[Record], page: Path) -> None:
         write_whole(page, lambda file: file.write(whole.encode()))
 
 
-def table(records: Sequence[Record]) -> str:
+def table(records: Sequence[EvidenceRecord]) -> str:
     """Return a row for every problem with runs of plain and trimmed training on at least three seeds.
 
     If a problem is in several records, the last one counts. Rows are ordered by plain training's error.

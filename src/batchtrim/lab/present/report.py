@@ -19,7 +19,7 @@ from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Row, Summary, s
 from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.present import charts, sweep, tables, wording
-from batchtrim.lab.present.caveats import caveat_texts
+from batchtrim.lab.present.caveat_texts import caveat_texts
 from batchtrim.lab.present.charts import Series, style_class
 from batchtrim.lab.present.templating import render
 
@@ -187,7 +187,7 @@ def _tiles(group: Group) -> list[Tile]:
         ),
     ]
     if "samples_backward" in base.cost and "samples_backward" in arm.cost:
-        tiles.append(Tile(wording.share(arm, base, "samples_backward"), f"samples backward, of {base.label}'s"))
+        tiles.append(Tile(wording.share(arm, base, "samples_backward"), f"backward samples, of {base.label}'s"))
     return tiles
 
 
@@ -287,7 +287,7 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
              charts.lines(error, x_label="epoch", y_label=metric.heading, fmt=_axis(metric), y_range=shown,
                            title=f"{wording.capital(metric.title)} over epochs")),
         *fitted,
-        Card("Part of the samples kept", "What went backward, as a part of the training set.",
+        Card("Keep fraction", "Kept samples as a share of the training set, by epoch.",
              charts.lines(keep, x_label="epoch", y_label="kept %", fmt=lambda v: f"{100 * v:.0f}", y_range=(0.0, 1.05),
                            title="Keep fraction over epochs")),
         Card("Loss of kept samples, and of all", "Solid: mean loss of what was kept. Dashed: of every sample seen.",
@@ -350,7 +350,7 @@ def _methods(group: Group) -> list[list[Arm]]:
 
 def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
     axes = [
-        ("samples backward", "samples that went backward", "samples_backward"),
+        ("backward samples", "backward samples", "samples_backward"),
         ("training time", "seconds of training, selection included", "seconds"),
     ]
     cards = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchtrim.lab.analyse.claims import Finding, Record
+from batchtrim.lab.analyse.claims import EvidenceRecord, Finding
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import charts, tables, wording
@@ -51,7 +51,7 @@ Made by `batchtrim claims records --out docs/results.md`.
 """
 
 
-def write(records: Sequence[Record], out: Path) -> None:
+def write(records: Sequence[EvidenceRecord], out: Path) -> None:
     """Write the page, and its drawings into a folder beside it."""
     files = {out: page(records)} | {out.parent / DRAWINGS / name: each for name, each in drawings(records).items()}
     for path, text in files.items():
@@ -60,7 +60,7 @@ def write(records: Sequence[Record], out: Path) -> None:
             write_whole(path, lambda file, text=text: file.write(text.encode()))
 
 
-def page(records: Sequence[Record]) -> str:
+def page(records: Sequence[EvidenceRecord]) -> str:
     """Return a Markdown page on all records: for each, the claims and then the tables."""
     lines = [_INTRODUCTION, *_gains(records)]
     for record in records:
@@ -78,11 +78,11 @@ def page(records: Sequence[Record]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _topic(record: Record) -> str:
+def _topic(record: EvidenceRecord) -> str:
     return re.sub(r"^\d{4}-\d\d-\d\d-", "", record.folder.name)  # a record's name starts with its date
 
 
-def _drawing_name(record: Record, group: Group, axis: _Axis) -> str:
+def _drawing_name(record: EvidenceRecord, group: Group, axis: _Axis) -> str:
     """Return the file name of a group's drawing; "" if there is too little to draw."""
     if len(_drawn(group, axis)) < 3 or (axis.cost == "seconds" and not record.timed):
         return ""
@@ -94,7 +94,7 @@ def _drawn(group: Group, axis: _Axis) -> list[Arm]:
     return [arm for arm in group.arms if arm.cost.get(axis.cost) and arm.moments.mean is not None]
 
 
-def drawings(records: Sequence[Record]) -> dict[str, str]:
+def drawings(records: Sequence[EvidenceRecord]) -> dict[str, str]:
     """Return the page's drawings, SVG by file name."""
     css = "\n".join(_css())
     found = {}
@@ -131,7 +131,7 @@ def _css() -> list[str]:
     return [*lines[:end], font, *(line for line in lines[end:] if line.startswith((".s0", ".s5", "svg")))]
 
 
-def _gains(records: Sequence[Record]) -> list[str]:
+def _gains(records: Sequence[EvidenceRecord]) -> list[str]:
     """Return a table of each method's gain; problems are ordered by plain training's training error."""
     rows = []
     for record in records:
@@ -166,7 +166,7 @@ def _gain(arm: Arm) -> str:
     return f"{wording.signed(arm.paired.moments.mean)} ({wording.signed_interval(arm.paired.moments.t)})"
 
 
-def _findings_table(record: Record) -> list[str]:
+def _findings_table(record: EvidenceRecord) -> list[str]:
     several = len(record.groups) > 1
     heads = ["status", "claim", *(["where"] if several else []), "seeds", "difference, points (95 % interval)", "p"]
     heads += ["detectable"]

@@ -15,7 +15,7 @@ LEAST = 4  # cells; with fewer, the table of methods is enough
 MOST_TIMED = 4  # methods whose seconds are listed in a sentence
 
 TERMS = (
-    "Samples backward: for how many samples the backward pass was computed, over the whole training. Holm: with "
+    "Backward samples: for how many samples the backward pass was computed, over the whole training. Holm: with "
     "several methods in a table every p is raised, so that the chance of one false finding among all of them stays at "
     "5 %. Wilcoxon: a test of the same pairs by their ranks alone."
 )

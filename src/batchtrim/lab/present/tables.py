@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Summary, View
 from batchtrim.lab.present import wording
-from batchtrim.lab.present.caveats import caveat_texts
+from batchtrim.lab.present.caveat_texts import caveat_texts
 from batchtrim.lab.terminal import console
 
 if TYPE_CHECKING:

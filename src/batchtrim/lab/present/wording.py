@@ -39,7 +39,7 @@ KINDS = {Verdict.LOWER: "lower", Verdict.HIGHER: "higher", Verdict.NOT_SEEN: "sa
 """The direction of a verdict; other verdicts have none."""
 FINDINGS = {"lower": "lower", "higher": "higher", "same": "no difference seen", "none": "no verdict"}
 VIEWS = {
-    "samples_backward": ("Equal samples backward", "samples backward"),
+    "samples_backward": ("Equal backward samples", "backward samples"),
     "seconds": ("Equal training time", "seconds of training"),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from batchtrim.lab.run import trial
+from batchtrim.lab.run import sanity
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import conditions, data, images, own_models
 
@@ -23,11 +23,11 @@ def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Pat
         Notes on the data.
     """
     loaded = load_images(config, data_dir, cache_dir)
-    trial.check_network(config, loaded)
+    sanity.check_network(config, loaded)
     if own_models.is_own_model(config.model):
         with torch.random.fork_rng(devices=[]):
             own_models.build_own(config.model, loaded.shape, loaded.classes)
-    return (*loaded.notes, *loaded.local_notes, *trial.notes_on(config, loaded))
+    return (*loaded.notes, *loaded.local_notes, *sanity.notes_on(config, loaded))
 
 
 def with_versions(

@@ -29,7 +29,7 @@ from batchtrim.lab.methods.rules import RunInfo
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
-from batchtrim.lab.run import trial
+from batchtrim.lab.run import sanity
 from batchtrim.lab.run.beat import OnEpoch, beat
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.counts import CountingLoss, Counts
@@ -312,7 +312,7 @@ class Training:
             setattr(self.counts, name, getattr(self.counts, name) + time.perf_counter() - start)
 
 
-def run(
+def train_run(
     config: RunConfig,
     *,
     data_dir: str | Path | None = None,
@@ -354,7 +354,7 @@ def run(
         torch.set_num_threads(threads)
         Ranks.from_environment().leave()
     final = training.curve["test_error"][-1] if status == "finished" else None
-    learnt = final is None or not trial.no_better_than_chance(final, images.test_labels)
+    learnt = final is None or not sanity.no_better_than_chance(final, images.test_labels)
     notes = [*images.notes, *([] if learnt else [DID_NOT_LEARN])]
     return {
         "schema": SCHEMA,

@@ -1,4 +1,4 @@
-"""Check before the first run that the network fits the images and the memory, and the batch fits the data."""
+"""Sanity checks: the network fits the images and the memory, the batch fits the data, and a run beats chance."""
 
 from __future__ import annotations
 

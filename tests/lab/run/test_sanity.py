@@ -1,11 +1,11 @@
-"""Checks before the first run, and of whether a run learnt anything."""
+"""Sanity checks before the first run, and whether a run learnt anything."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from batchtrim.lab.run import loading, train, trial
+from batchtrim.lab.run import loading, sanity, train
 from batchtrim.lab.run.config import RunConfig
 
 
@@ -23,19 +23,19 @@ def test_the_registry_fits(model: str, norm: str) -> None:
     assert loading.prepare(RunConfig(model=model, norm=norm).resolved(), None, None) == ()
 
 
-def test_a_batch_larger_than_the_data_is_told() -> None:
+def test_a_batch_larger_than_the_data_is_reported() -> None:
     (note,) = loading.prepare(RunConfig(batch_size=300, train_size=200).resolved(), None, None)
     assert "batch_size 300 is more than the 200 training images" in note
 
 
 def test_a_run_no_better_than_chance_did_not_learn() -> None:
     labels = torch.arange(10).repeat(100)
-    assert trial.no_better_than_chance(0.9, labels)
-    assert trial.no_better_than_chance(0.89, labels)
-    assert not trial.no_better_than_chance(0.8, labels)
-    row = train.run(RunConfig(lr=1e9, epochs=1, train_size=200))
+    assert sanity.no_better_than_chance(0.9, labels)
+    assert sanity.no_better_than_chance(0.89, labels)
+    assert not sanity.no_better_than_chance(0.8, labels)
+    row = train.train_run(RunConfig(lr=1e9, epochs=1, train_size=200))
     assert row["status"] == "diverged" or row["did_not_learn"]
-    assert "did_not_learn" not in train.run(RunConfig(lr=1e-2, epochs=3, train_size=400))
+    assert "did_not_learn" not in train.train_run(RunConfig(lr=1e-2, epochs=3, train_size=400))
 
 
 def test_the_test_set_can_be_smaller_and_is_the_same_for_every_seed() -> None:
@@ -50,6 +50,6 @@ def test_the_test_set_can_be_smaller_and_is_the_same_for_every_seed() -> None:
 
 def test_signs_of_life_come_from_the_first_batch_on() -> None:
     told: list[dict[str, int]] = []
-    row = train.run(RunConfig(epochs=1, train_size=300, batch_size=100).resolved(), on_batch=told.append)
+    row = train.train_run(RunConfig(epochs=1, train_size=300, batch_size=100).resolved(), on_batch=told.append)
     assert told[0] == {"epoch": 0, "epochs": 1, "batch": 1, "batches": 3}
     assert row["seconds_total"] >= row["seconds"] + row["seconds_eval"]

@@ -1,0 +1,62 @@
+"""Rules of matrix products: each is an ``einsum``, in which rows lie along a letter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from batchtrim.engine.graphs import name_of
+from batchtrim.engine.layout import Axis, Layout, Mixes, RowLayout, Whole
+from batchtrim.engine.rules import Call, Value, aligned, rule, same_axis
+
+__all__ = ["contract"]
+
+_CONTRACTIONS = {
+    "mm": "ab,bc->ac", "bmm": "nab,nbc->nac", "mv": "ab,b->a", "dot": "a,a->", "addmm": "ab,bc->ac",
+    "baddbmm": "nab,nbc->nac", "addmv": "ab,b->a", "addbmm": "nab,nbc->ac",
+}  # fmt: skip
+
+
+@rule(*_CONTRACTIONS)
+def contraction(call: Call) -> Layout:
+    name = name_of(call.func)
+    inputs, out = _CONTRACTIONS[name].split("->")
+    values = call.values
+    bias = values.pop(0) if name.startswith(("add", "badd")) else None
+    layout = contract(call.symbols, inputs.split(","), out, values)
+    if bias is None or isinstance(bias.layout, Whole):
+        if bias is not None and isinstance(layout, RowLayout) and not bias.zero:
+            return replace(layout, vanish=False)
+        return layout
+    if not isinstance(layout, RowLayout):
+        raise Mixes("it puts different rows together")
+    product_ = Value(call.out.shape, layout)
+    return RowLayout(aligned(call, call.out, [bias, product_]), layout.vanish and bias.zero)
+
+
+def contract(symbols: Sequence[Any], inputs: Sequence[str], out: str, values: Sequence[Value]) -> Layout:
+    """Apply ``einsum`` to values: rows must lie along one letter; a summed letter needs rows that vanish."""
+    axes: list[Axis | None] = []
+    summed: list[bool] = []
+    for i in range(len(symbols)):
+        letter, place, holders = None, None, 0
+        for value, letters in zip(values, inputs, strict=True):
+            axis = value.layout.axes[i] if isinstance(value.layout, RowLayout) else None
+            if axis is None:
+                continue
+            if letter is not None and letters[axis.dim] != letter:
+                raise Mixes("it multiplies rows with rows")
+            letter = letters[axis.dim]
+            place = same_axis(place, replace(axis, dim=0))
+            holders += 1
+        summed.append(letter is not None and letter not in out)
+        axes.append(None if letter is None or letter not in out else replace(place, dim=out.index(letter)))  # type: ignore[type-var]
+    vanish = any(value.zero for value in values)
+    if not any(summed):
+        return RowLayout(tuple(axes), vanish)
+    if not all(summed):
+        raise Mixes("it sums over some rows")
+    if not vanish:
+        raise Mixes("it sums over the rows")
+    return Whole()
