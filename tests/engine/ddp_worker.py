@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import lightning_fabric
 import torch
 import torch.distributed as dist
 import zoo
@@ -14,16 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 import batchtrim
 
 
-def train(engine: str, scope: str, rank: int) -> torch.Tensor:
+def train(engine: str, scope: str, rank: int, fabric: Any = None) -> torch.Tensor:
     """A few steps of a model with buffers, which DDP with its default settings sends to all ranks; its gradients."""
     torch.manual_seed(0)
     norm = lambda width: nn.InstanceNorm2d(width, affine=True, track_running_stats=True)  # noqa: E731
-    model = DistributedDataParallel(zoo.Residual(norm))
+    model = fabric.setup(zoo.Residual(norm)) if fabric else DistributedDataParallel(zoo.Residual(norm))
     step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5, scope=scope), engine)
     for number in range(3):
         torch.manual_seed(10 * number + rank)
         model.zero_grad(set_to_none=True)
-        step(zoo.images(8), torch.randint(0, 5, (8,))).backward()
+        loss = step(zoo.images(8), torch.randint(0, 5, (8,)))
+        fabric.backward(loss) if fabric else loss.backward()
         assert step.last.engine == engine
     assert isinstance(model.module, zoo.Residual)
     buffers = [buffer.double().flatten() for buffer in model.buffers()] if rank == 0 else []
@@ -38,6 +42,11 @@ def main(rank: int, ranks: int, store: str, out: str) -> None:
     for engine in ("exact", "shared", "two_pass"):
         for scope in ("local", "global"):
             result[f"{engine} {scope}"] = train(engine, scope, rank)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "0"}
+    fabric = lightning_fabric.Fabric(accelerator="cpu", strategy="ddp", devices=ranks, precision="bf16-mixed")
+    fabric.launch()
+    for engine in ("exact", "shared"):
+        result[f"{engine} fabric"] = train(engine, "local", rank, fabric)
     torch.save(result, Path(out) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

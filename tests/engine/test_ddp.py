@@ -15,8 +15,8 @@ from launch import run_ranks
 def test_engines_agree_on_two_ranks(tmp_path: Path) -> None:
     run_ranks(Path(__file__).parent / "ddp_worker.py", 2, tmp_path, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for engine in ("shared", "two_pass"):
-        for scope in ("local", "global"):
-            own, other = first[f"{engine} {scope}"], second[f"{engine} {scope}"]
-            assert torch.equal(own[: len(other)], other), "gradients are averaged over the ranks"
-            assert error(first[f"exact {scope}"], own) <= 1e-5
+    runs = [(engine, scope, 1e-5) for engine in ("shared", "two_pass") for scope in ("local", "global")]
+    for engine, scope, near in (*runs, ("shared", "fabric", 1e-2)):  # Fabric's run rounds to bfloat16
+        own, other = first[f"{engine} {scope}"], second[f"{engine} {scope}"]
+        assert torch.equal(own[: len(other)], other), "gradients are averaged over the ranks"
+        assert error(first[f"exact {scope}"], own) <= near

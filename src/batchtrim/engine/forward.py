@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from batchtrim._checks import check_losses
 from batchtrim.engine.rows import RowCutter
+from batchtrim.engine.wrapped import unwrapped
 from batchtrim.losses import Losses, flatten
 
 __all__ = ["Forward", "as_losses"]
@@ -37,12 +38,14 @@ class Forward:
 
     def __post_init__(self) -> None:
         self.cutter = RowCutter(self.batch_dim)
+        self._unwrapped: tuple[nn.Module, nn.Module] | None = None  # a model, and what its wrappers hold
 
     @property
     def inner(self) -> nn.Module:
-        """The model without DistributedDataParallel, for a forward that no backward follows."""
-        model = self.model
-        return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        """The model without its wrappers, for a forward that no backward follows."""
+        if self._unwrapped is None or self._unwrapped[0] is not self.model:
+            self._unwrapped = self.model, unwrapped(self.model)
+        return self._unwrapped[1]
 
     def __call__(self, x: Any, y: Any, model: nn.Module | None = None) -> tuple[Losses, Any]:
         """Return one loss per sample or element (with mask and weights, if any), and the model's outputs."""

@@ -41,7 +41,7 @@ from batchtrim.engine.state import (
     uses_tf32,
 )
 from batchtrim.engine.unguarded import Unguarded
-from batchtrim.engine.wrapped import with_call
+from batchtrim.engine.wrapped import check_backward, hooked, with_call
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -127,6 +127,7 @@ class SharedEngine:
         if tape.step is not None and rows.shape[0] < batch:
             self._cut(tape, loss, rows.sort().values)
             approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
+        check_backward(self.forward.model, loss)
         if approximate and self.judge is None and not self.said:
             self.said = True
             _logger.warning("engine='shared' is approximate for this model: %s.", approximate)
@@ -171,7 +172,7 @@ class SharedEngine:
         """
         if self.refused is not None:
             raise EngineRefused(self.refused)
-        if (reason := hindrance()) is not None:
+        if (reason := hindrance() or hooked(self.forward.model)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
         if self.unguarded.changed():
             if self.anew == _TRIES:

@@ -1,15 +1,36 @@
-"""Run another function than the model inside the wrapper that DistributedDataParallel is."""
+"""The wrappers that place a model: DistributedDataParallel, and what ``fabric.setup`` of Lightning Fabric returns.
+
+Their own work (gradients' exchange, the check that backward is Fabric's) is not part of the model. What computes is:
+Fabric converts inputs and outputs and runs the model under autocast.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["with_call"]
+__all__ = ["check_backward", "hooked", "unwrapped", "with_call"]
+
+
+class _FabricModel(nn.Module):
+    """What Fabric's wrapper computes: the model under autocast, inputs and outputs converted."""
+
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__()
+        self.module = unwrapped(wrapper._forward_module)
+        self.precision = wrapper._strategy.precision
+        self.training = False  # it is in no mode of its own; its parts are
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.precision.convert_input((args, kwargs))
+        with self.precision.forward_context():
+            outputs = self.module(*args, **kwargs)
+        return self.precision.convert_output(outputs)
 
 
 class _StandIn(nn.Module):
@@ -25,9 +46,33 @@ class _StandIn(nn.Module):
         return self.call(*args)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model without wrappers, for a forward that no backward follows."""
+    if isinstance(model, DistributedDataParallel):
+        return model.module
+    return _FabricModel(model) if _is_fabric(model) else model
+
+
+def hooked(model: nn.Module) -> str | None:
+    """Return why the model's wrapper cannot be passed by, or None: hooks on it see its inputs and outputs."""
+    if not (isinstance(model, DistributedDataParallel) or _is_fabric(model)):
+        return None
+    if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks:
+        return f"there are hooks on its wrapper ({type(model).__name__}). Register them on the model inside"
+    return None
+
+
+def check_backward(model: nn.Module, loss: Tensor) -> None:
+    """Have the loss checked as Fabric checks a model's outputs: an error unless backward is ``fabric.backward``."""
+    if _is_fabric(model):
+        model._register_backward_hook(loss)  # type: ignore[operator]
+
+
 @contextmanager
 def with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Return ``call`` in place of the model inside its wrapper, whose own work is not part of the model."""
+    if _is_fabric(model):
+        model = model._forward_module  # type: ignore[assignment]
     if not isinstance(model, DistributedDataParallel):
         yield call
         return
@@ -42,3 +87,11 @@ def with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[.
         yield model
     finally:
         model._modules["module"] = inner
+
+
+def _is_fabric(model: nn.Module) -> bool:
+    """True if ``fabric.setup`` returned the model; Lightning is not imported to find out."""
+    if type(model).__name__ != "_FabricModule":
+        return False
+    names = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
+    return any(isinstance(model, sys.modules[name]._FabricModule) for name in names if name in sys.modules)
