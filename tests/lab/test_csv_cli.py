@@ -72,6 +72,7 @@ def test_missing_pairs_are_said_and_the_others_compared(tmp_path: Path) -> None:
         ("method,seed,rmse\nfull,0,1\n", ["--metric", "mae"], "expected a column 'mae' in results.csv"),
         ("method,seed,rmse\nfull,0,1\n", ["--metric", "rsme"], "got method, seed, rmse. Did you mean 'rmse'?"),
         ("Method,Seed,rmse\nfull,0,1\n", [], "expected a column 'method' in results.csv, got Method, Seed, rmse.\n"),
+        ("method,seed,rmse,time\nfull,0,1,-3\n", [], "expected `time` to be at least 0 seconds in line 2"),
         ("method,seed,score\nfull,0,1\n", [], "Pass --higher-is-better or --lower-is-better"),
         ("method,seed,score\nfull,0,1\ntrim,0,2\n", ["--higher-is-better"], None),
         ("method,seed,rmse\nfull,0\n", [], "expected 3 columns in line 2 of results.csv"),

@@ -181,6 +181,22 @@ def test_a_clock_that_counts_batches_for_epochs_is_noted(capfd: pytest.CaptureFi
     assert records.read("here")[0]["notes"] == [said]
 
 
+@pytest.mark.parametrize(("method", "rows", "noted"), [("trim", 8, False), ("trim", 1, True), ("full", 8, False),
+                                                       ("loss_mass", 8, False), ("loss_mass", 1, True)])  # fmt: skip
+def test_a_run_that_kept_everything_is_noted(method: str, rows: int, noted: bool) -> None:
+    """A trimmer of one's own that is never stepped, or batches of one sample: plain training by another name."""
+
+    def train(run: Run) -> dict[str, float]:
+        for _ in range(run.epochs):
+            run.trim(torch.arange(rows) ** 3.0)
+            run.trim.step()
+        return {"error": 0.1}
+
+    compare(train, [method], 1, epochs=2, out="here", quiet=True)
+    notes = records.read("here")[0].get("notes", [])
+    assert [each.startswith(f"every one of the {2 * rows} samples was kept") for each in notes] == [True] * noted
+
+
 @pytest.mark.torch28
 def test_a_compiled_step_counts_as_used() -> None:
     def train(run: Run) -> dict[str, float]:
@@ -223,6 +239,11 @@ def test_log_refuses_what_is_no_number_or_a_second_time() -> None:
         return {"error": 0.1}
 
     assert "expected `epoch` after 0, got 0" in failing(twice, out="there")
+    for name in ("seconds", "samples_backward", "value"):  # they were replaced, or taken for the metric
+        taken = failing(lambda run, name=name: run.log(**{name: 0.1}), out=name)
+        assert (
+            f"expected names of numbers besides the lab's own (samples_backward, seconds, value), got '{name}'" in taken
+        )
 
 
 def test_settings_that_are_wrong_are_refused() -> None:

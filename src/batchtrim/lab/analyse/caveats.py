@@ -28,6 +28,8 @@ class Kind(Enum):
     """The task seeded torch with one number for several seeds of the arm."""
     ALIKE = "alike"
     """Every seed of the arm gave the same value, to the last bit."""
+    UNUSED = "unused"
+    """The arm dropped samples, and yet every seed gave the baseline's value, to the last bit."""
     FEW = "few"
     """Fewer pairs than a verdict needs."""
     SOURCES = "sources"
@@ -55,7 +57,7 @@ class Caveat:
 
 def caveats(group: Group) -> tuple[Caveat, ...]:
     """Return the caveats on the group's verdict."""
-    return (*_few(group), *_missing_pairs(group), *_seeds(group), *_sources(group), *_notes(group))
+    return (*_few(group), *_missing_pairs(group), *_seeds(group), *_unused(group), *_sources(group), *_notes(group))
 
 
 def _few(group: Group) -> Iterator[Caveat]:
@@ -91,8 +93,21 @@ def _seeds(group: Group) -> Iterator[Caveat]:
 
 
 def _alike(arm: Arm) -> bool:
-    theirs = any("task" in row["config"] for row in arm.runs)
-    return theirs and len(arm.errors) >= MIN_ALIKE and len(set(arm.errors.values())) == 1
+    return _is_task(arm) and len(arm.errors) >= MIN_ALIKE and len(set(arm.errors.values())) == 1
+
+
+def _unused(group: Group) -> Iterator[Caveat]:
+    for arm in group.arms:
+        paired = arm.paired
+        if paired is None or not _is_task(arm) or len(paired.differences) < MIN_ALIKE or any(paired.differences):
+            continue
+        dropped = arm.cost.get("samples_backward", 0.0) < arm.cost.get("samples_forward", 0.0)
+        if dropped and not _alike(arm):
+            yield Caveat(Kind.UNUSED, arm.label, paired.seeds, 0)
+
+
+def _is_task(arm: Arm) -> bool:
+    return any("task" in row["config"] for row in arm.runs)
 
 
 def _sources(group: Group) -> Iterator[Caveat]:

@@ -133,6 +133,8 @@ def _record(row: Mapping[str, Any], place: str, where: str, metric: Metric, time
         )
     status = "failed" if value is None else "finished" if math.isfinite(value) else "diverged"
     seconds = _number(time, row.get(time), place, where) if time else None
+    if seconds is not None and seconds < 0.0:
+        raise ValueError(f"expected `{time}` to be at least 0 seconds in {place} of {where}, got {seconds:g}.")
     settings = {"dataset": Path(where).name, "method": method, "seed": seed}
     settings |= {"metric": metric.name, "higher_is_better": metric.higher_is_better}
     return {

@@ -31,6 +31,10 @@ def _text(caveat: Caveat, group: Group) -> str:
         Kind.ALIKE: (
             f"{arm}: the same value on every seed, to the last bit. Does the task draw from another seed than run.seed?"
         ),
+        Kind.UNUSED: (
+            f"{arm} dropped samples, and gave the value of {group.baseline} on every seed, to the last bit. Does the "
+            "task step on the loss that run.trim returns?"
+        ),
         Kind.FEW: (
             f"{number} seed{'s are' if number != 1 else ' is'} too few: no verdict is given below {MIN_PAIRS}, and an "
             "interval over two pairs is thirteen times as wide as their spread. Five seeds are a start: --seeds 5."

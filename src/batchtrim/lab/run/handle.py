@@ -27,22 +27,31 @@ class TaskMistake(ValueError):
 
 
 class WatchedRule:
-    """A selection rule that counts the samples it chooses from, whichever trimmer uses it."""
+    """A selection rule that counts the samples it chooses from, whichever trimmer uses it.
+
+    Attributes:
+        calls, seen, kept: how often it chose, from how many samples, and how many it kept. ``repeated``: of these,
+            how many went forward once more, in a second pass. ``compiled``: some steps were compiled, which are not
+            counted. ``steps``: the run's :class:`batchtrim.TrimmedForward`.
+    """
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
-        self.calls = self.seen = self.kept = 0
+        self.calls = self.seen = self.kept = self.repeated = 0
         self.compiled = False
+        self.steps: list[TrimmedForward] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Selection:
-        selection = self.rule(*args, **kwargs)
+    def __call__(self, losses: Tensor, keep: float, *args: Any, **kwargs: Any) -> Selection:
+        selection = self.rule(losses, keep, *args, **kwargs)
         self.calls += 1
         self.seen += selection.candidates
         self.kept += selection.k
+        if keep < 1.0 and any(_running(step) == "two_pass" for step in self.steps):
+            self.repeated += selection.k
         return selection
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "rule":
+        if name.startswith("__") or name in ("rule", "steps"):
             raise AttributeError(name)
         value = getattr(self.rule, name)
         if name == "compiled_mask":  # used in a compiled step, which is not counted
@@ -56,6 +65,11 @@ class WatchedRule:
     def used(self) -> bool:
         """True if the rule was used."""
         return self.calls > 0 or self.compiled
+
+    @property
+    def counted(self) -> bool:
+        """True if it counted every step."""
+        return self.calls > 0 and not self.compiled
 
 
 class Run:
@@ -103,7 +117,9 @@ class Run:
         Args:
             engine: by default the command's ``--engine``. more: further arguments of TrimmedForward.
         """
-        return TrimmedForward(model, criterion, self.trim, engine or self._engine, **more)
+        step = TrimmedForward(model, criterion, self.trim, engine or self._engine, **more)
+        self.rule.steps.append(step)
+        return step
 
     def log(self, *, epoch: int | None = None, **values: float) -> None:
         """Record an epoch's numbers: a point of every curve, a line of progress, and TensorBoard events if asked for.
@@ -112,8 +128,15 @@ class Run:
 
         Args:
             epoch: counted from 0; by default the last one plus 1.
-            values: numbers by name, including the metric if it is known: ``run.log(epoch=3, error=0.12)``.
+            values: numbers by name, including the metric if it is known: ``run.log(epoch=3, error=0.12)``. The names
+                ``seconds``, ``samples_backward`` and, unless the metric is called so, ``value`` are the lab's own.
         """
+        taken = {"seconds", "samples_backward", "value"} - {self.metric.name}
+        if wrong := next((name for name in values if name in taken), None):
+            raise ValueError(
+                f"expected names of numbers besides the lab's own ({', '.join(sorted(taken))}), got {wrong!r}. "
+                f"Log the metric as {self.metric.name}=..., and other numbers by other names."
+            )
         last = self.curve["epoch"][-1] if self.curve.get("epoch") else None
         epoch = (0 if last is None else int(last) + 1) if epoch is None else check_count("epoch", epoch, minimum=0)
         if last is not None and epoch <= last:
@@ -122,7 +145,7 @@ class Run:
         if self.metric.name in numbers and self.metric.field != self.metric.name:
             numbers[self.metric.field] = numbers.pop(self.metric.name)
         point = {**self._kept_since(), **numbers, "seconds": time.perf_counter() - self.begun}
-        if self.rule.calls:
+        if self.rule.counted:
             point["samples_backward"] = self.rule.kept
         self._add(epoch, point)
         if self._on_epoch is not None:
@@ -174,7 +197,10 @@ class Run:
 
     def _kept_since(self) -> dict[str, float]:
         """Return the statistics of the run's own trimmer since the last point; a trainer's trimmer logs its own."""
+        found = self.trim.stats.compute()
         values = log_values(self.trim)
+        if values and getattr(self.rule.rule, "k_follows_losses", False):  # the schedule is not of samples
+            values["trim/keep"] = found["keep"]
         return {name: values[f"trim/{name}"] for name in ("keep", "kept_loss", "mean_loss", "ratio") if values}
 
     def _add(self, epoch: int, point: dict[str, float]) -> None:
@@ -186,6 +212,11 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({self.method!r}, seed={self.seed}, epochs={self.epochs}, device={self.device!r})"
+
+
+def _running(step: TrimmedForward) -> str:
+    """Return the name of the engine that runs a step: of "auto", the one it has chosen."""
+    return getattr(step.engine, "running", step.engine).name
 
 
 def as_number(name: str, value: Any) -> float:

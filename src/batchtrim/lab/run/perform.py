@@ -169,6 +169,11 @@ def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
                 f"run.trim.step() was called {run.trim.steps} times in {run.epochs} epochs, so the schedule was over "
                 f"after {(run.epochs - 1) / run.trim.steps:.0%} of them"
             )
+    if run.rule.counted and run.rule.kept == run.rule.seen and _may_drop(run):
+        notes.append(
+            f"every one of the {run.rule.seen:,} samples was kept, as in plain training: does the trimmer's clock "
+            "step, and has a batch more than one sample?"
+        )
     if seen.torch_seed != run.seed:
         more["torch_seed"] = seen.torch_seed  # judged together with other seeds in batchtrim.lab.analyse.caveats
     if seconds < SHORT and (names := seen.imported()):
@@ -183,6 +188,12 @@ def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
     return {**more, **({"notes": notes} if notes else {})}
 
 
+def _may_drop(run: Run) -> bool:
+    """True if the method drops samples at some point of training, or by their losses."""
+    schedule = run.trim.schedule
+    return getattr(run.rule.rule, "k_follows_losses", False) or any(schedule(part) < 1.0 for part in (0.0, 0.5, 1.0))
+
+
 def _moves(run: Run) -> bool:
     """True if the keep fraction changes over the run's epochs."""
     schedule = run.trim.schedule
@@ -192,10 +203,11 @@ def _moves(run: Run) -> bool:
 
 
 def _counts(run: Run) -> dict[str, Any]:
-    """Return the numbers of samples seen and kept; None if the trimmer saw none, as in plain training."""
-    if not run.rule.calls:
+    """Return the numbers of samples seen and kept; None if the trimmer saw none, as in plain training, or not all."""
+    rule = run.rule
+    if not rule.counted:
         return {"samples_forward": None, "samples_backward": None, "steps": None}
-    return {"samples_forward": run.rule.seen, "samples_backward": run.rule.kept, "steps": run.rule.calls}
+    return {"samples_forward": rule.seen + rule.repeated, "samples_backward": rule.kept, "steps": rule.calls}
 
 
 def _write_log(run: Run, config: TaskConfig, out: Path) -> None:
