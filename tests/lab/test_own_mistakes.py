@@ -6,6 +6,7 @@ import asyncio
 import io
 import math
 import os
+import random
 import signal
 import sys
 import threading
@@ -195,6 +196,27 @@ def test_a_run_that_kept_everything_is_noted(method: str, rows: int, noted: bool
     compare(train, [method], 1, epochs=2, out="here", quiet=True)
     notes = records.read("here")[0].get("notes", [])
     assert [each.startswith(f"every one of the {2 * rows} samples was kept") for each in notes] == [True] * noted
+
+
+def test_what_one_run_leaves_for_the_next_is_noted() -> None:
+    """A network or a generator outside of the function makes results depend on the order of the runs."""
+    held: dict[str, Any] = {"network": torch.nn.Linear(1, 1), "data": torch.ones(2)}
+    draws, numbers, own = torch.Generator(), np.random.default_rng(0), random.Random(0)
+
+    def train(run: Run) -> dict[str, float]:
+        if run.method == "trim":
+            torch.rand(2, generator=draws), numbers.random(), own.random()
+            with torch.no_grad():
+                held["network"].weight.add_(1.0)
+        held["made"] = held["data"] + 1
+        return calls()(run)
+
+    compare(train, ["full", "trim"], 1, epochs=2, out="here", quiet=True)
+    full, trim = records.read("here")
+    assert "notes" not in full
+    assert trim["notes"][0].startswith(
+        "the task changed draws, held, numbers, ..., which it did not make: the next run"
+    )
 
 
 @pytest.mark.torch28

@@ -63,6 +63,15 @@ def test_one_seed_for_several(make_row: MakeRow) -> None:
     assert found(own) == ()
 
 
+def test_other_seeds_than_the_baseline_s(make_row: MakeRow) -> None:
+    """A task that calls torch.seed() was reported as paired."""
+    rows = [{**row, "torch_seed": 1000 + n} for n, row in enumerate(runs(make_row, {"full": [0, 1], "trim": [0, 1]}))]
+    few = Caveat(Kind.FEW, "", (), 2)
+    assert found(rows) == (few, Caveat(Kind.UNPAIRED, "trim", (0, 1), 0))
+    rows[2]["torch_seed"] = 1000
+    assert found(rows) == (few, Caveat(Kind.UNPAIRED, "trim", (1,), 0))
+
+
 @pytest.mark.parametrize("task", [True, False])
 def test_the_same_value_on_every_seed(make_row: MakeRow, task: bool) -> None:
     more = {"task": "my_task.py:train"} if task else {}

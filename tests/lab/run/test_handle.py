@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from batchtrim import Trimmer
 from batchtrim.lab.run.handle import Run
@@ -58,3 +59,13 @@ def test_steps_that_were_compiled_leave_no_count(tmp_path: Path) -> None:
     run.log(epoch=0)
     assert not run.rule.counted
     assert "samples_backward" not in run.curve
+
+
+def test_validation_and_what_a_checkpoint_repeats_are_no_training(tmp_path: Path) -> None:
+    """They were counted as samples that went backward."""
+    run = Run(TaskConfig(task="mine.py:train", method="trim", epochs=2).resolved(), tmp_path)
+    model = nn.Linear(2, 1)
+    checkpoint(lambda x: run.trim(model(x).squeeze(1) ** 2), torch.rand(10, 2), use_reentrant=False).backward()
+    with torch.no_grad():
+        run.trim(torch.rand(50))
+    assert (run.rule.calls, run.rule.seen, run.rule.kept) == (1, 10, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -26,6 +27,8 @@ class Kind(Enum):
     """The baseline has none for seeds of the arm."""
     ONE_SEED = "one seed"
     """The task seeded torch with one number for several seeds of the arm."""
+    UNPAIRED = "unpaired"
+    """The task seeded torch with other numbers than in the baseline's runs of the same seeds."""
     ALIKE = "alike"
     """Every seed of the arm gave the same value, to the last bit."""
     UNUSED = "unused"
@@ -57,7 +60,8 @@ class Caveat:
 
 def caveats(group: Group) -> tuple[Caveat, ...]:
     """Return the caveats on the group's verdict."""
-    return (*_few(group), *_missing_pairs(group), *_seeds(group), *_unused(group), *_sources(group), *_notes(group))
+    found = (_few, _missing_pairs, _seeds, _unpaired, _unused, _sources, _notes)
+    return tuple(itertools.chain.from_iterable(each(group) for each in found))
 
 
 def _few(group: Group) -> Iterator[Caveat]:
@@ -90,6 +94,15 @@ def _seeds(group: Group) -> Iterator[Caveat]:
             yield Caveat(Kind.ONE_SEED, arm.label, tuple(sorted(shared[1])), shared[0])
         elif _alike(arm):
             yield Caveat(Kind.ALIKE, arm.label, tuple(arm.errors), 0)
+
+
+def _unpaired(group: Group) -> Iterator[Caveat]:
+    seeds = {arm.label: {int(row["config"]["seed"]): row.get("torch_seed") for row in arm.runs} for arm in group.arms}
+    base = seeds.get(group.baseline or "", {})
+    for label, mine in seeds.items():
+        other = tuple(seed for seed in mine if seed in base and mine[seed] != base[seed])
+        if other:
+            yield Caveat(Kind.UNPAIRED, label, other, 0)
 
 
 def _alike(arm: Arm) -> bool:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from batchtrim import KeepLog, Losses, Selection, TrimmedForward
 from batchtrim._checks import check_count, describe, is_number, plain
+from batchtrim._transforms import in_backward
 from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.run.beat import OnEpoch
@@ -30,19 +32,25 @@ class WatchedRule:
     """A selection rule that counts the samples it chooses from, whichever trimmer uses it.
 
     Attributes:
-        calls, seen, kept: how often it chose, from how many samples, and how many it kept. ``repeated``: of these,
-            how many went forward once more, in a second pass. ``compiled``: some steps were compiled, which are not
-            counted. ``steps``: the run's :class:`batchtrim.TrimmedForward`.
+        calls, seen, kept: how often it chose in training, from how many samples, and how many it kept. ``repeated``: of
+            these, how many went forward once more, in a second pass. ``compiled``: some steps were compiled, which are
+            not counted. ``steps``: the run's :class:`batchtrim.TrimmedForward`.
+
+    Notes:
+        Not counted: batches without gradient (validation), and a choice that an activation checkpoint repeats.
     """
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
         self.calls = self.seen = self.kept = self.repeated = 0
-        self.compiled = False
+        self.called = self.compiled = False
         self.steps: list[TrimmedForward] = []
 
     def __call__(self, losses: Tensor, keep: float, *args: Any, **kwargs: Any) -> Selection:
         selection = self.rule(losses, keep, *args, **kwargs)
+        self.called = True
+        if not torch.is_grad_enabled() or in_backward() != -1:
+            return selection
         self.calls += 1
         self.seen += selection.candidates
         self.kept += selection.k
@@ -64,7 +72,7 @@ class WatchedRule:
     @property
     def used(self) -> bool:
         """True if the rule was used."""
-        return self.calls > 0 or self.compiled
+        return self.called or self.compiled
 
     @property
     def counted(self) -> bool:

@@ -26,6 +26,7 @@ from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import error_line
 from batchtrim.lab.run.handle import Run, TaskMistake, as_number
+from batchtrim.lab.run.outside import Outside
 from batchtrim.lab.run.process import Seen, as_it_was
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.task.code import own_traceback
@@ -64,11 +65,12 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
     with as_it_was(config.seed, config.threads) as seen:
         try:
             function = config.code.load()
+            outside = Outside(function)
             seen.begin()
             begun = run.begun = time.perf_counter()  # importing the file is not part of training
             returned = function(run)
             seconds = time.perf_counter() - begun
-            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, seconds)}
+            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, outside, seconds)}
             _write_log(run, config, out)
         except CannotWrite:  # a fault of the disk, not of the task
             raise
@@ -143,7 +145,7 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
     return {"status": "finished", metric.field: value, **({"also": also} if also else {})}
 
 
-def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
+def _told(run: Run, seen: Seen, outside: Outside, seconds: float) -> dict[str, Any]:
     """Return the notes on a successful run; raise an error if the method was never applied."""
     if run.method != "full" and not run.rule.used:
         raise TaskMistake(
@@ -151,7 +153,29 @@ def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
             "that is plain training. Call run.trim(losses) in place of the mean of the losses, use run.forward, or "
             "give a trainer run.keep and run.trim_options."
         )
-    notes, more = [], {}
+    notes, more = _notes_on_keep(run), {}
+    if changed := outside.changed():
+        notes.append(
+            f"the task changed {', '.join(changed[:3])}{', ...' * (len(changed) > 3)}, which it did not make: the next "
+            "run in the process starts from there. Make it in the function"
+        )
+    if seen.torch_seed != run.seed:
+        more["torch_seed"] = seen.torch_seed  # judged together with other seeds in batchtrim.lab.analyse.caveats
+    if seconds < SHORT and (names := seen.imported()):
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        notes.append(
+            f"the first run of a process imported {listed} during the call, which adds to its time: import at the "
+            "top of the file"
+        )
+    for one, many, left in (("thread", "threads", seen.threads()), ("process", "processes", seen.processes())):
+        if left:
+            notes.append(f"the task left {len(left)} {many if len(left) > 1 else one} running ({', '.join(left[:3])})")
+    return {**more, **({"notes": notes} if notes else {})}
+
+
+def _notes_on_keep(run: Run) -> list[str]:
+    """Return notes on a schedule that did not run as far as it should, and on a run that kept everything."""
+    notes = []
     own_clock = run.trim.last is not None or run.rule.compiled
     if own_clock and _moves(run):
         if run.trim.steps == 0:
@@ -171,21 +195,10 @@ def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
             )
     if run.rule.counted and run.rule.kept == run.rule.seen and _may_drop(run):
         notes.append(
-            f"every one of the {run.rule.seen:,} samples was kept, as in plain training: does the trimmer's clock "
-            "step, and has a batch more than one sample?"
+            f"every one of the {run.rule.seen:,} samples was kept, as in plain training: check that the trimmer's "
+            "clock steps, and that batches have several samples"
         )
-    if seen.torch_seed != run.seed:
-        more["torch_seed"] = seen.torch_seed  # judged together with other seeds in batchtrim.lab.analyse.caveats
-    if seconds < SHORT and (names := seen.imported()):
-        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        notes.append(
-            f"the first run of a process imported {listed} during the call, which adds to its time: import at the "
-            "top of the file"
-        )
-    for one, many, left in (("thread", "threads", seen.threads()), ("process", "processes", seen.processes())):
-        if left:
-            notes.append(f"the task left {len(left)} {many if len(left) > 1 else one} running ({', '.join(left[:3])})")
-    return {**more, **({"notes": notes} if notes else {})}
+    return notes
 
 
 def _may_drop(run: Run) -> bool:
