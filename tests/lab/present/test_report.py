@@ -190,10 +190,26 @@ def test_the_command_holds_only_options(make_row, settings, flag, kept):
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.02, 0.031, [0.02, 0.025, 0.03]), (5, 5, [5])],
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.02, 0.031, [0.02, 0.025, 0.03]),
+        (5, 5, [5]),
+        (2e-13, 9e-13, [2e-13, 4e-13, 6e-13, 8e-13]),  # they were all 0
+    ],
 )
 def test_ticks_are_round_numbers(low, high, expected):
-    assert charts.ticks(low, high) == pytest.approx(expected)
+    assert charts.ticks(low, high) == pytest.approx(expected, abs=0)
+
+
+@pytest.mark.parametrize(("values", "written"), [((2.5, 3.5), "3"), ((1000.01, 1000.03), "1000.02"), ((7, 7), "7")])
+def test_an_axis_shows_the_digits_that_differ(make_row, values, written):
+    """Beside a large common part, all ticks were written 1000."""
+    rows = [
+        {**make_row("full", seed, None, status="finished", metric="rmse"), "value": value}
+        for seed, value in enumerate(values)
+    ]
+    (group,) = comparison.summarize(rows).groups
+    assert report._axis(group)(sum(values) / 2) == written
 
 
 def test_the_front_is_what_no_other_point_beats():

@@ -6,6 +6,7 @@ This file collects the values for ``templates/report.html``. The page's sentence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from markupsafe import Markup
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Row, Summary, summarize
 from batchtrim.lab.files import write_whole, writing
-from batchtrim.lab.metric import ERROR, Metric
+from batchtrim.lab.metric import ERROR
 from batchtrim.lab.present import charts, sweep, tables, wording
 from batchtrim.lab.present.caveats import caveat_texts
 from batchtrim.lab.present.charts import style_class
@@ -283,7 +284,7 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
     ] if any(len(each.x) for each in training) else []  # fmt: skip
     return [
         Card(wording.capital(metric.title), f"Mean over seeds{spread}.{note}",
-             charts.lines(error, x_label="epoch", y_label=metric.heading, fmt=_axis(metric), y_range=shown,
+             charts.lines(error, x_label="epoch", y_label=metric.heading, fmt=_axis(group), y_range=shown,
                            title=f"{wording.capital(metric.title)} over epochs")),
         *fitted,
         Card("Part of the samples kept", "What went backward, as a part of the training set.",
@@ -318,7 +319,7 @@ def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
         best = {arm.label for method in _methods(group) if (arm := wording.best_of(method))}
         chart = charts.scatter(
             dots, named=best if len(dots) > MOST_LABELS else None,
-            x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group.metric),
+            x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group),
             higher_is_better=group.metric.higher_is_better,
             title=f"{wording.capital(group.metric.title)} against {name}",
         )  # fmt: skip
@@ -341,8 +342,15 @@ def _settings_of(arm: Arm) -> str:
     return ", ".join(f"{name} {values[name]}" for name in named)
 
 
-def _axis(metric: Metric) -> Callable[[float], str]:
-    return _axis_percent if metric.in_percent else lambda value: f"{value:.4g}"
+def _axis(group: Group) -> Callable[[float], str]:
+    """Return how values of the metric are written; digits that all of them share come on top of four."""
+    if group.metric.in_percent:
+        return _axis_percent
+    values = [value for arm in group.arms for value in arm.errors.values()]
+    spread = max(values, default=0.0) - min(values, default=0.0)
+    shared = math.floor(math.log10(max(map(abs, values)) / spread)) if spread > 0 else 0
+    digits = 4 + min(11, max(0, shared))
+    return lambda value: f"{value:.{digits}g}"
 
 
 def _axis_percent(value: float) -> str:
