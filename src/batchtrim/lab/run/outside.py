@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 __all__ = ["Outside"]
 
+MOST_ENTRIES = 1000  # of a list or a dictionary: larger ones hold data, and looking would take time
+
 
 class Outside:
     """The networks, tensors and generators that a function finds in its module, its closure or its object."""
@@ -33,7 +35,8 @@ def _found(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     """Yield what a function can change, by name; of a list or a dictionary its entries, under its name."""
     seen: set[int] = set()
     for name, value in _names(function):
-        entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        several = isinstance(value, dict | list | tuple) and len(value) <= MOST_ENTRIES
+        entries = value.values() if several and isinstance(value, dict) else value if several else [value]
         for each in list(entries):
             if id(each) not in seen and _state(each) is not None:
                 seen.add(id(each))
