@@ -261,6 +261,8 @@ def test_log_refuses_what_is_no_number_or_a_second_time() -> None:
         return {"error": 0.1}
 
     assert "expected `epoch` after 0, got 0" in failing(twice, out="there")
+    percent = failing(lambda run: run.log(error=12.5), out="percent")  # curves and views were drawn with it
+    assert "expected `error` in [0, 1], a fraction of the test samples, got 12.5" in percent
     for name in ("seconds", "samples_backward", "value"):  # they were replaced, or taken for the metric
         taken = failing(lambda run, name=name: run.log(**{name: 0.1}), out=name)
         assert (

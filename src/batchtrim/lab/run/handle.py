@@ -150,6 +150,8 @@ class Run:
         if last is not None and epoch <= last:
             raise ValueError(f"expected `epoch` after {last:g}, got {epoch}. Log each epoch once, counted from 0.")
         numbers = {name: as_number(name, value) for name, value in values.items()}
+        if self.metric.in_percent and (value := numbers.get(self.metric.name)) is not None and not math.isnan(value):
+            check_share(self.metric, value)
         if self.metric.name in numbers and self.metric.field != self.metric.name:
             numbers[self.metric.field] = numbers.pop(self.metric.name)
         point = {**self._kept_since(), **numbers, "seconds": time.perf_counter() - self.begun}
@@ -220,6 +222,15 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({self.method!r}, seed={self.seed}, epochs={self.epochs}, device={self.device!r})"
+
+
+def check_share(metric: Metric, value: float) -> None:
+    """Refuse a value of error or accuracy that is no fraction."""
+    if not 0.0 <= value <= 1.0:
+        raise TaskMistake(
+            f"expected `{metric.name}` in [0, 1], a fraction of the test samples, got {value:g}. Divide by 100 if "
+            "it is in percent, or name it otherwise and pass --metric."
+        )
 
 
 def _running(step: TrimmedForward) -> str:

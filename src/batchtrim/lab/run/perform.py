@@ -25,7 +25,7 @@ from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import error_line
-from batchtrim.lab.run.handle import Run, TaskMistake, as_number
+from batchtrim.lab.run.handle import Run, TaskMistake, as_number, check_share
 from batchtrim.lab.run.outside import Outside
 from batchtrim.lab.run.process import Seen, as_it_was
 from batchtrim.lab.run.task_config import TaskConfig
@@ -132,11 +132,8 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
         raise TaskMistake(f"{error} The task returned it.") from None
     if not math.isfinite(value):
         return {"status": "diverged", "error": f"the task returned {metric.name} {value:g}"}
-    if metric.in_percent and not 0.0 <= value <= 1.0:
-        raise TaskMistake(
-            f"expected `{metric.name}` in [0, 1], a fraction of the test samples, got {value:g}. Divide by 100 if "
-            "it is in percent, or name it otherwise and pass --metric."
-        )
+    if metric.in_percent:
+        check_share(metric, value)
     also = {}
     for name, each in returned.items():
         if name != metric.name:
