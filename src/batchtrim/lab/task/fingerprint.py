@@ -107,7 +107,7 @@ class _Parts:
         module = sys.modules.get(kind.__module__)
         if (kind.__module__ == "__main__" or _is_theirs(module)) and self._is_new(kind):
             self.found.append(f"class {kind.__name__}")
-            hidden = ("__doc__", "__dict__", "__weakref__", "__module__")
+            hidden = ("__doc__", "__dict__", "__weakref__", "__module__", "__firstlineno__", "__static_attributes__")
             self._add_all({name: value for name, value in vars(kind).items() if name not in hidden})
             for base in kind.__bases__:
                 self._add_class(base)
