@@ -1,6 +1,6 @@
 """Compare on your own images with your own network: a folder of class folders, with images of several sizes.
 
-    python examples/15_own_images.py [--epochs 6] [--seeds 3]
+    python examples/15_own_images.py [--epochs 20] [--seeds 3]
 
 It draws shapes into a folder, the same number per class and several per "clip", and runs the command for them.
 """
@@ -48,7 +48,7 @@ def draw_images(folder: Path, clips: int) -> None:
                 image.save(folder / kind / f"clip{clip:03}_{frame}.png")
 
 
-def main(epochs: int = 6, seeds: int = 3, clips: int = 30) -> float:
+def main(epochs: int = 20, seeds: int = 3, clips: int = 30) -> float:
     with tempfile.TemporaryDirectory() as place:
         folder, out = Path(place, "shapes"), Path(place, "runs")
         draw_images(folder, clips)

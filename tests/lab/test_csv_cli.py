@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchtrim.lab.analyse.csv_table import read_csv
+from batchtrim.lab.analyse.csv_table import read_csv, to_records
 from commands import batchtrim, mistake
 
 
@@ -72,6 +72,7 @@ def test_missing_pairs_are_named_and_the_others_compared(tmp_path: Path) -> None
         ("method,seed,rmse\nfull,0,1\n", ["--metric", "mae"], "expected a column 'mae' in results.csv"),
         ("method,seed,rmse\nfull,0,1\n", ["--metric", "rsme"], "got method, seed, rmse. Did you mean 'rmse'?"),
         ("Method,Seed,rmse\nfull,0,1\n", [], "expected a column 'method' in results.csv, got Method, Seed, rmse.\n"),
+        ("method,seed,rmse,time\nfull,0,1,-3\n", [], "expected `time` to be at least 0 seconds in line 2"),
         ("method,seed,score\nfull,0,1\n", [], "Pass --higher-is-better or --lower-is-better"),
         ("method,seed,score\nfull,0,1\ntrim,0,2\n", ["--higher-is-better"], None),
         ("method,seed,rmse\nfull,0\n", [], "expected 3 columns in line 2 of results.csv"),
@@ -89,6 +90,24 @@ def test_csv_files_of_every_kind(text: str, options: list[str], says: str | None
     said = mistake("report", "--csv", "results.csv", *options)
     assert says in said
     assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("column", "noted"), [("sets", True), ("paths", False), ("same", False), ("mae", False)])
+def test_a_column_that_is_not_used_and_tells_runs_apart_is_noted(column: str, noted: bool) -> None:
+    """Runs on two data sets were averaged, without a word."""
+    given = {"sets": "ab" * 4, "paths": "abcdefgh", "same": "a" * 8, "mae": "12121212"}[column]
+    rows = [{"method": m, "seed": s, "f1": 0.1 * s, column: given[4 * (m == "b") + s]} for m in "ab" for s in range(4)]
+    note = "the column sets is not used: runs of a, b are compared as one"
+    assert [row.get("notes") for row in to_records(rows, "rows", "f1")] == [[note] if noted else None] * 8
+
+
+def test_seeds_of_64_bits_are_told_apart_and_missing_fields_named() -> None:
+    """They were read as floats: 2^60 and 2^60 + 1 were one seed."""
+    rows = [{"method": "a", "seed": 2**60 + n, "f1": 0.5} for n in range(2)]
+    assert [row["config"]["seed"] for row in to_records(rows, "rows")] == [2**60, 2**60 + 1]
+    for name, says in (("method", "expected a method in row 2 of rows"), ("seed", "expected `seed` to be a whole")):
+        with pytest.raises(ValueError, match=says):
+            to_records([rows[0], {key: value for key, value in rows[1].items() if key != name}], "rows")
 
 
 def test_report_takes_a_folder_or_a_table() -> None:

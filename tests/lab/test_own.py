@@ -17,6 +17,7 @@ import batchtrim
 from batchtrim.integrations.lightning import TrimmingCallback
 from batchtrim.lab import Run, compare, records, run_once, summarize
 from batchtrim.lab.methods.driven import driven_methods
+from batchtrim.lab.present.caveat_texts import caveat_texts
 from batchtrim.lab.task.code import Code
 from own_tasks import QUICK, calls, data, fit
 
@@ -181,6 +182,24 @@ def test_sources_are_distinguished_by_what_they_do(tmp_path: Path) -> None:
     assert Code.in_file("task.py:train", "task").source == first
     path.write_text("def train(run):\n    return {'error': 0.2}\n")
     assert Code.in_file("task.py:train", "task").source != first
+
+
+def test_a_changed_function_does_not_pass_for_the_recorded_one(capfd: pytest.CaptureFixture[str]) -> None:
+    def made(error: float) -> Any:
+        def train(run: Run) -> dict[str, float]:
+            run.trim(torch.rand(8))
+            run.trim.step()
+            return {"error": error}
+
+        return train
+
+    compare(made(0.1), ["full", "trim"], 2, epochs=2, out="here", quiet=True)
+    assert compare(made(0.1), ["full", "trim"], 2, epochs=2, out="here", quiet=True).runs == 4
+    with pytest.raises(records.UseAnotherFolder, match=r"expected runs of the present train in here, got those of ano"):
+        compare(made(0.2), ["full", "trim"], 2, epochs=2, out="here", quiet=True)
+    found = compare(made(0.2), ["full", "trim"], 3, epochs=2, out="here")  # goes on, as after a mended fault
+    assert "4 of these runs were made by another version of train. To run one version" in capfd.readouterr().err
+    assert any("made by 2 versions of the program" in each for each in caveat_texts(found.groups[0]))
 
 
 @pytest.mark.slow

@@ -169,6 +169,8 @@ def test_higher_is_better_turns_the_verdict() -> None:
 def test_a_changed_program_is_reported() -> None:
     batchtrim("compare", "--task", "my_task.py:train", *ARGUMENTS, "-q")
     Path("my_task.py").write_text(TASK.replace("rand(8)", "rand(9)"))
+    said = mistake("compare", "--task", "my_task.py:train", *ARGUMENTS, "-q")
+    assert "expected runs of the present my_task.py:train in here, got those of another version" in said
     done = batchtrim("compare", "--task", "my_task.py:train", "--seeds", "4", *ARGUMENTS[2:], "-q")
     assert "The runs were made by 2 versions of the program" in done.stdout.replace("\n", " ")
     assert "helper.py" not in done.stdout

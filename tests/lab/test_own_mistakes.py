@@ -8,10 +8,7 @@ import math
 import os
 import signal
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -152,35 +149,6 @@ def test_a_task_that_forgets_the_clock_is_reported() -> None:
     assert "to call run.trim.step() once an epoch" in failing(calls(steps=False))
 
 
-def stepping(times: int) -> Callable[[Run], dict[str, float]]:
-    """Return a task that steps its clock so often, whatever its epochs."""
-
-    def train(run: Run) -> dict[str, float]:
-        for _ in range(times):
-            run.trim(torch.rand(8))
-            run.trim.step()
-        return {"error": 0.1}
-
-    return train
-
-
-def test_a_schedule_that_did_not_get_to_its_end_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
-    compare(stepping(2), ["trim"], 1, epochs=10, out="here")
-    assert (
-        "run.trim.step() was called 2 times in 10 epochs, so the schedule ended at keep 0.82" in capfd.readouterr().err
-    )
-
-
-@pytest.mark.filterwarnings("ignore::batchtrim.errors.ClockPastTotal")
-def test_a_clock_that_counts_batches_for_epochs_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
-    """The warning went by; the record said nothing of a schedule that was over in the first epoch."""
-
-    compare(stepping(40), ["trim"], 1, epochs=10, out="here")
-    said = "run.trim.step() was called 40 times in 10 epochs, so the schedule was over after 22% of them"
-    assert said in capfd.readouterr().err
-    assert records.read("here")[0]["notes"] == [said]
-
-
 @pytest.mark.torch28
 def test_a_compiled_step_counts_as_used() -> None:
     def train(run: Run) -> dict[str, float]:
@@ -196,20 +164,6 @@ def test_a_compiled_step_counts_as_used() -> None:
     assert run_once(train, "trim", epochs=2) == 0.1
 
 
-def test_threads_that_are_left_behind_are_noted(capfd: pytest.CaptureFixture[str]) -> None:
-    stop = threading.Event()
-
-    def train(run: Run) -> dict[str, float]:
-        threading.Thread(target=stop.wait, name="loader", daemon=True).start()
-        return calls()(run)
-
-    try:
-        compare(train, ["full"], 1, epochs=2, out="here")
-    finally:
-        stop.set()
-    assert "the task left 1 thread running (loader)" in capfd.readouterr().err
-
-
 def test_log_refuses_invalid_numbers_and_a_second_point() -> None:
     def words(run: Run) -> dict[str, float]:
         run.log(error="low")  # type: ignore[arg-type]
@@ -223,6 +177,13 @@ def test_log_refuses_invalid_numbers_and_a_second_point() -> None:
         return {"error": 0.1}
 
     assert "expected `epoch` after 0, got 0" in failing(twice, out="there")
+    percent = failing(lambda run: run.log(error=12.5), out="percent")  # curves and views were drawn with it
+    assert "expected `error` in [0, 1], a fraction of the test samples, got 12.5" in percent
+    for name in ("seconds", "samples_backward", "value"):  # they were replaced, or taken for the metric
+        taken = failing(lambda run, name=name: run.log(**{name: 0.1}), out=name)
+        assert (
+            f"expected names of numbers besides the lab's own (samples_backward, seconds, value), got '{name}'" in taken
+        )
 
 
 def test_settings_that_are_wrong_are_refused() -> None:
@@ -352,29 +313,3 @@ def test_a_process_that_a_task_forks_records_nothing() -> None:
 
     compare(train, ["full", "trim"], 1, epochs=2, threads=1, quiet=True, out="here")
     assert len(Path("here/runs.jsonl").read_text().splitlines()) == 2
-
-
-class LibraryThread(threading.Thread):
-    """As tqdm's monitor."""
-
-
-def test_threads_of_libraries_are_not_reported_and_processes_are(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    import multiprocessing
-
-    monkeypatch.setattr(LibraryThread, "__module__", "numpy")
-    left: list[Any] = []
-
-    def train(run: Run) -> dict[str, float]:
-        left.append(LibraryThread(target=time.sleep, args=(0.5,), name="monitor", daemon=True))
-        left.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,), name="mine"))
-        for each in left[-2:]:
-            each.start()
-        return calls()(run)
-
-    compare(train, ["full"], 1, epochs=2, threads=1, quiet=True, out="here")
-    for each in left[1::2]:
-        each.kill()
-        each.join()
-    assert records.read("here")[0]["notes"] == ["the task left 1 process running (mine)"]

@@ -63,6 +63,15 @@ def test_one_seed_for_several(make_row: MakeRow) -> None:
     assert found(own) == ()
 
 
+def test_other_seeds_than_the_baseline_s(make_row: MakeRow) -> None:
+    """A task that calls torch.seed() was reported as paired."""
+    rows = [{**row, "torch_seed": 1000 + n} for n, row in enumerate(runs(make_row, {"full": [0, 1], "trim": [0, 1]}))]
+    few = Caveat(Kind.FEW, "", (), 2)
+    assert found(rows) == (few, Caveat(Kind.UNPAIRED, "trim", (0, 1), 0))
+    rows[2]["torch_seed"] = 1000
+    assert found(rows) == (few, Caveat(Kind.UNPAIRED, "trim", (1,), 0))
+
+
 @pytest.mark.parametrize("task", [True, False])
 def test_the_same_value_on_every_seed(make_row: MakeRow, task: bool) -> None:
     more = {"task": "my_task.py:train"} if task else {}
@@ -86,3 +95,15 @@ def test_several_versions_of_the_program(make_row: MakeRow) -> None:
     for number, row in enumerate(rows):
         row["environment"] = {**row["environment"], "source": "abc" if number < 4 else "def"}
     assert found(rows) == (Caveat(Kind.SOURCES, "", (), 2),)
+
+
+@pytest.mark.parametrize(("task", "kept", "said"), [(True, 600, True), (False, 600, False), (True, 1000, False)])
+def test_a_task_that_ignores_the_trimmed_loss(make_row: MakeRow, task: bool, kept: int, said: bool) -> None:
+    """A share of 60 % was reported of plain training."""
+    more = {"task": "my_task.py:train"} if task else {}
+    rows = [make_row(method, seed, 0.2 + 0.01 * seed, **more) for method in ("full", "trim") for seed in range(3)]
+    for row in rows:
+        row |= {"samples_forward": 1000, "samples_backward": kept if row["config"]["method"] == "trim" else 1000}
+    assert found(rows) == ((Caveat(Kind.UNUSED, "trim", (0, 1, 2), 0),) if said else ())
+    rows[-1]["test_error"] += 1e-9
+    assert found(rows) == ()

@@ -260,3 +260,17 @@ def test_training_times_are_those_of_runs_that_had_the_machine_to_themselves(tmp
     assert "training time" in drawing
     assert all(f">{name}<" in drawing for name in seconds)
     assert ">by_accuracy<" not in drawing
+
+
+def test_times_go_to_the_group_of_their_settings(tmp_path: Path) -> None:
+    """Groups were matched by title, which names what tells those of one file apart: `alone.jsonl` may hold only one."""
+    folder = write(tmp_path / "r", {"full": [5.0, 5.5], "trim": [4.0, 4.6], "random": [5.0, 5.6]})
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    small = [row | {"key": f"s{row['key']}", "config": row["config"] | {"train_size": 100}} for row in rows]
+    (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *small]))
+    alone = [row | {"seconds": 8.0} for row in small if row["config"]["seed"] == 0]
+    (folder / "alone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
+    found = {group.settings.get("train_size"): group.arms for group in claims.read(folder).groups}
+    assert {size: [arm.cost.get("seconds") for arm in arms] for size, arms in found.items()} == {
+        None: [None] * 3, 100: [8.0] * 3
+    }  # fmt: skip

@@ -96,6 +96,23 @@ def test_degenerate_cases_have_sensible_words(make_row, full, trim, verdict):
     assert _said(summary, "trim") == verdict
 
 
+def test_an_arm_far_off_does_not_hide_the_spread_of_another(make_row):
+    """The unit that tells spread from rounding was that of the group: beside 1e15, 19 and 20 were "the same"."""
+    values = {"full": [20.0, 20.3, 20.1], "trim": [19.0, 19.4, 19.1], "random": [1e15, 2e15, 3e15]}
+    rows = [
+        {**make_row(method, seed, None, status="finished", metric="perplexity"), "value": value}
+        for method, each in values.items()
+        for seed, value in enumerate(each)
+    ]
+    paired = _only(comparison.summarize(rows), "trim").paired
+    assert paired.verdict is Verdict.LOWER
+    assert paired.p_t == pytest.approx(inference.paired_t([-1.0, -0.9, -1.0]))
+
+
+def test_a_p_value_that_is_no_number_is_no_finding():
+    assert comparison.verdict_of(inference.moments([0.1, 0.2, 0.4]), float("nan")) is Verdict.NOT_SEEN
+
+
 def test_diverged_runs_are_counted_and_named(make_row):
     rows = [
         *_rows(make_row, "full", [0.20, 0.21, 0.22, 0.23, 0.24]),
@@ -151,6 +168,19 @@ def test_a_row_written_twice_counts_once(make_row):
     rows = [*_rows(make_row, "full", [0.1, 0.2]), make_row("full", 1, 0.4)]
     arm = _only(comparison.summarize(rows), "full")
     assert arm.errors == {0: 0.1, 1: 0.4}
+
+
+def test_a_run_that_failed_later_does_not_replace_one_that_finished(make_row):
+    finished = make_row("full", 0, 0.1)
+    failed = {**finished, "status": "failed", "test_error": None}
+    assert _only(comparison.summarize([finished, failed]), "full").errors == {0: 0.1}
+
+
+def test_two_runs_of_one_seed_and_settings_are_refused(make_row):
+    """The last of them counted, without a word."""
+    rows = [make_row("full", 0, 0.1), {**make_row("full", 0, 0.3), "key": "abc"}]
+    with pytest.raises(ValueError, match=r"expected one run of full with seed 0 in a comparison, got two .* and abc"):
+        comparison.summarize(rows)
 
 
 def test_views_read_each_curve_at_the_budget_all_reached(make_row):

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 
 import launch
-from batchtrim import Choice, KeepLog, hardest
+from batchtrim import Choice, KeepLog, hardest, uniform
 from batchtrim.lab import records
 from batchtrim.lab.execute import progress, scheduler
+from batchtrim.lab.methods.rules import RunInfo
+from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.present import gallery
 from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
@@ -321,3 +323,13 @@ def test_rows_work_in_a_browser(tmp_path):
     dom = _browse(page, "", tmp_path / "profile")
     assert dom.count("<article") == 24
     assert "&lt;/script&gt;&lt;b&gt;" in dom
+
+
+def test_the_methods_that_draw_are_known():
+    """data_dropout chooses by difficulty, and its two controls draw: it was the other way round."""
+    drawing = set()
+    for name, row in METHODS.items():
+        rule = row.build(RunInfo(300, 10, 4, 64, 0), row.check_params({})).trim.rule
+        if isinstance(getattr(rule, "rule", rule), uniform):
+            drawing.add(name)
+    assert drawing == set(gallery.DRAWN)

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from batchtrim.lab.analyse import comparison, csv_table
-from batchtrim.lab.present import charts, report, tables, wording
+from batchtrim.lab.present import charts, curves, report, tables, wording
 
 NASTY = '<script>alert("x")</script>&\'|'
 VOID = {"meta", "link", "br", "wbr", "img", "input"}
@@ -190,10 +190,26 @@ def test_the_command_holds_only_options(make_row, settings, flag, kept):
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.02, 0.031, [0.02, 0.025, 0.03]), (5, 5, [5])],
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.02, 0.031, [0.02, 0.025, 0.03]),
+        (5, 5, [5]),
+        (2e-13, 9e-13, [2e-13, 4e-13, 6e-13, 8e-13]),  # they were all 0
+    ],
 )
 def test_ticks_are_round_numbers(low, high, expected):
-    assert charts.ticks(low, high) == pytest.approx(expected)
+    assert charts.ticks(low, high) == pytest.approx(expected, abs=0)
+
+
+@pytest.mark.parametrize(("values", "written"), [((2.5, 3.5), "3"), ((1000.01, 1000.03), "1000.02"), ((7, 7), "7")])
+def test_an_axis_shows_the_digits_that_differ(make_row, values, written):
+    """Beside a large common part, all ticks were written 1000."""
+    rows = [
+        {**make_row("full", seed, None, status="finished", metric="rmse"), "value": value}
+        for seed, value in enumerate(values)
+    ]
+    (group,) = comparison.summarize(rows).groups
+    assert report._axis(group)(sum(values) / 2) == written
 
 
 def test_the_front_is_what_no_other_point_beats():
@@ -205,6 +221,10 @@ def test_the_front_is_what_no_other_point_beats():
     drawn = charts.scatter(points, x_label="cost", y_label="error", x_fmt=str, fmt=str)
     assert drawn.count('class="front"') == 1
     assert drawn.count("on the front") == 3
+    assert [point.label for point in charts.front(points, higher_is_better=True)] == ["cheapest"]
+    reached = [charts.Point("plain", 0, 10.0, 0.9, None), charts.Point("trim", 1, 6.0, 0.8, None)]
+    reached.append(charts.Point("random", 2, 7.0, 0.7, None))
+    assert [point.label for point in charts.front(reached, higher_is_better=True)] == ["trim", "plain"]
     assert 'class="front"' not in charts.scatter(points[:1], x_label="cost", y_label="error", x_fmt=str, fmt=str)
 
 
@@ -250,6 +270,21 @@ def test_a_task_without_training_errors_has_no_empty_chart(make_row, tmp_path):
     for row in rows:
         row["curve"].pop("train_error")
     assert "<h3>Training error</h3>" not in report.write_report(rows, tmp_path).read_text()
+
+
+def test_a_curve_stands_at_the_epochs_that_were_logged(make_row):
+    """Points were numbered 1, 2, 3: every fifth epoch was drawn as the first three."""
+    rows = [
+        make_row("full", seed, 0.1 + 0.1 * seed, epochs=3, test_errors=[0.4, 0.3, 0.1 + 0.1 * seed]) for seed in (0, 1)
+    ]
+    for row in rows:
+        row["curve"]["epoch"] = [0, 5 + row["config"]["seed"], 10]
+    (group,) = comparison.summarize(rows).groups
+    (line,) = curves.series_of(group, report.styles(group), "test_error")
+    assert line.x == [1, 6, 7, 11]
+    assert line.y == pytest.approx([0.4, 0.3, 0.3, 0.15])
+    assert line.high is not None
+    assert line.high[-1] - line.y[-1] == pytest.approx(0.1 / 2**0.5)
 
 
 def test_long_lines_are_thinned_and_end_where_they_end():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from batchtrim import Trimmer
 from batchtrim.lab.run.handle import Run
@@ -29,3 +31,41 @@ def test_tokens_are_chosen_by_the_users_own_trimmer(tmp_path: Path) -> None:
     losses = torch.tensor([[9.0, 0.1], [0.2, 0.3]])
     assert trim(losses).item() == pytest.approx(9.0 / 4)
     assert run.rule.kept == 1
+
+
+def test_a_share_of_the_loss_is_not_logged_as_a_share_of_the_samples(tmp_path: Path) -> None:
+    """The chart of samples kept showed 90 % for loss_mass, whatever it kept."""
+    run = Run(TaskConfig(task="mine.py:train", method="loss_mass", epochs=3).resolved(), tmp_path)
+    run.trim(torch.tensor([9.0, 0.1, 0.2, 0.3]))
+    run.log(epoch=0)
+    assert run.curve["keep"] == [0.25]
+
+
+def test_a_second_pass_is_counted(tmp_path: Path) -> None:
+    run = Run(TaskConfig(task="mine.py:train", method="trim", epochs=2, engine="two_pass").resolved(), tmp_path)
+    step = run.forward(nn.Linear(2, 1), nn.MSELoss())
+    for _ in range(2):
+        step(torch.rand(10, 2), torch.rand(10, 1)).backward()
+        run.trim.step()
+    assert (run.rule.seen, run.rule.kept, run.rule.repeated) == (20, 12, 2)
+
+
+def test_steps_that_were_compiled_leave_no_count(tmp_path: Path) -> None:
+    """Those of the others alone were recorded."""
+    run = Run(TaskConfig(task="mine.py:train", method="trim", epochs=2).resolved(), tmp_path)
+    run.trim(torch.rand(4))
+    assert run.rule.counted
+    assert run.rule.compiled_mask is not None  # what a compiled step reads
+    run.log(epoch=0)
+    assert not run.rule.counted
+    assert "samples_backward" not in run.curve
+
+
+def test_validation_and_what_a_checkpoint_repeats_are_no_training(tmp_path: Path) -> None:
+    """They were counted as samples that went backward."""
+    run = Run(TaskConfig(task="mine.py:train", method="trim", epochs=2).resolved(), tmp_path)
+    model = nn.Linear(2, 1)
+    checkpoint(lambda x: run.trim(model(x).squeeze(1) ** 2), torch.rand(10, 2), use_reentrant=False).backward()
+    with torch.no_grad():
+        run.trim(torch.rand(50))
+    assert (run.rule.calls, run.rule.seen, run.rule.kept) == (1, 10, 10)

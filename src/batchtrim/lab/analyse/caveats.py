@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -26,8 +27,12 @@ class Kind(Enum):
     """The baseline has none for seeds of the arm."""
     ONE_SEED = "one seed"
     """The task seeded torch with one number for several seeds of the arm."""
+    UNPAIRED = "unpaired"
+    """The task seeded torch with other numbers than in the baseline's runs of the same seeds."""
     ALIKE = "alike"
     """Every seed of the arm gave the same value, to the last bit."""
+    UNUSED = "unused"
+    """The arm dropped samples, and yet every seed gave the baseline's value, to the last bit."""
     FEW = "few"
     """Fewer pairs than a verdict needs."""
     SOURCES = "sources"
@@ -55,7 +60,8 @@ class Caveat:
 
 def caveats(group: Group) -> tuple[Caveat, ...]:
     """Return the caveats on the group's verdict."""
-    return (*_few(group), *_missing_pairs(group), *_seeds(group), *_sources(group), *_notes(group))
+    found = (_few, _missing_pairs, _seeds, _unpaired, _unused, _sources, _notes)
+    return tuple(itertools.chain.from_iterable(each(group) for each in found))
 
 
 def _few(group: Group) -> Iterator[Caveat]:
@@ -90,9 +96,31 @@ def _seeds(group: Group) -> Iterator[Caveat]:
             yield Caveat(Kind.ALIKE, arm.label, tuple(arm.errors), 0)
 
 
+def _unpaired(group: Group) -> Iterator[Caveat]:
+    seeds = {arm.label: {int(row["config"]["seed"]): row.get("torch_seed") for row in arm.runs} for arm in group.arms}
+    base = seeds.get(group.baseline or "", {})
+    for label, mine in seeds.items():
+        other = tuple(seed for seed in mine if seed in base and mine[seed] != base[seed])
+        if other:
+            yield Caveat(Kind.UNPAIRED, label, other, 0)
+
+
 def _alike(arm: Arm) -> bool:
-    theirs = any("task" in row["config"] for row in arm.runs)
-    return theirs and len(arm.errors) >= MIN_ALIKE and len(set(arm.errors.values())) == 1
+    return _is_task(arm) and len(arm.errors) >= MIN_ALIKE and len(set(arm.errors.values())) == 1
+
+
+def _unused(group: Group) -> Iterator[Caveat]:
+    for arm in group.arms:
+        paired = arm.paired
+        if paired is None or not _is_task(arm) or len(paired.differences) < MIN_ALIKE or any(paired.differences):
+            continue
+        dropped = arm.cost.get("samples_backward", 0.0) < arm.cost.get("samples_forward", 0.0)
+        if dropped and not _alike(arm):
+            yield Caveat(Kind.UNUSED, arm.label, paired.seeds, 0)
+
+
+def _is_task(arm: Arm) -> bool:
+    return any("task" in row["config"] for row in arm.runs)
 
 
 def _sources(group: Group) -> Iterator[Caveat]:

@@ -169,14 +169,14 @@ def _timed(groups: Sequence[Group], file: Path) -> tuple[Group, ...]:
     """Return the groups with their training times replaced by those of the runs in a file."""
     alone = comparison.summarize(records.read_results(file)).groups
     times = [
-        (group.title, arm.settings, arm.cost["seconds"])
+        (group.settings, arm.settings, arm.cost["seconds"])
         for group in alone
         for arm in group.arms
         if "seconds" in arm.cost
     ]
 
     def timed(group: Group, arm: Arm) -> Arm:
-        found = [seconds for title, settings, seconds in times if (title, settings) == (group.title, arm.settings)]
+        found = [seconds for shared, settings, seconds in times if (shared, settings) == (group.settings, arm.settings)]
         cost = {name: value for name, value in arm.cost.items() if name != "seconds"}
         return replace(arm, cost=cost | ({"seconds": found[0]} if found else {}))
 

@@ -9,7 +9,7 @@ fewer errors than the baseline.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -30,7 +30,7 @@ from batchtrim.lab.analyse.inference import (
     wilcoxon,
 )
 from batchtrim.lab.metric import ERROR, Metric
-from batchtrim.lab.records import COSTS, Row, check_result
+from batchtrim.lab.records import COSTS, Row, check_result, latest_of
 from batchtrim.lab.run.config import ARM_SETTINGS, COMPARED, SETTINGS
 
 __all__ = ["Arm", "Group", "Paired", "Summary", "Verdict", "View", "summarize", "verdict_of"]
@@ -171,38 +171,44 @@ def summarize(rows: Iterable[Row], baseline: str = "full") -> Summary:
     """Group rows of ``runs.jsonl``, compare every method with the baseline by seed, and decide the verdicts.
 
     Args:
-        rows: as read from the record file; if a key occurs twice, the last row counts.
+        rows: as read from the record file; if a key occurs twice, the last row that did not fail counts.
         baseline: name of the method to compare with.
 
     Raises:
-        ValueError: there are no rows, or one lacks a field of a result; the message names its key.
+        ValueError: there are no rows, one lacks a field of a result, or two are of one method, seed and settings. The
+            message names the key.
 
     Notes:
         A diverged run has no error and is left out of means, but it is counted and its seed is named. A failed run (an
         exception, not a property of the method) is counted and left out.
     """
-    latest = {str(row["key"]): row for row in rows}
+    latest = latest_of(_checked(rows))
     if not latest:
         raise ValueError("expected at least one finished run, got none. Is this the folder a comparison wrote to?")
     grouped: dict[str, list[Row]] = {}
-    for row in latest.values():
-        check_result(row, f"run {row['key']}")
+    for row in latest:
         grouped.setdefault(naming.key(_settings(row, shared=True)), []).append(row)
     settings = [_settings(members[0], shared=True) for members in grouped.values()]
-    labels = naming.labels([_settings(row, shared=False) for row in latest.values()])
+    labels = naming.labels([_settings(row, shared=False) for row in latest])
     groups = tuple(
         _group(title, shared, members, baseline, labels)
         for title, shared, members in zip(naming.titles(settings), settings, grouped.values(), strict=True)
     )
-    statuses = [row["status"] for row in latest.values()]
+    statuses = [row["status"] for row in latest]
     return Summary(
         groups=groups,
         runs=len(latest),
         diverged=statuses.count("diverged"),
         failed=statuses.count("failed"),
         against=baseline,
-        rows=tuple(latest.values()),
+        rows=tuple(latest),
     )
+
+
+def _checked(rows: Iterable[Row]) -> Iterator[Row]:
+    for row in rows:
+        check_result(row, f"run {row.get('key')}")
+        yield row
 
 
 def _settings(row: Row, shared: bool) -> dict[str, Any]:
@@ -243,7 +249,15 @@ def _place(arm: Arm, against: str) -> tuple[bool, bool, str]:
 
 
 def _arm(label: str, settings: dict[str, Any], rows: list[Row]) -> Arm:
-    by_seed = {row["config"]["seed"]: row for row in sorted(rows, key=lambda row: row["config"]["seed"])}
+    by_seed: dict[int, Row] = {}
+    for row in sorted(rows, key=lambda row: row["config"]["seed"]):
+        seed = row["config"]["seed"]
+        if seed in by_seed:
+            raise ValueError(
+                f"expected one run of {label} with seed {seed} in a comparison, got two of the same settings, with the "
+                f"keys {by_seed[seed]['key']} and {row['key']}. Remove one of them."
+            )
+        by_seed[seed] = row
     finished = {seed: row for seed, row in by_seed.items() if row["status"] == "finished"}
     metric = Metric.of(rows[0]["config"])
     errors = {seed: float(row[metric.field]) for seed, row in finished.items()}
@@ -270,11 +284,16 @@ def _compare(arms: Sequence[Arm], reference: Arm | None) -> tuple[Arm, ...]:
     differences = [
         [arm.errors[seed] - reference.errors[seed] for seed in seeds] for arm, seeds in zip(others, shared, strict=True)
     ]
-    unit = _unit([value for arm in arms for value in arm.errors.values()], reference.metric)
-    raw = [paired_t([value / unit for value in values]) for values in differences]
+    units = [  # of the values compared alone: next to another arm's 1e15, these would be rounding
+        _unit([each.errors[seed] for each in (arm, reference) for seed in seeds], reference.metric)
+        for arm, seeds in zip(others, shared, strict=True)
+    ]
+    raw = [paired_t([value / unit for value in values]) for values, unit in zip(differences, units, strict=True)]
     paired = {
         id(arm): _paired(arm, seeds, values, p_t, p_holm, unit)
-        for arm, seeds, values, p_t, p_holm in zip(others, shared, differences, raw, holm(raw), strict=True)
+        for arm, seeds, values, p_t, p_holm, unit in zip(
+            others, shared, differences, raw, holm(raw), units, strict=True
+        )
     }
     return tuple(replace(arm, paired=paired.get(id(arm))) for arm in arms)
 
@@ -329,7 +348,7 @@ def verdict_of(differences: Moments, p: float | None) -> Verdict:
         return Verdict.TOO_FEW
     if not differences.std:
         return Verdict.SAME if abs(mean) < NO_SPREAD else Verdict.SHIFTED
-    if p is None or p >= ALPHA:
+    if p is None or not p < ALPHA:
         return Verdict.NOT_SEEN
     return Verdict.LOWER if mean < 0 else Verdict.HIGHER
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,31 @@ def to_records(
                 "If they differ in a setting, give the methods different names; otherwise average the two."
             )
         found[at] = record
-    return list(found.values())
+    notes = _pooled(rows, [each for each in names if each not in (*KNOWN, *TIMES, name)])
+    return [{**record, "notes": notes} if notes else record for record in found.values()]
+
+
+def _pooled(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    """Return a note on each column of words that tells runs of a method apart, such as a data set, and is not used."""
+    found = []
+    for column in columns:
+        values: dict[str, list[str]] = {}
+        for row in rows:
+            if isinstance(row.get(column), str) and not _is_number(row[column]):
+                values.setdefault(str(row.get("method")), []).append(row[column].strip())
+        if any(1 < len(set(each)) < len(each) for each in values.values()):
+            several = list(dict.fromkeys(value for each in values.values() for value in each))
+            listed = ", ".join(several[:4]) + (", ..." if len(several) > 4 else "")
+            found.append(f"the column {column} is not used: runs of {listed} are compared as one")
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return not text.strip()
+    return True
 
 
 def _check_known(names: Sequence[str], where: str, wanted: Sequence[str] = KNOWN) -> None:
@@ -121,10 +146,10 @@ def _metric_column(names: Sequence[str], metric: str | None, where: str) -> str:
 
 
 def _record(row: Mapping[str, Any], place: str, where: str, metric: Metric, time: str | None) -> Row:
-    method = str(row["method"] if row["method"] is not None else "").strip()
+    method = str(row["method"] if row.get("method") is not None else "").strip()
     if not method:
         raise ValueError(f"expected a method in {place} of {where}, got nothing.")
-    seed = _seed(row["seed"], place, where)
+    seed = _seed(row.get("seed"), place, where)
     value = _number(metric.name, row.get(metric.name), place, where)
     if value is not None and metric.in_percent and math.isfinite(value) and not 0.0 <= value <= 1.0:
         raise ValueError(
@@ -133,6 +158,8 @@ def _record(row: Mapping[str, Any], place: str, where: str, metric: Metric, time
         )
     status = "failed" if value is None else "finished" if math.isfinite(value) else "diverged"
     seconds = _number(time, row.get(time), place, where) if time else None
+    if seconds is not None and seconds < 0.0:
+        raise ValueError(f"expected `{time}` to be at least 0 seconds in {place} of {where}, got {seconds:g}.")
     settings = {"dataset": Path(where).name, "method": method, "seed": seed}
     settings |= {"metric": metric.name, "higher_is_better": metric.higher_is_better}
     return {
@@ -148,6 +175,8 @@ def _record(row: Mapping[str, Any], place: str, where: str, metric: Metric, time
 
 
 def _seed(value: Any, place: str, where: str) -> int:
+    if isinstance(value, numbers.Integral):  # seeds of 64 bits are no floats
+        return int(value)
     try:
         number = _float(value)
         if number != int(number):

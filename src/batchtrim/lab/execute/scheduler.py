@@ -7,6 +7,7 @@ from pathlib import Path
 
 from batchtrim._checks import check_count, import_extra
 from batchtrim.lab.execute import grid, local, on_ray
+from batchtrim.lab.execute.versions import check_program
 from batchtrim.lab.execute.workplace import DATA_DIR, Tally, Watcher, Workplace, do_run
 from batchtrim.lab.files import writing
 from batchtrim.lab.records import Records, Row
@@ -39,7 +40,7 @@ def run_all(
             affect this one.
 
     Raises:
-        UseAnotherFolder: the folder holds another experiment.
+        UseAnotherFolder: the folder holds another experiment, or these runs by another version of the user's program.
         KeyboardInterrupt: passed on. Finished runs are recorded, and the same call continues from there.
     """
     check_count("workers", workers)
@@ -47,11 +48,14 @@ def run_all(
         import_extra("tensorboard", "tensorboard", "--tensorboard")
     records = Records(place.out)
     records.settle(grid.cells(configs))
+    changed = check_program(configs, records)
     left = collections.deque(config for config in configs if not records.is_done(config.key))
     if place.data_dir and place.keep_log:
         with writing(place.out / DATA_DIR):
             (place.out / DATA_DIR).write_text(str(Path(place.data_dir).resolve()) + "\n", encoding="utf-8")
     watcher.begin(configs, len(configs) - len(left))
+    if changed:
+        watcher.note(changed)
     tally = Tally(left, watcher)
     if not left:
         return []

@@ -28,8 +28,16 @@ def _text(caveat: Caveat, group: Group) -> str:
             f"{arm}: runs with {seeds} were all seeded with {number} by the task. Their spread is not that of "
             "training: draw from run.seed."
         ),
+        Kind.UNPAIRED: (
+            f"{arm}: the task seeded {seeds} otherwise than for {group.baseline}, so these pairs share no random "
+            "numbers, and other differences than the method's are in them: draw from run.seed."
+        ),
         Kind.ALIKE: (
             f"{arm}: the same value on every seed, to the last bit. Does the task draw from another seed than run.seed?"
+        ),
+        Kind.UNUSED: (
+            f"{arm} dropped samples, and gave the value of {group.baseline} on every seed, to the last bit. Does the "
+            "task step on the loss that run.trim returns?"
         ),
         Kind.FEW: (
             f"{number} seed{'s are' if number != 1 else ' is'} too few: no verdict is given below {MIN_PAIRS}, and an "

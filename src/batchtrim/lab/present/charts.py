@@ -101,7 +101,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     step = 10.0 ** math.floor(math.log10(span / most))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= most)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def lines(
@@ -199,13 +199,14 @@ def scatter(
     fmt: Format,
     title: str = "",
     named: Collection[str] | None = None,
+    higher_is_better: bool = False,
 ) -> Markup:
     """Draw cost on x from zero, error on y with its interval; each point has its name beside it, or a number.
 
     Args:
         named: labels of the points to name if all would be too many; points on the front are always named.
 
-    A line joins the front: the points that no other point beats in both cost and error. A point at the same place as
+    A line joins the front: the points that no other point beats in both cost and y. A point at the same place as
     others is a ring around them. If names would be crowded, numbers stand for them, and are listed below.
     """
     if not points:
@@ -215,7 +216,7 @@ def scatter(
     low, high = data_range(values)
     y = Scale(max(low, 0.0) if min(values) >= 0 else low, high, HEIGHT - BOTTOM, TOP)  # errors are not below 0
     parts = [_axes(x, y, x_label, y_label, x_fmt, fmt)]
-    best = front(points)
+    best = front(points, higher_is_better)
     if len(best) > 1:
         way = _path([point.x for point in best], [point.y for point in best], x, y)
         parts.append(f'<polyline class="front" points="{way}"/>')
@@ -243,11 +244,12 @@ def scatter(
     return _svg("".join([*parts, names]), title, HEIGHT + below, ' class="chart"')
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other beats: none has at most their cost and error, with one of the two lower."""
+def front(points: Sequence[Point], higher_is_better: bool = False) -> list[Point]:
+    """Return the points that no other beats: none has at most their cost and as good a y, with one of them better."""
+    sign = -1.0 if higher_is_better else 1.0
     best: list[Point] = []
-    for point in sorted(points, key=lambda each: (each.x, each.y)):
-        if not best or point.y < best[-1].y:
+    for point in sorted(points, key=lambda each: (each.x, sign * each.y)):
+        if not best or sign * point.y < sign * best[-1].y:
             best.append(point)
     return best
 

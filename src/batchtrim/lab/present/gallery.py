@@ -54,7 +54,7 @@ ORDERS = (
     ("keep", "keep rate"),
 )
 
-DRAWN = ("random", "loss_mass_random", "data_dropout")
+DRAWN = ("random", "loss_mass_random", "data_dropout_matched", "data_dropout_scalar")
 """Methods that choose the kept samples at random."""
 
 

@@ -68,7 +68,7 @@ def _row(group: Group) -> tuple[float, str] | None:
 
 
 def _cell(arm: Arm, full: Arm) -> str:
-    if arm.paired is None or arm.paired.moments.mean is None or arm.moments.n < FEWEST:
+    if arm.paired is None or arm.paired.moments.n < FEWEST:
         return ""
     used, of = arm.cost.get("samples_backward"), full.cost.get("samples_backward")
     share = f"; {100 * used / of:.0f} %" if used and of else ""

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Row, Summary, summarize
 from batchtrim.lab.files import write_whole, writing
-from batchtrim.lab.metric import ERROR, Metric
+from batchtrim.lab.metric import ERROR
 from batchtrim.lab.present import charts, sweep, tables, wording
 from batchtrim.lab.present.caveat_texts import caveat_texts
-from batchtrim.lab.present.charts import Series, style_class
+from batchtrim.lab.present.charts import style_class
+from batchtrim.lab.present.curves import error_range, series_of
 from batchtrim.lab.present.templating import render
 
 MOST_LABELS = 10  # points that are named in a chart of costs; if there are more, the best of each method
@@ -267,16 +267,16 @@ def _drawn(cards: list[Card]) -> list[Card]:
 def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
     banded = len(group.arms) <= MOST_BANDS
     metric = group.metric
-    error = _series(group, styles, metric.field, band=banded)
-    shown, cut = _error_range(error) if metric.name == "error" else (None, False)
+    error = series_of(group, styles, metric.field, band=banded)
+    shown, cut = error_range(error) if metric.name == "error" else (None, False)
     note = f" The axis ends at {wording.points(shown[1], 0)} %; the first epochs lie above it." if cut and shown else ""
     spread = "; the band is one standard deviation to either side" if banded else ""
     loss = [
-        *(_series(group, styles, "kept_loss", band=False)),
-        *(_series(group, styles, "mean_loss", band=False, dashed=True)),
+        *(series_of(group, styles, "kept_loss", band=False)),
+        *(series_of(group, styles, "mean_loss", band=False, dashed=True)),
     ]
-    keep = _series(group, styles, "keep", band=False)
-    training = _series(group, styles, "train_error", band=banded)  # a task need not log it
+    keep = series_of(group, styles, "keep", band=False)
+    training = series_of(group, styles, "train_error", band=banded)  # a task need not log it
     fitted = [
         Card("Training error", "Of the samples as they were trained on, while the network changed.",
              charts.lines(training, x_label="epoch", y_label="training error %", fmt=_axis_percent,
@@ -284,7 +284,7 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
     ] if any(len(each.x) for each in training) else []  # fmt: skip
     return [
         Card(wording.capital(metric.title), f"Mean over seeds{spread}.{note}",
-             charts.lines(error, x_label="epoch", y_label=metric.heading, fmt=_axis(metric), y_range=shown,
+             charts.lines(error, x_label="epoch", y_label=metric.heading, fmt=_axis(group), y_range=shown,
                            title=f"{wording.capital(metric.title)} over epochs")),
         *fitted,
         Card("Keep fraction", "Kept samples as a share of the training set, by epoch.",
@@ -294,52 +294,6 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
              charts.lines(loss, x_label="epoch", y_label="loss", fmt=lambda v: f"{v:.3g}",
                            title="Kept and mean loss over epochs")),
     ]  # fmt: skip
-
-
-def _series(
-    group: Group, styles: dict[str, int], name: str, *, band: bool = True, dashed: bool = False
-) -> list[Series]:
-    """Return one line per arm: a curve's mean over seeds. Epochs count from 1; at least one seed must have a value."""
-    series = []
-    for arm in group.arms:
-        curves = [row["curve"].get(name) or [] for row in arm.runs if row["status"] == "finished"]
-        length = max(map(len, curves), default=0)
-        if not length:
-            continue
-        table = np.full((len(curves), length), np.nan)
-        for line, values in zip(table, curves, strict=True):
-            line[: len(values)] = [math.nan if value is None else value for value in values]
-        there = np.isfinite(table)
-        known = there.any(axis=0)
-        count = there.sum(axis=0)[known]
-        values = np.where(there, table, 0.0)[:, known]
-        mean = values.sum(axis=0) / count
-        spread = np.sqrt((np.where(there[:, known], values - mean, 0.0) ** 2).sum(axis=0) / np.maximum(count - 1, 1))
-        banded = band and len(curves) > 1
-        series.append(
-            Series(
-                arm.label if not dashed else f"{arm.label}, all",
-                styles[arm.label],
-                (np.flatnonzero(known) + 1).tolist(),
-                mean.tolist(),
-                (mean - spread).tolist() if banded else None,
-                (mean + spread).tolist() if banded else None,
-                dashed,
-            )
-        )
-    return series
-
-
-def _error_range(series: Sequence[Series]) -> tuple[tuple[float, float] | None, bool]:
-    """Return an axis range up to the worst error after a fifth of training, and whether it cuts off any values."""
-    late = [y for each in series for part in (each.y, each.low, each.high) for y in (part or [])[len(each.y) // 5 :]]
-    if not late:
-        return None, False
-    low, high = charts.data_range(late)
-    top = max(y for each in series for y in (each.high or each.y))
-    if top <= 1.3 * high:
-        return charts.data_range([min(late), max(top, high)]), False
-    return (low, high), True
 
 
 def _methods(group: Group) -> list[list[Arm]]:
@@ -365,7 +319,8 @@ def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
         best = {arm.label for method in _methods(group) if (arm := wording.best_of(method))}
         chart = charts.scatter(
             dots, named=best if len(dots) > MOST_LABELS else None,
-            x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group.metric),
+            x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group),
+            higher_is_better=group.metric.higher_is_better,
             title=f"{wording.capital(group.metric.title)} against {name}",
         )  # fmt: skip
         note = "A ring is a method at the place of another." if 'class="ring"' in chart else ""
@@ -387,8 +342,15 @@ def _settings_of(arm: Arm) -> str:
     return ", ".join(f"{name} {values[name]}" for name in named)
 
 
-def _axis(metric: Metric) -> Callable[[float], str]:
-    return _axis_percent if metric.in_percent else lambda value: f"{value:.4g}"
+def _axis(group: Group) -> Callable[[float], str]:
+    """Return how values of the metric are written; digits that all of them share come on top of four."""
+    if group.metric.in_percent:
+        return _axis_percent
+    values = [value for arm in group.arms for value in arm.errors.values()]
+    spread = max(values, default=0.0) - min(values, default=0.0)
+    shared = math.floor(math.log10(max(map(abs, values)) / spread)) if spread > 0 else 0
+    digits = 4 + min(11, max(0, shared))
+    return lambda value: f"{value:.{digits}g}"
 
 
 def _axis_percent(value: float) -> str:

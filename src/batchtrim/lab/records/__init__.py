@@ -12,7 +12,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from batchtrim.lab.records.line import (
 
 __all__ = [
     "COSTS", "DONE", "SCHEMA", "STATUSES", "Records", "ReplaceRecords", "Row", "UseAnotherFolder", "check_result",
-    "read", "read_results", "torn",
+    "latest_of", "read", "read_results", "torn",
 ]  # fmt: skip
 
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would write \r\n
@@ -227,6 +227,14 @@ def _read(path: str | Path, check: Callable[[Row, str], None] = lambda row, plac
         check(row, f"{path}, line {number}")
         _add(rows, row)
     return list(rows.values())
+
+
+def latest_of(rows: Iterable[Row]) -> list[Row]:
+    """Return one row per key: the last that did not fail, as :func:`read` does."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        _add(found, row)
+    return list(found.values())
 
 
 def _add(rows: dict[str, Row], row: Row) -> None:

@@ -83,6 +83,8 @@ def check_result(row: Mapping[str, Any], place: str) -> None:
     wrong = None
     if not isinstance(config, Mapping) or not isinstance(config.get("method"), str):
         wrong = "config.method", "a name", None
+    elif not isinstance(row.get("key"), str):
+        wrong = "key", "a name", row.get("key")
     elif not isinstance(config.get("seed"), int) or isinstance(config["seed"], bool):
         wrong = "config.seed", "a whole number", config.get("seed")
     elif row.get("status") not in STATUSES:

@@ -13,6 +13,7 @@ import torch
 import batchtrim
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
+from batchtrim.lab.task.code import Code
 from batchtrim.lab.task.own_models import code_of, is_own_model
 
 
@@ -29,19 +30,23 @@ def environment(config: AnyConfig) -> dict[str, Any]:
 
 def _sources(config: AnyConfig) -> dict[str, Any]:
     """Return hashes of the user's own code: its file, and the modules beside it that it imports."""
-    if isinstance(config, TaskConfig):
-        code = config.code
-    elif is_own_model(config.model):
-        try:
-            code = code_of(config.model)
-        except (OSError, ValueError):
-            code = None  # the file is gone
-    else:
-        code = None
+    code = program_of(config)
     if code is None:
         return {}
     found = {"source": code.source, "helpers": code.helpers()}
     return {name: value for name, value in found.items() if value}
+
+
+def program_of(config: AnyConfig) -> Code | None:
+    """Return the user's own code that a run calls; None if there is none."""
+    if isinstance(config, TaskConfig):
+        return config.code
+    if not is_own_model(config.model):
+        return None
+    try:
+        return code_of(config.model)
+    except (OSError, ValueError):
+        return None  # the file is gone
 
 
 @functools.cache

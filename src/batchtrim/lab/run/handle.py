@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from batchtrim import KeepLog, Losses, Selection, TrimmedForward
 from batchtrim._checks import check_count, describe, is_number, plain
+from batchtrim._transforms import in_backward
 from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.run.beat import OnEpoch
@@ -27,22 +29,37 @@ class TaskMistake(ValueError):
 
 
 class WatchedRule:
-    """A selection rule that counts the samples it chooses from, whichever trimmer uses it."""
+    """A selection rule that counts the samples it chooses from, whichever trimmer uses it.
+
+    Attributes:
+        calls, seen, kept: how often it chose in training, from how many samples, and how many it kept. ``repeated``: of
+            these, how many went forward once more, in a second pass. ``compiled``: some steps were compiled, which are
+            not counted. ``steps``: the run's :class:`batchtrim.TrimmedForward`.
+
+    Notes:
+        Not counted: batches without gradient (validation), and a choice that an activation checkpoint repeats.
+    """
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
-        self.calls = self.seen = self.kept = 0
-        self.compiled = False
+        self.calls = self.seen = self.kept = self.repeated = 0
+        self.called = self.compiled = False
+        self.steps: list[TrimmedForward] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Selection:
-        selection = self.rule(*args, **kwargs)
+    def __call__(self, losses: Tensor, keep: float, *args: Any, **kwargs: Any) -> Selection:
+        selection = self.rule(losses, keep, *args, **kwargs)
+        self.called = True
+        if not torch.is_grad_enabled() or in_backward() != -1:
+            return selection
         self.calls += 1
         self.seen += selection.candidates
         self.kept += selection.k
+        if keep < 1.0 and any(_running(step) == "two_pass" for step in self.steps):
+            self.repeated += selection.k
         return selection
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "rule":
+        if name.startswith("__") or name in ("rule", "steps"):
             raise AttributeError(name)
         value = getattr(self.rule, name)
         if name == "compiled_mask":  # used in a compiled step, which is not counted
@@ -55,7 +72,12 @@ class WatchedRule:
     @property
     def used(self) -> bool:
         """True if the rule was used."""
-        return self.calls > 0 or self.compiled
+        return self.called or self.compiled
+
+    @property
+    def counted(self) -> bool:
+        """True if it counted every step."""
+        return self.calls > 0 and not self.compiled
 
 
 class Run:
@@ -103,7 +125,9 @@ class Run:
         Args:
             engine: by default the command's ``--engine``. more: further arguments of TrimmedForward.
         """
-        return TrimmedForward(model, criterion, self.trim, engine or self._engine, **more)
+        step = TrimmedForward(model, criterion, self.trim, engine or self._engine, **more)
+        self.rule.steps.append(step)
+        return step
 
     def log(self, *, epoch: int | None = None, **values: float) -> None:
         """Record an epoch's numbers: a point of every curve, a line of progress, and TensorBoard events if asked for.
@@ -112,17 +136,26 @@ class Run:
 
         Args:
             epoch: counted from 0; by default the last one plus 1.
-            values: numbers by name, including the metric if it is known: ``run.log(epoch=3, error=0.12)``.
+            values: numbers by name, including the metric if it is known: ``run.log(epoch=3, error=0.12)``. The names
+                ``seconds``, ``samples_backward`` and, unless the metric is called so, ``value`` are the lab's own.
         """
+        taken = {"seconds", "samples_backward", "value"} - {self.metric.name}
+        if wrong := next((name for name in values if name in taken), None):
+            raise ValueError(
+                f"expected names of numbers besides the lab's own ({', '.join(sorted(taken))}), got {wrong!r}. "
+                f"Log the metric as {self.metric.name}=..., and other numbers by other names."
+            )
         last = self.curve["epoch"][-1] if self.curve.get("epoch") else None
         epoch = (0 if last is None else int(last) + 1) if epoch is None else check_count("epoch", epoch, minimum=0)
         if last is not None and epoch <= last:
             raise ValueError(f"expected `epoch` after {last:g}, got {epoch}. Log each epoch once, counted from 0.")
         numbers = {name: as_number(name, value) for name, value in values.items()}
+        if self.metric.in_percent and (value := numbers.get(self.metric.name)) is not None and not math.isnan(value):
+            check_share(self.metric, value)
         if self.metric.name in numbers and self.metric.field != self.metric.name:
             numbers[self.metric.field] = numbers.pop(self.metric.name)
         point = {**self._kept_since(), **numbers, "seconds": time.perf_counter() - self.begun}
-        if self.rule.calls:
+        if self.rule.counted:
             point["samples_backward"] = self.rule.kept
         self._add(epoch, point)
         if self._on_epoch is not None:
@@ -174,7 +207,10 @@ class Run:
 
     def _kept_since(self) -> dict[str, float]:
         """Return the statistics of the run's own trimmer since the last point; a trainer's trimmer logs its own."""
+        found = self.trim.stats.compute()
         values = log_values(self.trim)
+        if values and getattr(self.rule.rule, "k_follows_losses", False):  # the schedule is not of samples
+            values["trim/keep"] = found["keep"]
         return {name: values[f"trim/{name}"] for name in ("keep", "kept_loss", "mean_loss", "ratio") if values}
 
     def _add(self, epoch: int, point: dict[str, float]) -> None:
@@ -186,6 +222,20 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({self.method!r}, seed={self.seed}, epochs={self.epochs}, device={self.device!r})"
+
+
+def check_share(metric: Metric, value: float) -> None:
+    """Refuse a value of error or accuracy that is no fraction."""
+    if not 0.0 <= value <= 1.0:
+        raise TaskMistake(
+            f"expected `{metric.name}` in [0, 1], a fraction of the test samples, got {value:g}. Divide by 100 if "
+            "it is in percent, or name it otherwise and pass --metric."
+        )
+
+
+def _running(step: TrimmedForward) -> str:
+    """Return the name of the engine that runs a step: of "auto", the one it has chosen."""
+    return getattr(step.engine, "running", step.engine).name
 
 
 def as_number(name: str, value: Any) -> float:

@@ -25,7 +25,8 @@ from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import error_line
-from batchtrim.lab.run.handle import Run, TaskMistake, as_number
+from batchtrim.lab.run.handle import Run, TaskMistake, as_number, check_share
+from batchtrim.lab.run.outside import Outside
 from batchtrim.lab.run.process import Seen, as_it_was
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.task.code import own_traceback
@@ -64,11 +65,12 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
     with as_it_was(config.seed, config.threads) as seen:
         try:
             function = config.code.load()
+            outside = Outside(function)
             seen.begin()
             begun = run.begun = time.perf_counter()  # importing the file is not part of training
             returned = function(run)
             seconds = time.perf_counter() - begun
-            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, seconds)}
+            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, outside, seconds)}
             _write_log(run, config, out)
         except CannotWrite:  # a fault of the disk, not of the task
             raise
@@ -130,11 +132,8 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
         raise TaskMistake(f"{error} The task returned it.") from None
     if not math.isfinite(value):
         return {"status": "diverged", "error": f"the task returned {metric.name} {value:g}"}
-    if metric.in_percent and not 0.0 <= value <= 1.0:
-        raise TaskMistake(
-            f"expected `{metric.name}` in [0, 1], a fraction of the test samples, got {value:g}. Divide by 100 if "
-            "it is in percent, or name it otherwise and pass --metric."
-        )
+    if metric.in_percent:
+        check_share(metric, value)
     also = {}
     for name, each in returned.items():
         if name != metric.name:
@@ -143,7 +142,7 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
     return {"status": "finished", metric.field: value, **({"also": also} if also else {})}
 
 
-def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
+def _told(run: Run, seen: Seen, outside: Outside, seconds: float) -> dict[str, Any]:
     """Return the notes on a successful run; raise an error if the method was never applied."""
     if run.method != "full" and not run.rule.used:
         raise TaskMistake(
@@ -151,7 +150,29 @@ def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
             "that is plain training. Call run.trim(losses) in place of the mean of the losses, use run.forward, or "
             "give a trainer run.keep and run.trim_options."
         )
-    notes, more = [], {}
+    notes, more = _notes_on_keep(run), {}
+    if changed := outside.changed():
+        notes.append(
+            f"the task changed {', '.join(changed[:3])}{', ...' * (len(changed) > 3)}, which it did not make: the next "
+            "run in the process starts from there. Make it in the function"
+        )
+    if seen.torch_seed != run.seed:
+        more["torch_seed"] = seen.torch_seed  # judged together with other seeds in batchtrim.lab.analyse.caveats
+    if seconds < SHORT and (names := seen.imported()):
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        notes.append(
+            f"the first run of a process imported {listed} during the call, which adds to its time: import at the "
+            "top of the file"
+        )
+    for one, many, left in (("thread", "threads", seen.threads()), ("process", "processes", seen.processes())):
+        if left:
+            notes.append(f"the task left {len(left)} {many if len(left) > 1 else one} running ({', '.join(left[:3])})")
+    return {**more, **({"notes": notes} if notes else {})}
+
+
+def _notes_on_keep(run: Run) -> list[str]:
+    """Return notes on a schedule that did not run as far as it should, and on a run that kept everything."""
+    notes = []
     own_clock = run.trim.last is not None or run.rule.compiled
     if own_clock and _moves(run):
         if run.trim.steps == 0:
@@ -169,18 +190,18 @@ def _told(run: Run, seen: Seen, seconds: float) -> dict[str, Any]:
                 f"run.trim.step() was called {run.trim.steps} times in {run.epochs} epochs, so the schedule was over "
                 f"after {(run.epochs - 1) / run.trim.steps:.0%} of them"
             )
-    if seen.torch_seed != run.seed:
-        more["torch_seed"] = seen.torch_seed  # judged together with other seeds in batchtrim.lab.analyse.caveats
-    if seconds < SHORT and (names := seen.imported()):
-        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    if run.rule.counted and run.rule.kept == run.rule.seen and _may_drop(run):
         notes.append(
-            f"the first run of a process imported {listed} during the call, which adds to its time: import at the "
-            "top of the file"
+            f"every one of the {run.rule.seen:,} samples was kept, as in plain training: check that the trimmer's "
+            "clock steps, and that batches have several samples"
         )
-    for one, many, left in (("thread", "threads", seen.threads()), ("process", "processes", seen.processes())):
-        if left:
-            notes.append(f"the task left {len(left)} {many if len(left) > 1 else one} running ({', '.join(left[:3])})")
-    return {**more, **({"notes": notes} if notes else {})}
+    return notes
+
+
+def _may_drop(run: Run) -> bool:
+    """True if the method drops samples at some point of training, or by their losses."""
+    schedule = run.trim.schedule
+    return getattr(run.rule.rule, "k_follows_losses", False) or any(schedule(part) < 1.0 for part in (0.0, 0.5, 1.0))
 
 
 def _moves(run: Run) -> bool:
@@ -192,10 +213,11 @@ def _moves(run: Run) -> bool:
 
 
 def _counts(run: Run) -> dict[str, Any]:
-    """Return the numbers of samples seen and kept; None if the trimmer saw none, as in plain training."""
-    if not run.rule.calls:
+    """Return the numbers of samples seen and kept; None if the trimmer saw none, as in plain training, or not all."""
+    rule = run.rule
+    if not rule.counted:
         return {"samples_forward": None, "samples_backward": None, "steps": None}
-    return {"samples_forward": run.rule.seen, "samples_backward": run.rule.kept, "steps": run.rule.calls}
+    return {"samples_forward": rule.seen + rule.repeated, "samples_backward": rule.kept, "steps": rule.calls}
 
 
 def _write_log(run: Run, config: TaskConfig, out: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchtrim.lab.task.code import is_installed
+from batchtrim.lab.task.fingerprint import is_installed
 
 __all__ = ["Seen", "as_it_was"]
 

@@ -6,16 +6,12 @@ with the user's lines only.
 
 from __future__ import annotations
 
-import ast
 import difflib
 import functools
-import hashlib
 import importlib.util
 import inspect
 import os
 import sys
-import sysconfig
-import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,15 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import batchtrim
 from batchtrim._checks import describe, import_extra, nearest
 from batchtrim.lab.files import expanded
+from batchtrim.lab.task.fingerprint import PACKAGE, hash_of_function, hash_of_source, is_installed
 
-__all__ = ["Code", "YourCodeFailed", "is_installed", "own_traceback"]
+__all__ = ["Code", "YourCodeFailed", "hash_of_file", "own_traceback"]
 
-_PACKAGE = str(Path(batchtrim.__file__).parent)
-_INSTALLED = (_PACKAGE, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
-"""Folders that do not hold the user's code."""
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
@@ -46,8 +39,8 @@ class Code:
     Attributes:
         name: as shown and recorded: ``my_task.py:train``, or a function's own name.
         path, attribute: the file and the name in it; None for a function object.
-        source: a short hash of the program in the file, or of the function. Comments, docstrings and layout do not
-            change it; what the file imports is in :meth:`helpers`.
+        source: a short hash of the program in the file, or of the function with what it uses, as in
+            :mod:`batchtrim.lab.task.fingerprint`; what the file imports is in :meth:`helpers`.
     """
 
     name: str
@@ -72,15 +65,18 @@ class Code:
             near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.py")], n=1)
             hint = f" Did you mean '{path.parent / near[0]}'?" if near else ""
             raise FileNotFoundError(f"expected a file {path} for `{what}`, got nothing there.{hint}")
-        return cls(f"{path.name}:{attribute}", str(path.resolve()), attribute, _hash_of_file(path))
+        return cls(f"{path.name}:{attribute}", str(path.resolve()), attribute, hash_of_file(path))
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Code:
         """Wrap a function that is already in memory, as in a notebook."""
         if not callable(function):
             raise TypeError(f"expected a function or 'FILE.py:NAME', got {describe(function)}.")
-        name = getattr(function, "__name__", type(function).__name__).strip("<>")
-        return cls(name, source=_hash_of_function(function), function=function)
+        inner = function
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        name = getattr(inner, "__name__", type(inner).__name__).strip("<>")
+        return cls(name, source=hash_of_function(function), function=function)
 
     def load(self, arguments: int = 1) -> Callable[..., Any]:
         """Run the file and return the function.
@@ -171,14 +167,9 @@ def own_traceback(error: BaseException) -> str:
     return "".join(told.format()).rstrip()
 
 
-def is_installed(file: str | None) -> bool:
-    """True if a module's file is not the user's own."""
-    return file is not None and file.startswith(_INSTALLED)
-
-
 def _leave_out_ours(told: traceback.TracebackException) -> None:
     frames = list(told.stack)
-    ours = [frame.filename.startswith((_PACKAGE, "<frozen importlib")) for frame in frames]
+    ours = [frame.filename.startswith((PACKAGE, "<frozen importlib")) for frame in frames]
     theirs = [frame for frame, is_ours in zip(frames, ours, strict=True) if not is_ours]
     told.stack = traceback.StackSummary.from_list(theirs) if theirs else None  # type: ignore[assignment]
     for each in (told.__cause__, told.__context__, *(told.exceptions or ())):
@@ -216,9 +207,14 @@ def _module(path: Path, source: str) -> ModuleType:
     return module
 
 
-def _hash_of_file(path: Path) -> str:
+def hash_of_file(path: Path) -> str:
+    """Return the hash of the program in a file.
+
+    Raises:
+        YourCodeFailed: it is no program. OSError: it cannot be read.
+    """
     try:
-        return _hash(path.read_bytes().decode("utf-8-sig"))
+        return hash_of_source(path.read_bytes().decode("utf-8-sig"))
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
         line = getattr(error, "lineno", None)
         at = f" in line {line}" if line else ""
@@ -229,25 +225,6 @@ def _hash_of_file(path: Path) -> str:
 def _first_hash(file: str, module: int) -> str:
     """Return the hash of a module's file at the first call; "" if the file is gone or not text."""
     try:
-        return _hash_of_file(Path(file))
+        return hash_of_file(Path(file))
     except (OSError, ValueError):
         return ""
-
-
-def _hash_of_function(function: Callable[..., Any]) -> str:
-    try:
-        return _hash(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return ""  # made by exec, or an object: there is no source to hash
-
-
-def _hash(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            node.body = [each for each in node.body if not _is_docstring(each)]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -1,0 +1,128 @@
+"""Notes on a training function: a schedule that did not run as meant, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from batchtrim.lab import Run, compare, records
+from own_tasks import calls
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def stepping(times: int) -> Callable[[Run], dict[str, float]]:
+    """Return a task that steps its clock so often, whatever its epochs."""
+
+    def train(run: Run) -> dict[str, float]:
+        for _ in range(times):
+            run.trim(torch.rand(8))
+            run.trim.step()
+        return {"error": 0.1}
+
+    return train
+
+
+def test_a_schedule_that_did_not_get_to_its_end_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
+    compare(stepping(2), ["trim"], 1, epochs=10, out="here")
+    assert (
+        "run.trim.step() was called 2 times in 10 epochs, so the schedule ended at keep 0.82" in capfd.readouterr().err
+    )
+
+
+@pytest.mark.filterwarnings("ignore::batchtrim.errors.ClockPastTotal")
+def test_a_clock_that_counts_batches_for_epochs_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
+    """The warning went by; the record said nothing of a schedule that was over in the first epoch."""
+
+    compare(stepping(40), ["trim"], 1, epochs=10, out="here")
+    said = "run.trim.step() was called 40 times in 10 epochs, so the schedule was over after 22% of them"
+    assert said in capfd.readouterr().err
+    assert records.read("here")[0]["notes"] == [said]
+
+
+@pytest.mark.parametrize(("method", "rows", "noted"), [("trim", 8, False), ("trim", 1, True), ("full", 8, False),
+                                                       ("loss_mass", 8, False), ("loss_mass", 1, True)])  # fmt: skip
+def test_a_run_that_kept_everything_is_noted(method: str, rows: int, noted: bool) -> None:
+    """A trimmer of one's own that is never stepped, or batches of one sample: plain training by another name."""
+
+    def train(run: Run) -> dict[str, float]:
+        for _ in range(run.epochs):
+            run.trim(torch.arange(rows) ** 3.0)
+            run.trim.step()
+        return {"error": 0.1}
+
+    compare(train, [method], 1, epochs=2, out="here", quiet=True)
+    notes = records.read("here")[0].get("notes", [])
+    assert [each.startswith(f"every one of the {2 * rows} samples was kept") for each in notes] == [True] * noted
+
+
+def test_what_one_run_leaves_for_the_next_is_noted() -> None:
+    """A network or a generator outside of the function makes results depend on the order of the runs."""
+    held: dict[str, Any] = {"network": torch.nn.Linear(1, 1), "data": torch.ones(2)}
+    draws, numbers, own = torch.Generator(), np.random.default_rng(0), random.Random(0)
+
+    def train(run: Run) -> dict[str, float]:
+        if run.method == "trim":
+            torch.rand(2, generator=draws), numbers.random(), own.random()
+            with torch.no_grad():
+                held["network"].weight.add_(1.0)
+        held["made"] = held["data"] + 1
+        return calls()(run)
+
+    compare(train, ["full", "trim"], 1, epochs=2, out="here", quiet=True)
+    full, trim = records.read("here")
+    assert "notes" not in full
+    assert trim["notes"][0].startswith(
+        "the task changed draws, held, numbers, ..., which it did not make: the next run"
+    )
+
+
+def test_threads_that_are_left_behind_are_noted(capfd: pytest.CaptureFixture[str]) -> None:
+    stop = threading.Event()
+
+    def train(run: Run) -> dict[str, float]:
+        threading.Thread(target=stop.wait, name="loader", daemon=True).start()
+        return calls()(run)
+
+    try:
+        compare(train, ["full"], 1, epochs=2, out="here")
+    finally:
+        stop.set()
+    assert "the task left 1 thread running (loader)" in capfd.readouterr().err
+
+
+class LibraryThread(threading.Thread):
+    """As tqdm's monitor."""
+
+
+def test_threads_of_libraries_are_not_told_and_processes_are(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import multiprocessing
+
+    monkeypatch.setattr(LibraryThread, "__module__", "numpy")
+    left: list[Any] = []
+
+    def train(run: Run) -> dict[str, float]:
+        left.append(LibraryThread(target=time.sleep, args=(0.5,), name="monitor", daemon=True))
+        left.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,), name="mine"))
+        for each in left[-2:]:
+            each.start()
+        return calls()(run)
+
+    compare(train, ["full"], 1, epochs=2, threads=1, quiet=True, out="here")
+    for each in left[1::2]:
+        each.kill()
+        each.join()
+    assert records.read("here")[0]["notes"] == ["the task left 1 process running (mine)"]
