@@ -19,6 +19,7 @@ from batchtrim.integrations._engine_step import EngineStep
 from batchtrim.integrations._labels import Counting, count, loss_of, plain_sums, shares
 from batchtrim.integrations._model_losses import FlatLosses, ModelLosses
 from batchtrim.integrations._numbered import IDS
+from batchtrim.keeplog.batch import logits_of
 from batchtrim.reduction import reduce
 from batchtrim.selection import Selection
 
@@ -174,9 +175,10 @@ class TrainerLoss:
     def _record(self, choice: Choice | None, ids: Tensor | None, inputs: Any, outputs: Any) -> None:
         if self.trainer.keep_log is None:
             return
-        labels, logits = inputs.get("labels"), getattr(outputs, "logits", None)
+        labels = inputs.get("labels")
         classes = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-        if classes and isinstance(logits, Tensor) and logits.ndim == 2:
+        logits = logits_of(outputs, len(labels)) if classes else None
+        if logits is not None:
             self.trainer.keep_log.record(choice, ids=ids, outputs=logits.detach(), labels=labels)
         else:
             self.trainer.keep_log.record(choice, ids=ids)

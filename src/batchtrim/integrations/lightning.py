@@ -25,7 +25,7 @@ import torch
 
 from batchtrim._checks import check_choice, import_extra
 from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values
-from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used, mark
+from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used, mark, marked
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
@@ -45,8 +45,8 @@ class TrimmingCallback(Callback):
     """Mini-batch trimming in a LightningModule: ``self.trim(losses)`` in place of their mean.
 
     It makes a :class:`batchtrim.Trimmer` when training starts and sets it on the module as ``trim``; a
-    :class:`batchtrim.TrimmedForward` can be made from it in the module's ``on_train_start``. Before that, in the sanity
-    check and under a tuner (``lr_find``, ``scale_batch_size``), ``trim`` is a trimmer that keeps everything.
+    :class:`batchtrim.TrimmedForward` can be made from it in the module's ``on_train_start``. Before that, under a tuner
+    (``lr_find``, ``scale_batch_size``), and in every validation and test, ``trim`` is a trimmer that keeps everything.
 
     Args:
         keep: the schedule.
@@ -108,9 +108,28 @@ class TrimmingCallback(Callback):
             self.clock.max_epochs = trainer.max_epochs
             self.trim, self._restored = None, None
             check_free(pl_module, self.attribute)
-            setattr(pl_module, self.attribute, mark(build(1.0, None, self.options)))
             if self.keep_log is not None:
                 pl_module.keep_log = self.keep_log  # type: ignore[assignment]
+        self._keep_all(pl_module)
+
+    def teardown(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        self._keep_some(pl_module)
+
+    def on_validation_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        self._keep_all(pl_module)
+
+    def on_validation_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        self._keep_some(pl_module)
+
+    def _keep_all(self, module: LightningModule) -> None:
+        """Give the module a trimmer that keeps everything, with statistics of its own."""
+        if marked(getattr(module, self.attribute, None)):
+            setattr(module, self.attribute, mark(Trimmer(1.0, unit=self.options.get("unit", "sample"))))
+
+    def _keep_some(self, module: LightningModule) -> None:
+        """Give the module the trimmer that it trains with, once there is one."""
+        if self.trim is not None and marked(getattr(module, self.attribute, None)):
+            setattr(module, self.attribute, self.trim)
 
     # Not on_fit_start: asking for the number of steps there would set up the loader before its state is restored.
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
