@@ -94,7 +94,8 @@ class TrimmingCallback(Callback):
             check_choice("clock", clock, CLOCKS)
         check_arguments(log, keep_log, attribute, intercept, options)
         build(keep, 2, options)  # report a wrong argument now, not when training starts
-        self.keep, self.log, self.attribute, self.options = keep, log, attribute, options
+        self.keep, self.attribute, self.options = keep, attribute, options
+        self._logs = log  # Lightning sets `log` of every callback to a function
         self.keep_log, self.resume_length = keep_log, check_resume_length(resume_length)
         self.clock = LightningClock(clock)
         self.interception = Interception(options) if intercept else None
@@ -175,7 +176,7 @@ class TrimmingCallback(Callback):
 
     def _log(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self._logged_at = trainer.global_step
-        if not self.log or self.trim is None:
+        if not self._logs or self.trim is None:
             return
         strategy, device = trainer.strategy, pl_module.device
         values = log_values(self.trim, lambda numbers: strategy.reduce(numbers.to(device), reduce_op="mean"))
