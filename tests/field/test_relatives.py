@@ -195,6 +195,30 @@ class TestRankBy:
         torch.testing.assert_close(Trimmer(0.5)(losses, rank_by=-scores, mask=mask), losses.values[rows])
         assert Trimmer(0.5)(losses, rank_by=scores.values).isfinite()
 
+    @pytest.mark.parametrize("window", [False, True])
+    def test_in_an_engine(self, window: bool) -> None:
+        """There, they were still ranked by 0; and of a tensor (B, T), padding counted in each sample's mean."""
+        torch.manual_seed(0)
+        x, y = torch.randn(6, 3, 4), torch.randint(0, 3, (6, 4))
+        y[:, 2:], y[0] = -100, torch.tensor([1, -100, -100, -100])
+        ce, model = per_sample(nn.CrossEntropyLoss()), nn.Identity()
+
+        def loss_of(rank_by: Any) -> float:
+            step = batchtrim.TrimmedForward(model, ce, Trimmer(0.4), "exact", rank_by=rank_by)
+            losses = batchtrim.accumulate(step, [(x[:4], y[:4]), (x[4:], y[4:])]) if window else [step(x, y)]
+            return sum(each.item() for each in losses)
+
+        with pytest.raises(ValueError, match="`rank_by` to rank every entry that counts, got "):
+            loss_of(lambda outputs, y: per_sample(nn.CrossEntropyLoss())(outputs, torch.full_like(y, -100)))
+        with pytest.raises(ValueError, match=r"`rank_by` to return `Losses` of the entries that count, .*\(\d, 4\)"):
+            loss_of(lambda outputs, y: F.cross_entropy(outputs, y, reduction="none"))
+        with pytest.raises(PassUnreducedLosses, match=r"expected `rank_by\(outputs, y\)` to have shape"):
+            loss_of(F.cross_entropy)
+        assert loss_of(lambda outputs, y: ce(outputs, y)) == pytest.approx(Trimmer(0.4)(ce(x, y)).item())
+        assert loss_of(lambda outputs, y: -ce(outputs, y)) == pytest.approx(
+            Trimmer(0.4, select=batchtrim.easiest())(ce(x, y)).item()
+        )
+
     def test_a_mask_on_both(self) -> None:
         mask = torch.tensor([True, True, False, True, True])
         found = Trimmer(0.5)(Losses(LOSSES, mask), rank_by=Losses(-LOSSES, mask.clone()))

@@ -22,6 +22,7 @@ from batchtrim.integrations._numbered import IDS
 from batchtrim.keeplog.batch import logits_of
 from batchtrim.reduction import reduce
 from batchtrim.selection import Selection
+from batchtrim.unreduced import Losses
 
 __all__ = ["TrainerLoss"]
 
@@ -166,7 +167,7 @@ class TrainerLoss:
                 return self.model_losses(model, inputs)._replace(outputs=None)
 
         parts, states = first_pass(model, self._batches, score)
-        scores = [part.values.detach() if part.scores is None else part.scores for part in parts]
+        scores = [Losses(part.values if part.scores is None else part.scores).detach() for part in parts]
         chosen = select_window(trainer.trim, [part.losses for part in parts], scores)
         self._window = list(zip(chosen, states, strict=True))
         self._batches = []
