@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("lightning")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning_cases import QUIET, Module, Plain, data, loader, trainer
 
 import batchtrim
@@ -68,6 +69,21 @@ def test_evaluation_is_not_trimmed(select: Any, tmp_path: Path) -> None:
     runs.fit(module, loader(), torch.utils.data.DataLoader([(100.0 * a, b) for a, b in zip(x, y, strict=True)], 8))
     mean = F.cross_entropy(module.model(x), y).item()
     assert runs.callback_metrics["trim/mean_loss"].item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_what_early_stopping_monitors(tmp_path: Path) -> None:
+    """With 4 batches and a log every 3 it was the mean of the last batch, where that of the epoch is documented."""
+    module = OneStep()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)  # type: ignore[method-assign]
+    stopping = EarlyStopping("trim/mean_loss", check_on_train_epoch_end=True)
+    runs = trainer(tmp_path, TrimmingCallback(0.25), max_epochs=2, log_every_n_steps=3)
+    runs.callbacks.append(stopping)  # type: ignore[attr-defined]
+    runs.fit(module, loader())
+    x, y = data().tensors
+    losses = F.cross_entropy(module.model(x), y, reduction="none")
+    assert stopping.best_score.item() == pytest.approx(losses.mean().item(), rel=1e-5)
+    kept = torch.stack([part.topk(2).values for part in losses.split(8)])
+    assert runs.callback_metrics["trim/kept_loss"].item() == pytest.approx(kept.mean().item(), rel=1e-5)
 
 
 def test_a_validation_that_calls_an_intercepted_training_step(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from batchtrim._checks import check_choice, import_extra
-from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values
+from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values, summed
 from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used, mark, marked
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
@@ -54,7 +54,8 @@ class TrimmingCallback(Callback):
             optimizer step; under manual optimization it is a training batch, and with ``max_steps`` the steps that
             several optimizers make in one batch count as one.
         log: log ``trim/keep``, ``trim/kept``, ``trim/threshold``, ``trim/kept_loss``, ``trim/mean_loss`` and
-            ``trim/ratio`` every ``log_every_n_steps`` and at the end of an epoch, averaged over ranks.
+            ``trim/ratio`` every ``log_every_n_steps`` and at the end of an epoch, averaged over ranks: the values since
+            they were last logged. At the end of an epoch, ``callback_metrics`` has those of the whole epoch.
         attribute: the trimmer's name on the module. Several callbacks need one each, and log under it.
         intercept: trim the loss that an unchanged ``training_step`` returns (itself, or as "loss" in a dict); see
             :class:`batchtrim.integrations._lightning_step.Interception` for what it cannot do.
@@ -102,6 +103,7 @@ class TrimmingCallback(Callback):
         self.trim: Trimmer | None = None
         self._restored: dict[str, Any] | None = None
         self._logged_at = 0
+        self._logged: dict[str, Any] | None = None  # statistics of this epoch that are logged already
         self._epochs = 0
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
@@ -135,6 +137,7 @@ class TrimmingCallback(Callback):
     # Not on_fit_start: asking for the number of steps there would set up the loader before its state is restored.
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self.trim = mark(build(self.keep, self.clock.total(trainer, pl_module), self.options))
+        self._logged = None
         if self._restored is not None:
             self._load(self._restored, trainer)
             self._restored = None
@@ -168,6 +171,10 @@ class TrimmingCallback(Callback):
 
     def on_train_epoch_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self._log(trainer, pl_module)
+        if self._logs and self.trim is not None and self._logged is not None:  # for callbacks that monitor an epoch
+            self.trim.stats.load_state_dict(self._logged)
+            self._logged = None
+            self._publish(trainer, self._values(trainer, pl_module, self.trim))
         self._epochs += 1
         if self._epochs == 1:
             check_used(pl_module, self.attribute, self.trim, self.keep_log)
@@ -178,12 +185,22 @@ class TrimmingCallback(Callback):
         self._logged_at = trainer.global_step
         if not self._logs or self.trim is None:
             return
-        strategy, device = trainer.strategy, pl_module.device
-        values = log_values(self.trim, lambda numbers: strategy.reduce(numbers.to(device), reduce_op="mean"))
-        if sum(isinstance(each, TrimmingCallback) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            values = {name.replace("trim/", f"{self.attribute}/", 1): value for name, value in values.items()}
+        part = self.trim.stats.state_dict()
+        self._logged = part if self._logged is None else summed(self._logged, part)
+        values = self._values(trainer, pl_module, self.trim)
         for logger in trainer.loggers if values else ():
             logger.log_metrics(values, step=trainer.global_step)
+        self._publish(trainer, values)
+
+    def _values(self, trainer: LightningTrainer, module: LightningModule, trim: Trimmer) -> dict[str, float]:
+        """Return the statistics since they were last reset, averaged over ranks, and reset them."""
+        strategy, device = trainer.strategy, module.device
+        values = log_values(trim, lambda numbers: strategy.reduce(numbers.to(device), reduce_op="mean"))
+        if sum(isinstance(each, TrimmingCallback) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            values = {name.replace("trim/", f"{self.attribute}/", 1): value for name, value in values.items()}
+        return values
+
+    def _publish(self, trainer: LightningTrainer, values: dict[str, float]) -> None:
         trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in values.items()})
 
     @property
@@ -196,7 +213,7 @@ class TrimmingCallback(Callback):
         if self.trim is None:
             return {}
         log = {} if self.keep_log is None else {"keep_log": self.keep_log.state_dict()}
-        return {**self.trim.state_dict(), **self.clock.state_dict(), **log}
+        return {**self.trim.state_dict(), **self.clock.state_dict(), **log, "logged": self._logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:  # before training; on_train_start continues from it
@@ -206,4 +223,5 @@ class TrimmingCallback(Callback):
         assert self.trim is not None
         if self.keep_log is not None and "keep_log" in state:
             self.keep_log.load_state_dict(state["keep_log"])
+        self._logged = state.get("logged")
         self.clock.load(self.trim, state, self.resume_length, trainer)
