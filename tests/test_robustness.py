@@ -163,6 +163,7 @@ def test_weights_that_are_not_those_of_the_losses(weights: Any) -> None:
         (lambda: batchtrim.focal(LOSSES, float("nan")), "`gamma` to be at least 0, got nan"),
         (lambda: batchtrim.superloss(LOSSES, tau=torch.rand(3)), r"`tau` to be a number or of the shape .*\(4,\), got"),
         (lambda: batchtrim.superloss(LOSSES, tau=torch.rand(4, 1)), "`tau` to be a number or of the shape"),
+        (lambda: batchtrim.superloss(LOSSES, tau=float("nan")), "`tau` to be a number to compare losses"),
         (lambda: tokens(ignore_index="-100"), "`ignore_index` to be an int, got '-100'"),
         (lambda: tokens(ignore_index=1.5), "`ignore_index` to be an int, got 1.5"),
         (lambda: tokens(shift="no"), "`shift` to be True or False, got 'no'"),

@@ -13,7 +13,7 @@ import importlib
 import math
 import numbers
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
@@ -201,7 +201,8 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
     import torch
 
     if not isinstance(losses, torch.Tensor):
-        raise TypeError(f"expected `{name}` to be a tensor, got {describe(losses)}.")
+        cure = tensor_cure(losses) if name == "losses" else ""
+        raise TypeError(f"expected `{name}` to be a tensor, got {describe(losses)}.{cure}")
     if losses.ndim == 0:
         raise PassUnreducedLosses(
             f"expected `{name}` to have shape (B,), one loss per sample, got (). "
@@ -228,6 +229,15 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
         )
 
 
+def tensor_cure(value: Any) -> str:
+    """Return how to get the tensor of losses out of what arrived, with a space before it."""
+    if isinstance(value, Mapping):
+        return " Add the terms, one loss per sample each: sum(losses.values())."
+    if isinstance(value, (tuple, list)):
+        return " Stack one loss per sample (torch.stack), or add up several terms."
+    return " They are its values: losses.values." if _is_tensor(getattr(value, "values", None)) else ""
+
+
 def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None = None) -> None:
     """Check a tensor that goes with the losses: the same shape, and the given dtype if there is one."""
     import torch
@@ -236,10 +246,12 @@ def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None 
         raise TypeError(f"expected `{name}` to be a tensor, got {describe(value)}.")
     if value.shape != losses.shape:
         raise ValueError(
-            f"expected `{name}` to have the shape of `losses`, {tuple(losses.shape)}, got {tuple(value.shape)}."
+            f"expected `{name}` to have the shape of `losses`, {tuple(losses.shape)}, got {tuple(value.shape)}. "
+            f"Expand it, so that each loss has one of its own: {name}.expand_as(losses)."
         )
     if dtype is not None and value.dtype != dtype:
-        raise TypeError(f"expected `{name}` to have dtype {dtype}, got {value.dtype}.")
+        cure = f" Convert: {name}.bool()." if str(dtype) == "torch.bool" else ""
+        raise TypeError(f"expected `{name}` to have dtype {dtype}, got {value.dtype}.{cure}")
 
 
 def check_integers(name: str, value: Any, losses: Tensor) -> None:

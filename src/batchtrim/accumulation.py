@@ -158,13 +158,13 @@ def _choose(
     once = not step.engine.repeats_forward and trim.keep < 1.0  # its second pass leaves the buffers as they are
     first: list[tuple[Snapshot, Tensor]] = []
 
-    def score(batch: tuple[Any, Any]) -> tuple[Losses, Tensor | None]:
+    def score(batch: tuple[Any, Any]) -> tuple[Losses, Losses | None]:
         snapshot = Snapshot(forward, *batch) if once else None
         x, y = batch if once else copied(batch)  # a model may change its batch in place, but only once, as in one step
         losses, outputs = forward(x, y, model=forward.inner)
         if snapshot is not None:
             first.append((snapshot, losses.values))
-        return losses, forward.scores(outputs, y)
+        return losses, forward.scores(losses.detach(), outputs, y)
 
     before = ModelState(forward.inner, forward.per_sample_loss, forward.rank_by)
     found, states = first_pass(forward.inner, batches, score, undo_buffers=False)
@@ -200,11 +200,11 @@ def waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
     return list(found.values())
 
 
-def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Tensor | None] = ()) -> list[Selection]:
+def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Losses | None] = ()) -> list[Selection]:
     """Choose from the losses of all micro-batches together; return one selection for each, with joint divisors."""
     window = join_losses(parts)
     ranked = [score for score in scores if score is not None]
-    selection = trim.select(window, rank_by=torch.cat(ranked) if ranked else None)
+    selection = trim.select(window, rank_by=join_losses(ranked) if ranked else None)
     return split(selection, [len(part.values) for part in parts], window.weights)
 
 

@@ -21,6 +21,7 @@ from torch.nn._reduction import legacy_get_string
 
 from batchtrim._checks import describe
 from batchtrim.errors import PassUnreducedLosses
+from batchtrim.unreduced import Losses
 
 __all__ = ["Criterion", "check_values", "not_its_own", "same_shape"]
 
@@ -157,6 +158,11 @@ class Criterion:
             raise
         if self.adaptive:
             values = -values.output
+        if isinstance(values, Losses):
+            raise TypeError(
+                f"expected {self.name} to return a tensor, got `Losses`, which need no per_sample. Give the trimmer "
+                "what it returns, trim(criterion(outputs, targets)), or TrimmedForward the criterion itself."
+            )
         if not isinstance(values, Tensor):
             place = repr(next(iter(values), "loss")) if isinstance(values, dict) else 0
             raise TypeError(

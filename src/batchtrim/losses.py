@@ -264,6 +264,8 @@ def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:
         _check_spreads("tau", tau, losses)
     else:
         tau = check_number("tau", tau)
+        if tau != tau:
+            raise ValueError("expected `tau` to be a number to compare losses with, got nan.")
         check_within("tau", tau, losses.dtype)
     check_positive("lam", lam)
     check_within("lam", lam, losses.dtype)

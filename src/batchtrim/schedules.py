@@ -228,7 +228,8 @@ class by_accuracy(Schedule):
     needs_total: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", _check_points("levels", self.levels))
+        hint = "A level is an accuracy, a fraction and not a percentage."
+        object.__setattr__(self, "levels", _check_points("levels", self.levels, hint))
         object.__setattr__(self, "start", check_keep("start", self.start))
 
     def __call__(self, accuracy: float, /) -> float:
@@ -277,9 +278,9 @@ def _check_ends(schedule: linear | cosine) -> None:
     object.__setattr__(schedule, "end", check_keep("end", schedule.end))
 
 
-def _check_points(name: str, points: Any) -> dict[float, float]:
+def _check_points(name: str, points: Any, hint: str = "Progress is the share of training done.") -> dict[float, float]:
     if not isinstance(points, Mapping) or not points:
         raise TypeError(f"expected `{name}` to be a mapping such as {{0.5: 0.6, 0.75: 0.3}}, got {describe(points)}.")
-    keys = [check_progress(f"{name} key", place) for place in points]
+    keys = [check_part(f"{name} key", place, hint) for place in points]
     keeps = [check_keep(f"{name}[{place}]", keep) for place, keep in points.items()]
     return dict(sorted(zip(keys, keeps, strict=True)))

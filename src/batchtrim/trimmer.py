@@ -126,8 +126,8 @@ class Trimmer:
         if process_group is not None:
             world_size(process_group)
         self.process_group = process_group
-        self.seed = check_count("seed", seed, minimum=0)
-        self.generator = torch.Generator("cpu").manual_seed(self.seed)
+        self._seed = check_count("seed", seed, minimum=0)
+        self.generator = torch.Generator("cpu").manual_seed(self._seed)
         self.log = trimmer_log(log, self.unit)
         self.stats = KeepStats()
         self.last: Choice | None = None
@@ -223,6 +223,11 @@ class Trimmer:
             return self.keep
         selection = self.last_selection
         return selection.k / selection.candidates if selection is not None and selection.candidates else self.keep
+
+    @property
+    def seed(self) -> int:
+        """The seed that the generator was made with; to draw anew, ``trim.generator.manual_seed(seed)``."""
+        return self._seed
 
     @property
     def schedule(self) -> Callable[[float], float]:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_like, check_losses, describe, is_number
+from batchtrim._checks import check_choice, check_like, check_losses, describe, is_number
 from batchtrim.errors import PassUnreducedLosses
 
 __all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "nonzero", "to_rank"]
 
 UNITS = ("sample", "element")
+_REDUCTIONS = ("mean", "sum")
 
 _transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -44,8 +45,7 @@ class Losses:
             each is divided by its own divisor over what is kept. Empty otherwise.
 
     Losses can be added and scaled: ``ce(out, y) + 0.4 * ce(aux, y)``. They are ranked by their sum. A tensor of the
-        shape of
-    ``values`` can be added too.
+    shape of ``values`` can be added too, and is reduced as they are; a factor is a number, or a tensor of that shape.
 
     Notes:
         Adding compares masks, weights and counts, which syncs the device if there are any.
@@ -63,6 +63,20 @@ class Losses:
     unit: str | None = None
     reduction: str = "mean"
     terms: tuple[Losses, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor):
+            raise TypeError(f"expected `values` to be a tensor, got {describe(self.values)}.")
+        if self.mask is not None:
+            check_like("mask", self.mask, self.values, torch.bool)
+        if self.weights is not None:
+            check_like("weights", self.weights, self.values)
+        if self.counts is not None and self.values.ndim == 1:
+            check_like("counts", self.counts, self.values)
+        if self.unit is not None and self.unit not in UNITS:
+            check_choice("unit", self.unit, UNITS)
+        if self.reduction not in _REDUCTIONS:
+            check_choice("reduction", self.reduction, _REDUCTIONS)
 
     def detach(self) -> Losses:
         """Return the same without a graph."""
@@ -94,7 +108,8 @@ class Losses:
     def __add__(self, other: object) -> Losses:
         if is_number(other) and other == 0:  # sum() starts with 0
             return self
-        other = Losses(self._checked_term(other), unit=self.unit) if isinstance(other, Tensor) else other
+        if isinstance(other, Tensor):
+            other = Losses(self._checked_term(other), unit=self.unit, reduction=self.reduction)
         if not isinstance(other, Losses):
             return NotImplemented
         self._checked_term(other.values)
@@ -107,10 +122,12 @@ class Losses:
     __radd__ = __add__
 
     def __mul__(self, factor: object) -> Losses:
-        whole = isinstance(factor, Tensor) and factor.shape in ((), self.values.shape)
-        if not (is_number(factor) or whole):
+        if isinstance(factor, Tensor):
+            factor = self._checked_factor(factor)
+        elif is_number(factor):
+            factor = float(factor)  # type: ignore[arg-type]
+        else:
             return NotImplemented
-        factor = factor if isinstance(factor, Tensor) else float(factor)  # type: ignore[arg-type]
         return replace(self, values=self.values * factor, terms=tuple(each * factor for each in self.terms))
 
     __rmul__ = __mul__
@@ -133,6 +150,16 @@ class Losses:
                 "expected the parts of `Losses` to be read by name (losses.values), got them unpacked as three."
             )
         return iter((self.values, self.mask, self.weights))
+
+    def _checked_factor(self, factor: Tensor) -> Tensor:
+        if factor.numel() == 1:
+            return factor.reshape(())  # a learned weight often has shape (1,)
+        if factor.shape != self.values.shape:
+            raise ValueError(
+                f"expected a factor of one number, or of shape {tuple(self.values.shape)}, to scale `Losses` by, got "
+                f"{describe(factor)}. Expand it, so that each loss has one of its own."
+            )
+        return factor
 
     def _checked_term(self, other: Tensor) -> Tensor:
         if other.ndim == 0:

@@ -53,6 +53,13 @@ def test_a_clock_that_is_never_stepped_is_reported_once(accumulation: int, prepa
     assert trim.keep == 1.0
 
 
+@pytest.mark.parametrize("call", [register, log])
+def test_arguments_in_another_order(call: Any) -> None:
+    """An AttributeError of a method that the user does not know."""
+    with pytest.raises(TypeError, match=r"expected `accelerator` to be the Accelerator, got Trimmer\(.* The order is"):
+        call(batchtrim.Trimmer(0.5), Accelerator(cpu=True))
+
+
 @pytest.mark.parametrize("step", ["epoch", "batch"])
 def test_a_clock_that_is_stepped_is_not_reported(step: str) -> None:
     with warnings.catch_warnings():

@@ -195,6 +195,30 @@ class TestRankBy:
         torch.testing.assert_close(Trimmer(0.5)(losses, rank_by=-scores, mask=mask), losses.values[rows])
         assert Trimmer(0.5)(losses, rank_by=scores.values).isfinite()
 
+    @pytest.mark.parametrize("window", [False, True])
+    def test_in_an_engine(self, window: bool) -> None:
+        """There, they were still ranked by 0; and of a tensor (B, T), padding counted in each sample's mean."""
+        torch.manual_seed(0)
+        x, y = torch.randn(6, 3, 4), torch.randint(0, 3, (6, 4))
+        y[:, 2:], y[0] = -100, torch.tensor([1, -100, -100, -100])
+        ce, model = per_sample(nn.CrossEntropyLoss()), nn.Identity()
+
+        def loss_of(rank_by: Any) -> float:
+            step = batchtrim.TrimmedForward(model, ce, Trimmer(0.4), "exact", rank_by=rank_by)
+            losses = batchtrim.accumulate(step, [(x[:4], y[:4]), (x[4:], y[4:])]) if window else [step(x, y)]
+            return sum(each.item() for each in losses)
+
+        with pytest.raises(ValueError, match="`rank_by` to rank every entry that counts, got "):
+            loss_of(lambda outputs, y: per_sample(nn.CrossEntropyLoss())(outputs, torch.full_like(y, -100)))
+        with pytest.raises(ValueError, match=r"`rank_by` to return `Losses` of the entries that count, .*\(\d, 4\)"):
+            loss_of(lambda outputs, y: F.cross_entropy(outputs, y, reduction="none"))
+        with pytest.raises(PassUnreducedLosses, match=r"expected `rank_by\(outputs, y\)` to have shape"):
+            loss_of(F.cross_entropy)
+        assert loss_of(lambda outputs, y: ce(outputs, y)) == pytest.approx(Trimmer(0.4)(ce(x, y)).item())
+        assert loss_of(lambda outputs, y: -ce(outputs, y)) == pytest.approx(
+            Trimmer(0.4, select=batchtrim.easiest())(ce(x, y)).item()
+        )
+
     def test_a_mask_on_both(self) -> None:
         mask = torch.tensor([True, True, False, True, True])
         found = Trimmer(0.5)(Losses(LOSSES, mask), rank_by=Losses(-LOSSES, mask.clone()))
@@ -213,12 +237,21 @@ class TestRulesOfOnesOwn:
             (lambda losses: Selection(torch.tensor([0.5]), 5, 5), ValueError, r"rows of 5 losses, int64 of shape"),
             (lambda losses: Selection(torch.tensor([0]), 9, 9), ValueError, r"rows of 5 losses, int64 .* of 9 from"),
             (lambda losses: Selection(torch.tensor([0, 1]), 5, 5, torch.ones(1)), ValueError, "a weight for each of 2"),
+            (lambda losses: Selection(torch.tensor([0, 1]), 5, 5, [1.0, 2.0]), ValueError, r"tensor, got \[1\.0"),
+            (lambda losses: Selection(torch.tensor([0]), 5, 0), ValueError, "`candidates` from the 1 kept to"),
+            (lambda losses: Selection(torch.tensor([0]), 5, 5, None, 0.0), ValueError, "positive `normalizer`, got 0"),
+            (lambda losses: Selection(torch.tensor([0]), 5, 5, None, -2.0), ValueError, "`normalizer`, got -2"),
         ],
     )  # fmt: skip
     def test_an_invalid_selection(self, rows: Callable[[Tensor], Any], error: type[Exception], words: str) -> None:
         """A row drawn twice counted once, -1 was the last row, and one weight was all rows'."""
         with pytest.raises(error, match=words):
             Trimmer(0.5, select=lambda losses, keep, generator=None: rows(losses))(LOSSES)
+
+    def test_one_of_other_arguments(self) -> None:
+        with pytest.raises(TypeError, match="positional argument") as caught:
+            Trimmer(0.5, select=lambda losses: losses)(LOSSES)  # type: ignore[arg-type, misc]
+        assert "a selection rule with (losses, keep, generator)" in caught.value.__notes__[0]
 
     def test_one_that_writes_into_its_losses(self) -> None:
         def rule(losses: Tensor, keep: float, generator: Any = None) -> Selection:
@@ -234,6 +267,13 @@ class TestRulesOfOnesOwn:
 
         mask = torch.tensor([False, True, True, True, True])
         assert Trimmer(0.5, select=rule, scale="batch")(LOSSES, mask=mask).item() == pytest.approx(0.3)
+
+    def test_percentiles_after_losses_that_are_nan(self) -> None:
+        """A search among sorted losses took NaN for smaller than any number: all were kept, for 1,024 losses."""
+        rule, draw = batchtrim.percentile(beta=1.0, history=1000), torch.Generator().manual_seed(1)
+        assert rule(torch.full((600,), math.nan), 1.0, draw).k == 600, "NaN is kept"
+        kept = rule(torch.rand(400), 1.0, draw).k  # each has at most 400 of the history of 1,000 below it
+        assert 50 < kept < 110
 
     def test_an_invalid_threshold(self) -> None:
         with pytest.raises(ValueError, match="expected `threshold` to be a number to compare losses with, got nan"):
@@ -257,6 +297,13 @@ class TestSettingsOfATrimmer:
             setattr(trim, name, value)
         trim.unit = "element"
         assert trim(torch.tensor([[1.0, 4.0], [3.0, 2.0]])).item() == 3.5
+
+    def test_a_seed_set_later(self) -> None:
+        """It was taken, and nothing was drawn from it."""
+        trim = Trimmer(0.5, seed=3)
+        with pytest.raises(AttributeError):
+            trim.seed = 4  # type: ignore[misc]
+        assert trim.seed == 3
 
     def test_a_state_that_is_damaged_changes_nothing(self) -> None:
         saved = Trimmer(0.5, select=batchtrim.percentile())
@@ -292,6 +339,8 @@ class TestClock:
     def test_an_accuracy_in_percent(self) -> None:
         with pytest.raises(ValueError, match=r"expected `accuracy` in \[0, 1\], got 83\. It is a fraction"):
             Trimmer(batchtrim.by_accuracy()).step(accuracy=83.0)
+        with pytest.raises(ValueError, match=r"expected `levels key` in \[0, 1\], got 80\. A level is an accuracy"):
+            batchtrim.by_accuracy({80: 0.5})
 
     def test_the_number_of_the_epoch_given_to_step(self) -> None:
         """As schedulers of learning rates once took it: the schedule is over early, and another reason was given."""

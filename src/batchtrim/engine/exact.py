@@ -33,7 +33,7 @@ class ExactEngine:
         losses, outputs = self.forward(x, y)
         detached = losses.detach()
         if selection is None:
-            selection = self.trim.select(detached, rank_by=self.forward.scores(outputs, y))
+            selection = self.trim.select(detached, rank_by=self.forward.scores(detached, outputs, y))
         loss = reduce(losses.values, selection, self.trim.scale, losses.weights)
         outputs = outputs.detach() if type(outputs) is Tensor else map_tensors(Tensor.detach, outputs)
         return StepResult(loss, detached.values, outputs, selection, engine=self.name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim._checks import check_losses
+from batchtrim._checks import check_losses, describe
 from batchtrim.engine.rows import RowCutter
 from batchtrim.engine.wrapped import unwrapped
 from batchtrim.losses import Losses, flatten
@@ -58,22 +58,38 @@ class Forward:
             outputs = model(**x)
         return as_losses(self.per_sample_loss(outputs, y), self.unit), outputs
 
-    def scores(self, outputs: Any, y: Any) -> Tensor | None:
-        """Return the values to rank by, detached; None if they are the losses."""
+    def scores(self, losses: Losses, outputs: Any, y: Any) -> Losses | None:
+        """Return what to rank ``losses`` by, one value for each, detached; None if that is themselves."""
         if self.rank_by is None:
             return None
         with torch.no_grad():
-            return as_losses(self.rank_by(outputs, y), self.unit).values.detach()
+            found = self.rank_by(outputs, y)
+            if isinstance(found, Tensor) and self.unit == "sample" and losses.mask is not None:
+                _check_all_count(found, losses)
+            return as_losses(found, self.unit, "rank_by(outputs, y)").detach()
 
     def rows(self, x: Any, y: Any, rows: Tensor, batch: int) -> tuple[Any, Any]:
         """Return the given samples of inputs and targets; see :class:`batchtrim.engine.rows.RowCutter`."""
         return self.cutter(x, y, rows, batch)
 
 
-def as_losses(losses: Tensor | Losses, unit: str) -> Losses:
+def _check_all_count(scores: Tensor, losses: Losses) -> None:
+    """Check that a plain mean of a sample's scores is over the entries that its loss is the mean of."""
+    if scores.ndim < 2 or losses.counts is None:
+        return
+    entries = scores[:1].numel()
+    if entries > 1 and bool((losses.counts != entries).any()):
+        raise ValueError(
+            f"expected `rank_by` to return `Losses` of the entries that count, as the losses are, got "
+            f"{describe(scores)} with ignored or weighted entries among them. Return batchtrim.Losses(values, mask), "
+            "or pass batchtrim.per_sample(criterion)."
+        )
+
+
+def as_losses(losses: Tensor | Losses, unit: str, name: str = "per_sample_loss(outputs, y)") -> Losses:
     """Return the result of a per-sample loss function as one value per sample or element."""
     if not isinstance(losses, Losses):
         # the trimmer refuses an empty batch, except with scope="global"
-        check_losses(losses, "per_sample_loss(outputs, y)", allow_empty=True)
+        check_losses(losses, name, allow_empty=True)
         losses = Losses(losses)
     return flatten(losses, unit)

@@ -114,8 +114,8 @@ class SharedEngine:
             return self.exact(x, y, selection)
         tape, losses, outputs = found
         if selection is None:
-            scores = self.forward.scores(outputs, y)
-            selection = self.trim.select(losses.detach(), rank_by=scores).rising()
+            detached = losses.detach()
+            selection = self.trim.select(detached, rank_by=self.forward.scores(detached, outputs, y)).rising()
         batch = tape.size = losses.values.shape[0]
         rows = padded_rows(selection)
         values, weights = losses.values, losses.weights

@@ -195,7 +195,8 @@ class Trial:
         _seed(number)
         started = GeneratorStates(device_of(side.model))
         losses, outputs = side.step.forward(*batch)
-        right = side.step.trim.select(losses.detach(), rank_by=side.step.forward.scores(outputs, batch[1])).rising()
+        scores = side.step.forward.scores(losses.detach(), outputs, batch[1])
+        right = side.step.trim.select(losses.detach(), rank_by=scores).rising()
         if selection is not None and not torch.equal(selection.indices, right.indices):
             values = losses.values.detach()
             kept, expected = (values[each.indices].sort().values for each in (selection, right))

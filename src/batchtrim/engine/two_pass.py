@@ -85,7 +85,7 @@ class TwoPassEngine:
             if not self.began:
                 raise EngineRefused(_CANNOT.format("whether its forward writes into its parameters cannot be seen"))
             if selection is None:
-                selection = self.trim.select(losses, rank_by=self.forward.scores(outputs, y)).rising()
+                selection = self.trim.select(losses, rank_by=self.forward.scores(losses, outputs, y)).rising()
             loss = self.train_on_kept(x, y, selection, (before, losses.values))
         except EngineRefused:
             before.restore(batch=True)

@@ -87,6 +87,15 @@ def log_values(trim: Trimmer, mean: Callable[[Tensor], Any] | None = None) -> di
     return {f"trim/{name}": value / row[0] for name, value in zip(values, row[1:], strict=True)} if row[0] else {}
 
 
+def summed(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of statistics of two parts of training together; arguments as of ``KeepStats.state_dict``."""
+    sums = [each["sums"] for each in (one, other) if each["sums"] is not None]
+    return {
+        **{name: one[name] + other[name] for name in one if name != "sums"},
+        "sums": torch.stack(sums).sum(0) if sums else None,
+    }
+
+
 def load_state(trim: Trimmer, state: dict[str, Any], length: str | None, taken_by: str, unit: str) -> None:
     """Continue from ``state``. ``taken_by`` has the argument ``resume_length``; ``unit`` is what the clock counts.
 

@@ -9,7 +9,7 @@ from batchtrim._checks import describe
 from batchtrim.keeplog import KeepLog
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["check_arguments", "check_free", "check_over", "check_used", "mark"]
+__all__ = ["check_arguments", "check_free", "check_over", "check_used", "mark", "marked"]
 
 
 _MARK = "of_callback"
@@ -35,10 +35,15 @@ def mark(trim: Trimmer) -> Trimmer:
     return trim
 
 
+def marked(own: Any) -> bool:
+    """True if a callback may put a trimmer in place of this attribute: there is none, or a callback made it."""
+    return own is None or hasattr(own, _MARK)
+
+
 def check_free(module: Any, attribute: str) -> None:
     """Raise an error if the module uses the trimmer's name for something else, or for a trimmer of its own."""
     own = getattr(module, attribute, None)
-    if isinstance(own, Trimmer) and not hasattr(own, _MARK) and (own.keep < 1.0 or own._clock.moves(own.total)):
+    if isinstance(own, Trimmer) and not marked(own) and (own.keep < 1.0 or own._clock.moves(own.total)):
         raise ValueError(
             f"expected `attribute` to be free on {type(module).__name__}, got {attribute!r}, a Trimmer of the module's "
             "own, which the callback's would replace. Remove it, or leave the callback out and call trim.step()."

@@ -58,6 +58,8 @@ class Interception:
             self._module = None
 
     def _trimmed(self, trim: Trimmer, own: Any, args: Any, kwargs: Any) -> Any:
+        if not self._module.trainer.training:  # a validation_step calls it
+            return own(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
         if not tensors:
             raise ValueError("expected a batch with tensors, got none. Call self.trim(losses) in training_step.")

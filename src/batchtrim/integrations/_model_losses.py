@@ -73,7 +73,11 @@ class ModelLosses:
     def own(self, model: nn.Module, inputs: Any) -> tuple[Losses, Any]:
         assert self.per_sample_loss is not None
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        losses = self.per_sample_loss(outputs, inputs.get("labels"))
+        try:
+            losses = self.per_sample_loss(outputs, inputs.get("labels"))
+        except Exception as error:
+            error.add_note("TrimmedTrainer calls per_sample_loss(outputs, labels) with what the model returns.")
+            raise
         losses = losses if isinstance(losses, Losses) else Losses(losses)
         check_losses(losses.values, "per_sample_loss(outputs, labels)", allow_empty=True)
         return losses, outputs

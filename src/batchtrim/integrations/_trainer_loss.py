@@ -19,8 +19,10 @@ from batchtrim.integrations._engine_step import EngineStep
 from batchtrim.integrations._labels import Counting, count, loss_of, plain_sums, shares
 from batchtrim.integrations._model_losses import FlatLosses, ModelLosses
 from batchtrim.integrations._numbered import IDS
+from batchtrim.keeplog.batch import logits_of
 from batchtrim.reduction import reduce
 from batchtrim.selection import Selection
+from batchtrim.unreduced import Losses
 
 __all__ = ["TrainerLoss"]
 
@@ -165,7 +167,7 @@ class TrainerLoss:
                 return self.model_losses(model, inputs)._replace(outputs=None)
 
         parts, states = first_pass(model, self._batches, score)
-        scores = [part.values.detach() if part.scores is None else part.scores for part in parts]
+        scores = [Losses(part.values if part.scores is None else part.scores).detach() for part in parts]
         chosen = select_window(trainer.trim, [part.losses for part in parts], scores)
         self._window = list(zip(chosen, states, strict=True))
         self._batches = []
@@ -174,9 +176,10 @@ class TrainerLoss:
     def _record(self, choice: Choice | None, ids: Tensor | None, inputs: Any, outputs: Any) -> None:
         if self.trainer.keep_log is None:
             return
-        labels, logits = inputs.get("labels"), getattr(outputs, "logits", None)
+        labels = inputs.get("labels")
         classes = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-        if classes and isinstance(logits, Tensor) and logits.ndim == 2:
+        logits = logits_of(outputs, len(labels)) if classes else None
+        if logits is not None:
             self.trainer.keep_log.record(choice, ids=ids, outputs=logits.detach(), labels=labels)
         else:
             self.trainer.keep_log.record(choice, ids=ids)

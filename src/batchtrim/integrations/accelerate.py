@@ -16,9 +16,10 @@ by itself. To trim a whole window, leave ``gradient_accumulation_steps`` at 1 an
 from __future__ import annotations
 
 import warnings
+from typing import Any
 from weakref import WeakSet
 
-from batchtrim._checks import import_extra
+from batchtrim._checks import describe, import_extra
 from batchtrim.integrations import log_values
 from batchtrim.trimmer import Trimmer
 
@@ -36,6 +37,7 @@ def register(accelerator: Accelerator, trim: Trimmer) -> Trimmer:
 
     The state saved is that of the main process.
     """
+    _check_arguments(accelerator, trim)
     accelerator.register_for_checkpointing(trim)
     return trim
 
@@ -49,10 +51,19 @@ def log(accelerator: Accelerator, trim: Trimmer, step: int | None = None) -> dic
     Warns:
         UserWarning: once, if a prepared loader has run two epochs and ``trim`` was never stepped.
     """
+    _check_arguments(accelerator, trim)
     _check_clock(accelerator, trim)
     values = log_values(trim, lambda numbers: accelerator.reduce(numbers.to(accelerator.device), reduction="mean"))
     accelerator.log(values, step=step)
     return values
+
+
+def _check_arguments(accelerator: Any, trim: Any) -> None:
+    for name, value, kind in (("accelerator", accelerator, Accelerator), ("trim", trim, Trimmer)):
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"expected `{name}` to be the {kind.__name__}, got {describe(value)}. The order is (accelerator, trim)."
+            )
 
 
 def _check_clock(accelerator: Accelerator, trim: Trimmer) -> None:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from batchtrim._checks import check_choice, import_extra
-from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values
-from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used, mark
+from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values, summed
+from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used, mark, marked
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
@@ -45,8 +45,8 @@ class TrimmingCallback(Callback):
     """Mini-batch trimming in a LightningModule: ``self.trim(losses)`` in place of their mean.
 
     It makes a :class:`batchtrim.Trimmer` when training starts and sets it on the module as ``trim``; a
-    :class:`batchtrim.TrimmedForward` can be made from it in the module's ``on_train_start``. Before that, in the sanity
-    check and under a tuner (``lr_find``, ``scale_batch_size``), ``trim`` is a trimmer that keeps everything.
+    :class:`batchtrim.TrimmedForward` can be made from it in the module's ``on_train_start``. Before that, under a tuner
+    (``lr_find``, ``scale_batch_size``), and in every validation and test, ``trim`` is a trimmer that keeps everything.
 
     Args:
         keep: the schedule.
@@ -54,7 +54,8 @@ class TrimmingCallback(Callback):
             optimizer step; under manual optimization it is a training batch, and with ``max_steps`` the steps that
             several optimizers make in one batch count as one.
         log: log ``trim/keep``, ``trim/kept``, ``trim/threshold``, ``trim/kept_loss``, ``trim/mean_loss`` and
-            ``trim/ratio`` every ``log_every_n_steps`` and at the end of an epoch, averaged over ranks.
+            ``trim/ratio`` every ``log_every_n_steps`` and at the end of an epoch, averaged over ranks: the values since
+            they were last logged. At the end of an epoch, ``callback_metrics`` has those of the whole epoch.
         attribute: the trimmer's name on the module. Several callbacks need one each, and log under it.
         intercept: trim the loss that an unchanged ``training_step`` returns (itself, or as "loss" in a dict); see
             :class:`batchtrim.integrations._lightning_step.Interception` for what it cannot do.
@@ -94,13 +95,15 @@ class TrimmingCallback(Callback):
             check_choice("clock", clock, CLOCKS)
         check_arguments(log, keep_log, attribute, intercept, options)
         build(keep, 2, options)  # report a wrong argument now, not when training starts
-        self.keep, self.log, self.attribute, self.options = keep, log, attribute, options
+        self.keep, self.attribute, self.options = keep, attribute, options
+        self._logs = log  # Lightning sets `log` of every callback to a function
         self.keep_log, self.resume_length = keep_log, check_resume_length(resume_length)
         self.clock = LightningClock(clock)
         self.interception = Interception(options) if intercept else None
         self.trim: Trimmer | None = None
         self._restored: dict[str, Any] | None = None
         self._logged_at = 0
+        self._logged: dict[str, Any] | None = None  # statistics of this epoch that are logged already
         self._epochs = 0
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
@@ -108,13 +111,33 @@ class TrimmingCallback(Callback):
             self.clock.max_epochs = trainer.max_epochs
             self.trim, self._restored = None, None
             check_free(pl_module, self.attribute)
-            setattr(pl_module, self.attribute, mark(build(1.0, None, self.options)))
             if self.keep_log is not None:
                 pl_module.keep_log = self.keep_log  # type: ignore[assignment]
+        self._keep_all(pl_module)
+
+    def teardown(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        self._keep_some(pl_module)
+
+    def on_validation_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        self._keep_all(pl_module)
+
+    def on_validation_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        self._keep_some(pl_module)
+
+    def _keep_all(self, module: LightningModule) -> None:
+        """Give the module a trimmer that keeps everything, with statistics of its own."""
+        if marked(getattr(module, self.attribute, None)):
+            setattr(module, self.attribute, mark(Trimmer(1.0, unit=self.options.get("unit", "sample"))))
+
+    def _keep_some(self, module: LightningModule) -> None:
+        """Give the module the trimmer that it trains with, once there is one."""
+        if self.trim is not None and marked(getattr(module, self.attribute, None)):
+            setattr(module, self.attribute, self.trim)
 
     # Not on_fit_start: asking for the number of steps there would set up the loader before its state is restored.
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self.trim = mark(build(self.keep, self.clock.total(trainer, pl_module), self.options))
+        self._logged = None
         if self._restored is not None:
             self._load(self._restored, trainer)
             self._restored = None
@@ -148,6 +171,10 @@ class TrimmingCallback(Callback):
 
     def on_train_epoch_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self._log(trainer, pl_module)
+        if self._logs and self.trim is not None and self._logged is not None:  # for callbacks that monitor an epoch
+            self.trim.stats.load_state_dict(self._logged)
+            self._logged = None
+            self._publish(trainer, self._values(trainer, pl_module, self.trim))
         self._epochs += 1
         if self._epochs == 1:
             check_used(pl_module, self.attribute, self.trim, self.keep_log)
@@ -156,14 +183,24 @@ class TrimmingCallback(Callback):
 
     def _log(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self._logged_at = trainer.global_step
-        if not self.log or self.trim is None:
+        if not self._logs or self.trim is None:
             return
-        strategy, device = trainer.strategy, pl_module.device
-        values = log_values(self.trim, lambda numbers: strategy.reduce(numbers.to(device), reduce_op="mean"))
-        if sum(isinstance(each, TrimmingCallback) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            values = {name.replace("trim/", f"{self.attribute}/", 1): value for name, value in values.items()}
+        part = self.trim.stats.state_dict()
+        self._logged = part if self._logged is None else summed(self._logged, part)
+        values = self._values(trainer, pl_module, self.trim)
         for logger in trainer.loggers if values else ():
             logger.log_metrics(values, step=trainer.global_step)
+        self._publish(trainer, values)
+
+    def _values(self, trainer: LightningTrainer, module: LightningModule, trim: Trimmer) -> dict[str, float]:
+        """Return the statistics since they were last reset, averaged over ranks, and reset them."""
+        strategy, device = trainer.strategy, module.device
+        values = log_values(trim, lambda numbers: strategy.reduce(numbers.to(device), reduce_op="mean"))
+        if sum(isinstance(each, TrimmingCallback) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            values = {name.replace("trim/", f"{self.attribute}/", 1): value for name, value in values.items()}
+        return values
+
+    def _publish(self, trainer: LightningTrainer, values: dict[str, float]) -> None:
         trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in values.items()})
 
     @property
@@ -176,7 +213,7 @@ class TrimmingCallback(Callback):
         if self.trim is None:
             return {}
         log = {} if self.keep_log is None else {"keep_log": self.keep_log.state_dict()}
-        return {**self.trim.state_dict(), **self.clock.state_dict(), **log}
+        return {**self.trim.state_dict(), **self.clock.state_dict(), **log, "logged": self._logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:  # before training; on_train_start continues from it
@@ -186,4 +223,5 @@ class TrimmingCallback(Callback):
         assert self.trim is not None
         if self.keep_log is not None and "keep_log" in state:
             self.keep_log.load_state_dict(state["keep_log"])
+        self._logged = state.get("logged")
         self.clock.load(self.trim, state, self.resume_length, trainer)

@@ -124,8 +124,11 @@ def check_batch(losses: Tensor, mask: Tensor | None, ids: Any, outputs: Any, lab
         check_like("mask", mask, losses, torch.bool)
     if outputs is not None:
         check_losses(outputs, "outputs", allow_empty=True)
-        if outputs.ndim != 2 or outputs.shape[0] != len(losses) or not outputs.shape[1]:
-            raise ValueError(f"expected `outputs` to have shape ({len(losses)}, C), got {tuple(outputs.shape)}.")
+        if outputs.ndim != 2 or outputs.shape[0] != len(losses) or outputs.shape[1] < 2:
+            raise ValueError(
+                f"expected `outputs` to have shape ({len(losses)}, C), got {tuple(outputs.shape)}. They are the logits "
+                "of two or more classes; from one logit for two classes: F.pad(outputs.reshape(-1, 1), (1, 0))."
+            )
     return ids
 
 
@@ -134,7 +137,7 @@ def _as_tensor(ids: Any) -> Any:
     if isinstance(ids, Tensor):
         return ids
     try:
-        return torch.as_tensor(ids if hasattr(ids, "__array__") else list(ids), device="cpu")
+        return torch.tensor(ids.__array__() if hasattr(ids, "__array__") else list(ids), device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"expected `ids` to be integers, the samples' row numbers in the data set, got {describe(ids)}. Samples "

@@ -128,7 +128,7 @@ def merged(mine: Columns, theirs: Columns, steps: int) -> Columns:
 
 def read(columns: Columns) -> Columns:
     """Return the table: n rows on the CPU, with keep rate and variance."""
-    found = {name: column[:-1].cpu() for name, column in columns.items()}
+    found = {name: column[:-1].to("cpu", copy=True) for name, column in columns.items()}  # later batches change these
     seen = found["seen"]
     never = torch.where(seen > 0, 0.0, float("nan"))
     found["keep_rate"] = found["kept"] / seen  # 0 / 0 is NaN

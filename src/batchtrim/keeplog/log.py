@@ -29,6 +29,8 @@ __all__ = ["KeepLog"]
 
 _FLUSH_BATCHES = 64
 _FLUSH_ENTRIES = 1 << 15
+# Columns are changed in place, which those made in inference mode would refuse outside of it.
+_plain_mode = torch.inference_mode(False)
 
 
 class KeepLog:
@@ -55,6 +57,7 @@ class KeepLog:
         KeepLog(n=4, 1 batches in 0 epochs)
     """
 
+    @_plain_mode
     def __init__(self, n: int, *, classes: int | None = None, distributed: bool = False, warn: bool = True) -> None:
         self.n = check_count("n", n, hint="It is the number of samples in the data set.")
         self.classes = None if classes is None else batches.check_classes(classes)
@@ -133,7 +136,7 @@ class KeepLog:
         if self._several or self._pending:
             self._flush()
         if self.history and self.history[-1]["steps"] == self.steps:
-            return self.history[-1]
+            return dict(self.history[-1])
         sums = self._epoch.tolist()
         line = epoch.line(sums, self.steps, self.classes)
         self.history.append(line)
@@ -143,7 +146,7 @@ class KeepLog:
             raise ValueError(f"expected `ids` from 0 to {self.n - 1}{labels}, got {beyond} outside in the epoch.")
         if self.warn and not self._warned:
             self._warned = noise.warn_of(self.history, stacklevel=3)
-        return line
+        return dict(line)  # the caller may change it
 
     def table(self) -> dict[str, Tensor]:
         """Return all samples on the CPU: seen, kept, keep_rate, first, last, mean, variance, last_dropped and more.
@@ -156,6 +159,7 @@ class KeepLog:
             self._flush()
         return columns.read(self._columns)
 
+    @_plain_mode
     def merge(self, later: KeepLog) -> None:
         """Add another log of the same data set, as if its batches had been recorded after those of this one."""
         if not isinstance(later, KeepLog):
@@ -183,6 +187,7 @@ class KeepLog:
         self._check_nothing_apart()
         return states.save(self)
 
+    @_plain_mode
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
@@ -200,6 +205,7 @@ class KeepLog:
         parquet.write(self, path, columns)
 
     @classmethod
+    @_plain_mode
     def from_parquet(cls, path: str | Path) -> KeepLog:
         """Read what :meth:`to_parquet` wrote, except for added columns.
 
@@ -222,6 +228,7 @@ class KeepLog:
                 "expected end_epoch() before a distributed log is read, got batches held back. Call it on every rank."
             )
 
+    @_plain_mode
     def _flush(self) -> None:
         """Enter all buffered batches; with several ranks, each does so at the same time."""
         if not self._pending and not self._several:

@@ -30,7 +30,7 @@ def write(log: KeepLog, path: str | Path, columns: dict[str, Any]) -> None:
     for name, values in columns.items():
         if name in table:
             raise ValueError(f"expected `columns` of other names than the log's own, got {name!r}.")
-        if len(values) != log.n or getattr(values, "ndim", 1) != 1:
+        if not hasattr(values, "__len__") or len(values) != log.n or getattr(values, "ndim", 1) != 1:
             raise ValueError(f"expected column {name!r} of {log.n} values, one per sample, got {describe(values)}.")
         arrays[name] = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
     known = {"version": STATE_VERSION, "classes": log.classes, "steps": log.steps, "history": log.history}

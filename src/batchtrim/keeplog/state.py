@@ -26,9 +26,9 @@ def save(log: KeepLog) -> dict[str, Any]:
         "n": log.n,
         "classes": log.classes,
         "steps": log.steps,
-        "columns": {name: column.cpu() for name, column in log._columns.items()},
+        "columns": {name: column.to("cpu", copy=True) for name, column in log._columns.items()},
         "pending": [[part.cpu() for part in batch] for batch in log._pending],
-        "epoch": log._epoch.cpu(),
+        "epoch": log._epoch.to("cpu", copy=True),
         "history": [dict(line) for line in log.history],
         "warned": log._warned,
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_count, check_part, describe
+from batchtrim._checks import check_count, check_part, describe, tensor_cure
 
 __all__ = [
     "Rule",
@@ -124,7 +125,7 @@ def fraction(keep: float) -> float:
 def length(losses: Tensor) -> int:
     """Return n of ``losses`` (n,), or raise an error if they are not such a vector."""
     if not isinstance(losses, Tensor):
-        raise TypeError(f"expected `losses` to be a tensor, got {describe(losses)}.")
+        raise TypeError(f"expected `losses` to be a tensor, got {describe(losses)}.{tensor_cure(losses)}")
     if losses.ndim != 1:
         raise ValueError(
             f"expected `losses` of shape (n,), one loss per sample, got {tuple(losses.shape)}. "
@@ -189,28 +190,52 @@ def choose(rule: Rule, losses: Tensor, keep: float, generator: torch.Generator |
     if kind.__module__.startswith("batchtrim."):
         _OWN.add(kind)
         return rule(losses, keep, generator)
-    chosen = rule(losses.clone(), keep, generator)  # it may write into what it is given
+    try:
+        chosen = rule(losses.clone(), keep, generator)  # it may write into what it is given
+    except TypeError as error:
+        error.add_note("batchtrim calls a selection rule with (losses, keep, generator).")
+        raise
     if not isinstance(chosen, Selection):
         raise TypeError(
             f"expected `select` to return a batchtrim.Selection, got {describe(chosen)} from {describe(rule)}. "
             "Of rows: batchtrim.Selection(rows, size=len(losses), candidates=len(losses))."
         )
     rows, n = chosen.indices, losses.shape[0]
-    if rows.dtype != torch.int64 or rows.ndim != 1 or chosen.size != n:
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1 or chosen.size != n:
         raise ValueError(
             f"expected `select` to return rows of {n} losses, int64 of shape (k,), got {describe(rows)} of "
             f"{chosen.size} from {describe(rule)}."
         )
-    if chosen.weights is not None and chosen.weights.shape != rows.shape:
+    weights = chosen.weights
+    if weights is not None and not (isinstance(weights, Tensor) and weights.shape == rows.shape):
         raise ValueError(
-            f"expected `select` to return a weight for each of {len(rows)} rows, got {describe(chosen.weights)}."
+            f"expected `select` to return a weight for each of {len(rows)} rows, a tensor, got {describe(weights)}."
         )
-    if not torch.compiler.is_compiling() and bool(((rows < 0) | (rows >= n)).any() or len(rows.unique()) != len(rows)):
+    if torch.compiler.is_compiling():
+        return chosen
+    _check_divisors(chosen, n, rule)
+    if bool(((rows < 0) | (rows >= n)).any() or len(rows.unique()) != len(rows)):
         raise ValueError(
             f"expected `select` to return distinct rows from 0 to {n - 1}, got others from {describe(rule)}. "
             "A row that is drawn twice counts twice by its weight: Selection(rows, n, n, weights)."
         )
     return chosen
+
+
+def _check_divisors(chosen: Selection, n: int, rule: object) -> None:
+    """Check the numbers that a sum of kept losses may be divided by."""
+    if not len(chosen.indices) <= chosen.candidates <= n:
+        raise ValueError(
+            f"expected `select` to return `candidates` from the {len(chosen.indices)} kept to all {n}, got "
+            f"{chosen.candidates} from {describe(rule)}. It is the number of losses that could be chosen."
+        )
+    for name in ("normalizer", "batch_normalizer"):
+        divisor = getattr(chosen, name)
+        if divisor is not None and not 0.0 < float(divisor) < math.inf:
+            raise ValueError(
+                f"expected `select` to return a positive `{name}`, got {float(divisor):g} from {describe(rule)}. "
+                "The kept losses are divided by it; leave it out for their number."
+            )
 
 
 def select_valid(

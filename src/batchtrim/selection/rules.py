@@ -231,7 +231,8 @@ class percentile:
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = length(losses)
-        batch = losses.detach().float()
+        # NaN counts as largest: a search among sorted losses needs it to be comparable
+        batch = losses.detach().float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         recent = batch if self._recent is None else torch.cat([self._recent.to(batch.device), batch])
         self._recent = recent[-self.history :].clone()
         ordered = torch.sort(self._recent).values

@@ -1,0 +1,96 @@
+"""`Losses` that a user's own function returns: parts that do not fit, terms and factors that are plain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import batchtrim
+from batchtrim import Losses, Trimmer, per_sample
+
+VALUES = torch.tensor([[1.0, 4.0, 2.0], [3.0, 5.0, 1.0]])
+MASK = torch.tensor([[True, True, False], [True, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "words"),
+    [
+        ({"mask": MASK.long()}, TypeError, r"`mask` to have dtype torch\.bool, got torch\.int64\. Convert: mask\.bool"),
+        (
+            {"mask": MASK[:, :1]},
+            ValueError,
+            r"`mask` .* of `losses`, \(2, 3\), got \(2, 1\)\. Expand it",
+        ),
+        ({"mask": MASK[:1]}, ValueError, r"`mask` to have the shape of `losses`, \(2, 3\), got \(1, 3\)"),
+        ({"mask": MASK.tolist()}, TypeError, "`mask` to be a tensor"),
+        ({"weights": torch.ones(2, 1)}, ValueError, r"`weights` to have the shape of `losses`"),
+        ({"weights": 2.0}, TypeError, r"`weights` to be a tensor, got 2\.0"),
+        ({"unit": "token"}, ValueError, "`unit` to be one of 'sample', 'element', got 'token'"),
+        ({"reduction": "batchmean"}, ValueError, "`reduction` to be one of 'mean', 'sum', got 'batchmean'"),
+    ],
+)
+def test_parts_that_do_not_fit(parts: dict[str, Any], error: type[Exception], words: str) -> None:
+    """A mask (B, 1) divided by 1 instead of T, one of (1, T) kept the first sample only, both without a word."""
+    with pytest.raises(error, match=words):
+        Losses(VALUES, **parts)
+
+
+def test_values_and_counts_that_do_not_fit() -> None:
+    with pytest.raises(TypeError, match="expected `values` to be a tensor, got "):
+        Losses([1.0, 2.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`counts` to have the shape of `losses`, \(3,\), got \(3, 1\)"):
+        Losses(VALUES[0], counts=torch.ones(3, 1))
+    with pytest.raises(ValueError, match=r"`mask` to have the shape of `losses`, \(2, 3\), got \(2,\)"):
+        Losses(VALUES).masked(MASK[:, 0])
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_a_tensor_added_to_a_sum(keep: float) -> None:
+    """The usual loss of a VAE: of its two terms, one was summed and the other averaged."""
+    x, again, kl = torch.rand(4, 6), torch.rand(4, 6), torch.rand(4)
+    whole = F.binary_cross_entropy(again, x, reduction="none").sum(1) + kl
+    losses = per_sample(nn.BCELoss(reduction="sum"))(again, x)
+    for total in (losses + kl, kl + losses):
+        torch.testing.assert_close(Trimmer(keep)(total), whole.topk(round(keep * 4)).values.sum())
+
+
+def test_factors() -> None:
+    """A learned weight often has shape (1,): an error that named neither shape."""
+    weight = nn.Parameter(torch.tensor([2.0]))
+    losses = Losses(VALUES[0])
+    assert (weight * losses).values.tolist() == (losses * weight).values.tolist() == [2.0, 8.0, 4.0]
+    Trimmer(0.4)(weight * losses).backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [4.0]
+    with pytest.raises(ValueError, match=r"a factor of one number, or of shape \(2, 3\), to scale `Losses` by, got"):
+        Losses(VALUES) * torch.ones(2)
+
+
+def masked(outputs: Tensor, targets: Tensor) -> Losses:
+    return Losses(F.cross_entropy(outputs, targets, reduction="none"), targets != 0)
+
+
+def test_what_needs_no_per_sample() -> None:
+    """The advice was to index what the function returns, which cannot be indexed."""
+    batch = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    for criterion in (masked, per_sample(nn.CrossEntropyLoss())):
+        with pytest.raises(TypeError, match="to return a tensor, got `Losses`, which need no per_sample"):
+            per_sample(criterion)(*batch)
+
+
+@pytest.mark.parametrize(
+    ("losses", "cure"),
+    [
+        (Losses(VALUES[0]), r"They are its values: losses\.values\.$"),
+        ([VALUES[0, 0], VALUES[0, 1]], r"Stack one loss per sample \(torch\.stack\)"),
+        ({"box": VALUES[0]}, r"Add the terms, one loss per sample each: sum\(losses\.values\(\)\)\.$"),
+    ],
+)
+def test_what_holds_losses_and_is_none(losses: Any, cure: str) -> None:
+    for call in (batchtrim.focal, lambda losses: batchtrim.hardest()(losses, 0.5)):
+        with pytest.raises(TypeError, match=f"expected `losses` to be a tensor, got .*{cure}"):
+            call(losses)
