@@ -17,6 +17,8 @@ collect_ignore = [str(path) for path in Path(__file__).parent.rglob("*.py") if n
 
 # read when torch._dynamo is imported, here and in the processes that tests start: a collection takes 25 ms
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+# Inductor's own pool imports torch in further processes, and the workers of the tests use every core already
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.hookimpl(wrapper=True)

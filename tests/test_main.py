@@ -99,7 +99,7 @@ HELP: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("typed", few(HELP, ["--help", "compare -h", "compare --epoch"]))
+@pytest.mark.parametrize("typed", few(HELP, ["--help", "compare -h"]))
 def test_help_needs_no_torch(typed: str, tmp_path: Path) -> None:
     """Importing torch takes seconds, which whoever asks for help waits."""
     words, says = HELP[typed]

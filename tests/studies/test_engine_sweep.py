@@ -120,14 +120,21 @@ PART = {
     "ForCausalLM": ["gpt2", "llama", "mixtral"],
     "ForSeq2SeqLM": ["t5", "bart"],
 }
-CASES = [case for task, kinds in PART.items() for case in sweep.cases([task], kinds, ["exact", *sweep.ENGINES])]
+ENGINES = ["exact", "shared", "two_pass"]
+CASES = [case for task, kinds in PART.items() for case in sweep.cases([task], kinds, ENGINES)]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[2]}-{'drop' if case[3] else 'plain'}-{case[4]}")
 def test_no_engine_is_wrong(case: Any) -> None:
-    found = sweep.judged(*case, seconds=400)
+    *model, engine = case
+    found = sweep.judged(*model, engine, seconds=400)
     assert found.verdict not in ("wrong", "not run"), found
-    if case[4] == "exact":
+    if engine == "exact":
         assert found.verdict == "right"
+    kinds = PART[model[0].family]
+    if engine == "shared" and (found.verdict != "right" or model[1] == kinds[0]):  # elsewhere auto runs shared
+        auto = sweep.judged(*model, "auto", seconds=400)
+        assert auto.verdict not in ("wrong", "not run"), auto
