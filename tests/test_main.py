@@ -44,7 +44,7 @@ def torch_that(folder: Path, code: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("words", [MODULE, SCRIPT], ids=["module", "script"])
+@pytest.mark.parametrize("words", [MODULE, pytest.param(SCRIPT, marks=pytest.mark.slow)], ids=["module", "script"])
 @pytest.mark.parametrize(
     "code",
     [
