@@ -129,12 +129,12 @@ CASES = [case for task, kinds in PART.items() for case in sweep.cases([task], ki
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[2]}-{'drop' if case[3] else 'plain'}-{case[4]}")
 def test_no_engine_is_wrong(case: Any) -> None:
-    *model, engine = case
-    found = sweep.judged(*model, engine, seconds=400)
+    task, kind, name, dropout, engine = case
+    found = sweep.judged(task, kind, name, dropout, engine, seconds=400)
     assert found.verdict not in ("wrong", "not run"), found
     if engine == "exact":
         assert found.verdict == "right"
-    kinds = PART[model[0].family]
-    if engine == "shared" and (found.verdict != "right" or model[1] == kinds[0]):  # elsewhere auto runs shared
-        auto = sweep.judged(*model, "auto", seconds=400)
+    first = dropout and kind == PART[task.family][0]
+    if engine == "shared" and (found.verdict != "right" or first):  # elsewhere auto runs shared
+        auto = sweep.judged(task, kind, name, dropout, "auto", seconds=400)
         assert auto.verdict not in ("wrong", "not run"), auto

@@ -311,7 +311,7 @@ def test_a_cluster_that_loses_a_node_does_every_run_once(tmp_path: Path) -> None
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1)
     try:
-        settings = {**TINY, "seeds": 6, "epochs": 20, "train_size": None, "threads": 1}
+        settings = {**TINY, "seeds": 6, "epochs": 60, "train_size": None, "threads": 1}
 
         class Saboteur(Spy):
             def finished(self, config: RunConfig, row: Any) -> None:
