@@ -15,8 +15,12 @@ import pytest
 # --doctest-modules would import each, under a second name; typed_usage.py is for the type checker alone
 collect_ignore = [str(path) for path in Path(__file__).parent.rglob("*.py") if not path.name.startswith("test_")]
 
+gc.disable()  # until all tests are collected: nearly everything that imports make stays
+
 # read when torch._dynamo is imported, here and in the processes that tests start: a collection takes 25 ms
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+# Inductor's own pool imports torch in further processes, and the workers of the tests use every core already
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -37,9 +41,9 @@ def pytest_collection_finish() -> None:
 
     Leave out what torch does for its own log, and for devices that are not there.
     """
-    gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 20)
+    gc.enable()
     for logger in logging.root.manager.loggerDict.values():  # pytest attaches to each other one six times a test
         if isinstance(logger, logging.Logger):
             logger.propagate = True

@@ -44,7 +44,7 @@ def torch_that(folder: Path, code: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("words", [MODULE, SCRIPT], ids=["module", "script"])
+@pytest.mark.parametrize("words", [MODULE, pytest.param(SCRIPT, marks=pytest.mark.slow)], ids=["module", "script"])
 @pytest.mark.parametrize(
     "code",
     [
@@ -99,7 +99,7 @@ HELP: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("typed", few(HELP, ["--help", "compare -h", "compare --epoch"]))
+@pytest.mark.parametrize("typed", few(HELP, ["--help", "compare -h"]))
 def test_help_needs_no_torch(typed: str, tmp_path: Path) -> None:
     """Importing torch takes seconds, which whoever asks for help waits."""
     words, says = HELP[typed]

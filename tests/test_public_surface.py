@@ -167,7 +167,10 @@ def test_import_adds_at_most_50_ms_to_torch() -> None:
     code = "import time, torch; at = time.perf_counter(); from batchtrim import *; print(time.perf_counter() - at)"
     # as anybody but a machine told to write none has it: with bytecode, which the first of the runs leaves
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    assert min(float(python(code, env)) for _ in range(5)) <= 0.050  # the least: other work on the machine only adds
+    seconds: list[float] = []
+    while len(seconds) < 5 and min(seconds, default=1.0) > 0.050:  # other work on the machine only adds
+        seconds.append(float(python(code, env)))
+    assert min(seconds) <= 0.050
 
 
 @pytest.mark.parametrize(

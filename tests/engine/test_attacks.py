@@ -54,10 +54,7 @@ def test_two_pass_is_never_silently_wrong(name: str) -> None:
 
 
 # Each takes seconds to trace: these few in every run, all of them among the slow tests.
-FEW = (
-    "zero_head", "padded_tokens", "popped_from_the_batch", "data_class_changed", "batch_norm_in_a_checkpoint",
-    "buffer_moved_in_a_checkpoint", "uniform_number_of_python", "five_negatives_of_each_sample",
-)  # fmt: skip
+FEW = ("zero_head", "popped_from_the_batch", "batch_norm_in_a_checkpoint", "uniform_number_of_python")
 
 
 @pytest.mark.parametrize("name", FEW)

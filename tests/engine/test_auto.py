@@ -149,6 +149,7 @@ def test_what_a_forward_is_counted_to_cost() -> None:
     assert count.seconds == pytest.approx(2 + 2 * 4 * 8 * 16 / 1e9), "views are free"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted_first")
 @pytest.mark.filterwarnings("ignore")  # torch's own, of a compile inside
 def test_a_branch_by_cond_can_be_counted() -> None:
@@ -252,11 +253,13 @@ def test_batch_norm_keeps_statistics_and_takes_its_means_over_the_kept_rows() ->
     assert step.last.approximate
 
 
+@pytest.mark.slow  # by default test_compiled.py has them
 def test_a_compiled_model_runs_under_shared() -> None:
     step = stepped(torch.compile(Wide(), backend="eager"), 0.3)  # type: ignore[arg-type]
     assert step.last.engine == "shared"
 
 
+@pytest.mark.slow  # by default test_two_passes_need_no_trace_to_pay goes there
 def test_a_compiled_model_goes_to_two_pass_where_shared_refuses() -> None:
     torch.manual_seed(0)
     compiled = torch.compile(zoo.Sparse(), backend="eager")

@@ -136,7 +136,7 @@ def test_another_loss_is_traced_too() -> None:
     ("around", "reason"),
     [
         (lambda: FlopCounterMode(display=False), "a mode that sees every operator is active"),
-        (torch.autograd.graph.save_on_cpu, "hooks on saved tensors are active"),
+        pytest.param(torch.autograd.graph.save_on_cpu, "hooks on saved tensors are active", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_traced_in_one_step_is_not_given_up(around: Callable[[], Any], reason: str) -> None:

@@ -74,7 +74,7 @@ PLACES = ("attribute", "list", "number", "mean", "hook")
 
 @pytest.mark.parametrize(
     ("where", "engine"),
-    few(itertools.product(PLACES, ["shared", "auto"]), [("hook", "shared"), ("list", "auto")]),
+    few(itertools.product(PLACES, ["shared", "auto"]), [("hook", "shared")]),
 )
 def test_its_gradient_reaches_all_rows(where: str, engine: str) -> None:
     exact, _ = gradients(where, "exact")
@@ -104,7 +104,7 @@ class Words(nn.Module):
         return self.head(self.kept)
 
 
-@pytest.mark.parametrize("unit", ["sample", "element"])
+@pytest.mark.parametrize("unit", few(["sample", "element"], ["sample"]))
 def test_its_gradient_reaches_all_tokens(unit: Any) -> None:
     def run(engine: str) -> Tensor:
         torch._dynamo.reset()
@@ -122,8 +122,9 @@ def test_its_gradient_reaches_all_tokens(unit: Any) -> None:
     torch.testing.assert_close(run("shared"), run("exact"), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow  # by default a plain model keeps them
 @pytest.mark.usefixtures("compiles")
-@pytest.mark.parametrize("where", few(["attribute", "number"], ["number"]))
+@pytest.mark.parametrize("where", ["attribute", "number"])
 def test_its_gradient_reaches_all_rows_of_a_compiled_model(where: str) -> None:
     torch.testing.assert_close(
         gradients(where, "shared", compiled=True)[0], gradients(where, "exact")[0], rtol=1e-5, atol=1e-6
@@ -145,8 +146,13 @@ def weight_normed(net: Keeping) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch has a newer weight norm
-@pytest.mark.parametrize("change", [pruned, weight_normed])
-@pytest.mark.parametrize("engine", ["two_pass", "shared"])
+@pytest.mark.parametrize(
+    ("engine", "change"),
+    few(
+        itertools.product(["two_pass", "shared"], [pruned, weight_normed]),
+        [("two_pass", pruned), ("two_pass", weight_normed), ("shared", pruned)],
+    ),
+)
 def test_a_weight_computed_from_parameters_is_not_a_kept_tensor(change: Any, engine: str) -> None:
     found = []
     for name in ("exact", engine):

@@ -27,10 +27,10 @@ def batch(size: int = 6, length: int = 9) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-@pytest.mark.parametrize("shift", few([False, True], [True]))
-def test_a_language_model_is_exact_and_cut_down_to_its_last_attention(shift: bool) -> None:
+@pytest.mark.parametrize(("shift", "layers"), few([(True, 1), (True, 2), (False, 2)], [(True, 1)]))
+def test_a_language_model_is_exact_and_cut_down_to_its_last_attention(shift: bool, layers: int) -> None:
     torch.manual_seed(0)
-    model = zoo.LanguageModel(WORDS)
+    model = zoo.LanguageModel(WORDS, layers=layers)
     loss = functools.partial(batchtrim.token_losses, shift=shift)
     steps = {
         engine: batchtrim.TrimmedForward(model, loss, batchtrim.Trimmer(0.4, unit="element"), engine)

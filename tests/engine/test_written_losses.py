@@ -32,12 +32,13 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 8), torch.randint(0, 5, (size,))
 
 
-@pytest.mark.parametrize("loss", [focal, picked])
+@pytest.mark.parametrize("loss", few([focal, picked], [focal]))
 def test_its_backward_runs_on_the_kept_rows(loss: Callable[..., Tensor]) -> None:
     report = check_engine(network(), batch(16), loss, more=[batch(7)], verbose=False)
     assert (report.verdict, report.engine) == ("right", "shared"), str(report)
 
 
+@pytest.mark.slow
 def test_one_trace_serves_other_batch_sizes() -> None:
     step = batchtrim.TrimmedForward(network(), focal, batchtrim.Trimmer(0.5), "shared")
     for size in (16, 16, 7, 12):

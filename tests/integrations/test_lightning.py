@@ -21,6 +21,7 @@ from lightning_cases import BATCH, SAMPLES, Module, data, loader, new_model, tra
 import batchtrim
 from batchtrim.integrations.lightning import TrimmingCallback
 from launch import run_ranks
+from tiers import few
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -78,7 +79,7 @@ def test_keep_and_weights_follow_the_clock(
     assert_same(module.model, by_hand(keeps, options.get("accumulate_grad_batches", 1)), exactly=False)
 
 
-@pytest.mark.parametrize("engine", ["exact", "two_pass", "shared"])
+@pytest.mark.parametrize("engine", few(["exact", "two_pass", "shared"], ["exact", "two_pass"]))
 def test_engine_in_the_training_step(engine: str, tmp_path: Path) -> None:
     module = Module(engine)
     trainer(tmp_path, TrimmingCallback(0.5), max_epochs=2).fit(module, loader())
