@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from batchtrim._checks import is_number
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.present import charts
 from batchtrim.lab.present.charts import Series
@@ -28,8 +27,8 @@ def series_of(
         epochs = sorted(points)
         if not epochs:
             continue
-        mean = [float(np.mean(points[epoch])) for epoch in epochs]
-        spread = [float(np.std(points[epoch], ddof=1)) if len(points[epoch]) > 1 else 0.0 for epoch in epochs]
+        mean = [fmean(points[epoch]) for epoch in epochs]
+        spread = [_deviation(points[epoch], middle) for epoch, middle in zip(epochs, mean, strict=True)]
         banded = band and runs > 1
         found.append(
             Series(
@@ -70,6 +69,11 @@ def _points(arm: Arm, name: str) -> tuple[int, dict[int, list[float]]]:
         if len(epochs) != len(values):
             epochs = range(len(values))
         for epoch, value in zip(epochs, values, strict=True):
-            if is_number(value) and np.isfinite(value):
-                found.setdefault(1 + int(epoch), []).append(float(value))
+            if isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(1 + int(epoch), []).append(value)
     return runs, found
+
+
+def _deviation(values: Sequence[float], mean: float) -> float:
+    """Return the standard deviation, with n - 1; 0 of a single value."""
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
