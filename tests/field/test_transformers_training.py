@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 
 from hf_cases import arguments, data, new_model
+from transformers import BertForQuestionAnswering
 
 import batchtrim
 from batchtrim.errors import ChooseLength
@@ -74,6 +76,53 @@ def test_a_custom_compute_loss_is_reported(tmp_path: Path) -> None:
     args = arguments(str(tmp_path))
     with pytest.raises(TypeError, match="expected Mine to leave `compute_loss` alone, got one that trims nothing"):
         Mine(model=new_model("sequence"), args=args, train_dataset=data("sequence", 5)).train()
+
+
+def test_a_compute_loss_that_trims_by_itself(tmp_path: Path) -> None:
+    """As in Lightning: it was said to trim nothing."""
+
+    class Mine(TrimmedTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            outputs = model(**inputs)
+            return self.trim(F.cross_entropy(outputs.logits, inputs["labels"], reduction="none"))
+
+    with pytest.raises(TypeError, match=r"alone, got one that calls self\.trim, whose loss is not divided over"):
+        Mine(model=new_model("sequence"), args=arguments(str(tmp_path)), train_dataset=data("sequence", 5)).train()
+
+
+def test_labels_of_another_name(tmp_path: Path) -> None:
+    """A function of one's own got None for them: `label_names`, or those of an answer in a text."""
+
+    def of_answers(outputs: Any, labels: tuple[Tensor, Tensor]) -> Tensor:
+        pairs = zip((outputs.start_logits, outputs.end_logits), labels, strict=True)
+        start, end = (F.cross_entropy(logits, label, reduction="none") for logits, label in pairs)
+        return (start + end) / 2
+
+    rows = data("sequence", 8)
+    for number, row in enumerate(rows):
+        label = row.pop("labels")
+        row.update(start_positions=label, end_positions=label + number % 3)
+    config = new_model("sequence").config
+    config.num_labels = 2
+    model = BertForQuestionAnswering(config)
+    found = []
+    for own in ({}, {"per_sample_loss": of_answers}, {"per_sample_loss": of_answers, "engine": "exact"}):
+        args = arguments(str(tmp_path), learning_rate=0.1, optim="sgd", max_steps=2)
+        trainer = TrimmedTrainer(model=copy.deepcopy(model), args=args, train_dataset=rows, keep=0.4, **own)
+        trainer.train()
+        found.append(trainer.model.state_dict())
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0])
+
+
+def test_a_note_says_what_a_function_gets(tmp_path: Path) -> None:
+    args = arguments(str(tmp_path))
+    with pytest.raises(TypeError, match="must be Tensor, not SequenceClassifierOutput") as caught:
+        TrimmedTrainer(
+            model=new_model("sequence"), args=args, train_dataset=data("sequence", 5),
+            per_sample_loss=torch.nn.CrossEntropyLoss(reduction="none"),
+        ).train()  # fmt: skip
+    assert "per_sample_loss(outputs, labels) with what the model returns" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"over": "window"}, {"engine": "two_pass"}, {"engine": "exact"}])

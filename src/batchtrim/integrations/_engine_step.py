@@ -14,6 +14,7 @@ from batchtrim.engine.batch import StepResult
 from batchtrim.engine.capture import without_logging
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.integrations._forms import Form
+from batchtrim.integrations._labels import without_labels
 from batchtrim.integrations._model_losses import FlatLosses, ModelLosses
 from batchtrim.trimmer import Trimmer
 
@@ -55,7 +56,7 @@ class EngineStep:
         if step is None:
             step = TrimmedForward(model, self.losses.per_sample_loss, self.trim, self.engine)  # type: ignore[arg-type]
             self._steps[None] = step
-        loss = step({name: value for name, value in inputs.items() if name != "labels"}, inputs.get("labels"))
+        loss = step(*without_labels(inputs, self.losses.trainer.label_names))
         self.last = step.last
         return loss
 

@@ -39,6 +39,17 @@ def named_labels(inputs: Mapping[str, Any], names: Sequence[str] = ()) -> dict[s
     return {name: value for name, value in tensors.items() if name in names or "label" in name or name in _SPANS}
 
 
+def without_labels(inputs: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """Return what a model gets beside its labels, and the labels: those among ``names`` if none are called "labels".
+
+    Several are a tuple in the order of ``names``, as the Trainer hands them to ``compute_metrics``; none are None.
+    """
+    taken = ["labels"] if "labels" in inputs else [name for name in names if name in inputs]
+    labels = tuple(inputs[name] for name in taken)
+    rest = {name: value for name, value in inputs.items() if name not in taken}
+    return rest, labels if len(labels) > 1 else next(iter(labels), None)
+
+
 @dataclass(frozen=True)
 class Counting:
     """How to count the losses of a batch to select from, by its labels.

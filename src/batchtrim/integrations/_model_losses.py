@@ -13,7 +13,15 @@ from batchtrim.engine.capture import uncompiled
 from batchtrim.integrations._decompose import Found, LossFinder
 from batchtrim.integrations._form_table import Forms, left_as_found
 from batchtrim.integrations._intercept import NotFound
-from batchtrim.integrations._labels import Counting, check_own, countings_of, countings_of_own, labels_of, loss_of
+from batchtrim.integrations._labels import (
+    Counting,
+    check_own,
+    countings_of,
+    countings_of_own,
+    labels_of,
+    loss_of,
+    without_labels,
+)
 from batchtrim.integrations._numbered import IDS
 from batchtrim.unreduced import Losses, flatten
 
@@ -72,9 +80,10 @@ class ModelLosses:
 
     def own(self, model: nn.Module, inputs: Any) -> tuple[Losses, Any]:
         assert self.per_sample_loss is not None
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        rest, labels = without_labels(inputs, self.trainer.label_names)
+        outputs = model(**rest)
         try:
-            losses = self.per_sample_loss(outputs, inputs.get("labels"))
+            losses = self.per_sample_loss(outputs, labels)
         except Exception as error:
             error.add_note("TrimmedTrainer calls per_sample_loss(outputs, labels) with what the model returns.")
             raise

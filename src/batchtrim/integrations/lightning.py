@@ -21,10 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from batchtrim._checks import check_choice, import_extra
-from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values, summed
+from batchtrim.integrations import CLOCKS, build, check_resume_length
 from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used, mark, marked
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
@@ -36,6 +34,7 @@ from lightning.pytorch import Callback, LightningModule  # noqa: E402
 from lightning.pytorch import Trainer as LightningTrainer  # noqa: E402
 
 from batchtrim.integrations._lightning_clock import LightningClock  # noqa: E402
+from batchtrim.integrations._lightning_log import LightningLog  # noqa: E402
 from batchtrim.integrations._lightning_step import Interception  # noqa: E402
 
 __all__ = ["TrimmingCallback"]
@@ -96,14 +95,12 @@ class TrimmingCallback(Callback):
         check_arguments(log, keep_log, attribute, intercept, options)
         build(keep, 2, options)  # report a wrong argument now, not when training starts
         self.keep, self.attribute, self.options = keep, attribute, options
-        self._logs = log  # Lightning sets `log` of every callback to a function
         self.keep_log, self.resume_length = keep_log, check_resume_length(resume_length)
         self.clock = LightningClock(clock)
         self.interception = Interception(options) if intercept else None
         self.trim: Trimmer | None = None
         self._restored: dict[str, Any] | None = None
-        self._logged_at = 0
-        self._logged: dict[str, Any] | None = None  # statistics of this epoch that are logged already
+        self.logging = LightningLog(log)  # not `log`, which Lightning sets to a function
         self._epochs = 0
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
@@ -116,32 +113,28 @@ class TrimmingCallback(Callback):
         self._keep_all(pl_module)
 
     def teardown(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        self._keep_some(pl_module)
+        if self.trim is not None and marked(getattr(pl_module, self.attribute, None)):
+            setattr(pl_module, self.attribute, self.trim)  # the one it trains with
 
     def on_validation_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self._keep_all(pl_module)
 
     def on_validation_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        self._keep_some(pl_module)
+        self.teardown(trainer, pl_module, "validate")
 
     def _keep_all(self, module: LightningModule) -> None:
         """Give the module a trimmer that keeps everything, with statistics of its own."""
         if marked(getattr(module, self.attribute, None)):
             setattr(module, self.attribute, mark(Trimmer(1.0, unit=self.options.get("unit", "sample"))))
 
-    def _keep_some(self, module: LightningModule) -> None:
-        """Give the module the trimmer that it trains with, once there is one."""
-        if self.trim is not None and marked(getattr(module, self.attribute, None)):
-            setattr(module, self.attribute, self.trim)
-
     # Not on_fit_start: asking for the number of steps there would set up the loader before its state is restored.
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self.trim = mark(build(self.keep, self.clock.total(trainer, pl_module), self.options))
-        self._logged = None
+        self.logging.start(trainer)
         if self._restored is not None:
             self._load(self._restored, trainer)
             self._restored = None
-        self._logged_at, self._epochs = trainer.global_step, 0
+        self._epochs = 0
         setattr(pl_module, self.attribute, self.trim)
         if self.interception is not None:
             self.interception.start(self.trim, pl_module)
@@ -165,43 +158,19 @@ class TrimmingCallback(Callback):
             self.clock.follow(self.trim, trainer, pl_module)
 
     def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  (set outside its class)
-        if every and trainer.global_step - self._logged_at >= every:
-            self._log(trainer, pl_module)
+        self.logging.after_batch(self.trim, trainer, pl_module, self._log_name(trainer))
 
     def on_train_epoch_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        self._log(trainer, pl_module)
-        if self._logs and self.trim is not None and self._logged is not None:  # for callbacks that monitor an epoch
-            self.trim.stats.load_state_dict(self._logged)
-            self._logged = None
-            self._publish(trainer, self._values(trainer, pl_module, self.trim))
+        self.logging.end_epoch(self.trim, trainer, pl_module, self._log_name(trainer))
         self._epochs += 1
         if self._epochs == 1:
             check_used(pl_module, self.attribute, self.trim, self.keep_log)
         if self.keep_log is not None:
             self.keep_log.end_epoch()
 
-    def _log(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        self._logged_at = trainer.global_step
-        if not self._logs or self.trim is None:
-            return
-        part = self.trim.stats.state_dict()
-        self._logged = part if self._logged is None else summed(self._logged, part)
-        values = self._values(trainer, pl_module, self.trim)
-        for logger in trainer.loggers if values else ():
-            logger.log_metrics(values, step=trainer.global_step)
-        self._publish(trainer, values)
-
-    def _values(self, trainer: LightningTrainer, module: LightningModule, trim: Trimmer) -> dict[str, float]:
-        """Return the statistics since they were last reset, averaged over ranks, and reset them."""
-        strategy, device = trainer.strategy, module.device
-        values = log_values(trim, lambda numbers: strategy.reduce(numbers.to(device), reduce_op="mean"))
-        if sum(isinstance(each, TrimmingCallback) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            values = {name.replace("trim/", f"{self.attribute}/", 1): value for name, value in values.items()}
-        return values
-
-    def _publish(self, trainer: LightningTrainer, values: dict[str, float]) -> None:
-        trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in values.items()})
+    def _log_name(self, trainer: LightningTrainer) -> str:
+        several = sum(isinstance(each, TrimmingCallback) for each in trainer.callbacks) > 1  # type: ignore[attr-defined]
+        return self.attribute if several else "trim"
 
     @property
     def state_key(self) -> str:
@@ -213,7 +182,7 @@ class TrimmingCallback(Callback):
         if self.trim is None:
             return {}
         log = {} if self.keep_log is None else {"keep_log": self.keep_log.state_dict()}
-        return {**self.trim.state_dict(), **self.clock.state_dict(), **log, "logged": self._logged}
+        return {**self.trim.state_dict(), **self.clock.state_dict(), **log, "logged": self.logging.logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:  # before training; on_train_start continues from it
@@ -223,5 +192,5 @@ class TrimmingCallback(Callback):
         assert self.trim is not None
         if self.keep_log is not None and "keep_log" in state:
             self.keep_log.load_state_dict(state["keep_log"])
-        self._logged = state.get("logged")
+        self.logging.logged = state.get("logged")
         self.clock.load(self.trim, state, self.resume_length, trainer)

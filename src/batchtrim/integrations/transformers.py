@@ -54,7 +54,8 @@ class TrimmedTrainer(Trainer):
         keep: the schedule. args, kwargs: passed to the Trainer.
         clock: "epoch" or "step" (optimizer steps); by default steps if ``max_steps`` is set, otherwise epochs.
         over: "micro" trims each micro-batch; "window" trims those of an optimizer step together, for one more forward.
-        per_sample_loss: ``(outputs, labels) -> losses``, un-reduced, in place of the model's own loss.
+        per_sample_loss: ``(outputs, labels) -> losses``, un-reduced, in place of the model's own loss. The labels are
+            those called "labels", else those of ``label_names``, a tuple if there are several; the model gets the rest.
         trim_options: further arguments of :class:`batchtrim.Trimmer`; ``unit="element"`` chooses tokens, not samples.
         keep_log: a :class:`batchtrim.KeepLog` of ``train_dataset``; the batches carry their row numbers automatically.
         engine: as for :class:`batchtrim.TrimmedForward`, for a cheaper backward; without one, the plain graph is used.
@@ -126,15 +127,17 @@ class TrimmedTrainer(Trainer):
         self.losses.start_micro_batch(model.train())
         # compute_loss returns a micro-batch's loss, and the Trainer divides by their number whatever the model accepts:
         # what a subclass adds to it is then averaged too
-        said = {name: getattr(self, name, None) for name in _DIVISION}
+        said, chosen = {name: getattr(self, name, None) for name in _DIVISION}, self.trim and self.trim.last
         vars(self).update(_DIVISION)
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         finally:
             vars(self).update(said)
         if self.losses.waits:
+            itself = self.trim is not None and self.trim.last is not chosen
+            got = "calls self.trim, whose loss is not divided over the window" if itself else "trims nothing"
             raise TypeError(
-                f"expected {type(self).__name__} to leave `compute_loss` alone, got one that trims nothing. "
+                f"expected {type(self).__name__} to leave `compute_loss` alone, got one that {got}. "
                 "Pass per_sample_loss=(outputs, labels) -> un-reduced losses in its place."
             )
         return loss
