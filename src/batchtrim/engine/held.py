@@ -14,7 +14,10 @@ import io
 import random
 import sys
 import threading
-from collections import deque
+import weakref
+from argparse import Namespace
+from array import array
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -41,6 +44,11 @@ _TOOLS = frozenset((
     "pytorch_lightning", "random", "torch",
 ))  # fmt: skip
 _WRAPPERS = ("batchtrim.criteria", "batchtrim.losses")  # around a user's loss; they have no state of their own
+# classes of the standard library whose objects are places for values
+_PLACES = (
+    SimpleNamespace, Namespace, threading.local, UserDict, UserList, ChainMap,
+    weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet,
+)  # fmt: skip
 _DEEP = 3  # objects within objects
 _LARGE, _MANY = 2**20, 10_000  # bytes of an array, entries of a container: beyond, only what a module holds is copied
 
@@ -66,7 +74,7 @@ class Names:
         names = self.names
         if self.whole is not None:
             passed = _OF_EVERY_MODULE if isinstance(self.owner, nn.Module) else ()
-            names = [name for name in self.whole if name not in passed and name not in known]
+            names = [name for name in self.whole if name not in passed and name not in known and "dynamo" not in name]
         found = [(name, self._value(name)) for name in names]
         return {name: value for name, value in found if type(value) in _FIXED or _is_state(self.owner, name, value)}
 
@@ -97,6 +105,7 @@ class Held:
             root does not list, and tensors that functions name.
         iterators: where modules hold iterators, or functions name them: their next value can be taken only once.
         with_graph: where tensors with a graph are kept.
+        functions: the user's own.
     """
 
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
@@ -106,6 +115,7 @@ class Held:
         self.watched: list[Tensor] = []
         self.iterators: list[str] = []
         self.with_graph: list[str] = []
+        self.functions: list[FunctionType] = []
         # it holds what it has seen, so that no number is given twice
         self._seen: dict[int, Any] = {id(value): value for value in passed}
         for parameter in roots[0].parameters() if isinstance(next(iter(roots), None), nn.Module) else ():
@@ -130,8 +140,8 @@ class Held:
             (self.contents if own and not isinstance(value, nn.Parameter) else self.watched).append(value)
         elif isinstance(value, (tuple, frozenset, *CONTAINERS)):
             self._container(value, name, deep, own)
-        elif is_array(value):
-            if own or value.nbytes <= _LARGE:
+        elif is_array(value) or isinstance(value, (bytearray, array)):
+            if own or memoryview(value).nbytes <= _LARGE:
                 self.contents.append(value)
         elif isinstance(value, (torch.Generator, random.Random)) or is_numpy_generator(value):
             self.contents.append(value)
@@ -155,8 +165,11 @@ class Held:
     def _module(self, module: nn.Module) -> None:
         self.modules.append(module)
         self.watched += [p for p in module._parameters.values() if p is not None and self._is_new(p)]
-        for buffer in module._buffers.values():
-            self._is_new(buffer)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            self._is_new(tensor)
+            if tensor is not None:  # it may bear attributes
+                held = vars(tensor)
+                self.names.append(Names(tensor, [], held.__getitem__, held.__setitem__, held))
         held = vars(module)
         for hook in [hook for hooks in _HOOKS if held.get(hooks) for hook in held[hooks].values()]:
             self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)
@@ -225,6 +238,7 @@ class Held:
             Names(function, list(own), own.__getitem__, own.__setitem__),
         ]
         if not _is_installed(function.__module__ or ""):
+            self.functions.append(function)
             spaces += self._globals(function)
         self.names += [each for each in spaces if each.names]
         values = [each._value(name) for each in spaces for name in each.names]
@@ -278,7 +292,7 @@ def _fill(cells: dict[str, CellType], name: str, value: Any) -> None:
 
 
 def _is_entered(cls: type, own: bool) -> bool:
-    if cls.__module__ in _WRAPPERS or cls is SimpleNamespace or issubclass(cls, threading.local):
+    if cls.__module__ in _WRAPPERS or issubclass(cls, _PLACES):
         return True
     return cls.__module__.partition(".")[0] not in _TOOLS and (own or not _is_installed(cls.__module__))
 
