@@ -57,6 +57,7 @@ def test_two_pass_is_never_silently_wrong(name: str) -> None:
 FEW = (
     "zero_head", "padded_tokens", "popped_from_the_batch", "data_class_changed", "batch_norm_in_a_checkpoint",
     "buffer_moved_in_a_checkpoint", "uniform_number_of_python", "five_negatives_of_each_sample",
+    "detached_if_compiled", "unknown_words_caught", "layer_made_in_the_first_forward",
 )  # fmt: skip
 
 

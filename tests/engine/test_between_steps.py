@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import batchtrim
+from batchtrim.engine.unguarded import Unguarded
 from batchtrim.errors import EngineFallback, EngineRefused
 from tiers import few
 
@@ -96,6 +98,49 @@ def test_a_change_that_no_guard_sees_is_seen(change: str) -> None:
     torch.testing.assert_close(
         _losses_and_gradients("shared", CHANGES[change]), _losses_and_gradients("exact", CHANGES[change])
     )
+
+
+class Schedule:
+    def now(self) -> float:
+        return 1.0
+
+
+class Asking(Part):
+    """Asks a plain object, and a variable of the environment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedule = Schedule()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.schedule.now() * float(os.getenv("BATCHTRIM_TEST_SCALE", "1"))
+
+
+UNSEEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "method of a plain object": lambda patch: patch.setattr(Schedule, "now", lambda self: 2.0),
+    "method of the loss": lambda patch: patch.setattr(nn.CrossEntropyLoss, "forward", lambda self, out, y: out),
+    "method of a tensor": lambda patch: patch.setattr(torch.Tensor, "tanh", torch.sin, raising=False),
+    "code": lambda patch: patch.setattr(Part.squashed, "__code__", Part.forward.__code__),
+    "environment": lambda patch: patch.setenv("BATCHTRIM_TEST_SCALE", "2"),
+}
+
+
+@pytest.mark.parametrize("change", UNSEEN)
+def test_a_change_elsewhere_is_noticed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unguarded = Unguarded(batchtrim.TrimmedForward(Asking(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
+    assert not unguarded.changed()
+    UNSEEN[change](monkeypatch)
+    assert unguarded.changed()
+
+
+def test_classes_that_come_later_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    unguarded = Unguarded(batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
+    model.append(Asking())  # type: ignore[operator]
+    unguarded.look()  # as after each new trace
+    assert not unguarded.changed()
+    monkeypatch.setattr(Schedule, "now", lambda self: 2.0)
+    assert unguarded.changed()
 
 
 def test_a_backward_hook_on_all_modules_is_refused() -> None:

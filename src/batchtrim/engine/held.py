@@ -105,7 +105,7 @@ class Held:
             root does not list, and tensors that functions name.
         iterators: where modules hold iterators, or functions name them: their next value can be taken only once.
         with_graph: where tensors with a graph are kept.
-        functions: the user's own.
+        functions: the user's own. caches: those of the user's functions with ``functools.lru_cache``.
     """
 
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
@@ -116,6 +116,7 @@ class Held:
         self.iterators: list[str] = []
         self.with_graph: list[str] = []
         self.functions: list[FunctionType] = []
+        self.caches: list[Any] = []
         # it holds what it has seen, so that no number is given twice
         self._seen: dict[int, Any] = {id(value): value for value in passed}
         for parameter in roots[0].parameters() if isinstance(next(iter(roots), None), nn.Module) else ():
@@ -147,6 +148,10 @@ class Held:
             self.contents.append(value)
         elif isinstance(value, (FunctionType, MethodType, partial)):
             self._callable(value, name, deep)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            if not _is_installed(value.__module__ or ""):
+                self.caches.append(value)
+                self._walk(value.__wrapped__, name, deep, own=False)
         elif isinstance(value, Iterator):
             if own and _is_iterator(value):
                 self.iterators.append(name)

@@ -7,16 +7,16 @@ a model may ask whether it is compiled, and then do something else.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.aside import gradients_aside
 from batchtrim.engine.capture import CannotCapture
 from batchtrim.engine.forward import Forward
-from batchtrim.engine.rows import entries
+from batchtrim.engine.rows import entries, map_tensors, tensors_of
 from batchtrim.engine.state import (
     TAKEN_TWICE,
     GeneratorStates,
@@ -51,17 +51,22 @@ class Plain:
         self.gradients: list[Tensor | None] | None = None
         with uncompiled_calls(), caches_left():
             with self.writes:  # an error leaves the state as in a plain step
-                losses, outputs = forward(x, y, model=forward.inner)
+                losses, outputs = forward(*_without_histories((x, y)), model=forward.inner)
             self.losses = losses.values.detach()
             self.generators = GeneratorStates(self.before.generators.device)
             self.outputs = _described(outputs)
             del outputs
-            self.sets_up = bool(self.before.model.other_parts())
-            draws = any(isinstance(value, random.Random) and value.getstate() != was for value, was in self.before.model.contents)
+            self.sets_up = bool(self.before.model.other_parts() or self.before.model.filled_caches())
+            draws = any(
+                isinstance(value, random.Random) and value.getstate() != was
+                for value, was in self.before.model.contents
+            )
             self.state = ModelState(*self.before.model.roots)
             self.written = {name: self.writes.parameters[name][0].detach().clone() for name in self.writes.written()}
             if gradients:
-                self.gradients = self._gradients_of(losses.values)
+                self.parameters = self._parameters()
+                with suppress(Exception):  # its own gradient may not be asked for like this
+                    self.gradients = self._gradients_of(losses.values)
         self.restore()
         if draws:
             raise CannotCapture("it draws from a random.Random of its own, whose numbers a trace repeats")
@@ -107,14 +112,18 @@ class Plain:
     def _other_gradient(self, losses: Tensor, coarse: bool) -> str | None:
         if self.gradients is None:
             return None
+        if self._parameters() != self.parameters:
+            return "it has other parameters with a gradient"
         try:
             found = self._gradients_of(losses, keep=True)
         except torch.OutOfMemoryError:
             return None
-        pairs = list(zip(self._parameters(), self.gradients, found or [], strict=True))
+        except Exception as error:
+            return f"its backward fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+        pairs = list(zip(self.parameters.values(), self.gradients, found, strict=True))
         total = sum(float(own.double().norm()) ** 2 for _, own, _ in pairs if own is not None) ** 0.5
         apart = _COARSE_APART if coarse else _GRADIENT_APART
-        for (name, _), own, theirs in pairs:
+        for name, own, theirs in pairs:
             if own is None or theirs is None:
                 if own is not theirs:
                     return f"{name} has {'a' if own is None else 'no'} gradient"
@@ -124,38 +133,32 @@ class Plain:
                 return f"the gradient of {name} differs by {float(off) / size:.2g}"
         return None
 
-    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        modules = self.before.model.modules  # the loss's too
-        named = {p: f"{type(module).__name__}.{name}" for module in modules for name, p in module._parameters.items()}
-        return [(name, p) for p, name in named.items() if type(p) is nn.Parameter and p.requires_grad]
+    def _parameters(self) -> dict[int, str]:
+        """Return the names of the parameters that need a gradient, the loss's too."""
+        return {id(each): name for name, each in self._named()}
 
-    def _gradients_of(self, losses: Tensor, keep: bool = False) -> list[Tensor | None] | None:
-        """Return the gradient of each parameter; None if the model's own cannot be asked for."""
-        parameters = [each for _, each in self._parameters()]
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        named = list(self.forward.inner.named_parameters())
+        known = {id(each) for _, each in named}
+        for module in self.before.model.modules:
+            own = module.named_parameters(type(module).__name__, recurse=False)
+            named += [(name, each) for name, each in own if id(each) not in known]
+        return [(name, each) for name, each in named if type(each) is nn.Parameter and each.requires_grad]
+
+    def _gradients_of(self, losses: Tensor, keep: bool = False) -> list[Tensor | None]:
+        """Return the gradient of each parameter."""
+        parameters = [each for _, each in self._named()]
         if not parameters or not losses.requires_grad or losses.numel() == 0:
             return [None] * len(parameters)
         weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype, device=losses.device) / losses.numel()
-        try:
-            with _without_hooks(parameters):
-                found = torch.autograd.grad(losses, parameters, weights, retain_graph=keep, allow_unused=True)
-        except Exception:
-            if keep:
-                raise
-            return None
-        return [None if each is None else each.to_dense() if each.is_sparse else each for each in found]
+        return gradients_aside(losses, parameters, weights, keep=keep)
 
 
-@contextmanager
-def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Take away the hooks of parameters for a gradient that is none of the training's."""
-    held = [(each._backward_hooks, dict(each._backward_hooks)) for each in parameters if each._backward_hooks]
-    for hooks, _ in held:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, before in held:
-            hooks.update(before)
+def _without_histories(batch: Any) -> Any:
+    """Return a batch in which tensors made by other networks are copies, since a write would change their graph."""
+    if not any(each.requires_grad and not each.is_leaf for each in tensors_of(batch)):
+        return batch
+    return map_tensors(lambda each: each.clone() if each.requires_grad and not each.is_leaf else each, batch)
 
 
 def _described(outputs: Any) -> dict[str, Any]:

@@ -189,14 +189,16 @@ class SharedEngine:
         if plain is not None and differs is not None:
             plain.restore()
             self._refuse(f"its trace differs from the model: {differs}")
+        if tape.step is not None:
+            tape.step.checked = True
         return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace; before its first run, run the model's own Python to compare."""
         plain: Plain | None = None
-        device = device_of(self.forward.inner)
+        device, made = device_of(self.forward.inner), False
         for _ in range(_TRIES):
-            tape, failed, made = Tape(), "", False
+            tape, failed = Tape(compares=made), ""
             self._tape = tape
             drawn = GeneratorStates(device, of_numpy=False)  # no trace draws from NumPy's
             try:
@@ -227,7 +229,8 @@ class SharedEngine:
                 return *found, tape, plain
             finally:
                 self._tape = None
-            if plain is None or not failed:  # an error of the model itself: it raises it, and leaves the state as it does
+            # where the model is at fault, it raises its own error here, and leaves the state as it does
+            if plain is None or not failed:
                 plain = Plain(self.forward, x, y, gradients=made)
                 if plain.sets_up and not self.was_run:
                     self.was_run = True

@@ -200,6 +200,7 @@ class ModelState:
             for module in self.modules
             for name, buffer in module._buffers.items()
         ]
+        self.empty_caches = [each for each in held.caches if not each.cache_info().currsize]
         self.names = [(names, names.state()) for names in held.names]
         self.contents = [(value, _copy_of(value)) for value in held.contents]
 
@@ -208,6 +209,8 @@ class ModelState:
         for parts, before in self.other_parts():
             parts.clear()
             parts.update(before)
+        for cache in self.filled_caches():
+            cache.cache_clear()
         for names, noted in self.names:
             if names.whole is not None:
                 self._delete_new(names.owner, names.whole, names.state(known=noted).keys())
@@ -230,6 +233,10 @@ class ModelState:
             for parts, before in self.parts
             if parts.keys() != before.keys() or any(parts[name] is not each for name, each in before.items())
         ]
+
+    def filled_caches(self) -> list[Any]:
+        """Return the functions with ``lru_cache`` that were not called before."""
+        return [each for each in self.empty_caches if each.cache_info().currsize]
 
     def _delete_new(self, owner: Any, held: dict[str, Any], new: Iterable[str]) -> None:
         """Delete new attributes and buffers, unless a new flag says that something was set up.

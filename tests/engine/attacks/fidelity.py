@@ -51,7 +51,9 @@ def gradient_doubled_unless_compiled(net: Any, x: Tensor) -> Tensor:
     return net.t(z.tanh())
 
 
-@attack(29, two_pass="right", shared="refused", loss=lambda: lambda out, y: F.cross_entropy(out[0], y, reduction="none"))
+@attack(
+    29, two_pass="right", shared="refused", loss=lambda: lambda out, y: F.cross_entropy(out[0], y, reduction="none")
+)
 def features_returned_unless_compiled(net: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     z = net.a(x)
     return net.t(z), None if torch.compiler.is_compiling() else z
