@@ -99,7 +99,7 @@ class Held:
 
     Attributes:
         modules: each once.
-        names: of modules, and of the objects, classes and functions behind them.
+        names: of modules, and of the objects, classes and functions behind them. of_tensors: of parameters and buffers.
         contents: what can change in place, tensors among it that are neither parameters nor buffers.
         watched: tensors that are too large to copy in every step, or not the model's own: parameters that the first
             root does not list, and tensors that functions name.
@@ -111,6 +111,7 @@ class Held:
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
         self.modules: list[nn.Module] = []
         self.names: list[Names] = []
+        self.of_tensors: list[Names] = []
         self.contents: list[Any] = []
         self.watched: list[Tensor] = []
         self.iterators: list[str] = []
@@ -174,7 +175,7 @@ class Held:
             self._is_new(tensor)
             if tensor is not None:  # it may bear attributes
                 held = vars(tensor)
-                self.names.append(Names(tensor, [], held.__getitem__, held.__setitem__, held))
+                self.of_tensors.append(Names(tensor, [], held.__getitem__, held.__setitem__, held))
         held = vars(module)
         for hook in [hook for hooks in _HOOKS if held.get(hooks) for hook in held[hooks].values()]:
             self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)

@@ -124,8 +124,8 @@ class Plain:
         total = sum(float(own.double().norm()) ** 2 for _, own, _ in pairs if own is not None) ** 0.5
         apart = _COARSE_APART if coarse else _GRADIENT_APART
         for name, own, theirs in pairs:
-            if own is None or theirs is None:
-                if own is not theirs:
+            if own is None or theirs is None:  # zero by way of a tensor that the model keeps
+                if own is not theirs and (theirs is None or theirs.any()):
                     return f"{name} has {'a' if own is None else 'no'} gradient"
                 continue
             off, size = (own - theirs).double().norm(), max(float(own.double().norm()), _SMALL * total)

@@ -96,6 +96,7 @@ class SlicedStep:
         self.unit = unit
         self.approximate = approximate
         self.compiled = None if compiler is None else CompiledStep(self, compiler)
+        self.runs = 0
         self.checked = False  # True once a run was compared with the model
         self._shown: set[int] = set()
         self._slices: dict[bool, Slices] = {}
@@ -129,6 +130,7 @@ class SlicedStep:
         return forward, backward
 
     def forward(self, args: list[Any]) -> Any:
+        self.runs += 1
         tape = self.current()
         if not (self.checked or (tape is not None and tape.compares)):
             raise NewTrace
@@ -388,6 +390,8 @@ def _row_symbols(
             f"its loss returns {several} values for each sample, in one dimension. Return them as (B, {several}): then "
             "their mean is the sample's loss, or each one counts with unit='element'"
         )
+    if getattr(size, "free_symbols", None) and not isinstance(size, sympy.Symbol):
+        raise CannotCapture(f"its losses are not one for each sample: {size} for a batch of {size.free_symbols.pop()}")
     if not isinstance(size, sympy.Symbol):
         raise OneBatchSize(
             f"its trace holds for one batch size only ({size} losses{fixed_by(losses.meta['val'], size)})"

@@ -201,7 +201,7 @@ class ModelState:
             for name, buffer in module._buffers.items()
         ]
         self.empty_caches = [each for each in held.caches if not each.cache_info().currsize]
-        self.names = [(names, names.state()) for names in held.names]
+        self.names = [(names, names.state()) for names in (*held.names, *held.of_tensors)]
         self.contents = [(value, _copy_of(value)) for value in held.contents]
 
     def restore(self, modes: bool = True) -> None:
@@ -282,11 +282,10 @@ class ModelState:
         Args:
             apart: how far tensors may differ, relative to their norm.
         """
-        theirs = {id(names.owner): noted for names, noted in other.names}
+        theirs = {(id(names.owner), name): value for names, noted in other.names for name, value in noted.items()}
         for names, noted in self.names:
-            found = theirs.get(id(names.owner), {})
             for name, value in noted.items():
-                if not _alike(value, found.get(name), apart):
+                if not _alike(value, theirs.get((id(names.owner), name)), apart):
                     return f"{getattr(names.owner, '__name__', type(names.owner).__name__)}.{name}"
         contents = {id(value): copy for value, copy in other.contents}
         for value, copy in self.contents:
@@ -356,7 +355,7 @@ def _alike(a: Any, b: Any, apart: float) -> bool:
 def _alike_inside(a: Any, b: Any, apart: float) -> bool:
     """Return True if two copies of one thing's contents are the same up to rounding."""
     if isinstance(a, dict):  # the state of a NumPy generator too
-        return a.keys() == b.keys() and all(_alike(value, b[key], apart) for key, value in a.items())
+        return list(a) == list(b) and all(_alike(value, b[key], apart) for key, value in a.items())
     if isinstance(a, (list, deque)):
         return len(a) == len(b) and all(_alike(*pair, apart) for pair in zip(a, b, strict=True))
     if isinstance(a, set):
