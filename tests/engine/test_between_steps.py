@@ -39,6 +39,10 @@ def _model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), Part(), nn.Linear(8, 5))
 
 
+def _cross_entropy(out: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(out, y, reduction="none")
+
+
 def _batch(number: int, size: int = BATCH) -> tuple[Tensor, Tensor]:
     torch.manual_seed(100 + number)
     return torch.randn(size, 6), torch.randint(0, 5, (size,))
@@ -306,6 +310,55 @@ def test_asking_for_the_gradient_of_a_kept_tensor_is_an_error(ask: Callable[[Ten
     ask(model.kept)
     with pytest.raises(RuntimeError, match=r"no hook and no retain_grad\(\) on a tensor \(12, 8\).*engine='exact'"):
         loss.backward()
+
+
+class Exponential(nn.Module):
+    """Returns features that its backward reads on all rows, for they are centred; writes into its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.first(x.mul_(2)).exp()
+        return self.last((z - z.mean(0)) * z), z
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of a batch that is no leaf
+def test_outputs_that_backward_reads_may_not_change_and_a_batch_with_a_graph_keeps_it() -> None:
+    found = []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        model, weight = Exponential(), nn.Parameter(torch.randn(6, 6) / 9)
+        step = batchtrim.TrimmedForward(model, lambda out, y: _cross_entropy(out[0], y), batchtrim.Trimmer(0.5), engine)
+        x, y = _batch(0)
+        step((x @ weight).clone(), y).backward()
+        found.append(weight.grad)
+        loss = step(*_batch(1))
+        step.last.outputs[1].mul_(2)  # type: ignore[union-attr]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    torch.testing.assert_close(*found)
+
+
+def test_a_trace_that_an_error_kept_from_being_compared_is_compared_later() -> None:
+    class Moving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling():
+                self.seen += 1
+            return self.layer(x)
+
+    step = batchtrim.TrimmedForward(Moving(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    x, y = _batch(0)
+    with pytest.raises(IndexError):
+        step(x, y + 100)
+    with pytest.raises(EngineRefused, match="differs from the model: it leaves another value of a buffer"):
+        step(x, y)
 
 
 def test_losses_of_several_values_in_one_dimension_are_told() -> None:
