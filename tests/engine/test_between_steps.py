@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import batchtrim
+from batchtrim.engine.unguarded import Unguarded
 from batchtrim.errors import EngineFallback, EngineRefused
 from tiers import few
 
@@ -35,6 +37,10 @@ class Part(nn.Module):
 def _model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), Part(), nn.Linear(8, 5))
+
+
+def _cross_entropy(out: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(out, y, reduction="none")
 
 
 def _batch(number: int, size: int = BATCH) -> tuple[Tensor, Tensor]:
@@ -96,6 +102,49 @@ def test_a_change_that_no_guard_sees_is_seen(change: str) -> None:
     torch.testing.assert_close(
         _losses_and_gradients("shared", CHANGES[change]), _losses_and_gradients("exact", CHANGES[change])
     )
+
+
+class Schedule:
+    def now(self) -> float:
+        return 1.0
+
+
+class Asking(Part):
+    """Asks a plain object, and a variable of the environment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedule = Schedule()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.schedule.now() * float(os.getenv("BATCHTRIM_TEST_SCALE", "1"))
+
+
+UNSEEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "method of a plain object": lambda patch: patch.setattr(Schedule, "now", lambda self: 2.0),
+    "method of the loss": lambda patch: patch.setattr(nn.CrossEntropyLoss, "forward", lambda self, out, y: out),
+    "method of a tensor": lambda patch: patch.setattr(torch.Tensor, "tanh", torch.sin, raising=False),
+    "code": lambda patch: patch.setattr(Part.squashed, "__code__", Part.forward.__code__),
+    "environment": lambda patch: patch.setenv("BATCHTRIM_TEST_SCALE", "2"),
+}
+
+
+@pytest.mark.parametrize("change", UNSEEN)
+def test_a_change_elsewhere_is_noticed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unguarded = Unguarded(batchtrim.TrimmedForward(Asking(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
+    assert not unguarded.changed()
+    UNSEEN[change](monkeypatch)
+    assert unguarded.changed()
+
+
+def test_classes_that_come_later_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    unguarded = Unguarded(batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
+    model.append(Asking())  # type: ignore[operator]
+    unguarded.look()  # as after each new trace
+    assert not unguarded.changed()
+    monkeypatch.setattr(Schedule, "now", lambda self: 2.0)
+    assert unguarded.changed()
 
 
 def test_a_backward_hook_on_all_modules_is_refused() -> None:
@@ -261,6 +310,55 @@ def test_asking_for_the_gradient_of_a_kept_tensor_is_an_error(ask: Callable[[Ten
     ask(model.kept)
     with pytest.raises(RuntimeError, match=r"no hook and no retain_grad\(\) on a tensor \(12, 8\).*engine='exact'"):
         loss.backward()
+
+
+class Exponential(nn.Module):
+    """Returns features that its backward reads on all rows, for they are centred; writes into its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.first(x.mul_(2)).exp()
+        return self.last((z - z.mean(0)) * z), z
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of a batch that is no leaf
+def test_outputs_that_backward_reads_may_not_change_and_a_batch_with_a_graph_keeps_it() -> None:
+    found = []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        model, weight = Exponential(), nn.Parameter(torch.randn(6, 6) / 9)
+        step = batchtrim.TrimmedForward(model, lambda out, y: _cross_entropy(out[0], y), batchtrim.Trimmer(0.5), engine)
+        x, y = _batch(0)
+        step((x @ weight).clone(), y).backward()
+        found.append(weight.grad)
+        loss = step(*_batch(1))
+        step.last.outputs[1].mul_(2)  # type: ignore[union-attr]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    torch.testing.assert_close(*found)
+
+
+def test_a_trace_that_an_error_kept_from_being_compared_is_compared_later() -> None:
+    class Moving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling():
+                self.seen += 1
+            return self.layer(x)
+
+    step = batchtrim.TrimmedForward(Moving(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    x, y = _batch(0)
+    with pytest.raises(IndexError):
+        step(x, y + 100)
+    with pytest.raises(EngineRefused, match="differs from the model: it leaves another value of a buffer"):
+        step(x, y)
 
 
 def test_several_losses_per_sample_in_one_dimension_are_refused() -> None:

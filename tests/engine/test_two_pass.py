@@ -264,3 +264,17 @@ def test_a_window_reads_buffers_as_plain_accumulation_does() -> None:
         found.append(gradient(model))
         assert float(model.seen) == 3
     assert error(*found) <= 1e-6
+
+
+def test_cached_parametrizations_get_their_gradient() -> None:
+    """The second pass must not find the weights that the first made without a graph."""
+    found = []
+    for engine in ("exact", "two_pass"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 5))
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), engine)
+        x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+        with nn.utils.parametrize.cached():
+            step(x, y).backward()
+        found.append(gradient(model))
+    assert error(*found) <= 1e-5

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.aside import gradients_aside
+from batchtrim.engine.state import GeneratorStates
+
 if TYPE_CHECKING:
     from batchtrim.engine.sliced import Tape
 
@@ -36,9 +39,10 @@ def cosine_of(tape: Tape, loss: Tensor, rows: Tensor, parameters: Sequence[Tenso
 
     Costs two backwards. The step can still be cut and run in either form.
     """
-    found = []
+    found, drawn = [], GeneratorStates(loss.device)
     for approximate in (True, False):
         tape.cut(rows, approximate, again=True)
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        gradients = gradients_aside(loss, parameters, torch.ones_like(loss), keep=True)
         found.append(torch.cat([g.flatten().double() for g in gradients if g is not None]))
+    drawn.restore()  # a backward may draw
     return float(torch.nn.functional.cosine_similarity(found[0], found[1], dim=0))

@@ -288,6 +288,8 @@ def hindrance() -> str | None:
     """Return the reason why nothing can be traced at this point of the user's program, or None."""
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return "it runs inside torch.func or with forward-mode derivatives (jvp). Use engine='exact'"
+    if torch._dynamo.config.disable:
+        return "torch.compile is switched off (TORCH_COMPILE_DISABLE, or torch._dynamo.config.disable)"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a mode that sees every operator is active (FlopCounterMode, say). Run the step outside of it"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:

@@ -14,7 +14,10 @@ import io
 import random
 import sys
 import threading
-from collections import deque
+import weakref
+from argparse import Namespace
+from array import array
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -41,6 +44,11 @@ _TOOLS = frozenset((
     "pytorch_lightning", "random", "torch",
 ))  # fmt: skip
 _WRAPPERS = ("batchtrim.criteria", "batchtrim.losses")  # around a user's loss; they have no state of their own
+# classes of the standard library whose objects are places for values
+_PLACES = (
+    SimpleNamespace, Namespace, threading.local, UserDict, UserList, ChainMap,
+    weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet,
+)  # fmt: skip
 _DEEP = 3  # levels of objects within objects that are searched
 _LARGE, _MANY = 2**20, 10_000  # bytes of an array, entries of a container; larger ones are copied only from modules
 
@@ -66,7 +74,7 @@ class Names:
         names = self.names
         if self.whole is not None:
             passed = _OF_EVERY_MODULE if isinstance(self.owner, nn.Module) else ()
-            names = [name for name in self.whole if name not in passed and name not in known]
+            names = [name for name in self.whole if name not in passed and name not in known and "dynamo" not in name]
         found = [(name, self._value(name)) for name in names]
         return {name: value for name, value in found if type(value) in _FIXED or _is_state(self.owner, name, value)}
 
@@ -91,22 +99,27 @@ class Held:
 
     Attributes:
         modules: each module once.
-        names: of modules, and of the objects, classes and functions reached from them.
+        names: of modules, and of the objects, classes and functions reached from them. of_tensors: of parameters and
+            buffers.
         contents: objects that can change in place, including tensors that are neither parameters nor buffers.
         watched: tensors that are too large to copy in every step, or do not belong to the model: parameters that the
             first root does not list, and tensors that functions name.
         iterators: descriptions of iterators that modules hold or functions name. Their next value can be taken only
             once, so they cannot be restored.
         with_graph: descriptions of the places that hold a tensor with a graph.
+        functions: the user's own. caches: those of the user's functions with ``functools.lru_cache``.
     """
 
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
         self.modules: list[nn.Module] = []
         self.names: list[Names] = []
+        self.of_tensors: list[Names] = []
         self.contents: list[Any] = []
         self.watched: list[Tensor] = []
         self.iterators: list[str] = []
         self.with_graph: list[str] = []
+        self.functions: list[FunctionType] = []
+        self.caches: list[Any] = []
         # by id; the values keep their objects alive, so that ids stay unique
         self._seen: dict[int, Any] = {id(value): value for value in passed}
         for parameter in roots[0].parameters() if isinstance(next(iter(roots), None), nn.Module) else ():
@@ -131,13 +144,17 @@ class Held:
             (self.contents if own and not isinstance(value, nn.Parameter) else self.watched).append(value)
         elif isinstance(value, (tuple, frozenset, *CONTAINERS)):
             self._container(value, name, deep, own)
-        elif is_array(value):
-            if own or value.nbytes <= _LARGE:
+        elif is_array(value) or isinstance(value, (bytearray, array)):
+            if own or memoryview(value).nbytes <= _LARGE:
                 self.contents.append(value)
         elif isinstance(value, (torch.Generator, random.Random)) or is_numpy_generator(value):
             self.contents.append(value)
         elif isinstance(value, (FunctionType, MethodType, partial)):
             self._callable(value, name, deep)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            if not _is_installed(value.__module__ or ""):
+                self.caches.append(value)
+                self._walk(value.__wrapped__, name, deep, own=False)
         elif isinstance(value, Iterator):
             if own and _is_iterator(value):
                 self.iterators.append(name)
@@ -156,8 +173,11 @@ class Held:
     def _module(self, module: nn.Module) -> None:
         self.modules.append(module)
         self.watched += [p for p in module._parameters.values() if p is not None and self._is_new(p)]
-        for buffer in module._buffers.values():
-            self._is_new(buffer)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            self._is_new(tensor)
+            if tensor is not None:  # it may bear attributes
+                held = vars(tensor)
+                self.of_tensors.append(Names(tensor, [], held.__getitem__, held.__setitem__, held))
         held = vars(module)
         for hook in [hook for hooks in _HOOKS if held.get(hooks) for hook in held[hooks].values()]:
             self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)
@@ -226,6 +246,7 @@ class Held:
             Names(function, list(own), own.__getitem__, own.__setitem__),
         ]
         if not _is_installed(function.__module__ or ""):
+            self.functions.append(function)
             spaces += self._globals(function)
         self.names += [each for each in spaces if each.names]
         values = [each._value(name) for each in spaces for name in each.names]
@@ -279,7 +300,7 @@ def _fill(cells: dict[str, CellType], name: str, value: Any) -> None:
 
 
 def _is_entered(cls: type, own: bool) -> bool:
-    if cls.__module__ in _WRAPPERS or cls is SimpleNamespace or issubclass(cls, threading.local):
+    if cls.__module__ in _WRAPPERS or issubclass(cls, _PLACES):
         return True
     return cls.__module__.partition(".")[0] not in _TOOLS and (own or not _is_installed(cls.__module__))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.aside import gradients_aside
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.rehearsal import Rehearsal
@@ -304,7 +305,8 @@ def _others(rows: Tensor, poisoned: Tensor) -> Tensor:
 
 def _differentiate(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]:
     try:
-        return list(torch.autograd.grad(losses.mean(), parameters, allow_unused=True))
+        weights = torch.full_like(losses, 1 / max(1, losses.numel()))
+        return gradients_aside(losses, parameters, weights, keep=False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -27,22 +27,13 @@ from batchtrim.engine.capture import (
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward, as_losses
 from batchtrim.engine.inductor import inductor_of
+from batchtrim.engine.plain import Plain
 from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech import speech_encoders, without_input_gradient
-from batchtrim.engine.state import (
-    TAKEN_TWICE,
-    GeneratorStates,
-    Snapshot,
-    device_of,
-    is_lazy,
-    is_sharded,
-    uncompiled_calls,
-    uses_tf32,
-)
+from batchtrim.engine.state import GeneratorStates, device_of, is_lazy, is_sharded
 from batchtrim.engine.unguarded import Unguarded
 from batchtrim.engine.wrapped import check_backward, hooked, with_call
-from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
@@ -59,6 +50,10 @@ _CANNOT = "the shared engine cannot run this model: {}"
 _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separate one for a batch of 1)
 
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
+
+
+class _SetsUp(Exception):
+    """The model makes its layers in its first forward."""
 
 
 class SharedEngine:
@@ -110,7 +105,6 @@ class SharedEngine:
             return self.exact(x, y, selection)
         found = self._forward(x, y)
         if found is None:
-            self.alone.add(size)
             return self.exact(x, y, selection)
         tape, losses, outputs = found
         if selection is None:
@@ -168,7 +162,8 @@ class SharedEngine:
         """Run the traced step; return its tape, the losses with their graph, and the model's outputs.
 
         Returns:
-            None if there is a trace for other batch sizes and this one would need its own.
+            None if there is a trace for other batch sizes and this one would need its own, or if the model makes its
+            layers in this step.
         """
         if self.refused is not None:
             raise EngineRefused(self.refused)
@@ -180,35 +175,44 @@ class SharedEngine:
             self._begin()
         x = dict(x) if isinstance(x, Mapping) else x  # such as a BatchEncoding; the model gets its entries
         reason, alone = "", False
+        size = _rows(x, self.forward.batch_dim)
         try:
             with torch.enable_grad(), with_call(self.forward.model, self._traced) as call:
                 parts, outputs, tape, plain = call(x, y)
+        except _SetsUp:
+            return None
         except CannotCapture as error:
             reason = str(error)
             alone = isinstance(error, OneBatchSize) and self.trace is not None and len(self.alone) < _TRIES
         if alone:
+            self.alone.add(size)
             return None
         if reason:
             self._refuse(reason)
         coarse = tape.step is not None and tape.step.coarse
-        differs = None if plain is None else plain.difference(parts[0].detach(), coarse)
+        differs = None if plain is None else plain.difference(parts[0], outputs, coarse)
         if plain is not None and differs is not None:
             plain.restore()
             self._refuse(f"its trace differs from the model: {differs}")
+        if tape.step is not None:
+            tape.step.checked = True
         return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace. Before a trace's first run, run the model's own Python to compare."""
-        plain: _Plain | None = None
-        failed, device = "", device_of(self.forward.inner)
+        plain: Plain | None = None
+        device, made = device_of(self.forward.inner), False
         for _ in range(_TRIES):
-            tape = self._tape = Tape()
+            tape, failed = Tape(compares=made), ""
+            self._tape = tape
             drawn = GeneratorStates(device, of_numpy=False)  # no trace draws from NumPy's
             try:
                 with without_input_gradient(self.speech), dynamic(_row_sizes(x, y, self.forward)):
                     found = self.capture(x, y)
             except NewTrace:
                 drawn.restore()  # a trace draws Python's random numbers before its graph runs
+                self.unguarded.look()
+                made = True
             except CannotCapture as error:
                 if isinstance(error, OneBatchSize) and self.trace is not None:
                     raise
@@ -226,62 +230,25 @@ class SharedEngine:
                 raise
             except Exception as error:
                 drawn.restore()
-                if plain is None:  # an error of the model itself: run it, so that it raises as in a plain step
-                    _Plain(self.forward, x, y)
-                    raise
                 failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
             else:
                 return *found, tape, plain
             finally:
                 self._tape = None
-            if failed and plain is not None:
+            # where the model is at fault, it raises its own error here, and leaves the state as it does
+            if plain is None or not failed:
+                plain = Plain(self.forward, x, y, gradients=made)
+                if plain.sets_up and not self.was_run:
+                    self.was_run = True
+                    raise _SetsUp
+            if failed:
                 plain.restore()
                 raise CannotCapture(f"its trace fails where the model itself has just run ({failed})")
-            plain = _Plain(self.forward, x, y)
         raise CannotCapture("its Python changes from run to run, so that no trace lasts")
 
     def _refuse(self, reason: str) -> NoReturn:
         self.refused = _CANNOT.format(reason)
         raise EngineRefused(self.refused)
-
-
-class _Plain:
-    """A step run by the model's own Python, to compare a new trace with. It leaves all state unchanged.
-
-    The proof is about the traced graph. That the graph computes what the model does is the tracer's promise, which it
-    does not always keep.
-    """
-
-    def __init__(self, forward: Forward, x: Any, y: Any) -> None:
-        self.before = Snapshot(forward, x, y)
-        if self.before.iterators:
-            raise CannotCapture(TAKEN_TWICE.format(self.before.iterators[0]))
-        self.writes = ParameterWrites(forward.inner, others=self.before.model.watched)
-        with uncompiled_calls(), self.writes:  # an error leaves the state as in a plain step
-            self.losses = forward(x, y, model=forward.inner)[0].values.detach()
-        self.generators = GeneratorStates(self.before.generators.device)
-        self.restore()
-
-    def restore(self) -> None:
-        """Restore all state that the model changes."""
-        self.before.restore(batch=True)
-        self.writes.restore()
-
-    def difference(self, losses: Tensor, coarse: bool) -> str | None:
-        """Return how a trace differs from the model, or None. Call it right after the trace ran.
-
-        Args:
-            coarse: a part of the model computes in less than float32 precision, and rounds elsewhere if compiled.
-        """
-        if not self.generators.same_torch_state(GeneratorStates(self.generators.device)):
-            return "it draws random numbers in another order"
-        coarse = coarse or losses.dtype in (torch.float16, torch.bfloat16) or uses_tf32(losses.device)
-        apart = 1e-2 if coarse else 1e-4
-        scale = self.losses.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()
-        near = (losses - self.losses).abs() <= apart * (self.losses.abs() + scale)
-        if (near | (losses == self.losses) | (losses.isnan() & self.losses.isnan())).all():
-            return None
-        return f"losses differ by {float((losses - self.losses).abs().max()):.2g}"
 
 
 def refusal(forward: Forward) -> str | None:

@@ -30,7 +30,7 @@ __all__ = ["NewTrace", "SlicedStep", "Tape"]
 
 
 class NewTrace(Exception):
-    """A trace is about to run for the first time; nothing has run yet."""
+    """A trace that was never compared with the model is about to run; nothing has run yet."""
 
 
 class Tape:
@@ -42,9 +42,11 @@ class Tape:
         compiled: what ran the forward; None if it ran operator by operator.
         late: True if backward is compiled too and cuts what it reads itself.
         outputs: those of the forward that still exist, such as tensors that the model keeps.
+        compares: True if the run is compared with the model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compares: bool = False) -> None:
+        self.compares = compares
         self.step: SlicedStep | None = None
         self.saved: dict[int, Tensor] = {}
         self.versions: dict[int, int] = {}
@@ -95,6 +97,8 @@ class SlicedStep:
         self.approximate = approximate
         self.compiled = None if compiler is None else CompiledStep(self, compiler)
         self.runs = 0
+        self.checked = False  # True once a run was compared with the model
+        self._shown: set[int] = set()
         self._slices: dict[bool, Slices] = {}
         self._costs: dict[bool, Cost] = {}
 
@@ -127,12 +131,14 @@ class SlicedStep:
 
     def forward(self, args: list[Any]) -> Any:
         self.runs += 1
-        if self.runs == 1:
-            raise NewTrace
         tape = self.current()
+        if not (self.checked or (tape is not None and tape.compares)):
+            raise NewTrace
         batch = 0 if self._batch_at is None else args[self._batch_at[0]].shape[self._batch_at[1]]
-        # the second run is compared with the model, operator by operator
-        results = None if self.compiled is None or tape is None or self.runs == 2 else self.compiled.forward(args)
+        # until a run was compared with the model, operator by operator
+        results = (
+            self.compiled.forward(args) if self.checked and self.compiled is not None and tape is not None else None
+        )
         compiled = results is not None
         results = list(self._forward(args) if results is None else results)
         for at in self._copied:
@@ -142,14 +148,21 @@ class SlicedStep:
         tape.step, tape.batch = self, batch
         tape.outputs = [weakref.ref(each) for each in results[self._written : self.outputs] if isinstance(each, Tensor)]
         tape.compiled = self.compiled if compiled else None
+        if not self.checked:
+            self._shown = self._places_shown(results)
         mark = torch.empty(0)
         mark.tape = tape  # type: ignore[attr-defined]
         for at, place in self._stashed.items():
             tape.saved[place] = results[at]
-            if (place in self.given and at not in self._copied) or compiled:
+            if (place in self.given and at not in self._copied) or place in self._shown or compiled:
                 tape.versions[place] = results[at]._version
             results[at] = mark
         return results
+
+    def _places_shown(self, results: list[Any]) -> set[int]:
+        """Return the positions of what is saved in memory that the outputs show, where it may be written into."""
+        shown = {_memory(each) for each in results[: self.outputs] if isinstance(each, Tensor)}
+        return {place for at, place in self._stashed.items() if _memory(results[at]) in shown}
 
     def backward(self, args: list[Any]) -> Any:
         tape = next((args[place].tape for place in self._stashed.values() if hasattr(args[place], "tape")), None)
@@ -303,6 +316,10 @@ def _check_unasked(outputs: Sequence[weakref.ref[Tensor]]) -> None:
             )
 
 
+def _memory(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
 def _kind(node: Any) -> tuple[Any, ...]:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return (tuple(map(expression_of, value.shape)), value.dtype) if isinstance(value, Tensor) else (node,)
@@ -373,6 +390,8 @@ def _row_symbols(
             f"its loss returns {several} values for each sample, in one dimension. Return them as (B, {several}): then "
             "their mean is the sample's loss, or each one counts with unit='element'"
         )
+    if getattr(size, "free_symbols", None) and not isinstance(size, sympy.Symbol):
+        raise CannotCapture(f"its losses are not one for each sample: {size} for a batch of {size.free_symbols.pop()}")
     if not isinstance(size, sympy.Symbol):
         raise OneBatchSize(
             f"its trace holds for one batch size only ({size} losses{fixed_by(losses.meta['val'], size)})"

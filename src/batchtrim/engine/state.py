@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import sys
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from batchtrim.engine.held import Held, Names, is_array, is_numpy_generator
 from batchtrim.engine.rows import copied, restore_values, tensors_of
@@ -28,6 +30,7 @@ __all__ = [
     "GeneratorStates",
     "ModelState",
     "Snapshot",
+    "caches_left",
     "compiled_part",
     "device_of",
     "full_float32",
@@ -43,18 +46,25 @@ TAKEN_TWICE = "it holds an iterator ({}), of which a second forward would take t
 
 
 @contextmanager
-def without_graph() -> Iterator[None]:
-    """Run without a graph, and leave no weights cast by autocast in its cache.
+def caches_left() -> Iterator[None]:
+    """Leave no weight in a cache of torch's: neither one cast by autocast, nor one made by a parametrization.
 
-    A later pass with a graph would find them, and on torch 2.4 no gradient would reach the weights behind them.
+    A later pass would find it with the graph of this one, or without any.
     """
-    caching = torch.is_autocast_cache_enabled()
+    caching, made = torch.is_autocast_cache_enabled(), parametrize._cache.copy()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         torch.set_autocast_cache_enabled(caching)
+        _put_back(parametrize._cache, made)
+
+
+@contextmanager
+def without_graph() -> Iterator[None]:
+    """Run without a graph, and leave no weight in a cache."""
+    with caches_left(), torch.no_grad():
+        yield
 
 
 @contextmanager
@@ -182,16 +192,25 @@ class ModelState:
         held = Held(*roots, passed=passed)
         self.modules, self.watched, self.iterators = held.modules, held.watched, held.iterators
         self.modes = [(module, module.training) for module in self.modules]
+        self.parts = [
+            (parts, dict(parts)) for module in self.modules for parts in (module._modules, module._parameters)
+        ]
         self.buffers = [
             (module, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in self.modules
             for name, buffer in module._buffers.items()
         ]
-        self.names = [(names, names.state()) for names in held.names]
+        self.empty_caches = [each for each in held.caches if not each.cache_info().currsize]
+        self.names = [(names, names.state()) for names in (*held.names, *held.of_tensors)]
         self.contents = [(value, _copy_of(value)) for value in held.contents]
 
     def restore(self, modes: bool = True) -> None:
         """Restore everything, in place if it is still the same object; ``modes``: training and evaluation too."""
+        for parts, before in self.other_parts():
+            parts.clear()
+            parts.update(before)
+        for cache in self.filled_caches():
+            cache.cache_clear()
         for names, noted in self.names:
             if names.whole is not None:
                 self._delete_new(names.owner, names.whole, names.state(known=noted).keys())
@@ -206,6 +225,18 @@ class ModelState:
         for module, training in self.modes if modes else ():
             if module.training is not training:
                 module.training = training
+
+    def other_parts(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return the submodules and parameters that are others now, and what they were: in each place, by name."""
+        return [
+            (parts, before)
+            for parts, before in self.parts
+            if parts.keys() != before.keys() or any(parts[name] is not each for name, each in before.items())
+        ]
+
+    def filled_caches(self) -> list[Any]:
+        """Return the functions with ``lru_cache`` that were not called before."""
+        return [each for each in self.empty_caches if each.cache_info().currsize]
 
     def _delete_new(self, owner: Any, held: dict[str, Any], new: Iterable[str]) -> None:
         """Delete new attributes and buffers, unless a new flag says that something was set up.
@@ -245,6 +276,23 @@ class ModelState:
                     found.append(f"{type(names.owner).__name__}.{name}")
         return found
 
+    def unlike(self, other: ModelState, apart: float) -> str | None:
+        """Return the name of something that two runs of the same model left different, or None.
+
+        Args:
+            apart: how far tensors may differ, relative to their norm.
+        """
+        theirs = {(id(names.owner), name): value for names, noted in other.names for name, value in noted.items()}
+        for names, noted in self.names:
+            for name, value in noted.items():
+                if not _alike(value, theirs.get((id(names.owner), name)), apart):
+                    return f"{getattr(names.owner, '__name__', type(names.owner).__name__)}.{name}"
+        contents = {id(value): copy for value, copy in other.contents}
+        for value, copy in self.contents:
+            if id(value) in contents and not _alike_inside(copy, contents[id(value)], apart):
+                return f"value in a {type(value).__name__} that it holds"
+        return None if self.difference(other) <= apart else "value of a buffer"
+
     def _attributes(self) -> list[tuple[Names, dict[str, Any]]]:
         return [(names, noted) for names, noted in self.names if names.whole is not None]
 
@@ -262,9 +310,11 @@ class Snapshot:
         self.given = ModelState([x, y], passed=self._tensors[0])
         self.model = ModelState(forward.inner, forward.per_sample_loss, forward.rank_by)
         self.generators = GeneratorStates(device_of(forward.inner))
+        self.made = parametrize._cache.copy()
 
     def restore(self, *, modes: bool = True, batch: bool = False) -> None:
         """Restore the model and the generators, and the batch if asked."""
+        _put_back(parametrize._cache, self.made)
         self.model.restore(modes)
         self.generators.restore()
         if batch:
@@ -289,6 +339,32 @@ def relative_difference(exact: Tensor, other: Tensor) -> float:
     return difference / scale if scale else difference
 
 
+def _alike(a: Any, b: Any, apart: float) -> bool:
+    """Return True if two values are the same up to rounding; what has contents of its own is not entered."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        strided = a.layout == b.layout == torch.strided
+        return a.shape == b.shape and (not strided or relative_difference(a.detach(), b.detach()) <= apart)
+    simple = (bool, int, float, complex, str, bytes, type(None))
+    if isinstance(a, simple) or isinstance(b, simple):
+        return type(a) is type(b) and (a == b or a != a)
+    return type(a) is type(b)
+
+
+def _alike_inside(a: Any, b: Any, apart: float) -> bool:
+    """Return True if two copies of one thing's contents are the same up to rounding."""
+    if isinstance(a, dict):  # the state of a NumPy generator too
+        return list(a) == list(b) and all(_alike(value, b[key], apart) for key, value in a.items())
+    if isinstance(a, (list, deque)):
+        return len(a) == len(b) and all(_alike(*pair, apart) for pair in zip(a, b, strict=True))
+    if isinstance(a, set):
+        return len(a) == len(b)
+    if is_array(a):
+        return a.shape == b.shape and bool(((a == b) | (a != a)).all())
+    return _alike(a, b, apart) if isinstance(a, Tensor) else bool(a == b)
+
+
 def _copy_of(value: Any) -> Any:
     """Return a copy of what may change in place; of a container, only its entries."""
     if isinstance(value, Tensor):
@@ -299,7 +375,7 @@ def _copy_of(value: Any) -> Any:
         return value.getstate()
     if is_numpy_generator(value):
         return value.bit_generator.state
-    return value.copy()
+    return value[:] if isinstance(value, (bytearray, array)) else value.copy()
 
 
 def _put_back(value: Any, copy: Any) -> None:
@@ -313,6 +389,8 @@ def _put_back(value: Any, copy: Any) -> None:
         value.bit_generator.state = copy
     elif is_array(value):
         value[...] = copy
+    elif isinstance(value, (bytearray, array)):
+        value[:] = copy
     else:
         value.clear()
         value.extend(copy) if isinstance(value, (list, deque)) else value.update(copy)

@@ -1,26 +1,28 @@
 """Notice changes that a trace's guards do not: a method replaced in its class, a hook on all modules, another loss.
 
 torch's guards watch the values that a model's Python reads. They take for granted that classes keep their methods and
-that nothing is hooked into every module.
+functions their code, that nothing is hooked into every module, and that ``os.getenv`` always returns the same.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from operator import itemgetter
-from types import FunctionType
+from operator import attrgetter, itemgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from batchtrim.engine.capture import uncompiled
 from batchtrim.engine.forward import Forward
+from batchtrim.engine.held import Held
 
 __all__ = ["Unguarded"]
 
 _OF_ALL_MODULES = [
     value for name, value in vars(nn.modules.module).items() if name.startswith("_global_") and isinstance(value, dict)
 ]
-_METHODS = (FunctionType, staticmethod, classmethod, property)
+_CODE = attrgetter("__code__")
 
 
 class Unguarded:
@@ -28,21 +30,29 @@ class Unguarded:
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
-        modules = [*forward.model.modules()]
-        if isinstance(forward.per_sample_loss, nn.Module):
-            modules += forward.per_sample_loss.modules()
-        classes = dict.fromkeys(cls for module in modules for cls in type(module).__mro__ if cls is not object)
+        self.look()
+
+    def look(self) -> None:
+        """Note everything as it is now. A new trace may rest on classes that came with it."""
+        held = Held(self.forward.model, self.forward.per_sample_loss)
+        classes = [cls for module in held.modules for cls in type(module).__mro__ if cls is not object]
+        classes += [names.owner for names in held.names if isinstance(names.owner, type)]
         # of each class: its attributes, how many they are, and a function that takes its methods from them
         self._classes: list[tuple[Any, int, Callable[[Any], Any]]] = []
-        for held in map(vars, classes):
-            methods = [name for name, value in held.items() if isinstance(value, _METHODS)]
-            self._classes.append((held, len(held), itemgetter(*methods) if methods else len))
-        self._methods = [take(held) for held, _, take in self._classes]
+        for attributes in map(vars, dict.fromkeys([*classes, Tensor])):
+            methods = [name for name, value in attributes.items() if callable(value) or hasattr(value, "__get__")]
+            self._classes.append((attributes, len(attributes), itemgetter(*methods) if methods else len))
+        self._methods = [take(attributes) for attributes, _, take in self._classes]
+        self._functions = held.functions
+        self._code = list(map(_CODE, held.functions))
+        self._asks = any("getenv" in code.co_names for code in self._code)
         self._others = self._now()
 
     def changed(self) -> bool:
         """True if something has changed since construction. Takes about 10 microseconds; it runs in every step."""
         if self._now() != self._others or any(len(held) != size for held, size, _ in self._classes):
+            return True
+        if list(map(_CODE, self._functions)) != self._code:
             return True
         try:
             return [take(held) for held, _, take in self._classes] != self._methods
@@ -51,4 +61,6 @@ class Unguarded:
 
     def _now(self) -> list[Any]:
         hooks = [list(hooks.values()) for hooks in _OF_ALL_MODULES if hooks]
-        return [self.forward.model, self.forward.per_sample_loss, hooks]
+        variables = os.environ.copy() if self._asks else None
+        forward = self.forward
+        return [forward.model, uncompiled(forward.inner), forward.per_sample_loss, hooks, variables]

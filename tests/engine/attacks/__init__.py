@@ -7,6 +7,7 @@ from attacks import (
     chosen,
     combined,
     cutting,
+    fidelity,
     habits,
     held,
     hidden,
@@ -22,6 +23,6 @@ from attacks import (
 from attacks.base import ATTACKS, KINDS, Attack
 
 __all__ = [
-    "ATTACKS", "KINDS", "Attack", "arguments", "backward", "changed", "chosen", "combined", "cutting", "habits", "held",
-    "hidden", "layers", "plain", "python", "running", "state", "traces", "training", "users",
+    "ATTACKS", "KINDS", "Attack", "arguments", "backward", "changed", "chosen", "combined", "cutting", "fidelity",
+    "habits", "held", "hidden", "layers", "plain", "python", "running", "state", "traces", "training", "users",
 ]  # fmt: skip

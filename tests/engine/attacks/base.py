@@ -47,6 +47,7 @@ KINDS = {
     26: "what training programs are made of",
     27: "the forward changes the lists, dictionaries and objects of its batch",
     28: "an activation checkpoint does it again in backward",
+    29: "the model asks whether it is compiled",
 }
 
 

@@ -1,0 +1,169 @@
+"""Run a step by the model's own Python, to compare a new trace with it.
+
+The proof is about the traced graph; that the graph is the model is the tracer's promise, which it does not always keep:
+a model may ask whether it is compiled, and then do something else.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchtrim.engine.aside import gradients_aside
+from batchtrim.engine.capture import CannotCapture
+from batchtrim.engine.forward import Forward
+from batchtrim.engine.rows import entries, map_tensors, tensors_of
+from batchtrim.engine.state import (
+    TAKEN_TWICE,
+    GeneratorStates,
+    ModelState,
+    Snapshot,
+    caches_left,
+    relative_difference,
+    uncompiled_calls,
+    uses_tf32,
+)
+from batchtrim.engine.writes import ParameterWrites
+
+__all__ = ["Plain"]
+
+_GRADIENT_APART, _COARSE_APART = 1e-2, 0.2  # of a parameter's gradient, or of a hundredth of the whole
+_SMALL = 1e-2
+
+
+class Plain:
+    """A step as the model's own Python runs it. It leaves everything unchanged.
+
+    Args:
+        gradients: compute the losses' gradient too.
+    """
+
+    def __init__(self, forward: Forward, x: Any, y: Any, *, gradients: bool = False) -> None:
+        self.forward = forward
+        self.before = Snapshot(forward, x, y)
+        if self.before.iterators:
+            raise CannotCapture(TAKEN_TWICE.format(self.before.iterators[0]))
+        self.writes = ParameterWrites(forward.inner, others=self.before.model.watched)
+        self.gradients: list[Tensor | None] | None = None
+        with uncompiled_calls(), caches_left():
+            with self.writes:  # an error leaves the state as in a plain step
+                losses, outputs = forward(*_without_histories((x, y)), model=forward.inner)
+            self.losses = losses.values.detach()
+            self.generators = GeneratorStates(self.before.generators.device)
+            self.outputs = _described(outputs)
+            del outputs
+            self.sets_up = bool(self.before.model.other_parts() or self.before.model.filled_caches())
+            draws = any(
+                isinstance(value, random.Random) and value.getstate() != was
+                for value, was in self.before.model.contents
+            )
+            self.state = ModelState(*self.before.model.roots)
+            self.written = {name: self.writes.parameters[name][0].detach().clone() for name in self.writes.written()}
+            if gradients:
+                self.parameters = self._parameters()
+                with suppress(Exception):  # its own gradient may not be asked for like this
+                    self.gradients = self._gradients_of(losses.values)
+        self.restore()
+        if draws:
+            raise CannotCapture("it draws from a random.Random of its own, whose numbers a trace repeats")
+
+    def restore(self) -> None:
+        """Put everything back that the model changes."""
+        self.before.restore(batch=True)
+        self.writes.restore()
+
+    def difference(self, losses: Tensor, outputs: Any, coarse: bool) -> str | None:
+        """Return how a trace differs from the model, or None. Call it right after the trace ran.
+
+        Args:
+            losses: with their graph, which is kept.
+            coarse: a part of the model computes with fewer digits than float32 has: compiled, it rounds elsewhere.
+        """
+        generators = GeneratorStates(self.generators.device)
+        if not self.generators.same_torch_state(generators):
+            return "it draws random numbers in another order"
+        if not self.generators.same(generators):
+            return "it draws other random numbers of Python or NumPy"
+        coarse = coarse or losses.dtype in (torch.float16, torch.bfloat16) or uses_tf32(losses.device)
+        apart = 1e-2 if coarse else 1e-4
+        scale = self.losses.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()
+        found = losses.detach()
+        near = (found - self.losses).abs() <= apart * (self.losses.abs() + scale)
+        if not (near | (found == self.losses) | (found.isnan() & self.losses.isnan())).all():
+            return f"losses differ by {float((found - self.losses).abs().max()):.2g}"
+        if self.outputs != _described(outputs):
+            return "it returns something else"
+        other = self._other_state(apart) or self._other_gradient(losses, coarse)
+        generators.restore()  # a backward may draw
+        return other
+
+    def _other_state(self, apart: float) -> str | None:
+        if (name := self.state.unlike(ModelState(*self.before.model.roots), apart)) is not None:
+            return f"it leaves another {name}"
+        for name, value in self.written.items():
+            if not relative_difference(value, self.writes.parameters[name][0].detach()) <= apart:
+                return f"it writes something else into {name}"
+        return None
+
+    def _other_gradient(self, losses: Tensor, coarse: bool) -> str | None:
+        if self.gradients is None:
+            return None
+        if self._parameters() != self.parameters:
+            return "it has other parameters with a gradient"
+        try:
+            found = self._gradients_of(losses, keep=True)
+        except torch.OutOfMemoryError:
+            return None
+        except Exception as error:
+            return f"its backward fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+        pairs = list(zip(self.parameters.values(), self.gradients, found, strict=True))
+        total = sum(float(own.double().norm()) ** 2 for _, own, _ in pairs if own is not None) ** 0.5
+        apart = _COARSE_APART if coarse else _GRADIENT_APART
+        for name, own, theirs in pairs:
+            if own is None or theirs is None:  # zero by way of a tensor that the model keeps
+                if own is not theirs and (theirs is None or theirs.any()):
+                    return f"{name} has {'a' if own is None else 'no'} gradient"
+                continue
+            off, size = (own - theirs).double().norm(), max(float(own.double().norm()), _SMALL * total)
+            if off > apart * size:  # not if one is NaN
+                return f"the gradient of {name} differs by {float(off) / size:.2g}"
+        return None
+
+    def _parameters(self) -> dict[int, str]:
+        """Return the names of the parameters that need a gradient, the loss's too."""
+        return {id(each): name for name, each in self._named()}
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        named = list(self.forward.inner.named_parameters())
+        known = {id(each) for _, each in named}
+        for module in self.before.model.modules:
+            own = module.named_parameters(type(module).__name__, recurse=False)
+            named += [(name, each) for name, each in own if id(each) not in known]
+        return [(name, each) for name, each in named if type(each) is nn.Parameter and each.requires_grad]
+
+    def _gradients_of(self, losses: Tensor, keep: bool = False) -> list[Tensor | None]:
+        """Return the gradient of each parameter."""
+        parameters = [each for _, each in self._named()]
+        if not parameters or not losses.requires_grad or losses.numel() == 0:
+            return [None] * len(parameters)
+        weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype, device=losses.device) / losses.numel()
+        return gradients_aside(losses, parameters, weights, keep=keep)
+
+
+def _without_histories(batch: Any) -> Any:
+    """Return a batch in which tensors made by other networks are copies, since a write would change their graph."""
+    if not any(each.requires_grad and not each.is_leaf for each in tensors_of(batch)):
+        return batch
+    return map_tensors(lambda each: each.clone() if each.requires_grad and not each.is_leaf else each, batch)
+
+
+def _described(outputs: Any) -> dict[str, Any]:
+    """Return the places of outputs, and of each tensor its type and shape."""
+    return {
+        place: (leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf)
+        for place, leaf in entries(outputs).items()
+    }
