@@ -348,7 +348,7 @@ def _alike(a: Any, b: Any, apart: float) -> bool:
         return a.shape == b.shape and (not strided or relative_difference(a.detach(), b.detach()) <= apart)
     simple = (bool, int, float, complex, str, bytes, type(None))
     if isinstance(a, simple) or isinstance(b, simple):
-        return type(a) is type(b) and (a == b or a != a)
+        return type(a) is type(b) and bool(a == b or a != a)
     return type(a) is type(b)
 
 
