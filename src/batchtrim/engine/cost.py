@@ -132,6 +132,8 @@ def cost_of(node: fx.Node, machine: Machine) -> float:
 # Seconds of a trace, and of each operator in it, those that move no memory included: fitted to nine models, from an MLP
 # of 30 operators (0.5 s) to a BERT of 315 (4.9 s), all within a third. The first one in a process imports more.
 _TRACE, _TRACE_OPERATOR, _FIRST = 0.5, 0.0145, 0.9
+# The backwards that compare a new trace with the model, in plain steps: two of two forwards each.
+_COMPARING = 4 / 3
 # The time of cutting, over that of writing the forward's outputs: fitted to networks of 46 to 500 ms a step.
 _CUTTING_OVER_WRITING = 0.83
 # The steps within which a trace must pay off, and how much slower than plain training they may be.
@@ -186,5 +188,5 @@ class OperatorCount(Watching):
         A step takes three forwards, and the machine may be three times as fast as assumed here, so a step is taken for
         the forward as counted.
         """
-        trace = _TRACE + _TRACE_OPERATOR * self.operators + (_FIRST if first else 0.0)
+        trace = _TRACE + _TRACE_OPERATOR * self.operators + (_FIRST if first else 0.0) + _COMPARING * self.seconds
         return Forecast(self.seconds, trace, _CUTTING_OVER_WRITING * self.writing)

@@ -371,5 +371,6 @@ def place_of(node: fx.Node) -> str:
     for path, kind in reversed(list(stack.values())):
         kind = kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
         path = path.split("model'].", 1)[-1] if "model']." in path else path.rsplit("].", 1)[-1]
+        path = "the model" if path == "L['model']" else path
         return f"{name} in {path} ({kind})"
     return name

@@ -52,6 +52,10 @@ _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separa
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
 
 
+class _Fails(CannotCapture):
+    """A trace that ran before raises an error where the model does not: the model catches it, say."""
+
+
 class _SetsUp(Exception):
     """The model makes its layers in its first forward."""
 
@@ -89,6 +93,7 @@ class SharedEngine:
         self.was_run = False  # True once the model's own Python has run, before the first trace
         self.speech = speech_encoders(forward.inner)
         self.compares = True
+        self.failures = 0  # how often a trace failed where the model itself runs
         self.anew = -1  # how often all traces were discarded because something changed that no guard sees
         self._begin()
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # decides whether to approximate, by a cosine
@@ -174,7 +179,7 @@ class SharedEngine:
                 self._refuse("a method of its classes, a hook on all modules, or its loss changes from step to step")
             self._begin()
         x = dict(x) if isinstance(x, Mapping) else x  # such as a BatchEncoding; the model gets its entries
-        reason, alone = "", False
+        reason, alone, once = "", False, False
         size = _rows(x, self.forward.batch_dim)
         try:
             with torch.enable_grad(), with_call(self.forward.model, self._traced) as call:
@@ -183,10 +188,14 @@ class SharedEngine:
             return None
         except CannotCapture as error:
             reason = str(error)
+            self.failures += isinstance(error, _Fails)
+            once = isinstance(error, _Fails) and self.failures < _TRIES
             alone = isinstance(error, OneBatchSize) and self.trace is not None and len(self.alone) < _TRIES
         if alone:
             self.alone.add(size)
             return None
+        if once:
+            raise EngineRefused(_CANNOT.format(reason))
         if reason:
             self._refuse(reason)
         coarse = tape.step is not None and tape.step.coarse
@@ -243,7 +252,8 @@ class SharedEngine:
                     raise _SetsUp
             if failed:
                 plain.restore()
-                raise CannotCapture(f"its trace fails where the model itself has just run ({failed})")
+                kind = CannotCapture if made else _Fails  # where it once ran, it may run again
+                raise kind(f"its trace fails where the model itself has just run ({failed})")
         raise CannotCapture("its Python changes from run to run, so that no trace lasts")
 
     def _refuse(self, reason: str) -> NoReturn:

@@ -345,10 +345,10 @@ def _alike(a: Any, b: Any, apart: float) -> bool:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         strided = a.layout == b.layout == torch.strided
-        return a.shape == b.shape and (not strided or relative_difference(a.detach(), b.detach()) <= apart)
+        return a.shape == b.shape and bool(not strided or relative_difference(a.detach(), b.detach()) <= apart)
     simple = (bool, int, float, complex, str, bytes, type(None))
     if isinstance(a, simple) or isinstance(b, simple):
-        return type(a) is type(b) and (a == b or a != a)
+        return type(a) is type(b) and bool(a == b or a != a)
     return type(a) is type(b)
 
 
