@@ -142,6 +142,7 @@ def test_everything_kept_is_the_plain_mean() -> None:
 ENGINES_OVER = list(itertools.product(["exact", "two_pass", "shared"], ["window", "micro"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "over"), few(ENGINES_OVER, [each for each in ENGINES_OVER if each != ("shared", "micro")])
 )

@@ -81,6 +81,7 @@ def test_refusal_is_reported() -> None:
     assert "mixes rows, since it makes a tensor in which rows meet rows" in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.torch28
 def test_batch_norm_is_judged_by_its_direction() -> None:
     network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))

@@ -54,10 +54,7 @@ def test_two_pass_is_never_silently_wrong(name: str) -> None:
 
 
 # Each takes seconds to trace: these few in every run, all of them among the slow tests.
-FEW = (
-    "zero_head", "popped_from_the_batch", "batch_norm_in_a_checkpoint", "uniform_number_of_python",
-    "detached_if_compiled", "unknown_words_caught", "layer_made_in_the_first_forward",
-)  # fmt: skip
+FEW = ("popped_from_the_batch", "uniform_number_of_python", "detached_if_compiled", "unknown_words_caught")
 
 
 @pytest.mark.parametrize("name", FEW)

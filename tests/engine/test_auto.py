@@ -217,6 +217,7 @@ def test_batch_norm_is_approximated_only_where_that_is_near(
     assert (error(found[1], found[0]) <= 1e-5) is not approximate
 
 
+@pytest.mark.slow
 def test_the_cosine_is_that_of_the_two_gradients() -> None:
     torch.manual_seed(0)
     model = Wide(nn.BatchNorm1d(512))
@@ -274,6 +275,7 @@ def test_a_compiled_model_goes_to_two_pass_where_shared_refuses() -> None:
     assert step.last.engine == "two_pass"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", few(["shared", "auto"], ["auto"]))
 def test_batch_norm_in_evaluation_mode_is_exact_and_reported_as_exact(engine: str) -> None:
     model = Wide(nn.BatchNorm1d(512))

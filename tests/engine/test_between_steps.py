@@ -157,6 +157,7 @@ def test_a_backward_hook_on_all_modules_is_refused() -> None:
         step(*_batch(1))
 
 
+@pytest.mark.slow
 def test_classes_that_change_in_every_step_are_refused() -> None:
     step = batchtrim.TrimmedForward(_model(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     step.engine._begin = lambda: setattr(step.engine, "anew", step.engine.anew + 1)  # type: ignore[attr-defined, method-assign]
@@ -289,6 +290,7 @@ def test_python_numbers_of_the_first_step_are_drawn_once() -> None:
 # --- what the model keeps --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ask", [lambda z: z.register_hook(lambda g: None), pytest.param(lambda z: z.retain_grad(), marks=pytest.mark.slow)]
 )
@@ -324,6 +326,7 @@ class Exponential(nn.Module):
         return self.last((z - z.mean(0)) * z), z
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of a batch that is no leaf
 def test_outputs_that_backward_reads_may_not_change_and_a_batch_with_a_graph_keeps_it() -> None:
     found = []
@@ -361,6 +364,7 @@ def test_a_trace_that_an_error_kept_from_being_compared_is_compared_later() -> N
         step(x, y)
 
 
+@pytest.mark.slow
 def test_several_losses_per_sample_in_one_dimension_are_refused() -> None:
     step = batchtrim.TrimmedForward(
         nn.Linear(6, 5),

@@ -80,6 +80,7 @@ MIXING = ("batch_mean", "batch_attention", "shuffled")
 SAME_NUMBERS = [name for name in NETWORKS if "dropout" not in name]  # Inductor draws others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few(NETWORKS, ["batch_mean"]))
 def test_equals_backward_on_all_rows(name: str, compiles: list[bool]) -> None:
     make, data = NETWORKS[name]
@@ -243,6 +244,7 @@ def test_a_batch_changed_between_forward_and_backward_does_not_change_the_gradie
         x.copy_(kept)
 
 
+@pytest.mark.slow
 def test_outputs_changed_between_forward_and_backward_are_noticed() -> None:
     step = stepper(compiled(lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5), nn.Sigmoid())))
     for _ in range(3):
@@ -254,6 +256,7 @@ def test_outputs_changed_between_forward_and_backward_are_noticed() -> None:
             loss.backward()
 
 
+@pytest.mark.slow
 def test_what_inductor_does_not_compile_runs_operator_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no C++ compiler")
@@ -286,6 +289,7 @@ def test_a_backward_that_is_not_compiled_runs_operator_by_operator(name: str, mo
         assert error(theirs, ours) <= 1e-5
 
 
+@pytest.mark.slow
 def test_assumptions_on_a_size_are_checked(compiles: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     inner = torch._inductor.compile_fx.compile_fx_inner
 

@@ -29,6 +29,7 @@ def test_the_gradient_is_that_of_all_rows(p: float, engine: str) -> None:
     assert report.verdict == "right", report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("p", "rows"), few([(0.0, 3), (0.3, 12)], [(0.3, 12)]))
 def test_only_the_kernel_with_dropout_runs_on_all_rows(p: float, rows: int) -> None:
     x, y = batch()

@@ -219,6 +219,7 @@ def test_a_hook_collects_what_one_forward_gives() -> None:
     assert seen == [12, 12, 12]
 
 
+@pytest.mark.slow
 def test_an_iterator_is_refused_for_it_cannot_be_put_back() -> None:
     model = Counting(lambda model: next(model.count))
     model.count = iter(range(100))  # type: ignore[assignment]

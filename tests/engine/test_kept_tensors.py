@@ -83,6 +83,7 @@ def test_its_gradient_reaches_all_rows(where: str, engine: str) -> None:
     assert engine == "auto" or ran == "shared"
 
 
+@pytest.mark.slow
 def test_a_number_for_each_sample_is_refused_since_it_looks_like_the_losses() -> None:
     exact, _ = gradients("per sample", "exact")
     own, ran = gradients("per sample", "auto")
@@ -104,6 +105,7 @@ class Words(nn.Module):
         return self.head(self.kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", few(["sample", "element"], ["sample"]))
 def test_its_gradient_reaches_all_tokens(unit: Any) -> None:
     def run(engine: str) -> Tensor:

@@ -74,6 +74,7 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func.jvp compiles a script
 @pytest.mark.parametrize("name", few(TRANSFORMS, ["grad"]))
 def test_transforms_are_refused_by_name_and_only_inside(name: str) -> None:
@@ -101,6 +102,7 @@ class Cooling(zoo.Mlp):
         return super().forward(x) / self.heat
 
 
+@pytest.mark.slow
 def test_a_number_that_changes_in_every_step_is_refused_with_the_cure() -> None:
     step = batchtrim.TrimmedForward(Cooling(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     step.engine.capture.limit = 2  # type: ignore[union-attr]
@@ -150,6 +152,7 @@ class Captioned(nn.Module):
         return self.last((self.read(text) + seen).tanh())
 
 
+@pytest.mark.slow
 def test_another_size_than_the_batch_may_be_a_number() -> None:
     """One trace for each number of images; equal to the batch size, it is not taken for it."""
 

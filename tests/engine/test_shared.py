@@ -94,6 +94,7 @@ def test_any_keep(keep: float) -> None:
     agree(train(make, data, "exact", keep=keep), train(make, data, "shared", keep=keep))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", few([0.02, 0.2], [0.02]))
 def test_a_single_kept_row_may_have_any_memory_layout(keep: float) -> None:
     """As in transformers' Doge: a view in backward was possible on all rows and not on one."""
@@ -130,6 +131,7 @@ def test_dict_and_tuple_inputs(kind: type) -> None:
     agree(train(zoo.TwoInputs, data, "exact"), train(zoo.TwoInputs, data, "shared"))
 
 
+@pytest.mark.slow
 def test_time_major_batch_dim() -> None:
     time_major = lambda batch: torch.randn(7, batch, 8)  # noqa: E731
     runs = [train(zoo.TimeMajor, time_major, engine, batch_dim=1) for engine in ("exact", "shared")]
@@ -231,6 +233,7 @@ def test_what_was_saved_is_let_go(traced: batchtrim.TrimmedForward, monkeypatch:
     assert all(ref() is None for ref in tapes)
 
 
+@pytest.mark.slow
 def test_small_tensors_are_cut_first_to_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     cut = sliced.cut
@@ -304,6 +307,7 @@ def masked(out: torch.Tensor, y: torch.Tensor) -> batchtrim.Losses:
     return batchtrim.Losses(plain(out, y), y != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "rank_by"), few([(smoothed, plain), (masked, None)], [(smoothed, plain)]))
 def test_rank_by_another_loss_and_masks(loss: Any, rank_by: Any) -> None:
     options = {"loss": loss, **({} if rank_by is None else {"rank_by": rank_by})}
@@ -341,6 +345,7 @@ def test_outputs_are_of_the_models_own_type(make: type) -> None:
     assert not step.last.outputs.logits.requires_grad
 
 
+@pytest.mark.slow
 def test_the_approximate_form_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     """BatchNorm's means over the kept rows: the gradient is off, and only `step.last` told."""
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ def _run(net: Any, x: Tensor) -> Tensor:
     return net.t(net.a(ones(x)))
 
 
+@pytest.mark.slow
 def test_a_constant_gradient_of_the_batch_is_that_of_all_rows() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -43,6 +44,7 @@ def _raised_and_clipped(net: Any, x: Tensor) -> Tensor:
     return net.t(clipped(raised(net.t2(net.a(x)))).tanh())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "share"), few([(_clipped_at_the_output, 1.0), (_raised_and_clipped, 0.5)], [(_raised_and_clipped, 0.5)])
 )

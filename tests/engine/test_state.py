@@ -206,6 +206,7 @@ class WritesIntoATwin(nn.Module):
         return self.head(self.layer(x) + target)
 
 
+@pytest.mark.slow
 def test_what_a_forward_writes_into_gets_no_gradient() -> None:
     """Zeros in place of none would let weight decay move it."""
     torch.manual_seed(0)

@@ -76,6 +76,7 @@ def test_only_the_kept_tokens_of_the_head_are_saved() -> None:
     assert set(sizes) == {12}
 
 
+@pytest.mark.slow
 def test_pixels_are_not_tokens_and_run_exactly() -> None:
     torch.manual_seed(0)
     model = nn.Conv2d(3, 5, 1)

@@ -46,6 +46,7 @@ def test_a_model_set_up_by_fabric_runs_under_shared(precision: str) -> None:
         torch.testing.assert_close(cut, plain)
 
 
+@pytest.mark.slow
 def test_fabric_still_checks_that_backward_is_its_own() -> None:
     _, step = set_up("shared", "bf16-mixed")
     with pytest.raises(RuntimeError, match=r"requires you to call `fabric.backward\(loss\)`"):

@@ -46,6 +46,7 @@ def test_one_trace_serves_other_batch_sizes() -> None:
     assert step.engine.capture.traces <= 2  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", few(["kept", "batch"], ["batch"]))
 def test_weights_with_a_gradient_are_refused(scale: str) -> None:
     """With scale "batch" the loss is divided by the weights of all rows, which then all have a gradient."""

@@ -343,6 +343,7 @@ class TestShapesBeyondTheFirstTwo:
         losses = per_sample(criterion)(*inputs)
         torch.testing.assert_close(Trimmer(1.0)(losses), criterion(*inputs).mean())
 
+    @pytest.mark.slow
     def test_the_recipe_for_an_engine_can_be_traced(self) -> None:
         """A per_sample made in every call cannot: the shared engine refused what the message advised."""
         criterion = nn.CosineEmbeddingLoss()

@@ -208,6 +208,7 @@ def changing(out: Tensor, y: Tensor, model: Head) -> Tensor:
     return (1.0 + (model.head.bias.detach() != model.first).any()) * F.cross_entropy(out, y)
 
 
+@pytest.mark.slow
 def test_a_loss_that_changes_later(tmp_path: Path) -> None:
     """Proven on the first batch, it is held against the model's own in every step: never another loss in silence."""
 
@@ -222,6 +223,7 @@ def test_a_loss_that_changes_later(tmp_path: Path) -> None:
     torch.testing.assert_close(auto, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, at a graph break
 @pytest.mark.parametrize("case", few(["causal", "sequence"], ["sequence"]))
 def test_a_compiled_model_runs_compiled(case: str, tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def test_a_task_that_forgets_the_clock_is_reported() -> None:
     assert "to call run.trim.step() once an epoch" in failing(calls(steps=False))
 
 
+@pytest.mark.slow
 @pytest.mark.torch28
 def test_a_compiled_step_counts_as_used() -> None:
     def train(run: Run) -> dict[str, float]:
