@@ -192,8 +192,11 @@ class ModelState:
         held = Held(*roots, passed=passed)
         self.modules, self.watched, self.iterators = held.modules, held.watched, held.iterators
         self.modes = [(module, module.training) for module in self.modules]
+        swaps = any(is_sharded(module) for module in self.modules)  # FSDP exchanges parameters itself, for its backward
         self.parts = [
-            (parts, dict(parts)) for module in self.modules for parts in (module._modules, module._parameters)
+            (parts, dict(parts))
+            for module in self.modules
+            for parts in ((module._modules,) if swaps else (module._modules, module._parameters))
         ]
         self.buffers = [
             (module, name, buffer, None if buffer is None else buffer.detach().clone())
