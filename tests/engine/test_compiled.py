@@ -80,8 +80,12 @@ MIXING = ("batch_mean", "batch_attention", "shuffled")
 SAME_NUMBERS = [name for name in NETWORKS if "dropout" not in name]  # Inductor draws others
 
 
+WAYS = [(name, way) for name in NETWORKS for way in ("graphs", "inductor")]
+WAYS.remove(("dropout", "inductor"))  # half a minute; mlp_dropout has Inductor's dropout
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", few(NETWORKS, ["batch_mean"]))
+@pytest.mark.parametrize(("name", "compiles"), WAYS, indirect=["compiles"])
 def test_equals_backward_on_all_rows(name: str, compiles: list[bool]) -> None:
     make, data = NETWORKS[name]
     step = stepper(compiled(make))
@@ -189,7 +193,10 @@ def test_autocast(compiles: list[bool]) -> None:
     assert compiles == [False, True]
 
 
-@pytest.mark.parametrize("shift", few([False, True], []))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shift", "compiles"), [(False, "graphs"), (True, "graphs"), (True, "inductor")], indirect=["compiles"]
+)
 def test_tokens(shift: bool, compiles: list[bool]) -> None:
     """By default test_tokens.py has them, on a plain model."""
     torch.manual_seed(0)

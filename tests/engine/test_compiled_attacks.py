@@ -18,13 +18,13 @@ pytestmark = [
 ]
 
 TELLING = (
-    "clipped_by_its_norm_outside", "nan_to_num_inside", "clamp_min_inside", "softmaxed_inside", "as_ones_inside",
-    "numbers_side_by_side", "scales_of_instance_norm", "bucketized", "searched_in_its_row", "alternating_layouts",
+    "clipped_by_its_norm_outside", "nan_to_num_inside", "softmaxed_inside",
+    "numbers_side_by_side", "scales_of_instance_norm", "bucketized", "alternating_layouts",
     "lstm_of_two_layers", "attention_with_padding", "grouped_queries", "bag_of_words", "unfolded_and_folded",
-    "rms_norm", "einsums", "sorted_and_accumulated", "straight_through", "many_labels", "parametrised",
-    "segments", "contrastive", "normalised_by_what_was_before", "views_written_in_place", "rows_clipped_by_a_hook",
-    "linear_attention", "tokens_merged_within_a_sample", "input_gradient_centred", "instance_normed",
-    "pairs_in_one_batch", "repeated_row_by_row", "channels_shifted_over_frames",
+    "einsums", "sorted_and_accumulated", "parametrised",
+    "segments", "contrastive", "views_written_in_place", "rows_clipped_by_a_hook",
+    "linear_attention", "input_gradient_centred", "instance_normed",
+    "repeated_row_by_row",
 )  # fmt: skip
 # A norm takes its channel's bias and scale out again, so what is left of the gradient before it is small. Against
 # float64, Inductor is off by 1.4e-5 there with the whole batch too (plain torch by 5e-6); in float64 by 2e-14.

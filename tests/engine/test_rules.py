@@ -93,8 +93,8 @@ def test_rules_keep_their_promise() -> None:
 @pytest.mark.slow
 def test_rules_keep_their_promise_often() -> None:
     found, passed = [], Counter[str]()
-    for seed in range(1, 4):
-        for samples, tries in ((rule_samples.by_hand, 24), (entry_by_entry(30), 2)):
+    for seed in range(1, 3):
+        for samples, tries in ((rule_samples.by_hand, 12), (entry_by_entry(30), 2)):
             wrong, right = failures(samples, seed, tries)
             found += wrong
             passed += right

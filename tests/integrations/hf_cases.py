@@ -193,7 +193,8 @@ RANK_CASES: list[tuple[str, dict[str, Any]]] = [
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as output:
-        for (each_task, each), steps in itertools.product(RANK_CASES, (1, 4)):
+        for number, (each_task, each) in enumerate(RANK_CASES):
+            steps = 4 if "over" in each or number % 2 else 1
             print(each_task, each, steps, file=sys.stderr, flush=True)
             check(each_task, steps, output, **each)
             assert dist.get_world_size() == int(sys.argv[2])

@@ -270,7 +270,7 @@ def test_help_has_a_line_for_every_option(command: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_says_how_to_continue(tmp_path: Path, workers: str) -> None:
-    words = [sys.executable, "-m", "batchtrim.lab.cli", "compare", "--seeds", "4", "--epochs", "20", "--out", "here"]
+    words = [sys.executable, "-m", "batchtrim.lab.cli", "compare", "--seeds", "4", "--epochs", "8", "--out", "here"]
     words += ["--threads", "1"]
     process = subprocess.Popen(
         [*words, "--workers", workers],

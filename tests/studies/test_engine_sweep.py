@@ -114,14 +114,15 @@ def test_a_wrong_engine_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PART = {
-    "ForSequenceClassification": ["bert", "electra", "funnel"],
-    "ForImageClassification": ["vit", "swin", "resnet"],
-    "ForAudioClassification": ["wav2vec2", "whisper"],
-    "ForCausalLM": ["gpt2", "llama", "mixtral"],
-    "ForSeq2SeqLM": ["t5", "bart"],
+    "ForSequenceClassification": ["bert", "funnel"],
+    "ForImageClassification": ["vit", "resnet"],
+    "ForAudioClassification": ["wav2vec2"],
+    "ForCausalLM": ["gpt2", "mixtral"],
+    "ForSeq2SeqLM": ["t5"],
 }
 ENGINES = ["exact", "shared", "two_pass"]
 CASES = [case for task, kinds in PART.items() for case in sweep.cases([task], kinds, ENGINES)]
+CASES = [case for case in CASES if case[4] != "exact" or not case[3]]  # exact against itself: once a model
 
 
 @pytest.mark.slow

@@ -271,7 +271,7 @@ def kill_sweeps(folder: Path, kills: int, workers: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_sweep_continues(tmp_path: Path, workers: int) -> None:
-    kill_sweeps(tmp_path / "sweep", kills=3, workers=workers)
+    kill_sweeps(tmp_path / "sweep", kills=2, workers=workers)
 
 
 @pytest.mark.slow
