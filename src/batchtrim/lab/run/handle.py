@@ -207,10 +207,11 @@ class Run:
 
     def _kept_since(self) -> dict[str, float]:
         """Return the statistics of the run's own trimmer since the last point; a trainer's trimmer logs its own."""
-        found = self.trim.stats.compute()
+        follows = getattr(self.rule.rule, "k_follows_losses", False)  # then the schedule is not of samples
+        keep = self.trim.stats.compute()["keep"] if follows else None
         values = log_values(self.trim)
-        if values and getattr(self.rule.rule, "k_follows_losses", False):  # the schedule is not of samples
-            values["trim/keep"] = found["keep"]
+        if values and keep is not None:
+            values["trim/keep"] = keep
         return {name: values[f"trim/{name}"] for name in ("keep", "kept_loss", "mean_loss", "ratio") if values}
 
     def _add(self, epoch: int, point: dict[str, float]) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from batchtrim.lab.task.fingerprint import content_of
+
 __all__ = ["Outside"]
 
 MOST_ENTRIES = 1000  # of a list or a dictionary: larger ones hold data, and looking would take time
@@ -55,10 +57,7 @@ def _names(function: Any) -> Iterator[tuple[str, Any]]:
     yield from getattr(owner, "__dict__", {}).items()
     if isinstance(function, types.FunctionType):
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                yield name, cell.cell_contents
-            except ValueError:  # it is not assigned yet
-                continue
+            yield name, content_of(cell)
         yield from list(function.__globals__.items())
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import batchtrim
 from batchtrim._checks import plain
 
-__all__ = ["PACKAGE", "hash_of_function", "hash_of_source", "is_installed"]
+__all__ = ["PACKAGE", "content_of", "hash_of_function", "hash_of_source", "is_installed"]
 
 PACKAGE = str(Path(batchtrim.__file__).parent)
 _INSTALLED = (PACKAGE, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
@@ -118,7 +118,7 @@ class _Parts:
         self.found += _lines_of(function.__code__)
         written = set(_written_by(function.__code__))
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        self._add_all({name: _content(cell) for name, cell in cells if name not in written})
+        self._add_all({name: content_of(cell) for name, cell in cells if name not in written})
         self._add_all({str(place): each for place, each in enumerate(function.__defaults__ or ())})
         self._add_all(function.__kwdefaults__ or {})
         names = sorted(set(_names_in(function.__code__)) - written)
@@ -177,10 +177,11 @@ def _written_by(code: types.CodeType) -> Iterator[str]:
         )
 
 
-def _content(cell: types.CellType) -> Any:
+def content_of(cell: types.CellType) -> Any:
+    """Return the value of a closure's variable; None if it is not assigned yet."""
     try:
         return cell.cell_contents
-    except ValueError:  # it is not assigned yet
+    except ValueError:
         return None
 
 
