@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from batchtrim.engine.writes import memory_of
+
 __all__ = ["done_again"]
 
 _WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")  # further ones end with an underscore
@@ -59,7 +61,7 @@ def _name(node: fx.Node) -> str:
 
 def _storage(node: fx.Node) -> Any:
     value = node.meta.get("example_value")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    return memory_of(value) if isinstance(value, Tensor) else None
 
 
 def _moves_statistics(node: fx.Node, name: str) -> bool:

@@ -23,6 +23,7 @@ from batchtrim.engine.parts import Runs, run_backward
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
+from batchtrim.engine.writes import memory_of
 
 _COMPILED_OVERHEAD = 3e-4  # seconds of a step outside the compiled functions
 
@@ -161,8 +162,8 @@ class SlicedStep:
 
     def _places_shown(self, results: list[Any]) -> set[int]:
         """Return the positions of what is saved in memory that the outputs show, where it may be written into."""
-        shown = {_memory(each) for each in results[: self.outputs] if isinstance(each, Tensor)}
-        return {place for at, place in self._stashed.items() if _memory(results[at]) in shown}
+        shown = {memory_of(each) for each in results[: self.outputs] if isinstance(each, Tensor)}
+        return {place for at, place in self._stashed.items() if memory_of(results[at]) in shown}
 
     def backward(self, args: list[Any]) -> Any:
         tape = next((args[place].tape for place in self._stashed.values() if hasattr(args[place], "tape")), None)
@@ -314,10 +315,6 @@ def _check_unasked(outputs: Sequence[weakref.ref[Tensor]]) -> None:
                 f"expected no hook and no retain_grad() on a tensor {tuple(tensor.shape)} that the model keeps, got "
                 "one: the gradient of the loss does not pass through it. Use engine='exact'."
             )
-
-
-def _memory(tensor: Tensor) -> Any:
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 def _kind(node: Any) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from batchtrim.engine.state import TAKEN_TWICE, compiled_part, is_sharded
 from batchtrim.engine.watching import Watching
 from batchtrim.errors import EngineRefused
 
-__all__ = ["ParameterWrites", "known_to_write", "writes_undone"]
+__all__ = ["ParameterWrites", "known_to_write", "memory_of", "writes_undone"]
 
 
 class ParameterWrites(Watching):
@@ -43,7 +43,7 @@ class ParameterWrites(Watching):
             if parameter.layout == torch.strided and not nn.parameter.is_lazy(parameter):
                 self.parameters[name] = parameter, parameter.data
                 self._marks[name] = _mark(parameter)
-                self._in_storage.setdefault(_storage(parameter), []).append(name)
+                self._in_storage.setdefault(memory_of(parameter), []).append(name)
                 if copied is None or name in copied:
                     self.copies[name] = parameter.detach().clone()
 
@@ -58,7 +58,7 @@ class ParameterWrites(Watching):
     def _note(self, written: Any) -> None:
         for tensor in written if isinstance(written, (list, tuple)) else [written]:
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                for name in self._in_storage.get(_storage(tensor), ()):
+                for name in self._in_storage.get(memory_of(tensor), ()):
                     self._noted.add(name)
                     if name not in self.copies:
                         self.copies[name] = self.parameters[name][1].clone()
@@ -73,7 +73,7 @@ class ParameterWrites(Watching):
         return [
             name
             for name in sorted(self._moved() - self.copies.keys())
-            if _storage(self.parameters[name][0]) == self._marks[name][0]
+            if memory_of(self.parameters[name][0]) == self._marks[name][0]
         ]
 
     def restore(self) -> None:
@@ -81,20 +81,21 @@ class ParameterWrites(Watching):
         for name, (parameter, memory) in self.parameters.items():
             if name in self.copies:
                 memory.copy_(self.copies[name])  # past autograd, like the write itself
-            if _storage(parameter) != self._marks[name][0]:
+            if memory_of(parameter) != self._marks[name][0]:
                 parameter.data = memory
 
     def _moved(self) -> set[str]:
         return {name for name, (parameter, _) in self.parameters.items() if _mark(parameter) != self._marks[name]}
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def memory_of(tensor: Tensor) -> int:
+    """Return a number that tensors share if they share memory; one of its own for a tensor that is not strided."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 def _mark(parameter: Tensor) -> tuple[int, int]:
     """Return what an assignment changes, and what a write in place raises (but not one through ``p.data``)."""
-    return _storage(parameter), 0 if parameter.is_inference() else parameter._version
+    return memory_of(parameter), 0 if parameter.is_inference() else parameter._version
 
 
 _written: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # by the first forwards of each model
