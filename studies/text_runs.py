@@ -147,6 +147,7 @@ def configs(settings: dict[str, Any]) -> list[RunConfig]:
     shared = {"dataset": "trec", "model": "bert", "optimizer": "adamw", "weight_decay": 0.01, "momentum": 0.0}
     shared |= {"lr_schedule": "cosine", "augment": "none", "device": "cpu"}
     shared |= {name: settings[name] for name in ("lr", "epochs", "batch_size")}
+    seeds = settings["seeds"]  # how many, or a list
     return [
         RunConfig(
             **shared,
@@ -155,7 +156,7 @@ def configs(settings: dict[str, Any]) -> list[RunConfig]:
             method_params={"skip": 0.1} if method == "two_sided" else {},
             seed=seed,
         )
-        for seed in range(settings["seeds"])
+        for seed in (range(seeds) if isinstance(seeds, int) else seeds)
         for method in settings["methods"]
     ]
 

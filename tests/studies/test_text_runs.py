@@ -77,3 +77,9 @@ def test_the_study_can_continue_the_record() -> None:
         kept += 5452 // 64 * batchtrim.keep_count(keep, 64) + batchtrim.keep_count(keep, 5452 % 64)
         method.trim.step()
     assert kept == row["samples_backward"] == 23001
+
+
+def test_seeds_are_a_number_or_a_list() -> None:
+    settings = load_toml(RECORD / "config.toml")
+    assert {config.seed for config in text_runs.configs(settings | {"seeds": 2})} == {0, 1}
+    assert {config.seed for config in text_runs.configs(settings | {"seeds": [5, 9]})} == {5, 9}
