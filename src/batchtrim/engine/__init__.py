@@ -21,7 +21,7 @@ A tour of the shared engine, in the order of a step:
    what that saves. ``plain.py`` runs the model's own Python once, to compare the trace with it: losses, gradient
    (``aside.py``), outputs and state.
 3. ``sliced.py`` runs the forward and puts what it saves onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
-4. ``loss.backward()``: ``parts.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
+4. ``loss.backward()``: ``backward.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
 
 If the model's Python runs twice, ``held.py`` finds all that it may change, and ``state.py`` and ``writes.py`` put
 that back. ``reasons.py`` explains why a model could not be traced. ``unguarded.py`` notices changes that the guards of

@@ -25,7 +25,7 @@ from batchtrim.engine.inductor import (
     without_data,
 )
 from batchtrim.engine.layout import RowLayout
-from batchtrim.engine.parts import Runs, run_backward
+from batchtrim.engine.backward import Runs, run_backward
 from batchtrim.errors import EngineFallback
 
 if TYPE_CHECKING:

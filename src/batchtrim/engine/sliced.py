@@ -19,7 +19,7 @@ from batchtrim.engine.cutting import KeptRows, cut, put_back
 from batchtrim.engine.graphs import any_strides, executable, without_dead_draws
 from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, RowLayout, exact_ratio, factor_of
-from batchtrim.engine.parts import Runs, run_backward
+from batchtrim.engine.backward import Runs, run_backward
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
