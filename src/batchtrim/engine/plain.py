@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.aside import gradients_aside
+from batchtrim.engine.gradients import gradients_without_hooks
 from batchtrim.engine.capture import CannotCapture
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.rows import entries, map_tensors, tensors_of
@@ -151,7 +151,7 @@ class Plain:
         if not parameters or not losses.requires_grad or losses.numel() == 0:
             return [None] * len(parameters)
         weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype, device=losses.device) / losses.numel()
-        return gradients_aside(losses, parameters, weights, keep=keep)
+        return gradients_without_hooks(losses, parameters, weights, keep=keep)
 
 
 def _without_histories(batch: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.aside import gradients_aside
+from batchtrim.engine.gradients import gradients_without_hooks
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.rehearsal import Rehearsal
@@ -306,7 +306,7 @@ def _others(rows: Tensor, poisoned: Tensor) -> Tensor:
 def _differentiate(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]:
     try:
         weights = torch.full_like(losses, 1 / max(1, losses.numel()))
-        return gradients_aside(losses, parameters, weights, keep=False)
+        return gradients_without_hooks(losses, parameters, weights, keep=False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
