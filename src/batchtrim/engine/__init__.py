@@ -18,7 +18,7 @@ A tour of the shared engine, in the order of a step:
 2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
    graph (which operators may run on kept rows?), by the rules of ``rules.py`` and ``rules_*.py``, a file per kind of
    operator, over the layouts of ``layout.py``. ``split.py`` splits the backward into two graphs; ``cost.py`` counts
-   what that saves. ``plain.py`` runs the model's own Python once, to compare the trace with it: losses, gradient
+   what that saves. ``eager.py`` runs the model's own Python once, to compare the trace with it: losses, gradient
    (``gradients.py``), outputs and state.
 3. ``sliced.py`` runs the forward and puts what it saves onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
 4. ``loss.backward()``: ``backward.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.

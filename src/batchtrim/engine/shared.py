@@ -27,7 +27,7 @@ from batchtrim.engine.capture import (
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward, as_losses
 from batchtrim.engine.inductor import inductor_of
-from batchtrim.engine.plain import Plain
+from batchtrim.engine.eager import EagerStep
 from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech import speech_encoders, without_input_gradient
@@ -209,7 +209,7 @@ class SharedEngine:
 
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace. Before a trace's first run, run the model's own Python to compare."""
-        plain: Plain | None = None
+        plain: EagerStep | None = None
         device, made = device_of(self.forward.inner), False
         for _ in range(_TRIES):
             tape, failed = Tape(compares=made), ""
@@ -246,7 +246,7 @@ class SharedEngine:
                 self._tape = None
             # where the model is at fault, it raises its own error here, and leaves the state as it does
             if plain is None or not failed:
-                plain = Plain(self.forward, x, y, gradients=made)
+                plain = EagerStep(self.forward, x, y, gradients=made)
                 if plain.sets_up and not self.was_run:
                     self.was_run = True
                     raise _SetsUp

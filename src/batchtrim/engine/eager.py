@@ -29,13 +29,13 @@ from batchtrim.engine.state import (
 )
 from batchtrim.engine.writes import ParameterWrites
 
-__all__ = ["Plain"]
+__all__ = ["EagerStep"]
 
 _GRADIENT_APART, _COARSE_APART = 1e-2, 0.2  # of a parameter's gradient, or of a hundredth of the whole
 _SMALL = 1e-2
 
 
-class Plain:
+class EagerStep:
     """A step as the model's own Python runs it. It leaves everything unchanged.
 
     Args:
