@@ -23,7 +23,7 @@ A tour of the shared engine, in the order of a step:
 3. ``sliced.py`` runs the forward and puts what it saves onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
 4. ``loss.backward()``: ``backward.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
 
-If the model's Python runs twice, ``held.py`` finds all that it may change, and ``state.py`` and ``writes.py`` put
+If the model's Python runs twice, ``reachable.py`` finds all that it may change, and ``state.py`` and ``writes.py`` put
 that back. ``reasons.py`` explains why a model could not be traced. ``unguarded.py`` notices changes that the guards of
 a trace do not see, ``checkpoints.py`` what activation checkpoints do again in backward.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from batchtrim.engine.held import Held, Names, is_array, is_numpy_generator
+from batchtrim.engine.reachable import Reachable, Names, is_array, is_numpy_generator
 from batchtrim.engine.rows import copied, restore_values, tensors_of
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ def compiled_part(model: nn.Module) -> Any:
 
 
 def modules_of(*roots: Any) -> list[nn.Module]:
-    """Return the modules of a model and of what computes its loss, each once; see :class:`Held`."""
-    return Held(*roots).modules
+    """Return the modules of a model and of what computes its loss, each once; see :class:`Reachable`."""
+    return Reachable(*roots).modules
 
 
 class GeneratorStates:
@@ -181,7 +181,7 @@ def _same_numpy(a: Any, b: Any) -> bool:
 
 
 class ModelState:
-    """A copy of what a forward may change, except its result and the generators; see :class:`Held`.
+    """A copy of what a forward may change, except its result and the generators; see :class:`Reachable`.
 
     Args:
         roots: the model, and what computes its loss; or a batch. passed: what is left out.
@@ -189,7 +189,7 @@ class ModelState:
 
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
         self.roots = roots
-        held = Held(*roots, passed=passed)
+        held = Reachable(*roots, passed=passed)
         self.modules, self.watched, self.iterators = held.modules, held.watched, held.iterators
         self.modes = [(module, module.training) for module in self.modules]
         swaps = any(is_sharded(module) for module in self.modules)  # FSDP exchanges parameters itself, for its backward

@@ -12,7 +12,7 @@ from batchtrim.engine.batch import StepResult, kept_loss, padded_rows
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward
-from batchtrim.engine.held import Held
+from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.probe import Probe, Tolerance
 from batchtrim.engine.rows import copied
 from batchtrim.engine.state import TAKEN_TWICE, Snapshot, is_lazy, uncompiled_calls, without_graph
@@ -166,7 +166,7 @@ class TwoPassEngine:
 
     def _look_for_graphs(self) -> None:
         """Refuse a model that keeps a tensor of its graph: a loss term from it would have no gradient."""
-        found = Held(self.forward.inner, self.forward.per_sample_loss).with_graph
+        found = Reachable(self.forward.inner, self.forward.per_sample_loss).with_graph
         if found:
             raise EngineRefused(
                 f"it keeps a tensor with its graph ({found[0]}), which is one pass's. Keep a detached one"
