@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.watching import Watching
+from batchtrim.engine.operator_mode import OperatorMode
 
 __all__ = ["Rehearsal"]
 
@@ -25,7 +25,7 @@ _CHECKING = frozenset({
 })  # fmt: skip
 
 
-class Rehearsal(Watching):
+class Rehearsal(OperatorMode):
     """First run each operator that checks its values on the CPU, where it raises an error instead.
 
     A context manager. ``device`` is the type of device whose tensors are tried.

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.state import TAKEN_TWICE, compiled_part, is_sharded
-from batchtrim.engine.watching import Watching
+from batchtrim.engine.operator_mode import OperatorMode
 from batchtrim.errors import EngineRefused
 
 __all__ = ["ParameterWrites", "known_to_write", "memory_of", "writes_undone"]
 
 
-class ParameterWrites(Watching):
+class ParameterWrites(OperatorMode):
     """Record the parameters that operators inside the block write into, and their values before.
 
     A momentum encoder moves in its forward, so two forwards would move it twice. A parameter may be written into in
