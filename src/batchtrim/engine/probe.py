@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batchtrim.engine.gradients import gradients_without_hooks
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.forward import Forward
-from batchtrim.engine.rehearsal import Rehearsal
+from batchtrim.engine.cpu_first import CpuFirst
 from batchtrim.engine.rows import copied, tensors_of
 from batchtrim.engine.state import GeneratorStates, ModelState, Snapshot, uncompiled_calls, uses_tf32, without_graph
 from batchtrim.errors import EngineRefused
@@ -317,7 +317,7 @@ def _differentiate(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]
 def _rehearsed(snapshot: Snapshot) -> AbstractContextManager[Any]:
     """Try on the CPU what could end a GPU process: NaN for a probability, indices beyond a shorter table."""
     on_gpu = any(each.device.type == "cuda" for each in tensors_of((snapshot.x, snapshot.y)))
-    return Rehearsal() if on_gpu else nullcontext()
+    return CpuFirst() if on_gpu else nullcontext()
 
 
 @contextmanager
