@@ -30,10 +30,10 @@ from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.eager import EagerStep
 from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.speech import speech_encoders, without_input_gradient
+from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
 from batchtrim.engine.state import GeneratorStates, device_of, is_lazy, is_sharded
 from batchtrim.engine.unguarded import Unguarded
-from batchtrim.engine.wrapped import check_backward, hooked, with_call
+from batchtrim.engine.wrappers import check_backward, hooked, with_call
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
