@@ -23,7 +23,7 @@ from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["TOLERANCE", "Trial", "generators_kept", "max_or_nan"]
+__all__ = ["TOLERANCE", "SideBySide", "generators_kept", "max_or_nan"]
 
 # How far a gradient may be off, relative to its norm: float32 sums in another order differ by this much.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -107,7 +107,7 @@ class _Side:
         }
 
 
-class Trial:
+class SideBySide:
     """An engine and a plain step, side by side."""
 
     def __init__(self, model: nn.Module, loss: Any, engine: str, batch_dim: int, tolerance: float | None) -> None:
