@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from batchtrim._checks import check_count, check_keep, check_positive, describe
-from batchtrim.engine.state import full_float32
+from batchtrim.engine.precision import full_float32
 from batchtrim.engine.side_by_side import TOLERANCE, SideBySide, generators_kept, max_or_nan
 
 __all__ = ["EngineReport", "check_engine"]

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import gradients_without_hooks
-from batchtrim.engine.state import GeneratorStates
 
 if TYPE_CHECKING:
     from batchtrim.engine.sliced import Tape

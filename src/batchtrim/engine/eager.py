@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.gradients import gradients_without_hooks
 from batchtrim.engine.capture import CannotCapture
 from batchtrim.engine.forward import Forward
+from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.gradients import gradients_without_hooks
+from batchtrim.engine.precision import uses_tf32
 from batchtrim.engine.rows import entries, map_tensors, tensors_of
 from batchtrim.engine.state import (
     TAKEN_TWICE,
-    GeneratorStates,
     ModelState,
     Snapshot,
     caches_left,
     relative_difference,
     uncompiled_calls,
-    uses_tf32,
 )
 from batchtrim.engine.writes import ParameterWrites
 

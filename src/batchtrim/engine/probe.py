@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.gradients import gradients_without_hooks
 from batchtrim.engine.batch_norm import has_batch_norm
-from batchtrim.engine.forward import Forward
 from batchtrim.engine.cpu_first import CpuFirst
+from batchtrim.engine.forward import Forward
+from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.gradients import gradients_without_hooks
+from batchtrim.engine.precision import uses_tf32
 from batchtrim.engine.rows import copied, tensors_of
-from batchtrim.engine.state import GeneratorStates, ModelState, Snapshot, uncompiled_calls, uses_tf32, without_graph
+from batchtrim.engine.state import ModelState, Snapshot, uncompiled_calls, without_graph
 from batchtrim.errors import EngineRefused
 
 __all__ = ["Probe", "Tolerance"]
@@ -186,7 +188,7 @@ class Probe:
         rows = torch.linspace(0, batch - 1, min(batch, ROWS)).long()
         poisoned = torch.arange(len(rows)) % 2 == 1
         # a compiled model would be recompiled for so few rows, and would free its buffers after one gradient
-        with uncompiled_calls(), _restored(before), _rehearsed(before):
+        with uncompiled_calls(), _restored(before), _tried_on_cpu(before):
             if not redrawn and scored is not None:
                 self._ask(before, batch, rows, poisoned, scored)
                 return
@@ -314,7 +316,7 @@ def _differentiate(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]
         raise EngineRefused(f"its gradient cannot be asked for twice ({type(error).__name__}: {first})") from error
 
 
-def _rehearsed(snapshot: Snapshot) -> AbstractContextManager[Any]:
+def _tried_on_cpu(snapshot: Snapshot) -> AbstractContextManager[Any]:
     """Try on the CPU what could end a GPU process: NaN for a probability, indices beyond a shorter table."""
     on_gpu = any(each.device.type == "cuda" for each in tensors_of((snapshot.x, snapshot.y)))
     return CpuFirst() if on_gpu else nullcontext()

@@ -24,14 +24,15 @@ from batchtrim.engine.capture import (
     uncompiled,
     unfit,
 )
+from batchtrim.engine.eager import EagerStep
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward, as_losses
+from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.inductor import inductor_of
-from batchtrim.engine.eager import EagerStep
 from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
-from batchtrim.engine.state import GeneratorStates, device_of, is_lazy, is_sharded
+from batchtrim.engine.state import device_of, is_lazy, is_sharded
 from batchtrim.engine.unguarded import Unguarded
 from batchtrim.engine.wrappers import check_backward, hooked, with_call
 from batchtrim.errors import EngineRefused

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.rows import copied, entries, map_tensors, tensors_of
-from batchtrim.engine.state import GeneratorStates, ModelState, device_of, modules_of, relative_difference
+from batchtrim.engine.state import ModelState, device_of, modules_of, relative_difference
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from batchtrim.engine.reachable import Reachable, Names, is_array, is_numpy_generator
+from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.reachable import Names, Reachable, is_array, is_numpy_generator
 from batchtrim.engine.rows import copied, restore_values, tensors_of
 
 if TYPE_CHECKING:
@@ -27,18 +27,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TAKEN_TWICE",
-    "GeneratorStates",
     "ModelState",
     "Snapshot",
     "caches_left",
     "compiled_part",
     "device_of",
-    "full_float32",
     "is_lazy",
     "is_sharded",
     "modules_of",
+    "relative_difference",
     "uncompiled_calls",
-    "uses_tf32",
     "without_graph",
 ]
 
@@ -88,35 +86,6 @@ def is_sharded(module: nn.Module) -> bool:
     return any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__)
 
 
-def uses_tf32(device: torch.device) -> bool:
-    """Return True if products of float32 may be computed with TF32's ten bits, which is cuDNN's default."""
-    return device.type == "cuda" and any(getattr(place, name) in (True, "tf32") for place, name in _tf32_switches())
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Compute products of float32 in full float32 inside the block, on a GPU too."""
-    before = [(place, name, getattr(place, name)) for place, name in _tf32_switches()]
-    try:
-        for place, name, value in before:
-            setattr(place, name, "ieee" if isinstance(value, str) else False)
-        yield
-    finally:
-        for place, name, value in before:
-            setattr(place, name, value)
-
-
-def _tf32_switches() -> list[tuple[Any, str]]:
-    """Return the switches that allow TF32: from torch 2.9 on, one for each kind of operator.
-
-    There the older switches raise once a user has set one of the new ones.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(cudnn, "conv"):
-        return [(place, "fp32_precision") for place in (matmul, cudnn.conv, cudnn.rnn)]
-    return [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
-
-
 def is_lazy(model: nn.Module) -> bool:
     """Return True if a parameter or buffer gets its shape in the first forward (``nn.LazyLinear``)."""
     return any(map(nn.parameter.is_lazy, itertools.chain(model.parameters(), model.buffers())))
@@ -135,49 +104,6 @@ def compiled_part(model: nn.Module) -> Any:
 def modules_of(*roots: Any) -> list[nn.Module]:
     """Return the modules of a model and of what computes its loss, each once; see :class:`Reachable`."""
     return Reachable(*roots).modules
-
-
-class GeneratorStates:
-    """The state of every generator a forward may draw from: torch's, Python's, and NumPy's if it is loaded.
-
-    NumPy's takes longer to read than all others: ``of_numpy=False`` leaves it out.
-    """
-
-    def __init__(self, device: torch.device, *, of_numpy: bool = True) -> None:
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self.python = random.getstate()
-        numpy = sys.modules.get("numpy") if of_numpy else None
-        self.numpy: Any = None if numpy is None else numpy.random.get_state(legacy=False)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            torch.cuda.set_rng_state(self.accelerator, self.device)
-        self.restore_outside_torch()
-
-    def restore_outside_torch(self) -> None:
-        """Restore only the generators of Python and NumPy."""
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-
-    def same(self, other: GeneratorStates) -> bool:
-        """Return True if nothing was drawn between the two."""
-        return self.same_torch_state(other) and self.python == other.python and _same_numpy(self.numpy, other.numpy)
-
-    def same_torch_state(self, other: GeneratorStates) -> bool:
-        if self.accelerator is not None and other.accelerator is not None:
-            return torch.equal(self.cpu, other.cpu) and torch.equal(self.accelerator, other.accelerator)
-        return torch.equal(self.cpu, other.cpu)
-
-
-def _same_numpy(a: Any, b: Any) -> bool:
-    if a is None or b is None:
-        return True  # NumPy was imported in between
-    same = a["state"]["pos"] == b["state"]["pos"] and (a["state"]["key"] == b["state"]["key"]).all()
-    return bool(same) and a["has_gauss"] == b["has_gauss"]
 
 
 class ModelState:

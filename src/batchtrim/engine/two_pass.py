@@ -12,8 +12,8 @@ from batchtrim.engine.batch import StepResult, kept_loss, padded_rows
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward
-from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.probe import Probe, Tolerance
+from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied
 from batchtrim.engine.state import TAKEN_TWICE, Snapshot, is_lazy, uncompiled_calls, without_graph
 from batchtrim.engine.writes import ParameterWrites

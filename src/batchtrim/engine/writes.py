@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.operator_mode import OperatorMode
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.state import TAKEN_TWICE, compiled_part, is_sharded
-from batchtrim.engine.operator_mode import OperatorMode
 from batchtrim.errors import EngineRefused
 
 __all__ = ["ParameterWrites", "known_to_write", "memory_of", "writes_undone"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim.engine.capture import uncompiled
-from batchtrim.engine.state import GeneratorStates, ModelState, device_of
+from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.state import ModelState, device_of
 from batchtrim.integrations._form_search import find_form, fits
 from batchtrim.integrations._forms import Form
 from batchtrim.integrations._intercept import NotFound

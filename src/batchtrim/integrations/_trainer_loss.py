@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from batchtrim.accumulation import first_pass, select_window, waits_in_forward
 from batchtrim.choice import Choice
-from batchtrim.engine.state import GeneratorStates
+from batchtrim.engine.generators import GeneratorStates
 from batchtrim.integrations import follow
 from batchtrim.integrations._engine_step import EngineStep
 from batchtrim.integrations._labels import Counting, count, loss_of, plain_sums, shares
