@@ -1,4 +1,6 @@
-"""Capture a function as graphs, and run them. Only this file and ``inductor.py`` use torch's private parts.
+"""Capture a function as graphs, and run them.
+
+Only this file and ``inductor.py`` use the private parts of torch's compiler.
 
 ``torch.compile``'s front end traces model and loss together, with guards that trace anew when something in Python
 changes. AOTAutograd turns the trace into one joint graph of forward and backward. :class:`Capture` passes the joint

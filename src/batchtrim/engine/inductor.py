@@ -1,4 +1,6 @@
-"""Compile a trace's graphs with Inductor. Only this file and ``capture.py`` use torch's private parts.
+"""Compile a trace's graphs with Inductor.
+
+Only this file and ``capture.py`` use the private parts of torch's compiler.
 
 A model that the user compiled runs compiled here too. The graphs of one trace become two functions, the forward and the
 backward of the kept rows. Sizes that change are symbols in both, so that a new batch size or a new k needs no new

@@ -66,8 +66,8 @@ class TwoPassEngine:
         self.tolerance = Tolerance(forward)
         self.probe = Probe(forward, self.tolerance)
         self.approximation: str | None = None  # why the last step's gradient is not exact
-        self.said = False
-        self.began = False
+        self.logged = False
+        self.looked_for_writes = False
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
@@ -78,11 +78,11 @@ class TwoPassEngine:
         before = Snapshot(self.forward, x, y)
         if before.iterators:
             raise EngineRefused(_CANNOT.format(TAKEN_TWICE.format(before.iterators[0])))
-        if not self.began:
+        if not self.looked_for_writes:
             self._look_for_writes(before, x, y)
         losses, outputs = self._first_pass(before, x, y)
         try:
-            if not self.began:
+            if not self.looked_for_writes:
                 raise EngineRefused(_CANNOT.format("whether its forward writes into its parameters cannot be seen"))
             if selection is None:
                 selection = self.trim.select(losses, rank_by=self.forward.scores(losses, outputs, y)).rising()
@@ -108,10 +108,10 @@ class TwoPassEngine:
         if written:
             raise EngineRefused(
                 _CANNOT.format(
-                    "its forward writes into its parameters, or into tensors it holds, which a second would do again"
+                    "its forward writes into its parameters, or into tensors it holds, which a second pass would repeat"
                 )
             )
-        self.began = seen
+        self.looked_for_writes = seen
 
     def _first_pass(self, before: Snapshot, x: Any, y: Any) -> tuple[Losses, Any]:
         try:
@@ -183,9 +183,9 @@ class TwoPassEngine:
             reason = _DRAWN if drawn else _BATCH_NORM
             if not self.approximate:
                 raise EngineRefused(reason) from refused
-            if not self.said:
+            if not self.logged:
                 _logger.warning("engine='two_pass' is approximate for this model: %s.", reason)
-            self.said, self.approximation = True, reason
+            self.logged, self.approximation = True, reason
 
     def _second_pass(self, x: Any, y: Any) -> Losses:
         try:
