@@ -31,7 +31,7 @@ from batchtrim.errors import NothingToChoose
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear
 from batchtrim.selection import Rule, Selection, hardest
-from batchtrim.selection.base import masked_choice, select_again, select_valid
+from batchtrim.selection.base import k_follows_losses, masked_choice, select_again, select_valid
 from batchtrim.stats import KeepStats
 from batchtrim.unreduced import UNITS, Losses, divisors, to_rank
 
@@ -219,7 +219,7 @@ class Trimmer:
         This is ``keep``; for rules whose k depends on the losses (``loss_mass``, ``above``, ``percentile``) it is the
         fraction kept of the last batch. Engines use it to decide whether a smaller backward pays.
         """
-        if not getattr(self.rule, "k_follows_losses", False):
+        if not k_follows_losses(self.rule):
             return self.keep
         selection = self.last_selection
         return selection.k / selection.candidates if selection is not None and selection.candidates else self.keep

@@ -20,6 +20,7 @@ from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.run.beat import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
+from batchtrim.selection.base import k_follows_losses
 
 __all__ = ["Run", "TaskMistake", "as_number"]
 
@@ -207,7 +208,7 @@ class Run:
 
     def _kept_since(self) -> dict[str, float]:
         """Return the statistics of the run's own trimmer since the last point; a trainer's trimmer logs its own."""
-        follows = getattr(self.rule.rule, "k_follows_losses", False)  # then the schedule is not of samples
+        follows = k_follows_losses(self.rule.rule)  # then the schedule is not of samples
         keep = self.trim.stats.compute()["keep"] if follows else None
         values = log_values(self.trim)
         if values and keep is not None:

@@ -30,6 +30,7 @@ from batchtrim.lab.run.outside import Outside
 from batchtrim.lab.run.process import Seen, as_it_was
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.task.code import own_traceback
+from batchtrim.selection.base import k_follows_losses
 
 __all__ = ["check_task", "perform"]
 
@@ -201,7 +202,7 @@ def _notes_on_keep(run: Run) -> list[str]:
 def _may_drop(run: Run) -> bool:
     """True if the method drops samples at some point of training, or by their losses."""
     schedule = run.trim.schedule
-    return getattr(run.rule.rule, "k_follows_losses", False) or any(schedule(part) < 1.0 for part in (0.0, 0.5, 1.0))
+    return k_follows_losses(run.rule.rule) or any(schedule(part) < 1.0 for part in (0.0, 0.5, 1.0))
 
 
 def _moves(run: Run) -> bool:
