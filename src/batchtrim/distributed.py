@@ -135,8 +135,10 @@ def select_over_ranks(
 
     Args:
         rule: the selection rule, the same on every rank.
-        values: (B,), losses; B may differ between ranks and be 0. ``scores``: (B,), what to rank by.
-        keep: keep fraction in (0, 1]. ``mask``: bool (B,), False where an entry does not count.
+        values: (B,), losses; B may differ between ranks and be 0.
+        scores: (B,), what to rank by.
+        keep: keep fraction in (0, 1].
+        mask: bool (B,), False where an entry does not count.
         weights: (B,), class weights already in ``values``.
         generator: for rules that draw; in the same state on every rank, so that all draw the same.
         settings, steps, summed: what else must agree between ranks. ``summed``, whether the kept losses are added up,
@@ -222,7 +224,8 @@ def sum_over_ranks(numbers: Tensor, what: str, group: dist.ProcessGroup | None =
     """Return the sum of a vector over the ranks, which must all pass the same length.
 
     Args:
-        numbers: (M,), int64. what: what M is, for the message.
+        numbers: (M,), int64.
+        what: what M is, for the message.
 
     Raises:
         RanksDisagree: on every rank, if M differs; and if a rank does not arrive before the time limit.

@@ -202,7 +202,8 @@ class Trimmer:
         ``total`` counts epochs and this is called once a batch.
 
         Args:
-            n: how many steps. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
+            n: how many steps.
+            accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
         """
         self._clock.step(n, accuracy)
         self._keep_tensor.fill_(self._clock.keep)

@@ -77,7 +77,8 @@ class Compiled:
 
     Attributes:
         strides: of each output, or None if unknown. They may be symbolic.
-        assumed: conditions on the symbols of the inputs' sizes. sizes: where each symbol is found.
+        assumed: conditions on the symbols of the inputs' sizes.
+        sizes: where each symbol is found.
     """
 
     run: Callable[[list[Any]], Any]

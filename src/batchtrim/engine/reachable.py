@@ -59,7 +59,8 @@ class Names:
 
     Attributes:
         owner: the module, object, class or function whose names they are.
-        read: returns a name's value, or raises LookupError, AttributeError or ValueError. bind: rebinds a name.
+        read: returns a name's value, or raises LookupError, AttributeError or ValueError.
+        bind: rebinds a name.
         whole: the owner's ``__dict__``, if names that are added later can be deleted from it; otherwise None.
     """
 
@@ -99,15 +100,16 @@ class Reachable:
 
     Attributes:
         modules: each module once.
-        names: of modules, and of the objects, classes and functions reached from them. of_tensors: of parameters and
-            buffers.
+        names: of modules, and of the objects, classes and functions reached from them.
+        of_tensors: of parameters and buffers.
         contents: objects that can change in place, including tensors that are neither parameters nor buffers.
         watched: tensors that are too large to copy in every step, or do not belong to the model: parameters that the
             first root does not list, and tensors that functions name.
         iterators: descriptions of iterators that modules hold or functions name. Their next value can be taken only
             once, so they cannot be restored.
         with_graph: descriptions of the places that hold a tensor with a graph.
-        functions: the user's own. caches: those of the user's functions with ``functools.lru_cache``.
+        functions: the user's own.
+        caches: those of the user's functions with ``functools.lru_cache``.
     """
 
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:

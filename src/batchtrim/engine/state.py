@@ -110,7 +110,8 @@ class ModelState:
     """A copy of what a forward may change, except its result and the generators; see :class:`Reachable`.
 
     Args:
-        roots: the model, and what computes its loss; or a batch. passed: what is left out.
+        roots: the model, and what computes its loss; or a batch.
+        passed: what is left out.
     """
 
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
@@ -230,7 +231,8 @@ class Snapshot:
     """A copy of what a step may change: the model's state, generators, and the batch if one is given.
 
     Attributes:
-        x, y: copies of the batch. given: the batch itself, its lists, dictionaries and objects.
+        x, y: copies of the batch.
+        given: the batch itself, its lists, dictionaries and objects.
     """
 
     def __init__(self, forward: Forward, x: Any = None, y: Any = None) -> None:

@@ -36,9 +36,11 @@ class Found:
     Attributes:
         losses: a vector to choose from; keeping all of it gives L.
         scores: what to rank by, if that is not ``values``.
-        loss: L, detached from the model. outputs: what the model returned.
-        parts: what the recorded calls contribute. terms: the same, arranged by sample. alike: whether they add up entry
-            by entry.
+        loss: L, detached from the model.
+        outputs: what the model returned.
+        parts: what the recorded calls contribute.
+        terms: the same, arranged by sample.
+        alike: whether they add up entry by entry.
     """
 
     losses: Losses
@@ -70,7 +72,9 @@ class LossFinder:
         """Return the losses of a batch of ``batch`` samples.
 
         Args:
-            run: the model's code. loss_of: returns L from its result. labels: (B, ...), the targets.
+            run: the model's code.
+            loss_of: returns L from its result.
+            labels: (B, ...), the targets.
 
         Raises:
             NotFound: see :class:`batchtrim.integrations._intercept.NotFound`.

@@ -24,7 +24,10 @@ def find_form(
     """Return the form that gives the recorded losses, or None if there is none.
 
     Args:
-        found: the losses, with their graph. labels: by name. unit: what is chosen. smoothing: added label smoothing.
+        found: the losses, with their graph.
+        labels: by name.
+        unit: what is chosen.
+        smoothing: added label smoothing.
         parameters: of the model, to compare the gradient.
     """
     outputs = found.outputs

@@ -74,7 +74,9 @@ class Forms:
         """True if the form gives the model's own loss of a batch; otherwise the form is dropped.
 
         Args:
-            values: the form's losses. mask: which of them count. outputs: the model's, with its loss.
+            values: the form's losses.
+            mask: which of them count.
+            outputs: the model's, with its loss.
         """
         true = loss_of(outputs).detach()
         ours = form.own_loss(values, mask, outputs, self.labels(inputs))

@@ -47,7 +47,8 @@ class ModelLosses:
     """The losses that a TrimmedTrainer selects from.
 
     Args:
-        trainer: a TrimmedTrainer. per_sample_loss: ``(outputs, labels) -> losses``, or None for the model's own loss.
+        trainer: a TrimmedTrainer.
+        per_sample_loss: ``(outputs, labels) -> losses``, or None for the model's own loss.
 
     Attributes:
         ran_eager: True once a compiled model has run uncompiled.

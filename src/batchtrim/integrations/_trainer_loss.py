@@ -31,7 +31,8 @@ class TrainerLoss:
     """The loss that a TrimmedTrainer trains on.
 
     Args:
-        trainer: a TrimmedTrainer. per_sample_loss, over, engine: its arguments.
+        trainer: a TrimmedTrainer.
+        per_sample_loss, over, engine: its arguments.
     """
 
     def __init__(

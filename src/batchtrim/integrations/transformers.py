@@ -51,7 +51,8 @@ class TrimmedTrainer(Trainer):
     """``transformers.Trainer`` with mini-batch trimming. Evaluation uses the model's own, untrimmed loss.
 
     Args:
-        keep: the schedule. args, kwargs: passed to the Trainer.
+        keep: the schedule.
+        args, kwargs: passed to the Trainer.
         clock: "epoch" or "step" (optimizer steps); by default steps if ``max_steps`` is set, otherwise epochs.
         over: "micro" trims each micro-batch; "window" trims those of an optimizer step together, for one more forward.
         per_sample_loss: ``(outputs, labels) -> losses``, un-reduced, in place of the model's own loss. The labels are

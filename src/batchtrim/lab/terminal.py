@@ -62,7 +62,8 @@ class ProgressCount:
     """Report the progress of a long task on standard error: nothing at first, then an occasional line.
 
     Args:
-        text: what is counted, such as ``"images decoded"``. total: how many there are.
+        text: what is counted, such as ``"images decoded"``.
+        total: how many there are.
     """
 
     first, every = 3.0, 10.0  # seconds

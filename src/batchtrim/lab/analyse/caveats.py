@@ -47,7 +47,8 @@ class Caveat:
 
     Attributes:
         arm: label of the arm; "" if it concerns the group.
-        seeds: the seeds concerned. ``number``: of pairs left, of versions, or the seed that was used.
+        seeds: the seeds concerned.
+        number: of pairs left, of versions, or the seed that was used.
         note: as recorded; for versions, the module, or "" for the program itself.
     """
 

@@ -45,7 +45,8 @@ class Workplace:
     """The folders and options that all runs share: data, output, checkpoints, logs.
 
     Args:
-        out: the folder of records. data_dir, cache_dir: see :func:`batchtrim.lab.task.data.load`.
+        out: the folder of records.
+        data_dir, cache_dir: see :func:`batchtrim.lab.task.data.load`.
         checkpoint_seconds: seconds between two checkpoints of a run.
         tensorboard: write each run's event files under ``out/tensorboard``.
         keep_log: write each run's keep log to ``out/keep``.

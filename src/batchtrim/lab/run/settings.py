@@ -35,10 +35,13 @@ class Setting:
     """One setting, read from a dataclass field.
 
     Attributes:
-        name, default: of the field. ``kind``: str, int or float. ``help``: a line without the default.
-        default_help: what None stands for, or "" if the default speaks for itself. ``choices``: the possible values,
-            None if there is no list; ``own``: what else may be given, or "". ``many``: the command line takes
-            several values, comma-separated.
+        name, default: of the field.
+        kind: str, int or float.
+        help: a line without the default.
+        default_help: what None stands for, or "" if the default speaks for itself.
+        choices: the possible values, None if there is no list.
+        own: what else may be given, or "".
+        many: the command line takes several values, comma-separated.
         later: added after runs had been recorded; at its default it is not part of keys, so that old keys stay valid.
     """
 

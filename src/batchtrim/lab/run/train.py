@@ -330,7 +330,8 @@ def train_run(
         data_dir: the folder of data sets, see :func:`batchtrim.lab.task.data.load`.
         checkpoint: a file to resume from, if it exists, and to save to between epochs; the caller removes it.
         checkpoint_seconds: the minimum time between two checkpoints.
-        on_epoch: called after every epoch. on_batch: called after the first batch, and about twice a second from then.
+        on_epoch: called after every epoch.
+        on_batch: called after the first batch, and about twice a second from then.
         keep_log: a Parquet file to write the keep log of all training samples to.
     """
     config = config.resolved()

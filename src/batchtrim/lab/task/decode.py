@@ -63,7 +63,8 @@ class Form:
     """The form that all images are converted to.
 
     Attributes:
-        size: width and height. grey: one channel; otherwise three.
+        size: width and height.
+        grey: one channel; otherwise three.
         uniform: every image has this size already.
     """
 
@@ -89,8 +90,10 @@ class Decoded:
     """The result of decoding.
 
     Attributes:
-        headers: of each image; None if it is too broken to have one. broken: the reason, by row.
-        hashes: of each image's pixels. counts: how often each value occurs in a channel, int (C, 256).
+        headers: of each image; None if it is too broken to have one.
+        broken: the reason, by row.
+        hashes: of each image's pixels.
+        counts: how often each value occurs in a channel, int (C, 256).
     """
 
     headers: list[Header | None]

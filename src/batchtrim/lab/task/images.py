@@ -42,9 +42,11 @@ class ImageOptions:
 
     Args:
         image_size: side in pixels to resize every image to; None keeps images that share one small size unchanged.
-        test_split: fraction of the images to test on, if the source has no test split. split_seed: of the split.
+        test_split: fraction of the images to test on, if the source has no test split.
+        split_seed: of the split.
         group: a column, or a pattern of file names; images with the same value stay on one side of the split.
-        image_column, label_column: of a table. skip_broken: continue without images that cannot be decoded.
+        image_column, label_column: of a table.
+        skip_broken: continue without images that cannot be decoded.
     """
 
     image_size: int | None = None

@@ -31,12 +31,15 @@ class Listing:
     """The locations of N images, and their labels.
 
     Attributes:
-        names: of each image, for messages. ``labels``: class names, or numbers. ``classes``: all names in order, if
-            the source knows them; otherwise the sorted labels.
-        split: "train" or "test" for each image, if the source has splits. ``groups``: of each, if asked for.
+        names: of each image, for messages.
+        labels: class names, or numbers.
+        classes: all names in order, if the source knows them; otherwise the sorted labels.
+        split: "train" or "test" for each image, if the source has splits.
+        groups: of each, if asked for.
         chunks: yields the images in chunks, each time it is called: the number of the first row, and the images from it
             on.
-        stamps: returns, by file name, a stamp that changes when the file does. ``notes``: remarks on the images.
+        stamps: returns, by file name, a stamp that changes when the file does.
+        notes: remarks on the images.
     """
 
     where: str

@@ -26,9 +26,12 @@ class Table:
     """The columns that matter.
 
     Attributes:
-        image, label: their names. labels: one per row. images: of a CSV table; None if they are read when decoded.
+        image, label: their names.
+        labels: one per row.
+        images: of a CSV table; None if they are read when decoded.
         files: paths of images that are beside the table, not in it.
-        groups, split: one per row, if asked for and present. class_names: those in the hub's files.
+        groups, split: one per row, if asked for and present.
+        class_names: those in the hub's files.
     """
 
     image: str
