@@ -93,8 +93,7 @@ def compare(
         check_choice("baseline", baseline, methods)
     configs = grid.expand_task(code, {"methods": methods, "seeds": listed, **settings})
     workers, threads = cores.share_cores(len(configs), workers)
-    if "threads" not in settings:
-        configs = [replace(config, threads=1 if ray else threads) for config in configs]
+    configs = cores.with_threads(configs, threads, settings, bool(ray))
     if workers > 1 or ray:
         code.__getstate__()  # report what cannot be sent to another process before the first run
     folder = Path(out) if out is not None else default_out(configs)

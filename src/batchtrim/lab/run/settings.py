@@ -60,6 +60,11 @@ class Setting:
         """Return True if this value distinguishes a run from others."""
         return self.role is not Role.SPEED and not (self.later and value == self.default)
 
+    def again(self) -> Any:
+        """Return a field that defines the same setting in another class."""
+        given = {name: value for name, value in vars(self).items() if name not in ("name", "kind", "default")}
+        return setting(self.default, **given)
+
 
 def setting(
     default: Any,
