@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchtrim import Trimmer
-from batchtrim.lab.methods.rules import Method
+from batchtrim.lab.methods.base import Method
 from batchtrim.lab.methods.table import METHODS, find_method
 
 __all__ = ["driven_methods", "trimmer_for"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchtrim._checks import check_count, check_number, nearest
-from batchtrim.lab.methods.rules import Method, RunInfo
+from batchtrim.lab.methods.base import Method, RunInfo
 
 Params = dict[str, Any]
 

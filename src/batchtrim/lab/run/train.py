@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 import batchtrim
 from batchtrim import Choice, KeepLog
 from batchtrim.lab.files import writing
-from batchtrim.lab.methods.rules import RunInfo
+from batchtrim.lab.methods.base import RunInfo
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
