@@ -29,9 +29,9 @@ from batchtrim.lab.execute import cores, grid, progress, scheduler
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.present import report, tables
 from batchtrim.lab.present.wording import headline
-from batchtrim.lab.run.handle import Run, TaskMistake
 from batchtrim.lab.run.perform import perform
 from batchtrim.lab.run.task_config import TaskConfig
+from batchtrim.lab.run.task_run import Run, TaskMistake
 from batchtrim.lab.task.code import Code, YourCodeFailed
 
 __all__ = ["Run", "compare", "default_out", "headline", "run_once", "summarize"]

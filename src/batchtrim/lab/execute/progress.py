@@ -14,7 +14,7 @@ from batchtrim._checks import import_extra
 from batchtrim.lab.files import writing
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import Row
-from batchtrim.lab.run.beat import OnEpoch
+from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.terminal import console
 

@@ -16,7 +16,7 @@ from batchtrim.lab.execute.progress import tensorboard_log
 from batchtrim.lab.files import CannotWrite, remove_parts
 from batchtrim.lab.records import DONE, Records, Row
 from batchtrim.lab.run import train
-from batchtrim.lab.run.beat import OnEpoch
+from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.checkpoint import DamagedCheckpoint
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.perform import perform

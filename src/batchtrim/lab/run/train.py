@@ -30,7 +30,7 @@ from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
 from batchtrim.lab.run import sanity
-from batchtrim.lab.run.beat import OnEpoch, beat
+from batchtrim.lab.run.batch_progress import OnEpoch, batch_progress
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.counts import CountingLoss, Counts
 from batchtrim.lab.run.environment import environment
@@ -345,7 +345,7 @@ def train_run(
             n, classes = len(images.train_labels), images.classes
             log = KeepLog(n, classes=classes, distributed=several) if keep_log else None
             training = Training(config, images, log=log)
-            training.on_batch = beat(on_batch, training.epochs) if on_batch else None
+            training.on_batch = batch_progress(on_batch, training.epochs) if on_batch else None
             status, error = _to_the_end(training, checkpoint, checkpoint_seconds, on_epoch)
             if log is not None and keep_log is not None and training.ranks.rank == 0:
                 with writing(keep_log):

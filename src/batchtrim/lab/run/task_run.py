@@ -18,7 +18,7 @@ from batchtrim._checks import check_count, describe, is_number, plain
 from batchtrim._transforms import in_backward
 from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
-from batchtrim.lab.run.beat import OnEpoch
+from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.selection.base import k_follows_losses
 
