@@ -37,6 +37,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch._compile import _disable_dynamo
 
+from batchtrim._checks import first_line
 from batchtrim.errors import RanksDisagree
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Rule, Selection
@@ -280,7 +281,7 @@ def gather(tensor: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tenso
         dist.all_gather(parts, tensor, group=group)
     except RuntimeError as error:  # a time limit, a closed connection, or another collective on the other side
         raise RanksDisagree(
-            f"expected all {ranks} ranks to choose together, got no matching answer ({str(error).splitlines()[0]}). "
+            f"expected all {ranks} ranks to choose together, got no matching answer ({first_line(error)}). "
             "Either a rank has stopped, or it does not call its trimmer as often as this one, or not with "
             "scope='global'. A rank without samples calls it too, with losses of shape (0,)."
         ) from error

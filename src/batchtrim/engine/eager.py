@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim._checks import in_one_line
 from batchtrim.engine.capture import CannotCapture
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.generators import GeneratorStates
@@ -119,7 +120,7 @@ class EagerStep:
         except torch.OutOfMemoryError:
             return None
         except Exception as error:
-            return f"its backward fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+            return f"its backward fails ({in_one_line(error)})"
         pairs = list(zip(self.parameters.values(), self.gradients, found, strict=True))
         total = sum(float(own.double().norm()) ** 2 for _, own, _ in pairs if own is not None) ** 0.5
         apart = _COARSE_APART if coarse else _GRADIENT_APART

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim._checks import in_one_line
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.cpu_first import CpuFirst
 from batchtrim.engine.forward import Forward
@@ -312,8 +313,7 @@ def _differentiate(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        raise EngineRefused(f"its gradient cannot be asked for twice ({type(error).__name__}: {first})") from error
+        raise EngineRefused(f"its gradient cannot be asked for twice ({in_one_line(error)})") from error
 
 
 def _tried_on_cpu(snapshot: Snapshot) -> AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from batchtrim._checks import in_one_line
 from batchtrim.engine.batch import StepResult, map_tensors, padded_rows
 from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.capture import (
@@ -240,7 +241,7 @@ class SharedEngine:
                 raise
             except Exception as error:
                 drawn.restore()
-                failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+                failed = in_one_line(error)
             else:
                 return *found, tape, eager
             finally:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim._checks import in_one_line
 from batchtrim.engine.batch import StepResult, kept_loss, padded_rows
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
@@ -121,7 +122,7 @@ class TwoPassEngine:
             before.restore(batch=True)
             self.forward(*copied((x, y)), model=self.forward.inner)  # a model at fault raises its own error
             before.restore(batch=True)
-            raise EngineRefused(_CANNOT.format(f"it does not run without a graph ({_said(error)})")) from error
+            raise EngineRefused(_CANNOT.format(f"it does not run without a graph ({in_one_line(error)})")) from error
 
     def pays(self, x: Any, y: Any) -> bool:
         """Return True if (1 + 3q) / 3 is below 1."""
@@ -193,12 +194,7 @@ class TwoPassEngine:
         except (EngineRefused, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise EngineRefused(f"it cannot run on a part of the batch ({_said(error)})") from error
-
-
-def _said(error: BaseException) -> str:
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first[:200]}"
+            raise EngineRefused(f"it cannot run on a part of the batch ({in_one_line(error)})") from error
 
 
 def redrawn(forward: Forward) -> str | None:
