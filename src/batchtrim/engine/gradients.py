@@ -11,7 +11,9 @@ from torch import Tensor
 __all__ = ["gradients_without_hooks"]
 
 
-def gradients_without_hooks(losses: Tensor, tensors: Sequence[Tensor], weights: Tensor, *, keep: bool) -> list[Tensor | None]:
+def gradients_without_hooks(
+    losses: Tensor, tensors: Sequence[Tensor], weights: Tensor, *, keep: bool
+) -> list[Tensor | None]:
     """Return the gradient of ``sum(weights * losses)`` for each tensor; hooks of these do not see it.
 
     Args:

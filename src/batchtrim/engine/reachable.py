@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CONTAINERS", "Reachable", "Names", "is_array", "is_numpy_generator"]
+__all__ = ["CONTAINERS", "Names", "Reachable", "is_array", "is_numpy_generator"]
 
 CONTAINERS = (list, dict, set, deque)
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))

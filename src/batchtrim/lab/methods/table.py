@@ -15,7 +15,6 @@ import batchtrim
 from batchtrim import Trimmer
 from batchtrim._checks import check_count, check_fraction, check_keep, check_positive, check_progress
 from batchtrim.lab.files import look_up
-from batchtrim.lab.methods.relatives_table import RELATIVES
 from batchtrim.lab.methods.base import (
     EveryStep,
     FocalLoss,
@@ -28,6 +27,7 @@ from batchtrim.lab.methods.base import (
     Shortened,
     SuperLoss,
 )
+from batchtrim.lab.methods.relatives_table import RELATIVES
 from batchtrim.lab.methods.spec import (
     MethodSpec,
     Param,
