@@ -335,7 +335,7 @@ def _choose_alike(
     names = ("rows kept", "divisor of the kept losses", "weights of the kept losses")
     for position, name in enumerate(names, start=1):
         found = [verdict[position] for verdict in verdicts]
-        if not all(_alike(number, found[0]) for number in found):
+        if not all(_close(number, found[0]) for number in found):
             readable = [f"checksum {int(number):08x}" for number in found] if position == 1 else found
             _disagree(name, readable, ranks, "The rule or its state differs between ranks: make it the same on all.")
     assert chosen is not None
@@ -353,7 +353,7 @@ def _checksum(chosen: Selection, weights: Tensor | None) -> list[float]:
     return [float(zlib.crc32(rows.cpu().numpy().tobytes())), kept_divisor(chosen, weights), told]
 
 
-def _alike(one: float, other: float) -> bool:
+def _close(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=_CLOSE) or (math.isnan(one) and math.isnan(other))
 
 

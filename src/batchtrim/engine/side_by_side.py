@@ -325,10 +325,10 @@ def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def _same_batch(ours: Any, theirs: Any) -> bool:
     """Return True if two batches hold the same, in the same places; what is no tensor, number or text is left out."""
     own, plain = entries(ours), entries(theirs)
-    return own.keys() == plain.keys() and all(_alike(own[place], plain[place]) for place in own)
+    return own.keys() == plain.keys() and all(_same_entry(own[place], plain[place]) for place in own)
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _same_entry(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         strided = a.layout == b.layout == torch.strided
         return a.shape == b.shape and (not strided or torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True))

@@ -215,11 +215,11 @@ class ModelState:
         theirs = {(id(names.owner), name): value for names, noted in other.names for name, value in noted.items()}
         for names, noted in self.names:
             for name, value in noted.items():
-                if not _alike(value, theirs.get((id(names.owner), name)), apart):
+                if not _same_value(value, theirs.get((id(names.owner), name)), apart):
                     return f"{getattr(names.owner, '__name__', type(names.owner).__name__)}.{name}"
         contents = {id(value): copy for value, copy in other.contents}
         for value, copy in self.contents:
-            if id(value) in contents and not _alike_inside(copy, contents[id(value)], apart):
+            if id(value) in contents and not _same_contents(copy, contents[id(value)], apart):
                 return f"value in a {type(value).__name__} that it holds"
         return None if self.difference(other) <= apart else "value of a buffer"
 
@@ -270,7 +270,7 @@ def relative_difference(exact: Tensor, other: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def _alike(a: Any, b: Any, apart: float) -> bool:
+def _same_value(a: Any, b: Any, apart: float) -> bool:
     """Return True if two values are the same up to rounding; what has contents of its own is not entered."""
     if a is b:
         return True
@@ -283,17 +283,17 @@ def _alike(a: Any, b: Any, apart: float) -> bool:
     return type(a) is type(b)
 
 
-def _alike_inside(a: Any, b: Any, apart: float) -> bool:
+def _same_contents(a: Any, b: Any, apart: float) -> bool:
     """Return True if two copies of one thing's contents are the same up to rounding."""
     if isinstance(a, dict):  # the state of a NumPy generator too
-        return list(a) == list(b) and all(_alike(value, b[key], apart) for key, value in a.items())
+        return list(a) == list(b) and all(_same_value(value, b[key], apart) for key, value in a.items())
     if isinstance(a, (list, deque)):
-        return len(a) == len(b) and all(_alike(*pair, apart) for pair in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_same_value(*pair, apart) for pair in zip(a, b, strict=True))
     if isinstance(a, set):
         return len(a) == len(b)
     if is_array(a):
         return a.shape == b.shape and bool(((a == b) | (a != a)).all())
-    return _alike(a, b, apart) if isinstance(a, Tensor) else bool(a == b)
+    return _same_value(a, b, apart) if isinstance(a, Tensor) else bool(a == b)
 
 
 def _copy_of(value: Any) -> Any:

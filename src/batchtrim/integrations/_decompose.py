@@ -100,14 +100,14 @@ class LossFinder:
             if bool(loss.isfinite()):  # NaN and inf prove nothing
                 self._proven.add(form)
         terms = [Term(each, part.counted, part.weights) for part, each in zip(parts, rows, strict=True)]
-        alike = _alike(parts, rows)
+        alike = _same_entries(parts, rows)
         losses, scores = merged(terms, alike, self.unit)
         if check:
             compare(loss, losses.mean(), "the loss with everything kept")
         return Found(losses, scores, loss.detach(), outputs, parts, terms, alike)
 
 
-def _alike(parts: list[LossPart], rows: list[Tensor]) -> bool:
+def _same_entries(parts: list[LossPart], rows: list[Tensor]) -> bool:
     """Return True if the parts add up entry by entry: the same entries, counted alike."""
     first = parts[0]
     return len(parts) == 1 or all(

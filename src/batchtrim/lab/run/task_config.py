@@ -85,7 +85,8 @@ class TaskConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name not in _NOT_RECORDED}
+        names = [each.name for each in fields(self) if each.name not in _NOT_RECORDED]
+        return {name: _for_json(getattr(self, name)) for name in names}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TaskConfig:
@@ -116,5 +117,5 @@ AnyConfig = RunConfig | TaskConfig
 """A run of the lab's own loop, or of the user's training function."""
 
 
-def _plain(value: Any) -> Any:
+def _for_json(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value

@@ -125,7 +125,7 @@ def load(
         kept_labels[first_test:], held.mean, held.std, tuple(classes),
     )  # fmt: skip
     sides = _check_sides(found, [listing.names[row] for row in left], held.hashes, first_test)
-    notes = [*listing.notes, *_alike(classes), *held.notes, *gone, *sides]
+    notes = [*listing.notes, *_similar_names(classes), *held.notes, *gone, *sides]
     version = _version(found, held.hashes)
     return replace(
         found, notes=tuple(f"{shown(dataset)}: {note}" for note in notes), local_notes=local_notes, version=version
@@ -181,7 +181,7 @@ def _only_those_left(
     return [classes[each] for each in left], np.searchsorted(left, labels), [note]
 
 
-def _alike(names: Sequence[str]) -> list[str]:
+def _similar_names(names: Sequence[str]) -> list[str]:
     """Return a note on names that probably mean the same class."""
     found: dict[Any, list[str]] = {}
     for name in names:
