@@ -279,12 +279,9 @@ class Trimmer:
         """Continue from :meth:`state_dict`.
 
         Args:
-            state: what it returned.
-            length: what to do if the state was saved with another ``total`` and the keep fraction depends on
-                progress, after t steps. "stretch": the schedule spans this training's ``total``; progress becomes
-                ``t / (total - 1)``, so the keep fraction jumps once, as a learning-rate schedule made for the new
-                length does. "saved": nothing jumps; the saved ``total`` still applies, and past it the schedule stays
-                at its end.
+            length: what to do if the state was saved with another ``total``, and keep depends on progress. "stretch":
+                after t steps progress is ``t / (total - 1)``, so keep jumps once, as a learning-rate schedule made for
+                the new length does. "saved": nothing jumps; the saved ``total`` applies, and past it keep stays.
 
         Raises:
             ChooseLength: the totals differ, so that progress would jump, and ``length`` is None.
