@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from batchtrim.engine.capture import uncompiled
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.state import ModelState, device_of
+from batchtrim.integrations._contributions import near
 from batchtrim.integrations._form_search import find_form, fits
 from batchtrim.integrations._forms import Form
-from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations._labels import loss_of, named_labels
-from batchtrim.integrations._parts import near
+from batchtrim.integrations._recorder import NotFound
 
 __all__ = ["Forms", "left_as_found"]
 

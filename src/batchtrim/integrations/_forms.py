@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchtrim.integrations._intercept import entries
-from batchtrim.integrations._merging import Term, merged
+from batchtrim.integrations._recorder import entries
+from batchtrim.integrations._terms import Term, merged
 from batchtrim.unreduced import Losses
 
 __all__ = ["OF_CLASSES", "OF_NUMBERS", "Form", "FormCall"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from batchtrim.distributed import sum_over_ranks, world_size
-from batchtrim.integrations._decompose import Found
-from batchtrim.integrations._rows import shifts_of
+from batchtrim.integrations._loss_finder import Found
+from batchtrim.integrations._sample_rows import shifts_of
 from batchtrim.unreduced import Losses, divisors, flatten
 
 __all__ = ["Counting", "count", "shares"]

@@ -18,7 +18,7 @@ from batchtrim.integrations import follow
 from batchtrim.integrations._engine_step import EngineStep
 from batchtrim.integrations._labels import Counting, count, loss_of, plain_sums, shares
 from batchtrim.integrations._model_losses import FlatLosses, ModelLosses
-from batchtrim.integrations._numbered import IDS
+from batchtrim.integrations._row_numbers import IDS
 from batchtrim.keeplog.batch import logits_of
 from batchtrim.reduction import reduce
 from batchtrim.selection import Selection

@@ -5,7 +5,7 @@ A model's ``forward`` or a module's ``training_step`` returns one number. :class
 ``torch.nn.functional`` passes through it, also those that modules such as ``nn.CrossEntropyLoss()`` make. The caller
 gets the usual value, detached from the graph. The un-reduced losses are stored, with their graph. Differentiating
 the returned number with respect to these values then gives what each loss contributes to it:
-:func:`batchtrim.integrations._parts.parts_of`.
+:func:`batchtrim.integrations._contributions.parts_of`.
 
 Legend: L the returned number, u_j un-reduced losses, r the reduced value the caller got, D its divisor.
 """

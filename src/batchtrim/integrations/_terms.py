@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._recorder import NotFound
 from batchtrim.unreduced import Losses, flatten, nonzero
 
 __all__ = ["Term", "merged"]

@@ -1,6 +1,6 @@
 """Turn the single loss that a model or a training step returns into one loss per sample, with proof.
 
-:class:`LossFinder` runs the model's own code under :class:`batchtrim.integrations._intercept.Recorder`, so the loss is
+:class:`LossFinder` runs the model's own code under :class:`batchtrim.integrations._recorder.Recorder`, so the loss is
 what that code computes, and nothing is guessed from names, configurations or the form of the labels. It checks that the
 losses add up to the model's own loss. The first time it sees a kind of batch, and occasionally after that, it also
 checks that each loss is in the row of its sample. If a check fails, it raises an error; it never returns another
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations._intercept import LossPart, NotFound, Recorder
-from batchtrim.integrations._merging import Term, merged
-from batchtrim.integrations._parts import compare, parts_of
-from batchtrim.integrations._rows import label_sizes, output_tensors, prove_rows, rows_of
+from batchtrim.integrations._contributions import compare, parts_of
+from batchtrim.integrations._recorder import LossPart, NotFound, Recorder
+from batchtrim.integrations._sample_rows import label_sizes, output_tensors, prove_rows, rows_of
+from batchtrim.integrations._terms import Term, merged
 from batchtrim.unreduced import Losses
 
 __all__ = ["Found", "LossFinder"]
@@ -77,7 +77,7 @@ class LossFinder:
             labels: (B, ...), the targets.
 
         Raises:
-            NotFound: see :class:`batchtrim.integrations._intercept.NotFound`.
+            NotFound: see :class:`batchtrim.integrations._recorder.NotFound`.
         """
         with_graph = torch.is_grad_enabled()
         with Recorder(self.smoothing) as recorder:
