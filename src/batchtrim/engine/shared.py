@@ -35,7 +35,7 @@ from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
 from batchtrim.engine.state import device_of, is_lazy, is_sharded
 from batchtrim.engine.unguarded import Unguarded
-from batchtrim.engine.wrappers import check_backward, hooked, with_call
+from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
@@ -174,7 +174,7 @@ class SharedEngine:
         """
         if self.refused is not None:
             raise EngineRefused(self.refused)
-        if (reason := hindrance() or hooked(self.forward.model)) is not None:
+        if (reason := hindrance() or hooks_on_wrapper(self.forward.model)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
         if self.unguarded.changed():
             if self.resets == _TRIES:
@@ -184,7 +184,7 @@ class SharedEngine:
         reason, alone, once = "", False, False
         size = _rows(x, self.forward.batch_dim)
         try:
-            with torch.enable_grad(), with_call(self.forward.model, self._traced) as call:
+            with torch.enable_grad(), in_wrapper(self.forward.model, self._traced) as call:
                 parts, outputs, tape, eager = call(x, y)
         except _SetsUp:
             return None

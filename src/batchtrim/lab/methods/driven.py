@@ -24,7 +24,7 @@ class _NeedsMore(Exception):
 
 @dataclass(frozen=True)
 class _Info:
-    """What is known of a run whose data only its training function sees."""
+    """The settings of a run whose data only its training function sees."""
 
     epochs: int
     seed: int
