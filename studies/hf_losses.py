@@ -38,9 +38,9 @@ from transformers.utils import find_labels
 
 from batchtrim import Trimmer
 from batchtrim.engine.capture import uncompiled
-from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations._labels import loss_of
 from batchtrim.integrations._model_losses import ModelLosses
+from batchtrim.integrations._recorder import NotFound
 from studies.hf_models import FAMILIES, Family, tiny_config, tiny_model
 from studies.time_limit import TooLong, time_limit
 

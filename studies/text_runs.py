@@ -31,7 +31,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 from batchtrim.lab import records
 from batchtrim.lab.files import load_toml
-from batchtrim.lab.methods.rules import Method, RunInfo
+from batchtrim.lab.methods.base import Method, RunInfo
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.run import environment
 from batchtrim.lab.run.config import RunConfig

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
-from batchtrim.integrations._numbered import IDS, numbered_rows
+from batchtrim.integrations._row_numbers import IDS, numbered_rows
 from batchtrim.integrations.transformers import TrimmedTrainer
-from batchtrim.lab.methods.rules import Method
+from batchtrim.lab.methods.base import Method
 from batchtrim.lab.run.train import REFERENCE_SEED
 
 __all__ = ["MethodTrainer", "count_samples", "make_trainer"]

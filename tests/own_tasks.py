@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchtrim.lab import Run, compare
-from batchtrim.lab.run.handle import TaskMistake
+from batchtrim.lab.run.task_run import TaskMistake
 from batchtrim.lab.task.code import YourCodeFailed
 
 Function = Callable[[Run], Any]

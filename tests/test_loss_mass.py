@@ -288,7 +288,19 @@ def test_the_log_records_what_was_kept_and_warns_of_noise() -> None:
     assert log.history[-1]["keep"] < 0.15 < log.history[0]["keep"]
 
 
-@pytest.mark.parametrize("rule", [loss_mass(), above(0.5), batchtrim.percentile(), uniform(like=loss_mass())])
+class OverHalf:
+    """A rule of the user's own whose k depends on the losses."""
+
+    k_follows_losses = True
+
+    def __call__(self, losses: Any, keep: float, generator: Any = None) -> batchtrim.Selection:
+        rows = (losses > 0.5).nonzero().squeeze(1)
+        return batchtrim.Selection(rows, len(losses), len(losses))
+
+
+@pytest.mark.parametrize(
+    "rule", [loss_mass(), above(0.5), batchtrim.percentile(), uniform(like=loss_mass()), OverHalf()]
+)
 def test_what_will_be_kept_is_what_was_kept_where_k_follows_losses(rule: Any) -> None:
     trim = Trimmer(1.0 if isinstance(rule, batchtrim.percentile) else 0.9, select=rule)
     assert trim.expected_keep == trim.keep

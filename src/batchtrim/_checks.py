@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def first_line(error: BaseException, most: int = 160) -> str:
+    """Return the first line of an error's message; its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__
+
+
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """Return an error's type and the first line of its message."""
+    line, name = first_line(error, most), type(error).__name__
+    return name if line == name else f"{name}: {line}"
+
+
 def describe(value: object) -> str:
     """Return a description of what arrived: shape and dtype of a tensor, otherwise the value itself."""
     if _is_tensor(value):

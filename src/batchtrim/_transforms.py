@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchtrim.selection.base import k_follows_losses
 from batchtrim.unreduced import Losses
 
 __all__ = ["batched", "fixed_shapes", "in_backward", "outside", "settled", "transforming", "unwrapped"]
@@ -40,7 +41,7 @@ def fixed_shapes(rule: object, scope: str, losses: Losses, scores: Tensor) -> bo
         return False
     if torch.compiler.is_compiling():
         return True
-    return (batched(losses.values) or batched(scores)) and not getattr(rule, "k_follows_losses", False)
+    return (batched(losses.values) or batched(scores)) and not k_follows_losses(rule)
 
 
 def unwrapped(tensor: Tensor, what: str) -> Tensor:

@@ -19,8 +19,9 @@ from batchtrim._checks import check_choice, describe
 from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
+from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.rows import copied, restore_values
-from batchtrim.engine.state import GeneratorStates, ModelState, Snapshot, device_of, without_graph
+from batchtrim.engine.state import ModelState, Snapshot, device_of, without_graph
 from batchtrim.engine.writes import known_to_write, writes_undone
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor

@@ -22,7 +22,8 @@ class Clock:
     """A schedule and a count of steps.
 
     Args:
-        schedule: as :func:`batchtrim.schedules.as_schedule` returns it. total: steps of the whole training, or None.
+        schedule: as :func:`batchtrim.schedules.as_schedule` returns it.
+        total: steps of the whole training, or None.
 
     Raises:
         ScheduleOutOfRange: the schedule leaves (0, 1] somewhere.

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch._compile import _disable_dynamo
 
+from batchtrim._checks import first_line
 from batchtrim.errors import RanksDisagree
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Rule, Selection
@@ -135,8 +136,10 @@ def select_over_ranks(
 
     Args:
         rule: the selection rule, the same on every rank.
-        values: (B,), losses; B may differ between ranks and be 0. ``scores``: (B,), what to rank by.
-        keep: keep fraction in (0, 1]. ``mask``: bool (B,), False where an entry does not count.
+        values: (B,), losses; B may differ between ranks and be 0.
+        scores: (B,), what to rank by.
+        keep: keep fraction in (0, 1].
+        mask: bool (B,), False where an entry does not count.
         weights: (B,), class weights already in ``values``.
         generator: for rules that draw; in the same state on every rank, so that all draw the same.
         settings, steps, summed: what else must agree between ranks. ``summed``, whether the kept losses are added up,
@@ -222,7 +225,8 @@ def sum_over_ranks(numbers: Tensor, what: str, group: dist.ProcessGroup | None =
     """Return the sum of a vector over the ranks, which must all pass the same length.
 
     Args:
-        numbers: (M,), int64. what: what M is, for the message.
+        numbers: (M,), int64.
+        what: what M is, for the message.
 
     Raises:
         RanksDisagree: on every rank, if M differs; and if a rank does not arrive before the time limit.
@@ -277,7 +281,7 @@ def gather(tensor: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tenso
         dist.all_gather(parts, tensor, group=group)
     except RuntimeError as error:  # a time limit, a closed connection, or another collective on the other side
         raise RanksDisagree(
-            f"expected all {ranks} ranks to choose together, got no matching answer ({str(error).splitlines()[0]}). "
+            f"expected all {ranks} ranks to choose together, got no matching answer ({first_line(error)}). "
             "Either a rank has stopped, or it does not call its trimmer as often as this one, or not with "
             "scope='global'. A rank without samples calls it too, with losses of shape (0,)."
         ) from error
@@ -331,7 +335,7 @@ def _choose_alike(
     names = ("rows kept", "divisor of the kept losses", "weights of the kept losses")
     for position, name in enumerate(names, start=1):
         found = [verdict[position] for verdict in verdicts]
-        if not all(_alike(number, found[0]) for number in found):
+        if not all(_close(number, found[0]) for number in found):
             readable = [f"checksum {int(number):08x}" for number in found] if position == 1 else found
             _disagree(name, readable, ranks, "The rule or its state differs between ranks: make it the same on all.")
     assert chosen is not None
@@ -349,7 +353,7 @@ def _checksum(chosen: Selection, weights: Tensor | None) -> list[float]:
     return [float(zlib.crc32(rows.cpu().numpy().tobytes())), kept_divisor(chosen, weights), told]
 
 
-def _alike(one: float, other: float) -> bool:
+def _close(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=_CLOSE) or (math.isnan(one) and math.isnan(other))
 
 

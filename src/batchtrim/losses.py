@@ -189,7 +189,8 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, sh
     """Return the cross-entropy of every token, padding masked.
 
     Args:
-        logits: (B, T, C). labels: int64 (B, T).
+        logits: (B, T, C).
+        labels: int64 (B, T).
         ignore_index: label that does not count (padding, prompt).
         shift: for causal language models, whose logits at t predict the label at t + 1: the result is (B, T - 1).
 
@@ -224,7 +225,8 @@ def focal(losses: Tensor, gamma: float = 2.0) -> Tensor:
     Source: arXiv 1708.02002. It weights instead of selecting; gradient flows through the factor, as in the source.
 
     Args:
-        losses: (B,) or (B, ...), cross-entropy without label smoothing. gamma: >= 0; 0 changes nothing.
+        losses: (B,) or (B, ...), cross-entropy without label smoothing.
+        gamma: >= 0; 0 changes nothing.
 
     Example:
         >>> focal(torch.tensor([0.6931472]))
@@ -252,7 +254,8 @@ def superloss(losses: Tensor, tau: float | Tensor, lam: float = 1.0) -> Tensor:
     expression.
 
     Args:
-        losses: (B,). tau: the loss that separates easy from hard: log(C), or a running mean.
+        losses: (B,).
+        tau: the loss that separates easy from hard: log(C), or a running mean.
         lam: > 0; the larger, the closer all weights are to 1.
 
     Example:

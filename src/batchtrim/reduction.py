@@ -171,7 +171,8 @@ def reduce_mask(losses: Losses, kept: Tensor, scale: str) -> Tensor:
     """Return :func:`reduce` with fixed shapes, for torch.compile: ``sum(where(kept, losses, 0)) / divisor``.
 
     Args:
-        losses: of shape (B,). kept: bool (B,), True for kept.
+        losses: of shape (B,).
+        kept: bool (B,), True for kept.
     """
     if losses.terms:
         return torch.stack([reduce_mask(term, kept, scale) for term in losses.terms]).sum()

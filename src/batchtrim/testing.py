@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from batchtrim._checks import check_count, check_keep, check_positive, describe
-from batchtrim.engine.state import full_float32
-from batchtrim.engine.trial import TOLERANCE, Trial, generators_kept, max_or_nan
+from batchtrim.engine.precision import full_float32
+from batchtrim.engine.side_by_side import TOLERANCE, SideBySide, generators_kept, max_or_nan
 
 __all__ = ["EngineReport", "check_engine"]
 
@@ -176,15 +176,15 @@ def check_engine(
     check_positive("lr", lr)
     if tolerance is not None:
         check_positive("tolerance", tolerance)
-    trial = Trial(model, per_sample_loss, engine, batch_dim, tolerance)
+    pair = SideBySide(model, per_sample_loss, engine, batch_dim, tolerance)
     if len(batches) == 1:
-        batches += trial.made_of(batches[0])
+        batches += pair.made_of(batches[0])
     with generators_kept(model), full_float32():
         for number in range(steps):
             turn = number + number // len(batches)  # so that each batch is combined with each fraction
-            if not trial.step(number, batches[number % len(batches)], keeps[turn % len(keeps)], lr):
+            if not pair.step(number, batches[number % len(batches)], keeps[turn % len(keeps)], lr):
                 break
-    report = EngineReport(**trial.results())
+    report = EngineReport(**pair.results())
     if verbose:
         print(report)
     return report

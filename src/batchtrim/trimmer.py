@@ -31,7 +31,7 @@ from batchtrim.errors import NothingToChoose
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear
 from batchtrim.selection import Rule, Selection, hardest
-from batchtrim.selection.base import masked_choice, select_again, select_valid
+from batchtrim.selection.base import k_follows_losses, masked_choice, select_again, select_valid
 from batchtrim.stats import KeepStats
 from batchtrim.unreduced import UNITS, Losses, divisors, to_rank
 
@@ -202,7 +202,8 @@ class Trimmer:
         ``total`` counts epochs and this is called once a batch.
 
         Args:
-            n: how many steps. accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
+            n: how many steps.
+            accuracy: running training accuracy in [0, 1], for :class:`batchtrim.by_accuracy`.
         """
         self._clock.step(n, accuracy)
         self._keep_tensor.fill_(self._clock.keep)
@@ -219,7 +220,7 @@ class Trimmer:
         This is ``keep``; for rules whose k depends on the losses (``loss_mass``, ``above``, ``percentile``) it is the
         fraction kept of the last batch. Engines use it to decide whether a smaller backward pays.
         """
-        if not getattr(self.rule, "k_follows_losses", False):
+        if not k_follows_losses(self.rule):
             return self.keep
         selection = self.last_selection
         return selection.k / selection.candidates if selection is not None and selection.candidates else self.keep
@@ -278,12 +279,9 @@ class Trimmer:
         """Continue from :meth:`state_dict`.
 
         Args:
-            state: what it returned.
-            length: what to do if the state was saved with another ``total`` and the keep fraction depends on
-                progress, after t steps. "stretch": the schedule spans this training's ``total``; progress becomes
-                ``t / (total - 1)``, so the keep fraction jumps once, as a learning-rate schedule made for the new
-                length does. "saved": nothing jumps; the saved ``total`` still applies, and past it the schedule stays
-                at its end.
+            length: what to do if the state was saved with another ``total``, and keep depends on progress. "stretch":
+                after t steps progress is ``t / (total - 1)``, so keep jumps once, as a learning-rate schedule made for
+                the new length does. "saved": nothing jumps; the saved ``total`` applies, and past it keep stays.
 
         Raises:
             ChooseLength: the totals differ, so that progress would jump, and ``length`` is None.

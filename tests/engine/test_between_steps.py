@@ -160,7 +160,7 @@ def test_a_backward_hook_on_all_modules_is_refused() -> None:
 @pytest.mark.slow
 def test_classes_that_change_in_every_step_are_refused() -> None:
     step = batchtrim.TrimmedForward(_model(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
-    step.engine._begin = lambda: setattr(step.engine, "anew", step.engine.anew + 1)  # type: ignore[attr-defined, method-assign]
+    step.engine._reset = lambda: setattr(step.engine, "resets", step.engine.resets + 1)  # type: ignore[attr-defined, method-assign]
     step.engine.unguarded.changed = lambda: True  # type: ignore[attr-defined]
     for number in range(4):
         step(*_batch(number))
@@ -193,7 +193,7 @@ def test_what_cannot_be_traced_in_one_step_is_not_given_up(around: Callable[[], 
     model = _model()
     step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     auto = batchtrim.engine.auto.AutoEngine(step.forward, step.trim)
-    auto.saving, auto._untimed, auto._told = step.engine, 0, True
+    auto.saving, auto._untimed, auto._explained = step.engine, 0, True
     auto.pays = lambda x, y: True  # type: ignore[method-assign]
     auto.forecast = batchtrim.engine.cost.Forecast(1.0, 0.0)
     engines = [auto(*_batch(0)).engine]

@@ -8,7 +8,7 @@ import pytest
 from attacks import ATTACKS
 
 import batchtrim
-from batchtrim.engine import trial
+from batchtrim.engine import side_by_side
 from batchtrim.testing import check_engine
 
 pytestmark = [
@@ -34,7 +34,7 @@ ROUNDED = {"instance_normed": 5e-5}
 @pytest.fixture(autouse=True)
 def compiled_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile the model of the engine's side; the plain step runs as it is."""
-    side = trial.Trial._side
+    side = side_by_side.SideBySide._side
 
     def compiled(self: Any, model: Any, loss: Any, engine: str, batch_dim: int) -> Any:
         made = side(self, model, loss, engine, batch_dim)
@@ -46,7 +46,7 @@ def compiled_side(monkeypatch: pytest.MonkeyPatch) -> None:
             )
         return made
 
-    monkeypatch.setattr(trial.Trial, "_side", compiled)
+    monkeypatch.setattr(side_by_side.SideBySide, "_side", compiled)
 
 
 @pytest.mark.parametrize("name", TELLING)

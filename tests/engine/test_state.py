@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim import per_sample
-from batchtrim.engine import state
-from batchtrim.engine.state import GeneratorStates, ModelState, is_lazy, modules_of
+from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.state import ModelState, is_lazy, modules_of
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.testing import check_engine
 
@@ -102,38 +102,6 @@ def test_lazy() -> None:
     assert is_lazy(model)
     model(torch.ones(1, 3))
     assert not is_lazy(model)
-
-
-GPU = torch.device("cuda")
-
-
-@pytest.fixture
-def switches() -> Iterator[None]:
-    with state.full_float32():  # and puts back what a test changes
-        yield
-
-
-@pytest.mark.usefixtures("switches")
-def test_tf32_is_seen_through_torchs_older_and_newer_switches() -> None:
-    assert not state.uses_tf32(GPU)
-    torch.backends.cudnn.allow_tf32 = True
-    assert state.uses_tf32(GPU)
-    assert not state.uses_tf32(torch.device("cpu"))
-    with state.full_float32():
-        assert not state.uses_tf32(GPU)
-    assert state.uses_tf32(GPU)
-
-
-@pytest.mark.usefixtures("switches")
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch 2.9 has the newer switches")
-def test_mixed_switches_raise_nothing() -> None:
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    with pytest.raises(RuntimeError):
-        _ = torch.backends.cudnn.allow_tf32  # what the older switch does then
-    assert state.uses_tf32(GPU)
-    with state.full_float32():
-        assert not state.uses_tf32(GPU)
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _whole(model: nn.Linear) -> None:

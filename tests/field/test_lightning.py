@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import batchtrim
 from batchtrim.errors import ChooseLength
-from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._recorder import NotFound
 from batchtrim.integrations.lightning import TrimmingCallback
 
 pytestmark = [pytest.mark.usefixtures("settled"), *QUIET]

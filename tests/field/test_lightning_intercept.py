@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 from lightning.pytorch import Callback
 from lightning_cases import QUIET, Plain, loader, trainer
 
-from batchtrim.integrations._decompose import LossFinder
-from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._loss_finder import LossFinder
+from batchtrim.integrations._recorder import NotFound
 from batchtrim.integrations.lightning import TrimmingCallback
 
 pytestmark = QUIET

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchtrim import Trimmer
-from batchtrim.integrations._decompose import LossFinder
-from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._loss_finder import LossFinder
+from batchtrim.integrations._recorder import NotFound
 
 NUMBERS, SIGNS = torch.randn(6, 3), torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0])
 WEIGHT = torch.rand(6, 3) + 0.1

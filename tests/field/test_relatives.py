@@ -17,8 +17,8 @@ import batchtrim
 from batchtrim import KeepLog, Losses, Selection, Trimmer, per_sample
 from batchtrim.criteria import Criterion
 from batchtrim.errors import ClockPastTotal, PassUnreducedLosses
-from batchtrim.integrations._decompose import LossFinder
-from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._loss_finder import LossFinder
+from batchtrim.integrations._recorder import NotFound
 
 LOSSES = torch.tensor([0.5, 3.0, 1.0, 0.1, 2.0])
 RULES = (

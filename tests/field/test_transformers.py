@@ -23,9 +23,9 @@ import transformers
 from hf_cases import Gradient, arguments, data, flat_gradient, new_model
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel, Trainer
 
-from batchtrim.integrations._decompose import LossFinder
-from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations._labels import labels_of, loss_of
+from batchtrim.integrations._loss_finder import LossFinder
+from batchtrim.integrations._recorder import NotFound
 from batchtrim.integrations.transformers import TrimmedTrainer
 from batchtrim.losses import per_sample
 

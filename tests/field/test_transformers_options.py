@@ -21,7 +21,7 @@ from hf_cases import arguments, data, new_model
 from transformers import Trainer
 
 import batchtrim
-from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._recorder import NotFound
 from batchtrim.integrations.transformers import TrimmedTrainer
 from tiers import few
 

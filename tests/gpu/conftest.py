@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from batchtrim.engine.state import full_float32
+from batchtrim.engine.precision import full_float32
 
 
 @pytest.fixture

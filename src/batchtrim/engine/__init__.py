@@ -11,21 +11,33 @@ shared     one forward, backward on kept     (1 + 2q)/3   always, if it runs; ro
 auto       shared, two_pass or exact         at most 1    as the engine it picks
 =========  ================================  ===========  ==========================================================
 
+``trimmed_forward.py`` is the public interface, ``protocol.py`` what every engine offers, and ``batch.py`` what a step
+returns. ``forward.py`` runs the user's model and loss, inside the wrappers of ``wrappers.py`` (DistributedDataParallel,
+Fabric). ``rows.py`` cuts a batch to rows.
+
 A tour of the shared engine, in the order of a step:
 
-1. ``shared.py`` runs a step. ``capture.py`` runs model and loss as graphs; only it and ``inductor.py`` use torch's
-   private parts.
+1. ``shared.py`` runs a step. ``capture.py`` traces model and loss into graphs; only it and ``inductor.py`` use the
+   private parts of torch's compiler. ``graphs.py`` prepares graphs to run.
 2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
    graph (which operators may run on kept rows?), by the rules of ``rules.py`` and ``rules_*.py``, a file per kind of
    operator, over the layouts of ``layout.py``. ``split.py`` splits the backward into two graphs; ``cost.py`` counts
-   what that saves. ``plain.py`` runs the model's own Python once, to compare the trace with it: losses, gradient
-   (``aside.py``), outputs and state.
+   what that saves. ``eager.py`` runs the model's own Python once, and compares the trace with it: losses, gradient,
+   outputs and state.
 3. ``sliced.py`` runs the forward and puts what it saves onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
-4. ``loss.backward()``: ``parts.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
+4. ``loss.backward()``: ``backward.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
 
-If the model's Python runs twice, ``held.py`` finds all that it may change, and ``state.py`` and ``writes.py`` put
-that back. ``reasons.py`` explains why a model could not be traced. ``unguarded.py`` notices changes that the guards of
-a trace do not see, ``checkpoints.py`` what activation checkpoints do again in backward.
+What may go wrong on the way: ``reasons.py`` explains why a model could not be traced, and ``speech_models.py`` makes
+one kind of model traceable. ``unguarded.py`` notices changes that the guards of a trace do not see, ``checkpoints.py``
+what activation checkpoints repeat in backward. ``batch_norm.py`` measures how far BatchNorm's gradient is off.
+
+If the model's Python runs twice, ``reachable.py`` finds all that it may change; ``state.py``, ``generators.py`` and
+``writes.py`` put that back. ``gradients.py`` computes gradients that no hook sees, ``precision.py`` knows about TF32,
+and ``operator_mode.py`` is the base of the modes that see every operator.
+
+``two_pass.py`` has ``probe.py`` check on a few rows that samples do not interact; on a GPU, operators that could end
+the process run on the CPU first (``cpu_first.py``). ``side_by_side.py`` runs an engine beside a plain step, for
+``batchtrim.testing.check_engine``.
 
 ``auto.py`` runs the first step that might pay with ``exact`` while ``cost.py`` counts it. It traces the model as soon
 as 100 steps would pay the trace back.
@@ -38,7 +50,7 @@ one function.
 exception        raised by                caught by                what follows
 ===============  =======================  =======================  ===================================================
 Mixes            a rule                   proof.py                 backward is whole from this operator on
-CannotCapture    capture.py, sliced.py    shared.py                EngineRefused; nothing has run
+CannotCapture    every step of a trace    shared.py                EngineRefused; the state is as before
 NewTrace         sliced.py                shared.py                the model is run to compare, then the trace
 CannotCompile    inductor.py              compiled.py              a warning; the graphs run operator by operator
 EngineRefused    shared.py, two_pass.py   auto.py, or the caller   another engine; the state is as before
@@ -46,11 +58,10 @@ EngineRefused    shared.py, two_pass.py   auto.py, or the caller   another engin
 
 Glossary. *Row*: the unit of choice, a sample or a token. *Kept*: chosen. *Layout*: where a tensor holds its rows.
 *Axis*: the dimension of one row symbol, and its factors. *Whole*: a value that belongs to no row; a part that runs on
-all.
-*Vanish*: to be zero in every row that is not kept. *Mixes*: makes one row of another. *Upper*, *lower*: backward above
-and below the first operator that mixes rows. *Crossing*: an operator of the upper part that runs on all rows, since it
-draws dropout by their positions. *Pinned*: must be saved, since kept rows cannot recompute it. *Tape*: what one forward
-saved.
+all. *Vanish*: to be zero in every row that is not kept. *Mixes*: makes one row of another. *Upper*, *lower*: backward
+above and below the first operator that mixes rows. *Crossing*: an operator of the upper part that runs on all rows,
+since it draws dropout by their positions. *Pinned*: must be saved, since kept rows cannot recompute it. *Tape*: what
+one forward saved.
 """
 
 from batchtrim.engine.trimmed_forward import ENGINES, TrimmedForward

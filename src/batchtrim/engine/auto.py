@@ -57,9 +57,9 @@ class AutoEngine:
         self.exact = ExactEngine(forward, trim)
         self.saving: Engine | None = None  # the engine that cuts rows; None until it is made, or if none pays
         self._judged = 0
-        self._told = False
+        self._explained = False
         self._warned = False
-        self._passed = False
+        self._warned_of_one_step = False
         self._untimed = _TIMED  # how many more steps may be timed
         compiled = compiled_part(forward.model) is not None
         if compiled or self.forecast is not None or device_of(forward.model).type != "cpu":
@@ -77,7 +77,7 @@ class AutoEngine:
             if compiled:
                 self.forecast = Forecast(math.inf, 0.0)  # compared with the compilation, a trace costs nothing
         except EngineRefused as refused:
-            self._hand_on(refused, stacklevel)
+            self._switch(refused, stacklevel)
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
@@ -93,15 +93,15 @@ class AutoEngine:
         except EngineRefused as error:
             refused = EngineRefused(str(error), error.selection)
         else:
-            if not self._told and self.saving.traces:
-                self._tell()
+            if not self._explained and self.saving.traces:
+                self._explain()
             return step
         # Run it here, not in the handler: the error holds the model's frames, and with them hooks of checkpointing.
         step = self.exact(x, y, refused.selection if selection is None else selection)
         if getattr(self.saving, "refused", "") is None:
-            self._pass(refused, stacklevel=4)
+            self._warn_of_one_step(refused, stacklevel=4)
         else:
-            self._hand_on(refused, stacklevel=4)
+            self._switch(refused, stacklevel=4)
         return step
 
     @property
@@ -128,7 +128,7 @@ class AutoEngine:
             first[0].restore(batch=True)  # "exact" repeats the forward
         loss = self.exact(x, y, selection).loss
         if refused is not None:
-            self._hand_on(refused, stacklevel=4)
+            self._switch(refused, stacklevel=4)
         return loss
 
     def pays(self, x: Any, y: Any) -> bool:
@@ -185,12 +185,12 @@ class AutoEngine:
         """The engine that runs a step if cutting pays."""
         return self.exact if self.saving is None else self.saving
 
-    def _tell(self) -> None:
+    def _explain(self) -> None:
         """Log once what runs and why; give up for good if cutting never pays."""
         shared: Any = self.saving
         if shared.trace is None:
             return
-        self._told = True
+        self._explained = True
         cost = shared.trace.cost(shared.approximate)
         mixing = shared.trace.mixing(shared.approximate)
         below = f"; on all rows from {mixing[0]} on, since {mixing[1]}" if mixing else ""
@@ -218,13 +218,13 @@ class AutoEngine:
             )
         return near
 
-    def _pass(self, refused: EngineRefused, stacklevel: int) -> None:
+    def _warn_of_one_step(self, refused: EngineRefused, stacklevel: int) -> None:
         """Warn once that a step cannot be traced at the place it is called from; called elsewhere, it may be."""
-        if not self._passed:
-            self._passed = True
+        if not self._warned_of_one_step:
+            self._warned_of_one_step = True
             warnings.warn(f"{refused}. This step runs with engine='exact'.", EngineFallback, stacklevel=stacklevel)
 
-    def _hand_on(self, refused: EngineRefused, stacklevel: int) -> None:
+    def _switch(self, refused: EngineRefused, stacklevel: int) -> None:
         """Switch to another engine for good, and warn once, at the user's line."""
         forward = self.exact.forward
         compiled = self.trim.unit == "sample" and compiled_part(forward.model) is not None

@@ -1,4 +1,6 @@
-"""Capture a function as graphs, and run them. Only this file and ``inductor.py`` use torch's private parts.
+"""Capture a function as graphs, and run them.
+
+Only this file and ``inductor.py`` use the private parts of torch's compiler.
 
 ``torch.compile``'s front end traces model and loss together, with guards that trace anew when something in Python
 changes. AOTAutograd turns the trace into one joint graph of forward and backward. :class:`Capture` passes the joint
@@ -124,7 +126,8 @@ class Capture:
     """A function of (x, y) that runs as graphs, with one trace per state of the guards.
 
     Args:
-        function: what to capture. make_planner: called once for every trace.
+        function: what to capture.
+        make_planner: called once for every trace.
         limit: the most traces to make before giving up.
         compiler: what will compile the graphs, which are then decomposed into smaller operators.
 
@@ -350,7 +353,8 @@ def zeros_at_zero(func: Any, args: dict[str, Any], zeros: Mapping[str, tuple[Seq
     The operator is run, since its numbers matter: ``relu(0)`` is zero, ``clamp_min(0, 0.1)`` is not.
 
     Args:
-        args: by name. zeros: names of operands, their sizes and types.
+        args: by name.
+        zeros: names of operands, their sizes and types.
     """
     from torch.utils._python_dispatch import _disable_current_modes
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
+from batchtrim.engine.backward import Runs, run_backward
 from batchtrim.engine.cutting import KeptRows, cut, gather, spread
 from batchtrim.engine.inductor import (
     CannotCompile,
@@ -25,7 +26,6 @@ from batchtrim.engine.inductor import (
     without_data,
 )
 from batchtrim.engine.layout import RowLayout
-from batchtrim.engine.parts import Runs, run_backward
 from batchtrim.errors import EngineFallback
 
 if TYPE_CHECKING:

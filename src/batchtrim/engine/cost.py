@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from batchtrim.engine.graphs import hinted, name_of
-from batchtrim.engine.watching import Watching
+from batchtrim.engine.operator_mode import OperatorMode
 
 __all__ = ["Cost", "Forecast", "Machine", "OperatorCount", "cost_of", "hinted_size", "is_costly", "machine_of"]
 
@@ -157,7 +157,7 @@ class Forecast:
         return _PAID_WITHIN * saved >= self.trace
 
 
-class OperatorCount(Watching):
+class OperatorCount(OperatorMode):
     """Count the operators of a forward and their cost, without changing anything.
 
     Use it as a context manager around a forward with a graph.

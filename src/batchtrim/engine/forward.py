@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchtrim._checks import check_losses, describe
 from batchtrim.engine.rows import RowCutter
-from batchtrim.engine.wrapped import unwrapped
+from batchtrim.engine.wrappers import unwrapped
 from batchtrim.losses import Losses, flatten
 
 __all__ = ["Forward", "as_losses"]

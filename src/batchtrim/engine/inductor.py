@@ -1,4 +1,6 @@
-"""Compile a trace's graphs with Inductor. Only this file and ``capture.py`` use torch's private parts.
+"""Compile a trace's graphs with Inductor.
+
+Only this file and ``capture.py`` use the private parts of torch's compiler.
 
 A model that the user compiled runs compiled here too. The graphs of one trace become two functions, the forward and the
 backward of the kept rows. Sizes that change are symbols in both, so that a new batch size or a new k needs no new
@@ -17,6 +19,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from batchtrim._checks import in_one_line
 from batchtrim.engine.capture import expression_of
 from batchtrim.engine.graphs import graph_copy, in_traced_order
 from batchtrim.engine.layout import product
@@ -75,7 +78,8 @@ class Compiled:
 
     Attributes:
         strides: of each output, or None if unknown. They may be symbolic.
-        assumed: conditions on the symbols of the inputs' sizes. sizes: where each symbol is found.
+        assumed: conditions on the symbols of the inputs' sizes.
+        sizes: where each symbol is found.
     """
 
     run: Callable[[list[Any]], Any]
@@ -149,7 +153,7 @@ class Inductor:
                 run, strides = self._compile(function, inputs, mode, visible, backward)
             assumed = [guard.expr for guard in env.guards[known:]]
         except Exception as error:
-            raise CannotCompile(_reason(error)) from None
+            raise CannotCompile(in_one_line(error, 300)) from None
         finally:
             env.frozen = frozen
         symbols = sorted({symbol for each in assumed for symbol in each.free_symbols}, key=str)
@@ -283,8 +287,3 @@ def _place(symbol: sympy.Symbol, inputs: Sequence[Any]) -> tuple[int, int | None
         elif expression_of(each) == symbol:
             return at, None
     raise CannotCompile(f"it assumes something about a size, {symbol}, that no input has")
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

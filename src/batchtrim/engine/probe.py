@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.aside import gradients_aside
+from batchtrim._checks import in_one_line
 from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.cpu_first import CpuFirst
 from batchtrim.engine.forward import Forward
-from batchtrim.engine.rehearsal import Rehearsal
+from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.gradients import gradients_without_hooks
+from batchtrim.engine.precision import uses_tf32
 from batchtrim.engine.rows import copied, tensors_of
-from batchtrim.engine.state import GeneratorStates, ModelState, Snapshot, uncompiled_calls, uses_tf32, without_graph
+from batchtrim.engine.state import ModelState, Snapshot, uncompiled_calls, without_graph
 from batchtrim.errors import EngineRefused
 
 __all__ = ["Probe", "Tolerance"]
@@ -186,7 +189,7 @@ class Probe:
         rows = torch.linspace(0, batch - 1, min(batch, ROWS)).long()
         poisoned = torch.arange(len(rows)) % 2 == 1
         # a compiled model would be recompiled for so few rows, and would free its buffers after one gradient
-        with uncompiled_calls(), _restored(before), _rehearsed(before):
+        with uncompiled_calls(), _restored(before), _tried_on_cpu(before):
             if not redrawn and scored is not None:
                 self._ask(before, batch, rows, poisoned, scored)
                 return
@@ -306,18 +309,17 @@ def _others(rows: Tensor, poisoned: Tensor) -> Tensor:
 def _differentiate(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]:
     try:
         weights = torch.full_like(losses, 1 / max(1, losses.numel()))
-        return gradients_aside(losses, parameters, weights, keep=False)
+        return gradients_without_hooks(losses, parameters, weights, keep=False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        raise EngineRefused(f"its gradient cannot be asked for twice ({type(error).__name__}: {first})") from error
+        raise EngineRefused(f"its gradient cannot be asked for twice ({in_one_line(error)})") from error
 
 
-def _rehearsed(snapshot: Snapshot) -> AbstractContextManager[Any]:
+def _tried_on_cpu(snapshot: Snapshot) -> AbstractContextManager[Any]:
     """Try on the CPU what could end a GPU process: NaN for a probability, indices beyond a shorter table."""
     on_gpu = any(each.device.type == "cuda" for each in tensors_of((snapshot.x, snapshot.y)))
-    return Rehearsal() if on_gpu else nullcontext()
+    return CpuFirst() if on_gpu else nullcontext()
 
 
 @contextmanager

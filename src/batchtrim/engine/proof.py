@@ -37,10 +37,10 @@ LAYOUT = "batchtrim_layout"  # key in a node's meta
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
-def _plain(value: Any) -> Any:
+def _as_expressions(value: Any) -> Any:
     """Return nested arguments with symbolic numbers as expressions."""
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_as_expressions(item) for item in value]
     return expression_of(value)
 
 
@@ -76,7 +76,7 @@ def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts:
         def see(item: Any) -> Any:
             if isinstance(item, Tensor):
                 return Value(_shape(item), known(item), item.dtype)
-            return _plain(item)
+            return _as_expressions(item)
 
         if draws(func) or draws_by_place(func, args, kwargs):
             raise Mixes("it draws random numbers")
@@ -112,11 +112,11 @@ class _Walk:
 
     def see(self, item: Any) -> Any:
         if not isinstance(item, fx.Node):
-            return _plain(item)
+            return _as_expressions(item)
         value = item.meta.get("val")
         if isinstance(value, Tensor):
             return Value(_shape(value), self.layout(item), value.dtype)
-        return _plain(value)
+        return _as_expressions(value)
 
     def call(self, node: fx.Node) -> list[Layout]:
         """Return what the rule of a node's operator says.

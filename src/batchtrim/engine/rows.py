@@ -74,7 +74,8 @@ class RowCutter:
         """Return copies of the given rows of inputs and targets; tensors that do not hold the batch stay whole.
 
         Args:
-            rows: int64 (k,). batch: how many rows there are.
+            rows: int64 (k,).
+            batch: how many rows there are.
             poisoned: bool (k,), rows whose floating-point numbers are all set to NaN.
 
         Raises:

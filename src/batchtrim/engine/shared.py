@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from batchtrim._checks import in_one_line
 from batchtrim.engine.batch import StepResult, map_tensors, padded_rows
 from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.capture import (
@@ -24,16 +25,17 @@ from batchtrim.engine.capture import (
     uncompiled,
     unfit,
 )
+from batchtrim.engine.eager import EagerStep
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward, as_losses
+from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.inductor import inductor_of
-from batchtrim.engine.plain import Plain
 from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
-from batchtrim.engine.speech import speech_encoders, without_input_gradient
-from batchtrim.engine.state import GeneratorStates, device_of, is_lazy, is_sharded
+from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
+from batchtrim.engine.state import device_of, is_lazy, is_sharded
 from batchtrim.engine.unguarded import Unguarded
-from batchtrim.engine.wrapped import check_backward, hooked, with_call
+from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
@@ -52,8 +54,8 @@ _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separa
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
 
 
-class _Fails(CannotCapture):
-    """A trace that ran before raises an error where the model does not: the model catches it, say."""
+class _TraceFails(CannotCapture):
+    """A trace raises an error where the model does not, perhaps because the model catches it."""
 
 
 class _SetsUp(Exception):
@@ -92,19 +94,19 @@ class SharedEngine:
         self.refused: str | None = None
         self.was_run = False  # True once the model's own Python has run, before the first trace
         self.speech = speech_encoders(forward.inner)
-        self.compares = True
+        self.equates = True  # a trace treats sizes that are equal as one number
         self.failures = 0  # how often a trace failed where the model itself runs
-        self.anew = -1  # how often all traces were discarded because something changed that no guard sees
-        self._begin()
+        self.resets = -1  # how often all traces were discarded because something changed that no guard sees
+        self._reset()
         self.judge: Callable[[Callable[[], float]], bool] | None = None  # decides whether to approximate, by a cosine
-        self.said = False  # True once the log says that it is approximate; a judge warns by itself
+        self.logged = False  # True once the log says that it is approximate; a judge warns by itself
         self.trace: SlicedStep | None = None  # the trace that ran last
-        self.alone: set[int] = set()  # batch sizes that would each need a trace of their own
+        self.untraced: set[int] = set()  # batch sizes that would each need a trace of their own
         self._tape: Tape | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         size = _rows(x, self.forward.batch_dim)
-        whole = self.trim.keep == 1.0 or size < _FEWEST or size in self.alone
+        whole = self.trim.keep == 1.0 or size < _FEWEST or size in self.untraced
         lazy = self.trace is None and is_lazy(self.forward.inner)  # never again after a trace
         if whole or lazy or not is_training_step():
             return self.exact(x, y, selection)
@@ -127,8 +129,8 @@ class SharedEngine:
             self._cut(tape, loss, rows.sort().values)
             approximate = _KEPT_MEANS if self.approximate and tape.step.batch_norms else None
         check_backward(self.forward.model, loss)
-        if approximate and self.judge is None and not self.said:
-            self.said = True
+        if approximate and self.judge is None and not self.logged:
+            self.logged = True
             _logger.warning("engine='shared' is approximate for this model: %s.", approximate)
         return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
 
@@ -150,15 +152,15 @@ class SharedEngine:
             self.approximate = self.judge(lambda: cosine_of(tape, loss, rows, parameters))
         tape.cut(rows, self.approximate)
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         """Discard all traces."""
-        self.anew += 1
+        self.resets += 1
         self.unguarded = Unguarded(self.forward)
         self.compiler = inductor_of(self.forward.model)
         self.capture = self._capture()
 
     def _capture(self) -> Capture:
-        return Capture(_step_of(self.forward, self.compares), self._planner, compiler=self.compiler)
+        return Capture(_step_of(self.forward, self.equates), self._planner, compiler=self.compiler)
 
     def _planner(self) -> SlicedStep:
         return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit, self.compiler)
@@ -172,36 +174,36 @@ class SharedEngine:
         """
         if self.refused is not None:
             raise EngineRefused(self.refused)
-        if (reason := hindrance() or hooked(self.forward.model)) is not None:
+        if (reason := hindrance() or hooks_on_wrapper(self.forward.model)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
         if self.unguarded.changed():
-            if self.anew == _TRIES:
+            if self.resets == _TRIES:
                 self._refuse("a method of its classes, a hook on all modules, or its loss changes from step to step")
-            self._begin()
+            self._reset()
         x = dict(x) if isinstance(x, Mapping) else x  # such as a BatchEncoding; the model gets its entries
         reason, alone, once = "", False, False
         size = _rows(x, self.forward.batch_dim)
         try:
-            with torch.enable_grad(), with_call(self.forward.model, self._traced) as call:
-                parts, outputs, tape, plain = call(x, y)
+            with torch.enable_grad(), in_wrapper(self.forward.model, self._traced) as call:
+                parts, outputs, tape, eager = call(x, y)
         except _SetsUp:
             return None
         except CannotCapture as error:
             reason = str(error)
-            self.failures += isinstance(error, _Fails)
-            once = isinstance(error, _Fails) and self.failures < _TRIES
-            alone = isinstance(error, OneBatchSize) and self.trace is not None and len(self.alone) < _TRIES
+            self.failures += isinstance(error, _TraceFails)
+            once = isinstance(error, _TraceFails) and self.failures < _TRIES
+            alone = isinstance(error, OneBatchSize) and self.trace is not None and len(self.untraced) < _TRIES
         if alone:
-            self.alone.add(size)
+            self.untraced.add(size)
             return None
         if once:
             raise EngineRefused(_CANNOT.format(reason))
         if reason:
             self._refuse(reason)
         coarse = tape.step is not None and tape.step.coarse
-        differs = None if plain is None else plain.difference(parts[0], outputs, coarse)
-        if plain is not None and differs is not None:
-            plain.restore()
+        differs = None if eager is None else eager.difference(parts[0], outputs, coarse)
+        if eager is not None and differs is not None:
+            eager.restore()
             self._refuse(f"its trace differs from the model: {differs}")
         if tape.step is not None:
             tape.step.checked = True
@@ -209,7 +211,7 @@ class SharedEngine:
 
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace. Before a trace's first run, run the model's own Python to compare."""
-        plain: Plain | None = None
+        eager: EagerStep | None = None
         device, made = device_of(self.forward.inner), False
         for _ in range(_TRIES):
             tape, failed = Tape(compares=made), ""
@@ -225,34 +227,34 @@ class SharedEngine:
             except CannotCapture as error:
                 if isinstance(error, OneBatchSize) and self.trace is not None:
                     raise
-                if isinstance(error, OneBatchSize) and self.compares:
+                if isinstance(error, OneBatchSize) and self.equates:
                     # A size that the model's Python treats as a constant, such as that of its images, may only equal
                     # the batch size by chance.
-                    self.compares = False
+                    self.equates = False
                     self.capture = self._capture()
                     continue
                 # Perhaps only the set-up in a model's first forward (hooks, tables) prevented the trace. A faulty model
                 # or loss raises its own error when it runs.
-                if plain is not None or self.was_run:
+                if eager is not None or self.was_run:
                     raise
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 drawn.restore()
-                failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+                failed = in_one_line(error)
             else:
-                return *found, tape, plain
+                return *found, tape, eager
             finally:
                 self._tape = None
             # where the model is at fault, it raises its own error here, and leaves the state as it does
-            if plain is None or not failed:
-                plain = Plain(self.forward, x, y, gradients=made)
-                if plain.sets_up and not self.was_run:
+            if eager is None or not failed:
+                eager = EagerStep(self.forward, x, y, gradients=made)
+                if eager.sets_up and not self.was_run:
                     self.was_run = True
                     raise _SetsUp
             if failed:
-                plain.restore()
-                kind = CannotCapture if made else _Fails  # where it once ran, it may run again
+                eager.restore()
+                kind = CannotCapture if made else _TraceFails  # where it once ran, it may run again
                 raise kind(f"its trace fails where the model itself has just run ({failed})")
         raise CannotCapture("its Python changes from run to run, so that no trace lasts")
 
@@ -281,18 +283,18 @@ def refusal(forward: Forward) -> str | None:
     return None
 
 
-def _step_of(forward: Forward, compares: bool) -> Callable[..., Any]:
+def _step_of(forward: Forward, equates: bool) -> Callable[..., Any]:
     """Return the traced function: model, loss, and one loss per sample.
 
     Args:
-        compares: treat sizes that are equal as one number; see :func:`_compare_rows`.
+        equates: treat sizes that are equal as one number; see :func:`_equate_sizes`.
     """
     model = uncompiled(forward.inner)
     per_sample_loss, unit, dim = forward.per_sample_loss, forward.unit, forward.batch_dim
 
     def step(x: Any, y: Any) -> Any:
-        if compares:
-            _compare_rows(x, dim, y)
+        if equates:
+            _equate_sizes(x, dim, y)
         if isinstance(x, dict):
             outputs = model(**x)
         elif type(x) in (tuple, list):
@@ -313,7 +315,7 @@ def _detached(outputs: Any) -> Any:
     return pytree.tree_map(lambda leaf: map_tensors(Tensor.detach, leaf), outputs)
 
 
-def _compare_rows(x: Any, dim: int, y: Any) -> None:
+def _equate_sizes(x: Any, dim: int, y: Any) -> None:
     """Compare the sizes that may be the batch size, so that a trace treats them as one number, with a guard."""
     rows = None
     for part, at in ((x, dim), (y, 0)):

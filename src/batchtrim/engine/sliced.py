@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from batchtrim.engine.backward import Runs, run_backward
 from batchtrim.engine.capture import CannotCapture, OneBatchSize, expression_of, fixed_by, keeps_graph, pin
 from batchtrim.engine.compiled import CompiledStep
 from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
@@ -19,7 +20,6 @@ from batchtrim.engine.cutting import KeptRows, cut, put_back
 from batchtrim.engine.graphs import any_strides, executable, without_dead_draws
 from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, RowLayout, exact_ratio, factor_of
-from batchtrim.engine.parts import Runs, run_backward
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward

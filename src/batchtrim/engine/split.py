@@ -31,8 +31,8 @@ class Crossing:
     """An operator among kept rows that runs on all rows.
 
     Attributes:
-        gradients: the layouts of its operands that have a gradient, which are put back. results: the layouts of its
-            results, which are cut.
+        gradients: the layouts of its operands that have a gradient, which are put back.
+        results: the layouts of its results, which are cut.
     """
 
     gradients: list[Layout]
@@ -63,9 +63,10 @@ class Slices:
     """A backward graph in two parts.
 
     Attributes:
-        upper, lower: run on the kept rows and on all. beside: computes from saved tensors what the upper part reads of
-            all rows.
-        cuts: positions of the backward's inputs that are cut, and where their rows lie. whole: positions read uncut.
+        upper, lower: run on the kept rows and on all.
+        beside: computes from saved tensors what the upper part reads of all rows.
+        cuts: positions of the backward's inputs that are cut, and where their rows lie.
+        whole: positions read uncut.
     """
 
     upper: Part
@@ -166,7 +167,8 @@ def _extract(
     """Return a graph that computes some nodes from given ones.
 
     Args:
-        same: nodes that are replaced by their operand. proof: says which operators cross to all rows, if any may.
+        same: nodes that are replaced by their operand.
+        proof: says which operators cross to all rows, if any may.
     """
     verdicts = {} if proof is None else proof.verdicts
     needed: set[fx.Node] = set()

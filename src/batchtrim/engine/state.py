@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from batchtrim.engine.held import Held, Names, is_array, is_numpy_generator
+from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.reachable import Names, Reachable, is_array, is_numpy_generator
 from batchtrim.engine.rows import copied, restore_values, tensors_of
 
 if TYPE_CHECKING:
@@ -27,18 +27,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TAKEN_TWICE",
-    "GeneratorStates",
     "ModelState",
     "Snapshot",
     "caches_left",
     "compiled_part",
     "device_of",
-    "full_float32",
     "is_lazy",
     "is_sharded",
     "modules_of",
+    "relative_difference",
     "uncompiled_calls",
-    "uses_tf32",
     "without_graph",
 ]
 
@@ -88,35 +86,6 @@ def is_sharded(module: nn.Module) -> bool:
     return any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__)
 
 
-def uses_tf32(device: torch.device) -> bool:
-    """Return True if products of float32 may be computed with TF32's ten bits, which is cuDNN's default."""
-    return device.type == "cuda" and any(getattr(place, name) in (True, "tf32") for place, name in _tf32_switches())
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Compute products of float32 in full float32 inside the block, on a GPU too."""
-    before = [(place, name, getattr(place, name)) for place, name in _tf32_switches()]
-    try:
-        for place, name, value in before:
-            setattr(place, name, "ieee" if isinstance(value, str) else False)
-        yield
-    finally:
-        for place, name, value in before:
-            setattr(place, name, value)
-
-
-def _tf32_switches() -> list[tuple[Any, str]]:
-    """Return the switches that allow TF32: from torch 2.9 on, one for each kind of operator.
-
-    There the older switches raise once a user has set one of the new ones.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(cudnn, "conv"):
-        return [(place, "fp32_precision") for place in (matmul, cudnn.conv, cudnn.rnn)]
-    return [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
-
-
 def is_lazy(model: nn.Module) -> bool:
     """Return True if a parameter or buffer gets its shape in the first forward (``nn.LazyLinear``)."""
     return any(map(nn.parameter.is_lazy, itertools.chain(model.parameters(), model.buffers())))
@@ -133,63 +102,21 @@ def compiled_part(model: nn.Module) -> Any:
 
 
 def modules_of(*roots: Any) -> list[nn.Module]:
-    """Return the modules of a model and of what computes its loss, each once; see :class:`Held`."""
-    return Held(*roots).modules
-
-
-class GeneratorStates:
-    """The state of every generator a forward may draw from: torch's, Python's, and NumPy's if it is loaded.
-
-    NumPy's takes longer to read than all others: ``of_numpy=False`` leaves it out.
-    """
-
-    def __init__(self, device: torch.device, *, of_numpy: bool = True) -> None:
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self.python = random.getstate()
-        numpy = sys.modules.get("numpy") if of_numpy else None
-        self.numpy: Any = None if numpy is None else numpy.random.get_state(legacy=False)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            torch.cuda.set_rng_state(self.accelerator, self.device)
-        self.restore_outside_torch()
-
-    def restore_outside_torch(self) -> None:
-        """Restore only the generators of Python and NumPy."""
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-
-    def same(self, other: GeneratorStates) -> bool:
-        """Return True if nothing was drawn between the two."""
-        return self.same_torch_state(other) and self.python == other.python and _same_numpy(self.numpy, other.numpy)
-
-    def same_torch_state(self, other: GeneratorStates) -> bool:
-        if self.accelerator is not None and other.accelerator is not None:
-            return torch.equal(self.cpu, other.cpu) and torch.equal(self.accelerator, other.accelerator)
-        return torch.equal(self.cpu, other.cpu)
-
-
-def _same_numpy(a: Any, b: Any) -> bool:
-    if a is None or b is None:
-        return True  # NumPy was imported in between
-    same = a["state"]["pos"] == b["state"]["pos"] and (a["state"]["key"] == b["state"]["key"]).all()
-    return bool(same) and a["has_gauss"] == b["has_gauss"]
+    """Return the modules of a model and of what computes its loss, each once; see :class:`Reachable`."""
+    return Reachable(*roots).modules
 
 
 class ModelState:
-    """A copy of what a forward may change, except its result and the generators; see :class:`Held`.
+    """A copy of what a forward may change, except its result and the generators; see :class:`Reachable`.
 
     Args:
-        roots: the model, and what computes its loss; or a batch. passed: what is left out.
+        roots: the model, and what computes its loss; or a batch.
+        passed: what is left out.
     """
 
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
         self.roots = roots
-        held = Held(*roots, passed=passed)
+        held = Reachable(*roots, passed=passed)
         self.modules, self.watched, self.iterators = held.modules, held.watched, held.iterators
         self.modes = [(module, module.training) for module in self.modules]
         swaps = any(is_sharded(module) for module in self.modules)  # FSDP exchanges parameters itself, for its backward
@@ -288,11 +215,11 @@ class ModelState:
         theirs = {(id(names.owner), name): value for names, noted in other.names for name, value in noted.items()}
         for names, noted in self.names:
             for name, value in noted.items():
-                if not _alike(value, theirs.get((id(names.owner), name)), apart):
+                if not _same_value(value, theirs.get((id(names.owner), name)), apart):
                     return f"{getattr(names.owner, '__name__', type(names.owner).__name__)}.{name}"
         contents = {id(value): copy for value, copy in other.contents}
         for value, copy in self.contents:
-            if id(value) in contents and not _alike_inside(copy, contents[id(value)], apart):
+            if id(value) in contents and not _same_contents(copy, contents[id(value)], apart):
                 return f"value in a {type(value).__name__} that it holds"
         return None if self.difference(other) <= apart else "value of a buffer"
 
@@ -304,7 +231,8 @@ class Snapshot:
     """A copy of what a step may change: the model's state, generators, and the batch if one is given.
 
     Attributes:
-        x, y: copies of the batch. given: the batch itself, its lists, dictionaries and objects.
+        x, y: copies of the batch.
+        given: the batch itself, its lists, dictionaries and objects.
     """
 
     def __init__(self, forward: Forward, x: Any = None, y: Any = None) -> None:
@@ -342,7 +270,7 @@ def relative_difference(exact: Tensor, other: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def _alike(a: Any, b: Any, apart: float) -> bool:
+def _same_value(a: Any, b: Any, apart: float) -> bool:
     """Return True if two values are the same up to rounding; what has contents of its own is not entered."""
     if a is b:
         return True
@@ -355,17 +283,17 @@ def _alike(a: Any, b: Any, apart: float) -> bool:
     return type(a) is type(b)
 
 
-def _alike_inside(a: Any, b: Any, apart: float) -> bool:
+def _same_contents(a: Any, b: Any, apart: float) -> bool:
     """Return True if two copies of one thing's contents are the same up to rounding."""
     if isinstance(a, dict):  # the state of a NumPy generator too
-        return list(a) == list(b) and all(_alike(value, b[key], apart) for key, value in a.items())
+        return list(a) == list(b) and all(_same_value(value, b[key], apart) for key, value in a.items())
     if isinstance(a, (list, deque)):
-        return len(a) == len(b) and all(_alike(*pair, apart) for pair in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_same_value(*pair, apart) for pair in zip(a, b, strict=True))
     if isinstance(a, set):
         return len(a) == len(b)
     if is_array(a):
         return a.shape == b.shape and bool(((a == b) | (a != a)).all())
-    return _alike(a, b, apart) if isinstance(a, Tensor) else bool(a == b)
+    return _same_value(a, b, apart) if isinstance(a, Tensor) else bool(a == b)
 
 
 def _copy_of(value: Any) -> Any:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim._checks import in_one_line
 from batchtrim.engine.batch import StepResult, kept_loss, padded_rows
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward
-from batchtrim.engine.held import Held
 from batchtrim.engine.probe import Probe, Tolerance
+from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied
 from batchtrim.engine.state import TAKEN_TWICE, Snapshot, is_lazy, uncompiled_calls, without_graph
 from batchtrim.engine.writes import ParameterWrites
@@ -66,8 +67,8 @@ class TwoPassEngine:
         self.tolerance = Tolerance(forward)
         self.probe = Probe(forward, self.tolerance)
         self.approximation: str | None = None  # why the last step's gradient is not exact
-        self.said = False
-        self.began = False
+        self.logged = False
+        self.looked_for_writes = False
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
@@ -78,11 +79,11 @@ class TwoPassEngine:
         before = Snapshot(self.forward, x, y)
         if before.iterators:
             raise EngineRefused(_CANNOT.format(TAKEN_TWICE.format(before.iterators[0])))
-        if not self.began:
+        if not self.looked_for_writes:
             self._look_for_writes(before, x, y)
         losses, outputs = self._first_pass(before, x, y)
         try:
-            if not self.began:
+            if not self.looked_for_writes:
                 raise EngineRefused(_CANNOT.format("whether its forward writes into its parameters cannot be seen"))
             if selection is None:
                 selection = self.trim.select(losses, rank_by=self.forward.scores(losses, outputs, y)).rising()
@@ -108,10 +109,10 @@ class TwoPassEngine:
         if written:
             raise EngineRefused(
                 _CANNOT.format(
-                    "its forward writes into its parameters, or into tensors it holds, which a second would do again"
+                    "its forward writes into its parameters, or into tensors it holds, which a second pass would repeat"
                 )
             )
-        self.began = seen
+        self.looked_for_writes = seen
 
     def _first_pass(self, before: Snapshot, x: Any, y: Any) -> tuple[Losses, Any]:
         try:
@@ -121,7 +122,7 @@ class TwoPassEngine:
             before.restore(batch=True)
             self.forward(*copied((x, y)), model=self.forward.inner)  # a model at fault raises its own error
             before.restore(batch=True)
-            raise EngineRefused(_CANNOT.format(f"it does not run without a graph ({_said(error)})")) from error
+            raise EngineRefused(_CANNOT.format(f"it does not run without a graph ({in_one_line(error)})")) from error
 
     def pays(self, x: Any, y: Any) -> bool:
         """Return True if (1 + 3q) / 3 is below 1."""
@@ -166,7 +167,7 @@ class TwoPassEngine:
 
     def _look_for_graphs(self) -> None:
         """Refuse a model that keeps a tensor of its graph: a loss term from it would have no gradient."""
-        found = Held(self.forward.inner, self.forward.per_sample_loss).with_graph
+        found = Reachable(self.forward.inner, self.forward.per_sample_loss).with_graph
         if found:
             raise EngineRefused(
                 f"it keeps a tensor with its graph ({found[0]}), which is one pass's. Keep a detached one"
@@ -183,9 +184,9 @@ class TwoPassEngine:
             reason = _DRAWN if drawn else _BATCH_NORM
             if not self.approximate:
                 raise EngineRefused(reason) from refused
-            if not self.said:
+            if not self.logged:
                 _logger.warning("engine='two_pass' is approximate for this model: %s.", reason)
-            self.said, self.approximation = True, reason
+            self.logged, self.approximation = True, reason
 
     def _second_pass(self, x: Any, y: Any) -> Losses:
         try:
@@ -193,12 +194,7 @@ class TwoPassEngine:
         except (EngineRefused, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise EngineRefused(f"it cannot run on a part of the batch ({_said(error)})") from error
-
-
-def _said(error: BaseException) -> str:
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first[:200]}"
+            raise EngineRefused(f"it cannot run on a part of the batch ({in_one_line(error)})") from error
 
 
 def redrawn(forward: Forward) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from batchtrim.engine.capture import uncompiled
 from batchtrim.engine.forward import Forward
-from batchtrim.engine.held import Held
+from batchtrim.engine.reachable import Reachable
 
 __all__ = ["Unguarded"]
 
@@ -34,7 +34,7 @@ class Unguarded:
 
     def look(self) -> None:
         """Note everything as it is now. A new trace may rest on classes that came with it."""
-        held = Held(self.forward.model, self.forward.per_sample_loss)
+        held = Reachable(self.forward.model, self.forward.per_sample_loss)
         classes = [cls for module in held.modules for cls in type(module).__mro__ if cls is not object]
         classes += [names.owner for names in held.names if isinstance(names.owner, type)]
         # of each class: its attributes, how many they are, and a function that takes its methods from them

@@ -10,15 +10,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.held import Held
+from batchtrim.engine.operator_mode import OperatorMode
+from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.state import TAKEN_TWICE, compiled_part, is_sharded
-from batchtrim.engine.watching import Watching
 from batchtrim.errors import EngineRefused
 
 __all__ = ["ParameterWrites", "known_to_write", "memory_of", "writes_undone"]
 
 
-class ParameterWrites(Watching):
+class ParameterWrites(OperatorMode):
     """Record the parameters that operators inside the block write into, and their values before.
 
     A momentum encoder moves in its forward, so two forwards would move it twice. A parameter may be written into in
@@ -27,7 +27,7 @@ class ParameterWrites(Watching):
     Args:
         copied: names of parameters to copy beforehand, None for all. Without a ``with`` block, only these can be put
             back if they are written into in place.
-        others: further tensors to watch, from :class:`batchtrim.engine.held.Held`.
+        others: further tensors to watch, from :class:`batchtrim.engine.reachable.Reachable`.
     """
 
     def __init__(self, model: nn.Module, copied: Container[str] | None = (), others: Iterable[Tensor] = ()) -> None:
@@ -114,7 +114,7 @@ def writes_undone(model: nn.Module) -> Iterator[ParameterWrites]:
     """
     known = _written.get(model)
     watched = known is None and compiled_part(model) is None
-    held = Held(model)
+    held = Reachable(model)
     if held.iterators:
         raise EngineRefused(
             f"a second pass over the window cannot start where the first did: {TAKEN_TWICE.format(held.iterators[0])}. "

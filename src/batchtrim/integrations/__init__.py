@@ -2,6 +2,18 @@
 
 A trainer knows how long training is, its current epoch or step, and when it logs and saves. The code that all
 integrations share is here; it imports no trainer.
+
+A model's ``forward`` or a module's ``training_step`` returns one number. Where its un-reduced losses are found:
+
+1. ``_recorder.py`` records the loss functions that the code calls, ``_contributions.py`` what each call contributes.
+2. ``_sample_rows.py`` assigns losses to samples, ``_terms.py`` merges the terms of a sum.
+3. ``_loss_finder.py`` puts this together, and checks that the losses add up to the number.
+
+``TrimmedTrainer`` (``transformers.py``) gets its loss from ``_trainer_loss.py``: ``_model_losses.py`` has the losses of
+a batch, ``_labels.py`` its labels and weight, ``_row_numbers.py`` its rows for the keep log, ``_trainer_state.py`` the
+checkpoint. With an engine, ``_engine_step.py`` runs a micro-batch; the model's loss must then have a standard form
+(``_forms.py``, found by ``_form_search.py`` and kept in ``_form_table.py``). ``_lightning_*.py`` are parts of
+``lightning.py``.
 """
 
 from __future__ import annotations

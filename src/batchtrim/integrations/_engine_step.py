@@ -29,7 +29,9 @@ class EngineStep:
     graph can be traced: "shared" refuses, and "auto" continues with "exact".
 
     Args:
-        losses: the losses trained on. trim: the trimmer. engine: a name, as for :class:`batchtrim.TrimmedForward`.
+        losses: the losses trained on.
+        trim: the trimmer.
+        engine: a name, as for :class:`batchtrim.TrimmedForward`.
     """
 
     def __init__(self, losses: ModelLosses, trim: Trimmer, engine: str) -> None:

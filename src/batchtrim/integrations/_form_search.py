@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.integrations._decompose import Found
+from batchtrim.integrations._contributions import tolerance_of
 from batchtrim.integrations._forms import OF_CLASSES, OF_NUMBERS, Form, FormCall
-from batchtrim.integrations._intercept import LossPart
-from batchtrim.integrations._merging import Term, merged
-from batchtrim.integrations._parts import tolerance_of
+from batchtrim.integrations._loss_finder import Found
+from batchtrim.integrations._recorder import LossPart
+from batchtrim.integrations._terms import Term, merged
 from batchtrim.unreduced import Losses
 
 __all__ = ["find_form", "fits"]
@@ -24,7 +24,10 @@ def find_form(
     """Return the form that gives the recorded losses, or None if there is none.
 
     Args:
-        found: the losses, with their graph. labels: by name. unit: what is chosen. smoothing: added label smoothing.
+        found: the losses, with their graph.
+        labels: by name.
+        unit: what is chosen.
+        smoothing: added label smoothing.
         parameters: of the model, to compare the gradient.
     """
     outputs = found.outputs

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim.engine.capture import uncompiled
-from batchtrim.engine.state import GeneratorStates, ModelState, device_of
+from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.state import ModelState, device_of
+from batchtrim.integrations._contributions import near
 from batchtrim.integrations._form_search import find_form, fits
 from batchtrim.integrations._forms import Form
-from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations._labels import loss_of, named_labels
-from batchtrim.integrations._parts import near
+from batchtrim.integrations._recorder import NotFound
 
 __all__ = ["Forms", "left_as_found"]
 
@@ -73,7 +74,9 @@ class Forms:
         """True if the form gives the model's own loss of a batch; otherwise the form is dropped.
 
         Args:
-            values: the form's losses. mask: which of them count. outputs: the model's, with its loss.
+            values: the form's losses.
+            mask: which of them count.
+            outputs: the model's, with its loss.
         """
         true = loss_of(outputs).detach()
         ours = form.own_loss(values, mask, outputs, self.labels(inputs))

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchtrim.integrations._intercept import entries
-from batchtrim.integrations._merging import Term, merged
+from batchtrim.integrations._recorder import entries
+from batchtrim.integrations._terms import Term, merged
 from batchtrim.unreduced import Losses
 
 __all__ = ["OF_CLASSES", "OF_NUMBERS", "Form", "FormCall"]
@@ -82,8 +82,12 @@ class FormCall:
     """A term of a loss: a loss function of one output and one label.
 
     Attributes:
-        output: name or place among the outputs. label: name. arrange: one of the functions above.
-        options: of ``function``. factor: its factor in L. masked: whether ignored labels are left out.
+        output: name or place among the outputs.
+        label: name.
+        arrange: one of the functions above.
+        options: of ``function``.
+        factor: its factor in L.
+        masked: whether ignored labels are left out.
     """
 
     output: Any
@@ -119,8 +123,10 @@ class Form:
     """A model's loss as a function of its outputs and its labels: ``(outputs, labels) -> Losses``.
 
     Attributes:
-        calls: its terms. alike: whether they add up entry by entry. unit: what is chosen. smoothing: label smoothing
-            in it that the model's own loss has not.
+        calls: its terms.
+        alike: whether they add up entry by entry.
+        unit: what is chosen.
+        smoothing: label smoothing in it that the model's own loss has not.
     """
 
     calls: tuple[FormCall, ...]
@@ -140,7 +146,8 @@ class Form:
         """Return the model's own loss, if this is its form.
 
         Args:
-            values: (B,) or (B * t,), the losses of this form. mask: which of them count.
+            values: (B,) or (B * t,), the losses of this form.
+            mask: which of them count.
         """
         with torch.no_grad():
             if self.smoothing:

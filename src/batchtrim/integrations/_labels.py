@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from batchtrim.distributed import sum_over_ranks, world_size
-from batchtrim.integrations._decompose import Found
-from batchtrim.integrations._rows import shifts_of
+from batchtrim.integrations._loss_finder import Found
+from batchtrim.integrations._sample_rows import shifts_of
 from batchtrim.unreduced import Losses, divisors, flatten
 
 __all__ = ["Counting", "count", "shares"]
@@ -56,8 +56,8 @@ class Counting:
 
     Attributes:
         ignored: the label that does not count; None if every sample counts as one.
-        shift: how many labels at the start of a sample are never predicted. entries: False counts a sample as one
-            entry.
+        shift: how many labels at the start of a sample are never predicted.
+        entries: False counts a sample as one entry.
     """
 
     ignored: int | None = None
@@ -107,7 +107,8 @@ def count(
     """Return each batch's count, (M,), and the ways to count that are left.
 
     Args:
-        names: of the labels. countings: the ways to count that fit all batches seen so far.
+        names: of the labels.
+        countings: the ways to count that fit all batches seen so far.
         prove: returns those that fit a batch, for a batch in which two of them differ; None if no forward may run.
     """
     for batch in batches if prove is not None else ():
@@ -156,7 +157,8 @@ def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:
     ``sum_r(n_rm) / N``. If the choice is made from the whole window, its sum replaces n_m.
 
     Args:
-        counts: (M,), n_m: what :class:`Counting` returns for this rank's micro-batches. over: "micro" or "window".
+        counts: (M,), n_m: what :class:`Counting` returns for this rank's micro-batches.
+        over: "micro" or "window".
         across: False gives every rank the same weight, whatever it holds: N is then its own, and R is 1.
 
     Raises:

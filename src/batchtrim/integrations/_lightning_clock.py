@@ -117,7 +117,8 @@ class StepLimit:
     Legend: g steps and b batches done, M ``max_steps``, N the most steps that a batch has made, T batches in all.
 
     Args:
-        steps: M. batches: T, or None if it is unknown.
+        steps: M.
+        batches: T, or None if it is unknown.
     """
 
     def __init__(self, steps: int, batches: int | None) -> None:

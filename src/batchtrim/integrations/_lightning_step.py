@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from batchtrim.integrations._decompose import LossFinder
-from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations._labels import tensors_in
+from batchtrim.integrations._loss_finder import LossFinder
+from batchtrim.integrations._recorder import NotFound
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["Interception"]
@@ -19,7 +19,7 @@ __all__ = ["Interception"]
 class Interception:
     """Trim the loss that a module's own ``training_step`` returns, and leave the module unchanged.
 
-    During training, the module's ``training_step`` runs under :class:`batchtrim.integrations._intercept.Recorder`,
+    During training, the module's ``training_step`` runs under :class:`batchtrim.integrations._recorder.Recorder`,
     which finds the un-reduced losses behind the loss, and proves on the first batch that they add up to it. If the
     step itself logs its loss, that is the plain one.
 

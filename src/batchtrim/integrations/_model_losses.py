@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from batchtrim._checks import check_losses
 from batchtrim.engine.capture import uncompiled
-from batchtrim.integrations._decompose import Found, LossFinder
 from batchtrim.integrations._form_table import Forms, left_as_found
-from batchtrim.integrations._intercept import NotFound
 from batchtrim.integrations._labels import (
     Counting,
     check_own,
@@ -22,7 +20,9 @@ from batchtrim.integrations._labels import (
     loss_of,
     without_labels,
 )
-from batchtrim.integrations._numbered import IDS
+from batchtrim.integrations._loss_finder import Found, LossFinder
+from batchtrim.integrations._recorder import NotFound
+from batchtrim.integrations._row_numbers import IDS
 from batchtrim.unreduced import Losses, flatten
 
 __all__ = ["FlatLosses", "ModelLosses"]
@@ -47,7 +47,8 @@ class ModelLosses:
     """The losses that a TrimmedTrainer selects from.
 
     Args:
-        trainer: a TrimmedTrainer. per_sample_loss: ``(outputs, labels) -> losses``, or None for the model's own loss.
+        trainer: a TrimmedTrainer.
+        per_sample_loss: ``(outputs, labels) -> losses``, or None for the model's own loss.
 
     Attributes:
         ran_eager: True once a compiled model has run uncompiled.

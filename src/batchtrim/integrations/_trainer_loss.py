@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from batchtrim.accumulation import first_pass, select_window, waits_in_forward
 from batchtrim.choice import Choice
-from batchtrim.engine.state import GeneratorStates
+from batchtrim.engine.generators import GeneratorStates
 from batchtrim.integrations import follow
 from batchtrim.integrations._engine_step import EngineStep
 from batchtrim.integrations._labels import Counting, count, loss_of, plain_sums, shares
 from batchtrim.integrations._model_losses import FlatLosses, ModelLosses
-from batchtrim.integrations._numbered import IDS
+from batchtrim.integrations._row_numbers import IDS
 from batchtrim.keeplog.batch import logits_of
 from batchtrim.reduction import reduce
 from batchtrim.selection import Selection
@@ -31,7 +31,8 @@ class TrainerLoss:
     """The loss that a TrimmedTrainer trains on.
 
     Args:
-        trainer: a TrimmedTrainer. per_sample_loss, over, engine: its arguments.
+        trainer: a TrimmedTrainer.
+        per_sample_loss, over, engine: its arguments.
     """
 
     def __init__(

@@ -5,8 +5,8 @@
     trainer = TrimmedTrainer(model=model, args=args, train_dataset=data, keep=batchtrim.linear(1.0, 0.2))
 
 The loss is the one that the model computes from its labels. It is found and proven by
-:class:`batchtrim.integrations._decompose.LossFinder`. Micro-batch m of rank r, trimmed to the loss L_rm of n_rm samples
-(or tokens), is weighted by its share of the N in the window of all ranks:
+:class:`batchtrim.integrations._loss_finder.LossFinder`. Micro-batch m of rank r, trimmed to the loss L_rm of n_rm
+samples (or tokens), is weighted by its share of the N in the window of all ranks:
 
     ``L = sum_rm (n_rm / N) * L_rm``
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from batchtrim._checks import check_choice, check_criterion, import_extra
 from batchtrim.accumulation import OVER
 from batchtrim.integrations import CLOCKS, build, check_resume_length, log_values
-from batchtrim.integrations._numbered import IDS, numbered_rows
+from batchtrim.integrations._row_numbers import IDS, numbered_rows
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
@@ -51,7 +51,8 @@ class TrimmedTrainer(Trainer):
     """``transformers.Trainer`` with mini-batch trimming. Evaluation uses the model's own, untrimmed loss.
 
     Args:
-        keep: the schedule. args, kwargs: passed to the Trainer.
+        keep: the schedule.
+        args, kwargs: passed to the Trainer.
         clock: "epoch" or "step" (optimizer steps); by default steps if ``max_steps`` is set, otherwise epochs.
         over: "micro" trims each micro-batch; "window" trims those of an optimizer step together, for one more forward.
         per_sample_loss: ``(outputs, labels) -> losses``, un-reduced, in place of the model's own loss. The labels are

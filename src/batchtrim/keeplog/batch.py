@@ -57,8 +57,11 @@ class Entries(NamedTuple):
 
     Attributes:
         rows: int64, which sample: n if a mask leaves the entry out, -1 if the id was out of range.
-        losses: float32. kept: bool. steps: int32, the number of the batch.
-        predicted: int32, -1 if there were no outputs; confidence: float16. labels: int32, below 0 for none.
+        losses: float32.
+        kept: bool.
+        steps: int32, the number of the batch.
+        predicted: int32, -1 if there were no outputs; confidence: float16.
+        labels: int32, below 0 for none.
     """
 
     rows: Tensor

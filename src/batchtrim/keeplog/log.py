@@ -121,13 +121,15 @@ class KeepLog:
         """End an epoch: enter buffered batches, add a line to ``history``, and warn if noise is being amplified.
 
         Returns:
-            The line: ``steps`` so far; ``seen``, ``kept`` in the epoch; ``keep``: their ratio; ``doubt``,
-            ``doubt_kept``: fraction of all and of the kept samples whose label is contradicted by one of the most
-            confident quarter of the predictions (None without outputs and labels); ``stay_hard``, ``stay_easy``:
-            fractions of the hardest and easiest tenth, by each sample's previous loss, that are so again (None in the
-            first epoch);
-            ``compared``: size of that hardest tenth; ``hard_kept``: fraction of the hardest tenth that is kept;
-            ``class_seen``, ``class_kept``: lists of C counts, if asked for.
+            The line, a dict:
+
+            * ``steps``: batches so far; ``seen``, ``kept``: samples in the epoch; ``keep``: their ratio.
+            * ``doubt``, ``doubt_kept``: the fraction of all and of the kept samples whose label is contradicted by one
+              of the most confident quarter of the predictions; None without outputs and labels.
+            * ``stay_hard``, ``stay_easy``: the fractions of the hardest and easiest tenth, by each sample's previous
+              loss, that are so again; None in the first epoch. ``compared``: the size of that hardest tenth.
+            * ``hard_kept``: the fraction of the hardest tenth that is kept.
+            * ``class_seen``, ``class_kept``: lists of C counts, if asked for.
 
         Raises:
             ValueError: an id on a device was out of range; it was not checked earlier, since that would stall the

@@ -7,7 +7,6 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -268,8 +267,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
     ranks = Ranks.from_environment()
     workers, threads = cores.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
     workers = workers if ranks.world == 1 else 1
-    if "threads" not in settings:
-        configs = [replace(config, threads=1 if given.get("ray") else threads) for config in configs]
+    configs = cores.with_threads(configs, threads, settings, bool(given.get("ray")))
     most = max(config.threads for config in configs)
     said = [cores.crowded(workers, most)] if not given.get("ray") else []
     said += preflight.warnings_for(settings, configs)

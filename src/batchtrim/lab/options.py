@@ -376,7 +376,7 @@ def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
             )
         if method in METHODS and name not in METHODS[method].params and _hint(name, value):
             raise ValueError(f"expected `param` to be a parameter of '{method}', got {text!r}.{_hint(name, value)}")
-        values = [_plain(part) for part in value.split(",")]
+        values = [_as_number(part) for part in value.split(",")]
         tables.setdefault(method, {})[name] = values if len(values) > 1 else values[0]
     return tables
 
@@ -386,7 +386,7 @@ def _hint(name: str, value: str) -> str:
     return f" It is an option: --{name.replace('_', '-')} {value}".rstrip() if name in _CONFIG else ""
 
 
-def _plain(text: str) -> Any:
+def _as_number(text: str) -> Any:
     for kind in (int, float):
         try:
             return kind(text)

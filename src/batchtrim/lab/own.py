@@ -29,9 +29,9 @@ from batchtrim.lab.execute import cores, grid, progress, scheduler
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.present import report, tables
 from batchtrim.lab.present.wording import headline
-from batchtrim.lab.run.handle import Run, TaskMistake
 from batchtrim.lab.run.perform import perform
 from batchtrim.lab.run.task_config import TaskConfig
+from batchtrim.lab.run.task_run import Run, TaskMistake
 from batchtrim.lab.task.code import Code, YourCodeFailed
 
 __all__ = ["Run", "compare", "default_out", "headline", "run_once", "summarize"]
@@ -57,12 +57,15 @@ def compare(
 
     Args:
         train: called with a :class:`batchtrim.lab.Run`; returns a mapping that contains the metric. Or "FILE.py:NAME".
-        methods: names from ``batchtrim methods`` that a trimmer can drive. seeds: how many, or which.
+        methods: names from ``batchtrim methods`` that a trimmer can drive.
+        seeds: how many, or which.
         out: folder for records and report; by default one under ``runs`` named after the function.
         workers: processes; 1 uses this one. A notebook's function is sent to others by value. In a script with
             several workers, call this under ``if __name__ == "__main__":``.
-        ray: address of a Ray cluster, or "auto". retries: how often a run whose worker died is repeated.
-        tensorboard: also write the values of ``run.log`` as TensorBoard events. quiet: no progress, and no table.
+        ray: address of a Ray cluster, or "auto".
+        retries: how often a run whose worker died is repeated.
+        tensorboard: also write the values of ``run.log`` as TensorBoard events.
+        quiet: no progress, and no table.
         baseline: the method the others are compared with.
         settings: of the runs: ``epochs``, ``metric``, ``higher_is_better``, ``keep_start``, ``keep_end``, ``schedule``,
             ``params`` (of methods, by method and name), ``engine``, ``device``, ``threads``; a list is an axis.
@@ -90,8 +93,7 @@ def compare(
         check_choice("baseline", baseline, methods)
     configs = grid.expand_task(code, {"methods": methods, "seeds": listed, **settings})
     workers, threads = cores.share_cores(len(configs), workers)
-    if "threads" not in settings:
-        configs = [replace(config, threads=1 if ray else threads) for config in configs]
+    configs = cores.with_threads(configs, threads, settings, bool(ray))
     if workers > 1 or ray:
         code.__getstate__()  # report what cannot be sent to another process before the first run
     folder = Path(out) if out is not None else default_out(configs)
@@ -122,8 +124,9 @@ def run_once(
     """Do one run of a training function without recording it, and return its metric: for a search over schedules.
 
     Args:
-        train, settings: as for :func:`compare`, with one value per setting.
-        settings: ``out`` is the parent folder of ``run.out``, by default ``runs/once``.
+        train: as for :func:`compare`.
+        settings: as for :func:`compare`, with one value each; and ``out``, the parent folder of ``run.out``, by default
+            ``runs/once``.
 
     Raises:
         TaskMistake, YourCodeFailed: as in :func:`compare`. ArithmeticError: the run diverged.
@@ -159,8 +162,8 @@ def summarize(
         rows: one mapping per run with ``method``, ``seed``, the metric and, if known, ``time`` in seconds. Or rows of
             ``runs.jsonl``.
         baseline: the method the others are compared with.
-        metric: the field to compare; by default the only other one. higher_is_better: needed if the name does not
-            imply it.
+        metric: the field to compare; by default the only other one.
+        higher_is_better: needed if the name does not imply it.
 
     Example:
         >>> rows = [{"method": m, "seed": s, "rmse": 1.0 + 0.1 * s - 0.2 * (m == "trim") + 0.01 * (m == "trim") * s}

@@ -62,7 +62,8 @@ class ProgressCount:
     """Report the progress of a long task on standard error: nothing at first, then an occasional line.
 
     Args:
-        text: what is counted, such as ``"images decoded"``. total: how many there are.
+        text: what is counted, such as ``"images decoded"``.
+        total: how many there are.
     """
 
     first, every = 3.0, 10.0  # seconds
@@ -105,13 +106,13 @@ def print_plainly() -> None:
 
     This happens under ``LANG=C`` without UTF-8 mode, and in pipes on Windows.
     """
-    codecs.register_error("batchtrim.plain", _plain)
+    codecs.register_error("batchtrim.plain", _ascii_for)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not if another object replaces it
             stream.reconfigure(errors="batchtrim.plain")
 
 
-def _plain(error: UnicodeError) -> tuple[str, int]:
+def _ascii_for(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(PLAIN.get(each, "?") for each in error.object[error.start : error.end]), error.end

@@ -18,6 +18,7 @@ __all__ = [
     "drawing",
     "drawing_device",
     "fraction",
+    "k_follows_losses",
     "keep_count",
     "keep_count_tensor",
     "length",
@@ -94,7 +95,10 @@ class Selection:
 
 
 class Rule(Protocol):
-    """A selection rule. :class:`batchtrim.Trimmer` takes any callable with this signature, and checks its rows."""
+    """A selection rule. :class:`batchtrim.Trimmer` takes any callable with this signature, and checks its rows.
+
+    A rule whose k depends on the losses, not on ``keep`` alone, says so: ``k_follows_losses = True``.
+    """
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         """Choose from ``losses`` (n,), n >= 1, detached; ``keep`` in (0, 1]."""
@@ -120,6 +124,11 @@ def fraction(keep: float) -> float:
     if isinstance(keep, float) and 0.0 <= keep <= 1.0:
         return keep
     return check_part("keep", keep, "It is a fraction of the batch, not a percentage or a count.")
+
+
+def k_follows_losses(rule: object) -> bool:
+    """Return True if the number that a rule keeps depends on the losses; see :class:`Rule`."""
+    return bool(getattr(rule, "k_follows_losses", False))
 
 
 def length(losses: Tensor) -> int:

@@ -45,7 +45,8 @@ def smoothing_floor(label_smoothing: float, classes: int) -> float:
     the targets of ``torch.nn.CrossEntropyLoss(label_smoothing=...)``.
 
     Args:
-        label_smoothing: in [0, 1]. classes: C, at least 2.
+        label_smoothing: in [0, 1].
+        classes: C, at least 2.
 
     Returns:
         In nats; 0 without smoothing. For ``loss_mass(offset=...)``.

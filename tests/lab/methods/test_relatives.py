@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import batchtrim
+from batchtrim.lab.methods.base import RunInfo
 from batchtrim.lab.methods.relatives import Importance
-from batchtrim.lab.methods.rules import RunInfo
 from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import batchtrim
-from batchtrim.lab.methods.rules import InfoBatch, RunInfo
+from batchtrim.lab.methods.base import InfoBatch, RunInfo
 from batchtrim.lab.methods.table import METHODS, find_method, make_schedule
 from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig

@@ -20,7 +20,7 @@ import launch
 from batchtrim import Choice, KeepLog, hardest, uniform
 from batchtrim.lab import records
 from batchtrim.lab.execute import progress, scheduler
-from batchtrim.lab.methods.rules import RunInfo
+from batchtrim.lab.methods.base import RunInfo
 from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.present import gallery
 from batchtrim.lab.run import loading, train

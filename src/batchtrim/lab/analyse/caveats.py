@@ -47,7 +47,8 @@ class Caveat:
 
     Attributes:
         arm: label of the arm; "" if it concerns the group.
-        seeds: the seeds concerned. ``number``: of pairs left, of versions, or the seed that was used.
+        seeds: the seeds concerned.
+        number: of pairs left, of versions, or the seed that was used.
         note: as recorded; for versions, the module, or "" for the program itself.
     """
 
@@ -92,7 +93,7 @@ def _seeds(group: Group) -> Iterator[Caveat]:
         shared = next(((seed, found) for seed, found in used.items() if len(found) > 1), None)
         if shared is not None:
             yield Caveat(Kind.ONE_SEED, arm.label, tuple(sorted(shared[1])), shared[0])
-        elif _alike(arm):
+        elif _same_on_every_seed(arm):
             yield Caveat(Kind.ALIKE, arm.label, tuple(arm.errors), 0)
 
 
@@ -105,7 +106,7 @@ def _unpaired(group: Group) -> Iterator[Caveat]:
             yield Caveat(Kind.UNPAIRED, label, other, 0)
 
 
-def _alike(arm: Arm) -> bool:
+def _same_on_every_seed(arm: Arm) -> bool:
     return _is_task(arm) and len(arm.errors) >= MIN_ALIKE and len(set(arm.errors.values())) == 1
 
 
@@ -115,7 +116,7 @@ def _unused(group: Group) -> Iterator[Caveat]:
         if paired is None or not _is_task(arm) or len(paired.differences) < MIN_ALIKE or any(paired.differences):
             continue
         dropped = arm.cost.get("samples_backward", 0.0) < arm.cost.get("samples_forward", 0.0)
-        if dropped and not _alike(arm):
+        if dropped and not _same_on_every_seed(arm):
             yield Caveat(Kind.UNUSED, arm.label, paired.seeds, 0)
 
 

@@ -77,7 +77,9 @@ class Claim:
         margin: how much higher the error may be and still count as "not worse", in [0, 1]; only for such claims.
         backward: the largest share of the other's backward samples that it may use; None if unlimited.
         time: the largest share of the other's training time that it may take; None if unlimited.
-        settings: of the arm of ``method``; ``against_settings``: of the other; ``shared``: of the groups it applies to.
+        settings: of the arm of ``method``.
+        against_settings: of the other.
+        shared: of the groups it applies to.
     """
 
     text: str

@@ -61,10 +61,12 @@ class Paired:
     """A method against the baseline, over the seeds for which both finished.
 
     Attributes:
-        seeds, differences: one per pair, method minus baseline. ``p_t``: paired t-test, two-sided. ``p_wilcoxon``:
-            signed-rank test, exact; with n pairs it cannot fall below 2 / 2^n, so five seeds never reach 0.05.
-        p_holm: ``p_t`` corrected for the number of methods in the group. ``detectable``: the true difference that
-            this many pairs with this spread would find in 80 % of cases at the 0.05 level, before the correction.
+        seeds, differences: one per pair, method minus baseline.
+        p_t: paired t-test, two-sided.
+        p_wilcoxon: signed-rank test, exact; with n pairs it cannot fall below 2 / 2^n, so five seeds never reach 0.05.
+        p_holm: ``p_t`` corrected for the number of methods in the group.
+        detectable: the true difference that this many pairs with this spread would find in 80 % of cases at the 0.05
+            level, before the correction.
         verdict: decided by :func:`verdict_of`; :mod:`batchtrim.lab.present.wording` has the sentence.
     """
 
@@ -85,8 +87,8 @@ class Arm:
 
     Attributes:
         label: the method's name, with the settings that distinguish it from other arms of the same method.
-        runs: finished and diverged rows, by seed. ``errors``: by seed, the ``metric`` of those that finished: the test
-            error, unless a task or a table names another.
+        runs: finished and diverged rows, by seed.
+        errors: by seed, the ``metric`` of those that finished: the test error, unless a task or a table names another.
         diverged, failed: seeds of runs that diverged, and of runs that ended in an exception.
         cost: means over the finished runs of seconds, seconds_eval, samples_forward, samples_backward and steps, each
             if all of them have it.
@@ -110,8 +112,9 @@ class View:
     """The comparison at one budget that every method reached.
 
     Attributes:
-        name: "samples_backward" or "seconds". ``budget``: the largest by which every finished run had been evaluated;
-            None if there is none. ``arms``: as in the group, with errors at the budget.
+        name: "samples_backward" or "seconds".
+        budget: the largest by which every finished run had been evaluated; None if there is none.
+        arms: as in the group, with errors at the budget.
         missing: why there is no budget, as in :class:`batchtrim.lab.analyse.views.Missing`; "" if there is one.
         apart: label and seed of a run that had ended, and of one not yet evaluated by then.
     """
@@ -128,8 +131,10 @@ class Group:
     """Arms that differ only in method.
 
     Attributes:
-        title: the group's name. ``settings``: those that its runs share.
-        against: the method asked for as baseline. ``baseline``: the label of its arm; None if it has no runs here.
+        title: the group's name.
+        settings: those that its runs share.
+        against: the method asked for as baseline.
+        baseline: the label of its arm; None if it has no runs here.
     """
 
     title: str

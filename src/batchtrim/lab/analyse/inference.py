@@ -29,9 +29,11 @@ class Moments:
     """The mean of some values and its precision; None if n is too small.
 
     Attributes:
-        n: number of values; ``std``: with n - 1. ``t``: 95 % interval of the mean from Student's t. ``bootstrap``: 95 %
-            percentile interval over resamples. It is too narrow for a handful of values and only shows whether the
-            t interval depends on the shape of the distribution.
+        n: number of values.
+        std: with n - 1.
+        t: 95 % interval of the mean from Student's t.
+        bootstrap: 95 % percentile interval over resamples. It is too narrow for a handful of values and only shows
+            whether the t interval depends on the shape of the distribution.
     """
 
     n: int

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from joblib import cpu_count
 
 from batchtrim._checks import check_count
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.task_config import TaskConfig
+
+Config = TypeVar("Config", RunConfig, TaskConfig)
 
 MOST_THREADS = 64  # of a run, per core
 MOST_WORKERS = 8  # each process holds the images in memory
@@ -35,6 +42,13 @@ def share_cores(runs: int, workers: int | None = None) -> tuple[int, int]:
         workers = max(1, min(have // (threads or 1), runs, MOST_WORKERS))
     workers = min(check_count("workers", workers), runs)  # a process without a run would only use memory
     return workers, threads or max(1, have // workers)
+
+
+def with_threads(configs: Sequence[Config], threads: int, settings: Mapping[str, Any], ray: bool) -> list[Config]:
+    """Return the runs with their share of threads, unless `threads` is set; on Ray each run has one by default."""
+    if "threads" in settings:
+        return list(configs)
+    return [replace(config, threads=1 if ray else threads) for config in configs]
 
 
 def crowded(workers: int, threads: int) -> str:

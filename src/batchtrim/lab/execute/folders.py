@@ -20,7 +20,7 @@ def named_after(configs: Sequence[RunConfig]) -> Path:
     """Return a folder named after the shared settings, so that the same command finds it again."""
     names = [sorted({str(getattr(config, name)) for config in configs}) for name in ("dataset", "model", "optimizer")]
     epochs = sorted({config.epochs for config in configs})
-    parts = ["+".join(map(_plain, values)) for values in names] + ["+".join(map(str, epochs)) + "ep"]
+    parts = ["+".join(map(_as_file_name, values)) for values in names] + ["+".join(map(str, epochs)) + "ep"]
     name = "-".join(parts)
     if len(name.encode()) > LONGEST_NAME:  # a long path, or many networks: file systems allow 255 bytes
         name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}-{name[-40:]}"
@@ -38,7 +38,7 @@ def free_folder(base: Path, cells: list[Row]) -> tuple[Path, str]:
     if _fits(base, cells):
         return base, ""
     differing = Records(base).differing(cells)
-    named = "".join(f"-{name}{_plain(value)}" for name, (_, value) in differing.items())
+    named = "".join(f"-{name}{_as_file_name(value)}" for name, (_, value) in differing.items())
     tails = [named] if named and len(named) <= LONGEST else []
     for tail in itertools.chain(tails, (f"{named[:LONGEST]}-{number}" for number in itertools.count(2))):
         folder = base.with_name(base.name + tail)
@@ -52,5 +52,5 @@ def _fits(folder: Path, cells: list[Row]) -> bool:
     return not (folder / "grid.json").exists() or not Records(folder).differing(cells)
 
 
-def _plain(value: Any) -> str:
+def _as_file_name(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-.")

@@ -14,7 +14,7 @@ from batchtrim._checks import import_extra
 from batchtrim.lab.files import writing
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import Row
-from batchtrim.lab.run.beat import OnEpoch
+from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.terminal import console
 
@@ -85,7 +85,7 @@ class Live(Quiet):
     def epoch(self, config: Any, point: dict[str, Any]) -> None:
         bar, before = self._bar(config, point)
         epoch, total = point["epoch"] + 1, point["epochs"]
-        self.bars.update(bar, completed=epoch, news=f"epoch {epoch}/{total}, {_said(point)}")
+        self.bars.update(bar, completed=epoch, news=f"epoch {epoch}/{total}, {_metric_text(point)}")
         self.bars.advance(self.total, epoch - before)
         self.shown[config.key] = bar, epoch
 
@@ -212,7 +212,7 @@ def _times(row: Row) -> str:
     return ", ".join([f"{row['seconds']:.1f} s training", *more])
 
 
-def _said(point: dict[str, Any]) -> str:
+def _metric_text(point: dict[str, Any]) -> str:
     """Return an epoch's metric as text; a user's task may have its own, and an epoch may be untested."""
     if "said" in point:
         return point["said"]

@@ -16,7 +16,7 @@ from batchtrim.lab.execute.progress import tensorboard_log
 from batchtrim.lab.files import CannotWrite, remove_parts
 from batchtrim.lab.records import DONE, Records, Row
 from batchtrim.lab.run import train
-from batchtrim.lab.run.beat import OnEpoch
+from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.checkpoint import DamagedCheckpoint
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.perform import perform
@@ -45,7 +45,8 @@ class Workplace:
     """The folders and options that all runs share: data, output, checkpoints, logs.
 
     Args:
-        out: the folder of records. data_dir, cache_dir: see :func:`batchtrim.lab.task.data.load`.
+        out: the folder of records.
+        data_dir, cache_dir: see :func:`batchtrim.lab.task.data.load`.
         checkpoint_seconds: seconds between two checkpoints of a run.
         tensorboard: write each run's event files under ``out/tensorboard``.
         keep_log: write each run's keep log to ``out/keep``.

@@ -1,1 +1,1 @@
-"""The methods: ``table`` has a row for each; ``rules`` and ``relatives`` have those that need more than a trimmer."""
+"""The methods: ``table`` has a row for each; ``base`` and ``relatives`` have those that need more than a trimmer."""

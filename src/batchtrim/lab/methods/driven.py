@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchtrim import Trimmer
-from batchtrim.lab.methods.rules import Method
+from batchtrim.lab.methods.base import Method
 from batchtrim.lab.methods.table import METHODS, find_method
 
 __all__ = ["driven_methods", "trimmer_for"]
@@ -24,7 +24,7 @@ class _NeedsMore(Exception):
 
 @dataclass(frozen=True)
 class _Info:
-    """What is known of a run whose data only its training function sees."""
+    """The settings of a run whose data only its training function sees."""
 
     epochs: int
     seed: int

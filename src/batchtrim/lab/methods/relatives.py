@@ -16,7 +16,7 @@ from torch import Tensor
 
 import batchtrim
 from batchtrim import Selection, Trimmer
-from batchtrim.lab.methods.rules import Method, NewNetwork, RunInfo
+from batchtrim.lab.methods.base import Method, NewNetwork, RunInfo
 from batchtrim.selection import Rule
 
 __all__ = ["Decaying", "FullEnd", "GradientNorm", "Importance", "LossDrop", "ProxySelection", "UnlessFull"]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import batchtrim
 from batchtrim import Trimmer
 from batchtrim._checks import check_count, check_fraction, check_keep, check_part
+from batchtrim.lab.methods.base import Method, RunInfo
 from batchtrim.lab.methods.relatives import Decaying, FullEnd, GradientNorm, LossDrop, ProxySelection, UnlessFull
-from batchtrim.lab.methods.rules import Method, RunInfo
 from batchtrim.lab.methods.spec import MethodSpec, Param, Params, check_count_or_zero, check_open_interval
 from batchtrim.schedules import join
 

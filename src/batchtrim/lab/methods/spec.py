@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchtrim._checks import check_count, check_number, nearest
-from batchtrim.lab.methods.rules import Method, RunInfo
+from batchtrim.lab.methods.base import Method, RunInfo
 
 Params = dict[str, Any]
 
@@ -27,7 +27,9 @@ class MethodSpec:
     """One method: a row of the table.
 
     Args:
-        name: as typed; ``summary``: one line; ``source``: the origin of the rule.
+        name: as typed.
+        summary: one line.
+        source: the origin of the rule.
         build: makes the method from a :class:`RunInfo` and checked parameters.
         params: the parameters it takes, by name.
         uses_schedule: True if it follows the run's keep schedule.

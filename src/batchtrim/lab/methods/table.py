@@ -1,6 +1,6 @@
 """All methods in one table: every method the lab can train with is one row of ``METHODS``.
 
-A row builds a :class:`batchtrim.lab.methods.rules.Method` for the training loop. Each row has a card in
+A row builds a :class:`batchtrim.lab.methods.base.Method` for the training loop. Each row has a card in
 docs/methods with its rule, cost and source, and when not to use it.
 """
 
@@ -15,8 +15,7 @@ import batchtrim
 from batchtrim import Trimmer
 from batchtrim._checks import check_count, check_fraction, check_keep, check_positive, check_progress
 from batchtrim.lab.files import look_up
-from batchtrim.lab.methods.relatives_table import RELATIVES
-from batchtrim.lab.methods.rules import (
+from batchtrim.lab.methods.base import (
     EveryStep,
     FocalLoss,
     InfoBatch,
@@ -28,6 +27,7 @@ from batchtrim.lab.methods.rules import (
     Shortened,
     SuperLoss,
 )
+from batchtrim.lab.methods.relatives_table import RELATIVES
 from batchtrim.lab.methods.spec import (
     MethodSpec,
     Param,

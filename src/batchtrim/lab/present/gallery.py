@@ -64,14 +64,15 @@ class Samples:
     """The samples that the log's ids refer to.
 
     Args:
-        labels: int (n,), as trained on. ``classes``: their C names. Omit both for samples without a class, as in
-            regression.
+        labels: int (n,), as trained on.
+        classes: their C names. Omit both for samples without a class, as in regression.
         images: uint8 (n, channels, H, W), one or three channels; or
         rows: a text for each sample, or a mapping of field names to values.
         predicted, confidence: (n,), class and probability, if the log's own (from the last visit in training, with
             augmentation) should not be used.
-        title: heading of the page. ``facts``: settings to print at the bottom. ``random``: the kept samples were
-            drawn at random, so keep rates say nothing about them.
+        title: heading of the page.
+        facts: settings to print at the bottom.
+        random: the kept samples were drawn at random, so keep rates say nothing about them.
     """
 
     labels: Tensor | None = None
@@ -97,9 +98,9 @@ def build(
     """Write the gallery of a run with a keep log, and return the page's path.
 
     Args:
-        run: the folder that holds ``runs.jsonl`` and ``keep/KEY.parquet``. ``out``: the page, by default
-            ``keep/KEY.html`` in that folder. ``key``, ``method``, ``seed``: which
-            run; see :func:`batchtrim.lab.present.logged.choose`.
+        run: the folder that holds ``runs.jsonl`` and ``keep/KEY.parquet``.
+        out: the page, by default ``keep/KEY.html`` in that folder.
+        key, method, seed: which run; see :func:`batchtrim.lab.present.logged.choose`.
         data_dir: the folder of data sets; by default where the runs found them.
 
     Raises:

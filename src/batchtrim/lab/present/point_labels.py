@@ -37,7 +37,8 @@ def place(points: Sequence[Named], taken: Sequence[Sequence[Box]], room: Box) ->
     each point or line that it would cover.
 
     Args:
-        taken: what else is drawn, in boxes. room: for all of it.
+        taken: what else is drawn, in boxes.
+        room: for all of it.
     """
     found: list[Place] = []
     names: list[Box] = []

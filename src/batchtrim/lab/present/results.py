@@ -62,7 +62,7 @@ def write(records: Sequence[EvidenceRecord], out: Path) -> None:
 
 def page(records: Sequence[EvidenceRecord]) -> str:
     """Return a Markdown page on all records: for each, the claims and then the tables."""
-    lines = [_INTRODUCTION, *_gains(records)]
+    lines = [_INTRODUCTION, f"*Tables of methods.* {wording.LEGEND}", "", *_gains(records)]
     for record in records:
         name, topic = record.folder.name, _topic(record)
         lines += [f"## {record.title}", ""]
@@ -74,7 +74,6 @@ def page(records: Sequence[EvidenceRecord]) -> str:
             for axis in _AXES:
                 if name := _drawing_name(record, group, axis):
                     lines += [f"![Test error against {axis.words}, {group.title}]({DRAWINGS}/{name})", ""]
-        lines += [wording.LEGEND, ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

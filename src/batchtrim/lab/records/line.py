@@ -29,7 +29,7 @@ class ReplaceRecords(ValueError):
 def line_of(row: Mapping[str, Any]) -> bytes:
     """Return the line of a run, with its newline; curves are rounded to six significant digits."""
     short = {**row, "curve": _six_figures(row["curve"])} if "curve" in row else row
-    return (json.dumps(_plain(short), allow_nan=False, separators=(",", ":")) + "\n").encode()
+    return (json.dumps(_for_json(short), allow_nan=False, separators=(",", ":")) + "\n").encode()
 
 
 def parse_row(line: bytes, path: Path, number: int) -> Row:
@@ -115,14 +115,14 @@ def _wrong_number(row: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[st
     return next(((name, "a number", cost) for name, cost in named.items() if not _is_finite(cost)), None)
 
 
-def _plain(value: Any) -> Any:
+def _for_json(value: Any) -> Any:
     """Replace NaN and infinity, which JSON lacks, by null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _for_json(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_for_json(each) for each in value]
     return value
 
 

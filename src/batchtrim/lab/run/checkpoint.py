@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from batchtrim._checks import in_one_line
 from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.task.data import ReplaceFile
 
@@ -43,8 +44,7 @@ def load(run: Resumable, path: Path) -> None:
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the error of a damaged file depends on where it is damaged
-        first = (str(error).splitlines() or [""])[0][:160]
         raise DamagedCheckpoint(
             f"expected a checkpoint of this run in {path}, got a file that does not fit "
-            f"({type(error).__name__}: {first}). Remove it, and the run starts from the beginning."
+            f"({in_one_line(error)}). Remove it, and the run starts from the beginning."
         ) from error

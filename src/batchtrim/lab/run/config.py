@@ -27,6 +27,7 @@ from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
 from batchtrim.lab.task.names import AUGMENTS, MODELS, NORMS, SPECS, Spec, find_spec
 
 if TYPE_CHECKING:
+    from batchtrim.lab.methods.spec import MethodSpec
     from batchtrim.lab.task.models import ModelRow
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "nesterov")
@@ -168,13 +169,6 @@ class RunConfig:
                 f"expected `engine` to be 'exact' for method '{self.method}', got {self.engine!r}. "
                 "Its rule needs more than the losses of the current batch."
             )
-        keep: dict[str, Any] = {"keep_start": None, "keep_end": None, "schedule": None}
-        if method.uses_schedule:
-            keep = {
-                "keep_start": check_keep("keep_start", 1.0 if self.keep_start is None else self.keep_start),
-                "keep_end": check_keep("keep_end", 0.2 if self.keep_end is None else self.keep_end),
-                "schedule": filled.schedule,
-            }
         return replace(
             filled,
             width=self.width or model.width,
@@ -185,7 +179,7 @@ class RunConfig:
             momentum=self.momentum if self.optimizer in ("sgd", "nesterov") else 0.0,
             device=resolve_device(self.device),
             imbalance=float(self.imbalance),
-            **keep,
+            **keep_schedule(filled, method),
         )
 
     def _check_words(self) -> None:
@@ -242,15 +236,12 @@ class RunConfig:
     def key(self) -> str:
         """A short hash that names the run: equal for equal settings, whatever the number of threads."""
         values = {name: value for name, value in self.to_dict().items() if SETTINGS[name].in_key(value)}
-        text = json.dumps(values, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return short_hash(values)
 
     @property
     def label(self) -> str:
         """A short description for progress lines."""
-        params = ",".join(f"{name}={value}" for name, value in self.method_params.items())
-        keep = f" {self.schedule} {self.keep_start:g}-{self.keep_end:g}" if self.keep_start and self.keep_end else ""
-        return f"{self.dataset} {self.model} {self.method}{f'({params})' if params else ''}{keep} seed {self.seed}"
+        return f"{self.dataset} {self.model} {arm_label(self)} seed {self.seed}"
 
 
 SETTINGS: Mapping[str, Setting] = settings_of(RunConfig)
@@ -258,6 +249,31 @@ ARM_SETTINGS = tuple(name for name, each in SETTINGS.items() if each.role is Rol
 """Settings that make an arm of a comparison."""
 COMPARED = tuple(name for name, each in SETTINGS.items() if each.role in (Role.ARM, Role.SEED, Role.SPEED))
 """Settings in which runs of one comparison may differ; all others make its group."""
+
+
+def keep_schedule(config: Any, method: MethodSpec) -> dict[str, Any]:
+    """Return the settings of a run's keep schedule, checked; all None if its method has none."""
+    if not method.uses_schedule:
+        return {"keep_start": None, "keep_end": None, "schedule": None}
+    return {
+        "keep_start": check_keep("keep_start", 1.0 if config.keep_start is None else config.keep_start),
+        "keep_end": check_keep("keep_end", 0.2 if config.keep_end is None else config.keep_end),
+        "schedule": check_choice("schedule", config.schedule or "linear", SCHEDULES),
+    }
+
+
+def short_hash(values: Mapping[str, Any]) -> str:
+    """Return the hash of settings that names a run."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def arm_label(config: Any) -> str:
+    """Return a run's method, its parameters and its keep schedule, for progress lines."""
+    params = ",".join(f"{name}={value}" for name, value in config.method_params.items())
+    keep = ""
+    if config.keep_start and config.keep_end:
+        keep = f" {config.schedule} {config.keep_start:g}-{config.keep_end:g}"
+    return f"{config.method}{f'({params})' if params else ''}{keep}"
 
 
 def resolve_device(device: str) -> str:

@@ -24,7 +24,8 @@ class CountingLoss:
     """Cross-entropy of each sample. It also counts the errors of the epoch so far, on the device.
 
     Args:
-        device: of the outputs. smoothing: label smoothing of the loss trained on.
+        device: of the outputs.
+        smoothing: label smoothing of the loss trained on.
     """
 
     def __init__(self, device: torch.device, smoothing: float = 0.0):

@@ -22,14 +22,15 @@ from batchtrim._checks import describe
 from batchtrim.lab.files import CannotWrite, writing
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.records import SCHEMA
-from batchtrim.lab.run.beat import OnEpoch
+from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import error_line
-from batchtrim.lab.run.handle import Run, TaskMistake, as_number, check_share
-from batchtrim.lab.run.outside import Outside
 from batchtrim.lab.run.process import Seen, as_it_was
+from batchtrim.lab.run.side_effects import SideEffects
 from batchtrim.lab.run.task_config import TaskConfig
+from batchtrim.lab.run.task_run import Run, TaskMistake, as_number, check_share
 from batchtrim.lab.task.code import own_traceback
+from batchtrim.selection.base import k_follows_losses
 
 __all__ = ["check_task", "perform"]
 
@@ -65,12 +66,12 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
     with as_it_was(config.seed, config.threads) as seen:
         try:
             function = config.code.load()
-            outside = Outside(function)
+            effects = SideEffects(function)
             seen.begin()
             begun = run.begun = time.perf_counter()  # importing the file is not part of training
             returned = function(run)
             seconds = time.perf_counter() - begun
-            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, outside, seconds)}
+            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, effects, seconds)}
             _write_log(run, config, out)
         except CannotWrite:  # a fault of the disk, not of the task
             raise
@@ -142,7 +143,7 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
     return {"status": "finished", metric.field: value, **({"also": also} if also else {})}
 
 
-def _told(run: Run, seen: Seen, outside: Outside, seconds: float) -> dict[str, Any]:
+def _told(run: Run, seen: Seen, effects: SideEffects, seconds: float) -> dict[str, Any]:
     """Return the notes on a successful run; raise an error if the method was never applied."""
     if run.method != "full" and not run.rule.used:
         raise TaskMistake(
@@ -151,7 +152,7 @@ def _told(run: Run, seen: Seen, outside: Outside, seconds: float) -> dict[str, A
             "give a trainer run.keep and run.trim_options."
         )
     notes, more = _notes_on_keep(run), {}
-    if changed := outside.changed():
+    if changed := effects.changed():
         notes.append(
             f"the task changed {', '.join(changed[:3])}{', ...' * (len(changed) > 3)}, which it did not make: the next "
             "run in the process starts from there. Make it in the function"
@@ -201,7 +202,7 @@ def _notes_on_keep(run: Run) -> list[str]:
 def _may_drop(run: Run) -> bool:
     """True if the method drops samples at some point of training, or by their losses."""
     schedule = run.trim.schedule
-    return getattr(run.rule.rule, "k_follows_losses", False) or any(schedule(part) < 1.0 for part in (0.0, 0.5, 1.0))
+    return k_follows_losses(run.rule.rule) or any(schedule(part) < 1.0 for part in (0.0, 0.5, 1.0))
 
 
 def _moves(run: Run) -> bool:

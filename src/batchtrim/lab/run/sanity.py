@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from batchtrim._checks import first_line
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
 from batchtrim.lab.task.data import ImageData
@@ -30,7 +31,7 @@ def check_network(config: RunConfig, images: ImageData) -> None:
             model = models.build(config.model, images.shape, images.classes, config.width, config.norm)
             model.eval()(torch.empty(2, *images.shape))
     except (AssertionError, RuntimeError, ZeroDivisionError, TypeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+        first = first_line(error).rstrip(".")
         raise ValueError(f"expected {named}, got an error: {first}. Pass another --width or --model.") from error
     needed, there = BYTES_A_PARAMETER * models.count_parameters(model), _memory()
     if config.device == "cpu" and there and needed > there:

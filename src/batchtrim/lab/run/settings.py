@@ -35,10 +35,13 @@ class Setting:
     """One setting, read from a dataclass field.
 
     Attributes:
-        name, default: of the field. ``kind``: str, int or float. ``help``: a line without the default.
-        default_help: what None stands for, or "" if the default speaks for itself. ``choices``: the possible values,
-            None if there is no list; ``own``: what else may be given, or "". ``many``: the command line takes
-            several values, comma-separated.
+        name, default: of the field.
+        kind: str, int or float.
+        help: a line without the default.
+        default_help: what None stands for, or "" if the default speaks for itself.
+        choices: the possible values, None if there is no list.
+        own: what else may be given, or "".
+        many: the command line takes several values, comma-separated.
         later: added after runs had been recorded; at its default it is not part of keys, so that old keys stay valid.
     """
 
@@ -56,6 +59,11 @@ class Setting:
     def in_key(self, value: Any) -> bool:
         """Return True if this value distinguishes a run from others."""
         return self.role is not Role.SPEED and not (self.later and value == self.default)
+
+    def again(self) -> Any:
+        """Return a field that defines the same setting in another class."""
+        given = {name: value for name, value in vars(self).items() if name not in ("name", "kind", "default")}
+        return setting(self.default, **given)
 
 
 def setting(

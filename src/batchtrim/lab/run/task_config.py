@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -11,40 +9,48 @@ from typing import Any
 from batchtrim import Trimmer
 from batchtrim._checks import check_choice, check_count, check_keep, plain
 from batchtrim.lab.methods.driven import trimmer_for
-from batchtrim.lab.methods.table import METHODS, find_method, make_schedule
+from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.metric import Metric
-from batchtrim.lab.run.config import DEVICES, ENGINES, SCHEDULES, RunConfig, resolve_device
+from batchtrim.lab.run.config import (
+    ENGINES,
+    SETTINGS,
+    RunConfig,
+    arm_label,
+    keep_schedule,
+    resolve_device,
+    short_hash,
+)
 from batchtrim.lab.run.settings import Role, setting
 from batchtrim.lab.task.code import Code
 
 __all__ = ["AnyConfig", "TaskConfig"]
 
 _NOT_RECORDED = ("code",)
-_NOT_IN_KEY = ("threads",)
+_NOT_IN_KEY = tuple(name for name, each in SETTINGS.items() if each.role is Role.SPEED)
 
 
 @dataclass(frozen=True)
 class TaskConfig:
     """The settings of one run of a training function, which itself decides on data, network and optimizer.
 
-    Each field defines its help and its role, as in :class:`batchtrim.lab.run.config.RunConfig`. ``task`` is
-    the function's name, as in ``my_task.py:train``; ``code`` loads it and is not recorded. None as
+    Settings that a run of the lab's own loop has too are defined in :class:`batchtrim.lab.run.config.RunConfig`.
+    ``task`` is the function's name, as in ``my_task.py:train``; ``code`` loads it and is not recorded. None as
     ``higher_is_better`` means: as the metric's name implies.
     """
 
     task: str = setting("", role=Role.DATA)
-    method: str = setting("full", role=Role.ARM, choices=METHODS, many=True)
+    method: str = SETTINGS["method"].again()
     method_params: Mapping[str, Any] = setting(dict, role=Role.ARM)
-    metric: str = setting("error", "number that the task returns and methods are compared by")
-    higher_is_better: bool | None = setting(None, "a higher metric is better", default_help="by its name")
-    epochs: int = setting(10, "epochs of each run")
-    seed: int = setting(0, role=Role.SEED)
-    keep_start: float | None = setting(1.0, "fraction of each batch kept at the start", role=Role.ARM, many=True)
-    keep_end: float | None = setting(0.2, "fraction of each batch kept at the end", role=Role.ARM, many=True)
-    schedule: str | None = setting("linear", "keep schedule", role=Role.ARM, choices=SCHEDULES, many=True)
-    engine: str = setting("exact", "how a trimmed step is computed", role=Role.ARM, choices=ENGINES, many=True)
-    device: str = setting("auto", "device to train on", choices=DEVICES)
-    threads: int = setting(1, "threads of each run", role=Role.SPEED, default_help="cores / workers")
+    metric: str = setting("error")
+    higher_is_better: bool | None = setting(None)
+    epochs: int = SETTINGS["epochs"].again()
+    seed: int = SETTINGS["seed"].again()
+    keep_start: float | None = SETTINGS["keep_start"].again()
+    keep_end: float | None = SETTINGS["keep_end"].again()
+    schedule: str | None = SETTINGS["schedule"].again()
+    engine: str = SETTINGS["engine"].again()
+    device: str = SETTINGS["device"].again()
+    threads: int = SETTINGS["threads"].again()
     code: Code | None = field(default=None, compare=False, repr=False)
 
     def resolved(self) -> TaskConfig:
@@ -62,19 +68,12 @@ class TaskConfig:
                 check_keep(name, getattr(self, name))
         metric = Metric.called(self.metric, self.higher_is_better)
         method = find_method(self.method)
-        keep: dict[str, Any] = {"keep_start": None, "keep_end": None, "schedule": None}
-        if method.uses_schedule:
-            keep = {
-                "keep_start": check_keep("keep_start", 1.0 if self.keep_start is None else self.keep_start),
-                "keep_end": check_keep("keep_end", 0.2 if self.keep_end is None else self.keep_end),
-                "schedule": check_choice("schedule", self.schedule or "linear", SCHEDULES),
-            }
         found = replace(
             self,
             method_params=method.check_params(self.method_params),
             higher_is_better=metric.higher_is_better,
             device=resolve_device(self.device),
-            **keep,
+            **keep_schedule(self, method),
         )
         found.trimmer()
         return found
@@ -86,7 +85,8 @@ class TaskConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name not in _NOT_RECORDED}
+        names = [each.name for each in fields(self) if each.name not in _NOT_RECORDED]
+        return {name: _for_json(getattr(self, name)) for name in names}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TaskConfig:
@@ -105,19 +105,17 @@ class TaskConfig:
     def key(self) -> str:
         """A short hash that names the run: equal for equal settings, whatever the number of threads."""
         values = {name: value for name, value in self.to_dict().items() if name not in _NOT_IN_KEY}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+        return short_hash(values)
 
     @property
     def label(self) -> str:
         """A short description for progress lines."""
-        params = ",".join(f"{name}={value}" for name, value in self.method_params.items())
-        keep = f" {self.schedule} {self.keep_start:g}-{self.keep_end:g}" if self.keep_start and self.keep_end else ""
-        return f"{self.task} {self.method}{f'({params})' if params else ''}{keep} seed {self.seed}"
+        return f"{self.task} {arm_label(self)} seed {self.seed}"
 
 
 AnyConfig = RunConfig | TaskConfig
 """A run of the lab's own loop, or of the user's training function."""
 
 
-def _plain(value: Any) -> Any:
+def _for_json(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value

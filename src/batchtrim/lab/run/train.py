@@ -25,12 +25,12 @@ from torch import Generator, Tensor, nn
 import batchtrim
 from batchtrim import Choice, KeepLog
 from batchtrim.lab.files import writing
-from batchtrim.lab.methods.rules import RunInfo
+from batchtrim.lab.methods.base import RunInfo
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
 from batchtrim.lab.run import sanity
-from batchtrim.lab.run.beat import OnEpoch, beat
+from batchtrim.lab.run.batch_progress import OnEpoch, batch_progress
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.counts import CountingLoss, Counts
 from batchtrim.lab.run.environment import environment
@@ -330,7 +330,8 @@ def train_run(
         data_dir: the folder of data sets, see :func:`batchtrim.lab.task.data.load`.
         checkpoint: a file to resume from, if it exists, and to save to between epochs; the caller removes it.
         checkpoint_seconds: the minimum time between two checkpoints.
-        on_epoch: called after every epoch. on_batch: called after the first batch, and about twice a second from then.
+        on_epoch: called after every epoch.
+        on_batch: called after the first batch, and about twice a second from then.
         keep_log: a Parquet file to write the keep log of all training samples to.
     """
     config = config.resolved()
@@ -344,7 +345,7 @@ def train_run(
             n, classes = len(images.train_labels), images.classes
             log = KeepLog(n, classes=classes, distributed=several) if keep_log else None
             training = Training(config, images, log=log)
-            training.on_batch = beat(on_batch, training.epochs) if on_batch else None
+            training.on_batch = batch_progress(on_batch, training.epochs) if on_batch else None
             status, error = _to_the_end(training, checkpoint, checkpoint_seconds, on_epoch)
             if log is not None and keep_log is not None and training.ranks.rank == 0:
                 with writing(keep_log):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from batchtrim._checks import first_line
 from batchtrim.lab.files import PART, expanded
 
 __all__ = ["CannotKeep", "cache_folder", "filled", "folder_for"]
@@ -23,7 +24,7 @@ class CannotKeep(OSError):
     """Decoded images cannot be cached; the message names the folder."""
 
     def __init__(self, folder: Path, error: OSError):
-        reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = error.strerror or first_line(error)
         super().__init__(
             f"cannot keep decoded images in {folder} ({reason}). Set BATCHTRIM_CACHE to a writable folder "
             "with enough space."

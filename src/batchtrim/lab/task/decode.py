@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from batchtrim._checks import import_extra
+from batchtrim._checks import first_line, import_extra
 from batchtrim.lab.task import memory
 from batchtrim.lab.task.entry import hash_of
 from batchtrim.lab.terminal import ProgressCount
@@ -63,7 +63,8 @@ class Form:
     """The form that all images are converted to.
 
     Attributes:
-        size: width and height. grey: one channel; otherwise three.
+        size: width and height.
+        grey: one channel; otherwise three.
         uniform: every image has this size already.
     """
 
@@ -89,8 +90,10 @@ class Decoded:
     """The result of decoding.
 
     Attributes:
-        headers: of each image; None if it is too broken to have one. broken: the reason, by row.
-        hashes: of each image's pixels. counts: how often each value occurs in a channel, int (C, 256).
+        headers: of each image; None if it is too broken to have one.
+        broken: the reason, by row.
+        hashes: of each image's pixels.
+        counts: how often each value occurs in a channel, int (C, 256).
     """
 
     headers: list[Header | None]
@@ -341,5 +344,4 @@ def _reason(error: BaseException, source: Source) -> str:
         return "it is empty"
     if type(error).__name__ == "UnidentifiedImageError":
         return f"its {size} bytes are no image that can be read"
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"it cannot be decoded ({text[:120]})"
+    return f"it cannot be decoded ({first_line(error, 120)})"

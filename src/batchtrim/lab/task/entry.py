@@ -26,8 +26,10 @@ class Entry:
     """The content of an entry.
 
     Attributes:
-        pixels: uint8 (k, C, H, W), mapped from the file. hashes: uint64 (k,), of each image's pixels.
-        kept: bool (n,), False for a broken image. mean, std: of the training images, per channel.
+        pixels: uint8 (k, C, H, W), mapped from the file.
+        hashes: uint64 (k,), of each image's pixels.
+        kept: bool (n,), False for a broken image.
+        mean, std: of the training images, per channel.
         notes: remarks on the images.
     """
 

@@ -45,30 +45,34 @@ def hash_of_source(source: str) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
             node.body = [each for each in node.body if not _is_docstring(each)]
-    return _short(ast.dump(tree))
+    return _hash(ast.dump(tree))
 
 
 def hash_of_function(function: Callable[..., Any]) -> str:
     """Return the hash of a function in memory: of its code, and of what it uses.
 
-    That is the user's functions and classes that it names, and the values that it closes over, has as defaults or
-    reads from its module, as far as they are numbers, text, tuples of them, dictionaries of these, or dataclasses and
-    namespaces of them. Lists, arrays and what the function itself assigns are not part of it: they are data.
+    It uses the user's functions and classes that it names, and the values that it closes over, has as defaults or reads
+    from its module. Values count if they are settings: numbers and text, tuples and dictionaries of these, dataclasses
+    and namespaces. Lists, arrays and what the function itself assigns are data, and do not count.
     """
-    parts = _Parts()
+    parts = _Program()
     parts.add("", function, called=True)
-    return _short("\n".join(parts.found))
+    return _hash("\n".join(parts.found))
 
 
-class _Parts:
-    """What a function consists of, as lines of text."""
+class _Program:
+    """The parts of a function that count, as lines of text."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
         self._seen: set[int] = set()
 
     def add(self, name: str, value: Any, *, called: bool = False) -> None:
-        """Add a value and what it refers to; ``called``: the function itself, of which an object's values count."""
+        """Add a value and what it refers to.
+
+        Args:
+            called: it is the function itself: if that is an object, the settings that it holds count.
+        """
         if type(value).__module__.partition(".")[0] in ("numpy", "torch"):
             value = plain(value)
         if _is_setting(value):
@@ -105,7 +109,7 @@ class _Parts:
 
     def _add_class(self, kind: type) -> None:
         module = sys.modules.get(kind.__module__)
-        if (kind.__module__ == "__main__" or _is_theirs(module)) and self._is_new(kind):
+        if (kind.__module__ == "__main__" or _is_users(module)) and self._is_new(kind):
             self.found.append(f"class {kind.__name__}")
             hidden = ("__doc__", "__dict__", "__weakref__", "__module__", "__firstlineno__", "__static_attributes__")
             self._add_all({name: value for name, value in vars(kind).items() if name not in hidden})
@@ -115,16 +119,16 @@ class _Parts:
     def _add_function(self, function: types.FunctionType) -> None:
         if is_installed(function.__code__.co_filename) or not self._is_new(function):
             return
-        self.found += _lines_of(function.__code__)
-        written = set(_written_by(function.__code__))
+        self.found += _lines_of_code(function.__code__)
+        written = set(_names_written_by(function.__code__))
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         self._add_all({name: content_of(cell) for name, cell in cells if name not in written})
         self._add_all({str(place): each for place, each in enumerate(function.__defaults__ or ())})
         self._add_all(function.__kwdefaults__ or {})
-        names = sorted(set(_names_in(function.__code__)) - written)
+        names = sorted(set(_names_used_by(function.__code__)) - written)
         for name in names:
             value = function.__globals__.get(name)
-            if isinstance(value, types.ModuleType) and _is_theirs(value):
+            if isinstance(value, types.ModuleType) and _is_users(value):
                 self._add_all({each: vars(value)[each] for each in names if each in vars(value)})
             elif name in function.__globals__:
                 self.add(name, value)
@@ -152,7 +156,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(const)
 
 
-def _lines_of(code: types.CodeType) -> list[str]:
+def _lines_of_code(code: types.CodeType) -> list[str]:
     """Return what a function's code does, without its docstrings and lines."""
     found = []
     for each in _codes(code):
@@ -164,12 +168,12 @@ def _lines_of(code: types.CodeType) -> list[str]:
     return found
 
 
-def _names_in(code: types.CodeType) -> Iterator[str]:
+def _names_used_by(code: types.CodeType) -> Iterator[str]:
     for each in _codes(code):
         yield from each.co_names
 
 
-def _written_by(code: types.CodeType) -> Iterator[str]:
+def _names_written_by(code: types.CodeType) -> Iterator[str]:
     """Yield the variables outside of a function that it changes itself, such as a counter: they are no settings."""
     for each in _codes(code):
         yield from (
@@ -185,7 +189,7 @@ def content_of(cell: types.CellType) -> Any:
         return None
 
 
-def _is_theirs(module: types.ModuleType | None) -> bool:
+def _is_users(module: types.ModuleType | None) -> bool:
     file = getattr(module, "__file__", None)
     return isinstance(file, str) and not is_installed(file)
 
@@ -194,5 +198,5 @@ def _is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _short(text: str) -> str:
+def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -42,9 +42,11 @@ class ImageOptions:
 
     Args:
         image_size: side in pixels to resize every image to; None keeps images that share one small size unchanged.
-        test_split: fraction of the images to test on, if the source has no test split. split_seed: of the split.
+        test_split: fraction of the images to test on, if the source has no test split.
+        split_seed: of the split.
         group: a column, or a pattern of file names; images with the same value stay on one side of the split.
-        image_column, label_column: of a table. skip_broken: continue without images that cannot be decoded.
+        image_column, label_column: of a table.
+        skip_broken: continue without images that cannot be decoded.
     """
 
     image_size: int | None = None
@@ -123,7 +125,7 @@ def load(
         kept_labels[first_test:], held.mean, held.std, tuple(classes),
     )  # fmt: skip
     sides = _check_sides(found, [listing.names[row] for row in left], held.hashes, first_test)
-    notes = [*listing.notes, *_alike(classes), *held.notes, *gone, *sides]
+    notes = [*listing.notes, *_similar_names(classes), *held.notes, *gone, *sides]
     version = _version(found, held.hashes)
     return replace(
         found, notes=tuple(f"{shown(dataset)}: {note}" for note in notes), local_notes=local_notes, version=version
@@ -179,7 +181,7 @@ def _only_those_left(
     return [classes[each] for each in left], np.searchsorted(left, labels), [note]
 
 
-def _alike(names: Sequence[str]) -> list[str]:
+def _similar_names(names: Sequence[str]) -> list[str]:
     """Return a note on names that probably mean the same class."""
     found: dict[Any, list[str]] = {}
     for name in names:

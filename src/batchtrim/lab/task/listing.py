@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchtrim._checks import describe, import_extra
+from batchtrim._checks import describe, first_line, import_extra
 from batchtrim.lab.files import expanded, shown
 from batchtrim.lab.task import hub, tables
 from batchtrim.lab.task.decode import Source
@@ -31,12 +31,15 @@ class Listing:
     """The locations of N images, and their labels.
 
     Attributes:
-        names: of each image, for messages. ``labels``: class names, or numbers. ``classes``: all names in order, if
-            the source knows them; otherwise the sorted labels.
-        split: "train" or "test" for each image, if the source has splits. ``groups``: of each, if asked for.
+        names: of each image, for messages.
+        labels: class names, or numbers.
+        classes: all names in order, if the source knows them; otherwise the sorted labels.
+        split: "train" or "test" for each image, if the source has splits.
+        groups: of each, if asked for.
         chunks: yields the images in chunks, each time it is called: the number of the first row, and the images from it
             on.
-        stamps: returns, by file name, a stamp that changes when the file does. ``notes``: remarks on the images.
+        stamps: returns, by file name, a stamp that changes when the file does.
+        notes: remarks on the images.
     """
 
     where: str
@@ -298,10 +301,9 @@ def _hub(dataset: str, data_dir: Path | None, columns: dict[str, str | None]) ->
     try:
         splits = hub.load_dataset(datasets, name, config or None)
     except Exception as error:  # the errors of hub clients vary with their versions
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise OSError(
-            f"could not get {dataset!r} from the Hugging Face hub ({text}). Without a connection, pass --data-dir DIR "
-            f"(or set BATCHTRIM_DATA) with the hub's files in DIR/{name}."
+            f"could not get {dataset!r} from the Hugging Face hub ({first_line(error)}). Without a connection, pass "
+            f"--data-dir DIR (or set BATCHTRIM_DATA) with the hub's files in DIR/{name}."
         ) from error
     return from_splits(splits, dataset, columns)
 

@@ -30,7 +30,8 @@ def patch_whitening(images: Tensor, mean: Sequence[float], std: Sequence[float],
 
     Args:
         images: uint8 (N, C, H, W); up to 2,000 of them, evenly spaced, are used, so that nothing is random.
-        mean: per channel, in [0, 255]; ``std`` likewise. kernel: K.
+        mean: per channel, in [0, 255]; ``std`` likewise.
+        kernel: K.
     """
     some = images[:: max(1, len(images) // _PATCH_IMAGES)].float()
     some = (some - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
@@ -50,7 +51,8 @@ class SpeedNet(nn.Module):
     by 3, which together with a large learning rate keeps early steps small.
 
     Args:
-        shape: (channels, height, width). ``width``: of the first group; the others have twice as many.
+        shape: (channels, height, width).
+        width: of the first group; the others have twice as many.
         kernel: side of the whitened patches, ``stride``: between them; 2 makes the network four times cheaper.
         norm: makes a norm layer for a number of channels.
     """

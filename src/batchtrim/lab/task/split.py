@@ -24,7 +24,9 @@ def split_rows(
     closer to that number.
 
     Args:
-        labels: int (N,). fraction: in (0, 1). seed: of the random draw.
+        labels: int (N,).
+        fraction: in (0, 1).
+        seed: of the random draw.
         groups: one name per sample; samples of one group, such as frames of a clip, end up on the same side.
 
     Raises:

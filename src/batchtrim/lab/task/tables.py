@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchtrim._checks import describe
+from batchtrim._checks import describe, in_one_line
 
 __all__ = ["SUFFIXES", "Table", "batches", "check_labels", "column", "content", "read", "rows_at_once"]
 
@@ -26,9 +26,12 @@ class Table:
     """The columns that matter.
 
     Attributes:
-        image, label: their names. labels: one per row. images: of a CSV table; None if they are read when decoded.
+        image, label: their names.
+        labels: one per row.
+        images: of a CSV table; None if they are read when decoded.
         files: paths of images that are beside the table, not in it.
-        groups, split: one per row, if asked for and present. class_names: those in the hub's files.
+        groups, split: one per row, if asked for and present.
+        class_names: those in the hub's files.
     """
 
     image: str
@@ -61,10 +64,7 @@ def _readable(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
     except (pyarrow.ArrowException, OSError) as error:
-        text = (str(error).splitlines() or [""])[0][:160]
-        raise ValueError(
-            f"expected {path} to be a table that can be read, got {type(error).__name__}: {text}."
-        ) from error
+        raise ValueError(f"expected {path} to be a table that can be read, got {in_one_line(error)}.") from error
 
 
 def _csv(path: Path, columns: dict[str, str | None]) -> Table:

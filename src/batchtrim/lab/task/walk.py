@@ -19,7 +19,8 @@ class FolderContents:
 
     Attributes:
         images: files by their suffix, including broken links, which are reported as broken images.
-        others: names of files that are not images. linked: linked folders, which are not entered.
+        others: names of files that are not images.
+        linked: linked folders, which are not entered.
     """
 
     images: list[Path] = field(default_factory=list)

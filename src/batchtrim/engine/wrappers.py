@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["check_backward", "hooked", "unwrapped", "with_call"]
+__all__ = ["check_backward", "hooks_on_wrapper", "in_wrapper", "unwrapped"]
 
 
 class _FabricModel(nn.Module):
-    """What Fabric's wrapper computes: the model under autocast, inputs and outputs converted."""
+    """Compute what Fabric's wrapper does: run the model under autocast, with inputs and outputs converted."""
 
     def __init__(self, wrapper: Any) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return _FabricModel(model) if _is_fabric(model) else model
 
 
-def hooked(model: nn.Module) -> str | None:
+def hooks_on_wrapper(model: nn.Module) -> str | None:
     """Return why the model's wrapper cannot be passed by, or None: hooks on it see its inputs and outputs."""
     if not (isinstance(model, DistributedDataParallel) or _is_fabric(model)):
         return None
@@ -69,8 +69,8 @@ def check_backward(model: nn.Module, loss: Tensor) -> None:
 
 
 @contextmanager
-def with_call(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Return ``call`` in place of the model inside its wrapper, whose own work is not part of the model."""
+def in_wrapper(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Yield a function to call in place of the model: its wrapper does its own work around ``call``."""
     if _is_fabric(model):
         model = model._forward_module  # type: ignore[assignment]
     if not isinstance(model, DistributedDataParallel):

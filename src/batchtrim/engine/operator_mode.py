@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Watching"]
+__all__ = ["OperatorMode"]
 
 
-class Watching(TorchDispatchMode):
+class OperatorMode(TorchDispatchMode):
     """A mode that watches a forward in which higher-order operators may run."""
 
     supports_higher_order_operators = True

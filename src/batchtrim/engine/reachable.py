@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CONTAINERS", "Held", "Names", "is_array", "is_numpy_generator"]
+__all__ = ["CONTAINERS", "Names", "Reachable", "is_array", "is_numpy_generator"]
 
 CONTAINERS = (list, dict, set, deque)
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
@@ -59,7 +59,8 @@ class Names:
 
     Attributes:
         owner: the module, object, class or function whose names they are.
-        read: returns a name's value, or raises LookupError, AttributeError or ValueError. bind: rebinds a name.
+        read: returns a name's value, or raises LookupError, AttributeError or ValueError.
+        bind: rebinds a name.
         whole: the owner's ``__dict__``, if names that are added later can be deleted from it; otherwise None.
     """
 
@@ -91,7 +92,7 @@ class Names:
             return Names  # no value
 
 
-class Held:
+class Reachable:
     """The state that can be reached from the roots: a model, and the function that computes its loss.
 
     Args:
@@ -99,15 +100,16 @@ class Held:
 
     Attributes:
         modules: each module once.
-        names: of modules, and of the objects, classes and functions reached from them. of_tensors: of parameters and
-            buffers.
+        names: of modules, and of the objects, classes and functions reached from them.
+        of_tensors: of parameters and buffers.
         contents: objects that can change in place, including tensors that are neither parameters nor buffers.
         watched: tensors that are too large to copy in every step, or do not belong to the model: parameters that the
             first root does not list, and tensors that functions name.
         iterators: descriptions of iterators that modules hold or functions name. Their next value can be taken only
             once, so they cannot be restored.
         with_graph: descriptions of the places that hold a tensor with a graph.
-        functions: the user's own. caches: those of the user's functions with ``functools.lru_cache``.
+        functions: the user's own.
+        caches: those of the user's functions with ``functools.lru_cache``.
     """
 
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:

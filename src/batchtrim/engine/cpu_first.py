@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.watching import Watching
+from batchtrim.engine.operator_mode import OperatorMode
 
-__all__ = ["Rehearsal"]
+__all__ = ["CpuFirst"]
 
 # Operators whose kernels check values on the GPU: probabilities, and indices into a table.
 _CHECKING = frozenset({
@@ -25,7 +25,7 @@ _CHECKING = frozenset({
 })  # fmt: skip
 
 
-class Rehearsal(Watching):
+class CpuFirst(OperatorMode):
     """First run each operator that checks its values on the CPU, where it raises an error instead.
 
     A context manager. ``device`` is the type of device whose tensors are tried.

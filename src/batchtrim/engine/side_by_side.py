@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.rows import copied, entries, map_tensors, tensors_of
-from batchtrim.engine.state import GeneratorStates, ModelState, device_of, modules_of, relative_difference
+from batchtrim.engine.state import ModelState, device_of, modules_of, relative_difference
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["TOLERANCE", "Trial", "generators_kept", "max_or_nan"]
+__all__ = ["TOLERANCE", "SideBySide", "generators_kept", "max_or_nan"]
 
 # How far a gradient may be off, relative to its norm: float32 sums in another order differ by this much.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -107,7 +108,7 @@ class _Side:
         }
 
 
-class Trial:
+class SideBySide:
     """An engine and a plain step, side by side."""
 
     def __init__(self, model: nn.Module, loss: Any, engine: str, batch_dim: int, tolerance: float | None) -> None:
@@ -324,10 +325,10 @@ def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def _same_batch(ours: Any, theirs: Any) -> bool:
     """Return True if two batches hold the same, in the same places; what is no tensor, number or text is left out."""
     own, plain = entries(ours), entries(theirs)
-    return own.keys() == plain.keys() and all(_alike(own[place], plain[place]) for place in own)
+    return own.keys() == plain.keys() and all(_same_entry(own[place], plain[place]) for place in own)
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _same_entry(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         strided = a.layout == b.layout == torch.strided
         return a.shape == b.shape and (not strided or torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True))

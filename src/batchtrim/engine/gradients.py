@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["gradients_aside"]
+__all__ = ["gradients_without_hooks"]
 
 
-def gradients_aside(losses: Tensor, tensors: Sequence[Tensor], weights: Tensor, *, keep: bool) -> list[Tensor | None]:
+def gradients_without_hooks(
+    losses: Tensor, tensors: Sequence[Tensor], weights: Tensor, *, keep: bool
+) -> list[Tensor | None]:
     """Return the gradient of ``sum(weights * losses)`` for each tensor; hooks of these do not see it.
 
     Args:

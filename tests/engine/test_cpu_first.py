@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchtrim.engine.rehearsal import Rehearsal, _on_cpu
+from batchtrim.engine.cpu_first import CpuFirst, _on_cpu
 
 NAN = torch.tensor([[0.2, float("nan")]])
 FAR = torch.tensor([0, 9])
@@ -38,15 +38,15 @@ def test_an_operator_that_checks_its_numbers_raises_on_the_cpu(name: str, monkey
         tried.append(str(func))
         _on_cpu(func, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("batchtrim.engine.rehearsal._on_cpu", noted)
-    with pytest.raises((RuntimeError, IndexError)), Rehearsal("cpu"):
+    monkeypatch.setattr("batchtrim.engine.cpu_first._on_cpu", noted)
+    with pytest.raises((RuntimeError, IndexError)), CpuFirst("cpu"):
         CALLS[name]()
     assert len(tried) == 1
 
 
 def test_what_passes_runs_once_for_real_and_leaves_its_operands() -> None:
     table, weight = torch.zeros(3), torch.ones(3, requires_grad=True)
-    with Rehearsal("cpu"):
+    with CpuFirst("cpu"):
         table.index_put_((torch.tensor([1]),), torch.tensor([5.0]), accumulate=True)
         weight[torch.tensor([1, 1])].sum().backward()
     assert table.tolist() == [0.0, 5.0, 0.0]

@@ -55,8 +55,11 @@ class RunInfo:
     """The run that a method is built for.
 
     Args:
-        samples: N; ``classes``: of the labels; ``epochs``, ``batch_size``, ``seed``: of the run.
-        keep: the run's keep schedule, for methods that follow it. width: channels of the network's first stage.
+        samples: N.
+        classes: of the labels.
+        epochs, batch_size, seed: of the run.
+        keep: the run's keep schedule, for methods that follow it.
+        width: channels of the network's first stage.
     """
 
     samples: int

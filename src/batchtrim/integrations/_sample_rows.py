@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations._intercept import LossCall, LossPart, NotFound
+from batchtrim.integrations._recorder import LossCall, LossPart, NotFound
 
 __all__ = ["label_sizes", "output_tensors", "prove_rows", "rows_of", "shifts_of"]
 

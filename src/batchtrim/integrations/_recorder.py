@@ -5,7 +5,7 @@ A model's ``forward`` or a module's ``training_step`` returns one number. :class
 ``torch.nn.functional`` passes through it, also those that modules such as ``nn.CrossEntropyLoss()`` make. The caller
 gets the usual value, detached from the graph. The un-reduced losses are stored, with their graph. Differentiating
 the returned number with respect to these values then gives what each loss contributes to it:
-:func:`batchtrim.integrations._parts.parts_of`.
+:func:`batchtrim.integrations._contributions.parts_of`.
 
 Legend: L the returned number, u_j un-reduced losses, r the reduced value the caller got, D its divisor.
 """
@@ -49,8 +49,11 @@ class LossCall:
     """One call of a loss function.
 
     Attributes:
-        name: of the function. values: un-reduced, at least float32, with a graph. leaf: what the caller got.
-        target: of the call. counted: bool, shape of ``values``; None if every entry counts.
+        name: of the function.
+        values: un-reduced, at least float32, with a graph.
+        leaf: what the caller got.
+        target: of the call.
+        counted: bool, shape of ``values``; None if every entry counts.
         weights: weights already in ``values`` that the mean divides by, of classes or of ``mse_loss(weight=)``; shape
             of ``values``, 0 where nothing counts; None if there are none.
         divisor: D, if ``leaf`` is ``sum(values) / D``; None if ``leaf`` is un-reduced.
@@ -73,7 +76,8 @@ class LossPart:
     """One call's contribution to L: ``L = sum over parts of sum_j(values_j / divisor)``.
 
     Attributes:
-        values: the call's, times their factor in L. weights: what each entry counts, or None for ones.
+        values: the call's, times their factor in L.
+        weights: what each entry counts, or None for ones.
     """
 
     call: LossCall
@@ -161,7 +165,8 @@ def entries(given: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Return which entries of the class targets count, and their class weights.
 
     Args:
-        given: ``target``, ``weight`` and ``ignore_index`` of the loss function. dtype: of the weights.
+        given: ``target``, ``weight`` and ``ignore_index`` of the loss function.
+        dtype: of the weights.
     """
     target, weight = given["target"], given["weight"]
     counted = target != given["ignore_index"]

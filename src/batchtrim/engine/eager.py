@@ -13,29 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.aside import gradients_aside
+from batchtrim._checks import in_one_line
 from batchtrim.engine.capture import CannotCapture
 from batchtrim.engine.forward import Forward
+from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.gradients import gradients_without_hooks
+from batchtrim.engine.precision import uses_tf32
 from batchtrim.engine.rows import entries, map_tensors, tensors_of
 from batchtrim.engine.state import (
     TAKEN_TWICE,
-    GeneratorStates,
     ModelState,
     Snapshot,
     caches_left,
     relative_difference,
     uncompiled_calls,
-    uses_tf32,
 )
 from batchtrim.engine.writes import ParameterWrites
 
-__all__ = ["Plain"]
+__all__ = ["EagerStep"]
 
 _GRADIENT_APART, _COARSE_APART = 1e-2, 0.2  # of a parameter's gradient, or of a hundredth of the whole
 _SMALL = 1e-2
 
 
-class Plain:
+class EagerStep:
     """A step as the model's own Python runs it. It leaves everything unchanged.
 
     Args:
@@ -119,7 +120,7 @@ class Plain:
         except torch.OutOfMemoryError:
             return None
         except Exception as error:
-            return f"its backward fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+            return f"its backward fails ({in_one_line(error)})"
         pairs = list(zip(self.parameters.values(), self.gradients, found, strict=True))
         total = sum(float(own.double().norm()) ** 2 for _, own, _ in pairs if own is not None) ** 0.5
         apart = _COARSE_APART if coarse else _GRADIENT_APART
@@ -151,7 +152,7 @@ class Plain:
         if not parameters or not losses.requires_grad or losses.numel() == 0:
             return [None] * len(parameters)
         weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype, device=losses.device) / losses.numel()
-        return gradients_aside(losses, parameters, weights, keep=keep)
+        return gradients_without_hooks(losses, parameters, weights, keep=keep)
 
 
 def _without_histories(batch: Any) -> Any:

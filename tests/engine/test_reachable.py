@@ -16,7 +16,7 @@ from harness import agree, train
 from torch import Tensor, nn
 
 import batchtrim
-from batchtrim.engine.held import Held
+from batchtrim.engine.reachable import Reachable
 from batchtrim.errors import EngineFallback, EngineRefused
 
 COUNT = 0
@@ -223,7 +223,7 @@ def test_a_hook_collects_what_one_forward_gives() -> None:
 def test_an_iterator_is_refused_for_it_cannot_be_put_back() -> None:
     model = Counting(lambda model: next(model.count))
     model.count = iter(range(100))  # type: ignore[assignment]
-    assert Held(model).iterators == ["Counting.count"]
+    assert Reachable(model).iterators == ["Counting.count"]
     with pytest.warns(EngineFallback, match=r"it holds an iterator \(Counting\.count\)"):
         train(lambda: model, lambda b: torch.randn(b, 6), "auto", steps=2)
     with pytest.raises(Exception, match=r"it holds an iterator \(Counting\.count\)"):
@@ -231,8 +231,8 @@ def test_an_iterator_is_refused_for_it_cannot_be_put_back() -> None:
 
 
 def test_a_global_iterator_is_refused_and_no_name_of_an_attribute_is_taken_for_one() -> None:
-    assert Held(Counting(lambda _: next(NUMBERS))).iterators == ["the global variable NUMBERS"]
-    assert not Held(Counting(lambda model: model.NUMBERS)).iterators
+    assert Reachable(Counting(lambda _: next(NUMBERS))).iterators == ["the global variable NUMBERS"]
+    assert not Reachable(Counting(lambda model: model.NUMBERS)).iterators
 
 
 def test_a_window_of_a_model_with_an_iterator_is_refused() -> None:
@@ -257,7 +257,7 @@ def test_a_window_counts_each_micro_batch_once(engine: str) -> None:
 def test_libraries_and_tools_are_not_entered() -> None:
     model = nn.Linear(2, 2)
     model.tool = torch.optim.SGD(model.parameters(), 0.1)  # type: ignore[assignment]
-    held = Held(model, nn.functional.cross_entropy)
+    held = Reachable(model, nn.functional.cross_entropy)
     assert [names.owner for names in held.names] == [model]
     assert held.modules == [model]
     assert not held.watched

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchtrim.integrations._intercept import NotFound
+from batchtrim.integrations._recorder import NotFound
 from batchtrim.unreduced import Losses, flatten, nonzero
 
 __all__ = ["Term", "merged"]
@@ -21,7 +21,9 @@ class Term(NamedTuple):
     """One term of a loss, ``sum(values) / divisor``; the divisor is the sum of ``weights``, else the counted entries.
 
     Attributes:
-        values: (B, t). counted: bool, as many entries; None if all count. weights: as many entries, or None.
+        values: (B, t).
+        counted: bool, as many entries; None if all count.
+        weights: as many entries, or None.
     """
 
     values: Tensor
@@ -39,8 +41,8 @@ def merged(terms: Sequence[Term], alike: bool, unit: str) -> tuple[Losses, Tenso
     """Return the losses to choose from (keeping all gives the sum of the terms), and what to rank them by.
 
     Args:
-        alike: the terms have the same entries with the same weights, so that they add up entry by entry. unit: "sample"
-            or "element".
+        alike: the terms have the same entries with the same weights, so that they add up entry by entry.
+        unit: "sample" or "element".
 
     Returns:
         Losses, and scores (B,), None if the losses' own values are ranked.

@@ -12,7 +12,7 @@ OnEpoch = Callable[[dict[str, Any]], None]
 EVERY = 0.5
 
 
-def beat(tell: OnEpoch, epochs: int) -> Callable[[int, int, int], None]:
+def batch_progress(tell: OnEpoch, epochs: int) -> Callable[[int, int, int], None]:
     """Return a function to call after every batch with the epoch, the batch and the number of batches in the epoch."""
     told = -EVERY
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from batchtrim import Trimmer
-from batchtrim.lab.run.handle import Run
 from batchtrim.lab.run.task_config import TaskConfig
+from batchtrim.lab.run.task_run import Run
 
 
 @pytest.mark.parametrize("method", ["full", "trim", "random", "loss_mass", "loss_mass_kept", "two_sided", "small_loss"])

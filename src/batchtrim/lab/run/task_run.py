@@ -18,8 +18,9 @@ from batchtrim._checks import check_count, describe, is_number, plain
 from batchtrim._transforms import in_backward
 from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
-from batchtrim.lab.run.beat import OnEpoch
+from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.task_config import TaskConfig
+from batchtrim.selection.base import k_follows_losses
 
 __all__ = ["Run", "TaskMistake", "as_number"]
 
@@ -32,9 +33,10 @@ class WatchedRule:
     """A selection rule that counts the samples it chooses from, whichever trimmer uses it.
 
     Attributes:
-        calls, seen, kept: how often it chose in training, from how many samples, and how many it kept. ``repeated``: of
-            these, how many went forward once more, in a second pass. ``compiled``: some steps were compiled, which are
-            not counted. ``steps``: the run's :class:`batchtrim.TrimmedForward`.
+        calls, seen, kept: how often it chose in training, from how many samples, and how many it kept.
+        repeated: of these, how many went forward once more, in a second pass.
+        compiled: some steps were compiled, which are not counted.
+        steps: the run's :class:`batchtrim.TrimmedForward`.
 
     Notes:
         Not counted: batches without gradient (validation), and a choice that an activation checkpoint repeats.
@@ -90,9 +92,11 @@ class Run:
             ``TrimmedTrainer(..., keep=run.keep, trim_options=run.trim_options)``, or
             ``TrimmingCallback(run.keep, **run.trim_options)``. For tokens or pixels make your own:
             ``Trimmer(run.keep, total=run.epochs, unit="element", **run.trim_options)``.
-        method, params: the method's name and its parameters. ``seed``: the seed to use; torch, NumPy and
-            ``random`` are already seeded with it. ``epochs``: how many to train.
-        device: "cpu", "cuda" or "mps". ``threads``: torch's number of threads is set to it.
+        method, params: the method's name and its parameters.
+        seed: the seed to use; torch, NumPy and ``random`` are already seeded with it.
+        epochs: how many to train.
+        device: "cpu", "cuda" or "mps".
+        threads: torch's number of threads is set to it.
         out: a permanent folder of this run, for example for the function's own checkpoints.
     """
 
@@ -123,7 +127,8 @@ class Run:
         """Return a :class:`batchtrim.TrimmedForward` with this run's trimmer: ``loss = step(x, y)``.
 
         Args:
-            engine: by default the command's ``--engine``. more: further arguments of TrimmedForward.
+            engine: by default the command's ``--engine``.
+            more: further arguments of TrimmedForward.
         """
         step = TrimmedForward(model, criterion, self.trim, engine or self._engine, **more)
         self.rule.steps.append(step)
@@ -207,7 +212,7 @@ class Run:
 
     def _kept_since(self) -> dict[str, float]:
         """Return the statistics of the run's own trimmer since the last point; a trainer's trimmer logs its own."""
-        follows = getattr(self.rule.rule, "k_follows_losses", False)  # then the schedule is not of samples
+        follows = k_follows_losses(self.rule.rule)  # then the schedule is not of samples
         keep = self.trim.stats.compute()["keep"] if follows else None
         values = log_values(self.trim)
         if values and keep is not None:

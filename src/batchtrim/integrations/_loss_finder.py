@@ -1,6 +1,6 @@
 """Turn the single loss that a model or a training step returns into one loss per sample, with proof.
 
-:class:`LossFinder` runs the model's own code under :class:`batchtrim.integrations._intercept.Recorder`, so the loss is
+:class:`LossFinder` runs the model's own code under :class:`batchtrim.integrations._recorder.Recorder`, so the loss is
 what that code computes, and nothing is guessed from names, configurations or the form of the labels. It checks that the
 losses add up to the model's own loss. The first time it sees a kind of batch, and occasionally after that, it also
 checks that each loss is in the row of its sample. If a check fails, it raises an error; it never returns another
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations._intercept import LossPart, NotFound, Recorder
-from batchtrim.integrations._merging import Term, merged
-from batchtrim.integrations._parts import compare, parts_of
-from batchtrim.integrations._rows import label_sizes, output_tensors, prove_rows, rows_of
+from batchtrim.integrations._contributions import compare, parts_of
+from batchtrim.integrations._recorder import LossPart, NotFound, Recorder
+from batchtrim.integrations._sample_rows import label_sizes, output_tensors, prove_rows, rows_of
+from batchtrim.integrations._terms import Term, merged
 from batchtrim.unreduced import Losses
 
 __all__ = ["Found", "LossFinder"]
@@ -36,9 +36,11 @@ class Found:
     Attributes:
         losses: a vector to choose from; keeping all of it gives L.
         scores: what to rank by, if that is not ``values``.
-        loss: L, detached from the model. outputs: what the model returned.
-        parts: what the recorded calls contribute. terms: the same, arranged by sample. alike: whether they add up entry
-            by entry.
+        loss: L, detached from the model.
+        outputs: what the model returned.
+        parts: what the recorded calls contribute.
+        terms: the same, arranged by sample.
+        alike: whether they add up entry by entry.
     """
 
     losses: Losses
@@ -70,10 +72,12 @@ class LossFinder:
         """Return the losses of a batch of ``batch`` samples.
 
         Args:
-            run: the model's code. loss_of: returns L from its result. labels: (B, ...), the targets.
+            run: the model's code.
+            loss_of: returns L from its result.
+            labels: (B, ...), the targets.
 
         Raises:
-            NotFound: see :class:`batchtrim.integrations._intercept.NotFound`.
+            NotFound: see :class:`batchtrim.integrations._recorder.NotFound`.
         """
         with_graph = torch.is_grad_enabled()
         with Recorder(self.smoothing) as recorder:
@@ -96,14 +100,14 @@ class LossFinder:
             if bool(loss.isfinite()):  # NaN and inf prove nothing
                 self._proven.add(form)
         terms = [Term(each, part.counted, part.weights) for part, each in zip(parts, rows, strict=True)]
-        alike = _alike(parts, rows)
+        alike = _same_entries(parts, rows)
         losses, scores = merged(terms, alike, self.unit)
         if check:
             compare(loss, losses.mean(), "the loss with everything kept")
         return Found(losses, scores, loss.detach(), outputs, parts, terms, alike)
 
 
-def _alike(parts: list[LossPart], rows: list[Tensor]) -> bool:
+def _same_entries(parts: list[LossPart], rows: list[Tensor]) -> bool:
     """Return True if the parts add up entry by entry: the same entries, counted alike."""
     first = parts[0]
     return len(parts) == 1 or all(

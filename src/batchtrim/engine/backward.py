@@ -38,7 +38,8 @@ def run_backward(
     """Run the upper part on the kept rows, put its gradients back, run the lower part.
 
     Args:
-        whole: the backward's inputs by position, on all rows; emptied. kept: inputs already cut; emptied.
+        whole: the backward's inputs by position, on all rows; emptied.
+        kept: inputs already cut; emptied.
     """
     known: dict[fx.Node, Any] = {}
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from batchtrim.lab.task.fingerprint import content_of
 
-__all__ = ["Outside"]
+__all__ = ["SideEffects"]
 
 MOST_ENTRIES = 1000  # of a list or a dictionary: larger ones hold data, and looking would take time
 
 
-class Outside:
+class SideEffects:
     """The networks, tensors and generators that a function finds in its module, its closure or its object."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -1,0 +1,54 @@
+"""Record and restore the random-number generators: torch's, Python's, and NumPy's."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+__all__ = ["GeneratorStates"]
+
+
+class GeneratorStates:
+    """The state of every generator a forward may draw from: torch's, Python's, and NumPy's if it is loaded.
+
+    NumPy's takes longer to read than all others: ``of_numpy=False`` leaves it out.
+    """
+
+    def __init__(self, device: torch.device, *, of_numpy: bool = True) -> None:
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.python = random.getstate()
+        numpy = sys.modules.get("numpy") if of_numpy else None
+        self.numpy: Any = None if numpy is None else numpy.random.get_state(legacy=False)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.cuda.set_rng_state(self.accelerator, self.device)
+        self.restore_outside_torch()
+
+    def restore_outside_torch(self) -> None:
+        """Restore only the generators of Python and NumPy."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+    def same(self, other: GeneratorStates) -> bool:
+        """Return True if nothing was drawn between the two."""
+        return self.same_torch_state(other) and self.python == other.python and _same_numpy(self.numpy, other.numpy)
+
+    def same_torch_state(self, other: GeneratorStates) -> bool:
+        if self.accelerator is not None and other.accelerator is not None:
+            return torch.equal(self.cpu, other.cpu) and torch.equal(self.accelerator, other.accelerator)
+        return torch.equal(self.cpu, other.cpu)
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return True  # NumPy was imported in between
+    same = a["state"]["pos"] == b["state"]["pos"] and (a["state"]["key"] == b["state"]["key"]).all()
+    return bool(same) and a["has_gauss"] == b["has_gauss"]

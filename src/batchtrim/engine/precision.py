@@ -1,0 +1,40 @@
+"""Look at the precision in which float32 is multiplied, and set it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["full_float32", "uses_tf32"]
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Return True if products of float32 may be computed with TF32's ten bits, which is cuDNN's default."""
+    return device.type == "cuda" and any(getattr(place, name) in (True, "tf32") for place, name in _tf32_switches())
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute products of float32 in full float32 inside the block, on a GPU too."""
+    before = [(place, name, getattr(place, name)) for place, name in _tf32_switches()]
+    try:
+        for place, name, value in before:
+            setattr(place, name, "ieee" if isinstance(value, str) else False)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def _tf32_switches() -> list[tuple[Any, str]]:
+    """Return the switches that allow TF32: from torch 2.9 on, one for each kind of operator.
+
+    There the older switches raise once a user has set one of the new ones.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        return [(place, "fp32_precision") for place in (matmul, cudnn.conv, cudnn.rnn)]
+    return [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
