@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+import tiers
 
 # --doctest-modules would import each, under a second name; typed_usage.py is for the type checker alone
 collect_ignore = [str(path) for path in Path(__file__).parent.rglob("*.py") if not path.name.startswith("test_")]
@@ -21,6 +25,43 @@ gc.disable()  # until all tests are collected: nearly everything that imports ma
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 # Inductor's own pool imports torch in further processes, and the workers of the tests use every core already
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make no slow tests if none is asked for, and spare the imports of metrics that no test computes."""
+    tiers.default_only = config.option.markexpr == "not slow"
+    _torchmetrics_alone()
+
+
+def _torchmetrics_alone() -> None:
+    """Let torchmetrics, which Lightning imports, be as after ``pip install lightning``, without three packages.
+
+    For metrics that no test computes it would import SciPy's signals, matplotlib and transformers' models, which takes
+    a fifth of the time of collecting all tests.
+    """
+    try:
+        from lightning_utilities.core import imports
+    except ImportError:
+        return
+    spared = {"scipy", "matplotlib", "transformers"}
+    there, check = imports.package_available, imports.RequirementCache._check_available
+
+    def checked(self: Any) -> None:
+        if re.split(r"\W", self.requirement or "")[0] in spared:
+            self.available, self.message = False, "left out of tests"
+        check(self)
+
+    imports.package_available = lambda name: name not in spared and there(name)
+    imports.RequirementCache._check_available = checked
+
+
+def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: object) -> list[pytest.Item] | None:
+    """Make no items of a slow test, or of a file of slow tests, that would be deselected."""
+    if not tiers.default_only or not name.lower().startswith("test"):
+        return None
+    marks = getattr(obj, "pytestmark", ())
+    slow = any(mark.name == "slow" for mark in (marks if isinstance(marks, list | tuple) else (marks,)))
+    return [] if slow or collector.get_closest_marker("slow") is not None else None
 
 
 @pytest.hookimpl(wrapper=True)
