@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-
 default_only = False  # True if slow tests are not asked for; conftest.py sets it
 
 
