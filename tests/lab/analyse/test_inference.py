@@ -23,6 +23,16 @@ def test_moments_by_hand():
     assert inference.moments([1.0, 2.0, 3.0, 4.0, 5.0]) == found, "the bootstrap must repeat"
 
 
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_the_bootstrap_is_scipys(n):
+    from scipy import stats as scipy_stats
+
+    data = np.random.default_rng(n).normal(0.1, 0.02, n)
+    options = {"n_resamples": inference.RESAMPLES, "method": "percentile", "rng": np.random.default_rng(0)}
+    expected = scipy_stats.bootstrap((data,), np.mean, **options).confidence_interval
+    assert inference.moments(data.tolist()).bootstrap == pytest.approx((expected.low, expected.high), rel=1e-12)
+
+
 @pytest.mark.parametrize(("values", "mean"), [([], None), ([0.5], 0.5)])
 def test_moments_of_too_few_values_have_no_interval(values, mean):
     assert inference.moments(values) == inference.Moments(len(values), mean, None, None, None)
