@@ -7,12 +7,19 @@ from typing import Any
 
 import pytest
 
+default_only = False  # True if slow tests are not asked for; conftest.py sets it
+
 
 def few(names: Iterable[Any], default: Collection[Any]) -> list[Any]:
-    """Return one parameter for each name, or several for a tuple; what is not in ``default`` is slow."""
+    """Return one parameter for each name, or several for a tuple; what is not in ``default`` is slow.
+
+    If slow tests are not asked for, it is left out, as long as a parameter remains.
+    """
     names = list(names)
     missing = [name for name in default if name not in names]
     assert not missing, f"no such cases: {missing}"
+    if default_only:
+        names = [name for name in names if name in default] or names[:1]
     values = [name if isinstance(name, tuple) else (name,) for name in names]
     marks = [() if name in default else pytest.mark.slow for name in names]
     return [pytest.param(*each, marks=mark) for each, mark in zip(values, marks, strict=True)]

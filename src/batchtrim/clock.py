@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from batchtrim._checks import check_choice, check_count, check_part, check_schedule_output
 from batchtrim.errors import ChooseLength, ClockPastTotal
-from batchtrim.schedules import progress_at
+from batchtrim.schedules import constant, progress_at
 
 __all__ = ["LENGTHS", "Clock"]
 
@@ -34,8 +35,9 @@ class Clock:
         self.reads_accuracy = getattr(schedule, "reads", "progress") == "accuracy"
         self.steps, self.accuracy = 0, 0.0
         self._told = False
-        for at in _probe_points(total):
-            self._ask(at)
+        if type(schedule) is not constant:  # which was checked when it was made
+            for at in _probe_points(total):
+                self._ask(at)
         self.keep = self._at_present()
 
     @property
@@ -127,7 +129,8 @@ class Clock:
         return self._ask(self.accuracy if self.reads_accuracy else self.progress)
 
 
-def _probe_points(total: int | None) -> list[float]:
+@functools.lru_cache(maxsize=8)
+def _probe_points(total: int | None) -> tuple[float, ...]:
     """Return the points at which to test a schedule: every step of a short training, a thousand steps of a long one."""
     points = min(total or _PROBE_POINTS, _PROBE_POINTS)
-    return [progress_at(i, points) for i in range(points)]
+    return tuple(progress_at(i, points) for i in range(points))

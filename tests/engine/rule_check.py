@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -21,6 +22,16 @@ from batchtrim.engine.rules import Value, alike, apply_rule
 S, T = sympy.symbols("s t", positive=True, integer=True)  # how many samples, how many tokens each
 SIZES = {S: 7, T: 5}
 FLOAT, INT, BOOL, COMPLEX = torch.float64, torch.int64, torch.bool, torch.complex128
+
+
+@functools.cache
+def _number(size: sympy.Expr, *sizes: tuple[sympy.Symbol, int]) -> int:
+    return int(size.subs(dict(sizes)))
+
+
+@functools.cache
+def _over(size: Any, symbol: sympy.Symbol) -> sympy.Expr:
+    return sympy.cancel(size / symbol)
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,12 @@ class Spec:
     def layout(self, symbols: Sequence[sympy.Symbol]) -> Layout:
         axes: list[Axis | None] = []
         for symbol in symbols:
-            dims = [d for d, size in enumerate(self.shape) if sympy.sympify(size).has(symbol)]
+            dims = [d for d, size in enumerate(self.shape) if not isinstance(size, int) and size.has(symbol)]
             if not dims:
                 axes.append(None)
                 continue
             (dim,) = dims
-            rest = sympy.cancel(self.shape[dim] / symbol)
+            rest = _over(self.shape[dim], symbol)
             rest = int(rest) if rest.is_Integer else rest
             if len(symbols) > 1 and isinstance(rest, sympy.Expr):  # samples and their tokens in one dimension
                 axes.append(Axis(dim, 1, T) if symbol is S else Axis(dim, S, 1))
@@ -59,7 +70,7 @@ class Spec:
         return RowLayout(tuple(axes), self.zero, self.iota) if any(axes) else Whole(self.zero)
 
     def tensor(self, sizes: dict[Any, int]) -> Tensor:
-        shape = [size if isinstance(size, int) else int(size.subs(sizes)) for size in self.shape]
+        shape = [size if isinstance(size, int) else _number(size, *sizes.items()) for size in self.shape]
         if self.iota:
             return torch.arange(shape[0])
         if self.dtype == BOOL:
@@ -110,7 +121,7 @@ def with_numbers(item: Any, sizes: dict[Any, int], tensors: Callable[[Spec], Ten
     def one(each: Any) -> Any:
         if isinstance(each, Spec):
             return tensors(each)
-        return int(each.subs(sizes)) if isinstance(each, sympy.Expr) else each
+        return _number(each, *sizes.items()) if isinstance(each, sympy.Expr) else each
 
     return mapped(item, one)
 
@@ -248,8 +259,8 @@ def varied(spec: Spec, draw: random.Random) -> Spec:
     """Return the spec with other factors, and with rows that vanish or not."""
     factors: list[int | None] = []
     for size in spec.shape:
-        rest = sympy.sympify(size) / S
-        number = int(rest) if rest.is_Integer and rest > 0 else 1
+        rest = 0 if isinstance(size, int) else _over(size, S)
+        number = int(rest) if rest and rest.is_Integer and rest > 0 else 1
         choices = [f for f in range(1, number + 1) if number % f == 0]
         factors.append(None if number > 1 and draw.random() < 0.15 else draw.choice(choices))
     iota = spec.dtype == INT and spec.shape == (S,) and draw.random() < 0.3

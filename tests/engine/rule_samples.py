@@ -64,6 +64,8 @@ def placed(sample: Sample, rows: dict[Any, Any]) -> Sample:
 
 
 def _size(size: Any, sizes: dict[Any, Any]) -> Any:
+    if isinstance(size, int):
+        return size
     size = sympy.sympify(size).subs(sizes)
     return int(size) if size.is_Integer else size
 

@@ -54,7 +54,8 @@ def test_two_pass_is_never_silently_wrong(name: str) -> None:
 
 
 # Each takes seconds to trace: these few in every run, all of them among the slow tests.
-FEW = ("popped_from_the_batch", "uniform_number_of_python", "detached_if_compiled", "unknown_words_caught")
+# Numbers of Python are drawn in test_between_steps.py.
+FEW = ("popped_from_the_batch", "detached_if_compiled", "unknown_words_caught")
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,24 +14,33 @@ from torch import nn
 from batchtrim import TrimmedForward, Trimmer
 from tiers import few
 
+COPIES: dict[str, Callable[[TrimmedForward], TrimmedForward]] = {
+    "pickle": lambda step: pickle.loads(pickle.dumps(step)),
+    "deepcopy": copy.deepcopy,
+}
+
 
 @pytest.mark.parametrize(
-    ("engine", "used"),
+    ("engine", "used", "how"),
     few(
-        itertools.product(["exact", "two_pass", "shared", "auto"], [False, True]),
-        [("exact", True), ("two_pass", True), ("shared", True)],
+        itertools.product(["exact", "two_pass", "shared", "auto"], [False, True], COPIES),
+        [
+            ("exact", True, "pickle"),
+            ("exact", True, "deepcopy"),
+            ("two_pass", True, "pickle"),
+            ("shared", True, "pickle"),
+        ],
     ),
 )
-def test_a_step_continues_unchanged_after_pickle_and_deepcopy(engine: str, used: bool) -> None:
+def test_a_step_continues_unchanged_after_pickle_and_deepcopy(engine: str, used: bool, how: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     step = TrimmedForward(model, nn.CrossEntropyLoss(), Trimmer(0.5), engine)
     x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
     if used:
         step(x, y).backward()
-    copies = [pickle.loads(pickle.dumps(step)), copy.deepcopy(step)]
+    copied = COPIES[how](step)
     loss = step(x, y)
-    for each in copies:
-        assert each.last is None
-        assert each(x, y).item() == pytest.approx(loss.item())
-        assert repr(each).partition(" ")[0] == repr(step).partition(" ")[0]
+    assert copied.last is None
+    assert copied(x, y).item() == pytest.approx(loss.item())
+    assert repr(copied).partition(" ")[0] == repr(step).partition(" ")[0]

@@ -10,6 +10,8 @@ from attacks.base import C, D, Net, backward_of
 from torch import Tensor, nn
 
 import batchtrim
+from batchtrim.engine import ENGINES
+from batchtrim.engine.shared import SharedEngine
 from batchtrim.testing import check_engine
 from tiers import few
 
@@ -78,13 +80,20 @@ def _half(net: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("run", "whole"), few([(_pair, True), (_three, True), (_half, False)], [(_three, True)]))
-def test_a_batch_that_holds_all_samples_several_times_runs_on_the_kept_rows(run: Any, whole: bool) -> None:
+def test_a_batch_that_holds_all_samples_several_times_runs_on_the_kept_rows(
+    run: Any, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[SharedEngine] = []
+
+    class Noted(SharedEngine):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setitem(ENGINES, "shared", Noted)
     torch._dynamo.reset()
     torch.manual_seed(0)
-    net = Net(run, {})
     batch = torch.randn(12, D), torch.randint(0, C, (12,))
-    report = check_engine(net, batch, nn.CrossEntropyLoss(), engine="shared", verbose=False)
+    report = check_engine(Net(run, {}), batch, nn.CrossEntropyLoss(), engine="shared", verbose=False)
     assert report.verdict == "right", report
-    step = batchtrim.TrimmedForward(net, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
-    step(*batch).backward()
-    assert (step.engine.trace.cost(True).share == 1.0) is whole  # type: ignore[union-attr]
+    assert (made[-1].trace.cost(True).share == 1.0) is whole  # type: ignore[union-attr]

@@ -112,7 +112,8 @@ def last(trainer: TrimmedTrainer) -> Any:
     return step.last
 
 
-@pytest.mark.parametrize("case", few(CASES, ["causal"]))  # a trace takes seconds
+@pytest.mark.slow  # a trace takes seconds; by default test_a_custom_loss has one
+@pytest.mark.parametrize("case", CASES)
 def test_the_shared_engine_runs(case: str, tmp_path: Path) -> None:
     """It was refused: a forward whose loss functions are being recorded cannot be traced."""
     model, rows = CASES[case]

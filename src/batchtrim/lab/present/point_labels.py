@@ -113,15 +113,22 @@ def _best(point: Named, names: Sequence[Box], taken: Sequence[Sequence[Box]], ro
     x, y, _ = point
     least, clear = float("inf"), False
     best: Place = (x + GAP, y + 4, "start")
+    sides = []
+    for anchor, extra in SIDES.items():
+        across = {"start": x + GAP, "end": x - GAP, "middle": x}[anchor]
+        left, right, _, _ = _box(point, (across, y, anchor))
+        if left >= room[0] and right <= room[1]:  # at every level the same is beside a name
+            groups = [[each for each in group if left < each[1] and each[0] < right] for group in (names, *taken)]
+            sides.append((across, anchor, extra, groups))
     for level in sorted(range(int(room[2]) + ABOVE, int(room[3]) - BELOW), key=lambda each: abs(each - y - 4)):
         if abs(level - y - 4) >= least:
             break
-        for anchor, extra in SIDES.items():
-            at = ({"start": x + GAP, "end": x - GAP, "middle": x}[anchor], level, anchor)
+        for across, anchor, extra, (others, *groups) in sides:
+            at = (across, level, anchor)
             box = _box(point, at)
-            if box[0] < room[0] or box[1] > room[1] or any(_meet(box, each) for each in names):
+            if any(_meet(box, each) for each in others):
                 continue
-            crossed = _crossed(point, at, taken)
+            crossed = sum(any(_meet(box, each) for each in group) for group in groups)
             cost = abs(level - y - 4) + extra + CROSSED * crossed
             if cost < least:
                 least, best, clear = cost, at, not crossed

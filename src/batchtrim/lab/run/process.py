@@ -75,7 +75,7 @@ def as_it_was(seed: int, threads: int) -> Iterator[Seen]:
 
 
 def _packages() -> dict[str, None]:
-    names = dict.fromkeys(name.partition(".")[0] for name in list(sys.modules))
+    names = [name for name in list(sys.modules) if "." not in name]  # a part is never there without its package
     return {name: None for name in names if name not in sys.stdlib_module_names and not name.startswith("_")}
 
 
