@@ -127,8 +127,7 @@ class AutoEngine:
     def pays(self, x: Any, y: Any) -> bool:
         """True if the engine that cuts rows takes the step."""
         saving: Any = self.saving
-        keep = self.trim.expected_keep
-        if saving is None or keep > saving.pays_below:
+        if saving is None or (keep := self.trim.expected_keep) > saving.pays_below:
             return False
         affordable = not saving.traces or saving.trace is not None or self.forecast is None or self.forecast.pays(keep)
         return affordable and saving.pays(x, y)
