@@ -161,7 +161,6 @@ def _traced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have `auto` trace models that are too small for that to pay."""
     from batchtrim.engine.auto import AutoEngine
 
-    # in place of a Forecast, whose module brings in sympy
     monkeypatch.setattr(AutoEngine, "forecast", SimpleNamespace(pays=lambda q: True))
 
 

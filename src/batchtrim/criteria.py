@@ -245,8 +245,10 @@ class Criterion:
                 f"expected {taken} for {self.name}, got {len(inputs)} arguments. "
                 "Bind the others by name: per_sample(functools.partial(F.cross_entropy, weight=weight))."
             )
+        if not self.elementwise:
+            return
         shapes = [tuple(each.shape) for each in inputs[:2] if isinstance(each, Tensor)]
-        if self.elementwise and len(shapes) == 2 and shapes[0] != shapes[1]:
+        if len(shapes) == 2 and shapes[0] != shapes[1]:
             raise ValueError(
                 f"expected outputs and targets of one shape for {self.name}, got {shapes[0]} and {shapes[1]}. "
                 "They would be broadcast against each other: squeeze or unsqueeze one, or pick the channel."

@@ -116,10 +116,12 @@ class per_sample:
         targets = self._criterion.targets(inputs)
         mask = self._mask(values, targets)
         weights = None if targets is None else self._criterion.weights(targets, mask, values)
-        losses = Losses(values, mask, weights, reduction="mean" if reduction == "mean" else "sum")
-        if self.unit == "sample":
-            losses = flatten(losses, "sample")
-        losses = replace(losses, unit=self.unit, reduction="sum" if reduction == "sum" else "mean")
+        summed = "sum" if reduction == "sum" else "mean"
+        if self.unit == "sample" and values.ndim > 1:
+            losses = Losses(values, mask, weights, reduction="mean" if reduction == "mean" else "sum")
+            losses = replace(flatten(losses, "sample"), unit="sample", reduction=summed)
+        else:
+            losses = Losses(values, mask, weights, unit=self.unit, reduction=summed)
         if own is not None:
             self._compare(losses, mask, own)
         return losses
@@ -135,21 +137,24 @@ class per_sample:
         return reduction
 
     def _mask(self, values: Tensor, targets: Tensor | None) -> Tensor | None:
-        if self.ignore_index is None:
+        ignored = self.ignore_index
+        if ignored is None:
             return None
+        if targets is not None and targets.shape == values.shape:
+            return targets != ignored
         if targets is not None and same_shape(targets, values):
-            return (targets != self.ignore_index).reshape(values.shape)
+            return (targets != ignored).reshape(values.shape)
         if self._asked is not None:
             got = "no targets" if targets is None else f"targets of shape {tuple(targets.shape)}"
             raise ValueError(
                 f"expected a target for each loss, of shape {tuple(values.shape)}, to apply ignore_index="
-                f"{self.ignore_index} to, got {got}. Mask the losses yourself: trim(losses, mask=mask)."
+                f"{ignored} to, got {got}. Mask the losses yourself: trim(losses, mask=mask)."
             )
         return None
 
     def _to_compare(self) -> bool:
         """Return True if this call should compare the criterion's own value."""
-        if torch.compiler.is_compiling() or not self._criterion.foreign or self._criterion.reduction is None:
+        if not self._criterion.foreign or torch.compiler.is_compiling() or self._criterion.reduction is None:
             return False
         self._calls += 1
         return not all(self._seen) or self._calls % _CHECK_EVERY == 0 or self._criterion.light

@@ -39,7 +39,10 @@ class KeepStats:
         if selection.candidates == 0:
             return
         # a copy, since the caller may change the losses in place afterwards
-        losses = losses.clone() if mask is None else torch.where(mask, losses, 0.0)
+        if mask is None or selection.candidates == selection.size:
+            losses = losses.clone()
+        else:
+            losses = torch.where(mask, losses, 0.0)
         pending = self._pending
         pending.append((losses, selection.indices, selection.candidates))
         if len(pending) >= _FLUSH_EVERY or selection.size > _FLUSH_LARGE:

@@ -193,7 +193,7 @@ def test_what_cannot_be_traced_in_one_step_is_not_given_up(around: Callable[[], 
     model = _model()
     step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     auto = batchtrim.engine.auto.AutoEngine(step.forward, step.trim)
-    auto.saving, auto._untimed, auto._explained = step.engine, 0, True
+    auto.saving, auto._open, auto._explained = step.engine, False, True
     auto.pays = lambda x, y: True  # type: ignore[method-assign]
     auto.forecast = batchtrim.engine.cost.Forecast(1.0, 0.0)
     engines = [auto(*_batch(0)).engine]

@@ -60,7 +60,7 @@ def test_hooks_on_a_wrapper_are_not_passed_by() -> None:
     with pytest.raises(EngineRefused, match=r"hooks on its wrapper \(_FabricModule\)"):
         step(*batch())
     auto = batchtrim.TrimmedForward(step.forward.model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), "auto")
-    auto.engine._prepare(compiled=True, stacklevel=2)
+    auto.engine._prepare(compiled=True)
     with pytest.warns(EngineFallback, match="hooks on its wrapper"):
         fabric.backward(auto(*batch()))
     assert [outputs.shape for outputs in seen] == [(12, 4)]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import time
+import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from batchtrim.engine.batch import StepResult
 from batchtrim.engine.batch_norm import LEAST_COSINE
+from batchtrim.engine.cost import TRACED_BELOW, Forecast, OperatorCount, machine_of
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.protocol import Engine
@@ -22,19 +23,12 @@ from batchtrim.errors import ApproximateGradient, EngineFallback, EngineRefused
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-if TYPE_CHECKING:
-    from batchtrim.engine.cost import Forecast
-
 __all__ = ["AutoEngine"]
 
 _log = logging.getLogger("batchtrim.engine")
 
 # A trace that does not pay at this keep fraction never pays.
 _SMALLEST = 0.1
-# A trace takes at least half a second. Steps of less than 8 ms do not pay that back within 100 steps, however little is
-# kept. So ``auto`` gives up at once on a model whose forward takes less than _SHORT on a CPU. A forward of less than
-# _LONG is timed again, up to _TIMED times: the first ones may have been slow for another reason.
-_SHORT, _LONG, _TIMED = 2e-3, 20e-3, 3
 _JUDGE_EVERY = 300  # steps between two measurements of the error of BatchNorm's approximation
 
 
@@ -42,9 +36,8 @@ class AutoEngine:
     """Run "shared" if it pays, "two_pass" for compiled models that cannot be traced, otherwise "exact".
 
     The keep fraction and a count of operations and bytes decide what pays. No clock does, so that runs repeat. The
-    first step that might pay runs with "exact" and is counted. A trace takes about a second; it is made as soon as 100
-    steps pay it back. The clock decides one thing, before anything is counted or imported: whether a forward is so
-    short that no trace can pay.
+    first step that might pay runs with "exact" and is counted. A trace takes about a second, and what it imports up to
+    another one; both happen as soon as 100 steps pay them back.
 
     BatchNorm runs in its approximate form while the measured cosine with the exact gradient is at least 0.95.
     """
@@ -56,38 +49,38 @@ class AutoEngine:
         self.trim = trim
         self.exact = ExactEngine(forward, trim)
         self.saving: Engine | None = None  # the engine that cuts rows; None until it is made, or if none pays
+        self._open = True  # whether an engine that cuts rows may still be made
         self._judged = 0
         self._explained = False
         self._warned = False
         self._warned_of_one_step = False
-        self._untimed = _TIMED  # how many more steps may be timed
         compiled = compiled_part(forward.model) is not None
-        if compiled or self.forecast is not None or device_of(forward.model).type != "cpu":
-            self._prepare(compiled, stacklevel=5)
+        if compiled or self.forecast is not None:
+            self._prepare(compiled=compiled)
 
-    def _prepare(self, compiled: bool, stacklevel: int) -> None:
-        """Make the engine that cuts rows. It imports torch's compiler, which takes a second."""
-        from batchtrim.engine.cost import Forecast
+    def _prepare(self, *, compiled: bool = False, was_run: bool = False) -> None:
+        """Make the engine that cuts rows. It imports torch's compiler, which takes up to two seconds."""
         from batchtrim.engine.shared import SharedEngine
 
-        self._untimed = 0
+        self._open = False
         try:
             self.saving = shared = SharedEngine(self.exact.forward, self.trim)
-            shared.judge = self._judge
+            shared.judge, shared.was_run = self._judge, was_run
             if compiled:
                 self.forecast = Forecast(math.inf, 0.0)  # compared with the compilation, a trace costs nothing
         except EngineRefused as refused:
-            self._switch(refused, stacklevel)
+            self._switch(refused, stacklevel=5)
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
-        if self._untimed:
-            return self._timed(x, y, selection)
+        if self._open and is_training_step() and (keep := self.trim.expected_keep) <= TRACED_BELOW:
+            if self.forecast is None:
+                return self._counted(x, y, selection)
+            if self.forecast.pays(keep):
+                self._prepare(was_run=True)
         if not self.pays(x, y):
             return self.exact(x, y, selection)
         assert self.saving is not None
-        if self.forecast is None and self.saving.traces and is_training_step():
-            return self._counted(x, y, selection)
         try:
             step = self.saving(x, y, selection)
         except EngineRefused as error:
@@ -134,44 +127,18 @@ class AutoEngine:
     def pays(self, x: Any, y: Any) -> bool:
         """True if the engine that cuts rows takes the step."""
         saving: Any = self.saving
-        keep = self.trim.expected_keep
-        if saving is None or keep > saving.pays_below:
+        if saving is None or (keep := self.trim.expected_keep) > saving.pays_below:
             return False
         affordable = not saving.traces or saving.trace is not None or self.forecast is None or self.forecast.pays(keep)
         return affordable and saving.pays(x, y)
 
-    def _timed(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
-        """Time an exact step, and give up on a model too small for a trace to pay."""
-        start = time.perf_counter()
-        step = self.exact(x, y, selection)
-        seconds = time.perf_counter() - start
-        if not is_training_step():
-            return step
-        self._untimed -= 1
-        if seconds < _SHORT:
-            self._untimed = 0
-            _log.info(
-                "engine 'auto' continues with 'exact': a trace of this model takes at least 0.5 s, and 100 steps "
-                "%.1f s; engine='shared' makes it anyway",
-                300 * seconds,
-            )
-        elif seconds > _LONG or not self._untimed:
-            self._prepare(compiled=False, stacklevel=6)
-        return step
-
     def _counted(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
         """Run an exact step, count its operations, and give up on a model for which no trace pays."""
-        from batchtrim.engine.capture import Capture
-        from batchtrim.engine.cost import OperatorCount, machine_of
-
-        model = self.exact.forward.model
-        with OperatorCount(machine_of(device_of(model))) as count:
+        with OperatorCount(machine_of(device_of(self.exact.forward.model))) as count:
             step = self.exact(x, y, selection)
-        shared: Any = self.saving
-        shared.was_run = True
-        self.forecast = count.forecast(first=not Capture.traced)
+        self.forecast = count.forecast(first=_first_trace())
         if not self.forecast.pays(_SMALLEST):
-            self.saving = None
+            self._open = False
             _log.info(
                 "engine 'auto' continues with 'exact': a trace of this model takes about %.1f s, and 100 steps %.1f s; "
                 "engine='shared' makes it anyway",
@@ -234,3 +201,9 @@ class AutoEngine:
         also = f", and {reason}" if reason else ""
         going_on = "two_pass" if two_pass else "exact"
         warnings.warn(f"{refused}{also}. Continuing with engine={going_on!r}.", EngineFallback, stacklevel=stacklevel)
+
+
+def _first_trace() -> bool:
+    """True if no trace was made in this process yet. Imports nothing."""
+    capture = sys.modules.get("batchtrim.engine.capture")
+    return capture is None or not capture.Capture.traced

@@ -19,7 +19,19 @@ from torch.utils import _pytree as pytree
 from batchtrim.engine.graphs import hinted, name_of
 from batchtrim.engine.operator_mode import OperatorMode
 
-__all__ = ["Cost", "Forecast", "Machine", "OperatorCount", "cost_of", "hinted_size", "is_costly", "machine_of"]
+__all__ = [
+    "TRACED_BELOW",
+    "Cost",
+    "Forecast",
+    "Machine",
+    "OperatorCount",
+    "cost_of",
+    "hinted_size",
+    "is_costly",
+    "machine_of",
+]
+
+TRACED_BELOW = 0.85  # the keep fraction above which no trace is made
 
 
 @dataclass(frozen=True)

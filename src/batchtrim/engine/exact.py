@@ -31,12 +31,11 @@ class ExactEngine:
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
         losses, outputs = self.forward(x, y)
-        detached = losses.detach()
         if selection is None:
-            selection = self.trim.select(detached, rank_by=self.forward.scores(detached, outputs, y))
+            selection = self.trim.select(losses, rank_by=self.forward.scores(losses, outputs, y))
         loss = reduce(losses.values, selection, self.trim.scale, losses.weights)
         outputs = outputs.detach() if type(outputs) is Tensor else map_tensors(Tensor.detach, outputs)
-        return StepResult(loss, detached.values, outputs, selection, engine=self.name)
+        return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
         """Return the loss of rows chosen earlier."""

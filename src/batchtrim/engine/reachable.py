@@ -74,6 +74,8 @@ class Names:
         """Return the values to restore, except those ``known``: numbers, containers and tensors, but no functions."""
         names = self.names
         if self.whole is not None:
+            if not self.whole:  # as of most tensors
+                return {}
             passed = _OF_EVERY_MODULE if isinstance(self.owner, nn.Module) else ()
             names = [name for name in self.whole if name not in passed and name not in known and "dynamo" not in name]
         found = [(name, self._value(name)) for name in names]

@@ -25,6 +25,7 @@ from batchtrim.engine.capture import (
     uncompiled,
     unfit,
 )
+from batchtrim.engine.cost import TRACED_BELOW
 from batchtrim.engine.eager import EagerStep
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward, as_losses
@@ -81,7 +82,7 @@ class SharedEngine:
     name = "shared"
     repeats_forward = True
     traces = True
-    pays_below = 0.85  # keep fraction above which no trace is made
+    pays_below = TRACED_BELOW
 
     def __init__(self, forward: Forward, trim: Trimmer, *, approximate: bool = True) -> None:
         reason = refusal(forward)

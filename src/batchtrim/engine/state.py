@@ -12,6 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,7 +162,7 @@ class ModelState:
         return [
             (parts, before)
             for parts, before in self.parts
-            if parts.keys() != before.keys() or any(parts[name] is not each for name, each in before.items())
+            if list(parts) != list(before) or any(map(is_not, parts.values(), before.values()))
         ]
 
     def filled_caches(self) -> list[Any]:

@@ -257,12 +257,15 @@ def select_valid(
     """
     if mask is None:
         return choose(rule, losses, keep, generator)
-    valid = mask.nonzero().squeeze(1)
+    n, valid = losses.shape[0], mask.nonzero()
+    if 0 < n == valid.shape[0]:
+        return choose(rule, losses, keep, generator)
+    valid = valid.squeeze(1)
     if valid.shape[0] == 0:
-        return Selection(valid, losses.shape[0], 0)
+        return Selection(valid, n, 0)
     chosen = choose(rule, losses[valid], keep, generator)
     divisors = chosen.normalizer, chosen.batch_normalizer
-    return Selection(valid[chosen.indices], losses.shape[0], chosen.candidates, chosen.weights, *divisors)
+    return Selection(valid[chosen.indices], n, chosen.candidates, chosen.weights, *divisors)
 
 
 def select_again(rule: Rule, losses: Tensor, keep: float, mask: Tensor | None, generator: torch.Generator) -> Selection:
