@@ -5,15 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import re
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from _pytest.logging import catching_logs
 
 import tiers
 
@@ -34,31 +31,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make no slow tests if none is asked for, and spare the imports of metrics that no test computes."""
+    """Make no slow tests if none is asked for."""
     tiers.default_only = config.option.markexpr == "not slow"
-    _torchmetrics_alone()
-
-
-def _torchmetrics_alone() -> None:
-    """Let torchmetrics, which Lightning imports, be as after ``pip install lightning``, without three packages.
-
-    For metrics that no test computes it would import SciPy's signals, matplotlib and transformers' models, which takes
-    a tenth of the time of collecting all tests.
-    """
-    try:
-        from lightning_utilities.core import imports
-    except ImportError:
-        return
-    spared = {"scipy", "matplotlib", "transformers"}
-    there, check = imports.package_available, imports.RequirementCache._check_available
-
-    def checked(self: Any) -> None:
-        if re.split(r"\W", self.requirement or "")[0] in spared:
-            self.available, self.message = False, "left out of tests"
-        check(self)
-
-    imports.package_available = lambda name: name not in spared and there(name)
-    imports.RequirementCache._check_available = checked
 
 
 def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: object) -> list[pytest.Item] | None:
@@ -94,7 +68,6 @@ def pytest_collection_finish() -> None:
     for logger in logging.root.manager.loggerDict.values():  # pytest attaches to each other one six times a test
         if isinstance(logger, logging.Logger):
             logger.propagate = True
-    _attach_to_the_root_alone()
     logging.getLogger("torch.__trace").handlers.clear()  # with any, torch writes down each trace
     guards = sys.modules.get("torch._dynamo.guards")
     if hasattr(guards, "profile_guard_manager"):  # it flushes the CPU's caches to time the guards of each compile
@@ -104,24 +77,6 @@ def pytest_collection_finish() -> None:
         for device in ("cuda", "mtia", "xpu"):  # each would format the stack at every torch.manual_seed
             if hasattr(torch, device):
                 getattr(torch, device).manual_seed_all = lambda seed: None
-
-
-def _attach_to_the_root_alone() -> None:
-    """Have pytest attach its handlers to the root, to which all loggers propagate: it would look at each, six times."""
-    kind: Any = catching_logs
-    if "attached_loggers" not in getattr(kind, "__slots__", ()):  # an older pytest does so by itself
-        return
-    enter = kind.__enter__
-
-    def at_root(self: Any) -> logging.Handler:
-        if self.level is not None:
-            return enter(self)
-        root = logging.getLogger()
-        root.addHandler(self.handler)
-        self.attached_loggers.append(root)
-        return self.handler
-
-    kind.__enter__ = at_root
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 
 from batchtrim.lab.analyse import inference
 
@@ -23,24 +24,12 @@ def test_moments_by_hand():
     assert inference.moments([1.0, 2.0, 3.0, 4.0, 5.0]) == found, "the bootstrap must repeat"
 
 
-@pytest.mark.parametrize("n", [2, 5, 20])
-def test_the_bootstrap_is_scipys(n):
-    from scipy import stats as scipy_stats
-
-    data = np.random.default_rng(n).normal(0.1, 0.02, n)
-    options = {"n_resamples": inference.RESAMPLES, "method": "percentile", "rng": np.random.default_rng(0)}
-    expected = scipy_stats.bootstrap((data,), np.mean, **options).confidence_interval
-    assert inference.moments(data.tolist()).bootstrap == pytest.approx((expected.low, expected.high), rel=1e-12)
-
-
 @pytest.mark.parametrize(("values", "mean"), [([], None), ([0.5], 0.5)])
 def test_moments_of_too_few_values_have_no_interval(values, mean):
     assert inference.moments(values) == inference.Moments(len(values), mean, None, None, None)
 
 
 def test_paired_t_by_hand():
-    from scipy import stats as scipy_stats
-
     # mean 2, std 1, n 4: t = 2 / (1 / 2) = 4 on 3 degrees of freedom; but std of 1, 2, 2, 3 is sqrt(2/3).
     differences = [1.0, 2.0, 2.0, 3.0]
     t = 2 / (math.sqrt(2 / 3) / 2)
@@ -60,8 +49,6 @@ def test_degenerate_differences(differences, p_t, p_wilcoxon):
 
 
 def test_wilcoxon_by_hand_and_against_scipy():
-    from scipy import stats as scipy_stats
-
     # Five negative differences: only the one sign pattern of 32 is as extreme, on either side: 2/32.
     assert inference.wilcoxon([-1.0, -2.0, -3.0, -4.0, -5.0]) == pytest.approx(2 / 32)
     # Ranks 1.5, 1.5, 3 with the positive sum 1.5: sums at or below 1.5 are {} and two singles of 8.
@@ -80,8 +67,6 @@ def test_holm_by_hand():
 
 
 def test_detectable_effect_from_tables_and_simulation():
-    from scipy import stats as scipy_stats
-
     # Known from power tables: a paired test over 34 pairs finds 0.495 standard deviations, over 10 pairs 0.996.
     assert inference.detectable_effect(34) == pytest.approx(0.495, abs=0.002)
     assert inference.detectable_effect(10) == pytest.approx(0.996, abs=0.002)
