@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchtrim import Trimmer
+from batchtrim import Trimmer, easiest
 from batchtrim.lab import Run, compare, headline, records, run_once
 from own_tasks import calls, failing
 
@@ -175,6 +175,16 @@ def test_a_trimmer_that_is_sent_away_is_noted() -> None:
     assert records.read("here")[0]["notes"] == [
         "run.trim was copied to another process and not called in this one, so it is not known whether it chose"
     ]
+
+
+def test_a_rule_in_place_of_the_method_s_is_reported() -> None:
+    """It was said that the trimmer was never called."""
+
+    def train(run: Run) -> dict[str, float]:
+        run.trim.rule = easiest()
+        return calls()(run)
+
+    assert "which makes the run one of 'trim', got another in its place: easiest()" in failing(train)
 
 
 @pytest.mark.slow

@@ -126,6 +126,21 @@ def test_a_network_is_seen_wherever_it_is_kept(where: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("shape", [(3,), (3000, 3000)])
+def test_an_array_that_a_run_changes_is_noted(shape: tuple[int, ...]) -> None:
+    """As labels made wrong, or features scaled, once more in every run."""
+    labels = np.ones(shape)
+
+    def train(run: Run) -> dict[str, float]:
+        labels[:] *= 2.0 if run.method == "trim" else 1.0
+        return calls()(run)
+
+    compare(train, ["full", "trim"], 1, epochs=2, out="here", quiet=True)
+    full, trim = records.read("here")
+    assert "notes" not in full
+    assert trim["notes"][0].startswith("the task changed labels, which it did not make")
+
+
 def test_threads_that_are_left_behind_are_noted(capfd: pytest.CaptureFixture[str]) -> None:
     stop = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Notice what a training function changes outside of itself: a network, a generator or a tensor that it did not make.
+"""Notice what a training function changes outside of itself: networks, generators and data that it did not make.
 
 The next run in the same process then starts from there, so that results depend on the order of the runs.
 """
@@ -10,6 +10,7 @@ import gc
 import random
 import types
 import weakref
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -22,11 +23,12 @@ from batchtrim.lab.task.fingerprint import content_of
 __all__ = ["Outside"]
 
 MOST_ENTRIES = 1000  # of a list or a dictionary: larger ones hold data, and looking would take time
+MOST_BYTES = 1 << 24  # of an array that is read whole
 _CACHE: Any = type(functools.cache(print))
 
 
 class Outside:
-    """The networks, tensors and generators that a function finds in its module, its closure or its object.
+    """The networks, tensors, arrays and generators that a function finds in its module, its closure or its object.
 
     Networks, and weights outside of one, are seen wherever they are kept: in functools.cache, in another module, in the
     closure of a function that the function calls.
@@ -109,6 +111,12 @@ def _kinds_of_module() -> set[type]:
     return found
 
 
+def _checksum(array: np.ndarray) -> int:
+    """Return a checksum of an array; of a large one, of evenly spaced entries. A tensor counts its changes instead."""
+    flat = array.reshape(-1) if array.flags.c_contiguous else array.flat
+    return zlib.crc32(np.ascontiguousarray(flat[:: max(1, array.nbytes // MOST_BYTES)]).view(np.uint8).data)
+
+
 def _parts(module: nn.Module) -> Iterator[Any]:
     own = vars(module)
     yield from own.get("_modules", {}).values()
@@ -123,6 +131,8 @@ def _state(value: Any) -> object:
         return None if value.is_inference() else value._version
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
+    if type(value) is np.ndarray:  # not one mapped from a file
+        return None if value.dtype.hasobject else _checksum(value)
     if isinstance(value, np.random.Generator):
         return repr(value.bit_generator.state)
     return value.getstate() if type(value) is random.Random else None

@@ -146,6 +146,11 @@ def _told(run: Run, seen: Seen, outside: Outside, seconds: float) -> dict[str, A
     """Return the notes on a successful run; raise an error if the method was never applied."""
     notes, more = _notes_on_keep(run), {}
     if run.method != "full" and not run.rule.counts.used:
+        if run.trim.last is not None:
+            raise TaskMistake(
+                f"expected the task to choose by run.trim.rule, which makes the run one of {run.method!r}, got another "
+                f"in its place: {run.trim.rule!r}. Results with a rule of your own: batchtrim report --csv."
+            )
         if not run.rule.counts.sent:
             raise TaskMistake(
                 f"expected the task to choose with run.trim, got a run of {run.method!r} in which it was never called: "
