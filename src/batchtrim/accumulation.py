@@ -5,6 +5,7 @@ Legend: M micro-batches in a window (one optimizer step), n_m samples in micro-b
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -87,6 +88,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         )
     if not batches:
         raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")
+    _check_undivided(step.trim)
     model = step.forward.model
     check_same_count(len(batches), "number of micro-batches", device_of(step.forward.inner), waits_in_forward(model))
     if over == "window":
@@ -103,6 +105,17 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
             else:
                 states[m].restore()
                 yield step.engine(x, y, selections[m].rising()).loss
+
+
+def _check_undivided(trim: Trimmer) -> None:
+    """Warn if the trainer that the trimmer is registered with divides each loss by a number of micro-batches."""
+    divisor = getattr(trim, "divided_by", 1)
+    if divisor > 1:
+        warnings.warn(
+            "expected an Accelerator with gradient_accumulation_steps=1 beside batchtrim.accumulate, whose losses add "
+            f"up as they are, got {divisor}: accelerator.backward divides each of them by it. Leave it at 1.",
+            stacklevel=3,
+        )
 
 
 def _check_batches(batches: Any) -> None:

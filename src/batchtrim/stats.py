@@ -73,9 +73,10 @@ class KeepStats:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counts and sums, safe for ``torch.load(weights_only=True)``."""
+        """Return counts and sums, safe for ``torch.load(weights_only=True)``. Shapes are always the same."""
         self._flush()
-        return {**self._counts, "sums": None if self._sums is None else self._sums.cpu()}
+        sums = torch.zeros(3, dtype=_SUM_DTYPE, device="cpu") if self._sums is None else self._sums.to("cpu", copy=True)
+        return {**self._counts, "sums": sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned.
@@ -90,7 +91,7 @@ class KeepStats:
             raise ValueError(f"expected `state['sums']` to be a tensor of shape (3,), got {describe(sums)}.")
         self.reset()
         self._counts = counts
-        self._sums = None if sums is None else sums.clone()
+        self._sums = None if sums is None or not counts["batches"] else sums.clone()
 
     def _flush(self) -> None:
         if not self._pending:

@@ -31,7 +31,7 @@ from batchtrim.errors import NothingToChoose
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear
 from batchtrim.selection import Rule, Selection, hardest
-from batchtrim.selection.base import k_follows_losses, masked_choice, select_again, select_valid
+from batchtrim.selection.base import changeable_keep, k_follows_losses, masked_choice, select_again, select_valid
 from batchtrim.stats import KeepStats
 from batchtrim.unreduced import UNITS, Losses, divisors, to_rank
 
@@ -133,8 +133,7 @@ class Trimmer:
         self.last: Choice | None = None
         self._single_rows = 0
         # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
-        with torch.inference_mode(False):  # step() changes it
-            self._keep_tensor = torch.tensor(self._clock.keep, dtype=torch.float64, device="cpu")
+        self._keep_tensor = changeable_keep(self._clock.keep)
 
     def __call__(
         self,
@@ -305,10 +304,8 @@ class Trimmer:
                 "It was saved by something else, or by another release of batchtrim."
             )
         clock = self._clock.resumed(state["steps"], state["accuracy"], state["total"], length)
-        drawn = state["generator"]
-        if not (
-            isinstance(drawn, Tensor) and drawn.dtype == torch.uint8 and drawn.shape == self.generator.get_state().shape
-        ):
+        drawn, own = state["generator"], self.generator.get_state()
+        if not (isinstance(drawn, Tensor) and drawn.dtype == torch.uint8 and drawn.shape == own.shape):
             raise ValueError(f"expected `state['generator']` to be a torch.Generator's state, got {describe(drawn)}.")
         if ("rule" in state) != hasattr(self.rule, "state_dict"):
             raise ValueError(
@@ -323,6 +320,11 @@ class Trimmer:
         self._clock = clock
         self.generator.set_state(drawn.cpu())
         self._keep_tensor.fill_(clock.keep)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._keep_tensor.is_inference():  # copied in inference mode, outside of which step() could not change it
+            self._keep_tensor = changeable_keep(self.keep)
 
     def __repr__(self) -> str:
         parts = [f"keep={self.schedule!r}", f"total={self.total}", f"select={self.rule!r}"]
@@ -366,14 +368,13 @@ class Trimmer:
     def _choose_jointly(self, flat: Losses, scores: Tensor) -> Selection:
         if flat.terms:
             raise ValueError(f"expected `losses` with one divisor and scope='global', got {SUM_OF_TERMS}")
-        weights = divisors(flat)
         joined = select_over_ranks(
             self.rule,
             flat.values,
             scores,
             self.keep,
             mask=flat.mask,
-            weights=weights,
+            weights=divisors(flat),
             generator=self.generator,
             settings=(repr(self.schedule), self.total, self.scale, self.unit),
             steps=self.steps,

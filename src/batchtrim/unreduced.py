@@ -8,8 +8,10 @@ Legend: B batch, P further positions of a sample (pixels, tokens), j one of them
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ __all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "nonzero", "
 
 UNITS = ("sample", "element")
 _REDUCTIONS = ("mean", "sum")
+_DEPTH = 4  # how many operators there may be between a difference and the losses
 
 _transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -292,6 +295,8 @@ def flatten(losses: Losses, unit: str) -> Losses:
         return Losses(*parts, unit=unit, reduction=losses.reduction)  # type: ignore[arg-type]
     if losses.counts is not None:
         raise ValueError("expected `counts` with values of shape (B,), whose entries they count, got (B, ...).")
+    if mask is None and values.ndim == 2 and values.shape[0] == values.shape[1] > 1:
+        _tell_broadcast(values)
     values, total = values.flatten(1), accumulator(values)
     summing = losses.reduction == "sum"
     if mask is None and weights is None:
@@ -308,3 +313,26 @@ def flatten(losses: Losses, unit: str) -> Losses:
     return Losses(
         means, None if mask is None else mask.any(1), None, None if summing else counts, unit, losses.reduction
     )
+
+
+def _tell_broadcast(values: Tensor) -> None:
+    """Warn if the graph of (B, B) losses shows that outputs (B, 1) or (B,) were broadcast to them by their targets."""
+    node: Any = None if torch.compiler.is_compiling() else values.grad_fn
+    size = values.shape[0]
+    for _ in range(_DEPTH):
+        before = [(each, _shape_of(each, place)) for each, place in getattr(node, "next_functions", ())]
+        found = next((shape for _, shape in before if shape in ((size, 1), (size,))), None)
+        if found is not None:
+            warnings.warn(
+                f"expected one loss per sample, got losses {(size, size)} computed from {found}. Were outputs and "
+                f"targets of shapes {(size, 1)} and {(size,)} broadcast against each other? Squeeze or unsqueeze one.",
+                stacklevel=6,
+            )
+            return
+        node = next((each for each, shape in before if shape == (size, size)), None)
+
+
+def _shape_of(node: Any, place: int) -> tuple[int, ...]:
+    """Return the shape of a node's output in the forward."""
+    known = getattr(node, "_input_metadata", ())
+    return tuple(known[place].shape) if place < len(known) else ()

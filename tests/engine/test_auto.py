@@ -67,8 +67,8 @@ def counted_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[SharedEngine]:
     """The engines for which `auto` imports torch's compiler."""
     found: list[SharedEngine] = []
-    begin = SharedEngine._begin
-    monkeypatch.setattr(SharedEngine, "_begin", lambda self: (found.append(self), begin(self))[1])
+    begin = SharedEngine._reset
+    monkeypatch.setattr(SharedEngine, "_reset", lambda self: (found.append(self), begin(self))[1])
     return found
 
 

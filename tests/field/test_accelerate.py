@@ -65,3 +65,18 @@ def test_a_clock_that_is_stepped_is_not_reported(step: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert train(batchtrim.linear(1.0, 0.2), 4, step).steps == 4 * (3 if step == "batch" else 1)
+
+
+@pytest.mark.parametrize("divided", [1, 2])
+def test_losses_that_add_up_are_not_divided_in_silence(divided: int) -> None:
+    """With gradient_accumulation_steps=2 beside batchtrim.accumulate, the gradient was half of what it should be."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=divided)
+    trim = register(accelerator, batchtrim.Trimmer(0.5))
+    step = batchtrim.TrimmedForward(nn.Linear(5, 3), nn.CrossEntropyLoss(), trim, "exact")
+    batches = [(torch.randn(4, 5), torch.zeros(4, dtype=torch.int64))] * 2
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for loss in batchtrim.accumulate(step, batches):
+            accelerator.backward(loss)
+    assert ["accelerator.backward divides" in str(each.message) for each in told] == [True] * (divided - 1)
+    assert all(each.filename == __file__ for each in told)

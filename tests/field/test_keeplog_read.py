@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -74,6 +75,27 @@ def test_a_log_in_inference_mode(when: str) -> None:
         again.load_state_dict(log.state_dict())
     assert recorded(again).table()["seen"].tolist() == [3] * N
     assert recorded(log).table()["seen"].tolist() == [3] * N
+
+
+def test_a_log_copied_in_inference_mode() -> None:
+    log = recorded(KeepLog(N))
+    with torch.inference_mode():
+        again = copy.deepcopy(log)
+    again.merge(log)
+    assert recorded(again).table()["seen"].tolist() == [3] * N
+
+
+def test_many_classes_in_a_state_whose_batches_were_not_entered_yet() -> None:
+    """Predictions from class 32,768 on came back as others."""
+    outputs = torch.nn.functional.one_hot(torch.arange(4) * 13_000, 40_000).float()
+    log, again = KeepLog(4), KeepLog(4)
+    log.record(Choice(torch.ones(4), hardest()(torch.ones(4), 0.5)), ids=range(4), outputs=outputs)
+    again.load_state_dict(log.state_dict())
+    assert again.table()["predicted"].tolist() == log.table()["predicted"].tolist() == [0, 13_000, 26_000, 39_000]
+    outputs = outputs.roll(500, 1)
+    log.record(Choice(torch.ones(4), hardest()(torch.ones(4), 0.5)), ids=range(4), outputs=outputs)
+    again.load_state_dict(log.state_dict())
+    assert again.table()["predicted"].tolist() == [500, 13_500, 26_500, 39_500]
 
 
 def test_one_logit_for_two_classes() -> None:

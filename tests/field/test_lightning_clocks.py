@@ -162,7 +162,7 @@ def test_a_resumed_training_continues_where_it_was(mode: str, epochs: int, after
 @pytest.mark.filterwarnings("ignore:.*resume.*:UserWarning")
 def test_resuming_with_more_steps(tmp_path: Path) -> None:
     limits, longer = ({"max_steps": steps, "max_epochs": -1} for steps in (12, 16))
-    with pytest.raises(ChooseLength, match="with total=15 steps, got total=11"):
+    with pytest.raises(ChooseLength, match="with total=15 steps, got one with total=11"):
         resumed("each", tmp_path, limits, 4, longer)
     whole, again = resumed("each", tmp_path, limits, 4, longer, resume_length="saved")
     assert again == [*whole, *[pytest.approx(0.2)] * 2]
@@ -188,3 +188,27 @@ def test_a_callback_used_twice_continues_from_the_checkpoint(tmp_path: Path) -> 
     module = Looks()
     trainer(tmp_path, callback, max_epochs=2).fit(module, loader(), ckpt_path=tmp_path / "one.ckpt")
     assert torch.equal(module.seen, drawn)
+
+
+@pytest.mark.parametrize(("length", "keeps"), [("stretch", [0.466667, 0.2]), ("saved", [0.2, 0.2])])
+def test_a_second_fit_continues_the_first(length: str, keeps: list[float], tmp_path: Path) -> None:
+    """It began a new schedule at the epoch where training was: keep jumped from 0.2 to 0.47 without a word."""
+    module = Module()
+    callback = TrimmingCallback(batchtrim.linear(1.0, 0.2), resume_length=length)
+    fit = trainer(tmp_path, callback, max_epochs=2)
+    fit.fit(module, loader())
+    assert callback.trim is not None
+    callback.trim.generator.seed()
+    drawn = callback.trim.generator.get_state()
+    fit.fit_loop.max_epochs = 4
+    fit.fit(module, loader())
+    assert module.keeps[8::4] == keeps
+    assert torch.equal(callback.trim.generator.get_state(), drawn)
+
+
+def test_a_second_fit_with_more_epochs_asks_for_the_length(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, TrimmingCallback(batchtrim.linear(1.0, 0.2)), max_epochs=2)
+    fit.fit(Module(), loader())
+    fit.fit_loop.max_epochs = 4
+    with pytest.raises(ChooseLength, match=r"to continue a training with total=4 epochs, got one with total=2\."):
+        fit.fit(Module(), loader())

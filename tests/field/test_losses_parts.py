@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -94,3 +96,33 @@ def test_what_holds_losses_and_is_none(losses: Any, cure: str) -> None:
     for call in (batchtrim.focal, lambda losses: batchtrim.hardest()(losses, 0.5)):
         with pytest.raises(TypeError, match=f"expected `losses` to be a tensor, got .*{cure}"):
             call(losses)
+
+
+CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "squared": lambda outputs, targets: (outputs - targets) ** 2,
+    "absolute": lambda outputs, targets: 0.5 * (targets - outputs).abs(),
+    "log-cosh": lambda outputs, targets: torch.log(torch.cosh(outputs - targets)),
+    "binary": lambda outputs, targets: -(targets * outputs.sigmoid().log()),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_losses_of_every_pair_of_samples(name: str) -> None:
+    """Outputs (B, 1) and targets (B,), or the other way round, gave B x B losses without a word."""
+    outputs, targets = torch.randn(8, 1, requires_grad=True), torch.rand(8)
+    with pytest.warns(
+        UserWarning, match=r"got losses \(8, 8\) computed from \(8, 1\)\. .* broadcast against each other"
+    ) as told:
+        batchtrim.Trimmer(0.5)(CRITERIA[name](outputs, targets))
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"got losses \(8, 8\) computed from \(8,\)\. "):
+        batchtrim.Trimmer(0.5)(CRITERIA[name](outputs.squeeze(1), targets[:, None]))
+
+
+def test_as_many_tokens_as_samples_are_no_pairs() -> None:
+    logits = torch.randn(8, 3, 8, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batchtrim.Trimmer(0.5)(F.cross_entropy(logits, torch.zeros(8, 8, dtype=torch.int64), reduction="none"))
+        batchtrim.Trimmer(0.5)(CRITERIA["squared"](logits[:, 0], torch.rand(8, 8)))
+        batchtrim.Trimmer(0.5)(CRITERIA["squared"](logits[:, 0, :1], torch.rand(8, 1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -169,6 +170,18 @@ def test_a_trimmer_made_in_inference_mode_can_be_stepped() -> None:
         trim = Trimmer(batchtrim.linear(1.0, 0.2), total=3)
     trim.step()
     assert trim(LOSSES).item() == 2.0
+
+
+def test_a_trimmer_copied_in_inference_mode_can_be_stepped() -> None:
+    """As weight averaging copies a module; a shallow copy goes on sharing its clock."""
+    trim = Trimmer(batchtrim.linear(1.0, 0.2), total=3)
+    with torch.inference_mode():
+        copies = [copy.deepcopy(trim), pickle.loads(pickle.dumps(trim))]
+    for each in copies:
+        each.step()
+        assert each(LOSSES).item() == 2.0
+    copy.copy(trim).step()
+    assert trim._keep_tensor.item() == trim.keep == 0.6
 
 
 def test_torch_jit_trace() -> None:

@@ -101,6 +101,19 @@ def test_a_column_that_is_not_used_and_tells_runs_apart_is_noted(column: str, no
     assert [row.get("notes") for row in to_records(rows, "rows", "f1")] == [[note] if noted else None] * 8
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "noted"),
+    [("f1", (0.5, 51.0), True), ("wer", (12.0, 0.1), True), ("rmse", (0.5, 51.0), False), ("f1", (0.5, 0.0), False)],
+)
+def test_fractions_beside_percent_are_noted(name: str, values: tuple[float, float], noted: bool) -> None:
+    """A difference of 50 points was reported as certain."""
+    rows = [{"method": m, "seed": s, name: values[m == "b"] * (1 + s / 9)} for m in "ab" for s in range(4)]
+    found = to_records(rows, "rows")[0].get("notes")
+    small, large = "ab" if values[0] < values[1] else "ba"
+    note = f"every {name} of {small} is at most 1 and every one of {large} is more: give all of them as"
+    assert [each.startswith(note) for each in found or ()] == [True] * noted
+
+
 def test_seeds_of_64_bits_are_told_apart_and_missing_fields_named() -> None:
     """They were read as floats: 2^60 and 2^60 + 1 were one seed."""
     rows = [{"method": "a", "seed": 2**60 + n, "f1": 0.5} for n in range(2)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import io
 import math
 import os
+import pickle
 import signal
 import sys
 import warnings
@@ -19,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from batchtrim import Trimmer, easiest
 from batchtrim.lab import Run, compare, headline, records, run_once
 from own_tasks import calls, failing
 
@@ -149,6 +152,41 @@ def test_a_task_that_forgets_the_clock_is_reported() -> None:
     assert "to call run.trim.step() once an epoch" in failing(calls(steps=False))
 
 
+def test_a_trimmer_that_is_copied_counts_as_used() -> None:
+    def train(run: Run) -> dict[str, float]:
+        trim = copy.deepcopy(run.trim)
+        for _ in range(run.epochs):
+            trim(torch.rand(8))
+            trim.step()
+        return {"error": 0.1 + 0.01 * run.seed}
+
+    compare(train, ["full", "trim"], 1, epochs=2, threads=1, quiet=True, out="here")
+    assert records.read("here")[1]["samples_backward"] == 8 + 2
+
+
+def test_a_trimmer_that_is_sent_away_is_noted() -> None:
+    """It may have been used there: it was refused as never called."""
+
+    def train(run: Run) -> dict[str, float]:
+        pickle.dumps(run.trim_options)  # as to a process of its own
+        return {"error": 0.1 + 0.01 * run.seed}
+
+    compare(train, ["trim"], 1, epochs=2, threads=1, quiet=True, out="here")
+    assert records.read("here")[0]["notes"] == [
+        "run.trim was copied to another process and not called in this one, so it is not known whether it chose"
+    ]
+
+
+def test_a_rule_in_place_of_the_method_s_is_reported() -> None:
+    """It was said that the trimmer was never called."""
+
+    def train(run: Run) -> dict[str, float]:
+        run.trim.rule = easiest()
+        return calls()(run)
+
+    assert "which makes the run one of 'trim', got another in its place: easiest()" in failing(train)
+
+
 @pytest.mark.slow
 @pytest.mark.torch28
 def test_a_compiled_step_counts_as_used() -> None:
@@ -163,6 +201,25 @@ def test_a_compiled_step_counts_as_used() -> None:
         return {"error": 0.1}
 
     assert run_once(train, "trim", epochs=2) == 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.torch28
+def test_another_trimmer_in_a_compiled_step_has_a_clock_of_its_own() -> None:
+    """The run was refused, as one that did not step run.trim, which it need not."""
+
+    def train(run: Run) -> dict[str, float]:
+        trim = Trimmer(run.keep, total=run.epochs, **run.trim_options)
+        loss_of = torch.compile(trim.__call__, fullgraph=True, backend="aot_eager")
+        for _ in range(run.epochs):
+            loss_of(torch.rand(8))
+            trim.step()
+        return {"error": 0.1}
+
+    compare(train, ["trim"], 1, epochs=2, threads=1, quiet=True, out="here")
+    assert records.read("here")[0]["notes"] == [
+        "run.trim.step() was not called: if compiled steps call run.trim, all of them kept 1"
+    ]
 
 
 def test_log_refuses_invalid_numbers_and_a_second_point() -> None:

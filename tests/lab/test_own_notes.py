@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from batchtrim.lab import Run, compare, records
 from own_tasks import calls
@@ -86,6 +88,57 @@ def test_what_one_run_leaves_for_the_next_is_noted() -> None:
     assert trim["notes"][0].startswith(
         "the task changed draws, held, numbers, ..., which it did not make: the next run"
     )
+
+
+def closed_over(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+HIDDEN: dict[str, tuple[Callable[[], Callable[[], Any]], str]] = {
+    "a cache": (lambda: functools.cache(lambda: nn.Linear(1, 1)), "get"),
+    "a cache with a limit": (lambda: functools.lru_cache(1)(lambda: nn.Linear(1, 1)), "get"),
+    "a generator in a cache": (lambda: functools.cache(torch.Generator), "get"),
+    "a closure of another function": (lambda: closed_over(nn.Linear(1, 1)), "a network kept from before (Linear)"),
+    "weights": (lambda: closed_over(torch.ones(1, requires_grad=True)), "a network kept from before (Tensor)"),
+}
+
+
+@pytest.mark.parametrize("where", HIDDEN)
+def test_a_network_is_seen_wherever_it_is_kept(where: str) -> None:
+    """Only what the function itself names, outside of caches, was looked at."""
+    make, says = HIDDEN[where]
+    get = make()
+
+    def train(run: Run) -> dict[str, float]:
+        found = get()
+        if isinstance(found, torch.Generator):
+            torch.rand(1, generator=found)
+        else:
+            with torch.no_grad():
+                for each in found.parameters() if isinstance(found, nn.Module) else [found]:
+                    each.add_(1.0)
+        return calls()(run)
+
+    get()
+    compare(train, ["full"], 1, epochs=2, out="here", quiet=True)
+    assert [each.partition(" which it did not")[0] for each in records.read("here")[0]["notes"]] == [
+        f"the task changed {says},"
+    ]
+
+
+@pytest.mark.parametrize("shape", [(3,), (3000, 3000)])
+def test_an_array_that_a_run_changes_is_noted(shape: tuple[int, ...]) -> None:
+    """As labels made wrong, or features scaled, once more in every run."""
+    labels = np.ones(shape)
+
+    def train(run: Run) -> dict[str, float]:
+        labels[:] *= 2.0 if run.method == "trim" else 1.0
+        return calls()(run)
+
+    compare(train, ["full", "trim"], 1, epochs=2, out="here", quiet=True)
+    full, trim = records.read("here")
+    assert "notes" not in full
+    assert trim["notes"][0].startswith("the task changed labels, which it did not make")
 
 
 def test_threads_that_are_left_behind_are_noted(capfd: pytest.CaptureFixture[str]) -> None:

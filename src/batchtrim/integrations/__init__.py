@@ -118,7 +118,7 @@ def load_state(trim: Trimmer, state: dict[str, Any], length: str | None, taken_b
         trim.load_state_dict(state, length=length)
     except ChooseLength as error:
         raise ChooseLength(
-            f"expected a checkpoint of a training with total={trim.total} {unit}s, got total={state['total']}. "
+            f"expected to continue a training with total={trim.total} {unit}s, got one with total={state['total']}. "
             f"Progress would jump. Choose one: {taken_by}(resume_length='stretch') stretches the schedule over "
             "this training, with one jump; resume_length='saved' keeps the saved total and stays at the "
             "schedule's end beyond it."

@@ -61,8 +61,8 @@ class TrimmingCallback(Callback):
         keep_log: a :class:`batchtrim.KeepLog` that the module records into,
             ``self.keep_log.record(self.trim.last, ids=ids)``. The callback sets it on the module, saves it in the
             checkpoint and ends its epochs.
-        resume_length: "stretch" or "saved", for a checkpoint from a training of another length; see
-            :meth:`batchtrim.Trimmer.load_state_dict`.
+        resume_length: "stretch" or "saved", for a checkpoint from a training of another length, and for a further
+            ``trainer.fit`` with more epochs; see :meth:`batchtrim.Trimmer.load_state_dict`.
         options: further arguments of :class:`batchtrim.Trimmer`: ``select``, ``scale``, ``unit``, ``scope``, ``seed``.
 
     Raises:
@@ -106,7 +106,9 @@ class TrimmingCallback(Callback):
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # a tuner runs without callbacks, and the sanity check runs before training
             self.clock.max_epochs = trainer.max_epochs
-            self.trim, self._restored = None, None
+            # a further fit of a trainer continues; a state from a checkpoint comes later, in place of this one
+            self._restored = self._own_state() if trainer.global_step > 0 else None
+            self.trim = None
             check_free(pl_module, self.attribute)
             if self.keep_log is not None:
                 pl_module.keep_log = self.keep_log  # type: ignore[assignment]
@@ -179,10 +181,16 @@ class TrimmingCallback(Callback):
         return own if self.attribute == "trim" else f"{own}[{self.attribute}]"
 
     def state_dict(self) -> dict[str, Any]:
-        if self.trim is None:
+        state = self._own_state()
+        if state is None:
             return {}
-        log = {} if self.keep_log is None else {"keep_log": self.keep_log.state_dict()}
-        return {**self.trim.state_dict(), **self.clock.state_dict(), **log, "logged": self.logging.logged}
+        return state if self.keep_log is None else {**state, "keep_log": self.keep_log.state_dict()}
+
+    def _own_state(self) -> dict[str, Any] | None:
+        """Return the state without the keep log's; None before training."""
+        if self.trim is None:
+            return None
+        return {**self.trim.state_dict(), **self.clock.state_dict(), "logged": self.logging.logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:  # before training; on_train_start continues from it

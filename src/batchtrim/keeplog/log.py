@@ -216,6 +216,13 @@ class KeepLog:
         """
         return parquet.read(cls, path)
 
+    @_plain_mode
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy: one made in inference mode can be recorded into outside of it."""
+        vars(self).update(state)
+        self._columns = {name: _plain(column) for name, column in self._columns.items()}
+        self._epoch = _plain(self._epoch)
+
     def __repr__(self) -> str:
         return f"KeepLog(n={self.n}, {self.steps} batches in {len(self.history)} epochs)"
 
@@ -253,3 +260,7 @@ class KeepLog:
         within = torch.where((entries.rows < 0) | (entries.rows > self.n), self.n, entries.rows)
         stays = columns.enter(self._columns, entries._replace(rows=within))
         self._epoch += epoch.count(entries, stays, n=self.n, classes=self.classes)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor

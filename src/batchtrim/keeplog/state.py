@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchtrim._checks import check_count, check_state, describe
 from batchtrim.keeplog.batch import Entries
-from batchtrim.keeplog.columns import COLUMNS
+from batchtrim.keeplog.columns import COLUMNS, INT16_CLASSES
 
 if TYPE_CHECKING:
     from batchtrim.keeplog.log import KeepLog
@@ -17,19 +17,25 @@ if TYPE_CHECKING:
 __all__ = ["STATE_VERSION", "load", "save"]
 
 STATE_VERSION = 2
+_SAVED = {"predicted": torch.int32}  # room for any number of classes
 
 
 def save(log: KeepLog) -> dict[str, Any]:
-    """Return the whole state: tensors, numbers and strings only."""
+    """Return the whole state: tensors, numbers and strings only.
+
+    Of one size, every state has the same entries of the same shapes: what varies is in tuples, which
+    torch.distributed.checkpoint stores whole.
+    """
+    columns = log._columns.items()
     return {
         "version": STATE_VERSION,
         "n": log.n,
         "classes": log.classes,
         "steps": log.steps,
-        "columns": {name: column.to("cpu", copy=True) for name, column in log._columns.items()},
-        "pending": [[part.cpu() for part in batch] for batch in log._pending],
+        "columns": {name: column.to("cpu", _SAVED.get(name, column.dtype), copy=True) for name, column in columns},
+        "pending": tuple(tuple(part.cpu() for part in batch) for batch in log._pending),
         "epoch": log._epoch.to("cpu", copy=True),
-        "history": [dict(line) for line in log.history],
+        "history": tuple(dict(line) for line in log.history),
         "warned": log._warned,
     }
 
@@ -64,7 +70,11 @@ def load(log: KeepLog, state: Any) -> None:
     log.steps = check_count("state['steps']", state["steps"], minimum=0)
     log._pending, log.history = pending, history
     log._entries = sum(len(batch.rows) for batch in pending)
+    predicted = [state["columns"]["predicted"], *(batch.predicted for batch in pending)]
+    log._wide = any(len(each) > 0 and int(each.max()) >= INT16_CLASSES for each in predicted)
     log._columns = {name: state["columns"][name].clone() for name in COLUMNS}
+    if not log._wide:
+        log._columns["predicted"] = log._columns["predicted"].to(COLUMNS["predicted"][0])
     log._epoch = state["epoch"].clone()
     log._warned = bool(state["warned"])
 

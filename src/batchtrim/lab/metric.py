@@ -16,6 +16,7 @@ HIGHER = (
     "accuracy", "acc", "f1", "macro_f1", "micro_f1", "auc", "auroc", "roc_auc", "average_precision", "precision",
     "recall", "r2", "iou", "miou", "dice", "map", "bleu", "rouge", "mcc", "balanced_accuracy", "ndcg", "mrr",
 )  # fmt: skip
+FRACTIONS = (*(name for name in HIGHER if name not in ("bleu", "rouge")), "wer", "cer", "ece", "eer", "brier")
 MOST = 9  # decimals that are printed
 IN_PERCENT = ("error", "accuracy")  # fractions of the test samples, printed as percent and compared in points
 

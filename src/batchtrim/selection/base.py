@@ -14,6 +14,7 @@ from batchtrim._checks import check_count, check_part, describe, tensor_cure
 __all__ = [
     "Rule",
     "Selection",
+    "changeable_keep",
     "choose",
     "drawing",
     "drawing_device",
@@ -180,6 +181,12 @@ def rank_mask(scores: Tensor, k: Tensor, skip: Tensor | None = None) -> Tensor:
     order = torch.argsort(scores, descending=True, stable=True)
     ranks = torch.zeros_like(order).scatter(0, order, torch.arange(n, device=scores.device))
     return ranks < k if skip is None else (ranks >= skip) & (ranks < skip + k)
+
+
+@torch.inference_mode(False)
+def changeable_keep(keep: float) -> Tensor:
+    """Return a keep fraction as a tensor that may be changed in place, in whatever mode it is made."""
+    return torch.tensor(keep, dtype=torch.float64, device="cpu")
 
 
 def keep_count_tensor(keep: Tensor, n: Tensor | int) -> Tensor:

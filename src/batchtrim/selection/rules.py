@@ -242,14 +242,20 @@ class percentile:
         return Selection(indices if indices.shape[0] else top_indices(losses, 1), n, n)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": None if self._recent is None else self._recent.clone()}
+        """Return the recent losses, padded with NaN to the length of the history: a state of one shape."""
+        recent = torch.full((self.history,), torch.nan, device="cpu")
+        if self._recent is not None:
+            known = self._recent[-self.history :]
+            recent[: known.shape[0]] = known
+        return {"recent": recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(state, ("recent",), "a percentile rule")
         recent = state["recent"]
         if recent is not None and not (isinstance(recent, Tensor) and recent.ndim == 1 and recent.is_floating_point()):
             raise ValueError(f"expected `state['recent']` to be a vector of losses, got {describe(recent)}.")
-        self._recent = None if recent is None else recent.clone()
+        recent = None if recent is None else recent[~recent.isnan()]
+        self._recent = None if recent is None or not len(recent) else recent
 
 
 @dataclass(frozen=True)

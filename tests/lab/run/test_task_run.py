@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ def test_tokens_are_chosen_by_the_users_own_trimmer(tmp_path: Path) -> None:
     trim = Trimmer(run.keep, total=run.epochs, unit="element", **run.trim_options)
     losses = torch.tensor([[9.0, 0.1], [0.2, 0.3]])
     assert trim(losses).item() == pytest.approx(9.0 / 4)
-    assert run.rule.kept == 1
+    assert run.rule.counts.kept == 1
 
 
 def test_a_share_of_the_loss_is_not_logged_as_a_share_of_the_samples(tmp_path: Path) -> None:
@@ -47,17 +49,17 @@ def test_a_second_pass_is_counted(tmp_path: Path) -> None:
     for _ in range(2):
         step(torch.rand(10, 2), torch.rand(10, 1)).backward()
         run.trim.step()
-    assert (run.rule.seen, run.rule.kept, run.rule.repeated) == (20, 12, 2)
+    assert (run.rule.counts.seen, run.rule.counts.kept, run.rule.counts.repeated) == (20, 12, 2)
 
 
 def test_steps_that_were_compiled_leave_no_count(tmp_path: Path) -> None:
     """Those of the others alone were recorded."""
     run = Run(TaskConfig(task="mine.py:train", method="trim", epochs=2).resolved(), tmp_path)
     run.trim(torch.rand(4))
-    assert run.rule.counted
+    assert run.rule.counts.counted
     assert run.rule.compiled_mask is not None  # what a compiled step reads
     run.log(epoch=0)
-    assert not run.rule.counted
+    assert not run.rule.counts.counted
     assert "samples_backward" not in run.curve
 
 
@@ -68,4 +70,28 @@ def test_validation_and_what_a_checkpoint_repeats_are_no_training(tmp_path: Path
     checkpoint(lambda x: run.trim(model(x).squeeze(1) ** 2), torch.rand(10, 2), use_reentrant=False).backward()
     with torch.no_grad():
         run.trim(torch.rand(50))
-    assert (run.rule.calls, run.rule.seen, run.rule.kept) == (1, 10, 10)
+    assert (run.rule.counts.calls, run.rule.counts.seen, run.rule.counts.kept) == (1, 10, 10)
+
+
+@pytest.mark.parametrize("method", ["trim", "random", "loss_mass", "small_loss"])
+def test_copies_of_the_trimmer_count(method: str, tmp_path: Path) -> None:
+    """A run that chose with a deep copy was refused, as one that never called its trimmer."""
+    run = Run(TaskConfig(task="mine.py:train", method=method, epochs=2).resolved(), tmp_path)
+    copies = [
+        copy.deepcopy(run.trim),
+        copy.copy(run.trim),
+        Trimmer(run.keep, total=2, **copy.deepcopy(run.trim_options)),
+    ]
+    for each in copies:
+        each.step()
+        each(torch.rand(10))
+    assert (run.rule.counts.calls, run.rule.counts.seen) == (3, 30)
+    assert run.rule.counts.used
+
+
+def test_a_copy_in_another_process_is_not_counted(tmp_path: Path) -> None:
+    run = Run(TaskConfig(task="mine.py:train", epochs=2).resolved(), tmp_path)
+    there = pickle.loads(pickle.dumps(run.trim))
+    assert torch.equal(there(torch.arange(10.0)), run.trim(torch.arange(10.0)))
+    assert run.rule.counts.sent
+    assert run.rule.counts.calls == 1

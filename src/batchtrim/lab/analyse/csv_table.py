@@ -7,12 +7,12 @@ import hashlib
 import io
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import describe, nearest
-from batchtrim.lab.metric import Metric
+from batchtrim.lab.metric import FRACTIONS, Metric
 from batchtrim.lab.records import COSTS, SCHEMA, Row
 
 __all__ = ["read_csv", "to_records"]
@@ -94,6 +94,7 @@ def to_records(
             )
         found[at] = record
     notes = _pooled(rows, [each for each in names if each not in (*KNOWN, *TIMES, name)])
+    notes += _of_two_units(found_metric, found.values())
     return [{**record, "notes": notes} if notes else record for record in found.values()]
 
 
@@ -110,6 +111,22 @@ def _pooled(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[s
             listed = ", ".join(several[:4]) + (", ..." if len(several) > 4 else "")
             found.append(f"the column {column} is not used: runs of {listed} are compared as one")
     return found
+
+
+def _of_two_units(metric: Metric, records: Iterable[Row]) -> list[str]:
+    """Return a note if all runs of some methods are fractions and all runs of others are more than 1, as percent is."""
+    largest: dict[str, list[float]] = {}
+    for record in records:
+        if record[metric.field] is not None:
+            largest.setdefault(record["config"]["method"], []).append(record[metric.field])
+    fractions = [method for method, values in largest.items() if min(values) > 0.0 and max(values) <= 1.0]
+    others = [method for method, values in largest.items() if min(values) > 1.0]
+    if metric.name.lower() not in FRACTIONS or not fractions or not others:
+        return []
+    return [
+        f"every {metric.name} of {fractions[0]} is at most 1 and every one of {others[0]} is more: give all of them as "
+        "fractions or all in percent"
+    ]
 
 
 def _is_number(text: str) -> bool:

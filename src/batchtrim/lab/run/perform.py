@@ -102,6 +102,8 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
 @functools.cache
 def _import_ahead(engine: str) -> None:
     """Do two steps, so that torch imports its compiler and the engine's modules outside any run's training time."""
+    if engine == "auto":  # which imports them once a model is large enough
+        import batchtrim.engine.shared  # noqa: F401
     with (
         torch.device("cpu"),
         torch.random.fork_rng(devices=[]),
@@ -145,13 +147,22 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
 
 def _told(run: Run, seen: Seen, effects: SideEffects, seconds: float) -> dict[str, Any]:
     """Return the notes on a successful run; raise an error if the method was never applied."""
-    if run.method != "full" and not run.rule.used:
-        raise TaskMistake(
-            f"expected the task to choose with run.trim, got a run of {run.method!r} in which it was never called: "
-            "that is plain training. Call run.trim(losses) in place of the mean of the losses, use run.forward, or "
-            "give a trainer run.keep and run.trim_options."
-        )
     notes, more = _notes_on_keep(run), {}
+    if run.method != "full" and not run.rule.counts.used:
+        if run.trim.last is not None:
+            raise TaskMistake(
+                f"expected the task to choose by run.trim.rule, which makes the run one of {run.method!r}, got another "
+                f"in its place: {run.trim.rule!r}. Results with a rule of your own: batchtrim report --csv."
+            )
+        if not run.rule.counts.sent:
+            raise TaskMistake(
+                f"expected the task to choose with run.trim, got a run of {run.method!r} in which it was never called: "
+                "that is plain training. Call run.trim(losses) in place of the mean of the losses, use run.forward, or "
+                "give a trainer run.keep and run.trim_options."
+            )
+        notes.append(
+            "run.trim was copied to another process and not called in this one, so it is not known whether it chose"
+        )
     if changed := effects.changed():
         notes.append(
             f"the task changed {', '.join(changed[:3])}{', ...' * (len(changed) > 3)}, which it did not make: the next "
@@ -174,13 +185,17 @@ def _told(run: Run, seen: Seen, effects: SideEffects, seconds: float) -> dict[st
 def _notes_on_keep(run: Run) -> list[str]:
     """Return notes on a schedule that did not run as far as it should, and on a run that kept everything."""
     notes = []
-    own_clock = run.trim.last is not None or run.rule.compiled
-    if own_clock and _moves(run):
-        if run.trim.steps == 0:
-            raise TaskMistake(
-                f"expected the task to call run.trim.step() once an epoch, got a run of {run.method!r} without: all of "
-                f"it kept {run.trim.keep:g}, the schedule's start."
-            )
+    counts, schedule_moves = run.rule.counts, _moves(run)
+    if schedule_moves and run.trim.steps == 0 and run.trim.last is not None:
+        raise TaskMistake(
+            f"expected the task to call run.trim.step() once an epoch, got a run of {run.method!r} without: all of "
+            f"it kept {run.trim.keep:g}, the schedule's start."
+        )
+    if schedule_moves and run.trim.steps == 0 and counts.compiled:  # run.trim, or another trimmer with its rule
+        notes.append(
+            f"run.trim.step() was not called: if compiled steps call run.trim, all of them kept {run.trim.keep:g}"
+        )
+    elif schedule_moves and (run.trim.last is not None or counts.compiled):
         if run.trim.steps < run.epochs - 1:
             notes.append(
                 f"run.trim.step() was called {run.trim.steps} times in {run.epochs} epochs, so the schedule ended at "
@@ -191,9 +206,9 @@ def _notes_on_keep(run: Run) -> list[str]:
                 f"run.trim.step() was called {run.trim.steps} times in {run.epochs} epochs, so the schedule was over "
                 f"after {(run.epochs - 1) / run.trim.steps:.0%} of them"
             )
-    if run.rule.counted and run.rule.kept == run.rule.seen and _may_drop(run):
+    if counts.counted and counts.kept == counts.seen and _may_drop(run):
         notes.append(
-            f"every one of the {run.rule.seen:,} samples was kept, as in plain training: check that the trimmer's "
+            f"every one of the {counts.seen:,} samples was kept, as in plain training: check that the trimmer's "
             "clock steps, and that batches have several samples"
         )
     return notes
@@ -215,10 +230,14 @@ def _moves(run: Run) -> bool:
 
 def _counts(run: Run) -> dict[str, Any]:
     """Return the numbers of samples seen and kept; None if the trimmer saw none, as in plain training, or not all."""
-    rule = run.rule
-    if not rule.counted:
+    counts = run.rule.counts
+    if not counts.counted:
         return {"samples_forward": None, "samples_backward": None, "steps": None}
-    return {"samples_forward": rule.seen + rule.repeated, "samples_backward": rule.kept, "steps": rule.calls}
+    return {
+        "samples_forward": counts.seen + counts.repeated,
+        "samples_backward": counts.kept,
+        "steps": counts.calls,
+    }
 
 
 def _write_log(run: Run, config: TaskConfig, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Notice what a training function changes outside of itself: a network, a generator or a tensor that it did not make.
+"""Notice what a training function changes outside of itself: networks, generators and data that it did not make.
 
 The next run in the same process then starts from there, so that results depend on the order of the runs.
 """
@@ -6,9 +6,12 @@ The next run in the same process then starts from there, so that results depend 
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import types
-from collections.abc import Callable, Iterator
+import weakref
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,29 +23,56 @@ from batchtrim.lab.task.fingerprint import content_of
 __all__ = ["SideEffects"]
 
 MOST_ENTRIES = 1000  # of a list or a dictionary: larger ones hold data, and looking would take time
+MOST_BYTES = 1 << 24  # of an array that is read whole
+_CACHE: Any = type(functools.cache(print))
 
 
 class SideEffects:
-    """The networks, tensors and generators that a function finds in its module, its closure or its object."""
+    """The networks, tensors, arrays and generators that a function finds in its module, its closure or its object.
+
+    Networks, and weights outside of one, are seen wherever they are kept: in functools.cache, in another module, in the
+    closure of a function that the function calls.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._before = [(name, value, _state(value)) for name, value in _found(function)]
+        found = list(_found(function))
+        self._before = [(name, value, _state(value)) for name, value in found]
+        self._hidden = [(weakref.ref(each), _state(each)) for each in _networks({id(each) for _, each in found})]
 
     def changed(self) -> list[str]:
-        """Return the names of those that were changed since, in place."""
-        return list(dict.fromkeys(name for name, value, state in self._before if _state(value) != state))
+        """Return the names of those that were changed since, in place; of hidden ones the kind."""
+        names = [name for name, value, state in self._before if _state(value) != state]
+        for reference, state in self._hidden:
+            value = reference()
+            if value is not None and _state(value) != state:
+                names.append(f"a network kept from before ({type(value).__name__})")
+        return list(dict.fromkeys(names))
 
 
 def _found(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what a function can change, by name; of a list or a dictionary its entries, under its name."""
+    """Yield what a function can change, by name; of a list, a dictionary or a cache its entries, under its name."""
     seen: set[int] = set()
     for name, value in _names(function):
-        several = isinstance(value, dict | list | tuple) and len(value) <= MOST_ENTRIES
-        entries = value.values() if several and isinstance(value, dict) else value if several else [value]
-        for each in list(entries):
+        for each in list(_entries(value)):
             if id(each) not in seen and _state(each) is not None:
                 seen.add(id(each))
                 yield name, each
+
+
+def _entries(value: Any) -> Collection[Any]:
+    if type(value) is _CACHE:
+        return _cached(value)
+    if not isinstance(value, dict | list | tuple) or len(value) > MOST_ENTRIES:
+        return [value]
+    return value.values() if isinstance(value, dict) else value
+
+
+def _cached(function: Any) -> list[Any]:
+    """Return what functools.cache or functools.lru_cache has kept of a function's results."""
+    found: list[Any] = []
+    for held in gc.get_referents(function):  # a table of them; with a limit, the results themselves as well
+        found += held.values() if isinstance(held, dict) else [held]
+    return found
 
 
 def _names(function: Any) -> Iterator[tuple[str, Any]]:
@@ -61,6 +91,38 @@ def _names(function: Any) -> Iterator[tuple[str, Any]]:
         yield from list(function.__globals__.items())
 
 
+def _networks(known: Collection[int]) -> list[Any]:
+    """Return every network of this process, and the weights that are in none, but those whose id is known."""
+    kinds = {Tensor, nn.Parameter, *_kinds_of_module()}  # a proxy that is asked what it is imports what it stands for
+    alive = [each for each in gc.get_objects() if type(each) in kinds]
+    modules = [each for each in alive if isinstance(each, nn.Module) and "_parameters" in vars(each)]  # made completely
+    weights = [each for each in alive if isinstance(each, Tensor) and each.requires_grad and each.is_leaf]
+    inside = {id(part) for module in modules for part in _parts(module)}
+    return [each for each in (*modules, *weights) if id(each) not in inside and id(each) not in known]
+
+
+def _kinds_of_module() -> set[type]:
+    found, waiting = set(), [nn.Module]
+    while waiting:
+        kind = waiting.pop()
+        if kind not in found:
+            found.add(kind)
+            waiting += type.__subclasses__(kind)
+    return found
+
+
+def _checksum(array: np.ndarray) -> int:
+    """Return a checksum of an array; of a large one, of evenly spaced entries. A tensor counts its changes instead."""
+    flat = array.reshape(-1) if array.flags.c_contiguous else array.flat
+    return zlib.crc32(np.ascontiguousarray(flat[:: max(1, array.nbytes // MOST_BYTES)]).view(np.uint8).data)
+
+
+def _parts(module: nn.Module) -> Iterator[Any]:
+    own = vars(module)
+    yield from own.get("_modules", {}).values()
+    yield from own.get("_parameters", {}).values()
+
+
 def _state(value: Any) -> object:
     """Return what differs after an object was changed in place; None if it is not watched."""
     if isinstance(value, nn.Module):
@@ -69,6 +131,8 @@ def _state(value: Any) -> object:
         return None if value.is_inference() else value._version
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
+    if type(value) is np.ndarray:  # not one mapped from a file
+        return None if value.dtype.hasobject else _checksum(value)
     if isinstance(value, np.random.Generator):
         return repr(value.bit_generator.state)
     return value.getstate() if type(value) is random.Random else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -29,47 +31,27 @@ class TaskMistake(ValueError):
     """The training function breaks a rule of the harness; every other run would end the same way."""
 
 
-class WatchedRule:
-    """A selection rule that counts the samples it chooses from, whichever trimmer uses it.
+@dataclass
+class Counts:
+    """What the copies of a rule chose.
 
     Attributes:
-        calls, seen, kept: how often it chose in training, from how many samples, and how many it kept.
+        calls, seen, kept: how often they chose in training, from how many samples, and how many they kept.
         repeated: of these, how many went forward once more, in a second pass.
+        called: they chose, if only in validation.
         compiled: some steps were compiled, which are not counted.
+        sent: a copy went to another process, whose choices are not counted.
         steps: the run's :class:`batchtrim.TrimmedForward`.
-
-    Notes:
-        Not counted: batches without gradient (validation), and a choice that an activation checkpoint repeats.
     """
 
-    def __init__(self, rule: Any) -> None:
-        self.rule = rule
-        self.calls = self.seen = self.kept = self.repeated = 0
-        self.called = self.compiled = False
-        self.steps: list[TrimmedForward] = []
-
-    def __call__(self, losses: Tensor, keep: float, *args: Any, **kwargs: Any) -> Selection:
-        selection = self.rule(losses, keep, *args, **kwargs)
-        self.called = True
-        if not torch.is_grad_enabled() or in_backward() != -1:
-            return selection
-        self.calls += 1
-        self.seen += selection.candidates
-        self.kept += selection.k
-        if keep < 1.0 and any(_running(step) == "two_pass" for step in self.steps):
-            self.repeated += selection.k
-        return selection
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("rule", "steps"):
-            raise AttributeError(name)
-        value = getattr(self.rule, name)
-        if name == "compiled_mask":  # used in a compiled step, which is not counted
-            self.compiled = True
-        return value
-
-    def __repr__(self) -> str:
-        return repr(self.rule)
+    calls: int = 0
+    seen: int = 0
+    kept: int = 0
+    repeated: int = 0
+    called: bool = False
+    compiled: bool = False
+    sent: bool = False
+    steps: list[TrimmedForward] = field(default_factory=list)
 
     @property
     def used(self) -> bool:
@@ -78,8 +60,54 @@ class WatchedRule:
 
     @property
     def counted(self) -> bool:
-        """True if it counted every step."""
+        """True if every step was counted."""
         return self.calls > 0 and not self.compiled
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.sent = True
+        return {**vars(self), "steps": []}
+
+
+class WatchedRule:
+    """A selection rule that counts the samples it chooses from, whichever trimmer uses it or a copy of it.
+
+    Attributes:
+        counts: shared with the copies that :mod:`copy` makes.
+
+    Notes:
+        Not counted: batches without gradient (validation), and a choice that an activation checkpoint repeats.
+    """
+
+    def __init__(self, rule: Any, counts: Counts | None = None) -> None:
+        self.rule = rule
+        self.counts = Counts() if counts is None else counts
+
+    def __call__(self, losses: Tensor, keep: float, *args: Any, **kwargs: Any) -> Selection:
+        selection = self.rule(losses, keep, *args, **kwargs)
+        counts = self.counts
+        counts.called = True
+        if not torch.is_grad_enabled() or in_backward() != -1:
+            return selection
+        counts.calls += 1
+        counts.seen += selection.candidates
+        counts.kept += selection.k
+        if keep < 1.0 and any(_running(step) == "two_pass" for step in counts.steps):
+            counts.repeated += selection.k
+        return selection
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("rule", "counts"):
+            raise AttributeError(name)
+        value = getattr(self.rule, name)
+        if name == "compiled_mask":  # used in a compiled step, which is not counted
+            self.counts.compiled = True
+        return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WatchedRule:
+        return WatchedRule(copy.deepcopy(self.rule, memo), self.counts)
+
+    def __repr__(self) -> str:
+        return repr(self.rule)
 
 
 class Run:
@@ -131,7 +159,7 @@ class Run:
             more: further arguments of TrimmedForward.
         """
         step = TrimmedForward(model, criterion, self.trim, engine or self._engine, **more)
-        self.rule.steps.append(step)
+        self.rule.counts.steps.append(step)
         return step
 
     def log(self, *, epoch: int | None = None, **values: float) -> None:
@@ -160,8 +188,8 @@ class Run:
         if self.metric.name in numbers and self.metric.field != self.metric.name:
             numbers[self.metric.field] = numbers.pop(self.metric.name)
         point = {**self._kept_since(), **numbers, "seconds": time.perf_counter() - self.begun}
-        if self.rule.counted:
-            point["samples_backward"] = self.rule.kept
+        if self.rule.counts.counted:
+            point["samples_backward"] = self.rule.counts.kept
         self._add(epoch, point)
         if self._on_epoch is not None:
             self._on_epoch(
