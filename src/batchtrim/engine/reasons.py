@@ -26,6 +26,8 @@ def told(cause: BaseException) -> str:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if not lines:
         return f"it cannot be traced as one graph ({type(cause).__name__})"
+    if "GeneratorObjectVariable" in lines[0]:
+        return "it returns a generator, which can be read only once. Return a list"
     if "only concrete integers" in lines[0]:
         return f"it cannot be traced as one graph{_place(lines)}: an operator takes a size of the batch for a number"
     explained = next((f" {line}" for line in lines if line.startswith("Explanation: ")), "")
