@@ -24,6 +24,7 @@ COUNT = 0
 SEEN: list[int] = []
 STATE = SimpleNamespace(count=0)
 TABLE = torch.zeros(2)
+BOX = [torch.zeros(2)]
 LOCAL = threading.local()
 VARIABLE: ContextVar[int] = ContextVar("VARIABLE", default=0)
 NUMBERS = itertools.count()
@@ -184,6 +185,23 @@ def of_a_hook_made_at_first(model: Any) -> float:
     return len(model.layer._forward_hooks)
 
 
+def of_a_tensor_in_a_list(model: Any) -> float:
+    if not hasattr(model, "box"):
+        model.box = BOX
+    BOX[0].count = getattr(BOX[0], "count", 0) + 1  # type: ignore[attr-defined]
+    return BOX[0].count  # type: ignore[attr-defined]
+
+
+def of_a_learning_rate() -> Callable[[Any], float]:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
+
+    def tick(_: Any) -> float:
+        optimizer.param_groups[0]["lr"] += 1
+        return optimizer.param_groups[0]["lr"]
+
+    return tick
+
+
 def of_numpys_older_generator() -> Callable[[Any], float]:
     draws = np.random.RandomState(0)
     return lambda _: draws.normal()
@@ -215,6 +233,7 @@ PLACES = {
     "large dictionary": lambda: of_a_large_dictionary, "first use": lambda: of_a_first_use,
     "object made at first": lambda: of_an_object_made_at_first, "hook made at first": lambda: of_a_hook_made_at_first,
     "older generator": of_numpys_older_generator, "quasirandom": of_quasirandom_numbers,
+    "tensor in a list": lambda: of_a_tensor_in_a_list, "learning rate": of_a_learning_rate,
     "array of its own class": of_an_array_of_its_own_class,
 }  # fmt: skip
 
@@ -226,6 +245,7 @@ def _reset() -> None:
         each.clear()
     TABLE.zero_()
     COUNTS[3] = 0
+    vars(BOX[0]).clear()
     DEEP.__init__(5)  # type: ignore[misc]
     Space.count = other_file.COUNT = LOCAL.count = 0
     other_file.LOG.clear()

@@ -125,6 +125,9 @@ def test_what_torch_does_not_trace_is_named() -> None:
         train(Yielding, zoo.vectors, "shared", loss=first)
     with pytest.raises(EngineRefused, match=r"leaves another order of the OrderedDict that it holds \('b', 'a'\)"):
         train(Reordering, zoo.vectors, "shared")
+    plain, weighted = (batchtrim.per_sample(nn.CrossEntropyLoss(weight=w)) for w in (None, torch.rand(5) + 0.1))
+    with pytest.raises(EngineRefused, match="model: its loss is a sum of terms whose entries count differently"):
+        train(lambda: zoo.Mlp(8), zoo.vectors, "shared", loss=lambda out, y: plain(out, y) + weighted(out, y))
 
 
 class Cooling(zoo.Mlp):

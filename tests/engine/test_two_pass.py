@@ -307,3 +307,11 @@ def test_an_object_in_the_batch_is_named() -> None:
 
     with pytest.raises(EngineRefused, match="an object of type Record, whose rows cannot be taken"):
         step_of(Reading(8, 5), engine="two_pass")(Record(zoo.vectors(BATCH)), torch.randint(0, 5, (BATCH,)))
+
+
+def test_losses_that_are_all_nan_are_no_reason_to_refuse() -> None:
+    model = nn.Linear(8, 5)
+    nn.init.constant_(model.weight, float("nan"))
+    step = step_of(model, engine="two_pass")
+    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+    assert step.last.engine == "two_pass"

@@ -108,8 +108,7 @@ class Held:
 
     Attributes:
         modules: each module once.
-        names: of modules, and of the objects, classes and functions reached from them. of_tensors: of parameters and
-            buffers.
+        names: of modules, and of the objects, classes and functions reached from them. of_tensors: of tensors.
         contents: objects that can change in place, including tensors that are neither parameters nor buffers.
         watched: tensors that are too large to copy in every step, or do not belong to the model: parameters that the
             first root does not list, and tensors that functions name.
@@ -151,6 +150,7 @@ class Held:
             if value.grad_fn is not None:
                 self.with_graph.append(name)
             (self.contents if own and not isinstance(value, nn.Parameter) else self.watched).append(value)
+            self.of_tensors.append(_attributes(value))
         elif isinstance(value, (tuple, frozenset, *CONTAINERS)):
             self._container(value, name, deep, own)
         elif is_array(value) or isinstance(value, (bytearray, array)):
@@ -171,6 +171,8 @@ class Held:
             bind = partial(_set_variable, value)
             self.names.append(Names(value, [value.name], lambda _: value.get(), bind))
             self._walk(value.get(None), name, deep, own)
+        elif isinstance(value, torch.optim.Optimizer):
+            self._container(value.param_groups, name, deep, own)  # a forward that steps writes into parameters, too
         elif deep and _is_entered(type(value), own):
             self._object(value, deep - 1, own)
 
@@ -184,9 +186,8 @@ class Held:
         self.watched += [p for p in module._parameters.values() if p is not None and self._is_new(p)]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             self._is_new(tensor)
-            if tensor is not None:  # it may bear attributes
-                held = vars(tensor)
-                self.of_tensors.append(Names(tensor, [], held.__getitem__, held.__setitem__, held))
+            if tensor is not None:
+                self.of_tensors.append(_attributes(tensor))
         held = vars(module)
         for hook in [hook for hooks in HOOKS if held.get(hooks) for hook in held[hooks].values()]:
             self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)
@@ -315,6 +316,11 @@ def is_array(value: Any) -> bool:
     """True for a NumPy array that can be written into. Does not import NumPy."""
     numpy: Any = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray) and value.flags.writeable
+
+
+def _attributes(owner: Any) -> Names:
+    held = vars(owner)
+    return Names(owner, [], held.__getitem__, held.__setitem__, held)
 
 
 def _set_variable(variable: ContextVar[Any], _: str, value: Any) -> None:
