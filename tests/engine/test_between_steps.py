@@ -137,6 +137,17 @@ def test_a_change_elsewhere_is_noticed(change: str, monkeypatch: pytest.MonkeyPa
     assert unguarded.changed()
 
 
+def test_a_variable_added_to_the_environment_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Looking(Part):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * (2 if "BATCHTRIM_TEST_EXTRA" in os.environ else 1)
+
+    unguarded = Unguarded(batchtrim.TrimmedForward(Looking(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
+    assert not unguarded.changed()
+    monkeypatch.setenv("BATCHTRIM_TEST_EXTRA", "1")
+    assert unguarded.changed()
+
+
 def test_classes_that_come_later_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model()
     unguarded = Unguarded(batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
@@ -208,6 +219,18 @@ def test_what_cannot_be_traced_in_one_step_is_not_given_up(around: Callable[[], 
                 engines.append(auto(*_batch(1)).engine)
     engines.append(auto(*_batch(2)).engine)
     assert engines == ["shared", "exact", "exact", "shared"]
+
+
+@pytest.mark.parametrize("engine", few(["two_pass", "shared"], ["two_pass"]))
+def test_a_step_runs_while_another_thread_compiles(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.compiler.is_compiling()`` is then True in all threads."""
+    model = _model()
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), engine)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    step(*_batch(0)).backward()
+    assert step.forward.model is model
+    assert step.last is not None
+    assert step.last.engine == engine
 
 
 @pytest.mark.slow

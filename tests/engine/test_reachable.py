@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import other_file
 import pytest
 import torch
@@ -23,9 +24,11 @@ COUNT = 0
 SEEN: list[int] = []
 STATE = SimpleNamespace(count=0)
 TABLE = torch.zeros(2)
+BOX = [torch.zeros(2)]
 LOCAL = threading.local()
 VARIABLE: ContextVar[int] = ContextVar("VARIABLE", default=0)
 NUMBERS = itertools.count()
+COUNTS = dict.fromkeys(range(20_000), 0)
 
 
 class Space:
@@ -139,6 +142,86 @@ def of_a_context(_: Any) -> float:
     return VARIABLE.get()
 
 
+class Level:
+    def __init__(self, below: int) -> None:
+        self.count = 0
+        self.below = Level(below - 1) if below else None
+
+
+DEEP = Level(5)
+
+
+def of_an_object_six_levels_deep(_: Any) -> float:
+    level = DEEP
+    while level.below is not None:
+        level = level.below
+    level.count += 1
+    return level.count
+
+
+def of_a_large_dictionary(_: Any) -> float:
+    COUNTS[3] += 1
+    return COUNTS[3]
+
+
+def of_a_first_use(model: Any) -> float:
+    if not hasattr(model, "ready"):
+        model.ready, model.calls = True, 0
+    model.calls += 1
+    return model.calls
+
+
+def of_an_object_made_at_first(model: Any) -> float:
+    if not hasattr(model, "level"):
+        model.level = Level(0)
+    model.level.count += 1
+    return model.level.count
+
+
+def of_a_hook_made_at_first(model: Any) -> float:
+    """Without the second hook: its handle tells that it is there."""
+    if not hasattr(model, "handle"):
+        model.handle = model.layer.register_forward_hook(lambda _, __, out: out * 2)
+    return len(model.layer._forward_hooks)
+
+
+def of_a_tensor_in_a_list(model: Any) -> float:
+    if not hasattr(model, "box"):
+        model.box = BOX
+    BOX[0].count = getattr(BOX[0], "count", 0) + 1  # type: ignore[attr-defined]
+    return BOX[0].count  # type: ignore[attr-defined]
+
+
+def of_a_learning_rate() -> Callable[[Any], float]:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
+
+    def tick(_: Any) -> float:
+        optimizer.param_groups[0]["lr"] += 1
+        return optimizer.param_groups[0]["lr"]
+
+    return tick
+
+
+def of_numpys_older_generator() -> Callable[[Any], float]:
+    draws = np.random.RandomState(0)
+    return lambda _: draws.normal()
+
+
+def of_quasirandom_numbers() -> Callable[[Any], float]:
+    draws = torch.quasirandom.SobolEngine(1, scramble=True, seed=0)
+    return lambda _: float(draws.draw(1))
+
+
+def of_an_array_of_its_own_class() -> Callable[[Any], float]:
+    counts = np.ma.zeros(2)
+
+    def tick(_: Any) -> float:
+        counts[0] += 1
+        return float(counts[0])
+
+    return tick
+
+
 PLACES = {
     "global": lambda: of_a_global, "global list": lambda: of_a_global_list, "global object": lambda: of_a_global_object,
     "class": lambda: of_a_class, "list of the class": lambda: of_a_list_of_the_class,
@@ -146,7 +229,12 @@ PLACES = {
     "list in a closure": of_a_list_in_a_closure, "class as a place": lambda: of_a_class_as_a_place,
     "another file": lambda: of_another_file, "list of another file": lambda: of_a_list_of_another_file,
     "function of another file": lambda: of_a_function_of_another_file, "thread": lambda: of_a_thread,
-    "context": lambda: of_a_context,
+    "context": lambda: of_a_context, "deep": lambda: of_an_object_six_levels_deep,
+    "large dictionary": lambda: of_a_large_dictionary, "first use": lambda: of_a_first_use,
+    "object made at first": lambda: of_an_object_made_at_first, "hook made at first": lambda: of_a_hook_made_at_first,
+    "older generator": of_numpys_older_generator, "quasirandom": of_quasirandom_numbers,
+    "tensor in a list": lambda: of_a_tensor_in_a_list, "learning rate": of_a_learning_rate,
+    "array of its own class": of_an_array_of_its_own_class,
 }  # fmt: skip
 
 
@@ -156,6 +244,9 @@ def _reset() -> None:
     for each in (SEEN, Counting.log, of_a_default.__defaults__[0]):  # type: ignore[index]
         each.clear()
     TABLE.zero_()
+    COUNTS[3] = 0
+    vars(BOX[0]).clear()
+    DEEP.__init__(5)  # type: ignore[misc]
     Space.count = other_file.COUNT = LOCAL.count = 0
     other_file.LOG.clear()
     VARIABLE.set(0)

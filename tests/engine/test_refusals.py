@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -90,6 +91,43 @@ def test_transforms_are_refused_by_name_and_only_inside(name: str) -> None:
 def test_the_line_that_cannot_be_traced_is_named() -> None:
     with pytest.raises(EngineRefused, match=r"as one graph at `x = .* > 0 else .*` \(odd\.py:\d+\): Data-dep"):
         train(zoo.Branching, zoo.vectors, "shared")
+
+
+class Yielding(nn.Module):
+    """Returns its outputs one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(8, 5) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        return (head(x) for head in self.heads)
+
+
+class Reordering(nn.Linear):
+    """Moves what it used last to the end."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 5)
+        self.used = OrderedDict(a=1.0, b=2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.used.move_to_end(next(iter(self.used)))
+        return super().forward(x)
+
+
+@pytest.mark.slow
+def test_what_torch_does_not_trace_is_named() -> None:
+    def first(out: Any, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(next(iter(out)), y, reduction="none")
+
+    with pytest.raises(EngineRefused, match=r"it returns a generator, which can be read only once\. Return a list"):
+        train(Yielding, zoo.vectors, "shared", loss=first)
+    with pytest.raises(EngineRefused, match=r"leaves another order of the OrderedDict that it holds \('b', 'a'\)"):
+        train(Reordering, zoo.vectors, "shared")
+    plain, weighted = (batchtrim.per_sample(nn.CrossEntropyLoss(weight=w)) for w in (None, torch.rand(5) + 0.1))
+    with pytest.raises(EngineRefused, match="model: its loss is a sum of terms whose entries count differently"):
+        train(lambda: zoo.Mlp(8), zoo.vectors, "shared", loss=lambda out, y: plain(out, y) + weighted(out, y))
 
 
 class Cooling(zoo.Mlp):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -278,3 +279,39 @@ def test_cached_parametrizations_get_their_gradient() -> None:
             step(x, y).backward()
         found.append(gradient(model))
     assert error(*found) <= 1e-5
+
+
+def test_an_array_of_the_batch_changes_once() -> None:
+    class Adding(nn.Linear):
+        def forward(self, x: torch.Tensor, counts: np.ndarray) -> torch.Tensor:  # type: ignore[override]
+            counts += 1
+            return super().forward(x) * float(counts[0])
+
+    step = step_of(Adding(8, 5), engine="two_pass")
+    counts = np.zeros(2)
+    step((zoo.vectors(BATCH), counts), torch.randint(0, 5, (BATCH,))).backward()
+    assert counts.tolist() == [1.0, 1.0]
+
+
+def test_an_object_in_the_batch_is_named() -> None:
+    class Record:
+        def __init__(self, x: torch.Tensor) -> None:
+            self.values = {"x": x}
+
+        def __getattr__(self, name: str) -> torch.Tensor:
+            return self.__dict__["values"][name]  # a KeyError where Python asks for an AttributeError
+
+    class Reading(nn.Linear):
+        def forward(self, given: Record) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(given.x)
+
+    with pytest.raises(EngineRefused, match="an object of type Record, whose rows cannot be taken"):
+        step_of(Reading(8, 5), engine="two_pass")(Record(zoo.vectors(BATCH)), torch.randint(0, 5, (BATCH,)))
+
+
+def test_losses_that_are_all_nan_are_no_reason_to_refuse() -> None:
+    model = nn.Linear(8, 5)
+    nn.init.constant_(model.weight, float("nan"))
+    step = step_of(model, engine="two_pass")
+    step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
+    assert step.last.engine == "two_pass"

@@ -57,7 +57,7 @@ class EagerStep:
             self.generators = GeneratorStates(self.before.generators.device)
             self.outputs = _described(outputs)
             del outputs
-            self.sets_up = bool(self.before.model.other_parts() or self.before.model.filled_caches())
+            self.sets_up = self.before.model.set_up()
             draws = any(
                 isinstance(value, random.Random) and value.getstate() != was
                 for value, was in self.before.model.contents

@@ -76,7 +76,8 @@ class Tolerance:
         Raises:
             EngineRefused: names the sample that is furthest off.
         """
-        apart = _ALIKE[self._dtype(ours)] * (ours.abs() + ours.nan_to_num(posinf=0.0, neginf=0.0).abs().mean())
+        finite = ours.nan_to_num(posinf=0.0, neginf=0.0).abs()
+        apart = _ALIKE[self._dtype(ours)] * (finite + finite.mean())
         off = torch.where((ours == theirs) | (ours.isnan() & theirs.isnan()), 0.0, (ours - theirs).abs())
         if not (off <= apart).all():
             worst = int(off.nan_to_num(nan=float("inf")).argmax())

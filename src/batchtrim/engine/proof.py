@@ -266,6 +266,13 @@ class Proof:
         return next((node for node, verdict in self.verdicts.items() if verdict.reason is not None), None)
 
 
+# The outputs that a trace can see into are detached: those in tuples, lists, mappings, named tuples and dataclasses.
+_OUTLIVES = (
+    "a tensor that outlives the forward (kept by the model, returned in an object of its own class, or written into "
+    "the batch)"
+)
+
+
 def prove(
     graph: fx.Graph,
     symbols: tuple[sympy.Symbol, ...],
@@ -292,7 +299,7 @@ def prove(
                 layouts = [_UNCUT]
             verdict = NodeProof(node in tangents, layouts)
             if verdict.gradient and not verdict.vanishes:
-                verdict.unkept = "a tensor that outlives the forward (kept by the model, or written into the batch)"
+                verdict.unkept = _OUTLIVES
         elif node.op == "call_function":
             verdict = _prove_node(node, walk, proof, batch_norm)
         elif node.op == "get_attr":  # a constant

@@ -28,7 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CONTAINERS", "Names", "Reachable", "is_array", "is_numpy_generator"]
+__all__ = [
+    "CONTAINERS",
+    "HOOKS",
+    "Names",
+    "Reachable",
+    "is_array",
+    "is_numpy_generator",
+    "numpy_state",
+    "set_numpy_state",
+]
 
 CONTAINERS = (list, dict, set, deque)
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
@@ -37,20 +46,21 @@ _STATE = (
 )  # fmt: skip
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MADE_OF = ("_orig", "_g")  # suffixes of parameters from which torch.nn.utils (prune, weight_norm) computes a weight
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Objects of these packages have no state that a forward changes, or are tools, such as a trainer that holds the data.
 _TOOLS = frozenset((
     "accelerate", "batchtrim", "builtins", "functools", "lightning", "lightning_fabric", "logging", "numpy",
     "pytorch_lightning", "random", "torch",
 ))  # fmt: skip
 _WRAPPERS = ("batchtrim.criteria", "batchtrim.losses")  # around a user's loss; they have no state of their own
-# classes of the standard library whose objects are places for values
+# classes whose objects are places for values, of the standard library and one of torch's that draws numbers
 _PLACES = (
     SimpleNamespace, Namespace, threading.local, UserDict, UserList, ChainMap,
-    weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet,
+    weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, torch.quasirandom.SobolEngine,
 )  # fmt: skip
-_DEEP = 3  # levels of objects within objects that are searched
-_LARGE, _MANY = 2**20, 10_000  # bytes of an array, entries of a container; larger ones are copied only from modules
+_DEEP, _NEAR = 16, 3  # levels of objects within objects that are searched: for state, for iterators
+# Bytes of an array, and entries of a container, that are copied if no module holds it; entries that are searched then.
+_LARGE, _MANY, _SEARCHED = 2**24, 2**20, 10_000
 
 
 @dataclass
@@ -71,18 +81,26 @@ class Names:
     whole: dict[str, Any] | None = None
 
     def state(self, known: Container[str] = ()) -> dict[str, Any]:
-        """Return the values to restore, except those ``known``: numbers, containers and tensors, but no functions."""
-        names = self.names
+        """Return the values to restore, except those ``known``: attributes, and variables that are no functions."""
         if self.whole is not None:
             if not self.whole:  # as of most tensors
                 return {}
             passed = _OF_EVERY_MODULE if isinstance(self.owner, nn.Module) else ()
-            names = [name for name in self.whole if name not in passed and name not in known and "dynamo" not in name]
-        found = [(name, self._value(name)) for name in names]
+            found = [pair for pair in self.whole.items() if pair[0] not in passed and pair[0] not in known]
+            return {name: value for name, value in found if "dynamo" not in name}
+        found = [(name, self._value(name)) for name in self.names]
         return {name: value for name, value in found if type(value) in _FIXED or _is_state(self.owner, name, value)}
 
+    def set_up(self, noted: Mapping[str, Any]) -> bool:
+        """Return True if an object has a new flag, function or object: what a first forward makes, and no later one."""
+        new = self.state(known=noted).values() if self.whole is not None else ()
+        return any(isinstance(value, bool) or not isinstance(value, _STATE) for value in new)
+
     def put_back(self, noted: Mapping[str, Any]) -> None:
-        """Rebind each name whose value has changed to its earlier value."""
+        """Delete an object's new attributes, and rebind each name whose value has changed to its earlier value."""
+        if self.whole is not None:
+            for name in self.state(known=noted):
+                del self.whole[name]
         for name, value in noted.items():
             if self._value(name) is not value:
                 self.bind(name, value)
@@ -128,8 +146,8 @@ class Reachable:
         self._seen: dict[int, Any] = {id(value): value for value in passed}
         for parameter in roots[0].parameters() if isinstance(next(iter(roots), None), nn.Module) else ():
             self._seen[id(parameter)] = parameter
-        for root in roots:
-            self._walk(root, "the loss", _DEEP, own=True)
+        for number, root in enumerate(roots):
+            self._walk(root, "the loss" if number else "x or y", _DEEP, own=True)
 
     def _walk(self, value: Any, name: str, deep: int, own: bool) -> None:
         """Search a value. ``own``: a module holds it. ``deep``: how many more levels of objects to enter."""
@@ -146,6 +164,7 @@ class Reachable:
             if value.grad_fn is not None:
                 self.with_graph.append(name)
             (self.contents if own and not isinstance(value, nn.Parameter) else self.watched).append(value)
+            self.of_tensors.append(_attributes(value))
         elif isinstance(value, (tuple, frozenset, *CONTAINERS)):
             self._container(value, name, deep, own)
         elif is_array(value) or isinstance(value, (bytearray, array)):
@@ -160,12 +179,14 @@ class Reachable:
                 self.caches.append(value)
                 self._walk(value.__wrapped__, name, deep, own=False)
         elif isinstance(value, Iterator):
-            if own and _is_iterator(value):
+            if own and deep >= _DEEP - _NEAR and _is_iterator(value):
                 self.iterators.append(name)
         elif isinstance(value, ContextVar):
             bind = partial(_set_variable, value)
             self.names.append(Names(value, [value.name], lambda _: value.get(), bind))
             self._walk(value.get(None), name, deep, own)
+        elif isinstance(value, torch.optim.Optimizer):
+            self._container(value.param_groups, name, deep, own)  # a forward that steps writes into parameters, too
         elif deep and _is_entered(type(value), own):
             self._object(value, deep - 1, own)
 
@@ -179,11 +200,10 @@ class Reachable:
         self.watched += [p for p in module._parameters.values() if p is not None and self._is_new(p)]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             self._is_new(tensor)
-            if tensor is not None:  # it may bear attributes
-                held = vars(tensor)
-                self.of_tensors.append(Names(tensor, [], held.__getitem__, held.__setitem__, held))
+            if tensor is not None:
+                self.of_tensors.append(_attributes(tensor))
         held = vars(module)
-        for hook in [hook for hooks in _HOOKS if held.get(hooks) for hook in held[hooks].values()]:
+        for hook in [hook for hooks in HOOKS if held.get(hooks) for hook in held[hooks].values()]:
             self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)
         if not type(module).__module__.startswith("torch.distributed"):  # these set attributes in their first forward
             self.names.append(Names(module, [], held.__getitem__, held.__setitem__, held))
@@ -195,10 +215,10 @@ class Reachable:
         self._class(type(module))
 
     def _container(self, value: Any, name: str, deep: int, own: bool) -> None:
-        if not own and len(value) > _MANY:
-            return
-        if isinstance(value, CONTAINERS):
+        if isinstance(value, CONTAINERS) and (own or len(value) <= _MANY):
             self.contents.append(value)
+        if not own and len(value) > _SEARCHED:
+            return
         items = value.values() if isinstance(value, Mapping) else value
         if not _FIXED.issuperset(map(type, items)):  # fast for large containers of constants, such as a vocabulary
             for item in list(items):
@@ -228,7 +248,7 @@ class Reachable:
             for name, value in list(held.items()):
                 function = getattr(value, "fget", getattr(value, "__func__", value))
                 if name[:2] != "__" or isinstance(function, FunctionType):
-                    self._walk(function, name, 1, own=False)
+                    self._walk(function, name, _DEEP, own=False)
 
     def _callable(self, value: Any, name: str, deep: int) -> None:
         if isinstance(value, partial):
@@ -286,13 +306,35 @@ def _is_state(owner: Any, name: str, value: Any) -> bool:
 
 
 def is_numpy_generator(value: Any) -> bool:
-    """True for a ``numpy.random.Generator``. Does not import NumPy."""
-    return type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator")
+    """True for a ``Generator``, ``RandomState`` or ``BitGenerator`` of NumPy. Does not import it."""
+    numpy: Any = sys.modules.get("numpy.random")
+    return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState, numpy.BitGenerator))
+
+
+def numpy_state(value: Any) -> Any:
+    """Return the state of one of NumPy's generators; a RandomState has a normal number left over, too."""
+    if hasattr(value, "get_state"):
+        return value.get_state(legacy=False)
+    return getattr(value, "bit_generator", value).state
+
+
+def set_numpy_state(value: Any, state: Any) -> None:
+    """Give one of NumPy's generators a state that it had."""
+    if hasattr(value, "set_state"):
+        value.set_state(state)
+    else:
+        getattr(value, "bit_generator", value).state = state
 
 
 def is_array(value: Any) -> bool:
-    """True for a NumPy array that can be written into."""
-    return type(value).__module__ == "numpy" and hasattr(value, "nbytes") and value.flags.writeable
+    """True for a NumPy array that can be written into. Does not import NumPy."""
+    numpy: Any = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.flags.writeable
+
+
+def _attributes(owner: Any) -> Names:
+    held = vars(owner)
+    return Names(owner, [], held.__getitem__, held.__setitem__, held)
 
 
 def _set_variable(variable: ContextVar[Any], _: str, value: Any) -> None:

@@ -7,6 +7,7 @@ import re
 __all__ = ["cause_of", "told"]
 
 _NOT_THE_MODELS = ("/torch/", "/batchtrim/engine/")
+_RAISED = re.compile(r"raised exception (\w+)\((['\"])(.*)\2\)")
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
@@ -26,6 +27,8 @@ def told(cause: BaseException) -> str:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if not lines:
         return f"it cannot be traced as one graph ({type(cause).__name__})"
+    if lines[0] == "Observed exception" and (raised := _RAISED.search(str(cause))) is not None:
+        return raised[3] if raised[1] == "CannotCapture" else f"it raises {raised[1]}{_place(lines)}: {raised[3]}"
     if "only concrete integers" in lines[0]:
         return f"it cannot be traced as one graph{_place(lines)}: an operator takes a size of the batch for a number"
     explained = next((f" {line}" for line in lines if line.startswith("Explanation: ")), "")

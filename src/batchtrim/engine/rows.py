@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.held import is_array
 from batchtrim.errors import EngineRefused
 
 __all__ = ["RowCutter", "copied", "entries", "map_tensors", "restore_values", "tensors_of"]
@@ -42,9 +43,17 @@ def entries(value: Any) -> dict[str, Any]:
 
 
 def copied(value: Any) -> Any:
-    """Return a batch with copies of its tensors; a tensor that occurs twice is copied once."""
-    copies: dict[int, Tensor] = {}
-    return map_tensors(lambda tensor: copies.setdefault(id(tensor), tensor.clone()), value)
+    """Return a batch with copies of its tensors and NumPy arrays; what occurs twice is copied once."""
+    copies: dict[int, Any] = {}
+
+    def copied_once(_: str, leaf: Any) -> Any:
+        if id(leaf) not in copies and isinstance(leaf, Tensor):
+            copies[id(leaf)] = leaf.clone()
+        elif id(leaf) not in copies and is_array(leaf):
+            copies[id(leaf)] = leaf.copy()
+        return copies.get(id(leaf), leaf)
+
+    return _map(copied_once, value, "")
 
 
 def restore_values(value: Any, copy_of_it: Any) -> None:
@@ -123,11 +132,10 @@ def refuse(place: str, why: str) -> None:
 def _constant(place: str, leaf: Any, batch: int) -> Any:
     if isinstance(leaf, _CONSTANTS) or callable(leaf):
         return leaf
-    shape = getattr(leaf, "shape", None)
-    if type(leaf).__module__ == "numpy" and isinstance(shape, tuple):
-        if batch in shape:
-            refuse(place, f"it is a NumPy array of shape {shape}. Pass a tensor")
-        return leaf
+    if type(leaf).__module__ == "numpy" and isinstance(getattr(leaf, "shape", None), tuple):
+        if batch in leaf.shape:
+            refuse(place, f"it is a NumPy array of shape {leaf.shape}. Pass a tensor")
+        return leaf.copy()
     refuse(place, f"it is an object of type {type(leaf).__name__}, whose rows cannot be taken")
 
 

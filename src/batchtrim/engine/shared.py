@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from types import GeneratorType
 from typing import Any, NoReturn
 
 import torch
@@ -302,6 +303,8 @@ def _step_of(forward: Forward, equates: bool) -> Callable[..., Any]:
             outputs = model(*x)
         else:
             outputs = model(x)
+        if isinstance(outputs, GeneratorType):
+            raise CannotCapture("it returns a generator, which can be read only once. Return a list")
         losses = as_losses(per_sample_loss(outputs, y), unit)
         if losses.terms:
             raise CannotCapture("its loss is a sum of terms whose entries count differently")

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.reachable import Names, Reachable, is_array, is_numpy_generator
+from batchtrim.engine.reachable import (
+    HOOKS,
+    Names,
+    Reachable,
+    is_array,
+    is_numpy_generator,
+    numpy_state,
+    set_numpy_state,
+)
 from batchtrim.engine.rows import copied, restore_values, tensors_of
 
 if TYPE_CHECKING:
@@ -121,11 +129,9 @@ class ModelState:
         self.modules, self.watched, self.iterators = held.modules, held.watched, held.iterators
         self.modes = [(module, module.training) for module in self.modules]
         swaps = any(is_sharded(module) for module in self.modules)  # FSDP exchanges parameters itself, for its backward
-        self.parts = [
-            (parts, dict(parts))
-            for module in self.modules
-            for parts in ((module._modules,) if swaps else (module._modules, module._parameters))
-        ]
+        kinds = ("_modules",) if swaps else ("_modules", "_parameters", *HOOKS)
+        parts = [vars(module).get(kind) for module in self.modules for kind in kinds]
+        self.parts = [(each, dict(each)) for each in parts if each is not None]
         self.buffers = [
             (module, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in self.modules
@@ -143,9 +149,11 @@ class ModelState:
         for cache in self.filled_caches():
             cache.cache_clear()
         for names, noted in self.names:
-            if names.whole is not None:
-                self._delete_new(names.owner, names.whole, names.state(known=noted).keys())
             names.put_back(noted)
+        known = {(id(module), name) for module, name, _, _ in self.buffers}
+        for module in self.modules:
+            for name in [name for name in module._buffers if (id(module), name) not in known]:
+                del module._buffers[name]
         for module, name, buffer, value in self.buffers:
             if name in module._buffers:
                 module._buffers[name] = buffer
@@ -158,7 +166,7 @@ class ModelState:
                 module.training = training
 
     def other_parts(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Return the submodules and parameters that are others now, and what they were: in each place, by name."""
+        """Return the submodules, parameters and hooks that are others now, and what they were, each by name."""
         return [
             (parts, before)
             for parts, before in self.parts
@@ -169,19 +177,10 @@ class ModelState:
         """Return the functions with ``lru_cache`` that were not called before."""
         return [each for each in self.empty_caches if each.cache_info().currsize]
 
-    def _delete_new(self, owner: Any, held: dict[str, Any], new: Iterable[str]) -> None:
-        """Delete new attributes and buffers, unless a new flag says that something was set up.
-
-        A second forward would not set it up again; and without the flag it would set up hooks a second time.
-        """
-        if any(isinstance(held[name], bool) for name in new):
-            return
-        for name in new:
-            del held[name]
-        if isinstance(owner, nn.Module):
-            known = {name for module, name, _, _ in self.buffers if module is owner}
-            for name in owner._buffers.keys() - known:
-                del owner._buffers[name]
+    def set_up(self) -> bool:
+        """Return True if there are layers, hooks, flags, functions or caches that a first forward made."""
+        made = any(names.set_up(noted) for names, noted in self.names)
+        return bool(made or self.other_parts() or self.filled_caches())
 
     def difference(self, other: ModelState) -> float:
         """Return the largest difference of a buffer, relative to its norm; inf if attributes differ."""
@@ -220,8 +219,11 @@ class ModelState:
                     return f"{getattr(names.owner, '__name__', type(names.owner).__name__)}.{name}"
         contents = {id(value): copy for value, copy in other.contents}
         for value, copy in self.contents:
-            if id(value) in contents and not _same_contents(copy, contents[id(value)], apart):
-                return f"value in a {type(value).__name__} that it holds"
+            if not _same_contents(copy, found := contents.get(id(value), copy), apart):
+                kind, same = type(value).__name__, isinstance(copy, dict) and copy.keys() == found.keys()
+                if same and list(copy) != list(found):  # no trace moves entries of an OrderedDict to its end
+                    return f"order of the {kind} that it holds {tuple(copy)[:8]}"
+                return f"value in a {kind} that it holds"
         return None if self.difference(other) <= apart else "value of a buffer"
 
     def _attributes(self) -> list[tuple[Names, dict[str, Any]]]:
@@ -306,7 +308,7 @@ def _copy_of(value: Any) -> Any:
     if isinstance(value, random.Random):
         return value.getstate()
     if is_numpy_generator(value):
-        return value.bit_generator.state
+        return numpy_state(value)
     return value[:] if isinstance(value, (bytearray, array)) else value.copy()
 
 
@@ -318,7 +320,7 @@ def _put_back(value: Any, copy: Any) -> None:
     elif isinstance(value, random.Random):
         value.setstate(copy)
     elif is_numpy_generator(value):
-        value.bit_generator.state = copy
+        set_numpy_state(value, copy)
     elif is_array(value):
         value[...] = copy
     elif isinstance(value, (bytearray, array)):

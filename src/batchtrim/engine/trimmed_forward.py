@@ -115,7 +115,7 @@ class TrimmedForward:
         Returns:
             0-d. :attr:`last` holds all losses, the outputs and the selection, detached, until the next call.
         """
-        if self._kind != "exact" and torch.compiler.is_compiling():
+        if self._kind != "exact" and torch.compiler.is_dynamo_compiling():
             from batchtrim.engine.inductor import not_traced
 
             return not_traced(self._called_compiled, x, y)

@@ -1,7 +1,8 @@
 """Notice changes that a trace's guards do not: a method replaced in its class, a hook on all modules, another loss.
 
 torch's guards watch the values that a model's Python reads. They take for granted that classes keep their methods and
-functions their code, that nothing is hooked into every module, and that ``os.getenv`` always returns the same.
+functions their code, that nothing is hooked into every module, that ``os.getenv`` always returns the same, and that no
+variable is added to ``os.environ``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _OF_ALL_MODULES = [
     value for name, value in vars(nn.modules.module).items() if name.startswith("_global_") and isinstance(value, dict)
 ]
 _CODE = attrgetter("__code__")
+_ENVIRONMENT = {"getenv", "environ"}
 
 
 class Unguarded:
@@ -45,7 +47,7 @@ class Unguarded:
         self._methods = [take(attributes) for attributes, _, take in self._classes]
         self._functions = held.functions
         self._code = list(map(_CODE, held.functions))
-        self._asks = any("getenv" in code.co_names for code in self._code)
+        self._asks = any(not _ENVIRONMENT.isdisjoint(code.co_names) for code in self._code)
         self._others = self._now()
 
     def changed(self) -> bool:
