@@ -126,6 +126,18 @@ def test_a_network_is_seen_wherever_it_is_kept(where: str) -> None:
     ]
 
 
+def test_a_network_without_sizes_is_looked_at() -> None:
+    """Parameters of a lazy layer have no version yet."""
+    kept = nn.LazyLinear(1)
+
+    def train(run: Run) -> dict[str, float]:
+        kept(torch.ones(8, 2))
+        return calls()(run)
+
+    compare(train, ["full"], 1, epochs=2, out="here", quiet=True)
+    assert records.read("here")[0]["status"] == "finished"
+
+
 @pytest.mark.parametrize("shape", [(3,), (3000, 3000)])
 def test_an_array_that_a_run_changes_is_noted(shape: tuple[int, ...]) -> None:
     """As labels made wrong, or features scaled, once more in every run."""

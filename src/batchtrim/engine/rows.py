@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.held import is_array
+from batchtrim.engine.reachable import is_array
 from batchtrim.errors import EngineRefused
 
 __all__ = ["RowCutter", "copied", "entries", "map_tensors", "restore_values", "tensors_of"]

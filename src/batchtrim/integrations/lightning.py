@@ -107,8 +107,8 @@ class TrimmingCallback(Callback):
         if stage == "fit":  # a tuner runs without callbacks, and the sanity check runs before training
             self.clock.max_epochs = trainer.max_epochs
             # a further fit of a trainer continues; a state from a checkpoint comes later, in place of this one
-            self._restored = self._own_state() if trainer.global_step > 0 else None
-            self.trim = None
+            restored = self._own_state(self.trim) if self.trim is not None and trainer.global_step > 0 else None
+            self._restored, self.trim = restored, None
             check_free(pl_module, self.attribute)
             if self.keep_log is not None:
                 pl_module.keep_log = self.keep_log  # type: ignore[assignment]
@@ -181,16 +181,11 @@ class TrimmingCallback(Callback):
         return own if self.attribute == "trim" else f"{own}[{self.attribute}]"
 
     def state_dict(self) -> dict[str, Any]:
-        state = self._own_state()
-        if state is None:
-            return {}
-        return state if self.keep_log is None else {**state, "keep_log": self.keep_log.state_dict()}
+        log = {} if self.keep_log is None else {"keep_log": self.keep_log.state_dict()}
+        return {} if self.trim is None else {**self._own_state(self.trim), **log}
 
-    def _own_state(self) -> dict[str, Any] | None:
-        """Return the state without the keep log's; None before training."""
-        if self.trim is None:
-            return None
-        return {**self.trim.state_dict(), **self.clock.state_dict(), "logged": self.logging.logged}
+    def _own_state(self, trim: Trimmer) -> dict[str, Any]:
+        return {**trim.state_dict(), **self.clock.state_dict(), "logged": self.logging.logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:  # before training; on_train_start continues from it

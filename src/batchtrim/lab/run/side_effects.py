@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from batchtrim.lab.task.fingerprint import content_of
 
@@ -123,12 +124,17 @@ def _parts(module: nn.Module) -> Iterator[Any]:
     yield from own.get("_parameters", {}).values()
 
 
+def _version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written into; None if torch does not count it."""
+    return None if is_lazy(tensor) or tensor.is_inference() else tensor._version
+
+
 def _state(value: Any) -> object:
     """Return what differs after an object was changed in place; None if it is not watched."""
     if isinstance(value, nn.Module):
-        return [each._version for each in (*value.parameters(), *value.buffers()) if not each.is_inference()]
+        return [_version(each) for each in (*value.parameters(), *value.buffers())]
     if isinstance(value, Tensor):
-        return None if value.is_inference() else value._version
+        return _version(value)
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
     if type(value) is np.ndarray:  # not one mapped from a file
