@@ -113,7 +113,7 @@ def test_the_wheel_works_in_an_environment_of_its_own(built: Path, tmp_path: Pat
     assert Path(where.strip()).is_relative_to(site)
     tests = tmp_path / "tests"
     tests.mkdir()
-    for name in (*FAST, "conftest.py", "oracles.py"):
+    for name in (*FAST, "conftest.py", "oracles.py", "tiers.py"):
         (tests / name).write_bytes((ROOT / "tests" / name).read_bytes())
     (tests / "golden").symlink_to(ROOT / "tests" / "golden")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")

@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 TAKEN_TWICE = "it holds an iterator ({}), of which a second forward would take the next value"
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 @contextmanager
@@ -139,6 +140,8 @@ class ModelState:
         ]
         self.empty_caches = [each for each in held.caches if not each.cache_info().currsize]
         self.names = [(names, names.state()) for names in (*held.names, *held.of_tensors)]
+        tensors = [] if swaps else [names.owner for names in held.of_tensors]
+        self.hooks = [(tensor, kind, dict(getattr(tensor, kind) or {})) for tensor in tensors for kind in _TENSOR_HOOKS]
         self.contents = [(value, _copy_of(value)) for value in held.contents]
 
     def restore(self, modes: bool = True) -> None:
@@ -150,6 +153,11 @@ class ModelState:
             cache.cache_clear()
         for names, noted in self.names:
             names.put_back(noted)
+        for tensor, kind, before in self.hooks:
+            hooks = getattr(tensor, kind)
+            if hooks and hooks.keys() != before.keys():
+                hooks.clear()
+                hooks.update(before)
         known = {(id(module), name) for module, name, _, _ in self.buffers}
         for module in self.modules:
             for name in [name for name in module._buffers if (id(module), name) not in known]:
