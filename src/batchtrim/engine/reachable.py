@@ -121,7 +121,7 @@ class Reachable:
     Attributes:
         modules: each module once.
         names: of modules, and of the objects, classes and functions reached from them.
-        of_tensors: of parameters and buffers.
+        of_tensors: of parameters, buffers and all other tensors found.
         contents: objects that can change in place, including tensors that are neither parameters nor buffers.
         watched: tensors that are too large to copy in every step, or do not belong to the model: parameters that the
             first root does not list, and tensors that functions name.
