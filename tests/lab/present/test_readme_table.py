@@ -45,6 +45,15 @@ def test_the_last_record_of_a_problem_counts_and_easy_problems_come_first(record
     ]
 
 
+def test_a_record_with_missing_runs_counts_only_if_there_is_no_other(record):
+    whole = record("1", {"full": [0.5] * 3, "trim": [0.5] * 3})
+    begun = record("2", {"full": [0.3] * 4, "trim": [0.3] * 4})
+    (begun / "claims.toml").write_text(f"partial = true\n{CLAIM}")
+    for known, error in (((whole, begun), "50.00"), ((begun,), "30.00")):
+        (row,) = readme_table.table([claims.read(each) for each in known]).splitlines()[2:]
+        assert f" {error} " in row
+
+
 def test_only_what_is_between_the_marks_changes(record, tmp_path):
     here = record("one", {"full": [0.10, 0.12, 0.14], "trim": [0.09, 0.11, 0.13]})
     page = tmp_path / "README.md"

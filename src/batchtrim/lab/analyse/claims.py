@@ -125,6 +125,7 @@ class EvidenceRecord:
 
     Attributes:
         timed: True if training times were taken with nothing else running. Arms without such a run have no times.
+        partial: True if runs are still missing.
     """
 
     folder: Path
@@ -134,6 +135,7 @@ class EvidenceRecord:
     groups: tuple[Group, ...]
     findings: tuple[Finding, ...]
     timed: bool = False
+    partial: bool = False
 
 
 def read(folder: str | Path) -> EvidenceRecord:
@@ -164,7 +166,7 @@ def read(folder: str | Path) -> EvidenceRecord:
                 f"the claim {claim.text!r}. There are runs of {', '.join(there)}."
                 + "".join(nearest(name, METHODS) for name in (claim.method, claim.against) if name not in METHODS)
             )
-    return EvidenceRecord(folder, title, note, effect, groups, tuple(findings), alone.exists())
+    return EvidenceRecord(folder, title, note, effect, groups, tuple(findings), alone.exists(), partial)
 
 
 def _timed(groups: Sequence[Group], file: Path) -> tuple[Group, ...]:

@@ -36,12 +36,12 @@ def write(records: Sequence[EvidenceRecord], page: Path) -> None:
 def table(records: Sequence[EvidenceRecord]) -> str:
     """Return a row for every problem with runs of plain and trimmed training on at least three seeds.
 
-    If a problem is in several records, the last one counts. Rows are ordered by plain training's error.
+    If a problem is in several records, the last one counts, and one with missing runs only if there is no other. Rows are ordered by plain training's error.
     Cells: plain training's error, mean ± standard deviation in percent; then differences from it in points, with the
     95 % interval and the share of backward samples.
     """
     rows: dict[str, tuple[float, str]] = {}
-    for record in sorted(records, key=lambda record: str(record.folder)):
+    for record in sorted(records, key=lambda record: (not record.partial, str(record.folder))):
         rows |= {_title(group): row for group in record.groups if (row := _row(group)) is not None}
     heads = ["problem", "seeds", "`full`, error %", *(f"`{name}`, points" for name in METHODS)]
     return "\n".join(
