@@ -148,6 +148,35 @@ def test_a_variable_added_to_the_environment_is_noticed(monkeypatch: pytest.Monk
     assert unguarded.changed()
 
 
+def test_an_attribute_that_a_parameter_gains_is_noticed_on_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchtrim.engine.unguarded._WATCHES_TENSORS", False)
+    model = _model()
+    unguarded = Unguarded(batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
+    next(model.parameters())._dynamo_mark = 1  # type: ignore[attr-defined]
+    assert not unguarded.changed()
+    next(model.parameters()).scale = 2.0  # type: ignore[attr-defined]
+    assert unguarded.changed()
+
+
+@pytest.mark.slow
+def test_a_trace_of_a_model_that_changes_its_attributes_is_compared_in_two_steps() -> None:
+    """The first run cannot show that a trace takes the value for a constant."""
+
+    class Noting(Part):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = "large" if len(x) > 8 else "small"
+            return self.layer(x)
+
+    found = []
+    for part in (Part(), Noting()):
+        model = nn.Sequential(nn.Linear(6, 8), part, nn.Linear(8, 5))
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+        for number in range(3):
+            step(*_batch(number))
+            found.append(step.engine.trace.checked)  # type: ignore[attr-defined]
+    assert found == [True, True, True, False, True, True]
+
+
 def test_classes_that_come_later_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model()
     unguarded = Unguarded(batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)

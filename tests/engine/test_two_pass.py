@@ -315,3 +315,19 @@ def test_losses_that_are_all_nan_are_no_reason_to_refuse() -> None:
     step = step_of(model, engine="two_pass")
     step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))).backward()
     assert step.last.engine == "two_pass"
+
+
+def test_a_compiled_model_is_not_compiled_module_by_module() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.ReLU()) for _ in range(3)))
+    model.compile(backend=backend)
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "two_pass")
+    for _ in range(2):
+        step(torch.randn(12, 8), torch.arange(12) % 5).backward()
+    assert len(graphs) <= 3  # without gradients, for the kept samples, and for any number of samples

@@ -6,6 +6,7 @@ a model may ask whether it is compiled, and then do something else.
 
 from __future__ import annotations
 
+import math
 import random
 from contextlib import suppress
 from typing import Any
@@ -39,6 +40,10 @@ _SMALL = 1e-2
 class EagerStep:
     """A step as the model's own Python runs it. It leaves everything unchanged.
 
+    Attributes:
+        counts: True if the forward changes a Python value, such as a count of its calls. A trace may have taken the
+            value of its first run for a constant: not all versions of torch watch every place that holds one.
+
     Args:
         gradients: compute the losses' gradient too.
     """
@@ -63,6 +68,8 @@ class EagerStep:
                 for value, was in self.before.model.contents
             )
             self.state = ModelState(*self.before.model.roots)
+            was, now = self.before.model, self.state
+            self.counts = (was.unlike(now, math.inf) or now.unlike(was, math.inf)) is not None
             self.written = {name: self.writes.parameters[name][0].detach().clone() for name in self.writes.written()}
             if gradients:
                 self.parameters = self._parameters()

@@ -207,8 +207,8 @@ class SharedEngine:
         if eager is not None and differs is not None:
             eager.restore()
             self._refuse(f"its trace differs from the model: {differs}")
-        if tape.step is not None:
-            tape.step.checked = True
+        if tape.step is not None and eager is not None:
+            tape.step.compared(again=eager.counts)
         return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
 
     def _traced(self, x: Any, y: Any) -> Any:

@@ -98,7 +98,8 @@ class SlicedStep:
         self.approximate = approximate
         self.compiled = None if compiler is None else CompiledStep(self, compiler)
         self.runs = 0
-        self.checked = False  # True once a run was compared with the model
+        self.checked = False  # True once enough runs were compared with the model
+        self._compared = 0
         self._shown: set[int] = set()
         self._slices: dict[bool, Slices] = {}
         self._costs: dict[bool, Cost] = {}
@@ -159,6 +160,11 @@ class SlicedStep:
                 tape.versions[place] = results[at]._version
             results[at] = mark
         return results
+
+    def compared(self, again: bool) -> None:
+        """Note that a run was compared with the model; ``again``: compare two runs in all, not one."""
+        self._compared += 1
+        self.checked = self._compared > again
 
     def _places_shown(self, results: list[Any]) -> set[int]:
         """Return the positions of what is saved in memory that the outputs show, where it may be written into."""

@@ -2,7 +2,7 @@
 
 torch's guards watch the values that a model's Python reads. They take for granted that classes keep their methods and
 functions their code, that nothing is hooked into every module, that ``os.getenv`` always returns the same, and that no
-variable is added to ``os.environ``.
+variable is added to ``os.environ``. Before torch 2.13 they do not notice either that a parameter gains an attribute.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Callable
 from operator import attrgetter, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from batchtrim.engine.capture import uncompiled
 from batchtrim.engine.forward import Forward
@@ -25,6 +27,7 @@ _OF_ALL_MODULES = [
 ]
 _CODE = attrgetter("__code__")
 _ENVIRONMENT = {"getenv", "environ"}
+_WATCHES_TENSORS = torch.__version__ >= TorchVersion("2.13")
 
 
 class Unguarded:
@@ -48,6 +51,7 @@ class Unguarded:
         self._functions = held.functions
         self._code = list(map(_CODE, held.functions))
         self._asks = any(not _ENVIRONMENT.isdisjoint(code.co_names) for code in self._code)
+        self._of_tensors = [] if _WATCHES_TENSORS else [vars(names.owner) for names in held.of_tensors]
         self._others = self._now()
 
     def changed(self) -> bool:
@@ -64,5 +68,6 @@ class Unguarded:
     def _now(self) -> list[Any]:
         hooks = [list(hooks.values()) for hooks in _OF_ALL_MODULES if hooks]
         variables = os.environ.copy() if self._asks else None
+        given = sum("dynamo" not in name for held in self._of_tensors for name in held)
         forward = self.forward
-        return [forward.model, uncompiled(forward.inner), forward.per_sample_loss, hooks, variables]
+        return [forward.model, uncompiled(forward.inner), forward.per_sample_loss, hooks, variables, given]
