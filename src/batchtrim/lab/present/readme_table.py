@@ -36,7 +36,8 @@ def write(records: Sequence[EvidenceRecord], page: Path) -> None:
 def table(records: Sequence[EvidenceRecord]) -> str:
     """Return a row for every problem with runs of plain and trimmed training on at least three seeds.
 
-    If a problem is in several records, the last one counts, and one with missing runs only if there is no other. Rows are ordered by plain training's error.
+    If a problem is in several records, the last one counts, and one with missing runs only if there is no other. Rows
+    are ordered by plain training's error.
     Cells: plain training's error, mean ± standard deviation in percent; then differences from it in points, with the
     95 % interval and the share of backward samples.
     """
