@@ -1,0 +1,52 @@
+"""A trace is compared with the model's own step: rounding elsewhere is no difference, a lost gradient is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchtrim
+from batchtrim.engine.eager import EagerStep
+
+
+class Sensitive(nn.Module):
+    """Rounding hardly moves its losses and turns a gradient around, as in a deep network at the start of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.fast = nn.Linear(16, 5), nn.Linear(16, 5)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        fast = self.fast(x).float()
+        fast = fast.detach() + self.scale * (fast - fast.detach())
+        return self.plain(x).float() + 1e-3 * torch.sin(3e2 * fast)
+
+
+@pytest.mark.parametrize(("scale", "same"), [(1.0, True), (0.0, False), (3.0, False)])
+def test_rounding_elsewhere_is_no_difference(scale: float, same: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = Sensitive(), torch.randn(12, 16), torch.arange(12) % 5
+    forward = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        own = EagerStep(forward, x, y, gradients=True)
+        with torch.autocast("cpu", enabled=False):  # stands for a trace that rounds elsewhere
+            model.scale = scale
+            losses, outputs = forward(x, y, model=model)
+            model.scale = 1.0
+        differs = own.difference(losses.values, outputs, coarse=True)
+    assert (differs is None) if same else str(differs).startswith("the gradient of fast")
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    losses.values.sum().backward()  # autograd sees no write into a weight
+
+
+def test_without_low_precision_the_same_gradient_is_another_one() -> None:
+    torch.manual_seed(0)
+    model, x, y = Sensitive(), torch.randn(12, 16), torch.arange(12) % 5
+    forward = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward
+    own = EagerStep(forward, x, y, gradients=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, outputs = forward(x, y, model=model)
+    assert own.difference(losses.values, outputs, coarse=False) is not None
