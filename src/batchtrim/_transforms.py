@@ -21,6 +21,7 @@ __all__ = ["batched", "compiling", "fixed_shapes", "in_backward", "outside", "se
 
 _func = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
+_modes = torch._C._len_torch_dispatch_stack
 in_backward = torch._C._current_graph_task_id  # -1 outside of a backward pass
 
 
@@ -30,7 +31,7 @@ def compiling() -> bool:
     ``torch.compiler.is_compiling`` is True in every thread while one compiles. An export that runs the model's own
     Python sees its operators by modes, which are of a thread.
     """
-    return is_compiling() and (is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0)
+    return is_dynamo_compiling() or (_modes() > 0 and is_compiling())
 
 
 def batched(tensor: Tensor | None) -> bool:

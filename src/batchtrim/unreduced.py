@@ -269,7 +269,7 @@ def losses_of(
     if weights is not None:
         return Losses(values, mask, weights, None, unit, reduction)
     losses = object.__new__(Losses)  # its other fields have their defaults, which are the class's
-    vars(losses).update(values=values, mask=mask, unit=unit, reduction=reduction)
+    losses.values, losses.mask, losses.unit, losses.reduction = values, mask, unit, reduction
     return losses
 
 
