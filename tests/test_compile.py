@@ -46,3 +46,27 @@ def test_inductor_gives_the_same() -> None:
     trim = batchtrim.Trimmer(0.3)
     losses = torch.rand(50)
     torch.testing.assert_close(torch.compile(lambda x: trim(x * 1.0), fullgraph=True)(losses), trim(losses))
+
+
+def test_a_step_beside_a_thread_that_compiles_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's flag is of the process; the step got no statistics, and ``last`` was None."""
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    trim = batchtrim.Trimmer(0.5)
+    assert trim(torch.tensor([1.0, 3.0])) == 3.0
+    assert trim.last is not None
+    assert trim.stats.compute()["batches"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own: an export leaves out what it sets
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_trimmed_loss_can_be_exported(strict: bool) -> None:
+    trim = batchtrim.Trimmer(0.5)
+
+    class Loss(torch.nn.Module):
+        def forward(self, losses: torch.Tensor) -> torch.Tensor:
+            return trim(losses)
+
+    losses = torch.tensor([1.0, 3.0, 2.0, 0.5])
+    exported = torch.export.export(Loss(), (losses.flip(0),), strict=strict)
+    assert exported.module()(losses) == 2.5

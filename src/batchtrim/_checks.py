@@ -220,21 +220,20 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
             f"expected `{name}` to have shape (B,), one loss per sample, got (). "
             "Did the loss function average already? Pass reduction='none', or wrap it in batchtrim.per_sample."
         )
-    if losses.dtype.is_floating_point and losses.dtype.itemsize == 1:
+    dtype = losses.dtype
+    if not dtype.is_floating_point:
         raise TypeError(
-            f"expected `{name}` in half precision or more, got dtype {losses.dtype}. Convert: losses.float()."
-        )
-    if not losses.dtype.is_floating_point:
-        raise TypeError(
-            f"expected `{name}` to be floating point, got dtype {losses.dtype}. "
+            f"expected `{name}` to be floating point, got dtype {dtype}. "
             "Are these labels or counts? Losses come from a criterion with reduction='none'."
         )
+    if dtype.itemsize == 1:
+        raise TypeError(f"expected `{name}` in half precision or more, got dtype {dtype}. Convert: losses.float().")
     if losses.layout is not torch.strided or losses.is_nested:
         raise TypeError(
             f"expected `{name}` to be dense, got {'a nested tensor' if losses.is_nested else losses.layout}. "
             "Make it dense (to_dense(), to_padded_tensor(0.0)) and mask the entries that are padding with mask=."
         )
-    if losses.numel() == 0 and not allow_empty:
+    if not allow_empty and losses.numel() == 0:
         raise ValueError(
             f"expected `{name}` to hold at least one sample, got shape {tuple(losses.shape)}. "
             "Skip empty batches, or filter them out in the data loader."

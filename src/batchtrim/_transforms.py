@@ -12,15 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from batchtrim.selection.base import k_follows_losses
 from batchtrim.unreduced import Losses
 
-__all__ = ["batched", "fixed_shapes", "in_backward", "outside", "settled", "transforming", "unwrapped"]
+__all__ = ["batched", "compiling", "fixed_shapes", "in_backward", "outside", "settled", "transforming", "unwrapped"]
 
 _func = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
+_modes = torch._C._len_torch_dispatch_stack
 in_backward = torch._C._current_graph_task_id  # -1 outside of a backward pass
+
+
+def compiling() -> bool:
+    """True if this thread is compiled or exported.
+
+    ``torch.compiler.is_compiling`` is True in every thread while one compiles. An export that runs the model's own
+    Python sees its operators by modes, which are of a thread.
+    """
+    return is_dynamo_compiling() or (_modes() > 0 and is_compiling())
 
 
 def batched(tensor: Tensor | None) -> bool:
@@ -39,7 +50,7 @@ def fixed_shapes(rule: object, scope: str, losses: Losses, scores: Tensor) -> bo
     """
     if scope != "local" or not hasattr(rule, "compiled_mask"):
         return False
-    if torch.compiler.is_compiling():
+    if compiling():
         return True
     return (batched(losses.values) or batched(scores)) and not k_follows_losses(rule)
 

@@ -109,7 +109,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
 
 def _check_undivided(trim: Trimmer) -> None:
     """Warn if the trainer that the trimmer is registered with divides each loss by a number of micro-batches."""
-    divisor = getattr(trim, "divided_by", 1)
+    divisor = trim.divided_by
     if divisor > 1:
         warnings.warn(
             "expected an Accelerator with gradient_accumulation_steps=1 beside batchtrim.accumulate, whose losses add "

@@ -221,7 +221,8 @@ class Criterion:
 
     def _own(self, name: str) -> Any:
         if self._module is not None:
-            return getattr(self._module, name, None)
+            buffers = vars(self._module).get("_buffers", ())  # where getattr looks last
+            return buffers[name] if name in buffers else getattr(self._module, name, None)
         return self._parameters.get(name)
 
     def _with(self, settings: dict[str, Any]) -> Callable[..., Any]:
@@ -285,10 +286,13 @@ class Criterion:
 
 def check_values(criterion: Criterion, values: Tensor, inputs: Sequence[Any], unit: str) -> None:
     """Refuse losses that do not match the samples: broadcast ones, and those of flattened batches."""
+    size = values.shape[0]
+    if criterion.classes and (unit == "element" or size == inputs[0].shape[0]):
+        return
     tensors = [each for each in inputs if isinstance(each, Tensor) and each.ndim > 0]
     if not criterion.classes:
         _check_pairs(criterion, values, tensors)
-    if unit == "sample" and tensors and all(values.shape[0] not in each.shape[:2] for each in tensors):
+    if unit == "sample" and tensors and all(size not in each.shape[:2] for each in tensors):
         raise ValueError(
             f"expected one loss for each of {tensors[0].shape[0]} samples, got {describe(values)}. "
             "Keep the batch dimension first in what the criterion returns, or choose among elements: unit='element'."

@@ -26,7 +26,7 @@ from batchtrim._checks import (
 )
 from batchtrim._transforms import batched, transforming, unwrapped
 from batchtrim.criteria import Criterion, check_values, not_its_own, same_shape
-from batchtrim.unreduced import UNITS, Losses, accumulator, flatten
+from batchtrim.unreduced import UNITS, Losses, accumulator, flatten, losses_of
 
 # How often to check the value of a criterion that is expensive to call again.
 _CHECK_EVERY = 100
@@ -109,19 +109,21 @@ class per_sample:
                 "the same in every batch can be bound by name: per_sample(functools.partial(criterion, weight=w))."
             )
         reduction = self._check_unit()
-        own = self._criterion.own_call(inputs) if self._to_compare() else None
-        values = self._criterion(*inputs)
-        check_losses(values, "criterion(outputs, targets)", allow_empty=True)
-        check_values(self._criterion, values, inputs, self.unit)
-        targets = self._criterion.targets(inputs)
+        criterion = self._criterion
+        own = criterion.own_call(inputs) if criterion.foreign and self._to_compare() else None
+        values = criterion(*inputs)
+        if not criterion.classes:  # cross-entropy is always a dense tensor of floating point
+            check_losses(values, "criterion(outputs, targets)", allow_empty=True)
+        check_values(criterion, values, inputs, self.unit)
+        targets = criterion.targets(inputs)
         mask = self._mask(values, targets)
-        weights = None if targets is None else self._criterion.weights(targets, mask, values)
+        weights = None if targets is None else criterion.weights(targets, mask, values)
         summed = "sum" if reduction == "sum" else "mean"
         if self.unit == "sample" and values.ndim > 1:
             losses = Losses(values, mask, weights, reduction="mean" if reduction == "mean" else "sum")
             losses = replace(flatten(losses, "sample"), unit="sample", reduction=summed)
         else:
-            losses = Losses(values, mask, weights, unit=self.unit, reduction=summed)
+            losses = losses_of(values, mask, weights, self.unit, summed)
         if own is not None:
             self._compare(losses, mask, own)
         return losses
@@ -154,7 +156,7 @@ class per_sample:
 
     def _to_compare(self) -> bool:
         """Return True if this call should compare the criterion's own value."""
-        if not self._criterion.foreign or torch.compiler.is_compiling() or self._criterion.reduction is None:
+        if torch.compiler.is_compiling() or self._criterion.reduction is None:
             return False
         self._calls += 1
         return not all(self._seen) or self._calls % _CHECK_EVERY == 0 or self._criterion.light

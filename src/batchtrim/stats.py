@@ -97,7 +97,7 @@ class KeepStats:
         if not self._pending:
             return
         losses, indices, candidates = (list(parts) for parts in zip(*self._pending, strict=True))
-        sizes, ks = [each.shape[0] for each in losses], [each.shape[0] for each in indices]
+        sizes, ks = [each.numel() for each in losses], [each.numel() for each in indices]
         counts = self._counts
         counts["batches"] += len(sizes)
         counts["seen"] += sum(candidates)

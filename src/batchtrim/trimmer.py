@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.compiler import is_compiling
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from batchtrim._checks import (
@@ -23,7 +22,7 @@ from batchtrim._checks import (
     is_number,
 )
 from batchtrim._deprecated import record_as_before, trimmer_log
-from batchtrim._transforms import fixed_shapes, in_backward, outside, settled, transforming
+from batchtrim._transforms import compiling, fixed_shapes, in_backward, outside, settled, transforming
 from batchtrim.choice import Choice
 from batchtrim.clock import Clock
 from batchtrim.distributed import select_over_ranks, world_size
@@ -93,6 +92,7 @@ class Trimmer:
     scale = Checked[str](check_choice, SCALES)
     unit = Checked[str](check_choice, UNITS)
     scope = Checked[str](check_choice, SCOPES)
+    divided_by = 1  # what a trainer's backward divides the loss by; `batchtrim.integrations.accelerate` sets it
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class Trimmer:
             graph, so dropped samples still cost their share; :class:`batchtrim.TrimmedForward` saves that.
         """
         flat, scores = self._flatten(losses, rank_by, mask)
-        if (is_compiling() or transforming()) and fixed_shapes(self.rule, self.scope, flat, scores):
+        if (compiling() or transforming()) and fixed_shapes(self.rule, self.scope, flat, scores):
             return self._fixed(flat, scores)
         selection = self._choose(flat, scores, rank_by is None)
         if logged or self.log is not None:
@@ -345,13 +345,13 @@ class Trimmer:
         return to_rank(losses, rank_by, mask, self.unit, allow_empty=self.scope == "global")
 
     def _choose(self, flat: Losses, scores: Tensor, ranked_by_itself: bool) -> Selection:
-        if transforming() and not is_compiling():
+        if transforming() and not compiling():
             settled_ones = settled(flat, scores, repr(self.rule))
             with outside():
                 return self._choose(*settled_ones, ranked_by_itself)
         if self.scope == "global" and world_size(self.process_group) > 1:
             return self._choose_jointly(flat, scores)
-        again = in_backward() != -1 and not is_compiling()
+        again = in_backward() != -1 and not compiling()
         selection = (select_again if again else select_valid)(self.rule, scores, self.keep, flat.mask, self.generator)
         if flat.weights is not None or flat.counts is not None or flat.reduction != "mean":
             selection = normalized(selection, flat)

@@ -19,7 +19,7 @@ from torch import Tensor
 from batchtrim._checks import check_choice, check_like, check_losses, describe, is_number
 from batchtrim.errors import PassUnreducedLosses
 
-__all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "nonzero", "to_rank"]
+__all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "losses_of", "nonzero", "to_rank"]
 
 UNITS = ("sample", "element")
 _REDUCTIONS = ("mean", "sum")
@@ -234,10 +234,12 @@ def to_rank(
     allow_empty: bool = False,
 ) -> tuple[Losses, Tensor]:
     """Return the vector there is to choose from, and the scores to rank it by; arguments as a trimmer's."""
-    values = losses.values if isinstance(losses, Losses) else losses
-    check_losses(values, allow_empty=allow_empty)
-    if not isinstance(losses, Losses):
-        losses = Losses(values)
+    if isinstance(losses, Losses):
+        values = losses.values
+        check_losses(values, allow_empty=allow_empty)
+    else:
+        check_losses(losses, allow_empty=allow_empty)
+        values, losses = losses, losses_of(losses)
     if mask is not None:
         check_like("mask", mask, values, torch.bool)
         losses = losses.masked(mask)
@@ -254,6 +256,21 @@ def to_rank(
         # by their plain mean: the weights and the reduction are those of the losses trained on
         ranked = flatten(Losses(rank_by, losses.mask), unit)
     return flat, ranked.values.detach()
+
+
+def losses_of(
+    values: Tensor,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    unit: str | None = None,
+    reduction: str = "mean",
+) -> Losses:
+    """Return ``Losses`` without its checks, of parts that were checked or computed: one is made in every batch."""
+    if weights is not None:
+        return Losses(values, mask, weights, None, unit, reduction)
+    losses = object.__new__(Losses)  # its other fields have their defaults, which are the class's
+    losses.values, losses.mask, losses.unit, losses.reduction = values, mask, unit, reduction
+    return losses
 
 
 def _check_scored(counted: Tensor | None, scored: Tensor | None) -> None:

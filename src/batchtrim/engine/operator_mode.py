@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["OperatorMode"]
 
 
 class OperatorMode(TorchDispatchMode):
-    """A mode that watches a forward in which higher-order operators may run."""
+    """A mode that watches a forward in which higher-order operators may run.
+
+    A compiled function may stop and run an operator by itself, and would then compile what the mode does. Torch 2.13
+    prevents this for every mode, by an import of its compiler that takes one to two seconds. Here it is prevented if
+    the program has imported the compiler.
+    """
 
     supports_higher_order_operators = True
 
@@ -16,3 +25,14 @@ class OperatorMode(TorchDispatchMode):
     def ignore_compile_internals(cls) -> bool:
         """Return True: what torch compiles by itself, as ``torch.cond`` does, cannot be compiled inside a mode."""
         return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False, so that torch does not import its compiler; see :meth:`__enter__`."""
+        return False
+
+    def __enter__(self) -> Any:
+        kind: Any = type(self)
+        if "torch._dynamo" in sys.modules and not hasattr(kind.__torch_dispatch__, "_torchdynamo_disable"):
+            kind.__torch_dispatch__ = torch.compiler.disable(kind.__torch_dispatch__)
+        return super().__enter__()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -77,8 +78,11 @@ def without_graph() -> Iterator[None]:
 
 @contextmanager
 def uncompiled_calls() -> Iterator[None]:
-    """Run compiled models as plain Python inside the block, if the torch release supports it."""
-    if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
+    """Run compiled models as plain Python inside the block, if the torch release supports it.
+
+    If the program has not imported torch's compiler, nothing is compiled, and it is not imported for this either.
+    """
+    if not hasattr(torch.compiler, "set_stance") or "torch._dynamo" not in sys.modules:  # before torch 2.6
         yield
         return
     with torch.compiler.set_stance("force_eager"):

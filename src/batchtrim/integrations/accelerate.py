@@ -39,7 +39,7 @@ def register(accelerator: Accelerator, trim: Trimmer) -> Trimmer:
     """
     _check_arguments(accelerator, trim)
     accelerator.register_for_checkpointing(trim)
-    vars(trim)["divided_by"] = accelerator.gradient_accumulation_steps  # by accelerator.backward
+    trim.divided_by = accelerator.gradient_accumulation_steps
     return trim
 
 
