@@ -123,12 +123,16 @@ def test_autocast_around_the_step_and_a_gradient_scaler() -> None:
 
 
 @pytest.mark.parametrize("kind", few([dict, tuple], [dict]))
-def test_dict_and_tuple_inputs(kind: type) -> None:
+def test_dict_and_tuple_inputs_and_outputs_in_a_dataclass(kind: type) -> None:
     def data(batch: int) -> Any:
         found = {"tokens": zoo.tokens(batch), "scale": torch.tensor(2.0)}
         return found if kind is dict else tuple(found.values())
 
-    agree(train(zoo.TwoInputs, data, "exact"), train(zoo.TwoInputs, data, "shared"))
+    logits = lambda out, y: F.cross_entropy(out.logits, y, reduction="none")  # noqa: E731
+    exact, shared = (train(zoo.DataOfTwoInputs, data, engine, loss=logits) for engine in ("exact", "shared"))
+    agree(exact, shared)
+    assert type(shared.step.last.outputs) is type(exact.step.last.outputs)
+    assert not shared.step.last.outputs.logits.requires_grad
 
 
 @pytest.mark.slow
@@ -334,7 +338,8 @@ def test_nan_losses_are_kept_as_in_plain_training(traced: batchtrim.TrimmedForwa
     assert traced(x, y).isfinite()
 
 
-@pytest.mark.parametrize("make", few([zoo.NamedOutput, zoo.DataOutput], [zoo.DataOutput]))
+@pytest.mark.slow  # by default test_dict_and_tuple_inputs_and_outputs_in_a_dataclass
+@pytest.mark.parametrize("make", [zoo.NamedOutput, zoo.DataOutput])
 def test_outputs_are_of_the_models_own_type(make: type) -> None:
     torch.manual_seed(0)
     model = make()
