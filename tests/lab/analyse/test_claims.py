@@ -215,24 +215,15 @@ def test_wrong_claims_are_refused(tmp_path: Path, text: str, message: str) -> No
         claims.read(folder)
 
 
-def recorded() -> list[claims.EvidenceRecord]:
-    """The judged claims of each record that has runs."""
+@pytest.mark.slow  # the code runs in the default tests around it
+def test_the_results_page_is_what_the_records_say() -> None:
     folders = sorted(
         path.parent for path in ROOT.glob("records/*/claims.toml") if (path.parent / "runs.jsonl").exists()
     )
     if not folders:
         pytest.skip("no record has runs yet")
-    return [claims.read(folder) for folder in folders]
-
-
-def test_the_results_page_is_what_the_records_say() -> None:
-    found = recorded()
+    found = [claims.read(folder) for folder in folders]
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == results.page(found)
-
-
-@pytest.mark.slow  # by default the test below draws one
-def test_the_drawings_of_the_results_page_are_what_the_records_say() -> None:
-    found = recorded()
     kept = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / results.DRAWINGS).glob("*.svg")}
     assert kept == results.drawings(found)
 
