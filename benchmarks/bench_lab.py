@@ -82,7 +82,7 @@ def overhead(runs: int, workers: int, epochs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         start = time.perf_counter()
-        scheduler.run_all(grid.expand(wanted), scheduler.Workplace(out), progress.Quiet(), workers=workers)
+        scheduler.run_all(grid.expand(wanted), scheduler.SharedOptions(out), progress.Quiet(), workers=workers)
         wall = time.perf_counter() - start
         seconds = sum(row["seconds"] + row["seconds_eval"] for row in records.read(out))
     row: dict[str, Any] = {
@@ -115,7 +115,7 @@ def own_task(runs: int) -> dict[str, Any]:
     configs = grid.expand_task(Code.of(task), {"methods": ["full", "trim"], "seeds": runs // 2, "threads": 1})
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        scheduler.run_all(list(configs), scheduler.Workplace(Path(folder)), progress.Quiet(), workers=1)
+        scheduler.run_all(list(configs), scheduler.SharedOptions(Path(folder)), progress.Quiet(), workers=1)
         wall = time.perf_counter() - start
         rows = records.read(folder)
         start = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -37,6 +38,9 @@ NEEDED = {
     "np.load": ("allow_pickle", False),
     "numpy.load": ("allow_pickle", False),
 }
+# the last name of each call that is looked at; writing out every call as text takes ten times as long
+LAST_NAMES = {each.rpartition(".")[2] for each in (*BANNED_CALLS, *NEEDED)} | {"read_pickle", "extractall"}
+LAST_NAMES |= {each for each in subprocess.__all__ if callable(getattr(subprocess, each))}
 
 HOSTILE = """<img src=x onerror=alert(1)>"'</script><!--<script>`</title>|\n```\n&"""
 
@@ -49,7 +53,7 @@ def dangers(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             if (node.module or "").partition(".")[0] in BANNED_MODULES and ast.unparse(node) not in HARMLESS:
                 yield f"from {node.module} import"
-        elif isinstance(node, ast.Call):
+        elif isinstance(node, ast.Call) and LAST_NAMES & {getattr(node.func, "id", ""), getattr(node.func, "attr", "")}:
             name = ast.unparse(node.func)
             if name in BANNED_CALLS or name.endswith((".read_pickle", ".extractall")):
                 yield f"{name}()"

@@ -36,7 +36,11 @@ def test_every_kind_has_several_members() -> None:
 DEFAULT = one_of_each(ATTACKS, lambda name: ATTACKS[name].kind)
 
 
-@pytest.mark.parametrize("name", few(ATTACKS, DEFAULT))
+# Exact runs beside every other engine here. By itself in every run: what moves state, the batch, a graph or a compile.
+MOVING = {2, 6, 7, 8, 10, 11, 18, 22, 24, 25, 27, 28, 29}
+
+
+@pytest.mark.parametrize("name", few(ATTACKS, [name for name in DEFAULT if ATTACKS[name].kind in MOVING]))
 def test_exact_is_right(name: str) -> None:
     report = tried(ATTACKS[name], "exact")
     assert report.verdict == "right", report

@@ -37,6 +37,7 @@ def stepped(model: nn.Module, keep: float, batch: int = 256, engine: str = "auto
     return step
 
 
+@pytest.mark.slow  # by default test_the_first_step_that_may_pay_is_counted_and_the_next_traced
 def test_it_says_once_what_runs(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "batchtrim.engine"):
         step = stepped(Wide(), 0.2)
@@ -101,7 +102,10 @@ def test_nothing_is_made_ready_where_nearly_everything_is_kept(made: list[Shared
 
 
 @pytest.mark.usefixtures("counted_first")
-def test_the_first_step_that_may_pay_is_counted_and_the_next_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_step_that_may_pay_is_counted_and_the_next_traced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "batchtrim.engine")
     monkeypatch.setattr(Capture, "traced", True)  # the first in a process takes longer
     monkeypatch.setattr("batchtrim.engine.auto.machine_of", lambda device: Machine(flops=4e10, bytes=6e9, start=6e-6))
     torch.manual_seed(0)
@@ -118,6 +122,10 @@ def test_the_first_step_that_may_pay_is_counted_and_the_next_traced(monkeypatch:
         (1, "exact"), (1, "exact"),  # counted; a trace saves too little at 0.8
         (2, "shared"), (2, "shared"), (3, "shared"), (3, "shared"),
     ]  # fmt: skip
+    assert [r.message for r in caplog.records if r.name == "batchtrim.engine"] == [
+        "engine 'auto' runs 'shared': 100 % of the backward on the kept rows"
+    ], "once"
+    assert "engine='auto (shared)'" in repr(step)
 
 
 @pytest.mark.usefixtures("counted_first")

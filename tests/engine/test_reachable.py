@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import batchtrim
 from batchtrim.engine.reachable import Reachable
 from batchtrim.errors import EngineFallback, EngineRefused
+from tiers import few
 
 COUNT = 0
 SEEN: list[int] = []
@@ -255,7 +256,7 @@ def _reset() -> None:
 @pytest.mark.parametrize(
     ("place", "engine"),
     [
-        pytest.param(place, engine, marks=() if engine == "two_pass" or place == "class" else pytest.mark.slow)
+        pytest.param(place, engine, marks=() if engine == "two_pass" else pytest.mark.slow)
         for place in PLACES
         for engine in ("two_pass", "auto")
     ],
@@ -276,12 +277,21 @@ def into_a_global_tensor(_: Any) -> float:
     return TABLE.sum()  # type: ignore[return-value]
 
 
+def into_a_global_tensor_and_a_class(model: Any) -> float:
+    return into_a_global_tensor(model) + of_a_class(model)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_auto_writes_into_a_global_tensor_once_a_step() -> None:
+@pytest.mark.parametrize(
+    "tick",
+    few([into_a_global_tensor, into_a_global_tensor_and_a_class], [into_a_global_tensor_and_a_class]),
+)
+def test_auto_counts_each_step_once_in_a_global_tensor(tick: Callable[[Any], float]) -> None:
+    torch._dynamo.reset()
     runs = []
     for engine in ("exact", "auto"):
         _reset()
-        runs.append(train(lambda: Counting(into_a_global_tensor), lambda b: torch.randn(b, 6), engine, steps=5))
+        runs.append(train(lambda: Counting(tick), lambda b: torch.randn(b, 6), engine, steps=5))
     agree(*runs)
 
 

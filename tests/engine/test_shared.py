@@ -64,8 +64,9 @@ def traced() -> batchtrim.TrimmedForward:
     return step
 
 
-# In every run: images, tokens, dropout, shared weights, checkpoints. Buffers are in test_compiled.py.
-DEFAULT = ("group_norm", "tied", "checkpoint_dropout")
+# In every run: images, dropout, checkpoints. Buffers are in test_compiled.py, tokens and shared weights in
+# test_tokens.py.
+DEFAULT = ("group_norm", "checkpoint_dropout")
 
 
 @pytest.mark.parametrize("name", few(EXACT, DEFAULT))
@@ -123,12 +124,16 @@ def test_autocast_around_the_step_and_a_gradient_scaler() -> None:
 
 
 @pytest.mark.parametrize("kind", few([dict, tuple], [dict]))
-def test_dict_and_tuple_inputs(kind: type) -> None:
+def test_dict_and_tuple_inputs_and_outputs_in_a_dataclass(kind: type) -> None:
     def data(batch: int) -> Any:
         found = {"tokens": zoo.tokens(batch), "scale": torch.tensor(2.0)}
         return found if kind is dict else tuple(found.values())
 
-    agree(train(zoo.TwoInputs, data, "exact"), train(zoo.TwoInputs, data, "shared"))
+    logits = lambda out, y: F.cross_entropy(out.logits, y, reduction="none")  # noqa: E731
+    exact, shared = (train(zoo.DataOfTwoInputs, data, engine, loss=logits) for engine in ("exact", "shared"))
+    agree(exact, shared)
+    assert type(shared.step.last.outputs) is type(exact.step.last.outputs)
+    assert not shared.step.last.outputs.logits.requires_grad
 
 
 @pytest.mark.slow
@@ -193,9 +198,10 @@ def test_a_hook_added_later_is_seen(traced: batchtrim.TrimmedForward) -> None:
 def test_an_exception_inside_a_step_leaves_the_model_as_it_was() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
-    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.05), "shared")
     x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
     step(x, y).backward()
+    assert step.last.selection.k == 1, "a single kept sample does not break BatchNorm"
     for error_type in (RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError):
         _fails_once(step, x, y, error_type)
 
@@ -334,7 +340,8 @@ def test_nan_losses_are_kept_as_in_plain_training(traced: batchtrim.TrimmedForwa
     assert traced(x, y).isfinite()
 
 
-@pytest.mark.parametrize("make", few([zoo.NamedOutput, zoo.DataOutput], [zoo.DataOutput]))
+@pytest.mark.slow  # by default test_dict_and_tuple_inputs_and_outputs_in_a_dataclass
+@pytest.mark.parametrize("make", [zoo.NamedOutput, zoo.DataOutput])
 def test_outputs_are_of_the_models_own_type(make: type) -> None:
     torch.manual_seed(0)
     model = make()

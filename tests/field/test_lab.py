@@ -44,13 +44,13 @@ def fail_at(epoch: int, error: BaseException) -> Callable[[Any], Any]:
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("a kernel failed"), ValueError("bad input")])
 def test_a_failed_run_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    place = scheduler.Workplace(tmp_path, checkpoint_seconds=0.0)
+    shared = scheduler.SharedOptions(tmp_path, checkpoint_seconds=0.0)
     (config,) = grid.expand(TINY)
     with monkeypatch.context() as patched:
         patched.setattr(train.Training, "advance", fail_at(3, error))
-        (failed,) = scheduler.run_all([config], place, progress.Quiet())
+        (failed,) = scheduler.run_all([config], shared, progress.Quiet())
     assert failed["status"] == "failed"
-    assert place.checkpoint(config).exists()
+    assert shared.checkpoint(config).exists()
 
     class Counting(progress.Quiet):
         epochs = 0
@@ -59,38 +59,38 @@ def test_a_failed_run_continues_where_it_was(tmp_path: Path, monkeypatch: pytest
             self.epochs += 1
 
     watcher = Counting()
-    assert scheduler.run_all([config], place, watcher) == []
+    assert scheduler.run_all([config], shared, watcher) == []
     assert watcher.epochs == 1
-    assert not place.checkpoint(config).exists()
+    assert not shared.checkpoint(config).exists()
     (row,) = records.read(tmp_path)
     assert row["test_error"] == train.train_run(config)["test_error"]
 
 
 def test_a_damaged_checkpoint_is_removed_once_and_the_run_begins_again(tmp_path: Path) -> None:
-    place = scheduler.Workplace(tmp_path)
+    shared = scheduler.SharedOptions(tmp_path)
     (config,) = grid.expand(TINY)
-    place.checkpoint(config).parent.mkdir()
-    place.checkpoint(config).write_bytes(b"PK damaged")
-    (failed,) = scheduler.run_all([config], place, progress.Quiet())
+    shared.checkpoint(config).parent.mkdir()
+    shared.checkpoint(config).write_bytes(b"PK damaged")
+    (failed,) = scheduler.run_all([config], shared, progress.Quiet())
     assert "DamagedCheckpoint" in failed["error"]
-    assert scheduler.run_all([config], place, progress.Quiet()) == []
+    assert scheduler.run_all([config], shared, progress.Quiet()) == []
 
 
 @pytest.mark.parametrize("error", [PermissionError("not now"), MemoryError("no room"), torch.OutOfMemoryError("full")])
 def test_a_checkpoint_that_cannot_be_read_now_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    place = scheduler.Workplace(tmp_path)
+    shared = scheduler.SharedOptions(tmp_path)
     (config,) = grid.expand(TINY)
-    checkpoint.save({"key": config.key}, place.checkpoint(config))
+    checkpoint.save({"key": config.key}, shared.checkpoint(config))
 
     def refuses(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(torch, "load", refuses)
-    (failed,) = scheduler.run_all([config], place, progress.Quiet())
+    (failed,) = scheduler.run_all([config], shared, progress.Quiet())
     assert type(error).__name__ in failed["error"]
-    assert place.checkpoint(config).exists()
+    assert shared.checkpoint(config).exists()
 
 
 # --- what a process left that died while it wrote -------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_a_leftover_part_of_a_run_goes_when_the_run_is_done_again(tmp_path: Path
     (config,) = grid.expand(TINY)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / f"{config.key}.0f.part").write_bytes(b"half a")
-    scheduler.run_all([config], scheduler.Workplace(tmp_path), progress.Quiet())
+    scheduler.run_all([config], scheduler.SharedOptions(tmp_path), progress.Quiet())
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

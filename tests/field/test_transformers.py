@@ -146,7 +146,7 @@ def test_a_causal_model_learns_the_next_token(tmp_path: Path) -> None:
     for start in range(24):
         tokens = torch.arange(start, start + 8)
         rows.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens})
-    args = arguments(str(tmp_path), max_steps=150, learning_rate=0.03, per_device_train_batch_size=8, logging_steps=500)
+    args = arguments(str(tmp_path), max_steps=100, learning_rate=0.05, per_device_train_batch_size=8, logging_steps=500)
     model = causal("subclass")
     TrimmedTrainer(model=model, args=args, train_dataset=rows, keep=0.5).train()
     tokens = torch.stack([row["input_ids"] for row in rows])

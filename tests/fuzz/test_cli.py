@@ -43,7 +43,7 @@ VALUES = st.recursive(
 
 @pytest.fixture(autouse=True)
 def nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "run_all", lambda configs, place, watcher, **_: [])
+    monkeypatch.setattr(scheduler, "run_all", lambda configs, shared, watcher, **_: [])
     monkeypatch.delenv("BATCHTRIM_DATA", raising=False)
 
 

@@ -50,10 +50,10 @@ def test_a_full_disk_stops_the_runs_at_the_first_and_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Counts()
-    scheduler.run_all(CONFIGS[:1], scheduler.Workplace(tmp_path), progress.Quiet())
+    scheduler.run_all(CONFIGS[:1], scheduler.SharedOptions(tmp_path), progress.Quiet())
     monkeypatch.setattr(records.os, "write", full)
     with pytest.raises(CannotWrite, match=r"cannot write .*runs\.jsonl \(No space left on device\)"):
-        scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path), spy)
+        scheduler.run_all(CONFIGS, scheduler.SharedOptions(tmp_path), spy)
     assert len(spy.begun) == 1
     monkeypatch.undo()
     assert len(records.read(tmp_path)) == 1
@@ -64,7 +64,7 @@ def test_a_checkpoint_that_cannot_be_saved_does_not_fail_the_run(
 ) -> None:
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CannotWrite, match=r"checkpoints/.*\.pt"):
-        scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path, checkpoint_seconds=0.0), progress.Quiet())
+        scheduler.run_all(CONFIGS, scheduler.SharedOptions(tmp_path, checkpoint_seconds=0.0), progress.Quiet())
     assert not (tmp_path / "runs.jsonl").exists()
 
 
@@ -76,7 +76,7 @@ def test_a_folder_that_is_gone_is_reported_and_not_recreated(tmp_path: Path) -> 
 
     spy = Removes()
     with pytest.raises(CannotWrite, match="the folder is gone"):
-        scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path / "out"), spy)
+        scheduler.run_all(CONFIGS, scheduler.SharedOptions(tmp_path / "out"), spy)
     assert spy.over == 1
     assert not (tmp_path / "out").exists()
 
@@ -93,7 +93,7 @@ def test_a_row_is_not_written_into_a_recreated_folder(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_from_the_start_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "write_whole", full)
     with pytest.raises(CannotWrite, match=r"cannot write .*grid\.json \(No space left on device\)"):
-        scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path), progress.Quiet())
+        scheduler.run_all(CONFIGS, scheduler.SharedOptions(tmp_path), progress.Quiet())
 
 
 def test_a_keep_log_that_cannot_be_written_does_not_fail_the_task(
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_within_a_checkpoint_does_not_fail_the_run(
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda state, file: save(state, NearlyFull(file, 3000)))
     with pytest.raises(CannotWrite, match=r"\.pt \(No space left on device\)\. .*Free space there"):
-        scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path, checkpoint_seconds=0.0), progress.Quiet())
+        scheduler.run_all(CONFIGS, scheduler.SharedOptions(tmp_path, checkpoint_seconds=0.0), progress.Quiet())
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -272,7 +272,7 @@ def test_events_that_cannot_be_written_do_not_fail_the_run(
     writers = pytest.importorskip("tensorboard.summary.writer.record_writer")
     monkeypatch.setattr(writers.RecordWriter, "write", full)
     with pytest.raises(CannotWrite, match=r"tensorboard/digits_mlp_full.* \(No space left on device\)"):
-        scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path, tensorboard=True), progress.Quiet())
+        scheduler.run_all(CONFIGS, scheduler.SharedOptions(tmp_path, tensorboard=True), progress.Quiet())
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "runs.jsonl").exists()
 
@@ -292,17 +292,17 @@ class Line:
         self.said.append(pickle.loads(pickle.dumps(news)))
 
 
-def at_work(place: scheduler.Workplace, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def at_work(shared: scheduler.SharedOptions, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return what a worker says, in this process."""
     monkeypatch.setattr(local, "_settle_in", lambda: None)
     line = Line()
-    local._work(line, place)  # type: ignore[arg-type]
+    local._work(line, shared)  # type: ignore[arg-type]
     return line.said
 
 
 def test_a_worker_does_not_recreate_a_removed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It did where the folder went before the worker had begun: the rows came into a folder without the others."""
-    ((what, error),) = at_work(scheduler.Workplace(tmp_path / "gone"), monkeypatch)
+    ((what, error),) = at_work(scheduler.SharedOptions(tmp_path / "gone"), monkeypatch)
     assert (what, type(error)) == ("unusable", CannotWrite)
     assert "the folder is gone" in str(error)
     assert not (tmp_path / "gone").exists()
@@ -314,11 +314,11 @@ def test_records_that_a_worker_cannot_read_are_reported_once_and_end_all(
     """It died with a traceback, and others were started in its place."""
     Records(tmp_path)
     (tmp_path / "runs.jsonl").mkdir()
-    ((what, error),) = at_work(scheduler.Workplace(tmp_path), monkeypatch)
+    ((what, error),) = at_work(scheduler.SharedOptions(tmp_path), monkeypatch)
     assert (what, type(error)) == ("unusable", IsADirectoryError)
     (tmp_path / "runs.jsonl").rmdir()
     (tmp_path / "runs.jsonl").write_text("no run\n")
-    ((what, error),) = at_work(scheduler.Workplace(tmp_path), monkeypatch)
+    ((what, error),) = at_work(scheduler.SharedOptions(tmp_path), monkeypatch)
     assert (what, type(error)) == ("unusable", records.ReplaceRecords)
 
 
@@ -339,7 +339,7 @@ def test_a_full_disk_on_a_node_of_a_cluster_does_not_fail_the_run() -> None:
 def test_a_clock_that_runs_backwards_does_not_change_durations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hours = itertools.count()
     monkeypatch.setattr(time, "time", lambda: 1.7e9 - 3600 * next(hours))
-    scheduler.run_all(CONFIGS, scheduler.Workplace(tmp_path, checkpoint_seconds=0.0), progress.Quiet())
+    scheduler.run_all(CONFIGS, scheduler.SharedOptions(tmp_path, checkpoint_seconds=0.0), progress.Quiet())
     rows = records.read(tmp_path)
     assert len(rows) == len(CONFIGS)
     assert all(0 <= row["seconds"] <= row["seconds_total"] < 100 for row in rows)

@@ -53,8 +53,8 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run tasks in this process: starting one takes longer than all that is asserted, and other tests here do it."""
 
-    def run(tally: Any, recorded: Any, place: Any, workers: int, retries: int) -> None:
-        local.run_here(tally, recorded, place)
+    def run(queue: Any, recorded: Any, shared: Any, workers: int, retries: int) -> None:
+        local.run_here(queue, recorded, shared)
 
     monkeypatch.setattr(local, "run_in_processes", run)
 

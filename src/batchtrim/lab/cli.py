@@ -276,7 +276,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
         base = folders.named_after(configs) if task is None else own.default_out(configs)
         out, note = folders.free_folder(base, grid.cells(configs))
         said.append(note)
-    place = scheduler.Workplace(
+    shared = scheduler.SharedOptions(
         out, given.get("data_dir"), checkpoint_seconds=given.get("checkpoint_seconds", 60.0),
         tensorboard=given.get("tensorboard", False), keep_log=given.get("keep_log", False),
     )  # fmt: skip
@@ -285,7 +285,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
             for text in filter(None, said):
                 watcher.note(text)
             failed = scheduler.run_all(
-                configs, place, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2),
+                configs, shared, watcher, workers=workers, ray=given.get("ray"), retries=given.get("retries", 2),
                 isolated=task is not None,
             )  # fmt: skip
     except KeyboardInterrupt:

@@ -97,9 +97,9 @@ def compare(
     if workers > 1 or ray:
         code.__getstate__()  # report what cannot be sent to another process before the first run
     folder = Path(out) if out is not None else default_out(configs)
-    place = scheduler.Workplace(folder, tensorboard=tensorboard)
+    shared = scheduler.SharedOptions(folder, tensorboard=tensorboard)
     with progress.Quiet() if quiet else progress.Live() as watcher:
-        failed = scheduler.run_all(list(configs), place, watcher, workers=workers, ray=ray, retries=retries)
+        failed = scheduler.run_all(list(configs), shared, watcher, workers=workers, ray=ray, retries=retries)
     rows = records.read(folder)
     for row in failed:
         if row.get("mistake"):

@@ -118,6 +118,13 @@ class TwoInputs(nn.Module):
         return self.head(self.embed(tokens).mean(1) * scale)
 
 
+class DataOfTwoInputs(TwoInputs):
+    """The same, in a dataclass."""
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> Data:  # type: ignore[override]
+        return Data(super().forward(tokens, scale))
+
+
 class TimeMajor(nn.Module):
     """Takes (T, B, D)."""
 

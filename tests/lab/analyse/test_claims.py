@@ -215,6 +215,7 @@ def test_wrong_claims_are_refused(tmp_path: Path, text: str, message: str) -> No
         claims.read(folder)
 
 
+@pytest.mark.slow  # the code runs in the default tests around it
 def test_the_results_page_is_what_the_records_say() -> None:
     folders = sorted(
         path.parent for path in ROOT.glob("records/*/claims.toml") if (path.parent / "runs.jsonl").exists()

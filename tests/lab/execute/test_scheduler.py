@@ -10,14 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from batchtrim.lab import records
-from batchtrim.lab.execute import cores, grid, local, progress, scheduler, workplace
+from batchtrim.lab.execute import cores, grid, local, one_run, progress, scheduler
 from batchtrim.lab.records import UseAnotherFolder
 from batchtrim.lab.run import train
 from batchtrim.lab.run.config import RunConfig
@@ -49,7 +48,7 @@ class Spy(progress.Quiet):
 
 def go(folder: Path, settings: dict[str, Any] = TINY, **options: Any) -> Spy:
     spy = Spy()
-    scheduler.run_all(grid.expand(settings), scheduler.Workplace(folder), spy, **options)
+    scheduler.run_all(grid.expand(settings), scheduler.SharedOptions(folder), spy, **options)
     return spy
 
 
@@ -82,7 +81,7 @@ def test_a_run_that_fails_is_recorded_and_tried_again(tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_run", broken)
-        failed = scheduler.run_all(grid.expand(TINY), scheduler.Workplace(tmp_path), Spy())
+        failed = scheduler.run_all(grid.expand(TINY), scheduler.SharedOptions(tmp_path), Spy())
     assert [row["error"] for row in failed] == ["MemoryError: no room"] * 4
     assert {row["status"] for row in records.read(tmp_path)} == {"failed"}
     go(tmp_path)
@@ -103,7 +102,7 @@ def test_ctrl_c_keeps_what_has_finished(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        scheduler.run_all(grid.expand(TINY), scheduler.Workplace(tmp_path), Impatient())
+        scheduler.run_all(grid.expand(TINY), scheduler.SharedOptions(tmp_path), Impatient())
     assert len(records.read(tmp_path)) == 1
     assert go(tmp_path).done == 1
     assert len(records.read(tmp_path)) == 4
@@ -111,7 +110,7 @@ def test_ctrl_c_keeps_what_has_finished(tmp_path: Path) -> None:
 
 def test_a_long_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
     settings = {**TINY, "methods": ["trim"], "seeds": 1, "epochs": 4}
-    place = scheduler.Workplace(tmp_path, checkpoint_seconds=0.0)
+    shared = scheduler.SharedOptions(tmp_path, checkpoint_seconds=0.0)
 
     class StopsAtThree(Spy):
         def epoch(self, config: RunConfig, point: dict[str, Any]) -> None:
@@ -120,9 +119,9 @@ def test_a_long_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        scheduler.run_all(grid.expand(settings), place, StopsAtThree())
+        scheduler.run_all(grid.expand(settings), shared, StopsAtThree())
     rest = Spy()
-    scheduler.run_all(grid.expand(settings), place, rest)
+    scheduler.run_all(grid.expand(settings), shared, rest)
     assert len(rest.epochs) == 2  # the third had not been saved yet
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -131,7 +130,7 @@ def test_a_fault_in_the_data_is_found_before_any_run(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no such folder"):
         scheduler.run_all(
             grid.expand({**TINY, "dataset": "svhn", "model": "cnn"}),
-            scheduler.Workplace(tmp_path, str(tmp_path)),
+            scheduler.SharedOptions(tmp_path, str(tmp_path)),
             Spy(),
         )
     assert not (tmp_path / "runs.jsonl").exists()
@@ -152,7 +151,7 @@ def test_what_another_process_is_at_is_waited_for(tmp_path: Path, monkeypatch: p
                 held.close()
 
     spy = Releases()
-    scheduler.run_all(configs, scheduler.Workplace(tmp_path), spy)
+    scheduler.run_all(configs, scheduler.SharedOptions(tmp_path), spy)
     assert len(records.read(tmp_path)) == 4
     assert spy.rows.count(None) == 1
     assert "another process" in spy.notes[0]
@@ -196,7 +195,7 @@ def test_a_worker_that_dies_is_replaced_and_its_run_done_again(tmp_path: Path) -
                 os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
 
     spy = Murderer()
-    failed = scheduler.run_all(grid.expand({**TINY, "epochs": 40}), scheduler.Workplace(tmp_path), spy, workers=2)
+    failed = scheduler.run_all(grid.expand({**TINY, "epochs": 40}), scheduler.SharedOptions(tmp_path), spy, workers=2)
     assert failed == []
     assert any("exit code -9; trying again" in note for note in spy.notes)
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
@@ -214,8 +213,8 @@ def test_a_run_that_kills_every_worker_is_recorded_as_failed(tmp_path: Path) -> 
         "    configs = grid.expand({'methods': ['full'], 'seeds': [0, 1], 'epochs': 1, 'train_size': 100})\n"
         "    class Killer(progress.Quiet):\n"
         "        def note(self, text): print(text)\n"
-        "    place = scheduler.Workplace(Path(sys.argv[1]), cache_dir=None)\n"
-        "    failed = scheduler.run_all(configs, place, Killer(), workers=2, retries=1)\n"
+        "    shared = scheduler.SharedOptions(Path(sys.argv[1]), cache_dir=None)\n"
+        "    failed = scheduler.run_all(configs, shared, Killer(), workers=2, retries=1)\n"
         "    print(len(failed))\n"
         "else:\n"
         "    import os\n"
@@ -240,7 +239,8 @@ def kill_sweeps(folder: Path, kills: int, workers: int) -> None:
         "from batchtrim.lab.execute import grid, progress, scheduler\n"
         "if __name__ == '__main__':\n"
         f"    configs = grid.expand({{'methods': ['full', 'trim'], 'seeds': 20, 'epochs': 2, 'train_size': 200}})\n"
-        f"    scheduler.run_all(configs, scheduler.Workplace(Path(sys.argv[1])), progress.Quiet(), workers={workers})\n"
+        f"    scheduler.run_all(configs, scheduler.SharedOptions(Path(sys.argv[1])), progress.Quiet(), "
+        f"workers={workers})\n"
     )
     folder.mkdir()
     (folder / "job.py").write_text(code)
@@ -280,7 +280,7 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path: Path) -> None:
         "import sys; from pathlib import Path\n"
         "from batchtrim.lab.execute import grid, progress, scheduler\n"
         "configs = grid.expand({'methods': ['full', 'trim'], 'seeds': 20, 'epochs': 4, 'train_size': 600})\n"
-        "scheduler.run_all(configs, scheduler.Workplace(Path(sys.argv[1])), progress.Quiet())\n"
+        "scheduler.run_all(configs, scheduler.SharedOptions(Path(sys.argv[1])), progress.Quiet())\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
     assert [process.wait(200) for process in processes] == [0, 0]
@@ -321,7 +321,7 @@ def test_a_cluster_that_loses_a_node_does_every_run_once(tmp_path: Path) -> None
 
         spy = Saboteur()
         failed = scheduler.run_all(
-            grid.expand(settings), scheduler.Workplace(tmp_path), spy, ray=cluster.address, retries=3
+            grid.expand(settings), scheduler.SharedOptions(tmp_path), spy, ray=cluster.address, retries=3
         )
         assert failed == []
         keys = [json.loads(line)["key"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
@@ -336,23 +336,23 @@ def test_a_missing_tensorboard_is_reported_before_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    place = scheduler.Workplace(tmp_path / "out", tensorboard=True)
+    shared = scheduler.SharedOptions(tmp_path / "out", tensorboard=True)
     with pytest.raises(ImportError, match="--tensorboard needs `tensorboard`"):
-        scheduler.run_all(grid.expand(TINY), place, progress.Quiet())
+        scheduler.run_all(grid.expand(TINY), shared, progress.Quiet())
     assert not (tmp_path / "out").exists()
 
 
 def test_events_for_tensorboard_need_tensorboard(tmp_path: Path) -> None:
     config = grid.expand(TINY)[0]
-    place = replace(scheduler.Workplace(tmp_path), tensorboard=True)
+    shared = scheduler.SharedOptions(tmp_path, tensorboard=True)
     try:
         import tensorboard  # noqa: F401
     except ImportError:
-        assert "needs `tensorboard`" in workplace.do_run(config, place)["error"]
+        assert "needs `tensorboard`" in one_run.do_run(config, shared)["error"]
     else:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        row = workplace.do_run(config, place)
+        row = one_run.do_run(config, shared)
         assert row["status"] == "finished"
         (events,) = (tmp_path / "tensorboard").rglob("events.*")
         written = EventAccumulator(str(events)).Reload()

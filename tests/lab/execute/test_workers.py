@@ -42,7 +42,7 @@ def test_a_task_may_load_its_data_in_processes(monkeypatch: pytest.MonkeyPatch) 
     """Workers were daemons, which may have no children: num_workers failed. Children outlived a worker that died."""
     Path("loads.py").write_text(LOADS)
     worker, started = local._Worker, []
-    monkeypatch.setattr(local, "_Worker", lambda place: (started.append(place), worker(place))[1])
+    monkeypatch.setattr(local, "_Worker", lambda shared: (started.append(shared), worker(shared))[1])
     done = batchtrim(
         "compare", "--task", "loads.py:train", "--methods", "full,random", "--seeds", "1", "--epochs", "2", "--workers",
         "1", "--out", "here", "--retries", "0",

@@ -183,8 +183,8 @@ def run_folder(tmp_path):
     configs = [
         RunConfig(method=method, epochs=3, train_size=200, model="mlp").resolved() for method in ("trim", "full")
     ]
-    place = scheduler.Workplace(tmp_path, keep_log=True)
-    scheduler.run_all(configs, place, progress.Quiet())
+    shared = scheduler.SharedOptions(tmp_path, keep_log=True)
+    scheduler.run_all(configs, shared, progress.Quiet())
     return tmp_path, configs
 
 

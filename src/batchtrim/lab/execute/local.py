@@ -15,7 +15,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from batchtrim.lab.execute.workplace import Tally, Workplace, attempt
+from batchtrim.lab.execute.one_run import RunQueue, SharedOptions, attempt
 from batchtrim.lab.records import Records, ReplaceRecords
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.task_config import AnyConfig
@@ -28,24 +28,24 @@ LOOK_EVERY = 1.0
 ENDING = 10.0
 
 
-def run_here(tally: Tally, records: Records, place: Workplace) -> None:
-    for config in _until_over(tally):
-        over, row = attempt(config, records, place, lambda point, config=config: tally.tell(config, point))
+def run_here(queue: RunQueue, records: Records, shared: SharedOptions) -> None:
+    for config in _until_over(queue):
+        over, row = attempt(config, records, shared, lambda point, config=config: queue.tell(config, point))
         if over:
-            tally.settle(config, row)
+            queue.settle(config, row)
         else:
-            tally.left.append(config)
+            queue.left.append(config)
 
 
-def _until_over(tally: Tally) -> Iterator[AnyConfig]:
+def _until_over(queue: RunQueue) -> Iterator[AnyConfig]:
     """Yield the remaining runs, repeatedly; pause while other processes have claimed all of them."""
     refused = 0
-    while tally.left:
-        before = len(tally.left)
-        yield tally.left.popleft()
-        refused = refused + 1 if len(tally.left) == before else 0
-        if tally.left and refused >= len(tally.left):
-            tally.watcher.note("waiting for runs that another process is doing in this folder")
+    while queue.left:
+        before = len(queue.left)
+        yield queue.left.popleft()
+        refused = refused + 1 if len(queue.left) == before else 0
+        if queue.left and refused >= len(queue.left):
+            queue.watcher.note("waiting for runs that another process is doing in this folder")
             time.sleep(ASK_AGAIN)
             refused = 0
 
@@ -53,10 +53,10 @@ def _until_over(tally: Tally) -> Iterator[AnyConfig]:
 class _Worker:
     """A process that does one run at a time, and the pipe to it."""
 
-    def __init__(self, place: Workplace):
+    def __init__(self, shared: SharedOptions):
         context = multiprocessing.get_context("spawn")
         self.line, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other, place), daemon=True)
+        self.process = context.Process(target=_work, args=(other, shared), daemon=True)
         self.config: AnyConfig | None = None
         resource_tracker.ensure_running()  # otherwise Ctrl-C would reach it while it starts
         with _ctrl_c_held_back():
@@ -124,10 +124,10 @@ def _vanish() -> None:
     os._exit(1)
 
 
-def _work(line: Connection, place: Workplace) -> None:
+def _work(line: Connection, shared: SharedOptions) -> None:
     """Do runs until the parent closes its end of the pipe, because it is done or has died."""
     _settle_in()
-    records = Records(place.out, make=False)
+    records = Records(shared.out, make=False)
 
     def tell(what: str, news: object) -> None:
         try:
@@ -141,44 +141,44 @@ def _work(line: Connection, place: Workplace) -> None:
         except (EOFError, OSError):
             return
         try:
-            tell("over", attempt(config, records, place, lambda point: tell("epoch", point)))
+            tell("over", attempt(config, records, shared, lambda point: tell("epoch", point)))
         except (OSError, ReplaceRecords) as error:  # of the records, not of the run: no other could be recorded either
             tell("unusable", error)
 
 
-def run_in_processes(tally: Tally, records: Records, place: Workplace, workers: int, retries: int) -> None:
+def run_in_processes(queue: RunQueue, records: Records, shared: SharedOptions, workers: int, retries: int) -> None:
     crew: list[_Worker] = []
     try:
-        crew += (_Worker(place) for _ in range(workers))
-        while tally.left or any(worker.config for worker in crew):
+        crew += (_Worker(shared) for _ in range(workers))
+        while queue.left or any(worker.config for worker in crew):
             for worker in crew:
-                if worker.config is None and tally.left:
+                if worker.config is None and queue.left:
                     with contextlib.suppress(BrokenPipeError):  # it died: reported below
-                        worker.give(tally.left.popleft())
+                        worker.give(queue.left.popleft())
             turned_away = []
             for worker in _heard(crew):
                 told = worker.hear()
                 if told is None:
                     crew.remove(worker)
-                    _settle_dead(worker, tally, records, retries)
-                    crew += [_Worker(place)] if tally.left else []
+                    _settle_dead(worker, queue, records, retries)
+                    crew += [_Worker(shared)] if queue.left else []
                     continue
                 what, news = told
                 assert worker.config is not None
                 if what == "epoch":
-                    tally.tell(worker.config, news)
+                    queue.tell(worker.config, news)
                     continue
                 if what == "unusable":
                     raise news
                 config, worker.config = worker.config, None
                 over, row = news
                 if over:
-                    tally.settle(config, row)
+                    queue.settle(config, row)
                 else:
                     turned_away.append(config)
             if turned_away:
-                tally.left.extend(turned_away)
-                time.sleep(ASK_AGAIN if len(turned_away) == len(tally.left) else 0.0)
+                queue.left.extend(turned_away)
+                time.sleep(ASK_AGAIN if len(turned_away) == len(queue.left) else 0.0)
     except BaseException:
         for worker in crew:
             worker.stop()
@@ -194,23 +194,23 @@ def _heard(crew: list[_Worker]) -> list[_Worker]:
     return [worker for worker in busy if worker.line in ready or not worker.process.is_alive()]
 
 
-def _settle_dead(worker: _Worker, tally: Tally, records: Records, retries: int) -> None:
+def _settle_dead(worker: _Worker, queue: RunQueue, records: Records, retries: int) -> None:
     """Give the run of a dead worker to another one, unless it was tried often enough."""
     assert worker.config is not None
     config = worker.config
     worker.process.join(ENDING)  # the pipe closes before the process exits: killing it now would hide its exit code
     worker.stop()
-    tally.lost[config.key] += 1
+    queue.lost[config.key] += 1
     reason = f"its worker ended with exit code {worker.process.exitcode}"
     if records.is_done(config.key):
-        tally.settle(config, None)
-    elif tally.lost[config.key] <= retries:
-        tally.watcher.note(f"{config.label}: {reason}; trying again")
-        tally.left.append(config)
+        queue.settle(config, None)
+    elif queue.lost[config.key] <= retries:
+        queue.watcher.note(f"{config.label}: {reason}; trying again")
+        queue.left.append(config)
     else:
-        row = failed_row(config, RuntimeError(f"{reason}, {tally.lost[config.key]} times. {_likely(worker)}"))
+        row = failed_row(config, RuntimeError(f"{reason}, {queue.lost[config.key]} times. {_likely(worker)}"))
         records.append(row)
-        tally.settle(config, row)
+        queue.settle(config, row)
 
 
 def _likely(worker: _Worker) -> str:

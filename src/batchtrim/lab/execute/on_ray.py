@@ -11,7 +11,7 @@ from typing import Any
 
 from batchtrim._checks import import_extra
 from batchtrim.lab.execute import reach
-from batchtrim.lab.execute.workplace import Tally, Workplace, do_run
+from batchtrim.lab.execute.one_run import RunQueue, SharedOptions, do_run
 from batchtrim.lab.files import CannotWrite
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run.failed import failed_row
@@ -20,8 +20,8 @@ from batchtrim.lab.run.task_config import AnyConfig
 LOOK_EVERY = 0.5  # seconds between two checks of the runs' progress
 
 
-def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, retries: int) -> None:
-    """Do the remaining runs of ``tally`` as Ray tasks, each with as many CPUs as its run has threads.
+def run_on_ray(queue: RunQueue, records: Records, shared: SharedOptions, address: str, retries: int) -> None:
+    """Do the remaining runs of ``queue`` as Ray tasks, each with as many CPUs as its run has threads.
 
     If a task's worker or node is lost, Ray repeats it up to ``retries`` times; then its run is recorded as failed.
 
@@ -43,29 +43,29 @@ def run_on_ray(tally: Tally, records: Records, place: Workplace, address: str, r
     with contextlib.ExitStack() as all_claims:
         claims: dict[Any, tuple[AnyConfig, contextlib.ExitStack]] = {}
         window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # a few queued runs keep every node busy
-        while tally.left or claims:
-            while tally.left and len(claims) < window:
-                config = tally.left.popleft()
+        while queue.left or claims:
+            while queue.left and len(claims) < window:
+                config = queue.left.popleft()
                 claim = all_claims.enter_context(contextlib.ExitStack())
                 if not claim.enter_context(records.claim(config.key)):
                     claim.close()
-                    tally.watcher.note(f"{config.label}: skipped: another process is running it")
-                    tally.settle(config, None)
+                    queue.watcher.note(f"{config.label}: skipped: another process is running it")
+                    queue.settle(config, None)
                     continue
                 gpus = 1 if config.device == "cuda" else 0
                 here = task.options(num_cpus=config.threads, num_gpus=gpus, max_retries=retries, name=config.label)
-                claims[here.remote(config, place, mailbox)] = config, claim
+                claims[here.remote(config, shared, mailbox)] = config, claim
             finished = ray.wait(list(claims), num_returns=1, timeout=LOOK_EVERY)[0] if claims else []
             running = {config.key: config for config, _ in claims.values()}
             for key, point in _news(ray, mailbox):
                 if key in running:
-                    tally.tell(running[key], point)
+                    queue.tell(running[key], point)
             for done in finished:
                 config, claim = claims.pop(done)
                 row = _result(ray, done, config)
                 records.append(row)
                 claim.close()
-                tally.settle(config, row)
+                queue.settle(config, row)
 
 
 def _sentence(error: Exception) -> str:
@@ -95,11 +95,11 @@ def _news(ray: Any, mailbox: Any) -> list[tuple[str, dict[str, Any]]]:
         return []
 
 
-def _task(config: AnyConfig, place: Workplace, mailbox: Any) -> Row:
+def _task(config: AnyConfig, shared: SharedOptions, mailbox: Any) -> Row:
     """Do a run on a node; its checkpoint is useful if all nodes see the output folder."""
-    row = do_run(config, place, lambda point: mailbox.put.remote(config.key, point))
+    row = do_run(config, shared, lambda point: mailbox.put.remote(config.key, point))
     with contextlib.suppress(OSError):
-        place.clear(config, row)
+        shared.clear(config, row)
     return row
 
 

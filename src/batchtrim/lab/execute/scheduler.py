@@ -7,8 +7,8 @@ from pathlib import Path
 
 from batchtrim._checks import check_count, import_extra
 from batchtrim.lab.execute import grid, local, on_ray
+from batchtrim.lab.execute.one_run import DATA_DIR, RunQueue, SharedOptions, Watcher, do_run
 from batchtrim.lab.execute.versions import check_program
-from batchtrim.lab.execute.workplace import DATA_DIR, Tally, Watcher, Workplace, do_run
 from batchtrim.lab.files import writing
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run import loading
@@ -21,7 +21,7 @@ from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 
 def run_all(
     configs: list[AnyConfig],
-    place: Workplace,
+    shared: SharedOptions,
     watcher: Watcher,
     *,
     workers: int = 1,
@@ -29,7 +29,7 @@ def run_all(
     retries: int = 2,
     isolated: bool = False,
 ) -> list[Row]:
-    """Do all runs that are not yet recorded in ``place.out``; return the rows of failed ones.
+    """Do all runs that are not yet recorded in ``shared.out``; return the rows of failed ones.
 
     Args:
         configs: resolved, see :func:`batchtrim.lab.execute.grid.expand`.
@@ -44,37 +44,37 @@ def run_all(
         KeyboardInterrupt: passed on. Finished runs are recorded, and the same call continues from there.
     """
     check_count("workers", workers)
-    if place.tensorboard and not ray:  # otherwise every run would fail; on a cluster, the nodes need it instead
+    if shared.tensorboard and not ray:  # otherwise every run would fail; on a cluster, the nodes need it instead
         import_extra("tensorboard", "tensorboard", "--tensorboard")
-    records = Records(place.out)
+    records = Records(shared.out)
     records.settle(grid.cells(configs))
     changed = check_program(configs, records)
     left = collections.deque(config for config in configs if not records.is_done(config.key))
-    if place.data_dir and place.keep_log:
-        with writing(place.out / DATA_DIR):
-            (place.out / DATA_DIR).write_text(str(Path(place.data_dir).resolve()) + "\n", encoding="utf-8")
+    if shared.data_dir and shared.keep_log:
+        with writing(shared.out / DATA_DIR):
+            (shared.out / DATA_DIR).write_text(str(Path(shared.data_dir).resolve()) + "\n", encoding="utf-8")
     watcher.begin(configs, len(configs) - len(left))
     if changed:
         watcher.note(changed)
-    tally = Tally(left, watcher)
+    queue = RunQueue(left, watcher)
     if not left:
         return []
     if Ranks.from_environment().rank > 0:  # one run on several processes: the first of them writes the record
-        return [row for config in left if (row := do_run(config, place))["status"] == "failed"]
+        return [row for config in left if (row := do_run(config, shared))["status"] == "failed"]
     if ray:
-        on_ray.run_on_ray(tally, records, place, ray, retries)
-        return tally.failed
+        on_ray.run_on_ray(queue, records, shared, ray, retries)
+        return queue.failed
     for config in _one_per_data_set(left):  # find faults in the data or the task before any run
         if isinstance(config, TaskConfig):
             check_task(config)
         else:
-            for note in loading.prepare(config, place.data_dir, place.cache_dir):
+            for note in loading.prepare(config, shared.data_dir, shared.cache_dir):
                 watcher.note(note)
     if workers == 1 and not isolated:
-        local.run_here(tally, records, place)
+        local.run_here(queue, records, shared)
     else:
-        local.run_in_processes(tally, records, place, min(workers, len(left)), retries)
-    return tally.failed
+        local.run_in_processes(queue, records, shared, min(workers, len(left)), retries)
+    return queue.failed
 
 
 def _one_per_data_set(configs: collections.deque[AnyConfig]) -> list[AnyConfig]:

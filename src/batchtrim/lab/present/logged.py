@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from batchtrim._checks import nearest
-from batchtrim.lab.execute.workplace import DATA_DIR
+from batchtrim.lab.execute.one_run import DATA_DIR
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.task_config import TaskConfig
 

@@ -25,7 +25,7 @@ from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import error_line
-from batchtrim.lab.run.process import Seen, as_it_was
+from batchtrim.lab.run.process_state import ProcessChanges, seeded_and_restored
 from batchtrim.lab.run.side_effects import SideEffects
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.run.task_run import Run, TaskMistake, as_number, check_share
@@ -63,15 +63,19 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
     begun = time.perf_counter()
     run = Run(config, out / "tasks" / config.key, on_epoch)
     result: dict[str, Any]
-    with as_it_was(config.seed, config.threads) as seen:
+    with seeded_and_restored(config.seed, config.threads) as changes:
         try:
             function = config.code.load()
             effects = SideEffects(function)
-            seen.begin()
+            changes.begin()
             begun = run.begun = time.perf_counter()  # importing the file is not part of training
             returned = function(run)
             seconds = time.perf_counter() - begun
-            result = {"seconds": seconds, **_value(returned, run.metric), **_told(run, seen, effects, seconds)}
+            result = {
+                "seconds": seconds,
+                **_value(returned, run.metric),
+                **_notes_on_run(run, changes, effects, seconds),
+            }
             _write_log(run, config, out)
         except CannotWrite:  # a fault of the disk, not of the task
             raise
@@ -145,7 +149,7 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
     return {"status": "finished", metric.field: value, **({"also": also} if also else {})}
 
 
-def _told(run: Run, seen: Seen, effects: SideEffects, seconds: float) -> dict[str, Any]:
+def _notes_on_run(run: Run, changes: ProcessChanges, effects: SideEffects, seconds: float) -> dict[str, Any]:
     """Return the notes on a successful run; raise an error if the method was never applied."""
     notes, more = _notes_on_keep(run), {}
     if run.method != "full" and not run.rule.counts.used:
@@ -168,15 +172,15 @@ def _told(run: Run, seen: Seen, effects: SideEffects, seconds: float) -> dict[st
             f"the task changed {', '.join(changed[:3])}{', ...' * (len(changed) > 3)}, which it did not make: the next "
             "run in the process starts from there. Make it in the function"
         )
-    if seen.torch_seed != run.seed:
-        more["torch_seed"] = seen.torch_seed  # judged together with other seeds in batchtrim.lab.analyse.caveats
-    if seconds < SHORT and (names := seen.imported()):
+    if changes.torch_seed != run.seed:
+        more["torch_seed"] = changes.torch_seed  # judged together with other seeds in batchtrim.lab.analyse.caveats
+    if seconds < SHORT and (names := changes.imported()):
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         notes.append(
             f"the first run of a process imported {listed} during the call, which adds to its time: import at the "
             "top of the file"
         )
-    for one, many, left in (("thread", "threads", seen.threads()), ("process", "processes", seen.processes())):
+    for one, many, left in (("thread", "threads", changes.threads()), ("process", "processes", changes.processes())):
         if left:
             notes.append(f"the task left {len(left)} {many if len(left) > 1 else one} running ({', '.join(left[:3])})")
     return {**more, **({"notes": notes} if notes else {})}

@@ -1,4 +1,4 @@
-"""Shared by local runs and Ray: the output folder, progress, and doing and recording one run.
+"""Claim, do and record one run, on this machine or on Ray, by the options and the queue that all runs share.
 
 The process that does a run claims it first and records it itself (on Ray the driver does both), so no finished run
 depends on another process. A run that was interrupted or failed resumes from its last checkpoint.
@@ -41,7 +41,7 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Workplace:
+class SharedOptions:
     """The folders and options that all runs share: data, output, checkpoints, logs.
 
     Args:
@@ -76,7 +76,7 @@ class Workplace:
 
 
 @dataclass
-class Tally:
+class RunQueue:
     """The runs still to do, and the results of the others."""
 
     left: collections.deque[AnyConfig]
@@ -99,7 +99,7 @@ class Tally:
 
 
 def attempt(
-    config: AnyConfig, records: Records, place: Workplace, on_epoch: OnEpoch | None = None
+    config: AnyConfig, records: Records, shared: SharedOptions, on_epoch: OnEpoch | None = None
 ) -> tuple[bool, Row | None]:
     """Claim a run, do it and record it.
 
@@ -109,33 +109,33 @@ def attempt(
     with records.claim(config.key) as mine:
         if not mine:
             return records.is_done(config.key), None
-        remove_parts(place.checkpoint(config).parent, config.key)  # left by a process that died while saving
-        row = do_run(config, place, on_epoch)
+        remove_parts(shared.checkpoint(config).parent, config.key)  # left by a process that died while saving
+        row = do_run(config, shared, on_epoch)
         records.append(row)
-        place.clear(config, row)
+        shared.clear(config, row)
     return True, row
 
 
-def do_run(config: AnyConfig, place: Workplace, on_epoch: OnEpoch | None = None) -> Row:
+def do_run(config: AnyConfig, shared: SharedOptions, on_epoch: OnEpoch | None = None) -> Row:
     """Do the run and return its row, also if it fails."""
     try:
-        with place.log(config) as log:
+        with shared.log(config) as log:
             if isinstance(config, TaskConfig):
-                return perform(config, place.out, _both(log, on_epoch))
+                return perform(config, shared.out, _both(log, on_epoch))
             return train.train_run(
                 config,
-                data_dir=place.data_dir,
-                cache_dir=place.cache_dir,
-                checkpoint=place.checkpoint(config),
-                checkpoint_seconds=place.checkpoint_seconds,
+                data_dir=shared.data_dir,
+                cache_dir=shared.cache_dir,
+                checkpoint=shared.checkpoint(config),
+                checkpoint_seconds=shared.checkpoint_seconds,
                 on_epoch=_both(log, on_epoch),
                 on_batch=on_epoch,
-                keep_log=place.out / "keep" / f"{config.key}.parquet" if place.keep_log else None,
+                keep_log=shared.out / "keep" / f"{config.key}.parquet" if shared.keep_log else None,
             )
     except CannotWrite:  # nothing can be recorded: not the run's fault
         raise
     except DamagedCheckpoint as error:  # no run can resume from it: the next try starts from the beginning
-        place.checkpoint(config).unlink(missing_ok=True)
+        shared.checkpoint(config).unlink(missing_ok=True)
         return failed_row(config, error)
     except Exception as error:  # whatever it was, record it, and continue with the other runs
         return failed_row(config, error)

@@ -1,4 +1,4 @@
-"""The process around the user's function: seeded before the call, and restored after it."""
+"""The state of the process around the user's function: seeded before the call, restored after it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import torch
 
 from batchtrim.lab.task.fingerprint import is_installed
 
-__all__ = ["Seen", "as_it_was"]
+__all__ = ["ProcessChanges", "seeded_and_restored"]
 
 
-class Seen:
+class ProcessChanges:
     """Changes that the function made to the process."""
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class Seen:
 
 
 @contextlib.contextmanager
-def as_it_was(seed: int, threads: int) -> Iterator[Seen]:
-    """Seed everything, and restore what the function changes."""
+def seeded_and_restored(seed: int, threads: int) -> Iterator[ProcessChanges]:
+    """Seed torch, NumPy and ``random``, and afterwards restore what the function changed in the process."""
     folder, process = Path.cwd(), os.getpid()
     before = [read() for read, _ in _STATE]
     drawn, drawn_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one, which tasks use)
@@ -62,7 +62,7 @@ def as_it_was(seed: int, threads: int) -> Iterator[Seen]:
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
-            yield Seen()
+            yield ProcessChanges()
     finally:
         if os.getpid() != process:
             os._exit(0)  # the function forked and also returned in the child: the run belongs to the parent
