@@ -9,10 +9,8 @@ import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from _pytest.logging import catching_logs
 
 import tiers
 
@@ -59,17 +57,6 @@ def pytest_sessionfinish() -> None:
     gc.freeze()
 
 
-def _attached_to_the_root(self: catching_logs[Any]) -> Any:
-    """Attach a handler of pytest's to the root logger alone, for all others pass on what they get."""
-    if self.level is not None:
-        self.handler.setLevel(self.level)
-        self.orig_level = logging.root.level
-        logging.root.setLevel(min(self.orig_level, self.level))
-    logging.root.addHandler(self.handler)
-    self.attached_loggers.append(logging.root)
-    return self.handler
-
-
 def pytest_collection_finish() -> None:
     """Keep imported objects out of garbage collections, and make these rare: a trace makes a million objects.
 
@@ -78,10 +65,9 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(200_000, 20, 20)
     gc.enable()
-    for logger in logging.root.manager.loggerDict.values():  # pytest attaches to each other one
+    for logger in logging.root.manager.loggerDict.values():  # pytest attaches to each other one six times a test
         if isinstance(logger, logging.Logger):
             logger.propagate = True
-    catching_logs.__enter__ = _attached_to_the_root  # type: ignore[method-assign]
     logging.getLogger("torch.__trace").handlers.clear()  # with any, torch writes down each trace
     guards = sys.modules.get("torch._dynamo.guards")
     if hasattr(guards, "profile_guard_manager"):  # it flushes the CPU's caches to time the guards of each compile
