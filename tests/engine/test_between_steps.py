@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import batchtrim
-from batchtrim.engine.unguarded import Unguarded
+from batchtrim.engine.auto import AutoEngine
+from batchtrim.engine.cost import Forecast
 from batchtrim.errors import EngineFallback, EngineRefused
 from tiers import few
 
@@ -104,89 +104,6 @@ def test_a_change_that_no_guard_sees_is_seen(change: str) -> None:
     )
 
 
-class Schedule:
-    def now(self) -> float:
-        return 1.0
-
-
-class Asking(Part):
-    """Asks a plain object, and a variable of the environment."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.schedule = Schedule()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) * self.schedule.now() * float(os.getenv("BATCHTRIM_TEST_SCALE", "1"))
-
-
-UNSEEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "method of a plain object": lambda patch: patch.setattr(Schedule, "now", lambda self: 2.0),
-    "method of the loss": lambda patch: patch.setattr(nn.CrossEntropyLoss, "forward", lambda self, out, y: out),
-    "method of a tensor": lambda patch: patch.setattr(torch.Tensor, "tanh", torch.sin, raising=False),
-    "code": lambda patch: patch.setattr(Part.squashed, "__code__", Part.forward.__code__),
-    "environment": lambda patch: patch.setenv("BATCHTRIM_TEST_SCALE", "2"),
-}
-
-
-@pytest.mark.parametrize("change", UNSEEN)
-def test_a_change_elsewhere_is_noticed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    unguarded = Unguarded(batchtrim.TrimmedForward(Asking(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
-    assert not unguarded.changed()
-    UNSEEN[change](monkeypatch)
-    assert unguarded.changed()
-
-
-def test_a_variable_added_to_the_environment_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Looking(Part):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x) * (2 if "BATCHTRIM_TEST_EXTRA" in os.environ else 1)
-
-    unguarded = Unguarded(batchtrim.TrimmedForward(Looking(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
-    assert not unguarded.changed()
-    monkeypatch.setenv("BATCHTRIM_TEST_EXTRA", "1")
-    assert unguarded.changed()
-
-
-def test_an_attribute_that_a_parameter_gains_is_noticed_on_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchtrim.engine.unguarded._WATCHES_TENSORS", False)
-    model = _model()
-    unguarded = Unguarded(batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
-    next(model.parameters())._dynamo_mark = 1  # type: ignore[attr-defined]
-    assert not unguarded.changed()
-    next(model.parameters()).scale = 2.0  # type: ignore[attr-defined]
-    assert unguarded.changed()
-
-
-@pytest.mark.slow
-def test_a_trace_of_a_model_that_changes_its_attributes_is_compared_in_two_steps() -> None:
-    """The first run cannot show that a trace takes the value for a constant."""
-
-    class Noting(Part):
-        def forward(self, x: Tensor) -> Tensor:
-            self.last = "large" if len(x) > 8 else "small"
-            return self.layer(x)
-
-    found = []
-    for part in (Part(), Noting()):
-        model = nn.Sequential(nn.Linear(6, 8), part, nn.Linear(8, 5))
-        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
-        for number in range(3):
-            step(*_batch(number))
-            found.append(step.engine.trace.checked)  # type: ignore[attr-defined]
-    assert found == [True, True, True, False, True, True]
-
-
-def test_classes_that_come_later_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _model()
-    unguarded = Unguarded(batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
-    model.append(Asking())  # type: ignore[operator]
-    unguarded.look()  # as after each new trace
-    assert not unguarded.changed()
-    monkeypatch.setattr(Schedule, "now", lambda self: 2.0)
-    assert unguarded.changed()
-
-
 def test_a_backward_hook_on_all_modules_is_refused() -> None:
     step = batchtrim.TrimmedForward(_model(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     step(*_batch(0))
@@ -232,10 +149,10 @@ def test_another_loss_is_traced_too() -> None:
 def test_what_cannot_be_traced_in_one_step_is_not_given_up(around: Callable[[], Any], reason: str) -> None:
     model = _model()
     step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
-    auto = batchtrim.engine.auto.AutoEngine(step.forward, step.trim)
+    auto = AutoEngine(step.forward, step.trim)
     auto.saving, auto._open, auto._explained = step.engine, False, True
     auto.pays = lambda x, y: True  # type: ignore[method-assign]
-    auto.forecast = batchtrim.engine.cost.Forecast(1.0, 0.0)
+    auto.forecast = Forecast(1.0, 0.0)
     engines = [auto(*_batch(0)).engine]
     for _ in range(2):
         with around():

@@ -50,3 +50,22 @@ def test_without_low_precision_the_same_gradient_is_another_one() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         losses, outputs = forward(x, y, model=model)
     assert own.difference(losses.values, outputs, coarse=False) is not None
+
+
+@pytest.mark.slow
+def test_a_trace_of_a_model_that_changes_its_attributes_is_compared_in_two_steps() -> None:
+    """The first run cannot show that a trace takes the value for a constant."""
+
+    class Noting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = "large" if len(x) > 8 else "small"
+            return super().forward(x)
+
+    found = []
+    for layer in (nn.Linear(6, 8), Noting(6, 8)):
+        model = nn.Sequential(layer, nn.Linear(8, 5))
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
+        for _ in range(3):
+            step(torch.randn(12, 6), torch.arange(12) % 5)
+            found.append(step.engine.trace.checked)  # type: ignore[attr-defined]
+    assert found == [True, True, True, False, True, True]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +31,7 @@ class OperatorMode(TorchDispatchMode):
         """Return False, so that torch does not import its compiler; see :meth:`__enter__`."""
         return False
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         kind: Any = type(self)
         if "torch._dynamo" in sys.modules and not hasattr(kind.__torch_dispatch__, "_torchdynamo_disable"):
             kind.__torch_dispatch__ = torch.compiler.disable(kind.__torch_dispatch__)

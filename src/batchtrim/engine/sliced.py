@@ -98,8 +98,7 @@ class SlicedStep:
         self.approximate = approximate
         self.compiled = None if compiler is None else CompiledStep(self, compiler)
         self.runs = 0
-        self.checked = False  # True once enough runs were compared with the model
-        self._compared = 0
+        self.checked, self._compared = False, 0  # True once enough runs were compared with the model
         self._shown: set[int] = set()
         self._slices: dict[bool, Slices] = {}
         self._costs: dict[bool, Cost] = {}
@@ -137,10 +136,9 @@ class SlicedStep:
         if not (self.checked or (tape is not None and tape.compares)):
             raise NewTrace
         batch = 0 if self._batch_at is None else args[self._batch_at[0]].shape[self._batch_at[1]]
-        # until a run was compared with the model, operator by operator
-        results = (
-            self.compiled.forward(args) if self.checked and self.compiled is not None and tape is not None else None
-        )
+        # until enough runs were compared with the model, operator by operator
+        compiler = self.compiled if self.checked and tape is not None else None
+        results = None if compiler is None else compiler.forward(args)
         compiled = results is not None
         results = list(self._forward(args) if results is None else results)
         for at in self._copied:
