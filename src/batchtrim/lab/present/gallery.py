@@ -29,7 +29,7 @@ from batchtrim.lab import records
 from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import charts, wording
 from batchtrim.lab.present.charts import Series
-from batchtrim.lab.present.logged import choose, remembered
+from batchtrim.lab.present.chosen_run import choose, remembered
 from batchtrim.lab.present.report import Tile
 from batchtrim.lab.present.templating import render
 from batchtrim.lab.run import loading
@@ -100,7 +100,7 @@ def build(
     Args:
         run: the folder that holds ``runs.jsonl`` and ``keep/KEY.parquet``.
         out: the page, by default ``keep/KEY.html`` in that folder.
-        key, method, seed: which run; see :func:`batchtrim.lab.present.logged.choose`.
+        key, method, seed: which run; see :func:`batchtrim.lab.present.chosen_run.choose`.
         data_dir: the folder of data sets; by default where the runs found them.
 
     Raises:

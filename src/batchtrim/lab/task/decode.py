@@ -29,7 +29,7 @@ import numpy as np
 
 from batchtrim._checks import first_line, import_extra
 from batchtrim.lab.task import memory
-from batchtrim.lab.task.entry import hash_of
+from batchtrim.lab.task.cache_entry import hash_of
 from batchtrim.lab.terminal import ProgressCount
 
 __all__ = ["BrokenImage", "Contradicted", "Decoded", "Form", "Header", "Source", "decode_all", "first_header"]

@@ -21,7 +21,7 @@ import torch
 
 from batchtrim._checks import check_count, check_fraction
 from batchtrim.lab.files import expanded, shown
-from batchtrim.lab.task import data, entry, tables
+from batchtrim.lab.task import cache_entry, data, tables
 from batchtrim.lab.task.cache import CannotKeep, filled, folder_for
 from batchtrim.lab.task.decode import Contradicted, Decoded, Form, Header, decode_all, first_header
 from batchtrim.lab.task.listing import Listing, find_images
@@ -113,9 +113,9 @@ def load(
     key = _key(listing, stamps, order, options)
     cache, local_notes = folder_for(f"images/{key}", cache_dir)
     folder = cache / "images" / key
-    if not (folder / entry.ABOUT).exists():
+    if not (folder / cache_entry.ABOUT).exists():
         _decode(listing, stamps, order, len(train), folder, options)
-    held = entry.read(folder, len(order))
+    held = cache_entry.read(folder, len(order))
     left = order[held.kept]
     classes, numbers, gone = _only_those_left(listing, classes, labels[left])
     first_test = int(held.kept[: len(train)].sum())
@@ -242,14 +242,14 @@ def _decode(
     places[order] = np.arange(len(order))
     try:
         with filled(folder) as part:
-            decoded, form = _decode_all(listing, stamps, part / entry.PIXELS, places, train, options)
+            decoded, form = _decode_all(listing, stamps, part / cache_entry.PIXELS, places, train, options)
             notes = _resized([each for each in decoded.headers if each is not None], form.size, options)
             kept = np.ones(len(order), dtype=bool)
             if decoded.broken:
                 notes.append(_named(listing, decoded.broken, "broken {} left out"))
                 kept[places[list(decoded.broken)]] = False
-                _only(part / entry.PIXELS, np.flatnonzero(kept))
-            entry.write_about(part, kept, decoded.hashes[kept], *_moments(decoded.counts), notes, listing.where)
+                _only(part / cache_entry.PIXELS, np.flatnonzero(kept))
+            cache_entry.write_about(part, kept, decoded.hashes[kept], *_moments(decoded.counts), notes, listing.where)
     except data.ReplaceFile:
         raise
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Check quickly that an address answers, before a library waits for it for long."""
+"""Bound how long a library may wait: check that an address answers, and call with a time limit."""
 
 from __future__ import annotations
 
