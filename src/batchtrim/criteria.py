@@ -221,8 +221,7 @@ class Criterion:
 
     def _own(self, name: str) -> Any:
         if self._module is not None:
-            buffers = vars(self._module).get("_buffers", ())  # where getattr looks last
-            return buffers[name] if name in buffers else getattr(self._module, name, None)
+            return getattr(self._module, name, None)
         return self._parameters.get(name)
 
     def _with(self, settings: dict[str, Any]) -> Callable[..., Any]:
