@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from batchtrim.engine.reachable import is_array
 from batchtrim.errors import EngineRefused
 
 __all__ = ["RowCutter", "copied", "entries", "map_tensors", "restore_values", "tensors_of"]
+
+_TRACES_COPY = torch.__version__ >= TorchVersion("2.13")  # torch.compile takes copy.copy of an object
 
 # Types of values that belong to no row. A list of labels is recognised before its items are visited.
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), slice, enum.Enum, torch.dtype, torch.device)
@@ -164,9 +167,12 @@ def _map(
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
         return type(value)([inner(f"[{number}]", item) for number, item in enumerate(value)])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = {each.name: inner(f".{each.name}", getattr(value, each.name)) for each in dataclasses.fields(value)}
+        if not _TRACES_COPY and torch.compiler.is_compiling() and not hasattr(value, "__post_init__"):
+            return type(value)(**items)
         new = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(new, field.name, inner(f".{field.name}", getattr(value, field.name)))
+        for name, item in items.items():
+            object.__setattr__(new, name, item)
         return new
     return function(place, value)
 
