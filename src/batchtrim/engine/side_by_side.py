@@ -63,11 +63,16 @@ class _SetKeep:
 
 @dataclass
 class _Side:
-    """One of the two copies, with its own loss and trimmer."""
+    """One of the two copies, with its own loss and trimmer.
+
+    Attributes:
+        named: what :meth:`named_parameters` found since the model ran.
+    """
 
     step: TrimmedForward
     schedule: _SetKeep
     refused: EngineRefused | None = None
+    named: dict[str, nn.Parameter] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -86,6 +91,11 @@ class _Side:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the model, of its loss, and of modules that are not submodules."""
+        if self.named is None:
+            self.named = self._find_parameters()
+        return self.named
+
+    def _find_parameters(self) -> dict[str, nn.Parameter]:
         found = dict(self.model.named_parameters())
         known = set(map(id, found.values()))
         for number, module in enumerate(modules_of(self.model, self.step.forward.per_sample_loss)):
@@ -179,6 +189,8 @@ class SideBySide:
                 value.backward()
         except Exception as error:
             return None, error
+        finally:
+            side.named = None
         last: Any = side.step.last
         self.names += [] if last.engine in self.names else [last.engine]
         self.found["approximate"] = self.found.get("approximate") or last.approximate
@@ -196,6 +208,7 @@ class SideBySide:
         _seed(number)
         started = GeneratorStates(device_of(side.model))
         losses, outputs = side.step.forward(*batch)
+        side.named = None
         scores = side.step.forward.scores(losses.detach(), outputs, batch[1])
         right = side.step.trim.select(losses.detach(), rank_by=scores).rising()
         if selection is not None and not torch.equal(selection.indices, right.indices):
