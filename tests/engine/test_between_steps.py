@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,21 +23,9 @@ MODULES = nn.modules.module
 BATCH = 12
 
 
-class Part(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-    def squashed(self, x: Tensor) -> Tensor:
-        return self.layer(x).tanh()
-
-
 def _model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), Part(), nn.Linear(8, 5))
+    return nn.Sequential(nn.Linear(6, 8), zoo.Part(), nn.Linear(8, 5))
 
 
 def _cross_entropy(out: Tensor, y: Tensor) -> Tensor:
@@ -50,11 +39,11 @@ def _batch(number: int, size: int = BATCH) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _method_replaced() -> Iterator[None]:
-    method, Part.forward = Part.forward, Part.squashed
+    method, zoo.Part.forward = zoo.Part.forward, zoo.Part.squashed
     try:
         yield
     finally:
-        Part.forward = method
+        zoo.Part.forward = method
 
 
 @contextmanager
@@ -71,7 +60,7 @@ def _doubled(module: nn.Module, given: Any, out: Any) -> Any:
 
 
 def _centred(module: nn.Module, given: Any) -> Any:
-    return (given[0] - given[0].mean(0),) if isinstance(module, Part) else None
+    return (given[0] - given[0].mean(0),) if isinstance(module, zoo.Part) else None
 
 
 CHANGES: dict[str, Callable[[], Any]] = {

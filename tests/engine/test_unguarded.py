@@ -7,22 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.engine.unguarded import Unguarded
-
-
-class Part(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-    def squashed(self, x: Tensor) -> Tensor:
-        return self.layer(x).tanh()
 
 
 class Schedule:
@@ -30,7 +19,7 @@ class Schedule:
         return 1.0
 
 
-class Asking(Part):
+class Asking(zoo.Part):
     """Asks a plain object, and a variable of the environment."""
 
     def __init__(self) -> None:
@@ -45,7 +34,7 @@ UNSEEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "method of a plain object": lambda patch: patch.setattr(Schedule, "now", lambda self: 2.0),
     "method of the loss": lambda patch: patch.setattr(nn.CrossEntropyLoss, "forward", lambda self, out, y: out),
     "method of a tensor": lambda patch: patch.setattr(torch.Tensor, "tanh", torch.sin, raising=False),
-    "code": lambda patch: patch.setattr(Part.squashed, "__code__", Part.forward.__code__),
+    "code": lambda patch: patch.setattr(zoo.Part.squashed, "__code__", zoo.Part.forward.__code__),
     "environment": lambda patch: patch.setenv("BATCHTRIM_TEST_SCALE", "2"),
 }
 
@@ -59,7 +48,7 @@ def test_a_change_elsewhere_is_noticed(change: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_variable_added_to_the_environment_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Looking(Part):
+    class Looking(zoo.Part):
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x) * (2 if "BATCHTRIM_TEST_EXTRA" in os.environ else 1)
 
@@ -71,7 +60,7 @@ def test_a_variable_added_to_the_environment_is_noticed(monkeypatch: pytest.Monk
 
 def test_an_attribute_that_a_parameter_gains_is_noticed_on_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchtrim.engine.unguarded._WATCHES_TENSORS", False)
-    model = nn.Sequential(nn.Linear(6, 8), Part(), nn.Linear(8, 5))
+    model = nn.Sequential(nn.Linear(6, 8), zoo.Part(), nn.Linear(8, 5))
     unguarded = Unguarded(batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
     next(model.parameters())._dynamo_mark = 1  # type: ignore[attr-defined]
     assert not unguarded.changed()
@@ -80,7 +69,7 @@ def test_an_attribute_that_a_parameter_gains_is_noticed_on_an_older_torch(monkey
 
 
 def test_classes_that_come_later_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(6, 8), Part(), nn.Linear(8, 5))
+    model = nn.Sequential(nn.Linear(6, 8), zoo.Part(), nn.Linear(8, 5))
     unguarded = Unguarded(batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
     model.append(Asking())  # type: ignore[operator]
     unguarded.look()  # as after each new trace

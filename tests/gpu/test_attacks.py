@@ -25,8 +25,8 @@ def test_attacks(device: torch.device, tmp_path: Path) -> None:
     context.set_forkserver_preload(["torch", "attack_worker", "batchtrim.engine.shared", "batchtrim.engine.cost"])
     with context.Pool(JOBS, maxtasksperchild=1) as pool:
         rows = json.loads(Path(OUT).read_text()) if OUT and Path(OUT).exists() else []
-        left = [name for name in ATTACKS if name not in {row[0] for row in rows}]
-        calls = [(name, pool.apply_async(attack_worker.verdicts, (name, device.type))) for name in left]
+        left = ATTACKS.keys() - {row[0] for row in rows}
+        calls = [(name, pool.apply_async(attack_worker.verdicts, (name, device.type))) for name in sorted(left)]
         for name, call in calls:
             try:
                 rows += call.get(timeout=240)

@@ -51,7 +51,7 @@ __all__ = [
 
 _OLDEST = TorchVersion("2.8")  # the oldest release with which the engine's tests have passed
 # This release keeps the check of linalg.cholesky and its like, which raises; older ones drop it as an unused result.
-_KEEPS_CHECKS = TorchVersion("2.13")
+_KEEPS_CHECKS = torch.__version__ >= TorchVersion("2.13")
 _numbers = itertools.count()
 _MARK = "dynamo"  # in the names of attributes that mark tensors
 
@@ -214,7 +214,7 @@ class Capture:
             partition_fn=partition,
             decompositions=None if self.compiler is None else self.compiler.decompositions(),
         )
-        if torch.__version__ < _KEEPS_CHECKS:
+        if not _KEEPS_CHECKS:
             fx.node.has_side_effect(torch.ops.aten._linalg_check_errors.default)
         with _draws_kept():
             compiled = backend(graph, inputs)

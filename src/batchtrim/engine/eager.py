@@ -19,7 +19,7 @@ from batchtrim.engine.capture import CannotCapture
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import gradients_without_hooks
-from batchtrim.engine.precision import uses_tf32
+from batchtrim.engine.precision import coarsest_dtype, uses_tf32
 from batchtrim.engine.rows import copied, entries, map_tensors, tensors_of
 from batchtrim.engine.state import (
     TAKEN_TWICE,
@@ -163,11 +163,14 @@ class EagerStep:
         after, tensors = Snapshot(self.forward), [each for _, each in self._named()]
         values = [each.detach().clone() for each in tensors]
         generator = torch.Generator(self.generators.device).manual_seed(0)
+        # float16 where nothing coarser is visible: a module may use it inside its forward
+        dtypes = coarsest_dtype(self.forward.inner, self.losses), torch.float16
+        quarter = max(torch.finfo(each).eps for each in dtypes) / 4
         try:
             self.before.restore()
             for each in tensors:  # .data: autograd, which may have saved a weight, gets its value back in the end
                 noise = torch.empty_like(each, dtype=torch.float32).normal_(generator=generator)
-                each.data.mul_(1 + self._epsilon(each) / 4 * noise)
+                each.data.mul_(1 + quarter * noise)
             with uncompiled_calls(), caches_left():
                 losses, _ = self.forward(*copied((self.before.x, self.before.y)), model=self.forward.inner)
                 found = self._gradients_of(losses.values)
@@ -180,12 +183,6 @@ class EagerStep:
             far = 0.0 if own is None or theirs is None else relative_difference(own, theirs)
             moved.append(min(_ROUNDING * far, _LOST) if math.isfinite(far) else 0.0)
         return moved
-
-    def _epsilon(self, tensor: Tensor) -> float:
-        """Return the epsilon of bfloat16 if it is in use, as far as is visible from outside, or else of float16."""
-        device = tensor.device.type
-        lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
-        return torch.finfo(torch.bfloat16 if torch.bfloat16 in (lower, tensor.dtype) else torch.float16).eps
 
     def _parameters(self) -> dict[int, str]:
         """Return the names of the parameters that need a gradient, the loss's too."""

@@ -7,8 +7,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-__all__ = ["full_float32", "uses_tf32"]
+__all__ = ["coarsest_dtype", "full_float32", "uses_tf32"]
+
+_COARSER = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # each has fewer digits than the one before
+
+
+def coarsest_dtype(model: nn.Module, losses: Tensor) -> torch.dtype:
+    """Return the least precise dtype in use, as far as is visible from outside; TF32 counts as float16."""
+    device = losses.device
+    seen = {losses.dtype, *(each.dtype for each in model.parameters())}
+    if torch.is_autocast_enabled(device.type):
+        seen.add(torch.get_autocast_dtype(device.type))
+    if uses_tf32(device):
+        seen.add(torch.float16)  # TF32 has as many digits
+    return max(seen.intersection(_COARSER), key=_COARSER.index, default=torch.float32)
 
 
 def uses_tf32(device: torch.device) -> bool:

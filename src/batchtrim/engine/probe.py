@@ -18,7 +18,7 @@ from batchtrim.engine.cpu_first import CpuFirst
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import gradients_without_hooks
-from batchtrim.engine.precision import uses_tf32
+from batchtrim.engine.precision import coarsest_dtype
 from batchtrim.engine.rows import copied, tensors_of
 from batchtrim.engine.state import ModelState, Snapshot, uncompiled_calls, without_graph
 from batchtrim.errors import EngineRefused
@@ -109,16 +109,8 @@ class Tolerance:
                 )
 
     def _dtype(self, losses: Tensor) -> torch.dtype:
-        """Return the least precise dtype in use, as far as is visible from outside."""
-        device = losses.device.type
-        seen = [losses.dtype, *(p.dtype for p in self.forward.inner.parameters() if p.dtype in _APART)]
-        if torch.is_autocast_enabled(device):
-            seen.append(torch.get_autocast_dtype(device))
-        if uses_tf32(losses.device):
-            seen.append(torch.float16)  # TF32 has as many digits as float16
-        if self.coarsest is not None:
-            seen.append(self.coarsest)
-        return max((dtype for dtype in seen if dtype in _APART), key=_APART.__getitem__, default=torch.float32)
+        seen = [coarsest_dtype(self.forward.inner, losses), self.coarsest or torch.float64]
+        return max(seen, key=_APART.__getitem__)
 
     def _look_inside(self, snapshot: Snapshot, batch: int) -> torch.dtype:
         """Return the least precise dtype that a module of the model returns: autocast may be on in its forward."""

@@ -173,3 +173,17 @@ class DataOutput(NamedOutput):
 
     def forward(self, x: Tensor) -> Data:  # type: ignore[override]
         return Data(F.linear(x, self.weight, self.bias))
+
+
+class Part(nn.Module):
+    """A layer whose class a test changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def squashed(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh()
