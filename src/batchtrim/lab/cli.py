@@ -15,7 +15,7 @@ import typer
 from batchtrim import __version__
 from batchtrim._checks import check_choice
 from batchtrim.lab import options
-from batchtrim.lab.execute import time_limit
+from batchtrim.lab.execute import bounded_wait
 from batchtrim.lab.files import CannotWrite, as_written, shown
 from batchtrim.lab.terminal import FAILED, INTERRUPTED, guard, open_closed, print_plainly
 
@@ -225,7 +225,7 @@ def main() -> None:
     """Run the ``batchtrim`` command."""
     open_closed()
     print_plainly()
-    time_limit.call_and_leave(app)
+    bounded_wait.call_and_leave(app)
 
 
 def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:

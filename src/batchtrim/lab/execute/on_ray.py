@@ -10,7 +10,7 @@ import contextlib
 from typing import Any
 
 from batchtrim._checks import import_extra
-from batchtrim.lab.execute import time_limit
+from batchtrim.lab.execute import bounded_wait
 from batchtrim.lab.execute.one_run import RunQueue, SharedOptions, do_run
 from batchtrim.lab.files import CannotWrite
 from batchtrim.lab.records import Records, Row
@@ -30,8 +30,8 @@ def run_on_ray(queue: RunQueue, records: Records, shared: SharedOptions, address
     """
     ray = import_extra("ray", "ray", "--ray")
     try:
-        time_limit.check_address(address)
-        time_limit.in_time(
+        bounded_wait.check_address(address)
+        bounded_wait.in_time(
             lambda: ray.init(address=address, log_to_driver=False, ignore_reinit_error=True, logging_level="error")
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
