@@ -45,6 +45,14 @@ def test_the_last_record_of_a_problem_counts_and_easy_problems_come_first(record
     ]
 
 
+def test_a_method_that_the_last_record_lacks_comes_from_the_one_before(record):
+    old = record("1", {"full": [0.5] * 3, "trim": [0.5] * 3, "random": [0.6] * 3})
+    new = record("2", {"full": [0.3] * 4, "trim": [0.4] * 4})
+    (row,) = readme_table.table([claims.read(each) for each in (old, new)]).splitlines()[2:]
+    assert row.split(" | ")[1:4] == ["4", "30.00 ± 0.00", "+10.00 (+10.00 to +10.00; 60 %; 3 seeds)"]
+    assert row.split(" | ")[5] == "+10.00 (+10.00 to +10.00; 60 %)"
+
+
 def test_a_record_with_missing_runs_counts_only_if_there_is_no_other(record):
     whole = record("1", {"full": [0.5] * 3, "trim": [0.5] * 3})
     begun = record("2", {"full": [0.3] * 4, "trim": [0.3] * 4})

@@ -36,18 +36,20 @@ def write(records: Sequence[EvidenceRecord], page: Path) -> None:
 def table(records: Sequence[EvidenceRecord]) -> str:
     """Return a row for every problem with runs of plain and trimmed training on at least three seeds.
 
-    If a problem is in several records, the last one counts, and one with missing runs only if there is no other. Rows
-    are ordered by plain training's error.
-    Cells: plain training's error, mean ± standard deviation in percent; then differences from it in points, with the
-    95 % interval and the share of backward samples.
+    If a problem is in several records, the last one counts, and one with missing runs only if there is no other. A
+    method that the last one lacks comes from the one before. Rows are ordered by plain training's error.
+    Cells: plain training's error, mean ± standard deviation in percent; then differences from plain training in the
+    same record, in points, with the 95 % interval, the share of backward samples, and the number of seeds if it is not
+    the row's.
     """
-    rows: dict[str, tuple[float, str]] = {}
-    for record in sorted(records, key=lambda record: (not record.partial, str(record.folder))):
-        rows |= {_title(group): row for group in record.groups if (row := _row(group)) is not None}
+    problems: dict[str, list[Group]] = {}
+    for record in sorted(records, key=lambda record: (not record.partial, str(record.folder)), reverse=True):
+        for group in record.groups:
+            if _shown(group):
+                problems.setdefault(_title(group), []).append(group)
     heads = ["problem", "seeds", "`full`, error %", *(f"`{name}`, points" for name in METHODS)]
-    return "\n".join(
-        [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(row for _, row in sorted(rows.values()))]
-    )
+    rows = sorted(_row(title, groups) for title, groups in problems.items())
+    return "\n".join([f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(row for _, row in rows)])
 
 
 def _title(group: Group) -> str:
@@ -55,22 +57,42 @@ def _title(group: Group) -> str:
     return group.title + (f", {size:,} images" if size else "")
 
 
-def _row(group: Group) -> tuple[float, str] | None:
-    full = next((arm for arm in group.arms if arm.label == "full"), None)
+def _plain(group: Group) -> Arm | None:
+    return next((arm for arm in group.arms if arm.label == "full"), None)
+
+
+def _shown(group: Group) -> bool:
+    plain = _plain(group)
+    if plain is None or plain.moments.mean is None or plain.moments.n < FEWEST:
+        return False
+    return any(_differences(group, name) for name in ("trim", "loss_mass"))
+
+
+def _row(title: str, groups: Sequence[Group]) -> tuple[float, str]:
+    """Return plain training's error and the row, from a problem's groups, of which the first counts most."""
+    plain = _plain(groups[0])
+    assert plain is not None
+    assert plain.moments.mean is not None
+    seeds = plain.moments.n
+    error = f"{wording.percent(plain.moments.mean)} ± {wording.percent(plain.moments.std)}"
+    cells = [tables.cell(title), str(seeds), error]
+    cells += [next(filter(None, (_differences(group, name, seeds) for group in groups)), "") for name in METHODS]
+    return plain.moments.mean, f"| {' | '.join(cells)} |"
+
+
+def _differences(group: Group, method: str, seeds: int = 0) -> str:
     arms = tables.by_method(arm for arm in group.arms if arm.settings.get("engine", "exact") == "exact")
-    if full is None or full.moments.mean is None or full.moments.n < FEWEST:
-        return None
-    if not any(_cell(arm, full) for name in ("trim", "loss_mass") for arm in arms.get(name, ())):
-        return None
-    error = f"{wording.percent(full.moments.mean)} ± {wording.percent(full.moments.std)}"
-    cells = [tables.cell(_title(group)), str(full.moments.n), error]
-    cells += [tables.of_arms(arms.get(name, ()), functools.partial(_cell, full=full)) for name in METHODS]
-    return full.moments.mean, f"| {' | '.join(cells)} |"
+    return tables.of_arms(arms.get(method, ()), functools.partial(_cell, plain=_plain(group), seeds=seeds))
 
 
-def _cell(arm: Arm, full: Arm) -> str:
+def _cell(arm: Arm, plain: Arm, seeds: int) -> str:
     if arm.paired is None or arm.paired.moments.n < FEWEST:
         return ""
-    used, of = arm.cost.get("samples_backward"), full.cost.get("samples_backward")
-    share = f"; {100 * used / of:.0f} %" if used and of else ""
-    return f"{wording.signed(arm.paired.moments.mean)} ({wording.signed_interval(arm.paired.moments.t)}{share})"
+    moments = arm.paired.moments
+    parts = [wording.signed_interval(moments.t)]
+    used, of = arm.cost.get("samples_backward"), plain.cost.get("samples_backward")
+    if used and of:
+        parts.append(f"{100 * used / of:.0f} %")
+    if moments.n != seeds:
+        parts.append(f"{moments.n} seeds")
+    return f"{wording.signed(moments.mean)} ({'; '.join(parts)})"
