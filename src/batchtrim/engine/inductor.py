@@ -77,16 +77,22 @@ class Compiled:
     """A compiled function of a list of inputs, which it empties.
 
     Attributes:
+        further: the sizes that the compiled code takes after the inputs: of which input, and in which dimension.
         strides: of each output, or None if unknown. They may be symbolic.
         assumed: conditions on the symbols of the inputs' sizes.
         sizes: where each symbol is found.
     """
 
-    run: Callable[[list[Any]], Any]
+    code: Callable[[list[Any]], Any]
+    further: list[tuple[int, int]]
     strides: list[Any]
     assumed: list[Any] = field(default_factory=list)
     sizes: dict[Any, tuple[int, int | None]] = field(default_factory=dict)
     _known: dict[tuple[int, ...], bool] = field(default_factory=dict)
+
+    def run(self, args: list[Any]) -> Any:
+        args += [args[at].shape[dim] for at, dim in self.further]
+        return self.code(args)
 
     def fits(self, args: Sequence[Any]) -> bool:
         """Return True if the assumptions on sizes hold for these inputs."""
@@ -144,23 +150,32 @@ class Inductor:
         """
         mode = next(each.fake_mode for each in inputs if isinstance(each, Tensor))
         env = mode.shape_env
+        further, all_known = _sizes_of(inputs)
+        # Inductor's cache keeps those of its assumptions that are about sizes among the inputs, and no others
+        cached = {} if all_known else {"fx_graph_cache": False}
         known, frozen = len(env.guards), env.frozen
         env.frozen = False  # otherwise it would not record later assumptions
         try:
             # do not fuse operators that share only the rows' numbers, far from their readers
             apart = {"score_fusion_memory_threshold": _SHARED_BYTES} if backward else {}
-            with self._settings(**apart):
-                run, strides = self._compile(function, inputs, mode, visible, backward)
+            with self._settings(**apart, **cached):
+                code, strides = self._compile(function, inputs, further, mode, visible, backward)
             assumed = [guard.expr for guard in env.guards[known:]]
         except Exception as error:
             raise CannotCompile(in_one_line(error, 300)) from None
         finally:
             env.frozen = frozen
         symbols = sorted({symbol for each in assumed for symbol in each.free_symbols}, key=str)
-        return Compiled(run, strides, assumed, {symbol: _place(symbol, inputs) for symbol in symbols})
+        return Compiled(code, further, strides, assumed, {symbol: _place(symbol, inputs) for symbol in symbols})
 
     def _compile(
-        self, function: Callable[..., Any], inputs: Sequence[Any], mode: Any, visible: int, backward: bool
+        self,
+        function: Callable[..., Any],
+        inputs: Sequence[Any],
+        further: Sequence[tuple[int, int]],
+        mode: Any,
+        visible: int,
+        backward: bool,
     ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
         from torch._dispatch.python import enable_python_dispatcher
         from torch._dynamo.convert_frame import compile_lock
@@ -173,9 +188,13 @@ class Inductor:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         with compile_lock, torch.no_grad(), torch._C._DisableAutocast(), V.set_fake_mode(mode):
+            given = [*inputs, *(inputs[at].shape[dim] for at, dim in further)]
             with mode, enable_python_dispatcher():
-                graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
-            graph.shape_env = mode.shape_env
+                graph = make_fx(
+                    lambda *args: function(*args[: len(inputs)]), decomposition_table=select_decomp_table()
+                )(*given)
+            graph.shape_env = None  # Inductor takes it from the inputs; with one here, its cache finds no key
+            graph.visible_outputs = visible  # becomes a part of that key
             if not config.fallback_random:
                 replace_random_passes(graph)  # random numbers come from Inductor's own generator, inside its loops
             (output,) = graph.graph.find_nodes(op="output")
@@ -183,10 +202,10 @@ class Inductor:
                 at for at, node in enumerate(output.args[0][:visible]) if isinstance(node, fx.Node)
             ]
             with tracing(TracingContext(mode)):
-                run = compile_fx_inner(graph, list(inputs), is_backward=backward)
+                code = compile_fx_inner(graph, given, is_backward=backward)
         read = mode.shape_env.deserialize_symexpr
-        strides = getattr(run, "output_strides", None) or []
-        return run, [None if each is None else [read(step) for step in each] for each in strides]
+        strides = getattr(code, "output_strides", None) or []
+        return code, [None if each is None else [read(step) for step in each] for each in strides]
 
 
 _STRIDED = "batchtrim_strided"  # in the meta of a node: it was an as_strided
@@ -275,6 +294,23 @@ def _contiguous(tensor: Tensor) -> list[Any]:
 
 def _numel(tensor: Tensor) -> Any:
     return sympy.sympify(product([expression_of(size) for size in tensor.shape]))
+
+
+def _sizes_of(inputs: Sequence[Any]) -> tuple[list[tuple[int, int]], bool]:
+    """Return where the symbols are that are no inputs themselves, and whether all of them have a place."""
+    tensors = [each for each in inputs if isinstance(each, Tensor)]
+    parts = [expression_of(size) for each in tensors for size in (*each.shape, *each.stride())]
+    symbols = {symbol for part in parts if isinstance(part, sympy.Expr) for symbol in part.free_symbols}
+    places, all_known = [], True
+    for symbol in sorted(symbols, key=str):
+        try:
+            at, dim = _place(symbol, inputs)
+        except CannotCompile:
+            all_known = False
+        else:
+            if dim is not None:
+                places.append((at, dim))
+    return places, all_known
 
 
 def _place(symbol: sympy.Symbol, inputs: Sequence[Any]) -> tuple[int, int | None]:
