@@ -9,7 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from tiers import in_part
+
 ROOT = Path(__file__).parents[1]
+
+
+def test_the_parts_of_a_long_table_are_all_of_it() -> None:
+    table = list(range(10))
+    parts = [in_part(table, f"{at}/3") for at in (1, 2, 3)]
+    assert sorted(sum(parts, [])) == table
+    assert {len(part) for part in parts} == {3, 4}
+    assert in_part(table, "1/1") == table
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b", "1/2/3"])
+def test_a_part_that_is_none_is_refused(part: str) -> None:
+    with pytest.raises(ValueError, match="to be k/n, such as 2/3, got '"):
+        in_part(range(10), part)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not (ROOT / ".ci").exists(), reason="Linux, in a checkout")

@@ -1,7 +1,11 @@
-"""Choose the members of a table of cases that run by default, a few of each kind; the others are marked slow."""
+"""Choose the members of a table of cases that run by default, a few of each kind; the others are marked slow.
+
+``BATCHTRIM_TEST_PART=2/3`` leaves two thirds of the longest tables out. CI takes another third for each commit.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -23,6 +27,16 @@ def few(names: Iterable[Any], default: Collection[Any]) -> list[Any]:
     values = [name if isinstance(name, tuple) else (name,) for name in names]
     marks = [() if name in default else pytest.mark.slow for name in names]
     return [pytest.param(*each, marks=mark) for each, mark in zip(values, marks, strict=True)]
+
+
+def in_part(names: Iterable[Any], part: str | None = None) -> list[Any]:
+    """Return every n-th name of a long table from the k-th on if ``part``, or BATCHTRIM_TEST_PART, is "k/n"; else all."""
+    names = list(names)
+    part = part or os.environ.get("BATCHTRIM_TEST_PART") or "1/1"
+    at, _, of = part.partition("/")
+    if not (at.isdecimal() and of.isdecimal() and 1 <= int(at) <= int(of)):
+        raise ValueError(f"expected BATCHTRIM_TEST_PART to be k/n, such as 2/3, got {part!r}.")
+    return names[int(at) - 1 :: int(of)]
 
 
 def one_of_each(names: Iterable[str], kind: Callable[[str], Any], count: int = 1) -> list[str]:

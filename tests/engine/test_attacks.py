@@ -14,7 +14,7 @@ from batchtrim.engine import ENGINES
 from batchtrim.engine.batch import kept_loss, padded_rows
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.testing import EngineReport, check_engine
-from tiers import few, one_of_each
+from tiers import few, in_part, one_of_each
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd models is not the subject
 
@@ -68,7 +68,7 @@ def test_shared_is_never_silently_wrong(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", in_part(ATTACKS))
 def test_traced_engines_are_never_silently_wrong(name: str) -> None:
     report = traced(name, "shared")
     if report.verdict != "right" or name in DEFAULT:  # elsewhere auto runs shared
