@@ -1,6 +1,7 @@
 """Measure the cost of the lab: its loop beside a bare one, its overhead per run, and two workers against one.
 
 python -m benchmarks.bench_lab [--runs 200] [--json out.json]
+python -m benchmarks.bench_lab --loops speed:full,speed:loss_mass --rounds 11    # the loops alone
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from batchtrim.lab.task.code import Code
 from benchmarks.timing import interleaved, parser_of, ratio, save
 
 SIZE, BATCH = 3200, 128
+LOOPS = "resnet8:full,resnet8:trim,speed:full,speed:loss_mass"  # network:method
 
 
 def loop(method: str, rounds: int, network: str = "resnet8") -> dict[str, Any]:
@@ -133,10 +135,14 @@ def own_task(runs: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = parser_of(__doc__, runs=200, rounds=7)
     parser.add_argument("--long-runs", type=int, default=16, help="runs that are long enough to earn a worker's start")
+    parser.add_argument("--loops", default="", help=f"time these loops and nothing else, as in {LOOPS}")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    loops = [loop(method, options.rounds) for method in ("full", "trim")]
-    loops += [loop(method, options.rounds, "speed") for method in ("full", "loss_mass")]
+    pairs = [each.split(":") for each in (options.loops or LOOPS).split(",")]
+    loops = [loop(method, options.rounds, network) for network, method in pairs]
+    if options.loops:
+        save(options.json, {"rounds": options.rounds, "loop": loops})
+        return
     sweeps, gains = [], []
     for runs, epochs in ((options.runs, 10), (options.long_runs, 150)):
         one, two = (overhead(runs, workers, epochs) for workers in (1, 2))

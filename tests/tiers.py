@@ -30,7 +30,7 @@ def few(names: Iterable[Any], default: Collection[Any]) -> list[Any]:
 
 
 def in_part(names: Iterable[Any], part: str | None = None) -> list[Any]:
-    """Return every n-th name of a long table from the k-th on if ``part``, or BATCHTRIM_TEST_PART, is "k/n"; else all."""
+    """Return each n-th name of a long table from the k-th on, if ``part`` or BATCHTRIM_TEST_PART is "k/n"; else all."""
     names = list(names)
     part = part or os.environ.get("BATCHTRIM_TEST_PART") or "1/1"
     at, _, of = part.partition("/")

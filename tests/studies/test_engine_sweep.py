@@ -129,7 +129,9 @@ CASES = [case for case in CASES if case[4] != "exact" or not case[3]]  # exact a
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("settled")
-@pytest.mark.parametrize("case", in_part(CASES), ids=lambda case: f"{case[2]}-{'drop' if case[3] else 'plain'}-{case[4]}")
+@pytest.mark.parametrize(
+    "case", in_part(CASES), ids=lambda case: f"{case[2]}-{'drop' if case[3] else 'plain'}-{case[4]}"
+)
 def test_no_engine_is_wrong(case: Any) -> None:
     task, kind, name, dropout, engine = case
     found = sweep.judged(task, kind, name, dropout, engine, seconds=400)

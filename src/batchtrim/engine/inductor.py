@@ -194,7 +194,7 @@ class Inductor:
                     lambda *args: function(*args[: len(inputs)]), decomposition_table=select_decomp_table()
                 )(*given)
             graph.shape_env = None  # Inductor takes it from the inputs; with one here, its cache finds no key
-            graph.visible_outputs = visible  # becomes a part of that key
+            graph.__dict__["visible_outputs"] = visible  # a part of that key
             if not config.fallback_random:
                 replace_random_passes(graph)  # random numbers come from Inductor's own generator, inside its loops
             (output,) = graph.graph.find_nodes(op="output")
@@ -301,7 +301,8 @@ def _sizes_of(inputs: Sequence[Any]) -> tuple[list[tuple[int, int]], bool]:
     tensors = [each for each in inputs if isinstance(each, Tensor)]
     parts = [expression_of(size) for each in tensors for size in (*each.shape, *each.stride())]
     symbols = {symbol for part in parts if isinstance(part, sympy.Expr) for symbol in part.free_symbols}
-    places, all_known = [], True
+    places: list[tuple[int, int]] = []
+    all_known = True
     for symbol in sorted(symbols, key=str):
         try:
             at, dim = _place(symbol, inputs)
@@ -313,7 +314,7 @@ def _sizes_of(inputs: Sequence[Any]) -> tuple[list[tuple[int, int]], bool]:
     return places, all_known
 
 
-def _place(symbol: sympy.Symbol, inputs: Sequence[Any]) -> tuple[int, int | None]:
+def _place(symbol: sympy.Basic, inputs: Sequence[Any]) -> tuple[int, int | None]:
     """Return the input, and its dimension, whose size a symbol is."""
     for at, each in enumerate(inputs):
         if isinstance(each, Tensor):

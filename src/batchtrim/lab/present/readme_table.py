@@ -81,8 +81,11 @@ def _row(title: str, groups: Sequence[Group]) -> tuple[float, str]:
 
 
 def _differences(group: Group, method: str, seeds: int = 0) -> str:
+    plain = _plain(group)
+    if plain is None:
+        return ""
     arms = tables.by_method(arm for arm in group.arms if arm.settings.get("engine", "exact") == "exact")
-    return tables.of_arms(arms.get(method, ()), functools.partial(_cell, plain=_plain(group), seeds=seeds))
+    return tables.of_arms(arms.get(method, ()), functools.partial(_cell, plain=plain, seeds=seeds))
 
 
 def _cell(arm: Arm, plain: Arm, seeds: int) -> str:
