@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import batchtrim
 from batchtrim.engine import inductor
 from batchtrim.errors import ApproximateGradient, EngineFallback
-from tiers import few
+from tiers import few, in_part
 
 pytestmark = pytest.mark.usefixtures("compiles")
 GROUP = lambda width: nn.GroupNorm(2, width)  # noqa: E731
@@ -86,7 +86,7 @@ WAYS.remove(("dropout", "inductor"))  # half a minute; mlp_dropout has Inductor'
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "compiles"), WAYS, indirect=["compiles"])
+@pytest.mark.parametrize(("name", "compiles"), in_part(WAYS), indirect=["compiles"])
 def test_equals_backward_on_all_rows(name: str, compiles: list[bool]) -> None:
     make, data = NETWORKS[name]
     step = stepper(compiled(make))
