@@ -93,3 +93,38 @@ def agree(exact: Run, shared: Run, tolerance: float = 1e-5) -> None:
     for ours, theirs in zip(shared.generators, exact.generators, strict=True):
         assert torch.equal(ours, theirs)
     assert shared.python == exact.python
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().train()
+
+
+def compiled(make: Callable[[], nn.Module], **options: Any) -> nn.Module:
+    model = seeded(make)
+    model.compile(**options)
+    return model
+
+
+def stepper(model: nn.Module, engine: str = "shared", keep: float = 0.4, **options: Any) -> batchtrim.TrimmedForward:
+    return batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(keep), engine, **options)
+
+
+def whole_and_kept(step: batchtrim.TrimmedForward, x: Any, y: Any, keep: float = 0.4) -> tuple[list[Tensor], ...]:
+    """Gradients of one forward's kept losses: by backward on all rows, and by backward on the kept ones."""
+    engine: Any = step.engine
+    tape, losses, _ = engine._forward(x, y)
+    tape.size = len(losses.values)
+    k = batchtrim.keep_count(keep, tape.size)
+    rows = losses.values.topk(k).indices.sort().values
+    loss = losses.values[rows].mean()
+    parameters = [p for p in step.forward.inner.parameters() if p.requires_grad]
+    whole = torch.autograd.grad(loss, parameters, retain_graph=True)
+    tape.cut(rows, engine.approximate)
+    return list(whole), list(torch.autograd.grad(loss, parameters))
+
+
+def near(whole: list[Tensor], kept: list[Tensor], tolerance: float = 1e-5) -> None:
+    total = sum(float(each.norm()) ** 2 for each in whole) ** 0.5
+    for exact, ours in zip(whole, kept, strict=True):
+        assert float((exact - ours).norm()) <= tolerance * max(float(exact.norm()), 1e-2 * total)

@@ -10,13 +10,12 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from harness import BATCH, error, gradient, train
+from harness import BATCH, compiled, error, gradient, near, seeded, stepper, train, whole_and_kept
 from torch import Tensor, nn
 
 import batchtrim
@@ -45,36 +44,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
 @pytest.fixture
 def outer(request: pytest.FixtureRequest) -> str:  # the backend of what a test compiles around a step
     return {"graphs": "aot_eager", "inductor": "inductor"}[request.node.callspec.params["compiles"]]
-
-
-def compiled(make: Callable[[], nn.Module], **options: Any) -> nn.Module:
-    model = seeded(make)
-    model.compile(**options)
-    return model
-
-
-def stepper(model: nn.Module, engine: str = "shared", keep: float = 0.4, **options: Any) -> batchtrim.TrimmedForward:
-    return batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(keep), engine, **options)
-
-
-def whole_and_kept(step: batchtrim.TrimmedForward, x: Any, y: Any, keep: float = 0.4) -> tuple[list[Tensor], ...]:
-    """Gradients of one forward's kept losses: by backward on all rows, and by backward on the kept ones."""
-    engine: Any = step.engine
-    tape, losses, _ = engine._forward(x, y)
-    tape.size = len(losses.values)
-    k = batchtrim.keep_count(keep, tape.size)
-    rows = losses.values.topk(k).indices.sort().values
-    loss = losses.values[rows].mean()
-    parameters = [p for p in step.forward.inner.parameters() if p.requires_grad]
-    whole = torch.autograd.grad(loss, parameters, retain_graph=True)
-    tape.cut(rows, engine.approximate)
-    return list(whole), list(torch.autograd.grad(loss, parameters))
-
-
-def near(whole: list[Tensor], kept: list[Tensor], tolerance: float = 1e-5) -> None:
-    total = sum(float(each.norm()) ** 2 for each in whole) ** 0.5
-    for exact, ours in zip(whole, kept, strict=True):
-        assert float((exact - ours).norm()) <= tolerance * max(float(exact.norm()), 1e-2 * total)
 
 
 MIXING = ("batch_mean", "batch_attention", "shuffled")
@@ -165,11 +134,6 @@ def test_batch_norm_in_both_forms(approximate: bool, compiles: list[bool]) -> No
         assert error(exact, ours) <= 1e-5
         torch.testing.assert_close(own_buffers, buffers)
     assert compiles == [False, True]
-
-
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return make().train()
 
 
 @pytest.mark.slow  # by default test_auto.py measures it on a plain model
@@ -295,54 +259,6 @@ def test_a_backward_that_is_not_compiled_runs_operator_by_operator(name: str, mo
         shared = train(lambda: compiled(make), data, "shared", steps=4)
     for ours, theirs in zip(shared.gradients, exact.gradients, strict=True):
         assert error(theirs, ours) <= 1e-5
-
-
-@pytest.mark.slow
-def test_assumptions_on_a_size_are_checked(compiles: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = torch._inductor.compile_fx.compile_fx_inner
-
-    def assuming(graph: Any, inputs: list[Any], **options: Any) -> Any:
-        rows = inputs[1]
-        if options["is_backward"]:
-            assert bool(rows.shape[0] <= 6) in (True, False)  # a guard on k, as Inductor's own
-        return inner(graph, inputs, **options)
-
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", assuming)
-    step = stepper(compiled(lambda: zoo.Mlp(8)))
-    for keep in (0.4, 0.4, 0.3, 0.8, 0.9, 0.4):
-        near(*whole_and_kept(step, zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)), keep))
-    assert compiles == [False, True, True]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("compiles", ["inductor"], indirect=True)
-def test_a_second_run_takes_compiled_graphs_and_their_assumptions_from_the_cache(
-    compiles: list[bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from torch._dynamo.utils import counters
-
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    inner = torch._inductor.compile_fx.compile_fx_inner
-
-    def assuming(graph: Any, inputs: list[Any], **options: Any) -> Any:
-        if options["is_backward"]:
-            assert bool(inputs[1].shape[0] <= 6) in (True, False)  # a guard on k, as Inductor's own
-        return inner(graph, inputs, **options)
-
-    def run() -> dict[str, int]:
-        compiles.clear()
-        counters.clear()
-        step = stepper(compiled(lambda: zoo.Mlp(8)))
-        for keep in (0.4, 0.4, 0.9):
-            near(*whole_and_kept(step, zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)), keep))
-        assert compiles == [False, True, True]
-        return {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch._inductor.compile_fx, "compile_fx_inner", assuming)
-        assert run() == {"hit": 0, "miss": 3, "bypass": 0}
-    torch._dynamo.reset()
-    assert run() == {"hit": 3, "miss": 0, "bypass": 0}
 
 
 @pytest.mark.slow
