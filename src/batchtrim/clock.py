@@ -15,7 +15,7 @@ __all__ = ["LENGTHS", "Clock"]
 
 # How to resume from a state that was saved with another total.
 LENGTHS = ("stretch", "saved")
-# A new clock evaluates its schedule at up to this many points, to find faults before training.
+# A new clock evaluates its schedule at up to this many points, to find errors before training.
 _PROBE_POINTS = 1001
 
 

@@ -8,7 +8,7 @@ From sqwash::
 
     from batchtrim.compat import SuperquantileReducer, reduce_superquantile      # was: from sqwash import ...
 
-The results are the same, except for faults of the other project, which are fixed here; each docstring lists them. A
+The results are the same, except for bugs of the other project, which are fixed here; each docstring lists them. A
 :class:`batchtrim.Trimmer` has what these calls lack: steps as well as epochs, masks, statistics, all ranks, resuming.
 
 Legend: B batch, k kept, a and b the keep fractions of the first and the last epoch.
@@ -41,7 +41,7 @@ def get_adapted_loss_for_trimmed_minibatch(
     linear:   ``q = a + (b - a) * min(1, e / (E - 1))`` in epoch e of E, numbered from 0
     constant: ``q = (a + b) / 2``
 
-    Source: hfassold/mbtrim, the code of arXiv 2110.13058. Faults mended here:
+    Source: hfassold/mbtrim, the code of arXiv 2110.13058. Bugs fixed here:
 
     * 'constant' kept ``(a * b) / 2`` of the batch, a product although its comment says average: 10 of 100, not 60, with
       a = 1.0 and b = 0.2.
@@ -95,7 +95,7 @@ def reduce_superquantile(batch: Tensor, superquantile_tail_fraction: float = 0.5
     ``L = max <q, l>`` over weights ``0 <= q_i <= 1 / (f n)`` that sum to 1: with ``t = f n`` and ``m = floor(t)`` the m
     largest losses weigh ``1 / t`` each, the next one ``(t - m) / t``.
 
-    Source: the documented behaviour of sqwash 0.1.0. Faults mended here:
+    Source: the documented behaviour of sqwash 0.1.0. Bugs fixed here:
 
     * Where the quantile falls between two samples it gave one of them a negative weight, so that its loss was pushed
       up (5 losses with f = 0.3, 64 with f = 0.2); here no weight is negative.

@@ -94,7 +94,7 @@ class RunQueue:
             self.failed.append(row)
         self.watcher.finished(config, row)
         if row is not None and row.get("mistake") and self.left:
-            self.watcher.note(f"stopped: the task has to be mended first; runs left: {len(self.left)}")
+            self.watcher.note(f"stopped: fix the task first; runs left: {len(self.left)}")
             self.left.clear()
 
 
