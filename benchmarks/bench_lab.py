@@ -21,7 +21,7 @@ from batchtrim.lab.present import report
 from batchtrim.lab.run import loading, train
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
-from batchtrim.lab.task.code import Code
+from batchtrim.lab.task.own_code import Code
 from benchmarks.timing import interleaved, parser_of, ratio, save
 
 SIZE, BATCH = 3200, 128

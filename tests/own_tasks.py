@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batchtrim.lab import Run, compare
 from batchtrim.lab.run.task_run import TaskMistake
-from batchtrim.lab.task.code import YourCodeFailed
+from batchtrim.lab.task.own_code import YourCodeFailed
 
 Function = Callable[[Run], Any]
 

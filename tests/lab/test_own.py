@@ -18,7 +18,7 @@ from batchtrim.integrations.lightning import TrimmingCallback
 from batchtrim.lab import Run, compare, records, run_once, summarize
 from batchtrim.lab.methods.driven import driven_methods
 from batchtrim.lab.present.caveat_texts import caveat_texts
-from batchtrim.lab.task.code import Code
+from batchtrim.lab.task.own_code import Code
 from own_tasks import QUICK, calls, data, fit
 
 

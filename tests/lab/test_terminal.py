@@ -121,5 +121,5 @@ def test_decoding_says_how_far_it_is(
     paths = [tmp_path / f"{i}.png" for i in range(40)]
     for path in paths:
         Image.new("L", (4, 4)).save(path)
-    decode.decode_all([(0, list(paths))], tmp_path / "x.npy", np.arange(40), decode.Form((4, 4), True, False), 40)
+    decode.decode_all([(0, list(paths))], tmp_path / "x.npy", np.arange(40), decode.ImageForm((4, 4), True, False), 40)
     assert "of 40 images decoded" in capsys.readouterr().err

@@ -85,9 +85,9 @@ def compare(given: dict[str, Any]) -> None:
 
 @_command("sweep", options.settings_table(SWEEP, options.MANY), options.PLACE, options.SCALE, options.TALK)
 def sweep(given: dict[str, Any]) -> None:
-    """Compare keep schedules and keep ends, or another grid.
+    """Compare keep schedules and final keep fractions, or another grid.
 
-    The default is three schedules by three keep ends; a TOML file can define another grid.
+    The default is three schedules by three final keep fractions; a TOML file can define another grid.
     """
     settings = options.read_settings(given)
     _run_and_report(_over(SWEEP, settings) if given["grid"] is None else settings, given)
@@ -251,7 +251,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
     from batchtrim.lab.execute import cores, folders, grid, preflight, progress, scheduler
     from batchtrim.lab.run import loading
     from batchtrim.lab.run.ranks import Ranks
-    from batchtrim.lab.task.code import Code
+    from batchtrim.lab.task.own_code import Code
 
     settings = dict(settings)
     task = settings.pop("task", None)

@@ -151,7 +151,7 @@ CLAIMS: Table = {
 }
 SHOW: Table = {
     "run": _argument("folder of runs made with --keep-log"),
-    "key": option(str | None, "key of the run"),
+    "key": option(str | None, "key of the run, as in runs.jsonl"),
     "method": option(str | None, "method of the run [trim, else the last that selects]", metavar="METHOD"),
     "seed": option(int | None, "seed of the run [the first]"),
     "out": option(Path | None, "page [keep/KEY.html in the folder]", metavar="PAGE.html"),

@@ -32,7 +32,7 @@ from batchtrim.lab.present.wording import headline
 from batchtrim.lab.run.perform import perform
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.run.task_run import Run, TaskMistake
-from batchtrim.lab.task.code import Code, YourCodeFailed
+from batchtrim.lab.task.own_code import Code, YourCodeFailed
 
 __all__ = ["Run", "compare", "default_out", "headline", "run_once", "summarize"]
 

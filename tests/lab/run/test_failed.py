@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.failed import LONGEST, error_line, failed_row
-from batchtrim.lab.task.code import YourCodeFailed
+from batchtrim.lab.task.own_code import YourCodeFailed
 
 
 def test_an_error_of_several_lines_is_recorded_as_one() -> None:

@@ -14,7 +14,7 @@ import torch
 from batchtrim.lab.run.config import ENGINES
 from batchtrim.lab.run.perform import _import_ahead, perform
 from batchtrim.lab.run.task_config import TaskConfig
-from batchtrim.lab.task.code import Code
+from batchtrim.lab.task.own_code import Code
 
 _TASK = """
 import sys
@@ -78,7 +78,7 @@ def test_torchs_compiler_is_imported_before_the_clock_starts(config: TaskConfig)
     """The first run of each process counted seconds of imports as training, and with it its method."""
     program = (
         "from batchtrim.lab.run.perform import perform; from batchtrim.lab.run.task_config import TaskConfig\n"
-        "from batchtrim.lab.task.code import Code; from pathlib import Path\n"
+        "from batchtrim.lab.task.own_code import Code; from pathlib import Path\n"
         "code = Code.in_file('slow_to_import.py:train', 'train')\n"
         "print(perform(TaskConfig(task='slow', epochs=1, code=code).resolved(), Path('.'))['also'])"
     )

@@ -66,7 +66,7 @@ def test_the_form_is_that_of_all_images_in_any_order(kinds: tuple[str, ...], min
     one_size = {KINDS[kind][0] for kind in kinds} == {(12, 10)}
     size, mode = (12, 10) if one_size else (64, 64), "RGB" if "colour" in kinds else "L"
     assert found.shape == (len(mode), size[1], size[0])
-    form = decode.Form(size, mode == "L", uniform=False)
+    form = decode.ImageForm(size, mode == "L", uniform=False)
     for place, kind in enumerate(kinds):
         source = mine / "train" / "a" / f"{place}.png"
         image, header, turned = decode._open(source)

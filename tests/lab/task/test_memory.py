@@ -103,7 +103,7 @@ def test_few_images_occupy_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i}.png")
     files: list[decode.Source] = [tmp_path / f"{i}.png" for i in range(24)]
     places = np.arange(24)
-    form = decode.Form((4, 4), grey=False, uniform=True)
+    form = decode.ImageForm((4, 4), grey=False, uniform=True)
     found = decode.decode_all([(0, files)], tmp_path / "all.npy", places, form, 24)
     assert sizes == [2]
     assert not found.broken

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from batchtrim.lab.task import models, names
-from batchtrim.lab.task.code import YourCodeFailed
+from batchtrim.lab.task.own_code import YourCodeFailed
 from batchtrim.lab.task.own_models import build_own
 from tiers import few
 

@@ -28,7 +28,7 @@ import numpy as np
 from batchtrim._checks import check_count, describe, nearest
 from batchtrim.lab.run.config import COMPARED, RunConfig
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
-from batchtrim.lab.task.code import Code
+from batchtrim.lab.task.own_code import Code
 
 MOST_RUNS = 100_000  # more than this is a typo, and would fill the memory before the first run starts
 

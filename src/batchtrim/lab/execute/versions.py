@@ -10,7 +10,7 @@ from typing import Any
 from batchtrim.lab.records import DONE, Records, UseAnotherFolder
 from batchtrim.lab.run.environment import program_of
 from batchtrim.lab.run.task_config import AnyConfig
-from batchtrim.lab.task.code import Code, hash_of_file
+from batchtrim.lab.task.own_code import Code, hash_of_file
 
 __all__ = ["check_program"]
 

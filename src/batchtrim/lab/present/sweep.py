@@ -23,7 +23,7 @@ TERMS = (
 
 @dataclass(frozen=True)
 class GridCell:
-    """The arm of a schedule and a keep end; ``best`` marks the one with the best mean."""
+    """The arm of a schedule and a final keep fraction; ``best`` marks the one with the best mean."""
 
     main: str
     small: str
@@ -33,7 +33,7 @@ class GridCell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A method's arms: schedules as rows, keep ends as columns. ``said``: a line on the best."""
+    """A method's arms: schedules as rows, final keep fractions as columns. ``said``: a line on the best."""
 
     method: str
     ends: tuple[str, ...]

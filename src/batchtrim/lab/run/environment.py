@@ -13,7 +13,7 @@ import torch
 import batchtrim
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
-from batchtrim.lab.task.code import Code
+from batchtrim.lab.task.own_code import Code
 from batchtrim.lab.task.own_models import code_of, is_own_model
 
 

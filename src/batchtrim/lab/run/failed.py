@@ -9,7 +9,7 @@ from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run.counts import Counts
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.task_config import AnyConfig
-from batchtrim.lab.task.code import YourCodeFailed
+from batchtrim.lab.task.own_code import YourCodeFailed
 
 __all__ = ["CURVES", "error_line", "failed_row"]
 

@@ -29,7 +29,7 @@ from batchtrim.lab.run.process_state import ProcessChanges, seeded_and_restored
 from batchtrim.lab.run.side_effects import SideEffects
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.run.task_run import Run, TaskMistake, as_number, check_share
-from batchtrim.lab.task.code import own_traceback
+from batchtrim.lab.task.own_code import own_traceback
 from batchtrim.selection.base import k_follows_losses
 
 __all__ = ["check_task", "perform"]

@@ -21,7 +21,7 @@ from batchtrim.lab.run.config import (
     short_hash,
 )
 from batchtrim.lab.run.settings import Role, setting
-from batchtrim.lab.task.code import Code
+from batchtrim.lab.task.own_code import Code
 
 __all__ = ["AnyConfig", "TaskConfig"]
 

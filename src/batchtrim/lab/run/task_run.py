@@ -32,7 +32,7 @@ class TaskMistake(ValueError):
 
 
 @dataclass
-class Counts:
+class RuleCounts:
     """What the copies of a rule chose.
 
     Attributes:
@@ -78,9 +78,9 @@ class WatchedRule:
         Not counted: batches without gradient (validation), and a choice that an activation checkpoint repeats.
     """
 
-    def __init__(self, rule: Any, counts: Counts | None = None) -> None:
+    def __init__(self, rule: Any, counts: RuleCounts | None = None) -> None:
         self.rule = rule
-        self.counts = Counts() if counts is None else counts
+        self.counts = RuleCounts() if counts is None else counts
 
     def __call__(self, losses: Tensor, keep: float, *args: Any, **kwargs: Any) -> Selection:
         selection = self.rule(losses, keep, *args, **kwargs)

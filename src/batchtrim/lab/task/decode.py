@@ -32,7 +32,7 @@ from batchtrim.lab.task import memory
 from batchtrim.lab.task.cache_entry import hash_of
 from batchtrim.lab.terminal import ProgressCount
 
-__all__ = ["BrokenImage", "Contradicted", "Decoded", "Form", "Header", "Source", "decode_all", "first_header"]
+__all__ = ["BrokenImage", "Contradicted", "Decoded", "Header", "ImageForm", "Source", "decode_all", "first_header"]
 
 Source = Path | bytes
 """An image: a file, or its bytes."""
@@ -59,7 +59,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Form:
+class ImageForm:
     """The form that all images are converted to.
 
     Attributes:
@@ -115,7 +115,7 @@ def first_header(chunks: Iterable[tuple[int, list[Source]]]) -> Header | None:
 
 
 def decode_all(
-    chunks: Iterable[tuple[int, list[Source]]], file: Path, places: np.ndarray, form: Form, counted: int
+    chunks: Iterable[tuple[int, list[Source]]], file: Path, places: np.ndarray, form: ImageForm, counted: int
 ) -> Decoded:
     """Decode n images into ``file``, an .npy array of uint8 (n, C, H, W); broken ones stay black.
 
@@ -293,7 +293,7 @@ def _orientation(image: Any, held: bytes | Path) -> int:
         return 1
 
 
-def _pixels(image: Any, source: Source, turned: bool, form: Form) -> np.ndarray:
+def _pixels(image: Any, source: Source, turned: bool, form: ImageForm) -> np.ndarray:
     """Return (C, H, W): rotated by EXIF, transparency on white, scaled to cover the size, cropped at the centre."""
     ops = _pil("ImageOps")
     size = form.size

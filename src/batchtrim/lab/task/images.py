@@ -23,7 +23,7 @@ from batchtrim._checks import check_count, check_fraction
 from batchtrim.lab.files import expanded, shown
 from batchtrim.lab.task import cache_entry, data, tables
 from batchtrim.lab.task.cache import CannotKeep, filled, folder_for
-from batchtrim.lab.task.decode import Contradicted, Decoded, Form, Header, decode_all, first_header
+from batchtrim.lab.task.decode import Contradicted, Decoded, Header, ImageForm, decode_all, first_header
 from batchtrim.lab.task.listing import Listing, find_images
 from batchtrim.lab.task.names import SPECS
 from batchtrim.lab.task.split import split_rows
@@ -258,7 +258,7 @@ def _decode(
 
 def _decode_all(
     listing: Listing, stamps: dict[str, str], file: Path, places: np.ndarray, train: int, options: ImageOptions
-) -> tuple[Decoded, Form]:
+) -> tuple[Decoded, ImageForm]:
     """Decode into ``file`` in the form of the first image; if a later one differs, start over with a wider form."""
     header = first_header(listing.chunks())
     form = _form(header or Header(SIZE, SIZE, grey=False), options)
@@ -307,19 +307,19 @@ def _only(file: Path, places: np.ndarray) -> None:
     left.replace(file)
 
 
-def _form(header: Header, options: ImageOptions) -> Form:
+def _form(header: Header, options: ImageOptions) -> ImageForm:
     """Return the form of all images, assuming that all are like the first."""
     if options.image_size is not None:
-        return Form((options.image_size, options.image_size), header.grey, uniform=False)
+        return ImageForm((options.image_size, options.image_size), header.grey, uniform=False)
     if max(header.width, header.height) <= SMALL:
-        return Form((header.width, header.height), header.grey, uniform=True)
-    return Form((SIZE, SIZE), header.grey, uniform=False)
+        return ImageForm((header.width, header.height), header.grey, uniform=True)
+    return ImageForm((SIZE, SIZE), header.grey, uniform=False)
 
 
-def _widened(form: Form, header: Header) -> Form:
+def _widened(form: ImageForm, header: Header) -> ImageForm:
     """Return a form that also fits an image of another kind; it never gets narrower."""
     as_is = form.uniform and form.size == (header.width, header.height)
-    return Form(form.size if as_is or not form.uniform else (SIZE, SIZE), form.grey and header.grey, as_is)
+    return ImageForm(form.size if as_is or not form.uniform else (SIZE, SIZE), form.grey and header.grey, as_is)
 
 
 def _resized(headers: Sequence[Header], size: tuple[int, int], options: ImageOptions) -> list[str]:

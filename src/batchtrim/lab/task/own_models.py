@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim._checks import describe, import_extra, nearest
-from batchtrim.lab.task.code import Code, YourCodeFailed, own_traceback
+from batchtrim.lab.task.own_code import Code, YourCodeFailed, own_traceback
 
 __all__ = ["build_own", "check_own", "code_of", "is_own_model"]
 

@@ -6,7 +6,6 @@ with the user's lines only.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 import inspect
@@ -62,8 +61,8 @@ class Code:
             raise ValueError(f"expected `{what}` to look like {example}, got {text!r}.")
         path = expanded(file)
         if not path.is_file():
-            near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.py")], n=1)
-            hint = f" Did you mean '{path.parent / near[0]}'?" if near else ""
+            there = [each.name for each in path.parent.glob("*.py")]
+            hint = nearest(path.name, there, str(path).removesuffix(path.name))
             raise FileNotFoundError(f"expected a file {path} for `{what}`, got nothing there.{hint}")
         return cls(f"{path.name}:{attribute}", str(path.resolve()), attribute, hash_of_file(path))
 
