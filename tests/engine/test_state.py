@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import math
 import random
 from collections import deque
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +71,54 @@ def test_everything_a_forward_moves_is_put_back() -> None:
     assert after.difference(ModelState(model)) == 0.0
     assert before.difference(after) == float("inf")  # a buffer that was None
     assert before.other_attributes(after) == ["Stateful.count"] or "Stateful.count" in before.other_attributes(after)
+
+
+class NeverEqual(int):
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        (0.0, -0.0), (complex(1, 0.0), complex(1, -0.0)), (math.nan, 1.0), (1.0, math.nan), (True, 1), (1, 1.0),
+        ((0, 1), (0, 2)), ((0.0,), (-0.0,)), (Fraction(1, 2), Fraction(1, 3)), (NeverEqual(1), NeverEqual(2)),
+    ],
+)  # fmt: skip
+def test_another_value_is_seen(was: Any, now: Any) -> None:
+    model = nn.Linear(2, 2)
+    model.value = was
+    before = ModelState(model)
+    model.value = now
+    assert before.unlike(ModelState(model), math.inf) == "Linear.value"
+    assert isinstance(was, (tuple, Fraction)) or before.other_attributes(ModelState(model)) == ["Linear.value"]
+
+
+@pytest.mark.parametrize("make", [lambda: float("nan"), lambda: NeverEqual(1), lambda: (float("nan"), 1)])
+def test_the_same_value_made_anew_is_no_change(make: Callable[[], Any]) -> None:
+    model = nn.Linear(2, 2)
+    model.value = make()
+    before = ModelState(model)
+    model.value = make()
+    assert before.unlike(ModelState(model), math.inf) is None
+    assert before.other_attributes(ModelState(model)) == []
+
+
+@pytest.mark.parametrize("make", [lambda: io.StringIO("a"), lambda: io.BytesIO(b"a")])
+def test_text_in_memory_is_put_back(make: Callable[[], Any]) -> None:
+    model, log = nn.Linear(2, 2), make()
+    model.log = log
+    log.seek(1)
+    before = ModelState(model)
+    log.write(log.getvalue() * 2)
+    after = ModelState(model)
+    assert before.unlike(after, math.inf) is not None
+    before.restore()
+    assert (model.log is log, len(log.getvalue()), log.tell()) == (True, 1, 1)
+    after.restore()
+    assert (len(log.getvalue()), log.tell()) == (3, 3)
 
 
 def test_a_restored_buffer_is_the_same_tensor() -> None:

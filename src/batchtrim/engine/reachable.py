@@ -178,6 +178,9 @@ class Reachable:
             if not _is_installed(value.__module__ or ""):
                 self.caches.append(value)
                 self._walk(value.__wrapped__, name, deep, own=False)
+        elif isinstance(value, (io.StringIO, io.BytesIO)):
+            if not value.closed:
+                self.contents.append(value)
         elif isinstance(value, Iterator):
             if own and deep >= _DEEP - _NEAR and _is_iterator(value):
                 self.iterators.append(name)

@@ -6,6 +6,8 @@ everything as the first run left it, as one plain step would.
 
 from __future__ import annotations
 
+import enum
+import io
 import itertools
 import random
 import sys
@@ -13,6 +15,9 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import date, time, timedelta
+from decimal import Decimal
+from fractions import Fraction
 from operator import is_not
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +56,8 @@ __all__ = [
 ]
 
 TAKEN_TWICE = "it holds an iterator ({}), of which a second forward would take the next value"
+# immutable values whose repr tells them apart
+_WRITTEN_IN_FULL = (Fraction, Decimal, date, time, timedelta, enum.Enum, range, slice, torch.dtype, torch.device)
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -209,12 +216,12 @@ class ModelState:
 
     def other_attributes(self, other: ModelState) -> list[str]:
         """Return the names of plain numbers and strings that differ; containers and tensors are not compared."""
-        found = []
+        found, numbers = [], (bool, int, float, complex, str)
         for (names, ours), (_, theirs) in zip(self._attributes(), other._attributes(), strict=False):
             for name in ours.keys() | theirs.keys():
                 a, b = ours.get(name), theirs.get(name)
-                simple = isinstance(a, (bool, int, float, str)) or isinstance(b, (bool, int, float, str))
-                if simple and a != b and not (a != a and b != b):
+                simple = isinstance(a, numbers) or isinstance(b, numbers)
+                if simple and not _same_value(a, b, 0.0):
                     found.append(f"{type(names.owner).__name__}.{name}")
         return found
 
@@ -292,10 +299,17 @@ def _same_value(a: Any, b: Any, apart: float) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         strided = a.layout == b.layout == torch.strided
         return a.shape == b.shape and bool(not strided or relative_difference(a.detach(), b.detach()) <= apart)
-    simple = (bool, int, float, complex, str, bytes, type(None))
-    if isinstance(a, simple) or isinstance(b, simple):
-        return type(a) is type(b) and bool(a == b or a != a)
-    return type(a) is type(b)
+    if type(a) is not type(b):  # True is not 1, and 1 is not 1.0
+        return False
+    for base in (float, complex):  # as written, 0.0 is not -0.0, and NaN is NaN
+        if isinstance(a, base):
+            return base.__repr__(a) == base.__repr__(b)
+    for base in (int, str, bytes):  # past an == of the value's own class
+        if isinstance(a, base):
+            return base.__eq__(a, b)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(_same_value(*pair, apart) for pair in zip(a, b, strict=True))
+    return not isinstance(a, _WRITTEN_IN_FULL) or repr(a) == repr(b)
 
 
 def _same_contents(a: Any, b: Any, apart: float) -> bool:
@@ -321,6 +335,8 @@ def _copy_of(value: Any) -> Any:
         return value.getstate()
     if is_numpy_generator(value):
         return numpy_state(value)
+    if isinstance(value, (io.StringIO, io.BytesIO)):
+        return value.__getstate__()  # its text or bytes, and the position
     return value[:] if isinstance(value, (bytearray, array)) else value.copy()
 
 
@@ -335,6 +351,8 @@ def _put_back(value: Any, copy: Any) -> None:
         set_numpy_state(value, copy)
     elif is_array(value):
         value[...] = copy
+    elif isinstance(value, (io.StringIO, io.BytesIO)):
+        value.__setstate__(copy)
     elif isinstance(value, (bytearray, array)):
         value[:] = copy
     else:
