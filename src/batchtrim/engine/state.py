@@ -19,7 +19,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from operator import is_not
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -301,6 +301,7 @@ def _same_value(a: Any, b: Any, apart: float) -> bool:
         return a.shape == b.shape and bool(not strided or relative_difference(a.detach(), b.detach()) <= apart)
     if type(a) is not type(b):  # True is not 1, and 1 is not 1.0
         return False
+    base: Any
     for base in (float, complex):  # as written, 0.0 is not -0.0, and NaN is NaN
         if isinstance(a, base):
             return base.__repr__(a) == base.__repr__(b)
@@ -352,7 +353,7 @@ def _put_back(value: Any, copy: Any) -> None:
     elif is_array(value):
         value[...] = copy
     elif isinstance(value, (io.StringIO, io.BytesIO)):
-        value.__setstate__(copy)
+        cast(Any, value).__setstate__(copy)
     elif isinstance(value, (bytearray, array)):
         value[:] = copy
     else:

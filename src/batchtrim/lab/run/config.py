@@ -94,7 +94,7 @@ class RunConfig:
     method_params: Mapping[str, Any] = setting(dict, role=Role.ARM)
     optimizer: str = setting("adam", "optimizer", choices=OPTIMIZERS, many=True)
     lr: float | None = setting(None, "peak learning rate", default_help=_by_optimizer(0))
-    lr_schedule: str = setting("cosine", "learning-rate schedule", choices=LR_SCHEDULES, many=True)
+    lr_schedule: str = setting("cosine", "schedule of lr", choices=LR_SCHEDULES, many=True)
     weight_decay: float | None = setting(None, "weight decay", default_help=_by_optimizer(1))
     momentum: float = setting(0.9, "momentum of sgd and nesterov")
     epochs: int = setting(10, "epochs of each run")
