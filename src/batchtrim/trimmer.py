@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,15 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
-from batchtrim._checks import (
-    Checked,
-    check_choice,
-    check_count,
-    check_rule,
-    check_state,
-    describe,
-    is_number,
-)
+from batchtrim._checks import Checked, check_choice, check_count, check_rule, check_state, describe, is_number
 from batchtrim._deprecated import record_as_before, trimmer_log
 from batchtrim._transforms import compiling, fixed_shapes, in_backward, outside, settled, transforming
 from batchtrim.choice import Choice
@@ -320,6 +313,12 @@ class Trimmer:
         self._clock = clock
         self.generator.set_state(drawn.cpu())
         self._keep_tensor.fill_(clock.keep)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trimmer:
+        memo[id(self.process_group)] = self.process_group  # belongs to the process: a copy chooses in the same one
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(vars(self), memo))
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from datetime import timedelta
@@ -211,7 +212,8 @@ def subgroup(me: Rank) -> None:
     group = dist.new_group([0, 1])
     if me.rank < 2:
         trim = batchtrim.Trimmer(0.5, scope="global", process_group=group)
-        assert len(trim.select(torch.tensor([1.0, 2.0]) + 10 * me.rank).indices) == 2 * me.rank
+        for each in (trim, copy.deepcopy(trim)):
+            assert len(each.select(torch.tensor([1.0, 2.0]) + 10 * me.rank).indices) == 2 * me.rank
 
 
 def engines(me: Rank) -> None:

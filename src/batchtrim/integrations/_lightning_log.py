@@ -1,4 +1,4 @@
-"""What was kept, for Lightning's loggers and for the callbacks that monitor it."""
+"""Write what was kept to Lightning's loggers, and to the callbacks that monitor it."""
 
 from __future__ import annotations
 

@@ -152,8 +152,8 @@ CLAIMS: Table = {
 SHOW: Table = {
     "run": _argument("folder of runs made with --keep-log"),
     "key": option(str | None, "key of the run, as in runs.jsonl"),
-    "method": option(str | None, "method of the run [trim, else the last that selects]", metavar="METHOD"),
-    "seed": option(int | None, "seed of the run [the first]"),
+    "method": option(str | None, "method of the run [trim, else any but full]", metavar="METHOD"),
+    "seed": option(int | None, "seed of the run [the lowest]"),
     "out": option(Path | None, "page [keep/KEY.html in the folder]", metavar="PAGE.html"),
     "data_dir": option(Path | None, "folder with NAME/{train,test}-*.parquet [where the runs found them]"),
     **DEBUG,
