@@ -126,6 +126,20 @@ def test_a_last_batch_of_one_and_a_single_epoch_work(name: str) -> None:
     assert finish(training)["counts"]["steps"] == 2
 
 
+@pytest.mark.parametrize("name", few(METHODS, ["proxy"]))  # whose network does not run on every row
+def test_its_keep_log_has_every_sample(name: str) -> None:
+    chosen = config(name)
+    images = loading.load_images(chosen)
+    log = batchtrim.KeepLog(len(images.train_labels), classes=images.classes)
+    training = train.Training(chosen, images, log=log)
+    training.prepare()
+    point = training.advance()
+    table = log.table()
+    assert table["seen"].tolist() == [1] * 300
+    assert int(table["kept"].sum()) == round(300 * point["keep"])
+    assert not table["last"].isnan().any()
+
+
 def test_a_typo_gets_a_suggestion() -> None:
     with pytest.raises(ValueError, match=r"Did you mean 'infobatch'\?"):
         find_method("info_batch")

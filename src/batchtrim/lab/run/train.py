@@ -200,12 +200,14 @@ class Training:
         if self.forward is None:
             seen = self.method.choose(inputs, targets)
             if seen is not None:
+                if self.log is not None:  # the whole batch, by the losses that chose
+                    self.log.record(self.method.trim.last, ids=rows, labels=targets)
                 inputs, targets, rows = (part.index_select(0, seen.indices) for part in (inputs, targets, rows))
             outputs = self.model(inputs)
             losses = self.criterion(outputs, targets)
             self.method.watch(outputs.detach(), targets)
             loss = self.method.loss(losses, rows, self.criterion.plain(outputs, targets))
-            selection = self.method.trim.last_selection
+            selection = self.method.trim.last_selection if seen is None else None
         else:
             loss = self.forward(inputs, targets)
             assert self.forward.last is not None
