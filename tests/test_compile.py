@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import batchtrim
 
@@ -29,6 +29,26 @@ def test_twenty_keeps_compile_at_most_twice(rule: object, scale: str) -> None:
         compiled.step()
         eager.step()
     assert counter.frame_count <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside its compiler
+def test_loss_mass_compiles_once_whatever_the_batch_size(offset: float) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    trim = batchtrim.Trimmer(
+        0.8, select=batchtrim.loss_mass(skip=0.05, at_least=0.1, at_most=0.9, offset=offset), scale="batch"
+    )
+    step = torch.compile(lambda losses: trim(losses), backend=counter, fullgraph=True, dynamic=True)
+    frames = []
+    for size in (64, 33, 200, 5):
+        losses = torch.rand(size) + offset
+        torch.testing.assert_close(step(losses), trim(losses))
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1, "compiled in the first step, and never again"
+    with pytest.raises(RuntimeError, match="expected losses of at least 0 for loss_mass, or of at least its `offset`"):
+        step(torch.full((64,), offset - 0.1))
 
 
 def test_masked_losses_compile() -> None:

@@ -219,6 +219,17 @@ def test_class_weights_and_elements() -> None:
     assert trim(Losses(values, mask)).item() == pytest.approx(4.0 / 3)
 
 
+def test_samples_that_count_differently_are_bounded_by_the_mean_of_their_means() -> None:
+    losses, mask = torch.ones(2, 100), torch.ones(2, 100, dtype=torch.bool)
+    losses[0], mask[0, 1:] = 10.0, False
+    padded = batchtrim.Losses(losses, mask)
+    by_sample, by_token = (Trimmer(0.9, select=loss_mass(), scale="batch", unit=unit) for unit in ("sample", "element"))
+    by_sample(padded)
+    assert by_sample.last is not None
+    assert by_sample.last.selection.indices.tolist() == [0], "10 of 11 of the means, 10 of 110 of the tokens"
+    assert float(by_token(padded)) == pytest.approx(0.9 * float(padded.mean()))
+
+
 def test_no_gradient_through_the_choice_and_rank_by() -> None:
     losses = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
     trim = Trimmer(0.7, select=loss_mass(), scale="batch")
@@ -339,6 +350,12 @@ def test_one_compile_whatever_the_share_and_the_losses(backend: str) -> None:
     assert len(set(frames)) == 1, "compiled in the first step, forward and backward, and never again"
     with pytest.raises(RuntimeError, match="expected losses of at least 0 for loss_mass"):
         step(torch.full((64,), -1.0), torch.ones(64, dtype=torch.bool))
+
+
+def test_nothing_to_choose_from_gives_an_empty_selection() -> None:
+    for rule in (loss_mass(), loss_mass(skip=0.2, at_least=0.1), uniform(like=loss_mass())):
+        selection = rule(torch.zeros(0), 0.9)
+        assert (selection.k, selection.size, selection.candidates) == (0, 0, 0)
 
 
 def test_cost_grows_like_a_partial_sort() -> None:

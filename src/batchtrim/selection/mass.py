@@ -95,7 +95,10 @@ class loss_mass:
         With keep 1 everything is kept, zeros too: plain training. Sums are in float64, and a sum that
         falls short of the share by 1e-12 of the total counts as reaching it.
         The mass is that of the ranked losses: those with class weights multiplied in, or ``rank_by``. With ``rank_by``
-        the bound holds for that loss. With several ranks, the joined batch's mass counts, without a further collective.
+        the bound holds for that loss. Samples of which the plain mean counts some more than others (padded sequences,
+        ``unit="sample"``) are ranked by their own means, so the bound holds for the mean of these; with
+        ``unit="element"`` it holds for the plain mean. With several ranks, the joined batch's mass counts, without a
+        further collective.
         Cost: a sort; on a CPU, from 4,096 losses on, a histogram and the sort of one bin. k depends on the losses, so
         each call syncs the device once; under torch.compile a mask of fixed shape is used, without a sync.
 
@@ -123,6 +126,8 @@ class loss_mass:
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n, keep = length(losses), fraction(keep)
+        if not n:
+            return Selection(top_indices(losses, 0), 0, 0)
         skipped = min(round(self.skip * n), n - 1)
         if losses.is_cpu and keep < 1.0 and n >= _BINS_FROM and not skipped:
             found = self._by_bins(losses, keep)
@@ -153,7 +158,7 @@ class loss_mass:
         counted = place < size
         torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
             (~counted | ~(ordered < lowest)).all(),
-            f"expected losses of at least {self.offset:g} for loss_mass, got less. "
+            "expected losses of at least 0 for loss_mass, or of at least its `offset`, got less. "
             "Rank by a loss that cannot be negative (rank_by=...), or use batchtrim.hardest().",
         )
         k = self._count(ordered, counted & (place >= skipped), share)
