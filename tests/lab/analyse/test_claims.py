@@ -216,6 +216,24 @@ def test_wrong_claims_are_refused(tmp_path: Path, text: str, message: str) -> No
 
 
 @pytest.mark.slow  # the code runs in the default tests around it
+def test_the_gain_of_every_method_stands_beside_the_training_error(tmp_path: Path) -> None:
+    errors = {"full": [3.0, 3.1, 3.2], "trim": [2.0, 2.2, 2.2], "random": [4.0, 4.2, 4.2], "ohem": [2.0, 3.1, 4.2]}
+    read = []
+    for width in range(1, results.SEVERAL + 1):
+        few = errors if width > 1 else {name: errors[name] for name in ("full", "trim", "random")}
+        folder = write(tmp_path / f"r{width}", few, width=width)
+        lines = (folder / "runs.jsonl").read_text().splitlines()
+        rows = [json.loads(line) | {"curve": {"train_error": [0.5, 0.1 / width]}} for line in lines]
+        (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        read.append(claims.read(folder))
+    first, further = re.findall(r"(?:^\|.*\n)+", results.page(read).partition("When does")[2], re.MULTILINE)[:2]
+    assert [line.split(" | ")[2] for line in first.splitlines()[2:]] == ["3.33", "5.00", "10.00"]
+    assert first.splitlines()[2].split(" | ")[3].startswith("\N{MINUS SIGN}0.97 (")
+    assert further.splitlines()[0].endswith("| `random` |"), "ohem has too few problems"
+    assert [line.split(" | ")[3] for line in further.splitlines()[2:]] == ["**+1.03** |"] * 3
+    assert "ohem" not in results.page(read[:2]).partition("Other methods")[2].partition("## ")[0]
+
+
 def test_the_results_page_is_what_the_records_say() -> None:
     folders = sorted(
         path.parent for path in ROOT.glob("records/*/claims.toml") if (path.parent / "runs.jsonl").exists()

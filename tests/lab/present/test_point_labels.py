@@ -6,7 +6,7 @@ import itertools
 import random
 import re
 
-from batchtrim.lab.present import charts
+from batchtrim.lab.present import charts, point_labels
 from batchtrim.lab.present.point_labels import ABOVE, BELOW, FAR, GAP, NUMBER, far, named_and_numbered, place, width
 
 ROOM = (0.0, 480.0, 0.0, 250.0)
@@ -98,6 +98,14 @@ def test_a_single_crowded_name_is_joined_by_a_stroke() -> None:
     places, numbered = named_and_numbered(points, [*dots, *lines], ROOM)
     assert numbered == []
     assert any(far(point, at) for point, at in zip(points, places, strict=True))
+
+
+def test_a_stroke_tells_whose_a_name_is() -> None:
+    """A number above its point stood nearer to another one, and read as the other's."""
+    point, at = (100.0, 100.0, NUMBER), (90.0, 104.0 - FAR, "end")
+    assert not point_labels.joined(point, at, [point, (130.0, 90.0, 40.0), (20.0, 90.0, 40.0)])
+    assert point_labels.joined(point, at, [point, (80.0, 80.0, 40.0)])
+    assert point_labels.joined(point, (90.0, 103.0 - FAR, "end"), [point])
 
 
 def test_the_baseline_keeps_its_name() -> None:

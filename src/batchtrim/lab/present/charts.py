@@ -269,7 +269,7 @@ def _labels(
 ) -> tuple[str, int]:
     """Draw names beside their points, or numbers and a list of names below; return it, and the height of the list.
 
-    A stroke joins a point and a name or number that is far.
+    A stroke joins a point to its name or number where these are far, or another point is nearer.
     """
     room = (LEFT, WIDTH, TOP - 2, HEIGHT - BOTTOM)
     spots = [(x(each.x), y(each.y), point_labels.width(each.label)) for each in points]
@@ -279,7 +279,8 @@ def _labels(
     strokes, names = [], []
     for row, (point, spot, at) in enumerate(zip(points, spots, places, strict=True)):
         css = style_class(point.style)
-        if point_labels.far(spot, at):
+        written = (*spot[:2], point_labels.NUMBER) if row in number_of else spot
+        if point_labels.joined(written, at, spots):
             ends = f'x1="{spot[0]:.1f}" y1="{spot[1]:.1f}" x2="{at[0]:.1f}" y2="{at[1] - 4:.1f}"'
             strokes.append(f'<line class="lead {css}" {ends}/>')
         said = esc(number_of.get(row, point.label))

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-__all__ = ["Box", "Place", "along", "around", "far", "named_and_numbered", "place", "width"]
+__all__ = ["Box", "Place", "along", "around", "joined", "named_and_numbered", "place", "width"]
 
 Box = tuple[float, float, float, float]
 """Left, right, top and bottom of something drawn."""
@@ -20,7 +20,7 @@ Named = tuple[float, float, float]
 
 ABOVE, BELOW = 11, 4  # of a name's base line, that its letters take on a phone, where they are the largest
 GAP = 10  # between the middle of a point and its name
-FAR = 15  # from a point to its name: from here on a stroke joins them
+FAR = 15  # from a point to its name, up or down: from here on a stroke joins them
 MOST_STROKE = 60  # from the only point whose name is not beside it
 CROSSED = 16.0  # how far a name is moved rather than laid over a point or a line
 SIDES = {"start": 0.0, "end": 2.0, "middle": 4.0}
@@ -89,8 +89,14 @@ def width(name: str) -> float:
 
 
 def far(point: Named, at: Place) -> bool:
-    """True if a name is so far from its point that a stroke has to join them."""
+    """True if a name is not beside its point."""
     return abs(at[1] - 4 - point[1]) > FAR
+
+
+def joined(point: Named, at: Place, points: Sequence[Named]) -> bool:
+    """True if a stroke has to join a name to its point: it is far, or another point is nearer to the name."""
+    box = _box(point, at)
+    return far(point, at) or any(_gap(box, each) < _gap(box, point) for each in points)
 
 
 def around(x: float, y: float, radius: float) -> Box:
@@ -149,6 +155,12 @@ def _crossed(point: Named, at: Place, taken: Sequence[Sequence[Box]]) -> int:
 def _nearest(points: Sequence[Named], one: int) -> float:
     """Return how far the nearest other point is."""
     return min((math.dist(points[one][:2], each[:2]) for n, each in enumerate(points) if n != one), default=math.inf)
+
+
+def _gap(box: Box, point: Named) -> float:
+    """Return how far a point is from a box."""
+    left, right, top, bottom = box
+    return math.hypot(max(left - point[0], 0.0, point[0] - right), max(top - point[1], 0.0, point[1] - bottom))
 
 
 def _meet(one: Box, other: Box) -> bool:

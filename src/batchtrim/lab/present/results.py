@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from batchtrim.lab.present import charts, tables, wording
 
 DRAWINGS = "drawings/results"
 GAINS = ("trim", "loss_mass", "ordered_sgd")
-"""Methods whose gain is shown beside the training error of plain training."""
+"""Methods whose gain is shown with its interval beside the training error of plain training."""
+SEVERAL = 3
+"""How many problems a method needs for its gain to be shown without."""
 
 
 @dataclass(frozen=True)
@@ -131,27 +134,53 @@ def _css() -> list[str]:
 
 
 def _gains(records: Sequence[EvidenceRecord]) -> list[str]:
-    """Return a table of each method's gain; problems are ordered by plain training's training error."""
-    rows = []
+    """Return two tables of each method's gain; problems are ordered by plain training's training error."""
+    problems = []
     for record in records:
         for group in record.groups:
             full = next((arm for arm in group.arms if arm.label == "full"), None)
             left = [error for error in map(_training_error, full.runs) if error is not None] if full else []
-            others = tables.by_method(arm for arm in group.arms if arm.settings.get("engine") == "exact")
-            if left and any(name in others for name in GAINS):
+            if left and (others := tables.by_method(_compared(group))):
                 mean = sum(left) / len(left)
-                cells = [f"{group.title} ({_topic(record)})", str(len(left)), wording.percent(mean)]
-                cells += [tables.of_arms(others.get(name, ()), _gain) or wording.UNKNOWN for name in GAINS]
-                rows.append((mean, f"| {' | '.join(cells)} |"))
-    if not rows:
+                problem = [f"{group.title} ({_topic(record)})", str(len(left)), wording.percent(mean)]
+                problems.append((mean, problem, others))
+    problems.sort(key=lambda each: each[:2])
+    counts = Counter(name for *_, others in problems for name in others)
+    further = sorted(name for name, count in counts.items() if count >= SEVERAL and name not in GAINS)
+    if not any(counts[name] for name in GAINS):
         return []
-    heads = ["problem", "seeds", "training error of plain training, %", *(f"`{name}`" for name in GAINS)]
-    return [
+    lines = [
         "## When does trimming help?", "",
         "Difference in test error from plain training, in points (95 % interval); below zero is better. Problems are "
         "ordered by the training error at the end of plain training, measured with augmentation in training mode.", "",
-        f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(line for _, line in sorted(rows)), "",
+        *_table_of_gains(problems, GAINS, _gain), "",
     ]  # fmt: skip
+    if further:
+        lines += [
+            f"Other methods, where {SEVERAL} problems or more have them; **bold** if the 95 % interval excludes 0:",
+            "",
+        ]
+        lines += [*_table_of_gains(problems, further, _short_gain), ""]
+    return lines
+
+
+def _compared(group: Group) -> list[Arm]:
+    """Return the arms of a group that another method than plain training made, with the exact engine."""
+    return [arm for arm in group.arms if arm.settings.get("engine") == "exact" and arm.paired is not None]
+
+
+def _table_of_gains(
+    problems: Sequence[tuple[float, list[str], Mapping[str, list[Arm]]]],
+    names: Sequence[str],
+    show: Callable[[Arm], str],
+) -> list[str]:
+    heads = ["problem", "seeds", "training error of plain training, %", *(f"`{name}`" for name in names)]
+    rows = [
+        [*problem, *(tables.of_arms(others.get(name, ()), show) or wording.UNKNOWN for name in names)]
+        for _, problem, others in problems
+        if any(name in others for name in names)
+    ]
+    return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
 def _training_error(row: Mapping[str, Any]) -> float | None:
@@ -163,6 +192,13 @@ def _gain(arm: Arm) -> str:
     if arm.paired is None or arm.paired.moments.mean is None:
         return ""
     return f"{wording.signed(arm.paired.moments.mean)} ({wording.signed_interval(arm.paired.moments.t)})"
+
+
+def _short_gain(arm: Arm) -> str:
+    if arm.paired is None or arm.paired.moments.mean is None:
+        return ""
+    said, interval = wording.signed(arm.paired.moments.mean), arm.paired.moments.t
+    return f"**{said}**" if interval is not None and (interval[0] > 0 or interval[1] < 0) else said
 
 
 def _findings_table(record: EvidenceRecord) -> list[str]:
