@@ -18,6 +18,7 @@ import pytest
 
 import batchtrim
 from browser import find_browser
+from tiers import few
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -101,7 +102,11 @@ def title(page: Path) -> str:
 RUNNABLE = [page for page in PAGES if programs(page.read_text())]
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=title)
+# By default test_own.py runs what the guide to own tasks runs, test_keeplog.py what that to kept samples runs.
+LONG = {"docs/guides/your-task.md", "docs/guides/see-what-was-kept.md"}
+
+
+@pytest.mark.parametrize("page", few(RUNNABLE, [page for page in RUNNABLE if title(page) not in LONG]), ids=title)
 def test_its_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}

@@ -165,4 +165,8 @@ def test_warning_is_right_on_noisy_and_silent_on_clean_data():
     assert scores[0] == 1.0
     assert (scores.diff() <= 0).all()
     assert not _train("none", "trim")[0]
+
+
+@pytest.mark.slow
+def test_warning_is_silent_without_trimming():
     assert not _train("symmetric:0.2", "full")[0], "without trimming there is nothing to amplify"

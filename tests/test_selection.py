@@ -25,6 +25,7 @@ from batchtrim import (
 )
 from batchtrim.selection import above
 from batchtrim.selection.base import rank_mask, select_valid, top_indices
+from tiers import often
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # few distinct values, so that ties are common, and the special ones
@@ -37,8 +38,11 @@ def rows(selection: object) -> set[int]:
     return set(selection.indices.tolist())  # type: ignore[attr-defined]
 
 
-@settings(max_examples=300, deadline=None)
-@given(LOSSES, KEEPS, st.sampled_from(DTYPES), st.sampled_from([0.0, 0.1, 0.3, 0.9]))
+drawn = given(LOSSES, KEEPS, st.sampled_from(DTYPES), st.sampled_from([0.0, 0.1, 0.3, 0.9]))
+
+
+@settings(max_examples=75, deadline=None)
+@drawn
 def test_against_the_oracle(values: list[float], keep: float, dtype: torch.dtype, skip: float) -> None:
     losses = torch.tensor(values, dtype=dtype)
     seen = losses.double().numpy()
@@ -49,14 +53,23 @@ def test_against_the_oracle(values: list[float], keep: float, dtype: torch.dtype
     assert set(rank_mask(losses, k).nonzero().flatten().tolist()) == oracles.hardest(seen, keep)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(0, 10, width=32), min_size=1, max_size=40), KEEPS)
+test_against_the_oracle_often = often(drawn, test_against_the_oracle, 300)
+
+
+numbers = given(st.lists(st.floats(0, 10, width=32), min_size=1, max_size=40), KEEPS)
+
+
+@settings(max_examples=50, deadline=None)
+@numbers
 def test_superquantile_against_the_oracle(values: list[float], keep: float) -> None:
     losses = torch.tensor(values, dtype=torch.float64)
     selection = superquantile()(losses, keep)
     found = float(reduce(losses, selection))
     assert found == pytest.approx(oracles.superquantile(losses.numpy(), keep), rel=1e-9, abs=1e-9)
     assert selection.weights is None or bool((selection.weights >= 0).all()), "no sample is ever pushed up"
+
+
+test_superquantile_against_the_oracle_often = often(numbers, test_superquantile_against_the_oracle, 200)
 
 
 @pytest.mark.parametrize("keep", [0.1, 1e-30, 1e-300])

@@ -31,6 +31,13 @@ def few(names: Iterable[Any], default: Collection[Any]) -> list[Any]:
     return [pytest.param(*each, marks=mark) for each, mark in zip(values, marks, strict=True)]
 
 
+def often(given: Callable[[Any], Any], test: Any, examples: int) -> Any:
+    """Return a slow test of a property that draws more examples than ``test``, which has the same ``given``."""
+    from hypothesis import settings
+
+    return pytest.mark.slow(settings(max_examples=examples, deadline=None)(given(test.hypothesis.inner_test)))
+
+
 def in_part(names: Iterable[Any], part: str | None = None) -> list[Any]:
     """Return each n-th name of a table, for ``part`` or BATCHTRIM_TEST_PART as "k/n"; without one, all names."""
     names = list(names)

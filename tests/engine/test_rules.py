@@ -20,6 +20,7 @@ from batchtrim.engine import (  # noqa: F401  (they enter their rules)
     rules_shape,
 )
 from batchtrim.engine.graphs import name_of
+from tiers import few
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd calls is not the subject
 
@@ -82,11 +83,12 @@ def failures(
     return found, passed
 
 
-def test_rules_keep_their_promise() -> None:
-    wrong, by_hand = failures(rule_samples.by_hand, 0, 2)
+@pytest.mark.parametrize(("tries", "count"), few([(1, 350), (2, 700)], [(1, 350)]))
+def test_rules_keep_their_promise(tries: int, count: int) -> None:
+    wrong, by_hand = failures(rule_samples.by_hand, 0, tries)
     others, entries = failures(entry_by_entry(2), 0, 1)
     assert not [*wrong, *others]
-    assert by_hand.total() > 700
+    assert by_hand.total() > count
     assert entries.total() > 300
 
 

@@ -57,12 +57,13 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 # By default other tests run the same code: test_accumulation.py that of 04 and 14, those of the Hugging Face trainer
-# that of 06 and 07, test_compile.py that of 09, test_docs.py, with docs/engines.md and the guide to own tasks, that of
-# 11 and 16, the table of methods, with two_sided, that of 12, and those of Lightning, Accelerate and own tasks that of
-# 05, 08 and 18.
+# that of 06 and 07, test_compile.py that of 09, test_docs.py, with docs/engines.md, that of 11, the table of methods,
+# with two_sided, that of 12, field/test_losses.py, with a loss for each pixel, that of 13, and those of Lightning,
+# Accelerate and own tasks that of 05, 08, 15, 16 and 18.
 SLOW = {
     "04_accumulation", "05_lightning", "06_huggingface_classification", "07_causal_lm_tokens", "08_accelerate",
-    "09_compile", "11_engine", "12_noise_robust", "14_mixed_precision", "16_own_regression", "18_optuna",
+    "09_compile", "11_engine", "12_noise_robust", "13_segmentation", "14_mixed_precision", "15_own_images",
+    "16_own_regression", "18_optuna",
 }  # fmt: skip
 
 

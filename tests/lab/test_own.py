@@ -20,6 +20,7 @@ from batchtrim.lab.methods.driven import driven_methods
 from batchtrim.lab.present.caveat_texts import caveat_texts
 from batchtrim.lab.task.own_code import Code
 from own_tasks import QUICK, calls, data, fit
+from tiers import few
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +72,14 @@ def test_a_run_repeats_bit_for_bit_and_by_the_engine() -> None:
     assert two_pass == pytest.approx(first, rel=1e-3)
 
 
-def test_every_method_a_trimmer_drives_runs() -> None:
-    methods = [name for name in driven_methods() if name != "ordered_sgd"]
-    assert {"full", "trim", "random", "small_loss", "two_sided"} <= set(methods)
+DRIVEN = [name for name in driven_methods() if name != "ordered_sgd"]  # which takes the accuracy
+
+
+@pytest.mark.parametrize("which", few(["each kind", "all"], ["each kind"]))
+def test_every_method_a_trimmer_drives_runs(which: str) -> None:
+    kinds = ["full", "trim", "random", "small_loss", "two_sided"]
+    assert set(kinds) <= set(DRIVEN)
+    methods = DRIVEN if which == "all" else kinds
     found = compare(fit, methods, 1, **QUICK)
     assert found.failed == 0
 

@@ -10,6 +10,7 @@ import pytest
 from batchtrim.lab.analyse import comparison, inference, views
 from batchtrim.lab.analyse.comparison import Verdict
 from batchtrim.lab.present import wording
+from tiers import few
 
 
 def _rows(make_row, method, errors, **config):
@@ -231,7 +232,7 @@ def test_a_run_that_ends_before_the_first_evaluation_of_another_leaves_no_budget
     )
 
 
-@pytest.mark.parametrize("draw", range(40))
+@pytest.mark.parametrize("draw", few(range(40), range(10)))
 def test_a_view_reads_all_finished_runs_or_none(make_row, draw):
     """One or several epochs, tests not after each, one method much faster, failed and diverged runs."""
     random = Random(draw)
