@@ -35,7 +35,8 @@ If the model's Python runs twice, ``reachable.py`` finds all that it may change;
 ``writes.py`` put that back. ``gradients.py`` computes gradients that no hook sees, ``precision.py`` knows about TF32,
 and ``operator_mode.py`` is the base of the modes that see every operator.
 
-``two_pass.py`` has ``probe.py`` check on a few rows that samples do not interact; on a GPU, operators that could end
+``two_pass.py`` has ``probe.py`` check on a few rows that samples do not interact, and ``memory.py`` find parts of the
+batch that share memory; on a GPU, operators that could end
 the process run on the CPU first (``cpu_first.py``). ``side_by_side.py`` runs an engine beside a plain step, for
 ``batchtrim.testing.check_engine``.
 

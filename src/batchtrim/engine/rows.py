@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from batchtrim.engine.memory import clones, write_values
 from batchtrim.engine.reachable import is_array
 from batchtrim.errors import EngineRefused
 
@@ -46,13 +47,12 @@ def entries(value: Any) -> dict[str, Any]:
 
 
 def copied(value: Any) -> Any:
-    """Return a batch with copies of its tensors and NumPy arrays; what occurs twice is copied once."""
-    copies: dict[int, Any] = {}
+    """Return a batch with copies of its tensors and NumPy arrays; what is one tensor or memory is so in the copy."""
+    tensors = tensors_of(value)
+    copies: dict[int, Any] = dict(zip(map(id, tensors), clones(tensors), strict=True))
 
     def copied_once(_: str, leaf: Any) -> Any:
-        if id(leaf) not in copies and isinstance(leaf, Tensor):
-            copies[id(leaf)] = leaf.clone()
-        elif id(leaf) not in copies and is_array(leaf):
+        if id(leaf) not in copies and is_array(leaf):
             copies[id(leaf)] = leaf.copy()
         return copies.get(id(leaf), leaf)
 
@@ -64,7 +64,7 @@ def restore_values(value: Any, copy_of_it: Any) -> None:
     with torch.no_grad():
         for tensor, was in zip(tensors_of(value), tensors_of(copy_of_it), strict=True):
             if tensor.layout == torch.strided and not torch.equal(tensor, was):
-                tensor.data.copy_(was)
+                write_values(tensor, was)
 
 
 @dataclasses.dataclass
@@ -94,13 +94,16 @@ class RowCutter:
             EngineRefused: part of the batch has rows that cannot be identified or taken.
         """
         cut: dict[tuple[int, int], Tensor] = {}
+        whole: dict[int, Tensor] = {}
 
         def walk(value: Any, place: str, dim: int) -> Any:
             def taken(at: str, leaf: Any) -> Any:
                 if not isinstance(leaf, Tensor):
                     return _constant(at, leaf, batch)
                 if not self._holds(at, leaf, dim, batch):
-                    return leaf.clone()
+                    if id(leaf) not in whole:
+                        whole[id(leaf)] = leaf.clone()
+                    return whole[id(leaf)]
                 if (id(leaf), dim) not in cut:
                     cut[id(leaf), dim] = _rows_of(leaf, dim, rows, poisoned)
                 return cut[id(leaf), dim]

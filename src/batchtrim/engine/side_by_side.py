@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.rows import copied, entries, map_tensors, tensors_of
+from batchtrim.engine.rows import copied, entries, tensors_of
 from batchtrim.engine.state import ModelState, device_of, modules_of, relative_difference
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.reduction import reduce_kept
@@ -312,14 +312,11 @@ class SideBySide:
 
 def fresh(batch: Any) -> Any:
     """Return a copy of a batch without its graph; tensors that require a gradient do so in the copy."""
-    copies: dict[int, Tensor] = {}
-
-    def alone(tensor: Tensor) -> Tensor:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        return copies[id(tensor)]
-
-    return map_tensors(alone, batch)
+    with torch.no_grad():
+        copy_of_it = copied(batch)
+    for tensor, own in zip(tensors_of(batch), tensors_of(copy_of_it), strict=True):
+        own.requires_grad_(tensor.requires_grad)
+    return copy_of_it
 
 
 def _input_gradients(batch: Any) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.memory import SharedMemory, write_values
 from batchtrim.engine.reachable import (
     HOOKS,
     Names,
@@ -35,7 +36,7 @@ from batchtrim.engine.reachable import (
     numpy_state,
     set_numpy_state,
 )
-from batchtrim.engine.rows import copied, restore_values, tensors_of
+from batchtrim.engine.rows import copied, entries, restore_values, tensors_of
 
 if TYPE_CHECKING:
     from batchtrim.engine.forward import Forward
@@ -177,7 +178,7 @@ class ModelState:
             if name in module._buffers:
                 module._buffers[name] = buffer
             if buffer is not None and value is not None:
-                buffer.data.copy_(value)  # bypass autograd, which may have saved the buffer, though not for its value
+                write_values(buffer, value)  # bypass autograd, which may have saved the buffer, not for its value
         for value, copy in self.contents:
             _put_back(value, copy)
         for module, training in self.modes if modes else ():
@@ -255,6 +256,7 @@ class Snapshot:
     Attributes:
         x, y: copies of the batch.
         given: the batch itself, its lists, dictionaries and objects.
+        shared: the parts of the batch that share memory.
     """
 
     def __init__(self, forward: Forward, x: Any = None, y: Any = None) -> None:
@@ -262,6 +264,8 @@ class Snapshot:
         self._tensors = tensors_of((x, y)), tensors_of((self.x, self.y))
         self.given = ModelState([x, y], passed=self._tensors[0])
         self.model = ModelState(forward.inner, forward.per_sample_loss, forward.rank_by)
+        held = [names.owner for names, _ in self.model.names if isinstance(names.owner, Tensor)]
+        self.shared = SharedMemory(entries(x), entries(y), forward.batch_dim, held)
         self.generators = GeneratorStates(device_of(forward.inner))
         self.made = parametrize._cache.copy()
 
@@ -343,7 +347,7 @@ def _copy_of(value: Any) -> Any:
 
 def _put_back(value: Any, copy: Any) -> None:
     if isinstance(value, Tensor):
-        value.data.copy_(copy)
+        write_values(value, copy)
     elif isinstance(value, torch.Generator):
         value.set_state(copy)
     elif isinstance(value, random.Random):

@@ -148,6 +148,8 @@ class TwoPassEngine:
 
     def _train_on_kept(self, x: Any, y: Any, selection: Selection, first: tuple[Snapshot, Tensor] | None) -> Tensor:
         before, scored = first or (Snapshot(self.forward, x, y), None)
+        if (what := before.shared.written()) is not None:
+            raise EngineRefused(f"its forward writes into {what}: in a second pass over the kept rows, these are apart")
         after = Snapshot(self.forward)
         drawn = not before.generators.same(after.generators)
         normed = has_batch_norm([module for module in before.model.modules if module.training])
