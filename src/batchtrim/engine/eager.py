@@ -22,7 +22,6 @@ from batchtrim.engine.gradients import gradients_without_hooks
 from batchtrim.engine.precision import coarsest_dtype, uses_tf32
 from batchtrim.engine.rows import copied, entries, map_tensors, tensors_of
 from batchtrim.engine.state import (
-    TAKEN_TWICE,
     ModelState,
     Snapshot,
     caches_left,
@@ -54,8 +53,8 @@ class EagerStep:
     def __init__(self, forward: Forward, x: Any, y: Any, *, gradients: bool = False) -> None:
         self.forward = forward
         self.before = Snapshot(forward, x, y)
-        if self.before.iterators:
-            raise CannotCapture(TAKEN_TWICE.format(self.before.iterators[0]))
+        if self.before.lasting is not None:
+            raise CannotCapture(self.before.lasting)
         self.writes = ParameterWrites(forward.inner, others=self.before.model.watched)
         self.gradients: list[Tensor | None] | None = None
         self._moved: list[float] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.engine.reachable import is_array
-
-__all__ = ["SharedMemory", "clones", "write_values"]
+__all__ = ["SharedMemory", "clones", "is_array", "write_values"]
 
 
 @dataclass
@@ -57,6 +56,12 @@ class SharedMemory:
                             f"`{other.place}`" if other.place else "a tensor that the model holds"
                         )
         return None
+
+
+def is_array(value: Any) -> bool:
+    """True for a NumPy array that can be written into. Does not import NumPy."""
+    numpy: Any = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.flags.writeable
 
 
 def write_values(tensor: Tensor, values: Tensor) -> None:

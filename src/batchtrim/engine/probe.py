@@ -23,7 +23,7 @@ from batchtrim.engine.rows import copied, tensors_of
 from batchtrim.engine.state import ModelState, Snapshot, uncompiled_calls, without_graph
 from batchtrim.errors import EngineRefused
 
-__all__ = ["Probe", "Tolerance"]
+__all__ = ["Probe", "Tolerance", "restored"]
 
 ROWS = 8  # every second one of them is then run alone
 # How far the same loss may differ between two batch sizes, relative to itself or to the batch's mean loss. Kernels
@@ -122,7 +122,7 @@ class Tolerance:
         rows = torch.arange(min(batch, ROWS))
         hook = nn.modules.module.register_module_forward_hook(note)
         try:
-            with _restored(snapshot), without_graph(), uncompiled_calls():  # compiled, each module would be a graph
+            with restored(snapshot), without_graph(), uncompiled_calls():  # compiled, each module would be a graph
                 self.forward(*self.forward.rows(snapshot.x, snapshot.y, rows, batch), model=self.forward.inner)
         except Exception:  # the next run of the model reports this error
             return torch.float32
@@ -182,7 +182,7 @@ class Probe:
         rows = torch.linspace(0, batch - 1, min(batch, ROWS)).long()
         poisoned = torch.arange(len(rows)) % 2 == 1
         # a compiled model would be recompiled for so few rows, and would free its buffers after one gradient
-        with uncompiled_calls(), _restored(before), _tried_on_cpu(before):
+        with uncompiled_calls(), restored(before), _tried_on_cpu(before):
             if not redrawn and scored is not None:
                 self._ask(before, batch, rows, poisoned, scored)
                 return
@@ -316,7 +316,7 @@ def _tried_on_cpu(snapshot: Snapshot) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _restored(snapshot: Snapshot) -> Iterator[None]:
+def restored(snapshot: Snapshot) -> Iterator[None]:
     """Start from a recorded state, and restore the model and the generators afterwards."""
     found = ModelState(*snapshot.model.roots), GeneratorStates(snapshot.generators.device)
     snapshot.restore()

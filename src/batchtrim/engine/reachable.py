@@ -7,109 +7,45 @@ the user's own classes; and the global variables that the user's functions name,
 
 from __future__ import annotations
 
-import dis
-import enum
-import functools
+import gc
 import io
-import random
+import os
 import sys
-import threading
 import weakref
-from argparse import Namespace
-from array import array
-from collections import ChainMap, UserDict, UserList, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "CONTAINERS",
-    "HOOKS",
-    "Names",
-    "Reachable",
-    "is_array",
-    "is_numpy_generator",
-    "numpy_state",
-    "set_numpy_state",
-]
+from batchtrim.engine.kinds import WRAPPERS, Kind, changed_by, is_entered, kind_of
+from batchtrim.engine.memory import is_array
+from batchtrim.engine.names import (
+    CONTAINERS,
+    FIXED,
+    OF_EVERY_MODULE,
+    Names,
+    attributes_of,
+    chains_of,
+    imported,
+    is_installed,
+    names_in,
+    names_of_handlers,
+    slots_of,
+)
 
-CONTAINERS = (list, dict, set, deque)
-_FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
-_STATE = (
-    bool, int, float, complex, str, bytes, type(None), tuple, *CONTAINERS, Tensor, torch.Generator, random.Random,
-)  # fmt: skip
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+__all__ = ["HOOKS", "Names", "Reachable"]
+
 _MADE_OF = ("_orig", "_g")  # suffixes of parameters from which torch.nn.utils (prune, weight_norm) computes a weight
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Objects of these packages have no state that a forward changes, or are tools, such as a trainer that holds the data.
-_TOOLS = frozenset((
-    "accelerate", "batchtrim", "builtins", "functools", "lightning", "lightning_fabric", "logging", "numpy",
-    "pytorch_lightning", "random", "torch",
-))  # fmt: skip
-_WRAPPERS = ("batchtrim.criteria", "batchtrim.losses")  # around a user's loss; they have no state of their own
-# classes whose objects are places for values, of the standard library and one of torch's that draws numbers
-_PLACES = (
-    SimpleNamespace, Namespace, threading.local, UserDict, UserList, ChainMap,
-    weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, torch.quasirandom.SobolEngine,
-)  # fmt: skip
 _DEEP, _NEAR = 16, 3  # levels of objects within objects that are searched: for state, for iterators
 # Bytes of an array, and entries of a container, that are copied if no module holds it; entries that are searched then.
 _LARGE, _MANY, _SEARCHED = 2**24, 2**20, 10_000
-
-
-@dataclass
-class Names:
-    """Names that a forward may rebind: attributes of an object or a class, or variables.
-
-    Attributes:
-        owner: the module, object, class or function whose names they are.
-        read: returns a name's value, or raises LookupError, AttributeError or ValueError.
-        bind: rebinds a name.
-        whole: the owner's ``__dict__``, if names that are added later can be deleted from it; otherwise None.
-    """
-
-    owner: Any
-    names: list[str]
-    read: Callable[[str], Any]
-    bind: Callable[[str, Any], None]
-    whole: dict[str, Any] | None = None
-
-    def state(self, known: Container[str] = ()) -> dict[str, Any]:
-        """Return the values to restore, except those ``known``: attributes, and variables that are no functions."""
-        if self.whole is not None:
-            if not self.whole:  # as of most tensors
-                return {}
-            passed = _OF_EVERY_MODULE if isinstance(self.owner, nn.Module) else ()
-            found = [pair for pair in self.whole.items() if pair[0] not in passed and pair[0] not in known]
-            return {name: value for name, value in found if "dynamo" not in name}
-        found = [(name, self._value(name)) for name in self.names]
-        return {name: value for name, value in found if type(value) in _FIXED or _is_state(self.owner, name, value)}
-
-    def set_up(self, noted: Mapping[str, Any]) -> bool:
-        """Return True if an object has a new flag, function or object: what a first forward makes, and no later one."""
-        new = self.state(known=noted).values() if self.whole is not None else ()
-        return any(isinstance(value, bool) or not isinstance(value, _STATE) for value in new)
-
-    def put_back(self, noted: Mapping[str, Any]) -> None:
-        """Delete an object's new attributes, and rebind each name whose value has changed to its earlier value."""
-        if self.whole is not None:
-            for name in self.state(known=noted):
-                del self.whole[name]
-        for name, value in noted.items():
-            if self._value(name) is not value:
-                self.bind(name, value)
-
-    def _value(self, name: str) -> Any:
-        try:
-            return self.read(name)
-        except (AttributeError, LookupError, ValueError):
-            return Names  # no value
+_PLAIN = frozenset((list, dict, set, frozenset, tuple, bytearray))  # without attributes of their own
+_TAKEN_TWICE = "it holds an iterator ({}), of which a second forward would take the next value"
+_CHANGES = "it holds an object of type {} ({}), which a second forward would change again, and which cannot be put back"
+_SET_UP = frozenset(("__init__", "__repr__", "__del__", "__getstate__", "__setstate__", "extra_repr"))
 
 
 class Reachable:
@@ -127,6 +63,7 @@ class Reachable:
             first root does not list, and tensors that functions name.
         iterators: descriptions of iterators that modules hold or functions name. Their next value can be taken only
             once, so they cannot be restored.
+        changing: type and description of objects that cannot be restored either, and that a function changes.
         with_graph: descriptions of the places that hold a tensor with a graph.
         functions: the user's own.
         caches: those of the user's functions with ``functools.lru_cache``.
@@ -146,52 +83,143 @@ class Reachable:
         self._seen: dict[int, Any] = {id(value): value for value in passed}
         for parameter in roots[0].parameters() if isinstance(next(iter(roots), None), nn.Module) else ():
             self._seen[id(parameter)] = parameter
+        self._files: list[ModuleType] = []  # modules of Python that are held, and not only named
+        self._suspects: list[tuple[Any, str, frozenset[str]]] = []  # what functions change if they name one of these
+        self._set_up: set[int] = set()  # functions that no forward runs
         for number, root in enumerate(roots):
             self._walk(root, "the loss" if number else "x or y", _DEEP, own=True)
+        if isinstance(next(iter(roots), None), nn.Module):
+            self._log_handlers()
+        self._held_files()
+        self.changing = self._changed_by_functions()
 
     def _walk(self, value: Any, name: str, deep: int, own: bool) -> None:
         """Search a value. ``own``: a module holds it. ``deep``: how many more levels of objects to enter."""
-        if isinstance(value, nn.Module):
+        cls = type(value)
+        if cls in FIXED:
+            return
+        kind = kind_of(cls)
+        if kind is Kind.CLASS:
+            if not is_installed(value.__module__):
+                self._class(value)
+        elif kind is Kind.MODULE:
             for module in value.modules():
                 if self._is_new(module):
                     self._module(module)
-        elif isinstance(value, type):
-            if not (_is_installed(value.__module__) or issubclass(value, enum.Enum)):
-                self._class(value)
-        elif type(value) in _FIXED or isinstance(value, ModuleType) or not self._is_new(value):
+        elif self._is_new(value):
+            _BY_KIND[kind](self, value, name, deep, own)
+
+    def _nothing(self, value: Any, name: str, deep: int, own: bool) -> None:
+        pass
+
+    def _file(self, value: Any, name: str, deep: int, own: bool) -> None:
+        if not is_installed(value.__name__):
+            self._files.append(value)
+
+    def _tensor(self, value: Any, name: str, deep: int, own: bool) -> None:
+        if value.grad_fn is not None:
+            self.with_graph.append(name)
+        (self.contents if own and not isinstance(value, nn.Parameter) else self.watched).append(value)
+        self.of_tensors.append(attributes_of(value))
+
+    def _array(self, value: Any, name: str, deep: int, own: bool) -> None:
+        if is_array(value) or not hasattr(value, "dtype"):
+            size = value.nbytes if hasattr(value, "nbytes") else memoryview(value).nbytes
+            if own or size <= _LARGE:
+                self.contents.append(value)
+        elif hasattr(value.base, "nbytes") and value.base.nbytes <= _LARGE:
+            self._walk(value.base, name, deep, own)  # a view that cannot be written into
+        if getattr(getattr(value, "dtype", None), "hasobject", False) and (own or value.size <= _SEARCHED):
+            for item in value.ravel().tolist():
+                self._walk(item, name, deep, own)
+        self._extra(value, deep, own)
+
+    def _in_place(self, value: Any, name: str, deep: int, own: bool) -> None:
+        if isinstance(value, io.IOBase):
+            if value.closed:
+                return
+        elif isinstance(value, memoryview) or hasattr(value, "madvise"):
+            try:
+                with memoryview(value) as view:
+                    if view.readonly or view.nbytes > _LARGE or not view.c_contiguous:
+                        return
+            except (ValueError, BufferError):  # released or closed
+                return
+            if isinstance(value, memoryview):
+                self._walk(value.obj, name, deep, own)
+        elif hasattr(value, "spawn"):  # a generator of NumPy's: its seeds count what they gave away
+            self._suspects.append((value, name, frozenset(("spawn",))))
+        self.contents.append(value)
+        self._extra(value, deep, own)
+
+    def _bound(self, value: Any, name: str, deep: int, own: bool) -> None:
+        if value.__self__ is not None and not isinstance(value.__self__, type):
+            self._walk(value.__self__, name, deep, own)
+
+    def _cache(self, value: Any, name: str, deep: int, own: bool) -> None:
+        if not is_installed(value.__module__ or ""):
+            self.caches.append(value)
+            self._walk(value.__wrapped__, name, deep, own=False)
+
+    def _reference(self, value: Any, name: str, deep: int, own: bool) -> None:
+        try:
+            found = value() if isinstance(value, weakref.ref) else value.__repr__.__self__
+        except ReferenceError:
             return
-        elif isinstance(value, Tensor):
-            if value.grad_fn is not None:
-                self.with_graph.append(name)
-            (self.contents if own and not isinstance(value, nn.Parameter) else self.watched).append(value)
-            self.of_tensors.append(_attributes(value))
-        elif isinstance(value, (tuple, frozenset, *CONTAINERS)):
-            self._container(value, name, deep, own)
-        elif is_array(value) or isinstance(value, (bytearray, array)):
-            if own or memoryview(value).nbytes <= _LARGE:
-                self.contents.append(value)
-        elif isinstance(value, (torch.Generator, random.Random)) or is_numpy_generator(value):
-            self.contents.append(value)
-        elif isinstance(value, (FunctionType, MethodType, partial)):
-            self._callable(value, name, deep)
-        elif isinstance(value, functools._lru_cache_wrapper):
-            if not _is_installed(value.__module__ or ""):
-                self.caches.append(value)
-                self._walk(value.__wrapped__, name, deep, own=False)
-        elif isinstance(value, (io.StringIO, io.BytesIO)):
-            if not value.closed:
-                self.contents.append(value)
-        elif isinstance(value, Iterator):
-            if own and deep >= _DEEP - _NEAR and _is_iterator(value):
+        self._walk(found, name, deep, own=False)
+
+    def _through(self, value: Any, name: str, deep: int, own: bool) -> None:
+        for each in gc.get_referents(value):
+            self._walk(each, name, deep, own)
+
+    def _changing(self, value: Any, name: str, deep: int, own: bool) -> None:
+        if not (isinstance(value, io.IOBase) and (value.closed or value in _standard_files())):
+            self._suspects.append((value, name, changed_by(type(value))))
+
+    def _iterator(self, value: Any, name: str, deep: int, own: bool) -> None:
+        if deep >= _DEEP - _NEAR:
+            attribute = name.rpartition(".")[2]
+            if own or attribute == name:
                 self.iterators.append(name)
-        elif isinstance(value, ContextVar):
-            bind = partial(_set_variable, value)
-            self.names.append(Names(value, [value.name], lambda _: value.get(), bind))
-            self._walk(value.get(None), name, deep, own)
-        elif isinstance(value, torch.optim.Optimizer):
-            self._container(value.param_groups, name, deep, own)  # a forward that steps writes into parameters, too
-        elif deep and _is_entered(type(value), own):
+            else:  # of an object or class that a function names: if it names the iterator, too
+                self._suspects.append((value, name, frozenset((attribute,))))
+
+    def _variable(self, value: Any, name: str, deep: int, own: bool) -> None:
+        self.names.append(Names(value, [value.name], lambda _: value.get(), lambda _, new: value.set(new)))
+        self._walk(value.get(None), name, deep, own)
+
+    def _optimizer(self, value: Any, name: str, deep: int, own: bool) -> None:
+        self._container(value.param_groups, name, deep, own)  # a forward that steps writes into parameters, too
+
+    def _entered(self, value: Any, name: str, deep: int, own: bool) -> None:
+        if deep and is_entered(type(value), own):
             self._object(value, deep - 1, own)
+
+    def _extra(self, value: Any, deep: int, own: bool) -> None:
+        """Search the attributes of a container, an array or a generator of a class of the user's."""
+        if type(value) not in _PLAIN and deep and (hasattr(value, "__dict__") or is_entered(type(value), own)):
+            self._object(value, deep - 1, own)
+
+    @property
+    def lasting(self) -> str | None:
+        """Why a second forward cannot start where the first did, or None."""
+        if self.iterators:
+            return _TAKEN_TWICE.format(self.iterators[0])
+        return _CHANGES.format(*self.changing[0]) if self.changing else None
+
+    def _changed_by_functions(self) -> list[tuple[str, str]]:
+        if not self._suspects:
+            return []
+        functions = [each for each in self.functions if id(each) not in self._set_up]
+        used = set().union(*(names_in(each.__code__).attributes for each in functions))
+        used |= {text for each in functions for text in each.__code__.co_consts if text == ("file",)} and {"file"}
+        found = [(value, name) for value, name, needed in self._suspects if not needed.isdisjoint(used)]
+        self.iterators += [name for value, name in found if kind_of(type(value)) is Kind.ITERATOR]
+        return [
+            (f"{type(value).__module__}.{type(value).__name__}", name)
+            for value, name in found
+            if kind_of(type(value)) is not Kind.ITERATOR
+        ]
 
     def _is_new(self, value: Any) -> bool:
         known = id(value) in self._seen
@@ -204,14 +232,14 @@ class Reachable:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             self._is_new(tensor)
             if tensor is not None:
-                self.of_tensors.append(_attributes(tensor))
+                self.of_tensors.append(attributes_of(tensor))
         held = vars(module)
         for hook in [hook for hooks in HOOKS if held.get(hooks) for hook in held[hooks].values()]:
             self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)
         if not type(module).__module__.startswith("torch.distributed"):  # these set attributes in their first forward
             self.names.append(Names(module, [], held.__getitem__, held.__setitem__, held))
             for name, value in list(held.items()):
-                if name in _OF_EVERY_MODULE or type(value) in _FIXED:
+                if name in OF_EVERY_MODULE or type(value) in FIXED:
                     continue
                 if not any(f"{name}{end}" in module._parameters for end in _MADE_OF):
                     self._walk(value, f"{type(module).__name__}.{name}", _DEEP, own=True)
@@ -220,22 +248,24 @@ class Reachable:
     def _container(self, value: Any, name: str, deep: int, own: bool) -> None:
         if isinstance(value, CONTAINERS) and (own or len(value) <= _MANY):
             self.contents.append(value)
+        self._extra(value, deep, own)
         if not own and len(value) > _SEARCHED:
             return
-        items = value.values() if isinstance(value, Mapping) else value
-        if not _FIXED.issuperset(map(type, items)):  # fast for large containers of constants, such as a vocabulary
-            for item in list(items):
-                self._walk(item, name, deep, own)
+        parts = (value.keys(), value.values()) if isinstance(value, Mapping) else (value,)
+        for items in parts:
+            if not FIXED.issuperset(map(type, items)):  # fast for large containers of constants, such as a vocabulary
+                for item in list(items):
+                    self._walk(item, name, deep, own)
 
     def _object(self, value: Any, deep: int, own: bool) -> None:
         held = getattr(value, "__dict__", None)
-        if isinstance(held, dict) and type(value).__module__ not in _WRAPPERS:
+        held = held if isinstance(held, dict) else {}
+        if held is not None and hasattr(value, "__dict__") and type(value).__module__ not in WRAPPERS:
             self.names.append(Names(value, [], held.__getitem__, held.__setitem__, held))
-        listed = [getattr(cls, "__slots__", ()) for cls in type(value).__mro__]
-        slots = [name for each in listed for name in ([each] if isinstance(each, str) else each) if name[:2] != "__"]
-        if slots:
-            self.names.append(Names(value, slots, partial(getattr, value), partial(setattr, value)))
-        items = [*(held or {}).items(), *((name, getattr(value, name, None)) for name in slots)]
+        slots = slots_of(value)
+        if slots is not None:
+            self.names.append(slots)
+        items = [*held.items(), *((name, slots.value(name)) for name in slots.names)] if slots else list(held.items())
         for name, item in items:
             self._walk(item, f"{type(value).__name__}.{name}", deep, own)
         self._class(type(value))
@@ -244,16 +274,21 @@ class Reachable:
         if not self._is_new(cls):
             return
         for each in cls.__mro__:
-            if _is_installed(each.__module__) or (each is not cls and not self._is_new(each)):
+            if is_installed(each.__module__) or (each is not cls and not self._is_new(each)):
                 continue
             held = vars(each)
-            self.names.append(Names(each, list(held), held.__getitem__, partial(setattr, each)))
+            bind, delete = partial(type.__setattr__, each), partial(type.__delattr__, each)
+            self.names.append(Names(each, list(held), held.__getitem__, bind, delete=delete, space=held))
             for name, value in list(held.items()):
                 function = getattr(value, "fget", getattr(value, "__func__", value))
+                if name in _SET_UP and issubclass(each, nn.Module):
+                    self._set_up.add(id(function))
                 if name[:2] != "__" or isinstance(function, FunctionType):
-                    self._walk(function, name, _DEEP, own=False)
+                    self._walk(function, f"{each.__name__}.{name}", _DEEP, own=False)
+        if not is_installed(type(cls).__module__):
+            self._class(type(cls))
 
-    def _callable(self, value: Any, name: str, deep: int) -> None:
+    def _callable(self, value: Any, name: str, deep: int, own: bool) -> None:
         if isinstance(value, partial):
             parts: list[Any] = [value.func, value.args, value.keywords]
         elif isinstance(value, MethodType):
@@ -267,105 +302,98 @@ class Reachable:
         """Add the variables of a function's closure and the globals that it names; return their values."""
         code = function.__code__
         cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-        own = vars(function)
-        spaces = [
-            Names(function, list(cells), lambda name: cells[name].cell_contents, partial(_fill, cells)),
-            Names(function, list(own), own.__getitem__, own.__setitem__),
-        ]
-        if not _is_installed(function.__module__ or ""):
+        spaces = [Names(function, list(cells), lambda name: cells[name].cell_contents, partial(_fill, cells))]
+        if is_installed(function.__module__ or ""):
+            own = vars(function)
+            spaces.append(Names(function, list(own), own.__getitem__, own.__setitem__))
+        else:
+            self.names.append(attributes_of(function))
             self.functions.append(function)
             spaces += self._globals(function)
         self.names += [each for each in spaces if each.names]
-        values = [each._value(name) for each in spaces for name in each.names]
-        return [*values, function.__defaults__, function.__kwdefaults__]
+        values = [each.value(name) for each in spaces for name in each.names]
+        return [*values, *vars(function).values(), function.__defaults__, function.__kwdefaults__]
 
     def _globals(self, function: FunctionType) -> list[Names]:
         """Return the global variables that a function names, including those of the user's other files."""
-        names, attributes = _names_in(function.__code__)
-        space = function.__globals__
-        named = [name for name in names if name in space]
-        self.iterators += [f"the global variable {name}" for name in named if _is_iterator(space[name])]
-        found = [Names(function, named, space.__getitem__, space.__setitem__)]
-        files, seen = [space[name] for name in named], set()
+        used, space = names_in(function.__code__), function.__globals__
+        named = [name for name in used.variables if name in space]
+        missing = [name for name in used.stored if name not in space]
+        once = [name for name in named if kind_of(type(space[name])) is Kind.ITERATOR]
+        self.iterators += [f"the global variable {name}" for name in once if self._is_new(space[name])]
+        delete = space.__delitem__
+        found = [Names(function, [*named, *missing], space.__getitem__, space.__setitem__, delete=delete)]
+        for module, name, value, assigned in chains_of(function):
+            if value is _decimal_context():
+                self._walk(value(), name, 0, own=False)
+            elif value is sys.modules:
+                self._walk(sys.modules.get(function.__module__), name, 0, own=False)
+            elif isinstance(value, (*CONTAINERS, type(os.environ))):
+                self._walk(value, name, 0, own=False)
+            elif assigned:
+                found.append(Names(module, [name], partial(getattr, module), partial(setattr, module)))
+        files, seen = [space[name] for name in named] + imported(used.imported, space), set()
         while files:
             file = files.pop()
-            if isinstance(file, ModuleType) and id(file) not in seen and not _is_installed(file.__name__):
+            if isinstance(file, ModuleType) and id(file) not in seen and not is_installed(file.__name__):
                 seen.add(id(file))
                 held = vars(file)
-                inside = [each for each in attributes if each in held]
+                inside = [each for each in used.attributes if each in held]
                 found.append(Names(file, inside, held.__getitem__, held.__setitem__))
                 files += [held[each] for each in inside]
         return found
 
+    def _held_files(self) -> None:
+        """Search the variables of modules of Python that are held, as far as any function names them."""
+        seen: set[tuple[int, str]] = set()
+        while self._files:
+            used = set().union(*(names_in(each.__code__).attributes for each in self.functions))
+            new = [(f, n) for f in self._files for n in used & vars(f).keys() if (id(f), n) not in seen]
+            if not new:
+                return
+            for file, name in new:
+                seen.add((id(file), name))
+                held = vars(file)
+                self.names.append(Names(file, [name], held.__getitem__, held.__setitem__))
+                self._walk(held[name], name, _DEEP, own=False)
 
-def _is_iterator(value: Any) -> bool:
-    return isinstance(value, Iterator) and not isinstance(value, io.IOBase)
-
-
-def _is_state(owner: Any, name: str, value: Any) -> bool:
-    if (isinstance(owner, type) and name[:2] == "__") or isinstance(value, nn.Parameter):
-        return False
-    return isinstance(value, _STATE) or is_numpy_generator(value) or is_array(value)
-
-
-def is_numpy_generator(value: Any) -> bool:
-    """True for a ``Generator``, ``RandomState`` or ``BitGenerator`` of NumPy. Does not import it."""
-    numpy: Any = sys.modules.get("numpy.random")
-    return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState, numpy.BitGenerator))
-
-
-def numpy_state(value: Any) -> Any:
-    """Return the state of one of NumPy's generators; a RandomState has a normal number left over, too."""
-    if hasattr(value, "get_state"):
-        return value.get_state(legacy=False)
-    return getattr(value, "bit_generator", value).state
-
-
-def set_numpy_state(value: Any, state: Any) -> None:
-    """Give one of NumPy's generators a state that it had."""
-    if hasattr(value, "set_state"):
-        value.set_state(state)
-    else:
-        getattr(value, "bit_generator", value).state = state
+    def _log_handlers(self) -> None:
+        """Search what the handlers of log records keep in memory; not their files."""
+        for names in names_of_handlers():
+            self.names.append(names)
+            for name in names.names:
+                held = names.value(name)
+                if not isinstance(held, io.IOBase) or isinstance(held, (io.StringIO, io.BytesIO)):
+                    self._walk(held, f"{type(names.owner).__name__}.{name}", _DEEP, own=False)
 
 
-def is_array(value: Any) -> bool:
-    """True for a NumPy array that can be written into. Does not import NumPy."""
-    numpy: Any = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray) and value.flags.writeable
-
-
-def _attributes(owner: Any) -> Names:
-    held = vars(owner)
-    return Names(owner, [], held.__getitem__, held.__setitem__, held)
-
-
-def _set_variable(variable: ContextVar[Any], _: str, value: Any) -> None:
-    variable.set(value)
+_BY_KIND: dict[Kind, Callable[[Reachable, Any, str, int, bool], None]] = {
+    Kind.NOTHING: Reachable._nothing,
+    Kind.FILE: Reachable._file,
+    Kind.TENSOR: Reachable._tensor,
+    Kind.CONTAINER: Reachable._container,
+    Kind.ARRAY: Reachable._array,
+    Kind.IN_PLACE: Reachable._in_place,
+    Kind.CALLABLE: Reachable._callable,
+    Kind.BOUND: Reachable._bound,
+    Kind.CACHE: Reachable._cache,
+    Kind.REFERENCE: Reachable._reference,
+    Kind.THROUGH: Reachable._through,
+    Kind.CHANGING: Reachable._changing,
+    Kind.ITERATOR: Reachable._iterator,
+    Kind.VARIABLE: Reachable._variable,
+    Kind.OPTIMIZER: Reachable._optimizer,
+    Kind.OBJECT: Reachable._entered,
+}
 
 
 def _fill(cells: dict[str, CellType], name: str, value: Any) -> None:
     cells[name].cell_contents = value
 
 
-def _is_entered(cls: type, own: bool) -> bool:
-    if cls.__module__ in _WRAPPERS or issubclass(cls, _PLACES):
-        return True
-    return cls.__module__.partition(".")[0] not in _TOOLS and (own or not _is_installed(cls.__module__))
+def _decimal_context() -> Any:
+    return getattr(sys.modules.get("decimal"), "getcontext", Names)
 
 
-@functools.cache
-def _is_installed(module: str) -> bool:
-    """True for a module that is not the user's own code: of an installed package or the standard library."""
-    top = module.partition(".")[0]
-    file = getattr(sys.modules.get(top), "__file__", None) or ""
-    return top in _TOOLS or top in sys.stdlib_module_names or "-packages" in file
-
-
-@functools.lru_cache(4096)
-def _names_in(code: CodeType) -> tuple[list[str], list[str]]:
-    """Return the global names that a function and its inner functions use, and all names of attributes."""
-    inner = [_names_in(each) for each in code.co_consts if isinstance(each, CodeType)]
-    own = {each.argval for each in dis.get_instructions(code) if each.opname.endswith(("_GLOBAL", "_NAME"))}
-    attributes = set(code.co_names).union(*(attributes for _, attributes in inner))
-    return sorted(own.union(*(names for names, _ in inner))), sorted(attributes)
+def _standard_files() -> list[Any]:
+    return [sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__]

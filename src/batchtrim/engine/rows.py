@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from batchtrim.engine.memory import clones, write_values
-from batchtrim.engine.reachable import is_array
+from batchtrim.engine.memory import clones, is_array, write_values
 from batchtrim.errors import EngineRefused
 
 __all__ = ["RowCutter", "copied", "entries", "map_tensors", "restore_values", "tensors_of"]

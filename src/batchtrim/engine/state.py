@@ -6,43 +6,27 @@ everything as the first run left it, as one plain step would.
 
 from __future__ import annotations
 
-import enum
-import io
 import itertools
-import random
 import sys
-from array import array
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import date, time, timedelta
-from decimal import Decimal
-from fractions import Fraction
 from operator import is_not
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from batchtrim.engine.contents import copy_of, put_back, relative_difference, same_contents, same_value
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.memory import SharedMemory, write_values
-from batchtrim.engine.reachable import (
-    HOOKS,
-    Names,
-    Reachable,
-    is_array,
-    is_numpy_generator,
-    numpy_state,
-    set_numpy_state,
-)
+from batchtrim.engine.reachable import HOOKS, Names, Reachable
 from batchtrim.engine.rows import copied, entries, restore_values, tensors_of
 
 if TYPE_CHECKING:
     from batchtrim.engine.forward import Forward
 
 __all__ = [
-    "TAKEN_TWICE",
     "ModelState",
     "Snapshot",
     "caches_left",
@@ -56,9 +40,6 @@ __all__ = [
     "without_graph",
 ]
 
-TAKEN_TWICE = "it holds an iterator ({}), of which a second forward would take the next value"
-# immutable values whose repr tells them apart
-_WRITTEN_IN_FULL = (Fraction, Decimal, date, time, timedelta, enum.Enum, range, slice, torch.dtype, torch.device)
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -74,7 +55,7 @@ def caches_left() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(caching)
-        _put_back(parametrize._cache, made)
+        put_back(parametrize._cache, made)
 
 
 @contextmanager
@@ -139,12 +120,12 @@ class ModelState:
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
         self.roots = roots
         held = Reachable(*roots, passed=passed)
-        self.modules, self.watched, self.iterators = held.modules, held.watched, held.iterators
+        self.modules, self.watched, self.lasting = held.modules, held.watched, held.lasting
         self.modes = [(module, module.training) for module in self.modules]
         swaps = any(is_sharded(module) for module in self.modules)  # FSDP exchanges parameters itself, for its backward
         kinds = ("_modules",) if swaps else ("_modules", "_parameters", *HOOKS)
         parts = [vars(module).get(kind) for module in self.modules for kind in kinds]
-        self.parts = [(each, dict(each)) for each in parts if each is not None]
+        self.parts = [(each, dict(each)) for each in parts if isinstance(each, dict)]  # not of a script module
         self.buffers = [
             (module, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in self.modules
@@ -154,7 +135,7 @@ class ModelState:
         self.names = [(names, names.state()) for names in (*held.names, *held.of_tensors)]
         tensors = [] if swaps else [names.owner for names in held.of_tensors]
         self.hooks = [(tensor, kind, dict(getattr(tensor, kind) or {})) for tensor in tensors for kind in _TENSOR_HOOKS]
-        self.contents = [(value, _copy_of(value)) for value in held.contents]
+        self.contents = [(value, copy_of(value)) for value in held.contents]
 
     def restore(self, modes: bool = True) -> None:
         """Restore everything, in place if it is still the same object; ``modes``: training and evaluation too."""
@@ -180,7 +161,7 @@ class ModelState:
             if buffer is not None and value is not None:
                 write_values(buffer, value)  # bypass autograd, which may have saved the buffer, not for its value
         for value, copy in self.contents:
-            _put_back(value, copy)
+            put_back(value, copy)
         for module, training in self.modes if modes else ():
             if module.training is not training:
                 module.training = training
@@ -222,7 +203,7 @@ class ModelState:
             for name in ours.keys() | theirs.keys():
                 a, b = ours.get(name), theirs.get(name)
                 simple = isinstance(a, numbers) or isinstance(b, numbers)
-                if simple and not _same_value(a, b, 0.0):
+                if simple and not same_value(a, b, 0.0):
                     found.append(f"{type(names.owner).__name__}.{name}")
         return found
 
@@ -235,11 +216,11 @@ class ModelState:
         theirs = {(id(names.owner), name): value for names, noted in other.names for name, value in noted.items()}
         for names, noted in self.names:
             for name, value in noted.items():
-                if not _same_value(value, theirs.get((id(names.owner), name)), apart):
+                if not same_value(value, theirs.get((id(names.owner), name)), apart):
                     return f"{getattr(names.owner, '__name__', type(names.owner).__name__)}.{name}"
         contents = {id(value): copy for value, copy in other.contents}
         for value, copy in self.contents:
-            if not _same_contents(copy, found := contents.get(id(value), copy), apart):
+            if not same_contents(copy, found := contents.get(id(value), copy), apart):
                 kind, same = type(value).__name__, isinstance(copy, dict) and copy.keys() == found.keys()
                 if same and list(copy) != list(found):  # no trace moves entries of an OrderedDict to its end
                     return f"order of the {kind} that it holds {tuple(copy)[:8]}"
@@ -271,7 +252,7 @@ class Snapshot:
 
     def restore(self, *, modes: bool = True, batch: bool = False) -> None:
         """Restore the model and the generators, and the batch if asked."""
-        _put_back(parametrize._cache, self.made)
+        put_back(parametrize._cache, self.made)
         self.model.restore(modes)
         self.generators.restore()
         if batch:
@@ -279,87 +260,6 @@ class Snapshot:
             restore_values(*self._tensors)
 
     @property
-    def iterators(self) -> list[str]:
-        """Descriptions of the iterators that the model and the batch hold."""
-        return [*self.model.iterators, *(f"the batch: {name}" for name in self.given.iterators)]
-
-
-def relative_difference(exact: Tensor, other: Tensor) -> float:
-    """Return ``||exact - other|| / ||exact||``; inf if shapes differ, 0 if both are not finite in the same way."""
-    if exact.shape != other.shape:
-        return float("inf")
-    if torch.equal(exact, other):
-        return 0.0
-    exact, other = exact.double(), other.double()
-    scale = float(exact.norm())
-    difference = float((exact - other).norm())
-    return difference / scale if scale else difference
-
-
-def _same_value(a: Any, b: Any, apart: float) -> bool:
-    """Return True if two values are the same up to rounding; what has contents of its own is not entered."""
-    if a is b:
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        strided = a.layout == b.layout == torch.strided
-        return a.shape == b.shape and bool(not strided or relative_difference(a.detach(), b.detach()) <= apart)
-    if type(a) is not type(b):  # True is not 1, and 1 is not 1.0
-        return False
-    base: Any
-    for base in (float, complex):  # as written, 0.0 is not -0.0, and NaN is NaN
-        if isinstance(a, base):
-            return base.__repr__(a) == base.__repr__(b)
-    for base in (int, str, bytes):  # past an == of the value's own class
-        if isinstance(a, base):
-            return base.__eq__(a, b)
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(_same_value(*pair, apart) for pair in zip(a, b, strict=True))
-    return not isinstance(a, _WRITTEN_IN_FULL) or repr(a) == repr(b)
-
-
-def _same_contents(a: Any, b: Any, apart: float) -> bool:
-    """Return True if two copies of one thing's contents are the same up to rounding."""
-    if isinstance(a, dict):  # the state of a NumPy generator too
-        return list(a) == list(b) and all(_same_value(value, b[key], apart) for key, value in a.items())
-    if isinstance(a, (list, deque)):
-        return len(a) == len(b) and all(_same_value(*pair, apart) for pair in zip(a, b, strict=True))
-    if isinstance(a, set):
-        return len(a) == len(b)
-    if is_array(a):
-        return a.shape == b.shape and bool(((a == b) | (a != a)).all())
-    return _same_value(a, b, apart) if isinstance(a, Tensor) else bool(a == b)
-
-
-def _copy_of(value: Any) -> Any:
-    """Return a copy of what may change in place; of a container, only its entries."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if is_numpy_generator(value):
-        return numpy_state(value)
-    if isinstance(value, (io.StringIO, io.BytesIO)):
-        return value.__getstate__()  # its text or bytes, and the position
-    return value[:] if isinstance(value, (bytearray, array)) else value.copy()
-
-
-def _put_back(value: Any, copy: Any) -> None:
-    if isinstance(value, Tensor):
-        write_values(value, copy)
-    elif isinstance(value, torch.Generator):
-        value.set_state(copy)
-    elif isinstance(value, random.Random):
-        value.setstate(copy)
-    elif is_numpy_generator(value):
-        set_numpy_state(value, copy)
-    elif is_array(value):
-        value[...] = copy
-    elif isinstance(value, (io.StringIO, io.BytesIO)):
-        cast(Any, value).__setstate__(copy)
-    elif isinstance(value, (bytearray, array)):
-        value[:] = copy
-    else:
-        value.clear()
-        value.extend(copy) if isinstance(value, (list, deque)) else value.update(copy)
+    def lasting(self) -> str | None:
+        """Why a second forward cannot start where the first did, or None."""
+        return self.model.lasting or (f"in the batch, {self.given.lasting}" if self.given.lasting else None)

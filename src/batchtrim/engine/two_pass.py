@@ -13,10 +13,10 @@ from batchtrim.engine.batch import StepResult, kept_loss, padded_rows
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward
-from batchtrim.engine.probe import Probe, Tolerance
+from batchtrim.engine.probe import Probe, Tolerance, restored
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import TAKEN_TWICE, Snapshot, is_lazy, uncompiled_calls, without_graph
+from batchtrim.engine.state import Snapshot, is_lazy, uncompiled_calls, without_graph
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -77,8 +77,8 @@ class TwoPassEngine:
         if not self.approximate and (reason := redrawn(self.forward)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
         before = Snapshot(self.forward, x, y)
-        if before.iterators:
-            raise EngineRefused(_CANNOT.format(TAKEN_TWICE.format(before.iterators[0])))
+        if before.lasting is not None:
+            raise EngineRefused(_CANNOT.format(before.lasting))
         if not self.looked_for_writes:
             self._look_for_writes(before, x, y)
         losses, outputs = self._first_pass(before, x, y)
@@ -144,7 +144,8 @@ class TwoPassEngine:
         try:
             return self._train_on_kept(x, y, selection, first)
         except EngineRefused as refused:
-            raise EngineRefused(_CANNOT.format(refused), selection) from refused.__cause__
+            reason = (first and self._other_losses(*first)) or refused
+            raise EngineRefused(_CANNOT.format(reason), selection) from refused.__cause__
 
     def _train_on_kept(self, x: Any, y: Any, selection: Selection, first: tuple[Snapshot, Tensor] | None) -> Tensor:
         before, scored = first or (Snapshot(self.forward, x, y), None)
@@ -166,6 +167,20 @@ class TwoPassEngine:
         if scored is not None:
             self._compare(kept.values[: selection.k].detach(), scored, selection, before, drawn, normed)
         return kept_loss(kept, selection, self.trim)
+
+    def _other_losses(self, before: Snapshot, scored: Tensor) -> str | None:
+        """Return a reason if the whole batch has other losses when it runs again from the same state."""
+        try:
+            with restored(before), without_graph():
+                again = self.forward(*copied((before.x, before.y)), model=self.forward.inner)[0].values
+            self.tolerance.compare(again, scored, torch.arange(len(scored), device=scored.device), before)
+        except EngineRefused:
+            return (
+                "its losses change when it runs again from the same state: it keeps state elsewhere, or draws numbers"
+            )
+        except Exception:  # what was found first is the reason
+            return None
+        return None
 
     def _look_for_graphs(self) -> None:
         """Refuse a model that keeps a tensor of its graph: a loss term from it would have no gradient."""

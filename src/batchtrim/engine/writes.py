@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batchtrim.engine.operator_mode import OperatorMode
 from batchtrim.engine.reachable import Reachable
-from batchtrim.engine.state import TAKEN_TWICE, compiled_part, is_sharded
+from batchtrim.engine.state import compiled_part, is_sharded
 from batchtrim.errors import EngineRefused
 
 __all__ = ["ParameterWrites", "known_to_write", "memory_of", "writes_undone"]
@@ -115,9 +115,9 @@ def writes_undone(model: nn.Module) -> Iterator[ParameterWrites]:
     known = _written.get(model)
     watched = known is None and compiled_part(model) is None
     held = Reachable(model)
-    if held.iterators:
+    if held.lasting is not None:
         raise EngineRefused(
-            f"a second pass over the window cannot start where the first did: {TAKEN_TWICE.format(held.iterators[0])}. "
+            f"a second pass over the window cannot start where the first did: {held.lasting}. "
             "Trim each micro-batch by itself (over='micro'), with engine='exact'"
         )
     writes = ParameterWrites(model, None if known is None and not watched else known or (), held.watched)

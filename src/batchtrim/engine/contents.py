@@ -1,0 +1,204 @@
+"""What can change in place and can be put back: copy it, compare two copies, write a copy back."""
+
+from __future__ import annotations
+
+import enum
+import io
+import os
+import random
+import sys
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from batchtrim.engine.memory import is_array, write_values
+
+__all__ = [
+    "copy_of",
+    "in_place",
+    "is_numpy_generator",
+    "is_numpy_generator_class",
+    "put_back",
+    "relative_difference",
+    "same_contents",
+    "same_value",
+]
+
+# immutable values whose repr tells them apart
+_WRITTEN_IN_FULL = (Fraction, Decimal, date, time, timedelta, enum.Enum, range, slice, torch.dtype, torch.device)
+
+
+def is_numpy_generator(value: Any) -> bool:
+    """True for a ``Generator``, ``RandomState`` or ``BitGenerator`` of NumPy. Does not import it."""
+    return is_numpy_generator_class(type(value))
+
+
+def is_numpy_generator_class(cls: type) -> bool:
+    """True for the classes of NumPy's generators of random numbers."""
+    numpy: Any = sys.modules.get("numpy.random")
+    return numpy is not None and issubclass(cls, (numpy.Generator, numpy.RandomState, numpy.BitGenerator))
+
+
+def in_place(cls: type) -> bool:
+    """True for classes of rarely imported modules whose objects :func:`copy_of` and :func:`put_back` know."""
+    return cls is memoryview or any(issubclass(cls, each) for each in _rare())
+
+
+def _rare() -> Iterator[type]:
+    """Yield those classes that are imported: mapped files, C data, contexts of decimal numbers."""
+    for module, name in (("mmap", "mmap"), ("_ctypes", "_SimpleCData"), ("_ctypes", "Structure"), ("_ctypes", "Union"),
+                         ("_ctypes", "Array"), ("decimal", "Context")):  # fmt: skip
+        if module in sys.modules:
+            yield getattr(sys.modules[module], name)
+
+
+def _numpy_state(value: Any) -> Any:
+    """Return the state of one of NumPy's generators; a RandomState has a normal number left over, too."""
+    if hasattr(value, "get_state"):
+        return value.get_state(legacy=False)
+    return getattr(value, "bit_generator", value).state
+
+
+def _set_numpy_state(value: Any, state: Any) -> None:
+    """Give one of NumPy's generators a state that it had."""
+    if hasattr(value, "set_state"):
+        value.set_state(state)
+    else:
+        getattr(value, "bit_generator", value).state = state
+
+
+def relative_difference(exact: Tensor, other: Tensor) -> float:
+    """Return ``||exact - other|| / ||exact||``; inf if shapes differ, 0 if both are not finite in the same way."""
+    if exact.shape != other.shape:
+        return float("inf")
+    if torch.equal(exact, other):
+        return 0.0
+    exact, other = exact.double(), other.double()
+    scale = float(exact.norm())
+    difference = float((exact - other).norm())
+    return difference / scale if scale else difference
+
+
+def same_value(a: Any, b: Any, apart: float) -> bool:
+    """Return True if two values are the same up to rounding; what has contents of its own is not entered."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        strided = a.layout == b.layout == torch.strided
+        return a.shape == b.shape and bool(not strided or relative_difference(a.detach(), b.detach()) <= apart)
+    if type(a) is not type(b):  # True is not 1, and 1 is not 1.0
+        return False
+    base: Any
+    for base in (float, complex):  # as written, 0.0 is not -0.0, and NaN is NaN
+        if isinstance(a, base):
+            return base.__repr__(a) == base.__repr__(b)
+    for base in (int, str, bytes):  # past an == of the value's own class
+        if isinstance(a, base):
+            return base.__eq__(a, b)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(same_value(*pair, apart) for pair in zip(a, b, strict=True))
+    return not isinstance(a, _WRITTEN_IN_FULL) or repr(a) == repr(b)
+
+
+def same_contents(a: Any, b: Any, apart: float) -> bool:
+    """Return True if two copies of one thing's contents are the same up to rounding."""
+    if isinstance(a, dict):  # the state of a NumPy generator too
+        return list(a) == list(b) and all(same_value(value, b[key], apart) for key, value in a.items())
+    if isinstance(a, (list, deque)):
+        return len(a) == len(b) and all(same_value(*pair, apart) for pair in zip(a, b, strict=True))
+    if isinstance(a, set):
+        return len(a) == len(b)
+    if is_array(a):
+        return a.shape == b.shape and bool(((a == b) | (a != a)).all())
+    return same_value(a, b, apart) if isinstance(a, Tensor) else bool(a == b)
+
+
+def copy_of(value: Any) -> Any:
+    """Return a copy of what may change in place; of a container, only its entries."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if is_numpy_generator(value):
+        return _numpy_state(value)
+    if isinstance(value, (io.StringIO, io.BytesIO)):
+        return value.__getstate__()  # its text or bytes, and the position
+    if isinstance(value, type(os.environ)):
+        return dict(value)
+    if isinstance(value, memoryview):
+        return value.tobytes()
+    if in_place(type(value)):
+        return _copy_of_rare(value)
+    return value[:] if isinstance(value, (bytearray, array)) else value.copy()
+
+
+def put_back(value: Any, copy: Any) -> None:
+    """Write a copy that :func:`copy_of` returned back."""
+    if isinstance(value, Tensor):
+        write_values(value, copy)
+    elif isinstance(value, torch.Generator):
+        value.set_state(copy)
+    elif isinstance(value, random.Random):
+        value.setstate(copy)
+    elif is_numpy_generator(value):
+        _set_numpy_state(value, copy)
+    elif is_array(value):
+        value[...] = copy
+    elif isinstance(value, (io.StringIO, io.BytesIO)):
+        cast(Any, value).__setstate__(copy)
+    elif isinstance(value, (bytearray, array)):
+        if value != copy:  # one with a memoryview cannot change its size
+            value[:] = copy
+    elif isinstance(value, type(os.environ)):
+        _put_back_variables(value, copy)
+    elif isinstance(value, memoryview):
+        value.cast("B")[:] = copy
+    elif in_place(type(value)):
+        _put_back_rare(value, copy)
+    else:
+        value.clear()
+        value.extend(copy) if isinstance(value, (list, deque)) else value.update(copy)
+
+
+def _put_back_variables(value: Any, copy: dict[str, str]) -> None:
+    for name in [name for name in value if name not in copy]:
+        del value[name]
+    for name, text in copy.items():
+        if value.get(name) != text:
+            value[name] = text
+
+
+_OF_DECIMAL = ("prec", "rounding", "Emin", "Emax", "capitals", "clamp")
+
+
+def _copy_of_rare(value: Any) -> Any:
+    if type(value).__module__ == "decimal" or hasattr(value, "clear_flags"):
+        return [getattr(value, name) for name in _OF_DECIMAL], dict(value.flags), dict(value.traps)
+    if hasattr(value, "tell"):  # a mapped file
+        return value[:], value.tell()
+    return bytes(value)
+
+
+def _put_back_rare(value: Any, copy: Any) -> None:
+    if type(value).__module__ == "decimal" or hasattr(value, "clear_flags"):
+        for name, was in zip(_OF_DECIMAL, copy[0], strict=True):
+            setattr(value, name, was)
+        for signals, noted in ((value.flags, copy[1]), (value.traps, copy[2])):
+            for signal, was in noted.items():
+                signals[signal] = was
+    elif hasattr(value, "tell"):
+        if value[:] != copy[0]:
+            value[:] = copy[0]
+        value.seek(copy[1])
+    else:
+        ctypes: Any = sys.modules["ctypes"]
+        ctypes.memmove(ctypes.addressof(value), copy, len(copy))
