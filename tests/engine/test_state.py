@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import random
 from collections import deque
 from collections.abc import Callable
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim import per_sample
+from batchtrim.engine.contents import same_contents
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.state import ModelState, is_lazy, modules_of
 from batchtrim.engine.writes import ParameterWrites
@@ -85,6 +89,10 @@ class NeverEqual(int):
     [
         (0.0, -0.0), (complex(1, 0.0), complex(1, -0.0)), (math.nan, 1.0), (1.0, math.nan), (True, 1), (1, 1.0),
         ((0, 1), (0, 2)), ((0.0,), (-0.0,)), (Fraction(1, 2), Fraction(1, 3)), (NeverEqual(1), NeverEqual(2)),
+        (np.int64(1), np.int64(2)), (np.float32(0), np.float32(-0.0)), (np.bool_(True), np.bool_(False)),
+        (np.datetime64("2020"), np.datetime64("2021")), (frozenset("ab"), frozenset("ac")), (range(3), range(4)),
+        ((frozenset((1,)),), (frozenset((True,)),)), (timedelta(1), timedelta(2)), (Path("a"), Path("b")),
+        (slice(1), slice(2)), (1j, 2j), (b"a", b"b"),
     ],
 )  # fmt: skip
 def test_another_value_is_seen(was: Any, now: Any) -> None:
@@ -93,7 +101,40 @@ def test_another_value_is_seen(was: Any, now: Any) -> None:
     before = ModelState(model)
     model.value = now
     assert before.unlike(ModelState(model), math.inf) == "Linear.value"
-    assert isinstance(was, (tuple, Fraction)) or before.other_attributes(ModelState(model)) == ["Linear.value"]
+    if isinstance(was, (int, float, complex, str)):
+        assert before.other_attributes(ModelState(model)) == ["Linear.value"]
+
+
+def _array(values: Any, dtype: Any = None) -> Any:
+    return np.array(values, dtype)
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ({1, 2}, {1, 3}), ({1}, {True}), ({"a": 1, "b": 2}, {"b": 2, "a": 1}), ({"a": 1}, {"b": 1}), ([1, 2], [2, 1]),
+        ({1: 0}, {True: 0}), (deque([1, 2]), deque([2, 1])), ([[1]], [[2]]), ({"a": {"b": 1}}, {"a": {"b": 2}}),
+        (_array([0.0]), _array([-0.0])), (_array([math.nan]), _array([1.0])), (_array(["a"]), _array(["b"])),
+        (_array([(1, 2.0)], "i4,f8"), _array([(1, 3.0)], "i4,f8")),
+        (_array([[1], 2], object), _array([[1], 3], object)),
+        (_array([1], "i4"), _array([1], "i8")), (_array("2020", "M8[Y]"), _array("2021", "M8[Y]")),
+    ],
+)  # fmt: skip
+def test_other_contents_are_seen_in_place_and_in_a_new_object(was: Any, now: Any) -> None:
+    assert not same_contents(was, now, math.inf)
+    assert same_contents(was, copy.copy(was), 0.0)
+    model = nn.Linear(2, 2)
+    model.value = copy.copy(was)
+    before = ModelState(model)
+    model.value = now
+    assert before.unlike(ModelState(model), math.inf) == "Linear.value"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: {math.nan, "a"}, lambda: _array([float("nan"), 1]), lambda: {float("nan"): float("nan")}]
+)
+def test_the_same_contents_made_anew_are_no_change(make: Callable[[], Any]) -> None:
+    assert same_contents(make(), make(), 0.0)
 
 
 @pytest.mark.parametrize("make", [lambda: float("nan"), lambda: NeverEqual(1), lambda: (float("nan"), 1)])

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import PurePath
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,9 @@ __all__ = [
 ]
 
 # immutable values whose repr tells them apart
-_WRITTEN_IN_FULL = (Fraction, Decimal, date, time, timedelta, enum.Enum, range, slice, torch.dtype, torch.device)
+_WRITTEN_IN_FULL = (
+    Fraction, Decimal, date, time, timedelta, enum.Enum, range, slice, torch.dtype, torch.device, PurePath,
+)  # fmt: skip
 
 
 def is_numpy_generator(value: Any) -> bool:
@@ -86,8 +89,13 @@ def relative_difference(exact: Tensor, other: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def same_value(a: Any, b: Any, apart: float) -> bool:
-    """Return True if two values are the same up to rounding; what has contents of its own is not entered."""
+def same_value(a: Any, b: Any, apart: float, deep: int = 4) -> bool:
+    """Return True if two values are the same up to rounding of tensors; objects are not entered.
+
+    Args:
+        apart: how far tensors may differ, relative to their norm.
+        deep: levels of containers to enter.
+    """
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -95,6 +103,9 @@ def same_value(a: Any, b: Any, apart: float) -> bool:
         return a.shape == b.shape and bool(not strided or relative_difference(a.detach(), b.detach()) <= apart)
     if type(a) is not type(b):  # True is not 1, and 1 is not 1.0
         return False
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and isinstance(a, numpy.generic):
+        return a.dtype == b.dtype and _same_array(numpy.asarray(a), numpy.asarray(b), apart)
     base: Any
     for base in (float, complex):  # as written, 0.0 is not -0.0, and NaN is NaN
         if isinstance(a, base):
@@ -102,22 +113,50 @@ def same_value(a: Any, b: Any, apart: float) -> bool:
     for base in (int, str, bytes):  # past an == of the value's own class
         if isinstance(a, base):
             return base.__eq__(a, b)
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(same_value(*pair, apart) for pair in zip(a, b, strict=True))
+    if isinstance(a, (tuple, frozenset, list, dict, set, deque)) or (
+        numpy is not None and isinstance(a, numpy.ndarray)
+    ):
+        return not deep or same_contents(a, b, apart, deep - 1)
     return not isinstance(a, _WRITTEN_IN_FULL) or repr(a) == repr(b)
 
 
-def same_contents(a: Any, b: Any, apart: float) -> bool:
-    """Return True if two copies of one thing's contents are the same up to rounding."""
+def same_contents(a: Any, b: Any, apart: float, deep: int = 4) -> bool:
+    """Return True if two copies of one thing's contents are the same up to rounding of tensors."""
     if isinstance(a, dict):  # the state of a NumPy generator too
-        return list(a) == list(b) and all(same_value(value, b[key], apart) for key, value in a.items())
-    if isinstance(a, (list, deque)):
-        return len(a) == len(b) and all(same_value(*pair, apart) for pair in zip(a, b, strict=True))
-    if isinstance(a, set):
-        return len(a) == len(b)
-    if is_array(a):
-        return a.shape == b.shape and bool(((a == b) | (a != a)).all())
-    return same_value(a, b, apart) if isinstance(a, Tensor) else bool(a == b)
+        if len(a) != len(b) or not _same_keys(list(a), list(b)):
+            return False
+        return all(same_value(*pair, apart, deep) for pair in zip(a.values(), b.values(), strict=True))
+    if isinstance(a, (list, tuple, deque)):
+        return len(a) == len(b) and all(same_value(*pair, apart, deep) for pair in zip(a, b, strict=True))
+    if isinstance(a, (set, frozenset)):
+        return len(a) == len(b) and _members(a) == _members(b)
+    if hasattr(a, "dtype") and hasattr(a, "tobytes"):
+        return _same_array(a, b, apart)
+    if isinstance(a, array):
+        return a.tobytes() == b.tobytes()
+    return same_value(a, b, apart, deep) if isinstance(a, Tensor) else bool(a == b)
+
+
+def _same_keys(a: list[Any], b: list[Any]) -> bool:
+    return all(x is y or (type(x) is type(y) and (x == y or x != x)) for x, y in zip(a, b, strict=True))
+
+
+def _members(values: Any) -> set[Any]:
+    """Return the members of a set that are plain values, as written; of others, only their number is compared."""
+    return {(type(each), repr(each)) for each in values if isinstance(each, (int, float, complex, str, bytes, tuple))}
+
+
+def _same_array(a: Any, b: Any, apart: float) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.dtype.hasobject:
+        return a.dtype.names is not None or same_contents(a.ravel().tolist(), b.ravel().tolist(), apart)
+    if a.tobytes() == b.tobytes():
+        return True
+    if a.dtype.kind != "f":  # of a record, what lies between its fields may differ
+        return a.dtype.names is not None and bool((a == b).all())
+    numpy: Any = sys.modules["numpy"]
+    return bool((((a == b) & (numpy.signbit(a) == numpy.signbit(b))) | ((a != a) & (b != b))).all())
 
 
 def copy_of(value: Any) -> Any:

@@ -100,8 +100,10 @@ class Tolerance:
             if a is not None and b is not None
         ]
         total = sum(float(a.double().norm()) ** 2 for _, a, _ in pairs) ** 0.5
+        kinds = {(a.dtype, a.device): a for _, a, _ in pairs}
+        dtypes = {kind: self.coarsest or self._dtype(a) for kind, a in kinds.items()}  # each looks at all parameters
         for name, a, b in pairs:
-            apart = tolerance[self.coarsest or self._dtype(a)]
+            apart = tolerance[dtypes[a.dtype, a.device]]
             off, size = float((a - b).double().norm()), float(a.double().norm())
             if off > apart * max(size, 0.01 * total):
                 raise EngineRefused(

@@ -57,7 +57,7 @@ class Reachable:
     Attributes:
         modules: each module once.
         names: of modules, and of the objects, classes and functions reached from them.
-        of_tensors: of parameters, buffers and all other tensors found.
+        of_tensors: parameters, buffers and all other tensors found, whose attributes may change too.
         contents: objects that can change in place, including tensors that are neither parameters nor buffers.
         watched: tensors that are too large to copy in every step, or do not belong to the model: parameters that the
             first root does not list, and tensors that functions name.
@@ -72,7 +72,7 @@ class Reachable:
     def __init__(self, *roots: Any, passed: Iterable[Any] = ()) -> None:
         self.modules: list[nn.Module] = []
         self.names: list[Names] = []
-        self.of_tensors: list[Names] = []
+        self.of_tensors: list[Tensor] = []
         self.contents: list[Any] = []
         self.watched: list[Tensor] = []
         self.iterators: list[str] = []
@@ -120,7 +120,7 @@ class Reachable:
         if value.grad_fn is not None:
             self.with_graph.append(name)
         (self.contents if own and not isinstance(value, nn.Parameter) else self.watched).append(value)
-        self.of_tensors.append(attributes_of(value))
+        self.of_tensors.append(value)
 
     def _array(self, value: Any, name: str, deep: int, own: bool) -> None:
         if is_array(value) or not hasattr(value, "dtype"):
@@ -232,7 +232,7 @@ class Reachable:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             self._is_new(tensor)
             if tensor is not None:
-                self.of_tensors.append(attributes_of(tensor))
+                self.of_tensors.append(tensor)
         held = vars(module)
         for hook in [hook for hooks in HOOKS if held.get(hooks) for hook in held[hooks].values()]:
             self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)

@@ -6,6 +6,7 @@ everything as the first run left it, as one plain step would.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,13 +15,14 @@ from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from batchtrim.engine.contents import copy_of, put_back, relative_difference, same_contents, same_value
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.memory import SharedMemory, write_values
-from batchtrim.engine.reachable import HOOKS, Names, Reachable
+from batchtrim.engine.names import Names, attributes_of
+from batchtrim.engine.reachable import HOOKS, Reachable
 from batchtrim.engine.rows import copied, entries, restore_values, tensors_of
 
 if TYPE_CHECKING:
@@ -86,7 +88,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 def is_sharded(module: nn.Module) -> bool:
     """Return True if a module gathers its parameters in every forward (FSDP), which gives them other memory."""
-    return any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__)
+    return _is_sharded(type(module))
+
+
+@functools.lru_cache(4096)
+def _is_sharded(cls: type) -> bool:
+    return any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in cls.__mro__)
 
 
 def is_lazy(model: nn.Module) -> bool:
@@ -125,16 +132,25 @@ class ModelState:
         swaps = any(is_sharded(module) for module in self.modules)  # FSDP exchanges parameters itself, for its backward
         kinds = ("_modules",) if swaps else ("_modules", "_parameters", *HOOKS)
         parts = [vars(module).get(kind) for module in self.modules for kind in kinds]
-        self.parts = [(each, dict(each)) for each in parts if isinstance(each, dict)]  # not of a script module
+        own = [each for each in parts if isinstance(each, dict)]  # not of a script module
+        self.parts = [(each, dict(each)) for each in own if each]
+        self.empty_parts = [each for each in own if not each]  # as are the hooks of most modules
         self.buffers = [
             (module, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in self.modules
             for name, buffer in module._buffers.items()
         ]
         self.empty_caches = [each for each in held.caches if not each.cache_info().currsize]
-        self.names = [(names, names.state()) for names in (*held.names, *held.of_tensors)]
-        tensors = [] if swaps else [names.owner for names in held.of_tensors]
-        self.hooks = [(tensor, kind, dict(getattr(tensor, kind) or {})) for tensor in tensors for kind in _TENSOR_HOOKS]
+        self.tensors = held.of_tensors
+        given = [attributes_of(tensor) for tensor in self.tensors if vars(tensor)]
+        self.names = [(names, names.state()) for names in (*held.names, *given)]
+        self.hooks = {
+            (id(tensor), kind): dict(hooks)
+            for tensor in ([] if swaps else self.tensors)
+            for kind in _TENSOR_HOOKS
+            if (hooks := getattr(tensor, kind))
+        }
+        self.swaps = swaps
         self.contents = [(value, copy_of(value)) for value in held.contents]
 
     def restore(self, modes: bool = True) -> None:
@@ -146,11 +162,7 @@ class ModelState:
             cache.cache_clear()
         for names, noted in self.names:
             names.put_back(noted)
-        for tensor, kind, before in self.hooks:
-            hooks = getattr(tensor, kind)
-            if hooks and hooks.keys() != before.keys():
-                hooks.clear()
-                hooks.update(before)
+        self._restore_tensors()
         known = {(id(module), name) for module, name, _, _ in self.buffers}
         for module in self.modules:
             for name in [name for name in module._buffers if (id(module), name) not in known]:
@@ -166,13 +178,26 @@ class ModelState:
             if module.training is not training:
                 module.training = training
 
+    def _restore_tensors(self) -> None:
+        """Restore hooks of tensors, and delete attributes of those that had none."""
+        given = {id(names.owner) for names, _ in self.names}
+        for tensor in self.tensors:
+            if vars(tensor) and id(tensor) not in given:
+                attributes_of(tensor).put_back({})
+            for kind in () if self.swaps else _TENSOR_HOOKS:
+                hooks, before = getattr(tensor, kind), self.hooks.get((id(tensor), kind), {})
+                if hooks and hooks.keys() != before.keys():
+                    hooks.clear()
+                    hooks.update(before)
+
     def other_parts(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Return the submodules, parameters and hooks that are others now, and what they were, each by name."""
-        return [
+        changed = [
             (parts, before)
             for parts, before in self.parts
             if list(parts) != list(before) or any(map(is_not, parts.values(), before.values()))
         ]
+        return changed + [(parts, {}) for parts in self.empty_parts if parts]
 
     def filled_caches(self) -> list[Any]:
         """Return the functions with ``lru_cache`` that were not called before."""
@@ -245,8 +270,7 @@ class Snapshot:
         self._tensors = tensors_of((x, y)), tensors_of((self.x, self.y))
         self.given = ModelState([x, y], passed=self._tensors[0])
         self.model = ModelState(forward.inner, forward.per_sample_loss, forward.rank_by)
-        held = [names.owner for names, _ in self.model.names if isinstance(names.owner, Tensor)]
-        self.shared = SharedMemory(entries(x), entries(y), forward.batch_dim, held)
+        self.shared = SharedMemory(entries(x), entries(y), forward.batch_dim, self.model.tensors)
         self.generators = GeneratorStates(device_of(forward.inner))
         self.made = parametrize._cache.copy()
 

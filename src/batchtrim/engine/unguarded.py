@@ -51,7 +51,7 @@ class Unguarded:
         self._functions = held.functions
         self._code = list(map(_CODE, held.functions))
         self._asks = any(not _ENVIRONMENT.isdisjoint(code.co_names) for code in self._code)
-        self._of_tensors = [] if _WATCHES_TENSORS else [vars(names.owner) for names in held.of_tensors]
+        self._of_tensors = [] if _WATCHES_TENSORS else list(map(vars, held.of_tensors))
         self._others = self._now()
 
     def changed(self) -> bool:
