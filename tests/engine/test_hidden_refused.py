@@ -12,6 +12,7 @@ import re
 import sqlite3
 import sys
 import threading
+import warnings
 import weakref
 import zlib
 from collections.abc import Callable
@@ -98,6 +99,12 @@ class Numbered(nn.Module):
         self.number = next(self.numbers)
 
 
+def _script(module: nn.Module) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(module)
+
+
 HARMLESS: dict[str, Callable[[], Any]] = {
     "logger": lambda: logging.getLogger("another"), "lock": threading.Lock, "pattern": lambda: re.compile("a"),
     "module": lambda: os, "partial": lambda: lambda: None, "output": lambda: sys.stdout, "hash": hashlib.md5,
@@ -105,6 +112,7 @@ HARMLESS: dict[str, Callable[[], Any]] = {
     "weak": lambda: weakref.ref(Object),
     "function of C": lambda: ctypes.CDLL(None).abs, "type": lambda: list[int],
     "numbered": Numbered,
+    "script": lambda: _script(nn.BatchNorm1d(2)),
 }  # fmt: skip
 
 

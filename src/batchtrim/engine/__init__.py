@@ -31,14 +31,14 @@ What may go wrong on the way: ``reasons.py`` explains why a model could not be t
 one kind of model traceable. ``unguarded.py`` notices changes that the guards of a trace do not see, ``checkpoints.py``
 what activation checkpoints repeat in backward. ``batch_norm.py`` measures how far BatchNorm's gradient is off.
 
-If the model's Python runs twice, ``reachable.py`` finds all that it may change; ``state.py``, ``generators.py`` and
-``writes.py`` put that back. ``gradients.py`` computes gradients that no hook sees, ``precision.py`` knows about TF32,
+If the model's Python runs twice, ``reachable.py`` finds all that it may change, by the kinds of objects of ``kinds.py``
+and the names of ``names.py``; ``state.py``, ``contents.py`` (one object), ``generators.py`` and ``writes.py`` put that
+back. ``gradients.py`` computes gradients that no hook sees, ``precision.py`` knows about TF32,
 and ``operator_mode.py`` is the base of the modes that see every operator.
 
 ``two_pass.py`` has ``probe.py`` check on a few rows that samples do not interact, and ``memory.py`` find parts of the
-batch that share memory; on a GPU, operators that could end
-the process run on the CPU first (``cpu_first.py``). ``side_by_side.py`` runs an engine beside a plain step, for
-``batchtrim.testing.check_engine``.
+batch that share memory; on a GPU, operators that could end the process run on the CPU first (``cpu_first.py``).
+``side_by_side.py`` runs an engine beside a plain step, for ``batchtrim.testing.check_engine``.
 
 ``auto.py`` runs the first step that might pay with ``exact`` while ``cost.py`` counts it. It traces the model as soon
 as 100 steps would pay the trace back.

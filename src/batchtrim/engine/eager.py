@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from batchtrim._checks import in_one_line
 from batchtrim.engine.capture import CannotCapture
+from batchtrim.engine.contents import same_contents
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import gradients_without_hooks
@@ -30,10 +32,11 @@ from batchtrim.engine.state import (
 )
 from batchtrim.engine.writes import ParameterWrites
 
-__all__ = ["EagerStep"]
+__all__ = ["EagerStep", "is_large"]
 
 _GRADIENT_APART, _COARSE_APART = 1e-2, 0.2  # of a parameter's gradient, or of a hundredth of the whole
 _SMALL = 1e-2
+_MANY = 2000  # entries of a container: torch's tracer needs time with the square of them, and seconds in each step here
 # Rounding elsewhere may move a gradient by this multiple of what rounding of the weights does, but not by as much as it
 # would move if it were lost.
 _ROUNDING, _LOST = 1.5, 0.95
@@ -86,6 +89,14 @@ class EagerStep:
         """Put everything back that the model changes."""
         self.before.restore(batch=True)
         self.writes.restore()
+
+    def large_change(self) -> str | None:
+        """Return a container of many entries that the forward changed, or None."""
+        now = {id(value): copy for value, copy in self.state.contents}
+        for value, was in self.before.model.contents:
+            if is_large(value) and not same_contents(was, now.get(id(value), was), math.inf):
+                return f"{type(value).__name__} of {len(was)} entries"
+        return None
 
     def difference(self, losses: Tensor, outputs: Any, coarse: bool) -> str | None:
         """Return how a trace differs from the model, or None. Call it right after the trace ran.
@@ -202,6 +213,11 @@ class EagerStep:
             return [None] * len(parameters)
         weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype, device=losses.device) / losses.numel()
         return gradients_without_hooks(losses, parameters, weights, keep=keep)
+
+
+def is_large(value: Any) -> bool:
+    """Return True for a container of so many entries that a trace would take long to rebuild it."""
+    return isinstance(value, (dict, list, set, deque)) and len(value) > _MANY
 
 
 def _without_histories(batch: Any) -> Any:

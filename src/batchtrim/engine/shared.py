@@ -27,11 +27,12 @@ from batchtrim.engine.capture import (
     unfit,
 )
 from batchtrim.engine.cost import TRACED_BELOW
-from batchtrim.engine.eager import EagerStep
+from batchtrim.engine.eager import EagerStep, is_large
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward, as_losses
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.inductor import inductor_of
+from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
@@ -94,6 +95,7 @@ class SharedEngine:
         self.approximate = approximate
         self.exact = ExactEngine(forward, trim)
         self.refused: str | None = None
+        self.was_looked_at = False
         self.was_run = False  # True once the model's own Python has run, before the first trace
         self.speech = speech_encoders(forward.inner)
         self.equates = True  # a trace treats sizes that are equal as one number
@@ -213,6 +215,8 @@ class SharedEngine:
 
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace. Before a trace's first run, run the model's own Python to compare."""
+        if self.trace is None and not self.was_looked_at:
+            self._look_for_large_changes(x, y)
         eager: EagerStep | None = None
         device, made = device_of(self.forward.inner), False
         for _ in range(_TRIES):
@@ -259,6 +263,17 @@ class SharedEngine:
                 kind = CannotCapture if made else _TraceFails  # where it once ran, it may run again
                 raise kind(f"its trace fails where the model itself has just run ({failed})")
         raise CannotCapture("its Python changes from run to run, so that no trace lasts")
+
+    def _look_for_large_changes(self, x: Any, y: Any) -> None:
+        """Refuse a forward that changes a container of many entries: every trace would rebuild it, for a minute."""
+        self.was_looked_at = True
+        held = Reachable(self.forward.inner, self.forward.per_sample_loss)
+        if any(map(is_large, held.contents)):
+            changed = EagerStep(self.forward, x, y).large_change()
+            if changed is not None:
+                raise CannotCapture(
+                    f"its forward changes a {changed}, which torch's tracer would take too long to rebuild"
+                )
 
     def _refuse(self, reason: str) -> NoReturn:
         self.refused = _CANNOT.format(reason)

@@ -165,7 +165,7 @@ class ModelState:
         self._restore_tensors()
         known = {(id(module), name) for module, name, _, _ in self.buffers}
         for module in self.modules:
-            for name in [name for name in module._buffers if (id(module), name) not in known]:
+            for name in [name for name in module._buffers.keys() if (id(module), name) not in known]:  # noqa: SIM118
                 del module._buffers[name]
         for module, name, buffer, value in self.buffers:
             if name in module._buffers:
