@@ -191,7 +191,7 @@ def of_a_queue() -> Case:
 
 
 def of_a_semaphore() -> Case:
-    held = threading.Semaphore(9)
+    held = threading.Semaphore(900)
     return lambda: held.acquire(), lambda: held._value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -355,7 +356,8 @@ def test_a_window_counts_each_micro_batch_once(engine: str) -> None:
     assert COUNT == 3
 
 
-def test_libraries_and_tools_are_not_entered() -> None:
+def test_libraries_and_tools_are_not_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "_handlerList", [])
     model = nn.Linear(2, 2)
     model.tool = torch.optim.SGD(model.parameters(), 0.1)  # type: ignore[assignment]
     held = Reachable(model, nn.functional.cross_entropy)
