@@ -105,6 +105,18 @@ def test_another_value_is_seen(was: Any, now: Any) -> None:
         assert before.other_attributes(ModelState(model)) == ["Linear.value"]
 
 
+def test_attributes_of_a_tensor_are_compared_with_those_of_the_same_tensor() -> None:
+    """A trace gives parameters attributes. Those of a buffer, as ``nn.Buffer`` has, were then compared with theirs."""
+    plain, traced = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    for model in (plain, traced):
+        model.running_mean.kind = "a"  # type: ignore[union-attr]
+    for parameter in traced.parameters():
+        parameter._dynamo_static_input_type = "b"  # type: ignore[attr-defined]
+    assert ModelState(plain).other_attributes(ModelState(traced)) == []
+    traced.running_mean.kind = "c"  # type: ignore[union-attr]
+    assert ModelState(plain).other_attributes(ModelState(traced)) == ["Tensor.kind"]
+
+
 def _array(values: Any, dtype: Any = None) -> Any:
     return np.array(values, dtype)
 

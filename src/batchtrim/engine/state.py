@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from batchtrim.engine.contents import copy_of, put_back, relative_difference, same_contents, same_value
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.memory import SharedMemory, write_values
-from batchtrim.engine.names import Names, attributes_of
+from batchtrim.engine.names import attributes_of
 from batchtrim.engine.reachable import HOOKS, Reachable
 from batchtrim.engine.rows import copied, entries, restore_values, tensors_of
 
@@ -224,12 +224,12 @@ class ModelState:
     def other_attributes(self, other: ModelState) -> list[str]:
         """Return the names of plain numbers and strings that differ; containers and tensors are not compared."""
         found, numbers = [], (bool, int, float, complex, str)
-        for (names, ours), (_, theirs) in zip(self._attributes(), other._attributes(), strict=False):
+        for (owner, ours), (_, theirs) in zip(self._attributes(), other._attributes(), strict=False):
             for name in ours.keys() | theirs.keys():
                 a, b = ours.get(name), theirs.get(name)
                 simple = isinstance(a, numbers) or isinstance(b, numbers)
                 if simple and not same_value(a, b, 0.0):
-                    found.append(f"{type(names.owner).__name__}.{name}")
+                    found.append(f"{type(owner).__name__}.{name}")
         return found
 
     def unlike(self, other: ModelState, apart: float) -> str | None:
@@ -252,8 +252,15 @@ class ModelState:
                 return f"value in a {kind} that it holds"
         return None if self.difference(other) <= apart else "value of a buffer"
 
-    def _attributes(self) -> list[tuple[Names, dict[str, Any]]]:
-        return [(names, noted) for names, noted in self.names if names.whole is not None]
+    def _attributes(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Return the owners of attributes with these. Each tensor is one: a trace gives some of them attributes."""
+        tensors = set(map(id, self.tensors))
+        found = [(names.owner, noted) for names, noted in self.names if names.whole is not None]
+        noted = {id(owner): noted for owner, noted in found if id(owner) in tensors}
+        return [
+            *((owner, noted) for owner, noted in found if id(owner) not in tensors),
+            *((tensor, noted.get(id(tensor), {})) for tensor in self.tensors),
+        ]
 
 
 class Snapshot:
