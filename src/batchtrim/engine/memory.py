@@ -66,7 +66,8 @@ def is_array(value: Any) -> bool:
 
 def write_values(tensor: Tensor, values: Tensor) -> None:
     """Write values into a tensor past autograd; torch refuses to write into one that was expanded, as it is."""
-    repeated = [dim for dim in range(tensor.ndim) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
+    dense = tensor.layout == torch.strided and not tensor.is_nested
+    repeated = [dim for dim in range(tensor.ndim) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1] if dense else []
     for dim in repeated:
         tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     tensor.data.copy_(values)
