@@ -234,6 +234,7 @@ def test_the_gain_of_every_method_stands_beside_the_training_error(tmp_path: Pat
     assert "ohem" not in results.page(read[:2]).partition("Other methods")[2].partition("## ")[0]
 
 
+@pytest.mark.slow
 def test_the_results_page_is_what_the_records_say() -> None:
     folders = sorted(
         path.parent for path in ROOT.glob("records/*/claims.toml") if (path.parent / "runs.jsonl").exists()
