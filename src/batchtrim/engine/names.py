@@ -199,6 +199,8 @@ def names_in(code: CodeType) -> CodeNames:
                 found[2].add(each.argval)
         elif each.opname == "STORE_ATTR":
             found[4].add(each.argval)
+    if any(isinstance(each, tuple) and "file" in each for each in code.co_consts):
+        found[1].add("file")  # print(..., file=...)
     if not _BY_TEXT.isdisjoint(code.co_names):
         text = {each for each in code.co_consts if isinstance(each, str) and each.isidentifier()}
         found[1] |= text

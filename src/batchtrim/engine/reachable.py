@@ -212,7 +212,6 @@ class Reachable:
             return []
         functions = [each for each in self.functions if id(each) not in self._set_up]
         used = set().union(*(names_in(each.__code__).attributes for each in functions))
-        used |= {text for each in functions for text in each.__code__.co_consts if text == ("file",)} and {"file"}
         found = [(value, name) for value, name, needed in self._suspects if not needed.isdisjoint(used)]
         self.iterators += [name for value, name in found if kind_of(type(value)) is Kind.ITERATOR]
         return [
