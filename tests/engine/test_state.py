@@ -105,6 +105,17 @@ def test_another_value_is_seen(was: Any, now: Any) -> None:
         assert before.other_attributes(ModelState(model)) == ["Linear.value"]
 
 
+def test_a_function_that_one_model_holds_moves_no_attributes() -> None:
+    """A compiled model holds functions with attributes; those of later modules were then compared with others'."""
+    plain, wrapped = (nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)) for _ in range(2))
+
+    def call() -> None: ...
+
+    call.kind = "a"  # type: ignore[attr-defined]
+    wrapped[0].call = call
+    assert ModelState(plain).other_attributes(ModelState(wrapped)) == []
+
+
 def test_attributes_of_a_tensor_are_compared_with_those_of_the_same_tensor() -> None:
     """A trace gives parameters attributes. Those of a buffer, as ``nn.Buffer`` has, were then compared with theirs."""
     plain, traced = nn.BatchNorm1d(2), nn.BatchNorm1d(2)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from operator import is_not
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -253,9 +254,16 @@ class ModelState:
         return None if self.difference(other) <= apart else "value of a buffer"
 
     def _attributes(self) -> list[tuple[Any, dict[str, Any]]]:
-        """Return the owners of attributes with these. Each tensor is one: a trace gives some of them attributes."""
+        """Return the owners of attributes with these, without functions, of which a compiled model has more.
+
+        Each tensor is one: a trace gives some of them attributes.
+        """
         tensors = set(map(id, self.tensors))
-        found = [(names.owner, noted) for names, noted in self.names if names.whole is not None]
+        found = [
+            (names.owner, noted)
+            for names, noted in self.names
+            if names.whole is not None and not isinstance(names.owner, FunctionType)
+        ]
         noted = {id(owner): noted for owner, noted in found if id(owner) in tensors}
         return [
             *((owner, noted) for owner, noted in found if id(owner) not in tensors),
