@@ -22,21 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from doing import Doing
 from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.engine.reachable import Reachable
 from batchtrim.errors import EngineRefused
-
-
-class Doing(nn.Module):
-    def __init__(self, do: Callable[[], Any]) -> None:
-        super().__init__()
-        self.layer, self.do = nn.Linear(6, 5), do
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.do()
-        return self.layer(x)
 
 
 class Object:

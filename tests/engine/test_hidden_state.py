@@ -31,21 +31,12 @@ import numpy as np
 import other_file
 import pytest
 import torch
-from torch import Tensor, nn
+from doing import Doing
+from torch import nn
 
 import batchtrim
 
 Case = tuple[Callable[[], Any], Callable[[], Any]]  # what a forward does, and what is then read
-
-
-class Doing(nn.Module):
-    def __init__(self, do: Callable[[], Any]) -> None:
-        super().__init__()
-        self.layer, self.do = nn.Linear(6, 5), do
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.do()
-        return self.layer(x)
 
 
 class Object:
