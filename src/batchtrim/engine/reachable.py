@@ -236,7 +236,7 @@ class Reachable:
         for hook in [hook for hooks in HOOKS if held.get(hooks) for hook in held[hooks].values()]:
             self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)
         if not type(module).__module__.startswith("torch.distributed"):  # these set attributes in their first forward
-            self.names.append(Names(module, [], held.__getitem__, held.__setitem__, held))
+            self.names.append(attributes_of(module))
             for name, value in list(held.items()):
                 if name in OF_EVERY_MODULE or type(value) in FIXED:
                     continue
@@ -258,9 +258,10 @@ class Reachable:
 
     def _object(self, value: Any, deep: int, own: bool) -> None:
         held = getattr(value, "__dict__", None)
-        held = held if isinstance(held, dict) else {}
-        if held is not None and hasattr(value, "__dict__") and type(value).__module__ not in WRAPPERS:
-            self.names.append(Names(value, [], held.__getitem__, held.__setitem__, held))
+        if not isinstance(held, dict):
+            held = {}
+        elif type(value).__module__ not in WRAPPERS:
+            self.names.append(attributes_of(value))
         slots = slots_of(value)
         if slots is not None:
             self.names.append(slots)
