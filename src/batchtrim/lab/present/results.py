@@ -23,7 +23,7 @@ DRAWINGS = "drawings/results"
 GAINS = ("trim", "loss_mass", "ordered_sgd")
 """Methods whose gain is shown with its interval beside the training error of plain training."""
 SEVERAL = 3
-"""How many problems a method needs for its gain to be shown without."""
+"""How many problems any other method needs for its gain to be shown."""
 
 
 @dataclass(frozen=True)

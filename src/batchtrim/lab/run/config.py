@@ -78,19 +78,13 @@ class RunConfig:
         later=True, default_help="none",
     )  # fmt: skip
     image_column: str | None = setting(
-        None,
-        "column with the images",
-        role=Role.DATA,
-        later=True,
+        None, "column with the images", role=Role.DATA, later=True,
         default_help="image, img, path, file, file_name or filename",
-    )
+    )  # fmt: skip
     label_column: str | None = setting(
-        None,
-        "column with the classes",
-        role=Role.DATA,
-        later=True,
+        None, "column with the classes", role=Role.DATA, later=True,
         default_help="label, labels, class, target, fine_label or coarse_label",
-    )
+    )  # fmt: skip
     skip_broken: bool = setting(
         False, "skip images that cannot be decoded", role=Role.DATA, later=True, default_help="refused"
     )
