@@ -240,7 +240,11 @@ MOVES = ("in place", "past autograd", "by assignment")
 
 @pytest.mark.parametrize(
     ("engine", "move", "compiled"),
-    [*(("exact", move, False) for move in MOVES), ("exact", "past autograd", True), ("shared", "in place", False)],
+    [
+        *(("exact", move, False) for move in MOVES),
+        ("exact", "past autograd", True),
+        pytest.param("shared", "in place", False, marks=pytest.mark.slow),
+    ],
 )
 def test_parameters_that_a_forward_moves_are_moved_once(engine: str, move: str, compiled: bool) -> None:
     """The first pass of a window moved them once more, and training ran with what it had left."""

@@ -49,8 +49,13 @@ def torch_that(folder: Path, code: str) -> Path:
     "code",
     [
         "os.kill(os.getpid(), signal.SIGINT)",
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass",
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    raise ImportError('no _C')",
+        *(
+            pytest.param(
+                f"try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    {ends}",
+                marks=pytest.mark.slow,
+            )
+            for ends in ("pass", "raise ImportError('no _C')")
+        ),
     ],
     ids=["raised", "swallowed", "turned"],
 )

@@ -74,6 +74,7 @@ def contrastive(outputs: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return -(outputs @ outputs.t()).log_softmax(1).diagonal()
 
 
+@pytest.mark.slow
 @pytest.mark.torch28
 def test_refusal_is_reported() -> None:
     report = check_engine(model(), batch(), contrastive, verbose=False)

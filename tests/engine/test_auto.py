@@ -194,6 +194,7 @@ def test_cost_of_a_step() -> None:
     assert cost.ratio(0.5) == pytest.approx((1 + 0.5 + 1 + 1.5 * 0.1 + 0.05) / 3)
 
 
+@pytest.mark.slow  # by default the next but one computes the approximate form by hand
 @pytest.mark.parametrize(("cosine", "approximate"), few([(0.97, True), (0.93, False)], [(0.93, False)]))
 def test_batch_norm_is_approximated_only_where_that_is_near(
     cosine: float, approximate: bool, monkeypatch: pytest.MonkeyPatch

@@ -93,6 +93,7 @@ def test_a_change_that_no_guard_sees_is_seen(change: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_backward_hook_on_all_modules_is_refused() -> None:
     step = batchtrim.TrimmedForward(_model(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     step(*_batch(0))
@@ -128,6 +129,7 @@ def test_another_loss_is_traced_too() -> None:
 # --- around one step -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("around", "reason"),
     [
@@ -302,6 +304,7 @@ def test_outputs_that_backward_reads_may_not_change_and_a_batch_with_a_graph_kee
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.slow
 def test_a_trace_that_an_error_kept_from_being_compared_is_compared_later() -> None:
     class Moving(nn.Module):
         def __init__(self) -> None:

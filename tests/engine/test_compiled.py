@@ -282,6 +282,7 @@ def test_a_compiled_part_and_options(compiles: list[bool]) -> None:
     assert compiles == [False, True]
 
 
+@pytest.mark.slow  # by default another test compiles the model
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, of its own look at a loss
 @pytest.mark.parametrize("engine", few(["shared", "auto", "two_pass"], ["shared"]))
 def test_a_compiled_training_function(engine: str, outer: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, fx
 from torch._decomp import decomposition_table
@@ -14,6 +15,7 @@ def strided(graph: fx.GraphModule) -> int:
     return sum("stride" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
 
 
+@pytest.mark.slow
 def test_a_norm_by_strides_is_proven_without_them_and_compiled_with_them() -> None:
     """Without strides, Inductor computes the scale of a GroupNorm anew for every pixel."""
 

@@ -76,6 +76,7 @@ def gradients(
 PLACES = ("attribute", "list", "number", "mean", "hook")
 
 
+@pytest.mark.slow  # by default two passes refuse it
 @pytest.mark.parametrize(
     ("where", "engine"),
     few(itertools.product(PLACES, ["shared", "auto"]), [("hook", "shared")]),

@@ -28,7 +28,6 @@ COPIES: dict[str, Callable[[TrimmedForward], TrimmedForward]] = {
             ("exact", True, "pickle"),
             ("exact", True, "deepcopy"),
             ("two_pass", True, "pickle"),
-            ("shared", True, "pickle"),
         ],
     ),
 )

@@ -54,6 +54,7 @@ def test_contrastive_loss_is_refused_by_its_operator() -> None:
         train(lambda: zoo.Mlp(8), zoo.vectors, "shared", loss=zoo.contrastive)
 
 
+@pytest.mark.slow
 def test_a_trace_that_is_not_the_model_is_refused_with_the_state_put_back() -> None:
     """torch 2.13 traces a deque of limited length as one without a limit."""
     torch.manual_seed(0)

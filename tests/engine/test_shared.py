@@ -64,9 +64,9 @@ def traced() -> batchtrim.TrimmedForward:
     return step
 
 
-# In every run: images, dropout, checkpoints. Buffers are in test_compiled.py, tokens and shared weights in
+# In every run: images. Buffers are in test_compiled.py, tokens and shared weights in
 # test_tokens.py.
-DEFAULT = ("group_norm", "checkpoint_dropout")
+DEFAULT = ("group_norm",)
 
 
 @pytest.mark.parametrize("name", few(EXACT, DEFAULT))
@@ -169,6 +169,7 @@ def test_other_lengths_are_traced_once_more() -> None:
     assert step.engine.capture.traces <= 2
 
 
+@pytest.mark.slow
 def test_weights_frozen_and_set_free_between_steps(traced: batchtrim.TrimmedForward) -> None:
     model = traced.forward.model
     twin = copy.deepcopy(model)
@@ -185,6 +186,7 @@ def test_weights_frozen_and_set_free_between_steps(traced: batchtrim.TrimmedForw
                 torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.slow
 def test_a_hook_added_later_is_seen(traced: batchtrim.TrimmedForward) -> None:
     model = traced.forward.model
     exact = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "exact")
@@ -290,6 +292,7 @@ def test_nothing_is_noted_on_the_callers_tensors(traced: batchtrim.TrimmedForwar
     assert not vars(y)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_inputs() -> None:
     torch.manual_seed(0)
     model = zoo.Mlp(8)

@@ -79,6 +79,7 @@ def _half(net: Any, x: Tensor) -> Tensor:
     return net.t(torch.cat([z[len(x) // 2 :], z[: len(x) // 2]]) + z)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "whole"), few([(_pair, True), (_three, True), (_half, False)], [(_three, True)]))
 def test_a_batch_that_holds_all_samples_several_times_runs_on_the_kept_rows(
     run: Any, whole: bool, monkeypatch: pytest.MonkeyPatch

@@ -316,6 +316,7 @@ class MovesItsBatch(nn.Module):
         return self.head(x.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, while it traces
 def test_a_batch_that_the_forward_moves_passes_the_later_gradient_on() -> None:
     gradients = []

@@ -53,6 +53,7 @@ def hooks_are_not_passed_by(fabric: Any, step: Any) -> None:
     hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", few(["32-true", "bf16-mixed", "bf16-true"], default=["bf16-mixed"]))
 def test_a_model_set_up_by_fabric_runs_under_shared_unless_its_wrapper_has_hooks(precision: str) -> None:
     fabric, step = set_up("shared", precision)

@@ -32,6 +32,7 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 8), torch.randint(0, 5, (size,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", few([focal, picked], [focal]))
 def test_its_backward_runs_on_the_kept_rows(loss: Callable[..., Tensor]) -> None:
     report = check_engine(network(), batch(16), loss, more=[batch(7)], verbose=False)

@@ -181,6 +181,7 @@ LOSSES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few(LOSSES, ["weights"]))
 def test_a_custom_loss(name: str, tmp_path: Path) -> None:
     loss = LOSSES[name]

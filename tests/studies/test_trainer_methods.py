@@ -30,8 +30,8 @@ SMALL = RunConfig(
     dataset="digits", model="mlp", width=64, optimizer="sgd", lr=0.3, momentum=0.0, weight_decay=0.0, epochs=7,
     batch_size=8, train_size=60, seed=3, device="cpu",
 )  # fmt: skip
-# each hook, and a rule with a draw and one with a scale through TrimmedTrainer
-DEFAULT = ("random", "ordered_sgd", "selective_backprop_topk", "infobatch", "rho_loss", "proxy")
+# by default a rule through TrimmedTrainer, a hook that weighs samples, and one with a second network
+DEFAULT = ("ordered_sgd", "infobatch", "proxy")
 WHOLE = ("full", "focal", "superloss", "rho_loss", "proxy")  # all samples, or two networks more
 PARAMS = {"ohem": {"min_keep": 2}, "small_loss": {"ramp_epochs": 2}, "loss_drop": {"drop": 0.3}, "proxy": {"every": 2}}
 
