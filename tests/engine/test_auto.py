@@ -160,6 +160,23 @@ def test_a_branch_by_cond_can_be_counted() -> None:
     assert check_engine(attack.make(), first, attack.loss(), engine="auto", more=more, verbose=False).verdict == "right"
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, of nested tensors
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_can_be_counted(layout: torch.layout) -> None:
+    parts = [torch.randn(2, 3), torch.randn(4, 3)]
+    with OperatorCount(Machine(1e9, 1e6, 0.0)) as count:
+        nested = torch.nested.nested_tensor(parts, layout=layout)
+        nn.functional.linear(nested, torch.randn(5, 3)).tanh()
+    assert count.seconds >= 6 * 5 * 4 / 1e6  # what tanh writes
+
+
+def test_operators_of_other_libraries_can_be_counted() -> None:
+    with OperatorCount(Machine(1e9, 1e6, 0.0)) as count:
+        torch.ops.attacks.linear_attention(torch.ones(4))
+        torch.ops.attacks.convolution(torch.ones(4))
+    assert count.operators >= 2
+
+
 def test_what_a_trace_is_worth() -> None:
     assert Forecast(step=1.0, trace=40.0).pays(0.4), "100 steps of 0.6 and the trace: 100"
     assert not Forecast(step=1.0, trace=45.0).pays(0.4)

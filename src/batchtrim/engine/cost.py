@@ -85,7 +85,7 @@ _COSTLY = frozenset(_CONTRACTED) | {"convolution", "convolution_backward"}
 
 def hinted_size(tensor: Any) -> int:
     """Return how many entries a tensor has, with the hints of symbolic sizes."""
-    return math.prod(_shape(tensor))
+    return int(tensor.numel()) if tensor.is_nested else math.prod(_shape(tensor))
 
 
 def _shape(tensor: Any) -> list[int]:
@@ -98,11 +98,13 @@ def is_costly(node: fx.Node) -> bool:
 
 
 def _is_costly(name: str) -> bool:
-    return name in _COSTLY or "attention" in name
+    return name in _COSTLY or ("attention" in name and "::" not in name)
 
 
 def _flops(name: str, args: Sequence[Any], output: Any) -> float:
     tensors = [each for each in args if isinstance(each, Tensor)]
+    if any(each.is_nested for each in tensors):  # its sizes are no numbers
+        return 0.0
     if name in _CONTRACTED:
         left = tensors[1] if name.startswith(("add", "badd")) else tensors[0]
         return 2.0 * hinted_size(output) * _shape(left)[-1]

@@ -98,10 +98,16 @@ def without_dead_draws(graph: fx.Graph) -> None:
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
 
+_OF_TORCH = ("aten", "prims")
+
+
 def name_of(func: Any) -> str:
-    """Return an operator's name: ``mm`` of ``aten.mm.default``."""
+    """Return an operator's name: ``mm`` of ``aten.mm.default``; ``own::mm`` of a library's, which may do anything."""
     schema = getattr(func, "_schema", None)
-    return schema.name.split("::")[-1] if schema is not None else str(func)
+    if schema is None:
+        return str(func)
+    space, _, name = schema.name.rpartition("::")
+    return name if space in _OF_TORCH else schema.name
 
 
 def hinted(size: Any) -> int:

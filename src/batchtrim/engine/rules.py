@@ -163,7 +163,9 @@ def _is_zero(call: Call) -> bool:
         return bool(call.values) and all(value.zero for value in call.values)
     if name == "scalar_tensor":
         return call["s"] == 0
-    return "zeros" in name or (name in ("full", "full_like", "new_full") and call["fill_value"] == 0)
+    if name in ("full", "full_like", "new_full"):
+        return call["fill_value"] == 0
+    return "zeros" in name and "::" not in name
 
 
 def holds(size: Any, symbols: Sequence[sympy.Symbol]) -> bool:

@@ -162,6 +162,25 @@ def operator_of_its_own_that_counts(net: Any, x: Tensor) -> Tensor:
     return net.t(counted(net.a(x)).tanh())
 
 
+# named like operators of torch, which do something else
+for _name in ("relu", "softmax", "mm", "convolution", "embedding", "linear_attention"):
+    _operator(_name, _as_it_is, _double)
+_operator("hardswish", _centre, _centre)
+backward_by_hardswish = _operator("as_it_is", _as_it_is, lambda g: torch.ops.attacks.hardswish(g))
+
+
+@attack(26, two_pass="right", shared="right")
+def operators_of_its_own_named_as_those_of_torch(net: Any, x: Tensor) -> Tensor:
+    own, z = torch.ops.attacks, net.a(x)
+    z = own.mm(own.relu(z)) + own.softmax(z) + own.convolution(z)
+    return net.t((z + own.embedding(z) + own.linear_attention(z)).tanh())
+
+
+@attack(26)
+def backward_by_an_operator_named_as_one_of_torch(net: Any, x: Tensor) -> Tensor:
+    return net.t(backward_by_hardswish(net.a(x)).tanh())
+
+
 @attack(26)
 def gradient_of_the_step_before(net: Any, x: Tensor) -> Tensor:
     before = getattr(net, "before", None)
