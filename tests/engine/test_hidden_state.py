@@ -16,6 +16,7 @@ import io
 import logging
 import logging.handlers
 import mmap
+import multiprocessing
 import operator
 import os
 import queue
@@ -300,6 +301,21 @@ def of_decimals() -> Case:
     return do, lambda: decimal.getcontext().prec
 
 
+def of_a_number_for_processes() -> Case:
+    held = multiprocessing.Value("i", 0)
+
+    def do() -> None:
+        with held.get_lock():
+            held.value += 1
+
+    return do, lambda: held.value
+
+
+def of_an_array_that_grows() -> Case:
+    held = np.zeros(1)
+    return lambda: held.resize(len(held) + 1, refcheck=False), lambda: len(held)
+
+
 def of_a_distribution() -> Case:
     held = torch.distributions.Normal(torch.zeros(1), torch.ones(1))
 
@@ -323,7 +339,8 @@ RESTORED: dict[str, Callable[[], Case]] = {
     "new in a function": of_a_function_made_later, "new global": of_a_global_made_later,
     "module": of_a_module_of_python, "imported inside": of_a_module_by_its_name, "environment": of_the_environment,
     "attribute of a library": of_an_attribute_of_a_library, "paths": of_the_paths, "decimals": of_decimals,
-    "distribution": of_a_distribution,
+    "distribution": of_a_distribution, "number for processes": of_a_number_for_processes,
+    "array that grows": of_an_array_that_grows,
     "weak reference": lambda: _of_an_object(held := Object(), weakref.ref(held)),
     "weak proxy": lambda: _of_an_object(held := Object(), _constant(weakref.proxy(held))),
     "weak values": lambda: _of_an_object(

@@ -185,6 +185,18 @@ def test_text_in_memory_is_put_back(make: Callable[[], Any]) -> None:
     assert (len(log.getvalue()), log.tell()) == (3, 3)
 
 
+def test_tensors_that_grow_get_their_size_back() -> None:
+    model = Stateful()
+    model.held = [torch.ones(2)]
+    before, grown = ModelState(model), (model.seen, model.held[0])
+    sizes = [each.shape for each in grown]
+    for each in grown:
+        each.resize_(5)
+    before.restore()
+    assert [each.shape for each in grown] == sizes
+    assert model.held[0].tolist() == [1, 1]
+
+
 def test_a_restored_buffer_is_the_same_tensor() -> None:
     model = Stateful()
     seen = model.seen

@@ -191,6 +191,8 @@ def put_back(value: Any, copy: Any) -> None:
     elif is_numpy_generator(value):
         _set_numpy_state(value, copy)
     elif is_array(value):
+        if value.shape != copy.shape:
+            value.resize(copy.shape, refcheck=False)
         value[...] = copy
     elif isinstance(value, (io.StringIO, io.BytesIO)):
         cast(Any, value).__setstate__(copy)

@@ -41,7 +41,7 @@ _PLACES = (
     SimpleNamespace, Namespace, threading.local, UserDict, UserList, ChainMap, threading.Semaphore, threading.Event,
     weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, torch.quasirandom.SobolEngine,
 )  # fmt: skip
-_OF_PLACES = frozenset(("configparser", "contextlib", "csv", "hmac", "queue", "sched", "tempfile"))
+_OF_PLACES = frozenset(("configparser", "contextlib", "csv", "hmac", "multiprocessing", "queue", "sched", "tempfile"))
 _OF_TORCH = ("torch.distributions", "torch.amp", "torch.optim.lr_scheduler")
 # Classes whose objects cannot be put back, by module: the methods by which they change. A prefix may end in a dot.
 _HASH = frozenset(("update",))

@@ -65,7 +65,13 @@ def is_array(value: Any) -> bool:
 
 
 def write_values(tensor: Tensor, values: Tensor) -> None:
-    """Write values into a tensor past autograd; torch refuses to write into one that was expanded, as it is."""
+    """Write values into a tensor past autograd, and give it their shape.
+
+    Torch refuses to write into a tensor that was expanded, as it is.
+    """
+    if tensor.shape != values.shape:
+        with torch.no_grad():
+            tensor.resize_(values.shape)
     dense = tensor.layout == torch.strided and not tensor.is_nested
     repeated = [dim for dim in range(tensor.ndim) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1] if dense else []
     for dim in repeated:

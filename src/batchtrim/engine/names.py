@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from batchtrim.engine.contents import is_numpy_generator
 from batchtrim.engine.memory import is_array
@@ -27,6 +29,7 @@ __all__ = [
     "TOOLS",
     "Names",
     "attributes_of",
+    "beside_models",
     "chains_of",
     "is_installed",
     "names_in",
@@ -223,6 +226,17 @@ def chains_of(function: FunctionType) -> Iterator[tuple[ModuleType, str, Any, bo
             if not isinstance(value, ModuleType):
                 yield holder, name, value, name in used.assigned
             holder = value
+
+
+_OF_ALL_MODULES = [held for name, held in vars(nn.modules.module).items() if name.startswith("_global_")]
+
+
+def beside_models() -> Iterator[tuple[Any, str]]:
+    """Yield what runs in every model: hooks on all modules, and modes that see every function or operator."""
+    for hooks in _OF_ALL_MODULES:
+        yield from ((hook, "a hook on all modules") for hook in (hooks.values() if isinstance(hooks, dict) else ()))
+    for modes in (_get_current_function_mode_stack(), _get_current_dispatch_mode_stack()):
+        yield from ((mode, "a mode") for mode in modes)
 
 
 _OF_EVERY_HANDLER = frozenset(("_name", "level", "formatter", "filters", "lock", "_closed"))

@@ -27,6 +27,7 @@ from batchtrim.engine.names import (
     OF_EVERY_MODULE,
     Names,
     attributes_of,
+    beside_models,
     chains_of,
     imported,
     is_installed,
@@ -89,7 +90,7 @@ class Reachable:
         for number, root in enumerate(roots):
             self._walk(root, "the loss" if number else "x or y", _DEEP, own=True)
         if isinstance(next(iter(roots), None), nn.Module):
-            self._log_handlers()
+            self._beside_models()
         self._held_files()
         self.changing = self._changed_by_functions()
 
@@ -106,11 +107,8 @@ class Reachable:
             for module in value.modules():
                 if self._is_new(module):
                     self._module(module)
-        elif self._is_new(value):
+        elif kind is not Kind.NOTHING and self._is_new(value):
             _BY_KIND[kind](self, value, name, deep, own)
-
-    def _nothing(self, value: Any, name: str, deep: int, own: bool) -> None:
-        pass
 
     def _file(self, value: Any, name: str, deep: int, own: bool) -> None:
         if not is_installed(value.__name__):
@@ -357,8 +355,10 @@ class Reachable:
                 self.names.append(Names(file, [name], held.__getitem__, held.__setitem__))
                 self._walk(held[name], name, _DEEP, own=False)
 
-    def _log_handlers(self) -> None:
-        """Search what the handlers of log records keep in memory; not their files."""
+    def _beside_models(self) -> None:
+        """Search hooks on all modules, modes, and what the handlers of log records keep in memory; not their files."""
+        for each, name in beside_models():
+            self._walk(each, name, _DEEP, own=True)
         for names in names_of_handlers():
             self.names.append(names)
             for name in names.names:
@@ -368,7 +368,6 @@ class Reachable:
 
 
 _BY_KIND: dict[Kind, Callable[[Reachable, Any, str, int, bool], None]] = {
-    Kind.NOTHING: Reachable._nothing,
     Kind.FILE: Reachable._file,
     Kind.TENSOR: Reachable._tensor,
     Kind.CONTAINER: Reachable._container,
