@@ -140,6 +140,19 @@ def test_two_passes_need_no_trace_to_pay(monkeypatch: pytest.MonkeyPatch) -> Non
         assert step.last.engine == "two_pass"
 
 
+def test_two_passes_are_not_taken_where_a_sparse_gradient_would_have_fewer_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("batchtrim.engine.shared.refusal", lambda forward: "refused")
+    model = nn.Sequential(nn.Embedding(50, 8, sparse=True), nn.Flatten(), nn.Linear(16, 5))
+    compiled = torch.compile(model, backend="eager")
+    with pytest.warns(EngineFallback, match="an embedding's sparse gradient.* Continuing with engine='exact'"):
+        step = batchtrim.TrimmedForward(compiled, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.3), "auto")  # type: ignore[arg-type]
+    words = torch.arange(2 * BATCH).view(BATCH, 2)
+    step(words, torch.randint(0, 5, (BATCH,))).backward()
+    assert model[0].weight.grad.coalesce().indices().numel() == 2 * BATCH
+
+
 def test_what_a_forward_is_counted_to_cost() -> None:
     model, x = nn.Sequential(nn.Linear(8, 16), nn.Flatten(0), nn.ReLU()), torch.ones(4, 8)
     with OperatorCount(Machine(flops=1e9, bytes=1e30, start=1.0)) as count:

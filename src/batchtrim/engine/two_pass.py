@@ -221,4 +221,6 @@ def redrawn(forward: Forward) -> str | None:
         return _BATCH_NORM
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in training):
         return "a second pass would draw dropout anew"
+    if any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse for module in forward.inner.modules()):
+        return "an embedding's sparse gradient would lack the words of dropped samples, which SparseAdam updates too"
     return None
