@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from batchtrim.lab.execute import grid, progress
 from batchtrim.lab.execute.progress import Live
 from batchtrim.lab.present import tables
 from batchtrim.lab.task import decode
-from batchtrim.lab.terminal import ProgressCount
+from batchtrim.lab.terminal import ProgressCount, guard
 
 
 def printed(make_row: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> str:
@@ -95,6 +96,35 @@ def test_no_number_is_cut_off_a_bar(monkeypatch: pytest.MonkeyPatch, width: int)
         assert re.search(r"left (\d:\d\d:\d\d|-:--:--)$", line.rstrip())
     if width >= 80:
         assert lines[2].startswith("trim linear 1-0.2 seed 1 ")
+
+
+def test_names_cannot_control_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, make_row: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder named with brackets ended the run in a MarkupError; an escape code in a name coloured the rest."""
+    screen = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    configs = grid.expand({"methods": ["full", "trim"]})
+    configs = [replace(config, dataset="my [/b] \x1b[31m images") for config in configs]
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "console", lambda **_: screen)
+        with Live() as watcher:
+            watcher.begin(configs[:1], 0)
+            watcher.epoch(configs[0], {"epoch": 0, "epochs": 2, "test_error": 0.5})
+            watcher.finished(configs[0], {"status": "failed", "error": "\x1b[31m"})
+    rows = [make_row(method, seed, dataset="\x1b[31m") for method in ("full", "tr\x1b[31mim") for seed in range(3)]
+    tables.print_table(comparison.summarize(rows))
+    with pytest.raises(SystemExit):
+        guard(lambda: int("\x1b[31m"), debug=False)
+    written = [screen.file.getvalue(), *capsys.readouterr()]  # type: ignore[attr-defined]
+    assert [text.count("[31m") > 0 for text in written] == [True] * 3
+    assert [text.count("\x1b[31m") for text in written] == [0] * 3
+    assert "my [/b] \\x1b[31m images" in written[0]
+
+
+def test_the_name_of_a_metric_is_printable(make_row: Callable[..., Any]) -> None:
+    rows = [{**make_row(m, s, metric="f\x1b", higher_is_better=True), "value": s} for m in "ab" for s in range(3)]
+    with pytest.raises(ValueError, match=r"`metric` to be a name of printable characters, got 'f\\x1b'"):
+        comparison.summarize(rows)
 
 
 def _codes(text: str) -> list[str]:

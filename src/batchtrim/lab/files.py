@@ -97,6 +97,11 @@ def shown(name: object) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(name))
 
 
+def in_lines(text: str) -> str:
+    """Return a message of several lines, each as :func:`shown` returns it: a name in it cannot control the terminal."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
 def expanded(path: str | Path) -> Path:
     """Return a path with its ``~`` expanded; unchanged if the home folder is unknown."""
     return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError then

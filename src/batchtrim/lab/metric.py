@@ -37,6 +37,10 @@ class Metric:
     name: str = "error"
     higher_is_better: bool = False
 
+    def __post_init__(self) -> None:
+        if not str(self.name).isprintable():
+            raise ValueError(f"expected `metric` to be a name of printable characters, got {self.name!r}.")
+
     @classmethod
     def called(cls, name: str, higher_is_better: bool | None = None) -> Metric:
         """Return the metric of that name; pass the better direction if the name does not imply it.

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from batchtrim.lab.files import in_a_line
+from batchtrim.lab.files import in_a_line, in_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +83,7 @@ class ProgressCount:
 def _say(text: str) -> None:
     import typer
 
-    typer.echo(text, err=True)
+    typer.echo(in_lines(text), err=True)
 
 
 def console(*, stderr: bool = False, width: int | None = None) -> Console:

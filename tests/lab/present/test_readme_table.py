@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchtrim.lab.analyse import claims
-from batchtrim.lab.present import readme_table
+from batchtrim.lab.present import readme_table, results
 
 CLAIM = 'effect = 0.5\n[[claim]]\ntext = "It helps."\nmethod = "trim"\nagainst = "full"\nsays = "lower"\n'
 
@@ -80,3 +80,12 @@ def test_a_page_without_marks_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="expected <!-- results --> and"):
         readme_table.write([], page)
     assert page.read_text() == "no table here\n"
+
+
+@pytest.mark.parametrize("write", [results.page, readme_table.table])
+def test_a_name_cannot_break_the_page(record, write):
+    """In the headings and the table of gains, names of data sets were written as they are."""
+    folder = record("one", {"full": [0.1, 0.12, 0.14], "trim": [0.09, 0.11, 0.13]}, dataset="a|<img src=x> [b](c)")
+    lines = [line for line in write([claims.read(folder)]).splitlines() if "img" in line]
+    assert lines
+    assert all(r"a\|\<img src=x\> \[b\](c)" in line for line in lines)

@@ -136,3 +136,13 @@ def test_charts_are_written_as_svg_and_png(swept: comparison.Summary, tmp_path: 
             assert ("Dashed: of every sample seen." in text) == (path.stem == "loss-of-kept-samples-and-of-all")
         else:
             assert len(Image.open(path).convert("RGB").resize((64, 64)).getcolors(4096) or []) > 3
+
+
+def test_a_figure_is_valid_xml_whatever_the_names(make_row: MakeRow) -> None:
+    """A control character in a method's name made the PNG fail with the renderer's own error."""
+    rows = [make_row(m, seed, 0.1 + seed / 100) for m in ("full", "a\x01\ufffe<b>&\x1b") for seed in range(3)]
+    (group,) = comparison.summarize(rows).groups
+    drawn = report.group_values(group)
+    for card in drawn["costs"]:
+        ElementTree.fromstring(figures.standalone(card.chart, group))
+    assert r"a\x01\ufffe&lt;b&gt;&amp;\x1b" in figures.standalone(drawn["curves"][0].chart, group)

@@ -1,10 +1,12 @@
-"""Short, unique names for groups and arms."""
+"""Short, unique names for groups and arms, of printable characters: they go to terminals, pages and drawings."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from typing import Any
+
+from batchtrim.lab.files import shown
 
 Settings = dict[str, Any]
 
@@ -21,7 +23,7 @@ def titles(settings: Sequence[Settings]) -> list[str]:
     for each in settings:
         alike = [other for other in settings if all(other.get(name) == each.get(name) for name in named)]
         extra = [f"{name} {each[name]}" for name in _varying(alike, exclude=named) if each.get(name) is not None]
-        found.append(", ".join([*(str(each[name]) for name in named if name in each), *extra]))
+        found.append(shown(", ".join([*(str(each[name]) for name in named if name in each), *extra])))
     return found
 
 
@@ -39,7 +41,7 @@ def labels(settings: Sequence[Settings]) -> dict[str, str]:
             f"{setting} {_shortest(mine.get(setting), [other.get(setting) for other in flat])}"
             for setting in _varying(flat, exclude=("method",))
         ]
-        label = f"{each['method']} ({', '.join(parts)})" if parts else str(each["method"])
+        label = shown(f"{each['method']} ({', '.join(parts)})" if parts else each["method"])
         count = sum(other == label or other.startswith(f"{label} #") for other in found.values())
         found[name] = f"{label} #{count + 1}" if count else label
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchtrim._checks import import_extra
-from batchtrim.lab.files import writing
+from batchtrim.lab.files import in_lines, shown, writing
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import Row
 from batchtrim.lab.run.batch_progress import OnEpoch
@@ -102,7 +102,7 @@ class Live(Quiet):
 
     def _bar(self, config: Any, point: dict[str, Any]) -> tuple[Any, float]:
         if config.key not in self.shown:
-            label = " ".join(config.label.split()[self.alike :])
+            label = shown(" ".join(config.label.split()[self.alike :]))
             self.shown[config.key] = self.bars.add_task(label, total=point["epochs"], news=""), 0.0
         return self.shown[config.key]
 
@@ -124,7 +124,7 @@ class Live(Quiet):
             self._say(config, note)  # notes on the data are printed once, before the first run
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(in_lines(text), highlight=False, markup=False, soft_wrap=True)
 
     def _say(self, config: Any, text: str) -> None:
         self.note(f"{self._tally()}  {config.label}: {text}")
@@ -151,9 +151,9 @@ def _columns(width: int) -> list[ProgressColumn]:
     label = Column(no_wrap=True, overflow="ellipsis", max_width=max(8, width - taken))
     news = Column(no_wrap=True, overflow="ellipsis", max_width=NEWS)
     return [
-        TextColumn("{task.description}", table_column=label),
+        TextColumn("{task.description}", table_column=label, markup=False),
         *bars,
-        TextColumn("{task.fields[news]}", table_column=news),
+        TextColumn("{task.fields[news]}", table_column=news, markup=False),
         *times,
     ]
 

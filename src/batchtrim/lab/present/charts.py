@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from batchtrim.lab.files import shown
 from batchtrim.lab.present import overlaps, point_labels
 from batchtrim.lab.present.point_labels import Box
 
@@ -82,8 +83,8 @@ class Scale:
 
 
 def esc(value: object) -> str:
-    """Escape text for HTML, including quoted attributes."""
-    return html.escape(str(value), quote=True)
+    """Escape text for HTML and SVG, including quoted attributes and characters that XML does not allow."""
+    return html.escape(shown(value), quote=True)
 
 
 def style_class(style: int) -> str:

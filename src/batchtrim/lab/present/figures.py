@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from markupsafe import escape
-
 from batchtrim._checks import import_extra
 from batchtrim.lab.analyse.comparison import Group, Summary
 from batchtrim.lab.files import write_whole, writing
@@ -55,7 +53,7 @@ def standalone(chart: str, group: Group, note: str = "") -> str:
     names = [(arm.label, report.styles(group)[arm.label]) for arm in group.arms]
     keys = _legend(names, height) if "data-series=" in body else ""
     if note:
-        keys += f'<text class="tick" x="0" y="{height + ROW * len(names) + 12}">{escape(note)}</text>'
+        keys += f'<text class="tick" x="0" y="{height + ROW * len(names) + 12}">{charts.esc(note)}</text>'
     whole = height + (ROW * (len(names) + bool(note)) + 8 if keys else 0)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-6 -6 {width + 12} {whole + 12}" width="{width + 12}" '
@@ -80,7 +78,7 @@ def _legend(names: list[tuple[str, int]], top: int) -> str:
     return "".join(
         f'<g class="{charts.style_class(style)}"><line class="line" x1="{charts.LEFT}" x2="{charts.LEFT + 26}" '
         f'y1="{top + ROW * number + 8}" y2="{top + ROW * number + 8}"/>'
-        f'<text class="tick" x="{charts.LEFT + 34}" y="{top + ROW * number + 12}">{escape(label)}</text></g>'
+        f'<text class="tick" x="{charts.LEFT + 34}" y="{top + ROW * number + 12}">{charts.esc(label)}</text></g>'
         for number, (label, style) in enumerate(names)
     )
 

@@ -73,10 +73,10 @@ def page(records: Sequence[EvidenceRecord]) -> str:
         lines += [f"{matters} {record.note}".rstrip()]
         lines += ["", *_findings_table(record), ""]
         for group in record.groups:
-            lines += [f"### {group.title} ({topic})", "", *tables.markdown_table(group, group.arms), ""]
+            lines += [f"### {tables.cell(group.title)} ({topic})", "", *tables.markdown_table(group, group.arms), ""]
             for axis in _AXES:
                 if name := _drawing_name(record, group, axis):
-                    lines += [f"![Test error against {axis.words}, {group.title}]({DRAWINGS}/{name})", ""]
+                    lines += [f"![Test error against {axis.words}, {tables.cell(group.title)}]({DRAWINGS}/{name})", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -142,7 +142,7 @@ def _gains(records: Sequence[EvidenceRecord]) -> list[str]:
             left = [error for error in map(_training_error, full.runs) if error is not None] if full else []
             if left and (others := tables.by_method(_compared(group))):
                 mean = sum(left) / len(left)
-                problem = [f"{group.title} ({_topic(record)})", str(len(left)), wording.percent(mean)]
+                problem = [f"{tables.cell(group.title)} ({_topic(record)})", str(len(left)), wording.percent(mean)]
                 problems.append((mean, problem, others))
     problems.sort(key=lambda each: each[:2])
     counts = Counter(name for *_, others in problems for name in others)
