@@ -92,6 +92,17 @@ def test_sweep_takes_axes(tmp_path: Path) -> None:
     assert len(rows) == 10
 
 
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_what_a_toml_file_leaves_out_is_the_default_of_help(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """A sweep of a file without methods and seeds was one run of plain training."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(cli, "_run_and_report", lambda settings, given: told.append(settings))
+    Path("grid.toml").write_text('epochs = 9\nschedule = "step"\n')
+    assert batchtrim(command, "grid.toml").exit_code == 0
+    defaults = {"compare": cli.COMPARE, "sweep": cli.SWEEP}[command]
+    assert told == [{**defaults, "epochs": 9, "schedule": "step"}]
+
+
 def test_a_toml_file_gives_the_settings_and_options_go_before_it(tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text(
         'methods = ["small_loss"]\nseeds = [3]\nepochs = 9\ntrain_size = 100\n[params.small_loss]\nnoise_rate = 0.4\n'

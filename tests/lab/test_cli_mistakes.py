@@ -125,6 +125,10 @@ def test_words_in_the_wrong_place_are_named(words: list[str], message: str) -> N
         ('methods = "full,trim"', 'to be a list in g.toml, got the text \'full,trim\'. Write ["full", "trim"].'),
         ('[[grid]]\nschedule = "step, linear"', 'Write ["step", "linear"].'),
         ('[grid]\nmodel = "cnn"', "expected a value of `grid` in g.toml, got a table. Double its brackets: [[grid]]."),
+        ("lower_is_better = 1", "expected `lower_is_better` alone, and true or false, in g.toml, got 1."),
+        ("lower_is_better = true\nhigher_is_better = false", "expected `lower_is_better` alone"),
+        ("json = true", "expected settings of runs in g.toml, got 'json'. It belongs on the command line: --json."),
+        ('data_version = "abc"', "expected no `data_version` with the data set 'digits', got 'abc'."),
         ("[param.small_loss]\nnoise_rate = 0.1", "got a table. Put parameters into [params.METHOD]."),
     ],
 )
@@ -137,6 +141,14 @@ def test_values_of_the_wrong_kind_in_toml_are_named(text: str, message: str) -> 
 def test_toml_as_editors_leave_it_is_read(text: str) -> None:
     Path("g.toml").write_text(text, newline="")
     assert options.read_settings({"grid": Path("g.toml")}) == {"seeds": [0], "epochs": 1}
+
+
+def test_the_direction_of_a_metric_has_both_names_in_toml() -> None:
+    """The page says that names are those of the options; one of the two was unknown."""
+    Path("g.toml").write_text("[[grid]]\nlower_is_better = true\n[[grid]]\nhigher_is_better = true\n")
+    assert options.read_settings({"grid": Path("g.toml")})["grid"] == [
+        {"higher_is_better": False}, {"higher_is_better": True}
+    ]  # fmt: skip
 
 
 def test_a_home_after_an_equals_sign_is_meant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ def test_other_names_have_to_say_it() -> None:
         Metric.called("score")
     with pytest.raises(ValueError, match="Did you mean 'rmse'"):
         Metric.called("rsme")
+    with pytest.raises(TypeError, match="expected `higher_is_better` to be true or false, got 'no'"):
+        Metric.called("score", "no")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,7 @@ def sweep(given: dict[str, Any]) -> None:
 
     The default is three schedules by three final keep fractions; a TOML file can define another grid.
     """
-    settings = options.read_settings(given)
-    _run_and_report(_over(SWEEP, settings) if given["grid"] is None else settings, given)
+    _run_and_report(_over(SWEEP, options.read_settings(given)), given)
 
 
 @_command("train", options.settings_table(TRAIN, options.ONE), options.PLACE, options.TALK)
@@ -104,7 +103,10 @@ def train(given: dict[str, Any]) -> None:
     _run_and_report(settings, given)
 
 
-@_command("demo", {"out": options.PLACE["out"], "workers": options.SCALE["workers"]}, options.TALK)
+DEMO_OUT = options.option(Path | None, "folder for runs.jsonl and the report [runs/demo]")
+
+
+@_command("demo", {"out": DEMO_OUT, "workers": options.SCALE["workers"]}, options.TALK)
 def demo(given: dict[str, Any]) -> None:
     """Compare full and trim on digits, in a minute or two.
 

@@ -50,6 +50,8 @@ class Metric:
         """
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"expected `metric` to be a name such as error, accuracy or rmse, got {name!r}.")
+        if not isinstance(higher_is_better, bool | None):
+            raise TypeError(f"expected `higher_is_better` to be true or false, got {higher_is_better!r}.")
         known = True if name.lower() in HIGHER else False if name.lower() in LOWER else None
         if known is None and higher_is_better is None:
             raise ValueError(

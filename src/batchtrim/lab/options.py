@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from batchtrim._checks import describe
 from batchtrim.lab import files
 from batchtrim.lab.run.config import SETTINGS
 from batchtrim.lab.run.settings import Setting
@@ -215,9 +216,7 @@ def _default(name: str, presets: Mapping[str, Any]) -> str:
         values = presets[name]
         return ",".join(map(str, values)) if isinstance(values, list) else str(values)
     setting = SETTINGS.get(name)
-    if setting is None:
-        return ""
-    return setting.default_help or str(setting.default)
+    return (setting.default_help or str(setting.default)) if setting else ""
 
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,12 +254,20 @@ def _settings_in(grid: Path, methods: str | None) -> dict[str, Any]:
         listed = ",".join([*filter(None, [methods]), *names])
         raise ValueError(f"expected a TOML file, got the method {grid}. Methods are an option: --methods {listed}.")
     settings = files.load_toml(grid)
+    for part in _parts(settings):
+        if "lower_is_better" in part:  # a flag of the command line, and the other side of one setting
+            lower = part.pop("lower_is_better")
+            if not isinstance(lower, bool) or "higher_is_better" in part:
+                raise ValueError(
+                    f"expected `lower_is_better` alone, and true or false, in {grid}, got {describe(lower)}."
+                )
+            part["higher_is_better"] = not lower
     for name, value in itertools.chain.from_iterable(part.items() for part in _parts(settings)):
         _check_written(name, value, grid)
     return settings
 
 
-def _parts(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _parts(settings: dict[str, Any]) -> list[dict[str, Any]]:
     grid = settings.get("grid")
     return [settings, *(part for part in grid if isinstance(part, dict))] if isinstance(grid, list) else [settings]
 
@@ -279,7 +286,7 @@ def _check_written(name: str, value: Any, grid: Path) -> None:
 
 def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse options of the command in a file of settings: they are not settings of a run."""
-    named = {**PLACE, **SCALE, **TALK}
+    named = {name.removeprefix("as_") for name in {**PLACE, **SCALE, **TALK}}
     table = next((name for name, value in settings.items() if isinstance(value, dict) and name != "params"), None)
     if table is not None:
         cure = {"grid": "Double its brackets: [[grid]].", "param": "Put parameters into [params.METHOD]."}.get(
@@ -288,9 +295,9 @@ def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> 
         raise ValueError(f"expected a value of `{table}` in {given['grid']}, got a table. {cure}")
     wrong = next((name for part in _parts(settings) for name in part if name in named), None)
     if wrong is not None:
-        way = wrong.removeprefix("as_").replace("_", "-")
         raise ValueError(
-            f"expected settings of runs in {given['grid']}, got {wrong!r}. It belongs on the command line: --{way}."
+            f"expected settings of runs in {given['grid']}, got {wrong!r}. It belongs on the command line: "
+            f"--{wrong.replace('_', '-')}."
         )
 
 

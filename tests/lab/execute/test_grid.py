@@ -34,6 +34,12 @@ def test_parts_of_a_grid_add_to_what_is_common() -> None:
     assert [(config.model, config.epochs) for config in configs] == [("mlp", 3), ("cnn", 5)]
 
 
+def test_a_part_goes_before_what_is_common_under_either_name() -> None:
+    """A file without `methods` was refused for giving both: the other was the command's default."""
+    configs = grid.expand({"methods": ["full", "trim"], "seeds": 1, "grid": [{"method": "random"}, {"seed": 3}]})
+    assert [(config.method, config.seed) for config in configs] == [("random", 0), ("full", 3), ("trim", 3)]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -84,6 +84,11 @@ def check_options(config: Any) -> None:
             f"expected no `{given}` with the data set {config.dataset!r}, which has its own, got "
             f"{getattr(options, given)!r}. It is for a folder, a table or a hub name."
         )
+    if config.data_version and not is_own(config.dataset):
+        raise ValueError(
+            f"expected no `data_version` with the data set {config.dataset!r}, got {config.data_version!r}. It is a "
+            "hash of your own images; the program computes it."
+        )
 
 
 def load(
