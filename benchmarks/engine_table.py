@@ -1,13 +1,16 @@
-"""Print results of bench_engine as a Markdown table: ``python -m benchmarks.engine_table FILE.json ...``"""
+"""Print results of bench_engine as a Markdown table."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 
-def main(paths: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.engine_table", description=__doc__)
+    parser.add_argument("paths", nargs="+", metavar="FILE.json", help="written by bench_engine")
+    paths = parser.parse_args().paths
     print("| network | q | plain ms | author | two_pass | shared | limit | floor | auto |", end="")
     print(" gradient error | cosine: shared, two_pass | peak MiB: exact, shared |\n|" + 12 * "---|")
     for path in paths:
@@ -24,4 +27,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -17,10 +17,7 @@ from batchtrim.lab.execute import grid
 from batchtrim.lab.files import load_toml
 
 ROOT = Path(__file__).parents[2]
-# `engine_table` reads files and has no options; `pytest` is not ours
-COMMAND = re.compile(
-    r"(?:^ {4}|`)((?:batchtrim |python -m (?:studies|benchmarks)\.(?!engine_table))[^`#\n]+)", re.MULTILINE
-)
+COMMAND = re.compile(r"(?:^ {4}|`)((?:batchtrim |python -m (?:studies|benchmarks)\.)[^`#\n]+)", re.MULTILINE)
 
 
 def commands() -> list[Any]:

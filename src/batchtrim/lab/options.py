@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from batchtrim._checks import describe
 from batchtrim.lab import files
 from batchtrim.lab.run.config import SETTINGS
 from batchtrim.lab.run.settings import Setting
@@ -256,11 +255,8 @@ def _settings_in(grid: Path, methods: str | None) -> dict[str, Any]:
     settings = files.load_toml(grid)
     for part in _parts(settings):
         if "lower_is_better" in part:  # a flag of the command line, and the other side of one setting
-            lower = part.pop("lower_is_better")
-            if not isinstance(lower, bool) or "higher_is_better" in part:
-                raise ValueError(
-                    f"expected `lower_is_better` alone, and true or false, in {grid}, got {describe(lower)}."
-                )
+            if not isinstance(lower := part.pop("lower_is_better"), bool) or "higher_is_better" in part:
+                raise ValueError(f"expected `lower_is_better` alone, and true or false, in {grid}, got {lower!r}.")
             part["higher_is_better"] = not lower
     for name, value in itertools.chain.from_iterable(part.items() for part in _parts(settings)):
         _check_written(name, value, grid)
@@ -284,7 +280,7 @@ def _check_written(name: str, value: Any, grid: Path) -> None:
         raise ValueError(f"expected `{name}` to be a list in {grid}, got the text {value!r}. Write [{listed}].")
 
 
-def _refuse_elsewhere(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _refuse_elsewhere(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse options of the command in a file of settings: they are not settings of a run."""
     named = {name.removeprefix("as_") for name in {**PLACE, **SCALE, **TALK}}
     table = next((name for name, value in settings.items() if isinstance(value, dict) and name != "params"), None)
