@@ -70,6 +70,11 @@ _CURE = "Make the trimmer with the same arguments on every rank, and call it and
 # Sums in another order differ in their last digits; any real disagreement is larger.
 _CLOSE = 1e-6
 
+NOT_PICKLED = (
+    "expected a trimmer without `process_group` to pickle, got one with it. A group belongs to its process: save the "
+    "trimmer's state_dict(), and load it into a trimmer made with the group of the new process."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Joined:

@@ -18,7 +18,7 @@ from batchtrim._deprecated import record_as_before, trimmer_log
 from batchtrim._transforms import compiling, fixed_shapes, in_backward, outside, settled, transforming
 from batchtrim.choice import Choice
 from batchtrim.clock import Clock
-from batchtrim.distributed import select_over_ranks, world_size
+from batchtrim.distributed import NOT_PICKLED, select_over_ranks, world_size
 from batchtrim.errors import NothingToChoose
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear
@@ -320,6 +320,16 @@ class Trimmer:
         copied.__setstate__(copy.deepcopy(vars(self), memo))
         return copied
 
+    def __copy__(self) -> Trimmer:
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(vars(self))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(NOT_PICKLED)
+        return vars(self)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self._keep_tensor.is_inference():  # copied in inference mode, outside of which step() could not change it
@@ -368,18 +378,10 @@ class Trimmer:
         if flat.terms:
             raise ValueError(f"expected `losses` with one divisor and scope='global', got {SUM_OF_TERMS}")
         joined = select_over_ranks(
-            self.rule,
-            flat.values,
-            scores,
-            self.keep,
-            mask=flat.mask,
-            weights=divisors(flat),
-            generator=self.generator,
-            settings=(repr(self.schedule), self.total, self.scale, self.unit),
-            steps=self.steps,
-            summed=flat.reduction == "sum",
-            group=self.process_group,
-        )
+            self.rule, flat.values, scores, self.keep, mask=flat.mask, weights=divisors(flat), generator=self.generator,
+            settings=(repr(self.schedule), self.total, self.scale, self.unit), steps=self.steps,
+            summed=flat.reduction == "sum", group=self.process_group,
+        )  # fmt: skip
         selection = joined.selection
         if flat.reduction == "sum":
             ranks = world_size(self.process_group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import sys
 from datetime import timedelta
 from typing import Any
@@ -212,7 +213,9 @@ def subgroup(me: Rank) -> None:
     group = dist.new_group([0, 1])
     if me.rank < 2:
         trim = batchtrim.Trimmer(0.5, scope="global", process_group=group)
-        for each in (trim, copy.deepcopy(trim)):
+        with pytest.raises(TypeError, match=r"without `process_group` to pickle, got one with it\. .* state_dict"):
+            pickle.dumps(trim)
+        for each in (trim, copy.copy(trim), copy.deepcopy(trim)):
             assert len(each.select(torch.tensor([1.0, 2.0]) + 10 * me.rank).indices) == 2 * me.rank
 
 

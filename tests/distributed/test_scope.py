@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,13 @@ def test_wrong_arguments_are_refused() -> None:
         batchtrim.Trimmer(0.5, scope="all")
     with pytest.raises(ValueError, match="expected `scope` 'global' with a `process_group`"):
         batchtrim.Trimmer(0.5, process_group=object())  # type: ignore[arg-type]
+
+
+def test_a_trimmer_with_a_group_says_why_it_cannot_be_pickled() -> None:
+    trim = batchtrim.Trimmer(0.5, scope="global")
+    trim.process_group = object()  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"without `process_group` to pickle, got one with it\. .* state_dict"):
+        pickle.dumps(trim)
+    assert copy.copy(trim).process_group is copy.deepcopy(trim).process_group is trim.process_group
+    trim.process_group = None
+    assert pickle.loads(pickle.dumps(trim)).keep == 0.5
