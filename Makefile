@@ -62,7 +62,8 @@ matrix: $(VENV)/.dev  ## the tests with the oldest versions allowed, and on the 
 	# warnings of old libraries about new ones say nothing about batchtrim
 	PYTHONPATH=$(CURDIR)/src $(OLDEST)/bin/python -m pytest -n 2 -m "not slow" $(OLD_WARNINGS) $(CORE)
 	test -x $(OLDEST_ENGINE)/bin/python || $(PYTHON) -m venv $(OLDEST_ENGINE)
-	$(OLDEST_ENGINE)/bin/python -m pip install --quiet torch==$(ENGINE_TORCH) numpy hypothesis pytest pytest-timeout pytest-xdist
+	$(OLDEST_ENGINE)/bin/python -m pip install --quiet torch==$(ENGINE_TORCH) numpy \
+	  $$($(BIN)/python .ci/requirements.py --group test)
 	PYTHONPATH=$(CURDIR)/src $(OLDEST_ENGINE)/bin/python -m pytest -n 2 -m "not slow" $(OLD_WARNINGS) $(ENGINE)
 	test -n "$(NEWEST_PYTHON)" || { echo "no Python newer than 3.11 was found. Run: make matrix NEWEST_PYTHON=python3.13"; exit 1; }
 	test -x $(NEWEST)/bin/python || $(NEWEST_PYTHON) -m venv $(NEWEST)

@@ -1,4 +1,4 @@
-"""What can change in place and can be put back: copy it, compare two copies, write a copy back."""
+"""Values that change in place and can be put back: copy one, compare two copies, write a copy back."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ _CHANGED_BY = {
 
 
 class Kind(enum.Enum):
-    """What is done with an object: ``IN_PLACE``: it is copied, and the copy is written back."""
+    """The treatment of an object. ``IN_PLACE``: it is copied, and the copy is written back."""
 
     NOTHING = enum.auto()
     MODULE = enum.auto()

@@ -52,7 +52,7 @@ def without_labels(inputs: Mapping[str, Any], names: Sequence[str]) -> tuple[dic
 
 @dataclass(frozen=True)
 class Counting:
-    """How to count the losses of a batch to select from, by its labels.
+    """The way to count the losses of a batch to select from, by its labels.
 
     Attributes:
         ignored: the label that does not count; None if every sample counts as one.

@@ -22,7 +22,7 @@ _TO_DO = {
     getattr(errno, "EDQUOT", errno.ENOSPC): _SPACE,
     errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
 }
-"""What helps against an error that no other folder on the same disk is free of."""
+"""The cure of an error that every folder on the same disk would have."""
 
 
 class CannotWrite(OSError):

@@ -46,7 +46,7 @@ def spent_curve(row: Row, axis: str) -> tuple[list[float], list[float]]:
 
 @dataclass(frozen=True)
 class Missing:
-    """Why runs have no budget in common.
+    """The reason why runs have no budget in common.
 
     Attributes:
         kind: "no run" finished, "no curve" of a run was recorded, or the runs lie "apart".

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from batchtrim.lab.analyse.claims import EvidenceRecord
@@ -42,13 +43,14 @@ def table(records: Sequence[EvidenceRecord]) -> str:
     same record, in points, with the 95 % interval, the share of backward samples, and the number of seeds if it is not
     the row's.
     """
-    problems: dict[str, list[Group]] = {}
+    problems: dict[str, list[_Plain]] = {}
     for record in sorted(records, key=lambda record: (not record.partial, str(record.folder)), reverse=True):
         for group in record.groups:
-            if _shown(group):
-                problems.setdefault(_title(group), []).append(group)
+            plain = _plain(group)
+            if plain and any(_differences(plain, name) for name in ("trim", "loss_mass")):
+                problems.setdefault(_title(group), []).append(plain)
     heads = ["problem", "seeds", "`full`, error %", *(f"`{name}`, points" for name in METHODS)]
-    rows = sorted(_row(title, groups) for title, groups in problems.items())
+    rows = sorted(_row(title, found) for title, found in problems.items())
     return "\n".join([f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(row for _, row in rows)])
 
 
@@ -57,35 +59,34 @@ def _title(group: Group) -> str:
     return group.title + (f", {size:,} images" if size else "")
 
 
-def _plain(group: Group) -> Arm | None:
-    return next((arm for arm in group.arms if arm.label == "full"), None)
+@dataclass(frozen=True)
+class _Plain:
+    """Plain training in a group: its arm and its mean error."""
+
+    group: Group
+    arm: Arm
+    error: float
 
 
-def _shown(group: Group) -> bool:
-    plain = _plain(group)
-    if plain is None or plain.moments.mean is None or plain.moments.n < FEWEST:
-        return False
-    return any(_differences(group, name) for name in ("trim", "loss_mass"))
+def _plain(group: Group) -> _Plain | None:
+    """Return plain training; None if it has too few seeds."""
+    for arm in group.arms:
+        if arm.label == "full" and arm.moments.mean is not None and arm.moments.n >= FEWEST:
+            return _Plain(group, arm, arm.moments.mean)
+    return None
 
 
-def _row(title: str, groups: Sequence[Group]) -> tuple[float, str]:
+def _row(title: str, found: Sequence[_Plain]) -> tuple[float, str]:
     """Return plain training's error and the row, from a problem's groups, of which the first counts most."""
-    plain = _plain(groups[0])
-    assert plain is not None
-    assert plain.moments.mean is not None
-    seeds = plain.moments.n
-    error = f"{wording.percent(plain.moments.mean)} ± {wording.percent(plain.moments.std)}"
-    cells = [tables.cell(title), str(seeds), error]
-    cells += [next(filter(None, (_differences(group, name, seeds) for group in groups)), "") for name in METHODS]
-    return plain.moments.mean, f"| {' | '.join(cells)} |"
+    error, moments = found[0].error, found[0].arm.moments
+    cells = [tables.cell(title), str(moments.n), f"{wording.percent(error)} ± {wording.percent(moments.std)}"]
+    cells += [next(filter(None, (_differences(each, name, moments.n) for each in found)), "") for name in METHODS]
+    return error, f"| {' | '.join(cells)} |"
 
 
-def _differences(group: Group, method: str, seeds: int = 0) -> str:
-    plain = _plain(group)
-    if plain is None:
-        return ""
-    arms = tables.by_method(arm for arm in group.arms if arm.settings.get("engine", "exact") == "exact")
-    return tables.of_arms(arms.get(method, ()), functools.partial(_cell, plain=plain, seeds=seeds))
+def _differences(plain: _Plain, method: str, seeds: int = 0) -> str:
+    arms = tables.by_method(arm for arm in plain.group.arms if arm.settings.get("engine", "exact") == "exact")
+    return tables.of_arms(arms.get(method, ()), functools.partial(_cell, plain=plain.arm, seeds=seeds))
 
 
 def _cell(arm: Arm, plain: Arm, seeds: int) -> str:

@@ -33,7 +33,7 @@ class TaskMistake(ValueError):
 
 @dataclass
 class RuleCounts:
-    """What the copies of a rule chose.
+    """Counts of what the copies of a rule chose.
 
     Attributes:
         calls, seen, kept: how often they chose in training, from how many samples, and how many they kept.
