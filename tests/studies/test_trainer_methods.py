@@ -99,7 +99,7 @@ def test_a_method_ends_where_the_labs_loop_ends(name: str, tmp_path: Path, monke
     [
         ('methods = ["full", "infobach"]', "expected `method` to be one of full, .*got 'infobach'. Did you mean"),
         ("", "expected settings methods, .*, got none called methods."),
-        ("methods = [", "to be TOML, got a line that is not"),
+        ("methods = [", "to be TOML, got a mistake in it"),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_line(

@@ -85,7 +85,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         hint = f" For a table of results: batchtrim report --csv {path}" if path.suffix in TABLES else ""
         hint = f" For the report on these runs: batchtrim report {path.parent}" if path.suffix == ".jsonl" else hint
-        raise ValueError(f"expected {path} to be TOML, got a line that is not: {error}.{hint}") from error
+        raise ValueError(f"expected {path} to be TOML, got a mistake in it: {error}.{hint}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
     except FileNotFoundError as error:

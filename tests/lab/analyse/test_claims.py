@@ -206,7 +206,7 @@ def test_engines_tell_arms_of_one_method_apart(tmp_path: Path) -> None:
             CLAIMS.replace('"lower"', '"not worse"') + "margin = -1",
             "`margin` to be positive and finite, got -1. In points",
         ),
-        (CLAIMS.replace('"random"', '"radnom"'), "'radnom' and 'full'"),
+        (CLAIMS.replace('"random"', '"radnom"'), "'radnom' with 'full'"),
     ],
 )
 def test_wrong_claims_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -162,8 +162,8 @@ def read(folder: str | Path) -> EvidenceRecord:
                 continue
             there = dict.fromkeys(arm.label for group in groups for arm in group.arms)
             raise ValueError(
-                f"expected runs of {claim.method!r} and {claim.against!r} in {folder}, got none of one of them for "
-                f"the claim {claim.text!r}. There are runs of {', '.join(there)}."
+                f"expected a comparison of {claim.method!r} with {claim.against!r} in {folder}, got none that fits the "
+                f"claim {claim.text!r}. There are runs of {', '.join(there)}."
                 + "".join(nearest(name, METHODS) for name in (claim.method, claim.against) if name not in METHODS)
             )
     return EvidenceRecord(folder, title, note, effect, groups, tuple(findings), alone.exists(), partial)

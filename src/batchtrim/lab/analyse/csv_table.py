@@ -64,7 +64,7 @@ def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool
                 rows.append({**{name: value for name, value in row.items() if name}, "line": line})
     except csv.Error as error:
         at = reader.line_num + blank
-        raise ValueError(f"expected {path} to be CSV, got a line {at} that is not: {error}.") from error
+        raise ValueError(f"expected {path} to be CSV, got {error} in line {at}.") from error
     return to_records(rows, str(path), metric, higher_is_better)
 
 
