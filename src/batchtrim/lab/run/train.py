@@ -42,7 +42,7 @@ from batchtrim.lab.task import data, models
 from batchtrim.lab.task.augment import Batches
 
 EVALUATION_BATCH = 500
-DID_NOT_LEARN = "did not learn: no better than always predicting the most common class"
+DID_NOT_LEARN = "nothing was learnt: the error is no better than that of always predicting the most common class"
 REFERENCE_SEED = 1_000_003  # an offset, so that held-out networks start from weights that no run starts from
 
 
