@@ -77,12 +77,12 @@ class Call:
         return output
 
 
-Rule = Callable[[Call], Layout | list[Layout]]
-_RULES: dict[str, Rule] = {}
+OperatorRule = Callable[[Call], Layout | list[Layout]]
+_RULES: dict[str, OperatorRule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
+def rule(*names: str) -> Callable[[OperatorRule], OperatorRule]:
+    def register(function: OperatorRule) -> OperatorRule:
         for name in names:
             _RULES[name] = function
         return function

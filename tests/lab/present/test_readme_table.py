@@ -89,3 +89,11 @@ def test_a_name_cannot_break_the_page(record, write):
     lines = [line for line in write([claims.read(folder)]).splitlines() if "img" in line]
     assert lines
     assert all(r"a\|\<img src=x\> \[b\](c)" in line for line in lines)
+
+
+def test_the_drawing_of_a_long_name_can_be_written(record, tmp_path):
+    """The path of a data set became a file name longer than the file system allows."""
+    errors = {"full": [0.1, 0.12, 0.14], "trim": [0.09, 0.11, 0.13], "random": [0.1, 0.1, 0.1]}
+    folders = [record(name, errors, dataset=f"/data/{'images/' * 40}{name}") for name in ("one", "two")]
+    results.write([claims.read(folder) for folder in folders], tmp_path / "page.md")
+    assert len(list((tmp_path / results.DRAWINGS).iterdir())) == 2

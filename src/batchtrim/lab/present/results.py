@@ -6,6 +6,7 @@ training time if that was measured with nothing else running.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -20,6 +21,7 @@ from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import charts, tables, wording
 
 DRAWINGS = "drawings/results"
+LONGEST_NAME = 120
 GAINS = ("trim", "loss_mass", "ordered_sgd")
 """Methods whose gain is shown with its interval beside the training error of plain training."""
 SEVERAL = 3
@@ -89,6 +91,8 @@ def _drawing_name(record: EvidenceRecord, group: Group, axis: _Axis) -> str:
     if len(_drawn(group, axis)) < 3 or (axis.cost == "seconds" and not record.timed):
         return ""
     title = re.sub(r"[^a-z0-9]+", "-", group.title.lower()).strip("-")
+    if len(title) > LONGEST_NAME:  # a path; file systems allow 255 bytes
+        title = f"{title[:LONGEST_NAME]}-{hashlib.sha256(group.title.encode()).hexdigest()[:8]}"
     return f"{_topic(record)}-{title}{axis.suffix}.svg"
 
 

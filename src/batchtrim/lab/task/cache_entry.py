@@ -18,7 +18,7 @@ from batchtrim.lab.task.data import ReplaceFile
 __all__ = ["ABOUT", "PIXELS", "Entry", "hash_of", "read", "write_about"]
 
 ABOUT, PIXELS = "about.json", "pixels.npy"
-COMPARED = 64  # how many images are compared with their hashes when an entry is read
+REHASHED = 64  # how many images are compared with their hashes when an entry is read
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,6 @@ def _damage(found: Entry, n: int) -> str:
         return f"pixels {found.pixels.shape} of {found.pixels.dtype} for {k} images"
     if not len(found.mean) == len(found.std) == found.pixels.shape[1]:
         return f"{len(found.mean)} means and {len(found.std)} deviations of {found.pixels.shape[1]} channels"
-    rows = np.unique(np.linspace(0, k - 1, COMPARED).astype(np.int64)) if k else []
+    rows = np.unique(np.linspace(0, k - 1, REHASHED).astype(np.int64)) if k else []
     wrong = sum(hash_of(found.pixels[row]) != int(found.hashes[row]) for row in rows)
     return f"{wrong} of {len(rows)} images compared have other pixels than were decoded" if wrong else ""
