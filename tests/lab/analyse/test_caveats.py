@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from batchtrim.lab.analyse import comparison
+from batchtrim.lab.analyse import comparison, csv_table
 from batchtrim.lab.analyse.caveats import Caveat, Kind, caveats
 from batchtrim.lab.present.caveat_texts import caveat_texts
 
@@ -49,6 +49,28 @@ def test_a_failed_run_is_a_missing_pair_and_a_diverged_one_is_not(make_row: Make
     rows = runs(make_row, {"full": [0, 1, 2], "trim": [0]})
     rows += [make_row("trim", 1, None, status="failed"), make_row("trim", 2, None)]
     assert found(rows) == (Caveat(Kind.FEW, "", (), 1), Caveat(Kind.ARM_LACKS, "trim", (1,), 1))
+
+
+def test_a_lack_of_pairs_names_the_arm_that_lacks_them(make_row: MakeRow) -> None:
+    """Beside a method with a verdict it read "2 seeds are too few", of three seeds."""
+    rows = [*runs(make_row, {"full": [0, 1, 2], "random": [0, 1, 2], "trim": [0, 1]}), make_row("trim", 2, None)]
+    assert found(rows) == (Caveat(Kind.FEW, "trim", (), 2),)
+    (group,) = comparison.summarize(rows).groups
+    assert caveat_texts(group)[0].startswith("trim: 2 pairs are too few: no verdict is given below 3")
+    (group,) = comparison.summarize(runs(make_row, {"full": [0, 1, 2], "trim": [3, 4, 5]})).groups
+    assert (
+        caveat_texts(group)[0] == "trim has no finished run with seeds 0, 1, 2: not compared, since no pair is there."
+    )
+
+
+def test_options_are_named_only_for_runs_that_an_option_makes(make_row: MakeRow) -> None:
+    table = [{"method": method, "seed": 0, "accuracy": 0.5} for method in ("full", "trim")]
+    for rows, told in (
+        (runs(make_row, {"full": [0], "trim": [0]}), True),
+        (csv_table.to_records(table, "mine"), False),
+    ):
+        (group,) = comparison.summarize(rows).groups
+        assert ("--seeds 5" in caveat_texts(group)[0]) == told
 
 
 def test_one_seed_for_several(make_row: MakeRow) -> None:

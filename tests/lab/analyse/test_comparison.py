@@ -135,6 +135,31 @@ def test_diverged_baseline_is_named_too(make_row):
     assert verdict.startswith("1 of 4 runs of full diverged (seed 3); over the 3 pairs that finished: lower error")
 
 
+def test_one_pair_and_none_beside_diverged_runs(make_row):
+    rows = [*_rows(make_row, "full", [0.2, None, None]), *_rows(make_row, "trim", [0.1, 0.11, 0.12])]
+    assert "; over the one pair that finished: too few seeds to tell: 1 pair" in _said(
+        comparison.summarize(rows), "trim"
+    )
+    rows[0] = make_row("full", 0, None)
+    assert _said(comparison.summarize(rows), "trim").endswith("(seeds 0, 1, 2); no seed in common with the baseline")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "before its learning rate has fallen, which counts against it: full_equal_compute is the control"),
+        ({"lr_schedule": "constant"}, "before its training has ended, which counts against it: full_equal_compute is"),
+        ({"task": "mine.py:train"}, "before its training has ended, which counts against it."),
+    ],
+)
+def test_the_note_on_an_equal_budget_fits_the_runs(make_row, settings, told):
+    """A task's page spoke of a learning rate that it may not have, and of a control that no task can run."""
+    rows = [make_row(method, seed, 0.1, **settings) for method in ("full", "trim") for seed in range(2)]
+    note = wording.view_note(comparison.summarize(rows).groups[0].views[0])
+    assert told in note
+    assert ("full_equal_compute" in note) == ("task" not in settings)
+
+
 def test_failed_runs_take_no_part_but_are_counted(make_row):
     rows = [*_rows(make_row, "full", [0.2, 0.21, 0.22]), make_row("full", 3, None, status="failed")]
     summary = comparison.summarize(rows)

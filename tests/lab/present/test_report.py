@@ -316,8 +316,9 @@ def test_results_without_curves_and_costs_have_no_section_on_them(make_row, tmp_
     table.write_text("\n".join(["method,seed,accuracy", *lines]))
     page = report.write_report(csv_table.read_csv(table), tmp_path / "out").read_text()
     assert "Seed by seed" in page
-    for absent in ("Over training", "What it cost", "No curve", "Equal backward samples", "<dd></dd>"):
+    for absent in ("Over training", "What it cost", "No curve", "Equal backward samples", "<dd></dd>", "Environment"):
         assert absent not in page
+    assert "Environment" not in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_settings_of_a_method_are_words_and_not_python(make_row, tmp_path):

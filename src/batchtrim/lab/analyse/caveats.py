@@ -34,7 +34,7 @@ class Kind(Enum):
     UNUSED = "unused"
     """The arm dropped samples, and yet every seed gave the baseline's value, to the last bit."""
     FEW = "few"
-    """Fewer pairs than a verdict needs."""
+    """Fewer pairs than a verdict needs: of one arm of several, or of all that are compared."""
     SOURCES = "sources"
     """Several versions of the user's program, or of a module beside it, made the runs of the group."""
     NOTED = "noted"
@@ -66,9 +66,13 @@ def caveats(group: Group) -> tuple[Caveat, ...]:
 
 
 def _few(group: Group) -> Iterator[Caveat]:
-    pairs = [arm.paired.moments.n for arm in group.arms if arm.paired and 0 < arm.paired.moments.n < MIN_PAIRS]
-    if pairs:
-        yield Caveat(Kind.FEW, "", (), max(pairs))
+    compared = [(arm.label, arm.paired.moments.n) for arm in group.arms if arm.paired and arm.paired.moments.n]
+    few = [(label, n) for label, n in compared if n < MIN_PAIRS]
+    if len(few) > 1 and len(few) == len(compared):
+        yield Caveat(Kind.FEW, "", (), max(n for _, n in few))
+        return
+    for label, n in few:
+        yield Caveat(Kind.FEW, label if len(compared) > 1 else "", (), n)
 
 
 def _missing_pairs(group: Group) -> Iterator[Caveat]:

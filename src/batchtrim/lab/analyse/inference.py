@@ -17,8 +17,8 @@ __all__ = ["Moments", "detectable", "detectable_effect", "holm", "moments", "pai
 ALPHA = 0.05
 POWER = 0.80
 RESAMPLES = 10_000
-MIN_PAIRS = 3
 _EXACT_PAIRS = 500  # of the signed-rank test
+MIN_PAIRS = 3
 """With fewer pairs than this no verdict is given: an interval over two pairs spans thirteen times their spread."""
 
 # Standard deviations below this are rounding: errors are counts over at most millions of test samples.

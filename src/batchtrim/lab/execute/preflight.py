@@ -47,6 +47,11 @@ def _schedule(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list
                 f"keep_start {config.keep_start:g} is below keep_end {config.keep_end:g}: the schedule "
                 "rises, and keeps the most at the end"
             )
+        if config.epochs == 1 and config.schedule != "constant" and config.keep_start != config.keep_end:
+            said["one epoch"] = (
+                f"epochs 1: a schedule moves between epochs, so keep stays at keep_start ({config.keep_start:g}) and "
+                f"never gets to keep_end ({config.keep_end:g})"
+            )
     return list(said.values())
 
 

@@ -11,6 +11,7 @@ from batchtrim.lab.analyse.inference import MIN_PAIRS
 __all__ = ["caveat_texts"]
 
 MOST_SEEDS = 8
+FEW_SEEDS = 5
 
 
 def caveat_texts(group: Group) -> list[str]:
@@ -21,6 +22,7 @@ def caveat_texts(group: Group) -> list[str]:
 def _text(caveat: Caveat, group: Group) -> str:
     arm, seeds, number = caveat.arm, _seeds(caveat.seeds), caveat.number
     compared = f"compared on the {number} pair{'s' if number != 1 else ''} that {'are' if number != 1 else 'is'} there"
+    compared = compared if number else "not compared, since no pair is there"
     return {
         Kind.ARM_LACKS: f"{arm} has no finished run with {seeds}: {compared}.",
         Kind.BASELINE_LACKS: f"The baseline {group.baseline} has no finished run with {seeds} of {arm}: {compared}.",
@@ -40,8 +42,9 @@ def _text(caveat: Caveat, group: Group) -> str:
             "task step on the loss that run.trim returns?"
         ),
         Kind.FEW: (
-            f"{number} seed{'s are' if number != 1 else ' is'} too few: no verdict is given below {MIN_PAIRS}, and an "
-            "interval over two pairs is thirteen times as wide as their spread. Five seeds are a start: --seeds 5."
+            f"{f'{arm}: ' if arm else ''}{number} {'seed' if number == len(group.seeds) else 'pair'}"
+            f"{'s are' if number != 1 else ' is'} too few: no verdict is given below {MIN_PAIRS}, and an interval over "
+            f"two pairs is thirteen times as wide as their spread.{_more(group)}"
         ),
         Kind.SOURCES: (
             f"The runs were made by {number} versions of {caveat.note or 'the program'}. To compare one version, pass "
@@ -49,6 +52,13 @@ def _text(caveat: Caveat, group: Group) -> str:
         ),
         Kind.NOTED: f"{f'{arm}, {seeds}: ' if arm else ''}{caveat.note}.",
     }[caveat.kind]
+
+
+def _more(group: Group) -> str:
+    """Return how many seeds to run, with the option if the lab made the runs; "" if there are as many."""
+    if len(group.seeds) >= FEW_SEEDS:
+        return ""
+    return f" Five seeds are a start{': --seeds 5' if 'epochs' in group.settings else ''}."
 
 
 def _seeds(seeds: Sequence[int]) -> str:

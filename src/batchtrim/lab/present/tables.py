@@ -160,8 +160,8 @@ def to_markdown(summary: Summary) -> str:
         lines += [f"* {cell(name)}: {cell(value)}" for name, value in group.settings.items()]
         command = " ".join(wording.command(group).splitlines())  # a single line cannot close the block that contains it
         lines += ["", "Run it again:", "", "```", command, "```", ""] if command else [""]
-    lines += ["## Environment", ""]
-    lines += [f"* {cell(name)}: {cell(value)}" for name, value in wording.environment(summary).items()]
+    if environment := wording.environment(summary):
+        lines += ["## Environment", "", *(f"* {cell(name)}: {cell(value)}" for name, value in environment.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -38,6 +38,7 @@ def legend(metric: Metric) -> str:
 KINDS = {Verdict.LOWER: "lower", Verdict.HIGHER: "higher", Verdict.NOT_SEEN: "same", Verdict.SAME: "same"}
 """The direction of a verdict; other verdicts have none."""
 FINDINGS = {"lower": "lower", "higher": "higher", "same": "no difference seen", "none": "no verdict"}
+CONTROL = ": full_equal_compute is the control that finishes its training on the smaller budget."
 VIEWS = {
     "samples_backward": ("Equal backward samples", "backward samples"),
     "seconds": ("Equal training time", "seconds of training"),
@@ -95,7 +96,9 @@ def verdict(arm: Arm, reference: Arm | None) -> str:
         for each in (arm, reference)
         if each.diverged
     ]
-    return "; ".join([*lost, f"over the {arm.paired.moments.n} pairs that finished: {said}"]) if lost else said
+    n = arm.paired.moments.n
+    over = f"over the {n} pairs that finished: " if n > 1 else "over the one pair that finished: " if n else ""
+    return "; ".join([*lost, f"{over}{said}"]) if lost else said
 
 
 def group_verdict(group: Group) -> str:
@@ -185,11 +188,14 @@ def view_note(view: View) -> str:
         why = "No run finished" if view.missing == "no run" else "Not every run has a curve"
         return f"{why}, so no budget in common can be read."
     budget = f"{view.budget:,.0f}" if view.budget >= 100 else f"{view.budget:.3g}"
+    configs = [row["config"] for arm in view.arms for row in arm.runs]
+    own = any("task" in config for config in configs)  # it has a learning rate of its own, and not this control
+    decays = not own and any(config.get("lr_schedule") != "constant" for config in configs)
     return (
         f"Read at {budget} {VIEWS[view.name][1]}, the largest budget at which every finished run had been evaluated, "
         "on a straight line between the evaluations before and after it. A run with a larger total is read before its "
-        "learning rate has fallen, which counts against it: full_equal_compute is the control that finishes its "
-        "training on the smaller budget."
+        f"{'learning rate has fallen' if decays else 'training has ended'}, which counts against it"
+        + ("." if own else CONTROL)
     )
 
 
