@@ -89,6 +89,8 @@ def test_invalid_numbers_are_named_with_the_expected_form(words: list[str], mess
         (["compare", "--seeds", "1 2"], "by commas, got '1 2'. Did you mean 1,2?"),
         (["compare", "--methods", "FULL,trim"], "got 'FULL'. Did you mean 'full'?"),
         (["compare", "--schedule", "LINEAR"], "got 'LINEAR'. Did you mean 'linear'?"),
+        (["compare", "digits"], "expected a TOML file, got the dataset digits. It is an option: --dataset digits"),
+        (["compare", "cnn,vit"], "It is an option: --model cnn,vit"),
         (["compare", "done/runs.jsonl"], "For the report on these runs: batchtrim report done"),
         (["show", "done/runs.jsonl"], "expected a keep log in done/keep, found none."),
         (["show", "own"], "Let the function call run.keep_log(n), and run it into a new folder."),

@@ -164,3 +164,10 @@ def test_invalid_numbers_and_tables(text: str, says: str, tmp_path: Path) -> Non
 def test_a_line_break_in_a_name_stays_in_it(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text('method,seed,f1\n"a\nb",0,0.5\nab,0,0.75\n')
     assert [row["config"]["method"] for row in read_csv("results.csv")] == ["a\nb", "ab"]
+
+
+def test_methods_whose_names_look_alike_are_noted(tmp_path: Path) -> None:
+    """Runs of "Full" beside "full" took no part in full's mean, and nothing said so."""
+    (tmp_path / "results.csv").write_text("method,seed,f1\nfull,0,0.5\nFull ,1,0.75\nnew,0,0.5\n")
+    (note,) = read_csv("results.csv")[0]["notes"]
+    assert note.startswith("'full', 'Full' are 2 methods, though their names differ by case, spaces")

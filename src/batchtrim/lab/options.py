@@ -20,6 +20,7 @@ from typer.core import TyperCommand
 from batchtrim.lab import files
 from batchtrim.lab.run.config import SETTINGS
 from batchtrim.lab.run.settings import Setting
+from batchtrim.lab.task.names import MODELS, SPECS
 
 METAVARS: Mapping[type, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 Table = dict[str, tuple[Any, Any]]
@@ -252,6 +253,9 @@ def _settings_in(grid: Path, methods: str | None) -> dict[str, Any]:
     if not grid.exists() and all(name in METHODS for name in names):
         listed = ",".join([*filter(None, [methods]), *names])
         raise ValueError(f"expected a TOML file, got the method {grid}. Methods are an option: --methods {listed}.")
+    for option, known in (("dataset", SPECS), ("model", MODELS)):
+        if not grid.exists() and all(name in known for name in names):
+            raise ValueError(f"expected a TOML file, got the {option} {grid}. It is an option: --{option} {grid}")
     settings = files.load_toml(grid)
     for part in _parts(settings):
         if "lower_is_better" in part:  # a flag of the command line, and the other side of one setting

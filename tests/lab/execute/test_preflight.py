@@ -26,6 +26,8 @@ def said(**settings: Any) -> str:
         ({"methods": ["trim"], "keep_start": 0.2, "keep_end": 0.8}, "keep_start 0.2 is below keep_end 0.8"),
         ({"methods": ["trim"], "schedule": "constant", "keep_start": 0.9}, "keep_start 0.9: without effect"),
         ({"lr": 1e9}, "lr 1e+09: hardly any network learns"),
+        ({"momentum": 0.5}, "momentum 0.5: without effect with optimizer adam"),
+        ({"norm": "group", "model": ["mlp", "vit"]}, "norm group: without effect with model mlp, vit"),
         (
             {"methods": ["full", "trim"], "epochs": 1},
             "epochs 1: a schedule moves between epochs, so keep",
@@ -39,6 +41,7 @@ def test_surprising_settings_are_reported(settings: dict[str, Any], words: str) 
 def test_ordinary_settings_say_nothing() -> None:
     assert said(methods=["full", "trim"], seeds=3, keep_start=1.0, keep_end=0.2, lr=0.1) == ""
     assert said(methods=["full", "trim"], schedule=["constant", "linear"], keep_end=[0.2, 0.5]) == ""
+    assert said(optimizer=["adam", "sgd"], momentum=0.5, norm="batch") == said(model=["mlp", "cnn"], norm="group") == ""
     assert said(methods=["full", "loss_mass"], epochs=1) == said(methods=["trim"], schedule="constant", epochs=1) == ""
 
 

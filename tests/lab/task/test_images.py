@@ -179,7 +179,7 @@ def test_non_ascii_names_and_hidden_files(tmp_path: Path) -> None:
     (root / "empty").mkdir()
     found = load("mine", ImageOptions(test_split=0.4))
     assert found.class_names == ("Äpfel 🍎", "梨")
-    assert any("1 files left out that are not images, such as notes.txt" in note for note in found.notes)
+    assert any("1 file left out that is no image: notes.txt" in note for note in found.notes)
     assert any("class folder without images left out: empty" in note for note in found.notes)
 
 
@@ -271,7 +271,19 @@ def test_splits_that_do_not_fit(tmp_path: Path) -> None:
     image(1).save(tmp_path / "loose.png")
     (tmp_path / "flat").mkdir()
     image(1).save(tmp_path / "flat" / "loose.png")
-    assert "1 images lie in flat itself, in no class" in mistake("flat", test_split=0.2)
+    assert "Images lie in flat itself, in no class: 1." in mistake("flat", test_split=0.2)
+    (tmp_path / "flat" / "a table.parquet").touch()
+    assert "To use one table: --dataset 'flat/a table.parquet'" in mistake("flat", test_split=0.2)
+
+
+def test_a_data_set_that_was_saved_to_disk_names_the_cure(tmp_path: Path) -> None:
+    """It was called a folder without class folders."""
+    for folder, files in {"one": ["state.json", "dataset_info.json"], "all": ["dataset_dict.json"]}.items():
+        (tmp_path / folder / "train").mkdir(parents=True)
+        for name in files:
+            (tmp_path / folder / name).write_text("{}")
+    assert "datasets.load_from_disk('one').to_parquet('DIR/train-0.parquet'). Then" in mistake("one", test_split=0.2)
+    assert "datasets.load_from_disk('all')['train'].to_parquet('DIR/train-0.parquet'), and each" in mistake("all")
 
 
 def test_val_replaces_test_and_is_noted(tmp_path: Path) -> None:

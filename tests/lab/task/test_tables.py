@@ -152,7 +152,7 @@ def test_classes_whose_names_look_alike_are_noted(alike: tuple[str, str], mine: 
 def test_images_in_no_class_are_noted(mine: Path) -> None:
     tree(mine, "a", "b")
     (mine / "loose.PNG").write_bytes(pixels(9))
-    assert [note for note in load(mine).notes if "1 images in no class folder left out, such as loose.PNG" in note]
+    assert [note for note in load(mine).notes if "1 image in no class folder left out: loose.PNG" in note]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")

@@ -45,7 +45,7 @@ def test_a_link_that_leads_nowhere_is_a_broken_image(mine: Path) -> None:
 def test_a_linked_folder_in_a_class_is_noted(mine: Path, tmp_path: Path) -> None:
     fill(tmp_path / "more", 3, 200)
     (mine / "a" / "more").symlink_to(tmp_path / "more")
-    assert "mine: 1 linked folders in class folders left out, such as a/more" in read().notes
+    assert "mine: 1 linked folder in a class folder left out: a/more" in read().notes
 
 
 def test_a_class_folder_may_be_a_link_but_not_to_what_holds_it(mine: Path, tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_names_are_printed_on_one_line_and_as_text(mine: Path) -> None:
     notes = read(skip_broken=True).notes
     assert [note for note in notes if "\n" in note or not note.isprintable()] == []
     assert "mine: class folder without images left out: empty\\udcff\\n" in notes
-    assert "mine: 1 files left out that are not images, such as note\\udcff.txt" in notes
-    assert "mine: 1 linked folders in class folders left out, such as b/link\\udcff" in notes
+    assert "mine: 1 file left out that is no image: note\\udcff.txt" in notes
+    assert "mine: 1 linked folder in a class folder left out: b/link\\udcff" in notes
 
 
 @pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "VAL"), ("training", "testing")])
@@ -182,5 +182,5 @@ def test_a_data_folder_that_may_not_be_read_is_named(mine: Path, monkeypatch: py
 def test_images_without_file_endings_are_reported(mine: Path) -> None:
     for number, file in enumerate(mine.rglob("*.png")):
         file.rename(file.with_name(f"image{number}"))
-    with pytest.raises(ValueError, match=r"got none\. 10 files there have no suffix of an image, such as image\d"):
+    with pytest.raises(ValueError, match=r"got none\. Files there without the suffix of an image: 10, such as image\d"):
         read()

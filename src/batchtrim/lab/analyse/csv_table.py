@@ -14,6 +14,7 @@ from typing import Any
 from batchtrim._checks import describe, nearest
 from batchtrim.lab.metric import FRACTIONS, Metric
 from batchtrim.lab.records import COSTS, SCHEMA, Row
+from batchtrim.lab.task.names import similar_names
 
 __all__ = ["read_csv", "to_records"]
 
@@ -95,6 +96,7 @@ def to_records(
         found[at] = record
     notes = _pooled(rows, [each for each in names if each not in (*KNOWN, *TIMES, name)])
     notes += _of_two_units(found_metric, found.values())
+    notes += similar_names(list(dict.fromkeys(method for method, _ in found)), "methods")
     return [{**record, "notes": notes} if notes else record for record in found.values()]
 
 

@@ -10,11 +10,12 @@ from batchtrim.lab.run.task_config import AnyConfig
 
 LARGE_LR = 100.0  # no network of the lab learns at such a rate
 KEEP = ("keep_start", "keep_end", "schedule")
+DECIDED_BY = {"momentum": "optimizer", "norm": "model"}  # settings that some values of another leave unused
 
 
 def warnings_for(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
     """Return a line for each problem in the given settings and the runs made from them."""
-    return [*_repeats(settings), *_schedule(settings, configs), *_rate(configs)]
+    return [*_repeats(settings), *_schedule(settings, configs), *_unused(settings, configs), *_rate(configs)]
 
 
 def _repeats(settings: Mapping[str, Any]) -> list[str]:
@@ -53,6 +54,18 @@ def _schedule(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list
                 f"never gets to keep_end ({config.keep_end:g})"
             )
     return list(said.values())
+
+
+def _unused(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
+    said = []
+    for name, by in DECIDED_BY.items():
+        given = settings.get(name)
+        values = given if isinstance(given, list) else [] if given is None else [given]
+        lost = [value for value in values if all(getattr(config, name, value) != value for config in configs)]
+        if lost:
+            others = ", ".join(dict.fromkeys(str(getattr(config, by)) for config in configs))
+            said.append(f"{name} {', '.join(map(str, lost))}: without effect with {by} {others}")
+    return said
 
 
 def _rate(configs: Sequence[AnyConfig]) -> list[str]:

@@ -7,10 +7,8 @@ N images, C channels, H and W pixels.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from batchtrim.lab.task import cache_entry, data, tables
 from batchtrim.lab.task.cache import CannotKeep, filled, folder_for
 from batchtrim.lab.task.decode import Contradicted, Decoded, Header, ImageForm, decode_all, first_header
 from batchtrim.lab.task.listing import Listing, find_images
-from batchtrim.lab.task.names import SPECS
+from batchtrim.lab.task.names import SPECS, similar_names
 from batchtrim.lab.task.split import split_rows
 
 __all__ = ["ImageOptions", "is_own", "load"]
@@ -130,7 +128,7 @@ def load(
         kept_labels[first_test:], held.mean, held.std, tuple(classes),
     )  # fmt: skip
     sides = _check_sides(found, [listing.names[row] for row in left], held.hashes, first_test)
-    notes = [*listing.notes, *_similar_names(classes), *held.notes, *gone, *sides]
+    notes = [*listing.notes, *similar_names(classes), *held.notes, *gone, *sides]
     version = _version(found, held.hashes)
     return replace(
         found, notes=tuple(f"{shown(dataset)}: {note}" for note in notes), local_notes=local_notes, version=version
@@ -184,22 +182,6 @@ def _only_those_left(
         )
     note = f"classes left out, since all their images are broken: {gone}"
     return [classes[each] for each in left], np.searchsorted(left, labels), [note]
-
-
-def _similar_names(names: Sequence[str]) -> list[str]:
-    """Return a note on names that probably mean the same class."""
-    found: dict[Any, list[str]] = {}
-    for name in names:
-        plain: Any = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-        with contextlib.suppress(ValueError):
-            plain = float(plain)
-        found.setdefault(plain, []).append(name)
-    return [
-        f"{', '.join(map(ascii, alike))} are {len(alike)} classes, though their names differ by case, spaces, zeros or "
-        "the encoding of letters alone"
-        for alike in found.values()
-        if len(alike) > 1
-    ][:MOST_NAMED]
 
 
 def _sides(listing: Listing, labels: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, np.ndarray]:

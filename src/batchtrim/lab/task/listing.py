@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,7 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
         (root / "data").is_dir() and any((root / "data").glob("*.parquet"))
     ):
         return _hub_folder(root, str(root), columns)
+    _check_not_arrow(root)
     folders = {each.name: each for each in inside if each.is_dir()}
     notes: list[str] = []
     splits = _splits(root, folders, notes)
@@ -116,18 +118,19 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
             labels += [kind.name] * len(here)
             split += [name] * len(here)
     if others:
-        notes.append(f"{len(others)} files left out that are not images, such as {shown(others[0])}")
+        what = "files left out that are not images, such as" if len(others) > 1 else "file left out that is no image:"
+        notes.append(f"{len(others)} {what} {shown(others[0])}")
     if linked:
-        notes.append(
-            f"{len(linked)} linked folders in class folders left out, such as {shown(linked[0].relative_to(root))}"
-        )
+        what = "folders in class folders left out, such as" if len(linked) > 1 else "folder in a class folder left out:"
+        notes.append(f"{len(linked)} linked {what} {shown(linked[0].relative_to(root))}")
     if not files:
-        hint = f" {len(loose)} images lie in {shown(loose[0].parent)} itself, in no class." if loose else ""
+        hint = f" Images lie in {shown(loose[0].parent)} itself, in no class: {len(loose)}." if loose else ""
         if others and not loose:
-            hint = f" {len(others)} files there have no suffix of an image, such as {shown(others[0])}."
+            hint = f" Files there without the suffix of an image: {len(others)}, such as {shown(others[0])}."
         raise ValueError(f"expected images in class folders, as in {shown(root)}/CLASS/image.png, got none.{hint}")
     if loose:
-        notes.append(f"{len(loose)} images in no class folder left out, such as {shown(loose[0].relative_to(root))}")
+        what = "images in no class folder left out, such as" if len(loose) > 1 else "image in no class folder left out:"
+        notes.append(f"{len(loose)} {what} {shown(loose[0].relative_to(root))}")
     _check_text(names, "names of files and folders")
     return Listing(
         where=shown(root),
@@ -272,15 +275,28 @@ def _source(cell: Any, path: Path) -> Source:
     return path.parent / cell
 
 
+def _check_not_arrow(root: Path) -> None:
+    """Raise a ValueError with the cure if the folder was written by ``save_to_disk`` of datasets."""
+    several = (root / "dataset_dict.json").is_file()
+    if several or ((root / "state.json").is_file() and (root / "dataset_info.json").is_file()):
+        split = "['train']" if several else ""
+        raise ValueError(
+            f"expected images in class folders or Parquet files in {shown(root)}, got a data set in Arrow files, as "
+            f"save_to_disk writes it. Write it as Parquet: datasets.load_from_disk({shown(root)!r}){split}.to_parquet("
+            f"'DIR/train-0.parquet'){', and each other split likewise' if several else ''}. Then pass --dataset DIR."
+        )
+
+
 def _hub_folder(root: Path, where: str, columns: dict[str, str | None]) -> Listing:
     """Find Parquet files in the hub's layout, TRAIN-*.parquet and TEST-*.parquet, in the folder or its folder data."""
     folder = root / "data" if (root / "data").is_dir() else root
     files = {"train": sorted(folder.glob("train*.parquet"))}
     test = next((name for name in TEST_NAMES if any(folder.glob(f"{name}*.parquet"))), None)
     if not files["train"]:
-        raise ValueError(
-            f"expected {folder / 'train-*.parquet'}, got {', '.join(sorted(p.name for p in folder.iterdir())[:5])}."
-        )
+        table = min((each for each in folder.iterdir() if each.suffix.lower() == ".parquet"), default=None)
+        hint = f" To use one table: --dataset {shlex.quote(shown(table))}" if table else ""
+        there = ", ".join(sorted(each.name for each in folder.iterdir())[:5])
+        raise ValueError(f"expected {folder / 'train-*.parquet'}, got {there}.{hint}")
     if test is not None:
         files["test"] = sorted(folder.glob(f"{test}*.parquet"))
         return _tables(files, where, columns)

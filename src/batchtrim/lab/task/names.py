@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchtrim.lab.files import look_up
 
+MOST_ALIKE = 3  # notes on names that look alike
 AUGMENTS = ("none", "crop", "flip", "crop+flip")
 NORMS = ("batch", "group")
 MODELS = (
@@ -45,3 +49,19 @@ SPECS = {
 def find_spec(name: str) -> Spec:
     """Return the data set of that name, or an error that suggests the nearest one."""
     return look_up("dataset", name, SPECS, "a folder of class folders, a .csv or .parquet file, owner/name on the hub")
+
+
+def similar_names(names: Sequence[str], what: str = "classes") -> list[str]:
+    """Return a note on names that probably mean the same class, or the same of something else."""
+    found: dict[str | float, list[str]] = {}
+    for name in names:
+        plain: str | float = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        with contextlib.suppress(ValueError):
+            plain = float(plain)
+        found.setdefault(plain, []).append(name)
+    return [
+        f"{', '.join(map(ascii, alike))} are {len(alike)} {what}, though their names differ by case, spaces, zeros or "
+        "the encoding of letters alone"
+        for alike in found.values()
+        if len(alike) > 1
+    ][:MOST_ALIKE]

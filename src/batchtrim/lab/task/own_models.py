@@ -150,7 +150,8 @@ def _hf_model(name: str, shape: Shape, classes: int) -> nn.Module:
     if isinstance(patch, int) and (height % patch or width % patch):
         raise ValueError(
             f"expected a patch_size of {name!r} that divides images of {width} x {height}, got {patch}. Pass "
-            f"{name}:patch_size=4, or --image-size {patch * max(1, round(max(height, width) / patch))}."
+            f"{name}:patch_size=4, or for images of your own --image-size "
+            f"{patch * max(1, round(max(height, width) / patch))}."
         )
     try:
         return transformers.AutoModelForImageClassification.from_config(config)
