@@ -105,6 +105,29 @@ def test_too_many_backward_samples_make_a_claim_not_supported(limit: int, status
     assert f"with at most {limit}% of its backward samples (it used 60%)" in results.page([claims.read(folder)])
 
 
+def test_a_limit_that_is_just_exceeded_is_seen_to_be(tmp_path: Path) -> None:
+    """60.4 % read "at most 60% (it used 60%)" beside "not supported"."""
+    text = CLAIMS.replace('"lower"', '"not worse"\nmargin = 0.5\nbackward = 60').replace('["trim", "random"]', '"trim"')
+    folder = write(tmp_path / "r", {"full": [5.0, 5.5, 6.0], "trim": [5.0, 5.5, 6.0]}, text)
+    file = folder / "runs.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | {"samples_backward": 192 if row["config"]["method"] == "full" else 116} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "with at most 60% of its backward samples (it used 60.4%)" in results.page([claims.read(folder)])
+
+
+def test_records_of_one_topic_have_drawings_of_their_own(tmp_path: Path) -> None:
+    """A record that was repeated at a later date showed its drawing for the first one too."""
+    errors = {method: [5.0, 5.5, 6.0] for method in ("full", "trim", "random")}
+    (tmp_path / "mine").mkdir()
+    found = [claims.read(write(tmp_path / "mine" / f"2026-0{month}-01-digits", errors, CLAIMS)) for month in (1, 2)]
+    page = results.page(found)
+    names = re.findall(rf"{results.DRAWINGS}/(\S+\.svg)", page)
+    assert len(set(names)) == len(names) == 2
+    assert set(results.drawings(found)) == set(names)
+    assert "`mine/2026-01-01-digits`. The smallest difference" in page
+
+
 def test_a_limit_on_training_time_is_judged_by_runs_that_had_the_machine_to_themselves(tmp_path: Path) -> None:
     text = CLAIMS.replace('"lower"', '"not worse"\nmargin = 0.5\ntime = 70').replace('["trim", "random"]', '"trim"')
     full = [5.0, 5.5, 6.0, 5.2]

@@ -149,7 +149,10 @@ def read(folder: str | Path) -> EvidenceRecord:
     groups = comparison.summarize(records.read_results(folder)).groups
     other = next((group.metric.name for group in groups if group.metric != ERROR), None)
     if other is not None:
-        raise ValueError(f"expected claims on test errors, `effect` being in points, got runs compared by {other}.")
+        raise ValueError(
+            f"expected claims on test errors, `effect` being in points, got runs compared by {other} in {folder}. "
+            f"For a report on them, without claims: batchtrim report {folder}"
+        )
     alone = folder / ALONE
     if alone.exists():
         groups = _timed(groups, alone)

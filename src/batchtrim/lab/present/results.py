@@ -52,7 +52,7 @@ the runs in the same folder, paired by seed.
 * *Not decidable*: neither, with this many seeds. The table shows the smallest difference that could have been detected
   with 80 % power.
 
-Made by `batchtrim claims records --out docs/results.md`.
+Made by `batchtrim claims`.
 """
 
 
@@ -67,19 +67,26 @@ def write(records: Sequence[EvidenceRecord], out: Path) -> None:
 
 def page(records: Sequence[EvidenceRecord]) -> str:
     """Return a Markdown page on all records: for each, the claims and then the tables."""
+    names = _drawing_names(records)
     lines = [_INTRODUCTION, f"*Tables of methods.* {wording.LEGEND}", "", *_gains(records)]
     for record in records:
-        name, topic = record.folder.name, _topic(record)
+        folder, topic = record.folder.resolve(), _topic(record)
         lines += [f"## {record.title}", ""]
-        matters = f"`records/{name}`. The smallest difference of interest is {wording.points(record.effect)} points."
-        lines += [f"{matters} {record.note}".rstrip()]
+        said = f"`{folder.parent.name}/{folder.name}`. The smallest difference of interest is "
+        lines += [f"{said}{wording.points(record.effect)} points. {record.note}".rstrip()]
         lines += ["", *_findings_table(record), ""]
         for group in record.groups:
             lines += [f"### {tables.cell(group.title)} ({topic})", "", *tables.markdown_table(group, group.arms), ""]
             for axis in _AXES:
-                if name := _drawing_name(record, group, axis):
+                if name := names.get((id(group), axis.cost)):
                     lines += [f"![Test error against {axis.words}, {tables.cell(group.title)}]({DRAWINGS}/{name})", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _share(share: float, limit: float) -> str:
+    """Return a share in percent, with as many decimals as tell it from a limit that it exceeds."""
+    exact = (digits for digits in range(4) if share <= limit or round(share, 2 + digits) > limit)
+    return f"{share:.{next(exact, 4)}%}"
 
 
 def _topic(record: EvidenceRecord) -> str:
@@ -96,6 +103,19 @@ def _drawing_name(record: EvidenceRecord, group: Group, axis: _Axis) -> str:
     return f"{_topic(record)}-{title}{axis.suffix}.svg"
 
 
+def _drawing_names(records: Sequence[EvidenceRecord]) -> dict[tuple[int, str], str]:
+    """Return a file name for each drawing, by the group's identity and the cost; equal ones get a number."""
+    names: dict[tuple[int, str], str] = {}
+    taken: Counter[str] = Counter()
+    for record in records:
+        for group, axis in itertools.product(record.groups, _AXES):
+            if name := _drawing_name(record, group, axis):
+                taken[name] += 1
+                number = f"-{taken[name]}" if taken[name] > 1 else ""
+                names[id(group), axis.cost] = f"{name.removesuffix('.svg')}{number}.svg"
+    return names
+
+
 def _drawn(group: Group, axis: _Axis) -> list[Arm]:
     return [arm for arm in group.arms if arm.cost.get(axis.cost) and arm.moments.mean is not None]
 
@@ -103,10 +123,10 @@ def _drawn(group: Group, axis: _Axis) -> list[Arm]:
 def drawings(records: Sequence[EvidenceRecord]) -> dict[str, str]:
     """Return the page's drawings, SVG by file name."""
     css = "\n".join(_css())
-    found = {}
+    found, names = {}, _drawing_names(records)
     for record in records:
         for group, axis in itertools.product(record.groups, _AXES):
-            if name := _drawing_name(record, group, axis):
+            if name := names.get((id(group), axis.cost)):
                 found[name] = str(_drawing(group, axis)).replace(">", f"><style>\n{css}\n</style>", 1) + "\n"
     return found
 
@@ -213,7 +233,7 @@ def _findings_table(record: EvidenceRecord) -> list[str]:
     for found in record.findings:
         said = f"{tables.cell(found.claim.text)} {wording.claim(found.claim)}"
         used = ((found.claim.backward, found.backward), (found.claim.time, found.time))
-        shares = " and ".join(f"{share:.0%}" for limit, share in used if limit is not None and share is not None)
+        shares = " and ".join(_share(share, limit) for limit, share in used if limit is not None and share is not None)
         said += f" (it used {shares})" if shares else ""
         cells = [f"**{found.status.value}**", said, *([tables.cell(found.group)] if several else [])]
         cells += [_seeds(found)]
