@@ -247,6 +247,8 @@ def test_log_refuses_invalid_numbers_and_a_second_point() -> None:
 def test_settings_that_are_wrong_are_refused() -> None:
     for settings, says in (
         ({"lr": 0.1}, "expected settings of a task"),
+        ({"model": "mlp"}, r"got 'model'\. A training function of your own decides"),
+        ({"epoch": 3}, r"got 'epoch'\. Did you mean 'epochs'\?"),
         ({"epochs": 0}, "expected `epochs` to be at least 1"),
         ({"keep_end": 20}, "It is a fraction of the batch"),
         ({"metric": "score"}, "expected `higher_is_better` for the metric 'score'"),

@@ -9,6 +9,7 @@ import pytest
 
 from batchtrim.lab.analyse import comparison, inference, views
 from batchtrim.lab.analyse.comparison import Verdict
+from batchtrim.lab.metric import Metric
 from batchtrim.lab.present import wording
 from tiers import few
 
@@ -133,6 +134,12 @@ def test_diverged_baseline_is_named_too(make_row):
     rows = [*_rows(make_row, "full", [0.2, 0.21, 0.22, None]), *_rows(make_row, "trim", [0.1, 0.11, 0.1201, 0.1])]
     verdict = _said(comparison.summarize(rows), "trim")
     assert verdict.startswith("1 of 4 runs of full diverged (seed 3); over the 3 pairs that finished: lower error")
+
+
+def test_the_legend_tells_that_intervals_are_not_corrected():
+    """An interval without zero stood beside "no difference seen"."""
+    for metric in (Metric(), Metric("rmse"), Metric("accuracy", True)):
+        assert "The 95 % interval is not corrected. p: paired t-test, Holm-corrected" in wording.legend(metric)
 
 
 def test_one_pair_and_none_beside_diverged_runs(make_row):

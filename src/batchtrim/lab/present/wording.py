@@ -19,7 +19,8 @@ UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 LEGEND = (
     "Test error: mean ± standard deviation over seeds. Difference: method minus baseline on the same seed, in points "
-    "of error, below zero is better. p: paired t-test, Holm-corrected over the methods of the table."
+    "of error, below zero is better. The 95 % interval is not corrected. p: paired t-test, Holm-corrected over the "
+    "methods of the table."
 )
 
 
@@ -31,7 +32,8 @@ def legend(metric: Metric) -> str:
     points = ", in points" if metric.in_percent else ""
     return (
         f"{capital(metric.title)}: mean ± standard deviation over seeds. Difference: method minus baseline on the same "
-        f"seed{points}, {sign} zero is better. p: paired t-test, Holm-corrected over the methods of the table."
+        f"seed{points}, {sign} zero is better. The 95 % interval is not corrected. p: paired t-test, Holm-corrected "
+        "over the methods of the table."
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from batchtrim import Trimmer
-from batchtrim._checks import check_choice, check_count, check_keep, plain
+from batchtrim._checks import check_choice, check_count, check_keep, nearest, plain
 from batchtrim.lab.methods.driven import trimmer_for
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.metric import Metric
@@ -95,10 +95,9 @@ class TaskConfig:
         for name in values:
             if name not in names:
                 listed = ", ".join(each for each in names if each not in (*_NOT_RECORDED, "method_params"))
-                raise ValueError(
-                    f"expected settings of a task ({listed}), got {name!r}. A training function of your own decides "
-                    "on data, network and optimizer itself."
-                )
+                near = "" if name in SETTINGS else nearest(name, names)
+                why = " A training function of your own decides on data, network and optimizer itself."
+                raise ValueError(f"expected settings of a task ({listed}), got {name!r}.{near or why}")
         return cls(**{name: plain(value) for name, value in values.items()})
 
     @property
