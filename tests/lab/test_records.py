@@ -165,6 +165,15 @@ def test_another_experiment_is_refused_and_the_difference_named(tmp_path: Path) 
         kept.settle([{"dataset": "digits", "epochs": 10}, {"dataset": "svhn", "epochs": 10}])
 
 
+def test_changed_images_are_called_changed_images(tmp_path: Path) -> None:
+    """It advised to pass the old settings, which were the same."""
+    kept = Records(tmp_path)
+    kept.append(row("a"))
+    kept.settle([{"dataset": "mine", "data_version": "aa"}])
+    with pytest.raises(UseAnotherFolder, match=r"Images, labels or the split have changed since\. Pass another --out"):
+        kept.settle([{"dataset": "mine", "data_version": "bb"}])
+
+
 # --- several processes, and sudden deaths -------------------------------------------------------------------------
 
 BULK = "x" * 20_000  # a line longer than a page, as rows with long curves are

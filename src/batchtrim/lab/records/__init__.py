@@ -319,11 +319,12 @@ def _differing(there: list[Row], here: list[Row]) -> dict[str, tuple[Any, Any]]:
 
 
 def _difference(folder: Path, there: list[Row], here: list[Row]) -> str:
-    parts = [f"{name} {old} there and {new} here" for name, (old, new) in _differing(there, here).items()]
-    return (
-        f"expected the configuration that {folder} already holds runs of, got another: {'; '.join(parts)}. "
-        "Pass another --out, or the old settings to continue."
-    )
+    differing = _differing(there, here)
+    parts = [f"{name} {old} there and {new} here" for name, (old, new) in differing.items()]
+    cure = "Pass another --out, or the old settings to continue."
+    if list(differing) == ["data_version"]:
+        cure = "Images, labels or the split have changed since. Pass another --out, or undo the change."
+    return f"expected the configuration that {folder} already holds runs of, got another: {'; '.join(parts)}. {cure}"
 
 
 def _not_writable(folder: Path, reason: str | None) -> str:
