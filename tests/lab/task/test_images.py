@@ -276,16 +276,6 @@ def test_splits_that_do_not_fit(tmp_path: Path) -> None:
     assert "To use one table: --dataset 'flat/a table.parquet'" in mistake("flat", test_split=0.2)
 
 
-def test_a_data_set_that_was_saved_to_disk_names_the_cure(tmp_path: Path) -> None:
-    """It was called a folder without class folders."""
-    for folder, files in {"one": ["state.json", "dataset_info.json"], "all": ["dataset_dict.json"]}.items():
-        (tmp_path / folder / "train").mkdir(parents=True)
-        for name in files:
-            (tmp_path / folder / name).write_text("{}")
-    assert "datasets.load_from_disk('one').to_parquet('DIR/train-0.parquet'). Then" in mistake("one", test_split=0.2)
-    assert "datasets.load_from_disk('all')['train'].to_parquet('DIR/train-0.parquet'), and each" in mistake("all")
-
-
 def test_val_replaces_test_and_is_noted(tmp_path: Path) -> None:
     tree(tmp_path / "mine" / "train", {"a": 3, "b": 3})
     tree(tmp_path / "mine" / "val", {"a": 1, "b": 1}, first=500)

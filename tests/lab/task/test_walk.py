@@ -184,3 +184,19 @@ def test_images_without_file_endings_are_reported(mine: Path) -> None:
         file.rename(file.with_name(f"image{number}"))
     with pytest.raises(ValueError, match=r"got none\. Files there without the suffix of an image: 10, such as image\d"):
         read()
+
+
+def _refusal(folder: str) -> str:
+    with pytest.raises(ValueError, match="save_to_disk") as error:
+        load(folder, ImageOptions(test_split=0.2))
+    return str(error.value)
+
+
+def test_a_data_set_that_was_saved_to_disk_names_the_cure(mine: Path, tmp_path: Path) -> None:
+    """It was called a folder without class folders."""
+    for folder, files in {"one": ["state.json", "dataset_info.json"], "all": ["dataset_dict.json"]}.items():
+        (tmp_path / folder / "train").mkdir(parents=True)
+        for name in files:
+            (tmp_path / folder / name).write_text("{}")
+    assert "datasets.load_from_disk('one').to_parquet('DIR/train-0.parquet'). Then" in _refusal("one")
+    assert "datasets.load_from_disk('all')['train'].to_parquet('DIR/train-0.parquet'), and each" in _refusal("all")
