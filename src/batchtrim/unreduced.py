@@ -23,7 +23,9 @@ __all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "losses_of",
 
 UNITS = ("sample", "element")
 _REDUCTIONS = ("mean", "sum")
-_DEPTH = 4  # how many operators there may be between a difference and the losses
+_DEPTH = 16  # how many operators there may be between a difference and the losses
+# Operators, by parts of their names in a graph, whose result of (B, B) does not come from broadcasting.
+_PRODUCTS = ("mm", "Mm", "linear", "Linear", "Convolution")
 
 _transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -312,7 +314,7 @@ def flatten(losses: Losses, unit: str) -> Losses:
         return Losses(*parts, unit=unit, reduction=losses.reduction)  # type: ignore[arg-type]
     if losses.counts is not None:
         raise ValueError("expected `counts` with values of shape (B,), whose entries they count, got (B, ...).")
-    if mask is None and values.ndim == 2 and values.shape[0] == values.shape[1] > 1:
+    if mask is None and values.ndim == 2:
         _tell_broadcast(values)
     values, total = values.flatten(1), accumulator(values)
     summing = losses.reduction == "sum"
@@ -334,19 +336,23 @@ def flatten(losses: Losses, unit: str) -> Losses:
 
 def _tell_broadcast(values: Tensor) -> None:
     """Warn if the graph of (B, B) losses shows that outputs (B, 1) or (B,) were broadcast to them by their targets."""
-    node: Any = None if torch.compiler.is_compiling() else values.grad_fn
     size = values.shape[0]
+    # neither in a compiled function nor in a trace for any batch size: a comparison of sizes would bind it to one
+    if torch.compiler.is_compiling() or not isinstance(size, int) or not size == values.shape[1] > 1:
+        return
+    node: Any = values.grad_fn
     for _ in range(_DEPTH):
-        before = [(each, _shape_of(each, place)) for each, place in getattr(node, "next_functions", ())]
+        if node is None or any(part in node.name() for part in _PRODUCTS):
+            return
+        before = [(each, _shape_of(each, place)) for each, place in node.next_functions]
+        node = next((each for each, shape in before if shape == (size, size)), None)
         found = next((shape for _, shape in before if shape in ((size, 1), (size,))), None)
-        if found is not None:
+        if node is None and found is not None:
             warnings.warn(
                 f"expected one loss per sample, got losses {(size, size)} computed from {found}. Were outputs and "
                 f"targets of shapes {(size, 1)} and {(size,)} broadcast against each other? Squeeze or unsqueeze one.",
                 stacklevel=6,
             )
-            return
-        node = next((each for each, shape in before if shape == (size, size)), None)
 
 
 def _shape_of(node: Any, place: int) -> tuple[int, ...]:
