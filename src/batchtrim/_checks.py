@@ -258,11 +258,23 @@ def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None 
     if value.shape != losses.shape:
         raise ValueError(
             f"expected `{name}` to have the shape of `losses`, {tuple(losses.shape)}, got {tuple(value.shape)}. "
-            f"Expand it, so that each loss has one of its own: {name}.expand_as(losses)."
+            f"{_to_shape(name, tuple(value.shape), tuple(losses.shape))}"
         )
     if dtype is not None and value.dtype != dtype:
         cure = f" Convert: {name}.bool()." if str(dtype) == "torch.bool" else ""
         raise TypeError(f"expected `{name}` to have dtype {dtype}, got {value.dtype}.{cure}")
+
+
+def _to_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """Return what to do with a tensor of another shape than the losses'; an expression only if it gives their shape."""
+    missing = len(wanted) - len(shape)
+    if [size for size in shape if size != 1] == [size for size in wanted if size != 1]:
+        return f"Reshape it: {name}.reshape(losses.shape)."
+    if missing > 0 and shape == wanted[:-missing]:  # one per sample, even if there are as many tokens as samples
+        name += f"[...{', None' * missing}]"
+    elif missing or any(size not in (1, other) for size, other in zip(shape, wanted, strict=True)):
+        return "Each loss needs one of its own."
+    return f"Expand it, so that each loss has one of its own: {name}.expand_as(losses)."
 
 
 def check_integers(name: str, value: Any, losses: Tensor) -> None:

@@ -103,6 +103,8 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "absolute": lambda outputs, targets: 0.5 * (targets - outputs).abs(),
     "log-cosh": lambda outputs, targets: torch.log(torch.cosh(outputs - targets)),
     "binary": lambda outputs, targets: -(targets * outputs.sigmoid().log()),
+    "normal": lambda outputs, targets: -torch.distributions.Normal(outputs, 1.0).log_prob(targets),
+    "Charbonnier": lambda outputs, targets: ((0.5 * (targets - outputs)) ** 2 + 1e-6).sqrt().mul(2.0).sub(1e-3).relu(),
 }
 
 
@@ -126,3 +128,77 @@ def test_as_many_tokens_as_samples_are_no_pairs() -> None:
         batchtrim.Trimmer(0.5)(F.cross_entropy(logits, torch.zeros(8, 8, dtype=torch.int64), reduction="none"))
         batchtrim.Trimmer(0.5)(CRITERIA["squared"](logits[:, 0], torch.rand(8, 8)))
         batchtrim.Trimmer(0.5)(CRITERIA["squared"](logits[:, 0, :1], torch.rand(8, 1)))
+
+
+class Scaled(nn.Module):
+    """Outputs times a learned number each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale
+
+
+# the biases and scales have as many numbers as the batch has samples
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 8),
+    "from one": lambda: nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 8)),
+    "normed": lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)),
+    "scaled": Scaled,
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_as_many_outputs_as_samples_are_no_pairs(name: str) -> None:
+    """A layer's bias was taken for broadcast outputs, with a false warning in every training with B outputs."""
+    outputs, targets = LAYERS[name]()(torch.randn(8, 4)), torch.rand(8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for criterion in CRITERIA.values():
+            batchtrim.Trimmer(0.5)(criterion(outputs, targets))
+        batchtrim.Trimmer(0.5)(batchtrim.per_sample(nn.MSELoss())(outputs, targets))
+        batchtrim.Trimmer(0.5)((outputs - targets) ** 2 * nn.Parameter(torch.ones(8, 1)))  # a weight for each sample
+
+
+@pytest.mark.slow
+def test_a_trace_of_as_many_outputs_as_samples_holds_for_other_batches() -> None:
+    """The shared engine refused a first batch of as many samples as outputs, whose sizes were compared."""
+    x, targets = torch.randn(9, 4), torch.rand(9, 8)
+    model = nn.Linear(4, 8)
+    step = batchtrim.TrimmedForward(model, nn.MSELoss(), batchtrim.Trimmer(0.5), "shared")
+    for size in (8, 9):
+        losses = ((model(x[:size]) - targets[:size]) ** 2).mean(1)
+        hardest = losses.topk(batchtrim.keep_count(0.5, size)).values
+        torch.testing.assert_close(step(x[:size], targets[:size]), hardest.mean())
+
+
+@pytest.mark.parametrize(
+    ("losses", "given", "cure"),
+    [
+        ((4, 3), (4,), "mask[..., None].expand_as(losses)"),
+        ((4, 4), (4,), "mask[..., None].expand_as(losses)"),
+        ((4, 3, 2), (4,), "mask[..., None, None].expand_as(losses)"),
+        ((4, 3, 2), (4, 3), "mask[..., None].expand_as(losses)"),
+        ((4, 3), (4, 1), "mask.expand_as(losses)"),
+        ((4,), (4, 1), "mask.reshape(losses.shape)"),
+        ((4, 1, 3), (4, 3), "mask.reshape(losses.shape)"),
+        ((4, 3), (3, 4), None),
+        ((4, 3), (3,), None),
+    ],
+)
+def test_a_mask_of_another_shape(losses: tuple[int, ...], given: tuple[int, ...], cure: str | None) -> None:
+    """`expand_as` was advised for a mask (B,) of losses (B, T): it fails, or leaves out tokens if B = T."""
+    mask = torch.arange(torch.Size(given).numel()).reshape(given) % 2 == 0
+    values = torch.rand(losses)
+    with pytest.raises(ValueError, match=r"`mask` to have the shape of `losses`") as refused:
+        Trimmer(0.5)(values, mask=mask)
+    if cure is None:
+        assert str(refused.value).endswith("Each loss needs one of its own.")
+        return
+    assert f": {cure}." in str(refused.value)
+    cured = eval(cure, {"mask": mask, "losses": values})
+    first = (slice(None), *[0] * (values.ndim - 1))
+    assert torch.equal(cured[first], mask.reshape(len(mask), -1)[:, 0])  # still of the same sample
+    Trimmer(0.5)(values, mask=cured)
