@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import functools
 import inspect
-import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from batchtrim.lab import files
+from batchtrim.lab import files, grid_file
 from batchtrim.lab.run.config import SETTINGS
 from batchtrim.lab.run.settings import Setting
-from batchtrim.lab.task.names import MODELS, SPECS
 
 METAVARS: Mapping[type, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 Table = dict[str, tuple[Any, Any]]
@@ -221,8 +219,8 @@ def _default(name: str, presets: Mapping[str, Any]) -> str:
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the TOML file, if there is one, overridden by options."""
-    settings = _settings_in(given["grid"], given.get("methods")) if given.get("grid") else {}
-    _refuse_elsewhere(settings, given)
+    elsewhere = {name.removeprefix("as_") for name in {**PLACE, **SCALE, **TALK}}
+    settings = grid_file.read(given["grid"], given.get("methods"), elsewhere) if given.get("grid") else {}
     options = {name: given[name] for name in NAMES if given.get(name) is not None}
     if options.keys() & {"methods", "seeds"}:  # a file may have `method` or `seed` instead
         settings = {name: value for name, value in settings.items() if f"{name}s" not in options}
@@ -243,62 +241,6 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     if params:
         settings["params"] = _params(params, settings.get("params", {}))
     return {**settings, **options}
-
-
-def _settings_in(grid: Path, methods: str | None) -> dict[str, Any]:
-    """Return the settings of a TOML file; raise an error if its name is a method's, typed without the option."""
-    from batchtrim.lab.methods.table import METHODS
-
-    names = [each for each in re.split(r"[,\s]+", str(grid)) if each]
-    if not grid.exists() and all(name in METHODS for name in names):
-        listed = ",".join([*filter(None, [methods]), *names])
-        raise ValueError(f"expected a TOML file, got the method {grid}. Methods are an option: --methods {listed}.")
-    for option, known in (("dataset", SPECS), ("model", MODELS)):
-        if not grid.exists() and all(name in known for name in names):
-            raise ValueError(f"expected a TOML file, got the {option} {grid}. It is an option: --{option} {grid}")
-    settings = files.load_toml(grid)
-    for part in _parts(settings):
-        if "lower_is_better" in part:  # a flag of the command line, and the other side of one setting
-            if not isinstance(lower := part.pop("lower_is_better"), bool) or "higher_is_better" in part:
-                raise ValueError(f"expected `lower_is_better` alone, and true or false, in {grid}, got {lower!r}.")
-            part["higher_is_better"] = not lower
-    for name, value in itertools.chain.from_iterable(part.items() for part in _parts(settings)):
-        _check_written(name, value, grid)
-    return settings
-
-
-def _parts(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    grid = settings.get("grid")
-    return [settings, *(part for part in grid if isinstance(part, dict))] if isinstance(grid, list) else [settings]
-
-
-def _check_written(name: str, value: Any, grid: Path) -> None:
-    """Refuse text in TOML where a number or a list is expected: text is not parsed."""
-    setting = SETTINGS.get({"methods": "method", "seeds": "seed"}.get(name, name))
-    if setting is None or not isinstance(value, str):
-        return
-    if setting.kind in (int, float):
-        raise TypeError(f"expected `{name}` to be a number in {grid}, got the text {value!r}. Leave out the quotes.")
-    if setting.many and not setting.own and "," in value:
-        listed = ", ".join(f'"{each.strip()}"' for each in value.split(","))
-        raise ValueError(f"expected `{name}` to be a list in {grid}, got the text {value!r}. Write [{listed}].")
-
-
-def _refuse_elsewhere(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse options of the command in a file of settings: they are not settings of a run."""
-    named = {name.removeprefix("as_") for name in {**PLACE, **SCALE, **TALK}}
-    table = next((name for name, value in settings.items() if isinstance(value, dict) and name != "params"), None)
-    if table is not None:
-        cure = {"grid": "Double its brackets: [[grid]].", "param": "Put parameters into [params.METHOD]."}.get(
-            table, f"Put settings above all tables or into [[grid]], and remove the line [{table}]."
-        )
-        raise ValueError(f"expected a value of `{table}` in {given['grid']}, got a table. {cure}")
-    wrong = next((name for part in _parts(settings) for name in part if name in named), None)
-    if wrong is not None:
-        raise ValueError(
-            f"expected settings of runs in {given['grid']}, got {wrong!r}. It belongs on the command line: "
-            f"--{wrong.replace('_', '-')}."
-        )
 
 
 def direction(higher_is_better: bool, lower_is_better: bool) -> bool | None:
