@@ -13,6 +13,7 @@ from harness import BATCH, agree, train
 from torch import nn
 
 import batchtrim
+from batchtrim.engine.reasons import told
 from batchtrim.errors import EngineFallback, EngineRefused
 from tiers import few
 
@@ -169,6 +170,16 @@ class Encoder(nn.Module):
         if self._requires_grad and self.training:
             hidden.requires_grad = True
         return self.layer(hidden.tanh())[:, 0]
+
+
+def test_the_line_that_is_named_is_one_that_has_source() -> None:
+    frames = [
+        '  File "/own/model.py", line 3, in forward',
+        "    x = held.value",
+        '  File "<string>", line 5, in getvalue',
+    ]
+    reason = told(RuntimeError("\n".join(["Unsupported", "from user code:", *frames, "", "Set TORCHDYNAMO_VERBOSE=1"])))
+    assert reason == "it cannot be traced as one graph at `x = held.value` (model.py:3): Unsupported"
 
 
 @pytest.mark.slow

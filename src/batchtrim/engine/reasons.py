@@ -7,6 +7,7 @@ import re
 __all__ = ["cause_of", "told"]
 
 _NOT_THE_MODELS = ("/torch/", "/batchtrim/engine/")
+_WITHOUT_SOURCE = re.compile(r"<(?!ipython)")  # code made from text, of which no line can be shown
 _RAISED = re.compile(r"raised exception (\w+)\((['\"])(.*)\2\)")
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
@@ -40,7 +41,9 @@ def _place(lines: list[str]) -> str:
     found = ""
     for number, line in enumerate(lines[:-1]):
         frame = _FRAME.search(line)
-        if frame is not None and not any(part in frame["path"].replace("\\", "/") for part in _NOT_THE_MODELS):
+        if frame is None or _WITHOUT_SOURCE.match(frame["path"]):
+            continue
+        if not any(part in frame["path"].replace("\\", "/") for part in _NOT_THE_MODELS):
             file = re.split(r"[/\\]", frame["path"])[-1]
             found = f" at `{lines[number + 1][:120]}` ({file}:{frame['line']})"
     return found
