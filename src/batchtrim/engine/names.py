@@ -228,13 +228,15 @@ def chains_of(function: FunctionType) -> Iterator[tuple[ModuleType, str, Any, bo
             holder = value
 
 
-_OF_ALL_MODULES = [held for name, held in vars(nn.modules.module).items() if name.startswith("_global_")]
+OF_ALL_MODULES = [
+    value for name, value in vars(nn.modules.module).items() if name.startswith("_global_") and isinstance(value, dict)
+]
 
 
 def beside_models() -> Iterator[tuple[Any, str]]:
     """Yield what runs in every model: hooks on all modules, and modes that see every function or operator."""
-    for hooks in _OF_ALL_MODULES:
-        yield from ((hook, "a hook on all modules") for hook in (hooks.values() if isinstance(hooks, dict) else ()))
+    for hooks in OF_ALL_MODULES:
+        yield from ((hook, "a hook on all modules") for hook in hooks.values())
     for modes in (_get_current_function_mode_stack(), _get_current_dispatch_mode_stack()):
         yield from ((mode, "a mode") for mode in modes)
 

@@ -13,18 +13,16 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from batchtrim.engine.capture import uncompiled
 from batchtrim.engine.forward import Forward
+from batchtrim.engine.names import OF_ALL_MODULES
 from batchtrim.engine.reachable import Reachable
 
 __all__ = ["Unguarded"]
 
-_OF_ALL_MODULES = [
-    value for name, value in vars(nn.modules.module).items() if name.startswith("_global_") and isinstance(value, dict)
-]
 _CODE = attrgetter("__code__")
 _ENVIRONMENT = {"getenv", "environ"}
 _WATCHES_TENSORS = torch.__version__ >= TorchVersion("2.13")
@@ -66,7 +64,7 @@ class Unguarded:
             return True
 
     def _now(self) -> list[Any]:
-        hooks = [list(hooks.values()) for hooks in _OF_ALL_MODULES if hooks]
+        hooks = [list(hooks.values()) for hooks in OF_ALL_MODULES if hooks]
         variables = os.environ.copy() if self._asks else None
         given = sum("dynamo" not in name for held in self._of_tensors for name in held)
         forward = self.forward
