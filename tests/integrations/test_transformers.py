@@ -229,6 +229,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         TrimmedTrainer(
             model=model, args=arguments(str(tmp_path)), keep_log=batchtrim.KeepLog(5), trim_options={"unit": "element"}
         )
+    with pytest.raises(TypeError, match="expected `select` among `trim_options`, got it by itself"):
+        TrimmedTrainer(model=model, args=arguments(str(tmp_path)), select=batchtrim.loss_mass())
     with pytest.raises(TypeError, match=r"`per_sample_loss` .*Give an instance: nn\.CrossEntropyLoss\(\)"):
         TrimmedTrainer(model=model, args=arguments(str(tmp_path)), per_sample_loss=torch.nn.CrossEntropyLoss)
     with pytest.raises(ValueError, match="expected `over` to be one of"):

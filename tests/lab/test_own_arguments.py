@@ -50,3 +50,10 @@ def test_arguments_that_are_not_flag_table_or_summary_are_refused() -> None:
         run_once(calls(), params=5)
     with pytest.raises(TypeError, match="expected `summary` to be what compare or summarize returns, got 5"):
         headline(5)  # type: ignore[arg-type]
+
+
+def test_a_baseline_that_has_no_runs_is_refused() -> None:
+    rows = [{"method": method, "seed": 0, "score": 0.1} for method in ("plain", "trim")]
+    assert summarize(rows, higher_is_better=True).groups[0].baseline is None
+    with pytest.raises(ValueError, match="expected `baseline` to be one of 'plain', 'trim', got 'plan'"):
+        summarize(rows, "plan", higher_is_better=True)

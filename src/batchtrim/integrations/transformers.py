@@ -15,6 +15,7 @@ Legend: W ranks, M micro-batches in a window, B batch, T tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,6 +93,10 @@ class TrimmedTrainer(Trainer):
         )
         self.keep_log = keep_log
         self.explained = False  # True once the log has explained its loss
+        for name in kwargs.keys() & inspect.signature(Trimmer).parameters.keys():
+            raise TypeError(
+                f"expected `{name}` among `trim_options`, got it by itself. Pass trim_options={{'{name}': ...}}."
+            )
         check_arguments(kwargs.get("compute_loss_func"), over, engine, self.trim_options, keep_log)
         if per_sample_loss is not None:
             check_criterion("per_sample_loss", per_sample_loss)

@@ -161,7 +161,7 @@ def summarize(
     Args:
         rows: one mapping per run with ``method``, ``seed``, the metric and, if known, ``time`` in seconds. Or rows of
             ``runs.jsonl``.
-        baseline: the method the others are compared with.
+        baseline: the method the others are compared with. Without runs of "full", the default compares nothing.
         metric: the field to compare; by default the only other one.
         higher_is_better: needed if the name does not imply it.
 
@@ -180,8 +180,13 @@ def summarize(
         if not isinstance(row, Mapping):
             raise _no_rows(row)
     if rows and all("config" in row for row in rows):
-        return comparison.summarize([dict(row) for row in rows], baseline)
-    return comparison.summarize(csv_table.to_records(rows, "rows", metric, higher_is_better), baseline)
+        records = [dict(row) for row in rows]
+    else:
+        records = csv_table.to_records(rows, "rows", metric, higher_is_better)
+    summary = comparison.summarize(records, baseline)
+    if baseline != "full":  # without full there may be nothing to compare with
+        check_choice("baseline", baseline, dict.fromkeys(row["config"]["method"] for row in records))
+    return summary
 
 
 def _check_place(out: Any, ray: Any) -> None:

@@ -162,7 +162,7 @@ def find_model(name: str) -> ModelRow:
     """Return the registry's row of that name, or one for the user's own network; an error suggests the nearest name."""
     if isinstance(name, str) and own_models.is_own_model(name):
         return ModelRow(lambda shape, classes, width, norm: own_models.build_own(name, shape, classes), None, False)
-    return look_up("model", name, MODELS)
+    return look_up("model", name, MODELS, "FILE.py:FUNCTION or hf:ARCHITECTURE")
 
 
 def build(
