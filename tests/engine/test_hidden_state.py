@@ -325,6 +325,12 @@ def of_a_distribution() -> Case:
     return do, lambda: float(held.loc)
 
 
+def of_a_distribution_that_draws() -> Case:
+    held = pytest.importorskip("scipy.stats").norm()
+    held.random_state = np.random.default_rng(0)
+    return held.rvs, lambda: held.random_state.bit_generator.state["state"]["state"]
+
+
 RESTORED: dict[str, Callable[[], Case]] = {
     "memoryview": lambda: by_item(memoryview(bytearray(3))),
     "mmap": lambda: by_item(mmap.mmap(-1, 8)),
@@ -339,7 +345,8 @@ RESTORED: dict[str, Callable[[], Case]] = {
     "new in a function": of_a_function_made_later, "new global": of_a_global_made_later,
     "module": of_a_module_of_python, "imported inside": of_a_module_by_its_name, "environment": of_the_environment,
     "attribute of a library": of_an_attribute_of_a_library, "paths": of_the_paths, "decimals": of_decimals,
-    "distribution": of_a_distribution, "number for processes": of_a_number_for_processes,
+    "distribution": of_a_distribution, "distribution that draws": of_a_distribution_that_draws,
+    "number for processes": of_a_number_for_processes,
     "array that grows": of_an_array_that_grows,
     "weak reference": lambda: _of_an_object(held := Object(), weakref.ref(held)),
     "weak proxy": lambda: _of_an_object(held := Object(), _constant(weakref.proxy(held))),

@@ -42,7 +42,7 @@ _PLACES = (
     weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, torch.quasirandom.SobolEngine,
 )  # fmt: skip
 _OF_PLACES = frozenset(("configparser", "contextlib", "csv", "hmac", "multiprocessing", "queue", "sched", "tempfile"))
-_OF_TORCH = ("torch.distributions", "torch.amp", "torch.optim.lr_scheduler")
+_OF_LIBRARIES = ("torch.distributions", "torch.amp", "torch.optim.lr_scheduler", "scipy.stats")
 # Classes whose objects cannot be put back, by module: the methods by which they change. A prefix may end in a dot.
 _HASH = frozenset(("update",))
 _PACKS = frozenset(("compress", "decompress", "flush"))
@@ -139,7 +139,7 @@ def changed_by(cls: type) -> frozenset[str]:
 @functools.lru_cache(4096)
 def is_entered(cls: type, own: bool) -> bool:
     """Return True if the attributes of an object are searched; ``own``: a module holds it."""
-    if cls.__module__ in WRAPPERS or issubclass(cls, _PLACES) or cls.__module__.startswith(_OF_TORCH):
+    if cls.__module__ in WRAPPERS or issubclass(cls, _PLACES) or cls.__module__.startswith(_OF_LIBRARIES):
         return True
     top = cls.__module__.partition(".")[0]
     return top in _OF_PLACES or (top not in TOOLS and (own or not is_installed(cls.__module__)))
