@@ -73,5 +73,5 @@ def _refuse_elsewhere(settings: dict[str, Any], grid: Path, elsewhere: Collectio
     if wrong is not None:
         raise ValueError(
             f"expected settings of runs in {grid}, got {wrong!r}. It belongs on the command line: "
-            f"--{wrong.replace('_', '-')}."
+            f"--{wrong.removeprefix('as_').replace('_', '-')}."
         )

@@ -219,7 +219,7 @@ def _default(name: str, presets: Mapping[str, Any]) -> str:
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the TOML file, if there is one, overridden by options."""
-    elsewhere = {name.removeprefix("as_") for name in {**PLACE, **SCALE, **TALK}}
+    elsewhere = {each for name in {**PLACE, **SCALE, **TALK} for each in (name, name.removeprefix("as_"))}
     settings = grid_file.read(given["grid"], given.get("methods"), elsewhere) if given.get("grid") else {}
     options = {name: given[name] for name in NAMES if given.get(name) is not None}
     if options.keys() & {"methods", "seeds"}:  # a file may have `method` or `seed` instead
