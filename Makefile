@@ -31,7 +31,7 @@ ENGINE_TORCH := 2.8.0
 demo: $(VENV)/.lab  ## train full and trim on handwritten digits, 5 seeds each, and write a report under runs/
 	$(BIN)/batchtrim demo $(ARGS)
 
-test: $(VENV)/.dev  ## the default tests, 95 seconds on two idle cores of 2.5 GHz
+test: $(VENV)/.dev  ## the default tests, 80 seconds on two idle cores of 2.5 GHz
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.docs  ## whole tables of cases, and long property, compile, browser and multi-process tests
