@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NAME = "_scaled_dot_product_efficient_attention"  # its rule is found by this name
+NAME = "_scaled_dot_product_efficient_attention"  # its rule is found by this name if its library counts as torch
 _library = torch.library.Library("batchtrim_tests", "DEF")
 _SEEDED = (torch.Tag.nondeterministic_seeded,)
 _library.define(
