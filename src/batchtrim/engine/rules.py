@@ -157,6 +157,9 @@ def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbo
     return layout
 
 
+_ZEROS = frozenset(("zeros", "zeros_like", "new_zeros", "_new_zeros_with_same_feature_meta"))
+
+
 def _is_zero(call: Call) -> bool:
     name = name_of(call.func)
     if name in _COPIES:
@@ -165,7 +168,7 @@ def _is_zero(call: Call) -> bool:
         return call["s"] == 0
     if name in ("full", "full_like", "new_full"):
         return call["fill_value"] == 0
-    return "zeros" in name and "::" not in name
+    return name in _ZEROS
 
 
 def holds(size: Any, symbols: Sequence[sympy.Symbol]) -> bool:

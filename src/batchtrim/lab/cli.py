@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from batchtrim import __version__
-from batchtrim._checks import check_choice
 from batchtrim.lab import options
 from batchtrim.lab.execute import bounded_wait
 from batchtrim.lab.files import CannotWrite, as_written, shown
+from batchtrim.lab.run.settings import overridden
 from batchtrim.lab.terminal import FAILED, INTERRUPTED, guard, open_closed, print_plainly
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ def compare(given: dict[str, Any]) -> None:
 
     Run the same command again to continue where it stopped.
     """
-    _run_and_report(_over(COMPARE, options.read_settings(given)), given)
+    _run_and_report(overridden(COMPARE, options.read_settings(given)), given)
 
 
 @_command("sweep", options.settings_table(SWEEP, options.MANY), options.PLACE, options.SCALE, options.TALK)
@@ -89,7 +89,7 @@ def sweep(given: dict[str, Any]) -> None:
 
     The default is three schedules by three final keep fractions; a TOML file can define another grid.
     """
-    _run_and_report(_over(SWEEP, options.read_settings(given)), given)
+    _run_and_report(overridden(SWEEP, options.read_settings(given)), given)
 
 
 @_command("train", options.settings_table(TRAIN, options.ONE), options.PLACE, options.TALK)
@@ -126,13 +126,12 @@ def report_command(given: dict[str, Any]) -> None:
     options.check_targets(out=given["out"], figures=figures)
     way = options.direction(given["higher_is_better"], given["lower_is_better"])
     rows, place = _rows_of(given["folder"], given["csv"], given["metric"], way)
+    from batchtrim.lab.analyse import comparison
+
     with as_written("the records"):
-        methods = sorted({row["config"]["method"] for row in rows})
-    if baseline != "full":  # if the baseline was not run, another is used
-        check_choice("baseline", baseline, methods)
+        comparison.check_baseline(rows, baseline)
     _report(rows, None if given["as_json"] else given["out"] or place, baseline, given["as_json"])
     if figures is not None:
-        from batchtrim.lab.analyse import comparison
         from batchtrim.lab.present import figures as drawing
 
         paths = drawing.save(comparison.summarize(rows, baseline), figures)
@@ -216,11 +215,6 @@ def _rows_of(
             f"note: {torn} is a partial run and is left out. The machine may have crashed while writing it.", err=True
         )
     return rows, folder
-
-
-def _over(presets: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings, with presets for those not given; a file may use the singular `method` or `seed`."""
-    return {name: value for name, value in presets.items() if name.removesuffix("s") not in settings} | settings
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from batchtrim.lab import files, grid_file
 from batchtrim.lab.run.config import SETTINGS
-from batchtrim.lab.run.settings import Setting
+from batchtrim.lab.run.settings import Setting, overridden
 
 METAVARS: Mapping[type, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 Table = dict[str, tuple[Any, Any]]
@@ -222,8 +222,6 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     elsewhere = {each for name in {**PLACE, **SCALE, **TALK} for each in (name, name.removeprefix("as_"))}
     settings = grid_file.read(given["grid"], given.get("methods"), elsewhere) if given.get("grid") else {}
     options = {name: given[name] for name in NAMES if given.get(name) is not None}
-    if options.keys() & {"methods", "seeds"}:  # a file may have `method` or `seed` instead
-        settings = {name: value for name, value in settings.items() if f"{name}s" not in options}
     for name, text in list(options.items()):
         if name in _CONFIG and SETTINGS[name].many:
             whole = name == "dataset" and text and files.expanded(text).exists()  # a path may contain a comma
@@ -240,7 +238,7 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     params = options.pop("param", [])
     if params:
         settings["params"] = _params(params, settings.get("params", {}))
-    return {**settings, **options}
+    return overridden(settings, options)
 
 
 def direction(higher_is_better: bool, lower_is_better: bool) -> bool | None:

@@ -184,8 +184,7 @@ def summarize(
     else:
         records = csv_table.to_records(rows, "rows", metric, higher_is_better)
     summary = comparison.summarize(records, baseline)
-    if baseline != "full":  # without full there may be nothing to compare with
-        check_choice("baseline", baseline, dict.fromkeys(row["config"]["method"] for row in records))
+    comparison.check_baseline(records, baseline)
     return summary
 
 

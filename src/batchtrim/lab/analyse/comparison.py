@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from batchtrim._checks import check_choice
 from batchtrim.lab.analyse import naming, views
 from batchtrim.lab.analyse.inference import (
     ALPHA,
@@ -33,7 +34,7 @@ from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import COSTS, Row, check_result, latest_of
 from batchtrim.lab.run.config import ARM_SETTINGS, COMPARED, SETTINGS
 
-__all__ = ["Arm", "Group", "Paired", "Summary", "Verdict", "View", "summarize", "verdict_of"]
+__all__ = ["Arm", "Group", "Paired", "Summary", "Verdict", "View", "check_baseline", "summarize", "verdict_of"]
 
 
 class Verdict(Enum):
@@ -208,6 +209,12 @@ def summarize(rows: Iterable[Row], baseline: str = "full") -> Summary:
         against=baseline,
         rows=tuple(latest),
     )
+
+
+def check_baseline(rows: Iterable[Row], baseline: str) -> None:
+    """Raise a ValueError if no run has the method asked for; the default may be missing, and is then no baseline."""
+    if baseline != "full":
+        check_choice("baseline", baseline, sorted({row["config"]["method"] for row in rows}))
 
 
 def _checked(rows: Iterable[Row]) -> Iterator[Row]:

@@ -27,6 +27,7 @@ import numpy as np
 
 from batchtrim._checks import check_count, describe, nearest
 from batchtrim.lab.run.config import COMPARED, RunConfig
+from batchtrim.lab.run.settings import overridden
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.own_code import Code
 
@@ -57,7 +58,7 @@ def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[
         raise ValueError("expected `grid` to have at least one table, under a line [[grid]], got an empty list.")
     configs: dict[str, Config] = {}
     for part in parts:
-        for config in _expand_part({**_without(common, part), **part}, kind):
+        for config in _expand_part(overridden(common, part), kind):
             configs.setdefault(config.key, config)
     return sorted(configs.values(), key=lambda config: config.seed)  # stable: keeps the order within a seed
 
@@ -75,12 +76,6 @@ def cells(configs: Sequence[AnyConfig]) -> list[Settings]:
         if cell not in found:
             found.append(cell)
     return found
-
-
-def _without(common: Mapping[str, Any], part: Mapping[str, Any]) -> Settings:
-    """Return the common settings without those that a part gives under the other name: ``method`` for ``methods``."""
-    other = {"method": "methods", "methods": "method", "seed": "seeds", "seeds": "seed"}
-    return {name: value for name, value in common.items() if other.get(name) not in part}
 
 
 def _expand_part(settings: Settings, kind: type[Config]) -> list[Config]:

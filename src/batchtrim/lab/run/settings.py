@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -102,3 +102,11 @@ def settings_of(config: type) -> dict[str, Setting]:
             kind = next(each for each in typing.get_args(kind) if each is not type(None))
         found[field.name] = Setting(field.name, kind, field.default, **field.metadata)
     return found
+
+
+_OTHER_NAME = {"method": "methods", "methods": "method", "seed": "seeds", "seeds": "seed"}
+
+
+def overridden(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base with what is given in its place, also under its other name: `method` for `methods`."""
+    return {**{name: value for name, value in base.items() if _OTHER_NAME.get(name) not in given}, **given}
