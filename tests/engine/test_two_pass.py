@@ -14,6 +14,7 @@ from torch import nn
 
 import batchtrim
 from batchtrim.engine.batch import padded_rows
+from batchtrim.engine.probe import Tolerance
 from batchtrim.errors import EngineRefused
 
 CASES = {
@@ -172,6 +173,21 @@ def test_dropout_before_a_head_of_small_weights_is_seen(scale: float) -> None:
     step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "two_pass")
     step(x, y).backward()
     assert "draws random numbers (dropout)" in step.last.approximate
+
+
+def test_the_precision_of_a_model_with_dropout_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Mock(wraps=Tolerance._look_inside)
+    monkeypatch.setattr(Tolerance, "_look_inside", lambda *args: look(*args))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Linear(8, 5))
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(reduction="none"), batchtrim.Trimmer(0.5), "two_pass")
+    x, y = torch.randn(16, 8), torch.randint(0, 5, (16,))
+    for _ in range(4):
+        step(x, y).backward()
+    found = look.call_count
+    for _ in range(3):  # between the checks in steps 4 and 8
+        step(x, y).backward()
+        assert step.last.approximate is not None
+    assert look.call_count == found > 0
 
 
 def test_a_number_drawn_for_all_samples_is_drawn_alike() -> None:

@@ -194,7 +194,8 @@ class TwoPassEngine:
         self, kept: Tensor, scored: Tensor, selection: Selection, before: Snapshot, drawn: bool, normed: bool
     ) -> None:
         try:
-            self.tolerance.compare(kept, scored, selection.indices, before, drawn=drawn)
+            apart = drawn or normed
+            self.tolerance.compare(kept, scored, selection.indices, before, drawn=drawn, expected_apart=apart)
         except EngineRefused as refused:
             if not (drawn or normed):
                 raise
