@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from batchtrim import __version__
 from batchtrim.lab import cli, records
 from batchtrim.lab.analyse import claims
+from batchtrim.lab.execute import grid
 from batchtrim.lab.methods.table import METHODS
 
 TINY = ["--epochs", "2", "--train-size", "200", "--seeds", "2", "--workers", "1", "--threads", "1"]
@@ -115,6 +116,36 @@ def test_a_toml_file_gives_the_settings_and_options_go_before_it(tmp_path: Path)
     assert row["config"]["epochs"] == 1
     assert row["config"]["seed"] == 3
     assert row["config"]["method_params"] == {"noise_rate": 0.4, "ramp_epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ([], {("full", None), ("trim", None), ("small_loss", 0.3), ("small_loss", 0.4)}),
+        (["--methods", "random"], {("random", None)}),
+        (
+            ["--methods", "full,small_loss"],
+            {("full", None), ("small_loss", 0.1), ("small_loss", 0.3), ("small_loss", 0.4)},
+        ),
+        (["--param", "small_loss.noise_rate=0.5"], {("full", None), ("trim", None), ("small_loss", 0.5)}),
+        (["--methods", "small_loss", "--param", "small_loss.noise_rate=0.5"], {("small_loss", 0.5)}),
+    ],
+)
+def test_options_go_before_every_part_of_a_grid(
+    typed: list[str], found: set[tuple[str, float | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a part names itself was run whatever the command line said."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(cli, "_run_and_report", lambda settings, given: told.append(settings))
+    Path("grid.toml").write_text(
+        "params.small_loss.noise_rate = 0.1\n[[grid]]\nmethods = ['full', 'trim']\nepochs = 9\n"
+        "[[grid]]\nmethod = 'small_loss'\nparams.small_loss.noise_rate = [0.3, 0.4]\n"
+    )
+    done = batchtrim("compare", "grid.toml", "--epochs", "2", *typed)
+    assert done.exit_code == 0, done.output
+    configs = grid.expand(told[0])
+    assert {(config.method, config.method_params.get("noise_rate")) for config in configs} == found
+    assert {config.epochs for config in configs} == {2}
 
 
 def test_train_does_one_run() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from batchtrim.lab import files
 from batchtrim.lab.run.config import SETTINGS
+from batchtrim.lab.run.settings import check_tables, overridden
 from batchtrim.lab.task.names import MODELS, SPECS
 
-__all__ = ["read"]
+__all__ = ["overridden_everywhere", "read"]
 
 
 def read(grid: Path, methods: str | None, elsewhere: Collection[str]) -> dict[str, Any]:
@@ -42,6 +43,36 @@ def read(grid: Path, methods: str | None, elsewhere: Collection[str]) -> dict[st
         _check_written(name, value, grid)
     _refuse_elsewhere(settings, grid, elsewhere)
     return settings
+
+
+def overridden_everywhere(settings: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with options in their place, also where a part of the grid has its own.
+
+    Parameters in the file of methods that the options leave out are dropped.
+    """
+    found = overridden(settings, options)
+    if isinstance(grid := settings.get("grid"), list):
+        found["grid"] = [_part(part, options) if isinstance(part, dict) else part for part in grid]
+    if "methods" in options and "params" in settings:
+        found["params"] = _of_methods(found["params"], options)
+    return found
+
+
+def _part(part: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part of a grid without what options replace."""
+    own = overridden(part, options)
+    left = {name: own[name] for name in part if name in own and name not in options}
+    if "params" in part:
+        tables = check_tables(part["params"])
+        typed = {name: table for name, table in options.get("params", {}).items() if name in tables}
+        left["params"] = _of_methods(overridden({"params": tables}, {"params": typed})["params"], options)
+    return left
+
+
+def _of_methods(params: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of methods that are run, or that were typed."""
+    wanted = {*options.get("methods", params), *options.get("params", {})}
+    return {name: table for name, table in params.items() if name in wanted}
 
 
 def _parts(settings: dict[str, Any]) -> list[dict[str, Any]]:

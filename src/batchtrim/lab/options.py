@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from batchtrim.lab import files, grid_file
 from batchtrim.lab.run.config import SETTINGS
-from batchtrim.lab.run.settings import Setting, overridden
+from batchtrim.lab.run.settings import Setting
 
 METAVARS: Mapping[type, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 Table = dict[str, tuple[Any, Any]]
@@ -218,7 +218,7 @@ def _default(name: str, presets: Mapping[str, Any]) -> str:
 
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the TOML file, if there is one, overridden by options."""
+    """Return the settings of the TOML file, if there is one, overridden by options in each part of its grid."""
     elsewhere = {each for name in {**PLACE, **SCALE, **TALK} for each in (name, name.removeprefix("as_"))}
     settings = grid_file.read(given["grid"], given.get("methods"), elsewhere) if given.get("grid") else {}
     options = {name: given[name] for name in NAMES if given.get(name) is not None}
@@ -235,10 +235,9 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     way = direction(**{name: given.get(name) or False for name in _WAYS})
     if way is not None:
         options["higher_is_better"] = way
-    params = options.pop("param", [])
-    if params:
-        settings["params"] = _params(params, settings.get("params", {}))
-    return overridden(settings, options)
+    if params := options.pop("param", []):
+        options["params"] = _params(params)
+    return grid_file.overridden_everywhere(settings, options)
 
 
 def direction(higher_is_better: bool, lower_is_better: bool) -> bool | None:
@@ -302,11 +301,11 @@ def _range_meant(text: str) -> str:
     return f" Did you mean {','.join(map(str, range(int(ends[1]), int(ends[2]) + 1)))}?"
 
 
-def _params(texts: Iterable[str], base: Mapping[str, Any]) -> dict[str, Any]:
+def _params(texts: Iterable[str]) -> dict[str, Any]:
     """Parse ``method.name=value`` into tables; several comma-separated values are an axis."""
     from batchtrim.lab.methods.table import METHODS
 
-    tables = {method: dict(table) for method, table in base.items()}
+    tables: dict[str, dict[str, Any]] = {}
     given: dict[str, str] = {}
     for text in texts:
         place, equals, value = text.partition("=")

@@ -40,6 +40,20 @@ def test_a_part_goes_before_what_is_common_under_either_name() -> None:
     assert [(config.method, config.seed) for config in configs] == [("random", 0), ("full", 3), ("trim", 3)]
 
 
+def test_common_parameters_are_for_the_parts_that_run_their_method() -> None:
+    common = {"seeds": 1, "params": {"small_loss": {"noise_rate": 0.1, "ramp_epochs": 3}}}
+    parts = [{"method": "full"}, {"method": "small_loss"}]
+    own = {"method": "small_loss", "params": {"small_loss": {"noise_rate": 0.4}}}
+    configs = grid.expand({**common, "grid": [*parts, own]})
+    assert [(config.method, config.method_params.get("noise_rate")) for config in configs] == [
+        ("full", None), ("small_loss", 0.1), ("small_loss", 0.4),
+    ]  # fmt: skip
+    assert [config.method_params["ramp_epochs"] for config in configs[1:]] == [3, 3]
+    for wrong in ({**common, "grid": [{"method": "full"}]}, {"seeds": 1, "grid": [{**own, "method": "full"}]}):
+        with pytest.raises(ValueError, match=r"methods that are run \(full\), got \[params\.small_loss\]"):
+            grid.expand(wrong)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -8,7 +8,7 @@ epochs = 20
 [params.small_loss]
 noise_rate = [0.1, 0.2]              # parameters may be axes too
 
-[[grid]]                             # more than one part: each adds to the settings above
+[[grid]]                             # more than one part: each adds to the settings above, or replaces them
 model = "resnet8"
 [[grid]]
 model = "resnet20"
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from batchtrim._checks import check_count, describe, nearest
 from batchtrim.lab.run.config import COMPARED, RunConfig
-from batchtrim.lab.run.settings import overridden
+from batchtrim.lab.run.settings import check_tables, overridden
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.own_code import Code
 
@@ -56,10 +56,12 @@ def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[
         raise TypeError("expected `grid` to be tables, each under a line [[grid]], got something else.")
     if not parts:
         raise ValueError("expected `grid` to have at least one table, under a line [[grid]], got an empty list.")
+    shared = check_tables(common.pop("params", {}))
     configs: dict[str, Config] = {}
     for part in parts:
-        for config in _expand_part(overridden(common, part), kind):
+        for config in _expand_part(overridden(common, part), shared, kind):
             configs.setdefault(config.key, config)
+    _refuse_unused(shared, {config.method: None for config in configs.values()})
     return sorted(configs.values(), key=lambda config: config.seed)  # stable: keeps the order within a seed
 
 
@@ -78,11 +80,11 @@ def cells(configs: Sequence[AnyConfig]) -> list[Settings]:
     return found
 
 
-def _expand_part(settings: Settings, kind: type[Config]) -> list[Config]:
+def _expand_part(settings: Settings, shared: Mapping[str, Any], kind: type[Config]) -> list[Config]:
+    """Return the runs of one part; ``shared``: parameters of methods that any part may run."""
     axes = dict(settings)
-    params = axes.pop("params", {})
-    if not isinstance(params, Mapping) or not all(isinstance(each, Mapping) for each in params.values()):
-        raise TypeError(f"expected `params` to be tables such as [params.small_loss], got {describe(params)}.")
+    own = check_tables(axes.pop("params", {}))
+    params = overridden({"params": shared}, {"params": own})["params"]
     if "method_params" in axes:
         raise ValueError("expected parameters of methods in tables such as [params.small_loss], got `method_params`.")
     for plural, name in (("methods", "method"), ("seeds", "seed")):
@@ -97,19 +99,22 @@ def _expand_part(settings: Settings, kind: type[Config]) -> list[Config]:
         if not value:
             raise ValueError(f"expected `{name}` to have at least one value, got an empty list.")
     _few_enough(math.prod(len(value) for value in values.values()))
-    methods = values.get("method", ["full"])
-    unused = [name for name in params if name not in methods]
-    if unused:
-        raise ValueError(
-            f"expected parameters of methods that are run ({', '.join(methods)}), got [params.{unused[0]}]."
-            f"{nearest(unused[0], methods)}"
-        )
+    _refuse_unused(own, values.get("method", ["full"]))
     chosen = [kind.from_dict(choice) for choice in _product(values)]
     return [
         replace(config, method_params=method_params).resolved()
         for config in chosen
         for method_params in _product(_as_lists(params.get(config.method, {})))
     ]
+
+
+def _refuse_unused(params: Iterable[str], methods: Collection[str]) -> None:
+    unused = next((name for name in params if name not in methods), None)
+    if unused is not None:
+        raise ValueError(
+            f"expected parameters of methods that are run ({', '.join(map(str, methods))}), got [params.{unused}]."
+            f"{nearest(unused, methods)}"
+        )
 
 
 def _few_enough(runs: int) -> int:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from batchtrim._checks import describe
+
 
 class Role(Enum):
     """The role of a setting in a comparison."""
@@ -108,5 +110,19 @@ _OTHER_NAME = {"method": "methods", "methods": "method", "seed": "seeds", "seeds
 
 
 def overridden(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the base with what is given in its place, also under its other name: `method` for `methods`."""
-    return {**{name: value for name, value in base.items() if _OTHER_NAME.get(name) not in given}, **given}
+    """Return the base with what is given in its place, also under its other name: `method` for `methods`.
+
+    Parameters of methods (``params``) are replaced one by one.
+    """
+    found = {**{name: value for name, value in base.items() if _OTHER_NAME.get(name) not in given}, **given}
+    if "params" in base and "params" in given:
+        tables, own = check_tables(base["params"]), check_tables(given["params"])
+        found["params"] = {name: {**tables.get(name, {}), **own.get(name, {})} for name in (*tables, *own)}
+    return found
+
+
+def check_tables(params: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Check that parameters of methods are tables, one a method."""
+    if not isinstance(params, Mapping) or not all(isinstance(each, Mapping) for each in params.values()):
+        raise TypeError(f"expected `params` to be tables such as [params.small_loss], got {describe(params)}.")
+    return params
