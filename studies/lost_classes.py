@@ -54,9 +54,9 @@ def _train(run: Run, start: float) -> dict[str, float]:
     batches = Batches(found.train_images, found.mean, found.std, "crop+flip", run.seed)
     steps = run.epochs * -(-len(found.train_labels) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.2)
-    rule = run.trim.rule
+    rule = run.rule.rule
     for epoch in range(run.epochs):
-        run.trim.rule = rule if epoch >= start * run.epochs else _without_skip(rule)
+        run.rule.rule = rule if epoch >= start * run.epochs else _without_skip(rule)
         for rows in torch.randperm(len(found.train_labels)).split(BATCH):
             losses = F.cross_entropy(model(batches(rows)), found.train_labels[rows], reduction="none")
             loss = run.trim(losses)

@@ -184,7 +184,33 @@ def test_a_rule_in_place_of_the_method_s_is_reported() -> None:
         run.trim.rule = easiest()
         return calls()(run)
 
-    assert "which makes the run one of 'trim', got another in its place: easiest()" in failing(train)
+    assert "which makes the run one of 'full', got another in its place: easiest()" in failing(train)
+
+
+def test_a_rule_that_is_replaced_on_the_way_is_reported_and_one_that_changes_is_counted() -> None:
+    """What the other rule chose was not counted, without a word."""
+
+    def replaced(run: Run) -> dict[str, float]:
+        for epoch in range(run.epochs):
+            if epoch == 1:
+                run.trim.rule = easiest()
+            step(run)
+        return {"error": 0.5}
+
+    def changed(run: Run) -> dict[str, float]:
+        for epoch in range(run.epochs):
+            if epoch == 1:
+                run.rule.rule = easiest()
+            step(run)
+        return {"error": 0.5}
+
+    def step(run: Run) -> None:
+        run.trim(torch.ones(8, requires_grad=True) * torch.arange(8.0)).backward()
+        run.trim.step()
+
+    assert "in its place: easiest()" in failing(replaced)
+    compare(changed, methods=["trim"], seeds=1, epochs=2, out="there", quiet=True)
+    assert records.read("there")[0]["samples_forward"] == 16
 
 
 @pytest.mark.slow

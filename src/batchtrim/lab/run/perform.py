@@ -152,12 +152,13 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
 def _notes_on_run(run: Run, changes: ProcessChanges, effects: SideEffects, seconds: float) -> dict[str, Any]:
     """Return the notes on a successful run; raise an error if the method was never applied."""
     notes, more = _notes_on_keep(run), {}
+    if run.trim.rule is not run.rule:
+        raise TaskMistake(
+            f"expected the task to choose by run.trim.rule, which makes the run one of {run.method!r}, got another "
+            f"in its place: {run.trim.rule!r}. A rule that changes on the way is assigned to run.rule.rule, "
+            "which counts its choices; results with a rule of your own: batchtrim report --csv."
+        )
     if run.method != "full" and not run.rule.counts.used:
-        if run.trim.last is not None:
-            raise TaskMistake(
-                f"expected the task to choose by run.trim.rule, which makes the run one of {run.method!r}, got another "
-                f"in its place: {run.trim.rule!r}. Results with a rule of your own: batchtrim report --csv."
-            )
         if not run.rule.counts.sent:
             raise TaskMistake(
                 f"expected the task to choose with run.trim, got a run of {run.method!r} in which it was never called: "

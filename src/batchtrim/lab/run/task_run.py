@@ -120,6 +120,7 @@ class Run:
             ``TrimmedTrainer(..., keep=run.keep, trim_options=run.trim_options)``, or
             ``TrimmingCallback(run.keep, **run.trim_options)``. For tokens or pixels make your own:
             ``Trimmer(run.keep, total=run.epochs, unit="element", **run.trim_options)``.
+        rule: the method's rule, which counts what it chooses. ``run.rule.rule`` may be changed between epochs.
         method, params: the method's name and its parameters.
         seed: the seed to use; torch, NumPy and ``random`` are already seeded with it.
         epochs: how many to train.
