@@ -190,23 +190,19 @@ def test_a_rule_in_place_of_the_method_s_is_reported() -> None:
 def test_a_rule_that_is_replaced_on_the_way_is_reported_and_one_that_changes_is_counted() -> None:
     """What the other rule chose was not counted, without a word."""
 
-    def replaced(run: Run) -> dict[str, float]:
+    def train(run: Run, where: str) -> dict[str, float]:
         for epoch in range(run.epochs):
             if epoch == 1:
-                run.trim.rule = easiest()
-            step(run)
+                getattr(run, where).rule = easiest()
+            run.trim(torch.ones(8, requires_grad=True) * torch.arange(8.0)).backward()
+            run.trim.step()
         return {"error": 0.5}
+
+    def replaced(run: Run) -> dict[str, float]:
+        return train(run, "trim")
 
     def changed(run: Run) -> dict[str, float]:
-        for epoch in range(run.epochs):
-            if epoch == 1:
-                run.rule.rule = easiest()
-            step(run)
-        return {"error": 0.5}
-
-    def step(run: Run) -> None:
-        run.trim(torch.ones(8, requires_grad=True) * torch.arange(8.0)).backward()
-        run.trim.step()
+        return train(run, "rule")
 
     assert "in its place: easiest()" in failing(replaced)
     compare(changed, methods=["trim"], seeds=1, epochs=2, out="there", quiet=True)
