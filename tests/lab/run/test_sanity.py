@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import types
+
 import pytest
 import torch
 
@@ -53,3 +57,21 @@ def test_signs_of_life_come_from_the_first_batch_on() -> None:
     row = train.train_run(RunConfig(epochs=1, train_size=300, batch_size=100).resolved(), on_batch=told.append)
     assert told[0] == {"epoch": 0, "epochs": 1, "batch": 1, "batches": 3}
     assert row["seconds_total"] >= row["seconds"] + row["seconds_eval"]
+
+
+def test_classes_that_were_not_learnt_are_named() -> None:
+    """One class of ten was lost, which costs 8 points, and only the error told."""
+    row = train.train_run(RunConfig(method="loss_mass", method_params={"skip": 0.6}, epochs=3, seed=0))
+    (note,) = row["notes"]
+    assert re.match(
+        r"6 of 10 classes were not learnt \(.*\): 0, 1, 2, 3, 4 and 1 more$", note
+    )
+    images = types.SimpleNamespace(
+        classes=3, test_labels=torch.tensor([0] * 40 + [1] * 40 + [2] * 10), class_names=("cat", "dog", "owl")
+    )
+    notes = functools.partial(sanity.notes_on_result, images=images)
+    assert notes(True, [40.0, 1.0, 0.0]) == [
+        "1 of 3 classes was not learnt (less than 5 % of the test images right): dog"
+    ]
+    assert notes(True, [40.0, 2.0, 0.0]) == notes(True, []) == []
+    assert notes(False, [40.0, 1.0, 0.0]) == [sanity.DID_NOT_LEARN]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from batchtrim.lab.task import models
 from batchtrim.lab.task.data import ImageData
 from batchtrim.lab.task.own_models import is_own_model
 
+DID_NOT_LEARN = "nothing was learnt: the error is no better than that of always predicting the most common class"
+LOST = 0.05  # a class of which fewer of the test images are classified right was not learnt
+FEWEST = 20  # test images of a class; fewer say too little
+SHOWN = 5  # names in a note
 BYTES_A_PARAMETER = 16  # bytes per parameter: weight, gradient and two moments, in float32
 
 
@@ -56,6 +61,27 @@ def no_better_than_chance(error: float, labels: Tensor) -> bool:
     """Return True if a test error is within two standard errors of always predicting the most common class."""
     chance = 1.0 - float(torch.bincount(labels).max()) / len(labels)
     return error >= chance - 2.0 * math.sqrt(chance * (1.0 - chance) / len(labels))
+
+
+def notes_on_result(learnt: bool, right: Sequence[float], images: ImageData) -> list[str]:
+    """Return notes on what a finished run did not learn.
+
+    Args:
+        learnt: False if its error is no better than chance.
+        right: test images of each class that it classified right, (classes,); empty if unknown.
+    """
+    if not learnt:
+        return [DID_NOT_LEARN]
+    sizes = torch.bincount(images.test_labels, minlength=images.classes).tolist()
+    lost = [number for number, hits in enumerate(right) if sizes[number] >= FEWEST and hits < LOST * sizes[number]]
+    if not lost:
+        return []
+    named = ", ".join(str(images.class_names[each] if images.class_names else each) for each in lost[:SHOWN])
+    more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+    return [
+        f"{len(lost)} of {images.classes} classes {'was' if len(lost) == 1 else 'were'} not learnt (less than "
+        f"{100 * LOST:g} % of the test images right): {named}{more}"
+    ]
 
 
 def _memory() -> int:

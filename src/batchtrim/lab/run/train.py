@@ -42,7 +42,6 @@ from batchtrim.lab.task import data, models
 from batchtrim.lab.task.augment import Batches
 
 EVALUATION_BATCH = 500
-DID_NOT_LEARN = "nothing was learnt: the error is no better than that of always predicting the most common class"
 REFERENCE_SEED = 1_000_003  # an offset, so that held-out networks start from weights that no run starts from
 
 
@@ -86,6 +85,7 @@ class Training:
         self.method = find_method(config.method).build(info, dict(config.method_params))
         self.method.connect(self._beside)
         self.epochs = math.ceil(self.method.epochs)
+        self.right: list[float] = []  # test images of each class classified right, in the last evaluation
         self.criterion = CountingLoss(self.device, config.label_smoothing)
         self.forward = None
         if config.engine != "exact":
@@ -225,17 +225,18 @@ class Training:
     def evaluate(self) -> float:
         """Return the error on the test split in [0, 1]; NaN if an output is not finite."""
         self.model.eval()
-        wrong = torch.zeros((), dtype=torch.int64, device=self.device)
+        right = torch.zeros(self.images.classes, dtype=torch.int64, device=self.device)
         broken = torch.zeros((), dtype=torch.int64, device=self.device)
         for rows in torch.arange(len(self.test_labels), device=self.device)[self.ranks.share].split(EVALUATION_BATCH):
             images = self.test_batches(rows)
             outputs = self.model(images)
             if self.config.test_views == "mirror":
                 outputs = outputs + self.model(images.flip(3))
-            wrong += (outputs.argmax(1) != self.test_labels[rows]).sum()
+            labels = self.test_labels[rows]
+            right.index_add_(0, labels, (outputs.argmax(1) == labels).long())
             broken += (~outputs.isfinite()).any()
-        all_wrong, all_broken = self.ranks.sum(wrong.item(), broken.item(), device=self.device)
-        return math.nan if all_broken else all_wrong / len(self.test_labels)
+        all_broken, *self.right = self.ranks.sum(broken.item(), *right.tolist(), device=self.device)
+        return math.nan if all_broken else (len(self.test_labels) - sum(self.right)) / len(self.test_labels)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a run needs to continue bit for bit: tensors, numbers and strings only."""
@@ -358,7 +359,7 @@ def train_run(
         Ranks.from_environment().leave()
     final = training.curve["test_error"][-1] if status == "finished" else None
     learnt = final is None or not sanity.no_better_than_chance(final, images.test_labels)
-    notes = [*images.notes, *([] if learnt else [DID_NOT_LEARN])]
+    notes = [*images.notes, *([] if final is None else sanity.notes_on_result(learnt, training.right, images))]
     return {
         "schema": SCHEMA,
         "key": config.key,
