@@ -240,6 +240,27 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
         )
 
 
+def without_values(tensor: Tensor) -> bool:
+    """True if a tensor has a shape and a dtype only: on the meta device, or of torch's FakeTensorMode."""
+    import torch
+
+    if type(tensor) is torch.Tensor or tensor.is_meta:
+        return tensor.is_meta
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def check_has_values(name: str, tensor: Tensor, user: str) -> None:
+    """Raise an error for a tensor without values, where ``user`` has to read them."""
+    if without_values(tensor):
+        kind = "on the meta device" if tensor.is_meta else "of FakeTensorMode"
+        raise TypeError(
+            f"expected `{name}` with values for {user}, got a tensor {kind}, which has a shape only. Pass real "
+            "tensors; to try shapes alone, use batchtrim.hardest(), and neither a mask nor ignored targets."
+        )
+
+
 def tensor_cure(value: Any) -> str:
     """Return how to get the tensor of losses out of what arrived, with a space before it."""
     if isinstance(value, Mapping):

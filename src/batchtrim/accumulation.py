@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from batchtrim._checks import check_choice, describe
+from batchtrim._checks import check_choice, check_has_values, describe
 from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch import map_tensors
@@ -217,6 +217,7 @@ def waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
 def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Losses | None] = ()) -> list[Selection]:
     """Choose from the losses of all micro-batches together; return one selection for each, with joint divisors."""
     window = join_losses(parts)
+    check_has_values("losses", window.values, "a window")
     ranked = [score for score in scores if score is not None]
     selection = trim.select(window, rank_by=join_losses(ranked) if ranked else None)
     return split(selection, [len(part.values) for part in parts], window.weights)

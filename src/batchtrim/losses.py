@@ -23,6 +23,7 @@ from batchtrim._checks import (
     check_positive,
     check_within,
     describe,
+    without_values,
 )
 from batchtrim._transforms import batched, transforming, unwrapped
 from batchtrim.criteria import Criterion, check_values, not_its_own, same_shape
@@ -170,7 +171,7 @@ class per_sample:
             if not self._seen[0]:  # nothing can be read here
                 unwrapped(losses.values, f"the first check of {self._criterion.name}, whose divisor is unknown")
             return
-        if losses.values.numel() == 0 or (own := own_call()) is None:
+        if losses.values.numel() == 0 or without_values(losses.values) or (own := own_call()) is None:
             return
         with torch.no_grad():
             total = accumulator(losses.values)

@@ -93,9 +93,9 @@ def _dot_is_exact(losses: Tensor, size: int) -> bool:
     """True if a dot product is precise enough: its backward is one product, a gathered mean's is three operators.
 
     It is not in half precision, which rounds the weights, nor for very many losses, whose sum it rounds. It is not used
-    on a device, since reading the result would sync.
+    on a device, since reading the result would sync, nor for other kinds of tensors, which may have no values to read.
     """
-    return size <= _DOT_TO and losses.is_cpu and losses.dtype in _DOT_IN
+    return size <= _DOT_TO and losses.is_cpu and losses.dtype in _DOT_IN and type(losses) is Tensor
 
 
 def reduce_kept(kept: Tensor, selection: Selection, scale: str = "kept", weights: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_count, check_state, describe
+from batchtrim._checks import check_count, check_state, describe, without_values
 from batchtrim.selection import Selection
 
 __all__ = ["KeepStats"]
@@ -35,8 +35,8 @@ class KeepStats:
         self._pending: list[tuple[Tensor, Tensor, int]] = []
 
     def record(self, losses: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
-        """Add a batch: detached ``losses`` (B,) and the selection from them."""
-        if selection.candidates == 0:
+        """Add a batch: detached ``losses`` (B,) and the selection from them. Nothing on the meta device."""
+        if selection.candidates == 0 or without_values(losses):
             return
         # a copy, since the caller may change the losses in place afterwards
         if mask is None or selection.candidates == selection.size:

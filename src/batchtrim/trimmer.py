@@ -156,6 +156,7 @@ class Trimmer:
         Notes:
             Of equal losses the lower index is kept. A NaN or inf loss counts as largest and is kept, so the step is
             NaN as in plain training and a gradient scaler skips it. No gradient flows through the selection.
+            On the meta device and under FakeTensorMode, rules whose k follows from ``keep`` work, without a mask.
             No device sync, unless a mask is given or the rule's k depends on the losses. Backward runs on the full
             graph, so dropped samples still cost their share; :class:`batchtrim.TrimmedForward` saves that.
         """

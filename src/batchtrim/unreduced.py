@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_choice, check_like, check_losses, describe, is_number
+from batchtrim._checks import (
+    check_choice,
+    check_has_values,
+    check_like,
+    check_losses,
+    describe,
+    is_number,
+    without_values,
+)
 from batchtrim.errors import PassUnreducedLosses
 
 __all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "losses_of", "nonzero", "to_rank"]
@@ -195,7 +203,7 @@ def _count_alike(one: Losses, other: Losses) -> bool:
     pairs = [(one.mask, other.mask), (one.weights, other.weights), (one.counts, other.counts)]
     if all(part is others for part, others in pairs):
         return True
-    if torch.compiler.is_compiling():  # a graph cannot branch on values
+    if torch.compiler.is_compiling() or without_values(one.values):  # nothing can be read
         return False
     for part, others in pairs:
         given = part if part is not None else others
@@ -279,6 +287,7 @@ def _check_scored(counted: Tensor | None, scored: Tensor | None) -> None:
     """Check that every entry that counts has a score; not where no value can be read, compiled or under torch.vmap."""
     if scored is None or scored is counted or torch.compiler.is_compiling() or _transforming():
         return
+    check_has_values("rank_by", scored, "a trimmer")
     without = ~scored if counted is None else counted & ~scored
     if bool(without.any()):
         raise ValueError(

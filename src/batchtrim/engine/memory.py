@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchtrim._checks import without_values
+
 __all__ = ["SharedMemory", "clones", "is_array", "write_values"]
 
 
@@ -111,7 +113,7 @@ def _part(value: Any, place: str = "") -> _Part | None:
     """Return where a tensor or array lies, or None for one of no elements, and for what is neither."""
     try:
         if isinstance(value, Tensor):
-            if value.layout != torch.strided or value.is_nested or not value.data_ptr():
+            if value.layout != torch.strided or value.is_nested or without_values(value) or not value.data_ptr():
                 return None
             start, item = value.data_ptr(), value.element_size()
             strides = [stride * item for stride in value.stride()]

@@ -36,7 +36,7 @@ from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
-from batchtrim.engine.state import device_of, is_lazy, is_sharded
+from batchtrim.engine.state import device_of, is_lazy, is_sharded, no_values
 from batchtrim.engine.unguarded import Unguarded
 from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper
 from batchtrim.errors import EngineRefused
@@ -178,7 +178,7 @@ class SharedEngine:
         """
         if self.refused is not None:
             raise EngineRefused(self.refused)
-        if (reason := hindrance() or hooks_on_wrapper(self.forward.model)) is not None:
+        if (reason := hindrance() or hooks_on_wrapper(self.forward.model) or no_values(self.forward.inner)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
         if self.unguarded.changed():
             if self.resets == _TRIES:

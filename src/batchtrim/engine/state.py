@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from batchtrim._checks import without_values
 from batchtrim.engine.contents import copy_of, put_back, relative_difference, same_contents, same_value
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.memory import SharedMemory, write_values
@@ -38,6 +39,7 @@ __all__ = [
     "is_lazy",
     "is_sharded",
     "modules_of",
+    "no_values",
     "relative_difference",
     "uncompiled_calls",
     "without_graph",
@@ -100,6 +102,14 @@ def _is_sharded(cls: type) -> bool:
 def is_lazy(model: nn.Module) -> bool:
     """Return True if a parameter or buffer gets its shape in the first forward (``nn.LazyLinear``)."""
     return any(map(nn.parameter.is_lazy, itertools.chain(model.parameters(), model.buffers())))
+
+
+def no_values(model: nn.Module) -> str | None:
+    """Return the reason why nothing can be checked by values, for a model on the meta device or in FakeTensorMode."""
+    first = next(model.parameters(), None)
+    if first is None or not without_values(first):
+        return None
+    return "its parameters have a shape only (meta device, FakeTensorMode). Use engine='exact', which reads no values"
 
 
 def compiled_part(model: nn.Module) -> Any:

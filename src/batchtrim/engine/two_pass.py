@@ -16,7 +16,7 @@ from batchtrim.engine.forward import Forward
 from batchtrim.engine.probe import Probe, Tolerance, restored
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import Snapshot, is_lazy, uncompiled_calls, without_graph
+from batchtrim.engine.state import Snapshot, is_lazy, no_values, uncompiled_calls, without_graph
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -74,6 +74,8 @@ class TwoPassEngine:
         """Run one step; ``selection`` is given if the choice is already made."""
         if self.trim.keep == 1.0 or not is_training_step() or is_lazy(self.forward.inner):
             return self.exact(x, y, selection)
+        if (reason := no_values(self.forward.inner)) is not None:
+            raise EngineRefused(_CANNOT.format(reason))
         if not self.approximate and (reason := redrawn(self.forward)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
         before = Snapshot(self.forward, x, y)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_count, check_integers, check_like, check_losses, describe
+from batchtrim._checks import check_count, check_has_values, check_integers, check_like, check_losses, describe
 from batchtrim.choice import Choice
 from batchtrim.selection import Selection
 
@@ -97,6 +97,7 @@ def parts_of(last: Any) -> tuple[Tensor, Selection, Tensor | None]:
     if not isinstance(losses, Tensor) or not isinstance(selection, Selection):
         raise TypeError(f"expected `last` to have losses and a selection, as `trim.last` has, got {describe(last)}.")
     check_losses(losses, allow_empty=True)
+    check_has_values("last.losses", losses, "a KeepLog")
     if selection.size != len(losses):
         raise ValueError(
             f"expected `last.selection` to be of {len(losses)} losses, got one of {selection.size}. "

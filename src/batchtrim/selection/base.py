@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from batchtrim._checks import check_count, check_part, describe, tensor_cure
+from batchtrim._checks import check_count, check_has_values, check_part, describe, tensor_cure, without_values
 
 __all__ = [
     "Rule",
@@ -164,7 +164,7 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     n = scores.shape[0]
     if k >= n:
         return torch.arange(n, device=scores.device)
-    if not scores.is_cpu:
+    if not scores.is_cpu or type(scores) is not Tensor:  # another kind may have no values: FakeTensor
         return torch.sort(scores, descending=True, stable=True).indices[:k]
     # A partial sort is several times cheaper than a stable one, but takes any of several equal values at the cut.
     # One more value shows whether there is a tie at the cut; ties elsewhere do not change what is kept.
@@ -227,7 +227,7 @@ def choose(rule: Rule, losses: Tensor, keep: float, generator: torch.Generator |
         raise ValueError(
             f"expected `select` to return a weight for each of {len(rows)} rows, a tensor, got {describe(weights)}."
         )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or without_values(rows):
         return chosen
     _check_divisors(chosen, n, rule)
     if bool(((rows < 0) | (rows >= n)).any() or len(rows.unique()) != len(rows)):
@@ -264,6 +264,7 @@ def select_valid(
     """
     if mask is None:
         return choose(rule, losses, keep, generator)
+    check_has_values("mask", mask, "a trimmer")
     n, valid = losses.shape[0], mask.nonzero()
     if 0 < n == valid.shape[0]:
         return choose(rule, losses, keep, generator)

@@ -16,6 +16,7 @@ from torch import Tensor
 from batchtrim._checks import (
     check_count,
     check_fraction,
+    check_has_values,
     check_keep,
     check_not_below,
     check_number,
@@ -128,6 +129,7 @@ class loss_mass:
         n, keep = length(losses), fraction(keep)
         if not n:
             return Selection(top_indices(losses, 0), 0, 0)
+        check_has_values("losses", losses, "loss_mass")
         skipped = min(round(self.skip * n), n - 1)
         if losses.is_cpu and keep < 1.0 and n >= _BINS_FROM and not skipped:
             found = self._by_bins(losses, keep)

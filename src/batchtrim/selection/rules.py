@@ -11,6 +11,7 @@ from torch import Tensor
 from batchtrim._checks import (
     check_count,
     check_fraction,
+    check_has_values,
     check_keep,
     check_number,
     check_rule,
@@ -175,6 +176,7 @@ class above:
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = length(losses)
+        check_has_values("losses", losses, "above")
         # not <=, so that a NaN loss counts as above
         over = int((~(losses <= self.threshold)).sum())
         return Selection(top_indices(losses, min(n, max(over, self.min_keep))), n, n)
@@ -231,6 +233,7 @@ class percentile:
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = length(losses)
+        check_has_values("losses", losses, "percentile")
         # NaN counts as largest: a search among sorted losses needs it to be comparable
         batch = losses.detach().float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         recent = batch if self._recent is None else torch.cat([self._recent.to(batch.device), batch])
@@ -272,6 +275,7 @@ class percentile_topk:
         k = keep_count(check_keep("keep", keep), n)
         if k == n:
             return Selection(torch.arange(n, device=losses.device), n, n)
+        check_has_values("losses", losses, "percentile_topk")
         generator, device = drawing(generator), drawing_device(generator)
         order = torch.argsort(losses, stable=True).to(device)
         chance = torch.empty(n, dtype=torch.float64, device=device)
