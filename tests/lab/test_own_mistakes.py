@@ -251,6 +251,12 @@ def test_log_refuses_invalid_numbers_and_a_second_point() -> None:
 
     assert "expected `error` to be a number, got 'low'" in failing(words)
 
+    for value, says in (
+        (0.5, "expected numbers by name, run.log(epoch=..., error=...), got 0.5 without a name."),
+        ({"error": 0.5}, "run.log(epoch=..., **values), got {'error': 0.5} without a name."),
+    ):  # Python's own: "takes 1 positional argument but 2 were given"
+        assert says in failing(lambda run, value=value: run.log(value), out=type(value).__name__)
+
     def twice(run: Run) -> dict[str, float]:
         run.log(epoch=0, error=0.2)
         run.log(epoch=0, error=0.1)

@@ -41,12 +41,28 @@ def _argument(help: str, kind: Any = Path, default: Any = inspect.Parameter.empt
     return Annotated[kind, typer.Argument(help=help, metavar=metavar, show_default=False, parser=parser)], default
 
 
-def _number(kind: type[int] | type[float], text: str | float) -> float:
+def _number(kind: type[int] | type[float], text: str | float, setting: str = "") -> float:
     try:
         return kind(text)
     except ValueError:
         what = "a whole number" if kind is int else "a number"
-        raise typer.BadParameter(f"expected {what}, got {text!r}.{_meant(kind, str(text))}") from None
+        hint = _meant(kind, str(text)) or _several(setting, str(text))
+        raise typer.BadParameter(f"expected {what}, got {text!r}.{hint}") from None
+
+
+def _several(setting: str, text: str) -> str:
+    """Return a hint where several values of a setting can be given, for comma-separated ones; "" for other text."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) < 2 or setting not in SETTINGS:
+        return ""
+    kind = SETTINGS[setting].kind
+    try:
+        values = [f'"{part}"' if kind is str else f"{kind(part):{'d' if kind is int else 'g'}}" for part in parts]
+    except ValueError:
+        return ""
+    if setting == "seed":
+        return f" For several: batchtrim compare --seeds {','.join(values)}."
+    return f" Several are a list in a TOML file (batchtrim compare FILE.toml): {setting} = [{', '.join(values)}]."
 
 
 def _meant(kind: Callable[[str], Any], text: str) -> str:
@@ -187,6 +203,7 @@ def _listed(names: Iterable[str]) -> str:
 _CONFIG: Table = {name: _setting_option(each) for name, each in SETTINGS.items() if each.help}
 _PARAM: Table = {"param": option(list[str] | None, "method parameter, such as small_loss.noise_rate=0.1; repeatable",
                           metavar="METHOD.NAME=VALUE")}  # fmt: skip
+_ONE_WORD = [each.name for each in SETTINGS.values() if each.choices and not each.many] + ["label_noise"]
 _WAYS = ("higher_is_better", "lower_is_better")
 NAMES = (*(name for name in {**MANY, **ONE, **TASK, **_CONFIG} if name not in ("grid", *_WAYS)), *_PARAM)
 """Every option that is a setting of the runs."""
@@ -204,8 +221,14 @@ def settings_table(presets: Mapping[str, Any], only: Table) -> Table:
         if only is MANY and name in SETTINGS and SETTINGS[name].many:
             help += "; comma-separated"
         said = _default(name, presets)
-        names = _flag(SETTINGS[name]) if name in SETTINGS else ()
-        table[name] = option(kind.__origin__, f"{help} [{said}]", *names, default=default) if said else (kind, default)
+        setting = SETTINGS.get(name)
+        more = {}
+        if setting is not None and setting.kind in (int, float) and not setting.many:
+            more["parser"] = functools.partial(_number, setting.kind, setting=name)
+        if said or more:
+            help += f" [{said}]" if said else ""
+            kind, default = option(kind.__origin__, help, *(_flag(setting) if setting else ()), default=default, **more)
+        table[name] = kind, default
     return {**table, **TASK, **_PARAM}
 
 
@@ -226,6 +249,9 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in _CONFIG and SETTINGS[name].many:
             whole = name == "dataset" and text and files.expanded(text).exists()  # a path may contain a comma
             options[name] = [text] if whole else _list(name, text, SETTINGS[name].kind)
+        elif name in _CONFIG and name in _ONE_WORD and "," in text:
+            choices = f" of {', '.join(SETTINGS[name].choices or ())}" if SETTINGS[name].choices else ""
+            raise ValueError(f"expected one `{name}`{choices}, got {text!r}.{_several(name, text)}")
     if "methods" in options:
         options["methods"] = _list("methods", options["methods"], str)
     if "seeds" in options:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -163,7 +163,7 @@ class Run:
         self.rule.counts.steps.append(step)
         return step
 
-    def log(self, *, epoch: int | None = None, **values: float) -> None:
+    def log(self, *unnamed: NoReturn, epoch: int | None = None, **values: float) -> None:
         """Record an epoch's numbers: a point of every curve, a line of progress, and TensorBoard events if asked for.
 
         The statistics since the last call are added: ``keep``, ``kept_loss``, ``mean_loss``, ``ratio``.
@@ -173,6 +173,11 @@ class Run:
             values: numbers by name, including the metric if it is known: ``run.log(epoch=3, error=0.12)``. The names
                 ``seconds``, ``samples_backward`` and, unless the metric is called so, ``value`` are the lab's own.
         """
+        if unnamed:
+            named = "**values" if isinstance(unnamed[0], Mapping) else f"{self.metric.name}=..."
+            raise TypeError(
+                f"expected numbers by name, run.log(epoch=..., {named}), got {describe(unnamed[0])} without a name."
+            )
         taken = {"seconds", "samples_backward", "value"} - {self.metric.name}
         if wrong := next((name for name in values if name in taken), None):
             raise ValueError(
