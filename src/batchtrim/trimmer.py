@@ -124,7 +124,7 @@ class Trimmer:
         self.log = trimmer_log(log, self.unit)
         self.stats = KeepStats()
         self.last: Choice | None = None
-        self._single_rows = 0
+        self._single_rows, self._uncounted = 0, False
         # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
         self._keep_tensor = changeable_keep(self._clock.keep)
 
@@ -396,5 +396,5 @@ class Trimmer:
 
     def _fixed(self, flat: Losses, scores: Tensor) -> Tensor:
         """Return the loss with fixed shapes. Statistics are not recorded: not in a compiled step, nor by vmap."""
-        self.last = None  # not the choice of an earlier batch
+        self.last, self._uncounted = None, True  # not the choice of an earlier batch
         return reduce_mask(flat, masked_choice(self.rule, scores, self._keep_tensor, flat.mask), self.scale)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import batchtrim
 from batchtrim.errors import ChooseLength
+from batchtrim.integrations._lightning_checks import check_used
 from batchtrim.integrations._recorder import NotFound
 from batchtrim.integrations.lightning import TrimmingCallback
 
@@ -91,6 +92,25 @@ def test_a_module_that_never_trims_raises_a_warning(module: type[Module], tmp_pa
     with pytest.warns(UserWarning, match="has not called self.trim in a whole epoch: it trains on everything") as told:
         trained(module(), TrimmingCallback(0.5), tmp_path, max_epochs=3)
     assert len([each for each in told if "has not called" in str(each.message)]) == 1
+
+
+def test_a_step_that_leaves_no_choice_behind_has_called_its_trimmer() -> None:
+    trim = batchtrim.Trimmer(0.5)
+    torch.vmap(trim)(torch.rand(2, 8))
+    with warnings.catch_warnings(action="error"):
+        check_used(Module(), "trim", trim, None)
+
+
+@pytest.mark.slow
+def test_a_compiled_module_that_trims_raises_no_warning(tmp_path: Path) -> None:
+    """A compiled step leaves no choice behind, so the warning came although it had called self.trim."""
+    module, plain = Trimming(), Trimming()
+    module.training_step = torch.compile(module.training_step, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trained(module, TrimmingCallback(0.5), tmp_path)
+    assert not [each for each in told if "has not called" in str(each.message)]
+    assert_same(module.model, trained(plain, TrimmingCallback(0.5), tmp_path).model)
 
 
 @pytest.mark.parametrize("module", [Plain, AsDict])

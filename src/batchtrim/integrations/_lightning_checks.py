@@ -58,11 +58,11 @@ def check_free(module: Any, attribute: str) -> None:
 def check_used(module: Any, attribute: str, trim: Trimmer | None, keep_log: KeepLog | None) -> None:
     """Warn if no step of an epoch called the trimmer; raise an error if none recorded into the keep log."""
     name = type(module).__name__
-    if trim is not None and trim.last is None:
+    if trim is not None and trim.last is None and not trim._uncounted:
         warnings.warn(
             f"{name}.training_step has not called self.{attribute} in a whole epoch: it trains on everything. "
             f"Return self.{attribute}(losses) of un-reduced losses, or leave the module as it is and use "
-            "TrimmingCallback(intercept=True). (Ignore this if a compiled step calls it, which leaves no trace.)",
+            "TrimmingCallback(intercept=True).",
             stacklevel=2,
         )
     if keep_log is not None and not keep_log.steps:
