@@ -108,10 +108,10 @@ def test_a_backward_hook_on_all_modules_is_refused() -> None:
 def test_classes_that_change_in_every_step_are_refused() -> None:
     step = batchtrim.TrimmedForward(_model(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "shared")
     step.engine._reset = lambda: setattr(step.engine, "resets", step.engine.resets + 1)  # type: ignore[attr-defined, method-assign]
-    step.engine.unguarded.changed = lambda: True  # type: ignore[attr-defined]
+    step.engine.unguarded.changed = lambda: "its loss"  # type: ignore[attr-defined]
     for number in range(4):
         step(*_batch(number))
-    with pytest.raises(EngineRefused, match="changes from step to step"):
+    with pytest.raises(EngineRefused, match="its loss changes from step to step"):
         step(*_batch(4))
 
 

@@ -13,7 +13,7 @@ from harness import BATCH, agree, train
 from torch import nn
 
 import batchtrim
-from batchtrim.engine.reasons import told
+from batchtrim.engine.reasons import line_of, told
 from batchtrim.errors import EngineFallback, EngineRefused
 from tiers import few
 
@@ -180,6 +180,33 @@ def test_the_line_that_is_named_is_one_that_has_source() -> None:
     ]
     reason = told(RuntimeError("\n".join(["Unsupported", "from user code:", *frames, "", "Set TORCHDYNAMO_VERBOSE=1"])))
     assert reason == "it cannot be traced as one graph at `x = held.value` (model.py:3): Unsupported"
+
+
+def test_a_size_is_fixed_by_a_line_of_the_model_or_by_none_that_is_named() -> None:
+    assert line_of("y = x.view(12, -1)  # own/model.py:3 in forward") == "`y = x.view(12, -1)` (model.py:3)"
+    assert line_of("if isinstance(x, dict):  # src/batchtrim/engine/shared.py:315 in step_1") == ""
+    assert line_of("") == ""
+
+
+class Ragged(nn.Module):
+    """Takes samples of several lengths as one nested tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).tanh().to_padded_tensor(0.0).sum(1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, of nested tensors
+def test_a_nested_batch_is_named_as_the_reason() -> None:
+    def ragged(size: int) -> torch.Tensor:
+        return torch.nested.nested_tensor([torch.randn(1 + n % 3, 8) for n in range(size)], layout=torch.jagged)
+
+    with pytest.raises(EngineRefused, match=r"nested tensor, whose number .*\. Pass a padded tensor with a mask"):
+        train(Ragged, ragged, "shared")
 
 
 @pytest.mark.slow

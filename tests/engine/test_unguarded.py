@@ -44,7 +44,8 @@ def test_a_change_elsewhere_is_noticed(change: str, monkeypatch: pytest.MonkeyPa
     unguarded = Unguarded(batchtrim.TrimmedForward(Asking(), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5)).forward)
     assert not unguarded.changed()
     UNSEEN[change](monkeypatch)
-    assert unguarded.changed()
+    named = {"environment": "a variable of os.environ", "code": "the code of one of its functions"}
+    assert unguarded.changed() == named.get(change, "a method or attribute of its classes")
 
 
 def test_a_variable_added_to_the_environment_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.checkpoints import done_again
 from batchtrim.engine.graphs import boxed, executable
-from batchtrim.engine.reasons import cause_of, told
+from batchtrim.engine.reasons import cause_of, line_of, told
 
 if TYPE_CHECKING:
     from batchtrim.engine.inductor import Inductor
@@ -116,8 +116,8 @@ def fixed_by(tensor: Any, size: Any) -> str:
     guards = getattr(getattr(getattr(tensor, "fake_mode", None), "shape_env", None), "guards", ())
     for guard in guards:
         if isinstance(guard.expr, sympy.Eq) and size in guard.expr.args:
-            line = str(getattr(guard, "sloc", "")).split(" (")[0].strip()
-            return f", by `{line}`" if line else ""
+            line = line_of(getattr(getattr(guard, "sloc", None), "maybe_user_loc", None) or "")
+            return f", by {line}" if line else ""
     return ""
 
 

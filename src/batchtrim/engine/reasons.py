@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["cause_of", "told"]
+__all__ = ["cause_of", "line_of", "told"]
 
 _NOT_THE_MODELS = ("/torch/", "/batchtrim/engine/")
 _WITHOUT_SOURCE = re.compile(r"<(?!ipython)")  # code made from text, of which no line can be shown
 _RAISED = re.compile(r"raised exception (\w+)\((['\"])(.*)\2\)")
+_LOCATION = re.compile(r"(?P<code>.+?)\s+# (?P<path>\S.*):(?P<line>\d+) in \S+$")
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
@@ -47,3 +48,12 @@ def _place(lines: list[str]) -> str:
             file = re.split(r"[/\\]", frame["path"])[-1]
             found = f" at `{lines[number + 1][:120]}` ({file}:{frame['line']})"
     return found
+
+
+def line_of(location: str) -> str:
+    """Return `` `line of code` (file:line)`` of a tracer's location; nothing if the line is none of the model's."""
+    found = _LOCATION.match(location)
+    if found is None or "batchtrim/engine/" in found["path"].replace("\\", "/"):
+        return ""
+    file = re.split(r"[/\\]", found["path"])[-1]
+    return f"`{found['code'][:120]}` ({file}:{found['line']})"

@@ -54,6 +54,10 @@ _TRIES = 4  # how often one step is traced before the model is refused
 _CANNOT = "the shared engine cannot run this model: {}"
 _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separate one for a batch of 1)
 
+_NESTED = (
+    "its batch holds a nested tensor, whose number of samples torch's tracer takes for a constant. Pass a padded "
+    "tensor with a mask"
+)
 _KEPT_MEANS = "the means of BatchNorm's backward are taken over the kept rows"
 
 
@@ -180,9 +184,9 @@ class SharedEngine:
             raise EngineRefused(self.refused)
         if (reason := hindrance() or hooks_on_wrapper(self.forward.model) or no_values(self.forward.inner)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
-        if self.unguarded.changed():
+        if (changed := self.unguarded.changed()) is not None:
             if self.resets == _TRIES:
-                self._refuse("a method of its classes, a hook on all modules, or its loss changes from step to step")
+                self._refuse(f"{changed} changes from step to step, and torch's guards do not see it")
             self._reset()
         x = dict(x) if isinstance(x, Mapping) else x  # such as a BatchEncoding; the model gets its entries
         reason, alone, once = "", False, False
@@ -193,7 +197,8 @@ class SharedEngine:
         except _SetsUp:
             return None
         except CannotCapture as error:
-            reason = str(error)
+            nested = isinstance(error, OneBatchSize) and any(each.is_nested for each in tensors_of((x, y)))
+            reason = _NESTED if nested else str(error)
             self.failures += isinstance(error, _TraceFails)
             once = isinstance(error, _TraceFails) and self.failures < _TRIES
             alone = isinstance(error, OneBatchSize) and self.trace is not None and len(self.untraced) < _TRIES

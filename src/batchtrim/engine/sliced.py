@@ -383,7 +383,7 @@ def _row_symbols(
                 lost = None if counted is None else tokens - counted
                 if lost == 0 or getattr(lost, "is_Integer", False):
                     return (batch, tokens), int(lost)  # type: ignore[arg-type]
-        reason = f"its losses are {size} others than the tokens of inputs (B, T)"
+        reason = f"no input (B, T) has a token for each of its {hinted_size(losses.meta['val'])} losses"
         raise CannotCapture(f"unit='element' takes tokens as rows, and {reason}")
     several = next((factor_of(size, each) for each in getattr(size, "free_symbols", ())), None)
     if isinstance(several, int) and several > 1:

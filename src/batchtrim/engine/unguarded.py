@@ -25,6 +25,11 @@ __all__ = ["Unguarded"]
 
 _CODE = attrgetter("__code__")
 _ENVIRONMENT = {"getenv", "environ"}
+_METHOD = "a method or attribute of its classes"
+_OTHERS = (
+    "the model", "the model that was compiled", "its loss", "a hook on all modules", "a variable of os.environ",
+    "an attribute of its parameters",
+)  # fmt: skip
 _WATCHES_TENSORS = torch.__version__ >= TorchVersion("2.13")
 
 
@@ -52,16 +57,19 @@ class Unguarded:
         self._of_tensors = [] if _WATCHES_TENSORS else list(map(vars, held.of_tensors))
         self._others = self._now()
 
-    def changed(self) -> bool:
-        """True if something has changed since construction. Takes about 10 microseconds; it runs in every step."""
-        if self._now() != self._others or any(len(held) != size for held, size, _ in self._classes):
-            return True
+    def changed(self) -> str | None:
+        """Return what has changed since construction, or None. Takes about 10 microseconds; it runs in every step."""
+        now = self._now()
+        if now != self._others:
+            return next(what for what, was, is_ in zip(_OTHERS, self._others, now, strict=True) if was != is_)
         if list(map(_CODE, self._functions)) != self._code:
-            return True
+            return "the code of one of its functions"
         try:
-            return [take(held) for held, _, take in self._classes] != self._methods
+            if any(len(held) != size for held, size, _ in self._classes):
+                return _METHOD
+            return None if [take(held) for held, _, take in self._classes] == self._methods else _METHOD
         except KeyError:  # a method was removed and another one added
-            return True
+            return _METHOD
 
     def _now(self) -> list[Any]:
         hooks = [list(hooks.values()) for hooks in OF_ALL_MODULES if hooks]
