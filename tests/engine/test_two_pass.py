@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from harness import BATCH, error, gradient, train
+from harness import BATCH, agree, error, gradient, train
 from torch import nn
 
 import batchtrim
@@ -346,3 +346,59 @@ def test_a_compiled_model_is_not_compiled_module_by_module() -> None:
     for _ in range(2):
         step(torch.randn(12, 8), torch.arange(12) % 5).backward()
     assert len(graphs) <= 3  # without gradients, for the kept samples, and for any number of samples
+
+
+class NeedsCompiler(nn.Module):
+    """Fails while compilation is switched off, as the operators with a body that compile themselves do (scan).
+
+    Args:
+        always: fail without a graph, too.
+    """
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.layer, self.always = nn.Linear(8, 5), always
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from torch._dynamo import eval_frame
+
+        if eval_frame._stance.stance == "force_eager" and (self.always or torch.is_grad_enabled()):
+            raise AssertionError("Please convert all Tensors to FakeTensors first")
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_what_runs_only_with_the_compiler_runs_with_it(always: bool) -> None:
+    found = train(lambda: NeedsCompiler(always), zoo.vectors, "two_pass")
+    agree(train(lambda: NeedsCompiler(always), zoo.vectors, "exact"), found)
+    assert found.step.last.engine == "two_pass"
+
+
+def test_a_model_at_fault_is_not_taken_for_one_that_needs_the_compiler() -> None:
+    step = batchtrim.TrimmedForward(NeedsCompiler(False), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "two_pass")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        step(torch.randn(12, 7), torch.arange(12) % 5)
+    assert step.forward.needs_compiler is False
+
+
+class MixesInTraining(nn.Module):
+    """Returns whom each sample was mixed with, in training mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        other = torch.randperm(len(x)) if self.training else None
+        return self.layer(x if other is None else x + x[other]), other
+
+
+def test_a_model_whose_loss_fails_in_evaluation_mode_is_refused() -> None:
+    def loss(outputs: Any, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs[0], y[outputs[1]], reduction="none")
+
+    step = batchtrim.TrimmedForward(MixesInTraining(), loss, batchtrim.Trimmer(0.5), "two_pass")
+    before = torch.get_rng_state()
+    with pytest.raises(EngineRefused, match=r"does not run in evaluation mode, .* \(ValueError: Expected input batch"):
+        step(torch.randn(12, 8, generator=torch.Generator()), torch.arange(12) % 5)
+    assert torch.equal(torch.get_rng_state(), before)

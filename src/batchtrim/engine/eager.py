@@ -28,9 +28,11 @@ from batchtrim.engine.state import (
     Snapshot,
     caches_left,
     relative_difference,
+    run_uncompiled,
     uncompiled_calls,
 )
 from batchtrim.engine.writes import ParameterWrites
+from batchtrim.losses import Losses
 
 __all__ = ["EagerStep", "is_large"]
 
@@ -61,9 +63,8 @@ class EagerStep:
         self.writes = ParameterWrites(forward.inner, others=self.before.model.watched)
         self.gradients: list[Tensor | None] | None = None
         self._moved: list[float] | None = None
-        with uncompiled_calls(), caches_left():
-            with self.writes:  # an error leaves the state as in a plain step
-                losses, outputs = forward(*_without_histories((x, y)), model=forward.inner)
+        with caches_left():
+            losses, outputs = run_uncompiled(forward, lambda: self._run(x, y), self.restore)
             self.losses = losses.values.detach()
             self.generators = GeneratorStates(self.before.generators.device)
             self.outputs = _described(outputs)
@@ -79,11 +80,17 @@ class EagerStep:
             self.written = {name: self.writes.parameters[name][0].detach().clone() for name in self.writes.written()}
             if gradients:
                 self.parameters = self._parameters()
-                with suppress(Exception):  # its own gradient may not be asked for like this
+                # its own gradient may not be asked for like this
+                with suppress(Exception), uncompiled_calls(forward):
                     self.gradients = self._gradients_of(losses.values)
         self.restore()
         if draws:
             raise CannotCapture("it draws from a random.Random of its own, whose numbers a trace repeats")
+
+    def _run(self, x: Any, y: Any) -> tuple[Losses, Any]:
+        """Run the forward; an error leaves the state as in a plain step."""
+        with self.writes:
+            return self.forward(*_without_histories((x, y)), model=self.forward.inner)
 
     def restore(self) -> None:
         """Put everything back that the model changes."""
@@ -181,7 +188,7 @@ class EagerStep:
             for each in tensors:  # .data: autograd, which may have saved a weight, gets its value back in the end
                 noise = torch.empty_like(each, dtype=torch.float32).normal_(generator=generator)
                 each.data.mul_(1 + quarter * noise)
-            with uncompiled_calls(), caches_left():
+            with uncompiled_calls(self.forward), caches_left():
                 losses, _ = self.forward(*copied((self.before.x, self.before.y)), model=self.forward.inner)
                 found = self._gradients_of(losses.values)
         finally:

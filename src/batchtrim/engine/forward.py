@@ -38,6 +38,7 @@ class Forward:
 
     def __post_init__(self) -> None:
         self.cutter = RowCutter(self.batch_dim)
+        self.needs_compiler = False  # True once the model did not run with torch's compiler switched off
         self._unwrapped: tuple[nn.Module, nn.Module] | None = None  # a model, and what its wrappers hold
 
     @property

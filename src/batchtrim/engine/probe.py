@@ -136,7 +136,11 @@ class Tolerance:
         rows = torch.arange(min(batch, ROWS))
         hook = nn.modules.module.register_module_forward_hook(note)
         try:
-            with restored(snapshot), without_graph(), uncompiled_calls():  # compiled, each module would be a graph
+            with (
+                restored(snapshot),
+                without_graph(),
+                uncompiled_calls(self.forward),
+            ):  # compiled, each module would be a graph
                 self.forward(*self.forward.rows(snapshot.x, snapshot.y, rows, batch), model=self.forward.inner)
         except Exception:  # the next run of the model reports this error
             return torch.float32
@@ -149,6 +153,10 @@ class Tolerance:
 def _filled(own: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return zeros for a missing gradient if the other one is there."""
     return [torch.zeros_like(b) if a is None and b is not None else a for a, b in zip(own, other, strict=True)]
+
+
+class _CannotRun(EngineRefused):
+    """The model raises an error on a part of the batch, or in evaluation mode."""
 
 
 class Probe:
@@ -193,16 +201,29 @@ class Probe:
         for module in before.model.modules:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
                 raise EngineRefused("an embedding with scale_grad_by_freq counts how often the whole batch has a word")
+        try:
+            self._check(before, batch, scored, redrawn)
+        except _CannotRun:
+            if self.forward.needs_compiler:
+                raise
+            # perhaps a part of it runs only compiled; see run_uncompiled()
+            self.forward.needs_compiler = True
+            try:
+                self._check(before, batch, scored, redrawn)
+            except _CannotRun:
+                self.forward.needs_compiler = False
+                raise
+
+    def _check(self, before: Snapshot, batch: int, scored: Tensor | None, redrawn: bool) -> None:
         rows = torch.linspace(0, batch - 1, min(batch, ROWS)).long()
         poisoned = torch.arange(len(rows)) % 2 == 1
         # a compiled model would be recompiled for so few rows, and would free its buffers after one gradient
-        with uncompiled_calls(), restored(before), _tried_on_cpu(before):
+        with uncompiled_calls(self.forward), restored(before), _tried_on_cpu(before):
             if not redrawn and scored is not None:
                 self._ask(before, batch, rows, poisoned, scored)
                 return
             with _evaluation(before.model.modules):
-                with without_graph():
-                    known = self.forward(*copied((before.x, before.y)), model=self.forward.inner)[0].values
+                known = self._evaluated(before)
                 self._ask(before, batch, rows, poisoned, known)
             self._look_for_moves(before, batch, rows)
             with _evaluation([each for each in before.model.modules if has_batch_norm([each])]):
@@ -246,10 +267,23 @@ class Probe:
         except (EngineRefused, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise EngineRefused(f"it cannot run on a part of the batch ({type(error).__name__}: {error})") from error
+            raise _CannotRun(f"it cannot run on a part of the batch ({in_one_line(error)})") from error
         if losses.values.shape[0] != len(rows):
             raise EngineRefused(f"it returns {losses.values.shape[0]} losses for {len(rows)} samples of the batch")
         return losses.values
+
+    def _evaluated(self, before: Snapshot) -> Tensor:
+        """Return the whole batch's losses in evaluation mode."""
+        try:
+            with without_graph():
+                return self.forward(*copied((before.x, before.y)), model=self.forward.inner)[0].values
+        except (EngineRefused, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise _CannotRun(
+                "it draws random numbers, or normalises by the batch, and does not run in evaluation mode, in which "
+                f"such a model is checked ({in_one_line(error)})"
+            ) from error
 
     def _beside_others(self, before: Snapshot, batch: int, rows: Tensor, poisoned: Tensor) -> None:
         """Refuse if losses change beside other rows, unless the rows decide how many random numbers are drawn."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import is_not
 from types import FunctionType
@@ -26,6 +26,7 @@ from batchtrim.engine.memory import SharedMemory, write_values
 from batchtrim.engine.names import attributes_of
 from batchtrim.engine.reachable import HOOKS, Reachable
 from batchtrim.engine.rows import copied, entries, restore_values, tensors_of
+from batchtrim.errors import EngineRefused
 
 if TYPE_CHECKING:
     from batchtrim.engine.forward import Forward
@@ -41,6 +42,7 @@ __all__ = [
     "modules_of",
     "no_values",
     "relative_difference",
+    "run_uncompiled",
     "uncompiled_calls",
     "without_graph",
 ]
@@ -71,16 +73,49 @@ def without_graph() -> Iterator[None]:
 
 
 @contextmanager
-def uncompiled_calls() -> Iterator[None]:
-    """Run compiled models as plain Python inside the block, if the torch release supports it.
+def uncompiled_calls(forward: Forward) -> Iterator[None]:
+    """Run compiled models as plain Python inside the block, if the torch release supports it and the model runs so.
 
     If the program has not imported torch's compiler, nothing is compiled, and it is not imported for this either.
     """
-    if not hasattr(torch.compiler, "set_stance") or "torch._dynamo" not in sys.modules:  # before torch 2.6
+    if forward.needs_compiler or not hasattr(torch.compiler, "set_stance") or not _compiler_is_imported():
         yield
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def run_uncompiled(forward: Forward, run: Callable[[], Any], undo: Callable[[], None]) -> Any:
+    """Call ``run`` with compiled models as plain Python, or compiled if the model does not run otherwise.
+
+    Some of torch's operators with a body, such as ``scan``, compile themselves, and fail where that is switched off.
+
+    Args:
+        undo: called between two runs.
+    """
+    while True:
+        imported, found = _compiler_is_imported(), None
+        try:
+            with uncompiled_calls(forward):
+                found = run()
+        except (EngineRefused, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            failed = not forward.needs_compiler
+            if not failed:  # the model is at fault
+                forward.needs_compiler = False
+                raise
+        else:
+            failed = False
+            if imported == _compiler_is_imported():  # before it is imported, nothing can be switched off
+                return found
+        del found
+        undo()
+        forward.needs_compiler = failed
+
+
+def _compiler_is_imported() -> bool:
+    return "torch._dynamo" in sys.modules
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -16,7 +16,7 @@ from batchtrim.engine.forward import Forward
 from batchtrim.engine.probe import Probe, Tolerance, restored
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import Snapshot, is_lazy, no_values, uncompiled_calls, without_graph
+from batchtrim.engine.state import Snapshot, is_lazy, no_values, run_uncompiled, without_graph
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -98,16 +98,23 @@ class TwoPassEngine:
     def _look_for_writes(self, before: Snapshot, x: Any, y: Any) -> None:
         """Refuse a forward that writes into parameters: with a second one, they would be written twice."""
         writes, seen = ParameterWrites(self.forward.inner, others=before.model.watched), False
-        try:
-            with uncompiled_calls(), without_graph(), writes:
+
+        def run() -> None:
+            with without_graph(), writes:
                 self.forward(*copied((x, y)), model=self.forward.inner)
+
+        def undo() -> None:
+            writes.restore()
+            before.restore()
+
+        try:
+            run_uncompiled(self.forward, run, undo)
             seen = True
         except Exception:  # the fault shows in the first pass
             pass
         finally:
             written = writes.written()
-            writes.restore()
-            before.restore()
+            undo()
         if written:
             raise EngineRefused(
                 _CANNOT.format(

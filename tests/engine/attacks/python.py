@@ -50,6 +50,18 @@ def compiled_part(net: Any, x: Tensor) -> Tensor:
 # 11. Runs with a graph, and not in every other way
 
 
+@attack(11, two_pass="right", shared="right")
+def scanned_with_a_captured_weight(net: Any, x: Tensor) -> Tensor:
+    """The operator compiles itself, and fails where that is switched off."""
+    from torch._higher_order_ops.scan import scan
+
+    def body(state: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        state = torch.tanh(state @ net.b.weight + own)
+        return state, state.clone()
+
+    return net.t(scan(body, x.new_zeros(len(x), H), net.a(x)[None].repeat(2, 1, 1))[0])
+
+
 @attack(11, two_pass="either")
 def gradient_inside(net: Any, x: Tensor) -> Tensor:
     g = torch.func.vmap(torch.func.grad(lambda v: net.a(v).tanh().sum()))(x)
