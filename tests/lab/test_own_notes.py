@@ -191,3 +191,19 @@ def test_threads_of_libraries_are_not_told_and_processes_are(
         each.kill()
         each.join()
     assert records.read("here")[0]["notes"] == ["the task left 1 process running (mine)"]
+
+
+@pytest.mark.parametrize(("method", "forward", "noted"), [("trim", False, True), ("full", False, False),
+                                                          ("trim", True, False)])  # fmt: skip
+def test_an_engine_that_was_not_used_is_noted(method: str, forward: bool, noted: bool) -> None:
+    """The runs were recorded as those of an engine that no step had used."""
+
+    def train(run: Run) -> dict[str, float]:
+        step = run.forward(nn.Linear(2, 2), nn.CrossEntropyLoss()) if forward else None
+        for _ in range(run.epochs):
+            step(torch.rand(8, 2), torch.zeros(8).long()) if step else run.trim(torch.rand(8))
+            run.trim.step()
+        return {"error": 0.1}
+
+    compare(train, [method], 1, epochs=2, engine="two_pass", quiet=True, out="here")
+    assert any("--engine had no effect" in note for note in records.read("here")[0].get("notes", ())) == noted

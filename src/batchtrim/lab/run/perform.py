@@ -168,6 +168,11 @@ def _notes_on_run(run: Run, changes: ProcessChanges, effects: SideEffects, secon
         notes.append(
             "run.trim was copied to another process and not called in this one, so it is not known whether it chose"
         )
+    if run.method != "full" and not run.engine_used and not run.rule.counts.sent:
+        notes.append(
+            "--engine had no effect, since the task did not call run.forward, which applies it. A trainer takes an "
+            "engine of its own: TrimmedTrainer(engine=...)"
+        )
     if changed := effects.changed():
         notes.append(
             f"the task changed {', '.join(changed[:3])}{', ...' * (len(changed) > 3)}, which it did not make: the next "

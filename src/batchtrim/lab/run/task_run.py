@@ -143,6 +143,7 @@ class Run:
         self.kept: KeepLog | None = None
         self.shown: dict[str, Any] | None = None
         self._engine, self._out, self._on_epoch = config.engine, out, on_epoch
+        self.engine_used = config.engine == "exact"  # as a trimmer without an engine does
         self.begun = time.perf_counter()  # set again just before the function is called
 
     @property
@@ -159,7 +160,9 @@ class Run:
             engine: by default the command's ``--engine``.
             more: further arguments of TrimmedForward.
         """
-        step = TrimmedForward(model, criterion, self.trim, engine or self._engine, **more)
+        engine = engine or self._engine
+        step = TrimmedForward(model, criterion, self.trim, engine, **more)
+        self.engine_used = self.engine_used or engine == self._engine
         self.rule.counts.steps.append(step)
         return step
 
