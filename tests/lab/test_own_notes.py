@@ -69,6 +69,13 @@ def test_a_run_that_kept_everything_is_noted(method: str, rows: int, noted: bool
     assert [each.startswith(f"every one of the {2 * rows} samples was kept") for each in notes] == [True] * noted
 
 
+def test_one_epoch_is_the_cause_of_keeping_everything() -> None:
+    """It asked to check the clock and the size of the batches."""
+    compare(stepping(1), ["trim"], 1, epochs=1, out="here", quiet=True)
+    (note,) = records.read("here")[0]["notes"]
+    assert note.endswith("as in plain training: with one epoch, the schedule stays at its start")
+
+
 def test_what_one_run_leaves_for_the_next_is_noted() -> None:
     """A network or a generator outside of the function makes results depend on the order of the runs."""
     held: dict[str, Any] = {"network": torch.nn.Linear(1, 1), "data": torch.ones(2)}

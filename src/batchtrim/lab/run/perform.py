@@ -217,10 +217,13 @@ def _notes_on_keep(run: Run) -> list[str]:
                 f"after {(run.epochs - 1) / run.trim.steps:.0%} of them"
             )
     if counts.counted and counts.kept == counts.seen and _may_drop(run):
-        notes.append(
-            f"every one of the {counts.seen:,} samples was kept, as in plain training: check that the trimmer's "
-            "clock steps, and that batches have several samples"
+        one_epoch = run.epochs == 1 and run.trim.keep == 1.0 and not k_follows_losses(run.rule.rule)
+        cause = (
+            "with one epoch, the schedule stays at its start"
+            if one_epoch
+            else ("check that the trimmer's clock steps, and that batches have several samples")
         )
+        notes.append(f"every one of the {counts.seen:,} samples was kept, as in plain training: {cause}")
     return notes
 
 
