@@ -39,12 +39,15 @@ def in_one_line(error: BaseException, most: int = 200) -> str:
 
 
 def describe(value: object) -> str:
-    """Return a description of what arrived: shape and dtype of a tensor, otherwise the value itself."""
+    """Return a description of what arrived, in one line: shape and dtype of a tensor or array, otherwise the value."""
     if _is_tensor(value):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if type(value).__name__ == "ndarray" and value.ndim:  # type: ignore[attr-defined]
+        return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"  # type: ignore[attr-defined]
     if isinstance(value, (tuple, list)) and any(map(_is_tensor, value)):
-        return f"a {type(value).__name__} of {', '.join(describe(each) for each in value[:4])}"
-    text = repr(value)
+        more = f", ... ({len(value)} in all)" if len(value) > 4 else ""
+        return f"a {type(value).__name__} of {', '.join(describe(each) for each in value[:4])}{more}"
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -267,6 +270,8 @@ def tensor_cure(value: Any) -> str:
         return " Add the terms, one loss per sample each: sum(losses.values())."
     if isinstance(value, (tuple, list)):
         return " Stack one loss per sample (torch.stack), or add up several terms."
+    if type(value).__name__ == "ndarray":
+        return " Call the trimmer on the tensor, before .numpy(): an array has no gradient."
     return " They are its values: losses.values." if _is_tensor(getattr(value, "values", None)) else ""
 
 

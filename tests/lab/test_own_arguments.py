@@ -52,6 +52,14 @@ def test_arguments_that_are_not_flag_table_or_summary_are_refused() -> None:
         headline(5)  # type: ignore[arg-type]
 
 
+def test_errors_of_python_calls_name_its_arguments() -> None:
+    """They named options of the command line."""
+    with pytest.raises(ValueError, match=r"got mae, rmse\. Name it with metric=NAME\."):
+        summarize([{"method": "full", "seed": 0, "mae": 0.1, "rmse": 0.2}])
+    with pytest.raises(ValueError, match="in Python, higher_is_better=True or False"):
+        summarize([{"method": "full", "seed": 0, "score": 0.1}])
+
+
 def test_a_baseline_that_has_no_runs_is_refused() -> None:
     rows = [{"method": method, "seed": 0, "score": 0.1} for method in ("plain", "trim")]
     assert summarize(rows, higher_is_better=True).groups[0].baseline is None

@@ -56,7 +56,8 @@ class Metric:
         if known is None and higher_is_better is None:
             raise ValueError(
                 f"expected `higher_is_better` for the metric {name!r}, whose name does not imply it, got nothing."
-                f"{nearest(name, (*LOWER, *HIGHER))} Pass --higher-is-better or --lower-is-better."
+                f"{nearest(name, (*LOWER, *HIGHER))} Pass --higher-is-better or --lower-is-better; "
+                "in Python, higher_is_better=True or False."
             )
         if known is not None and higher_is_better is not None and higher_is_better is not known:
             way = "higher" if known else "lower"

@@ -157,9 +157,10 @@ def _metric_column(names: Sequence[str], metric: str | None, where: str) -> str:
         return metric
     others = [name for name in names if name not in (*KNOWN, *TIMES)]
     if len(others) != 1:
+        cure = "metric=NAME" if where == "rows" else "--metric NAME"
         raise ValueError(
             f"expected one column of numbers to compare in {where} besides method, seed and time, got "
-            f"{', '.join(others) or 'none'}. Name it with --metric NAME."
+            f"{', '.join(others) or 'none'}. Name it with {cure}."
         )
     return others[0]
 
