@@ -293,6 +293,7 @@ TABLE: list[tuple[str, tuple[Any, ...]]] = [
     ("grid_sampler_3d_backward", (f(a, 2, 3, 2, 2), f(a, 2, 3, 4, 5), f(a, 3, 2, 2, 3), 0, 0, False, [True, True])),
     ("reflection_pad1d_backward", (f(a, b, 7), f(a, b, 4), [1, 2])),
     ("reflection_pad1d_backward", (f(b, 7), f(b, 4), [1, 2])),
+    ("reflection_pad1d_backward", (f(1, b, 7), f(1, b, 4), [1, 2])),
     ("reflection_pad2d_backward", (f(a, b, 7, 6), f(a, b, 4, 5), [1, 0, 2, 1])),
     ("reflection_pad3d_backward", (f(a, b, 5, 5, 4), f(a, b, 4, 3, 3), [1, 0, 1, 1, 0, 1])),
     ("replication_pad1d_backward", (f(a, b, 7), f(a, b, 4), [1, 2])),

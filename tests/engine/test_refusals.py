@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -180,6 +181,9 @@ def test_the_line_that_is_named_is_one_that_has_source() -> None:
     ]
     reason = told(RuntimeError("\n".join(["Unsupported", "from user code:", *frames, "", "Set TORCHDYNAMO_VERBOSE=1"])))
     assert reason == "it cannot be traced as one graph at `x = held.value` (model.py:3): Unsupported"
+    in_python = [f'  File "{functools.__file__}", line 997, in __get__', "    with self.lock:"]
+    told_with_it = told(RuntimeError("\n".join(["Unsupported", "from user code:", *frames[:2], *in_python, ""])))
+    assert told_with_it == reason
 
 
 def test_a_size_is_fixed_by_a_line_of_the_model_or_by_none_that_is_named() -> None:

@@ -95,9 +95,31 @@ def test_time_major_inputs_and_poisoned_rows() -> None:
     assert y.tolist() == [0, 2]
 
 
+def test_cut_rows_lie_in_memory_as_the_batch_does() -> None:
+    last = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    major = torch.randn(6, 4, 2).transpose(0, 1)
+    (images, steps, one), _ = RowCutter()((last, major, torch.randn(1, 2).expand(4, 2)), None, ROWS, 4)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert steps.transpose(0, 1).is_contiguous()
+    assert torch.equal(images, last[ROWS])
+    assert torch.equal(steps, major[ROWS])
+    assert one.shape == (2, 2)
+
+
+def _masked() -> torch.Tensor:
+    x = torch.randn(4, 2)
+    x.mask = x > 0  # type: ignore[attr-defined]
+    return x
+
+
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
+        (
+            _masked(),
+            torch.arange(4),
+            "in `x`, it is a tensor with an attribute \\(`mask`\\), which its rows would lack",
+        ),
         (torch.randn(4, 2), [0, 1, 2, 3], "in `y`, it is a list of 4 entries, one per sample. Pass a tensor"),
         (torch.randn(4, 2), {"a": ("b", "c", "d", "e")}, r"in `y\['a'\]`, it is a tuple of 4 entries"),
         (torch.randn(4, 2), np.arange(4), r"in `y`, it is a NumPy array of shape \(4,\). Pass a tensor"),

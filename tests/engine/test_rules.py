@@ -109,3 +109,11 @@ def test_rules_keep_their_promise_to_tokens() -> None:
     wrong, passed = failures(rule_samples.tokens, 0, 8, (S, T))
     assert not wrong
     assert passed.total() > 50
+
+
+def test_a_pad_takes_rows_along_every_dimension_that_it_leaves_alone() -> None:
+    """``torch.stft`` pads signals (B, T) as (1, B, T)."""
+    func = torch.ops.aten.reflection_pad1d_backward.default
+    for rows in ((S, 2), (1, S)):
+        assert violation(Sample(func, [Spec((*rows, 7)), Spec((*rows, 4)), [1, 2]], {}), (S,), k=3) == ""
+    assert violation(Sample(func, [Spec((2, 2, S + 3)), Spec((2, 2, S)), [1, 2]], {}), (S,), k=3) is None

@@ -402,3 +402,15 @@ def test_a_model_whose_loss_fails_in_evaluation_mode_is_refused() -> None:
     with pytest.raises(EngineRefused, match=r"does not run in evaluation mode, .* \(ValueError: Expected input batch"):
         step(torch.randn(12, 8, generator=torch.Generator()), torch.arange(12) % 5)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_whose_copy_lacks_what_the_model_reads_is_named() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * x.scale)  # type: ignore[attr-defined]
+
+    x = torch.randn(12, 8)
+    x.scale = 2.0  # type: ignore[attr-defined]
+    step = batchtrim.TrimmedForward(Scaled(8, 5), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "two_pass")
+    with pytest.raises(EngineRefused, match=r"not on a copy of it \(AttributeError: .* no attribute 'scale'\)"):
+        step(x, torch.arange(12) % 5)

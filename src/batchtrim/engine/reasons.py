@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 
 __all__ = ["cause_of", "line_of", "told"]
 
 _NOT_THE_MODELS = ("/torch/", "/batchtrim/engine/")
+_STDLIB = sysconfig.get_path("stdlib")
 _WITHOUT_SOURCE = re.compile(r"<(?!ipython)")  # code made from text, of which no line can be shown
 _RAISED = re.compile(r"raised exception (\w+)\((['\"])(.*)\2\)")
 _LOCATION = re.compile(r"(?P<code>.+?)\s+# (?P<path>\S.*):(?P<line>\d+) in \S+$")
@@ -44,7 +46,9 @@ def _place(lines: list[str]) -> str:
         frame = _FRAME.search(line)
         if frame is None or _WITHOUT_SOURCE.match(frame["path"]):
             continue
-        if not any(part in frame["path"].replace("\\", "/") for part in _NOT_THE_MODELS):
+        path = frame["path"].replace("\\", "/")
+        of_python = path.startswith(_STDLIB.replace("\\", "/")) and "-packages" not in path
+        if not of_python and not any(part in path for part in _NOT_THE_MODELS):
             file = re.split(r"[/\\]", frame["path"])[-1]
             found = f" at `{lines[number + 1][:120]}` ({file}:{frame['line']})"
     return found

@@ -117,6 +117,9 @@ class RowCutter:
     def _holds(self, place: str, tensor: Tensor, dim: int, batch: int) -> bool:
         if tensor.is_nested or tensor.layout != torch.strided:
             refuse(place, f"it is a tensor with layout {tensor.layout}")
+        own = next((name for name in getattr(tensor, "__dict__", ()) if "dynamo" not in name), None)
+        if own is not None and not isinstance(tensor, nn.Parameter):
+            refuse(place, f"it is a tensor with an attribute (`{own}`), which its rows would lack. Pass that by itself")
         if tensor.ndim <= dim or tensor.shape[dim] != batch:
             self.whole.add(place)
         return place not in self.whole
@@ -145,10 +148,19 @@ def _constant(place: str, leaf: Any, batch: int) -> Any:
 
 
 def _rows_of(tensor: Tensor, dim: int, rows: Tensor, poisoned: Tensor | None) -> Tensor:
-    taken = tensor.index_select(dim, rows.to(tensor.device))
+    taken = _selected(tensor, dim, rows.to(tensor.device))
     if poisoned is not None and taken.dtype.is_floating_point:
         taken = taken.index_fill(dim, poisoned.nonzero().flatten().to(tensor.device), float("nan"))
     return taken
+
+
+def _selected(tensor: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """Return rows of a tensor, in its own order of dimensions in memory (channels last)."""
+    if tensor.is_contiguous():
+        return tensor.index_select(dim, rows)
+    order = sorted(range(tensor.ndim), key=lambda each: -tensor.stride(each))
+    taken = tensor.permute(order).index_select(order.index(dim), rows)
+    return taken.permute([order.index(each) for each in range(tensor.ndim)])
 
 
 def _map(

@@ -159,14 +159,13 @@ _SPATIAL_BACKWARD = (
 
 @rule(*_SPATIAL, *_SPATIAL_BACKWARD)
 def spatial(call: Call) -> list[Layout]:
-    """Process each sample by itself, batch first."""
+    """Process each sample by itself, batch first; a pad only needs its rows outside of the dimensions that it pads."""
     if any(isinstance(value.layout, Whole) for value in call.values):
         raise Mixes("one of its inputs belongs to no row")
     name = name_of(call.func)
     vanish = call.values[0].zero and (name.endswith("_backward") or "avg" in name or "upsample" in name)
-    if "pad" in name and call.values[0].ndim == call["padding"].__len__() // 2:
-        raise Mixes("it goes along the rows")
-    return [RowLayout(only_batch(call, list(call.values)), vanish)] * len(call.outputs)
+    dims = tuple(range(call.values[0].ndim - len(call["padding"]) // 2)) if "_pad" in name else (0,)
+    return [RowLayout(only_batch(call, list(call.values), dims), vanish)] * len(call.outputs)
 
 
 # --- lookups ---------------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ class TwoPassEngine:
         self.approximation: str | None = None  # why the last step's gradient is not exact
         self.logged = False
         self.looked_for_writes = False
+        self._unseen = ""  # why that could not be done
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
@@ -86,7 +87,7 @@ class TwoPassEngine:
         losses, outputs = self._first_pass(before, x, y)
         try:
             if not self.looked_for_writes:
-                raise EngineRefused(_CANNOT.format("whether its forward writes into its parameters cannot be seen"))
+                raise EngineRefused(_CANNOT.format(f"it runs on its batch, but not on a copy of it ({self._unseen})"))
             if selection is None:
                 selection = self.trim.select(losses, rank_by=self.forward.scores(losses, outputs, y)).rising()
             loss = self.train_on_kept(x, y, selection, (before, losses.values))
@@ -110,8 +111,8 @@ class TwoPassEngine:
         try:
             run_uncompiled(self.forward, run, undo)
             seen = True
-        except Exception:  # the fault shows in the first pass
-            pass
+        except Exception as error:  # a fault of the model shows in the first pass
+            self._unseen = in_one_line(error)
         finally:
             written = writes.written()
             undo()
