@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import other_file
 import pytest
+import sympy
 import torch
 from harness import agree, train
 from torch import Tensor, nn
@@ -360,7 +361,10 @@ def test_libraries_and_tools_are_not_entered(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(logging, "_handlerList", [])
     model = nn.Linear(2, 2)
     model.tool = torch.optim.SGD(model.parameters(), 0.1)  # type: ignore[assignment]
+    # a size, as exported models hold; it notes what it is asked
+    model.size = sympy.Symbol("s", integer=True)  # type: ignore[assignment]
     held = Reachable(model, nn.functional.cross_entropy)
     assert [names.owner for names in held.names] == [model]
     assert held.modules == [model]
     assert not held.watched
+    assert [type(each) for each in held.contents] == [list]  # the optimizer's settings

@@ -343,3 +343,12 @@ def test_a_batch_that_the_forward_moves_passes_the_later_gradient_on() -> None:
         gradients.append(front.weight.grad)
     assert gradients[0].norm() > 0.1
     torch.testing.assert_close(*gradients)
+
+
+def test_a_tensor_without_values_is_no_reason_to_fail() -> None:
+    model = nn.Linear(8, 5)
+    model.register_buffer("shape", torch.empty(3, device="meta"))
+    before, after = ModelState(model, None), ModelState(model, None)
+    assert before.difference(after) == 0
+    model.shape = torch.zeros(3)
+    assert before.difference(ModelState(model, None)) == float("inf")

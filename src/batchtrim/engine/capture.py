@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.checkpoints import done_again
 from batchtrim.engine.graphs import boxed, executable
-from batchtrim.engine.reasons import cause_of, line_of, told
+from batchtrim.engine.reasons import cause_of, told
 
 if TYPE_CHECKING:
     from batchtrim.engine.inductor import Inductor
@@ -38,7 +38,6 @@ __all__ = [
     "decomposed",
     "dynamic",
     "expression_of",
-    "fixed_by",
     "hindrance",
     "keeps_graph",
     "pin",
@@ -109,16 +108,6 @@ def expression_of(value: Any) -> Any:
     node = value.node
     found = node.shape_env.replace(node.expr) if node.shape_env is not None else node.expr
     return int(found) if isinstance(found, sympy.Integer) else found
-
-
-def fixed_by(tensor: Any, size: Any) -> str:
-    """Return the line that made the traced batch size a number, if the tracer tells: ``", by ..."``."""
-    guards = getattr(getattr(getattr(tensor, "fake_mode", None), "shape_env", None), "guards", ())
-    for guard in guards:
-        if isinstance(guard.expr, sympy.Eq) and size in guard.expr.args:
-            line = line_of(getattr(getattr(guard, "sloc", None), "maybe_user_loc", None) or "")
-            return f", by {line}" if line else ""
-    return ""
 
 
 # --- capture ---------------------------------------------------------------------------------------------------------
@@ -216,12 +205,8 @@ class Capture:
         )
         if not _KEEPS_CHECKS:
             fx.node.has_side_effect(torch.ops.aten._linalg_check_errors.default)
-        with _draws_kept():
-            compiled = backend(graph, inputs)
-        metadata = getattr(torch._guards.TracingContext.get(), "fw_metadata", None)
-        if metadata is not None and hasattr(metadata, "bw_donated_idxs"):
-            metadata.bw_donated_idxs = []  # None would forbid a second backward
-        return compiled
+        with _draws_kept(), _nothing_donated():
+            return backend(graph, inputs)
 
 
 @contextlib.contextmanager
@@ -255,13 +240,30 @@ def _draws_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _nothing_donated() -> Iterator[None]:
+    """Have traces made inside give away none of what backward reads, since torch then forbids a second backward."""
+    from torch._functorch._aot_autograd.schemas import ViewAndMutationMeta as Metadata
+
+    own = Metadata.__post_init__
+
+    def none(self: Any) -> None:
+        own(self)
+        self.bw_donated_idxs = []
+
+    Metadata.__post_init__ = none  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Metadata.__post_init__ = own
+
+
+@contextlib.contextmanager
 def without_logging(*methods: Callable[..., Any]) -> Iterator[None]:
     """Leave calls of these functions of ``logging.Logger`` out of traces: they would break the graph."""
     import torch._dynamo.config as dynamo
 
     names = ("ignore_logging_functions", "ignore_logger_methods")  # a release has the second name, or both
-    name = next((each for each in names if hasattr(dynamo, each)), None)
-    if name is None:
+    if (name := next((each for each in names if hasattr(dynamo, each)), None)) is None:
         yield
         return
     with dynamo.patch({name: {*getattr(dynamo, name), *methods}}):

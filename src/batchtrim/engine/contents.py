@@ -78,10 +78,13 @@ def _set_numpy_state(value: Any, state: Any) -> None:
 
 
 def relative_difference(exact: Tensor, other: Tensor) -> float:
-    """Return ``||exact - other|| / ||exact||``; inf if shapes differ, 0 if both are not finite in the same way."""
-    if exact.shape != other.shape:
+    """Return ``||exact - other|| / ||exact||``; inf if shapes differ, 0 if both are not finite in the same way.
+
+    Tensors on the device "meta" have no values: their difference is 0.
+    """
+    if exact.shape != other.shape or exact.is_meta != other.is_meta:
         return float("inf")
-    if torch.equal(exact, other):
+    if exact.is_meta or torch.equal(exact, other):
         return 0.0
     exact, other = exact.double(), other.double()
     scale = float(exact.norm())

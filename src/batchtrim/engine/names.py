@@ -44,8 +44,8 @@ _STATE = (
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Objects of these packages have no state that a forward changes, or are tools, such as a trainer that holds the data.
 TOOLS = frozenset((
-    "accelerate", "batchtrim", "builtins", "functools", "lightning", "lightning_fabric", "logging", "numpy",
-    "pytorch_lightning", "random", "torch",
+    "accelerate", "batchtrim", "builtins", "functools", "lightning", "lightning_fabric", "logging", "mpmath",
+    "numpy", "pytorch_lightning", "random", "sympy", "torch",
 ))  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def _filled(own: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> lis
 
 
 class _CannotRun(EngineRefused):
-    """The model raises an error on a part of the batch, or in evaluation mode."""
+    """The model or its backward raises an error on a part of the batch, or in evaluation mode."""
 
 
 class Probe:
@@ -354,7 +354,7 @@ def _differentiate(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise EngineRefused(f"its gradient cannot be asked for twice ({in_one_line(error)})") from error
+        raise _CannotRun(f"its gradient cannot be asked for twice ({in_one_line(error)})") from error
 
 
 def _tried_on_cpu(snapshot: Snapshot) -> AbstractContextManager[Any]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import sysconfig
+from typing import Any
 
-__all__ = ["cause_of", "line_of", "told"]
+import sympy
+
+__all__ = ["cause_of", "fixed_by", "line_of", "told"]
 
 _NOT_THE_MODELS = ("/torch/", "/batchtrim/engine/")
 _STDLIB = sysconfig.get_path("stdlib")
@@ -61,3 +64,13 @@ def line_of(location: str) -> str:
         return ""
     file = re.split(r"[/\\]", found["path"])[-1]
     return f"`{found['code'][:120]}` ({file}:{found['line']})"
+
+
+def fixed_by(tensor: Any, size: Any) -> str:
+    """Return the line that made the traced batch size a number, if the tracer tells: ``", by ..."``."""
+    guards = getattr(getattr(getattr(tensor, "fake_mode", None), "shape_env", None), "guards", ())
+    for guard in guards:
+        if isinstance(guard.expr, sympy.Eq) and size in guard.expr.args:
+            line = line_of(getattr(getattr(guard, "sloc", None), "maybe_user_loc", None) or "")
+            return f", by {line}" if line else ""
+    return ""

@@ -62,7 +62,7 @@ def restore_values(value: Any, copy_of_it: Any) -> None:
     """Give a batch's tensors the values they had when :func:`copied` was called."""
     with torch.no_grad():
         for tensor, was in zip(tensors_of(value), tensors_of(copy_of_it), strict=True):
-            if tensor.layout == torch.strided and not torch.equal(tensor, was):
+            if tensor.layout == torch.strided and not tensor.is_meta and not torch.equal(tensor, was):
                 write_values(tensor, was)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from batchtrim.engine.backward import Runs, run_backward
-from batchtrim.engine.capture import CannotCapture, OneBatchSize, expression_of, fixed_by, keeps_graph, pin
+from batchtrim.engine.capture import CannotCapture, OneBatchSize, expression_of, keeps_graph, pin
 from batchtrim.engine.compiled import CompiledStep
 from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
@@ -21,6 +21,7 @@ from batchtrim.engine.graphs import any_strides, executable, without_dead_draws
 from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, RowLayout, exact_ratio, factor_of
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
+from batchtrim.engine.reasons import fixed_by
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
 from batchtrim.engine.writes import memory_of
@@ -383,8 +384,7 @@ def _row_symbols(
                 lost = None if counted is None else tokens - counted
                 if lost == 0 or getattr(lost, "is_Integer", False):
                     return (batch, tokens), int(lost)  # type: ignore[arg-type]
-        reason = f"no input (B, T) has a token for each of its {hinted_size(losses.meta['val'])} losses"
-        raise CannotCapture(f"unit='element' takes tokens as rows, and {reason}")
+        raise CannotCapture(f"unit='element' takes tokens, and no input (B, T) has {hinted_size(losses.meta['val'])}")
     several = next((factor_of(size, each) for each in getattr(size, "free_symbols", ())), None)
     if isinstance(several, int) and several > 1:
         raise CannotCapture(

@@ -50,6 +50,41 @@ def compiled_part(net: Any, x: Tensor) -> Tensor:
 # 11. Runs with a graph, and not in every other way
 
 
+class Eighths(Tensor):
+    """Quantised weights, as libraries for quantisation make them: whole eighths, in one tensor."""
+
+    @staticmethod
+    def __new__(cls, eighths: Tensor) -> Eighths:
+        return Tensor._make_wrapper_subclass(cls, eighths.shape, dtype=torch.float32)
+
+    def __init__(self, eighths: Tensor) -> None:
+        self.eighths = eighths
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["eighths"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Eighths:
+        return Eighths(inner["eighths"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return Eighths(func(args[0].eighths))
+        plain = torch.utils._pytree.tree_map_only(Eighths, lambda each: each.eighths / 8.0, (args, kwargs or {}))
+        return func(*plain[0], **plain[1])
+
+
+def quantised(net: nn.Module) -> nn.Module:
+    net.b.weight = nn.Parameter(Eighths((net.b.weight.detach() * 8).round()), requires_grad=False)
+    return net
+
+
+@attack(11, wrap=quantised, two_pass="right", shared="right")
+def frozen_weight_of_a_tensor_class(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.b(net.a(x).tanh()).tanh())
+
+
 @attack(11, two_pass="right", shared="right")
 def scanned_with_a_captured_weight(net: Any, x: Tensor) -> Tensor:
     """The operator compiles itself, and fails where that is switched off."""
