@@ -40,7 +40,7 @@ def first_half(losses: Tensor, keep: float, generator: torch.Generator | None = 
 @pytest.mark.parametrize(
     "rule",
     [batchtrim.hardest(), batchtrim.easiest(), batchtrim.between(), batchtrim.superquantile(), uniform(), first_half],
-    ids=repr,
+    ids=lambda rule: getattr(rule, "__name__", repr(rule)),
 )
 def test_a_rule_whose_k_follows_from_keep_takes_tensors_without_values(
     device: str, mode: Callable[[], Any], rule: Any, scale: str
