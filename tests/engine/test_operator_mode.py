@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim.engine.cost import Machine, OperatorCount
+from batchtrim.engine.forward import Forward
 from batchtrim.engine.operator_mode import OperatorMode
 from batchtrim.engine.state import uncompiled_calls
 
@@ -40,7 +41,8 @@ class Watch(OperatorMode):
 
 def test_watching_imports_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
-    with Watch() as watch, uncompiled_calls():
+    forward = Forward(nn.Linear(2, 2), nn.CrossEntropyLoss())
+    with Watch() as watch, uncompiled_calls(forward):
         torch.ones(2).exp()
     assert watch.seen == 2
     assert "torch._dynamo" not in sys.modules

@@ -19,7 +19,7 @@ from batchtrim.lab import Run, compare, records, run_once, summarize
 from batchtrim.lab.methods.driven import driven_methods
 from batchtrim.lab.present.caveat_texts import caveat_texts
 from batchtrim.lab.task.own_code import Code
-from own_tasks import QUICK, calls, data, fit
+from own_tasks import QUICK, calls, data, failing, fit
 from tiers import few
 
 
@@ -249,3 +249,35 @@ def test_summarize_takes_rows_of_records_and_of_a_table() -> None:
     (group,) = summarize(rows).groups
     assert group.arms[1].paired is not None
     assert group.arms[1].paired.moments.mean == pytest.approx(-0.01)
+
+
+def test_a_rule_in_place_of_the_method_s_is_reported() -> None:
+    """It was said that the trimmer was never called."""
+
+    def train(run: Run) -> dict[str, float]:
+        run.trim.rule = batchtrim.easiest()
+        return calls()(run)
+
+    assert "which makes the run one of 'full', got another in its place: easiest()" in failing(train)
+
+
+def test_a_rule_that_is_replaced_on_the_way_is_reported_and_one_that_changes_is_counted() -> None:
+    """What the other rule chose was not counted, without a word."""
+
+    def train(run: Run, where: str) -> dict[str, float]:
+        for epoch in range(run.epochs):
+            if epoch == 1:
+                getattr(run, where).rule = batchtrim.easiest()
+            run.trim(torch.ones(8, requires_grad=True) * torch.arange(8.0)).backward()
+            run.trim.step()
+        return {"error": 0.5}
+
+    def replaced(run: Run) -> dict[str, float]:
+        return train(run, "trim")
+
+    def changed(run: Run) -> dict[str, float]:
+        return train(run, "rule")
+
+    assert "in its place: easiest()" in failing(replaced)
+    compare(changed, methods=["trim"], seeds=1, epochs=2, out="there", quiet=True)
+    assert records.read("there")[0]["samples_forward"] == 16

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchtrim import Trimmer, easiest
+from batchtrim import Trimmer
 from batchtrim.lab import Run, compare, headline, records, run_once
 from own_tasks import calls, failing
 
@@ -175,38 +175,6 @@ def test_a_trimmer_that_is_sent_away_is_noted() -> None:
     assert records.read("here")[0]["notes"] == [
         "run.trim was copied to another process and not called in this one, so it is not known whether it chose"
     ]
-
-
-def test_a_rule_in_place_of_the_method_s_is_reported() -> None:
-    """It was said that the trimmer was never called."""
-
-    def train(run: Run) -> dict[str, float]:
-        run.trim.rule = easiest()
-        return calls()(run)
-
-    assert "which makes the run one of 'full', got another in its place: easiest()" in failing(train)
-
-
-def test_a_rule_that_is_replaced_on_the_way_is_reported_and_one_that_changes_is_counted() -> None:
-    """What the other rule chose was not counted, without a word."""
-
-    def train(run: Run, where: str) -> dict[str, float]:
-        for epoch in range(run.epochs):
-            if epoch == 1:
-                getattr(run, where).rule = easiest()
-            run.trim(torch.ones(8, requires_grad=True) * torch.arange(8.0)).backward()
-            run.trim.step()
-        return {"error": 0.5}
-
-    def replaced(run: Run) -> dict[str, float]:
-        return train(run, "trim")
-
-    def changed(run: Run) -> dict[str, float]:
-        return train(run, "rule")
-
-    assert "in its place: easiest()" in failing(replaced)
-    compare(changed, methods=["trim"], seeds=1, epochs=2, out="there", quiet=True)
-    assert records.read("there")[0]["samples_forward"] == 16
 
 
 @pytest.mark.slow

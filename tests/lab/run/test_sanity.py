@@ -63,9 +63,7 @@ def test_classes_that_were_not_learnt_are_named() -> None:
     """One class of ten was lost, which costs 8 points, and only the error told."""
     row = train.train_run(RunConfig(method="loss_mass", method_params={"skip": 0.6}, epochs=3, seed=0))
     (note,) = row["notes"]
-    assert re.match(
-        r"6 of 10 classes were not learnt \(.*\): 0, 1, 2, 3, 4 and 1 more$", note
-    )
+    assert re.match(r"6 of 10 classes were not learnt \(.*\): 0, 1, 2, 3, 4 and 1 more$", note)
     images = types.SimpleNamespace(
         classes=3, test_labels=torch.tensor([0] * 40 + [1] * 40 + [2] * 10), class_names=("cat", "dog", "owl")
     )
