@@ -384,7 +384,7 @@ def _row_symbols(
                 lost = None if counted is None else tokens - counted
                 if lost == 0 or getattr(lost, "is_Integer", False):
                     return (batch, tokens), int(lost)  # type: ignore[arg-type]
-        raise CannotCapture(f"unit='element' takes tokens, and no input (B, T) has {hinted_size(losses.meta['val'])}")
+        raise CannotCapture("unit='element' takes tokens as rows, and no input (B, T) has one for each loss")
     several = next((factor_of(size, each) for each in getattr(size, "free_symbols", ())), None)
     if isinstance(several, int) and several > 1:
         raise CannotCapture(
