@@ -243,3 +243,30 @@ def test_another_size_than_the_batch_may_be_a_number() -> None:
     exact, shared = (train(Captioned, pairs, engine, steps=3) for engine in ("exact", "shared"))
     agree(exact, shared)
     assert shared.step.last.engine == "shared"
+
+
+class Series(nn.Module):
+    """An LSTM on data, which require no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.last = nn.LSTM(2, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.rows(x.unflatten(1, (4, 2)))[0][:, -1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # by the switch itself
+def test_an_lstm_that_torch_cannot_trace_is_refused_with_the_cure() -> None:
+    """The reason was an assertion of torch's, with the types of all its tensors."""
+    reason = ""
+    try:  # another torch release may trace it
+        train(Series, zoo.vectors, "shared", steps=2)
+    except EngineRefused as refused:
+        reason = str(refused)
+    assert reason.endswith("inside torch.backends.mkldnn.flags(enabled=False), it can)") or not reason
+    with torch.backends.mkldnn.flags(enabled=False):
+        exact, shared = (train(Series, zoo.vectors, engine, steps=3) for engine in ("exact", "shared"))
+    agree(exact, shared)
+    assert shared.step.last.engine == "shared"

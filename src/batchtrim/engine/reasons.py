@@ -8,7 +8,9 @@ from typing import Any
 
 import sympy
 
-__all__ = ["cause_of", "fixed_by", "line_of", "told"]
+from batchtrim._checks import in_one_line
+
+__all__ = ["cause_of", "failure", "fixed_by", "line_of", "told"]
 
 _NOT_THE_MODELS = ("/torch/", "/batchtrim/engine/")
 _STDLIB = sysconfig.get_path("stdlib")
@@ -40,6 +42,16 @@ def told(cause: BaseException) -> str:
         return f"it cannot be traced as one graph{_place(lines)}: an operator takes a size of the batch for a number"
     explained = next((f" {line}" for line in lines if line.startswith("Explanation: ")), "")
     return f"it cannot be traced as one graph{_place(lines)}: {lines[0]}{explained}"
+
+
+def failure(error: BaseException) -> str:
+    """Return why a trace fails in its first run, in one line, with the cure where torch itself is at fault."""
+    if "tensors_saved_with_vc_check" in str(error):  # an assertion of torch 2.13; torch.compile fails alike
+        return (
+            "torch cannot trace oneDNN's kernel of an LSTM whose inputs require no gradient; inside "
+            "torch.backends.mkldnn.flags(enabled=False), it can"
+        )
+    return in_one_line(error)
 
 
 def _place(lines: list[str]) -> str:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from batchtrim._checks import in_one_line
 from batchtrim.engine.batch import StepResult, map_tensors, padded_rows
 from batchtrim.engine.batch_norm import cosine_of
 from batchtrim.engine.capture import (
@@ -33,6 +32,7 @@ from batchtrim.engine.forward import Forward, as_losses
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.reachable import Reachable
+from batchtrim.engine.reasons import failure
 from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
@@ -252,7 +252,7 @@ class SharedEngine:
                 raise
             except Exception as error:
                 drawn.restore()
-                failed = in_one_line(error)
+                failed = failure(error)
             else:
                 return *found, tape, eager
             finally:
