@@ -365,3 +365,26 @@ def test_a_batch_whose_copy_lacks_what_the_model_reads_is_named() -> None:
     step = batchtrim.TrimmedForward(Scaled(8, 5), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "two_pass")
     with pytest.raises(EngineRefused, match=r"not on a copy of it \(AttributeError: .* no attribute 'scale'\)"):
         step(x, torch.arange(12) % 5)
+
+
+class Padded(nn.Module):
+    """A transformer of torch's own that also averages what it computes at padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
+        self.layers, self.last = nn.TransformerEncoder(layer, 2), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.layers(self.words(x), src_key_padding_mask=x == 0).mean(1))
+
+
+def test_a_shorter_way_of_attention_without_a_graph_is_no_reason_to_refuse() -> None:
+    """Without a graph, torch's fast path gives zeros at padding: "its samples depend on one another"."""
+    x = torch.randint(1, 50, (16, 7))
+    x[::2, 4:] = 0
+    step = step_of(Padded(), engine="two_pass")
+    step(x, torch.randint(0, 3, (16,))).backward()
+    assert "dropout" in step.last.approximate
+    assert torch.backends.mha.get_fastpath_enabled()

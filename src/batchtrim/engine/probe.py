@@ -377,12 +377,18 @@ def restored(snapshot: Snapshot) -> Iterator[None]:
 
 @contextmanager
 def _evaluation(modules: list[nn.Module]) -> Iterator[None]:
-    """Set modules to evaluation mode one by one, past a ``train()`` that a model overrides."""
+    """Set modules to evaluation mode one by one, past a ``train()`` that a model overrides.
+
+    In this mode and without a graph, torch's attention takes a shorter way, whose outputs at padding are others.
+    """
     modes = [(module, module.training) for module in modules]
+    shorter = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         for module in modules:
             module.training = False
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(shorter)
         for module, mode in modes:
             module.training = mode
