@@ -136,11 +136,8 @@ class Tolerance:
         rows = torch.arange(min(batch, ROWS))
         hook = nn.modules.module.register_module_forward_hook(note)
         try:
-            with (
-                restored(snapshot),
-                without_graph(),
-                uncompiled_calls(self.forward),
-            ):  # compiled, each module would be a graph
+            # compiled, each module would be a graph
+            with restored(snapshot), without_graph(), uncompiled_calls(self.forward):
                 self.forward(*self.forward.rows(snapshot.x, snapshot.y, rows, batch), model=self.forward.inner)
         except Exception:  # the next run of the model reports this error
             return torch.float32

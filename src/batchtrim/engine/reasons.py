@@ -13,7 +13,7 @@ from batchtrim._checks import in_one_line
 __all__ = ["cause_of", "failure", "fixed_by", "line_of", "told"]
 
 _NOT_THE_MODELS = ("/torch/", "/batchtrim/engine/")
-_STDLIB = sysconfig.get_path("stdlib")
+_STDLIB = sysconfig.get_path("stdlib").replace("\\", "/")
 _WITHOUT_SOURCE = re.compile(r"<(?!ipython)")  # code made from text, of which no line can be shown
 _RAISED = re.compile(r"raised exception (\w+)\((['\"])(.*)\2\)")
 _LOCATION = re.compile(r"(?P<code>.+?)\s+# (?P<path>\S.*):(?P<line>\d+) in \S+$")
@@ -62,20 +62,22 @@ def _place(lines: list[str]) -> str:
         if frame is None or _WITHOUT_SOURCE.match(frame["path"]):
             continue
         path = frame["path"].replace("\\", "/")
-        of_python = path.startswith(_STDLIB.replace("\\", "/")) and "-packages" not in path
+        of_python = path.startswith(_STDLIB) and "-packages" not in path
         if not of_python and not any(part in path for part in _NOT_THE_MODELS):
-            file = re.split(r"[/\\]", frame["path"])[-1]
-            found = f" at `{lines[number + 1][:120]}` ({file}:{frame['line']})"
+            found = f" at {_shown(lines[number + 1], path, frame['line'])}"
     return found
 
 
 def line_of(location: str) -> str:
     """Return `` `line of code` (file:line)`` of a tracer's location; nothing if the line is none of the model's."""
     found = _LOCATION.match(location)
-    if found is None or "batchtrim/engine/" in found["path"].replace("\\", "/"):
+    if found is None or "batchtrim/engine/" in (path := found["path"].replace("\\", "/")):
         return ""
-    file = re.split(r"[/\\]", found["path"])[-1]
-    return f"`{found['code'][:120]}` ({file}:{found['line']})"
+    return _shown(found["code"], path, found["line"])
+
+
+def _shown(code: str, path: str, line: str) -> str:
+    return f"`{code[:120]}` ({path.rpartition('/')[2]}:{line})"
 
 
 def fixed_by(tensor: Any, size: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from batchtrim.lab import files
 from batchtrim.lab.run.config import SETTINGS
-from batchtrim.lab.run.settings import check_tables, overridden
+from batchtrim.lab.run.settings import check_tables, overridden, overridden_params
 from batchtrim.lab.task.names import MODELS, SPECS
 
 __all__ = ["overridden_everywhere", "read"]
@@ -65,7 +65,7 @@ def _part(part: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     if "params" in part:
         tables = check_tables(part["params"])
         typed = {name: table for name, table in options.get("params", {}).items() if name in tables}
-        left["params"] = _of_methods(overridden({"params": tables}, {"params": typed})["params"], options)
+        left["params"] = _of_methods(overridden_params(tables, typed), options)
     return left
 
 

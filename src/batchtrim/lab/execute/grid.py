@@ -27,7 +27,7 @@ import numpy as np
 
 from batchtrim._checks import check_count, describe, nearest
 from batchtrim.lab.run.config import COMPARED, RunConfig
-from batchtrim.lab.run.settings import check_tables, overridden
+from batchtrim.lab.run.settings import check_tables, overridden, overridden_params
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.own_code import Code
 
@@ -84,7 +84,7 @@ def _expand_part(settings: Settings, shared: Mapping[str, Any], kind: type[Confi
     """Return the runs of one part; ``shared``: parameters of methods that any part may run."""
     axes = dict(settings)
     own = check_tables(axes.pop("params", {}))
-    params = overridden({"params": shared}, {"params": own})["params"]
+    params = overridden_params(shared, own)
     if "method_params" in axes:
         raise ValueError("expected parameters of methods in tables such as [params.small_loss], got `method_params`.")
     for plural, name in (("methods", "method"), ("seeds", "seed")):

@@ -116,9 +116,14 @@ def overridden(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """
     found = {**{name: value for name, value in base.items() if _OTHER_NAME.get(name) not in given}, **given}
     if "params" in base and "params" in given:
-        tables, own = check_tables(base["params"]), check_tables(given["params"])
-        found["params"] = {name: {**tables.get(name, {}), **own.get(name, {})} for name in (*tables, *own)}
+        found["params"] = overridden_params(base["params"], given["params"])
     return found
+
+
+def overridden_params(base: Any, given: Any) -> dict[str, dict[str, Any]]:
+    """Return tables of parameters, one a method, with each parameter that is given in its place."""
+    tables, own = check_tables(base), check_tables(given)
+    return {name: {**tables.get(name, {}), **own.get(name, {})} for name in (*tables, *own)}
 
 
 def check_tables(params: Any) -> Mapping[str, Mapping[str, Any]]:
