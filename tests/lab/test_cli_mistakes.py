@@ -150,6 +150,14 @@ def test_values_of_the_wrong_kind_in_toml_are_named(text: str, message: str) -> 
     assert message in mistake("compare", "g.toml")
 
 
+@pytest.mark.parametrize("text", ["params = 3", "[params]\ntrim = 3", "[[grid]]\nparams = 3"])
+@pytest.mark.parametrize("typed", [(), ("--methods", "full"), ("--param", "small_loss.noise_rate=0.1")])
+def test_parameters_that_are_no_tables_are_named_whatever_is_typed(text: str, typed: tuple[str, ...]) -> None:
+    """Beside --methods it was a traceback."""
+    Path("g.toml").write_text(text)
+    assert "expected `params` to be tables such as [params.small_loss], got" in mistake("compare", "g.toml", *typed)
+
+
 @pytest.mark.parametrize("text", ["\ufeffseeds = [0]\r\nepochs = 1\r\n", "\tseeds = [0]\n\tepochs = 1\n"])
 def test_toml_as_editors_leave_it_is_read(text: str) -> None:
     Path("g.toml").write_text(text, newline="")

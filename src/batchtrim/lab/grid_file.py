@@ -69,10 +69,10 @@ def _part(part: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     return left
 
 
-def _of_methods(params: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def _of_methods(params: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of methods that are run, or that were typed."""
     wanted = {*options.get("methods", params), *options.get("params", {})}
-    return {name: table for name, table in params.items() if name in wanted}
+    return {name: table for name, table in check_tables(params).items() if name in wanted}
 
 
 def _parts(settings: dict[str, Any]) -> list[dict[str, Any]]:
