@@ -282,6 +282,22 @@ def test_a_compiled_part_and_options(compiles: list[bool]) -> None:
     assert compiles == [False, True]
 
 
+@pytest.mark.slow
+def test_a_wrapper_in_cpp_calls_the_kernels_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's outer function sets this apart from the other options, and passes it on by itself."""
+    whole, asked = torch._inductor.compile_fx.compile_fx_inner, []
+
+    def inner(*args: Any, **options: Any) -> Any:
+        asked.append(options.get("cpp_wrapper"))
+        return whole(*args, **options)
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", inner)
+    step = stepper(torch.compile(zoo.Mlp(8), options={"cpp_wrapper": True}))
+    for size in (BATCH, BATCH, BATCH, BATCH - 3, BATCH + 7):
+        near(*whole_and_kept(step, zoo.vectors(size), torch.randint(0, 5, (size,))))
+    assert asked == [True, True]
+
+
 @pytest.mark.slow  # by default another test compiles the model
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, of its own look at a loss
 @pytest.mark.parametrize("engine", few(["shared", "auto", "two_pass"], ["shared"]))

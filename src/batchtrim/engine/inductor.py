@@ -202,7 +202,7 @@ class Inductor:
                 at for at, node in enumerate(output.args[0][:visible]) if isinstance(node, fx.Node)
             ]
             with tracing(TracingContext(mode)):
-                code = compile_fx_inner(graph, given, is_backward=backward)
+                code = compile_fx_inner(graph, given, is_backward=backward, cpp_wrapper=config.cpp_wrapper)
         read = mode.shape_env.deserialize_symexpr
         strides = getattr(code, "output_strides", None) or []
         return code, [None if each is None else [read(step) for step in each] for each in strides]
