@@ -131,6 +131,37 @@ def test_one_small_parameter_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "worst parameter    gate, relative error" in str(report)
 
 
+@pytest.mark.parametrize("in_float64_too", [False, True])
+def test_an_error_of_float32_alone_is_rounding(in_float64_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a compiled ReLU: its forward rounds differently, and an activation moves across zero."""
+
+    def change(step: Any, network: Any, x: torch.Tensor) -> Any:
+        gate = network.gate
+        if x.dtype == torch.float32 or in_float64_too:
+            return step._replace(loss=step.loss + 1e-5 * (gate - gate.detach()).sum())
+        return None
+
+    report = planted(monkeypatch, change)
+    assert report.parameter_error > 1e-4
+    assert (report.ok, report.verdict) == ((False, "wrong") if in_float64_too else (True, "right"))
+    assert report.float64_error is not None
+    assert (report.float64_error > 1e-4) == in_float64_too
+    assert ("the errors above are rounding" in str(report)) != in_float64_too
+    given = planted(monkeypatch, change, tolerance=1e-5)
+    assert (given.ok, given.float64_error) == (False, None), "a given tolerance is kept to"
+
+
+def test_a_difference_in_float64_alone_is_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(step: Any, network: Any, x: torch.Tensor) -> Any:
+        if x.dtype == torch.float64:
+            raise RuntimeError("no float64 here")
+        return step._replace(loss=step.loss + 1e-5 * (network.gate - network.gate.detach()).sum())
+
+    report = planted(monkeypatch, change)
+    assert (report.ok, report.float64_error) == (False, math.inf)
+    assert "in float64         not the same, or it does not run" in str(report)
+
+
 @pytest.mark.parametrize("field", ["same_batch", "same_generators", "attributes"])
 def test_what_is_left_otherwise_is_wrong(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def changed(step: Any, network: Any, x: Any) -> None:
@@ -194,6 +225,27 @@ def test_two_pass_with_dropout_says_that_it_is_approximate() -> None:
     report = check_engine(model(), batch(), nn.CrossEntropyLoss(), engine="two_pass", verbose=False)
     assert report.verdict == "approximate"
     assert "  approximate        it draws random numbers" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, of its own look at a loss
+def test_a_model_compiled_in_place_is_checked_compiled() -> None:
+    """``copy.deepcopy`` returns it as it was before ``model.compile()``."""
+    ran: list[bool] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        ran.append(True)
+        return graph.forward
+
+    class Loss(nn.Module):
+        def forward(self, outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(outputs, y, reduction="none")
+
+    network, loss = nn.Sequential(Scaled(), nn.Linear(3, 3)), Loss()
+    network[0].compile(backend=backend)
+    loss.compile(backend=backend)
+    report = check_engine(network, batch(), loss, engine="exact", verbose=False)
+    assert report.ok
+    assert len(ran) >= 4, "model and loss, on both sides"
 
 
 def test_the_models_own_error_is_raised() -> None:

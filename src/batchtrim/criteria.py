@@ -316,6 +316,7 @@ def _check_pairs(criterion: Criterion, values: Tensor, tensors: Sequence[Tensor]
 def _set_apart(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
     """Return a module that shares another's state, now and later, except for some settings of its own."""
     kind = type(module)
+    settings = {**settings, "_compiled_call_impl": None}  # after module.compile(), the compiled call of the other one
     own = type(kind.__name__, (kind,), {name: _constant(value) for name, value in settings.items()})
     found = own.__new__(own)
     object.__setattr__(found, "__dict__", vars(module))

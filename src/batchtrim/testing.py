@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +13,14 @@ from torch import nn
 
 from batchtrim._checks import check_count, check_keep, check_positive, describe
 from batchtrim.engine.precision import full_float32
-from batchtrim.engine.side_by_side import TOLERANCE, SideBySide, generators_kept, max_or_nan
+from batchtrim.engine.side_by_side import TOLERANCE, SideBySide, generators_kept, in_float64, max_or_nan
 
 __all__ = ["EngineReport", "check_engine"]
 
 KEEP = (0.5, 0.2, 0.75)
 STEPS = 6
 _COSINE = 0.9
+_ROUNDING = 0.1  # the largest error in float32 that may be rounding
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class EngineReport:
         same_batch: True if the batch was left as a plain step leaves it.
         steps: how many steps were compared.
         batch_norm: True if the model has a BatchNorm in training mode, for which no cheap gradient is exact.
+        float64_error: the largest of the errors above if the same steps run in float64. They do if an error exceeds the
+            tolerance in float32: a compiled forward rounds differently from a plain one, and rounding that moves an
+            activation across a ReLU's zero changes the gradient by much more. Infinite where the steps are not the
+            same in float64, or cannot run; None if not measured.
         tolerance: the largest accepted error; see :func:`check_engine`.
     """
 
@@ -61,12 +68,33 @@ class EngineReport:
     same_batch: bool = True
     steps: int = 0
     batch_norm: bool = False
+    float64_error: float | None = None
     tolerance: float = TOLERANCE[torch.float32]
 
     @property
     def exact(self) -> bool:
-        """True if losses and gradients are those of a plain step, up to :attr:`tolerance`."""
-        return max_or_nan(self.gradient_error, self.parameter_error, self.loss_error) <= self.tolerance
+        """True if losses and gradients are those of a plain step, up to :attr:`tolerance` or to rounding.
+
+        Errors below 0.1 are rounding if the same steps agree up to the tolerance in float64.
+        """
+        return self.error <= self.tolerance or self._is_rounding
+
+    @property
+    def error(self) -> float:
+        """The largest error of loss, gradient and parameters; NaN if one is."""
+        return max_or_nan(self.gradient_error, self.parameter_error, self.loss_error)
+
+    @property
+    def _perhaps_rounding(self) -> bool:
+        """True if nothing but an error between the tolerance and 0.1 is wrong, and all is in float32."""
+        alone = self.same_state and self.refused is None and self.failed is None and self.approximate is None
+        small = self.tolerance < self.error <= _ROUNDING and self.tolerance == TOLERANCE[torch.float32]
+        return alone and small and not self.batch_norm
+
+    @property
+    def _is_rounding(self) -> bool:
+        wide = self.float64_error
+        return wide is not None and wide <= self.tolerance and self.error <= _ROUNDING
 
     @property
     def same_state(self) -> bool:
@@ -109,6 +137,7 @@ class EngineReport:
             f"  loss               relative error {self.loss_error:.1e}",
             f"  gradient           {gradient}{note}",
             f"  worst parameter    {worst}" if self.parameter else "",
+            f"  in float64         {self._in_float64}" if self.float64_error is not None else "",
             f"  approximate        {self.approximate}" if self.approximate is not None else "",
             f"  buffers            relative error {self.buffer_error:.1e}",
             f"  attributes         different: {', '.join(self.attributes)}" if self.attributes else "",
@@ -117,6 +146,13 @@ class EngineReport:
             f"  then refused       {self.refused}" if self.refused is not None else "",
         ]
         return "\n".join(line for line in lines if line)
+
+    @property
+    def _in_float64(self) -> str:
+        if self.float64_error == math.inf:
+            return "not the same, or it does not run"
+        found = "; the errors above are rounding" if self._is_rounding else ""
+        return f"relative error {self.float64_error:.1e}{found}"
 
 
 def check_engine(
@@ -176,15 +212,24 @@ def check_engine(
     check_positive("lr", lr)
     if tolerance is not None:
         check_positive("tolerance", tolerance)
-    pair = SideBySide(model, per_sample_loss, engine, batch_dim, tolerance)
-    if len(batches) == 1:
-        batches += pair.made_of(batches[0])
-    with generators_kept(model), full_float32():
+
+    def compared(model: nn.Module, loss: Any, batches: list[tuple[Any, Any]], tolerance: float | None) -> EngineReport:
+        pair = SideBySide(model, loss, engine, batch_dim, tolerance)
+        batches = [*batches, *(pair.made_of(batches[0]) if len(batches) == 1 else ())]
         for number in range(steps):
             turn = number + number // len(batches)  # so that each batch is combined with each fraction
             if not pair.step(number, batches[number % len(batches)], keeps[turn % len(keeps)], lr):
                 break
-    report = EngineReport(**pair.results())
+        return EngineReport(**pair.results())
+
+    with generators_kept(model), full_float32():
+        report = compared(model, per_sample_loss, batches, tolerance)
+        if tolerance is None and report._perhaps_rounding:
+            error = math.inf
+            with suppress(Exception):
+                wide = compared(*in_float64(model, per_sample_loss, batches), report.tolerance)
+                error = wide.error if wide.verdict == "right" and wide.steps == report.steps else math.inf
+            report = replace(report, float64_error=error)
     if verbose:
         print(report)
     return report

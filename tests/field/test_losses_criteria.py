@@ -48,6 +48,18 @@ class TestCriteriaOfOthers:
         criterion = Normalised(own=False)
         torch.testing.assert_close(per_sample(criterion)(logits, labels).mean(), criterion(logits, labels))
 
+    @pytest.mark.parametrize("in_place", [True, False])
+    def test_a_compiled_criterion(self, in_place: bool) -> None:
+        """``criterion.compile()`` keeps a compiled call of the criterion as it is, with its reduction."""
+        logits, labels = pixels()
+        criterion = nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=255)
+        expected = criterion(logits, labels)
+        if in_place:
+            criterion.compile(backend="eager")
+        losses = per_sample(criterion if in_place else torch.compile(criterion, backend="eager"))(logits, labels)
+        torch.testing.assert_close(Trimmer(1.0)(losses), expected)
+        torch.testing.assert_close(criterion(logits, labels), expected)
+
     def test_a_focal_loss_divided_by_its_positives(self) -> None:
         """RetinaNet's: a function with a reduction of its own."""
 

@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import _TorchDynamoContext
 
 from batchtrim._checks import in_one_line
 from batchtrim.engine.capture import expression_of
@@ -30,6 +31,7 @@ __all__ = [
     "Compiled",
     "Inductor",
     "as_symbolic",
+    "compile_alike",
     "inductor_of",
     "new_size",
     "not_traced",
@@ -59,6 +61,16 @@ def inductor_of(model: nn.Module) -> Inductor | None:
     """Return Inductor with the user's options if it compiles the model or a part of it; else None."""
     settings = getattr(compiled_part(model), "get_compiler_config", lambda: None)()
     return None if settings is None else Inductor.of(settings)
+
+
+def compile_alike(copied: nn.Module, model: nn.Module) -> None:
+    """Compile in a deep copy what is compiled in the model by ``model.compile()``, which no copy keeps."""
+    for own, module in zip(copied.modules(), model.modules(), strict=True):
+        call = getattr(module, "_compiled_call_impl", None)
+        if call is not None:
+            held = (cell.cell_contents for cell in call.__closure__ or ())
+            compiler = next((each for each in held if isinstance(each, _TorchDynamoContext)), torch.compile)
+            own._compiled_call_impl = compiler(own._call_impl)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

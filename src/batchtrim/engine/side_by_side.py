@@ -17,14 +17,21 @@ from torch import Tensor, nn
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.rows import copied, entries, tensors_of
-from batchtrim.engine.state import ModelState, device_of, modules_of, relative_difference
+from batchtrim.engine.rows import copied, entries, map_tensors, tensors_of
+from batchtrim.engine.state import (
+    ModelState,
+    compiled_part,
+    device_of,
+    modules_of,
+    relative_difference,
+    uncompiled_calls,
+)
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["TOLERANCE", "SideBySide", "generators_kept", "max_or_nan"]
+__all__ = ["TOLERANCE", "SideBySide", "generators_kept", "in_float64", "max_or_nan"]
 
 # How far a gradient may be off, relative to its norm: float32 sums in another order differ by this much.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -130,7 +137,7 @@ class SideBySide:
         self.name = engine
 
     def _side(self, model: nn.Module, loss: Any, engine: str, batch_dim: int) -> _Side:
-        own, own_loss = copy.deepcopy((model, loss))  # together: a loss may hold a part of the model
+        own, own_loss = twins(model, loss)
         schedule = _SetKeep()
         refused = None
         with warnings.catch_warnings():
@@ -145,7 +152,7 @@ class SideBySide:
         """Return further batches made from one: its rows in another order, and three quarters of them."""
         forward = self._side(*self.given, "exact", self.own.step.forward.batch_dim).step.forward
         try:
-            with torch.no_grad(), generators_kept(forward.inner):
+            with torch.no_grad(), generators_kept(forward.inner), uncompiled_calls(forward):
                 size = len(forward(*copied(batch))[0].values)
             orders = [torch.arange(size).flip(0), torch.arange(size)[: max(2, (3 * size) // 4)]]
             return [forward.rows(*batch, rows, size) for rows in orders]
@@ -308,6 +315,28 @@ class SideBySide:
         if torch.is_autocast_enabled(device):
             seen.append(torch.get_autocast_dtype(device))
         return max(TOLERANCE[dtype] for dtype in seen)
+
+
+def twins(model: nn.Module, loss: Any) -> tuple[nn.Module, Any]:
+    """Return copies of a model and its loss, compiled where they are."""
+    copies = copy.deepcopy((model, loss))  # together: a loss may hold a part of the model
+    for given, own in zip((model, loss), copies, strict=True):
+        if isinstance(given, nn.Module) and compiled_part(given) is not None:
+            from batchtrim.engine.inductor import compile_alike
+
+            compile_alike(own, given)
+    return copies
+
+
+def in_float64(model: nn.Module, loss: Any, batches: list[tuple[Any, Any]]) -> tuple[Any, Any, list[Any]]:
+    """Return copies of a model, its loss and batches in which float32 is float64."""
+
+    def doubled(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.dtype == torch.float32 else tensor
+
+    copies = [each.double() if isinstance(each, nn.Module) else each for each in twins(model, loss)]
+    wide = [map_tensors(lambda each: doubled(each.detach()).requires_grad_(each.requires_grad), b) for b in batches]
+    return copies[0], copies[1], wide
 
 
 def fresh(batch: Any) -> Any:
