@@ -42,6 +42,8 @@ TABLE: list[tuple[str, tuple[Any, ...]]] = [
     ("baddbmm", (f(a, b, d), f(a, b, c), f(a, c, d))),
     ("addmv", (f(a), f(a, b), f(b))),
     ("addbmm", (f(b, d), f(a, b, c), f(a, c, d))),
+    ("_cdist_backward", (f(a, b), f(a, c), f(b, c), 2.0, f(a, b, low=0.5))),
+    ("_cdist_backward", (f(d, a, b), f(d, a, c), f(d, b, c), 1.0, f(d, a, b, low=0.5))),
     ("view", (f(a, b, c), [a * b, c])),
     ("view", (f(a, b * c), [a, b, c])),
     ("view", (f(a * b, c), [a, b, c])),

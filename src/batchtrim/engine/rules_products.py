@@ -35,6 +35,22 @@ def contraction(call: Call) -> Layout:
     return RowLayout(aligned(call, call.out, [bias, product_]), layout.vanish and bias.zero)
 
 
+@rule("_cdist_backward")
+def distances(call: Call) -> Layout:
+    """Sum ``grad[p, r] * f(x1[p], x2[r])`` over r, where f is a distance's derivative; only ``grad`` makes it zero."""
+    grad, x1, x2, found = (call[name] for name in ("grad", "x1", "x2", "cdist"))
+    if not x1.shape[:-2] == x2.shape[:-2] == grad.shape[:-2]:
+        raise Mixes("its operands are broadcast")
+    batch = "abcdefgh"[: x1.ndim - 2]
+    inputs = [batch + letters for letters in ("pr", "pm", "rm", "pr")]
+    others = [replace(each, layout=_not_zero(each.layout)) for each in (x1, x2, found)]
+    return contract(call.symbols, inputs, batch + "pm", [grad, *others])
+
+
+def _not_zero(layout: Layout) -> Layout:
+    return replace(layout, vanish=False) if isinstance(layout, RowLayout) else Whole()
+
+
 def contract(symbols: Sequence[Any], inputs: Sequence[str], out: str, values: Sequence[Value]) -> Layout:
     """Apply ``einsum`` to values: rows must lie along one letter; a summed letter needs rows that vanish."""
     axes: list[Axis | None] = []
