@@ -248,6 +248,21 @@ def test_a_model_compiled_in_place_is_checked_compiled() -> None:
     assert len(ran) >= 4, "model and loss, on both sides"
 
 
+@pytest.mark.slow
+@pytest.mark.torch28
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside its compiler
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_network_with_dropout_is_compared_on_the_same_masks(in_place: bool) -> None:
+    """Inductor's own generator gives each graph other masks."""
+    network = Scaled()
+    if in_place:
+        network.compile()
+    report = check_engine(network if in_place else torch.compile(network), batch(), nn.CrossEntropyLoss(), keep=0.4)  # type: ignore[arg-type]
+    assert report.ok
+    assert report.gradient_error <= 1e-6
+    assert report.engine == "shared"
+
+
 def test_the_models_own_error_is_raised() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         check_engine(nn.Linear(5, 3), batch(), nn.CrossEntropyLoss(), engine="exact", verbose=False)

@@ -13,7 +13,14 @@ from torch import nn
 
 from batchtrim._checks import check_count, check_keep, check_positive, describe
 from batchtrim.engine.precision import full_float32
-from batchtrim.engine.side_by_side import TOLERANCE, SideBySide, generators_kept, in_float64, max_or_nan
+from batchtrim.engine.side_by_side import (
+    TOLERANCE,
+    SideBySide,
+    draws_of_torch,
+    generators_kept,
+    in_float64,
+    max_or_nan,
+)
 
 __all__ = ["EngineReport", "check_engine"]
 
@@ -197,7 +204,8 @@ def check_engine(
         TypeError, ValueError: an argument is not as above. Errors of the model in a plain step are passed on.
 
     Notes:
-        TF32 is switched off meanwhile: it rounds to ten bits, which cannot be compared to 1e-5.
+        TF32 is switched off meanwhile: it rounds to ten bits, which cannot be compared to 1e-5. Compiled code draws
+        (dropout) from torch's generators meanwhile: Inductor's own gives other masks to another graph.
         The generators of torch, Python and NumPy are restored. Cost: about two plain steps per step.
 
     Example:
@@ -222,7 +230,7 @@ def check_engine(
                 break
         return EngineReport(**pair.results())
 
-    with generators_kept(model), full_float32():
+    with generators_kept(model), full_float32(), draws_of_torch():
         report = compared(model, per_sample_loss, batches, tolerance)
         if tolerance is None and report._perhaps_rounding:
             error = math.inf

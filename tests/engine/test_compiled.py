@@ -276,6 +276,10 @@ def test_a_compiled_part_and_options(compiles: list[bool]) -> None:
     assert inductor.inductor_of(torch.compile(zoo.Mlp(8), backend="aot_eager")) is None  # type: ignore[arg-type]
     graphs = torch.compile(zoo.Mlp(8), mode="reduce-overhead")
     assert inductor.inductor_of(graphs).options == {}  # type: ignore[arg-type, union-attr]
+    in_place = zoo.Mlp(8)
+    in_place.compile(options={"max_fusion_size": 7})
+    with torch._inductor.config.patch(fallback_random=True):  # set later, and no option of the model's
+        assert inductor.inductor_of(in_place).options == {"max_fusion_size": 7}  # type: ignore[union-attr]
     step = stepper(Outer())
     for _ in range(3):
         near(*whole_and_kept(step, zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))))

@@ -59,8 +59,29 @@ class CannotCompile(Exception):
 
 def inductor_of(model: nn.Module) -> Inductor | None:
     """Return Inductor with the user's options if it compiles the model or a part of it; else None."""
-    settings = getattr(compiled_part(model), "get_compiler_config", lambda: None)()
-    return None if settings is None else Inductor.of(settings)
+    part = compiled_part(model)
+    backend: Any = getattr(_context_of(part), "callback", None)
+    while backend is not None and not isinstance(backend, torch._TorchCompileInductorWrapper):
+        backend = next((getattr(backend, name) for name in _INSIDE if hasattr(backend, name)), None)
+    if backend is not None:
+        return Inductor.of(backend.config)
+    settings = getattr(part, "get_compiler_config", lambda: None)()  # a release that keeps its backend elsewhere
+    if settings is None:
+        return None
+    from torch._inductor import config
+
+    current = config.get_config_copy()
+    return Inductor.of({name: value for name, value in settings.items() if current.get(name, value) != value})
+
+
+_INSIDE = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")  # the second before torch 2.9
+
+
+def _context_of(part: Any) -> Any:
+    """Return what compiled a module or a call, torch's context, or None."""
+    held = [cell.cell_contents for cell in getattr(part, "__closure__", None) or ()]
+    contexts = (each for each in (getattr(part, "dynamo_ctx", None), *held) if isinstance(each, _TorchDynamoContext))
+    return next(contexts, None)
 
 
 def compile_alike(copied: nn.Module, model: nn.Module) -> None:
@@ -68,9 +89,7 @@ def compile_alike(copied: nn.Module, model: nn.Module) -> None:
     for own, module in zip(copied.modules(), model.modules(), strict=True):
         call = getattr(module, "_compiled_call_impl", None)
         if call is not None:
-            held = (cell.cell_contents for cell in call.__closure__ or ())
-            compiler = next((each for each in held if isinstance(each, _TorchDynamoContext)), torch.compile)
-            own._compiled_call_impl = compiler(own._call_impl)
+            own._compiled_call_impl = (_context_of(call) or torch.compile)(own._call_impl)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
@@ -119,18 +138,14 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Inductor:
-    """Inductor, and the user's options, as far as they differ from its defaults."""
+    """Inductor, and the options that the user gave it."""
 
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> Inductor:
-        from torch._inductor import config
-
-        current = config.get_config_copy()
-        given = {name: value for name, value in settings.items() if name in current and value != current[name]}
-        # CUDA graphs are recorded per size, and k changes in every step
-        return cls({name: value for name, value in given.items() if name != "triton.cudagraphs"})
+        """Return it with all options but CUDA graphs, which are recorded per size, while k changes in every step."""
+        return cls({name: value for name, value in settings.items() if name != "triton.cudagraphs"})
 
     @contextlib.contextmanager
     def _settings(self, **more: Any) -> Iterator[None]:

@@ -31,7 +31,7 @@ from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["TOLERANCE", "SideBySide", "generators_kept", "in_float64", "max_or_nan"]
+__all__ = ["TOLERANCE", "SideBySide", "draws_of_torch", "generators_kept", "in_float64", "max_or_nan"]
 
 # How far a gradient may be off, relative to its norm: float32 sums in another order differ by this much.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -47,6 +47,21 @@ def generators_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+@contextmanager
+def draws_of_torch() -> Iterator[None]:
+    """Have what Inductor compiles draw from torch's generators, operator by operator, as other code does.
+
+    Its own generator gives the same dropout masks to the same graph only.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        yield
+        return
+    from torch._inductor import config
+
+    with config.patch(fallback_random=True):
+        yield
 
 
 def _seed(number: int) -> None:
