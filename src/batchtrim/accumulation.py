@@ -23,6 +23,7 @@ from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.rows import copied, restore_values
 from batchtrim.engine.state import ModelState, Snapshot, device_of, without_graph
+from batchtrim.engine.wrappers import parallel_part
 from batchtrim.engine.writes import known_to_write, writes_undone
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
@@ -90,6 +91,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         raise ValueError("expected `batches` to hold at least one micro-batch, got none. Leave out the empty window.")
     _check_undivided(step.trim)
     model = step.forward.model
+    parallel = parallel_part(model)
     check_same_count(len(batches), "number of micro-batches", device_of(step.forward.inner), waits_in_forward(model))
     if over == "window":
         selections, states, first = _choose(step, batches)
@@ -97,7 +99,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         shares = _shares(step, batches)
     for m, (x, y) in enumerate(batches):
         last = m == len(batches) - 1
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+        with nullcontext() if parallel is None or last else parallel.no_sync():
             if over == "micro":
                 yield step(x, y) * shares[m]
             elif first and not step.engine.repeats_forward:
@@ -204,7 +206,7 @@ def waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
         return []
     found: dict[int, dist.ProcessGroup | None] = {}
     for module in model.modules():  # SyncBatchNorm, FSDP
-        if hasattr(module, "process_group") and not isinstance(module, DistributedDataParallel):
+        if "process_group" in vars(module) and not isinstance(module, DistributedDataParallel):
             group: Any = module.process_group
             found[id(group)] = group
     for parameter in model.parameters():  # fully_shard, tensor parallel

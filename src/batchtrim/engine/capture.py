@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import sympy
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,7 +41,6 @@ __all__ = [
     "hindrance",
     "keeps_graph",
     "pin",
-    "uncompiled",
     "unfit",
     "without_logging",
     "zeros_at_zero",
@@ -286,11 +285,6 @@ def dynamic(sizes: Iterable[tuple[Tensor, int]]) -> Iterator[None]:
             for name in [name for name in held if _MARK in name]:
                 del held[name]
             held.update(before)
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module that the user gave to torch.compile."""
-    return getattr(model, "_orig_mod", model)
 
 
 def hindrance() -> str | None:

@@ -24,7 +24,7 @@ from batchtrim._checks import in_one_line
 from batchtrim.engine.capture import expression_of
 from batchtrim.engine.graphs import graph_copy, in_traced_order
 from batchtrim.engine.layout import product
-from batchtrim.engine.state import compiled_part
+from batchtrim.engine.state import compiled_part, uncompiled
 
 __all__ = [
     "CannotCompile",
@@ -32,6 +32,7 @@ __all__ = [
     "Inductor",
     "as_symbolic",
     "compile_alike",
+    "compiler_of",
     "inductor_of",
     "new_size",
     "not_traced",
@@ -84,12 +85,17 @@ def _context_of(part: Any) -> Any:
     return next(contexts, None)
 
 
+def compiler_of(module: nn.Module) -> Callable[[Any], Any]:
+    """Return torch.compile with the settings that a compiled module was compiled with."""
+    part = module if uncompiled(module) is not module else module._compiled_call_impl
+    return _context_of(part) or torch.compile
+
+
 def compile_alike(copied: nn.Module, model: nn.Module) -> None:
     """Compile in a deep copy what is compiled in the model by ``model.compile()``, which no copy keeps."""
     for own, module in zip(copied.modules(), model.modules(), strict=True):
-        call = getattr(module, "_compiled_call_impl", None)
-        if call is not None:
-            own._compiled_call_impl = (_context_of(call) or torch.compile)(own._call_impl)
+        if vars(module).get("_compiled_call_impl") is not None:
+            own._compiled_call_impl = compiler_of(module)(own._call_impl)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

@@ -22,7 +22,6 @@ from batchtrim.engine.capture import (
     OneBatchSize,
     dynamic,
     hindrance,
-    uncompiled,
     unfit,
 )
 from batchtrim.engine.cost import TRACED_BELOW
@@ -36,7 +35,7 @@ from batchtrim.engine.reasons import failure
 from batchtrim.engine.rows import tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
-from batchtrim.engine.state import device_of, is_lazy, is_sharded, no_values
+from batchtrim.engine.state import device_of, is_lazy, is_sharded, no_values, uncompiled
 from batchtrim.engine.unguarded import Unguarded
 from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper
 from batchtrim.errors import EngineRefused

@@ -37,12 +37,14 @@ __all__ = [
     "caches_left",
     "compiled_part",
     "device_of",
+    "is_compiled",
     "is_lazy",
     "is_sharded",
     "modules_of",
     "no_values",
     "relative_difference",
     "run_uncompiled",
+    "uncompiled",
     "uncompiled_calls",
     "without_graph",
 ]
@@ -150,11 +152,21 @@ def no_values(model: nn.Module) -> str | None:
 def compiled_part(model: nn.Module) -> Any:
     """Return the first part of the model that is compiled, or None."""
     for module in model.modules():
-        if hasattr(module, "_orig_mod"):
+        if uncompiled(module) is not module:
             return module
-        if getattr(module, "_compiled_call_impl", None) is not None:
+        if is_compiled(module):
             return module._compiled_call_impl
     return None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True if the module itself is compiled, by ``torch.compile(module)`` or ``module.compile()``."""
+    return uncompiled(module) is not module or vars(module).get("_compiled_call_impl") is not None
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that the user gave to torch.compile. Fabric's wrapper, which has all attributes, is none."""
+    return module._modules["_orig_mod"] if "_orig_mod" in module._modules else module  # type: ignore[return-value]
 
 
 def modules_of(*roots: Any) -> list[nn.Module]:

@@ -16,6 +16,7 @@ from batchtrim.engine.forward import Forward
 from batchtrim.engine.protocol import Engine
 from batchtrim.engine.state import compiled_part
 from batchtrim.engine.two_pass import TwoPassEngine
+from batchtrim.engine.wrappers import is_placed
 from batchtrim.losses import Losses, per_sample
 from batchtrim.trimmer import Trimmer
 
@@ -141,7 +142,7 @@ class TrimmedForward:
     def _called_compiled(self, x: Any, y: Any) -> Tensor:
         """Run a step called from a compiled function, and compile the model, as that function would have done."""
         model = self.forward.model
-        if compiled_part(model) is None and not isinstance(model, nn.parallel.DistributedDataParallel):
+        if compiled_part(model) is None and not is_placed(model):
             self.forward.model = torch.compile(model)  # type: ignore[assignment]
             self.engine = ENGINES[self._kind](self.forward, self.trim)
         return self(x, y)

@@ -1,7 +1,8 @@
 """The wrappers that place a model: DistributedDataParallel, and what ``fabric.setup`` of Lightning Fabric returns.
 
 Their own work (gradients' exchange, the check that backward is Fabric's) is not part of the model. What computes is:
-Fabric converts inputs and outputs and runs the model under autocast.
+Fabric converts inputs and outputs and runs the model under autocast. A wrapper may itself be compiled, as Accelerate and
+Fabric do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["check_backward", "hooks_on_wrapper", "in_wrapper", "unwrapped"]
+from batchtrim.engine.state import is_compiled, uncompiled
+
+__all__ = ["check_backward", "hooks_on_wrapper", "in_wrapper", "is_placed", "parallel_part", "unwrapped"]
 
 
 class _FabricModel(nn.Module):
@@ -47,46 +50,71 @@ class _StandIn(nn.Module):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model without wrappers, for a forward that no backward follows."""
-    if isinstance(model, DistributedDataParallel):
-        return model.module
-    return _FabricModel(model) if _is_fabric(model) else model
+    """Return the model without wrappers, for a forward that no backward follows. It is compiled if a wrapper is."""
+    if not is_placed(model):
+        return model
+    wrapper = uncompiled(model)
+    inner = _FabricModel(wrapper) if _is_fabric(wrapper) else unwrapped(wrapper.module)  # type: ignore[arg-type]
+    return _compiled_as(inner, model)
+
+
+def is_placed(model: nn.Module) -> bool:
+    """True if the model is a wrapper around one, compiled or not."""
+    wrapper = uncompiled(model)
+    return isinstance(wrapper, DistributedDataParallel) or _is_fabric(wrapper)
+
+
+def parallel_part(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel around the model, or None."""
+    wrapper = uncompiled(model)
+    if _is_fabric(wrapper):
+        wrapper = uncompiled(wrapper._forward_module)  # type: ignore[arg-type]
+    return wrapper if isinstance(wrapper, DistributedDataParallel) else None
 
 
 def hooks_on_wrapper(model: nn.Module) -> str | None:
     """Return why the model's wrapper cannot be passed by, or None: hooks on it see its inputs and outputs."""
-    if not (isinstance(model, DistributedDataParallel) or _is_fabric(model)):
-        return None
-    if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks:
-        return f"there are hooks on its wrapper ({type(model).__name__}). Register them on the model inside"
+    wrapper = uncompiled(model)
+    for each in (model, wrapper) if is_placed(model) else (model,) if wrapper is not model else ():
+        if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks:
+            return f"there are hooks on its wrapper ({type(each).__name__}). Register them on the model inside"
     return None
 
 
 def check_backward(model: nn.Module, loss: Tensor) -> None:
     """Have the loss checked as Fabric checks a model's outputs: an error unless backward is ``fabric.backward``."""
-    if _is_fabric(model):
-        model._register_backward_hook(loss)  # type: ignore[operator]
+    wrapper = uncompiled(model)
+    if _is_fabric(wrapper):
+        wrapper._register_backward_hook(loss)  # type: ignore[operator]
 
 
 @contextmanager
 def in_wrapper(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Yield a function to call in place of the model: its wrapper does its own work around ``call``."""
-    if _is_fabric(model):
-        model = model._forward_module  # type: ignore[assignment]
-    if not isinstance(model, DistributedDataParallel):
+    wrapper = parallel_part(model)
+    if wrapper is None:
         yield call
         return
-    inner: Any = model._modules["module"]
+    inner: Any = wrapper._modules["module"]
 
     def called(*args: Any) -> Any:
-        model._modules["module"] = inner
+        wrapper._modules["module"] = inner
         return call(*args)
 
-    model._modules["module"] = _StandIn(inner, called)
+    wrapper._modules["module"] = _StandIn(inner, called)
     try:
-        yield model
+        yield wrapper._call_impl  # not compiled: what is called inside compiles the model itself
     finally:
-        model._modules["module"] = inner
+        wrapper._modules["module"] = inner
+
+
+def _compiled_as(model: nn.Module, like: nn.Module) -> nn.Module:
+    """Return a model compiled with the settings that another one is compiled with; unchanged if there is no need."""
+    if is_compiled(model) or not is_compiled(like):
+        return model
+    from batchtrim.engine.inductor import compiler_of  # it imports torch's compiler
+
+    return compiler_of(like)(model)
 
 
 def _is_fabric(model: nn.Module) -> bool:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.capture import uncompiled
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.state import ModelState, device_of
+from batchtrim.engine.state import ModelState, device_of, uncompiled
 from batchtrim.integrations._contributions import near
 from batchtrim.integrations._form_search import find_form, fits
 from batchtrim.integrations._forms import Form
