@@ -267,6 +267,21 @@ def test_parameters_that_a_forward_moves_are_moved_once(engine: str, move: str, 
         torch.testing.assert_close(gradient(model), gradient(plain))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, of its own look at a loss
+def test_a_compiled_function_may_run_a_window() -> None:
+    """Torch's tracer failed in the copy of the model's state that the window makes."""
+    torch._dynamo.reset()
+
+    def train() -> float:
+        return run(model, "window")
+
+    model, twin = mlp(), mlp()
+    for _ in range(2):
+        assert torch.compile(train, backend="eager")() == pytest.approx(run(twin, "window"))
+        torch.testing.assert_close(gradient(model), gradient(twin))
+
+
 @pytest.mark.parametrize(("move", "compiled"), [*((move, False) for move in MOVES), ("in place", True)])
 def test_two_passes_refuse_parameters_that_a_forward_moves(move: str, compiled: bool) -> None:
     torch._dynamo.reset()

@@ -94,7 +94,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
     parallel = parallel_part(model)
     check_same_count(len(batches), "number of micro-batches", device_of(step.forward.inner), waits_in_forward(model))
     if over == "window":
-        selections, states, first = _choose(step, batches)
+        selections, states, first = step.untraced(_choose, step, batches)
     else:
         shares = _shares(step, batches)
     for m, (x, y) in enumerate(batches):
@@ -102,11 +102,23 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
         with nullcontext() if parallel is None or last else parallel.no_sync():
             if over == "micro":
                 yield step(x, y) * shares[m]
-            elif first and not step.engine.repeats_forward:
-                yield step.engine.train_on_kept(x, y, selections[m].rising(), first[m])
             else:
-                states[m].restore()
-                yield step.engine(x, y, selections[m].rising()).loss
+                scored = first[m] if first and not step.engine.repeats_forward else None
+                yield step.untraced(_train, step, (x, y), selections[m], states[m], scored)
+
+
+def _train(
+    step: TrimmedForward,
+    batch: tuple[Any, Any],
+    selection: Selection,
+    state: GeneratorStates,
+    scored: tuple[Snapshot, Tensor] | None,
+) -> Tensor:
+    """Return the loss of one micro-batch of a window; ``scored``: what the two-pass engine trains from."""
+    if scored is not None:
+        return step.engine.train_on_kept(*batch, selection.rising(), scored)
+    state.restore()
+    return step.engine(*batch, selection.rising()).loss
 
 
 def _check_undivided(trim: Trimmer) -> None:

@@ -341,12 +341,16 @@ def same_shape(one: Tensor, other: Tensor) -> bool:
 
 
 def _unwrapped(criterion: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the function inside functools.partial, and the arguments bound by name."""
+    """Return the function inside functools.partial and ``torch.compile(function)``, and the arguments bound by name."""
     named: dict[str, Any] = {}
-    while isinstance(criterion, functools.partial):
-        named = {**criterion.keywords, **named}
-        criterion = criterion.func
-    return criterion, named
+    while True:
+        if isinstance(criterion, functools.partial):
+            named = {**criterion.keywords, **named}
+            criterion = criterion.func
+        elif getattr(criterion, "__globals__", {}).get("__name__", "").startswith("torch._dynamo"):
+            criterion = criterion.__wrapped__
+        else:
+            return criterion, named
 
 
 def _function(criterion: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, fx
 from torch._decomp import decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from batchtrim.engine.inductor import with_strides, without_strides
+from batchtrim.engine.inductor import Inductor, inductor_of, with_strides, without_strides
 
 
 def strided(graph: fx.GraphModule) -> int:
@@ -32,3 +34,17 @@ def test_a_norm_by_strides_is_proven_without_them_and_compiled_with_them() -> No
     assert (strided(graph), strided(again)) == (0, 2)
     for batch in batches:
         torch.testing.assert_close(again(*batch), norm(*batch))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_settings_of_a_model_compiled_as_one_graph_are_found(in_place: bool) -> None:
+    """Torch keeps none beside the compiled model then, and it ran operator by operator."""
+    for options, expected in (({}, {}), ({"options": {"max_fusion_size": 7}}, {"max_fusion_size": 7})):
+        model: Any = torch.nn.Linear(3, 2)
+        if in_place:
+            model.compile(fullgraph=True, **options)
+        else:
+            model = torch.compile(model, fullgraph=True, **options)
+        assert inductor_of(model) == Inductor(expected)
+    other: Any = torch.compile(torch.nn.Linear(3, 2), fullgraph=True, backend="eager")
+    assert inductor_of(other) is None

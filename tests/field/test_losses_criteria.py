@@ -60,6 +60,18 @@ class TestCriteriaOfOthers:
         torch.testing.assert_close(Trimmer(1.0)(losses), expected)
         torch.testing.assert_close(criterion(logits, labels), expected)
 
+    @pytest.mark.parametrize("outside", [True, False])
+    def test_a_compiled_function_of_torchs(self, outside: bool) -> None:
+        """Its class weights and ignored labels are known, whether the arguments are bound before or after."""
+        logits, labels = pixels()
+        bound = {"weight": WEIGHT, "ignore_index": 255}
+        function = functools.partial(F.cross_entropy, **bound)
+        given = functools.partial(torch.compile(F.cross_entropy, backend="eager"), **bound)
+        losses = per_sample(given if outside else torch.compile(function, backend="eager"))(logits, labels)
+        torch.testing.assert_close(Trimmer(1.0)(losses), function(logits, labels))
+        asked = per_sample(torch.compile(F.cross_entropy, backend="eager"), ignore_index=255)(logits, labels)
+        torch.testing.assert_close(asked.mean(), F.cross_entropy(logits, labels, ignore_index=255))
+
     def test_a_focal_loss_divided_by_its_positives(self) -> None:
         """RetinaNet's: a function with a reduction of its own."""
 

@@ -139,6 +139,16 @@ def test_a_compiled_model_without_a_standard_form(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_compiled_in_place(tmp_path: Path) -> None:
+    """No call of a loss function was seen in it, so that it was refused."""
+    model, rows = Weighted(lambda out, y, _: F.cross_entropy(out, y)), data("sequence", 5)
+    expected, _ = by_hand(model, rows)
+    model.zero_grad(set_to_none=True)
+    model.compile(backend="eager")
+    found, _ = one_step(model, rows, tmp_path, remove_unused_columns=False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_causal_model_learns_the_next_token(tmp_path: Path) -> None:
     """Counting up: the next-token accuracy was 0.0 where the subclass was trained to copy."""
     torch.manual_seed(0)

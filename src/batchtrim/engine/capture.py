@@ -40,6 +40,7 @@ __all__ = [
     "expression_of",
     "hindrance",
     "keeps_graph",
+    "no_new_traces",
     "pin",
     "unfit",
     "without_logging",
@@ -298,6 +299,11 @@ def hindrance() -> str | None:
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "hooks on saved tensors are active, which would see them before they are cut"
     return None
+
+
+def no_new_traces() -> bool:
+    """True inside ``torch.compiler.set_stance("fail_on_recompile")``, where each trace that is needed is an error."""
+    return getattr(getattr(torch._dynamo.eval_frame, "_stance", None), "stance", "") == "fail_on_recompile"
 
 
 def keeps_graph() -> bool:

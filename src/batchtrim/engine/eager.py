@@ -206,12 +206,11 @@ class EagerStep:
         return {id(each): name for name, each in self._named()}
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        named = list(self.forward.inner.named_parameters())
-        known = {id(each) for _, each in named}
-        for module in self.before.model.modules:
-            own = module.named_parameters(type(module).__name__, recurse=False)
-            named += [(name, each) for name, each in own if id(each) not in known]
-        return [(name, each) for name, each in named if type(each) is nn.Parameter and each.requires_grad]
+        named = {id(each): (name, each) for name, each in self.forward.inner.named_parameters()}
+        for module in self.before.model.modules:  # two of them may share their parameters, as per_sample's do
+            for name, each in module.named_parameters(type(module).__name__, recurse=False):
+                named.setdefault(id(each), (name, each))
+        return [(name, each) for name, each in named.values() if type(each) is nn.Parameter and each.requires_grad]
 
     def _gradients_of(self, losses: Tensor, keep: bool = False) -> list[Tensor | None]:
         """Return the gradient of each parameter."""

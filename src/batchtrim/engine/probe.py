@@ -5,6 +5,7 @@ This is not a proof, which needs the graph. It is for the engine that runs model
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -137,7 +138,8 @@ class Tolerance:
         hook = nn.modules.module.register_module_forward_hook(note)
         try:
             # compiled, each module would be a graph
-            with restored(snapshot), without_graph(), uncompiled_calls(self.forward):
+            with restored(snapshot), without_graph(), uncompiled_calls(self.forward), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
                 self.forward(*self.forward.rows(snapshot.x, snapshot.y, rows, batch), model=self.forward.inner)
         except Exception:  # the next run of the model reports this error
             return torch.float32

@@ -22,6 +22,7 @@ from batchtrim.engine.capture import (
     OneBatchSize,
     dynamic,
     hindrance,
+    no_new_traces,
     unfit,
 )
 from batchtrim.engine.cost import TRACED_BELOW
@@ -139,7 +140,8 @@ class SharedEngine:
         if approximate and self.judge is None and not self.logged:
             self.logged = True
             _logger.warning("engine='shared' is approximate for this model: %s.", approximate)
-        return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name, approximate=approximate)
+        name = self.exact.name if tape.step is None else self.name  # compilation is switched off (set_stance)
+        return StepResult(loss, losses.values.detach(), outputs, selection, engine=name, approximate=approximate)
 
     def train_on_kept(self, x: Any, y: Any, selection: Selection, first: Any = None) -> Tensor:
         """Return the loss of rows that were selected before."""
@@ -199,7 +201,7 @@ class SharedEngine:
             nested = isinstance(error, OneBatchSize) and any(each.is_nested for each in tensors_of((x, y)))
             reason = _NESTED if nested else str(error)
             self.failures += isinstance(error, _TraceFails)
-            once = isinstance(error, _TraceFails) and self.failures < _TRIES
+            once = (isinstance(error, _TraceFails) and self.failures < _TRIES) or no_new_traces()
             alone = isinstance(error, OneBatchSize) and self.trace is not None and len(self.untraced) < _TRIES
         if alone:
             self.untraced.add(size)

@@ -122,7 +122,8 @@ class _Side:
         known = set(map(id, found.values()))
         for number, module in enumerate(modules_of(self.model, self.step.forward.per_sample_loss)):
             own = module.named_parameters(f"{type(module).__name__} {number}", recurse=False)
-            found.update({name: p for name, p in own if id(p) not in known})
+            found.update(new := {name: p for name, p in own if id(p) not in known})
+            known.update(map(id, new.values()))
         return found
 
     def parameters(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_not
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ __all__ = [
     "is_sharded",
     "modules_of",
     "no_values",
+    "nothing_compiled",
     "relative_difference",
     "run_uncompiled",
     "uncompiled",
@@ -76,15 +77,19 @@ def without_graph() -> Iterator[None]:
 
 @contextmanager
 def uncompiled_calls(forward: Forward) -> Iterator[None]:
-    """Run compiled models as plain Python inside the block, if the torch release supports it and the model runs so.
+    """Run compiled models as plain Python inside the block, if the model runs so; see :func:`nothing_compiled`."""
+    with nullcontext() if forward.needs_compiler else nothing_compiled():
+        yield
+
+
+def nothing_compiled() -> AbstractContextManager[Any]:
+    """Run what is compiled as plain Python inside the block, if the torch release supports it.
 
     If the program has not imported torch's compiler, nothing is compiled, and it is not imported for this either.
     """
-    if forward.needs_compiler or not hasattr(torch.compiler, "set_stance") or not _compiler_is_imported():
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    if not hasattr(torch.compiler, "set_stance") or not _compiler_is_imported():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def run_uncompiled(forward: Forward, run: Callable[[], Any], undo: Callable[[], None]) -> Any:
@@ -166,7 +171,8 @@ def is_compiled(module: nn.Module) -> bool:
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """Return the module that the user gave to torch.compile. Fabric's wrapper, which has all attributes, is none."""
-    return module._modules["_orig_mod"] if "_orig_mod" in module._modules else module  # type: ignore[return-value]
+    held = module._modules  # a script module's has no get()
+    return held["_orig_mod"] if "_orig_mod" in held else module  # type: ignore[return-value]  # noqa: SIM401
 
 
 def modules_of(*roots: Any) -> list[nn.Module]:

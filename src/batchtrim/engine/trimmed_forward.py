@@ -117,9 +117,7 @@ class TrimmedForward:
             0-d. :attr:`last` holds all losses, the outputs and the selection, detached, until the next call.
         """
         if self._kind != "exact" and torch.compiler.is_dynamo_compiling():
-            from batchtrim.engine.inductor import not_traced
-
-            return not_traced(self._called_compiled, x, y)
+            return self.untraced(self, x, y)
         self._last = None  # frees the outputs of the batch before
         step = self.engine(x, y)
         chosen = self.trim.last
@@ -139,13 +137,21 @@ class TrimmedForward:
             self._in_order = True
         return self._last
 
-    def _called_compiled(self, x: Any, y: Any) -> Tensor:
-        """Run a step called from a compiled function, and compile the model, as that function would have done."""
+    def untraced(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Return ``call(*args)``, a part of a step. A compiled function that calls it does not trace it."""
+        if not torch.compiler.is_dynamo_compiling():
+            return call(*args)
+        from batchtrim.engine.inductor import not_traced
+
+        return not_traced(self._called_compiled, call, *args)
+
+    def _called_compiled(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Compile the model, as the compiled function that calls would have done, and call."""
         model = self.forward.model
-        if compiled_part(model) is None and not is_placed(model):
+        if self._kind != "exact" and compiled_part(model) is None and not is_placed(model):
             self.forward.model = torch.compile(model)  # type: ignore[assignment]
             self.engine = ENGINES[self._kind](self.forward, self.trim)
-        return self(x, y)
+        return call(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the arguments to recreate it, for pickle and deepcopy, without traces and measurements."""

@@ -1,8 +1,8 @@
 """The wrappers that place a model: DistributedDataParallel, and what ``fabric.setup`` of Lightning Fabric returns.
 
 Their own work (gradients' exchange, the check that backward is Fabric's) is not part of the model. What computes is:
-Fabric converts inputs and outputs and runs the model under autocast. A wrapper may itself be compiled, as Accelerate and
-Fabric do.
+Fabric converts inputs and outputs and runs the model under autocast. A wrapper may itself be compiled: Accelerate and
+Fabric do so.
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from batchtrim._checks import check_losses
-from batchtrim.engine.state import uncompiled
+from batchtrim.engine.state import is_compiled, nothing_compiled, uncompiled
 from batchtrim.integrations._form_table import Forms, left_as_found
 from batchtrim.integrations._labels import (
     Counting,
@@ -65,6 +66,10 @@ class ModelLosses:
     def inner(self, model: nn.Module) -> nn.Module:
         return model if self.trainer.is_fsdp_enabled else self.trainer.accelerator.unwrap_model(model)
 
+    def is_compiled(self, model: nn.Module) -> bool:
+        """True if the whole model is compiled, so that calls in it cannot be recorded; not if parts of it are."""
+        return is_compiled(model) or is_compiled(self.inner(model))
+
     def name(self, model: nn.Module) -> str:
         return type(uncompiled(self.inner(model))).__name__
 
@@ -72,7 +77,8 @@ class ModelLosses:
         labels = labels_of(inputs, self.trainer.label_names)
         eager = uncompiled(model)
         try:
-            return self.finder(lambda: eager(**inputs), loss_of, len(labels[0]), labels)
+            with nothing_compiled() if self.is_compiled(model) else nullcontext():
+                return self.finder(lambda: eager(**inputs), loss_of, len(labels[0]), labels)
         except NotFound as reason:
             raise NotFound(
                 f"expected a model whose loss is made of one loss per sample, got {self.name(model)}: "
@@ -116,8 +122,7 @@ class ModelLosses:
 
     def _compiled(self, model: nn.Module, inputs: Any) -> tuple[Losses, Tensor | None, Any] | None:
         """Return a compiled model's losses from their standard form; None if the model has to run uncompiled."""
-        eager = uncompiled(model)
-        if eager is model:
+        if not self.is_compiled(model):
             return None
         form = self.forms.of(model, inputs)
         if form is not None:
@@ -128,7 +133,7 @@ class ModelLosses:
         if not self.ran_eager:
             self.ran_eager = True
             warnings.warn(
-                f"{type(eager).__name__} runs without torch.compile here: only its Python shows its "
+                f"{self.name(model)} runs without torch.compile here: only its Python shows its "
                 "losses. With per_sample_loss=(outputs, labels) -> un-reduced losses it runs compiled.",
                 stacklevel=2,
             )
