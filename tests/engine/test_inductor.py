@@ -36,6 +36,7 @@ def test_a_norm_by_strides_is_proven_without_them_and_compiled_with_them() -> No
         torch.testing.assert_close(again(*batch), norm(*batch))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside its compiler
 @pytest.mark.parametrize("in_place", [True, False])
 def test_the_settings_of_a_model_compiled_as_one_graph_are_found(in_place: bool) -> None:
     """Torch keeps none beside the compiled model then, and it ran operator by operator."""

@@ -270,3 +270,16 @@ def test_an_lstm_that_torch_cannot_trace_is_refused_with_the_cure() -> None:
         exact, shared = (train(Series, zoo.vectors, engine, steps=3) for engine in ("exact", "shared"))
     agree(exact, shared)
     assert shared.step.last.engine == "shared"
+
+
+def test_compilation_that_is_switched_off_for_now() -> None:
+    """A stance of the user's: without a trace the step is a plain one, and a later step may trace."""
+    step = batchtrim.TrimmedForward(nn.Linear(8, 5), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), "shared")
+    x, y = torch.randn(12, 8), torch.arange(12) % 5
+    with torch.compiler.set_stance("force_eager"):
+        step(x, y).backward()
+        assert step.last.engine == "exact"
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(EngineRefused, match="fail_on_recompile"):
+        step(x, y)
+    step(x, y).backward()
+    assert step.last.engine == "shared"

@@ -59,3 +59,27 @@ def test_weights_with_a_gradient_are_refused(scale: str) -> None:
     step = batchtrim.TrimmedForward(network(), weighted, batchtrim.Trimmer(0.5, scale=scale), "shared")
     with pytest.raises(EngineRefused, match="further vectors with a gradient"):
         step(*batch(16))
+
+
+class Scaled(nn.Module):
+    """A criterion with a parameter of its own; `per_sample` makes a second module with the same one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction, self.scale = "mean", nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs * self.scale, y, reduction=self.reduction)
+
+
+def test_a_criterion_with_a_parameter_is_compared_with_its_trace() -> None:
+    """The first step ended with an error: the parameter was counted once, and its gradient twice."""
+    gradients = []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        model, loss = nn.Linear(8, 5), Scaled()
+        step = batchtrim.TrimmedForward(model, loss, batchtrim.Trimmer(0.4), engine)
+        step(torch.randn(12, 8), torch.arange(12) % 5).backward()
+        gradients.append([model.weight.grad, loss.scale.grad])
+        assert step.last.engine == engine
+    torch.testing.assert_close(*gradients)
