@@ -55,6 +55,55 @@ def test_a_language_model_is_exact_and_cut_down_to_its_last_attention(shift: boo
     assert upper.count("aten.mm.default") >= 2 + 2 * 3, "the head and the last block's three layers"
 
 
+class Translator(nn.Module):
+    """An encoder and a decoder; a recurrent layer instead has a trace for one length only."""
+
+    def __init__(self, recurrent: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(WORDS, 8), nn.Linear(8, WORDS)
+        made = nn.GRU(8, 8, batch_first=True) if recurrent else nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
+        self.layers = made
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        if isinstance(self.layers, nn.GRU):
+            return self.head(self.layers(self.embed(target))[0])
+        return self.head(self.layers(self.embed(source), self.embed(target)))
+
+
+def by_tokens(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
+
+
+@pytest.mark.slow
+def test_a_translation_has_as_many_rows_as_its_target_has_tokens() -> None:
+    torch.manual_seed(0)
+    model = Translator()
+    steps = {
+        engine: batchtrim.TrimmedForward(model, by_tokens, batchtrim.Trimmer(0.4, unit="element"), engine)
+        for engine in ("exact", "shared")
+    }
+    for source, target in ((9, 6), (9, 6), (5, 7), (8, 3)):
+        x = torch.randint(WORDS, (6, source)), torch.randint(WORDS, (6, target))
+        y = torch.randint(WORDS, (6, target))
+        found = {}
+        for engine, step in steps.items():
+            model.zero_grad()
+            step(x, y).backward()
+            found[engine] = gradient(model)
+        assert error(found["exact"], found["shared"]) <= 1e-5
+    engine = steps["shared"].engine
+    assert engine.capture.traces == 1
+    assert engine.trace.cost(True).share > 0.1
+
+
+@pytest.mark.slow
+def test_a_recurrent_layer_fixes_the_number_of_tokens_and_the_refusal_says_so() -> None:
+    step = batchtrim.TrimmedForward(Translator(True), by_tokens, batchtrim.Trimmer(0.5, unit="element"), "shared")
+    x = torch.randint(WORDS, (6, 4))
+    with pytest.raises(EngineRefused, match="takes their number, 4, for a constant, as a recurrent layer does"):
+        step((x, x), x)
+
+
 @pytest.mark.slow
 def test_only_the_kept_tokens_of_the_head_are_saved() -> None:
     torch.manual_seed(0)

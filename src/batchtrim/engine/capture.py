@@ -24,7 +24,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchtrim.engine.checkpoints import done_again
-from batchtrim.engine.graphs import boxed, executable
+from batchtrim.engine.graphs import boxed, executable, with_gradients
 from batchtrim.engine.reasons import cause_of, told
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class Capture:
         if not _KEEPS_CHECKS:
             fx.node.has_side_effect(torch.ops.aten._linalg_check_errors.default)
         with _draws_kept(), _nothing_donated():
-            return backend(graph, inputs)
+            return backend(with_gradients(graph), inputs)
 
 
 @contextlib.contextmanager

@@ -368,15 +368,18 @@ def _counts(size: int, batch: int) -> bool:
 
 
 def _row_sizes(x: Any, y: Any, forward: Forward) -> list[tuple[Tensor, int]]:
-    """Return the tensors of a batch that hold rows, each with the dimension along which it holds them."""
+    """Return the tensors of a batch that hold rows, each with the dimension along which it holds them.
+
+    Tokens are counted by inputs or targets: a translation's source has another number of them than its target.
+    """
     dim = forward.batch_dim
     batch = _rows(x, dim)
-    tokens = _rows(x, 1) if forward.unit == "element" else None
+    tokens = {_rows(x, 1), _rows(y, 1)} if forward.unit == "element" else ()
     found: list[tuple[Tensor, int]] = []
     for part, at in ((x, dim), (y, 0)):
         for tensor in tensors_of(part):
             if tensor.ndim > at and _counts(tensor.shape[at], batch):
                 found.append((tensor, at))
-                if tokens is not None and tensor.ndim > 1 and tensor.shape[1] == tokens:
+                if tensor.ndim > 1 and tensor.shape[1] in tokens:
                     found.append((tensor, 1))
     return found

@@ -17,7 +17,7 @@ from batchtrim.engine.capture import CannotCapture, OneBatchSize, expression_of,
 from batchtrim.engine.compiled import CompiledStep
 from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
-from batchtrim.engine.graphs import any_strides, executable, without_dead_draws
+from batchtrim.engine.graphs import any_strides, executable, without_dead_draws, without_passed_on
 from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, RowLayout, exact_ratio, factor_of
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
@@ -120,7 +120,7 @@ class SlicedStep:
             pin(node)
         forward, backward = split()
         without_dead_draws(backward.graph)
-        _without_passed_on(backward.graph, self.losses, leaves)
+        without_passed_on(backward.graph, self.losses, leaves)
         backward.recompile()
         self.outputs, self._written = outputs, outputs - own
         if self.compiled is not None and not any_strides(backward):
@@ -332,19 +332,6 @@ def _layout(node: fx.Node) -> Layout | None:
     return found[0] if found else None
 
 
-def _without_passed_on(graph: fx.Graph, losses: str, leaves: Sequence[bool]) -> None:
-    """Give no gradient to a leaf that the forward only writes into: a trace would give it that of its new value.
-
-    A leaf is written into without a graph. A tensor with a graph (a batch from another network) does get that gradient.
-    """
-    (output,) = graph.find_nodes(op="output")
-    if len(output.args[0]) != len(leaves):
-        return
-    passed_on = {n for n in graph.find_nodes(op="placeholder") if "tangents" in n.name and n.name != losses}
-    pairs = zip(output.args[0], leaves, strict=True)
-    output.args = ([None if leaf and each in passed_on else each for each, leaf in pairs],)
-
-
 def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes of a joint graph that are tangents or depend on them."""
     found: set[fx.Node] = set()
@@ -384,6 +371,11 @@ def _row_symbols(
                 lost = None if counted is None else tokens - counted
                 if lost == 0 or getattr(lost, "is_Integer", False):
                     return (batch, tokens), int(lost)  # type: ignore[arg-type]
+        if fixed := next((shape[1] for shape in shapes if exact_ratio(size, shape[0]) == shape[-1] != size), None):
+            raise CannotCapture(
+                f"unit='element' takes tokens as rows, and its code takes their number, {fixed}, for a constant, as a "
+                "recurrent layer does"
+            )
         raise CannotCapture("unit='element' takes tokens as rows, and no input (B, T) has one for each loss")
     several = next((factor_of(size, each) for each in getattr(size, "free_symbols", ())), None)
     if isinstance(several, int) and several > 1:

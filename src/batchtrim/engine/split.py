@@ -111,7 +111,10 @@ def split_backward(
     lower_outputs = list(dict.fromkeys(node for node in wanted if not verdicts[node].vanishes))
     sizes, same = (_kept_sizes(graph, symbols), _cut_by_slices(proof)) if len(symbols) > 1 else ({}, set())
     upper = _extract(module, upper_outputs, set(sizes), same, proof)
-    upper.sizes = sizes
+    upper.sizes = {node: each for node, each in sizes.items() if each is not None}
+    for node in upper.inputs:
+        if sizes.get(node, _kept_size) is None:
+            raise CannotCapture(f"it has a size, {node.meta['val']}, that does not exist for kept tokens alone")
     lower = _extract(module, lower_outputs, set(frontier))
     beside = _extract(module, upper.beside)
     cuts: dict[int, RowLayout] = {}
@@ -123,17 +126,17 @@ def split_backward(
     return Slices(upper, lower, beside, proof, cuts, whole)
 
 
-def _kept_sizes(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...]) -> dict[fx.Node, Callable[[int], int]]:
-    """Return every symbolic size for k samples of one token each."""
-    sizes: dict[fx.Node, Callable[[int], int]] = {}
+def _kept_sizes(graph: fx.Graph, symbols: tuple[sympy.Symbol, ...]) -> dict[fx.Node, Callable[[int], int] | None]:
+    """Return every symbolic size for k samples of one token each, None where it does not exist."""
+    sizes: dict[fx.Node, Callable[[int], int] | None] = {}
     for node in graph.nodes:
         if isinstance(node.meta.get("val"), torch.SymInt):
             sizes[node] = _kept_size(sympy.factor(expression_of(node.meta["val"])), symbols)
     return sizes
 
 
-def _kept_size(size: Any, symbols: tuple[sympy.Symbol, ...]) -> Callable[[int], int]:
-    """Return ``c * k`` for ``c * batch * (tokens - lost)``, and likewise for either factor alone."""
+def _kept_size(size: Any, symbols: tuple[sympy.Symbol, ...]) -> Callable[[int], int] | None:
+    """Return ``c * k`` for ``c * batch * (tokens - lost)``, and likewise for either factor alone; None for others."""
     batch, tokens = symbols
     factor, rows = 1, False
     for each in sympy.Mul.make_args(sympy.sympify(size)):
@@ -142,7 +145,7 @@ def _kept_size(size: Any, symbols: tuple[sympy.Symbol, ...]) -> Callable[[int], 
         elif each.is_Integer:
             factor *= int(each)
         elif not (each == tokens or (each.free_symbols == {tokens} and (each - tokens).is_Integer)):
-            raise CannotCapture(f"it has a size, {size}, that does not exist for kept tokens alone")
+            return None
     return (lambda k: factor * k) if rows else (lambda k: factor)
 
 
