@@ -77,6 +77,8 @@ class Spec:
             made = torch.rand(shape) > 0.4
         elif self.dtype == INT:
             made = torch.randint(0, max(self.below, 1), shape)
+        elif self.dtype == torch.int32:  # pivots of a matrix, which count from 1
+            made = torch.randint(1, 1 + max(self.below, 1), shape, dtype=torch.int32)
         elif self.low is not None:
             made = torch.rand(shape, dtype=self.dtype) + self.low
         else:

@@ -31,6 +31,8 @@ def z(*shape: Any) -> Spec:
     return Spec(shape, COMPLEX)
 
 
+_POINTS = [((a, c), (b, c)), ((d, a, c), (d, b, c)), ((d, a, c), (b, c)), ((a, c), (d, b, c))]  # of distances
+
 # name, or name.overload: arguments; a dict at the end holds those by keyword
 TABLE: list[tuple[str, tuple[Any, ...]]] = [
     ("mm", (f(a, b), f(b, c))),
@@ -42,8 +44,26 @@ TABLE: list[tuple[str, tuple[Any, ...]]] = [
     ("baddbmm", (f(a, b, d), f(a, b, c), f(a, c, d))),
     ("addmv", (f(a), f(a, b), f(b))),
     ("addbmm", (f(b, d), f(a, b, c), f(a, c, d))),
-    ("_cdist_backward", (f(a, b), f(a, c), f(b, c), 2.0, f(a, b, low=0.5))),
-    ("_cdist_backward", (f(d, a, b), f(d, a, c), f(d, b, c), 1.0, f(d, a, b, low=0.5))),
+    *(("_cdist_forward", (f(*x), f(*y), p, None)) for p in (1.0, 2.0) for x, y in _POINTS),
+    *(("_cdist_backward", (f(*x[:-1], y[-2]), f(*x), f(*y), p, f(*x[:-1], y[-2], low=0.5)))
+      for p in (1.0, 2.0) for x, y in _POINTS[:3]),
+    ("_cdist_backward", (f(d, a, b), f(a, c), f(d, b, c), 2.0, f(d, a, b, low=0.5))),
+    *((name, (f(a, 3, 3),))
+      for name in ("linalg_inv_ex", "_linalg_det", "_linalg_slogdet", "linalg_lu_factor_ex", "linalg_lu",
+                   "linalg_matrix_exp", "cholesky_inverse", "linalg_qr", "linalg_cholesky_ex", "_linalg_eigh",
+                   "_linalg_svd")),
+    *((name, (f(a, b, 3, 3), f(*y, 3, 2))) for name in ("_linalg_solve_ex",) for y in ((a, b), (b,), (a, 1))),
+    ("_linalg_solve_ex", (f(a, 3, 3), f(a, 3))),
+    ("_linalg_solve_ex", (f(3, 3), f(a, 3, 2))),
+    ("_linalg_solve_ex", (f(a, 3, 3), f(3, a))),
+    ("linalg_solve_triangular", (f(a, 3, 3), f(a, 3, b), {"upper": True})),
+    ("linalg_solve_triangular", (f(3, 3), f(a, 3, 2), {"upper": False})),
+    ("triangular_solve", (f(a, 3, 2), f(a, 3, 3))),
+    ("cholesky_solve", (f(a, 3, 2), f(a, 3, 3))),
+    ("lu_unpack", (f(a, 3, 3), Spec((a, 3), torch.int32, 3))),
+    ("linalg_lu_solve", (f(a, 3, 3), Spec((a, 3), torch.int32, 3), f(a, 3, b))),
+    ("linalg_lu_solve", (f(a, 3, 3), Spec((a, 3), torch.int32, 3), f(3, b), {"adjoint": True})),
+    ("linalg_householder_product", (f(a, 3, 2), f(a, 2))),
     ("view", (f(a, b, c), [a * b, c])),
     ("view", (f(a, b * c), [a, b, c])),
     ("view", (f(a * b, c), [a, b, c])),
@@ -156,6 +176,13 @@ TABLE: list[tuple[str, tuple[Any, ...]]] = [
     ("replication_pad3d", (f(a, b, c, d), [1, 0, 2, 1, 0, 0])),
     ("diagonal", (f(a, b, c), 0, 1, 2)),
     ("diagonal", (f(a, b),)),
+    ("diagonal_scatter", (f(a, 3, 3), f(a, 3), 0, 1, 2)),
+    ("diagonal_scatter", (f(3, a, 4, b), f(a, b, 2), 1, 0, 2)),
+    ("diagonal_scatter", (f(3, a, 3), f(a, 3), 0, -1, 0)),
+    ("diagonal_scatter", (f(a, b), f(2), 0, 0, 1)),
+    ("diagonal_backward", (f(a, 3), [a, 3, 3], 0, -2, -1)),
+    ("diagonal_backward", (f(a, b, 2), [3, a, 4, b], -1, 0, 2)),
+    ("diagonal_backward", (f(b, a), [a, b, a], 0, 0, 2)),
     ("diagonal", (f(a, b, c), 1, 0, -1)),
     ("unfold", (f(a, b, c), 1, 2, 1)),
     ("unfold", (f(a, b), -1, 2, 1)),
@@ -207,6 +234,14 @@ TABLE: list[tuple[str, tuple[Any, ...]]] = [
     ("convolution", (f(a, 4, 6), f(4, 2, 3), f(2), [2], [1], [1], True, [0], 1)),
     ("convolution", (f(1, b, c + 4), f(2, b, 3), None, [1], [1], [1], False, [0], 1)),
     ("convolution", (f(a, 4, 6), f(2, 4, 3), f(2), [1], [a], [a], False, [0], 1)),
+    # each sample by kernels of its own
+    ("convolution", (f(1, a * 4, 6), f(a * 2, 4, 3), f(a * 2), [1], [1], [1], False, [0], a)),
+    ("convolution", (f(2, a * 4, 6), f(a * 6, 2, 3), None, [2], [0], [1], False, [0], 2 * a)),
+    ("convolution", (f(1, a * 4, 6), f(a * 4, 2, 3), None, [2], [0], [1], True, [0], a)),
+    ("convolution_backward", (f(1, a * 2, 6), f(1, a * 4, 6), f(a * 2, 4, 3), [a * 2], [1], [1], [1], False, [0], a,
+                              [True] * 3)),
+    ("convolution_backward", (f(1, a * 4, 13), f(1, a * 4, 6), f(a * 4, 2, 3), [0], [2], [0], [1], True, [0], 2 * a,
+                              [True, True, False])),
     ("convolution_backward", (f(a, 2, 6), f(a, 4, 6), f(2, 4, 3), [2], [1], [1], [1], False, [0], 1, [True] * 3)),
     ("convolution_backward", (f(a, 2, 6), f(a, 4, 6), f(2, 4, 3), [2], [1], [1], [1], False, [0], 1,
                               [True, False, False])),

@@ -31,7 +31,7 @@ NOT_SHOWN = {
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward",
     "cudnn_batch_norm", "cudnn_batch_norm_backward", "miopen_batch_norm", "_batch_norm_with_update_functional",
     "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided",
-    "as_strided", "as_strided_scatter", "diagonal_scatter", "_reshape_alias",
+    "as_strided", "as_strided_scatter", "_reshape_alias",
     "_fused_rms_norm_backward", "randint_like", "bernoulli", "exponential", "normal_functional", "random", "uniform",
     "rrelu", "rrelu_with_noise_functional", "celu",
 }  # fmt: skip

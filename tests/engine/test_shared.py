@@ -44,6 +44,10 @@ EXACT = {
     "buffers": (zoo.Counter, zoo.vectors),
     "spectral_norm": (zoo.spectral, zoo.vectors),
     "lstm": (lambda: zoo.Recurrent(layers=1), lambda batch: zoo.tokens(batch, 3)),
+    "prototypes": (zoo.Prototypes, zoo.vectors),
+    "own_kernels": (zoo.OwnKernels, zoo.images),
+    "transformed": (zoo.Transformed, zoo.images),
+    "matrices": (zoo.Matrices, zoo.vectors),
 }
 
 # rows meet: exact all the same, and whole from there on; the operator that mixes, and how

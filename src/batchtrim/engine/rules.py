@@ -186,7 +186,12 @@ def _no_count_as_number(call: Call) -> None:
         if isinstance(value, Value) or not holds(value, call.symbols):
             continue
         numeric = any(kind in str(argument.type) for kind in ("number", "float", "Tensor"))
-        placed = {"stride": _WITH_STRIDES, "start": ("slice", "slice_backward") if call.rows else ()}
+        placed = {
+            "stride": _WITH_STRIDES,
+            "start": ("slice", "slice_backward") if call.rows else (),
+            "groups": _WITH_GROUPS,
+            "bias_sizes": _WITH_GROUPS,
+        }
         if name != "arange" and (numeric or not (argument.name in _SIZES or name in placed.get(argument.name, ()))):
             raise Mixes("it computes with the number of rows")
 
@@ -196,6 +201,7 @@ _SIZES = (
     "N", "end", "size", "length", "sizes", "shape", "repeats", "input_size", "input_sizes", "split_sizes", "self_size",
 )  # fmt: skip
 _WITH_STRIDES = ("empty_strided", "new_empty_strided", "as_strided", "_reshape_alias")
+_WITH_GROUPS = ("convolution", "convolution_backward")
 
 
 def _no_own_numbers(call: Call) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.layout import Axis, Layout, Mixes, RowLayout, Whole
-from batchtrim.engine.rules import Call, Value, aligned, not_along, one_with_rows, rule
+from batchtrim.engine.layout import Axis, Layout, Mixes, RowLayout, Whole, exact_ratio, factor_of
+from batchtrim.engine.rules import Call, Value, aligned, holds, not_along, one_with_rows, rule
 
 __all__ = ["BATCH_NORM_BACKWARD", "only_batch", "summed_gradients"]
 
@@ -42,6 +42,9 @@ def only_batch(call: Call, values: list[Value | None], dims: tuple[int, ...] = (
 
 @rule("convolution")
 def convolution(call: Call) -> Layout:
+    if holds(call["groups"], call.symbols):
+        _own_kernels(call, call["input"], call["weight"], call["bias"])
+        return RowLayout((Axis(1, 1, exact_ratio(call.out.shape[1], call.symbols[0])),))
     _whole(call["weight"], "weight")
     _whole(call["bias"], "bias")
     return RowLayout(only_batch(call, [call["input"]]))
@@ -49,11 +52,35 @@ def convolution(call: Call) -> Layout:
 
 @rule("convolution_backward")
 def convolution_backward(call: Call) -> list[Layout]:
-    _whole(call["weight"], "weight")
     gradient = call["grad_output"]
+    if holds(call["groups"], call.symbols):
+        x, weight = call["input"], call["weight"]
+        _own_kernels(call, x, weight, None)
+        _own_kernels(call, gradient, weight, None)
+        bias = RowLayout((Axis(0, 1, exact_ratio(gradient.shape[1], call.symbols[0])),))
+        return [replace(each, vanish=gradient.zero) for each in (x.layout, weight.layout, bias)]
+    _whole(call["weight"], "weight")
     rows = RowLayout(only_batch(call, [gradient, call["input"]]), gradient.zero)
     total = summed_gradients(call, gradient) if any(call["output_mask"][1:]) else Whole()
     return [rows, total, total]
+
+
+def _own_kernels(call: Call, x: Value, weight: Value, bias: Value | None) -> None:
+    """Check that a convolution of g groups for each row convolves every row with kernels of its own.
+
+    The rows then lie sample by sample along the channels, which ``groups = g * s`` divides evenly.
+    """
+    each = factor_of(call["groups"], call.symbols[0])
+    if len(call.symbols) > 1 or not isinstance(each, int):
+        raise Mixes("it computes with the number of rows")
+    for value, dim in ((x, 1), (weight, 0), (bias, 0)):
+        if value is None or (value is bias and isinstance(bias.layout, Whole)):
+            continue
+        axis = value.layout.axes[0] if isinstance(value.layout, RowLayout) else None
+        if axis is None or axis.dim != dim or axis.outer != 1:
+            raise Mixes("it puts different rows together")
+        if value is not bias and exact_ratio(value.shape[dim], call["groups"]) is None:
+            raise Mixes("its groups do not divide a row")
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -150,6 +177,7 @@ _SPATIAL = (
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_trilinear3d", "im2col", "col2im", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "grid_sampler_2d", "grid_sampler_3d",
 )  # fmt: skip
+_LINEAR = ("avg", "upsample", "im2col", "col2im", "shuffle", "grid_sampler")  # zero if the first operand is
 _SPATIAL_BACKWARD = (
     *(f"{name}_backward" for name in _SPATIAL),
     "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward",
@@ -163,7 +191,7 @@ def spatial(call: Call) -> list[Layout]:
     if any(isinstance(value.layout, Whole) for value in call.values):
         raise Mixes("one of its inputs belongs to no row")
     name = name_of(call.func)
-    vanish = call.values[0].zero and (name.endswith("_backward") or "avg" in name or "upsample" in name)
+    vanish = call.values[0].zero and (name.endswith("_backward") or any(each in name for each in _LINEAR))
     dims = tuple(range(call.values[0].ndim - len(call["padding"]) // 2)) if "_pad" in name else (0,)
     return [RowLayout(only_batch(call, list(call.values), dims), vanish)] * len(call.outputs)
 

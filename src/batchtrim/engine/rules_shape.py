@@ -278,18 +278,38 @@ def view_as_complex(call: Call) -> Layout:
     return layout
 
 
-@rule("diagonal", "unfold", "as_strided", "diagonal_scatter", "as_strided_scatter")
+@rule("diagonal", "unfold", "as_strided", "as_strided_scatter")
 def strided(call: Call) -> Layout:
     value, layout = one_with_rows(call)
     if name_of(call.func) == "unfold":
         not_along(layout, [call["dimension"]], value.ndim)
         return layout
     if name_of(call.func) == "diagonal":
-        a, b = call["dim1"] or 0, 1 if call["dim2"] is None else call["dim2"]
-        not_along(layout, [a, b], value.ndim)
-        gone = {a % value.ndim, b % value.ndim}
+        gone = _of_diagonal(call, value.ndim)
+        not_along(layout, gone, value.ndim)
         return layout.moved([dim - sum(g < dim for g in gone) for dim in range(value.ndim)])
     raise Mixes("it reads memory past the shape of its tensor")
+
+
+@rule("diagonal_scatter", "diagonal_backward")
+def to_diagonal(call: Call) -> Layout:
+    """Write a diagonal, the last dimension of its operand, into a tensor, or among zeros."""
+    base, given = call["self"], call["src"] or call["grad_output"]
+    gone = _of_diagonal(call, call.out.ndim)
+    others = [dim for dim in range(call.out.ndim) if dim not in gone]
+    layout = given.layout
+    if isinstance(layout, RowLayout):
+        not_along(layout, [-1], given.ndim)
+        layout = layout.moved([*others, None])
+    spread = Value(call.out.shape, layout)
+    found = RowLayout(aligned(call, call.out, [spread] if base is None else [base, spread]))
+    not_along(found, gone, call.out.ndim)
+    return replace(found, vanish=given.zero and (base is None or base.zero))
+
+
+def _of_diagonal(call: Call, ndim: int) -> list[int]:
+    """Return the two dimensions that a diagonal goes through."""
+    return [(call["dim1"] or 0) % ndim, (1 if call["dim2"] is None else call["dim2"]) % ndim]
 
 
 @rule("slice_scatter", "select_scatter")

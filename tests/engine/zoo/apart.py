@@ -276,3 +276,68 @@ class LanguageModel(nn.Module):
             h = h + layer["out"](mixed)
             h = h + layer["mlp"](h)
         return self.norm(h) @ self.embed.weight.t()
+
+
+class Prototypes(nn.Module):
+    """A radial basis layer over distances to prototypes, below a head of prototypes of tokens; p = 1 and 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.near, self.mix = nn.Linear(8, 6), nn.Parameter(torch.randn(9, 6)), nn.Linear(9, 12)
+        self.classes = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis = torch.exp(-torch.cdist(self.lift(x).tanh(), self.near))
+        return -torch.cdist(self.mix(basis).unflatten(1, (3, 4)), self.classes, p=1.0).amin(1)
+
+
+class OwnKernels(nn.Module):
+    """Each sample is convolved with kernels made of it: groups of one convolution, then of a transposed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.style, self.weight, self.head = (
+            nn.Linear(3, 3),
+            nn.Parameter(torch.randn(4, 3, 3, 3) * 0.3),
+            nn.Linear(3, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        style = 1 + self.style(x.mean((2, 3)))
+        weight = (self.weight * style[:, None, :, None, None]).flatten(0, 1)
+        x = F.conv2d(x.reshape(1, -1, height, width), weight, padding=1, groups=batch).relu()
+        x = F.conv_transpose2d(x, weight, style.flatten(), stride=2, groups=batch)
+        return self.head(x.unflatten(1, (batch, 3)).mean((0, 3, 4)))
+
+
+class Transformed(nn.Module):
+    """A spatial transformer, patches, and sub-pixel convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where, self.patches, self.finer = nn.Linear(192, 6), nn.Linear(12, 12), nn.Conv2d(3, 12, 3, padding=1)
+        self.head = nn.Conv2d(3, 5, 3)
+        nn.init.normal_(self.where.weight, std=0.01)
+        self.where.bias.data = torch.eye(2, 3).flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = F.affine_grid(self.where(x.flatten(1)).unflatten(1, (2, 3)), list(x.shape), align_corners=False)
+        x = F.grid_sample(x, grid, align_corners=False)
+        x = F.fold(self.patches(F.unfold(x, 2, stride=2).mT).tanh().mT, x.shape[-2:], 2, stride=2)
+        return self.head(F.pixel_shuffle(self.finer(x), 2)).mean((2, 3))
+
+
+class Matrices(nn.Module):
+    """Each sample has matrices of its own: solved, inverted, decomposed, with the logarithm of a determinant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.head = nn.Linear(8, 9), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.lift(x).unflatten(1, (3, 3))
+        spd = a @ a.mT + torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+        solved = torch.linalg.solve(spd, a[:, 0]) + torch.cholesky_solve(a[..., :1], torch.linalg.cholesky(spd))[..., 0]
+        values = torch.linalg.eigh(spd)[1].square().mT @ torch.linalg.inv(spd).diagonal(dim1=1, dim2=2)[..., None]
+        return self.head(torch.cat([solved, values[..., 0]], 1)) * torch.linalg.slogdet(spd)[1][:, None]
