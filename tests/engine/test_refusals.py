@@ -186,6 +186,12 @@ def test_the_line_that_is_named_is_one_that_has_source() -> None:
     assert told_with_it == reason
 
 
+def test_an_error_of_the_tracer_alone_is_not_said_to_be_the_models() -> None:
+    """As where torch 2.13 reads ``dict(parameter_dict)``."""
+    lines = ["Observed exception", "  Developer debug context: raised exception ValueError('too many values')"]
+    assert told(RuntimeError("\n".join(lines))) == "its trace raises ValueError: too many values"
+
+
 def test_a_size_is_fixed_by_a_line_of_the_model_or_by_none_that_is_named() -> None:
     assert line_of("y = x.view(12, -1)  # own/model.py:3 in forward") == "`y = x.view(12, -1)` (model.py:3)"
     assert line_of("if isinstance(x, dict):  # src/batchtrim/engine/shared.py:315 in step_1") == ""

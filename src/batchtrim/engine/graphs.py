@@ -177,5 +177,6 @@ def with_gradients(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
-    table = torch._decomp.decomposition_table
+    from torch._decomp import decomposition_table as table
+
     return table[torch.ops.aten.affine_grid_generator.default](theta, size, bool(align_corners))

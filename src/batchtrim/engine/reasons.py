@@ -37,7 +37,8 @@ def told(cause: BaseException) -> str:
     if not lines:
         return f"it cannot be traced as one graph ({type(cause).__name__})"
     if lines[0] == "Observed exception" and (raised := _RAISED.search(str(cause))) is not None:
-        return raised[3] if raised[1] == "CannotCapture" else f"it raises {raised[1]}{_place(lines)}: {raised[3]}"
+        ours = raised[1] == "CannotCapture"
+        return raised[3] if ours else f"its trace raises {raised[1]}{_place(lines)}: {raised[3]}"
     if "only concrete integers" in lines[0]:
         return f"it cannot be traced as one graph{_place(lines)}: an operator takes a size of the batch for a number"
     explained = next((f" {line}" for line in lines if line.startswith("Explanation: ")), "")

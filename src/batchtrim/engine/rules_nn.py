@@ -73,9 +73,10 @@ def _own_kernels(call: Call, x: Value, weight: Value, bias: Value | None) -> Non
     each = factor_of(call["groups"], call.symbols[0])
     if len(call.symbols) > 1 or not isinstance(each, int):
         raise Mixes("it computes with the number of rows")
-    for value, dim in ((x, 1), (weight, 0), (bias, 0)):
-        if value is None or (value is bias and isinstance(bias.layout, Whole)):
-            continue
+    given = [(x, 1), (weight, 0)]
+    if bias is not None and not isinstance(bias.layout, Whole):
+        given.append((bias, 0))
+    for value, dim in given:
         axis = value.layout.axes[0] if isinstance(value.layout, RowLayout) else None
         if axis is None or axis.dim != dim or axis.outer != 1:
             raise Mixes("it puts different rows together")

@@ -39,14 +39,14 @@ def contraction(call: Call) -> Layout:
 def distances(call: Call) -> Layout:
     """Compare ``x1[p]`` with ``x2[r]`` over their features m: distances are not zero where a point is."""
     points = [_not_zero(call["x1"]), _not_zero(call["x2"])]
-    return contract(call.symbols, _letters(points, "pm", "rm"), *_letters([call.out], "pr"), points)
+    return contract(call.symbols, _letters(points, "pm", "rm"), _letters([call.out], "pr")[0], points)
 
 
 @rule("_cdist_backward")
 def distances_backward(call: Call) -> Layout:
     """Sum ``grad[p, r] * f(x1[p], x2[r])`` over r, where f is a distance's derivative; only ``grad`` makes it zero."""
     values = [call["grad"], *(_not_zero(call[name]) for name in ("x1", "x2", "cdist"))]
-    return contract(call.symbols, _letters(values, "pr", "pm", "rm", "pr"), *_letters([call.out], "pm"), values)
+    return contract(call.symbols, _letters(values, "pr", "pm", "rm", "pr"), _letters([call.out], "pm")[0], values)
 
 
 def _not_zero(value: Value) -> Value:
