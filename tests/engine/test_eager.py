@@ -54,6 +54,24 @@ def test_without_low_precision_the_same_gradient_is_another_one() -> None:
     assert own.difference(losses.values, outputs, coarse=False) is not None
 
 
+def test_a_criterion_with_parameters() -> None:
+    """Uncertainty weights, a temperature: they were counted twice, "zip() argument 2 is longer than argument 1"."""
+
+    class Temperature(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.t, self.reduction = nn.Parameter(torch.tensor(1.5)), "mean"
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return nn.functional.mse_loss(outputs * self.t, targets, reduction=self.reduction)
+
+    model, x, y = nn.Linear(5, 2), torch.randn(8, 5), torch.randn(8, 2)
+    forward = batchtrim.TrimmedForward(model, Temperature(), batchtrim.Trimmer(0.5)).forward
+    own = EagerStep(forward, x, y, gradients=True)
+    losses, outputs = forward(x, y, model=model)
+    assert own.difference(losses.values, outputs, coarse=False) is None
+
+
 @pytest.mark.slow
 def test_a_trace_of_a_model_that_changes_its_attributes_is_compared_in_two_steps() -> None:
     """The first run cannot show that a trace takes the value for a constant."""
