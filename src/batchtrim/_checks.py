@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import math
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeGuard, TypeVar
 
 from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRange, install_hint, nearest
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def first_line(error: BaseException, most: int = 160) -> str:
@@ -231,6 +233,11 @@ def check_losses(losses: Any, name: str = "losses", *, allow_empty: bool = False
         )
     if dtype.itemsize == 1:
         raise TypeError(f"expected `{name}` in half precision or more, got dtype {dtype}. Convert: losses.float().")
+    if type(losses).__name__ == "MaskedTensor":
+        raise TypeError(
+            f"expected `{name}` to be a plain tensor, got a MaskedTensor. Give its parts: "
+            "trim(losses.get_data(), mask=losses.get_mask())."
+        )
     if losses.layout is not torch.strided or losses.is_nested:
         raise TypeError(
             f"expected `{name}` to be dense, got {'a nested tensor' if losses.is_nested else losses.layout}. "
@@ -322,6 +329,26 @@ def check_state(state: Any, names: Iterable[str], what: str) -> None:
     if missing:
         got = f"one without '{missing[0]}'" if isinstance(state, dict) else describe(state)
         raise ValueError(f"expected the state of {what}, got {got}. It was saved by something else, or is damaged.")
+
+
+def by_name(function: Callable[P, T]) -> Callable[P, T]:
+    """Say what to write where arguments that a method takes by name alone are given by position."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    placed = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    named = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = args[1 + len(placed) :]
+        if given:
+            written = [f"{name}={describe(value)}" for name, value in zip(named, given, strict=False)]
+            raise TypeError(
+                f"expected all after `{placed[-1]}` of {type(args[0]).__name__} by name, got {len(given)} by position. "
+                f"Did you mean {', '.join(written)}? The first names are {', '.join(named[:5])}."
+            )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def import_extra(module: str, extra: str, wanted_by: str) -> ModuleType:

@@ -6,7 +6,6 @@ the entries that count, and CTC first divides each sample by the length of its t
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import itertools
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn._reduction import legacy_get_string
 
 from batchtrim._checks import describe
+from batchtrim._criterion_errors import WAY_OUT, hooked, of_torchscript, why_reduced
 from batchtrim.errors import PassUnreducedLosses
 from batchtrim.unreduced import Losses
 
-__all__ = ["Criterion", "check_values", "not_its_own", "same_shape"]
+__all__ = ["Criterion", "check_values", "same_shape"]
 
 # Cross-entropy of the logits of a layer of its own, which newer torch has; its function takes that layer's weight, too.
 _LINEAR = tuple(getattr(F, name) for name in ("linear_cross_entropy",) if hasattr(F, name))
@@ -51,29 +51,10 @@ _OF_SAMPLES = (
     F.triplet_margin_with_distance_loss, F.cosine_embedding_loss, F.margin_ranking_loss,
 )  # fmt: skip
 _KNOWN = (*_CLASSES, *_CTC, *_ELEMENTWISE, *_OF_SAMPLES)
-_WAY_OUT = (
-    "Make it with reduction='none', whose losses are averaged, or write a function that returns them as they should "
-    "count: batchtrim.Losses(values, mask, weights)."
-)
 
 
 # A criterion that holds more numbers than this (a network, a memory bank) is not copied and called in every batch.
 _LIGHT = 1 << 16
-
-
-class _Generators:
-    """The state of torch's generators, on the CPU and on the devices of the given tensors."""
-
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        self.devices = {each.device for each in inputs if isinstance(each, Tensor) and each.is_cuda}
-        self._cpu = torch.get_rng_state()
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in self.devices}
-
-    def restore(self) -> None:
-        """Restore that state."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
 
 
 class Criterion:
@@ -85,11 +66,11 @@ class Criterion:
         given: the criterion as it was given.
         call: the same with ``reduction='none'``.
         classes: cross-entropy of class labels, with or without class weights.
-        foreign: not one of torch's, or one that a newer torch has, so its mean has to be checked.
     """
 
     def __init__(self, given: Callable[..., Any], ignore_index: int | None = None) -> None:
         given = getattr(given, "_orig_mod", given)  # compiled: setting an attribute would set it on the module inside
+        self._asked, self._kind = ignore_index, _kind(given)
         if isinstance(given, functools.partial) and not (given.args or given.keywords):
             given = given.func
         function, named = _unwrapped(given)
@@ -106,7 +87,7 @@ class Criterion:
             self._module = None  # its forward takes the reduction, as a function does
         self._named = named
         self._parameters = {} if self._module is not None else _defaults(_function(given))
-        self.foreign = not _is_one(known, _KNOWN)
+        self._torchs = _is_one(known, _KNOWN)
         legacy = [self._parameters.get(name) for name in _LEGACY]
         self._legacy = None if legacy == [None, None] else legacy_get_string(*legacy, emit_warning=False)
         self._settings: dict[str, Any] = {}
@@ -123,6 +104,11 @@ class Criterion:
         vars(self).update(state)
         self.call = self._with(self._settings)
 
+    def refresh(self) -> None:
+        """Read the criterion again if it has become another class or got another forward, as by parametrizations."""
+        if self._module is not None and self._kind != _kind(self.given):
+            self.__init__(self.given, self._asked)
+
     @property
     def reduction(self) -> str | None:
         """The reduction asked for, "mean", "sum" or "batchmean"; None if the criterion has none, or "none"."""
@@ -133,6 +119,11 @@ class Criterion:
         """The label that the criterion itself leaves out, or None."""
         own = self._own("ignore_index")
         return self._settings.get("ignore_index", _IGNORED if own is None and self.classes else own)
+
+    @property
+    def foreign(self) -> bool:
+        """True if it is not one of torch's, or has hooks, or is one of a newer torch: its mean has to be checked."""
+        return not self._torchs or hooked(self.given)
 
     @property
     def light(self) -> bool:
@@ -153,8 +144,11 @@ class Criterion:
         self._check_inputs(inputs)
         try:
             values = self.call(*inputs)
-        except TypeError as error:
-            self._explain_arguments(inputs, error)
+        except Exception as error:
+            if isinstance(error, TypeError):
+                self._explain_arguments(inputs, error)
+            if hooked(self.given):
+                error.add_note(f"batchtrim calls {self.name} with reduction='none': its hooks get un-reduced losses.")
             raise
         if self.adaptive:
             values = -values.output
@@ -171,7 +165,8 @@ class Criterion:
             )
         if values.ndim == 0:
             raise PassUnreducedLosses(
-                f"expected {self.name} to return one loss per sample, got (). {self._why_reduced()}"
+                f"expected {self.name} to return one loss per sample, got (). "
+                + why_reduced(self.given, not self.foreign, self._has("reduction"))
             )
         if self.ctc and self.reduction == "mean":  # as documented: each loss over its target's length, then the mean
             lengths = inputs[3] if len(inputs) > 3 else self._named["target_lengths"]
@@ -196,25 +191,6 @@ class Criterion:
             known = targets.long() if mask is None else torch.where(mask, targets, torch.zeros_like(targets)).long()
             weights = weights[known]
         return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
-
-    def own_call(self, inputs: Sequence[Any]) -> Callable[[], Tensor | None]:
-        """Return a function that computes the criterion's own value for the inputs, or None if that is not one number.
-
-        Make it before the un-reduced call: it draws the same random numbers. It leaves the criterion's state unchanged.
-        """
-        generators = _Generators(inputs)
-        try:
-            criterion = copy.deepcopy(self.given) if isinstance(self.given, nn.Module) else self.given
-        except (RuntimeError, TypeError):  # it holds something that cannot be copied, such as a loss with its graph
-            return lambda: None
-
-        def call() -> Tensor | None:
-            with torch.no_grad(), torch.random.fork_rng(list(generators.devices)):
-                generators.restore()
-                value = criterion(*inputs)
-            return value if isinstance(value, Tensor) and value.ndim == 0 else None
-
-        return call
 
     def _has(self, name: str) -> bool:
         return hasattr(self._module, name) if self._module is not None else name in self._parameters
@@ -253,18 +229,6 @@ class Criterion:
                 f"expected outputs and targets of one shape for {self.name}, got {shapes[0]} and {shapes[1]}. "
                 "They would be broadcast against each other: squeeze or unsqueeze one, or pick the channel."
             )
-
-    def _why_reduced(self) -> str:
-        """Say why the un-reduced losses are one number, and what to do."""
-        if not self.foreign:
-            return "Its inputs are of one sample: give them a batch dimension of 1, as in outputs[None]."
-        takes = "averages in spite of reduction='none'" if self._has("reduction") else "takes no `reduction` by name"
-        return (
-            f"It averages by itself: it {takes}. If it can be told otherwise, bind that: "
-            "per_sample(functools.partial(criterion, reduction='none')). If it is a mean over samples, call it for "
-            "each: per_sample(lambda outputs, targets: torch.stack([criterion(o[None], t[None]) for o, t in "
-            "zip(outputs, targets)])). Otherwise give a criterion that can return un-reduced losses."
-        )
 
     def _explain_arguments(self, inputs: Sequence[Any], error: TypeError) -> None:
         """Raise an error that says what the criterion takes, if the arguments do not fit it."""
@@ -353,6 +317,10 @@ def _unwrapped(criterion: Any) -> tuple[Any, dict[str, Any]]:
             return criterion, named
 
 
+def _kind(criterion: Any) -> tuple[type, Any]:
+    return type(criterion), vars(criterion).get("forward") if isinstance(criterion, nn.Module) else None
+
+
 def _function(criterion: Callable[..., Any]) -> Callable[..., Any]:
     return criterion.forward if isinstance(criterion, nn.Module) else criterion
 
@@ -368,7 +336,10 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _torchs(function: Any) -> Any:
     """Return the class whose forward a module runs, which may be torch's; a function unchanged."""
-    if not isinstance(function, nn.Module):
+    scripted = getattr(function, "original_name", None) if isinstance(function, torch.jit.ScriptModule) else None
+    if any(scripted == each.__name__ for each in (nn.CrossEntropyLoss, nn.NLLLoss)):
+        raise of_torchscript(str(scripted))
+    if not isinstance(function, nn.Module) or "forward" in vars(function):
         return function
     return next((each for each in type(function).__mro__ if "forward" in vars(each)), type(function))
 
@@ -383,14 +354,6 @@ def _reduction(asked: Any) -> str | None:
     if asked not in ("mean", "sum", "batchmean"):
         raise ValueError(
             f"expected `reduction` of the criterion to be 'mean', 'sum', 'batchmean' or 'none', got {describe(asked)}. "
-            f"{_WAY_OUT}"
+            f"{WAY_OUT}"
         )
     return asked
-
-
-def not_its_own(name: str, own: Tensor, ours: Tensor) -> ValueError:
-    """Return the error for a criterion whose own value is not the mean of its un-reduced losses."""
-    return ValueError(
-        f"expected {name} to give the mean of its un-reduced losses, {float(ours):.6g}, got {float(own):.6g}. It "
-        f"uses another divisor. {_WAY_OUT}"
-    )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn  # noqa: F401  (nn for the examples)
 
 from batchtrim._checks import (
+    by_name,
     check_choice,
     check_count,
     check_criterion,
@@ -25,8 +26,10 @@ from batchtrim._checks import (
     describe,
     without_values,
 )
+from batchtrim._criterion_errors import changes_when_called, not_its_own
+from batchtrim._own_value import OwnValue
 from batchtrim._transforms import batched, transforming, unwrapped
-from batchtrim.criteria import Criterion, check_values, not_its_own, same_shape
+from batchtrim.criteria import Criterion, check_values, same_shape
 from batchtrim.unreduced import UNITS, Losses, accumulator, flatten, losses_of
 
 # How often to check the value of a criterion that is expensive to call again.
@@ -75,6 +78,7 @@ class per_sample:
         tensor([0.6931, 0.6931, 0.6931])
     """
 
+    @by_name
     def __init__(self, criterion: Callable[..., Any], *, unit: str = "sample", ignore_index: int | None = None) -> None:
         check_criterion("criterion", criterion)
         self.unit = check_choice("unit", unit, UNITS)
@@ -109,9 +113,11 @@ class per_sample:
                 f"expected what {self._criterion.name} takes in its order, without names, got {sorted(named)}. What is "
                 "the same in every batch can be bound by name: per_sample(functools.partial(criterion, weight=w))."
             )
-        reduction = self._check_unit()
         criterion = self._criterion
-        own = criterion.own_call(inputs) if criterion.foreign and self._to_compare() else None
+        if not torch.compiler.is_compiling():
+            criterion.refresh()
+        reduction = self._check_unit()
+        own = OwnValue(criterion.given, inputs) if self._to_compare() else None
         values = criterion(*inputs)
         if not criterion.classes:  # cross-entropy is always a dense tensor of floating point
             check_losses(values, "criterion(outputs, targets)", allow_empty=True)
@@ -126,7 +132,7 @@ class per_sample:
         else:
             losses = losses_of(values, mask, weights, self.unit, summed)
         if own is not None:
-            self._compare(losses, mask, own)
+            self._compare(losses, mask, own, values)
         return losses
 
     def _check_unit(self) -> str:
@@ -157,22 +163,24 @@ class per_sample:
 
     def _to_compare(self) -> bool:
         """Return True if this call should compare the criterion's own value."""
-        if torch.compiler.is_compiling() or self._criterion.reduction is None:
+        if torch.compiler.is_compiling() or not self._criterion.foreign or self._criterion.reduction is None:
             return False
         self._calls += 1
         return not all(self._seen) or self._calls % _CHECK_EVERY == 0 or self._criterion.light
 
-    def _compare(self, losses: Losses, mask: Tensor | None, own_call: Callable[[], Tensor | None]) -> None:
+    def _compare(self, losses: Losses, mask: Tensor | None, own_value: OwnValue, values: Tensor) -> None:
         """Compare the criterion's own value with the mean of its un-reduced losses."""
         late, self._late = self._late, None
         if late is not None and bool(late[0]):
-            raise not_its_own(self._criterion.name, *late[1:])
+            raise not_its_own(self._criterion.given, *late[1:])
         if transforming() and batched(losses.values):
             if not self._seen[0]:  # nothing can be read here
                 unwrapped(losses.values, f"the first check of {self._criterion.name}, whose divisor is unknown")
             return
-        if losses.values.numel() == 0 or without_values(losses.values) or (own := own_call()) is None:
+        if losses.values.numel() == 0 or without_values(losses.values) or (own := own_value()) is None:
             return
+        if not self._seen[0] and not own_value.repeats(self._criterion, values):
+            raise changes_when_called(self._criterion.name)
         with torch.no_grad():
             total = accumulator(losses.values)
             ours, size = losses.mean().to(total), replace(losses, values=losses.values.abs()).mean().to(total)
@@ -184,7 +192,7 @@ class per_sample:
         if not own.is_cpu and not transforming():
             self._late = (apart, own, ours)
         elif bool(apart):
-            raise not_its_own(self._criterion.name, own, ours)
+            raise not_its_own(self._criterion.given, own, ours)
         if not all(self._seen) and bool(own.isfinite()):
             left_out = mask is not None and not bool(mask.all())
             self._seen = [True, True] if mask is None else [True, self._seen[1] or left_out]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
-from batchtrim._checks import Checked, check_choice, check_count, check_rule, check_state, describe, is_number
+from batchtrim._checks import Checked, by_name, check_choice, check_count, check_rule, check_state, describe, is_number
 from batchtrim._deprecated import record_as_before, trimmer_log
 from batchtrim._transforms import compiling, fixed_shapes, in_backward, outside, settled, transforming
 from batchtrim.choice import Choice
@@ -31,8 +31,7 @@ __all__ = ["Trimmer"]
 
 _STATE_VERSION = 1
 SCOPES = ("local", "global")
-# This many batches of one sample in a row are no accident; a single one may be the last batch of an epoch.
-_SINGLE_ROWS = 3
+_SINGLE_ROWS = 3  # so many batches of one sample in a row are no accident; one may be the last of an epoch
 
 
 class Trimmer:
@@ -87,6 +86,7 @@ class Trimmer:
     scope = Checked[str](check_choice, SCOPES)
     divided_by = 1  # what a trainer's backward divides the loss by; `batchtrim.integrations.accelerate` sets it
 
+    @by_name
     def __init__(
         self,
         keep: Callable[[float], float] | float = linear(1.0, 0.2),  # noqa: B008  (frozen)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -118,9 +118,26 @@ class Losses:
         number = values.numel() if divisor is None else nonzero(divisor.sum(dtype=total))
         return (summed / number).to(values.dtype)
 
+    __array_ufunc__ = None  # NumPy would make an array of objects: array * losses, one `Losses` an entry
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if not hasattr(Tensor, name):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise AttributeError(
+                f"expected an attribute of `Losses`, got .{name}, which tensors have. The trimmed loss is a tensor, "
+                f"trim(losses).{name}; so are the losses of the samples, losses.values.{name}."
+            )
+
     def __add__(self, other: object) -> Losses:
         if is_number(other) and other == 0:  # sum() starts with 0
             return self
+        if is_number(other):
+            raise PassUnreducedLosses(
+                f"expected a term with one loss per sample to add to `Losses`, got {describe(other)}. "
+                "Add it to the trimmed loss: trim(losses) + term."
+            )
         if isinstance(other, Tensor):
             other = Losses(self._checked_term(other), unit=self.unit, reduction=self.reduction)
         if not isinstance(other, Losses):
@@ -139,6 +156,11 @@ class Losses:
             factor = self._checked_factor(factor)
         elif is_number(factor):
             factor = float(factor)  # type: ignore[arg-type]
+        elif hasattr(factor, "__array__"):
+            raise TypeError(
+                f"expected a number or a tensor to scale `Losses` by, got {describe(factor)}. Convert it: "
+                "torch.as_tensor(array, dtype=losses.values.dtype)."
+            )
         else:
             return NotImplemented
         return replace(self, values=self.values * factor, terms=tuple(each * factor for each in self.terms))
@@ -152,10 +174,10 @@ class Losses:
         return self * -1.0
 
     def __sub__(self, other: object) -> Losses:
-        return self + -other if isinstance(other, (Losses, Tensor)) else NotImplemented
+        return self + -other if isinstance(other, (Losses, Tensor)) or is_number(other) else NotImplemented  # type: ignore[operator]
 
     def __rsub__(self, other: object) -> Losses:
-        return other + -self if isinstance(other, Tensor) else NotImplemented
+        return -self + other if isinstance(other, Tensor) or is_number(other) else NotImplemented
 
     def __iter__(self) -> Iterator[Tensor | None]:
         if self.counts is not None or self.reduction != "mean" or self.terms:

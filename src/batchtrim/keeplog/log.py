@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from batchtrim import noise
-from batchtrim._checks import check_count, check_flag, describe
+from batchtrim._checks import by_name, check_count, check_flag, describe
 from batchtrim.distributed import world_size
 from batchtrim.keeplog import batch as batches
 from batchtrim.keeplog import columns, epoch, exchange, parquet
@@ -57,6 +57,7 @@ class KeepLog:
         KeepLog(n=4, 1 batches in 0 epochs)
     """
 
+    @by_name
     @_plain_mode
     def __init__(self, n: int, *, classes: int | None = None, distributed: bool = False, warn: bool = True) -> None:
         self.n = check_count("n", n, hint="It is the number of samples in the data set.")

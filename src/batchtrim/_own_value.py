@@ -1,0 +1,65 @@
+"""The value that a criterion itself gives for a batch, to compare the mean of its un-reduced losses with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["OwnValue"]
+
+
+class OwnValue:
+    """A further call of a criterion. Make it before the un-reduced call: it draws the same random numbers.
+
+    Args:
+        criterion: as it was given. A module's state stays as it is: a copy is called.
+        inputs: of the batch.
+    """
+
+    def __init__(self, criterion: Callable[..., Any], inputs: Sequence[Any]) -> None:
+        self._inputs, self._generators = inputs, _Generators(inputs)
+        self._copied = isinstance(criterion, nn.Module)
+        self._criterion: Callable[..., Any] | None = criterion
+        if self._copied:
+            try:
+                self._criterion = copy.deepcopy(criterion)
+            except (RuntimeError, TypeError):  # it holds something that cannot be copied, such as a loss with its graph
+                self._criterion = None
+
+    def __call__(self) -> Tensor | None:
+        """Return the criterion's own value, or None if that is not one number."""
+        if self._criterion is None:
+            return None
+        value = self._again(self._criterion)
+        return value if isinstance(value, Tensor) and value.ndim == 0 else None
+
+    def repeats(self, unreduced: Callable[..., Any], values: Tensor) -> bool:
+        """True if another un-reduced call gives the same values. A function may have a state, which is not copied."""
+        if self._copied:
+            return True
+        found = self._again(unreduced)
+        return found.shape == values.shape and torch.allclose(found, values, rtol=1e-6, atol=0.0, equal_nan=True)
+
+    def _again(self, call: Callable[..., Any]) -> Any:
+        with torch.no_grad(), torch.random.fork_rng(list(self._generators.devices)):
+            self._generators.restore()
+            return call(*self._inputs)
+
+
+class _Generators:
+    """The state of torch's generators, on the CPU and on the devices of the given tensors."""
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        self.devices = {each.device for each in inputs if isinstance(each, Tensor) and each.is_cuda}
+        self._cpu = torch.get_rng_state()
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in self.devices}
+
+    def restore(self) -> None:
+        """Restore that state."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)

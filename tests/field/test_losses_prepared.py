@@ -1,0 +1,242 @@
+"""What is done to a criterion before it is handed over, or while it is used: hooks, scripts, another forward, parts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import batchtrim
+from batchtrim import Trimmer, per_sample
+from batchtrim.errors import PassUnreducedLosses
+
+WEIGHT = torch.arange(1.0, 6.0)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 5), torch.tensor([4, 0, 1, 2, 3, 4, 0, 1])
+
+
+class TestHooks:
+    """A criterion of torch's with a hook was taken for the criterion alone, and its value never compared."""
+
+    def test_one_that_leaves_labels_out(self) -> None:
+        criterion = nn.CrossEntropyLoss(weight=WEIGHT)
+        criterion.register_forward_pre_hook(lambda _, given: (given[0], torch.where(given[1] == 4, -100, given[1])))
+        with pytest.raises(ValueError, match=r"Its hooks change its losses or its targets\. Write a function"):
+            per_sample(criterion)(*batch())
+
+    def test_one_that_floods_the_mean(self) -> None:
+        criterion = nn.CrossEntropyLoss()
+        criterion.register_forward_hook(lambda _, __, loss: (loss - 1.5).abs() + 1.5)
+        with pytest.raises(ValueError, match="Its hooks change its losses"):
+            per_sample(criterion)(*batch())
+
+    def test_one_that_scales(self) -> None:
+        criterion = nn.CrossEntropyLoss(weight=WEIGHT)
+        criterion.register_forward_hook(lambda _, __, loss: 2.0 * loss)
+        outputs, labels = batch()
+        torch.testing.assert_close(Trimmer(1.0)(per_sample(criterion)(outputs, labels)), criterion(outputs, labels))
+
+    def test_one_that_averages(self) -> None:
+        """It was said that the inputs were of one sample."""
+        criterion = nn.CrossEntropyLoss()
+        criterion.register_forward_hook(lambda _, __, loss: loss.mean())
+        with pytest.raises(PassUnreducedLosses, match="its hooks are called with un-reduced losses"):
+            per_sample(criterion)(*batch())
+
+    def test_one_that_takes_a_number(self) -> None:
+        criterion, seen = nn.CrossEntropyLoss(), []
+        criterion.register_forward_hook(lambda _, __, loss: seen.append(loss.item()))
+        with pytest.raises(RuntimeError) as caught:
+            per_sample(criterion)(*batch())
+        assert "its hooks get un-reduced losses" in caught.value.__notes__[0]
+
+
+class TestAnotherForward:
+    def test_of_the_instance(self) -> None:
+        """It was said that the inputs were of one sample."""
+        criterion = nn.CrossEntropyLoss()
+        own = criterion.forward
+        criterion.forward = lambda outputs, labels: own(outputs / 2, labels)  # type: ignore[method-assign]
+        with pytest.raises(PassUnreducedLosses, match="Make it with reduction='none'"):
+            per_sample(criterion)(*batch())
+        criterion.reduction = "none"  # as the message says
+        outputs, labels = batch()
+        torch.testing.assert_close(
+            Trimmer(1.0)(per_sample(criterion)(outputs, labels)), F.cross_entropy(outputs / 2, labels)
+        )
+
+    def test_weights_in_it_are_compared(self) -> None:
+        criterion = nn.CrossEntropyLoss()
+
+        def weighted(outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+            return F.cross_entropy(outputs, labels, weight=WEIGHT, reduction=reduction)
+
+        criterion.forward = weighted  # type: ignore[method-assign]
+        del criterion.reduction
+        with pytest.raises(ValueError, match="It uses another divisor"):
+            per_sample(criterion)(*batch())
+
+    def test_parametrized_after_it_was_wrapped(self) -> None:
+        """``'Temperature' object has no attribute 't'``: parametrizing gives a module another class."""
+
+        class Temperature(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.t, self.reduction = nn.Parameter(torch.tensor(0.5)), "mean"
+
+            def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+                return F.cross_entropy(outputs * self.t, labels, reduction=self.reduction)
+
+        class Positive(nn.Module):
+            def forward(self, raw: Tensor) -> Tensor:
+                return raw.exp()
+
+        criterion, (outputs, labels) = Temperature(), batch()
+        wrapped = per_sample(criterion)
+        wrapped(outputs, labels)
+        parametrize.register_parametrization(criterion, "t", Positive())
+        torch.testing.assert_close(Trimmer(1.0)(wrapped(outputs, labels)), criterion(outputs, labels))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+class TestTorchScript:
+    @pytest.mark.parametrize("make", [torch.jit.script, lambda one: torch.jit.trace(one, batch())])
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_class_weights_that_cannot_be_read(self, make: Callable[..., Any], reduction: str) -> None:
+        """With reduction "none" the weighted losses were divided by the number of samples."""
+        criterion = make(nn.CrossEntropyLoss(weight=WEIGHT, reduction=reduction))
+        with pytest.raises(TypeError, match=r"of TorchScript, whose class weights .*Pass nn\.CrossEntropyLoss itself"):
+            per_sample(criterion)
+
+    def test_a_function(self) -> None:
+        """It was said to take no ``reduction``, and to need it bound."""
+        traced = torch.jit.trace(lambda o, t: F.cross_entropy(o, t), batch())
+        with pytest.raises(PassUnreducedLosses, match="it is TorchScript, in which no reduction can be set"):
+            per_sample(traced)(*batch())
+
+
+class Wraps(nn.Module):
+    """A criterion around one of torch's, as focal losses often are."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction, self.ce = reduction, nn.CrossEntropyLoss(reduction=reduction)
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return 2.0 * self.ce(outputs, labels)
+
+
+class Reduces(nn.Module):
+    def __init__(self, reduce: bool = True) -> None:
+        super().__init__()
+        self.reduce = reduce
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(outputs, labels, reduction="none")
+        return 2.0 * (losses.mean() if self.reduce else losses)
+
+
+class Called:
+    """Not a module."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        self.reduction = reduction
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return 2.0 * F.cross_entropy(outputs, labels, reduction=self.reduction)
+
+
+@pytest.mark.parametrize(
+    ("averaging", "cure", "says"),
+    [
+        (Wraps(), Wraps("none"), r"`ce` inside of it averages\. Make that with reduction='none'"),
+        (Reduces(), Reduces(False), r"it has no `reduction`\. If it has another option for that \(`reduce`"),
+        (Called(), Called("none"), r"Make it with reduction='none'"),
+    ],
+    ids=["a part", "another option", "no module"],
+)  # fmt: skip
+def test_the_advice_for_a_criterion_that_averages_works(averaging: Any, cure: Any, says: str) -> None:
+    """It was to bind ``reduction`` by functools.partial, which none of them takes."""
+    outputs, labels = batch()
+    with pytest.raises(PassUnreducedLosses, match=says):
+        per_sample(averaging)(outputs, labels)
+    torch.testing.assert_close(Trimmer(1.0)(per_sample(cure)(outputs, labels)), averaging(outputs, labels))
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1e-4])
+def test_a_function_that_changes_its_own_state(momentum: float) -> None:
+    """A running mean in a closure or an object: called once more in every batch, it moved twice, mostly unseen."""
+
+    class Running:
+        mean = 1.0
+
+        def loss(self, outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+            losses = F.cross_entropy(outputs, labels, reduction="none")
+            self.mean += momentum * (losses.mean().item() - self.mean)
+            losses = losses / self.mean
+            return losses if reduction == "none" else losses.mean()
+
+    outputs, labels = batch()
+    running = Running()
+    with pytest.raises(ValueError, match=r"got others from a second call.*Bind its reduction"):
+        per_sample(running.loss)(outputs, labels)
+    one, other = Running(), Running()
+    bound = per_sample(functools.partial(one.loss, reduction="none"))  # as the message says
+    for _ in range(2):
+        torch.testing.assert_close(Trimmer(1.0)(bound(outputs, labels)), other.loss(outputs, labels))
+    assert one.mean == other.mean
+
+
+class TestLossesWithWhatIsNoTensor:
+    def losses(self) -> batchtrim.Losses:
+        return per_sample(nn.CrossEntropyLoss())(*batch())
+
+    def test_weights_in_an_array(self) -> None:
+        """NumPy made an array of eight `Losses`, and the advice was to call the trimmer before .numpy()."""
+        losses, weights = self.losses(), torch.rand(8)
+        for times in (lambda: losses * weights.numpy(), lambda: weights.numpy() * losses):
+            with pytest.raises(TypeError, match=r"expected a number or a tensor to scale .*torch\.as_tensor\(array"):
+                times()
+
+    def test_a_number_added(self) -> None:
+        losses = self.losses()
+        for add in (lambda: losses + 0.1, lambda: 0.1 + losses, lambda: losses - 0.1, lambda: 0.1 - losses):
+            with pytest.raises(PassUnreducedLosses, match=r"Add it to the trimmed loss: trim\(losses\) \+ term"):
+                add()
+
+    def test_what_tensors_have(self) -> None:
+        with pytest.raises(AttributeError, match=r"got \.backward, which tensors have.*trim\(losses\)\.backward"):
+            self.losses().backward()  # type: ignore[attr-defined]
+        assert not hasattr(self.losses(), "nothing")
+
+    @pytest.mark.filterwarnings("ignore:.*MaskedTensors is in prototype stage")
+    def test_a_masked_tensor(self) -> None:
+        """A traceback from deep inside: sort is not implemented."""
+        values, mask = torch.rand(6), torch.tensor([True, True, False, True, True, False])
+        masked = torch.masked.masked_tensor(values, mask)
+        with pytest.raises(TypeError, match=r"a MaskedTensor\. Give its parts: trim\(losses\.get_data\(\), mask="):
+            Trimmer(0.5)(masked)
+        loss = Trimmer(0.5)(masked.get_data(), mask=masked.get_mask())
+        torch.testing.assert_close(loss, values[mask].topk(2).values.mean())
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Trimmer(0.5, 10), r"expected all after `keep` of Trimmer by name, got 1 .*Did you mean total=10\?"),
+        (lambda: per_sample(nn.MSELoss(), "element"), r"after `criterion` of per_sample .*unit='element'"),
+        (lambda: batchtrim.KeepLog(100, 10), r"after `n` of KeepLog .*classes=10"),
+    ],
+    ids=["Trimmer", "per_sample", "KeepLog"],
+)
+def test_an_argument_by_position(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        make()
