@@ -279,7 +279,13 @@ def tensor_cure(value: Any) -> str:
         return " Stack one loss per sample (torch.stack), or add up several terms."
     if type(value).__name__ == "ndarray":
         return " Call the trimmer on the tensor, before .numpy(): an array has no gradient."
-    return " They are its values: losses.values." if _is_tensor(getattr(value, "values", None)) else ""
+    if not _is_tensor(getattr(value, "values", None)):
+        return ""
+    more = not getattr(value, "terms", ()) and any(
+        getattr(value, part, None) is not None for part in ("mask", "weights")
+    )
+    keeps = " dataclasses.replace(losses, values=...) keeps its mask and weights." if more else ""
+    return f" They are its values: losses.values.{keeps}"
 
 
 def check_like(name: str, value: Any, losses: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -98,10 +98,11 @@ class Criterion:
         self.call = self._with(self._settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "call"}
+        return {name: value for name, value in vars(self).items() if name not in ("call", "_kind")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._kind = _kind(self.given)
         self.call = self._with(self._settings)
 
     def refresh(self) -> None:

@@ -162,6 +162,11 @@ def select_over_ranks(
         A rank with nothing to choose from may differ in dtype, weights and ``rank_by``.
         Syncs the device, to know how much to gather. In a compiled function it is a graph break.
     """
+    if hasattr(values, "to_local") or hasattr(scores, "to_local"):
+        raise TypeError(
+            "expected each rank's own losses with scope='global', got a DTensor. Pass those of this rank, "
+            "losses.to_local(); or choose from the whole one with scope='local'."
+        )
     ranks = world_size(group)
     valid = None if mask is None else mask.nonzero().squeeze(1)
     rows = [scores, values.detach()] + ([] if weights is None else [weights.detach()])

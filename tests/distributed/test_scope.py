@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import batchtrim
+from batchtrim.distributed import select_over_ranks
 from launch import run_ranks
 
 WORKER = Path(__file__).parent / "scope_worker.py"
@@ -31,6 +32,18 @@ def test_wrong_arguments_are_refused() -> None:
         batchtrim.Trimmer(0.5, scope="all")
     with pytest.raises(ValueError, match="expected `scope` 'global' with a `process_group`"):
         batchtrim.Trimmer(0.5, process_group=object())  # type: ignore[arg-type]
+
+
+def test_losses_of_all_ranks_in_one_tensor_are_refused() -> None:
+    """A DTensor ended in "aten.is_set_to.default does not have a sharding strategy registered"."""
+
+    class Sharded(torch.Tensor):
+        def to_local(self) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor)
+
+    losses = torch.rand(4).as_subclass(Sharded)
+    with pytest.raises(TypeError, match=r"each rank's own losses with scope='global', got a DTensor.*to_local\(\)"):
+        select_over_ranks(batchtrim.hardest(), losses, losses, 0.5)
 
 
 def test_a_trimmer_with_a_group_says_why_it_cannot_be_pickled() -> None:

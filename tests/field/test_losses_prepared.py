@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +106,13 @@ class TestAnotherForward:
         wrapped(outputs, labels)
         parametrize.register_parametrization(criterion, "t", Positive())
         torch.testing.assert_close(Trimmer(1.0)(wrapped(outputs, labels)), criterion(outputs, labels))
+
+
+@pytest.mark.parametrize("criterion", [F.cross_entropy, nn.CrossEntropyLoss(weight=WEIGHT)])
+def test_pickled(criterion: Callable[..., Any]) -> None:
+    outputs, labels = batch()
+    again = pickle.loads(pickle.dumps(per_sample(criterion)))
+    torch.testing.assert_close(again(outputs, labels).mean(), criterion(outputs, labels))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -216,6 +225,19 @@ class TestLossesWithWhatIsNoTensor:
         with pytest.raises(AttributeError, match=r"got \.backward, which tensors have.*trim\(losses\)\.backward"):
             self.losses().backward()  # type: ignore[attr-defined]
         assert not hasattr(self.losses(), "nothing")
+
+    def test_a_function_of_their_values(self) -> None:
+        """The advice was losses.values alone, which leaves out which of them count."""
+        outputs, labels = batch()
+        labels[:3] = -100
+        losses = per_sample(nn.CrossEntropyLoss())(outputs, labels)
+        with pytest.raises(
+            TypeError, match=r"losses\.values\. dataclasses\.replace\(losses, values=\.\.\.\) keeps its mask"
+        ):
+            batchtrim.focal(losses)  # type: ignore[arg-type]
+        found = Trimmer(0.5)(dataclasses.replace(losses, values=batchtrim.focal(losses.values)))
+        by_hand = batchtrim.focal(F.cross_entropy(outputs[3:], labels[3:], reduction="none"))
+        torch.testing.assert_close(found, by_hand.topk(2).values.mean())
 
     @pytest.mark.filterwarnings("ignore:.*MaskedTensors is in prototype stage")
     def test_a_masked_tensor(self) -> None:
