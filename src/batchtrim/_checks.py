@@ -16,7 +16,7 @@ import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
 from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRange, install_hint, nearest
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 
 def first_line(error: BaseException, most: int = 160) -> str:
@@ -134,10 +133,26 @@ def check_not_below(name: str, low: float, limit: float, rounding: float, user: 
         )
 
 
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """False if a function certainly cannot be called with so many arguments by position."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return True
+    return True
+
+
 def check_rule(name: str, value: Any) -> None:
     """Check a selection rule: an instance, not its class."""
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"expected `{name}` to be a selection rule such as batchtrim.hardest(), got {describe(value)}.")
+    if not takes(value, 3):
+        raise TypeError(
+            f"expected `{name}` to be a selection rule such as batchtrim.hardest(), got {describe(value)}, which "
+            "cannot be called with (losses, keep, generator) as a rule is."
+        )
 
 
 def check_criterion(name: str, value: Any) -> None:
@@ -335,26 +350,6 @@ def check_state(state: Any, names: Iterable[str], what: str) -> None:
     if missing:
         got = f"one without '{missing[0]}'" if isinstance(state, dict) else describe(state)
         raise ValueError(f"expected the state of {what}, got {got}. It was saved by something else, or is damaged.")
-
-
-def by_name(function: Callable[P, T]) -> Callable[P, T]:
-    """Say what to write where arguments that a method takes by name alone are given by position."""
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-    placed = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-    named = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
-
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        given = args[1 + len(placed) :]
-        if given:
-            written = [f"{name}={describe(value)}" for name, value in zip(named, given, strict=False)]
-            raise TypeError(
-                f"expected all after `{placed[-1]}` of {type(args[0]).__name__} by name, got {len(given)} by position. "
-                f"Did you mean {', '.join(written)}? The first names are {', '.join(named[:5])}."
-            )
-        return function(*args, **kwargs)
-
-    return checked
 
 
 def import_extra(module: str, extra: str, wanted_by: str) -> ModuleType:

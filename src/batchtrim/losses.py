@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn  # noqa: F401  (nn for the examples)
 
+from batchtrim._by_name import by_name
 from batchtrim._checks import (
-    by_name,
     check_choice,
     check_count,
     check_criterion,

@@ -9,16 +9,21 @@ They are small frozen dataclasses with lower-case names, so that ``repr`` prints
 
 from __future__ import annotations
 
+import inspect
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import FunctionType
 from typing import Any, ClassVar
 
-from batchtrim._checks import check_keep, check_part, check_progress, describe, is_number, plain
+from batchtrim._checks import check_keep, check_part, check_progress, describe, is_number, plain, takes
 
 __all__ = ["Schedule", "by_accuracy", "constant", "cosine", "join", "linear", "piecewise", "step"]
+
+# Names of a function's argument that say it counts, where it would get a share.
+_COUNTED = ("epoch", "epochs", "step", "steps", "iteration", "iterations")
 
 
 class Schedule:
@@ -240,12 +245,26 @@ def as_schedule(keep: Any, name: str = "keep") -> Callable[[float], float]:
     """Return ``keep`` as a schedule: a callable of progress unchanged, a number as :class:`constant`."""
     if is_number(keep := plain(keep)):
         return constant(check_keep(name, keep))
-    if callable(keep) and not isinstance(keep, type):
+    trimmer = hasattr(keep, "expected_keep")
+    if (counted := _first_argument(keep)) in _COUNTED:
+        raise TypeError(
+            f"expected `{name}` to be a callable of progress, from 0 to 1, got one of `{counted}`. Count in shares of "
+            f"the training, or if `{counted}` is one, call it progress."
+        )
+    if callable(keep) and not isinstance(keep, type) and takes(keep, 1) and not trimmer:
         return keep  # pyright: ignore[reportReturnType]
+    cure = "Pass its schedule." if trimmer else "For the paper's schedule pass batchtrim.linear(1.0, 0.2)."
     raise TypeError(
         f"expected `{name}` to be a schedule, a number in (0, 1] or a callable of progress, got {describe(keep)}. "
-        "For the paper's schedule pass batchtrim.linear(1.0, 0.2)."
+        f"{cure}"
     )
+
+
+def _first_argument(function: Any) -> str:
+    """Return the name of a plain function's first argument."""
+    if not isinstance(function, FunctionType):
+        return ""
+    return next(iter(inspect.signature(function).parameters), "")
 
 
 def progress_at(steps: int, total: int | None) -> float:

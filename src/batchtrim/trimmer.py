@@ -13,7 +13,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
-from batchtrim._checks import Checked, by_name, check_choice, check_count, check_rule, check_state, describe, is_number
+from batchtrim._by_name import by_name
+from batchtrim._checks import Checked, check_choice, check_count, check_rule, check_state, describe, is_number
 from batchtrim._deprecated import record_as_before, trimmer_log
 from batchtrim._transforms import compiling, fixed_shapes, in_backward, outside, settled, transforming
 from batchtrim.choice import Choice
@@ -125,8 +126,7 @@ class Trimmer:
         self.stats = KeepStats()
         self.last: Choice | None = None
         self._single_rows, self._uncounted = 0, False
-        # A tensor, so that a compiled step takes it as an input and is not compiled again when it changes.
-        self._keep_tensor = changeable_keep(self._clock.keep)
+        self._keep_tensor = changeable_keep(self._clock.keep)  # an input of a compiled step, which is not compiled anew
 
     def __call__(
         self,

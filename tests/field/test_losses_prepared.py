@@ -253,6 +253,24 @@ class TestLossesWithWhatIsNoTensor:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (lambda: Trimmer(batchtrim.hardest()), r"`keep` to be a schedule, .* got hardest\(\)\. For the paper's"),
+        (lambda: Trimmer(Trimmer(0.5)), r"`keep` to be a schedule, .* got Trimmer\(.*Pass its schedule"),
+        (lambda: Trimmer(lambda p, epochs: 1 - p / epochs, total=5), "a callable of progress, got <function"),
+        (lambda: Trimmer(lambda epoch: 1 - 0.1 * epoch, total=5), "progress, from 0 to 1, got one of `epoch`"),
+        (lambda: Trimmer(0.5, select=batchtrim.linear(1.0, 0.2)), r"`select` to be a selection rule .*got linear\("),
+        (lambda: Trimmer(0.5, select=Trimmer(0.5)), r"cannot be called with \(losses, keep, generator\) as a rule is"),
+    ],
+    ids=["a rule", "a trimmer", "two numbers", "a function of epochs", "a schedule", "a trimmer as a rule"],
+)
+def test_one_thing_for_another(make: Callable[[], Any], says: str) -> None:
+    """`total` was asked for, or a call failed later; a function of epochs got progress, so nearly all was kept."""
+    with pytest.raises(TypeError, match=says):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
         (lambda: Trimmer(0.5, 10), r"expected all after `keep` of Trimmer by name, got 1 .*Did you mean total=10\?"),
         (lambda: per_sample(nn.MSELoss(), "element"), r"after `criterion` of per_sample .*unit='element'"),
         (lambda: batchtrim.KeepLog(100, 10), r"after `n` of KeepLog .*classes=10"),

@@ -59,6 +59,13 @@ def test_resuming_with_more_epochs_at_a_constant_keep(tmp_path: Path) -> None:
     assert trainer.state.global_step == 6
 
 
+def test_no_epochs(tmp_path: Path) -> None:
+    """It was said that the data set had no length."""
+    args = arguments(str(tmp_path), max_steps=-1, num_train_epochs=0)
+    trainer = TrimmedTrainer(model=new_model("sequence"), args=args, train_dataset=data("sequence", 10))
+    assert trainer.train().global_step == 0
+
+
 def test_compute_loss_func_names_per_sample_loss(tmp_path: Path) -> None:
     """It came as "got multiple values for keyword argument"."""
     with pytest.raises(ValueError, match=r"expected `per_sample_loss` in place of `compute_loss_func`, got .*function"):

@@ -59,7 +59,9 @@ def build(keep: Callable[[float], float] | float, total: int | None, options: Ma
 def total_of(clock: str, epochs: float | None, steps: float | None) -> int | None:
     """Return the total of a trimmer's clock; None if the trainer does not know it."""
     total = {"epoch": epochs, "step": steps}[check_choice("clock", clock, CLOCKS)]
-    return None if total is None or total < 1 or math.isinf(total) else math.ceil(total)
+    if total == 0:  # no training, of which any schedule is right
+        return 1
+    return None if total is None or total < 0 or math.isinf(total) else math.ceil(total)
 
 
 def check_resume_length(length: Any) -> str | None:

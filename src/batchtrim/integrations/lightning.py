@@ -21,7 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from batchtrim._checks import by_name, check_choice, import_extra
+from batchtrim._by_name import by_name
+from batchtrim._checks import check_choice, import_extra
 from batchtrim.integrations import CLOCKS, build, check_resume_length
 from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used, mark, marked
 from batchtrim.keeplog import KeepLog

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from batchtrim import noise
-from batchtrim._checks import by_name, check_count, check_flag, describe
+from batchtrim._by_name import by_name
+from batchtrim._checks import check_count, check_flag, describe
 from batchtrim.distributed import world_size
 from batchtrim.keeplog import batch as batches
 from batchtrim.keeplog import columns, epoch, exchange, parquet
