@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from batchtrim._checks import describe
 
-__all__ = ["WAY_OUT", "changes_when_called", "hooked", "not_its_own", "of_torchscript", "why_reduced"]
+__all__ = [
+    "WAY_OUT",
+    "changes_when_called",
+    "hooked",
+    "not_its_own",
+    "of_compiled_forward",
+    "of_torchscript",
+    "why_reduced",
+]
 
 WAY_OUT = (
     "Make it with reduction='none', whose losses are averaged, or write a function that returns them as they should "
@@ -72,9 +80,10 @@ def changes_when_called(name: str) -> ValueError:
     """Return the error for a function whose result depends on its earlier calls."""
     return ValueError(
         f"expected {name} to return the same losses for the same batch, got others from a second call. It changes a "
-        "state when it is called (a running mean), and to compare its own value calls it once more. Bind its "
-        "reduction, which is then not compared: per_sample(functools.partial(criterion, reduction='none')); or keep "
-        "the state in a module, of which a copy is called."
+        "state (a running mean) or its inputs when it is called, or draws random numbers that are not torch's, and to "
+        "compare its own value calls it once more. Bind its reduction, which is then not compared: "
+        "per_sample(functools.partial(criterion, reduction='none')); or keep the state in a module, of which a copy is "
+        "called."
     )
 
 
@@ -83,6 +92,14 @@ def of_torchscript(name: str) -> TypeError:
     return TypeError(
         f"expected `criterion` in Python, got {name} of TorchScript, whose class weights and ignored labels cannot be "
         f"read. Pass nn.{name} itself."
+    )
+
+
+def of_compiled_forward(name: str) -> TypeError:
+    """Return the error for a criterion whose ``forward`` was replaced by its compiled one."""
+    return TypeError(
+        f"expected `criterion` with a forward of its own, got {name} with a compiled one, whose settings cannot be "
+        "changed. Leave it as it is, or compile in place: criterion.compile(). Here it runs uncompiled."
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn._reduction import legacy_get_string
 
 from batchtrim._checks import describe
-from batchtrim._criterion_errors import WAY_OUT, hooked, of_torchscript, why_reduced
+from batchtrim._criterion_errors import WAY_OUT, hooked, of_compiled_forward, of_torchscript, why_reduced
 from batchtrim.errors import PassUnreducedLosses
 from batchtrim.unreduced import Losses
 
@@ -340,7 +340,11 @@ def _torchs(function: Any) -> Any:
     scripted = getattr(function, "original_name", None) if isinstance(function, torch.jit.ScriptModule) else None
     if any(scripted == each.__name__ for each in (nn.CrossEntropyLoss, nn.NLLLoss)):
         raise of_torchscript(str(scripted))
-    if not isinstance(function, nn.Module) or "forward" in vars(function):
+    if not isinstance(function, nn.Module):
+        return function
+    if "forward" in vars(function):
+        if scripted is None and hasattr(vars(function)["forward"], "_torchdynamo_orig_callable"):
+            raise of_compiled_forward(describe(function))
         return function
     return next((each for each in type(function).__mro__ if "forward" in vars(each)), type(function))
 

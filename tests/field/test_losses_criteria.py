@@ -253,7 +253,7 @@ class TestSums:
             ce + torch.rand(4, 3)
         with pytest.raises(ValueError, match="expected two terms of one unit"):
             ce + per_sample(nn.MSELoss(), unit="element")(torch.rand(4), torch.rand(4))
-        with pytest.raises(TypeError):
+        with pytest.raises(PassUnreducedLosses, match=r"got 1\.0\. Add it to the trimmed loss"):
             ce + 1.0
         with pytest.raises(TypeError):
             ce * "2"

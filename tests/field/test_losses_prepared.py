@@ -75,6 +75,20 @@ class TestAnotherForward:
             Trimmer(1.0)(per_sample(criterion)(outputs, labels)), F.cross_entropy(outputs / 2, labels)
         )
 
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_its_own_compiled(self, reduction: str) -> None:
+        """It is bound to the criterion's own reduction; it was said that the inputs were of one sample."""
+        criterion = nn.CrossEntropyLoss(weight=WEIGHT, reduction=reduction)
+        criterion.forward = torch.compile(criterion.forward, backend="eager")  # type: ignore[method-assign]
+        with pytest.raises(TypeError, match=r"with a compiled one.*in place: criterion\.compile\(\)"):
+            per_sample(criterion)
+        del criterion.forward
+        criterion.compile(backend="eager")  # as the message says
+        outputs, labels = batch()
+        torch.testing.assert_close(
+            Trimmer(1.0)(per_sample(criterion)(outputs, labels)), F.cross_entropy(outputs, labels, weight=WEIGHT)
+        )
+
     def test_weights_in_it_are_compared(self) -> None:
         criterion = nn.CrossEntropyLoss()
 

@@ -262,8 +262,10 @@ class TestRulesOfOnesOwn:
             Trimmer(0.5, select=lambda losses, keep, generator=None: rows(losses))(LOSSES)
 
     def test_one_of_other_arguments(self) -> None:
-        with pytest.raises(TypeError, match="positional argument") as caught:
-            Trimmer(0.5, select=lambda losses: losses)(LOSSES)  # type: ignore[arg-type, misc]
+        with pytest.raises(TypeError, match=r"cannot be called with \(losses, keep, generator\) as a rule is"):
+            Trimmer(0.5, select=lambda losses: losses)  # type: ignore[arg-type, misc]
+        with pytest.raises(TypeError) as caught:
+            Trimmer(0.5, select=lambda *parts: torch.topk(*parts))(LOSSES)
         assert "a selection rule with (losses, keep, generator)" in caught.value.__notes__[0]
 
     def test_one_that_writes_into_its_losses(self) -> None:
