@@ -62,6 +62,16 @@ def test_the_same_command_continues() -> None:
     assert "4 of 4 runs are recorded already\n" in done.stderr
 
 
+def test_methods_are_in_the_order_they_were_given_whichever_ended_first() -> None:
+    """With several workers, the rows of the table had another order from time to time."""
+    words = ["compare", "--methods", "full,trim,random", *TINY, "--out", "here", "--json"]
+    batchtrim(*words)
+    file = Path("here/runs.jsonl")
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    again = json.loads(batchtrim(*words).stdout)
+    assert [arm["label"] for arm in again["groups"][0]["methods"]] == ["full", "trim", "random"]
+
+
 def test_json_is_alone_on_standard_output() -> None:
     done = batchtrim("compare", *TINY, "--json")
     assert done.exit_code == 0

@@ -69,9 +69,10 @@ def test_a_run_that_kept_everything_is_noted(method: str, rows: int, noted: bool
     assert [each.startswith(f"every one of the {2 * rows} samples was kept") for each in notes] == [True] * noted
 
 
-def test_one_epoch_is_the_cause_of_keeping_everything() -> None:
-    """It asked to check the clock and the size of the batches."""
-    compare(stepping(1), ["trim"], 1, epochs=1, out="here", quiet=True)
+@pytest.mark.parametrize("method", ["trim", "small_loss"])
+def test_one_epoch_is_the_cause_of_keeping_everything(method: str) -> None:
+    """It asked to check the clock and the size of the batches, or, of small_loss, said nothing."""
+    compare(stepping(1), [method], 1, epochs=1, out="here", quiet=True)
     (note,) = records.read("here")[0]["notes"]
     assert note.endswith("as in plain training: with one epoch, the schedule stays at its start")
 

@@ -231,7 +231,8 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # the user's code prints for people, as in a worker
         configs, out, failed, rank = _run(settings, given)
     if rank == 0:
-        _report(records.read_results(out), out, "full", given["as_json"], [config.method for config in configs])
+        rows = _in_order(records.read_results(out), configs)
+        _report(rows, out, "full", given["as_json"], [config.method for config in configs])
     for row in failed:
         typer.echo(f"failed: {row['config']['method']} seed {row['config']['seed']}: {row.get('error')}", err=True)
     for text in dict.fromkeys(row["traceback"] for row in failed if "traceback" in row):
@@ -240,6 +241,12 @@ def _run_and_report(settings: dict[str, Any], given: dict[str, Any]) -> None:
         runs, them = ("1 run", "it") if len(failed) == 1 else (f"{len(failed)} runs", "them")
         typer.echo(f"{runs} failed; repeat the command to retry {them}.", err=True)
         raise typer.Exit(FAILED)
+
+
+def _in_order(rows: list[dict[str, Any]], configs: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return the runs of earlier commands, then those of this one in its order: several workers end in any order."""
+    place = {config.key: number for number, config in enumerate(configs)}
+    return sorted(rows, key=lambda row: place.get(row["key"], -1))
 
 
 def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Path, list[dict[str, Any]], int]:

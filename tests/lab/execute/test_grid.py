@@ -29,6 +29,27 @@ def test_parameters_are_axes_too() -> None:
     assert {config.seed for config in configs} == {7}
 
 
+def test_one_folder_and_one_network_are_one_experiment_in_any_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`photos/`, as a shell completes it, and `photos` were two; all runs were repeated."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "digits", "a/b"):
+        Path(folder).mkdir(parents=True)
+    Path("net.py").write_text("def build(shape, classes): ...")
+
+    def names(dataset: str, model: str = "mlp") -> tuple[str, str]:
+        (config,) = grid.expand({"dataset": dataset, "test_split": 0.2, "model": model, "seeds": 1})
+        return config.dataset, config.model
+
+    for spelling in ("photos", "photos/", "./photos", "photos/."):
+        assert names(spelling, "./net.py:build") == ("photos", "net.py:build")
+    assert names(str(tmp_path / "photos/")) == (str(tmp_path / "photos"), "mlp")
+    assert names("./digits/")[0] == "./digits/"  # not the lab's own
+    assert names("a/b/")[0] == "a/b"
+    assert names("owner/name")[0] == "owner/name"  # on the hub
+
+
 def test_parts_of_a_grid_add_to_what_is_common() -> None:
     configs = grid.expand({"seeds": 1, "epochs": 3, "grid": [{"model": "mlp"}, {"model": "cnn", "epochs": 5}]})
     assert [(config.model, config.epochs) for config in configs] == [("mlp", 3), ("cnn", 5)]

@@ -32,6 +32,16 @@ def said(**settings: Any) -> str:
             {"methods": ["full", "trim"], "epochs": 1},
             "epochs 1: a schedule moves between epochs, so keep",
         ),
+        ({"methods": ["small_loss"], "epochs": 1}, "small_loss: with epochs 1 the dropped fraction rises to 0, not to"),
+        (
+            {"methods": ["small_loss"], "epochs": 6, "params": {"small_loss": {"noise_rate": [0.1, 0.2]}}},
+            "small_loss: with epochs 6 the dropped fraction rises to 0.1, not to noise_rate 0.2, because of",
+        ),
+        ({"methods": ["loss_drop"], "epochs": 1}, "loss_drop: with epochs 1 it keeps all samples throughout"),
+        (
+            {"methods": ["data_dropout"], "epochs": 3, "params": {"data_dropout": {"last": 3}}},
+            "data_dropout: with epochs 3 it keeps all samples throughout",
+        ),
     ],
 )
 def test_surprising_settings_are_reported(settings: dict[str, Any], words: str) -> None:
@@ -41,6 +51,7 @@ def test_surprising_settings_are_reported(settings: dict[str, Any], words: str) 
 def test_ordinary_settings_say_nothing() -> None:
     assert said(methods=["full", "trim"], seeds=3, keep_start=1.0, keep_end=0.2, lr=0.1) == ""
     assert said(methods=["full", "trim"], schedule=["constant", "linear"], keep_end=[0.2, 0.5]) == ""
+    assert said(methods=["small_loss", "loss_drop", "data_dropout"], epochs=11) == ""
     assert said(optimizer=["adam", "sgd"], momentum=0.5, norm="batch") == said(model=["mlp", "cnn"], norm="group") == ""
     assert said(methods=["full", "loss_mass"], epochs=1) == said(methods=["trim"], schedule="constant", epochs=1) == ""
 

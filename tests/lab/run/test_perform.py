@@ -7,13 +7,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from batchtrim import Trimmer
 from batchtrim.lab.run.config import ENGINES
 from batchtrim.lab.run.perform import _import_ahead, perform
 from batchtrim.lab.run.task_config import TaskConfig
+from batchtrim.lab.run.task_run import Run
 from batchtrim.lab.task.own_code import Code
 
 _TASK = """
@@ -86,3 +89,77 @@ def test_torchs_compiler_is_imported_before_the_clock_starts(config: TaskConfig)
         [sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert told.stdout.strip() == "{'there': 1.0}", told.stderr
+
+
+_RESUMES = """
+import torch
+
+
+def train(run):
+    file, first = run.out / "checkpoint.pt", 0
+    if file.exists():
+        state = torch.load(file)
+        first = state["epochs"]
+        if "trim" in state:
+            run.trim.load_state_dict(state["trim"])
+    for epoch in range(first, run.epochs):
+        run.trim(torch.arange(10.0))
+        run.trim.step()
+        run.log(epoch=epoch, error=0.5)
+        trim = {"trim": run.trim.state_dict()} if SAVED else {}
+        torch.save({"epochs": epoch + 1, **trim}, file)
+        if epoch == STOP:
+            raise RuntimeError("the power went out")
+    return {"error": 0.5}
+"""
+
+
+def _attempt(out: Path, *, stop: int, saved: bool = True) -> dict[str, Any]:
+    Path("resumes.py").write_text(_RESUMES.replace("STOP", str(stop)).replace("SAVED", str(saved)))
+    code = Code.in_file("resumes.py:train", "train")
+    return perform(TaskConfig(task="resumes", method="trim", epochs=5, code=code).resolved(), out)
+
+
+@pytest.mark.usefixtures("config")
+def test_a_task_that_continues_counts_all_its_parts(tmp_path: Path) -> None:
+    """Time, samples and curve were those of the last part, so that a resumed run seemed to cost less than it did."""
+    whole = _attempt(tmp_path / "whole", stop=9)
+    first = _attempt(tmp_path / "parts", stop=1)
+    second = _attempt(tmp_path / "parts", stop=3)
+    third = _attempt(tmp_path / "parts", stop=9)
+    assert [row["status"] for row in (whole, first, second, third)] == ["finished", "failed", "failed", "finished"]
+    for name in ("samples_forward", "samples_backward", "steps", "notes"):
+        assert third.get(name) == whole.get(name), name
+    assert third["steps"] == 5
+    for name in ("epoch", "keep", "kept_loss", "error", "test_error", "samples_backward"):
+        assert third["curve"].get(name) == whole["curve"].get(name), name
+    seconds = third["curve"]["seconds"]
+    assert seconds == sorted(seconds)
+    assert len(seconds) == 5
+    assert seconds[-1] <= third["seconds"]
+
+
+@pytest.mark.usefixtures("config")
+def test_a_task_that_may_have_continued_without_the_counts_has_a_note(tmp_path: Path) -> None:
+    """Nothing said that the numbers were those of the last part."""
+    first, second = _attempt(tmp_path, stop=2, saved=False), _attempt(tmp_path, stop=9, saved=False)
+    assert "notes" not in first
+    assert any(
+        note.startswith("the run's folder held files of an earlier attempt (checkpoint.pt): if the task continued")
+        for note in second["notes"]
+    )
+
+
+def test_a_state_of_another_run_or_of_a_plain_trimmer_brings_no_counts(tmp_path: Path) -> None:
+    config = TaskConfig(task="mine.py:train", method="trim", epochs=3)
+    one, other = (Run(replace(config, seed=seed).resolved(), tmp_path) for seed in (0, 1))
+    one.trim(torch.rand(10))
+    one.trim.step()
+    other.trim.load_state_dict(one.trim.state_dict())
+    assert (other.trim.steps, other.rule.counts.calls, other.rule.counts.continued) == (1, 0, False)
+    plain = Trimmer(one.keep, total=3)
+    plain.load_state_dict(one.trim.state_dict())
+    other.trim.load_state_dict(plain.state_dict())
+    assert other.rule.counts.calls == 0
+    one.trim.load_state_dict(one.trim.state_dict())  # back to the run's own checkpoint: what was done stays counted
+    assert one.rule.counts.calls == 1

@@ -15,7 +15,13 @@ DECIDED_BY = {"momentum": "optimizer", "norm": "model"}  # settings that some va
 
 def warnings_for(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
     """Return a line for each problem in the given settings and the runs made from them."""
-    return [*_repeats(settings), *_schedule(settings, configs), *_unused(settings, configs), *_rate(configs)]
+    return [
+        *_repeats(settings),
+        *_schedule(settings, configs),
+        *_too_short(configs),
+        *_unused(settings, configs),
+        *_rate(configs),
+    ]
 
 
 def _repeats(settings: Mapping[str, Any]) -> list[str]:
@@ -54,6 +60,27 @@ def _schedule(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list
                 f"never gets to keep_end ({config.keep_end:g})"
             )
     return list(said.values())
+
+
+def _too_short(configs: Sequence[AnyConfig]) -> list[str]:
+    """Return a line for each method without a keep schedule that needs more epochs to drop what it is meant to."""
+    said = []
+    for config in configs:
+        method, params, epochs = config.method, config.method_params, config.epochs
+        if method == "small_loss" and epochs <= params["ramp_epochs"] and params["noise_rate"]:
+            reached = params["noise_rate"] * (epochs - 1) / params["ramp_epochs"]
+            said.append(
+                f"small_loss: with epochs {epochs} the dropped fraction rises to {reached:.2g}, not to noise_rate "
+                f"{params['noise_rate']:g}, because of ramp_epochs {params['ramp_epochs']}"
+            )
+        if epochs <= _kept_whole(method, params):
+            said.append(f"{method}: with epochs {epochs} it keeps all samples throughout, as full does")
+    return list(dict.fromkeys(said))
+
+
+def _kept_whole(method: str, params: Mapping[str, Any]) -> int:
+    """Return in how many epochs a method keeps all samples, whatever their losses."""
+    return 1 if method == "loss_drop" else params["last"] if method.startswith("data_dropout") else 0
 
 
 def _unused(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:

@@ -139,7 +139,7 @@ class RunConfig:
             ValueError, TypeError: a setting is out of range, or its name is unknown.
         """
         from batchtrim.lab.methods.table import find_method
-        from batchtrim.lab.task import images
+        from batchtrim.lab.task import images, own_models
         from batchtrim.lab.task.models import find_model
 
         self._check_words()
@@ -148,7 +148,11 @@ class RunConfig:
         images.check_options(self)
         method = find_method(self.method)
         filled = replace(
-            self, augment=self.augment or (spec.augment if spec else "none"), schedule=self.schedule or "linear"
+            self,
+            dataset=images.one_spelling(self.dataset),
+            model=own_models.one_spelling(self.model),
+            augment=self.augment or (spec.augment if spec else "none"),
+            schedule=self.schedule or "linear",
         )
         for each in SETTINGS.values():
             if each.choices is not None and not each.own:

@@ -68,9 +68,9 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
             function = config.code.load()
             effects = SideEffects(function)
             changes.begin()
-            begun = run.begun = time.perf_counter()  # importing the file is not part of training
+            begun = run.rule.counts.begun = time.perf_counter()  # importing the file is not part of training
             returned = function(run)
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - run.rule.counts.begun  # of earlier attempts too, if it continued from one
             result = {
                 "seconds": seconds,
                 **_value(returned, run.metric),
@@ -178,6 +178,12 @@ def _notes_on_run(run: Run, changes: ProcessChanges, effects: SideEffects, secon
             f"the task changed {', '.join(changed[:3])}{', ...' * (len(changed) > 3)}, which it did not make: the next "
             "run in the process starts from there. Make it in the function"
         )
+    if run.found and not run.rule.counts.continued:
+        notes.append(
+            f"the run's folder held files of an earlier attempt ({', '.join(run.found[:3])}"
+            f"{', ...' * (len(run.found) > 3)}): if the task continued from them, its time and samples are those of "
+            "the last attempt alone. Save run.trim.state_dict() with them, and load it, to count all"
+        )
     if changes.torch_seed != run.seed:
         more["torch_seed"] = changes.torch_seed  # judged together with other seeds in batchtrim.lab.analyse.caveats
     if seconds < SHORT and (names := changes.imported()):
@@ -229,8 +235,8 @@ def _notes_on_keep(run: Run) -> list[str]:
 
 def _may_drop(run: Run) -> bool:
     """True if the method drops samples at some point of training, or by their losses."""
-    schedule = run.trim.schedule
-    return k_follows_losses(run.rule.rule) or any(schedule(part) < 1.0 for part in (0.0, 0.5, 1.0))
+    schedules = run.trim.schedule, run.keep_in_two_epochs
+    return k_follows_losses(run.rule.rule) or any(each(part) < 1.0 for each in schedules for part in (0.0, 0.5, 1.0))
 
 
 def _moves(run: Run) -> bool:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchtrim import KeepLog, Losses, Selection, TrimmedForward
+from batchtrim import KeepLog, Losses, Selection, TrimmedForward, Trimmer
 from batchtrim._checks import check_count, describe, is_number, plain
 from batchtrim._transforms import in_backward
 from batchtrim.integrations import log_values
@@ -42,6 +43,10 @@ class RuleCounts:
         compiled: some steps were compiled, which are not counted.
         sent: a copy went to another process, whose choices are not counted.
         steps: the run's :class:`batchtrim.TrimmedForward`.
+        begun: when training began, in seconds of :func:`time.perf_counter`.
+        curve: the points that the run logged.
+        key: of the run.
+        continued: they include those of an earlier attempt, from whose checkpoint the run continued.
     """
 
     calls: int = 0
@@ -52,6 +57,10 @@ class RuleCounts:
     compiled: bool = False
     sent: bool = False
     steps: list[TrimmedForward] = field(default_factory=list)
+    begun: float = field(default_factory=time.perf_counter)  # set again just before the function is called
+    curve: dict[str, list[float | None]] = field(default_factory=dict)
+    key: str = ""
+    continued: bool = False
 
     @property
     def used(self) -> bool:
@@ -66,6 +75,22 @@ class RuleCounts:
     def __getstate__(self) -> dict[str, Any]:
         self.sent = True
         return {**vars(self), "steps": []}
+
+    def saved(self) -> str:
+        """Return what a later attempt of the run continues from, as JSON."""
+        names = ("key", "calls", "seen", "kept", "repeated", "called", "compiled", "sent", "curve")
+        return json.dumps({name: getattr(self, name) for name in names} | {"seconds": time.perf_counter() - self.begun})
+
+    def restore(self, saved: str) -> None:
+        """Add an attempt of the same run in an earlier process, if this one has done nothing yet."""
+        state = json.loads(saved)
+        seconds, curve = state.pop("seconds"), state.pop("curve")
+        if state["key"] != self.key or self.used or self.curve or self.continued:
+            return
+        vars(self).update(state)
+        self.curve.update(curve)
+        self.begun -= seconds
+        self.continued = True
 
 
 class WatchedRule:
@@ -110,12 +135,36 @@ class WatchedRule:
         return repr(self.rule)
 
 
+class RunTrimmer(Trimmer):
+    """The trimmer of a run. Its state includes the run's counts, time and curves, so that a resumed run has all."""
+
+    @classmethod
+    def of(cls, trim: Trimmer, counts: RuleCounts) -> RunTrimmer:
+        """Return the trimmer of a method, whose rule is then watched."""
+        made = cls.__new__(cls)
+        made.__setstate__(vars(trim))
+        made.rule = WatchedRule(trim.rule, counts)
+        return made
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the trimmer's state, and with it the run's."""
+        state = super().state_dict()
+        return {**state, "run": self.rule.counts.saved()} if isinstance(self.rule, WatchedRule) else state
+
+    def load_state_dict(self, state: dict[str, Any], *, length: str | None = None) -> None:
+        """Continue from :meth:`state_dict`; from that of any trimmer if the run has done nothing before."""
+        super().load_state_dict(state, length=length)
+        if "run" in state and isinstance(self.rule, WatchedRule):
+            self.rule.counts.restore(state["run"])
+
+
 class Run:
     """One run: the argument of ``train(run)``.
 
     Attributes:
         trim: the method's :class:`batchtrim.Trimmer`. Call it in place of the mean of the losses, and
-            ``trim.step()`` once an epoch. For the method ``full`` it keeps everything.
+            ``trim.step()`` once an epoch. For the method ``full`` it keeps everything. Its ``state_dict()`` includes
+            what the run has counted and logged, so that a run that loads it is recorded as one without a break.
         keep, trim_options: the same for a trainer that makes and steps the trimmer itself:
             ``TrimmedTrainer(..., keep=run.keep, trim_options=run.trim_options)``, or
             ``TrimmingCallback(run.keep, **run.trim_options)``. For tokens or pixels make your own:
@@ -133,18 +182,19 @@ class Run:
         self.method, self.params = config.method, dict(config.method_params)
         self.seed, self.epochs = config.seed, config.epochs
         self.device, self.threads = config.device, config.threads
-        self.trim = config.trimmer()
-        self.rule = WatchedRule(self.trim.rule)
-        self.trim.rule = self.rule
+        counts = RuleCounts(key=config.key)
+        self.trim = RunTrimmer.of(config.trimmer(), counts)
+        self.rule = cast(WatchedRule, self.trim.rule)
         self.keep = self.trim.schedule
+        self.keep_in_two_epochs = replace(config, epochs=max(2, config.epochs)).trimmer().schedule
         self.trim_options = {"select": self.rule, "scale": self.trim.scale, "seed": config.seed}
         self.metric = Metric.of(config.to_dict())
-        self.curve: dict[str, list[float | None]] = {}
+        self.curve = counts.curve
         self.kept: KeepLog | None = None
         self.shown: dict[str, Any] | None = None
         self._engine, self._out, self._on_epoch = config.engine, out, on_epoch
+        self.found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []  # of an earlier attempt
         self.engine_used = config.engine == "exact"  # as a trimmer without an engine does
-        self.begun = time.perf_counter()  # set again just before the function is called
 
     @property
     def out(self) -> Path:
@@ -196,7 +246,7 @@ class Run:
             check_share(self.metric, value)
         if self.metric.name in numbers and self.metric.field != self.metric.name:
             numbers[self.metric.field] = numbers.pop(self.metric.name)
-        point = {**self._kept_since(), **numbers, "seconds": time.perf_counter() - self.begun}
+        point = {**self._kept_since(), **numbers, "seconds": time.perf_counter() - self.rule.counts.begun}
         if self.rule.counts.counted:
             point["samples_backward"] = self.rule.counts.kept
         self._add(epoch, point)

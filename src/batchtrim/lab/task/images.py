@@ -63,6 +63,14 @@ def is_own(dataset: str) -> bool:
     return "/" in dataset or "\\" in dataset or expanded(dataset).exists() or dataset.lower().endswith(tables.SUFFIXES)
 
 
+def one_spelling(dataset: str) -> str:
+    """Return a path without a slash at its end or ``./`` at its start, so that all spellings are one data set."""
+    if not expanded(dataset).exists():  # a name on the hub
+        return dataset
+    path = str(Path(dataset))
+    return path if is_own(path) == is_own(dataset) else dataset  # ./digits is a folder, digits comes with the lab
+
+
 def options_of(config: Any) -> ImageOptions:
     """Return these options from the settings of a run."""
     return ImageOptions(**{name: getattr(config, name) for name in ImageOptions.__dataclass_fields__})

@@ -29,6 +29,12 @@ def is_own_model(name: str) -> bool:
     return name.startswith("hf:") or ".py:" in name
 
 
+def one_spelling(name: str) -> str:
+    """Return the name of a function in a file without ``./`` before the file, so that all spellings are one network."""
+    file, colon, function = name.rpartition(":")
+    return f"{Path(file)}:{function}" if colon and is_own_model(name) and not name.startswith("hf:") else name
+
+
 def check_own(name: str) -> None:
     """Refuse a name that no network can be made from, before the data are read."""
     if name.startswith("hf:"):
