@@ -107,11 +107,18 @@ LONG = {"docs/guides/your-task.md", "docs/guides/see-what-was-kept.md"}
 
 
 @pytest.mark.parametrize("page", few(RUNNABLE, [page for page in RUNNABLE if title(page) not in LONG]), ids=title)
-def test_its_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_programs_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number that a page says they print had been wrong since it was written."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
-    for code in programs(page.read_text()):
+    text = page.read_text()
+    for code in programs(text):
         exec(compile(code, title(page), "exec"), names)
+    printed = re.findall(r"\d+\.\d+$", capsys.readouterr().out, re.M)
+    for stated in re.findall(r"\bit prints (\d[\d., and]*\d)", text):
+        assert re.findall(r"\d+\.\d+", stated) == printed
 
 
 def test_programs_are_distinguished_from_fragments() -> None:
