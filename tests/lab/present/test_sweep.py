@@ -30,6 +30,23 @@ def swept(make_row: MakeRow) -> comparison.Summary:
     return comparison.summarize(rows)
 
 
+def test_the_verdict_of_a_sweep_names_the_best_arm_of_several(make_row: MakeRow) -> None:
+    """It said "in 1 of 1 (best: linear to 0.2)" of a method with one arm, and the same of two that differ by engine."""
+    rows = [make_row("full", seed, 0.10 + seed / 1000) for seed in range(3)]
+    for engine, error in (("exact", 0.11), ("shared", 0.09)):
+        rows += [
+            make_row("trim", s, error + (s * 3 % 5) / 50, schedule="linear", keep_end=0.2, engine=engine)
+            for s in range(3)
+        ]
+    for method in ("random", "focal", "two_sided"):
+        rows += [make_row(method, s, 0.10 + (s * 3 % 5) / 50) for s in range(3)]
+    (said,) = (wording.group_verdict(group) for group in comparison.summarize(rows).groups)
+    assert said == (
+        "trim: no difference seen in 2 of 2 (best: trim (engine shared)); random: no difference seen; "
+        "focal: no difference seen; two_sided: no difference seen"
+    )
+
+
 def test_a_sweep_has_a_grid_for_each_method_with_the_best_marked(swept: comparison.Summary) -> None:
     trim, random = sweep.grids(swept.groups[0])
     assert (trim.method, random.method, trim.ends) == ("trim", "random", ("0.1", "0.5"))

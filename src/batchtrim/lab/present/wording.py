@@ -121,14 +121,19 @@ def group_verdict(group: Group) -> str:
 
 
 def _sweep_verdict(compared: list[Arm], metric: Metric) -> str:
-    """Return how often each method was lower, higher or neither over its schedules, and its best arm."""
+    """Return how often each method was lower, higher or neither over its schedules, and its best arm of several."""
     lines = []
     for method in dict.fromkeys(str(arm.settings["method"]) for arm in compared):
         arms = [arm for arm in compared if arm.settings["method"] == method]
         tally = collections.Counter(kind(arm.paired) for arm in arms)
+        if len(arms) == 1:
+            lines.append(f"{method}: {_found(kind(arms[0].paired), metric)}")
+            continue
         found = ", ".join(f"{_found(name, metric)} in {count}" for name, count in tally.items())
         best = best_of(arms)
-        lines.append(f"{method}: {found} of {len(arms)}" + (f" (best: {place(best)})" if best else ""))
+        alone = best is not None and [place(arm) for arm in arms].count(place(best)) == 1
+        said = f" (best: {place(best) if alone else best.label})" if best else ""
+        lines.append(f"{method}: {found} of {len(arms)}{said}")
     return "; ".join(lines)
 
 
