@@ -171,6 +171,7 @@ def test_report_reads_a_folder(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert (tmp_path / "there" / "report.html").exists()
     assert json.loads(batchtrim("report", "here", "--json").stdout)
+    assert "report: here/report.html" in batchtrim("report", "here/runs.jsonl").stdout  # it was taken for the folder
     assert "got nowhere, which does not exist. There are runs in: here." in mistake("report", "nowhere")
     assert "expected runs in there/runs.jsonl, got nothing there" in mistake("report", "there")
     assert "or its runs.jsonl, got there/report.html" in mistake("report", "there/report.html")

@@ -107,6 +107,8 @@ def test_invalid_numbers_are_named_with_the_expected_form(words: list[str], mess
         (["show", "own"], "Let the function call run.keep_log(n), and run it into a new folder."),
         (["report", "--csv", "done/report.csv"], "Is it a report of batchtrim's own? Its runs: batchtrim report done"),
         (["compare", "--data-dir", ""], "expected the name of a folder, got nothing."),
+        (["compare", "--data-dir", "nowhere"], "expected --data-dir to be a folder, got nowhere, which is none."),
+        (["show", "done", "--data-dir", "nowhere"], "expected --data-dir to be a folder, got nowhere, which is none."),
         (["report", "--figures", " "], "expected the name of a folder, got nothing."),
         (["compare", ""], "expected the name of a file, got nothing."),
         (["report", "--csv", ""], "expected the name of a file, got nothing."),

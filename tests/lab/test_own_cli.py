@@ -132,6 +132,7 @@ def goes_wrong(body: str, says: str) -> None:
         (["--task", "my_task.py:train", "--metric", "score"], "Pass --higher-is-better or --lower-is-better"),
         (["--task", "my_task.py:train", "--keep-log"], "expected no --keep-log with --task"),
         (["--task", "my_task.py:train", "--data-dir", "x"], "expected no --data-dir with --task, got 'x'"),
+        (["--task", "my_task.py:train", "--checkpoint-seconds", "5"], "expected no --checkpoint-seconds with --task"),
         (["--metric", "rmse"], "expected `metric` beside --task"),
         (["--lower-is-better"], "expected `higher_is_better` beside --task"),
         (["--task", "my_task.py:train", "--metric", "x", "--higher-is-better", "--lower-is-better"], "got both"),

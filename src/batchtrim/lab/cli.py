@@ -174,6 +174,7 @@ def show_command(given: dict[str, Any]) -> None:
     """
     from batchtrim.lab.present import gallery
 
+    options.check_data_dir(given["data_dir"])
     chosen = {name: given[name] for name in ("key", "method", "seed", "data_dir")}
     with as_written("the records and the keep log"):
         page = gallery.build(given["run"], given["out"], **chosen)
@@ -209,6 +210,7 @@ def _rows_of(
         )
     if metric is not None or higher_is_better is not None:
         raise ValueError("expected --metric beside --csv, got it beside a folder, whose runs name their metric.")
+    folder = folder.parent if folder.is_file() and folder.name == "runs.jsonl" else folder
     rows = records.read_results(folder)
     if torn := records.torn(folder):
         typer.echo(
@@ -260,12 +262,14 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
     task = settings.pop("task", None)
     if task is None:
         options.refuse_without_task(settings)
-        configs: list[Any] = loading.with_versions(grid.expand(settings), given.get("data_dir"))
+        place = given.get("data_dir")
+        configs: list[Any] = loading.with_versions(grid.expand(settings), place)
+        options.check_data_dir(place, {config.dataset for config in configs})
     else:
         options.refuse_with_task(given)
         configs = list(grid.expand_task(Code.in_file(task, "task"), settings))
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
-        if not given.get(name, least) >= least:  # NaN is not
+        if given.get(name) is not None and not given[name] >= least:  # NaN is not
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
     ranks = Ranks.from_environment()
     workers, threads = cores.share_cores(len(configs), given.get("workers") if ranks.world == 1 else ranks.local)
@@ -280,7 +284,8 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
         out, note = folders.free_folder(base, grid.cells(configs))
         said.append(note)
     shared = scheduler.SharedOptions(
-        out, given.get("data_dir"), checkpoint_seconds=given.get("checkpoint_seconds", 60.0),
+        out, given.get("data_dir"),
+        checkpoint_seconds=60.0 if given.get("checkpoint_seconds") is None else given["checkpoint_seconds"],
         tensorboard=given.get("tensorboard", False), keep_log=given.get("keep_log", False),
     )  # fmt: skip
     try:

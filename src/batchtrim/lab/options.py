@@ -120,7 +120,7 @@ ONE: Table = {
 PLACE: Table = {
     "out": option(Path | None, "folder for runs.jsonl and the report [under runs/]"),
     "data_dir": option(Path | None, "folder with NAME/{train,test}-*.parquet [BATCHTRIM_DATA, else the hub]"),
-    "checkpoint_seconds": option(float, "minimum seconds between checkpoints of a run [60]", default=60.0),
+    "checkpoint_seconds": option(float | None, "minimum seconds between checkpoints of a run [60]"),
     "tensorboard": option(bool, "write TensorBoard events as well", "--tensorboard", default=False),
     "keep_log": option(bool, "record which samples are kept, for `batchtrim show`", "--keep-log", default=False),
 }
@@ -290,10 +290,18 @@ def refuse_with_task(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"expected no --data-dir with --task, got {str(given['data_dir'])!r}. The function reads its data itself."
         )
+    if given.get("checkpoint_seconds") is not None:
+        raise ValueError("expected no --checkpoint-seconds with --task, got one. The function saves its own: run.out.")
     from batchtrim.lab.run.ranks import Ranks
 
     if Ranks.from_environment().world > 1:
         raise ValueError("expected --task in one process, got it under torchrun. Start processes in the function.")
+
+
+def check_data_dir(folder: Path | None, datasets: Iterable[str] = ()) -> None:
+    """Refuse a folder of data that is missing, if no data set is looked for there, which names more than the folder."""
+    if folder is not None and not folder.is_dir() and all(name == "digits" or Path(name).exists() for name in datasets):
+        raise FileNotFoundError(f"expected --data-dir to be a folder, got {files.shown(folder)}, which is none.")
 
 
 def check_one_run(settings: Mapping[str, Any]) -> None:

@@ -240,6 +240,8 @@ def test_imbalance_falls_exponentially() -> None:
     full = torch.bincount(digits.train_labels, minlength=10)
     wanted = [round(int(full[label]) * 10 ** (-label / 9)) for label in range(10)]
     assert counts.tolist() == wanted
+    with pytest.raises(ValueError, match=r"leaves every class an image, got 1e\+09, which leaves none of the 1\d\d of"):
+        conditions.apply(digits, imbalance=1e9)  # each class kept one, whatever was asked for
 
 
 def test_train_size_keeps_the_share_of_each_class() -> None:

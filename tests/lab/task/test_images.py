@@ -250,6 +250,8 @@ def test_animated_and_floating_point_images_are_broken(tmp_path: Path) -> None:
         (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.2, "group": "frame("}, "expected `group` to be a"),
         (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.2, "group": "frame"}, "to match every file name"),
         (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.5, "group": "clip"}, "leaves images on both"),
+        (lambda root: tree(root, {"a": 3, "b": 3}), {"test_split": 0.5, "label_column": "x"},
+         "expected no `label_column` with the folder"),
     ],
 )  # fmt: skip
 def test_folders_that_cannot_be_used(

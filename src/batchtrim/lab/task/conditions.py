@@ -138,12 +138,21 @@ def _human_labels(data: ImageData, which: str, data_dir: str | Path | None) -> T
 
 
 def _imbalanced(labels: Tensor, classes: int, ratio: float, generator: Generator) -> Tensor:
-    """Keep n * ratio^(-c / (classes - 1)) of the n images of class c, at least one."""
+    """Keep n * ratio^(-c / (classes - 1)) of the n images of class c.
+
+    Raises:
+        ValueError: a class would have no image left.
+    """
     rows = []
     for label in range(classes):
         members = _shuffled_class(labels, label, generator)
         count = round(len(members) * ratio ** (-label / (classes - 1)))
-        rows.append(members[: max(1, count)])
+        if not count:
+            raise ValueError(
+                f"expected an `imbalance` that leaves every class an image, got {ratio:g}, which leaves none of the "
+                f"{len(members)} of class {label}. Take a smaller one."
+            )
+        rows.append(members[:count])
     return torch.cat(rows).sort().values
 
 

@@ -93,6 +93,12 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
     ):
         return _hub_folder(root, str(root), columns)
     _check_not_arrow(root)
+    if named := [(what, columns[what]) for what in ("image", "label") if columns[what] is not None]:
+        what, column = named[0]
+        raise ValueError(
+            f"expected no `{what}_column` with the folder {shown(root)}, whose subfolders are the classes, got "
+            f"{column!r}. It is for a table."
+        )
     folders = {each.name: each for each in inside if each.is_dir()}
     notes: list[str] = []
     splits = _splits(root, folders, notes)
