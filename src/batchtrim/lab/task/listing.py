@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,16 @@ def find_images(
     )
 
 
+def _check_no_columns(root: Path, columns: Mapping[str, str | None]) -> None:
+    """Refuse the columns of a table beside a folder of class folders."""
+    for what in ("image", "label"):
+        if columns[what] is not None:
+            raise ValueError(
+                f"expected no `{what}_column` with the folder {shown(root)}, whose subfolders are the classes, got "
+                f"{columns[what]!r}. It is for a table."
+            )
+
+
 def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Listing:
     check_readable(root)
     inside = sorted(each for each in root.iterdir() if not is_hidden(each.name))
@@ -93,12 +103,7 @@ def _folder(root: Path, group: str | None, columns: dict[str, str | None]) -> Li
     ):
         return _hub_folder(root, str(root), columns)
     _check_not_arrow(root)
-    if named := [(what, columns[what]) for what in ("image", "label") if columns[what] is not None]:
-        what, column = named[0]
-        raise ValueError(
-            f"expected no `{what}_column` with the folder {shown(root)}, whose subfolders are the classes, got "
-            f"{column!r}. It is for a table."
-        )
+    _check_no_columns(root, columns)
     folders = {each.name: each for each in inside if each.is_dir()}
     notes: list[str] = []
     splits = _splits(root, folders, notes)
