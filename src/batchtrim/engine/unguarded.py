@@ -58,11 +58,7 @@ class Unguarded:
         self._others = self._now()
 
     def changed(self) -> str | None:
-<<<<<<< HEAD
         """Return what has changed since construction, or None. Takes 50 to 100 us for a BERT of 6 layers."""
-=======
-        """Return what changed since construction, or None. It runs in every step: 50 to 100 us for 6 layers of BERT."""
->>>>>>> 3667e64 (Engine, losses: mend what compiled models and criteria broke)
         now = self._now()
         if now != self._others:
             return next(what for what, was, is_ in zip(_OTHERS, self._others, now, strict=True) if was != is_)
