@@ -299,7 +299,7 @@ def to_diagonal(call: Call) -> Layout:
     others = [dim for dim in range(call.out.ndim) if dim not in gone]
     layout = given.layout
     if isinstance(layout, RowLayout):
-        not_along(layout, [-1], given.ndim)
+        not_along(layout, [-1], given.ndim, "it makes a tensor in which rows meet rows")
         layout = layout.moved([*others, None])
     spread = Value(call.out.shape, layout)
     found = RowLayout(aligned(call, call.out, [spread] if base is None else [base, spread]))
