@@ -20,13 +20,22 @@ def test_a_compiled_model_is_not_compiled_module_by_module() -> None:
         graphs.append(graph)
         return graph.forward
 
+    class Blocks(nn.Module):  # torch leaves an nn.Sequential as it is
+        def __init__(self) -> None:
+            super().__init__()
+            blocks = (nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.ReLU()) for _ in range(3))
+            self.blocks = nn.Sequential(*blocks)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(x)
+
     torch._dynamo.reset()
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.ReLU()) for _ in range(3)))
+    model = Blocks()
     model.compile(backend=backend)
     step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), "two_pass")
     for _ in range(2):
         step(torch.randn(12, 8), torch.arange(12) % 5).backward()
-    assert len(graphs) <= 3  # without gradients, for the kept samples, and for any number of samples
+    assert 1 <= len(graphs) <= 3  # without gradients, for the kept samples, and for any number of samples
 
 
 class NeedsCompiler(nn.Module):
