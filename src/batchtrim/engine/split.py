@@ -113,7 +113,7 @@ def split_backward(
     upper = _extract(module, upper_outputs, set(sizes), same, proof)
     upper.sizes = {node: each for node, each in sizes.items() if each is not None}
     for node in upper.inputs:
-        if sizes.get(node, _kept_size) is None:
+        if node in sizes and sizes[node] is None:
             raise CannotCapture(f"it has a size, {node.meta['val']}, that does not exist for kept tokens alone")
     lower = _extract(module, lower_outputs, set(frontier))
     beside = _extract(module, upper.beside)
