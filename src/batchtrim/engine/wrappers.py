@@ -75,7 +75,8 @@ def parallel_part(model: nn.Module) -> DistributedDataParallel | None:
 def hooks_on_wrapper(model: nn.Module) -> str | None:
     """Return why the model's wrapper cannot be passed by, or None: hooks on it see its inputs and outputs."""
     wrapper = uncompiled(model)
-    for each in (model, wrapper) if is_placed(model) else (model,) if wrapper is not model else ():
+    compiled = [model] if wrapper is not model else []
+    for each in [*compiled, wrapper] if is_placed(model) else compiled:
         if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks:
             return f"there are hooks on its wrapper ({type(each).__name__}). Register them on the model inside"
     return None
