@@ -283,11 +283,9 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
         base = folders.named_after(configs) if task is None else own.default_out(configs)
         out, note = folders.free_folder(base, grid.cells(configs))
         said.append(note)
-    shared = scheduler.SharedOptions(
-        out, given.get("data_dir"),
-        checkpoint_seconds=60.0 if given.get("checkpoint_seconds") is None else given["checkpoint_seconds"],
-        tensorboard=given.get("tensorboard", False), keep_log=given.get("keep_log", False),
-    )  # fmt: skip
+    names = ("checkpoint_seconds", "tensorboard", "keep_log")
+    typed = {name: given[name] for name in names if given.get(name) is not None}
+    shared = scheduler.SharedOptions(out, given.get("data_dir"), **typed)
     try:
         with progress.Quiet() if given["quiet"] or ranks.rank > 0 else progress.Live() as watcher:
             for text in filter(None, said):
