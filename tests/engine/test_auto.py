@@ -17,7 +17,7 @@ from torch import nn
 import batchtrim
 from batchtrim.engine.auto import AutoEngine
 from batchtrim.engine.capture import Capture
-from batchtrim.engine.cost import Cost, Forecast, Machine, OperatorCount
+from batchtrim.engine.cost import Machine
 from batchtrim.engine.shared import SharedEngine
 from batchtrim.errors import ApproximateGradient, EngineFallback
 from batchtrim.testing import check_engine
@@ -56,6 +56,21 @@ def test_a_model_too_small_to_pay_is_given_up_for_good(caplog: pytest.LogCapture
     step(zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,)))
     assert step.last.engine == "exact"
     assert "engine='auto (exact)'" in repr(step)
+
+
+@pytest.mark.parametrize(("texts", "engine"), [(32, "exact"), (256, "shared")])
+def test_a_step_that_waits_for_python_is_not_cut(
+    texts: int, engine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bfloat16 BERT on a GPU: `auto` took 1.2 of a plain step that waited for Python."""
+    gpu = Machine(flops=1e30, bytes=2e9, start=0.0, python=1e-4)
+    monkeypatch.setattr("batchtrim.engine.sliced.machine_of", lambda device: gpu)
+    caplog.set_level(logging.INFO, "batchtrim.engine")
+    step = stepped(Wide(), 0.2, texts)
+    step(zoo.vectors(texts), torch.randint(0, 5, (texts,))).backward()
+    assert step.last.engine == engine
+    told = "a step on batches of this size waits for Python, not for the device; engine='shared' cuts anyway"
+    assert (told in caplog.text) is (engine == "exact")
 
 
 @pytest.fixture
@@ -153,15 +168,6 @@ def test_two_passes_are_not_taken_where_a_sparse_gradient_would_have_fewer_rows(
     assert model[0].weight.grad.coalesce().indices().numel() == 2 * BATCH
 
 
-def test_what_a_forward_is_counted_to_cost() -> None:
-    model, x = nn.Sequential(nn.Linear(8, 16), nn.Flatten(0), nn.ReLU()), torch.ones(4, 8)
-    with OperatorCount(Machine(flops=1e9, bytes=1e30, start=1.0)) as count:
-        out = model(x)
-    assert out.requires_grad
-    assert count.operators >= 4, "t, addmm, view, relu"
-    assert count.seconds == pytest.approx(2 + 2 * 4 * 8 * 16 / 1e9), "views are free"
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("counted_first")
 @pytest.mark.filterwarnings("ignore")  # torch's own, of a compile inside
@@ -171,31 +177,6 @@ def test_a_branch_by_cond_can_be_counted() -> None:
     attack = ATTACKS["branch_of_the_batch_by_cond"]
     first, *more = attack.batches()
     assert check_engine(attack.make(), first, attack.loss(), engine="auto", more=more, verbose=False).verdict == "right"
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's own, of nested tensors
-@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
-def test_nested_tensors_can_be_counted(layout: torch.layout) -> None:
-    parts = [torch.randn(2, 3), torch.randn(4, 3)]
-    with OperatorCount(Machine(1e9, 1e6, 0.0)) as count:
-        nested = torch.nested.nested_tensor(parts, layout=layout)
-        nn.functional.linear(nested, torch.randn(5, 3)).tanh()
-    assert count.seconds >= 6 * 5 * 4 / 1e6  # what tanh writes
-
-
-def test_operators_of_other_libraries_can_be_counted() -> None:
-    with OperatorCount(Machine(1e9, 1e6, 0.0)) as count:
-        torch.ops.attacks.linear_attention(torch.ones(4))
-        torch.ops.attacks.convolution(torch.ones(4))
-    assert count.operators >= 2
-
-
-def test_what_a_trace_is_worth() -> None:
-    assert Forecast(step=1.0, trace=40.0).pays(0.4), "100 steps of 0.6 and the trace: 100"
-    assert not Forecast(step=1.0, trace=45.0).pays(0.4)
-    assert Forecast(step=1.0, trace=45.0).pays(0.2), "100 steps of 0.47 and the trace: 92"
-    assert not Forecast(step=1.0, trace=45.0, cutting=0.1).pays(0.2), "100 steps of 0.59 and the trace: 104"
-    assert not Forecast(step=1.0, trace=3.0).pays(1.0)
 
 
 def test_counting_changes_nothing() -> None:
@@ -214,14 +195,6 @@ def test_nothing_is_traced_where_nearly_everything_is_kept() -> None:
     step = stepped(Wide(), 0.95)
     assert step.last.engine == "exact"
     assert step.engine.saving.capture.traces == 0
-
-
-def test_cost_of_a_step() -> None:
-    cost = Cost(forward=1.0, upper=2.0, lower=0.0)
-    assert cost.ratio(0.4) == pytest.approx((1 + 2 * 0.4) / 3)
-    assert cost.share == 1.0
-    cost = Cost(forward=1.0, upper=1.0, lower=1.0, cutting=0.1, overhead=0.05)
-    assert cost.ratio(0.5) == pytest.approx((1 + 0.5 + 1 + 1.5 * 0.1 + 0.05) / 3)
 
 
 @pytest.mark.slow  # by default the next but one computes the approximate form by hand

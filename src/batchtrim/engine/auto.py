@@ -37,7 +37,8 @@ class AutoEngine:
 
     The keep fraction and a count of operations and bytes decide what pays. No clock does, so that runs repeat. The
     first step that might pay runs with "exact" and is counted. A trace takes about a second, and what it imports up to
-    another one; both happen as soon as 100 steps pay them back.
+    another one; both happen as soon as 100 steps pay them back. On a GPU, cutting pays only if a step waits for the GPU
+    and not for Python.
 
     BatchNorm runs in its approximate form while the measured cosine with the exact gradient is at least 0.95.
     """
@@ -164,7 +165,10 @@ class AutoEngine:
         _log.info("engine 'auto' runs 'shared': %.0f %% of the backward on the kept rows%s", 100 * cost.share, below)
         if cost.ratio(_SMALLEST) > 1.0:
             self.saving = None
-            _log.info("engine 'auto' continues with 'exact': this model is too small for cutting to pay")
+            why = "this model is too small for cutting to pay"
+            if cost.waits_for_python(_SMALLEST):
+                why = "a step on batches of this size waits for Python, not for the device; engine='shared' cuts anyway"
+            _log.info("engine 'auto' continues with 'exact': %s", why)
 
     def _judge(self, measure: Callable[[], float]) -> bool:
         """Return True if BatchNorm's backward may take its means over the kept rows in this step."""

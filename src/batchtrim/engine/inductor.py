@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 _SHARED_BYTES = 2**15
+_GRAPHS = "triton.cudagraphs"
 
 # Do not decompose these before a graph is proven and split:
 # BatchNorm, for the proof may take its means over the kept rows; operators that draw random numbers, so that a trace
@@ -144,20 +145,26 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Inductor:
-    """Inductor, and the options that the user gave it."""
+    """Inductor, and the options that the user gave it.
+
+    CUDA graphs are not among them: they are recorded per size, while k changes in every step.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
+    cuda_graphs: bool = False  # whether the user's own compiled model replays them
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> Inductor:
-        """Return it with all options but CUDA graphs, which are recorded per size, while k changes in every step."""
-        return cls({name: value for name, value in settings.items() if name != "triton.cudagraphs"})
+        from torch._inductor import config
+
+        others = dict(settings)
+        return cls(cuda_graphs=others.pop(_GRAPHS, config.triton.cudagraphs), options=others)
 
     @contextlib.contextmanager
     def _settings(self, **more: Any) -> Iterator[None]:
         from torch._inductor import config
 
-        with config.patch({**self.options, "triton.cudagraphs": False, **more}):
+        with config.patch({**self.options, _GRAPHS: False, **more}):
             yield
 
     def decompositions(self) -> dict[Any, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["coarsest_dtype", "full_float32", "uses_tf32"]
+__all__ = ["coarsest_dtype", "full_float32", "in_tf32", "uses_tf32"]
 
 _COARSER = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # each has fewer digits than the one before
 
@@ -27,7 +27,15 @@ def coarsest_dtype(model: nn.Module, losses: Tensor) -> torch.dtype:
 
 def uses_tf32(device: torch.device) -> bool:
     """Return True if products of float32 may be computed with TF32's ten bits, which is cuDNN's default."""
-    return device.type == "cuda" and any(getattr(place, name) in (True, "tf32") for place, name in _tf32_switches())
+    return any(in_tf32(device))
+
+
+def in_tf32(device: torch.device) -> tuple[bool, bool]:
+    """Return whether matrix products, and whether convolutions and recurrent layers, may be computed with TF32."""
+    if device.type != "cuda":
+        return False, False
+    products, *others = (getattr(place, name) in (True, "tf32") for place, name in _tf32_switches())
+    return products, any(others)
 
 
 @contextmanager

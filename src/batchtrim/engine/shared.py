@@ -45,11 +45,11 @@ from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["SharedEngine"]
+__all__ = ["WORTH", "SharedEngine"]
 
 _logger = logging.getLogger("batchtrim")
 
-_WORTH = 0.96  # of a plain step's estimated cost; above it, the saving is too small
+WORTH = 0.96  # of a plain step's estimated cost; above it, the saving is too small
 _TRIES = 4  # how often one step is traced before the model is refused
 _CANNOT = "the shared engine cannot run this model: {}"
 _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separate one for a batch of 1)
@@ -151,7 +151,7 @@ class SharedEngine:
         """True if the trace saves enough or is not made yet; False once the model was refused."""
         if self.refused is not None:
             return False
-        return self.trace is None or self.trace.cost(self.approximate).ratio(self.trim.expected_keep) < _WORTH
+        return self.trace is None or self.trace.cost(self.approximate).ratio(self.trim.expected_keep) < WORTH
 
     def _cut(self, tape: Tape, loss: Tensor, rows: Tensor) -> None:
         assert tape.step is not None

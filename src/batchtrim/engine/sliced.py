@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -15,7 +14,7 @@ from torch import Tensor, fx
 from batchtrim.engine.backward import Runs, run_backward
 from batchtrim.engine.capture import CannotCapture, OneBatchSize, expression_of, keeps_graph, pin
 from batchtrim.engine.compiled import CompiledStep
-from batchtrim.engine.cost import Cost, cost_of, hinted_size, machine_of
+from batchtrim.engine.cost import Cost, cost_of_step, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
 from batchtrim.engine.graphs import any_strides, executable, without_dead_draws, without_passed_on
 from batchtrim.engine.inductor import Inductor, without_strides
@@ -25,8 +24,6 @@ from batchtrim.engine.reasons import fixed_by
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
 from batchtrim.engine.writes import memory_of
-
-_COMPILED_OVERHEAD = 3e-4  # seconds of a step outside the compiled functions
 
 __all__ = ["NewTrace", "SlicedStep", "Tape"]
 
@@ -267,30 +264,17 @@ class SlicedStep:
     def cost(self, approximate: bool) -> Cost:
         """Return the cost of a step of this trace."""
         if approximate not in self._costs:
-            self._costs[approximate] = self._count(approximate)
+            device = next(n.meta["val"].device for n in self.places if isinstance(n.meta.get("val"), Tensor))
+            compiled = self.compiled is not None and self.compiled.failed is None
+            self._costs[approximate] = cost_of_step(
+                self.forward_graph.graph,
+                self.backward_graph.graph,
+                self.slices(approximate),
+                machine_of(device),
+                compiled=compiled,
+                replayed=compiled and self.compiled.compiler.cuda_graphs,  # type: ignore[union-attr]
+            )
         return self._costs[approximate]
-
-    def _count(self, approximate: bool) -> Cost:
-        slices = self.slices(approximate)
-        device = next(n.meta["val"].device for n in self.places if isinstance(n.meta.get("val"), Tensor))
-        machine = machine_of(device)
-        compiled = self.compiled is not None and self.compiled.failed is None
-        if compiled:
-            machine = replace(machine, start=0.0)  # operators are fused
-        cost = Cost(forward=sum(cost_of(node, machine) for node in self.forward_graph.graph.nodes))
-        for node, verdict in slices.proof.verdicts.items():
-            if verdict.gradient and (node in slices.lower.nodes or verdict.all_rows):
-                cost.lower += cost_of(node, machine)
-            elif verdict.gradient:
-                cost.upper += cost_of(node, machine)
-        for place in slices.cuts:
-            tensor = self.places[place].meta["val"]
-            cost.cutting += hinted_size(tensor) * tensor.element_size() / machine.bytes
-            cost.overhead += 2 * machine.start
-        if compiled:
-            cost.cutting /= 2  # a tensor that is read once is not copied
-            cost.overhead = _COMPILED_OVERHEAD
-        return cost
 
     def mixing(self, approximate: bool) -> tuple[str, str] | None:
         """Return the first operator from the loss down that mixes rows, and how; None if none does."""
