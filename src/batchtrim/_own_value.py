@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim._generators import TorchGenerators
+
 __all__ = ["OwnValue"]
 
 
@@ -21,7 +23,8 @@ class OwnValue:
     """
 
     def __init__(self, criterion: Callable[..., Any], inputs: Sequence[Any]) -> None:
-        self._inputs, self._generators = inputs, _Generators(inputs)
+        self._inputs = inputs
+        self._generators = TorchGenerators(each.device for each in inputs if isinstance(each, Tensor))
         self._copied = isinstance(criterion, nn.Module)
         self._criterion: Callable[..., Any] | None = criterion
         if self._copied:
@@ -45,21 +48,6 @@ class OwnValue:
         return found.shape == values.shape and torch.allclose(found, values, rtol=1e-6, atol=0.0, equal_nan=True)
 
     def _again(self, call: Callable[..., Any]) -> Any:
-        with torch.no_grad(), torch.random.fork_rng(list(self._generators.devices)):
+        with torch.no_grad(), torch.random.fork_rng(list(self._generators.cuda)):
             self._generators.restore()
             return call(*self._inputs)
-
-
-class _Generators:
-    """The state of torch's generators, on the CPU and on the devices of the given tensors."""
-
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        self.devices = {each.device for each in inputs if isinstance(each, Tensor) and each.is_cuda}
-        self._cpu = torch.get_rng_state()
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in self.devices}
-
-    def restore(self) -> None:
-        """Restore that state."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)

@@ -113,7 +113,7 @@ class EagerStep:
             coarse: a part of the model computes with fewer digits than float32 has: compiled, it rounds elsewhere.
         """
         generators = GeneratorStates(self.generators.device)
-        if not self.generators.same_torch_state(generators):
+        if not self.generators.of_torch.same(generators.of_torch):
             return "it draws random numbers in another order"
         if not self.generators.same(generators):
             return "it draws other random numbers of Python or NumPy"

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from batchtrim._generators import TorchGenerators
+
 __all__ = ["GeneratorStates"]
 
 
@@ -19,32 +21,22 @@ class GeneratorStates:
 
     def __init__(self, device: torch.device, *, of_numpy: bool = True) -> None:
         self.device = device
-        self.cpu = torch.get_rng_state()
-        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.of_torch = TorchGenerators([device])
         self.python = random.getstate()
         numpy = sys.modules.get("numpy") if of_numpy else None
         self.numpy: Any = None if numpy is None else numpy.random.get_state(legacy=False)
 
     def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            torch.cuda.set_rng_state(self.accelerator, self.device)
-        self.restore_outside_torch()
-
-    def restore_outside_torch(self) -> None:
-        """Restore only the generators of Python and NumPy."""
+        """Set the generators to the recorded state."""
+        self.of_torch.restore()
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
 
     def same(self, other: GeneratorStates) -> bool:
         """Return True if nothing was drawn between the two."""
-        return self.same_torch_state(other) and self.python == other.python and _same_numpy(self.numpy, other.numpy)
-
-    def same_torch_state(self, other: GeneratorStates) -> bool:
-        if self.accelerator is not None and other.accelerator is not None:
-            return torch.equal(self.cpu, other.cpu) and torch.equal(self.accelerator, other.accelerator)
-        return torch.equal(self.cpu, other.cpu)
+        python = self.python == other.python
+        return python and self.of_torch.same(other.of_torch) and _same_numpy(self.numpy, other.numpy)
 
 
 def _same_numpy(a: Any, b: Any) -> bool:
