@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from batchtrim._checks import check_choice, check_count, check_keep, check_losses, check_number
+from batchtrim._checks import check_choice, check_count, check_keep, check_losses, check_part
 from batchtrim.losses import Losses, flatten
 from batchtrim.reduction import reduce
 from batchtrim.schedules import constant, linear, progress_at
@@ -153,8 +153,4 @@ class SuperquantileReducer(nn.Module):
 
 
 def _check_tail(value: float) -> float:
-    hint = "It is the fraction of the batch to average over."
-    value = check_number("superquantile_tail_fraction", value, hint)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"expected `superquantile_tail_fraction` in [0, 1], got {value:g}. {hint}")
-    return value
+    return check_part("superquantile_tail_fraction", value, "It is the fraction of the batch to average over.")
