@@ -17,7 +17,16 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from batchtrim.selection.base import k_follows_losses
 from batchtrim.unreduced import Losses
 
-__all__ = ["batched", "compiling", "fixed_shapes", "in_backward", "outside", "settled", "transforming", "unwrapped"]
+__all__ = [
+    "batched",
+    "compiling",
+    "fixed_shapes",
+    "in_backward",
+    "outside",
+    "transforming",
+    "unwrapped",
+    "unwrapped_losses",
+]
 
 _func = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
@@ -56,7 +65,10 @@ def fixed_shapes(rule: object, scope: str, losses: Losses, scores: Tensor) -> bo
 
 
 def unwrapped(tensor: Tensor, what: str) -> Tensor:
-    """Unwrap a tensor of torch.func's, and detach it.
+    """Return the plain tensor inside one of torch.func's, detached.
+
+    Args:
+        what: names the caller in the error.
 
     Raises:
         TypeError: torch.vmap wraps many tensors in it.
@@ -80,8 +92,8 @@ def outside() -> AbstractContextManager[Any]:
     return temporarily_clear_interpreter_stack()
 
 
-def settled(losses: Losses, scores: Tensor, what: str) -> tuple[Losses, Tensor]:
-    """Unwrap losses and scores, so that a rule can choose from them."""
+def unwrapped_losses(losses: Losses, scores: Tensor, what: str) -> tuple[Losses, Tensor]:
+    """Return losses and scores as plain tensors, which a rule can choose from; see :func:`unwrapped`."""
     parts = {name: getattr(losses, name) for name in ("values", "mask", "weights", "counts")}
     found = {name: None if part is None else unwrapped(part, what) for name, part in parts.items()}
     return replace(losses, **found), unwrapped(scores, what)

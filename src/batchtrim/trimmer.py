@@ -16,7 +16,7 @@ from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from batchtrim._by_name import by_name
 from batchtrim._checks import Checked, check_choice, check_count, check_rule, check_state, describe, is_number
 from batchtrim._deprecated import record_as_before, trimmer_log
-from batchtrim._transforms import compiling, fixed_shapes, in_backward, outside, settled, transforming
+from batchtrim._transforms import compiling, fixed_shapes, in_backward, outside, transforming, unwrapped_losses
 from batchtrim.choice import Choice
 from batchtrim.clock import Clock
 from batchtrim.distributed import NOT_PICKLED, select_over_ranks, world_size
@@ -356,9 +356,9 @@ class Trimmer:
 
     def _choose(self, flat: Losses, scores: Tensor, ranked_by_itself: bool) -> Selection:
         if transforming() and not compiling():
-            settled_ones = settled(flat, scores, repr(self.rule))
+            plain_losses, plain_scores = unwrapped_losses(flat, scores, repr(self.rule))
             with outside():
-                return self._choose(*settled_ones, ranked_by_itself)
+                return self._choose(plain_losses, plain_scores, ranked_by_itself)
         if self.scope == "global" and world_size(self.process_group) > 1:
             return self._choose_jointly(flat, scores)
         again = in_backward() != -1 and not compiling()
