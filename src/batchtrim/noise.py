@@ -47,8 +47,17 @@ def surest(confidence: Tensor, judged: Tensor) -> Tensor:
 
 
 def stays(before: Tensor, now: Tensor, compared: Tensor, kept: Tensor) -> Tensor:
-    """Return int64 (6,): of losses ``before`` and ``now`` (P,), how many were and are the hardest; the same for the
-    easiest; how many are the hardest, and are kept. ``compared``: bool (P,), which have both."""  # fmt: skip
+    """Count the samples that stay among the hardest or the easiest tenth.
+
+    Args:
+        before, now: losses (P,) at the previous visit and at this one.
+        compared: bool (P,), True for samples that have both.
+        kept: bool (P,).
+
+    Returns:
+        int64 (6,): samples hardest before, and of these hardest now; easiest before, and of these easiest now;
+        hardest now, and of these kept.
+    """
     count = compared.sum()
     k = (count * EXTREME_PART).ceil().long().clamp(min=1)
     hard, easy = [], []
