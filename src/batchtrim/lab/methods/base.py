@@ -181,14 +181,14 @@ class InfoBatch(Method):
     def __init__(self, info: RunInfo, ratio: float, anneal: float):
         super().__init__(Trimmer(1.0), info.epochs)
         self.ratio = ratio
-        self.last_pruned = math.floor(info.epochs * (1.0 - anneal))  # the first epoch without pruning
+        self.first_whole = math.floor(info.epochs * (1.0 - anneal))  # from this epoch on nothing is dropped
         self.scores = torch.full((info.samples,), math.inf)
         self.weights = torch.ones(info.samples)
         self.generator = Generator().manual_seed(info.seed)
 
     def rows(self, order: Tensor, epoch: int) -> Tensor:
         self.weights.fill_(1.0)
-        if epoch == 0 or epoch >= self.last_pruned:
+        if epoch == 0 or epoch >= self.first_whole:
             return order
         scores = self.scores.cpu()
         easy = scores < scores.mean()
