@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import batchtrim
 from batchtrim import Trimmer
-from batchtrim._checks import check_count, check_fraction, check_keep, check_part
+from batchtrim._checks import check_count, check_fraction, check_keep, check_ordered, check_part
 from batchtrim.lab.methods.base import Method, RunInfo
 from batchtrim.lab.methods.relatives import Decaying, FullEnd, GradientNorm, LossDrop, ProxySelection, UnlessFull
 from batchtrim.lab.methods.spec import MethodSpec, Param, Params, check_count_or_zero, check_open_interval
@@ -35,10 +35,7 @@ def _trim_full_end(info: RunInfo, params: Params) -> Method:
 
 def _loss_mass(scale: str, control: bool = False) -> Callable[[RunInfo, Params], Method]:
     def build(info: RunInfo, params: Params) -> Method:
-        if params["at_least"] > params["at_most"]:
-            raise ValueError(
-                f"expected `loss_mass.at_least` up to `at_most`, got {params['at_least']:g} and {params['at_most']:g}."
-            )
+        check_ordered("loss_mass.at_least", params["at_least"], "at_most", params["at_most"])
         mass = batchtrim.loss_mass(params["skip"], params["at_least"], params["at_most"])
         rule = batchtrim.uniform(like=mass) if control else mass
         return Method(Trimmer(params["share"], select=rule, scale=scale, seed=info.seed), info.epochs)
