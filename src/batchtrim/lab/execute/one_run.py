@@ -142,6 +142,12 @@ def do_run(config: AnyConfig, shared: SharedOptions, on_epoch: OnEpoch | None = 
 
 
 def _both(first: OnEpoch | None, second: OnEpoch | None) -> OnEpoch | None:
+    """Return a function that calls both; one of them if the other is None."""
     if first is None or second is None:
         return first or second
-    return lambda point: (first(point), second(point), None)[2]
+
+    def call(point: dict[str, Any]) -> None:
+        first(point)
+        second(point)
+
+    return call
