@@ -76,7 +76,7 @@ def _few(group: Group) -> Iterator[Caveat]:
 
 
 def _missing_pairs(group: Group) -> Iterator[Caveat]:
-    reference = next((arm for arm in group.arms if arm.label == group.baseline), None)
+    reference = group.reference
     if reference is None:
         return
     for arm in group.arms:

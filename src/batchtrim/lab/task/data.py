@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchtrim._checks import first_line, import_extra
 from batchtrim.lab.files import expanded, write_whole
 from batchtrim.lab.task import hub
 from batchtrim.lab.task.cache import CannotKeep, folder_for
@@ -161,7 +162,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Any:
             raise PassDataDir(f"expected a file {path}, got nothing there.") from error
         raise ReplaceFile(
             f"expected {path} to be a whole Parquet file, got {path.stat().st_size} bytes that cannot be read "
-            f"({_first_line(error)}). The download may have been cut short: fetch the file again."
+            f"({first_line(error)}). The download may have been cut short: fetch the file again."
         ) from error
 
 
@@ -190,14 +191,12 @@ class _Hub:
 
     def _split(self, split: str) -> Any:
         if not self.splits:
-            from batchtrim._checks import import_extra
-
             datasets = import_extra("datasets", "lab", f"the data set '{self.spec.name}'")
             try:
                 self.splits = hub.load_dataset(datasets, self.spec.hub, self.spec.hub_config)
             except (OSError, ValueError, RuntimeError) as error:  # the errors of hub clients vary with their versions
                 raise PassDataDir(
-                    f"could not get '{self.spec.hub}' from the Hugging Face hub ({_first_line(error)}). Without a "
+                    f"could not get '{self.spec.hub}' from the Hugging Face hub ({first_line(error)}). Without a "
                     f"connection, pass --data-dir DIR (or set BATCHTRIM_DATA) with DIR/{self.spec.name}/"
                     "{train,test}-*.parquet, the hub's own files."
                 ) from error
@@ -252,7 +251,7 @@ def _decode(spec: Spec, tables: list[tuple[str, Any, Any]]) -> tuple[np.ndarray,
             except (UnidentifiedImageError, OSError, TypeError) as error:
                 raise ReplaceFile(
                     f"expected an image in row {row} of {origin}, got bytes that cannot be decoded "
-                    f"({_first_line(error)}). Fetch the file again."
+                    f"({first_line(error)}). Fetch the file again."
                 ) from error
             if images and pixels.shape != images[0].shape:
                 raise ValueError(
@@ -270,8 +269,6 @@ def _decode(spec: Spec, tables: list[tuple[str, Any, Any]]) -> tuple[np.ndarray,
 
 def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return 1,797 digits of 8 x 8 pixels; every third image of each class, in file order, is a test image."""
-    from batchtrim._checks import import_extra
-
     digits: Any = import_extra("sklearn.datasets", "lab", "the data set 'digits'").load_digits()
     images = (digits.images * 15).astype(np.uint8)[:, None]  # 0..16 becomes 0..240
     labels = digits.target.astype(np.int64)
@@ -307,8 +304,3 @@ def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def _file_key(path: Path) -> str:
     stat = path.stat()
     return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:160] if text else type(error).__name__
