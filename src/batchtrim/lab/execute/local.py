@@ -29,6 +29,7 @@ ENDING = 10.0
 
 
 def run_here(queue: RunQueue, records: Records, shared: SharedOptions) -> None:
+    """Do the remaining runs of ``queue`` in this process, one after another."""
     for config in _until_over(queue):
         over, row = attempt(config, records, shared, lambda point, config=config: queue.tell(config, point))
         if over:
@@ -147,6 +148,7 @@ def _work(line: Connection, shared: SharedOptions) -> None:
 
 
 def run_in_processes(queue: RunQueue, records: Records, shared: SharedOptions, workers: int, retries: int) -> None:
+    """Do the remaining runs of ``queue`` in worker processes; a run whose worker dies is repeated ``retries`` times."""
     crew: list[_Worker] = []
     try:
         crew += (_Worker(shared) for _ in range(workers))
