@@ -301,7 +301,7 @@ def refuse_with_task(given: Mapping[str, Any]) -> None:
 def check_data_dir(folder: Path | None, datasets: Iterable[str] = ()) -> None:
     """Refuse a folder of data that is missing, if no data set is looked for there, which names more than the folder."""
     if folder is not None and not folder.is_dir() and all(name == "digits" or Path(name).exists() for name in datasets):
-        raise FileNotFoundError(f"expected --data-dir to be a folder, got {files.shown(folder)}, which is none.")
+        raise FileNotFoundError(f"expected --data-dir to name an existing folder, got {files.shown(folder)}.")
 
 
 def check_one_run(settings: Mapping[str, Any]) -> None:
