@@ -19,9 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from batchtrim._checks import check_choice, check_has_values, describe
 from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
-from batchtrim.engine.batch import map_tensors
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.rows import copied, restore_values
+from batchtrim.engine.rows import batch_size, copied, restore_values, tensors_of
 from batchtrim.engine.state import ModelState, Snapshot, device_of, without_graph
 from batchtrim.engine.wrappers import parallel_part
 from batchtrim.engine.writes import known_to_write, writes_undone
@@ -207,9 +206,7 @@ def _choose(
 
 def _versions(batch: Any) -> list[int]:
     """Return each tensor's version, which every in-place change increments."""
-    found: list[int] = []
-    map_tensors(lambda t: t if t.is_inference() else found.append(t._version) or t, batch)
-    return found
+    return [tensor._version for tensor in tensors_of(batch) if not tensor.is_inference()]
 
 
 def waits_in_forward(model: nn.Module) -> list[dist.ProcessGroup | None]:
@@ -283,8 +280,7 @@ def _shares(step: TrimmedForward, batches: Sequence[tuple[Any, Any]]) -> list[fl
 
 
 def _samples(x: Any, batch_dim: int) -> int:
-    found: list[int] = []
-    map_tensors(lambda t: found.append(t.shape[batch_dim]) or t if t.ndim > batch_dim else t, x)
-    if not found:
+    size = batch_size(x, batch_dim)
+    if size is None:
         raise ValueError(f"expected `x` to hold a tensor with a dimension {batch_dim}, its batch, got {describe(x)}.")
-    return found[0]
+    return size

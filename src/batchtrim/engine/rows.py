@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 from batchtrim.engine.memory import clones, is_array, write_values
 from batchtrim.errors import EngineRefused
 
-__all__ = ["RowCutter", "copied", "entries", "map_tensors", "restore_values", "tensors_of"]
+__all__ = ["RowCutter", "batch_size", "copied", "entries", "map_tensors", "restore_values", "tensors_of"]
 
 _TRACES_COPY = torch.__version__ >= TorchVersion("2.13")  # torch.compile takes copy.copy of an object
 
@@ -36,6 +36,11 @@ def tensors_of(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(lambda tensor: found.append(tensor) or tensor, value)
     return found
+
+
+def batch_size(x: Any, dim: int) -> int | None:
+    """Return the size along dimension ``dim`` of the first tensor in ``x`` that has it; None if none has."""
+    return next((tensor.shape[dim] for tensor in tensors_of(x) if tensor.ndim > dim), None)
 
 
 def entries(value: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.reasons import failure
-from batchtrim.engine.rows import tensors_of
+from batchtrim.engine.rows import batch_size, tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
 from batchtrim.engine.state import device_of, is_lazy, is_sharded, no_values, uncompiled
@@ -113,7 +113,7 @@ class SharedEngine:
         self._tape: Tape | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
-        size = _rows(x, self.forward.batch_dim)
+        size = batch_size(x, self.forward.batch_dim) or 0
         whole = self.trim.keep == 1.0 or size < _FEWEST or size in self.untraced
         lazy = self.trace is None and is_lazy(self.forward.inner)  # never again after a trace
         if whole or lazy or not is_training_step():
@@ -191,7 +191,7 @@ class SharedEngine:
             self._reset()
         x = dict(x) if isinstance(x, Mapping) else x  # such as a BatchEncoding; the model gets its entries
         reason, alone, once = "", False, False
-        size = _rows(x, self.forward.batch_dim)
+        size = batch_size(x, self.forward.batch_dim) or 0
         try:
             with torch.enable_grad(), in_wrapper(self.forward.model, self._traced) as call:
                 parts, outputs, tape, eager = call(x, y)
@@ -355,13 +355,6 @@ def _equate_sizes(x: Any, dim: int, y: Any) -> None:
 # --- the batch -------------------------------------------------------------------------------------------------------
 
 
-def _rows(x: Any, dim: int) -> int:
-    """Return the number of samples in a batch: the batch dimension of the first tensor that has one."""
-    found: list[int] = []
-    map_tensors(lambda t: (found.append(t.shape[dim]) if t.ndim > dim else None, t)[1], x)
-    return found[0] if found else 0
-
-
 def _counts(size: int, batch: int) -> bool:
     """True if there is one row per sample, several per sample, or one for several samples, such as a pair."""
     return size == batch or (min(size, batch) > 1 and (size % batch == 0 or batch % size == 0))
@@ -373,8 +366,8 @@ def _row_sizes(x: Any, y: Any, forward: Forward) -> list[tuple[Tensor, int]]:
     Tokens are counted by inputs or targets: a translation's source has another number of them than its target.
     """
     dim = forward.batch_dim
-    batch = _rows(x, dim)
-    tokens = {_rows(x, 1), _rows(y, 1)} if forward.unit == "element" else ()
+    batch = batch_size(x, dim) or 0
+    tokens = {batch_size(x, 1), batch_size(y, 1)} if forward.unit == "element" else ()
     found: list[tuple[Tensor, int]] = []
     for part, at in ((x, dim), (y, 0)):
         for tensor in tensors_of(part):
