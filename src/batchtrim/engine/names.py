@@ -28,6 +28,7 @@ __all__ = [
     "FIXED",
     "TOOLS",
     "Names",
+    "Unbound",
     "attributes_of",
     "beside_models",
     "chains_of",
@@ -47,6 +48,10 @@ TOOLS = frozenset((
     "accelerate", "batchtrim", "builtins", "functools", "lightning", "lightning_fabric", "logging", "mpmath",
     "numpy", "pytorch_lightning", "random", "sympy", "torch",
 ))  # fmt: skip
+
+
+class Unbound:
+    """Stands for the value of a name that has none."""
 
 
 @dataclass
@@ -96,20 +101,20 @@ class Names:
                 self.delete(name)
         for name, value in noted.items():
             if self.value(name) is not value:
-                if value is Names and self.delete is not None:
+                if value is Unbound and self.delete is not None:
                     self.delete(name)
                 else:
                     self.bind(name, value)
 
     def value(self, name: str) -> Any:
-        """Return a name's value, or this class if it has none."""
+        """Return a name's value, or ``Unbound`` if it has none."""
         try:
             return self.read(name)
         except (AttributeError, LookupError, ValueError):
-            return Names
+            return Unbound
 
     def _is_state(self, name: str, value: Any) -> bool:
-        if value is Names:
+        if value is Unbound:
             return self.delete is not None
         if (isinstance(self.owner, type) and name[:2] == "__") or isinstance(value, nn.Parameter):
             return False

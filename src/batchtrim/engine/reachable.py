@@ -26,6 +26,7 @@ from batchtrim.engine.names import (
     FIXED,
     OF_EVERY_MODULE,
     Names,
+    Unbound,
     attributes_of,
     beside_models,
     chains_of,
@@ -391,7 +392,7 @@ def _fill(cells: dict[str, CellType], name: str, value: Any) -> None:
 
 
 def _decimal_context() -> Any:
-    return getattr(sys.modules.get("decimal"), "getcontext", Names)
+    return getattr(sys.modules.get("decimal"), "getcontext", Unbound)
 
 
 def _standard_files() -> list[Any]:
