@@ -44,8 +44,8 @@ def _in_body(graph: fx.Graph, redrawn: bool) -> str | None:
     outside = {_storage(node) for node in graph.find_nodes(op="placeholder")} - {None}
     named = [(_name(node), node) for node in graph.nodes]
     for name, node in named:
-        if _moves_statistics(node, name):
-            return f"{name} in a checkpoint moves its running statistics, and again in backward"
+        if _updates_statistics(node, name):
+            return f"{name} in a checkpoint updates its running statistics, and again in backward"
     for name, node in named:
         writes = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
         if writes and node.args and isinstance(node.args[0], fx.Node) and _storage(node.args[0]) in outside:
@@ -64,7 +64,7 @@ def _storage(node: fx.Node) -> Any:
     return memory_of(value) if isinstance(value, Tensor) else None
 
 
-def _moves_statistics(node: fx.Node, name: str) -> bool:
+def _updates_statistics(node: fx.Node, name: str) -> bool:
     if node.op != "call_function" or name not in _NORMS:
         return False
     keyword, at = _NORMS[name]

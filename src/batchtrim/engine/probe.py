@@ -305,7 +305,7 @@ class Probe:
         if not generators.same(GeneratorStates(generators.device)):
             raise EngineRefused("its backward draws random numbers (a checkpoint with preserve_rng_state=False does)")
         if state.difference(ModelState(*before.model.roots)) > 0:
-            raise EngineRefused("its backward moves buffers (BatchNorm in an activation checkpoint does)")
+            raise EngineRefused("its backward changes buffers (BatchNorm in an activation checkpoint does)")
 
     def _named_gradients(self, losses: Tensor, before: Snapshot) -> dict[str, Tensor | None]:
         """Return the gradient of every parameter and of every batch tensor that requires one. Frees the graph."""
