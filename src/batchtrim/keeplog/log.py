@@ -137,8 +137,7 @@ class KeepLog:
             ValueError: an id on a device was out of range; it was not checked earlier, since that would stall the
                 device.
         """
-        if self._several or self._pending:
-            self._flush()
+        self._flush()
         if self.history and self.history[-1]["steps"] == self.steps:
             return dict(self.history[-1])
         sums = self._epoch.tolist()
