@@ -5,14 +5,13 @@ Legend: n samples in the data set, P entries that are added together.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from batchtrim import noise
+from batchtrim._machine import memory
 from batchtrim.keeplog.batch import Entries
 
 __all__ = ["COLUMNS", "INT16_CLASSES", "empty", "enter", "merged", "read", "unread", "widened"]
@@ -36,18 +35,10 @@ _BYTES = sum(dtype.itemsize for dtype, _ in COLUMNS.values())
 Columns = dict[str, Tensor]
 
 
-def _memory() -> float:
-    """Return the machine's memory in bytes; infinity if the system does not tell."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return math.inf
-
-
 def empty(n: int) -> Columns:
     """Return columns for n samples, none seen yet."""
     beyond = ValueError(f"expected `n` samples of 32 bytes each to fit in memory, got {n}.")
-    if n * _BYTES > _memory():  # Linux would allocate it, and kill the process while it is filled
+    if n * _BYTES > memory():  # Linux would allocate it, and kill the process while it is filled
         raise beyond
     try:
         return {name: torch.full((n + 1,), fill, dtype=dtype, device="cpu") for name, (dtype, fill) in COLUMNS.items()}

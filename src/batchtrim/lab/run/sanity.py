@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from batchtrim._checks import first_line
+from batchtrim._machine import memory
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
 from batchtrim.lab.task.data import ImageData
@@ -38,8 +38,8 @@ def check_network(config: RunConfig, images: ImageData) -> None:
     except (AssertionError, RuntimeError, ZeroDivisionError, TypeError) as error:
         first = first_line(error).rstrip(".")
         raise ValueError(f"expected {named}, got an error: {first}. Pass another --width or --model.") from error
-    needed, there = BYTES_A_PARAMETER * models.count_parameters(model), _memory()
-    if config.device == "cpu" and there and needed > there:
+    needed, there = BYTES_A_PARAMETER * models.count_parameters(model), memory()
+    if config.device == "cpu" and needed > there:
         raise ValueError(
             f"expected {named} and {there / 1e9:.0f} GB of memory, got one that needs {needed / 1e9:,.0f} GB. "
             "Pass a smaller --width."
@@ -82,11 +82,3 @@ def notes_on_result(learnt: bool, right: Sequence[float], images: ImageData) -> 
         f"{len(lost)} of {images.classes} classes {'was' if len(lost) == 1 else 'were'} not learnt (less than "
         f"{100 * LOST:g} % of the test images right): {named}{more}"
     ]
-
-
-def _memory() -> int:
-    """Return this machine's memory in bytes; 0 if unknown."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 0
