@@ -65,8 +65,13 @@ def plain(value: Any) -> Any:
     return value
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """True if a value is a number, and neither NaN nor infinite."""
+    return is_number(value) and math.isfinite(value)
 
 
 def check_number(name: str, value: Any, hint: str = "") -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from batchtrim._checks import is_finite
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.records import Row
 
@@ -39,7 +39,7 @@ def spent_curve(row: Row, axis: str) -> tuple[list[float], list[float]]:
     points = [
         (x, y)
         for x, y in zip(spent, curve.get(Metric.of(row["config"]).field) or [], strict=False)
-        if _is_number(x) and _is_number(y)
+        if is_finite(x) and is_finite(y)
     ]
     return [x for x, _ in points], [y for _, y in points]
 
@@ -76,7 +76,3 @@ def common_budget(rows: Sequence[Row], axis: str) -> float | Missing:
 def _reached(spent: list[float], budget: float) -> bool:
     """True if a run was evaluated at the budget or before; sums may be off in their last digits."""
     return bool(spent) and budget >= spent[0] * (1 - 1e-9)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

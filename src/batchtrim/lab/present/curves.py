@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
+from batchtrim._checks import is_finite
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.present import charts
 from batchtrim.lab.present.charts import Series
@@ -28,7 +28,7 @@ def series_of(
         if not epochs:
             continue
         mean = [fmean(points[epoch]) for epoch in epochs]
-        spread = [_deviation(points[epoch], middle) for epoch, middle in zip(epochs, mean, strict=True)]
+        spread = [_deviation(points[epoch]) for epoch in epochs]
         banded = band and runs > 1
         found.append(
             Series(
@@ -57,7 +57,7 @@ def error_range(series: Sequence[Series]) -> tuple[tuple[float, float] | None, b
 
 
 def _points(arm: Arm, name: str) -> tuple[int, dict[int, list[float]]]:
-    """Return the number of finished runs with a curve, and its values by epoch."""
+    """Return the number of finished runs, and their finite values of a curve by epoch."""
     runs, found = 0, {}
     for row in arm.runs:
         curve: dict[str, Any] = row.get("curve") or {}
@@ -69,11 +69,11 @@ def _points(arm: Arm, name: str) -> tuple[int, dict[int, list[float]]]:
         if len(epochs) != len(values):
             epochs = range(len(values))
         for epoch, value in zip(epochs, values, strict=True):
-            if isinstance(value, int | float) and math.isfinite(value):
+            if is_finite(value):
                 found.setdefault(1 + int(epoch), []).append(value)
     return runs, found
 
 
-def _deviation(values: Sequence[float], mean: float) -> float:
+def _deviation(values: Sequence[float]) -> float:
     """Return the standard deviation, with n - 1; 0 of a single value."""
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+    return stdev(values) if len(values) > 1 else 0.0

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from batchtrim._checks import describe, is_number
+from batchtrim._checks import describe, is_finite
 from batchtrim.lab.metric import Metric
 
 SCHEMA = 1
@@ -72,10 +72,6 @@ def is_whole(rest: bytes) -> bool:
         return False
 
 
-def _is_finite(value: object) -> bool:
-    return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
-
-
 def check_result(row: Mapping[str, Any], place: str) -> None:
     """Refuse a row that lacks a field that a comparison needs; ``place`` names the row in the error."""
     config = row.get("config")
@@ -107,12 +103,12 @@ def _wrong_number(row: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[st
     """Return the field that a finished run lacks, and what it has to be; other programs' costs may be unknown."""
     metric = Metric.of(config)
     value = row.get(metric.field)
-    if metric.in_percent and not (_is_finite(value) and 0 <= value <= 1):  # type: ignore[operator]
+    if metric.in_percent and not (is_finite(value) and 0 <= value <= 1):
         return metric.field, "a number in [0, 1]", value
-    if not _is_finite(value):
+    if not is_finite(value):
         return metric.field, "a number", value
     named = {name: row.get(name) for name in COSTS if "metric" not in config or row.get(name) is not None}
-    return next(((name, "a number", cost) for name, cost in named.items() if not _is_finite(cost)), None)
+    return next(((name, "a number", cost) for name, cost in named.items() if not is_finite(cost)), None)
 
 
 def _for_json(value: Any) -> Any:
