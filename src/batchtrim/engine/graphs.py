@@ -117,6 +117,36 @@ def hinted(size: Any) -> int:
     return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
 
 
+def without_passed_on(graph: fx.Graph, losses: str, leaves: Sequence[bool]) -> None:
+    """Give no gradient to a leaf that the forward only writes into: a trace would give it that of its new value.
+
+    A leaf is written into without a graph. A tensor with a graph (a batch from another network) does get that gradient.
+    """
+    (output,) = graph.find_nodes(op="output")
+    if len(output.args[0]) != len(leaves):
+        return
+    passed_on = {n for n in graph.find_nodes(op="placeholder") if "tangents" in n.name and n.name != losses}
+    pairs = zip(output.args[0], leaves, strict=True)
+    output.args = ([None if leaf and each in passed_on else each for each, leaf in pairs],)
+
+
+def with_gradients(graph: fx.GraphModule) -> fx.GraphModule:
+    """Replace a function in a graph of torch.compile's front end whose gradient torch can trace for one size only.
+
+    That of ``F.affine_grid``, in spatial transformers, takes sizes as numbers; those of its decomposition do not.
+    """
+    for node in graph.graph.find_nodes(op="call_function", target=torch.nn.functional.affine_grid):
+        node.target = _affine_grid
+    graph.recompile()
+    return graph
+
+
+def _affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
+    from torch._decomp import decomposition_table as table
+
+    return table[torch.ops.aten.affine_grid_generator.default](theta, size, bool(align_corners))
+
+
 # --- cuDNN's attention ------------------------------------------------------------------------------------------------
 
 
@@ -150,33 +180,3 @@ def _order(traced: Tensor) -> list[int]:
 
 def _ordered(tensor: Tensor, order: Sequence[int]) -> Tensor:
     return tensor.permute(*order).contiguous().permute([order.index(dim) for dim in range(tensor.ndim)])
-
-
-def without_passed_on(graph: fx.Graph, losses: str, leaves: Sequence[bool]) -> None:
-    """Give no gradient to a leaf that the forward only writes into: a trace would give it that of its new value.
-
-    A leaf is written into without a graph. A tensor with a graph (a batch from another network) does get that gradient.
-    """
-    (output,) = graph.find_nodes(op="output")
-    if len(output.args[0]) != len(leaves):
-        return
-    passed_on = {n for n in graph.find_nodes(op="placeholder") if "tangents" in n.name and n.name != losses}
-    pairs = zip(output.args[0], leaves, strict=True)
-    output.args = ([None if leaf and each in passed_on else each for each, leaf in pairs],)
-
-
-def with_gradients(graph: fx.GraphModule) -> fx.GraphModule:
-    """Replace a function in a graph of torch.compile's front end whose gradient torch can trace for one size only.
-
-    That of ``F.affine_grid``, in spatial transformers, takes sizes as numbers; those of its decomposition do not.
-    """
-    for node in graph.graph.find_nodes(op="call_function", target=torch.nn.functional.affine_grid):
-        node.target = _affine_grid
-    graph.recompile()
-    return graph
-
-
-def _affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
-    from torch._decomp import decomposition_table as table
-
-    return table[torch.ops.aten.affine_grid_generator.default](theta, size, bool(align_corners))

@@ -8,6 +8,7 @@ if ``outer`` is 1, batch-minor if ``inner`` is 1. Sizes are integers, or sympy e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,10 +83,8 @@ Layout = RowLayout | Whole | Broken
 
 
 def product(sizes: Sequence[Size]) -> Size:
-    result: Size = 1
-    for size in sizes:
-        result = result * size
-    return result
+    """Return the number of entries of a tensor of these sizes."""
+    return math.prod(sizes)
 
 
 def exact_ratio(a: Size, b: Size) -> Size | None:

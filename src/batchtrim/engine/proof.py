@@ -102,6 +102,7 @@ class _Walk:
         self.layouts: dict[fx.Node, list[Layout]] = {}
 
     def layout(self, node: fx.Node) -> Layout:
+        """Return the layout of a node's first output; whole if none was set."""
         found = self.layouts.get(node)
         return Whole() if not found else found[0]
 
@@ -111,6 +112,7 @@ class _Walk:
         return any(axis.lost > self.lost for axis in axes)
 
     def see(self, item: Any) -> Any:
+        """Return what a rule gets for an argument of a call: a tensor's ``Value``, or sizes as expressions."""
         if not isinstance(item, fx.Node):
             return _as_expressions(item)
         value = item.meta.get("val")

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,8 @@ class RowCutter:
                 refuse(place, f"it is a {type(part).__name__} of {batch} entries, one per sample. Pass a tensor")
 
 
-def refuse(place: str, why: str) -> None:
+def refuse(place: str, why: str) -> NoReturn:
+    """Raise EngineRefused, naming the place in the batch that cannot be cut."""
     raise EngineRefused(f"the batch cannot be cut to the kept rows: in `{place}`, {why}.")
 
 

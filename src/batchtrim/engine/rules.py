@@ -82,6 +82,8 @@ _RULES: dict[str, OperatorRule] = {}
 
 
 def rule(*names: str) -> Callable[[OperatorRule], OperatorRule]:
+    """Register a function as the rule of the operators of these names."""
+
     def register(function: OperatorRule) -> OperatorRule:
         for name in names:
             _RULES[name] = function
@@ -353,5 +355,6 @@ def one_with_rows(call: Call) -> tuple[Value, RowLayout]:
 
 
 def not_along(layout: RowLayout, dims: Sequence[int], ndim: int, what: str = "it goes along the rows") -> None:
+    """Raise Mixes if one of ``dims`` holds rows."""
     if layout.dims & {dim % ndim for dim in dims}:
         raise Mixes(what)

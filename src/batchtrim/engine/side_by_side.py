@@ -42,6 +42,7 @@ _SMALL = 1e-2
 
 @contextmanager
 def generators_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the generators of random numbers, as they were before the block."""
     before = GeneratorStates(device_of(model))
     try:
         yield
