@@ -86,12 +86,9 @@ class TrimmedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_choice("over", over, OVER)
-        self.keep, self.trim_options, self.resume_length = (
-            keep,
-            dict(trim_options or {}),
-            check_resume_length(resume_length),
-        )
-        self.keep_log = keep_log
+        self.keep, self.keep_log = keep, keep_log
+        self.trim_options = dict(trim_options or {})
+        self.resume_length = check_resume_length(resume_length)
         self.explained = False  # True once the log has explained its loss
         for name in kwargs.keys() & inspect.signature(Trimmer).parameters.keys():
             raise TypeError(
@@ -133,12 +130,13 @@ class TrimmedTrainer(Trainer):
         self.losses.start_micro_batch(model.train())
         # compute_loss returns a micro-batch's loss, and the Trainer divides by their number whatever the model accepts:
         # what a subclass adds to it is then averaged too
-        said, chosen = {name: getattr(self, name, None) for name in _DIVISION}, self.trim and self.trim.last
+        before = {name: getattr(self, name, None) for name in _DIVISION}
+        chosen = self.trim and self.trim.last
         vars(self).update(_DIVISION)
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         finally:
-            vars(self).update(said)
+            vars(self).update(before)
         if self.losses.waits:
             itself = self.trim is not None and self.trim.last is not chosen
             got = "calls self.trim, whose loss is not divided over the window" if itself else "trims nothing"

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
 SAY_EVERY = 30.0  # without a terminal: seconds between two lines inside an epoch
-WIDE, NARROW = 110, 76  # terminal widths: from the first on everything is shown; below the second neither bar nor times
+WIDE = 110  # columns of a terminal: the least for a long bar and the elapsed time
+NARROW = 76  # the least for a bar and the time left
 NEWS, TIME = 31, 7  # characters: epoch 100/100, accuracy 99.99 %; 0:00:00
 
 

@@ -104,19 +104,13 @@ class RunConfig:
     seed: int = setting(0, role=Role.SEED)
     augment: str | None = setting(None, "augmentation", choices=AUGMENTS, default_help="by data set")
     label_smoothing: float = setting(0.0, "label smoothing; samples are ranked by the loss without it", later=True)
-    test_views: str = setting(
-        "plain",
-        "views of each test image",
-        choices=TEST_VIEWS,
-        later=True,
-    )
+    test_views: str = setting("plain", "views of each test image", choices=TEST_VIEWS, later=True)
     train_size: int | None = setting(
         None, "number of training images, in the classes' proportions", role=Role.DATA, default_help="all"
     )
     test_size: int | None = setting(
-        None, "number of test images, the same ones in every run", later=True,
-        default_help="all",
-    )  # fmt: skip
+        None, "number of test images, the same ones in every run", later=True, default_help="all"
+    )
     label_noise: str = setting(
         "none", "wrong labels: none, symmetric:RATE, asymmetric:RATE, human:WHICH", role=Role.DATA
     )

@@ -86,9 +86,8 @@ def _is_a_librarys(thread: threading.Thread) -> bool:
 
 def _default_device() -> str | None:
     device = str(torch.get_default_device())
-    return (
-        None if device == "cpu" and torch.__version__ >= "2.5" else device
-    )  # read it first: it cannot be read once it is None
+    # before torch 2.5, a default of None cannot be read again
+    return None if device == "cpu" and torch.__version__ >= "2.5" else device
 
 
 def _deterministic() -> tuple[bool, bool]:

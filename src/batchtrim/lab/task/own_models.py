@@ -161,13 +161,7 @@ def _hf_model(name: str, shape: Shape, classes: int) -> nn.Module:
         )
     try:
         return transformers.AutoModelForImageClassification.from_config(config)
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-        KeyError,
-        ImportError,
-    ) as error:  # each architecture raises its own errors
+    except (ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:  # by architecture
         raise ValueError(
             f"expected {name!r} to make a network for images of shape {shape}, got {type(error).__name__}: {error}."
         ) from error

@@ -53,7 +53,8 @@ class SpeedNet(nn.Module):
     Args:
         shape: (channels, height, width).
         width: of the first group; the others have twice as many.
-        kernel: side of the whitened patches, ``stride``: between them; 2 makes the network four times cheaper.
+        kernel: the side of the whitened patches, in pixels.
+        stride: the pixels from one patch to the next; 2 makes the network four times cheaper.
         norm: makes a norm layer for a number of channels.
     """
 
