@@ -29,15 +29,20 @@ DATA_DIR = "data-dir.txt"
 class Watcher(Protocol):
     """Receives events as they happen; see :mod:`batchtrim.lab.execute.progress`."""
 
-    def begin(self, configs: list[AnyConfig], done: int) -> None: ...
+    def begin(self, configs: list[AnyConfig], done: int) -> None:
+        """Before the first run: all runs, and how many of them are recorded already."""
 
-    def epoch(self, config: AnyConfig, point: dict[str, Any]) -> None: ...
+    def epoch(self, config: AnyConfig, point: dict[str, Any]) -> None:
+        """After an epoch of a run: the last point of its curve."""
 
-    def batch(self, config: AnyConfig, point: dict[str, Any]) -> None: ...
+    def batch(self, config: AnyConfig, point: dict[str, Any]) -> None:
+        """Within an epoch of a run: the numbers of the batch and of the epoch."""
 
-    def finished(self, config: AnyConfig, row: Row | None) -> None: ...
+    def finished(self, config: AnyConfig, row: Row | None) -> None:
+        """After a run: its record; None if another process recorded it."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """A message for the user."""
 
 
 @dataclass(frozen=True)

@@ -84,28 +84,25 @@ class Live(Quiet):
         self.total = self.bars.add_task("all runs", total=epochs - share, news=self._tally())
 
     def epoch(self, config: Any, point: dict[str, Any]) -> None:
-        bar, before = self._bar(config, point)
         epoch, total = point["epoch"] + 1, point["epochs"]
-        self.bars.update(bar, completed=epoch, news=f"epoch {epoch}/{total}, {_metric_text(point)}")
-        self.bars.advance(self.total, epoch - before)
-        self.shown[config.key] = bar, epoch
+        self._advance(config, point, epoch, f"epoch {epoch}/{total}, {_metric_text(point)}")
 
     def batch(self, config: Any, point: dict[str, Any]) -> None:
-        bar, before = self._bar(config, point)
-        epoch = point["epoch"] + point["batch"] / point["batches"]
         where = f"epoch {point['epoch'] + 1}/{point['epochs']}, batch {point['batch']}/{point['batches']}"
-        self.bars.update(bar, completed=epoch, news=where)
-        self.bars.advance(self.total, epoch - before)
-        self.shown[config.key] = bar, epoch
+        self._advance(config, point, point["epoch"] + point["batch"] / point["batches"], where)
         if not self.redraws and time.monotonic() - self.said >= SAY_EVERY:
             self.said = time.monotonic()
             self._say(config, where)
 
-    def _bar(self, config: Any, point: dict[str, Any]) -> tuple[Any, float]:
+    def _advance(self, config: Any, point: dict[str, Any], epochs: float, news: str) -> None:
+        """Set a run's bar to the epochs it has done, and advance that of all runs."""
         if config.key not in self.shown:
             label = shown(" ".join(config.label.split()[self.alike :]))
             self.shown[config.key] = self.bars.add_task(label, total=point["epochs"], news=""), 0.0
-        return self.shown[config.key]
+        bar, before = self.shown[config.key]
+        self.bars.update(bar, completed=epochs, news=news)
+        self.bars.advance(self.total, epochs - before)
+        self.shown[config.key] = bar, epochs
 
     def finished(self, config: Any, row: Row | None) -> None:
         bar, counted = self.shown.pop(config.key, (None, 0))
