@@ -80,7 +80,7 @@ def test_refusal_is_reported() -> None:
     report = check_engine(model(), batch(), contrastive, verbose=False)
     assert not report.ok
     assert report.verdict == "refused"
-    assert "mixes rows, since it makes a tensor in which rows meet rows" in str(report)
+    assert "mixes rows, since it makes a tensor with rows along two dimensions" in str(report)
 
 
 @pytest.mark.slow

@@ -234,7 +234,7 @@ def _wrong(layout: Layout, whole: Any, part: Any, chosen: KeptRows, random_: boo
         (axis,) = layout.axes
         numbers = torch.arange(chosen.batch).view([-1 if d == axis.dim else 1 for d in range(whole.ndim)])  # type: ignore[union-attr]
         if not (whole == numbers).all():
-            return "it is not the rows' own numbers"
+            return "it is not the rows' positions in the batch"
     elif not random_ and not _same(cut(whole, layout, chosen), part):
         return "its kept rows are others than from the kept rows alone"
     for axis in layout.axes:

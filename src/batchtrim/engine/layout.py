@@ -48,7 +48,7 @@ class RowLayout:
 
     Attributes:
         vanish: rows that are not kept are zero.
-        iota: entry b is b, the row's own number; it may only index rows by themselves.
+        iota: entry b is b, the row's position in the batch; it may only index rows by themselves.
     """
 
     axes: tuple[Axis | None, ...]

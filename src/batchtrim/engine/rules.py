@@ -107,7 +107,7 @@ def apply_rule(call: Call) -> list[Layout]:
         if isinstance(value.layout, Broken):
             raise Mixes(value.layout.reason)
     _no_count_as_number(call)
-    _no_own_numbers(call)
+    _no_positions(call)
     sized = any(holds(arg, call.symbols) for arg in call.args.values() if not isinstance(arg, Value))
     shaped = any(holds(output.shape, call.symbols) for output in call.outputs if output is not None)
     if not call.rows and not sized and not shaped:
@@ -138,7 +138,7 @@ def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbo
         return Whole()
     axes = layout.axes if isinstance(layout, RowLayout) else (None,) * len(symbols)
     if isinstance(layout, RowLayout) and layout.iota and output.dtype not in (torch.int32, torch.int64):
-        raise Mixes("it computes with the rows' own numbers")
+        raise Mixes("it computes with the rows' positions in the batch")
     for axis, symbol in zip(axes, symbols, strict=True):
         if axis is None:
             fits = not holds(output.shape, (symbol,))
@@ -150,7 +150,7 @@ def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbo
             expected = axis.outer * (symbol - axis.lost) * axis.inner
             rest = [size for dim, size in enumerate(output.shape) if dim != axis.dim]
             if holds(rest, (symbol,)):
-                raise Mixes("it makes a tensor in which rows meet rows")
+                raise Mixes("it makes a tensor with rows along two dimensions")
             fits = exact_ratio(output.shape[axis.dim], expected) == 1
         if not fits:
             raise Mixes("it gives rows a shape that its rule does not know")
@@ -206,15 +206,15 @@ _WITH_STRIDES = ("empty_strided", "new_empty_strided", "as_strided", "_reshape_a
 _WITH_GROUPS = ("convolution", "convolution_backward")
 
 
-def _no_own_numbers(call: Call) -> None:
-    """Refuse the rows' own numbers, which differ on kept rows, unless an operator copies them or indexes by them."""
+def _no_positions(call: Call) -> None:
+    """Refuse the rows' positions, which differ on kept rows, unless an operator copies them or indexes by them."""
     name = name_of(call.func)
     if name in _COPIES or name in ("slice", "select"):
         return
     indices = call["indices"] if name in ("index", "_unsafe_index", "index_put", "_unsafe_index_put") else ()
     numbered = [value for value in call.rows if value.layout.iota]  # type: ignore[union-attr]
     if any(not any(value is each for each in indices) for value in numbered):
-        raise Mixes("it computes with the rows' own numbers")
+        raise Mixes("it computes with the rows' positions in the batch")
 
 
 # --- pointwise -------------------------------------------------------------------------------------------------------
@@ -281,11 +281,11 @@ def same_axis(a: Axis | None, b: Axis) -> Axis:
     if a is None:
         return b
     if a.dim != b.dim or a.lost != b.lost:
-        raise Mixes("it puts different rows together")
+        raise Mixes("it combines different rows")
     if a.outer is None:
         return b
     if b.outer is not None and (a.outer, a.inner) != (b.outer, b.inner):
-        raise Mixes("it puts different rows together")
+        raise Mixes("it combines different rows")
     return a
 
 
@@ -293,7 +293,7 @@ def only_dim(shape: Sequence[Size], symbol: sympy.Symbol, symbols: Sequence[symp
     """Return the axis of a tensor with equal rows, from its shape. Tokens may be missing at the end."""
     dims = [dim for dim, size in enumerate(shape) if holds(size, (symbol,))]
     if len(dims) != 1:
-        raise Mixes("it makes a tensor in which rows meet rows")
+        raise Mixes("it makes a tensor with rows along two dimensions")
     factor = factor_of(shape[dims[0]], symbol)
     lost = symbol - shape[dims[0]]
     if factor is None and symbol != symbols[0] and lost.is_Integer and lost > 0:

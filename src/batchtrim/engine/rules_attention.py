@@ -42,7 +42,7 @@ def attention_backward(call: Call) -> list[Layout]:
     axes = _axes(call, [gradient, *(call[name] for name in ("query", "key", "value", "out"))])
     sums = call["logsumexp"]  # it has no last dimension, so it cannot be aligned with the others
     if sums is not None and isinstance(sums.layout, RowLayout) and sums.layout.axes != axes:
-        raise Mixes("it puts different rows together")
+        raise Mixes("it combines different rows")
     layouts: list[Layout] = [RowLayout(axes, gradient.zero)] * 3
     if len(call.outputs) > 3:  # of the mask
         mask = call["attn_bias"]

@@ -79,7 +79,7 @@ def _own_kernels(call: Call, x: Value, weight: Value, bias: Value | None) -> Non
     for value, dim in given:
         axis = value.layout.axes[0] if isinstance(value.layout, RowLayout) else None
         if axis is None or axis.dim != dim or axis.outer != 1:
-            raise Mixes("it puts different rows together")
+            raise Mixes("it combines different rows")
         if value is not bias and exact_ratio(value.shape[dim], call["groups"]) is None:
             raise Mixes("its groups do not divide a row")
 
@@ -117,7 +117,7 @@ def group_norm_backward(call: Call) -> list[Layout]:
     axes = only_batch(call, [gradient, call["input"]])
     for statistic in (call["mean"], call["rstd"]):
         if not isinstance(statistic.layout, RowLayout) or statistic.layout.axes != axes:
-            raise Mixes("it puts different rows together")
+            raise Mixes("it combines different rows")
     return [RowLayout(axes, gradient.zero), *[summed_gradients(call, gradient)] * 2]
 
 
@@ -164,7 +164,7 @@ def _channels(call: Call, x: Value, training: bool) -> Layout:
         if not among_channels:
             _whole(value, name)
         elif value is not None and (not isinstance(value.layout, RowLayout) or value.layout.axes != channels.axes):
-            raise Mixes("it puts different rows together")
+            raise Mixes("it combines different rows")
     return channels if among_channels else Whole()
 
 
@@ -249,7 +249,7 @@ def index_select(call: Call) -> Layout:
 
 
 def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
-    """Return where rows lie in ``base[indices]``, and its dimensions; rows may only be indexed by their own numbers."""
+    """Return where rows lie in ``base[indices]``, and its dimensions; rows may only be indexed by their positions."""
     indices = list(call["indices"]) + [None] * (base.ndim - len(call["indices"]))
     given = [dim for dim, index in enumerate(indices) if index is not None]
     if any(len(i.shape) == 0 for i in indices if i is not None) and not given:
@@ -271,7 +271,7 @@ def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
             if axis is not None:
                 moved = replace(axis, dim=start + width - index.ndim + axis.dim)
                 if place is not None and place != moved:
-                    raise Mixes("it puts different rows together")
+                    raise Mixes("it combines different rows")
                 place = moved
         mine = base_axes[i]
         if mine is not None and mine.dim in given:
@@ -280,13 +280,13 @@ def _indexed(call: Call, base: Value) -> tuple[tuple[Axis | None, ...], int]:
                 raise Mixes("it takes rows by an index into the batch")
         elif mine is not None:
             if place is not None:
-                raise Mixes("it puts different rows together")
+                raise Mixes("it combines different rows")
             place = replace(mine, dim=to[mine.dim])
         axes.append(place)
     for dim, index in enumerate(indices):
         holder = next((axis for axis in base_axes if axis is not None and axis.dim == dim), None)
         if index is not None and isinstance(index.layout, RowLayout) and index.layout.iota and holder is None:
-            raise Mixes("it computes with the rows' own numbers")
+            raise Mixes("it computes with the rows' positions in the batch")
     return tuple(axes), width + len(kept)
 
 
@@ -326,7 +326,7 @@ def index_put(call: Call) -> Layout:
     if isinstance(values.layout, RowLayout):
         for mine, theirs in zip(axes, values.layout.axes, strict=True):
             if theirs is not None and (mine is None or replace(theirs, dim=theirs.dim + ndim - values.ndim) != mine):
-                raise Mixes("it puts different rows together")
+                raise Mixes("it combines different rows")
     if isinstance(base.layout, RowLayout):
         return replace(base.layout, vanish=base.zero and values.zero)
     if not call["accumulate"] or not isinstance(values.layout, RowLayout):

@@ -30,7 +30,7 @@ def contraction(call: Call) -> Layout:
             return replace(layout, vanish=False)
         return layout
     if not isinstance(layout, RowLayout):
-        raise Mixes("it puts different rows together")
+        raise Mixes("it combines different rows")
     product_ = Value(call.out.shape, layout)
     return RowLayout(aligned(call, call.out, [bias, product_]), layout.vanish and bias.zero)
 
@@ -115,7 +115,7 @@ def stacked(call: Call) -> list[Layout]:
         vectors = argument == "B" and name == "_linalg_solve_ex" and value.shape == call["A"].shape[:-1]
         front = value.ndim - (1 if vectors else core)
         if isinstance(value.layout, RowLayout) and any(dim >= front for dim in value.layout.dims):
-            raise Mixes("it takes rows for those of a matrix")
+            raise Mixes("it takes the batch for the rows of a matrix")
         stacks.append(Value(value.shape[:front], value.layout))
     widest = max(stacks, key=lambda value: value.ndim)
     layout = RowLayout(aligned(call, widest, stacks))

@@ -118,10 +118,10 @@ def repeat(call: Call) -> Layout:
                 continue
             size = 1 if dims[0] < shift else value.shape[dims[0] - shift]
             if len(dims) > 1 or factor_of(repeats[dims[0]], symbol) != 1:
-                raise Mixes("it makes a tensor in which rows meet rows")
+                raise Mixes("it makes a tensor with rows along two dimensions")
             axes.append(Axis(dims[0], 1, size))
         elif holds(repeats[axis.dim + shift], call.symbols):
-            raise Mixes("it makes a tensor in which rows meet rows")
+            raise Mixes("it makes a tensor with rows along two dimensions")
         else:
             outer = None if axis.outer is None else axis.outer * repeats[axis.dim + shift]
             axes.append(replace(axis, dim=axis.dim + shift, outer=outer))
@@ -250,7 +250,7 @@ def create(call: Call) -> Layout:
 
 @rule("arange")
 def arange(call: Call) -> Layout:
-    """Return the rows' own numbers for 0 to B - 1."""
+    """Return the rows' positions for 0 to B - 1."""
     if call["start"] not in (None, 0) or call["step"] not in (None, 1) or call.out.shape[0] != call.symbols[0]:
         raise Mixes("it counts rows")
     return RowLayout((Axis(0), *(None,) * (len(call.symbols) - 1)), iota=True)
@@ -299,7 +299,7 @@ def to_diagonal(call: Call) -> Layout:
     others = [dim for dim in range(call.out.ndim) if dim not in gone]
     layout = given.layout
     if isinstance(layout, RowLayout):
-        not_along(layout, [-1], given.ndim, "it makes a tensor in which rows meet rows")
+        not_along(layout, [-1], given.ndim, "it makes a tensor with rows along two dimensions")
         layout = layout.moved([*others, None])
     spread = Value(call.out.shape, layout)
     found = RowLayout(aligned(call, call.out, [spread] if base is None else [base, spread]))

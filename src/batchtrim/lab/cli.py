@@ -169,8 +169,8 @@ def claims_command(given: dict[str, Any]) -> None:
 def show_command(given: dict[str, Any]) -> None:
     """Write a page of the samples that stayed hard.
 
-    It shows images, a map, confusions and classes over time, of a run made with --keep-log. The page is self-contained
-    and opens offline.
+    It shows images, a map, confusions, and classes over time. The run must have been made with --keep-log. The page is
+    self-contained and opens offline.
     """
     from batchtrim.lab.present import gallery
 

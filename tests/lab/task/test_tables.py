@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_read_is_refused(mine: Path, monkeypatch: pytest
     tree(mine, "a", "b")
     (mine / "a" / "locked").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may read everything
-    assert "which may not be" in refusal(mine)
+    assert "which this user may not read" in refusal(mine)
 
 
 def test_a_parquet_file_that_is_damaged_inside_is_named(mine: Path) -> None:

@@ -175,7 +175,7 @@ def test_folders_that_systems_create_are_not_classes(name: str, mine: Path, monk
 def test_a_data_folder_that_may_not_be_read_is_named(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder in it was named that is not there."""
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mine")
-    with pytest.raises(PermissionError, match="expected folders of images that can be read, got mine, which may not"):
+    with pytest.raises(PermissionError, match="that can be read, got mine, which this user may not read"):
         read()
 
 

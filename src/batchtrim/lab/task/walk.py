@@ -75,7 +75,7 @@ def check_readable(folder: Path | os.DirEntry[str]) -> None:
     """Refuse a folder that this user cannot read, which would hide its images."""
     if not os.access(folder, os.R_OK | os.X_OK):
         raise PermissionError(
-            f"expected folders of images that can be read, got {os.fspath(folder)}, which may not be."
+            f"expected folders of images that can be read, got {os.fspath(folder)}, which this user may not read."
         )
 
 
