@@ -52,7 +52,9 @@ class Clock:
             accuracy = check_part("accuracy", accuracy, "It is a fraction, not a percentage.")
         elif self.reads_accuracy:
             raise ValueError("expected `accuracy`, which drives this schedule, got None. Call step(accuracy=...).")
-        steps, accuracy = self.steps + n, self.accuracy if accuracy is None else accuracy
+        else:
+            accuracy = self.accuracy
+        steps = self.steps + n
         self.keep = self._ask(accuracy if self.reads_accuracy else progress_at(steps, self.total))
         self.steps, self.accuracy = steps, accuracy
         if self.total is not None and self.steps > self.total and not self._told:

@@ -67,8 +67,8 @@ def padded_rows(selection: Selection, companions: int = 0) -> Tensor:
 
 def kept_loss(kept: Losses, selection: Selection, trim: Trimmer) -> Tensor:
     """Return the loss of the kept rows, from a forward over :func:`padded_rows`."""
-    weights = kept.weights
-    values = kept.values
+    values, weights = kept.values, kept.weights
     if values.shape[0] != selection.k:
-        values, weights = values[: selection.k], None if weights is None else weights[: selection.k]
+        values = values[: selection.k]
+        weights = None if weights is None else weights[: selection.k]
     return reduce_kept(values, selection, trim.scale, weights)

@@ -208,9 +208,12 @@ def put_back(value: Any, copy: Any) -> None:
         value.cast("B")[:] = copy
     elif in_place(type(value)):
         _put_back_rare(value, copy)
+    elif isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(copy)
     else:
         value.clear()
-        value.extend(copy) if isinstance(value, (list, deque)) else value.update(copy)
+        value.update(copy)
 
 
 def _put_back_variables(value: Any, copy: dict[str, str]) -> None:

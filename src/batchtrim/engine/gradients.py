@@ -21,7 +21,7 @@ def gradients_without_hooks(
     """
     with _without_hooks(tensors):
         found = torch.autograd.grad(losses, tensors, weights, retain_graph=keep, allow_unused=True)
-    return [None if each is None else each.to_dense() if each.is_sparse else each for each in found]
+    return [each.to_dense() if each is not None and each.is_sparse else each for each in found]
 
 
 @contextmanager

@@ -87,10 +87,9 @@ def layouts_of(call: Call, args: Sequence[Any], kwargs: dict[str, Any], layouts:
     found = decomposed(call.func, args, kwargs, layouts, inner)
     if found is None:
         return apply_rule(call)  # it raises the error
-    return [
-        Whole() if output is None else Broken("no rule tells what it does with rows") if layout is None else layout
-        for layout, output in zip(found, call.outputs, strict=True)
-    ]
+    unknown = Broken("no rule tells what it does with rows")
+    pairs = zip(found, call.outputs, strict=True)
+    return [Whole() if output is None else layout or unknown for layout, output in pairs]
 
 
 class _Walk:

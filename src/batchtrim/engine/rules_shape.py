@@ -82,12 +82,17 @@ def unsqueeze(call: Call) -> Layout:
     return layout.moved([dim + (dim >= at) for dim in range(value.ndim)])
 
 
+def _dims(given: int | Sequence[int] | None, ndim: int) -> set[int]:
+    """Return the dimensions that an argument names: a number or several; None names all."""
+    if given is None:
+        return set(range(ndim))
+    return {dim % ndim for dim in ([given] if isinstance(given, int) else given)}
+
+
 @rule("squeeze")
 def squeeze(call: Call) -> Layout:
     value, layout = one_with_rows(call)
-    given = call["dim"]
-    given = range(value.ndim) if given is None else given if isinstance(given, (list, tuple)) else [given]
-    gone = {dim % value.ndim for dim in given}
+    gone = _dims(call["dim"], value.ndim)
     not_along(layout, list(gone), value.ndim, "it drops the dimension of the rows if there is one row")
     gone = {dim for dim in gone if value.shape[dim] == 1}
     return layout.moved([dim - sum(g < dim for g in gone) for dim in range(value.ndim)])
@@ -363,8 +368,7 @@ def along(call: Call) -> list[Layout]:
 def sum_(call: Call) -> Layout:
     value, layout = one_with_rows(call)
     dims = call["dim"]
-    dims = range(value.ndim) if dims is None or dims == [] else dims if isinstance(dims, (list, tuple)) else [dims]
-    gone = {dim % value.ndim for dim in dims}
+    gone = _dims(None if dims == [] else dims, value.ndim)
     summed = [axis is not None and axis.dim in gone for axis in layout.axes]
     if any(summed):
         return _summed(layout, summed)

@@ -134,12 +134,11 @@ class _Side:
 
     def gradients(self) -> dict[str, Tensor]:
         """Return each parameter's gradient, zeros if it has none."""
-        return {
-            name: (torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad)
-            .detach()
-            .double()
-            for name, p in self.named_parameters().items()
-        }
+        found = {}
+        for name, p in self.named_parameters().items():
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad.detach()
+            found[name] = (gradient.to_dense() if gradient.is_sparse else gradient).double()
+        return found
 
 
 class SideBySide:

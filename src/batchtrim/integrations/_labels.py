@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batchtrim.distributed import sum_over_ranks, world_size
 from batchtrim.integrations._loss_finder import Found
-from batchtrim.integrations._sample_rows import shifts_of
+from batchtrim.integrations._sample_rows import items_of, shifts_of
 from batchtrim.unreduced import Losses, divisors, flatten
 
 __all__ = ["Counting", "count", "shares"]
@@ -124,7 +124,8 @@ def check_own(losses: Losses, labels: Sequence[Tensor], unit: str) -> None:
     Raises:
         ValueError: there is not one per sample, or some belong to ignored labels.
     """
-    values, batch = losses.values, len(labels[0]) if labels else len(losses.values)
+    values = losses.values
+    batch = len(labels[0]) if labels else len(values)
     recipe = "batchtrim.token_losses(outputs.logits, labels) gives them (shift=True for a causal model)."
     if unit == "sample" and len(values) != batch:
         raise ValueError(
@@ -179,5 +180,4 @@ def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors in nested mappings, lists and tuples that have a dimension."""
     if isinstance(value, Tensor):
         return [value] if value.ndim else []
-    held = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for item in held for tensor in tensors_in(item)]
+    return [tensor for item in items_of(value) for tensor in tensors_in(item)]

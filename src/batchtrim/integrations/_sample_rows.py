@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchtrim.integrations._recorder import LossCall, LossPart, NotFound
 
-__all__ = ["label_sizes", "output_tensors", "prove_rows", "rows_of", "shifts_of"]
+__all__ = ["items_of", "label_sizes", "output_tensors", "prove_rows", "rows_of", "shifts_of"]
 
 
 def label_sizes(labels: Iterable[Tensor], batch: int) -> set[int]:
@@ -19,9 +19,16 @@ def label_sizes(labels: Iterable[Tensor], batch: int) -> set[int]:
     return whole | {size - 1 for size in whole if size > 1} | {1}
 
 
+def items_of(value: Any) -> Iterable[Any]:
+    """Return what a mapping, list or tuple holds; nothing for another value."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (tuple, list)) else ()
+
+
 def output_tensors(outputs: Any, loss: Any) -> list[Tensor]:
     """Return the tensors with a graph that a model returned, except its loss."""
-    values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (tuple, list)) else ()
+    values = items_of(outputs)
     tensors = [each for value in values for each in (value if isinstance(value, (tuple, list)) else (value,))]
     return [each for each in tensors if isinstance(each, Tensor) and each.grad_fn is not None and each is not loss]
 

@@ -68,7 +68,8 @@ def _found(way: str, metric: Metric) -> str:
 def finding(paired: Paired) -> str:
     """Return the finding over the pairs as a phrase."""
     n, mean, verdict, metric = paired.moments.n, paired.moments.mean or 0.0, paired.verdict, paired.metric
-    by, way = f"{metric.number(abs(mean))}{metric.unit}", "lower" if mean < 0 else "higher"
+    by = f"{metric.number(abs(mean))}{metric.unit}"
+    way = "lower" if mean < 0 else "higher"
     return {
         Verdict.LOWER: f"{way} {metric.name} by {by}",
         Verdict.HIGHER: f"{way} {metric.name} by {by}",

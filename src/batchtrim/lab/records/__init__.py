@@ -288,7 +288,9 @@ def _folders_near(path: Path) -> str:
     while not path.exists() and path != path.parent:
         path = path.parent
     found = sorted(str(each.parent) for each in path.glob("*/runs.jsonl")) if path.is_dir() else []
-    return f" There are runs in: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}." if found else ""
+    if not found:
+        return ""
+    return f" There are runs in: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}."
 
 
 def _read_at(file: int, count: int, start: int) -> bytes:

@@ -138,7 +138,8 @@ class RunConfig:
 
         self._check_words()
         own = images.is_own(self.dataset)
-        spec, model = None if own else find_spec(self.dataset), find_model(self.model)
+        spec = None if own else find_spec(self.dataset)
+        model = find_model(self.model)
         images.check_options(self)
         method = find_method(self.method)
         filled = replace(

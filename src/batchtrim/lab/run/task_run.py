@@ -238,7 +238,9 @@ class Run:
                 f"Log the metric as {self.metric.name}=..., and other numbers by other names."
             )
         last = self.curve["epoch"][-1] if self.curve.get("epoch") else None
-        epoch = (0 if last is None else int(last) + 1) if epoch is None else check_count("epoch", epoch, minimum=0)
+        if epoch is None:
+            epoch = 0 if last is None else int(last) + 1
+        epoch = check_count("epoch", epoch, minimum=0)
         if last is not None and epoch <= last:
             raise ValueError(f"expected `epoch` after {last:g}, got {epoch}. Log each epoch once, counted from 0.")
         numbers = {name: as_number(name, value) for name, value in values.items()}
