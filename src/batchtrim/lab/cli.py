@@ -251,23 +251,31 @@ def _in_order(rows: list[dict[str, Any]], configs: Iterable[Any]) -> list[dict[s
     return sorted(rows, key=lambda row: place.get(row["key"], -1))
 
 
+def _configs(task: str | None, settings: dict[str, Any], given: dict[str, Any]) -> list[Any]:
+    """Return the runs that a command asks for: of the lab's own loop, or of the user's function."""
+    from batchtrim.lab.execute import grid
+    from batchtrim.lab.run import loading
+    from batchtrim.lab.task.own_code import Code
+
+    if task is not None:
+        options.refuse_with_task(given)
+        return list(grid.expand_task(Code.in_file(task, "task"), settings))
+    options.refuse_without_task(settings)
+    place = given.get("data_dir")
+    configs = loading.with_versions(grid.expand(settings), place)
+    options.check_data_dir(place, {config.dataset for config in configs})
+    return configs
+
+
 def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Path, list[dict[str, Any]], int]:
+    """Do the runs; return all runs, their folder, the records of those that failed, and this process's rank."""
     from batchtrim.lab import own, records
     from batchtrim.lab.execute import cores, folders, grid, preflight, progress, scheduler
-    from batchtrim.lab.run import loading
     from batchtrim.lab.run.ranks import Ranks
-    from batchtrim.lab.task.own_code import Code
 
     settings = dict(settings)
     task = settings.pop("task", None)
-    if task is None:
-        options.refuse_without_task(settings)
-        place = given.get("data_dir")
-        configs: list[Any] = loading.with_versions(grid.expand(settings), place)
-        options.check_data_dir(place, {config.dataset for config in configs})
-    else:
-        options.refuse_with_task(given)
-        configs = list(grid.expand_task(Code.in_file(task, "task"), settings))
+    configs = _configs(task, settings, given)
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
         if given.get(name) is not None and not given[name] >= least:  # NaN is not
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
