@@ -1,4 +1,4 @@
-"""Losses under torch.func: choose from plain tensors, or with fixed shapes under torch.vmap.
+"""Losses under torch.func: choose from plain tensors, or with fixed shapes under torch.vmap. Refuse recordings.
 
 ``torch.func.grad`` and the like wrap one tensor, whose values can be read. ``torch.vmap`` wraps a batch of tensors in
 one, whose values cannot.
@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from batchtrim.selection.base import k_follows_losses
 from batchtrim.unreduced import Losses
 
 __all__ = [
     "batched",
+    "check_live",
     "compiling",
     "fixed_shapes",
     "in_backward",
     "outside",
+    "plain_losses",
     "transforming",
     "unwrapped",
-    "unwrapped_losses",
 ]
 
 _func = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -41,6 +43,21 @@ def compiling() -> bool:
     Python sees its operators by modes, which are of a thread.
     """
     return is_dynamo_compiling() or (_modes() > 0 and is_compiling())
+
+
+def check_live() -> None:
+    """Raise TypeError where the operators of this call are recorded, to be run again with other losses."""
+    if is_tracing():
+        raise TypeError(
+            "expected a trimmer outside of torch.jit.trace, which would keep the rows of its example in every "
+            "batch. Trace the model alone; torch.compile and torch.export take a trimmer too."
+        )
+    if not compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise TypeError(
+            "expected a trimmer outside of a CUDA graph, which would keep as many rows in every batch, and the rows "
+            "of one random draw. Capture the model alone (torch.cuda.make_graphed_callables), or compile it with "
+            "mode='reduce-overhead'."
+        )
 
 
 def batched(tensor: Tensor | None) -> bool:
@@ -92,7 +109,7 @@ def outside() -> AbstractContextManager[Any]:
     return temporarily_clear_interpreter_stack()
 
 
-def unwrapped_losses(losses: Losses, scores: Tensor, what: str) -> tuple[Losses, Tensor]:
+def plain_losses(losses: Losses, scores: Tensor, what: str) -> tuple[Losses, Tensor]:
     """Return losses and scores as plain tensors, which a rule can choose from; see :func:`unwrapped`."""
     parts = {name: getattr(losses, name) for name in ("values", "mask", "weights", "counts")}
     found = {name: None if part is None else unwrapped(part, what) for name, part in parts.items()}

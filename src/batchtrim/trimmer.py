@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from batchtrim._by_name import by_name
 from batchtrim._checks import Checked, check_choice, check_count, check_rule, check_state, describe, is_number
 from batchtrim._deprecated import record_as_before, trimmer_log
-from batchtrim._transforms import compiling, fixed_shapes, in_backward, outside, transforming, unwrapped_losses
+from batchtrim._transforms import check_live, compiling, fixed_shapes, in_backward, outside, plain_losses, transforming
 from batchtrim.choice import Choice
 from batchtrim.clock import Clock
 from batchtrim.distributed import NOT_PICKLED, select_over_ranks, world_size
@@ -347,18 +346,14 @@ class Trimmer:
         self, losses: Tensor | Losses, rank_by: Tensor | Losses | None, mask: Tensor | None
     ) -> tuple[Losses, Tensor]:
         """Return the vector there is to choose from, and the scores to rank it by."""
-        if is_tracing():
-            raise TypeError(
-                "expected a trimmer outside of torch.jit.trace, which would keep the rows of its example in every "
-                "batch. Trace the model alone; torch.compile and torch.export take a trimmer too."
-            )
+        check_live()
         return to_rank(losses, rank_by, mask, self.unit, allow_empty=self.scope == "global")
 
     def _choose(self, flat: Losses, scores: Tensor, ranked_by_itself: bool) -> Selection:
         if transforming() and not compiling():
-            plain_losses, plain_scores = unwrapped_losses(flat, scores, repr(self.rule))
+            plain = plain_losses(flat, scores, repr(self.rule))
             with outside():
-                return self._choose(plain_losses, plain_scores, ranked_by_itself)
+                return self._choose(*plain, ranked_by_itself)
         if self.scope == "global" and world_size(self.process_group) > 1:
             return self._choose_jointly(flat, scores)
         again = in_backward() != -1 and not compiling()

@@ -190,6 +190,19 @@ def test_torch_jit_trace() -> None:
         torch.jit.trace(Trimmer(0.5).__call__, LOSSES)
 
 
+def test_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every replay would keep as many rows as the step that was captured, whatever the schedule says by then."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    trim = Trimmer(batchtrim.linear(1.0, 0.2), total=3)
+    with pytest.raises(TypeError, match=r"expected a trimmer outside of a CUDA graph.* mode='reduce-overhead'"):
+        trim(LOSSES)
+    with pytest.raises(TypeError, match="CUDA graph"):
+        trim.select(LOSSES)
+    compiled = torch.compile(trim.__call__, backend="eager", fullgraph=True)
+    assert compiled(LOSSES) == LOSSES.mean()
+
+
 def test_losses_of_eight_bits() -> None:
     with pytest.raises(TypeError, match=r"half precision or more, got dtype torch\.float8_e4m3fn"):
         Trimmer(0.5)(LOSSES.to(torch.float8_e4m3fn))

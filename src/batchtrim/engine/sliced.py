@@ -280,9 +280,10 @@ class SlicedStep:
         """Return the first operator from the loss down that mixes rows, and how; None if none does."""
         proof = self.slices(approximate).proof
         node = proof.first_mixing
-        return (
-            None if node is None else (proof.verdicts[node].unkept or place_of(node), str(proof.verdicts[node].reason))
-        )
+        if node is None:
+            return None
+        verdict = proof.verdicts[node]
+        return verdict.unkept or place_of(node), str(verdict.reason)
 
     @functools.cached_property
     def coarse(self) -> bool:
