@@ -290,3 +290,57 @@ def test_arguments_the_other_way_round() -> None:
         check_engine(nn.Linear(3, 2), nn.CrossEntropyLoss(), batch)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"callable, got a tuple of a tensor of shape \(8, 3\) and dtype"):
         TrimmedForward(nn.Linear(3, 2), batch, Trimmer(0.5))  # type: ignore[arg-type]
+
+
+class TestWhatIsNotCopied:
+    """Functions are not copied, so both sides of the comparison shared what they hold, and changed it."""
+
+    def test_a_forward_that_runs_the_model_itself(self) -> None:
+        network = model()
+        plain = network.forward
+        network.forward = lambda x: 2 * plain(x)
+        self.refused(network, nn.CrossEntropyLoss(), "the model's own 0.weight")
+
+    def test_a_hook(self) -> None:
+        network = model()
+        network[1].register_forward_hook(lambda module, args, output: output + network[0].bias)
+        self.refused(network, nn.CrossEntropyLoss(), "the model's own 0.weight")
+
+    def test_a_loss_that_names_the_model(self) -> None:
+        network = model()
+
+        def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            decay = sum(p.square().sum() for p in network.parameters())
+            return nn.functional.cross_entropy(outputs, labels, reduction="none") + decay
+
+        self.refused(network, loss, "the model's own 0.weight")
+
+    @pytest.mark.parametrize("kind", [nn.Linear, nn.Parameter])
+    def test_a_loss_that_names_what_is_trained(self, kind: Any) -> None:
+        trained = kind(torch.ones(3)) if kind is nn.Parameter else kind(3, 3)
+        scaled = trained if kind is nn.Linear else lambda outputs: outputs * trained
+        what = "Linear's weight" if kind is nn.Linear else "a tensor that requires a gradient"
+        loss = lambda o, y: nn.functional.cross_entropy(scaled(o), y, reduction="none")  # noqa: E731
+        given = trained.weight if kind is nn.Linear else trained
+        given.grad, before = torch.ones_like(given), given.detach().clone()
+        self.refused(model(), loss, what)
+        assert torch.equal(given.grad, torch.ones_like(given))
+        assert torch.equal(given, before)
+
+    def test_a_teacher_is_only_read(self) -> None:
+        teacher = model()
+
+        def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                wanted = teacher(batch()[0][: len(outputs)]).softmax(-1)
+            return nn.functional.cross_entropy(outputs, wanted, reduction="none")
+
+        assert check_engine(model(), batch(), loss, engine="exact", verbose=False).verdict == "right"
+
+    @staticmethod
+    def refused(network: nn.Module, loss: Any, what: str) -> None:
+        before = [p.detach().clone() for p in network.parameters()]
+        with pytest.raises(ValueError, match=f"whose copy still uses {what}: a function holds it"):
+            check_engine(network, batch(), loss, engine="exact", verbose=False)
+        assert all(map(torch.equal, before, network.parameters()))
+        assert all(p.grad is None for p in network.parameters())

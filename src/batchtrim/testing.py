@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from batchtrim._checks import check_count, check_keep, check_positive, describe
+from batchtrim.engine.copies import in_float64
 from batchtrim.engine.precision import full_float32
 from batchtrim.engine.side_by_side import (
     TOLERANCE,
     SideBySide,
     draws_of_torch,
     generators_kept,
-    in_float64,
     max_or_nan,
 )
 
@@ -201,7 +201,8 @@ def check_engine(
         An :class:`EngineReport`. In a test of your own: ``assert report.ok``.
 
     Raises:
-        TypeError, ValueError: an argument is not as above. Errors of the model in a plain step are passed on.
+        TypeError, ValueError: an argument is not as above; or a function holds a part of the model, or something else
+            that gets a gradient, which the copies would share. Errors of the model in a plain step are passed on.
 
     Notes:
         TF32 is switched off meanwhile: it rounds to ten bits, which cannot be compared to 1e-5. Compiled code draws
@@ -222,13 +223,13 @@ def check_engine(
         check_positive("tolerance", tolerance)
 
     def compared(model: nn.Module, loss: Any, batches: list[tuple[Any, Any]], tolerance: float | None) -> EngineReport:
-        pair = SideBySide(model, loss, engine, batch_dim, tolerance)
-        batches = [*batches, *(pair.made_of(batches[0]) if len(batches) == 1 else ())]
-        for number in range(steps):
-            turn = number + number // len(batches)  # so that each batch is combined with each fraction
-            if not pair.step(number, batches[number % len(batches)], keeps[turn % len(keeps)], lr):
-                break
-        return EngineReport(**pair.results())
+        with SideBySide(model, loss, engine, batch_dim, tolerance) as pair:
+            batches = [*batches, *(pair.made_of(batches[0]) if len(batches) == 1 else ())]
+            for number in range(steps):
+                turn = number + number // len(batches)  # so that each batch is combined with each fraction
+                if not pair.step(number, batches[number % len(batches)], keeps[turn % len(keeps)], lr):
+                    break
+            return EngineReport(**pair.results())
 
     with generators_kept(model), full_float32(), draws_of_torch():
         report = compared(model, per_sample_loss, batches, tolerance)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import batchtrim
 from batchtrim.engine import inductor
 from batchtrim.errors import ApproximateGradient, EngineFallback
+from batchtrim.testing import check_engine
 from tiers import few, in_part
 
 pytestmark = pytest.mark.usefixtures("compiles")
@@ -345,3 +347,44 @@ def test_auto_runs_it_under_shared_and_two_pass_where_that_refuses() -> None:
     for _ in range(3):
         step(zoo.vectors(256), torch.randint(0, 5, (256,))).backward()
     assert step.last.engine == "shared"
+
+
+def compiled_in_its_class() -> nn.Module:
+    class Compiled(zoo.Mlp):
+        forward = torch.compile(zoo.Mlp.forward)
+
+    return Compiled(8)
+
+
+def compiled_forward() -> nn.Module:
+    model = zoo.Mlp(8)
+    model.forward = torch.compile(model.forward)
+    return model
+
+
+# by default the second is compiled as the first
+@pytest.mark.parametrize("make", few([compiled_forward, compiled_in_its_class, lambda: zoo.Mlp(8)], [compiled_forward]))
+def test_a_compiled_forward_and_a_model_compiled_late(make: Callable[[], nn.Module], compiles: list[bool]) -> None:
+    """They ran operator by operator, and `auto` took them for eager ones."""
+    model = seeded(make)
+    step, auto = stepper(model), stepper(model, "auto")
+    if type(model) is zoo.Mlp and "forward" not in vars(model):
+        model.compile()
+    x, y = zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+    for _ in range(3):
+        near(*whole_and_kept(step, x, y))
+    assert compiles == [False, True]
+    auto(x, y)
+    assert auto.engine.forecast.step == math.inf, "taken for a compiled one"
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, when it compiles
+def test_a_copy_of_a_compiled_forward_is_compiled_and_independent(compiles: list[bool]) -> None:
+    """A copy ran the model itself, so that `check_engine` compared the model with itself and changed its weights."""
+    model = seeded(compiled_forward)
+    before = copy.deepcopy(dict(model.state_dict()))
+    report = check_engine(model, (zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))), nn.CrossEntropyLoss(), steps=3)
+    assert report.ok
+    assert True in compiles
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())

@@ -75,9 +75,11 @@ class AutoEngine:
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
         if self._open and is_training_step() and (keep := self.trim.expected_keep) <= TRACED_BELOW:
-            if self.forecast is None:
+            if self.forecast is None and compiled_part(self.exact.forward.model) is not None:
+                self._prepare(compiled=True)  # it was compiled after the engine was made
+            elif self.forecast is None:
                 return self._counted(x, y, selection)
-            if self.forecast.pays(keep):
+            elif self.forecast.pays(keep):
                 self._prepare(was_run=True)
         if not self.pays(x, y):
             return self.exact(x, y, selection)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import sympy
@@ -24,7 +26,7 @@ from batchtrim._checks import in_one_line
 from batchtrim.engine.capture import expression_of
 from batchtrim.engine.graphs import graph_copy, in_traced_order
 from batchtrim.engine.layout import product
-from batchtrim.engine.state import compiled_part, uncompiled
+from batchtrim.engine.state import compiled_forward, compiled_part, uncompiled
 
 __all__ = [
     "CannotCompile",
@@ -93,10 +95,17 @@ def compiler_of(module: nn.Module) -> Callable[[Any], Any]:
 
 
 def compile_alike(copied: nn.Module, model: nn.Module) -> None:
-    """Compile in a deep copy what is compiled in the model by ``model.compile()``, which no copy keeps."""
+    """Compile in a deep copy what no copy keeps: a call that ``model.compile()`` compiled, and a compiled forward.
+
+    The copy of such a forward would run the model itself.
+    """
     for own, module in zip(copied.modules(), model.modules(), strict=True):
         if vars(module).get("_compiled_call_impl") is not None:
             own._compiled_call_impl = compiler_of(module)(own._call_impl)
+        forward = compiled_forward(module) if "forward" in vars(module) else None
+        called = None if forward is None else inspect.unwrap(forward, stop=lambda each: isinstance(each, MethodType))
+        if isinstance(called, MethodType) and called.__self__ is module:
+            own.forward = (_context_of(forward) or torch.compile)(MethodType(called.__func__, own))
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

@@ -222,6 +222,9 @@ class SharedEngine:
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace. Before a trace's first run, run the model's own Python to compare."""
         if self.trace is None and not self.was_looked_at:
+            if self.compiler is None and (compiler := inductor_of(self.forward.model)) is not None:
+                self.compiler = compiler  # it was compiled after the engine was made
+                self.capture = self._capture()
             self._look_for_large_changes(x, y)
         eager: EagerStep | None = None
         device, made = device_of(self.forward.inner), False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 import warnings
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.copies import fresh, held_by_both, not_copied, twins
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.rows import copied, entries, map_tensors, tensors_of
+from batchtrim.engine.rows import copied, entries, tensors_of
 from batchtrim.engine.state import (
     ModelState,
-    compiled_part,
     device_of,
     modules_of,
     relative_difference,
@@ -31,7 +30,7 @@ from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["TOLERANCE", "SideBySide", "draws_of_torch", "generators_kept", "in_float64", "max_or_nan"]
+__all__ = ["TOLERANCE", "SideBySide", "draws_of_torch", "generators_kept", "max_or_nan"]
 
 # How far a gradient may be off, relative to its norm: float32 sums in another order differ by this much.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -142,7 +141,11 @@ class _Side:
 
 
 class SideBySide:
-    """An engine and a plain step, side by side."""
+    """An engine and a plain step, side by side. A context: at its end, what both hold has the gradients it had before.
+
+    Raises:
+        ValueError: functions hold a part of the model, or something that gets a gradient, and so both sides do.
+    """
 
     def __init__(self, model: nn.Module, loss: Any, engine: str, batch_dim: int, tolerance: float | None) -> None:
         self.given, self.given_tolerance = (model, loss), tolerance
@@ -151,6 +154,17 @@ class SideBySide:
         self.plain = self._side(model, loss, "exact", batch_dim)
         self.own = self._side(model, loss, engine, batch_dim)
         self.name = engine
+        sides = [(side.step.forward.inner, side.step.forward.per_sample_loss) for side in (self.own, self.plain)]
+        self.shared = [(name, tensor, tensor.grad) for name, tensor in held_by_both(*sides)]
+
+    def __enter__(self) -> SideBySide:
+        for _, tensor, _ in self.shared:
+            tensor.grad = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _name, tensor, gradient in self.shared:
+            tensor.grad = gradient
 
     def _side(self, model: nn.Module, loss: Any, engine: str, batch_dim: int) -> _Side:
         own, own_loss = twins(model, loss)
@@ -183,6 +197,9 @@ class SideBySide:
         ours, theirs = fresh(batch), fresh(batch)
         before = self.own.state(), fresh(batch), self.own.parameters()
         value, error = self._run_engine(number, ours, keep)
+        for description, tensor, _ in self.shared:
+            if tensor.grad is not None:
+                raise not_copied(description)
         after = GeneratorStates(device_of(self.own.model))
         selection = None if error is not None else self.own.step.last.selection  # type: ignore[union-attr]
         started = self._run_plain(number, theirs, keep, selection)
@@ -331,37 +348,6 @@ class SideBySide:
         if torch.is_autocast_enabled(device):
             seen.append(torch.get_autocast_dtype(device))
         return max(TOLERANCE[dtype] for dtype in seen)
-
-
-def twins(model: nn.Module, loss: Any) -> tuple[nn.Module, Any]:
-    """Return copies of a model and its loss, compiled where they are."""
-    copies = copy.deepcopy((model, loss))  # together: a loss may hold a part of the model
-    for given, own in zip((model, loss), copies, strict=True):
-        if isinstance(given, nn.Module) and compiled_part(given) is not None:
-            from batchtrim.engine.inductor import compile_alike
-
-            compile_alike(own, given)
-    return copies
-
-
-def in_float64(model: nn.Module, loss: Any, batches: list[tuple[Any, Any]]) -> tuple[Any, Any, list[Any]]:
-    """Return copies of a model, its loss and batches in which float32 is float64."""
-
-    def doubled(tensor: Tensor) -> Tensor:
-        return tensor.double() if tensor.dtype == torch.float32 else tensor
-
-    copies = [each.double() if isinstance(each, nn.Module) else each for each in twins(model, loss)]
-    wide = [map_tensors(lambda each: doubled(each.detach()).requires_grad_(each.requires_grad), b) for b in batches]
-    return copies[0], copies[1], wide
-
-
-def fresh(batch: Any) -> Any:
-    """Return a copy of a batch without its graph; tensors that require a gradient do so in the copy."""
-    with torch.no_grad():
-        copy_of_it = copied(batch)
-    for tensor, own in zip(tensors_of(batch), tensors_of(copy_of_it), strict=True):
-        own.requires_grad_(tensor.requires_grad)
-    return copy_of_it
 
 
 def _input_gradients(batch: Any) -> dict[str, Tensor]:

@@ -155,18 +155,27 @@ def no_values(model: nn.Module) -> str | None:
 
 
 def compiled_part(model: nn.Module) -> Any:
-    """Return the first part of the model that is compiled, or None."""
+    """Return the first part of the model that is compiled, or None: a module, its call, or its forward."""
     for module in model.modules():
         if uncompiled(module) is not module:
             return module
         if is_compiled(module):
             return module._compiled_call_impl
+        if (forward := compiled_forward(module)) is not None:
+            return forward
     return None
 
 
 def is_compiled(module: nn.Module) -> bool:
     """True if the module itself is compiled, by ``torch.compile(module)`` or ``module.compile()``."""
     return uncompiled(module) is not module or vars(module).get("_compiled_call_impl") is not None
+
+
+def compiled_forward(module: nn.Module) -> Any:
+    """Return a module's forward if torch.compile returned it, for the module or for its class; else None."""
+    forward = vars(module).get("forward", getattr(type(module), "forward", None))
+    compiled = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+    return forward if compiled else None
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
