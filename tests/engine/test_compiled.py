@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim.engine import inductor
+from batchtrim.engine.auto import AutoEngine
 from batchtrim.errors import ApproximateGradient, EngineFallback
 from batchtrim.testing import check_engine
 from tiers import few, in_part
@@ -364,8 +365,11 @@ def compiled_forward() -> nn.Module:
 
 # by default the second is compiled as the first
 @pytest.mark.parametrize("make", few([compiled_forward, compiled_in_its_class, lambda: zoo.Mlp(8)], [compiled_forward]))
-def test_a_compiled_forward_and_a_model_compiled_late(make: Callable[[], nn.Module], compiles: list[bool]) -> None:
+def test_a_compiled_forward_and_a_model_compiled_late(
+    make: Callable[[], nn.Module], compiles: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They ran operator by operator, and `auto` took them for eager ones."""
+    monkeypatch.setattr(AutoEngine, "forecast", None)
     model = seeded(make)
     step, auto = stepper(model), stepper(model, "auto")
     if type(model) is zoo.Mlp and "forward" not in vars(model):
