@@ -299,12 +299,18 @@ class TestWhatIsNotCopied:
         network = model()
         plain = network.forward
         network.forward = lambda x: 2 * plain(x)
-        self.refused(network, nn.CrossEntropyLoss(), "the model's own 0.weight")
+        self.refused(network, nn.CrossEntropyLoss(), "Linear's weight")
 
     def test_a_hook(self) -> None:
         network = model()
         network[1].register_forward_hook(lambda module, args, output: output + network[0].bias)
-        self.refused(network, nn.CrossEntropyLoss(), "the model's own 0.weight")
+        self.refused(network, nn.CrossEntropyLoss(), "Linear's bias")
+
+    def test_a_hook_that_only_notes_something(self) -> None:
+        network: Any = model()
+        network.seen = []
+        network[0].register_forward_hook(lambda module, args, output: network.seen.append(len(output)))
+        assert check_engine(network, batch(), nn.CrossEntropyLoss(), engine="exact", verbose=False).verdict == "right"
 
     def test_a_loss_that_names_the_model(self) -> None:
         network = model()
@@ -313,7 +319,7 @@ class TestWhatIsNotCopied:
             decay = sum(p.square().sum() for p in network.parameters())
             return nn.functional.cross_entropy(outputs, labels, reduction="none") + decay
 
-        self.refused(network, loss, "the model's own 0.weight")
+        self.refused(network, loss, "Linear's weight")
 
     @pytest.mark.parametrize("kind", [nn.Linear, nn.Parameter])
     def test_a_loss_that_names_what_is_trained(self, kind: Any) -> None:

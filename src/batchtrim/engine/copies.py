@@ -16,19 +16,13 @@ __all__ = ["fresh", "held_by_both", "in_float64", "not_copied", "twins"]
 
 
 def twins(model: nn.Module, loss: Any) -> tuple[nn.Module, Any]:
-    """Return copies of a model and its loss, compiled where they are.
-
-    Raises:
-        ValueError: the copies still hold weights or buffers of the model, so that a step of one would change the other.
-    """
+    """Return copies of a model and its loss, compiled where they are."""
     copies = copy.deepcopy((model, loss))  # together: a loss may hold a part of the model
     for given, own in zip((model, loss), copies, strict=True):
         if isinstance(given, nn.Module) and compiled_part(given) is not None:
             from batchtrim.engine.inductor import compile_alike
 
             compile_alike(own, given)
-    if (name := _still_held(model, copies)) is not None:
-        raise not_copied(f"the model's own {name}")
     return copies
 
 
@@ -39,14 +33,6 @@ def not_copied(what: str) -> ValueError:
         "(a forward or a hook with a closure, a loss that names the model or a layer), and functions are not copied. "
         "Make that function a method of a module, and the module a part of the model or the loss."
     )
-
-
-def _still_held(model: nn.Module, copies: tuple[nn.Module, Any]) -> str | None:
-    """Return the name of a weight or buffer of the model that can be reached from the copies, or None."""
-    own = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    held = Reachable(*copies)
-    tensors = [tensor for each in held.modules for tensor in (*each._parameters.values(), *each._buffers.values())]
-    return next((own[id(each)] for each in (*tensors, *held.of_tensors, *held.watched) if id(each) in own), None)
 
 
 def held_by_both(ours: tuple[nn.Module, Any], theirs: tuple[nn.Module, Any]) -> list[tuple[str, Tensor]]:

@@ -144,7 +144,7 @@ class SideBySide:
     """An engine and a plain step, side by side. A context: at its end, what both hold has the gradients it had before.
 
     Raises:
-        ValueError: functions hold a part of the model, or something that gets a gradient, and so both sides do.
+        ValueError: a function holds something that gets a gradient, such as the model itself, and so both sides do.
     """
 
     def __init__(self, model: nn.Module, loss: Any, engine: str, batch_dim: int, tolerance: float | None) -> None:
