@@ -16,15 +16,13 @@ import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from batchtrim.errors import InstallExtra, PassUnreducedLosses, ScheduleOutOfRange, install_hint, nearest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-T = TypeVar("T")
 
 
 def first_line(error: BaseException, most: int = 160) -> str:
@@ -366,28 +364,6 @@ def import_extra(module: str, extra: str, wanted_by: str) -> ModuleType:
         if error.name is not None and error.name.partition(".")[0] != root:
             raise  # the library is installed but broken: its own message says more than ours would
         raise InstallExtra(f"{wanted_by} needs `{root}`, which is not installed. {install_hint(extra)}") from error
-
-
-class Checked(Generic[T]):
-    """An attribute that is checked whenever it is set. Reading it costs no more than any attribute.
-
-    Args:
-        check: called with the attribute's name, the value and ``arguments``; raises an error.
-    """
-
-    def __init__(self, check: Callable[..., Any], *arguments: Any) -> None:
-        self._check, self._arguments = check, arguments
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __set__(self, instance: object, value: T) -> None:
-        self._check(self._name, value, *self._arguments)
-        vars(instance)[self._name] = value
-
-    if TYPE_CHECKING:  # without it, Python reads the instance's own entry
-
-        def __get__(self, instance: object, owner: type) -> T: ...
 
 
 def _shown(value: float) -> str:

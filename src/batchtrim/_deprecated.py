@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from batchtrim.errors import nearest
+
 if TYPE_CHECKING:
     from batchtrim.choice import Choice
     from batchtrim.keeplog import KeepLog
@@ -68,7 +70,7 @@ def trimmer_log(log: KeepLog | None, unit: str) -> KeepLog | None:
         return None
     if unit != "sample":
         raise ValueError("expected `unit` 'sample' with a `log`, got 'element'. A KeepLog counts whole samples.")
-    warnings.warn(f"Trimmer(log=...) is removed in the next release: {_RECORD}.", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"Trimmer(log=...) is removed in the next release: {_RECORD}.", DeprecationWarning, stacklevel=4)
     return log
 
 
@@ -76,7 +78,10 @@ def record_as_before(log: KeepLog | None, last: Choice | None, given: dict[str, 
     """Record a batch, as ``trim(losses, ids=..., outputs=..., labels=...)`` did."""
     unknown = sorted(given.keys() - {"ids", "outputs", "labels"})
     if unknown:
-        raise TypeError(f"{call}() got an unexpected keyword argument '{unknown[0]}'")
+        cure = nearest(unknown[0], ("rank_by", "mask")) or (
+            " Multiply weights into the losses, trim(losses * weights), and give all else to the criterion."
+        )
+        raise TypeError(f"expected `rank_by` or `mask` beside the losses of {call}, got `{unknown[0]}`.{cure}")
     given = {name: value for name, value in given.items() if value is not None}
     if log is None:
         if given:
@@ -88,5 +93,5 @@ def record_as_before(log: KeepLog | None, last: Choice | None, given: dict[str, 
             "Let the data set return its index, or use a trimmer without a log here."
         )
     message = f"{call}(losses, ids=...) is removed in the next release: {_RECORD}."
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    warnings.warn(message, DeprecationWarning, stacklevel=4)
     log.record(last, **given)

@@ -111,7 +111,7 @@ class Clock:
                 f"{self.keep:.4g} of each batch is kept from here on. Does `total` count epochs while step() is called "
                 "once a batch, or is the epoch's number passed to step(), which advances by what it is given?",
                 ClockPastTotal,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _ask(self, at: float) -> float:

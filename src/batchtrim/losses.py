@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn  # noqa: F401  (nn for the examples)
 
+from batchtrim._attributes import Checked, fixed
 from batchtrim._by_name import by_name
 from batchtrim._checks import (
     check_choice,
@@ -78,10 +79,13 @@ class per_sample:
         tensor([0.6931, 0.6931, 0.6931])
     """
 
+    unit = Checked[str](check_choice, UNITS)
+    _to_change = "Make a new per_sample, or change the criterion itself, which is read in every call."
+
     @by_name
     def __init__(self, criterion: Callable[..., Any], *, unit: str = "sample", ignore_index: int | None = None) -> None:
         check_criterion("criterion", criterion)
-        self.unit = check_choice("unit", unit, UNITS)
+        self.unit = unit
         if ignore_index is not None and check_number("ignore_index", ignore_index) != ignore_index:
             raise ValueError("expected `ignore_index` to be a number other than nan, got nan. Give a mask instead.")
         self._asked = ignore_index
@@ -91,17 +95,17 @@ class per_sample:
         self._late: tuple[Tensor, Tensor, Tensor] | None = None  # a comparison on a device, to be read later
         self._check_unit()
 
-    @property
+    @fixed
     def criterion(self) -> Callable[..., Any]:
         """The criterion without its reduction."""
         return self._criterion.call
 
-    @property
+    @fixed
     def ignore_index(self) -> int | None:
         """The target value that does not count, or None."""
         return self._criterion.ignore_index if self._asked is None else self._asked
 
-    @property
+    @fixed
     def reduction(self) -> str:
         """The criterion's own: "mean", "sum" or "batchmean"."""
         return self._criterion.reduction or "mean"
@@ -201,6 +205,7 @@ class per_sample:
         return f"per_sample({self.criterion!r}, unit={self.unit!r}, ignore_index={self.ignore_index!r})"
 
 
+@by_name
 def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, shift: bool = False) -> Losses:
     """Return the cross-entropy of every token, padding masked.
 

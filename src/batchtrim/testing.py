@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchtrim._by_name import by_name
 from batchtrim._checks import check_count, check_keep, check_positive, describe
 from batchtrim.engine.copies import in_float64
 from batchtrim.engine.precision import full_float32
@@ -162,6 +163,7 @@ class EngineReport:
         return f"relative error {self.float64_error:.1e}{found}"
 
 
+@by_name
 def check_engine(
     model: nn.Module,
     batch: tuple[Any, Any],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,13 +11,15 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from batchtrim._attributes import Checked, fixed, fixed_method
 from batchtrim._by_name import by_name
-from batchtrim._checks import Checked, check_choice, check_count, check_rule, check_state, describe, is_number
+from batchtrim._checks import check_choice, check_count, check_rule, check_state, describe, is_number
+from batchtrim._copied import Copied
 from batchtrim._deprecated import record_as_before, trimmer_log
 from batchtrim._transforms import check_live, compiling, fixed_shapes, in_backward, outside, plain_losses, transforming
 from batchtrim.choice import Choice
 from batchtrim.clock import Clock
-from batchtrim.distributed import NOT_PICKLED, select_over_ranks, world_size
+from batchtrim.distributed import select_over_ranks, world_size
 from batchtrim.errors import NothingToChoose
 from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
 from batchtrim.schedules import as_schedule, linear
@@ -34,7 +35,7 @@ SCOPES = ("local", "global")
 _SINGLE_ROWS = 3  # so many batches of one sample in a row are no accident; one may be the last of an epoch
 
 
-class Trimmer:
+class Trimmer(Copied):
     """Mini-batch trimming: keep the hardest samples of each batch, fewer as training goes on.
 
     At progress p keep the ``k = max(1, round(q(p) * B))`` samples of B with the largest losses, and return their mean,
@@ -84,6 +85,9 @@ class Trimmer:
     scale = Checked[str](check_choice, SCALES)
     unit = Checked[str](check_choice, UNITS)
     scope = Checked[str](check_choice, SCOPES)
+    _to_change = (
+        "Call step() to move along the schedule; for other arguments make a Trimmer, and load this one's state_dict()."
+    )
     divided_by = 1  # what a trainer's backward divides the loss by; `batchtrim.integrations.accelerate` sets it
 
     @by_name
@@ -127,6 +131,7 @@ class Trimmer:
         self._single_rows, self._uncounted = 0, False
         self._keep_tensor = changeable_keep(self._clock.keep)  # an input of a compiled step, which is not compiled anew
 
+    @by_name
     def __call__(
         self,
         losses: Tensor | Losses,
@@ -169,6 +174,8 @@ class Trimmer:
             return reduce_terms(flat, selection, self.scale)
         return reduce(flat.values, selection, self.scale, flat.weights)
 
+    @fixed_method("The rule is trim.rule.")
+    @by_name
     def select(
         self,
         losses: Tensor | Losses,
@@ -186,6 +193,7 @@ class Trimmer:
             record_as_before(self.log, self.last, logged, "trim.select")
         return selection
 
+    @by_name
     def step(self, n: int = 1, *, accuracy: float | None = None) -> None:
         """Advance the clock, like a learning-rate scheduler: once an epoch or once a batch, as ``total`` counts.
 
@@ -200,12 +208,12 @@ class Trimmer:
         self._clock.step(n, accuracy)
         self._keep_tensor.fill_(self._clock.keep)
 
-    @property
+    @fixed
     def last_selection(self) -> Selection | None:
         """The selection in :attr:`last`."""
         return None if self.last is None else self.last.selection
 
-    @property
+    @fixed
     def expected_keep(self) -> float:
         """The expected fraction of the next batch that will be kept, before its losses are known.
 
@@ -217,32 +225,32 @@ class Trimmer:
         selection = self.last_selection
         return selection.k / selection.candidates if selection is not None and selection.candidates else self.keep
 
-    @property
+    @fixed
     def seed(self) -> int:
         """The seed that the generator was made with; to draw anew, ``trim.generator.manual_seed(seed)``."""
         return self._seed
 
-    @property
+    @fixed
     def schedule(self) -> Callable[[float], float]:
         """The keep schedule."""
         return self._clock.schedule
 
-    @property
+    @fixed
     def total(self) -> int | None:
         """Return the number of steps that the schedule spans: the saved run's if its length was kept."""
         return self._clock.total
 
-    @property
+    @fixed
     def steps(self) -> int:
         """Return the number of calls of :meth:`step`."""
         return self._clock.steps
 
-    @property
+    @fixed
     def progress(self) -> float:
         """The fraction of training that is done, in [0, 1]; 0 if ``total`` is 1 or unknown."""
         return self._clock.progress
 
-    @property
+    @fixed
     def keep(self) -> float:
         """The current keep fraction, in (0, 1]."""
         return self._clock.keep
@@ -267,6 +275,7 @@ class Trimmer:
             state["log"] = self.log.state_dict()
         return state
 
+    @by_name
     def load_state_dict(self, state: dict[str, Any], *, length: str | None = None) -> None:
         """Continue from :meth:`state_dict`.
 
@@ -314,27 +323,6 @@ class Trimmer:
         self.generator.set_state(drawn.cpu())
         self._keep_tensor.fill_(clock.keep)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Trimmer:
-        memo[id(self.process_group)] = self.process_group  # belongs to the process: a copy chooses in the same one
-        memo[id(self)] = copied = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(vars(self), memo))
-        return copied
-
-    def __copy__(self) -> Trimmer:
-        copied = type(self).__new__(type(self))
-        copied.__setstate__(vars(self))
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.process_group is not None:
-            raise TypeError(NOT_PICKLED)
-        return vars(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        if self._keep_tensor.is_inference():  # copied in inference mode, outside of which step() could not change it
-            self._keep_tensor = changeable_keep(self.keep)
-
     def __repr__(self) -> str:
         parts = [f"keep={self.schedule!r}", f"total={self.total}", f"select={self.rule!r}"]
         parts += [f"scale={self.scale!r}"] if self.scale != "kept" else []
@@ -367,7 +355,7 @@ class Trimmer:
         self.stats.record(values, selection, flat.mask)
         self._single_rows = self._single_rows + 1 if selection.size == 1 and self.keep < 1.0 else 0
         if self._single_rows == _SINGLE_ROWS:
-            warnings.warn(NothingToChoose(_SINGLE_ROWS), stacklevel=3)
+            warnings.warn(NothingToChoose(_SINGLE_ROWS), stacklevel=4)
         return selection
 
     def _choose_jointly(self, flat: Losses, scores: Tensor) -> Selection:

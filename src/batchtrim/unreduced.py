@@ -78,6 +78,10 @@ class Losses:
     terms: tuple[Losses, ...] = ()
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise an error if the parts do not fit each other; they may be set one by one."""
         if not isinstance(self.values, Tensor):
             raise TypeError(f"expected `values` to be a tensor, got {describe(self.values)}.")
         if self.mask is not None:
@@ -267,6 +271,7 @@ def to_rank(
 ) -> tuple[Losses, Tensor]:
     """Return the vector there is to choose from, and the scores to rank it by; arguments as a trimmer's."""
     if isinstance(losses, Losses):
+        losses.check()
         values = losses.values
         check_losses(values, allow_empty=allow_empty)
     else:
@@ -279,6 +284,7 @@ def to_rank(
     if rank_by is None:
         return flat, flat.values.detach()
     if isinstance(rank_by, Losses):
+        rank_by.check()
         ranked = flatten(rank_by, unit)
         check_like("rank_by", ranked.values, flat.values)
         _check_scored(flat.mask, ranked.mask)
@@ -382,7 +388,7 @@ def _tell_broadcast(values: Tensor) -> None:
             warnings.warn(
                 f"expected one loss per sample, got losses {(size, size)} computed from {found}. Were outputs and "
                 f"targets of shapes {(size, 1)} and {(size,)} broadcast against each other? Squeeze or unsqueeze one.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
 

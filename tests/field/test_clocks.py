@@ -158,3 +158,20 @@ def test_the_same_length_asks_nothing() -> None:
         assert (trim.steps, trim.total) == (4, 10)
         with pytest.warns(ClockPastTotal):
             trim.step(7)
+
+
+def test_warnings_name_the_line_of_the_caller() -> None:
+    """A deprecation that names a file of the library is not shown by default."""
+    log = batchtrim.KeepLog(4)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trim = Trimmer(linear(1.0, 0.2), total=2, log=log)
+        trim(torch.arange(4.0), ids=torch.arange(4))
+        trim.step(3)
+        log.record(torch.arange(4), torch.arange(4.0), trim.last_selection)  # type: ignore[arg-type]
+        single = Trimmer(0.5)
+        for _ in range(3):
+            single(torch.ones(1))
+        single((torch.zeros(3, 1, requires_grad=True) - torch.ones(3)).abs())
+    assert len(found) == 6
+    assert {each.filename for each in found} == {__file__}

@@ -348,12 +348,20 @@ def test_two_callbacks_with_a_trimmer_each(tmp_path: Path) -> None:
     [
         ({"resume_length": "strech"}, "expected `resume_length` to be one of 'stretch', 'saved', got 'strech'"),
         ({"attribute": "my trim"}, "expected `attribute` to be the name of an attribute, got 'my trim'"),
-        ({"total": 3}, "expected options of the trimmer besides `keep` and `total`, got 'total'"),
+        (
+            {"total": 3},
+            "expected options of the trimmer besides `keep` and `total`, got 'total'.*knows the length",
+        ),
     ],
 )
 def test_arguments_are_checked_when_it_is_made(options: dict[str, Any], says: str) -> None:
     with pytest.raises((ValueError, TypeError), match=says):
         TrimmingCallback(**options)
+
+
+def test_a_number_of_epochs_by_position() -> None:
+    with pytest.raises(TypeError, match=r"after `keep` of TrimmingCallback by name, .*: 4\. The names are clock, log,"):
+        TrimmingCallback(0.5, 4)  # type: ignore[misc]
 
 
 def test_the_attribute_is_not_taken_from_the_module(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import batchtrim
 from batchtrim import Trimmer, per_sample
 from batchtrim.errors import PassUnreducedLosses
 
-WEIGHT = torch.arange(1.0, 6.0)
+WEIGHT, VALUES = torch.arange(1.0, 6.0), torch.arange(4.0)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -288,9 +289,30 @@ def test_one_thing_for_another(make: Callable[[], Any], says: str) -> None:
         (lambda: Trimmer(0.5, 10), r"expected all after `keep` of Trimmer by name, got 1 .*Did you mean total=10\?"),
         (lambda: per_sample(nn.MSELoss(), "element"), r"after `criterion` of per_sample .*unit='element'"),
         (lambda: batchtrim.KeepLog(100, 10), r"after `n` of KeepLog .*classes=10"),
+        (
+            lambda: Trimmer(0.5)(VALUES, VALUES > 0),
+            r"of Trimmer by name, .*\(4,\) and dtype torch\.bool\. .*rank_by, mask",
+        ),
+        (lambda: Trimmer(0.5).select(VALUES, VALUES), r"of Trimmer\.select by name, .*The names are rank_by, mask"),
+        (lambda: Trimmer(batchtrim.by_accuracy()).step(1, 0.9), r"of Trimmer\.step by name, .*mean accuracy=0\.9\?"),
+        (lambda: Trimmer(0.5).load_state_dict({}, "saved"), r"of Trimmer\.load_state_dict .*mean length='saved'\?"),
+        (lambda: batchtrim.token_losses(VALUES, VALUES, -100, True), r"of token_losses .*ignore_index, shift"),
+        (
+            lambda: batchtrim.TrimmedForward(nn.Identity(), nn.MSELoss(), Trimmer(0.5), "exact", 1),  # type: ignore[call-arg]
+            r"after `engine` of TrimmedForward",
+        ),
     ],
-    ids=["Trimmer", "per_sample", "KeepLog"],
+    ids=lambda given: "" if callable(given) else given.partition("of ")[2].split()[0],
 )
 def test_an_argument_by_position(make: Callable[[], Any], says: str) -> None:
     with pytest.raises(TypeError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("masks", "got `masks`. Did you mean 'mask'?"), ("weight", "got `weight`. Multiply weights into the losses")],
+)
+def test_an_argument_of_another_name(name: str, says: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(says)):
+        Trimmer(0.5)(VALUES, **{name: VALUES})

@@ -93,4 +93,5 @@ def as_losses(losses: Tensor | Losses, unit: str, name: str = "per_sample_loss(o
         # the trimmer refuses an empty batch, except with scope="global"
         check_losses(losses, name, allow_empty=True)
         losses = Losses(losses)
+    losses.check()
     return flatten(losses, unit)

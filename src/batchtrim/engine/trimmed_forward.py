@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim._attributes import fixed
+from batchtrim._by_name import by_name
 from batchtrim._checks import check_choice, check_count, check_criterion, describe
 from batchtrim.engine.auto import AutoEngine
 from batchtrim.engine.batch import StepResult
@@ -73,6 +75,9 @@ class TrimmedForward:
         4
     """
 
+    _to_change = "Make a new TrimmedForward, which traces anew."
+
+    @by_name
     def __init__(
         self,
         model: nn.Module,
@@ -100,9 +105,9 @@ class TrimmedForward:
             )
         batch_dim = check_count("batch_dim", batch_dim, minimum=0)
         self.forward = Forward(model, per_sample_loss, rank_by, batch_dim, trim.unit)
-        self.trim = trim
+        self._trim = trim
         self._kind = engine
-        self.engine = ENGINES[engine](self.forward, trim)
+        self._engine = ENGINES[engine](self.forward, trim)
         self._last: StepResult | None = None
         self._in_order = False
 
@@ -129,6 +134,36 @@ class TrimmedForward:
         self._in_order = False
         return loss
 
+    @fixed
+    def trim(self) -> Trimmer:
+        """The trimmer that chooses."""
+        return self._trim
+
+    @fixed
+    def engine(self) -> Engine:
+        """The engine that runs a step."""
+        return self._engine
+
+    @fixed
+    def model(self) -> nn.Module:
+        """The model, as it was given."""
+        return self.forward.model
+
+    @fixed
+    def per_sample_loss(self) -> Callable[[Any, Any], Tensor | Losses]:
+        """The loss, un-reduced."""
+        return self.forward.per_sample_loss
+
+    @fixed
+    def rank_by(self) -> Callable[[Any, Any], Tensor | Losses] | None:
+        """What samples are ranked by, if not by their loss."""
+        return self.forward.rank_by
+
+    @fixed
+    def batch_dim(self) -> int:
+        """The dimension of the inputs that holds the batch."""
+        return self.forward.batch_dim
+
     @property
     def last(self) -> StepResult | None:
         """The last step, detached, with its kept rows in rising order; None before the first."""
@@ -150,7 +185,7 @@ class TrimmedForward:
         model = self.forward.model
         if self._kind != "exact" and compiled_part(model) is None and not is_placed(model):
             self.forward.model = torch.compile(model)  # type: ignore[assignment]
-            self.engine = ENGINES[self._kind](self.forward, self.trim)
+            self._engine = ENGINES[self._kind](self.forward, self.trim)
         return call(*args)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,8 +193,8 @@ class TrimmedForward:
         return {"forward": self.forward, "trim": self.trim, "engine": self._kind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.forward, self.trim, self._kind = state["forward"], state["trim"], state["engine"]
-        self.engine = ENGINES[self._kind](self.forward, self.trim)
+        self.forward, self._trim, self._kind = state["forward"], state["trim"], state["engine"]
+        self._engine = ENGINES[self._kind](self.forward, self.trim)
         self._last, self._in_order = None, False
 
     def __repr__(self) -> str:

@@ -40,7 +40,10 @@ def build(keep: Callable[[float], float] | float, total: int | None, options: Ma
     """Return a trimmer whose clock the trainer drives."""
     for name in ("keep", "total"):
         if name in options:
-            raise TypeError(f"expected options of the trimmer besides `keep` and `total`, got {name!r} among them.")
+            raise TypeError(
+                f"expected options of the trimmer besides `keep` and `total`, got {name!r} among them. The trainer "
+                "knows the length of training, and takes `keep` by itself."
+            )
     if total is None and getattr(schedule := as_schedule(keep), "needs_total", True):
         raise ValueError(
             f"expected `total`, the length of training, to be known for {schedule!r}, got None (max_epochs=-1, a data "

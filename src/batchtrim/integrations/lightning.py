@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from batchtrim._by_name import by_name
 from batchtrim._checks import check_choice, import_extra
 from batchtrim.integrations import CLOCKS, build, check_resume_length
 from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used, mark, marked
@@ -78,6 +79,7 @@ class TrimmingCallback(Callback):
         that draws or has state, the other ranks continue from it.
     """
 
+    @by_name
     def __init__(
         self,
         keep: Callable[[float], float] | float = linear(1.0, 0.2),  # noqa: B008  (frozen)

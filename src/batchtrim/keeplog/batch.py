@@ -82,7 +82,7 @@ def as_before(
     message = (
         "record(ids, losses, selection) is removed in the next release: record(Choice(losses, selection), ids=ids)."
     )
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    warnings.warn(message, DeprecationWarning, stacklevel=4)
     return ids, Choice(losses, selection, mask)
 
 

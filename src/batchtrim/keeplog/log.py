@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from batchtrim import noise
+from batchtrim._attributes import Checked, fixed
 from batchtrim._by_name import by_name
 from batchtrim._checks import check_count, check_flag, describe
 from batchtrim.distributed import world_size
@@ -58,13 +59,16 @@ class KeepLog:
         KeepLog(n=4, 1 batches in 0 epochs)
     """
 
+    distributed, warn = Checked[bool](check_flag), Checked[bool](check_flag)
+    _to_change = "Make a new KeepLog."
+
     @by_name
     @_plain_mode
     def __init__(self, n: int, *, classes: int | None = None, distributed: bool = False, warn: bool = True) -> None:
-        self.n = check_count("n", n, hint="It is the number of samples in the data set.")
-        self.classes = None if classes is None else batches.check_classes(classes)
-        self.distributed = check_flag("distributed", distributed)
-        self.warn = check_flag("warn", warn)
+        self._n = check_count("n", n, hint="It is the number of samples in the data set.")
+        self._classes = None if classes is None else batches.check_classes(classes)
+        self.distributed = distributed
+        self.warn = warn
         self.steps = 0
         self.history: list[dict[str, Any]] = []
         self._columns = columns.empty(self.n)
@@ -74,6 +78,17 @@ class KeepLog:
         self._wide = False  # more classes than the columns have room for
         self._warned = False
 
+    @fixed
+    def n(self) -> int:
+        """The number of samples in the data set."""
+        return self._n
+
+    @fixed
+    def classes(self) -> int | None:
+        """The number of classes, if their keep rates are wanted."""
+        return self._classes
+
+    @by_name
     def record(
         self,
         last: ChoiceLike | Tensor | None,

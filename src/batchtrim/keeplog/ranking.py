@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from batchtrim._by_name import by_name
 from batchtrim._checks import check_count, describe
 from batchtrim.keeplog.log import KeepLog
 
 __all__ = ["suspects"]
 
 
+@by_name
 def suspects(log: KeepLog, *, top: int | None = None) -> tuple[Tensor, Tensor]:
     """Return samples ranked by how hard they stayed and how often they were kept; wrong labels rank high.
 

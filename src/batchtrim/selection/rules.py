@@ -207,7 +207,7 @@ class superquantile:
         return Selection(indices, n, n, weights, tail)
 
 
-@dataclass
+@dataclass(frozen=True)
 class percentile:
     """Keep each sample with probability ``(percentile among recent losses) ** beta``, independently.
 
@@ -226,10 +226,10 @@ class percentile:
     _recent: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.beta = check_number("beta", self.beta)
+        object.__setattr__(self, "beta", check_number("beta", self.beta))
         if not self.beta >= 0:
             raise ValueError(f"expected `beta` to be at least 0, got {self.beta:g}. 0 keeps everything.")
-        self.history = check_count("history", self.history)
+        object.__setattr__(self, "history", check_count("history", self.history))
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         n = length(losses)
@@ -237,8 +237,9 @@ class percentile:
         # NaN counts as largest: a search among sorted losses needs it to be comparable
         batch = losses.detach().float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         recent = batch if self._recent is None else torch.cat([self._recent.to(batch.device), batch])
-        self._recent = recent[-self.history :].clone()
-        ordered = torch.sort(self._recent).values
+        recent = recent[-self.history :].clone()
+        self._remember(recent)
+        ordered = torch.sort(recent).values
         chance = torch.searchsorted(ordered, batch, right=True).to(batch.dtype) / ordered.shape[0]
         draw = torch.rand(n, generator=drawing(generator), device=drawing_device(generator)).to(batch.device)
         indices = (draw < chance**self.beta).nonzero().squeeze(1)
@@ -258,7 +259,10 @@ class percentile:
         if recent is not None and not (isinstance(recent, Tensor) and recent.ndim == 1 and recent.is_floating_point()):
             raise ValueError(f"expected `state['recent']` to be a vector of losses, got {describe(recent)}.")
         recent = None if recent is None else recent[~recent.isnan()]
-        self._recent = None if recent is None or not len(recent) else recent
+        self._remember(None if recent is None or not len(recent) else recent)
+
+    def _remember(self, recent: Tensor | None) -> None:
+        object.__setattr__(self, "_recent", recent)  # the settings alone are frozen
 
 
 @dataclass(frozen=True)
