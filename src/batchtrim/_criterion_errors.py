@@ -13,7 +13,9 @@ __all__ = [
     "WAY_OUT",
     "changes_when_called",
     "hooked",
+    "joins_samples",
     "not_its_own",
+    "not_of_samples",
     "of_compiled_forward",
     "of_torchscript",
     "why_reduced",
@@ -73,6 +75,26 @@ def not_its_own(criterion: Any, own: Tensor, ours: Tensor) -> ValueError:
     return ValueError(
         f"expected {describe(criterion)} to give the mean of its un-reduced losses, {float(ours):.6g}, got "
         f"{float(own):.6g}. {why}"
+    )
+
+
+def not_of_samples(samples: int, values: Tensor, second: bool) -> ValueError:
+    """Return the error for losses that are not one for each sample. ``second``: one for each entry of dimension 1."""
+    cure = "Keep the batch dimension first in what the criterion returns, or choose among elements: unit='element'."
+    if second:
+        cure = (
+            "They are as many as dimension 1 has entries. If these are classes, let the criterion keep the samples "
+            "apart; if they are the samples, put the batch first, or give the losses to the trimmer without per_sample."
+        )
+    return ValueError(f"expected one loss for each of {samples} samples, got {describe(values)}. {cure}")
+
+
+def joins_samples(name: str, samples: int, fewer: Tensor) -> ValueError:
+    """Return the error for a criterion that gives as many losses as there are samples, but not one for each."""
+    return ValueError(
+        f"expected one loss for each sample from {name}, got {describe(fewer)} for {samples - 1} samples, and "
+        f"{samples} for one more. Does it give one for each class, over the whole batch (an option such as `batch`)? "
+        "Let it keep the samples apart."
     )
 
 

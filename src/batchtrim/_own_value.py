@@ -47,7 +47,23 @@ class OwnValue:
         found = self._again(unreduced)
         return found.shape == values.shape and torch.allclose(found, values, rtol=1e-6, atol=0.0, equal_nan=True)
 
-    def _again(self, call: Callable[..., Any]) -> Any:
+    def of_fewer(self, unreduced: Callable[[Any], Callable[..., Tensor]], batch: int) -> Tensor | None:
+        """Return the un-reduced losses of all samples but the last; None if there are none. It follows the own value.
+
+        Args:
+            unreduced: makes a criterion un-reduced.
+            batch: how many samples there are.
+        """
+        if not self._copied or self._criterion is None:
+            return None
+        whole = [isinstance(each, Tensor) and each.ndim > 0 and len(each) == batch for each in self._inputs]
+        cut = [each[:-1] if long else each for each, long in zip(self._inputs, whole, strict=True)]
+        try:
+            return self._again(unreduced(self._criterion), cut)
+        except Exception:  # it may need them all
+            return None
+
+    def _again(self, call: Callable[..., Any], inputs: Sequence[Any] | None = None) -> Any:
         with torch.no_grad(), torch.random.fork_rng(list(self._generators.cuda)):
             self._generators.restore()
-            return call(*self._inputs)
+            return call(*(self._inputs if inputs is None else inputs))

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn._reduction import legacy_get_string
 
 from batchtrim._checks import describe
-from batchtrim._criterion_errors import WAY_OUT, hooked, of_compiled_forward, of_torchscript, why_reduced
+from batchtrim._criterion_errors import (
+    WAY_OUT,
+    hooked,
+    not_of_samples,
+    of_compiled_forward,
+    of_torchscript,
+    why_reduced,
+)
 from batchtrim.errors import PassUnreducedLosses
 from batchtrim.unreduced import Losses
 
@@ -256,11 +263,9 @@ def check_values(criterion: Criterion, values: Tensor, inputs: Sequence[Any], un
     tensors = [each for each in inputs if isinstance(each, Tensor) and each.ndim > 0]
     if not criterion.classes:
         _check_pairs(criterion, values, tensors)
-    if unit == "sample" and tensors and all(size not in each.shape[:2] for each in tensors):
-        raise ValueError(
-            f"expected one loss for each of {tensors[0].shape[0]} samples, got {describe(values)}. "
-            "Keep the batch dimension first in what the criterion returns, or choose among elements: unit='element'."
-        )
+    first = 2 if criterion.ctc else 1  # its log-probabilities have the time first
+    if unit == "sample" and tensors and all(size not in each.shape[:first] for each in tensors):
+        raise not_of_samples(tensors[0].shape[0], values, any(size in each.shape[:2] for each in tensors))
 
 
 def _check_pairs(criterion: Criterion, values: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -27,7 +27,7 @@ from batchtrim._checks import (
     describe,
     without_values,
 )
-from batchtrim._criterion_errors import changes_when_called, not_its_own
+from batchtrim._criterion_errors import changes_when_called, joins_samples, not_its_own
 from batchtrim._own_value import OwnValue
 from batchtrim._transforms import batched, transforming, unwrapped
 from batchtrim.criteria import Criterion, check_values, same_shape
@@ -185,6 +185,10 @@ class per_sample:
             return
         if not self._seen[0] and not own_value.repeats(self._criterion, values):
             raise changes_when_called(self._criterion.name)
+        if not self._seen[0] and self.unit == "sample" and (size := len(losses.values)) > 1:
+            fewer = own_value.of_fewer(Criterion, size)
+            if fewer is not None and len(fewer) == size:
+                raise joins_samples(self._criterion.name, size, fewer)
         with torch.no_grad():
             total = accumulator(losses.values)
             ours, size = losses.mean().to(total), replace(losses, values=losses.values.abs()).mean().to(total)
