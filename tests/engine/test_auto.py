@@ -110,6 +110,31 @@ def test_a_model_whose_trace_is_not_paid_back_is_not_traced(
 
 
 @pytest.mark.usefixtures("counted_first")
+@pytest.mark.parametrize("begins", [0, 2])
+def test_a_gradient_penalty(
+    begins: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, made: list[SharedEngine]
+) -> None:
+    """The first traced step ended in torch's error about double backward, in the middle of training."""
+    monkeypatch.setattr(Capture, "traced", True)
+    monkeypatch.setattr("batchtrim.engine.auto.machine_of", lambda device: Machine(flops=1e8, bytes=1e8, start=6e-6))
+    model, batch = Wide(), (zoo.vectors(64), torch.randint(0, 5, (64,)))
+    trim = batchtrim.Trimmer(lambda progress: 0.98 if progress < 0.5 else 0.2, total=6)
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), trim, "auto")
+    with caplog.at_level(logging.INFO, "batchtrim.engine"):
+        for number in range(6):
+            loss = step(*batch)
+            gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=number >= begins)
+            if number >= begins:
+                (loss + sum(each.square().sum() for each in gradients)).backward()
+            assert step.last.engine == "exact"
+            trim.step()
+    assert [r.message for r in caplog.records if r.name == "batchtrim.engine"] == [
+        "engine 'auto' continues with 'exact': backward runs with create_graph=True"
+    ]
+    assert not made
+
+
+@pytest.mark.usefixtures("counted_first")
 def test_nothing_is_made_ready_where_nearly_everything_is_kept(made: list[SharedEngine]) -> None:
     step = stepped(Wide(), 0.95)
     assert step.engine.forecast is None

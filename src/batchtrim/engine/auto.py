@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from batchtrim.engine.batch import StepResult
@@ -82,7 +83,7 @@ class AutoEngine:
             elif self.forecast.pays(keep):
                 self._prepare(was_run=True)
         if not self.pays(x, y):
-            return self.exact(x, y, selection)
+            return self._watched(self.exact(x, y, selection))
         assert self.saving is not None
         try:
             step = self.saving(x, y, selection)
@@ -138,7 +139,7 @@ class AutoEngine:
     def _counted(self, x: Any, y: Any, selection: Selection | None) -> StepResult:
         """Run an exact step, count its operations, and give up on a model for which no trace pays."""
         with OperatorCount(machine_of(device_of(self.exact.forward.model))) as count:
-            step = self.exact(x, y, selection)
+            step = self._watched(self.exact(x, y, selection))
         self.forecast = count.forecast(first=_first_trace())
         if not self.forecast.pays(_SMALLEST):
             self._open = False
@@ -149,6 +150,17 @@ class AutoEngine:
                 100 * self.forecast.step,
             )
         return step
+
+    def _watched(self, step: StepResult) -> StepResult:
+        """Return a step that notes whether second derivatives are asked of it, for which no trace can be used."""
+        if self._open and step.loss.requires_grad:
+            step.loss.register_hook(self._note_backward)
+        return step
+
+    def _note_backward(self, _: Tensor) -> None:
+        if self._open and torch.is_grad_enabled():  # in a backward, that is create_graph=True
+            self._open = False
+            _log.info("engine 'auto' continues with 'exact': backward runs with create_graph=True")
 
     @property
     def running(self) -> Engine:
