@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("lightning")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
@@ -99,3 +99,19 @@ def test_a_validation_that_calls_an_intercepted_training_step(tmp_path: Path) ->
     assert callback.trim is not None
     assert callback.trim.stats.compute()["batches"] == len(loader())
     assert not runs.callback_metrics, "Lightning sets `log` of every callback, and it was logged all the same"
+
+
+class Early(Plain):
+    """It takes the trimmer as soon as there is one."""
+
+    def setup(self, stage: str) -> None:
+        self.step = batchtrim.TrimmedForward(self.model, nn.CrossEntropyLoss(), self.trim, "exact")
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.step(*batch)
+
+
+def test_a_trimmer_taken_before_training(tmp_path: Path) -> None:
+    """The warning advised to call self.trim, which this module does."""
+    with pytest.warns(UserWarning, match=r"calls the self\.trim of before training .* in on_train_start\."):
+        trainer(tmp_path, TrimmingCallback(0.5), max_epochs=1).fit(Early(), loader())

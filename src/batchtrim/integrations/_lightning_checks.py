@@ -55,14 +55,27 @@ def check_free(module: Any, attribute: str) -> None:
         )
 
 
-def check_used(module: Any, attribute: str, trim: Trimmer | None, keep_log: KeepLog | None) -> None:
-    """Warn if no step of an epoch called the trimmer; raise an error if none recorded into the keep log."""
+def check_used(
+    module: Any, attribute: str, trim: Trimmer | None, keep_log: KeepLog | None, before: Trimmer | None = None
+) -> None:
+    """Warn if no step of an epoch called the trimmer; raise an error if none recorded into the keep log.
+
+    Args:
+        before: the trimmer that the module had before training.
+    """
     name = type(module).__name__
     if trim is not None and trim.last is None and not trim._uncounted:
-        warnings.warn(
-            f"{name}.training_step has not called self.{attribute} in a whole epoch: it trains on everything. "
+        cure = (
             f"Return self.{attribute}(losses) of un-reduced losses, or leave the module as it is and use "
-            "TrimmingCallback(intercept=True).",
+            "TrimmingCallback(intercept=True)."
+        )
+        if before is not None and (before.last is not None or before._uncounted):
+            cure = (
+                f"It calls the self.{attribute} of before training (setup, configure_model, on_fit_start), which keeps "
+                f"everything. Take self.{attribute}, or make a TrimmedForward with it, in on_train_start."
+            )
+        warnings.warn(
+            f"{name}.training_step has not called self.{attribute} in a whole epoch: it trains on everything. {cure}",
             stacklevel=2,
         )
     if keep_log is not None and not keep_log.steps:

@@ -103,6 +103,7 @@ class TrimmingCallback(Callback):
         self.trim: Trimmer | None = None
         self._restored: dict[str, Any] | None = None
         self.logging = LightningLog(log)  # not `log`, which Lightning sets to a function
+        self._before: Trimmer | None = None  # what the module has until training starts
         self._epochs = 0
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
@@ -114,7 +115,7 @@ class TrimmingCallback(Callback):
             check_free(pl_module, self.attribute)
             if self.keep_log is not None:
                 pl_module.keep_log = self.keep_log  # type: ignore[assignment]
-        self._keep_all(pl_module)
+        self._before = self._keep_all(pl_module)
 
     def teardown(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
         if self.trim is not None and marked(getattr(pl_module, self.attribute, None)):
@@ -126,10 +127,13 @@ class TrimmingCallback(Callback):
     def on_validation_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self.teardown(trainer, pl_module, "validate")
 
-    def _keep_all(self, module: LightningModule) -> None:
-        """Give the module a trimmer that keeps everything, with statistics of its own."""
-        if marked(getattr(module, self.attribute, None)):
-            setattr(module, self.attribute, mark(Trimmer(1.0, unit=self.options.get("unit", "sample"))))
+    def _keep_all(self, module: LightningModule) -> Trimmer | None:
+        """Give the module a trimmer that keeps everything, with statistics of its own, unless it has its own."""
+        if not marked(getattr(module, self.attribute, None)):
+            return None
+        keeping = mark(Trimmer(1.0, unit=self.options.get("unit", "sample")))
+        setattr(module, self.attribute, keeping)
+        return keeping
 
     # Not on_fit_start: asking for the number of steps there would set up the loader before its state is restored.
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
@@ -168,7 +172,7 @@ class TrimmingCallback(Callback):
         self.logging.end_epoch(self.trim, trainer, pl_module, self._log_name(trainer))
         self._epochs += 1
         if self._epochs == 1:
-            check_used(pl_module, self.attribute, self.trim, self.keep_log)
+            check_used(pl_module, self.attribute, self.trim, self.keep_log, self._before)
         if self.keep_log is not None:
             self.keep_log.end_epoch()
 
