@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from batchtrim._checks import (
     is_number,
     without_values,
 )
+from batchtrim._no_tensor import NoTensor
 from batchtrim.errors import PassUnreducedLosses
 
 __all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "losses_of", "nonzero", "to_rank"]
@@ -39,7 +40,7 @@ _transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[rep
 
 
 @dataclass(eq=False)
-class Losses:
+class Losses(NoTensor):
     """Un-reduced losses with mask, weights and counts. A :class:`batchtrim.Trimmer` takes them in place of a tensor.
 
     The loss of a selection is ``sum_kept(c_i * v_i) / sum_kept(c_i * w_i)``: v values, w weights, c counts.
@@ -124,16 +125,6 @@ class Losses:
 
     __array_ufunc__ = None  # NumPy would make an array of objects: array * losses, one `Losses` an entry
 
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            if not hasattr(Tensor, name):
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            raise AttributeError(
-                f"expected an attribute of `Losses`, got .{name}, which tensors have. The trimmed loss is a tensor, "
-                f"trim(losses).{name}; so are the losses of the samples, losses.values.{name}."
-            )
-
     def __add__(self, other: object) -> Losses:
         if is_number(other) and other == 0:  # sum() starts with 0
             return self
@@ -160,7 +151,7 @@ class Losses:
             factor = self._checked_factor(factor)
         elif is_number(factor):
             factor = float(factor)  # type: ignore[arg-type]
-        elif hasattr(factor, "__array__"):
+        elif hasattr(factor, "__array__") and not isinstance(factor, Losses):
             raise TypeError(
                 f"expected a number or a tensor to scale `Losses` by, got {describe(factor)}. Convert it: "
                 "torch.as_tensor(array, dtype=losses.values.dtype)."

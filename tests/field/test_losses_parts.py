@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -202,3 +204,23 @@ def test_a_mask_of_another_shape(losses: tuple[int, ...], given: tuple[int, ...]
     first = (slice(None), *[0] * (values.ndim - 1))
     assert torch.equal(cured[first], mask.reshape(len(mask), -1)[:, 0])  # still of the same sample
     Trimmer(0.5)(values, mask=cured)
+
+
+@pytest.mark.parametrize(
+    ("use", "operator"),
+    [
+        (lambda losses: losses[0], "[...]"),
+        (lambda losses: losses[losses.values > 1], "[...]"),
+        (lambda losses: losses**2, "**"),
+        (lambda losses: losses > 1, ">"),
+        (lambda losses: 1 / losses, "/ by them"),
+        (float, "float()"),
+        (np.asarray, "a conversion to NumPy"),
+    ],
+)
+def test_what_a_tensor_can_do(use: Callable[[Losses], Any], operator: str) -> None:
+    losses = per_sample(nn.MSELoss())(torch.rand(4, 2), torch.rand(4, 2))
+    with pytest.raises(TypeError, match=re.escape(f"of `Losses`, got {operator}. Use a tensor: ")):
+        use(losses)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        losses * losses  # type: ignore[operator]
