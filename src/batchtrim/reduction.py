@@ -125,17 +125,17 @@ def normalized(selection: Selection, losses: Losses) -> Selection:
     Notes:
         The divisors are 0-d tensors: nothing is read from the device.
     """
+    weights = selection.weights
+    if losses.counts is not None:
+        weights = _times(losses.counts[selection.indices], weights)
     if losses.reduction == "sum":
-        return replace(selection, normalizer=1.0, batch_normalizer=1.0)
+        return replace(selection, weights=weights, normalizer=1.0, batch_normalizer=1.0)
     divisor = divisors(losses)
     if divisor is None or selection.k == 0:
         return selection
     total = accumulator(losses.values)
     kept = _times(divisor[selection.indices], selection.weights)
     counted = divisor if losses.mask is None else torch.where(losses.mask, divisor, torch.zeros_like(divisor))
-    weights = selection.weights
-    if losses.counts is not None:
-        weights = _times(losses.counts[selection.indices], weights)
     return replace(
         selection,
         weights=weights,

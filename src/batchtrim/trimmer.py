@@ -370,7 +370,7 @@ class Trimmer(Copied):
         if flat.reduction == "sum":
             ranks = world_size(self.process_group)
             selection = replace(selection, normalizer=1.0 / ranks, batch_normalizer=1.0 / ranks)
-        elif flat.counts is not None:
+        if flat.counts is not None:
             counts = flat.counts[selection.indices]
             selection = replace(selection, weights=counts if selection.weights is None else selection.weights * counts)
         self.last = Choice(flat.values.detach(), selection, flat.mask)
