@@ -220,7 +220,7 @@ def _count_alike(one: Losses, other: Losses) -> bool:
     pairs = [(one.mask, other.mask), (one.weights, other.weights), (one.counts, other.counts)]
     if all(part is others for part, others in pairs):
         return True
-    if torch.compiler.is_compiling() or without_values(one.values):  # nothing can be read
+    if torch.compiler.is_compiling() or _transforming() or without_values(one.values):  # nothing can be read
         return False
     for part, others in pairs:
         given = part if part is not None else others

@@ -64,6 +64,30 @@ def test_an_ensemble_with_a_criterion() -> None:
     torch.testing.assert_close(found, torch.stack([trim(criterion(X @ weight, Y)) for weight in stack]))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("weights", ["mapped", "the same", "none"])
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.jacrev, torch.func.jacfwd])
+def test_a_sum_of_losses(transform: Callable[..., Any], weights: str) -> None:
+    """Two terms of which one is weighted: to add them under vmap ended in an error of torch's about aten::equal."""
+    trim, stack = Trimmer(0.5), torch.stack([W, -W, 2 * W])
+    given = {"mapped": stack[:, 0, 0].abs() + torch.arange(1.0, 11)[:, None], "the same": torch.arange(1.0, 11)}
+
+    def loss(weight: Tensor, of_each: Tensor | None) -> Tensor:
+        return trim(batchtrim.Losses(losses(weight), weights=of_each) + 0.5 * batchtrim.Losses(losses(2 * weight)))
+
+    each = {"mapped": list(given["mapped"].T), "the same": [given["the same"]] * 3, "none": [None] * 3}[weights]
+    if transform is torch.vmap:
+        mapped = given.get(weights)
+        dims = (0, 1 if weights == "mapped" else None)
+        found = torch.vmap(lambda weight, of_each: loss(weight, of_each), in_dims=dims)(stack, mapped)
+        torch.testing.assert_close(found, torch.stack([loss(w, e) for w, e in zip(stack, each, strict=True)]))
+        return
+    for weight, of_each in zip(stack, each, strict=True):
+        leaf = weight.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf, of_each), leaf)
+        torch.testing.assert_close(transform(lambda w, of_each=of_each: loss(w, of_each))(weight), expected)
+
+
 @pytest.mark.parametrize("rule", OTHERS, ids=repr)
 def test_limits_under_vmap_are_reported(rule: Any) -> None:
     trim = Trimmer(0.4, select=rule)
