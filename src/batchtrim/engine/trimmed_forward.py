@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,11 @@ class TrimmedForward:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected `model` to be a torch.nn.Module, got {describe(model)}.")
+        if isinstance(model, nn.modules.loss._Loss):
+            raise TypeError(
+                f"expected `model` before the loss, got {describe(model)}. Did you mean "
+                "TrimmedForward(model, per_sample_loss, trim)?"
+            )
         if not isinstance(trim, Trimmer):
             raise TypeError(f"expected `trim` to be a batchtrim.Trimmer, got {describe(trim)}.")
         check_criterion("per_sample_loss", per_sample_loss)
@@ -124,7 +129,12 @@ class TrimmedForward:
         if self._kind != "exact" and torch.compiler.is_dynamo_compiling():
             return self.untraced(self, x, y)
         self._last = None  # frees the outputs of the batch before
-        step = self.engine(x, y)
+        try:
+            step = self._engine(x, y)
+        except TypeError as error:
+            if y is None:
+                error.add_note("batchtrim got no targets: step(x, y) gives x to the model, and y to the loss.")
+            raise
         chosen = self.trim.last
         mask = None if chosen is None else chosen.mask
         loss, losses, outputs, selection, _, engine, approximate = step
@@ -171,6 +181,17 @@ class TrimmedForward:
             self._last = self._last._replace(selection=self._last.selection.rising())
             self._in_order = True
         return self._last
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            owners = {} if name.startswith("_") else {"model": self.forward.model, "trim": self._trim}
+            owner = next((each for each, value in owners.items() if hasattr(value, name)), None)
+            if owner is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise AttributeError(
+                f"expected an attribute of a TrimmedForward, got .{name}, which its {owner} has: step.{owner}.{name}."
+            )
 
     def untraced(self, call: Callable[..., Any], *args: Any) -> Any:
         """Return ``call(*args)``, a part of a step. A compiled function that calls it does not trace it."""

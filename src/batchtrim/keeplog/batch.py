@@ -140,6 +140,8 @@ def _as_tensor(ids: Any) -> Any:
     """Return row numbers as a tensor if a collator left them as a list or an array."""
     if isinstance(ids, Tensor):
         return ids
+    if isinstance(ids, (set, frozenset)):
+        raise TypeError(f"expected `ids` in the order of the losses, got a set, {describe(ids)}. Pass a list.")
     try:
         return torch.tensor(ids.__array__() if hasattr(ids, "__array__") else list(ids), device="cpu")
     except (TypeError, ValueError, RuntimeError):

@@ -119,7 +119,9 @@ class KeepLog:
         if isinstance(last, Tensor):
             ids, last = batches.as_before(last, losses, selection, mask)
         elif losses is not None or selection is not None or mask is not None:
-            raise TypeError("expected `losses`, `selection` and `mask` inside of `last`, got them beside it.")
+            named = "Name the ids: log.record(trim.last, ids=ids)."
+            cure = named if ids is None else "Make one: Choice(losses, selection)."
+            raise TypeError(f"expected `losses`, `selection` and `mask` inside of `last`, got them beside it. {cure}")
         losses, selection, mask = batches.parts_of(last)
         if labels is not None and outputs is None:
             outputs = batches.logits_of(getattr(last, "outputs", None), len(losses))
