@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 from lightning.pytorch import Callback
 from lightning_cases import QUIET, Plain, loader, trainer
 
+import batchtrim
 from batchtrim.integrations._loss_finder import LossFinder
 from batchtrim.integrations._recorder import NotFound
 from batchtrim.integrations.lightning import TrimmingCallback
@@ -69,3 +70,18 @@ def test_a_step_that_leaves_a_batch_out(tmp_path: Path) -> None:
         modules.append(Skips())
         trainer(tmp_path, callback, max_epochs=2).fit(modules[-1], loader())  # type: ignore[arg-type]
     torch.testing.assert_close(modules[0].model.state_dict(), modules[1].model.state_dict())
+
+
+class Summed(Plain):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.model(x), y, reduction="sum")
+
+
+@pytest.mark.parametrize(("scale", "times"), [("kept", 2.0), ("batch", 1.0)])
+def test_a_loss_that_is_a_sum(scale: str, times: float) -> None:
+    module, trim = Summed(), batchtrim.Trimmer(0.5, scale=scale)
+    x, y = torch.randn(8, 6), torch.arange(8) % 3
+    found = LossFinder()(lambda: module.training_step((x, y), 0), lambda loss: loss, 8, [x, y])
+    kept = F.cross_entropy(module.model(x), y, reduction="none").topk(4).values.sum()
+    torch.testing.assert_close(trim(found.losses, rank_by=found.scores), times * kept)
