@@ -1,15 +1,16 @@
-"""Check the arguments of the Lightning callback, and that the module uses it."""
+"""Check the arguments of the Lightning callback, and which trimmer the module has and uses."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from batchtrim._checks import describe
 from batchtrim.keeplog import KeepLog
 from batchtrim.trimmer import Trimmer
 
-__all__ = ["check_arguments", "check_free", "check_over", "check_used", "mark", "marked"]
+__all__ = ["check_arguments", "check_free", "check_over", "check_used", "keep_all", "mark", "marked"]
 
 
 _MARK = "of_callback"
@@ -38,6 +39,15 @@ def mark(trim: Trimmer) -> Trimmer:
 def marked(own: Any) -> bool:
     """True if a callback may put a trimmer in place of this attribute: there is none, or a callback made it."""
     return own is None or hasattr(own, _MARK)
+
+
+def keep_all(module: Any, attribute: str, options: Mapping[str, Any]) -> Trimmer | None:
+    """Give the module a trimmer that keeps everything, with statistics of its own; None if it made one itself."""
+    if not marked(getattr(module, attribute, None)):
+        return None
+    keeping = mark(Trimmer(1.0, unit=options.get("unit", "sample")))
+    setattr(module, attribute, keeping)
+    return keeping
 
 
 def check_free(module: Any, attribute: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from batchtrim._by_name import by_name
 from batchtrim._checks import check_choice, import_extra
 from batchtrim.integrations import CLOCKS, build, check_resume_length
-from batchtrim.integrations._lightning_checks import check_arguments, check_free, check_over, check_used, mark, marked
+from batchtrim.integrations import _lightning_checks as checks
 from batchtrim.keeplog import KeepLog
 from batchtrim.schedules import linear
 from batchtrim.trimmer import Trimmer
@@ -94,7 +94,7 @@ class TrimmingCallback(Callback):
     ) -> None:
         if clock is not None:
             check_choice("clock", clock, CLOCKS)
-        check_arguments(log, keep_log, attribute, intercept, options)
+        checks.check_arguments(log, keep_log, attribute, intercept, options)
         build(keep, 2, options)  # report a wrong argument now, not when training starts
         self.keep, self.attribute, self.options = keep, attribute, options
         self.keep_log, self.resume_length = keep_log, check_resume_length(resume_length)
@@ -112,32 +112,24 @@ class TrimmingCallback(Callback):
             # a further fit of a trainer continues; a state from a checkpoint comes later, in place of this one
             restored = self._own_state(self.trim) if self.trim is not None and trainer.global_step > 0 else None
             self._restored, self.trim = restored, None
-            check_free(pl_module, self.attribute)
+            checks.check_free(pl_module, self.attribute)
             if self.keep_log is not None:
                 pl_module.keep_log = self.keep_log  # type: ignore[assignment]
-        self._before = self._keep_all(pl_module)
+        self._before = checks.keep_all(pl_module, self.attribute, self.options)
 
     def teardown(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        if self.trim is not None and marked(getattr(pl_module, self.attribute, None)):
+        if self.trim is not None and checks.marked(getattr(pl_module, self.attribute, None)):
             setattr(pl_module, self.attribute, self.trim)  # the one it trains with
 
     def on_validation_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        self._keep_all(pl_module)
+        checks.keep_all(pl_module, self.attribute, self.options)
 
     def on_validation_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self.teardown(trainer, pl_module, "validate")
 
-    def _keep_all(self, module: LightningModule) -> Trimmer | None:
-        """Give the module a trimmer that keeps everything, with statistics of its own, unless it has its own."""
-        if not marked(getattr(module, self.attribute, None)):
-            return None
-        keeping = mark(Trimmer(1.0, unit=self.options.get("unit", "sample")))
-        setattr(module, self.attribute, keeping)
-        return keeping
-
     # Not on_fit_start: asking for the number of steps there would set up the loader before its state is restored.
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        self.trim = mark(build(self.keep, self.clock.total(trainer, pl_module), self.options))
+        self.trim = checks.mark(build(self.keep, self.clock.total(trainer, pl_module), self.options))
         self.logging.start(trainer)
         if self._restored is not None:
             self._load(self._restored, trainer)
@@ -151,7 +143,7 @@ class TrimmingCallback(Callback):
         if self.interception is not None:
             self.interception.end()
         if self.trim is not None and not self.clock.kept:
-            check_over(self.trim, trainer, self.clock.unit)
+            checks.check_over(self.trim, trainer, self.clock.unit)
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.interception is not None:
@@ -172,7 +164,7 @@ class TrimmingCallback(Callback):
         self.logging.end_epoch(self.trim, trainer, pl_module, self._log_name(trainer))
         self._epochs += 1
         if self._epochs == 1:
-            check_used(pl_module, self.attribute, self.trim, self.keep_log, self._before)
+            checks.check_used(pl_module, self.attribute, self.trim, self.keep_log, self._before)
         if self.keep_log is not None:
             self.keep_log.end_epoch()
 
