@@ -86,7 +86,8 @@ class per_sample:
     def __init__(self, criterion: Callable[..., Any], *, unit: str = "sample", ignore_index: int | None = None) -> None:
         check_criterion("criterion", criterion)
         self.unit = unit
-        if ignore_index is not None and check_number("ignore_index", ignore_index) != ignore_index:
+        several = "Leave out several values with a mask: trim(losses, mask=mask)."
+        if ignore_index is not None and check_number("ignore_index", ignore_index, several) != ignore_index:
             raise ValueError("expected `ignore_index` to be a number other than nan, got nan. Give a mask instead.")
         self._asked = ignore_index
         self._criterion = Criterion(criterion, ignore_index)

@@ -274,8 +274,17 @@ class TestLossesWithWhatIsNoTensor:
         (lambda: Trimmer(lambda epoch: 1 - 0.1 * epoch, total=5), "progress, from 0 to 1, got one of `epoch`"),
         (lambda: Trimmer(0.5, select=batchtrim.linear(1.0, 0.2)), r"`select` to be a selection rule .*got linear\("),
         (lambda: Trimmer(0.5, select=Trimmer(0.5)), r"cannot be called with \(losses, keep, generator\) as a rule is"),
+        (lambda: per_sample(nn.MSELoss(), ignore_index=[0, 255]), r"got \[0, 255\]\. Leave out several values"),
     ],
-    ids=["a rule", "a trimmer", "two numbers", "a function of epochs", "a schedule", "a trimmer as a rule"],
+    ids=[
+        "a rule",
+        "a trimmer",
+        "two numbers",
+        "a function of epochs",
+        "a schedule",
+        "a trimmer as a rule",
+        "two labels",
+    ],
 )
 def test_one_thing_for_another(make: Callable[[], Any], says: str) -> None:
     """`total` was asked for, or a call failed later; a function of epochs got progress, so nearly all was kept."""
