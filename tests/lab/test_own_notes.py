@@ -73,8 +73,20 @@ def test_a_run_that_kept_everything_is_noted(method: str, rows: int, noted: bool
 def test_one_epoch_is_the_cause_of_keeping_everything(method: str) -> None:
     """It asked to check the clock and the size of the batches, or, of small_loss, said nothing."""
     compare(stepping(1), [method], 1, epochs=1, out="here", quiet=True)
-    (note,) = records.read("here")[0]["notes"]
-    assert note.endswith("as in plain training: with one epoch, the schedule stays at its start")
+    cause, note = records.read("here")[0]["notes"]
+    assert note.endswith("samples was kept, as in plain training")
+    assert {"trim": "epochs 1: a schedule moves", "small_loss": "small_loss: with epochs 1"}[method] in cause
+
+
+def test_remarks_on_the_settings_are_printed_once_and_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """They were printed on the command line, not from Python, and not in the report."""
+    params = {"small_loss": {"noise_rate": 0.2, "ramp_epochs": 9}}
+    compare(stepping(3), ["full", "small_loss", "trim"], 2, epochs=3, params=params, keep_start=0.2, keep_end=0.8,
+            out="here")  # fmt: skip
+    said, report = capsys.readouterr().err, Path("here/report.md").read_text().replace("\\", "")
+    for words in ("small_loss: with epochs 3 the dropped fraction rises to 0.044", "keep_start 0.2 is below keep_end"):
+        assert said.count(words) == 1
+        assert words in report
 
 
 def test_what_one_run_leaves_for_the_next_is_noted() -> None:

@@ -25,7 +25,7 @@ from batchtrim._checks import check_choice, check_count, check_flag, describe, p
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, csv_table
 from batchtrim.lab.analyse.comparison import Summary
-from batchtrim.lab.execute import cores, grid, progress, scheduler
+from batchtrim.lab.execute import cores, grid, preflight, progress, scheduler
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.present import report, tables
 from batchtrim.lab.present.wording import headline
@@ -94,11 +94,14 @@ def compare(
     configs = grid.expand_task(code, {"methods": methods, "seeds": listed, **settings})
     workers, threads = cores.share_cores(len(configs), workers)
     configs = cores.with_threads(configs, threads, settings, bool(ray))
+    notes = preflight.warnings_for({"methods": methods, "seeds": listed, **settings}, configs)
     if workers > 1 or ray:
         code.__getstate__()  # report what cannot be sent to another process before the first run
     folder = Path(out) if out is not None else default_out(configs)
     shared = scheduler.SharedOptions(folder, tensorboard=tensorboard)
     with progress.Quiet() if quiet else progress.Live() as watcher:
+        for note in notes:
+            watcher.note(note)
         failed = scheduler.run_all(list(configs), shared, watcher, workers=workers, ray=ray, retries=retries)
     rows = records.read(folder)
     for row in failed:

@@ -6,22 +6,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from batchtrim.lab.run.remarks import remarks
 from batchtrim.lab.run.task_config import AnyConfig
 
-LARGE_LR = 100.0  # no network of the lab learns at such a rate
 KEEP = ("keep_start", "keep_end", "schedule")
 DECIDED_BY = {"momentum": "optimizer", "norm": "model"}  # settings that some values of another leave unused
 
 
 def warnings_for(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
-    """Return a line for each problem in the given settings and the runs made from them."""
-    return [
-        *_repeats(settings),
-        *_schedule(settings, configs),
-        *_too_short(configs),
-        *_unused(settings, configs),
-        *_rate(configs),
-    ]
+    """Return a line for each problem in the given settings and the runs made from them.
+
+    Those that concern single runs are in their records too.
+    """
+    of_runs = dict.fromkeys(text for config in configs for text in remarks(config))
+    return [*_repeats(settings), *_keep(settings, configs), *of_runs, *_unused(settings, configs)]
 
 
 def _repeats(settings: Mapping[str, Any]) -> list[str]:
@@ -34,53 +32,20 @@ def _repeats(settings: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _schedule(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
-    scheduled = [config for config in configs if config.schedule is not None]
+def _keep(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
+    """Return a line for settings of the keep schedule that no run uses."""
     given = [name for name in KEEP if name in settings]
-    if given and not scheduled:
+    if given and all(config.schedule is None for config in configs):
         methods = ", ".join(dict.fromkeys(config.method for config in configs))
         return [f"{', '.join(given)}: without effect, since no method here has a keep schedule ({methods})"]
     said = {}
-    for config in scheduled:
-        assert config.keep_start is not None
-        assert config.keep_end is not None
+    for config in configs:
         if config.schedule == "constant" and "keep_start" in settings and config.keep_start != config.keep_end:
             said["constant"] = (
                 f"keep_start {config.keep_start:g}: without effect under the constant schedule, which keeps keep_end "
                 f"({config.keep_end:g}) throughout"
             )
-        elif config.schedule != "constant" and config.keep_start < config.keep_end:
-            said["rising"] = (
-                f"keep_start {config.keep_start:g} is below keep_end {config.keep_end:g}: the schedule "
-                "rises, and keeps the most at the end"
-            )
-        if config.epochs == 1 and config.schedule != "constant" and config.keep_start != config.keep_end:
-            said["one epoch"] = (
-                f"epochs 1: a schedule moves between epochs, so keep stays at keep_start ({config.keep_start:g}) and "
-                f"never gets to keep_end ({config.keep_end:g})"
-            )
     return list(said.values())
-
-
-def _too_short(configs: Sequence[AnyConfig]) -> list[str]:
-    """Return a line for each method without a keep schedule that needs more epochs to drop what it is meant to."""
-    said = []
-    for config in configs:
-        method, params, epochs = config.method, config.method_params, config.epochs
-        if method == "small_loss" and epochs <= params["ramp_epochs"] and params["noise_rate"]:
-            reached = params["noise_rate"] * (epochs - 1) / params["ramp_epochs"]
-            said.append(
-                f"small_loss: with epochs {epochs} the dropped fraction rises to {reached:.2g}, not to noise_rate "
-                f"{params['noise_rate']:g}, because of ramp_epochs {params['ramp_epochs']}"
-            )
-        if epochs <= _kept_whole(method, params):
-            said.append(f"{method}: with epochs {epochs} it keeps all samples throughout, as full does")
-    return list(dict.fromkeys(said))
-
-
-def _kept_whole(method: str, params: Mapping[str, Any]) -> int:
-    """Return in how many epochs a method keeps all samples, whatever their losses."""
-    return 1 if method == "loss_drop" else params["last"] if method.startswith("data_dropout") else 0
 
 
 def _unused(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:
@@ -93,8 +58,3 @@ def _unused(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[s
             others = ", ".join(dict.fromkeys(str(getattr(config, by)) for config in configs))
             said.append(f"{name} {', '.join(map(str, lost))}: without effect with {by} {others}")
     return said
-
-
-def _rate(configs: Sequence[AnyConfig]) -> list[str]:
-    rates = sorted({lr for config in configs if (lr := getattr(config, "lr", None)) and lr >= LARGE_LR})
-    return [f"lr {', '.join(f'{rate:g}' for rate in rates)}: hardly any network learns at such a rate"] if rates else []

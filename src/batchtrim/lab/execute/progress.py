@@ -59,6 +59,7 @@ class Live(Quiet):
         # FORCE_COLOR in a pipe makes rich believe in a terminal, but it cannot be redrawn
         self.redraws = self.console.file.isatty() and self.console.is_terminal and not self.console.is_dumb_terminal
         self.said = -SAY_EVERY
+        self.noted: set[str] = set()
         self.bars = Progress(
             *_columns(self.console.width), console=self.console, disable=not self.redraws, transient=True
         )
@@ -119,9 +120,11 @@ class Live(Quiet):
         else:
             self._say(config, f"{row['status']}: {row.get('error', '')}")
         for note in (row or {}).get("notes", ()) if isinstance(config, TaskConfig) else ():
-            self._say(config, note)  # notes on the data are printed once, before the first run
+            if note not in self.noted:  # those on the settings, before the first run
+                self._say(config, note)
 
     def note(self, text: str) -> None:
+        self.noted.add(text)
         self.console.print(in_lines(text), highlight=False, markup=False, soft_wrap=True)
 
     def _say(self, config: Any, text: str) -> None:

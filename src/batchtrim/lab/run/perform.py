@@ -26,6 +26,7 @@ from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.environment import environment
 from batchtrim.lab.run.failed import error_line
 from batchtrim.lab.run.process_state import ProcessChanges, seeded_and_restored
+from batchtrim.lab.run.remarks import remarks
 from batchtrim.lab.run.side_effects import SideEffects
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.run.task_run import Run, TaskMistake, as_number, check_share
@@ -74,7 +75,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
             result = {
                 "seconds": seconds,
                 **_value(returned, run.metric),
-                **_notes_on_run(run, changes, effects, seconds),
+                **_notes_on_run(run, config, changes, effects, seconds),
             }
             _write_log(run, config, out)
         except CannotWrite:  # a fault of the disk, not of the task
@@ -149,9 +150,12 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
     return {"status": "finished", metric.field: value, **({"also": also} if also else {})}
 
 
-def _notes_on_run(run: Run, changes: ProcessChanges, effects: SideEffects, seconds: float) -> dict[str, Any]:
+def _notes_on_run(
+    run: Run, config: TaskConfig, changes: ProcessChanges, effects: SideEffects, seconds: float
+) -> dict[str, Any]:
     """Return the notes on a successful run; raise an error if the method was never applied."""
-    notes, more = _notes_on_keep(run), {}
+    said = remarks(config)
+    notes, more = [*said, *_notes_on_keep(run, explained=bool(said))], {}
     if run.trim.rule is not run.rule:
         raise TaskMistake(
             f"expected the task to choose by run.trim.rule, which makes the run one of {run.method!r}, got another "
@@ -198,8 +202,12 @@ def _notes_on_run(run: Run, changes: ProcessChanges, effects: SideEffects, secon
     return {**more, **({"notes": notes} if notes else {})}
 
 
-def _notes_on_keep(run: Run) -> list[str]:
-    """Return notes on a schedule that did not run as far as it should, and on a run that kept everything."""
+def _notes_on_keep(run: Run, explained: bool) -> list[str]:
+    """Return notes on a schedule that did not run as far as it should, and on a run that kept everything.
+
+    Args:
+        explained: the run's settings have a remark that says why.
+    """
     notes = []
     counts, schedule_moves = run.rule.counts, _moves(run)
     if schedule_moves and run.trim.steps == 0 and run.trim.last is not None:
@@ -223,13 +231,8 @@ def _notes_on_keep(run: Run) -> list[str]:
                 f"after {(run.epochs - 1) / run.trim.steps:.0%} of them"
             )
     if counts.counted and counts.kept == counts.seen and _may_drop(run):
-        one_epoch = run.epochs == 1 and run.trim.keep == 1.0 and not k_follows_losses(run.rule.rule)
-        cause = (
-            "with one epoch, the schedule stays at its start"
-            if one_epoch
-            else ("check that the trimmer's clock steps, and that batches have several samples")
-        )
-        notes.append(f"every one of the {counts.seen:,} samples was kept, as in plain training: {cause}")
+        hint = "" if explained else ": check that the trimmer's clock steps, and that batches have several samples"
+        notes.append(f"every one of the {counts.seen:,} samples was kept, as in plain training{hint}")
     return notes
 
 

@@ -38,6 +38,7 @@ from batchtrim.lab.run.failed import CURVES
 from batchtrim.lab.run.loading import load_images
 from batchtrim.lab.run.optimizers import lr_factor, make_optimizer
 from batchtrim.lab.run.ranks import Ranks
+from batchtrim.lab.run.remarks import remarks
 from batchtrim.lab.task import data, models
 from batchtrim.lab.task.augment import Batches
 
@@ -359,7 +360,8 @@ def train_run(
         Ranks.from_environment().leave()
     final = training.curve["test_error"][-1] if status == "finished" else None
     learnt = final is None or not sanity.no_better_than_chance(final, images.test_labels)
-    notes = [*images.notes, *([] if final is None else sanity.notes_on_result(learnt, training.right, images))]
+    notes = [*images.notes, *sanity.notes_on(config, images), *remarks(config)]
+    notes += [] if final is None else sanity.notes_on_result(learnt, training.right, images)
     return {
         "schema": SCHEMA,
         "key": config.key,
