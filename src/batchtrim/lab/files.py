@@ -107,6 +107,12 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError then
 
 
+def absolute(path: str | Path) -> Path:
+    """Return a path from the root, the same for every spelling; links are followed only where it has a ``..``."""
+    path = expanded(path)
+    return path.resolve() if ".." in path.parts else path.absolute()
+
+
 def in_a_line(error: Exception) -> str:
     """Return an error's message; for an error of the file system, a sentence that names the file."""
     if not isinstance(error, OSError) or not error.strerror:

@@ -9,6 +9,8 @@ import pytest
 
 from batchtrim.lab import files
 from batchtrim.lab.execute import grid
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.task import own_models
 
 ROOT = Path(__file__).parents[3]
 TINY = {"methods": ["full", "trim"], "seeds": 2, "epochs": 2, "train_size": 200, "batch_size": 64}
@@ -38,16 +40,55 @@ def test_one_folder_and_one_network_are_one_experiment_in_any_spelling(
         Path(folder).mkdir(parents=True)
     Path("net.py").write_text("def build(shape, classes): ...")
 
-    def names(dataset: str, model: str = "mlp") -> tuple[str, str]:
-        (config,) = grid.expand({"dataset": dataset, "test_split": 0.2, "model": model, "seeds": 1})
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def names(dataset: str, model: str = "mlp", test_split: float | None = 0.2) -> tuple[str, str]:
+        (config,) = grid.expand({"dataset": dataset, "test_split": test_split, "model": model, "seeds": 1})
         return config.dataset, config.model
 
-    for spelling in ("photos", "photos/", "./photos", "photos/."):
-        assert names(spelling, "./net.py:build") == ("photos", "net.py:build")
-    assert names(str(tmp_path / "photos/")) == (str(tmp_path / "photos"), "mlp")
-    assert names("./digits/")[0] == "./digits/"  # not the lab's own
-    assert names("a/b/")[0] == "a/b"
+    there = str(tmp_path / "photos"), f"{tmp_path / 'net.py'}:build"
+    for spelling in ("photos", "photos/", "./photos", "photos/.", "a/../photos", "~/photos", there[0]):
+        for network in ("net.py:build", "./net.py:build", "a/../net.py:build", "~/net.py:build", there[1]):
+            assert names(spelling, network) == there
+    monkeypatch.chdir("a")
+    assert names("../photos", "../net.py:build") == there
+    assert names("b")[0] == str(tmp_path / "a" / "b")
+    assert names("../digits/")[0] == str(tmp_path / "digits")
+    assert names("digits", test_split=None)[0] == "digits"  # the lab's own
     assert names("owner/name")[0] == "owner/name"  # on the hub
+    assert names("photos.csv")[0] == "photos.csv"  # missing: the message says so
+
+
+def test_an_architecture_in_a_folder_is_one_in_any_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("vit").mkdir()
+    Path("vit/config.json").write_text('{"model_type": "vit"}')
+    for spelling in ("vit", "./vit", f"{tmp_path}/vit"):
+        assert own_models.one_spelling(f"hf:{spelling}:hidden_size=8") == f"hf:{tmp_path / 'vit'}:hidden_size=8"
+    assert own_models.one_spelling("hf:swin:depths=[2, 2]") == "hf:swin:depths=[2, 2]"
+
+
+def test_runs_are_told_apart_by_name_and_contents_wherever_the_files_lie() -> None:
+    def key(**settings: str) -> str:
+        return RunConfig.from_dict(settings).key
+
+    mine = {"data_version": "0123456789ab", "model": "/home/me/net.py:build"}
+    assert key(dataset="/home/me/photos", **mine) == key(dataset="/disk/photos", **mine | {"model": "net.py:build"})
+    assert key(dataset="/home/me/photos", **mine) != key(dataset="/home/me/images", **mine)
+    assert key(dataset="/home/me/photos") != key(dataset="/disk/photos")  # not read yet
+    assert key(model="hf:/a/vit") != key(model="hf:/b/vit")  # nothing records its version
+    configs = [RunConfig(dataset=f"/{place}/photos", data_version="0123456789ab") for place in "ab"]
+    assert len(grid.cells(configs)) == 1
+
+
+def test_networks_in_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.py").write_text("def build(shape, classes): ...")
+    models = [f"{tmp_path}/{folder}/net.py:build" for folder in "ab"]
+    with pytest.raises(ValueError, match=r"files of different names, got .*a/net.py:build and .*b/net.py:build"):
+        grid.expand({"model": models, "seeds": 1})
+    assert len(grid.expand({"model": models[:1] * 2, "seeds": 1})) == 1
 
 
 def test_parts_of_a_grid_add_to_what_is_common() -> None:

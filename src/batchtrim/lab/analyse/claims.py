@@ -49,7 +49,7 @@ from batchtrim.lab.analyse.inference import Moments
 from batchtrim.lab.files import load_toml
 from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.metric import ERROR
-from batchtrim.lab.run.config import ARM_SETTINGS, SETTINGS
+from batchtrim.lab.run.config import ARM_SETTINGS, SETTINGS, without_places
 from batchtrim.lab.run.settings import Role
 
 __all__ = ["ALONE", "Claim", "EvidenceRecord", "Finding", "Status", "judge", "read"]
@@ -176,14 +176,15 @@ def _timed(groups: Sequence[Group], file: Path) -> tuple[Group, ...]:
     """Return the groups with their training times replaced by those of the runs in a file."""
     alone = comparison.summarize(records.read_results(file)).groups
     times = [
-        (group.settings, arm.settings, arm.cost["seconds"])
+        (without_places(group.settings), arm.settings, arm.cost["seconds"])
         for group in alone
         for arm in group.arms
         if "seconds" in arm.cost
     ]
 
     def timed(group: Group, arm: Arm) -> Arm:
-        found = [seconds for shared, settings, seconds in times if (shared, settings) == (group.settings, arm.settings)]
+        mine = without_places(group.settings), arm.settings
+        found = [seconds for shared, settings, seconds in times if (shared, settings) == mine]
         cost = {name: value for name, value in arm.cost.items() if name != "seconds"}
         return replace(arm, cost=cost | ({"seconds": found[0]} if found else {}))
 

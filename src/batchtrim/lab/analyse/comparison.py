@@ -32,7 +32,7 @@ from batchtrim.lab.analyse.inference import (
 )
 from batchtrim.lab.metric import ERROR, Metric
 from batchtrim.lab.records import COSTS, Row, check_result, latest_of
-from batchtrim.lab.run.config import ARM_SETTINGS, COMPARED, SETTINGS
+from batchtrim.lab.run.config import ARM_SETTINGS, COMPARED, SETTINGS, without_places
 
 __all__ = ["Arm", "Group", "Paired", "Summary", "Verdict", "View", "check_baseline", "summarize", "verdict_of"]
 
@@ -193,7 +193,7 @@ def summarize(rows: Iterable[Row], baseline: str = "full") -> Summary:
         raise ValueError("expected at least one finished run, got none. Is this the folder a comparison wrote to?")
     grouped: dict[str, list[Row]] = {}
     for row in latest:
-        grouped.setdefault(naming.key(_settings(row, shared=True)), []).append(row)
+        grouped.setdefault(naming.key(without_places(_settings(row, shared=True))), []).append(row)
     settings = [_settings(members[0], shared=True) for members in grouped.values()]
     labels = naming.labels([_settings(row, shared=False) for row in latest])
     groups = tuple(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from batchtrim.lab.files import shown
+from batchtrim.lab.task.names import known_as
 
 Settings = dict[str, Any]
 
@@ -23,7 +24,7 @@ def titles(settings: Sequence[Settings]) -> list[str]:
     for each in settings:
         alike = [other for other in settings if all(other.get(name) == each.get(name) for name in named)]
         extra = [f"{name} {each[name]}" for name in _varying(alike, exclude=named) if each.get(name) is not None]
-        found.append(shown(", ".join([*(str(each[name]) for name in named if name in each), *extra])))
+        found.append(shown(", ".join([*(known_as(str(each[name])) for name in named if name in each), *extra])))
     return found
 
 

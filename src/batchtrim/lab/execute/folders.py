@@ -11,6 +11,7 @@ from typing import Any
 
 from batchtrim.lab.records import Records, Row
 from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.task.names import known_as
 
 LONGEST_NAME = 150  # bytes
 LONGEST = 80  # the most characters that differing settings add to a name; longer ones become a number
@@ -18,7 +19,8 @@ LONGEST = 80  # the most characters that differing settings add to a name; longe
 
 def named_after(configs: Sequence[RunConfig]) -> Path:
     """Return a folder named after the shared settings, so that the same command finds it again."""
-    names = [sorted({str(getattr(config, name)) for config in configs}) for name in ("dataset", "model", "optimizer")]
+    named = ("dataset", "model", "optimizer")
+    names = [sorted({known_as(str(getattr(config, name))) for config in configs}) for name in named]
     epochs = sorted({config.epochs for config in configs})
     parts = ["+".join(map(_as_file_name, values)) for values in names] + ["+".join(map(str, epochs)) + "ep"]
     name = "-".join(parts)

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from batchtrim._checks import check_count, describe, nearest
-from batchtrim.lab.run.config import COMPARED, RunConfig
+from batchtrim.lab.run.config import COMPARED, RunConfig, without_places
 from batchtrim.lab.run.settings import check_tables, overridden, overridden_params
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
 from batchtrim.lab.task.own_code import Code
@@ -60,7 +60,7 @@ def expand(settings: Mapping[str, Any], kind: type[Config] = RunConfig) -> list[
     configs: dict[str, Config] = {}
     for part in parts:
         for config in _expand_part(overridden(common, part), shared, kind):
-            configs.setdefault(config.key, config)
+            _refuse_namesakes(config, configs.setdefault(config.key, config))
     _refuse_unused(shared, {config.method: None for config in configs.values()})
     return sorted(configs.values(), key=lambda config: config.seed)  # stable: keeps the order within a seed
 
@@ -74,7 +74,7 @@ def cells(configs: Sequence[AnyConfig]) -> list[Settings]:
     """Return the settings that the runs of each part share; see :meth:`batchtrim.lab.records.Records.settle`."""
     found: list[Settings] = []
     for config in configs:
-        cell = {name: value for name, value in config.to_dict().items() if name not in COMPARED}
+        cell = {name: value for name, value in without_places(config.to_dict()).items() if name not in COMPARED}
         if cell not in found:
             found.append(cell)
     return found
@@ -115,6 +115,13 @@ def _refuse_unused(params: Iterable[str], methods: Collection[str]) -> None:
             f"expected parameters of methods that are run ({', '.join(map(str, methods))}), got [params.{unused}]."
             f"{nearest(unused, methods)}"
         )
+
+
+def _refuse_namesakes(config: AnyConfig, other: AnyConfig) -> None:
+    """Refuse networks in two files of one name, by which runs and their versions are told apart."""
+    files = [getattr(each, "model", "") for each in (other, config)]
+    if files[0] != files[1]:
+        raise ValueError(f"expected networks in files of different names, got {' and '.join(files)}. Rename one.")
 
 
 def _few_enough(runs: int) -> int:

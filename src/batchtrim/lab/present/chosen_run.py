@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from batchtrim._checks import nearest
 from batchtrim.lab.execute.one_run import DATA_DIR
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.task_config import TaskConfig
+from batchtrim.lab.task.names import known_as
 
 MOST_NAMED = 12
 
@@ -54,6 +56,12 @@ def remembered(folder: Path) -> str | None:
         return None
     there = path.read_text(encoding="utf-8").strip()
     return there if Path(there).is_dir() else None
+
+
+def found_again(config: RunConfig) -> RunConfig:
+    """Return the run with its own images in the current folder, if they are no longer where it found them."""
+    name = known_as(config.dataset)
+    return config if Path(config.dataset).exists() or not Path(name).exists() else replace(config, dataset=name)
 
 
 def _rank(method: str) -> int:

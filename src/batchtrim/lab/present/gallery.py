@@ -29,7 +29,7 @@ from batchtrim.lab import records
 from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.present import charts, wording
 from batchtrim.lab.present.charts import Series
-from batchtrim.lab.present.chosen_run import choose, remembered
+from batchtrim.lab.present.chosen_run import choose, found_again, remembered
 from batchtrim.lab.present.report import Tile
 from batchtrim.lab.present.templating import render
 from batchtrim.lab.run import loading
@@ -120,7 +120,7 @@ def build(
     if "task" in row["config"]:
         return write(KeepLog.from_parquet(path), _told_by_the_task(path, row, facts), out)
     config = RunConfig.from_dict(row["config"])
-    images = loading.load_images(config, data_dir or remembered(folder))
+    images = loading.load_images(found_again(config), data_dir or remembered(folder))
     samples = Samples(
         labels=images.train_labels,
         classes=images.class_names or _class_names(config.dataset, images.classes),

@@ -24,7 +24,7 @@ from batchtrim._checks import (
     plain,
 )
 from batchtrim.lab.run.settings import Role, Setting, setting, settings_of
-from batchtrim.lab.task.names import AUGMENTS, MODELS, NORMS, SPECS, Spec, find_spec
+from batchtrim.lab.task.names import AUGMENTS, MODELS, NORMS, SPECS, Spec, find_spec, known_as
 
 if TYPE_CHECKING:
     from batchtrim.lab.methods.spec import MethodSpec
@@ -237,12 +237,12 @@ class RunConfig:
     def key(self) -> str:
         """A short hash that names the run: equal for equal settings, whatever the number of threads."""
         values = {name: value for name, value in self.to_dict().items() if SETTINGS[name].in_key(value)}
-        return short_hash(values)
+        return short_hash(without_places(values))
 
     @property
     def label(self) -> str:
         """A short description for progress lines."""
-        return f"{self.dataset} {self.model} {arm_label(self)} seed {self.seed}"
+        return f"{known_as(self.dataset)} {known_as(self.model)} {arm_label(self)} seed {self.seed}"
 
 
 SETTINGS: Mapping[str, Setting] = settings_of(RunConfig)
@@ -250,6 +250,16 @@ ARM_SETTINGS = tuple(name for name, each in SETTINGS.items() if each.role is Rol
 """Settings that make an arm of a comparison."""
 COMPARED = tuple(name for name, each in SETTINGS.items() if each.role in (Role.ARM, Role.SEED, Role.SPEED))
 """Settings in which runs of one comparison may differ; all others make its group."""
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as runs are told apart by them: own images and programs by name, wherever they lie.
+
+    Images of one name are told apart by ``data_version``, programs by the version that each run records. The place of
+    images without a version stays.
+    """
+    named = ("model", "dataset") if settings.get("data_version") else ("model",)
+    return {**settings, **{name: known_as(settings[name]) for name in named if isinstance(settings.get(name), str)}}
 
 
 def keep_schedule(config: Any, method: MethodSpec) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def with_versions(
 ) -> list[RunConfig]:
     """Return the runs with the version of their data, so that runs on changed images count as different.
 
-    Only the user's own data sets have a version. They are loaded again, and decoded if necessary.
+    Only the user's own data sets have a version. They are loaded again, and decoded if necessary. Runs on a copy of a
+    data set, under the same name, are left out.
     """
     found: dict[tuple[str, images.ImageOptions], str] = {}
     if any(images.is_own(config.dataset) for config in configs):
@@ -45,10 +46,11 @@ def with_versions(
             which = config.dataset, images.options_of(config)
             if which not in found:
                 found[which] = _load_once(*which, data_dir, cache_dir).version
-    return [
-        replace(config, data_version=found.get((config.dataset, images.options_of(config)), config.data_version))
-        for config in configs
-    ]
+    made: dict[str, RunConfig] = {}
+    for config in configs:
+        version = found.get((config.dataset, images.options_of(config)), config.data_version)
+        made.setdefault((one := replace(config, data_version=version)).key, one)
+    return list(made.values())
 
 
 def load_images(

@@ -13,6 +13,7 @@ from batchtrim._machine import memory
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
 from batchtrim.lab.task.data import ImageData
+from batchtrim.lab.task.names import known_as
 from batchtrim.lab.task.own_models import is_own_model
 
 DID_NOT_LEARN = "nothing was learnt: the error is no better than that of always predicting the most common class"
@@ -52,8 +53,8 @@ def notes_on(config: RunConfig, images: ImageData) -> list[str]:
     if config.batch_size <= size:
         return []
     return [
-        f"batch_size {config.batch_size} is more than the {size:,} training images of {config.dataset}: every epoch "
-        "is a single step"
+        f"batch_size {config.batch_size} is more than the {size:,} training images of {known_as(config.dataset)}: "
+        "every epoch is a single step"
     ]
 
 

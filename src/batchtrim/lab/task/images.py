@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from batchtrim._checks import check_count, check_fraction
-from batchtrim.lab.files import expanded, shown
+from batchtrim.lab.files import absolute, expanded, shown
 from batchtrim.lab.task import cache_entry, data, tables
 from batchtrim.lab.task.cache import CannotKeep, filled, folder_for
 from batchtrim.lab.task.decode import Contradicted, Decoded, Header, ImageForm, decode_all, first_header
 from batchtrim.lab.task.listing import Listing, find_images
-from batchtrim.lab.task.names import SPECS, similar_names
+from batchtrim.lab.task.names import SPECS, known_as, similar_names
 from batchtrim.lab.task.split import split_rows
 
 __all__ = ["ImageOptions", "is_own", "load"]
@@ -64,11 +64,10 @@ def is_own(dataset: str) -> bool:
 
 
 def one_spelling(dataset: str) -> str:
-    """Return a path without a slash at its end or ``./`` at its start, so that all spellings are one data set."""
-    if not expanded(dataset).exists():  # a name on the hub
+    """Return a path from the root, so that all its spellings are one data set; other names stay."""
+    if dataset in SPECS or not expanded(dataset).exists():  # it comes with the lab, or from the hub
         return dataset
-    path = str(Path(dataset))
-    return path if is_own(path) == is_own(dataset) else dataset  # ./digits is a folder, digits comes with the lab
+    return str(absolute(dataset))
 
 
 def options_of(config: Any) -> ImageOptions:
@@ -138,9 +137,8 @@ def load(
     sides = _check_sides(found, [listing.names[row] for row in left], held.hashes, first_test)
     notes = [*listing.notes, *similar_names(classes), *held.notes, *gone, *sides]
     version = _version(found, held.hashes)
-    return replace(
-        found, notes=tuple(f"{shown(dataset)}: {note}" for note in notes), local_notes=local_notes, version=version
-    )
+    told = tuple(f"{shown(known_as(dataset))}: {note}" for note in notes)
+    return replace(found, notes=told, local_notes=local_notes, version=version)
 
 
 def _version(found: data.ImageData, hashes: np.ndarray) -> str:

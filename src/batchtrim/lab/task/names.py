@@ -6,6 +6,7 @@ import contextlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from batchtrim.lab.files import look_up
 
@@ -49,6 +50,11 @@ SPECS = {
 def find_spec(name: str) -> Spec:
     """Return the data set of that name, or an error that suggests the nearest one."""
     return look_up("dataset", name, SPECS, "a folder of class folders, a .csv or .parquet file, owner/name on the hub")
+
+
+def known_as(name: str) -> str:
+    """Return the name of a data set or network without the folders that it lies in: ``photos``, ``net.py:build``."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def similar_names(names: Sequence[str], what: str = "classes") -> list[str]:

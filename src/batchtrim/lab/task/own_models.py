@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim._checks import describe, import_extra, nearest
+from batchtrim.lab.files import absolute, expanded
+from batchtrim.lab.task.names import known_as
 from batchtrim.lab.task.own_code import Code, YourCodeFailed, own_traceback
 
 __all__ = ["build_own", "check_own", "code_of", "is_own_model"]
@@ -30,9 +32,13 @@ def is_own_model(name: str) -> bool:
 
 
 def one_spelling(name: str) -> str:
-    """Return the name of a function in a file without ``./`` before the file, so that all spellings are one network."""
+    """Return the name with its file or folder from the root, so that all spellings are one network."""
+    if name.startswith("hf:"):
+        folder, colon, settings = name.removeprefix("hf:").partition(":")
+        return f"hf:{absolute(folder)}{colon}{settings}" if (Path(folder) / "config.json").is_file() else name
     file, colon, function = name.rpartition(":")
-    return f"{Path(file)}:{function}" if colon and is_own_model(name) and not name.startswith("hf:") else name
+    there = colon and is_own_model(name) and expanded(file).is_file()
+    return f"{absolute(file)}:{function}" if there else name
 
 
 def check_own(name: str) -> None:
@@ -68,7 +74,7 @@ def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
             raise YourCodeFailed(f"expected {code.name} to return a network, got exit({error.code}).") from error
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected {code.name} to return a torch.nn.Module, got {describe(model)}.")
-    _try(name, model, shape, classes)
+    _try(known_as(name), model, shape, classes)
     return model
 
 
