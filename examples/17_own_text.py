@@ -1,7 +1,7 @@
 """Compare with your own trainer: a small transformer that classifies TREC's six kinds of questions.
 
     batchtrim compare --task examples/17_own_text.py:train --methods full,trim,random,two_sided --epochs 6 --seeds 5
-    batchtrim show runs/17_own_text.py-train-6ep    # the questions that stayed hard: the folder is named by the first
+    batchtrim show runs/17_own_text-train-6ep    # the questions that stayed hard: the folder is named by the first
 
 Needs BATCHTRIM_DATA with TREC in it (trec/{train,test}-*.parquet); `questions` is the place for your own texts.
 """

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import typer
 
-from batchtrim.lab import cli, files, options
+from batchtrim.lab import cli, files, options, own
 from batchtrim.lab.execute import grid
+from batchtrim.lab.task import own_code
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
@@ -57,6 +58,20 @@ def test_the_comparison_of_the_readme_is_the_recorded_one() -> None:
     typed = {config.key for config in grid.expand({**cli.COMPARE, **options.read_settings(given)})}
     assert len(typed) == 15
     assert typed <= {config.key for config in grid.expand(record)}
+
+
+def test_pages_show_the_folders_that_their_commands_write_to() -> None:
+    """An example named a folder with the suffix of its file, which the command leaves out."""
+    count = 0
+    for path in (*(ROOT / "examples").glob("*.py"), *(ROOT / "docs" / "guides").glob("*.md"), ROOT / "README.md"):
+        text = path.read_text(encoding="utf-8")
+        for words, folder in re.findall(r"batchtrim (compare --task .*)\n\s*batchtrim show (\S+)", text):
+            given = COMMANDS.commands["compare"].make_context("compare", shlex.split(words)[1:]).params
+            settings = options.read_settings(given)
+            code = own_code.Code.in_file(str(ROOT / settings.pop("task")), "task")
+            assert own.default_out(grid.expand_task(code, settings)) == Path(folder), path
+            count += 1
+    assert count >= 2
 
 
 def test_the_first_lines_of_the_readme_count_its_table() -> None:

@@ -115,6 +115,15 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         records.read(tmp_path)
 
 
+@pytest.mark.parametrize("notes", ["one", [1], {"a": "b"}])
+def test_notes_that_are_no_list_of_texts_are_refused(tmp_path: Path, notes: object) -> None:
+    """A text was printed letter by letter."""
+    config = {"method": "full", "seed": 0}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(row("a", config=config, status="failed", notes=notes)) + "\n")
+    with pytest.raises(records.ReplaceRecords, match=r"with `notes` a list of texts, got .* line 1\."):
+        records.read_results(tmp_path)
+
+
 def test_rows_of_another_release_are_refused(tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text(json.dumps(row("a", schema=99)) + "\n")
     with pytest.raises(records.ReplaceRecords, match=r"schema 1 in .*, got 99"):

@@ -226,6 +226,10 @@ def test_engines_tell_arms_of_one_method_apart(tmp_path: Path) -> None:
         (CLAIMS.replace('"lower"', '"not worse"'), "expected `margin`, in points, with a claim that says 'not worse'"),
         (CLAIMS + "margin = 0.5", "got 0.5 with 'lower'"),
         (
+            CLAIMS.replace('["trim", "random"]', "[]"),
+            "expected at least one `method` in a claim, got an empty list",
+        ),
+        (
             CLAIMS.replace('"lower"', '"not worse"') + "margin = -1",
             "`margin` to be positive and finite, got -1. In points",
         ),

@@ -37,6 +37,8 @@ def test_a_run_no_better_than_chance_did_not_learn() -> None:
     assert sanity.no_better_than_chance(0.9, labels)
     assert sanity.no_better_than_chance(0.89, labels)
     assert not sanity.no_better_than_chance(0.8, labels)
+    assert not sanity.no_better_than_chance(0.0, labels[:2])  # of two test images, both are right
+    assert sanity.no_better_than_chance(0.5, labels[:2])
     row = train.train_run(RunConfig(lr=1e9, epochs=1, train_size=200))
     assert row["status"] == "diverged" or row["did_not_learn"]
     assert "did_not_learn" not in train.train_run(RunConfig(lr=1e-2, epochs=3, train_size=400))

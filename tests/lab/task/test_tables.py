@@ -104,6 +104,39 @@ def test_tables_of_other_programs(head: str, encoding: str, name: str, mine: Pat
     assert load(csv(mine, ["a", "b"] * 2, head, encoding, name)).class_names == ("a", "b")
 
 
+@pytest.mark.parametrize("missing", ["", " "])
+def test_a_row_in_no_group_is_refused(missing: str, mine: Path) -> None:
+    """Images of unknown patients made one group, apart from those of the patients that they may be of."""
+    path = csv(mine, ["x,1", "y,1", "x,2", f"y,{missing}"], head="image,label,patient")
+    said = refusal(path, ImageOptions(test_split=0.5, group="patient"))
+    assert said == f"expected a group in every row of {path}, got none in row 3 of column 'patient' (1 such row)."
+    table = {
+        "image": [pixels(each) for each in range(4)],
+        "label": [0, 1, 0, 1],
+        "patient": [1.0, 1.0, None, float("nan")],
+    }
+    said = refusal(parquet(mine, table), ImageOptions(test_split=0.5, group="patient"))
+    assert "got none in row 2 of column 'patient' (2 such rows)" in said
+
+
+def test_splits_have_the_names_that_folders_may_have(mine: Path) -> None:
+    path = csv(mine, ["x,Train", "y,training", "x,TEST", "y,test"], head="image,label,split")
+    found = load(path, ImageOptions())
+    assert (len(found.train_labels), len(found.test_labels), found.notes) == (2, 2, ())
+    (note,) = load(csv(mine, ["x,train", "y,train", "x,Val", "y,Val"], head="image,label,split"), ImageOptions()).notes
+    assert note == "a.csv: 'Val' is tested on"
+    path = csv(mine, ["x,train", "y,dev"], head="image,label,split")
+    assert "expected train or test in column 'split'" in refusal(path, ImageOptions())
+
+
+def test_a_table_without_a_line_of_names_and_an_empty_cell_are_named(mine: Path) -> None:
+    path = csv(mine, ["x", "y"], head="7.png,x")
+    assert "Is the first line one of names?" in refusal(path)
+    assert "first line" not in refusal(csv(mine, ["x", "y"], head="picture,label"))
+    path.write_text("image,label\n0.png,x\n1.png,y\n0.png,y\n,x\n")
+    assert "a.csv row 3: nothing is in its cell" in refusal(path)
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
 def test_tables_in_another_encoding(encoding: str, mine: Path) -> None:
     assert "to be text in UTF-8, got other bytes" in refusal(csv(mine, ["ä", "b"] * 2, encoding=encoding))

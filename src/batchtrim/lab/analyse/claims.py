@@ -281,6 +281,8 @@ def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:
     for name in _LIMITS:
         if name in table:
             check_positive(name, table[name], "In points." if name == "margin" else "In percent.")
+    if not methods:
+        raise ValueError(f"expected at least one `method` in a claim, got an empty list in {path}.")
     for method in (*methods, table["against"]):
         if not isinstance(method, str):
             raise TypeError(f"expected the methods of a claim to be names, got {describe(method)} in {path}.")

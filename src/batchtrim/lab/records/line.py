@@ -90,6 +90,9 @@ def check_result(row: Mapping[str, Any], place: str) -> None:
     for name in ("curve", "environment"):
         if wrong is None and not isinstance(row.get(name) or {}, Mapping):
             wrong = name, "a table", row[name]
+    notes = row.get("notes") or []
+    if wrong is None and not (isinstance(notes, list) and all(isinstance(each, str) for each in notes)):
+        wrong = "notes", "a list of texts", notes
     if wrong is not None:
         name, needed, got = wrong
         raise ReplaceRecords(

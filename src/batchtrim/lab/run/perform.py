@@ -30,7 +30,7 @@ from batchtrim.lab.run.remarks import remarks
 from batchtrim.lab.run.side_effects import SideEffects
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.run.task_run import Run, TaskMistake, as_number, check_share
-from batchtrim.lab.task.own_code import own_traceback
+from batchtrim.lab.task.own_code import as_a_program, own_traceback
 from batchtrim.selection.base import k_follows_losses
 
 __all__ = ["check_task", "perform"]
@@ -70,7 +70,8 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
             effects = SideEffects(function)
             changes.begin()
             begun = run.rule.counts.begun = time.perf_counter()  # importing the file is not part of training
-            returned = function(run)
+            with as_a_program(config.code.path):
+                returned = function(run)
             seconds = time.perf_counter() - run.rule.counts.begun  # of earlier attempts too, if it continued from one
             result = {
                 "seconds": seconds,
@@ -83,7 +84,9 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
         except TaskMistake as error:
             result = {"status": "failed", "error": str(error), "mistake": True}
         except SystemExit as error:
-            result = {"status": "failed", "error": f"the task called exit({error.code}); return the result instead"}
+            hint = ". As a task it has no command-line arguments: give those of argparse defaults" * (error.code == 2)
+            told = f"the task called exit({error.code}); return the result instead{hint}"
+            result = {"status": "failed", "error": told}
         except BaseException as error:  # an error in the user's code: record it, and continue with the other runs
             if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
                 raise  # Ctrl-C, which a worker ignores

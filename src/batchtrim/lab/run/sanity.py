@@ -59,9 +59,13 @@ def notes_on(config: RunConfig, images: ImageData) -> list[str]:
 
 
 def no_better_than_chance(error: float, labels: Tensor) -> bool:
-    """Return True if a test error is within two standard errors of always predicting the most common class."""
+    """Return True if a test error is within two standard errors of always predicting the most common class.
+
+    Of so few images that this would hold for an error of 0, it has to be at least as high.
+    """
     chance = 1.0 - float(torch.bincount(labels).max()) / len(labels)
-    return error >= chance - 2.0 * math.sqrt(chance * (1.0 - chance) / len(labels))
+    limit = chance - 2.0 * math.sqrt(chance * (1.0 - chance) / len(labels))
+    return error >= (limit if limit > 0.0 else chance)
 
 
 def notes_on_result(learnt: bool, right: Sequence[float], images: ImageData) -> list[str]:

@@ -51,11 +51,17 @@ class BrokenImage(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an image file; width and height are after rotation by EXIF."""
+    """The header of an image file; width and height are after rotation by EXIF.
+
+    Attributes:
+        grey: one channel.
+        deep: more than 8 bits in it.
+    """
 
     width: int
     height: int
     grey: bool
+    deep: bool = False
 
 
 @dataclass(frozen=True)
@@ -255,9 +261,9 @@ def _open(source: Source) -> tuple[Any, Header, bool]:
     if image.mode == "F":
         raise BrokenImage("its pixels are floating point, of unknown range")
     width, height = image.size
-    grey = image.mode in GREY
     turn = _orientation(image, held)
-    return image, Header(height, width, grey) if turn in (5, 6, 7, 8) else Header(width, height, grey), turn != 1
+    sides = (height, width) if turn in (5, 6, 7, 8) else (width, height)
+    return image, Header(*sides, grey=image.mode in GREY, deep=image.mode.startswith("I")), turn != 1
 
 
 def _read(path: Path) -> bytes | Path:
@@ -341,7 +347,7 @@ def _reason(error: BaseException, source: Source) -> str:
         with contextlib.suppress(OSError):  # it may be gone
             size = source.stat().st_size
     if size == 0:
-        return "it is empty"
+        return "it is empty" if isinstance(source, Path) else "nothing is in its cell"
     if type(error).__name__ == "UnidentifiedImageError":
         return f"its {size} bytes are no image that can be read"
     return f"it cannot be decoded ({first_line(error, 120)})"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from batchtrim.lab.files import absolute, expanded, shown
 from batchtrim.lab.task import cache_entry, data, tables
 from batchtrim.lab.task.cache import CannotKeep, filled, folder_for
 from batchtrim.lab.task.decode import Contradicted, Decoded, Header, ImageForm, decode_all, first_header
+from batchtrim.lab.task.image_notes import check_sides, deep, resized, some
 from batchtrim.lab.task.listing import Listing, find_images
 from batchtrim.lab.task.names import SPECS, known_as, similar_names
 from batchtrim.lab.task.split import split_rows
 
 __all__ = ["ImageOptions", "is_own", "load"]
 
-VERSION = 2
+VERSION = 3
 SMALL = 128  # images that share one size are not resized up to this many pixels a side
 SIZE = 64  # default side of all others
 MOST_NAMED = 3
@@ -134,7 +136,7 @@ def load(
         dataset, len(classes), images[:first_test], kept_labels[:first_test], images[first_test:],
         kept_labels[first_test:], held.mean, held.std, tuple(classes),
     )  # fmt: skip
-    sides = _check_sides(found, [listing.names[row] for row in left], held.hashes, first_test)
+    sides = check_sides(found, [listing.names[row] for row in left], held.hashes, first_test)
     notes = [*listing.notes, *similar_names(classes), *held.notes, *gone, *sides]
     version = _version(found, held.hashes)
     told = tuple(f"{shown(known_as(dataset))}: {note}" for note in notes)
@@ -168,9 +170,20 @@ def _classes(listing: Listing) -> tuple[list[str], np.ndarray]:
     values = sorted(set(labels)) if numbers else sorted({str(each) for each in labels})
     number = {value: place for place, value in enumerate(values)}
     if len(values) < 2:
-        raise ValueError(f"expected at least two classes in {listing.where}, got {len(values)}: {shown(values[0])}.")
+        hint = _deeper(listing)
+        raise ValueError(
+            f"expected at least two classes in {listing.where}, got {len(values)}: {shown(values[0])}.{hint}"
+        )
     found = np.asarray([number[each if numbers else str(each)] for each in labels], dtype=np.int64)
     return [f"{each:g}" if isinstance(each, float) else str(each) for each in values], found
+
+
+def _deeper(listing: Listing) -> str:
+    """Return a hint if the images of the only class lie in folders of their own, as in an archive's ``DIR/DIR``."""
+    folders = {os.path.dirname(name) for name in listing.names}
+    common = os.path.commonpath(folders) if len(folders) > 1 else ""
+    there = f"{listing.where}/{shown(common)}"
+    return f" If the classes are the folders in {there}, pass --dataset {shlex.quote(there)}" if common else ""
 
 
 def _only_those_left(
@@ -180,7 +193,7 @@ def _only_those_left(
     left = np.unique(labels)
     if listing.classes is not None or len(left) == len(classes):
         return classes, labels, []
-    gone = _some([name for number, name in enumerate(classes) if number not in left])
+    gone = some([name for number, name in enumerate(classes) if number not in left])
     if len(left) < 2:
         raise ValueError(
             f"expected at least two classes in {listing.where}, got {len(left)} with images that can be decoded, none "
@@ -236,7 +249,8 @@ def _decode(
     try:
         with filled(folder) as part:
             decoded, form = _decode_all(listing, stamps, part / cache_entry.PIXELS, places, train, options)
-            notes = _resized([each for each in decoded.headers if each is not None], form.size, options)
+            headers = [each for each in decoded.headers if each is not None]
+            notes = [*resized(headers, form.size, options.image_size), *deep(headers, decoded.counts)]
             kept = np.ones(len(order), dtype=bool)
             if decoded.broken:
                 notes.append(_named(listing, decoded.broken, "broken {} left out"))
@@ -315,18 +329,6 @@ def _widened(form: ImageForm, header: Header) -> ImageForm:
     return ImageForm(form.size if as_is or not form.uniform else (SIZE, SIZE), form.grey and header.grey, as_is)
 
 
-def _resized(headers: Sequence[Header], size: tuple[int, int], options: ImageOptions) -> list[str]:
-    """Return a note on the images' own sizes, if they differ from the common one."""
-    sizes = {(each.width, each.height) for each in headers}
-    if sizes <= {size}:
-        return []
-    by_area = sorted(sizes, key=lambda each: (each[0] * each[1], each))
-    low, high = by_area[0], by_area[-1]
-    seen = f"{low[0]} x {low[1]}" + (f" to {high[0]} x {high[1]}" if len(sizes) > 1 else "")
-    hint = "" if options.image_size else "; --image-size sets another size"
-    return [f"images of {seen} pixels resized to {size[0]} x {size[1]}, centre-cropped{hint}"]
-
-
 def _named(listing: Listing, broken: dict[int, str], what: str) -> str:
     named = "; ".join(f"{shown(listing.names[row])}: {broken[row]}" for row in sorted(broken)[:MOST_NAMED])
     count = what.format("image" if len(broken) == 1 else "images")
@@ -339,44 +341,3 @@ def _moments(counts: np.ndarray) -> tuple[list[float], list[float]]:
     mean = counts @ values / counts.sum(1)
     std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1))
     return mean.tolist(), [each or 1.0 for each in std.tolist()]
-
-
-def _check_sides(found: data.ImageData, names: Sequence[str], hashes: np.ndarray, first_test: int) -> list[str]:
-    """Refuse classes that cannot be learnt, and note what weakens the test."""
-    train, test = (torch.bincount(part, minlength=found.classes) for part in (found.train_labels, found.test_labels))
-    listed = found.class_names
-    unlearnt = [listed[i] for i in ((train == 0) & (test > 0)).nonzero().flatten().tolist()]
-    if unlearnt:
-        raise ValueError(
-            f"expected every class to test on among those to train on in {found.name}, got {_some(unlearnt)} "
-            "to test on only."
-        )
-    notes = []
-    untested = [listed[i] for i in ((test == 0) & (train > 0)).nonzero().flatten().tolist()]
-    if untested:
-        notes.append(f"no images to test on of {_some(untested)}")
-    known = dict(zip(hashes[:first_test].tolist(), range(first_test), strict=True))
-    again = [
-        (row, known[value]) for row, value in enumerate(hashes[first_test:].tolist(), first_test) if value in known
-    ]
-    if again:
-        row, twin = again[0]
-        notes.append(
-            f"{len(again)} of {len(hashes) - first_test} images to test on are in the training split too, pixel by "
-            f"pixel, such as {shown(names[row])} and {shown(names[twin])}: the test error is too low, since these can "
-            "be memorised"
-        )
-    labels, pixels = found.train_labels.numpy(), hashes[:first_test]
-    order = np.lexsort((labels, pixels))
-    torn = np.flatnonzero((np.diff(pixels[order]) == 0) & (np.diff(labels[order]) != 0))
-    if len(torn):
-        one, other = (shown(names[row]) for row in sorted(order[torn[0] : torn[0] + 2]))
-        notes.append(
-            f"{len(np.unique(pixels[order[torn]]))} training images occur under several classes, pixel by pixel, "
-            f"such as {one} and {other}: no network can learn all of them"
-        )
-    return notes
-
-
-def _some(names: Sequence[str]) -> str:
-    return shown(", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

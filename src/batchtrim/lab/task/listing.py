@@ -226,14 +226,16 @@ def _tables(files: dict[str, list[Path]], where: str, columns: dict[str, str | N
     groups: list[str] = []
     spans: list[tuple[int, Path, str, Sequence[Any] | None]] = []
     behind: list[Path] = []
+    notes: list[str] = []
     classes = None
     for side, paths in files.items():
         for path in paths:
             table = tables.read(path, columns)
             classes = classes or table.class_names
             tables.check_labels(table.labels, table.label, path)
+            tables.check_present(table.groups or (), "group", columns["group"] or "", path)
             groups += [str(each) for each in table.groups or ()]
-            split += _split_column(table.split, path) if table.split and not side else [side] * len(table.labels)
+            split += _split_column(table.split, path, notes) if table.split and not side else [side] * len(table.labels)
             spans.append((len(names), path, table.image, table.images))
             behind += [path, *(path.parent / each for each in table.files if each)]
             names += [f"{path.name} row {row}" for row in range(len(table.labels))]
@@ -249,15 +251,20 @@ def _tables(files: dict[str, list[Path]], where: str, columns: dict[str, str | N
         classes=classes,
         split=split if any(split) else None,
         groups=groups or None,
+        notes=list(dict.fromkeys(notes)),
     )
 
 
-def _split_column(values: Sequence[Any], path: Path) -> list[str]:
-    renamed = ["test" if each in TEST_NAMES else str(each) for each in values]
-    wrong = next((each for each in renamed if each not in ("train", "test")), None)
-    if wrong is not None:
-        raise ValueError(f"expected train or test in column 'split' of {path}, got {wrong!r}.")
-    return renamed
+def _split_column(values: Sequence[Any], path: Path, notes: list[str]) -> list[str]:
+    found = []
+    for each in values:
+        name = str(each).strip().casefold()
+        if name not in (*TRAIN_NAMES, *TEST_NAMES):
+            raise ValueError(f"expected train or test in column 'split' of {path}, got {each!r}.")
+        found.append("train" if name in TRAIN_NAMES else "test")
+        if found[-1] == "test" != name:
+            notes.append(f"{each!r} is tested on")
+    return found
 
 
 def _table_chunks(spans: Sequence[tuple[int, Path, str, Sequence[Any] | None]]) -> Iterator[tuple[int, list[Source]]]:

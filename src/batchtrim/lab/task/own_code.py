@@ -6,13 +6,14 @@ with the user's lines only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ from batchtrim._checks import describe, import_extra, nearest
 from batchtrim.lab.files import expanded
 from batchtrim.lab.task.fingerprint import PACKAGE, hash_of_function, hash_of_source, is_installed
 
-__all__ = ["Code", "YourCodeFailed", "hash_of_file", "own_traceback"]
+__all__ = ["Code", "YourCodeFailed", "as_a_program", "hash_of_file", "own_traceback"]
 
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
@@ -192,7 +193,8 @@ def _module(path: Path, source: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        with as_a_program(path):
+            spec.loader.exec_module(module)
     except Exception as error:
         sys.modules.pop(spec.name, None)
         raise YourCodeFailed(f"{path.name} raised when it was loaded.\n{own_traceback(error)}") from error
@@ -204,6 +206,17 @@ def _module(path: Path, source: str) -> ModuleType:
         ) from error
     _loaded[known] = module
     return module
+
+
+@contextlib.contextmanager
+def as_a_program(path: str | Path | None) -> Iterator[None]:
+    """Let code of a file see no command-line arguments, as if started without: ours are not for its argparse."""
+    before = sys.argv
+    sys.argv = before if path is None else [str(path)]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def hash_of_file(path: Path) -> str:

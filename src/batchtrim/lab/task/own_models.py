@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from batchtrim._checks import describe, import_extra, nearest
 from batchtrim.lab.files import absolute, expanded
 from batchtrim.lab.task.names import known_as
-from batchtrim.lab.task.own_code import Code, YourCodeFailed, own_traceback
+from batchtrim.lab.task.own_code import Code, YourCodeFailed, as_a_program, own_traceback
 
 __all__ = ["build_own", "check_own", "code_of", "is_own_model"]
 
@@ -67,7 +67,8 @@ def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
         code = Code.in_file(name, "model")
         function = code.load(arguments=2)
         try:
-            model = function(shape, classes)
+            with as_a_program(code.path):
+                model = function(shape, classes)
         except Exception as error:
             raise YourCodeFailed(f"{code.name}({shape}, {classes}) raised.\n{own_traceback(error)}") from error
         except SystemExit as error:

@@ -48,7 +48,7 @@ def split_rows(
     if not test.any() or test.all():
         raise ValueError(
             f"expected a `test_split` that leaves images on both sides, got {fraction:g} of {len(labels)} images"
-            f"{'' if groups is None else f' in {len(set(groups))} groups, which stay whole'}."
+            f"{'' if groups is None else f' in groups that stay whole, of which there are {len(set(groups))}'}."
         )
     return np.flatnonzero(~test), np.flatnonzero(test)
 

@@ -168,7 +168,10 @@ def column(there: Sequence[str], what: str, asked: str | None, path: Path) -> st
         found = [name for name in usual if name in there]
         if len(found) != 1:
             got = " and ".join(found) or listed
-            raise ValueError(f"expected one {what} column in {path}, got {got}. Name it with --{what}-column NAME.")
+            hint = " Is the first line one of names?" if any("." in Path(each).suffix for each in there) else ""
+            raise ValueError(
+                f"expected one {what} column in {path}, got {got}. Name it with --{what}-column NAME.{hint}"
+            )
         asked = found[0]
     elif asked not in there:
         raise ValueError(f"expected `{what}` column {asked!r} in {path}, got {listed}.")
@@ -200,16 +203,19 @@ def _number(text: str) -> float | None:
         return None
 
 
+def check_present(values: Sequence[Any], what: str, name: str, path: Path) -> None:
+    """Refuse a column in which cells are missing."""
+    missing = [row for row, value in enumerate(values) if value is None or value != value or not str(value).strip()]
+    if missing:
+        rows = "1 such row" if len(missing) == 1 else f"{len(missing)} such rows"
+        raise ValueError(
+            f"expected a {what} in every row of {path}, got none in row {missing[0]} of column {name!r} ({rows})."
+        )
+
+
 def check_labels(values: Sequence[Any], name: str, path: Path) -> None:
     """Refuse labels that are missing or are not classes."""
-    missing = [
-        row for row, value in enumerate(values) if value is None or (isinstance(value, str) and not value.strip())
-    ]
-    if missing:
-        raise ValueError(
-            f"expected a label in every row of {path}, got none in row {missing[0]} of column {name!r} "
-            f"({len(missing)} such rows)."
-        )
+    check_present(values, "label", name, path)
     wrong = next((each for each in values if isinstance(each, float) and not each.is_integer()), None)
     if wrong is not None or not all(isinstance(each, str | int | float) for each in values[:1]):
         raise ValueError(
