@@ -88,7 +88,7 @@ def compare(
     for name, flag in (("tensorboard", tensorboard), ("quiet", quiet)):
         check_flag(name, flag)
     listed = list(seeds) if isinstance(seeds, Iterable) else plain(seeds)
-    methods = methods.split(",") if isinstance(methods, str) else list(methods)
+    methods = [each.strip() for each in methods.split(",")] if isinstance(methods, str) else list(methods)
     if baseline != "full":  # if the baseline was not run, another is used
         check_choice("baseline", baseline, methods)
     configs = grid.expand_task(code, {"methods": methods, "seeds": listed, **settings})

@@ -135,7 +135,9 @@ def test_invalid_samples_are_refused(tmp_path, images, bad):
         "rows": gallery.Samples(labels, "abc", rows=["x"] * 299),
         "classes": gallery.Samples(labels, "ab", images=images),
     }[bad]
-    with pytest.raises(ValueError, match=r"expected (300 labels|either `images` or `rows`|`rows` of 300|a name in)"):
+    with pytest.raises(
+        ValueError, match=r"expected (300 labels|either `images` or `rows`|`rows` of 300|`labels` from 0 to 1)"
+    ):
         gallery.write(log, samples, tmp_path / "page.html")
 
 

@@ -34,6 +34,7 @@ from batchtrim.lab.present.report import Tile
 from batchtrim.lab.present.templating import render
 from batchtrim.lab.run import loading
 from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.samples import checked_images, checked_labels, checked_rows
 from batchtrim.lab.run.task_config import TaskConfig
 
 __all__ = ["Samples", "build", "write"]
@@ -172,9 +173,14 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
         value = getattr(samples, name)
         if value is not None and len(value) != log.n:
             raise ValueError(f"expected `{name}` of {log.n} samples, got {len(value)}.")
-    largest = int(samples.labels.max())
-    if largest >= len(samples.classes):
-        raise ValueError(f"expected a name in `classes` for every label up to {largest}, got {len(samples.classes)}.")
+    labels = checked_labels(samples.labels, samples.classes)
+    if samples.images is not None:
+        checked_images(samples.images)
+    samples = replace(
+        samples,
+        labels=torch.tensor(labels, dtype=torch.int64),
+        rows=None if samples.rows is None else checked_rows(samples.rows),
+    )
     columns = _columns(log, samples)
     shown = _shown(columns, len(samples.classes))
     data: dict[str, Any] = {

@@ -12,7 +12,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from batchtrim._transforms import in_backward
 from batchtrim.integrations import log_values
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.run.batch_progress import OnEpoch
+from batchtrim.lab.run.samples import checked_images, checked_labels, checked_rows
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.selection.base import k_follows_losses
 
@@ -280,7 +280,7 @@ class Run:
         """Describe the samples of :meth:`keep_log` for the page of ``batchtrim show``.
 
         Args:
-            rows: for each sample a text, or a mapping of fields; or images: uint8 (n, C, H, W).
+            rows: for each sample a text, or a mapping of fields; or images: uint8 (n, C, H, W), C 1 or 3.
             labels, classes: int (n,) and their names, for classification; without them, samples of no class.
         """
         if self.kept is None:
@@ -293,9 +293,9 @@ class Run:
             if value is not None and len(value) != self.kept.n:
                 raise ValueError(f"expected `{name}` of {self.kept.n} samples, got {len(value)}.")
         self.shown = {
-            "rows": None if rows is None else [each if isinstance(each, str) else dict(each) for each in rows],
-            "images": None if images is None else np.asarray(images),
-            "labels": None if labels is None else [int(each) for each in labels],
+            "rows": None if rows is None else checked_rows(rows),
+            "images": None if images is None else checked_images(images),
+            "labels": None if labels is None else checked_labels(labels, classes),
             "classes": [str(each) for each in classes],
         }
 
