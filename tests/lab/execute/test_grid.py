@@ -81,6 +81,13 @@ def test_runs_are_told_apart_by_name_and_contents_wherever_the_files_lie() -> No
     assert len(grid.cells(configs)) == 1
 
 
+def test_a_precision_that_a_cpu_lacks_is_refused() -> None:
+    """Lightning ran bf16-mixed in its place, and the run was recorded as 16-mixed."""
+    with pytest.raises(ValueError, match=r"on a CPU, got '16-mixed'.* Pass bf16-mixed"):
+        RunConfig(precision="16-mixed", device="cpu").resolved()
+    assert RunConfig(precision="bf16-mixed", device="cpu").resolved().precision == "bf16-mixed"
+
+
 def test_networks_in_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     for folder in "ab":
         (tmp_path / folder).mkdir()

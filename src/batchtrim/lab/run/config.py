@@ -164,6 +164,11 @@ class RunConfig:
                 f"expected `label_smoothing` 0 with method '{self.method}', got {self.label_smoothing:g}. "
                 "It derives a probability from the loss, which smoothing changes."
             )
+        device = resolve_device(self.device)
+        if device == "cpu" and self.precision == "16-mixed":
+            raise ValueError(
+                "expected another `precision` on a CPU, got '16-mixed', which Lightning replaces. Pass bf16-mixed."
+            )
         params = method.check_params(self.method_params)
         if self.engine != "exact" and not method.any_engine:
             raise ValueError(
@@ -178,7 +183,7 @@ class RunConfig:
             lr=lr,
             weight_decay=float(weight_decay),
             momentum=self.momentum if self.optimizer in ("sgd", "nesterov") else 0.0,
-            device=resolve_device(self.device),
+            device=device,
             imbalance=float(self.imbalance),
             **keep_schedule(filled, method),
         )
