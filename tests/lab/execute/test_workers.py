@@ -54,22 +54,29 @@ def test_a_task_may_load_its_data_in_processes(monkeypatch: pytest.MonkeyPatch) 
 
 
 STARTS = """
-import subprocess, time, torch
+import os, subprocess, time, torch
 
 def train(run):
-    open("pids", "a").write(f"{subprocess.Popen(['sleep', '200']).pid} ")
+    open("pids", "a").write(f"{subprocess.Popen(['sleep', '200']).pid} {os.getpid()} ")
     for epoch in range(600):
         time.sleep(0.1)
         run.log(error=0.5)
+
+def silent(run):
+    open("pids", "a").write(f"{subprocess.Popen(['sleep', '200']).pid} {os.getpid()} ")
+    time.sleep(200)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_what_a_task_started_ends_with_the_command(how: signal.Signals, tmp_path: Path) -> None:
-    """It outlived Ctrl-C; after kill -9 its run was recorded as one that called exit."""
+@pytest.mark.parametrize(
+    ("how", "task"),
+    [(signal.SIGINT, "train"), (signal.SIGKILL, "train"), (signal.SIGINT, "silent"), (signal.SIGTERM, "silent")],
+)
+def test_what_a_task_started_ends_with_the_command(how: signal.Signals, task: str, tmp_path: Path) -> None:
+    """It outlived Ctrl-C; after kill -9 it was recorded as one that called exit; one that logs nothing ran on."""
     Path("starts.py").write_text(STARTS)
-    words = ["compare", "--task", "starts.py:train", "--seeds", "1", "--workers", "1", "--out", "here"]
+    words = ["compare", "--task", f"starts.py:{task}", "--seeds", "1", "--workers", "1", "--out", "here"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "batchtrim.lab.cli", *words], env=environment, stderr=subprocess.PIPE, text=True,

@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -125,9 +126,18 @@ def _vanish() -> None:
     os._exit(1)
 
 
+def _end_with_the_parent() -> None:
+    """Exit when the parent has died, also in the middle of a run that sends no news."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    _vanish()
+
+
 def _work(line: Connection, shared: SharedOptions) -> None:
     """Do runs until the parent closes its end of the pipe, because it is done or has died."""
     _settle_in()
+    threading.Thread(target=_end_with_the_parent, name="batchtrim-parent", daemon=True).start()
     records = Records(shared.out, make=False)
 
     def tell(what: str, news: object) -> None:
