@@ -81,6 +81,13 @@ def test_runs_are_told_apart_by_name_and_contents_wherever_the_files_lie() -> No
     assert len(grid.cells(configs)) == 1
 
 
+def test_an_empty_data_set_is_not_the_current_folder() -> None:
+    """--dataset "$UNSET" read the folder that the command was typed in."""
+    for empty in ("", " "):
+        with pytest.raises(ValueError, match="expected the name of a data set, or the path of one, got nothing"):
+            grid.expand({"dataset": empty, "test_split": 0.2, "seeds": 1})
+
+
 def test_a_precision_that_a_cpu_lacks_is_refused() -> None:
     """Lightning ran bf16-mixed in its place, and the run was recorded as 16-mixed."""
     with pytest.raises(ValueError, match=r"on a CPU, got '16-mixed'.* Pass bf16-mixed"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from batchtrim.lab.task import models, names
 from batchtrim.lab.task.own_code import YourCodeFailed
-from batchtrim.lab.task.own_models import build_own
+from batchtrim.lab.task.own_models import build_own, try_own
 from tiers import few
 
 # He et al. 2015, table 6, gives 0.27M and 0.46M for 20 and 32 layers; these are the exact counts of that design with
@@ -79,3 +79,43 @@ def test_a_network_that_ends_the_process_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def build(shape, classes):\n    raise SystemExit(2)\n")
     with pytest.raises(YourCodeFailed, match=r"expected mine\.py:build to return a network, got exit\(2\)"):
         build_own(f"{tmp_path / 'mine.py'}:build", (1, 8, 8), 10)
+
+
+BUILDS = """
+from torch import nn
+
+def build(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+
+network = build((1, 8, 8), 10)
+
+def again(shape, classes):
+    return network
+
+def head(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), network[1])
+
+def frozen(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64).requires_grad_(False), nn.Linear(64, classes))
+
+def soft(shape, classes):
+    return nn.Sequential(build(shape, classes), nn.Softmax(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("again", "got weights that it returned before"),
+        ("head", "got weights that it returned before"),
+        ("network", "to be a function that makes a network, got a network. Each run needs its own"),
+        ("soft", "to give logits, got probabilities, which add up to 1. Leave out the softmax"),
+    ],
+)
+def test_networks_that_would_spoil_a_comparison_are_refused(function: str, says: str, tmp_path: Path) -> None:
+    """A run continued from the weights of the one before it, without a word."""
+    (tmp_path / "shared.py").write_text(BUILDS)
+    with pytest.raises((ValueError, TypeError), match=says):
+        try_own(f"{tmp_path / 'shared.py'}:{function}", (1, 8, 8), 10)
+    for fine in ("build", "frozen"):
+        try_own(f"{tmp_path / 'shared.py'}:{fine}", (1, 8, 8), 10)

@@ -192,6 +192,8 @@ class RunConfig:
         """Check the types of settings without a list of choices."""
         for name in ("dataset", "group", "image_column", "label_column", "skip_broken"):
             value, kind = getattr(self, name), SETTINGS[name].kind
+            if name == "dataset" and isinstance(value, str) and not value.strip():
+                raise ValueError("expected the name of a data set, or the path of one, got nothing.")
             if not isinstance(value, kind) and (value is not None or SETTINGS[name].default is not None):
                 what = "text" if kind is str else "true or false"
                 raise TypeError(f"expected `{name}` to be {what}, got {describe(value)}.")

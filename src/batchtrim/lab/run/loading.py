@@ -26,7 +26,7 @@ def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Pat
     sanity.check_network(config, loaded)
     if own_models.is_own_model(config.model):
         with torch.random.fork_rng(devices=[]):
-            own_models.build_own(config.model, loaded.shape, loaded.classes)
+            own_models.try_own(config.model, loaded.shape, loaded.classes)
     return (*loaded.notes, *loaded.local_notes, *sanity.notes_on(config, loaded))
 
 

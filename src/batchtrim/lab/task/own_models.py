@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from batchtrim.lab.files import absolute, expanded
 from batchtrim.lab.task.names import known_as
 from batchtrim.lab.task.own_code import Code, YourCodeFailed, as_a_program, own_traceback
 
-__all__ = ["build_own", "check_own", "code_of", "is_own_model"]
+__all__ = ["build_own", "check_own", "code_of", "is_own_model", "try_own"]
 
 Shape = tuple[int, int, int]
+
+made: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+"""The weights, by id, of networks that the user's functions returned and that still exist."""
 
 
 def is_own_model(name: str) -> bool:
@@ -54,6 +58,14 @@ def code_of(name: str) -> Code | None:
     return None if name.startswith("hf:") else Code.in_file(name, "model")
 
 
+def try_own(name: str, shape: Shape, classes: int) -> None:
+    """Make the network as each run will, to find its faults before the first; raises as :func:`build_own`."""
+    first = build_own(name, shape, classes)
+    if not name.startswith("hf:"):
+        build_own(name, shape, classes)  # a function that returns one network again and again is refused here
+    del first
+
+
 def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
     """Make the network; weights depend on torch's global seed.
 
@@ -66,6 +78,11 @@ def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
     else:
         code = Code.in_file(name, "model")
         function = code.load(arguments=2)
+        if isinstance(function, nn.Module):
+            raise TypeError(
+                f"expected {code.name} to be a function that makes a network, got a network. Each run needs its own: "
+                "def build(shape, classes): return ..."
+            )
         try:
             with as_a_program(code.path):
                 model = function(shape, classes)
@@ -75,8 +92,20 @@ def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
             raise YourCodeFailed(f"expected {code.name} to return a network, got exit({error.code}).") from error
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected {code.name} to return a torch.nn.Module, got {describe(model)}.")
+        _check_new(code.name, model)
     _try(known_as(name), model, shape, classes)
     return model
+
+
+def _check_new(name: str, model: nn.Module) -> None:
+    """Refuse a network that an earlier call returned, wholly or in part: its weights are those that a run left."""
+    trained = {id(each): each for each in model.parameters() if each.requires_grad}
+    if any(made.get(place) is each for place, each in trained.items()):
+        raise ValueError(
+            f"expected {name} to make a network at each call, got weights that it returned before, so each run would "
+            "continue from the one before it. Make them inside the function."
+        )
+    made.update(trained)
 
 
 class Logits(nn.Module):
@@ -107,6 +136,11 @@ def _try(name: str, model: nn.Module, shape: Shape, classes: int) -> None:
         raise ValueError(
             f"expected {name} to give logits (B, {classes}), one per class, got {describe(outputs)} for B = 2. "
             "It is called as build((channels, height, width), classes)."
+        )
+    if classes > 1 and bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), outputs.new_ones(2), atol=1e-4):
+        raise ValueError(
+            f"expected {name} to give logits, got probabilities, which add up to 1. Leave out the softmax at its end: "
+            "cross-entropy contains it."
         )
     if not any(each.requires_grad for each in model.parameters()):
         raise ValueError(f"expected {name} to have parameters to train, got none.")
