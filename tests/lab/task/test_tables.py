@@ -132,7 +132,12 @@ def test_splits_have_the_names_that_folders_may_have(mine: Path) -> None:
 def test_a_table_without_a_line_of_names_and_an_empty_cell_are_named(mine: Path) -> None:
     path = csv(mine, ["x", "y"], head="7.png,x")
     assert "Is the first line one of names?" in refusal(path)
-    assert "first line" not in refusal(csv(mine, ["x", "y"], head="picture,label"))
+    said = refusal(csv(mine, ["x", "y"], head="sentence,label"))
+    assert said.endswith(
+        "got sentence, label. Name it with --image-column NAME. For texts or numbers write a training "
+        "function: batchtrim compare --task."
+    )
+    assert "--task" not in refusal(csv(mine, ["x", "y"], head="image,kind"))
     path.write_text("image,label\n0.png,x\n1.png,y\n0.png,y\n,x\n")
     assert "a.csv row 3: nothing is in its cell" in refusal(path)
 

@@ -169,6 +169,8 @@ def column(there: Sequence[str], what: str, asked: str | None, path: Path) -> st
         if len(found) != 1:
             got = " and ".join(found) or listed
             hint = " Is the first line one of names?" if any("." in Path(each).suffix for each in there) else ""
+            if what == "image" and not hint and not found:
+                hint = " For texts or numbers write a training function: batchtrim compare --task."
             raise ValueError(
                 f"expected one {what} column in {path}, got {got}. Name it with --{what}-column NAME.{hint}"
             )
