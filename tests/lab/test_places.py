@@ -38,6 +38,7 @@ def test_images_are_one_experiment_wherever_they_lie_and_the_command_is_given(
         assert "2 of 2 runs are recorded already" in batchtrim("compare", "--dataset", dataset, *words).stderr
     (tmp_path / "else").mkdir()
     (tmp_path / "mine").rename(tmp_path / "else" / "mine")
+    assert "or run this in the folder that now holds mine" in batchtrim("show", out).stderr
     monkeypatch.chdir(tmp_path / "else")
     assert batchtrim("show", out).exit_code == 0
     done = batchtrim("compare", "--dataset", "mine", *words)

@@ -9,6 +9,7 @@ from typing import Any
 
 from batchtrim._checks import nearest
 from batchtrim.lab.execute.one_run import DATA_DIR
+from batchtrim.lab.files import shown
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.task.names import known_as
@@ -59,9 +60,20 @@ def remembered(folder: Path) -> str | None:
 
 
 def found_again(config: RunConfig) -> RunConfig:
-    """Return the run with its own images in the current folder, if they are no longer where it found them."""
+    """Return the run with its own images in the current folder, if they are no longer where it found them.
+
+    Raises:
+        FileNotFoundError: they are in neither place.
+    """
+    if not Path(config.dataset).is_absolute() or Path(config.dataset).exists():
+        return config
     name = known_as(config.dataset)
-    return config if Path(config.dataset).exists() or not Path(name).exists() else replace(config, dataset=name)
+    if not Path(name).exists():
+        raise FileNotFoundError(
+            f"expected the run's images in {shown(config.dataset)}, got nothing there. Put them back, or run this in "
+            f"the folder that now holds {shown(name)}."
+        )
+    return replace(config, dataset=name)
 
 
 def _rank(method: str) -> int:
