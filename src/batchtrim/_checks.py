@@ -363,6 +363,11 @@ def import_extra(module: str, extra: str, wanted_by: str) -> ModuleType:
         root = module.partition(".")[0]
         if error.name is not None and error.name.partition(".")[0] != root:
             raise  # the library is installed but broken: its own message says more than ours would
+        there = getattr(sys.modules.get(root), "__file__", None)
+        if there is not None and module != root:
+            raise ImportError(
+                f"{wanted_by} needs `{module}`, which {there} lacks. If that file hides the library, rename it."
+            ) from error
         raise InstallExtra(f"{wanted_by} needs `{root}`, which is not installed. {install_hint(extra)}") from error
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from batchtrim import Trimmer
 from batchtrim.lab import Run, compare, headline, records, run_once
-from batchtrim.lab.task.own_code import YourCodeFailed
 from own_tasks import calls, failing
 
 
@@ -141,30 +140,6 @@ def test_exit_fails_one_run() -> None:
     assert next(row for row in records.read("here") if row["status"] == "failed")["error"].startswith(
         "the task called exit(3)"
     )
-
-
-def test_a_task_in_a_file_sees_no_arguments_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its argparse ended it with: unrecognized arguments: compare --task ..."""
-    monkeypatch.setattr(sys, "argv", ["batchtrim", "compare", "--task", "parsing.py:train"])
-    body = """
-import argparse
-parser = argparse.ArgumentParser()
-parser.add_argument("--width", type=int, {})
-early = parser.parse_known_args()[1]
-def train(run):
-    run.trim(__import__("torch").rand(8))
-    run.trim.step()
-    return {{"error": len(early + parser.parse_known_args()[1]) + parser.parse_args().width / 10}}
-"""
-    Path("parsing.py").write_text(body.format("default=1"))
-    found = compare("parsing.py:train", ["full"], 1, epochs=1, out="here", quiet=True)
-    assert found.groups[0].arms[0].errors == {0: 0.1}
-    assert sys.argv[1] == "compare"
-    Path("parsing.py").write_text(
-        body.format("required=True").replace("early = parser.parse_known_args()[1]", "early = []")
-    )
-    with pytest.raises(YourCodeFailed, match=r"exit\(2\).* it has no command-line arguments: give those of argparse"):
-        compare("parsing.py:train", ["full"], 1, epochs=1, out="there", quiet=True)
 
 
 def test_a_task_that_forgets_its_trimmer_is_reported() -> None:

@@ -53,6 +53,23 @@ def test_a_task_may_load_its_data_in_processes(monkeypatch: pytest.MonkeyPatch) 
     assert len(started) == 1, "no run was left when it died"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random", "torch", "batchtrim"])
+def test_a_task_may_have_the_name_of_a_library(name: str, tmp_path: Path) -> None:
+    """Workers imported it, or a file of such a name beside it, in place of the library, and ended with tracebacks."""
+    Path("mine").mkdir()
+    for path in (Path("mine", f"{name}.py"), Path("mine", "json.py")):
+        path.write_text("def train(run):\n    run.trim(__import__('sys').modules['torch'].rand(8))\n"
+                        "    run.trim.step()\n    return {'error': 0.5}\n")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "batchtrim", "compare", "--task", f"mine/{name}.py:train", "--methods", "full",
+         "--seeds", "1", "--epochs", "1", "--workers", "1", "--out", "here"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in records.read("here")] == ["finished"]
+
+
 STARTS = """
 import os, subprocess, time, torch
 

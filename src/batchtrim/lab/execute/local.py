@@ -20,6 +20,7 @@ from batchtrim.lab.execute.one_run import RunQueue, SharedOptions, attempt
 from batchtrim.lab.records import Records, ReplaceRecords
 from batchtrim.lab.run.failed import failed_row
 from batchtrim.lab.run.task_config import AnyConfig
+from batchtrim.lab.task.own_code import own_folders_hidden
 
 # Seconds to wait before trying again to claim runs that another process has claimed.
 ASK_AGAIN = 0.5
@@ -61,7 +62,7 @@ class _Worker:
         self.process = context.Process(target=_work, args=(other, shared), daemon=True)
         self.config: AnyConfig | None = None
         resource_tracker.ensure_running()  # otherwise Ctrl-C would reach it while it starts
-        with _ctrl_c_held_back():
+        with _ctrl_c_held_back(), own_folders_hidden():
             self.process.start()
         other.close()
 

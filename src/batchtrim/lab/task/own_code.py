@@ -23,9 +23,11 @@ from batchtrim._checks import describe, import_extra, nearest
 from batchtrim.lab.files import expanded
 from batchtrim.lab.task.fingerprint import PACKAGE, hash_of_function, hash_of_source, is_installed
 
-__all__ = ["Code", "YourCodeFailed", "as_a_program", "hash_of_file", "own_traceback"]
+__all__ = ["Code", "YourCodeFailed", "as_a_program", "hash_of_file", "own_folders_hidden", "own_traceback"]
 
 _loaded: dict[tuple[str, str], ModuleType] = {}
+_folders: set[str] = set()
+"""Folders put on ``sys.path`` here."""
 
 
 class YourCodeFailed(ValueError):
@@ -185,6 +187,7 @@ def _module(path: Path, source: str) -> ModuleType:
     folder = str(path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
+        _folders.add(folder)
     there = sys.modules.get(path.stem)
     taken = there is not None and getattr(there, "__file__", None) != str(path)
     spec = importlib.util.spec_from_file_location(f"_task_{path.stem}" if taken else path.stem, path)
@@ -206,6 +209,20 @@ def _module(path: Path, source: str) -> ModuleType:
         ) from error
     _loaded[known] = module
     return module
+
+
+@contextlib.contextmanager
+def own_folders_hidden() -> Iterator[None]:
+    """Take the folders of the user's files off ``sys.path``, so that a process started now imports libraries first.
+
+    A file ``random.py`` or ``batchtrim.py`` there would otherwise be imported in place of the library, and end it.
+    """
+    before = sys.path
+    sys.path = [each for each in before if each not in _folders]
+    try:
+        yield
+    finally:
+        sys.path = before
 
 
 @contextlib.contextmanager

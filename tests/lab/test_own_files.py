@@ -1,0 +1,53 @@
+"""The file of a task: a program without arguments, beside files that may have the names of libraries."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchtrim.lab import compare
+from batchtrim.lab.task.own_code import YourCodeFailed
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def test_a_task_in_a_file_sees_no_arguments_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its argparse ended it with: unrecognized arguments: compare --task ..."""
+    monkeypatch.setattr(sys, "argv", ["batchtrim", "compare", "--task", "parsing.py:train"])
+    body = """
+import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("--width", type=int, {})
+early = parser.parse_known_args()[1]
+def train(run):
+    run.trim(__import__("torch").rand(8))
+    run.trim.step()
+    return {{"error": len(early + parser.parse_known_args()[1]) + parser.parse_args().width / 10}}
+"""
+    Path("parsing.py").write_text(body.format("default=1"))
+    found = compare("parsing.py:train", ["full"], 1, epochs=1, out="here", quiet=True)
+    assert found.groups[0].arms[0].errors == {0: 0.1}
+    assert sys.argv[1] == "compare"
+    Path("parsing.py").write_text(
+        body.format("required=True").replace("early = parser.parse_known_args()[1]", "early = []")
+    )
+    with pytest.raises(YourCodeFailed, match=r"exit\(2\).* it has no command-line arguments: give those of argparse"):
+        compare("parsing.py:train", ["full"], 1, epochs=1, out="there", quiet=True)
+
+
+def test_a_file_that_hides_a_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library was said not to be installed."""
+    Path("lightning.py").write_text("import batchtrim.integrations.lightning\ndef train(run): ...\n")
+    for name in [name for name in sys.modules if name.startswith(("lightning", "batchtrim.integrations.lightning"))]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(
+        YourCodeFailed, match=r"which .*lightning\.py lacks\. If that file hides the library, rename it"
+    ):
+        compare("lightning.py:train", ["full"], 1, quiet=True, workers=1)
+    monkeypatch.delitem(sys.modules, "lightning", raising=False)
