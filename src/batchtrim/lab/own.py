@@ -25,7 +25,7 @@ from batchtrim._checks import check_choice, check_count, check_flag, describe, p
 from batchtrim.lab import records
 from batchtrim.lab.analyse import comparison, csv_table
 from batchtrim.lab.analyse.comparison import Summary
-from batchtrim.lab.execute import cores, grid, preflight, progress, scheduler
+from batchtrim.lab.execute import cores, grid, local, preflight, progress, scheduler
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.present import report, tables
 from batchtrim.lab.present.wording import headline
@@ -78,6 +78,7 @@ def compare(
         YourCodeFailed: it raised in every run. If some runs finished, failed ones are counted and reported.
         ValueError, TypeError: a setting is wrong, or a trimmer cannot drive a method. Nothing has been run by then.
     """
+    local.leave_if_unguarded()
     code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
     if isinstance(seeds, str):
         raise TypeError(f"expected `seeds` to be a number of seeds or a list of them, got {describe(seeds)}.")

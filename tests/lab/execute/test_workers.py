@@ -70,6 +70,21 @@ def test_a_task_may_have_the_name_of_a_library(name: str, tmp_path: Path) -> Non
     assert [row["status"] for row in records.read("here")] == ["finished"]
 
 
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told_so_once(tmp_path: Path) -> None:
+    """Each worker failed three times with a traceback of 60 lines, and the program was said to end the process."""
+    Path("script.py").write_text(
+        "from batchtrim.lab import compare\n"
+        "def train(run): ...\n"
+        "compare(train, ['full', 'trim'], 2, workers=2, out='here')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "script.py"], env=environment, capture_output=True, text=True)
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert "ValueError: expected the call that starts workers under `if __name__ == '__main__':`" in done.stderr
+    assert not Path("here/runs.jsonl").exists()
+
+
 STARTS = """
 import os, subprocess, time, torch
 

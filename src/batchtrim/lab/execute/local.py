@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,16 @@ ASK_AGAIN = 0.5
 LOOK_EVERY = 1.0
 # Seconds that a worker may take to exit after its pipe closes: the user's loggers send their last points.
 ENDING = 10.0
+
+
+# Exit code of a worker that came to the call that had started it: a script without `if __name__ == "__main__":`.
+UNGUARDED = 76
+
+
+def leave_if_unguarded() -> None:
+    """Exit if this process is a worker that runs the script which started it, up to the same call."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(UNGUARDED)
 
 
 def run_here(queue: RunQueue, records: Records, shared: SharedOptions) -> None:
@@ -129,10 +140,9 @@ def _vanish() -> None:
 
 def _end_with_the_parent() -> None:
     """Exit when the parent has died, also in the middle of a run that sends no news."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    _vanish()
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        _vanish()
 
 
 def _work(line: Connection, shared: SharedOptions) -> None:
@@ -160,6 +170,7 @@ def _work(line: Connection, shared: SharedOptions) -> None:
 
 def run_in_processes(queue: RunQueue, records: Records, shared: SharedOptions, workers: int, retries: int) -> None:
     """Do the remaining runs of ``queue`` in worker processes; a run whose worker dies is repeated ``retries`` times."""
+    leave_if_unguarded()
     crew: list[_Worker] = []
     try:
         crew += (_Worker(shared) for _ in range(workers))
@@ -213,6 +224,11 @@ def _settle_dead(worker: _Worker, queue: RunQueue, records: Records, retries: in
     config = worker.config
     worker.process.join(ENDING)  # the pipe closes before the process exits: killing it now would hide its exit code
     worker.stop()
+    if worker.process.exitcode == UNGUARDED:
+        raise ValueError(
+            "expected the call that starts workers under `if __name__ == '__main__':`, got it at the top of a script. "
+            "Every worker runs the script before its first run. Put it there, or pass workers=1."
+        )
     queue.lost[config.key] += 1
     reason = f"its worker ended with exit code {worker.process.exitcode}"
     if records.is_done(config.key):
