@@ -46,3 +46,21 @@ def test_images_are_one_experiment_wherever_they_lie_and_the_command_is_given(
     report = Path(out, "report.md").read_text().replace("\\", "")
     assert "batch_size 128 is more than the 6 training images of mine: every epoch is a single step" in report
     assert "epochs 1: a schedule moves between epochs" in report
+
+
+def test_two_folders_of_one_name_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for place, first in (("a", 0), ("copy", 0), ("c", 20)):
+        for kind in range(2):
+            folder = tmp_path / place / "mine" / str(kind)
+            folder.mkdir(parents=True)
+            for i in range(6):
+                Image.new("L", (6, 6), first + 100 * kind + i).save(folder / f"{i}.png")
+    words = ["--test-split", "0.5", "--seeds", "1", "--epochs", "2", "--workers", "1", "--methods", "full"]
+    done = batchtrim("compare", "--dataset", "a/mine,copy/mine,c/mine", *words, "--out", "out")
+    assert done.exit_code == 0, done.output
+    assert f"dataset {tmp_path}/copy/mine: left out, since its images are those of another mine" in done.stderr
+    assert "2/2 runs" in done.stderr
+    for place in "ac":
+        assert f"## {tmp_path}/{place}/mine, mlp, adam" in Path("out/report.md").read_text().replace("\\", "")

@@ -251,20 +251,21 @@ def _in_order(rows: list[dict[str, Any]], configs: Iterable[Any]) -> list[dict[s
     return sorted(rows, key=lambda row: place.get(row["key"], -1))
 
 
-def _configs(task: str | None, settings: dict[str, Any], given: dict[str, Any]) -> list[Any]:
-    """Return the runs that a command asks for: of the lab's own loop, or of the user's function."""
-    from batchtrim.lab.execute import grid
+def _configs(task: str | None, settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], list[str | None]]:
+    """Return the runs that a command asks for, of the lab's own loop or of the user's function, and notes on them."""
+    from batchtrim.lab.execute import grid, preflight
     from batchtrim.lab.run import loading
     from batchtrim.lab.task.own_code import Code
 
     if task is not None:
         options.refuse_with_task(given)
-        return list(grid.expand_task(Code.in_file(task, "task"), settings))
+        return list(grid.expand_task(Code.in_file(task, "task"), settings)), []
     options.refuse_without_task(settings)
     place = given.get("data_dir")
-    configs = loading.with_versions(grid.expand(settings), place)
+    expanded = grid.expand(settings)
+    configs = loading.with_versions(expanded, place)
     options.check_data_dir(place, {config.dataset for config in configs})
-    return configs
+    return configs, [*preflight.copies(expanded, configs)]
 
 
 def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Path, list[dict[str, Any]], int]:
@@ -275,7 +276,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
 
     settings = dict(settings)
     task = settings.pop("task", None)
-    configs = _configs(task, settings, given)
+    configs, said = _configs(task, settings, given)
     for name, least in (("retries", 0), ("checkpoint_seconds", 0.0)):
         if given.get(name) is not None and not given[name] >= least:  # NaN is not
             raise ValueError(f"expected `{name}` to be at least {least:g}, got {given[name]:g}.")
@@ -284,7 +285,7 @@ def _run(settings: dict[str, Any], given: dict[str, Any]) -> tuple[list[Any], Pa
     workers = workers if ranks.world == 1 else 1
     configs = cores.with_threads(configs, threads, settings, bool(given.get("ray")))
     most = max(config.threads for config in configs)
-    said = [cores.crowded(workers, most)] if not given.get("ray") else []
+    said += [cores.crowded(workers, most)] if not given.get("ray") else []
     said += preflight.warnings_for(settings, configs)
     out = given["out"]
     if out is None:

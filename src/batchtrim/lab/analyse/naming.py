@@ -24,8 +24,16 @@ def titles(settings: Sequence[Settings]) -> list[str]:
     for each in settings:
         alike = [other for other in settings if all(other.get(name) == each.get(name) for name in named)]
         extra = [f"{name} {each[name]}" for name in _varying(alike, exclude=named) if each.get(name) is not None]
-        found.append(shown(", ".join([*(known_as(str(each[name])) for name in named if name in each), *extra])))
+        names = [_shortest_name(str(each[name]), [str(other.get(name)) for other in settings]) for name in named
+                 if name in each]  # fmt: skip
+        found.append(shown(", ".join([*names, *extra])))
     return found
+
+
+def _shortest_name(name: str, names: Sequence[str]) -> str:
+    """Return a data set's or network's own name; with its folders if another place has one of that name."""
+    short = known_as(name)
+    return name if any(other != name and known_as(other) == short for other in names) else short
 
 
 def labels(settings: Sequence[Settings]) -> dict[str, str]:

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.remarks import remarks
 from batchtrim.lab.run.task_config import AnyConfig
+from batchtrim.lab.task.names import known_as
 
 KEEP = ("keep_start", "keep_end", "schedule")
 DECIDED_BY = {"momentum": "optimizer", "norm": "model"}  # settings that some values of another leave unused
@@ -20,6 +22,13 @@ def warnings_for(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> l
     """
     of_runs = dict.fromkeys(text for config in configs for text in remarks(config))
     return [*_repeats(settings), *_keep(settings, configs), *of_runs, *_unused(settings, configs)]
+
+
+def copies(asked: Sequence[RunConfig], configs: Sequence[RunConfig]) -> list[str]:
+    """Return a line for each data set that is left out, since another place holds the same images under its name."""
+    left = {config.dataset for config in configs}
+    lost = dict.fromkeys(config.dataset for config in asked if config.dataset not in left)
+    return [f"dataset {each}: left out, since its images are those of another {known_as(each)}" for each in lost]
 
 
 def _repeats(settings: Mapping[str, Any]) -> list[str]:
