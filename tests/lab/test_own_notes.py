@@ -43,6 +43,18 @@ def test_a_schedule_that_did_not_get_to_its_end_is_noted(capfd: pytest.CaptureFi
     )
 
 
+def test_a_task_that_shortens_its_run_is_noted() -> None:
+    """The note on the schedule went by the epochs that the task had set."""
+
+    def train(run: Run) -> dict[str, float]:
+        run.epochs, run.seed = 2, 7
+        return stepping(run.epochs)(run)
+
+    compare(train, ["trim"], 1, epochs=10, out="here", quiet=True)
+    (note,) = records.read("here")[0]["notes"]
+    assert note.startswith("run.trim.step() was called 2 times in 10 epochs")
+
+
 @pytest.mark.filterwarnings("ignore::batchtrim.errors.ClockPastTotal")
 def test_a_clock_that_counts_batches_for_epochs_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
     """The warning went by; the record said nothing of a schedule that was over in the first epoch."""

@@ -157,6 +157,7 @@ def _notes_on_run(
     run: Run, config: TaskConfig, changes: ProcessChanges, effects: SideEffects, seconds: float
 ) -> dict[str, Any]:
     """Return the notes on a successful run; raise an error if the method was never applied."""
+    run.epochs, run.seed, run.method = config.epochs, config.seed, config.method  # the task may have changed them
     said = remarks(config)
     notes, more = [*said, *_notes_on_keep(run, explained=bool(said))], {}
     if run.trim.rule is not run.rule:
