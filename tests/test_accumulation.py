@@ -37,9 +37,12 @@ def gradient(model: nn.Module) -> Tensor:
 
 def run(model: nn.Module, over: str, engine: str = "exact", criterion: Callable = F.cross_entropy, **options) -> float:
     trim = batchtrim.Trimmer(KEEP, **options)
-    step = batchtrim.TrimmedForward(model, batchtrim.per_sample(criterion), trim, engine)
+    return summed(batchtrim.TrimmedForward(model, batchtrim.per_sample(criterion), trim, engine), window(), over)
+
+
+def summed(step: batchtrim.TrimmedForward, batches: list[tuple[Tensor, Tensor]], over: str) -> float:
     total = 0.0
-    for loss in batchtrim.accumulate(step, window(), over):
+    for loss in batchtrim.accumulate(step, batches, over):
         loss.backward()
         total += loss.item()
     return total
@@ -272,11 +275,12 @@ def test_parameters_that_a_forward_moves_are_moved_once(engine: str, move: str, 
 def test_a_compiled_function_may_run_a_window() -> None:
     """Torch's tracer failed in the copy of the model's state that the window makes."""
     torch._dynamo.reset()
+    model, twin, batches = mlp(), mlp(), window()
+    step = batchtrim.TrimmedForward(model, batchtrim.per_sample(F.cross_entropy), batchtrim.Trimmer(KEEP), "exact")
 
     def train() -> float:
-        return run(model, "window")
+        return summed(step, batches, "window")
 
-    model, twin = mlp(), mlp()
     for _ in range(2):
         assert torch.compile(train, backend="eager")() == pytest.approx(run(twin, "window"))
         torch.testing.assert_close(gradient(model), gradient(twin))

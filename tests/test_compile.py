@@ -81,6 +81,8 @@ def test_a_step_beside_a_thread_that_compiles_is_counted(monkeypatch: pytest.Mon
 @pytest.mark.filterwarnings("ignore")  # torch's own: an export leaves out what it sets
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_trimmed_loss_can_be_exported(strict: bool) -> None:
+    if strict and torch.__version__ < "2.9":
+        pytest.skip("a strict export refuses tensors that are no buffers, as the trimmer's keep is")
     trim = batchtrim.Trimmer(0.5)
 
     class Loss(torch.nn.Module):

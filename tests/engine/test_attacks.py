@@ -67,6 +67,10 @@ def test_shared_is_never_silently_wrong(name: str) -> None:
     traced(name, "shared")
 
 
+# torch 2.8 itself fails to trace these
+REFUSED_BY_OLD_TORCH = {"scanned_with_a_captured_weight", "frozen_weight_of_a_tensor_class"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", in_part(ATTACKS))
 def test_traced_engines_are_never_silently_wrong(name: str) -> None:
@@ -80,8 +84,10 @@ def traced(name: str, engine: str) -> EngineReport:
     attack = ATTACKS[name]
     report = tried(attack, engine)
     assert report.verdict != "wrong", report
-    if engine == "shared":
+    if engine == "shared" and not (torch.__version__ < "2.10" and name in REFUSED_BY_OLD_TORCH):
         assert attack.shared in ("either", report.verdict), report
+    elif engine == "shared":
+        assert report.verdict in ("right", "refused"), report
     else:
         assert report.verdict in ("right", "approximate"), report  # it trains whatever exact trains
     return report

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["OperatorMode"]
+
+# An older release, such as 2.8, gives a mode only those higher-order operators that have a rule for the mode's class.
+_GETS_HIGHER_ORDER = hasattr(TorchDispatchMode, "supports_higher_order_operators")
 
 
 class OperatorMode(TorchDispatchMode):
@@ -27,12 +31,29 @@ class OperatorMode(TorchDispatchMode):
         return True
 
     @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Return True for a release that asks this instead of :meth:`ignore_compile_internals`."""
+        return not _GETS_HIGHER_ORDER
+
+    @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Return False, so that torch does not import its compiler; see :meth:`__enter__`."""
         return False
 
     def __enter__(self) -> Self:
         kind: Any = type(self)
+        if not _GETS_HIGHER_ORDER:
+            for operator in torch._ops._higher_order_ops.values():
+                operator.python_key_table.setdefault(kind, _rule(operator))
         if "torch._dynamo" in sys.modules and not hasattr(kind.__torch_dispatch__, "_torchdynamo_disable"):
             kind.__torch_dispatch__ = torch.compiler.disable(kind.__torch_dispatch__)
         return super().__enter__()
+
+
+def _rule(operator: Any) -> Callable[..., Any]:
+    """Return the rule of a higher-order operator for a mode: call the mode, as a newer release does without a rule."""
+
+    def run(mode: OperatorMode, *args: Any, **kwargs: Any) -> Any:
+        return mode.__torch_dispatch__(operator, (), args, kwargs)
+
+    return run

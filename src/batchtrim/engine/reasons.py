@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 import sysconfig
+import traceback
 from typing import Any
 
 import sympy
@@ -15,7 +17,9 @@ __all__ = ["cause_of", "failure", "fixed_by", "line_of", "told"]
 _NOT_THE_MODELS = ("/torch/", "/batchtrim/engine/")
 _STDLIB = sysconfig.get_path("stdlib").replace("\\", "/")
 _WITHOUT_SOURCE = re.compile(r"<(?!ipython)")  # code made from text, of which no line can be shown
-_RAISED = re.compile(r"raised exception (\w+)\((['\"])(.*)\2\)")
+# "raised exception Error('...')", in torch 2.10 "raised exception Error([ConstantVariable(str: '...')])".
+# Torch 2.8 does not tell the text, but the line: "raise Error('...')".
+_RAISED = re.compile(r"raised? (?:exception )?(\w+)\((?:\[ConstantVariable\(str: )?(['\"])(.*)\2\)")
 _LOCATION = re.compile(r"(?P<code>.+?)\s+# (?P<path>\S.*):(?P<line>\d+) in \S+$")
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
@@ -47,12 +51,19 @@ def told(cause: BaseException) -> str:
 
 def failure(error: BaseException) -> str:
     """Return why a trace fails in its first run, in one line, with the cure where torch itself is at fault."""
-    if "tensors_saved_with_vc_check" in str(error):  # an assertion of torch 2.13; torch.compile fails alike
+    if isinstance(error, AssertionError) and "tensors_saved" in _statement(error):  # torch.compile fails alike
         return (
             "torch cannot trace oneDNN's kernel of an LSTM whose inputs require no gradient; inside "
             "torch.backends.mkldnn.flags(enabled=False), it can"
         )
     return in_one_line(error)
+
+
+def _statement(error: BaseException) -> str:
+    """Return the source of the statement that raised an error."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    first = last.lineno or 0
+    return "".join(linecache.getline(last.filename, at) for at in range(first, (last.end_lineno or first) + 1))
 
 
 def _place(lines: list[str]) -> str:
