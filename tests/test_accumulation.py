@@ -315,6 +315,7 @@ def test_parameters_that_begin_to_move_later(move: str) -> None:
     torch.testing.assert_close(model.slow.weight, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Graph break due to")  # torch 2.4's own
 def test_auto_continues_with_exact_if_two_passes_cannot_train_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """It raised; and where two passes did not pay, the repeated forward moved buffers once more."""
     monkeypatch.setattr("batchtrim.engine.shared.refusal", lambda forward: "refused")

@@ -51,6 +51,7 @@ def test_loss_mass_compiles_once_whatever_the_batch_size(offset: float) -> None:
         step(torch.full((64,), offset - 0.1))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.4 breaks the graph where a Losses is made")
 def test_masked_losses_compile() -> None:
     torch._dynamo.reset()
     trim = batchtrim.Trimmer(0.5)

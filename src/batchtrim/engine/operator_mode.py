@@ -13,6 +13,7 @@ __all__ = ["OperatorMode"]
 
 # An older release, such as 2.8, gives a mode only those higher-order operators that have a rule for the mode's class.
 _GETS_HIGHER_ORDER = hasattr(TorchDispatchMode, "supports_higher_order_operators")
+_ruled: set[tuple[type, Any]] = set()
 
 
 class OperatorMode(TorchDispatchMode):
@@ -44,7 +45,9 @@ class OperatorMode(TorchDispatchMode):
         kind: Any = type(self)
         if not _GETS_HIGHER_ORDER:
             for operator in torch._ops._higher_order_ops.values():
-                operator.python_key_table.setdefault(kind, _rule(operator))
+                if (kind, operator) not in _ruled:
+                    operator.py_impl(kind)(_rule(operator))
+                    _ruled.add((kind, operator))
         if "torch._dynamo" in sys.modules and not hasattr(kind.__torch_dispatch__, "_torchdynamo_disable"):
             kind.__torch_dispatch__ = torch.compiler.disable(kind.__torch_dispatch__)
         return super().__enter__()

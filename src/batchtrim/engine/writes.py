@@ -51,7 +51,7 @@ class ParameterWrites(OperatorMode):
         kwargs = kwargs or {}
         if getattr(getattr(func, "_schema", None), "is_mutable", False):
             for number, argument in enumerate(func._schema.arguments):
-                if argument.is_write:
+                if argument.alias_info is not None and argument.alias_info.is_write:
                     self._note(args[number] if number < len(args) else kwargs.get(argument.name))
         return func(*args, **kwargs)
 
