@@ -30,15 +30,22 @@ def option(kind: Any, help: str, *names: str, default: Any = None, **more: Any) 
     plain = next((each for each in METAVARS if kind in (each, each | None)), None)
     more = {"metavar": METAVARS[plain], **more} if plain else more
     if plain is int or plain is float:
-        more = {"parser": functools.partial(_number, plain), **more}
+        more = {"parser": _parser(_number, plain), **more}
     elif plain is Path:
-        more = {"parser": functools.partial(_path, "folder" if more["metavar"] == METAVARS[Path] else "file"), **more}
+        more = {"parser": _parser(_path, "folder" if more["metavar"] == METAVARS[Path] else "file"), **more}
     return Annotated[kind, typer.Option(*names, help=help, show_default=False, **more)], default
 
 
 def _argument(help: str, kind: Any = Path, default: Any = inspect.Parameter.empty, metavar: str = "FOLDER") -> Any:
-    parser = functools.partial(_path, "folder" if metavar == "FOLDER" else "file")
+    parser = _parser(_path, "folder" if metavar == "FOLDER" else "file")
     return Annotated[kind, typer.Argument(help=help, metavar=metavar, show_default=False, parser=parser)], default
+
+
+def _parser(parse: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[str], Any]:
+    """Return a function of the text alone. It has a name, which typer 0.16 reads; a partial has none."""
+    parser: Any = functools.partial(parse, *args, **kwargs)
+    parser.__name__ = parse.__name__
+    return parser
 
 
 def _number(kind: type[int] | type[float], text: str | float, setting: str = "") -> float:
@@ -224,7 +231,7 @@ def settings_table(presets: Mapping[str, Any], only: Table) -> Table:
         setting = SETTINGS.get(name)
         more = {}
         if setting is not None and setting.kind in (int, float) and not setting.many:
-            more["parser"] = functools.partial(_number, setting.kind, setting=name)
+            more["parser"] = _parser(_number, setting.kind, setting=name)
         if said or more:
             help += f" [{said}]" if said else ""
             kind, default = option(kind.__origin__, help, *(_flag(setting) if setting else ()), default=default, **more)
