@@ -48,7 +48,9 @@ class OwnValue:
         return found.shape == values.shape and torch.allclose(found, values, rtol=1e-6, atol=0.0, equal_nan=True)
 
     def of_fewer(self, unreduced: Callable[[Any], Callable[..., Tensor]], batch: int) -> Tensor | None:
-        """Return the un-reduced losses of all samples but the last; None if there are none. It follows the own value.
+        """Return the un-reduced losses of all samples but the last, or None if the inputs cannot be cut to those.
+
+        Call it after the own value. Only tensors whose first dimension is the batch are cut, no containers of them.
 
         Args:
             unreduced: makes a criterion un-reduced.
@@ -56,10 +58,10 @@ class OwnValue:
         """
         if not self._copied or self._criterion is None:
             return None
-        whole = [isinstance(each, Tensor) and each.ndim > 0 and len(each) == batch for each in self._inputs]
-        cut = [each[:-1] if long else each for each, long in zip(self._inputs, whole, strict=True)]
+        if not all(isinstance(each, Tensor) and each.ndim > 0 and len(each) == batch for each in self._inputs):
+            return None
         try:
-            return self._again(unreduced(self._criterion), cut)
+            return self._again(unreduced(self._criterion), [each[:-1] for each in self._inputs])
         except Exception:  # it may need them all
             return None
 

@@ -56,3 +56,15 @@ class TestLossesOfClasses:
 
         outputs, targets = torch.rand(4, 3, 5, 5), torch.rand(4, 3, 5, 5)
         assert per_sample(Paired(over=(2, 3)))(outputs, targets).values.shape == (4,)
+
+    def test_inputs_in_containers(self) -> None:
+        """They cannot be cut by a criterion's own rules, so as many losses as before prove nothing."""
+
+        class OfDict(nn.Module):
+            reduction = "mean"
+
+            def forward(self, outputs: dict[str, Tensor], labels: list[int]) -> Tensor:
+                losses = nn.functional.cross_entropy(outputs["logits"], torch.tensor(labels), reduction="none")
+                return losses if self.reduction == "none" else losses.mean()
+
+        assert per_sample(OfDict())({"logits": torch.randn(6, 3)}, [0, 1, 2, 0, 1, 2]).values.shape == (6,)
