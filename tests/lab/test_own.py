@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchtrim
-from batchtrim.integrations.lightning import TrimmingCallback
 from batchtrim.lab import Run, compare, records, run_once, summarize
 from batchtrim.lab.methods.driven import driven_methods
 from batchtrim.lab.present.caveat_texts import caveat_texts
@@ -124,8 +123,10 @@ def test_the_process_is_seeded_and_left_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 def test_a_trainer_takes_the_schedule_and_the_rule() -> None:
-    import lightning.pytorch as pl
+    pl = pytest.importorskip("lightning.pytorch")
     from torch.utils.data import DataLoader, TensorDataset
+
+    from batchtrim.integrations.lightning import TrimmingCallback
 
     class Fit(pl.LightningModule):
         def __init__(self) -> None:
