@@ -113,6 +113,7 @@ def test_what_a_task_started_ends_with_the_command(how: signal.Signals, task: st
     process = subprocess.Popen(
         [sys.executable, "-m", "batchtrim.lab.cli", *words], env=environment, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )  # fmt: skip
     end = time.monotonic() + 60
     while not Path("pids").exists():
