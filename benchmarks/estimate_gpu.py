@@ -55,7 +55,6 @@ def estimated(case: dict[str, Any], machine: Machine = H200) -> Cost:
     with (
         patch.object(shared, "EagerStep", side_effect=_Traced),
         patch.object(shared.SharedEngine, "_planner", planner),
-        patch.object(sliced, "machine_of", lambda device: machine),
         precision_of(case["dtype"], torch.device("cpu"))(),
         contextlib.suppress(_Traced),
     ):

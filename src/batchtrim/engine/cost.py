@@ -194,18 +194,14 @@ def _seconds(name: str, args: Sequence[Any], inputs: Sequence[Any], output: Any,
     return max(working, moved / machine.bytes) + machine.start
 
 
-def _starts(node: fx.Node) -> bool:
-    """True if a node starts an operator on the device."""
-    return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and name_of(node.target) not in _FREE
-    )
+def _starts(target: Any) -> bool:
+    """True if a call of this target starts an operator on the device."""
+    return isinstance(target, torch._ops.OpOverload) and name_of(target) not in _FREE
 
 
 def _cost_of(node: fx.Node, machine: Machine) -> float:
     """Return the seconds that an operator takes on the device."""
-    if not _starts(node):
+    if not _starts(node.target):
         return 0.0
     name = name_of(node.target)
     args = [each.meta.get("val") if isinstance(each, fx.Node) else each for each in node.args]
@@ -243,7 +239,8 @@ def cost_of_step(
         cost.cutting /= 2  # a tensor that is read once is not copied
         cost.overhead = _COMPILED_OVERHEAD
     # compiled code starts about one kernel for each product, and one for each gradient
-    started = sum(map(is_costly if compiled else _starts, (*forward.nodes, *gradients)))
+    nodes = (*forward.nodes, *gradients)
+    started = sum(is_costly(node) if compiled else _starts(node.target) for node in nodes)
     started += len(backward.output_node().all_input_nodes) if compiled else 0
     cost.python = 0.0 if replayed else started * machine.python
     cost.python_cut = started * machine.python * (_PYTHON_COMPILED if compiled else _PYTHON_EAGER)
@@ -298,10 +295,9 @@ class OperatorCount(OperatorMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         self.operators += 1
-        name = name_of(func)
-        if isinstance(func, torch._ops.OpOverload) and name not in _FREE:
+        if _starts(func):
             inputs = pytree.tree_leaves((args, dict(kwargs or {})))
-            self.seconds += _seconds(name, args, inputs, output, self.machine)
+            self.seconds += _seconds(name_of(func), args, inputs, output, self.machine)
             self.writing += _bytes(output) / self.machine.bytes
         return output
 
