@@ -90,7 +90,11 @@ def _context_of(part: Any) -> Any:
 
 def compiler_of(module: nn.Module) -> Callable[[Any], Any]:
     """Return torch.compile with the settings that a compiled module was compiled with."""
-    part = module if uncompiled(module) is not module else module._compiled_call_impl
+    return _compiler(module if uncompiled(module) is not module else module._compiled_call_impl)
+
+
+def _compiler(part: Any) -> Callable[[Any], Any]:
+    """Return torch.compile with the settings that a module, a call or a forward was compiled with."""
     return _context_of(part) or torch.compile
 
 
@@ -105,7 +109,7 @@ def compile_alike(copied: nn.Module, model: nn.Module) -> None:
         forward = compiled_forward(module) if "forward" in vars(module) else None
         called = None if forward is None else inspect.unwrap(forward, stop=lambda each: isinstance(each, MethodType))
         if isinstance(called, MethodType) and called.__self__ is module:
-            own.forward = (_context_of(forward) or torch.compile)(MethodType(called.__func__, own))
+            own.forward = _compiler(forward)(MethodType(called.__func__, own))
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
