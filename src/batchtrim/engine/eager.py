@@ -27,6 +27,7 @@ from batchtrim.engine.state import (
     ModelState,
     Snapshot,
     caches_left,
+    parameters_of,
     relative_difference,
     run_uncompiled,
     uncompiled_calls,
@@ -206,11 +207,9 @@ class EagerStep:
         return {id(each): name for name, each in self._named()}
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        named = {id(each): (name, each) for name, each in self.forward.inner.named_parameters()}
-        for module in self.before.model.modules:  # two of them may share their parameters, as per_sample's do
-            for name, each in module.named_parameters(type(module).__name__, recurse=False):
-                named.setdefault(id(each), (name, each))
-        return [(name, each) for name, each in named.values() if type(each) is nn.Parameter and each.requires_grad]
+        beside = ((type(module).__name__, module) for module in self.before.model.modules)
+        named = parameters_of(self.forward.inner, beside)
+        return [(name, each) for name, each in named if type(each) is nn.Parameter and each.requires_grad]
 
     def _gradients_of(self, losses: Tensor, keep: bool = False) -> list[Tensor | None]:
         """Return the gradient of each parameter."""

@@ -22,6 +22,7 @@ from batchtrim.engine.state import (
     ModelState,
     device_of,
     modules_of,
+    parameters_of,
     relative_difference,
     uncompiled_calls,
 )
@@ -118,13 +119,9 @@ class _Side:
         return self.named
 
     def _find_parameters(self) -> dict[str, nn.Parameter]:
-        found = dict(self.model.named_parameters())
-        known = set(map(id, found.values()))
-        for number, module in enumerate(modules_of(self.model, self.step.forward.per_sample_loss)):
-            own = module.named_parameters(f"{type(module).__name__} {number}", recurse=False)
-            found.update(new := {name: p for name, p in own if id(p) not in known})
-            known.update(map(id, new.values()))
-        return found
+        held = modules_of(self.model, self.step.forward.per_sample_loss)
+        beside = ((f"{type(module).__name__} {number}", module) for number, module in enumerate(held))
+        return dict(parameters_of(self.model, beside))
 
     def parameters(self) -> dict[str, Tensor]:
         """Return a copy of every parameter: a forward may move some (a momentum encoder). Lazy ones have no value."""

@@ -35,6 +35,7 @@ __all__ = [
     "ModelState",
     "Snapshot",
     "caches_left",
+    "compiled_forward",
     "compiled_part",
     "device_of",
     "is_compiled",
@@ -43,6 +44,7 @@ __all__ = [
     "modules_of",
     "no_values",
     "nothing_compiled",
+    "parameters_of",
     "relative_difference",
     "run_uncompiled",
     "uncompiled",
@@ -187,6 +189,15 @@ def uncompiled(module: nn.Module) -> nn.Module:
 def modules_of(*roots: Any) -> list[nn.Module]:
     """Return the modules of a model and of what computes its loss, each once; see :class:`Reachable`."""
     return Reachable(*roots).modules
+
+
+def parameters_of(model: nn.Module, beside: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of a model, and of modules beside it under the given prefixes, each once, with its name."""
+    found = {id(each): (name, each) for name, each in model.named_parameters()}
+    for prefix, module in beside:  # two of them may share their parameters, as per_sample's do
+        for name, each in module.named_parameters(prefix, recurse=False):
+            found.setdefault(id(each), (name, each))
+    return list(found.values())
 
 
 class ModelState:
