@@ -142,14 +142,17 @@ def _factors(layout: RowLayout, size: int, batch: int) -> tuple[int, int, int]:
 
 def _cut_samples(tensor: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     """Cut samples; the result keeps the tensor's order of dimensions in memory."""
-    dim, outer, inner = _factors(layout, tensor.shape[layout.axes[0].dim], kept.batch)  # type: ignore[union-attr]
+    axis = layout.axes[0]
+    assert axis is not None
+    contiguous = tensor.is_contiguous()
+    if contiguous and tensor.shape[axis.dim] == kept.batch and not layout.iota:  # the common case: a step cuts hundreds
+        return tensor.index_select(axis.dim, kept.rows)
+    dim, outer, inner = _factors(layout, tensor.shape[axis.dim], kept.batch)
     size = outer * kept.k * inner
     strides = tensor.stride()
     if layout.iota or strides[dim] == 0:
         return tensor.narrow(dim, 0, size)
-    if tensor.is_contiguous():  # the common case, and a step cuts hundreds
-        if outer == 1 and inner == 1:
-            return tensor.index_select(dim, kept.rows)
+    if contiguous:
         before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
         parts = tensor.view(*before, outer, kept.batch, inner, *after)
         return parts.index_select(dim + 1, kept.rows).view(*before, size, *after)
