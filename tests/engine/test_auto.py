@@ -134,6 +134,18 @@ def test_a_gradient_penalty(
     assert not made
 
 
+def test_a_gradient_penalty_that_begins_after_a_trace() -> None:
+    model, batch = Wide(), (zoo.vectors(64), torch.randint(0, 5, (64,)))
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.2), "auto")
+    step(*batch).backward()
+    assert step.last.engine == "shared"
+    with pytest.warns(EngineFallback, match="create_graph=True, and a traced step has no second derivative"):
+        torch.autograd.grad(step(*batch), list(model.parameters()), create_graph=True)
+    gradients = torch.autograd.grad(step(*batch), list(model.parameters()), create_graph=True)
+    sum(each.square().sum() for each in gradients).backward()  # type: ignore[union-attr]
+    assert step.last.engine == "exact"
+
+
 @pytest.mark.usefixtures("counted_first")
 def test_nothing_is_made_ready_where_nearly_everything_is_kept(made: list[SharedEngine]) -> None:
     step = stepped(Wide(), 0.95)

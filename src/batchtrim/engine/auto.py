@@ -92,7 +92,7 @@ class AutoEngine:
         else:
             if not self._explained and self.saving.traces:
                 self._explain()
-            return step
+            return self._watched(step)
         # Run it here, not in the handler: the error holds the model's frames, and with them hooks of checkpointing.
         step = self.exact(x, y, refused.selection if selection is None else selection)
         if getattr(self.saving, "refused", "") is None:
@@ -153,14 +153,24 @@ class AutoEngine:
 
     def _watched(self, step: StepResult) -> StepResult:
         """Return a step that notes whether second derivatives are asked of it, for which no trace can be used."""
-        if self._open and step.loss.requires_grad:
+        if (self._open or step.engine == "shared") and step.loss.requires_grad:
             step.loss.register_hook(self._note_backward)
         return step
 
     def _note_backward(self, _: Tensor) -> None:
-        if self._open and torch.is_grad_enabled():  # in a backward, that is create_graph=True
+        if not torch.is_grad_enabled():  # in a backward, that is create_graph=False
+            return
+        if self._open:
             self._open = False
             _log.info("engine 'auto' continues with 'exact': backward runs with create_graph=True")
+        elif self.saving is not None:
+            self.saving = None
+            warnings.warn(
+                "backward runs with create_graph=True, and a traced step has no second derivative: asking for it in "
+                "this step ends in torch's error about double backward. Continuing with engine='exact'.",
+                EngineFallback,
+                stacklevel=2,
+            )
 
     @property
     def running(self) -> Engine:
