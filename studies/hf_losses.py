@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from transformers.utils import find_labels
 
 from batchtrim import Trimmer
-from batchtrim.engine.state import uncompiled
+from batchtrim.engine.compilation import uncompiled
 from batchtrim.integrations._labels import loss_of
 from batchtrim.integrations._model_losses import ModelLosses
 from batchtrim.integrations._recorder import NotFound

@@ -20,8 +20,9 @@ from batchtrim._checks import check_choice, check_has_values, describe
 from batchtrim.distributed import check_same_count, sum_over_ranks
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.model_facts import device_of
 from batchtrim.engine.rows import batch_size, copied, restore_values, tensors_of
-from batchtrim.engine.state import ModelState, Snapshot, device_of, without_graph
+from batchtrim.engine.state import ModelState, Snapshot, without_graph
 from batchtrim.engine.wrappers import parallel_part
 from batchtrim.engine.writes import known_to_write, writes_undone
 from batchtrim.losses import Losses

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.compilation import uncompiled_calls
 from batchtrim.engine.cost import Machine, OperatorCount
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.operator_mode import OperatorMode
-from batchtrim.engine.state import uncompiled_calls
 
 # Plain SGD by hand, since torch's optimizers import the compiler.
 TRAINED = """

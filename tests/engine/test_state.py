@@ -25,7 +25,8 @@ import batchtrim
 from batchtrim import per_sample
 from batchtrim.engine.contents import same_contents
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.state import ModelState, is_lazy, modules_of
+from batchtrim.engine.model_facts import is_lazy, modules_of
+from batchtrim.engine.state import ModelState
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.testing import check_engine
 

@@ -33,8 +33,9 @@ what activation checkpoints repeat in backward. ``batch_norm.py`` measures how f
 
 If the model's Python runs twice, ``reachable.py`` finds all that it may change, by the kinds of objects of ``kinds.py``
 and the names of ``names.py``; ``state.py``, ``contents.py`` (one object), ``generators.py`` and ``writes.py`` put that
-back. ``gradients.py`` computes gradients that no hook sees, ``precision.py`` knows about TF32,
-and ``operator_mode.py`` is the base of the modes that see every operator.
+back. ``model_facts.py`` answers what engines ask of a model, ``compilation.py`` finds compiled parts and runs them as
+plain Python, ``gradients.py`` computes gradients that no hook sees, ``precision.py`` knows about TF32, and
+``operator_mode.py`` is the base of the modes that see every operator.
 
 ``two_pass.py`` has ``probe.py`` check on a few rows that samples do not interact, and ``memory.py`` find parts of the
 batch that share memory; on a GPU, operators that could end the process run on the CPU first (``cpu_first.py``).

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from batchtrim.engine.batch import StepResult
 from batchtrim.engine.batch_norm import LEAST_COSINE
+from batchtrim.engine.compilation import compiled_part
 from batchtrim.engine.cost import TRACED_BELOW, Forecast, OperatorCount, machine_of
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward
+from batchtrim.engine.model_facts import device_of
 from batchtrim.engine.protocol import Engine
-from batchtrim.engine.state import compiled_part, device_of
 from batchtrim.engine.two_pass import TwoPassEngine, redrawn
 from batchtrim.errors import ApproximateGradient, EngineFallback, EngineRefused
 from batchtrim.selection import Selection

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.compilation import compiled_part
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied, map_tensors, tensors_of
-from batchtrim.engine.state import compiled_part
 
 __all__ = ["fresh", "held_by_both", "in_float64", "not_copied", "twins"]
 

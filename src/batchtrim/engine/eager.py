@@ -17,21 +17,15 @@ from torch import Tensor, nn
 
 from batchtrim._checks import in_one_line
 from batchtrim.engine.capture import CannotCapture
-from batchtrim.engine.contents import same_contents
+from batchtrim.engine.compilation import run_uncompiled, uncompiled_calls
+from batchtrim.engine.contents import relative_difference, same_contents
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import gradients_without_hooks
+from batchtrim.engine.model_facts import parameters_of
 from batchtrim.engine.precision import coarsest_dtype, uses_tf32
 from batchtrim.engine.rows import copied, entries, map_tensors, tensors_of
-from batchtrim.engine.state import (
-    ModelState,
-    Snapshot,
-    caches_left,
-    parameters_of,
-    relative_difference,
-    run_uncompiled,
-    uncompiled_calls,
-)
+from batchtrim.engine.state import ModelState, Snapshot, caches_left
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.losses import Losses
 

@@ -24,9 +24,9 @@ from torch._dynamo.eval_frame import _TorchDynamoContext
 
 from batchtrim._checks import in_one_line
 from batchtrim.engine.capture import expression_of
+from batchtrim.engine.compilation import compiled_forward, compiled_part, uncompiled
 from batchtrim.engine.graphs import graph_copy, in_traced_order
 from batchtrim.engine.layout import product
-from batchtrim.engine.state import compiled_forward, compiled_part, uncompiled
 
 __all__ = [
     "CannotCompile",

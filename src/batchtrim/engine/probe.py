@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from batchtrim._checks import in_one_line
 from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.compilation import uncompiled_calls
 from batchtrim.engine.cpu_first import CpuFirst
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import gradients_without_hooks
 from batchtrim.engine.precision import coarsest_dtype
 from batchtrim.engine.rows import copied, tensors_of
-from batchtrim.engine.state import ModelState, Snapshot, uncompiled_calls, without_graph
+from batchtrim.engine.state import ModelState, Snapshot, restored, without_graph
 from batchtrim.errors import EngineRefused
 
-__all__ = ["Probe", "Tolerance", "restored"]
+__all__ = ["Probe", "Tolerance"]
 
 ROWS = 8  # every second one of them is then run alone
 # How far the same loss may differ between two batch sizes, relative to itself or to the batch's mean loss. Kernels
@@ -360,18 +361,6 @@ def _tried_on_cpu(snapshot: Snapshot) -> AbstractContextManager[Any]:
     """Try on the CPU what could end a GPU process: NaN for a probability, indices beyond a shorter table."""
     on_gpu = any(each.device.type == "cuda" for each in tensors_of((snapshot.x, snapshot.y)))
     return CpuFirst() if on_gpu else nullcontext()
-
-
-@contextmanager
-def restored(snapshot: Snapshot) -> Iterator[None]:
-    """Start from a recorded state, and restore the model and the generators afterwards."""
-    found = ModelState(*snapshot.model.roots), GeneratorStates(snapshot.generators.device)
-    snapshot.restore()
-    try:
-        yield
-    finally:
-        for each in found:
-            each.restore()
 
 
 @contextmanager

@@ -25,18 +25,19 @@ from batchtrim.engine.capture import (
     no_new_traces,
     unfit,
 )
+from batchtrim.engine.compilation import uncompiled
 from batchtrim.engine.cost import TRACED_BELOW
 from batchtrim.engine.eager import EagerStep, is_large
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward, as_losses
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.inductor import inductor_of
+from batchtrim.engine.model_facts import device_of, is_lazy, is_sharded, no_values
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.reasons import failure
 from batchtrim.engine.rows import batch_size, tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
-from batchtrim.engine.state import device_of, is_lazy, is_sharded, no_values, uncompiled
 from batchtrim.engine.unguarded import Unguarded
 from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper
 from batchtrim.errors import EngineRefused

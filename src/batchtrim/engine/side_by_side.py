@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.compilation import uncompiled_calls
+from batchtrim.engine.contents import relative_difference
 from batchtrim.engine.copies import fresh, held_by_both, not_copied, twins
 from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.model_facts import device_of, modules_of, parameters_of
 from batchtrim.engine.rows import copied, entries, tensors_of
-from batchtrim.engine.state import (
-    ModelState,
-    device_of,
-    modules_of,
-    parameters_of,
-    relative_difference,
-    uncompiled_calls,
-)
+from batchtrim.engine.state import ModelState
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection

@@ -6,51 +6,27 @@ everything as the first run left it, as one plain step would.
 
 from __future__ import annotations
 
-import functools
-import itertools
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from operator import is_not
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn.utils import parametrize
 
-from batchtrim._checks import without_values
 from batchtrim.engine.contents import copy_of, put_back, relative_difference, same_contents, same_value
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.memory import SharedMemory, write_values
+from batchtrim.engine.model_facts import device_of, is_sharded
 from batchtrim.engine.names import attributes_of
 from batchtrim.engine.reachable import HOOKS, Reachable
 from batchtrim.engine.rows import copied, entries, restore_values, tensors_of
-from batchtrim.errors import EngineRefused
 
 if TYPE_CHECKING:
     from batchtrim.engine.forward import Forward
 
-__all__ = [
-    "ModelState",
-    "Snapshot",
-    "caches_left",
-    "compiled_forward",
-    "compiled_part",
-    "device_of",
-    "is_compiled",
-    "is_lazy",
-    "is_sharded",
-    "modules_of",
-    "no_values",
-    "nothing_compiled",
-    "parameters_of",
-    "relative_difference",
-    "run_uncompiled",
-    "uncompiled",
-    "uncompiled_calls",
-    "without_graph",
-]
+__all__ = ["ModelState", "Snapshot", "caches_left", "restored", "without_graph"]
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -75,129 +51,6 @@ def without_graph() -> Iterator[None]:
     """Run without a graph, and leave no weight in a cache."""
     with caches_left(), torch.no_grad():
         yield
-
-
-@contextmanager
-def uncompiled_calls(forward: Forward) -> Iterator[None]:
-    """Run compiled models as plain Python inside the block, if the model runs so; see :func:`nothing_compiled`."""
-    with nullcontext() if forward.needs_compiler else nothing_compiled():
-        yield
-
-
-def nothing_compiled() -> AbstractContextManager[Any]:
-    """Run what is compiled as plain Python inside the block, if the torch release supports it.
-
-    If the program has not imported torch's compiler, nothing is compiled, and it is not imported for this either.
-    """
-    if not hasattr(torch.compiler, "set_stance") or not _compiler_is_imported():
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
-def run_uncompiled(forward: Forward, run: Callable[[], Any], undo: Callable[[], None]) -> Any:
-    """Call ``run`` with compiled models as plain Python, or compiled if the model does not run otherwise.
-
-    Some of torch's operators with a body, such as ``scan``, compile themselves, and fail where that is switched off.
-
-    Args:
-        undo: called between two runs.
-    """
-    while True:
-        imported, found = _compiler_is_imported(), None
-        try:
-            with uncompiled_calls(forward):
-                found = run()
-        except (EngineRefused, torch.OutOfMemoryError):
-            raise
-        except Exception:
-            failed = not forward.needs_compiler
-            if not failed:  # the model is at fault
-                forward.needs_compiler = False
-                raise
-        else:
-            failed = False
-            if imported == _compiler_is_imported():  # before it is imported, nothing can be switched off
-                return found
-        del found
-        undo()
-        forward.needs_compiler = failed
-
-
-def _compiler_is_imported() -> bool:
-    return "torch._dynamo" in sys.modules
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters, or of its buffers if it has none."""
-    held = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if held is None else held.device
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Return True if a module gathers its parameters in every forward (FSDP), which gives them other memory."""
-    return _is_sharded(type(module))
-
-
-@functools.lru_cache(4096)
-def _is_sharded(cls: type) -> bool:
-    return any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in cls.__mro__)
-
-
-def is_lazy(model: nn.Module) -> bool:
-    """Return True if a parameter or buffer gets its shape in the first forward (``nn.LazyLinear``)."""
-    return any(map(nn.parameter.is_lazy, itertools.chain(model.parameters(), model.buffers())))
-
-
-def no_values(model: nn.Module) -> str | None:
-    """Return the reason why nothing can be checked by values, for a model on the meta device or in FakeTensorMode."""
-    first = next(model.parameters(), None)
-    if first is None or not without_values(first):
-        return None
-    return "its parameters have a shape only (meta device, FakeTensorMode). Use engine='exact', which reads no values"
-
-
-def compiled_part(model: nn.Module) -> Any:
-    """Return the first part of the model that is compiled, or None: a module, its call, or its forward."""
-    for module in model.modules():
-        if uncompiled(module) is not module:
-            return module
-        if is_compiled(module):
-            return module._compiled_call_impl
-        if (forward := compiled_forward(module)) is not None:
-            return forward
-    return None
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """True if the module itself is compiled, by ``torch.compile(module)`` or ``module.compile()``."""
-    return uncompiled(module) is not module or vars(module).get("_compiled_call_impl") is not None
-
-
-def compiled_forward(module: nn.Module) -> Any:
-    """Return a module's forward if torch.compile returned it, for the module or for its class; else None."""
-    forward = vars(module).get("forward", getattr(type(module), "forward", None))
-    compiled = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
-    return forward if compiled else None
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module that the user gave to torch.compile. Fabric's wrapper, which has all attributes, is none."""
-    held = module._modules  # a script module's has no get()
-    return held["_orig_mod"] if "_orig_mod" in held else module  # type: ignore[return-value]  # noqa: SIM401
-
-
-def modules_of(*roots: Any) -> list[nn.Module]:
-    """Return the modules of a model and of what computes its loss, each once; see :class:`Reachable`."""
-    return Reachable(*roots).modules
-
-
-def parameters_of(model: nn.Module, beside: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters of a model, and of modules beside it under the given prefixes, each once, with its name."""
-    found = {id(each): (name, each) for name, each in model.named_parameters()}
-    for prefix, module in beside:  # two of them may share their parameters, as per_sample's do
-        for name, each in module.named_parameters(prefix, recurse=False):
-            found.setdefault(id(each), (name, each))
-    return list(found.values())
 
 
 class ModelState:
@@ -385,3 +238,15 @@ class Snapshot:
     def lasting(self) -> str | None:
         """Return the reason why a second forward cannot start where the first did, or None."""
         return self.model.lasting or (f"in the batch, {self.given.lasting}" if self.given.lasting else None)
+
+
+@contextmanager
+def restored(snapshot: Snapshot) -> Iterator[None]:
+    """Start from a snapshot, and restore the model and the generators afterwards."""
+    found = ModelState(*snapshot.model.roots), GeneratorStates(snapshot.generators.device)
+    snapshot.restore()
+    try:
+        yield
+    finally:
+        for each in found:
+            each.restore()

@@ -13,10 +13,10 @@ from batchtrim._by_name import by_name
 from batchtrim._checks import check_choice, check_count, check_criterion, describe
 from batchtrim.engine.auto import AutoEngine
 from batchtrim.engine.batch import StepResult
+from batchtrim.engine.compilation import compiled_part
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.protocol import Engine
-from batchtrim.engine.state import compiled_part
 from batchtrim.engine.two_pass import TwoPassEngine
 from batchtrim.engine.wrappers import is_placed
 from batchtrim.losses import Losses, per_sample

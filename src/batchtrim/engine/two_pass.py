@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from batchtrim._checks import in_one_line
 from batchtrim.engine.batch import StepResult, kept_loss, padded_rows
 from batchtrim.engine.batch_norm import has_batch_norm
+from batchtrim.engine.compilation import run_uncompiled
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward
-from batchtrim.engine.probe import Probe, Tolerance, restored
+from batchtrim.engine.model_facts import is_lazy, no_values
+from batchtrim.engine.probe import Probe, Tolerance
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied
-from batchtrim.engine.state import Snapshot, is_lazy, no_values, run_uncompiled, without_graph
+from batchtrim.engine.state import Snapshot, restored, without_graph
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses

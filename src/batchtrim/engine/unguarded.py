@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from batchtrim.engine.compilation import uncompiled
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.names import OF_ALL_MODULES
 from batchtrim.engine.reachable import Reachable
-from batchtrim.engine.state import uncompiled
 
 __all__ = ["Unguarded"]
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from batchtrim.engine.state import is_compiled, uncompiled
+from batchtrim.engine.compilation import is_compiled, uncompiled
 
 __all__ = ["check_backward", "hooks_on_wrapper", "in_wrapper", "is_placed", "parallel_part", "unwrapped"]
 

@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.compilation import compiled_part
+from batchtrim.engine.model_facts import is_sharded
 from batchtrim.engine.operator_mode import OperatorMode
 from batchtrim.engine.reachable import Reachable
-from batchtrim.engine.state import compiled_part, is_sharded
 from batchtrim.errors import EngineRefused
 
 __all__ = ["ParameterWrites", "known_to_write", "memory_of", "writes_undone"]

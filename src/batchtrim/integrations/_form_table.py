@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.compilation import uncompiled
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.state import ModelState, device_of, uncompiled
+from batchtrim.engine.model_facts import device_of
+from batchtrim.engine.state import ModelState
 from batchtrim.integrations._contributions import near
 from batchtrim.integrations._form_search import find_form, fits
 from batchtrim.integrations._forms import Form

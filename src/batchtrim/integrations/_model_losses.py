@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from batchtrim._checks import check_losses
-from batchtrim.engine.state import is_compiled, nothing_compiled, uncompiled
+from batchtrim.engine.compilation import is_compiled, nothing_compiled, uncompiled
 from batchtrim.integrations._form_table import Forms, left_as_found
 from batchtrim.integrations._labels import (
     Counting,
