@@ -14,7 +14,7 @@ from torch import nn
 
 import batchtrim
 from batchtrim.engine.batch import padded_rows
-from batchtrim.engine.probe import Tolerance
+from batchtrim.engine.tolerance import Tolerance
 from batchtrim.errors import EngineRefused
 
 CASES = {

@@ -37,8 +37,9 @@ back. ``model_facts.py`` answers what engines ask of a model, ``compilation.py``
 plain Python, ``gradients.py`` computes gradients that no hook sees, ``precision.py`` knows about TF32, and
 ``operator_mode.py`` is the base of the modes that see every operator.
 
-``two_pass.py`` has ``probe.py`` check on a few rows that samples do not interact, and ``memory.py`` find parts of the
-batch that share memory; on a GPU, operators that could end the process run on the CPU first (``cpu_first.py``).
+``two_pass.py`` has ``probe.py`` check on a few rows that samples do not interact, ``tolerance.py`` compare results
+within the model's precision, and ``memory.py`` find parts of the batch that share memory; on a GPU, operators that
+could end the process run on the CPU first (``cpu_first.py``).
 ``side_by_side.py`` runs an engine beside a plain step, for ``batchtrim.testing.check_engine``.
 
 ``auto.py`` runs the first step that might pay with ``exact`` while ``cost.py`` counts it. It traces the model as soon

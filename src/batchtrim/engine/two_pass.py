@@ -15,10 +15,11 @@ from batchtrim.engine.compilation import run_uncompiled
 from batchtrim.engine.exact import ExactEngine, is_training_step
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.model_facts import is_lazy, no_values
-from batchtrim.engine.probe import Probe, Tolerance
+from batchtrim.engine.probe import Probe
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied
 from batchtrim.engine.state import Snapshot, restored, without_graph
+from batchtrim.engine.tolerance import Tolerance
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
