@@ -17,8 +17,8 @@ Fabric). ``rows.py`` cuts a batch to rows.
 
 A tour of the shared engine, in the order of a step:
 
-1. ``shared.py`` runs a step. ``capture.py`` traces model and loss into graphs; only it and ``inductor.py`` use the
-   private parts of torch's compiler. ``graphs.py`` prepares graphs to run.
+1. ``shared.py`` runs a step. ``capture.py`` traces model and loss into graphs; only it, ``operators.py`` (facts about
+   operators) and ``inductor.py`` use the private parts of torch's compiler. ``graphs.py`` prepares graphs to run.
 2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
    graph (which operators may run on kept rows?), by the rules of ``rules.py`` and ``rules_*.py``, a file per kind of
    operator, over the layouts of ``layout.py``. ``split.py`` splits the backward into two graphs; ``cost.py`` counts

@@ -17,6 +17,7 @@ __all__ = [
     "hinted",
     "in_traced_order",
     "name_of",
+    "pin",
     "with_gradients",
     "without_dead_draws",
     "without_passed_on",
@@ -141,6 +142,13 @@ def name_of(func: Any) -> str:
 def hinted(size: Any) -> int:
     """Return a size as it is in the traced batch; one that depends on values (of nonzero) counts as one."""
     return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
+
+
+def pin(node: fx.Node) -> None:
+    """Tell the partitioner to save a node's value rather than recompute it."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def without_passed_on(graph: fx.Graph, losses: str, leaves: Sequence[bool]) -> None:

@@ -1,6 +1,6 @@
 """Compile a trace's graphs with Inductor.
 
-Only this file and ``capture.py`` use the private parts of torch's compiler.
+Only this file, ``capture.py`` and ``operators.py`` use the private parts of torch's compiler.
 
 A model that the user compiled runs compiled here too. The graphs of one trace become two functions, the forward and the
 backward of the kept rows. Sizes that change are symbols in both, so that a new batch size or a new k needs no new
@@ -23,10 +23,10 @@ from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import _TorchDynamoContext
 
 from batchtrim._checks import in_one_line
-from batchtrim.engine.capture import expression_of
 from batchtrim.engine.compilation import compiled_forward, compiled_part, uncompiled
 from batchtrim.engine.graphs import graph_copy, in_traced_order
 from batchtrim.engine.layout import product
+from batchtrim.engine.operators import expression_of
 
 __all__ = [
     "CannotCompile",

@@ -21,10 +21,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from batchtrim.engine import rules_attention, rules_nn, rules_products, rules_shape  # noqa: F401  (they enter their rules)
-from batchtrim.engine.capture import decomposed, expression_of
 from batchtrim.engine.cutting import can_be_cut
 from batchtrim.engine.graphs import name_of
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, RowLayout, Whole
+from batchtrim.engine.operators import decomposed, expression_of
 from batchtrim.engine.rules import Call, Value, alike, apply_rule, has_rule, holds, only_dim
 from batchtrim.engine.rules_attention import draws, draws_by_place
 

@@ -15,9 +15,9 @@ from typing import Any
 import sympy
 import torch
 
-from batchtrim.engine.capture import zeros_at_zero
 from batchtrim.engine.graphs import name_of
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, RowLayout, Size, Whole, exact_ratio, factor_of
+from batchtrim.engine.operators import zeros_at_zero
 
 __all__ = ["Call", "Value", "apply_rule", "has_rule", "holds"]
 

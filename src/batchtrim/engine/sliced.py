@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, fx
 
 from batchtrim.engine.backward import Runs, run_backward
-from batchtrim.engine.capture import CannotCapture, OneBatchSize, expression_of, keeps_graph, pin
+from batchtrim.engine.capture import CannotCapture, OneBatchSize, keeps_graph
 from batchtrim.engine.compiled import CompiledStep
 from batchtrim.engine.cost import Cost, cost_of_step, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
-from batchtrim.engine.graphs import any_strides, executable, without_dead_draws, without_passed_on
+from batchtrim.engine.graphs import any_strides, executable, pin, without_dead_draws, without_passed_on
 from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, RowLayout, exact_ratio, factor_of
+from batchtrim.engine.operators import expression_of
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.reasons import fixed_by
 from batchtrim.engine.rules_shape import view_axis

@@ -17,10 +17,11 @@ import sympy
 import torch
 from torch import fx
 
-from batchtrim.engine.capture import CannotCapture, expression_of
+from batchtrim.engine.capture import CannotCapture
 from batchtrim.engine.cost import is_costly
 from batchtrim.engine.graphs import executable, name_of
 from batchtrim.engine.layout import Layout, RowLayout
+from batchtrim.engine.operators import expression_of
 from batchtrim.engine.proof import Proof
 
 __all__ = ["Crossing", "Part", "Slices", "split_backward"]
