@@ -40,7 +40,7 @@ plain Python, ``gradients.py`` computes gradients that no hook sees, ``precision
 ``two_pass.py`` has ``probe.py`` check on a few rows that samples do not interact, ``tolerance.py`` compare results
 within the model's precision, and ``memory.py`` find parts of the batch that share memory; on a GPU, operators that
 could end the process run on the CPU first (``cpu_first.py``).
-``side_by_side.py`` runs an engine beside a plain step, for ``batchtrim.testing.check_engine``.
+``side_by_side.py`` runs an engine beside a plain step (each a ``side.py``), for ``batchtrim.testing.check_engine``.
 
 ``auto.py`` runs the first step that might pay with ``exact`` while ``cost.py`` counts it. It traces the model as soon
 as 100 steps would pay the trace back.

@@ -7,25 +7,22 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine import TrimmedForward
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.compilation import uncompiled_calls
 from batchtrim.engine.contents import relative_difference
-from batchtrim.engine.copies import fresh, held_by_both, not_copied, twins
+from batchtrim.engine.copies import fresh, held_by_both, not_copied
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.model_facts import device_of, modules_of, parameters_of
+from batchtrim.engine.model_facts import device_of
 from batchtrim.engine.rows import copied, entries, tensors_of
-from batchtrim.engine.state import ModelState
+from batchtrim.engine.side import Side
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
-from batchtrim.trimmer import Trimmer
 
 __all__ = ["TOLERANCE", "SideBySide", "draws_of_torch", "generators_kept", "max_or_nan"]
 
@@ -68,71 +65,6 @@ def _seed(number: int) -> None:
         sys.modules["numpy"].random.seed(1000 + number)
 
 
-class _SetKeep:
-    """A schedule whose keep is set from outside."""
-
-    needs_total = False
-
-    def __init__(self) -> None:
-        self.now = 1.0
-
-    def __call__(self, progress: float) -> float:
-        return self.now
-
-
-@dataclass
-class _Side:
-    """One of the two copies, with its own loss and trimmer.
-
-    Attributes:
-        named: what :meth:`named_parameters` found since the model ran.
-    """
-
-    step: TrimmedForward
-    schedule: _SetKeep
-    refused: EngineRefused | None = None
-    named: dict[str, nn.Parameter] | None = None
-
-    @property
-    def model(self) -> nn.Module:
-        return self.step.forward.inner
-
-    def zero_grad(self) -> None:
-        for parameter in self.named_parameters().values():
-            parameter.grad = None
-
-    def keep(self, fraction: float) -> None:
-        self.schedule.now = fraction
-        self.step.trim.step()
-
-    def state(self) -> ModelState:
-        return ModelState(self.model, self.step.forward.per_sample_loss)
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the model, of its loss, and of modules that are not submodules."""
-        if self.named is None:
-            self.named = self._find_parameters()
-        return self.named
-
-    def _find_parameters(self) -> dict[str, nn.Parameter]:
-        held = modules_of(self.model, self.step.forward.per_sample_loss)
-        beside = ((f"{type(module).__name__} {number}", module) for number, module in enumerate(held))
-        return dict(parameters_of(self.model, beside))
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Return a copy of every parameter: a forward may move some (a momentum encoder). Lazy ones have no value."""
-        held = self.named_parameters().items()
-        return {name: p.detach().clone() for name, p in held if not nn.parameter.is_lazy(p)}
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return each parameter's gradient, zeros if it has none."""
-        found = {}
-        for name, p in self.named_parameters().items():
-            gradient = torch.zeros_like(p) if p.grad is None else p.grad.detach()
-            found[name] = (gradient.to_dense() if gradient.is_sparse else gradient).double()
-        return found
-
-
 class SideBySide:
     """An engine and a plain step, side by side. A context: at its end, what both hold has the gradients it had before.
 
@@ -144,8 +76,8 @@ class SideBySide:
         self.given, self.given_tolerance = (model, loss), tolerance
         self.names: list[str] = []
         self.found: dict[str, Any] = {"batch_norm": has_batch_norm(list(model.modules()))}
-        self.plain = self._side(model, loss, "exact", batch_dim)
-        self.own = self._side(model, loss, engine, batch_dim)
+        self.plain = Side.copied(model, loss, "exact", batch_dim)
+        self.own = Side.copied(model, loss, engine, batch_dim)
         self.name = engine
         sides = [(side.step.forward.inner, side.step.forward.per_sample_loss) for side in (self.own, self.plain)]
         self.shared = [(name, tensor, tensor.grad) for name, tensor in held_by_both(*sides)]
@@ -159,21 +91,9 @@ class SideBySide:
         for _name, tensor, gradient in self.shared:
             tensor.grad = gradient
 
-    def _side(self, model: nn.Module, loss: Any, engine: str, batch_dim: int) -> _Side:
-        own, own_loss = twins(model, loss)
-        schedule = _SetKeep()
-        refused = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EngineFallback)
-            try:
-                step = TrimmedForward(own, own_loss, Trimmer(schedule), engine, batch_dim=batch_dim)
-            except EngineRefused as error:
-                refused, step = error, TrimmedForward(own, own_loss, Trimmer(schedule), "exact", batch_dim=batch_dim)
-        return _Side(step, schedule, refused)
-
     def made_of(self, batch: tuple[Any, Any]) -> list[tuple[Any, Any]]:
         """Return further batches made from one: its rows in another order, and three quarters of them."""
-        forward = self._side(*self.given, "exact", self.own.step.forward.batch_dim).step.forward
+        forward = Side.copied(*self.given, "exact", self.own.step.forward.batch_dim).step.forward
         try:
             with torch.no_grad(), generators_kept(forward.inner), uncompiled_calls(forward):
                 size = len(forward(*copied(batch))[0].values)
