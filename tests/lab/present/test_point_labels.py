@@ -6,7 +6,7 @@ import itertools
 import random
 import re
 
-from batchtrim.lab.present import charts, point_labels
+from batchtrim.lab.present import charts, point_labels, svg
 from batchtrim.lab.present.point_labels import ABOVE, BELOW, FAR, GAP, NUMBER, far, named_and_numbered, place, width
 
 ROOM = (0.0, 480.0, 0.0, 250.0)
@@ -85,9 +85,9 @@ def test_numbers_are_listed_below_the_chart_which_grows() -> None:
         assert len(re.findall(rf">{number}</text>", drawn)) == 2, "beside its point and in the list"
         assert drawn.count(f">{name}</text>") == 1
     height = int(re.findall(r'viewBox="0 0 480 (\d+)"', drawn)[0])
-    assert height > charts.HEIGHT
+    assert height > svg.HEIGHT
     assert max(float(y) for y in re.findall(r'<text class="tick" x="[0-9.]+" y="([0-9.]+)">', drawn)) < height
-    assert max(float(x) for x in re.findall(r'<text class="tick" x="([0-9.]+)" y="[0-9.]+">', drawn)) < charts.WIDTH
+    assert max(float(x) for x in re.findall(r'<text class="tick" x="([0-9.]+)" y="[0-9.]+">', drawn)) < svg.WIDTH
 
 
 def test_a_single_crowded_name_is_joined_by_a_stroke() -> None:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from batchtrim.lab.analyse import comparison, csv_table
-from batchtrim.lab.present import charts, curves, report, tables, wording
+from batchtrim.lab.present import charts, curves, formats, report, svg, tables, wording
 
 NASTY = '<script>alert("x")</script>&\'|'
 VOID = {"meta", "link", "br", "wbr", "img", "input"}
@@ -117,9 +117,9 @@ def test_no_number_is_cut_off_on_a_narrow_console(make_row, width):
     assert "…" not in text
     said = " ".join(text.split())
     for arm in summary.groups[0].arms:
-        assert wording.error(arm) in said
+        assert formats.error(arm) in said
         if arm.paired:
-            assert wording.signed_interval(arm.paired.moments.t, arm.metric) in said
+            assert formats.signed_interval(arm.paired.moments.t, arm.metric) in said
     assert max(map(len, text.splitlines())) <= width
 
 
@@ -198,7 +198,7 @@ def test_the_command_holds_only_options(make_row, settings, flag, kept):
     ],
 )
 def test_ticks_are_round_numbers(low, high, expected):
-    assert charts.ticks(low, high) == pytest.approx(expected, abs=0)
+    assert svg.ticks(low, high) == pytest.approx(expected, abs=0)
 
 
 @pytest.mark.parametrize(("values", "written"), [((2.5, 3.5), "3"), ((1000.01, 1000.03), "1000.02"), ((7, 7), "7")])
@@ -248,7 +248,7 @@ def test_a_row_of_differences_clears_the_ground_under_its_name():
     drawn = str(charts.differences([row], x_label="", fmt=str))
     assert '<rect class="clear" x="12"' in drawn
     (room,) = re.findall(r'textLength="(\d+)" lengthAdjust', drawn)
-    assert 16 + int(room) < charts.WIDTH - 16 - 7 * len(row.text)
+    assert 16 + int(room) < svg.WIDTH - 16 - 7 * len(row.text)
 
 
 def test_decimals_of_other_metrics_follow_their_spread(make_row):
@@ -259,9 +259,9 @@ def test_decimals_of_other_metrics_follow_their_spread(make_row):
         for seed, value in enumerate(each)
     ]
     full, trim = comparison.summarize(rows).groups[0].arms
-    assert wording.error(full) == "0.7797 ± 0.0046"
-    assert wording.difference(trim.paired) == "+0.003"
-    assert wording.signed_interval(trim.paired.moments.t, trim.metric) == "\N{MINUS SIGN}0.010 to +0.016"
+    assert formats.error(full) == "0.7797 ± 0.0046"
+    assert formats.difference(trim.paired) == "+0.003"
+    assert formats.signed_interval(trim.paired.moments.t, trim.metric) == "\N{MINUS SIGN}0.010 to +0.016"
 
 
 def test_a_task_without_training_errors_has_no_empty_chart(make_row, tmp_path):

@@ -1,33 +1,44 @@
 """Small charts as inline SVG: lines with bands, paired differences, cost against error.
 
 Written by hand rather than with a plotting library so that a page of them is light, sharp at any size, follows the
-reader's light or dark scheme through CSS variables, and has searchable text. Colours are classes ``s0`` (the baseline)
-to ``s8``; from ``s9`` on they repeat with dashes. Every label is escaped here.
+reader's light or dark scheme through CSS variables, and has searchable text.
 """
 
 from __future__ import annotations
 
-import html
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from batchtrim.lab.files import shown
 from batchtrim.lab.present import overlaps, point_labels
 from batchtrim.lab.present.point_labels import Box
+from batchtrim.lab.present.svg import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Format,
+    Scale,
+    axes,
+    data_range,
+    drawing,
+    esc,
+    polyline,
+    style_class,
+    ticks,
+    widened,
+)
 
-WIDTH, HEIGHT = 480, 290
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
-DOT, BIG = 3.5, 5.5  # radius of a dot in a chart of lines, and of costs
 BOLD = 7.6  # approximate width of a letter in a name
-COLOURS = 8  # not counting the baseline's
+DOT, BIG = 3.5, 5.5  # radius of a dot in a chart of lines, and of costs
 MOST_POINTS = 150  # points of a line: more are not visible at this size
 
-Format = Callable[[float], str]
 _ids = itertools.count()
 
 
@@ -69,42 +80,6 @@ class Point:
     interval: tuple[float, float] | None
 
 
-@dataclass(frozen=True)
-class Scale:
-    """A linear map from data to the drawing."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-
-def esc(value: object) -> str:
-    """Escape text for HTML and SVG, including quoted attributes and characters that XML does not allow."""
-    return html.escape(shown(value), quote=True)
-
-
-def style_class(style: int) -> str:
-    """Return the CSS classes of a series: its colour, and dashes once all colours are used."""
-    if style == 0:
-        return "s0"
-    return f"s{1 + (style - 1) % COLOURS}" + (f" d{(style - 1) // COLOURS}" if style > COLOURS else "")
-
-
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Return round numbers that span ``low`` to ``high``: multiples of 1, 2 or 5 times a power of ten."""
-    span = high - low
-    if not span > 0:
-        return [low]
-    step = 10.0 ** math.floor(math.log10(span / most))
-    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= most)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
-
-
 def lines(
     series: Sequence[Series],
     *,
@@ -122,13 +97,13 @@ def lines(
     low, high = y_range or data_range(
         [y for each in drawn for part in (each.y, each.low, each.high) for y in part or ()]
     )
-    x = Scale(*_widen(min(xs), max(xs)), LEFT, WIDTH - RIGHT)
+    x = Scale(*widened(min(xs), max(xs)), LEFT, WIDTH - RIGHT)
     y = Scale(low, high, HEIGHT - BOTTOM, TOP)
     clip = f"clip{next(_ids)}"
     parts = [
         f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP - 2}" width="{WIDTH - LEFT - RIGHT}"'
         f' height="{HEIGHT - TOP - BOTTOM + 4}"/></clipPath>',
-        _axes(x, y, x_label, y_label, str, fmt, whole=True),
+        axes(x, y, x_label, y_label, str, fmt, whole=True),
         f'<g clip-path="url(#{clip})">',
         *(_band(each, x, y) for each in drawn),
         *_lines(drawn, x, y),
@@ -142,7 +117,7 @@ def lines(
             for each in drawn
         ],
     }
-    return _svg("".join(parts), title, HEIGHT, f' class="chart lines" data-read="{esc(json.dumps(known))}"')
+    return drawing("".join(parts), title, HEIGHT, f' class="chart lines" data-read="{esc(json.dumps(known))}"')
 
 
 def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title: str = "") -> Markup:
@@ -188,7 +163,7 @@ def differences(rows: Sequence[Differences], *, x_label: str, fmt: Format, title
         parts.append(
             f'<line class="mean" x1="{centre:.1f}" x2="{centre:.1f}" y1="{middle - 11}" y2="{middle + 11}"/></g>'
         )
-    return _svg("".join(parts), title, height, ' class="chart"')
+    return drawing("".join(parts), title, height, ' class="chart"')
 
 
 def scatter(
@@ -216,10 +191,10 @@ def scatter(
     values = [v for point in points for v in (point.y, *(point.interval or ()))]
     low, high = data_range(values)
     y = Scale(max(low, 0.0) if min(values) >= 0 else low, high, HEIGHT - BOTTOM, TOP)  # errors are not below 0
-    parts = [_axes(x, y, x_label, y_label, x_fmt, fmt)]
+    parts = [axes(x, y, x_label, y_label, x_fmt, fmt)]
     best = front(points, higher_is_better)
     if len(best) > 1:
-        way = _path([point.x for point in best], [point.y for point in best], x, y)
+        way = polyline([point.x for point in best], [point.y for point in best], x, y)
         parts.append(f'<polyline class="front" points="{way}"/>')
     radii = [BIG + 4 * ring for ring in overlaps.rings([(x(each.x), y(each.y)) for each in points])]
     for point, radius in zip(points, radii, strict=True):
@@ -242,7 +217,7 @@ def scatter(
     whiskers = [[_reach(each, x, y)] for each in points]
     joined = point_labels.along([(x(each.x), y(each.y)) for each in best])
     names, below = _labels(shown, x, y, [*dots, *dots, *whiskers, joined], best)  # dots twice: rather cover a line
-    return _svg("".join([*parts, names]), title, HEIGHT + below, ' class="chart"')
+    return drawing("".join([*parts, names]), title, HEIGHT + below, ' class="chart"')
 
 
 def front(points: Sequence[Point], higher_is_better: bool = False) -> list[Point]:
@@ -314,36 +289,6 @@ def _reach(point: Point, x: Scale, y: Scale) -> Box:
     return x(point.x) - 6, x(point.x) + 6, min(ends) - 5, max(ends) + 5
 
 
-def _svg(body: str, title: str, height: int, attributes: str) -> Markup:
-    return Markup(
-        f'<svg{attributes} viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{esc(title)}" '
-        f'xmlns="http://www.w3.org/2000/svg">{body}</svg>'
-    )
-
-
-def _axes(x: Scale, y: Scale, x_label: str, y_label: str, x_fmt: Format, fmt: Format, whole: bool = False) -> str:
-    floor = HEIGHT - BOTTOM
-    parts = []
-    for tick in ticks(y.low, y.high):
-        at = y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{fmt(tick)}</text>')
-    for tick in ticks(x.low, x.high, 6):
-        if whole and tick != int(tick):
-            continue
-        label = str(int(tick)) if whole else x_fmt(tick)
-        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{floor + 16}" text-anchor="middle">{label}</text>')
-    parts.append(f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
-    centre = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="axis" x="{centre}" y="{HEIGHT - 8}" text-anchor="middle">{esc(x_label)}</text>')
-    middle = (TOP + floor) / 2
-    parts.append(
-        f'<text class="axis" x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">'
-        f"{esc(y_label)}</text>"
-    )
-    return "".join(parts)
-
-
 def _lines(drawn: Sequence[Series], x: Scale, y: Scale) -> Iterator[str]:
     """Yield each line; a single point is a dot, a ring if others are there, and hollow if the line would be dashed."""
     shared = overlaps.covered([(each.x, [y(value) for value in each.y], each.dashed) for each in drawn])
@@ -351,7 +296,7 @@ def _lines(drawn: Sequence[Series], x: Scale, y: Scale) -> Iterator[str]:
     for series, below in zip(drawn, shared, strict=True):
         dash = (" dashed" if series.dashed else "") + (f" over{min(below, 3)}" if below else "")
         if len(series.x) > 1:
-            body = f'<polyline class="line{dash}" points="{_path(series.x, series.y, x, y)}"/>'
+            body = f'<polyline class="line{dash}" points="{polyline(series.x, series.y, x, y)}"/>'
         else:
             ring = next(rings)
             kind = ("ring" if ring or series.dashed else "dot") + dash
@@ -363,15 +308,11 @@ def _lines(drawn: Sequence[Series], x: Scale, y: Scale) -> Iterator[str]:
 def _band(series: Series, x: Scale, y: Scale) -> str:
     if series.low is None or series.high is None or len(series.x) < 2:
         return ""
-    up, down = _path(series.x, series.high, x, y), _path(series.x[::-1], series.low[::-1], x, y)
+    up, down = polyline(series.x, series.high, x, y), polyline(series.x[::-1], series.low[::-1], x, y)
     return (
         f'<g class="{style_class(series.style)}" data-series="{esc(series.label)}">'
         f'<polygon class="band" points="{up} {down}"/></g>'
     )
-
-
-def _path(xs: Sequence[float], ys: Sequence[float], x: Scale, y: Scale) -> str:
-    return " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys, strict=True))
 
 
 def _thin(series: Series) -> Series:
@@ -383,18 +324,3 @@ def _thin(series: Series) -> Series:
     x, y = ([values[i] for i in rows] for values in (series.x, series.y))
     low, high = (None if values is None else [values[i] for i in rows] for values in (series.low, series.high))
     return Series(series.label, series.style, x, y, low, high, series.dashed)
-
-
-def data_range(values: Sequence[float]) -> tuple[float, float]:
-    """Return the range from the smallest value to the largest, with a small margin."""
-    low, high = _widen(min(values), max(values))
-    air = 0.06 * (high - low)
-    return low - air if low < 0 or low - air > 0 else 0.0, high + air
-
-
-def _widen(low: float, high: float) -> tuple[float, float]:
-    """Return the range, widened if it is a single point."""
-    if high > low:
-        return low, high
-    air = abs(low) * 0.1 or 0.01
-    return low - air, high + air

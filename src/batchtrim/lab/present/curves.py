@@ -8,7 +8,7 @@ from typing import Any
 
 from batchtrim._checks import is_finite
 from batchtrim.lab.analyse.comparison import Arm, Group
-from batchtrim.lab.present import charts
+from batchtrim.lab.present import svg
 from batchtrim.lab.present.charts import Series
 
 __all__ = ["error_range", "series_of"]
@@ -49,10 +49,10 @@ def error_range(series: Sequence[Series]) -> tuple[tuple[float, float] | None, b
     late = [y for each in series for part in (each.y, each.low, each.high) for y in (part or [])[len(each.y) // 5 :]]
     if not late:
         return None, False
-    low, high = charts.data_range(late)
+    low, high = svg.data_range(late)
     top = max(y for each in series for y in (each.high or each.y))
     if top <= 1.3 * high:
-        return charts.data_range([min(late), max(top, high)]), False
+        return svg.data_range([min(late), max(top, high)]), False
     return (low, high), True
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from batchtrim._checks import import_extra
 from batchtrim.lab.analyse.comparison import Group, Summary
 from batchtrim.lab.files import write_whole, writing
-from batchtrim.lab.present import charts, report
+from batchtrim.lab.present import report, svg
 from batchtrim.lab.present.templating import shipped
 
 ELSEWHERE = "The report is unchanged. Pass a writable folder: --figures FOLDER."
@@ -53,7 +53,7 @@ def standalone(chart: str, group: Group, note: str = "") -> str:
     names = [(arm.label, report.styles(group)[arm.label]) for arm in group.arms]
     keys = _legend(names, height) if "data-series=" in body else ""
     if note:
-        keys += f'<text class="tick" x="0" y="{height + ROW * len(names) + 12}">{charts.esc(note)}</text>'
+        keys += f'<text class="tick" x="0" y="{height + ROW * len(names) + 12}">{svg.esc(note)}</text>'
     whole = height + (ROW * (len(names) + bool(note)) + 8 if keys else 0)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-6 -6 {width + 12} {whole + 12}" width="{width + 12}" '
@@ -76,9 +76,9 @@ def _charts(group: Group) -> Iterator[tuple[str, str, str]]:
 
 def _legend(names: list[tuple[str, int]], top: int) -> str:
     return "".join(
-        f'<g class="{charts.style_class(style)}"><line class="line" x1="{charts.LEFT}" x2="{charts.LEFT + 26}" '
+        f'<g class="{svg.style_class(style)}"><line class="line" x1="{svg.LEFT}" x2="{svg.LEFT + 26}" '
         f'y1="{top + ROW * number + 8}" y2="{top + ROW * number + 8}"/>'
-        f'<text class="tick" x="{charts.LEFT + 34}" y="{top + ROW * number + 12}">{charts.esc(label)}</text></g>'
+        f'<text class="tick" x="{svg.LEFT + 34}" y="{top + ROW * number + 12}">{svg.esc(label)}</text></g>'
         for number, (label, style) in enumerate(names)
     )
 
@@ -91,7 +91,7 @@ def _style() -> str:
         rule.strip().replace("svg.chart", "svg")
         for rule in re.findall(r"[^{}]*svg[^{}]*\{[^{}]*\}|\.d\d \.line[^{}]*\{[^{}]*\}", sheet)
     ]
-    for number in range(charts.COLOURS + 1):
+    for number in range(svg.COLOURS + 1):
         colour = light[f"s{number}"]
         rules += [
             rule.replace("svg ", f".s{number} ").replace("var(--c)", colour) for rule in rules if "var(--c)" in rule

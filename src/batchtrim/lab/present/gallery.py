@@ -27,7 +27,7 @@ from batchtrim._deprecated import renamed
 from batchtrim.keeplog import KeepLog, suspects
 from batchtrim.lab import records
 from batchtrim.lab.files import write_whole, writing
-from batchtrim.lab.present import charts, wording
+from batchtrim.lab.present import charts, formats
 from batchtrim.lab.present.charts import Series
 from batchtrim.lab.present.chosen_run import choose, found_again, remembered
 from batchtrim.lab.present.report import Tile
@@ -311,7 +311,7 @@ def _numbers(log: KeepLog, columns: dict[str, np.ndarray]) -> list[Tile]:
         Tile(f"{100 * kept / max(1, seen):.0f} %", "kept, over the whole training"),
         Tile(f"{never_dropped:,}", "never dropped once"),
         Tile(
-            f"{int(wrong.sum()):,}" if predicted.any() else wording.UNKNOWN,
+            f"{int(wrong.sum()):,}" if predicted.any() else formats.UNKNOWN,
             "predicted as another class when last seen",
         ),
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from batchtrim.lab.analyse.claims import EvidenceRecord
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.files import write_whole, writing
-from batchtrim.lab.present import tables, wording
+from batchtrim.lab.present import formats, tables
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 METHODS = ("random", "full_equal_compute", "trim", "loss_mass", "loss_mass_kept")
@@ -79,7 +79,7 @@ def _plain(group: Group) -> _Plain | None:
 def _row(title: str, found: Sequence[_Plain]) -> tuple[float, str]:
     """Return plain training's error and the row, from a problem's groups, of which the first counts most."""
     error, moments = found[0].error, found[0].arm.moments
-    cells = [tables.cell(title), str(moments.n), f"{wording.percent(error)} ± {wording.percent(moments.std)}"]
+    cells = [tables.cell(title), str(moments.n), f"{formats.percent(error)} ± {formats.percent(moments.std)}"]
     cells += [next(filter(None, (_differences(each, name, moments.n) for each in found)), "") for name in METHODS]
     return error, f"| {' | '.join(cells)} |"
 
@@ -93,10 +93,10 @@ def _cell(arm: Arm, plain: Arm, seeds: int) -> str:
     if arm.paired is None or arm.paired.moments.n < FEWEST:
         return ""
     moments = arm.paired.moments
-    parts = [wording.signed_interval(moments.t)]
+    parts = [formats.signed_interval(moments.t)]
     used, of = arm.cost.get("samples_backward"), plain.cost.get("samples_backward")
     if used and of:
         parts.append(f"{100 * used / of:.0f} %")
     if moments.n != seeds:
         parts.append(f"{moments.n} seeds")
-    return f"{wording.signed(moments.mean)} ({'; '.join(parts)})"
+    return f"{formats.signed(moments.mean)} ({'; '.join(parts)})"

@@ -17,10 +17,10 @@ from markupsafe import Markup
 from batchtrim.lab.analyse.comparison import Arm, Group, Paired, Row, Summary, summarize
 from batchtrim.lab.files import write_whole, writing
 from batchtrim.lab.metric import ERROR
-from batchtrim.lab.present import charts, sweep, tables, wording
+from batchtrim.lab.present import charts, formats, sweep, tables, wording
 from batchtrim.lab.present.caveat_texts import caveat_texts
-from batchtrim.lab.present.charts import style_class
 from batchtrim.lab.present.curves import error_range, series_of
+from batchtrim.lab.present.svg import style_class
 from batchtrim.lab.present.templating import render
 
 MOST_LABELS = 10  # points that are named in a chart of costs; if there are more, the best of each method
@@ -112,7 +112,7 @@ def _overview(summary: Summary) -> dict[str, Any] | None:
         rows.append(
             {
                 "title": group.title,
-                "baseline": wording.error(base) if base else wording.UNKNOWN,
+                "baseline": formats.error(base) if base else formats.UNKNOWN,
                 "cells": [_overview_cell(arms.get(label), base) for label in labels],
             }
         )
@@ -125,7 +125,7 @@ def _overview_cell(arm: Arm | None, base: Arm | None) -> dict[str, str]:
     return {
         "kind": wording.kind(paired),
         "colour": wording.colour(paired),
-        "text": wording.difference(paired),
+        "text": formats.difference(paired),
         "tip": tip,
     }
 
@@ -175,19 +175,19 @@ def _tiles(group: Group) -> list[Tile]:
     base, arm = group.arms
     assert arm.paired is not None
     kind, metric = wording.colour(arm.paired), group.metric
-    between = wording.signed_interval(arm.paired.moments.t, metric)
+    between = formats.signed_interval(arm.paired.moments.t, metric)
     percent = " %" if metric.in_percent else ""
     tiles = [
-        Tile(wording.percent(base.moments.mean, 2, metric) + percent, f"{metric.title}, {base.label}"),
-        Tile(wording.percent(arm.moments.mean, 2, metric) + percent, f"{metric.title}, {arm.label}"),
+        Tile(formats.percent(base.moments.mean, 2, metric) + percent, f"{metric.title}, {base.label}"),
+        Tile(formats.percent(arm.moments.mean, 2, metric) + percent, f"{metric.title}, {arm.label}"),
         Tile(
-            wording.difference(arm.paired) + metric.unit,
+            formats.difference(arm.paired) + metric.unit,
             f"difference, 95 % {between}",
             kind if kind in ("lower", "higher") else "",
         ),
     ]
     if "samples_backward" in base.cost and "samples_backward" in arm.cost:
-        tiles.append(Tile(wording.share(arm, base, "samples_backward"), f"backward samples, of {base.label}'s"))
+        tiles.append(Tile(formats.share(arm, base, "samples_backward"), f"backward samples, of {base.label}'s"))
     return tiles
 
 
@@ -200,13 +200,13 @@ def _table(arms: Sequence[Arm], group: Group, styles: dict[str, int], cost: bool
     rows = []
     for arm in arms:
         cells = [
-            Cell(*wording.runs(arm).split(", ", 1)),
-            Cell(wording.error(arm), wording.interval(arm.moments.t, arm.metric)),
+            Cell(*formats.runs(arm).split(", ", 1)),
+            Cell(formats.error(arm), formats.interval(arm.moments.t, arm.metric)),
             *_paired_cells(arm.paired),
         ]
         if cost:
             names = ("seconds", "samples_backward")
-            cells += [Cell(wording.cost(arm, name), wording.share(arm, base, name) if base else "") for name in names]
+            cells += [Cell(formats.cost(arm, name), formats.share(arm, base, name) if base else "") for name in names]
         kind = wording.kind(arm.paired) if arm.paired else ""
         # a view at an equal budget disadvantages full, whose learning rate has not decayed yet: no verdict colour
         colour = wording.colour(arm.paired) if arm.paired and cost else ""
@@ -228,8 +228,8 @@ def _paired_cells(paired: Paired | None) -> list[Cell]:
     if paired is None:
         return [Cell(""), Cell("")]
     return [
-        Cell(wording.difference(paired), wording.signed_interval(paired.moments.t, paired.metric)),
-        Cell(wording.p_value(paired.p_holm), f"Wilcoxon {wording.p_value(paired.p_wilcoxon)}"),
+        Cell(formats.difference(paired), formats.signed_interval(paired.moments.t, paired.metric)),
+        Cell(formats.p_value(paired.p_holm), f"Wilcoxon {formats.p_value(paired.p_wilcoxon)}"),
     ]
 
 
@@ -243,7 +243,7 @@ def _differences(group: Group, styles: dict[str, int]) -> Markup | None:
             mean=arm.paired.moments.mean,
             interval=arm.paired.moments.t,
             detectable=arm.paired.detectable,
-            text=f"{wording.difference(arm.paired)}  [{wording.signed_interval(arm.paired.moments.t, arm.metric)}]",
+            text=f"{formats.difference(arm.paired)}  [{formats.signed_interval(arm.paired.moments.t, arm.metric)}]",
         )
         for arm in group.arms
         if arm.paired and arm.paired.moments.mean is not None
@@ -254,7 +254,7 @@ def _differences(group: Group, styles: dict[str, int]) -> Markup | None:
     less, more = ("fewer errors", "more errors") if metric.name == "error" else ("lower", "higher")
     return charts.differences(
         rows, x_label=f"{less}  ←  {'points of ' if metric.in_percent else ''}{metric.title}  →  {more}",
-        fmt=lambda value: wording.signed(value, 2, metric),
+        fmt=lambda value: formats.signed(value, 2, metric),
         title=f"{wording.capital(metric.title)} minus that of {group.baseline}, paired by seed",
     )  # fmt: skip
 
@@ -269,7 +269,7 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
     metric = group.metric
     error = series_of(group, styles, metric.field, band=banded)
     shown, cut = error_range(error) if metric.name == "error" else (None, False)
-    note = f" The axis ends at {wording.points(shown[1], 0)} %; the first epochs lie above it." if cut and shown else ""
+    note = f" The axis ends at {formats.points(shown[1], 0)} %; the first epochs lie above it." if cut and shown else ""
     spread = "; the band is one standard deviation to either side" if banded else ""
     loss = [
         *(series_of(group, styles, "kept_loss", band=False)),
@@ -319,7 +319,7 @@ def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
         best = {arm.label for method in _methods(group) if (arm := wording.best_of(method))}
         chart = charts.scatter(
             dots, named=best if len(dots) > MOST_LABELS else None,
-            x_label=label, y_label=group.metric.heading, x_fmt=wording.amount, fmt=_axis(group),
+            x_label=label, y_label=group.metric.heading, x_fmt=formats.amount, fmt=_axis(group),
             higher_is_better=group.metric.higher_is_better,
             title=f"{wording.capital(group.metric.title)} against {name}",
         )  # fmt: skip

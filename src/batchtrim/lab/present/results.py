@@ -18,7 +18,7 @@ from typing import Any
 from batchtrim.lab.analyse.claims import EvidenceRecord, Finding
 from batchtrim.lab.analyse.comparison import Arm, Group
 from batchtrim.lab.files import write_whole, writing
-from batchtrim.lab.present import charts, tables, wording
+from batchtrim.lab.present import charts, formats, svg, tables, wording
 
 DRAWINGS = "drawings/results"
 LONGEST_NAME = 120
@@ -73,7 +73,7 @@ def page(records: Sequence[EvidenceRecord]) -> str:
         folder, topic = record.folder.resolve(), _topic(record)
         lines += [f"## {record.title}", ""]
         said = f"`{folder.parent.name}/{folder.name}`. The smallest difference of interest is "
-        lines += [f"{said}{wording.points(record.effect)} points. {record.note}".rstrip()]
+        lines += [f"{said}{formats.points(record.effect)} points. {record.note}".rstrip()]
         lines += ["", *_findings_table(record), ""]
         for group in record.groups:
             lines += [f"### {tables.cell(group.title)} ({topic})", "", *tables.markdown_table(group, group.arms), ""]
@@ -137,7 +137,7 @@ def _drawing(group: Group, axis: _Axis) -> str:
     full = most.cost[axis.cost]
     points = [
         charts.Point(
-            arm.label, 0 if arm is group.reference else 1 + place % charts.COLOURS, arm.cost[axis.cost] / full,
+            arm.label, 0 if arm is group.reference else 1 + place % svg.COLOURS, arm.cost[axis.cost] / full,
             arm.moments.mean or 0.0, arm.moments.t,
         )
         for place, arm in enumerate(arms)
@@ -166,7 +166,7 @@ def _gains(records: Sequence[EvidenceRecord]) -> list[str]:
             left = [error for error in map(_training_error, full.runs) if error is not None] if full else []
             if left and (others := tables.by_method(_compared(group))):
                 mean = sum(left) / len(left)
-                problem = [f"{tables.cell(group.title)} ({_topic(record)})", str(len(left)), wording.percent(mean)]
+                problem = [f"{tables.cell(group.title)} ({_topic(record)})", str(len(left)), formats.percent(mean)]
                 problems.append((mean, problem, others))
     problems.sort(key=lambda each: each[:2])
     counts = Counter(name for *_, others in problems for name in others)
@@ -200,7 +200,7 @@ def _table_of_gains(
 ) -> list[str]:
     heads = ["problem", "seeds", "training error of plain training, %", *(f"`{name}`" for name in names)]
     rows = [
-        [*problem, *(tables.of_arms(others.get(name, ()), show) or wording.UNKNOWN for name in names)]
+        [*problem, *(tables.of_arms(others.get(name, ()), show) or formats.UNKNOWN for name in names)]
         for _, problem, others in problems
         if any(name in others for name in names)
     ]
@@ -215,13 +215,13 @@ def _training_error(row: Mapping[str, Any]) -> float | None:
 def _gain(arm: Arm) -> str:
     if arm.paired is None or arm.paired.moments.mean is None:
         return ""
-    return f"{wording.signed(arm.paired.moments.mean)} ({wording.signed_interval(arm.paired.moments.t)})"
+    return f"{formats.signed(arm.paired.moments.mean)} ({formats.signed_interval(arm.paired.moments.t)})"
 
 
 def _short_gain(arm: Arm) -> str:
     if arm.paired is None or arm.paired.moments.mean is None:
         return ""
-    said, interval = wording.signed(arm.paired.moments.mean), arm.paired.moments.t
+    said, interval = formats.signed(arm.paired.moments.mean), arm.paired.moments.t
     return f"**{said}**" if interval is not None and (interval[0] > 0 or interval[1] < 0) else said
 
 
@@ -237,8 +237,8 @@ def _findings_table(record: EvidenceRecord) -> list[str]:
         said += f" (it used {shares})" if shares else ""
         cells = [f"**{found.status.value}**", said, *([tables.cell(found.group)] if several else [])]
         cells += [_seeds(found)]
-        cells += [f"{wording.signed(found.difference.mean)} ({wording.signed_interval(found.difference.t)})"]
-        cells += [wording.p_value(found.p), wording.percent(found.detectable)]
+        cells += [f"{formats.signed(found.difference.mean)} ({formats.signed_interval(found.difference.t)})"]
+        cells += [formats.p_value(found.p), formats.percent(found.detectable)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchtrim.lab.analyse.comparison import Arm, Group
-from batchtrim.lab.present import wording
+from batchtrim.lab.present import formats, wording
 
 LEAST = 4  # cells; with fewer, the table of methods is enough
 MOST_TIMED = 4  # methods whose seconds are listed in a sentence
@@ -54,10 +54,10 @@ def times(group: Group) -> str:
     """Return a run's mean seconds of training and testing; for many methods, those of testing only."""
     timed = [arm for arm in group.arms if "seconds" in arm.cost and arm.cost.get("seconds_eval")]
     if len(timed) > MOST_TIMED:
-        low, high = (wording.amount(each(arm.cost["seconds_eval"] for arm in timed)) for each in (min, max))
+        low, high = (formats.amount(each(arm.cost["seconds_eval"] for arm in timed)) for each in (min, max))
         return f"Testing adds {low} to {high} seconds to a run."
     parts = [
-        f"{arm.label} {wording.amount(arm.cost['seconds'])} + {wording.amount(arm.cost['seconds_eval'])}"
+        f"{arm.label} {formats.amount(arm.cost['seconds'])} + {formats.amount(arm.cost['seconds_eval'])}"
         for arm in timed
     ]
     return f"Seconds for a run, training + testing: {', '.join(parts)}." if parts else ""
@@ -82,14 +82,14 @@ def _cell(arm: Arm | None, best: Arm | None) -> GridCell | None:
     if arm is None:
         return None
     colour = wording.colour(arm.paired) if arm.paired else ""
-    return GridCell(wording.error(arm), wording.difference(arm.paired), colour, arm is best)
+    return GridCell(formats.error(arm), formats.difference(arm.paired), colour, arm is best)
 
 
 def _best_said(best: Arm, of: int) -> str:
     """Return a sentence on the best of several arms, with a warning about picking it."""
     unit = best.metric.unit
-    against = f", {wording.difference(best.paired)}{unit} against the baseline" if best.paired else ""
+    against = f", {formats.difference(best.paired)}{unit} against the baseline" if best.paired else ""
     return (
-        f"Best: {wording.place(best)}, {best.metric.title} {wording.error(best)}{against}. Picked out of {of} on the "
+        f"Best: {wording.place(best)}, {best.metric.title} {formats.error(best)}{against}. Picked out of {of} on the "
         "test set, so it looks better than it is: confirm it on fresh seeds."
     )

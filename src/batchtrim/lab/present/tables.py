@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from batchtrim.lab.analyse.comparison import Arm, Group, Summary, View
-from batchtrim.lab.present import wording
+from batchtrim.lab.present import formats, wording
 from batchtrim.lab.present.caveat_texts import caveat_texts
 from batchtrim.lab.terminal import console
 
@@ -63,13 +63,13 @@ class _ConsoleTable:
     def _numbers(self, arm: Arm, group: Group) -> tuple[str, ...]:
         paired = arm.paired
         return (
-            wording.short_runs(arm),
-            wording.error(arm),
-            wording.difference(paired),
-            wording.signed_interval(paired.moments.t, paired.metric) if paired else "",
-            wording.p_value(paired.p_holm) if paired else "",
-            wording.cost(arm, "seconds"),
-            wording.backward(arm, group),
+            formats.short_runs(arm),
+            formats.error(arm),
+            formats.difference(paired),
+            formats.signed_interval(paired.moments.t, paired.metric) if paired else "",
+            formats.p_value(paired.p_holm) if paired else "",
+            formats.cost(arm, "seconds"),
+            formats.backward(arm, group),
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -252,10 +252,10 @@ def markdown_table(group: Group, arms: Iterable[Arm], cost: bool = True) -> list
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     for arm in arms:
         paired = arm.paired
-        cells = [cell(arm.label), wording.runs(arm), wording.error(arm), wording.difference(paired)]
-        cells += [wording.signed_interval(paired.moments.t, metric) if paired else ""]
-        cells += [wording.p_value(paired.p_holm), wording.p_value(paired.p_wilcoxon)] if paired else ["", ""]
-        cells += [wording.cost(arm, "seconds"), wording.backward(arm, group)] if cost else []
+        cells = [cell(arm.label), formats.runs(arm), formats.error(arm), formats.difference(paired)]
+        cells += [formats.signed_interval(paired.moments.t, metric) if paired else ""]
+        cells += [formats.p_value(paired.p_holm), formats.p_value(paired.p_wilcoxon)] if paired else ["", ""]
+        cells += [formats.cost(arm, "seconds"), formats.backward(arm, group)] if cost else []
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
