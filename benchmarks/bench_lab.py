@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from batchtrim.lab import records
 from batchtrim.lab.execute import grid, progress, scheduler
 from batchtrim.lab.present import report
-from batchtrim.lab.run import loading, train
+from batchtrim.lab.run import loading
 from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.loop import Training
 from batchtrim.lab.task import models
 from batchtrim.lab.task.own_code import Code
 from benchmarks.timing import interleaved, parser_of, ratio, save
@@ -41,7 +42,7 @@ def loop(method: str, rounds: int, network: str = "resnet8") -> dict[str, Any]:
         label_smoothing=0.1 if network == "speed" else 0.0, **settings,
     ).resolved()  # fmt: skip
     images = loading.load_images(config, None, None)
-    training = train.Training(config, images)
+    training = Training(config, images)
     mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in (images.mean, images.std))
     x, y = (images.train_images.float() - mean) / std, images.train_labels
     model = models.build(network, images.shape, images.classes)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import batchtrim
 from batchtrim import Selection
-from batchtrim.lab.run import loading, train
+from batchtrim.lab.run import loading, loop
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import conditions, data
 
@@ -50,7 +50,7 @@ def recorded(config: RunConfig, data_dir: str | None, cache: Path | None) -> dic
             return dict(found)
     images = loading.load_images(config, data_dir)
     log = StoringLog(len(images.train_labels), classes=images.classes)
-    training = train.Training(config, images, log=log)
+    training = loop.Training(config, images, log=log)
     training.prepare()
     errors = [training.train_epoch()["train_error"] for _ in range(training.epochs)]
     epochs = [[torch.cat(parts).numpy() for parts in zip(*epoch, strict=True)] for epoch in log.given if epoch]
@@ -106,9 +106,9 @@ def wrong_labels(config: RunConfig, data_dir: str | None) -> Tensor:
 
 
 @torch.inference_mode()
-def _probabilities(training: train.Training) -> Tensor:
+def _probabilities(training: loop.Training) -> Tensor:
     """Return the probabilities of all classes for every training image (n, C), in evaluation mode, unaugmented."""
     training.model.eval()
-    rows = torch.arange(len(training.labels), device=training.device).split(train.EVALUATION_BATCH)
+    rows = torch.arange(len(training.labels), device=training.device).split(loop.EVALUATION_BATCH)
     batches = training._batches(training.images.train_images, "none", 0)
     return torch.cat([training.model(batches(part)).float().softmax(1).cpu() for part in rows])

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback
 from batchtrim.integrations._row_numbers import IDS, numbered_rows
 from batchtrim.integrations.transformers import TrimmedTrainer
 from batchtrim.lab.methods.base import Method
-from batchtrim.lab.run.train import REFERENCE_SEED
+from batchtrim.lab.run.loop import REFERENCE_SEED
 
 __all__ = ["MethodTrainer", "count_samples", "make_trainer"]
 

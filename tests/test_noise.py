@@ -140,7 +140,7 @@ def test_warning_where_the_hardest_stay_however_often_kept(stubborn, select):
 
 def _train(noise, method):
     """Digits with part of the labels wrong, trimmed; returns the warnings and the log."""
-    lab = pytest.importorskip("batchtrim.lab.run.train")
+    lab = pytest.importorskip("batchtrim.lab.run.loop")
     from batchtrim.lab.run.config import RunConfig
     from batchtrim.lab.run.loading import load_images
 

@@ -19,7 +19,7 @@ from batchtrim.lab import records
 from batchtrim.lab.analyse import claims, comparison, naming
 from batchtrim.lab.execute import grid, progress, scheduler
 from batchtrim.lab.present import readme_table, results, wording
-from batchtrim.lab.run import checkpoint, train
+from batchtrim.lab.run import checkpoint, loop, train
 from batchtrim.lab.run.config import RunConfig
 from lab.conftest import _make_row
 
@@ -32,7 +32,7 @@ CLAIM = 'effect = 0.5\n[[claim]]\ntext = "It helps."\nmethod = "trim"\nagainst =
 
 
 def fail_at(epoch: int, error: BaseException) -> Callable[[Any], Any]:
-    advance = train.Training.advance
+    advance = loop.Training.advance
 
     def broken(training: Any) -> Any:
         if training.epoch == epoch:
@@ -47,7 +47,7 @@ def test_a_failed_run_continues_where_it_was(tmp_path: Path, monkeypatch: pytest
     shared = scheduler.SharedOptions(tmp_path, checkpoint_seconds=0.0)
     (config,) = grid.expand(TINY)
     with monkeypatch.context() as patched:
-        patched.setattr(train.Training, "advance", fail_at(3, error))
+        patched.setattr(loop.Training, "advance", fail_at(3, error))
         (failed,) = scheduler.run_all([config], shared, progress.Quiet())
     assert failed["status"] == "failed"
     assert shared.checkpoint(config).exists()

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.run import loading
 from batchtrim.lab.run.config import RunConfig
-from batchtrim.lab.run.train import Training
+from batchtrim.lab.run.loop import Training
 from studies import text_runs
 from tiers import few
 

@@ -13,18 +13,18 @@ import batchtrim
 from batchtrim.lab.methods.base import RunInfo
 from batchtrim.lab.methods.relatives import Importance
 from batchtrim.lab.methods.table import METHODS
-from batchtrim.lab.run import loading, train
+from batchtrim.lab.run import loading, loop
 from batchtrim.lab.run.config import RunConfig
 
 
-def start(name: str, epochs: int = 4, **settings: Any) -> train.Training:
+def start(name: str, epochs: int = 4, **settings: Any) -> loop.Training:
     config = RunConfig(method=name, epochs=epochs, train_size=300, batch_size=64, lr=0.003, **settings).resolved()
-    training = train.Training(config, loading.load_images(config))
+    training = loop.Training(config, loading.load_images(config))
     training.prepare()
     return training
 
 
-def finish(training: train.Training) -> train.Training:
+def finish(training: loop.Training) -> loop.Training:
     while training.epoch < training.epochs:
         training.advance()
     return training

@@ -16,7 +16,7 @@ import torch
 import batchtrim
 from batchtrim.lab.methods.base import InfoBatch, RunInfo
 from batchtrim.lab.methods.table import METHODS, find_method, make_schedule
-from batchtrim.lab.run import loading, train
+from batchtrim.lab.run import loading, loop
 from batchtrim.lab.run.config import RunConfig
 from tiers import few
 
@@ -39,14 +39,14 @@ def config(name: str, **settings: Any) -> RunConfig:
     return RunConfig(method=name, epochs=4, train_size=300, batch_size=64, lr=0.003, **settings).resolved()
 
 
-def start(name: str, **settings: Any) -> train.Training:
+def start(name: str, **settings: Any) -> loop.Training:
     chosen = config(name, **settings)
-    training = train.Training(chosen, loading.load_images(chosen))
+    training = loop.Training(chosen, loading.load_images(chosen))
     training.prepare()
     return training
 
 
-def finish(training: train.Training) -> dict[str, Any]:
+def finish(training: loop.Training) -> dict[str, Any]:
     """Train to the end; everything that must repeat, seconds left out."""
     while training.epoch < training.epochs:
         training.advance()
@@ -121,7 +121,7 @@ def test_it_refuses_bad_values_of_each_parameter(place: str, value: object) -> N
 @every_method
 def test_a_last_batch_of_one_and_a_single_epoch_work(name: str) -> None:
     chosen = replace(config(name), epochs=1, train_size=65).resolved()
-    training = train.Training(chosen, loading.load_images(chosen))
+    training = loop.Training(chosen, loading.load_images(chosen))
     training.prepare()
     assert finish(training)["counts"]["steps"] == 2
 
@@ -131,7 +131,7 @@ def test_its_keep_log_has_every_sample(name: str) -> None:
     chosen = config(name)
     images = loading.load_images(chosen)
     log = batchtrim.KeepLog(len(images.train_labels), classes=images.classes)
-    training = train.Training(chosen, images, log=log)
+    training = loop.Training(chosen, images, log=log)
     training.prepare()
     point = training.advance()
     table = log.table()

@@ -23,7 +23,7 @@ from batchtrim.lab.execute import progress, scheduler
 from batchtrim.lab.methods.base import RunInfo
 from batchtrim.lab.methods.table import METHODS
 from batchtrim.lab.present import gallery
-from batchtrim.lab.run import loading, train
+from batchtrim.lab.run import loading, loop
 from batchtrim.lab.run.config import RunConfig
 from browser import find_browser
 
@@ -215,12 +215,12 @@ def test_build_without_a_log_says_how_to_get_one(tmp_path):
 def test_a_resumed_run_keeps_its_log():
     config = RunConfig(method="trim", epochs=4, train_size=200, model="mlp").resolved()
     images = loading.load_images(config)
-    whole = train.Training(config, images, log=KeepLog(200, classes=10))
+    whole = loop.Training(config, images, log=KeepLog(200, classes=10))
     for _ in range(4):
         whole.train_epoch()
-    first = train.Training(config, images, log=KeepLog(200, classes=10))
+    first = loop.Training(config, images, log=KeepLog(200, classes=10))
     first.train_epoch()
-    resumed = train.Training(config, images, log=KeepLog(200, classes=10))
+    resumed = loop.Training(config, images, log=KeepLog(200, classes=10))
     resumed.load_state_dict(first.state_dict())
     for _ in range(3):
         resumed.train_epoch()
@@ -228,7 +228,7 @@ def test_a_resumed_run_keeps_its_log():
     for name, column in whole.log.table().items():
         assert column.equal(resumed.log.table()[name]), name
     with pytest.raises(ValueError, match="with the same --keep-log"):
-        train.Training(config, images).load_state_dict(first.state_dict())
+        loop.Training(config, images).load_state_dict(first.state_dict())
 
 
 def _command(folder, *words):

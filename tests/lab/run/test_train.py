@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import launch
 from batchtrim.errors import ApproximateGradient
 from batchtrim.lab import records
-from batchtrim.lab.run import loading, train
+from batchtrim.lab.run import loading, loop, train
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
 from tiers import few
@@ -44,7 +44,7 @@ def test_it_equals_a_loop_written_by_hand() -> None:
     """The same weights as fifteen lines that use nothing of the loop, up to the rounding of the learning rate."""
     config = replace(SMALL, method="full", optimizer="adam", lr_schedule="cosine").resolved()
     images = loading.load_images(config)
-    training = train.Training(config, images)
+    training = loop.Training(config, images)
     while training.epoch < 3:
         training.advance()
 
@@ -158,7 +158,7 @@ def test_a_run_that_diverges_is_recorded_as_such() -> None:
 def test_a_network_that_breaks_in_its_last_step_has_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses of the last epoch are still fine; only the weights are not."""
     config = replace(SMALL, epochs=1).resolved()
-    training = train.Training(config, loading.load_images(config))
+    training = loop.Training(config, loading.load_images(config))
     step, calls = training.optimizer.step, []
 
     def breaking_step() -> None:
@@ -169,21 +169,21 @@ def test_a_network_that_breaks_in_its_last_step_has_diverged(monkeypatch: pytest
                 parameter.data.fill_(float("inf"))
 
     monkeypatch.setattr(training.optimizer, "step", breaking_step)
-    with pytest.raises(train.Diverged):
+    with pytest.raises(loop.Diverged):
         training.advance()
 
 
 def test_evaluation_has_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate = train.Training.evaluate
-    monkeypatch.setattr(train.Training, "evaluate", lambda self: (time.sleep(0.2), evaluate(self))[1])
+    evaluate = loop.Training.evaluate
+    monkeypatch.setattr(loop.Training, "evaluate", lambda self: (time.sleep(0.2), evaluate(self))[1])
     row = train.train_run(replace(SMALL, epochs=2))
     assert row["seconds_eval"] > 0.4
     assert row["seconds"] < 0.4
 
 
 def test_selection_is_inside_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = train.Training._loss
-    monkeypatch.setattr(train.Training, "_loss", lambda self, *args: (time.sleep(0.04), loss(self, *args))[1])
+    loss = loop.Training._loss
+    monkeypatch.setattr(loop.Training, "_loss", lambda self, *args: (time.sleep(0.04), loss(self, *args))[1])
     assert train.train_run(replace(SMALL, epochs=1))["seconds"] > 5 * 0.04
 
 
@@ -203,7 +203,7 @@ def test_every_optimizer_learns_with_every_learning_rate(optimizer: str, lr_sche
 
 def test_sharing_the_seed_shares_start_and_order() -> None:
     """Comparisons are paired: at one seed two methods see the same images first."""
-    trainings = [train.Training(config, loading.load_images(config)) for config in (
+    trainings = [loop.Training(config, loading.load_images(config)) for config in (
         replace(SMALL, method=name).resolved() for name in ("full", "random")
     )]  # fmt: skip
     first, second = (training.model.state_dict() for training in trainings)
@@ -260,8 +260,8 @@ def test_testing_now_and_then_changes_what_is_known_and_not_what_is_learnt(
     settings = replace(SMALL, epochs=7)
     said: list[str] = []
     tests: list[str] = []
-    evaluate = train.Training.evaluate
-    monkeypatch.setattr(train.Training, "evaluate", lambda self: tests.append("one") or evaluate(self))
+    evaluate = loop.Training.evaluate
+    monkeypatch.setattr(loop.Training, "evaluate", lambda self: tests.append("one") or evaluate(self))
     every = train.train_run(settings)
     assert len(tests) == 7
     tests.clear()
@@ -282,7 +282,7 @@ def test_testing_now_and_then_changes_what_is_known_and_not_what_is_learnt(
 
 def test_the_mirror_image_may_have_a_say() -> None:
     config = replace(SMALL, test_views="mirror").resolved()
-    training = train.Training(config, loading.load_images(config))
+    training = loop.Training(config, loading.load_images(config))
     seen: list[torch.Tensor] = []
     training.model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     training.evaluate()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from batchtrim.lab.run import loading, train
+from batchtrim.lab.run import loading, loop
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import models
 from batchtrim.lab.task.speed import SpeedNet, patch_whitening
@@ -68,7 +68,7 @@ def test_it_trains_and_its_first_layer_stays() -> None:
         model="speed", width=8, optimizer="nesterov", lr=0.3, lr_schedule="triangle", epochs=8, train_size=600,
         batch_size=50, label_smoothing=0.1,
     ).resolved()  # fmt: skip
-    training = train.Training(config, loading.load_images(config))
+    training = loop.Training(config, loading.load_images(config))
     whitened = training.model.whiten.weight.clone()
     while training.epoch < training.epochs:
         point = training.advance()
