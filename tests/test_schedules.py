@@ -52,7 +52,7 @@ def test_keep_out_of_range(value: float) -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="expected `keep` to be a number, got '20%'"):
         constant("20%")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="one place fewer than `schedules`"):
+    with pytest.raises(ValueError, match="one place fewer in `at`"):
         join([0.5, 0.4], at=[])
     with pytest.raises(ValueError, match="rise strictly"):
         join([0.5, 0.4, 0.3], at=[0.6, 0.5])

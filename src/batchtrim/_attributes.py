@@ -67,4 +67,4 @@ class _FixedMethod:
 
 
 def _is_fixed(instance: object, name: str, cure: str) -> AttributeError:
-    return AttributeError(f"expected `{name}` of {type(instance).__name__} to stay as it is, got it set. {cure}")
+    return AttributeError(f"expected `{name}` of {type(instance).__name__} to be read only, got an assignment. {cure}")

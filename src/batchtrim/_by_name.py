@@ -43,7 +43,7 @@ def _name_of(function: Callable[..., Any], instance: object) -> str:
 
 def _message(name: str, last: str, named: Sequence[str], given: Sequence[object], in_order: bool) -> str:
     """Return the error's text. ``in_order``: the values are probably meant for the names in their order."""
-    said = f"expected all after `{last}` of {name} by name, got {len(given)} by position"
+    said = f"expected the arguments after `{last}` of {name} by name, got {len(given)} by position"
     if in_order:
         written = [f"{each}={describe(value)}" for each, value in zip(named, given, strict=False)]
         more = "" if len(named) == 1 else f" The first names are {', '.join(named[:5])}."

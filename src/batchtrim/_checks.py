@@ -149,7 +149,12 @@ def takes(function: Callable[..., Any], count: int) -> bool:
 
 def check_rule(name: str, value: Any) -> None:
     """Check a selection rule: an instance, not its class."""
-    if not callable(value) or isinstance(value, type):
+    if isinstance(value, type):
+        raise TypeError(
+            f"expected `{name}` to be a selection rule, got the class {value.__name__}. Give an instance: "
+            f"{value.__name__}(...)."
+        )
+    if not callable(value):
         raise TypeError(f"expected `{name}` to be a selection rule such as batchtrim.hardest(), got {describe(value)}.")
     if not takes(value, 3):
         raise TypeError(

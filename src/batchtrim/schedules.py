@@ -190,8 +190,8 @@ class join(Schedule):
         at = tuple(check_progress("at", place) for place in self.at)
         if len(schedules) < 2 or len(at) != len(schedules) - 1:
             raise ValueError(
-                f"expected `at` to hold one place fewer than `schedules`, of which two or more, "
-                f"got {len(at)} places for {len(schedules)} schedules."
+                "expected two or more `schedules`, and one place fewer in `at`, "
+                f"got {len(schedules)} schedules and {len(at)} places."
             )
         edges = (0.0, *at, 1.0)
         if any(left >= right for left, right in pairwise(edges)):

@@ -111,12 +111,12 @@ def test_outputs_of_another_form_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("last", "ids", "message"),
     [
-        (None, IDS, "expected `last` to be what was chosen, got None. Record after the trimmer was called"),
+        (None, IDS, "expected `last` to be a batchtrim.Choice, got None. Record after the trimmer was called"),
         (Choice(LOSSES, Selection(torch.tensor([1]), 5, 5)), IDS, "expected `last.selection` to be of 4 losses"),
         (Choice(LOSSES, Selection(torch.tensor([1]), 4, 4)), IDS[:3], "`ids` to be integers of shape"),
         (Choice(LOSSES, Selection(torch.tensor([1]), 4, 4)), None, "expected `ids`, the samples' row numbers"),
         (Choice(LOSSES, Selection(torch.tensor([1]), 4, 4)), IDS + 1, "expected `ids` from 0 to 9, got some from 7"),
-        (LOSSES, IDS, "expected `last` to be what was chosen, such as `trim.last`, got a tensor"),
+        (LOSSES, IDS, "expected `last` to be a batchtrim.Choice, such as `trim.last`, got a tensor"),
         ("last", IDS, "expected `last` to have losses and a selection"),
     ],
 )  # fmt: skip

@@ -295,7 +295,10 @@ def test_one_thing_for_another(make: Callable[[], Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Trimmer(0.5, 10), r"expected all after `keep` of Trimmer by name, got 1 .*Did you mean total=10\?"),
+        (
+            lambda: Trimmer(0.5, 10),
+            r"expected the arguments after `keep` of Trimmer by name, got 1 .*Did you mean total=10\?",
+        ),
         (lambda: per_sample(nn.MSELoss(), "element"), r"after `criterion` of per_sample .*unit='element'"),
         (lambda: batchtrim.KeepLog(100, 10), r"after `n` of KeepLog .*classes=10"),
         (

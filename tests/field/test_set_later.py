@@ -47,7 +47,7 @@ def test_a_setting_that_stays(make: Callable[[], Any], name: str, value: Any, cu
     """The trimmer of a step, its model, its engine and a rule by the name of its argument were taken and ignored."""
     made = make()
     before = getattr(made, name)
-    with pytest.raises(AttributeError, match=rf"expected `{name}` of .* to stay as it is, got it set\. .*{cure}"):
+    with pytest.raises(AttributeError, match=rf"expected `{name}` of .* to be read only, got an assignment\. .*{cure}"):
         setattr(made, name, value)
     assert getattr(made, name) == before
 

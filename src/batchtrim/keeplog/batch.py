@@ -78,7 +78,7 @@ def as_before(
 ) -> tuple[Tensor, Choice]:
     """Convert the deprecated call ``record(ids, losses, selection, mask=mask)`` to ids and a choice."""
     if losses is None or selection is None:
-        raise TypeError(f"expected `last` to be what was chosen, such as `trim.last`, got {describe(ids)}.")
+        raise TypeError(f"expected `last` to be a batchtrim.Choice, such as `trim.last`, got {describe(ids)}.")
     message = (
         "record(ids, losses, selection) is removed in the next release: record(Choice(losses, selection), ids=ids)."
     )
@@ -90,7 +90,7 @@ def parts_of(last: Any) -> tuple[Tensor, Selection, Tensor | None]:
     """Return losses, selection and mask of the last choice."""
     if last is None:
         raise ValueError(
-            "expected `last` to be what was chosen, got None. Record after the trimmer was called; a compiled step "
+            "expected `last` to be a batchtrim.Choice, got None. Record after the trimmer was called; a compiled step "
             "leaves no choice to record."
         )
     losses, selection = getattr(last, "losses", None), getattr(last, "selection", None)
