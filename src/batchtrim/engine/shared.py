@@ -191,26 +191,17 @@ class SharedEngine:
                 self._refuse(f"{changed} changes from step to step, and torch's guards do not see it")
             self._reset()
         x = dict(x) if isinstance(x, Mapping) else x  # such as a BatchEncoding; the model gets its entries
-        reason, alone, once = "", False, False
-        size = batch_size(x, self.forward.batch_dim) or 0
+        refused: EngineRefused | None = None
         try:
             with torch.enable_grad(), in_wrapper(self.forward.model, self._traced) as call:
                 parts, outputs, tape, eager = call(x, y)
         except _SetsUp:
             return None
         except CannotCapture as error:
-            nested = isinstance(error, OneBatchSize) and any(each.is_nested for each in tensors_of((x, y)))
-            reason = _NESTED if nested else str(error)
-            self.failures += isinstance(error, _TraceFails)
-            once = (isinstance(error, _TraceFails) and self.failures < _TRIES) or no_new_traces()
-            alone = isinstance(error, OneBatchSize) and self.trace is not None and len(self.untraced) < _TRIES
-        if alone:
-            self.untraced.add(size)
-            return None
-        if once:
-            raise EngineRefused(_CANNOT.format(reason))
-        if reason:
-            self._refuse(reason)
+            if (refused := self._without_trace(error, x, y)) is None:
+                return None
+        if refused is not None:  # raised here: in the handler, it would hold the model's frames
+            raise refused
         coarse = tape.step is not None and tape.step.coarse
         differs = None if eager is None else eager.difference(parts[0], outputs, coarse)
         if eager is not None and differs is not None:
@@ -219,6 +210,20 @@ class SharedEngine:
         if tape.step is not None and eager is not None:
             tape.step.compared(again=eager.counts)
         return tape, Losses(*parts), map_tensors(Tensor.detach, outputs)
+
+    def _without_trace(self, error: CannotCapture, x: Any, y: Any) -> EngineRefused | None:
+        """Return the error of a step that cannot be traced, or None if only its batch size cannot."""
+        one_size = isinstance(error, OneBatchSize)
+        if one_size and self.trace is not None and len(self.untraced) < _TRIES:
+            self.untraced.add(batch_size(x, self.forward.batch_dim) or 0)
+            return None
+        nested = one_size and any(each.is_nested for each in tensors_of((x, y)))
+        refused = EngineRefused(_CANNOT.format(_NESTED if nested else error))
+        fails = isinstance(error, _TraceFails)
+        self.failures += fails
+        if not (fails and self.failures < _TRIES) and not no_new_traces():
+            self.refused = str(refused)  # for good
+        return refused
 
     def _traced(self, x: Any, y: Any) -> Any:
         """Run the trace. Before a trace's first run, run the model's own Python to compare."""
