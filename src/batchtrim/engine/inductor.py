@@ -39,6 +39,7 @@ __all__ = [
     "new_size",
     "not_traced",
     "restrided",
+    "with_strides",
     "without_data",
     "without_strides",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy
 
-__all__ = ["Axis", "Broken", "Layout", "Mixes", "RowLayout", "Whole", "exact_ratio", "factor_of", "product"]
+__all__ = ["Axis", "Broken", "Layout", "Mixes", "RowLayout", "Size", "Whole", "exact_ratio", "factor_of", "product"]
 
 Size = Any  # int or sympy.Expr
 

@@ -26,14 +26,18 @@ from batchtrim.engine.memory import is_array
 __all__ = [
     "CONTAINERS",
     "FIXED",
+    "OF_ALL_MODULES",
+    "OF_EVERY_MODULE",
     "TOOLS",
     "Names",
     "Unbound",
     "attributes_of",
     "beside_models",
     "chains_of",
+    "imported",
     "is_installed",
     "names_in",
+    "names_of_handlers",
     "slots_of",
 ]
 

@@ -28,7 +28,7 @@ from batchtrim.engine.operators import decomposed, expression_of
 from batchtrim.engine.rules import Call, Value, alike, apply_rule, has_rule, holds, only_dim
 from batchtrim.engine.rules_attention import draws, draws_by_place
 
-__all__ = ["NodeProof", "Proof", "label", "place_of", "prove"]
+__all__ = ["LAYOUT", "NodeProof", "Proof", "by_shape", "label", "place_of", "prove"]
 
 _UNCUT: Layout = Broken("its rows lie where they cannot be cut")
 LAYOUT = "batchtrim_layout"  # key in a node's meta

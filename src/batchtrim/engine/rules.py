@@ -19,7 +19,21 @@ from batchtrim.engine.graphs import name_of
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, RowLayout, Size, Whole, exact_ratio, factor_of
 from batchtrim.engine.operators import zeros_at_zero
 
-__all__ = ["Call", "Value", "apply_rule", "has_rule", "holds"]
+__all__ = [
+    "Call",
+    "Value",
+    "aligned",
+    "alike",
+    "apply_rule",
+    "has_rule",
+    "holds",
+    "not_along",
+    "one_with_rows",
+    "only_dim",
+    "rule",
+    "same_axis",
+    "zero_outputs",
+]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchtrim.integrations._recorder import LossCall, LossPart, NotFound
 
-__all__ = ["parts_of"]
+__all__ = ["compare", "near", "parts_of", "tolerance_of"]
 
 
 def parts_of(loss: Any, calls: list[LossCall], *, check: bool) -> list[LossPart]:

@@ -17,7 +17,20 @@ from batchtrim.integrations._loss_finder import Found
 from batchtrim.integrations._sample_rows import items_of, shifts_of
 from batchtrim.unreduced import Losses, divisors, flatten
 
-__all__ = ["Counting", "count", "shares"]
+__all__ = [
+    "Counting",
+    "check_own",
+    "count",
+    "countings_of",
+    "countings_of_own",
+    "labels_of",
+    "loss_of",
+    "named_labels",
+    "plain_sums",
+    "shares",
+    "tensors_in",
+    "without_labels",
+]
 
 _SPANS = ("start_positions", "end_positions")
 

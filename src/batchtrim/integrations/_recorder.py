@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["LossCall", "LossPart", "NotFound", "Recorder"]
+__all__ = ["LossCall", "LossPart", "NotFound", "Recorder", "entries"]
 
 _CLASSES = (F.cross_entropy, F.nll_loss)  # these divide by the targets that count, weighted
 _ENTRIES = (  # these divide by all entries

@@ -9,7 +9,7 @@ from typing import Any
 
 from batchtrim._checks import nearest
 
-__all__ = ["ERROR", "Metric"]
+__all__ = ["ERROR", "FRACTIONS", "Metric"]
 
 LOWER = ("error", "loss", "rmse", "mse", "mae", "mape", "nll", "perplexity", "wer", "cer", "brier", "ece", "fid", "eer")
 HIGHER = (

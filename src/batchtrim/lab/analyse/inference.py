@@ -12,7 +12,19 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["Moments", "detectable", "detectable_effect", "holm", "moments", "paired_t", "wilcoxon"]
+__all__ = [
+    "ALPHA",
+    "MIN_PAIRS",
+    "NO_SPREAD",
+    "Moments",
+    "detectable",
+    "detectable_effect",
+    "holm",
+    "moments",
+    "paired_t",
+    "unit_of",
+    "wilcoxon",
+]
 
 ALPHA = 0.05
 POWER = 0.80

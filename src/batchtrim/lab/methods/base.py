@@ -25,6 +25,7 @@ __all__ = [
     "InfoBatch",
     "Interrupted",
     "Method",
+    "NewNetwork",
     "Reference",
     "Reweighted",
     "RhoLoss",
