@@ -31,9 +31,9 @@ def save(summary: Summary, folder: str | Path) -> list[Path]:
     for number, group in enumerate(summary.groups):
         prefix = f"{number + 1}-" if len(summary.groups) > 1 else ""
         for name, chart, note in _charts(group):
-            svg = standalone(chart, group, note)
-            image = bytes(resvg.svg_to_bytes(svg_string=svg, zoom=SCALE))
-            for suffix, content in ((".svg", svg.encode()), (".png", image)):
+            drawing = standalone(chart, group, note)
+            image = bytes(resvg.svg_to_bytes(svg_string=drawing, zoom=SCALE))
+            for suffix, content in ((".svg", drawing.encode()), (".png", image)):
                 path = folder / f"{prefix}{name}{suffix}"
                 with writing(path, ELSEWHERE):
                     write_whole(path, lambda file, content=content: file.write(content))

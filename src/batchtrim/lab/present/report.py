@@ -1,7 +1,7 @@
 """The comparison report as one HTML page that contains style, script and charts and fetches nothing.
 
-This file collects the values for ``templates/report.html``. The page's sentences are in
-:mod:`batchtrim.lab.present.wording` and drawn in :mod:`batchtrim.lab.present.charts`.
+This file collects the values for ``templates/report.html``. Its sentences are in
+:mod:`batchtrim.lab.present.wording`, its charts in :mod:`batchtrim.lab.present.charts`.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def group_values(group: Group) -> dict[str, Any]:
         "verdict": wording.group_verdict(group),
         "caveats": caveat_texts(group),
         "legend_note": wording.legend(group.metric),
-        "terms": sweep.TERMS,
-        "times": sweep.times(group),
+        "terms": wording.TERMS,
+        "times": wording.times(group),
         "metric": group.metric,
         "baseline": group.baseline,
         "tiles": _tiles(group),
@@ -296,12 +296,6 @@ def _curves(group: Group, styles: dict[str, int]) -> list[Card]:
     ]  # fmt: skip
 
 
-def _methods(group: Group) -> list[list[Arm]]:
-    """Return the arms of each method."""
-    names = dict.fromkeys(arm.settings["method"] for arm in group.arms)
-    return [[arm for arm in group.arms if arm.settings["method"] == name] for name in names]
-
-
 def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
     axes = [
         ("backward samples", "backward samples", "samples_backward"),
@@ -316,7 +310,7 @@ def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
         ]
         if not dots and group.metric != ERROR:
             continue
-        best = {arm.label for method in _methods(group) if (arm := wording.best_of(method))}
+        best = {arm.label for arms in tables.by_method(group.arms).values() if (arm := wording.best_of(arms))}
         chart = charts.scatter(
             dots, named=best if len(dots) > MOST_LABELS else None,
             x_label=label, y_label=group.metric.heading, x_fmt=formats.amount, fmt=_axis(group),

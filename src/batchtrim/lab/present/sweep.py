@@ -1,7 +1,4 @@
-"""A sweep over schedules and ends: its headline, and a grid for each method with the best cell marked.
-
-It also has the page's explanations: terms, and the seconds of a run's parts.
-"""
+"""A sweep over schedules and ends: its headline, and a grid for each method with the best cell marked."""
 
 from __future__ import annotations
 
@@ -9,16 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchtrim.lab.analyse.comparison import Arm, Group
-from batchtrim.lab.present import formats, wording
+from batchtrim.lab.present import formats, tables, wording
 
 LEAST = 4  # cells; with fewer, the table of methods is enough
-MOST_TIMED = 4  # methods whose seconds are listed in a sentence
-
-TERMS = (
-    "Backward samples: for how many samples the backward pass was computed, over the whole training. Holm: with "
-    "several methods in a table every p is raised, so that the chance of one false finding among all of them stays at "
-    "5 %. Wilcoxon: a test of the same pairs by their ranks alone."
-)
 
 
 @dataclass(frozen=True)
@@ -43,24 +33,12 @@ class Grid:
 
 def grids(group: Group) -> list[Grid]:
     """Return a grid for each method that was run with several schedules and ends; none for other comparisons."""
-    by_method: dict[str, list[Arm]] = {}
-    for arm in group.arms:
-        if arm.settings.get("schedule") is not None and arm.settings.get("keep_end") is not None:
-            by_method.setdefault(str(arm.settings["method"]), []).append(arm)
-    return [grid for method, arms in by_method.items() if (grid := _grid(method, arms)) is not None]
-
-
-def times(group: Group) -> str:
-    """Return a run's mean seconds of training and testing; for many methods, those of testing only."""
-    timed = [arm for arm in group.arms if "seconds" in arm.cost and arm.cost.get("seconds_eval")]
-    if len(timed) > MOST_TIMED:
-        low, high = (formats.amount(each(arm.cost["seconds_eval"] for arm in timed)) for each in (min, max))
-        return f"Testing adds {low} to {high} seconds to a run."
-    parts = [
-        f"{arm.label} {formats.amount(arm.cost['seconds'])} + {formats.amount(arm.cost['seconds_eval'])}"
-        for arm in timed
+    scheduled = [
+        arm
+        for arm in group.arms
+        if arm.settings.get("schedule") is not None and arm.settings.get("keep_end") is not None
     ]
-    return f"Seconds for a run, training + testing: {', '.join(parts)}." if parts else ""
+    return [grid for name, arms in tables.by_method(scheduled).items() if (grid := _grid(name, arms)) is not None]
 
 
 def _grid(method: str, arms: Sequence[Arm]) -> Grid | None:

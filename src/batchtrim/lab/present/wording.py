@@ -16,10 +16,16 @@ from batchtrim.lab.present import formats
 from batchtrim.lab.run.config import ARM_SETTINGS, SETTINGS
 
 MOST_NAMED = 4  # arms that a verdict lists by name, if some are the same method
+MOST_TIMED = 4  # methods whose seconds are listed in a sentence
 LEGEND = (
     "Test error: mean ± standard deviation over seeds. Difference: method minus baseline on the same seed, in points "
     "of error, below zero is better. The 95 % interval is not corrected. p: paired t-test, Holm-corrected over the "
     "methods of the table."
+)
+TERMS = (
+    "Backward samples: for how many samples the backward pass was computed, over the whole training. Holm: with "
+    "several methods in a table every p is raised, so that the chance of one false finding among all of them stays at "
+    "5 %. Wilcoxon: a test of the same pairs by their ranks alone."
 )
 
 
@@ -241,6 +247,19 @@ def counts(summary: Summary) -> str:
     if summary.failed:
         text += f", {summary.failed} failed with an error and left out"
     return text + "."
+
+
+def times(group: Group) -> str:
+    """Return a run's mean seconds of training and testing; for many methods, those of testing only."""
+    timed = [arm for arm in group.arms if "seconds" in arm.cost and arm.cost.get("seconds_eval")]
+    if len(timed) > MOST_TIMED:
+        low, high = (formats.amount(each(arm.cost["seconds_eval"] for arm in timed)) for each in (min, max))
+        return f"Testing adds {low} to {high} seconds to a run."
+    parts = [
+        f"{arm.label} {formats.amount(arm.cost['seconds'])} + {formats.amount(arm.cost['seconds_eval'])}"
+        for arm in timed
+    ]
+    return f"Seconds for a run, training + testing: {', '.join(parts)}." if parts else ""
 
 
 def environment(summary: Summary) -> dict[str, str]:
