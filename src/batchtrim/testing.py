@@ -118,7 +118,7 @@ class EngineReport:
 
     @property
     def verdict(self) -> str:
-        """Return "right", "approximate" (as the engine itself says), "refused" or "wrong".
+        """One of "right", "approximate" (as the engine itself says), "refused" and "wrong".
 
         It is "refused" only if all steps before were right and nothing was left changed; otherwise it is "wrong".
         """

@@ -237,12 +237,12 @@ class Trimmer(Copied):
 
     @fixed
     def total(self) -> int | None:
-        """Return the number of steps that the schedule spans: the saved run's if its length was kept."""
+        """The number of steps that the schedule spans: the saved run's if its length was kept."""
         return self._clock.total
 
     @fixed
     def steps(self) -> int:
-        """Return the number of calls of :meth:`step`."""
+        """The number of calls of :meth:`step`."""
         return self._clock.steps
 
     @fixed

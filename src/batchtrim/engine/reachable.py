@@ -201,7 +201,7 @@ class Reachable:
 
     @property
     def lasting(self) -> str | None:
-        """Return the reason why a second forward cannot start where the first did, or None."""
+        """The reason why a second forward cannot start where the first did, or None."""
         if self.iterators:
             return _TAKEN_TWICE.format(self.iterators[0])
         return _CHANGES.format(*self.changing[0]) if self.changing else None

@@ -236,7 +236,7 @@ class Snapshot:
 
     @property
     def lasting(self) -> str | None:
-        """Return the reason why a second forward cannot start where the first did, or None."""
+        """The reason why a second forward cannot start where the first did, or None."""
         return self.model.lasting or (f"in the batch, {self.given.lasting}" if self.given.lasting else None)
 
 

@@ -161,7 +161,7 @@ class StepLimit:
 
     @property
     def rounds(self) -> int:
-        """Return the number of batches that make steps, as far as it is known."""
+        """The number of batches that make steps, as far as it is known."""
         return min(math.ceil(self.steps / max(1, self.most)), self.batches or self.steps)
 
 

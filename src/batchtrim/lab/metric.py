@@ -89,7 +89,7 @@ class Metric:
 
     @property
     def better(self) -> str:
-        """Return the better direction: lower or higher."""
+        """The better direction: lower or higher."""
         return "higher" if self.higher_is_better else "lower"
 
     @property
@@ -99,7 +99,7 @@ class Metric:
 
     @property
     def unit(self) -> str:
-        """Return the unit of a difference, with a space before it: points of a percentage, or nothing."""
+        """The unit of a difference, with a space before it: points of a percentage, or nothing."""
         return " points" if self.in_percent else ""
 
     def number(self, value: float, digits: int = 2, spread: float | None = None) -> str:

@@ -75,7 +75,7 @@ class Selection:
 
     @property
     def k(self) -> int:
-        """Return the number of samples kept."""
+        """The number of samples kept."""
         return self.indices.shape[0]
 
     @property

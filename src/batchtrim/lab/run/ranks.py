@@ -40,7 +40,7 @@ class Ranks:
 
     @property
     def share(self) -> slice:
-        """Return this process's entries of a batch: every ``world``-th, so that shares differ by at most one."""
+        """This process's entries of a batch: every ``world``-th, so that shares differ by at most one."""
         return slice(self.rank, None, self.world)
 
     def sum(self, *numbers: float, device: torch.device) -> list[float]:
