@@ -42,7 +42,8 @@ class Unguarded:
 
     def look(self) -> None:
         """Note everything as it is now. A new trace may rest on classes that came with it."""
-        held = Reachable(self.forward.model, self.forward.per_sample_loss)
+        # without its wrapper: DDP's class holds the instance whose forward runs, and no trace enters a wrapper
+        held = Reachable(self.forward.inner, self.forward.per_sample_loss)
         classes = [cls for module in held.modules for cls in type(module).__mro__ if cls is not object]
         classes += [names.owner for names in held.names if isinstance(names.owner, type)]
         # of each class: its attributes, how many they are, and a function that takes its methods from them
