@@ -125,7 +125,16 @@ def test_a_compiled_wrapper_is_passed_by(way: str, engine: str) -> None:
             fabric.backward(step(*batch(size))) if way.startswith("fabric") else step(*batch(size)).backward()
             runs[name].append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert engine == "auto" or step.last.engine == name
+    assert engine != "shared" or step.engine.resets == 0, "DDP's class changed, and its sixth step was refused"
     torch.testing.assert_close(runs[engine], runs["exact"])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_static_graph_is_refused() -> None:
+    """It took the check of a trace for its first backward, and averaged no gradient over the ranks."""
+    model = DistributedDataParallel(nn.Linear(6, 4), static_graph=True)
+    with pytest.raises(EngineRefused, match="static_graph=True"):
+        batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), "shared")
 
 
 def test_hooks_on_a_compiled_model_are_not_passed_by() -> None:

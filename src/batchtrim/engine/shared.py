@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from batchtrim.engine.batch import StepResult, map_tensors, padded_rows
@@ -40,7 +41,7 @@ from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
 from batchtrim.engine.unguarded import Unguarded
 from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper
-from batchtrim.errors import EngineRefused
+from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
@@ -258,7 +259,7 @@ class SharedEngine:
                 # or loss raises its own error when it runs.
                 if eager is not None or self.was_run:
                     raise
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, EngineFallback):  # the second where warnings are errors: Inductor fails
                 raise
             except Exception as error:
                 drawn.restore()
@@ -310,6 +311,8 @@ def refusal(forward: Forward) -> str | None:
             return f"{what} shares statistics between processes inside the forward"
         if isinstance(module, nn.DataParallel):
             return f"{what} splits the batch over devices itself; use DistributedDataParallel"
+        if isinstance(module, DistributedDataParallel) and module.static_graph:
+            return f"{what} has static_graph=True: it would take the check of the first trace for its first backward"
         if is_sharded(module):
             return f"{what} gathers its parameters in every forward"
     return None
