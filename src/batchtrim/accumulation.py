@@ -23,7 +23,7 @@ from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.model_facts import device_of
 from batchtrim.engine.rows import batch_size, copied, restore_values, tensors_of
 from batchtrim.engine.state import ModelState, Snapshot, without_graph
-from batchtrim.engine.wrappers import parallel_part
+from batchtrim.engine.wrappers import parallel_part, sync_buffers
 from batchtrim.engine.writes import known_to_write, writes_undone
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
@@ -94,6 +94,7 @@ def accumulate(step: TrimmedForward, batches: Sequence[tuple[Any, Any]], over: s
     parallel = parallel_part(model)
     check_same_count(len(batches), "number of micro-batches", device_of(step.forward.inner), waits_in_forward(model))
     if over == "window":
+        sync_buffers(model)
         selections, states, first = step.untraced(_choose, step, batches)
     else:
         shares = _shares(step, batches)

@@ -68,6 +68,36 @@ def trained(model: nn.Module, rank: int, over: str, scope: str, engine: str) -> 
     return gradient(model)
 
 
+class Follows(nn.Module):
+    """Reads a buffer that its last batch left; DDP sends that of the first rank to all before a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(5, 3).double()
+        self.register_buffer("last", torch.zeros(3).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.layer(x) + self.last
+        self.last.copy_(9 * outputs.detach()[0])
+        return outputs
+
+
+def buffers_of_the_first_rank(rank: int) -> None:
+    """A pass without DDP ran with each rank's own: a window chose by other losses, and `two_pass` was refused."""
+    runs = []
+    for over, engine in (("micro", "exact"), ("window", "exact"), ("micro", "two_pass"), ("window", "two_pass")):
+        model = DistributedDataParallel(Follows())
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(KEEP), engine)
+        runs.append([])
+        for x, y in windows()[rank] * 2:
+            model.zero_grad()
+            for loss in batchtrim.accumulate(step, [(x, y)], over):
+                loss.backward()
+            runs[-1] += [gradient(model), model.module.last.clone()]
+        torch.testing.assert_close(runs[-1], runs[0])
+
+
 def fsdp(mesh: Any) -> nn.Module:
     model = new_model()
     fully_shard(model[0], mesh=mesh)
@@ -87,6 +117,7 @@ def main(rank: int, ranks: int) -> None:
                 torch.testing.assert_close(trained(ddp, rank, over, scope, engine), expected, rtol=1e-7, atol=1e-9)
             print(over, scope, "fsdp", flush=True)
             torch.testing.assert_close(trained(fsdp(mesh), rank, over, scope, "exact"), expected, rtol=1e-7, atol=1e-9)
+    buffers_of_the_first_rank(rank)
     with_accelerate(rank)
     dist.barrier()
     dist.destroy_process_group()

@@ -20,6 +20,7 @@ from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied
 from batchtrim.engine.state import Snapshot, restored, without_graph
 from batchtrim.engine.tolerance import Tolerance
+from batchtrim.engine.wrappers import sync_buffers
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -82,6 +83,7 @@ class TwoPassEngine:
             raise EngineRefused(_CANNOT.format(reason))
         if not self.approximate and (reason := redrawn(self.forward)) is not None:
             raise EngineRefused(_CANNOT.format(reason))
+        sync_buffers(self.forward.model)
         before = Snapshot(self.forward, x, y)
         if before.lasting is not None:
             raise EngineRefused(_CANNOT.format(before.lasting))

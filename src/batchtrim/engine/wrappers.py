@@ -17,7 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchtrim.engine.compilation import is_compiled, uncompiled
 
-__all__ = ["check_backward", "hooks_on_wrapper", "in_wrapper", "is_placed", "parallel_part", "unwrapped"]
+__all__ = [
+    "check_backward",
+    "hooks_on_wrapper",
+    "in_wrapper",
+    "is_placed",
+    "parallel_part",
+    "sync_buffers",
+    "unwrapped",
+]
 
 
 class _FabricModel(nn.Module):
@@ -70,6 +78,17 @@ def parallel_part(model: nn.Module) -> DistributedDataParallel | None:
     if _is_fabric(wrapper):
         wrapper = uncompiled(wrapper._forward_module)  # type: ignore[arg-type]
     return wrapper if isinstance(wrapper, DistributedDataParallel) else None
+
+
+def sync_buffers(model: nn.Module) -> None:
+    """Send rank 0's buffers to all ranks, as DDP does at the start of its next forward, which then leaves it out.
+
+    Call it before a pass that runs the model without its wrapper, and so with the buffers of that next forward.
+    """
+    wrapper = parallel_part(model)
+    if wrapper is not None and wrapper._check_sync_bufs_pre_fwd() and not wrapper._join_config.enable:
+        wrapper._sync_buffers()
+        wrapper.require_forward_param_sync = False
 
 
 def hooks_on_wrapper(model: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from batchtrim.accumulation import first_pass, select_window, waits_in_forward
 from batchtrim.choice import Choice
 from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.wrappers import sync_buffers
 from batchtrim.integrations import follow
 from batchtrim.integrations._engine_step import EngineStep
 from batchtrim.integrations._labels import Counting, count, loss_of, plain_sums, shares
@@ -74,6 +75,7 @@ class TrainerLoss:
         """Before each micro-batch, choose from the window if not yet done, and set up its dropout again."""
         self.waits = True
         if self._batches:
+            sync_buffers(model)
             self._choose_window(self.model_losses.inner(model))
         selection = None
         if self._window:
