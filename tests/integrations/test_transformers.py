@@ -217,6 +217,17 @@ def test_a_checkpoint_without_a_trimmer_warns(tmp_path: Path) -> None:
         trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_a_static_graph_of_several_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP took the gradient that finds the losses for its first backward, and averaged none over the ranks."""
+    args, model = arguments(str(tmp_path)), new_model("sequence")
+    args.ddp_static_graph = True
+    TrimmedTrainer(model=model, args=args)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    TrimmedTrainer(model=model, args=args, per_sample_loss=summed)
+    with pytest.raises(ValueError, match="expected `args` without ddp_static_graph"):
+        TrimmedTrainer(model=model, args=args)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     model, rows = new_model("sequence"), data("sequence", 5)
     with pytest.raises(ValueError, match="expected `per_sample_loss` in place of `compute_loss_func`, got"):

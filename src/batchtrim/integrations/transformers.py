@@ -103,6 +103,11 @@ class TrimmedTrainer(Trainer):
         check_smoothing(self.args.label_smoothing_factor, per_sample_loss)
         if self.args.n_gpu > 1:
             raise ValueError(f"expected one device per process, got n_gpu={self.args.n_gpu}. Use torchrun.")
+        if per_sample_loss is None and getattr(self.args, "ddp_static_graph", None) and self.args.world_size > 1:
+            raise ValueError(
+                "expected `args` without ddp_static_graph, got it: DDP would take the gradient that finds the losses "
+                "of a batch for its first backward. Leave it out, or pass per_sample_loss=(outputs, labels) -> losses."
+            )
         self.clock = check_choice("clock", clock or ("step" if self.args.max_steps > 0 else "epoch"), CLOCKS)
         self.losses = TrainerLoss(self, per_sample_loss, over, engine)
         self.trim: Trimmer | None = None
