@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -22,6 +23,15 @@ def test_moments_by_hand():
     assert 1.6 <= low <= 2.0
     assert 4.0 <= high <= 4.4
     assert inference.moments([1.0, 2.0, 3.0, 4.0, 5.0]) == found, "the bootstrap must repeat"
+
+
+def test_the_bootstrap_of_many_values_needs_little_memory():
+    tracemalloc.start()
+    try:
+        inference.moments(range(1_000))  # type: ignore[arg-type]
+        assert tracemalloc.get_traced_memory()[1] < 50e6, "all resamples at once are 80 MB, twice"
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("values", "mean"), [([], None), ([0.5], 0.5)])

@@ -29,6 +29,7 @@ __all__ = [
 ALPHA = 0.05
 POWER = 0.80
 RESAMPLES = 10_000
+_VALUES_AT_ONCE = 1_000_000  # of the resamples; they do not depend on it
 _EXACT_PAIRS = 500  # of the signed-rank test
 MIN_PAIRS = 3
 """With fewer pairs than this no verdict is given: an interval over two pairs spans thirteen times their spread."""
@@ -193,6 +194,7 @@ def _bootstrap(data: np.ndarray) -> tuple[float, float]:
         (data,),
         np.mean,
         n_resamples=RESAMPLES,
+        batch=max(1, _VALUES_AT_ONCE // len(data)),
         confidence_level=1 - ALPHA,
         method="percentile",
         rng=np.random.default_rng(0),
