@@ -28,6 +28,7 @@ from batchtrim.engine.writes import known_to_write, writes_undone
 from batchtrim.losses import Losses
 from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
+from batchtrim.selection.base import asks_for_all
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["OVER", "accumulate", "first_pass", "join_losses", "select_window", "split", "waits_in_forward"]
@@ -184,7 +185,8 @@ def _choose(
 ) -> tuple[list[Selection], list[GeneratorStates], list[tuple[Snapshot, Tensor]]]:
     """Return each micro-batch's selection, the generators before it, and what the two-pass engine trains from."""
     forward, trim = step.forward, step.trim
-    once = not step.engine.repeats_forward and trim.keep < 1.0  # its second pass leaves the buffers as they are
+    whole = asks_for_all(trim.rule, trim.keep)
+    once = not step.engine.repeats_forward and not whole  # its second pass leaves the buffers as they are
     first: list[tuple[Snapshot, Tensor]] = []
 
     def score(batch: tuple[Any, Any]) -> tuple[Losses, Losses | None]:

@@ -12,6 +12,7 @@ from torch import nn
 
 import batchtrim
 from batchtrim import TrimmedForward, Trimmer, loss_mass
+from batchtrim.selection import above
 from tiers import few
 
 
@@ -39,6 +40,32 @@ def test_engines_read_k_from_the_selection(engine: str, scale: str) -> None:
             torch.testing.assert_close(parameter.grad, grad)
         assert step.last is not None
         assert step.last.selection.k == plain.last_selection.k  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("engine", ["two_pass", "shared"])
+@pytest.mark.parametrize(
+    "rule",
+    [lambda: above(1.0), batchtrim.percentile, lambda: batchtrim.uniform(like=above(1.0))],
+    ids=["above", "percentile", "uniform"],
+)
+def test_engines_drop_rows_at_keep_1_for_rules_that_do_not_read_it(rule: Any, engine: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    exact, step = (
+        TrimmedForward(model, nn.CrossEntropyLoss(), Trimmer(1.0, select=rule()), name) for name in ("exact", engine)
+    )
+    for _ in range(3):
+        x, y = torch.randn(32, 6), torch.randint(3, (32,))
+        model.zero_grad()
+        step(x, y).backward()
+        found = [parameter.grad.clone() for parameter in model.parameters()]  # type: ignore[union-attr]
+        model.zero_grad()
+        exact(x, y).backward()
+        for parameter, grad in zip(model.parameters(), found, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)
+        assert step.last is not None
+        assert step.last.engine == engine
+        assert step.last.selection.k < 32
 
 
 def test_auto_saves_where_few_hold_the_mass_and_stays_plain_where_k_is_near_b(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
 from batchtrim.selection import Selection
+from batchtrim.selection.base import asks_for_all
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["WORTH", "SharedEngine"]
@@ -116,7 +117,7 @@ class SharedEngine:
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         size = batch_size(x, self.forward.batch_dim) or 0
-        whole = self.trim.keep == 1.0 or size < _FEWEST or size in self.untraced
+        whole = asks_for_all(self.trim.rule, self.trim.keep) or size < _FEWEST or size in self.untraced
         lazy = self.trace is None and is_lazy(self.forward.inner)  # never again after a trace
         if whole or lazy or not is_training_step():
             return self.exact(x, y, selection)

@@ -25,6 +25,7 @@ from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.selection import Selection
+from batchtrim.selection.base import asks_for_all
 from batchtrim.trimmer import Trimmer
 
 __all__ = ["NOT_ELEMENTS", "TwoPassEngine", "redrawn"]
@@ -77,7 +78,8 @@ class TwoPassEngine:
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
         """Run one step; ``selection`` is given if the choice is already made."""
-        if self.trim.keep == 1.0 or not is_training_step() or is_lazy(self.forward.inner):
+        whole = asks_for_all(self.trim.rule, self.trim.keep)
+        if whole or not is_training_step() or is_lazy(self.forward.inner):
             return self.exact(x, y, selection)
         if (reason := no_values(self.forward.inner)) is not None:
             raise EngineRefused(_CANNOT.format(reason))

@@ -14,6 +14,7 @@ from batchtrim._checks import check_count, check_has_values, check_part, describ
 __all__ = [
     "Rule",
     "Selection",
+    "asks_for_all",
     "changeable_keep",
     "choose",
     "drawing",
@@ -25,6 +26,7 @@ __all__ = [
     "length",
     "masked_choice",
     "rank_mask",
+    "reads_keep",
     "select_again",
     "select_valid",
     "top_indices",
@@ -98,7 +100,8 @@ class Selection:
 class Rule(Protocol):
     """A selection rule. :class:`batchtrim.Trimmer` takes any callable with this signature, and checks its rows.
 
-    A rule whose k depends on the losses, not on ``keep`` alone, says so: ``k_follows_losses = True``.
+    A rule whose k depends on the losses, not on ``keep`` alone, says so: ``k_follows_losses = True``. One that does not
+    read ``keep`` at all says ``reads_keep = False``: engines take ``keep`` 1 for the whole batch otherwise.
     """
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
@@ -130,6 +133,16 @@ def fraction(keep: float) -> float:
 def k_follows_losses(rule: object) -> bool:
     """Return True if the number that a rule keeps depends on the losses; see :class:`Rule`."""
     return bool(getattr(rule, "k_follows_losses", False))
+
+
+def reads_keep(rule: object) -> bool:
+    """Return True if a rule keeps as many samples as ``keep`` says; see :class:`Rule`."""
+    return bool(getattr(rule, "reads_keep", True))
+
+
+def asks_for_all(rule: object, keep: float) -> bool:
+    """Return True if this keep fraction asks the rule for the whole batch."""
+    return keep == 1.0 and reads_keep(rule)
 
 
 def length(losses: Tensor) -> int:

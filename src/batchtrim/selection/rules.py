@@ -29,6 +29,7 @@ from batchtrim.selection.base import (
     keep_count_tensor,
     length,
     rank_mask,
+    reads_keep,
     top_indices,
 )
 
@@ -138,6 +139,10 @@ class uniform:
     def k_follows_losses(self) -> bool:
         return self.like is not None
 
+    @property
+    def reads_keep(self) -> bool:
+        return reads_keep(self.like)
+
     def __repr__(self) -> str:
         return "uniform()" if self.like is None else f"uniform(like={self.like!r})"
 
@@ -167,6 +172,7 @@ class above:
     threshold: float
     min_keep: int = 1
     k_follows_losses: ClassVar[bool] = True
+    reads_keep: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
@@ -223,6 +229,7 @@ class percentile:
     beta: float = 2.0
     history: int = 1024
     k_follows_losses: ClassVar[bool] = True
+    reads_keep: ClassVar[bool] = False
     _recent: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

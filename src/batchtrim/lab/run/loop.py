@@ -205,7 +205,7 @@ class Training:
             last = self.forward.last
             losses, outputs, selection = last.losses, last.outputs, last.selection
             self.criterion.count(outputs, targets)
-            if self.config.engine == "two_pass" and self.method.trim.keep < 1.0:
+            if last.engine == "two_pass":
                 self.counts.samples_forward += selection.k
         if self.log is not None and selection is not None:
             chosen = Choice(losses.detach(), selection)

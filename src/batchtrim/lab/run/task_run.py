@@ -23,7 +23,7 @@ from batchtrim.lab.metric import Metric
 from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.samples import checked_images, checked_labels, checked_rows
 from batchtrim.lab.run.task_config import TaskConfig
-from batchtrim.selection.base import k_follows_losses
+from batchtrim.selection.base import asks_for_all, k_follows_losses
 
 __all__ = ["Run", "TaskMistake", "as_number"]
 
@@ -116,7 +116,7 @@ class WatchedRule:
         counts.calls += 1
         counts.seen += selection.candidates
         counts.kept += selection.k
-        if keep < 1.0 and any(_running(step) == "two_pass" for step in counts.steps):
+        if not asks_for_all(self.rule, keep) and any(_running(step) == "two_pass" for step in counts.steps):
             counts.repeated += selection.k
         return selection
 
