@@ -80,6 +80,9 @@ def test_data_dropout_keeps_what_is_improbable_and_the_last_epoch_whole() -> Non
     for each in (method, matched):
         each.loss(losses, torch.arange(4))
         assert each.trim.last_selection.k == 2
+        each.loss(losses[:3], torch.arange(3))
+        assert each.trim.expected_keep == 1 / 3, "engine auto goes by what was kept, not by the 0.5 of the schedule"
+        each.loss(losses, torch.arange(4))
     assert set(method.trim.last_selection.indices.tolist()) == {2, 3}
     for each in (method, matched):
         each.after_epoch(0.5)

@@ -35,9 +35,10 @@ def test_tokens_are_chosen_by_the_users_own_trimmer(tmp_path: Path) -> None:
     assert run.rule.counts.kept == 1
 
 
-def test_a_share_of_the_loss_is_not_logged_as_a_share_of_the_samples(tmp_path: Path) -> None:
-    """The chart of samples kept showed 90 % for loss_mass, whatever it kept."""
-    run = Run(TaskConfig(task="mine.py:train", method="loss_mass", epochs=3).resolved(), tmp_path)
+@pytest.mark.parametrize("method", ["loss_mass", "data_dropout", "data_dropout_matched"])
+def test_what_was_kept_is_logged_and_not_what_the_schedule_says(method: str, tmp_path: Path) -> None:
+    """The chart of samples kept showed 90 % for loss_mass, and 50 % for data_dropout, whatever they kept."""
+    run = Run(TaskConfig(task="mine.py:train", method=method, epochs=3).resolved(), tmp_path)
     run.trim(torch.tensor([9.0, 0.1, 0.2, 0.3]))
     run.log(epoch=0)
     assert run.curve["keep"] == [0.25]

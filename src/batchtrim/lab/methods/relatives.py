@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ class UnlessFull:
     """``rule``, but all samples at keep 1: for rules that do not read keep, under :class:`FullEnd`."""
 
     rule: Rule
+    k_follows_losses: ClassVar[bool] = True
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
         return batchtrim.hardest()(losses, keep) if keep == 1.0 else self.rule(losses, keep, generator)

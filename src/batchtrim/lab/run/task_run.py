@@ -23,7 +23,7 @@ from batchtrim.lab.metric import Metric
 from batchtrim.lab.run.batch_progress import OnEpoch
 from batchtrim.lab.run.samples import checked_images, checked_labels, checked_rows
 from batchtrim.lab.run.task_config import TaskConfig
-from batchtrim.selection.base import asks_for_all, k_follows_losses
+from batchtrim.selection.base import asks_for_all
 
 __all__ = ["Run", "TaskMistake", "as_number"]
 
@@ -301,12 +301,10 @@ class Run:
 
     def _kept_since(self) -> dict[str, float]:
         """Return the statistics of the run's own trimmer since the last point; a trainer's trimmer logs its own."""
-        follows = k_follows_losses(self.rule.rule)  # then the schedule is not of samples
-        keep = self.trim.stats.compute()["keep"] if follows else None
+        keep = self.trim.stats.compute()["keep"]  # what was kept, which need not be what the schedule says
         values = log_values(self.trim)
-        if values and keep is not None:
-            values["trim/keep"] = keep
-        return {name: values[f"trim/{name}"] for name in ("keep", "kept_loss", "mean_loss", "ratio") if values}
+        names = ("kept_loss", "mean_loss", "ratio")
+        return {"keep": keep, **{name: values[f"trim/{name}"] for name in names}} if values else {}
 
     def _add(self, epoch: int, point: dict[str, float]) -> None:
         points = len(self.curve.get("epoch", ()))
