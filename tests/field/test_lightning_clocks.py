@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("lightning")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
@@ -160,6 +160,40 @@ def test_a_resumed_training_continues_where_it_was(mode: str, epochs: int, after
     limits = {"max_steps": 20, "max_epochs": epochs}
     whole, again = resumed(mode, tmp_path, limits, after, limits)
     assert again == whole
+
+
+class Recording(Module):
+    """Records into the keep log, and notes what the callbacks left at the end of an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[float] = []
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        self.keep_log.record(self.trim.last, ids=torch.arange(BATCH) + BATCH * index)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.ends.append(float(self.trainer.callback_metrics["trim/kept"]))
+
+
+@pytest.mark.filterwarnings("ignore:.*resume.*:UserWarning")
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_a_checkpoint_after_an_epochs_last_batch(accumulated: int, tmp_path: Path) -> None:
+    """Lightning resumes it in the next epoch, without that epoch's start: keep stayed what it was for all of it."""
+    logs = [batchtrim.KeepLog(BATCH * BATCHES) for _ in range(2)]
+    first, second = (
+        trainer(tmp_path, TrimmingCallback(keep_log=log), max_epochs=4, accumulate_grad_batches=accumulated)
+        for log in logs
+    )
+    first.callbacks.append(Saving(2 * BATCHES, tmp_path / "two.ckpt"))  # type: ignore[attr-defined]
+    whole, again = Recording(), Recording()
+    first.fit(whole, loader())
+    second.fit(again, loader(), ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert again.keeps == whole.keeps[2 * BATCHES :]
+    assert again.ends == whole.ends[2:]
+    assert logs[0].history == logs[1].history
 
 
 @pytest.mark.filterwarnings("ignore:.*resume.*:UserWarning")

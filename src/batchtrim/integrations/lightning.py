@@ -104,7 +104,7 @@ class TrimmingCallback(Callback):
         self._restored: dict[str, Any] | None = None
         self.logging = LightningLog(log)  # not `log`, which Lightning sets to a function
         self._before: Trimmer | None = None  # what the module has until training starts
-        self._epochs = 0
+        self._epochs, self._epoch = 0, 0
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # a tuner runs without callbacks, and the sanity check runs before training
@@ -133,6 +133,8 @@ class TrimmingCallback(Callback):
         self.logging.start(trainer)
         if self._restored is not None:
             self._load(self._restored, trainer)
+            if self._restored.get("epoch", trainer.current_epoch) < trainer.current_epoch:
+                self._end_epoch(trainer, pl_module)  # saved after its last batch, where Lightning does not end it
             self._restored = None
         self._epochs = 0
         setattr(pl_module, self.attribute, self.trim)
@@ -154,17 +156,21 @@ class TrimmingCallback(Callback):
             self.clock.follow(self.trim, trainer, pl_module)
 
     def on_train_batch_start(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.trim is not None and self.clock.unit == "step":
+        self._epoch = trainer.current_epoch
+        if self.trim is not None:  # by epochs too: resumed after an epoch's last batch, the next epoch has no start
             self.clock.follow(self.trim, trainer, pl_module)
 
     def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
         self.logging.after_batch(self.trim, trainer, pl_module, self._log_name(trainer))
 
     def on_train_epoch_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        self.logging.end_epoch(self.trim, trainer, pl_module, self._log_name(trainer))
         self._epochs += 1
         if self._epochs == 1:
             checks.check_used(pl_module, self.attribute, self.trim, self.keep_log, self._before)
+        self._end_epoch(trainer, pl_module)
+
+    def _end_epoch(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        self.logging.end_epoch(self.trim, trainer, pl_module, self._log_name(trainer))
         if self.keep_log is not None:
             self.keep_log.end_epoch()
 
@@ -183,7 +189,7 @@ class TrimmingCallback(Callback):
         return {} if self.trim is None else {**self._own_state(self.trim), **log}
 
     def _own_state(self, trim: Trimmer) -> dict[str, Any]:
-        return {**trim.state_dict(), **self.clock.state_dict(), "logged": self.logging.logged}
+        return {**trim.state_dict(), **self.clock.state_dict(), "logged": self.logging.logged, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:  # before training; on_train_start continues from it
