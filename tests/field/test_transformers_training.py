@@ -156,9 +156,12 @@ def test_a_keep_log_gets_ids_with_every_batch(options: dict[str, Any], tmp_path:
             assert table["last"][number] == pytest.approx(trainer.model.eval()(**one).loss.item(), rel=1e-4)  # type: ignore[union-attr]
 
 
-def test_a_keep_log_survives_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_a_keep_log_survives_a_checkpoint(strategy: str, tmp_path: Path) -> None:
+    """By steps, the checkpoint is saved after the epoch's last step, before the log ends its epoch."""
+
     def run(epochs: int, log: batchtrim.KeepLog, resume: bool) -> None:
-        args = arguments(str(tmp_path), max_steps=-1, num_train_epochs=epochs, save_strategy="epoch")
+        args = arguments(str(tmp_path), max_steps=-1, num_train_epochs=epochs, save_strategy=strategy, save_steps=1)
         TrimmedTrainer(
             model=new_model("sequence"), args=args, train_dataset=data("sequence", 10), keep=0.6, keep_log=log
         ).train(resume_from_checkpoint=resume or None)
@@ -167,6 +170,7 @@ def test_a_keep_log_survives_a_checkpoint(tmp_path: Path) -> None:
     log = batchtrim.KeepLog(10)
     run(3, log, True)
     assert log.table()["seen"].tolist() == [3] * 10
+    assert len(log.history) == 3
 
 
 def test_a_keep_log_of_a_stream_is_refused(tmp_path: Path) -> None:

@@ -72,16 +72,18 @@ class StateKeeper(TrainerCallback):
             return
         path = self._path(trainer._checkpoint)
         if os.path.isfile(path):
-            self._load(torch.load(path, weights_only=True))
+            self._load(torch.load(path, weights_only=True), state.epoch)
         else:  # the checkpoint was saved without trimming, or on fewer ranks
             warnings.warn(f"{path} is missing: the clock is restored, generators and statistics are not", stacklevel=2)
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: dict[str, Any], epoch: float | None) -> None:
         trainer = self.trainer
         log = state.pop("keep_log", None)
         load_state(trainer.trim, state, trainer.resume_length, "TrimmedTrainer", trainer.clock)
         if trainer.keep_log is not None and log is not None:
             trainer.keep_log.load_state_dict(log)
+            if epoch and epoch == int(epoch):  # saved after an epoch's last step, before its end
+                trainer.keep_log.end_epoch()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.keep_log is not None:
