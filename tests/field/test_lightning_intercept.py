@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,27 @@ def test_a_loss_that_is_a_sum(scale: str, times: float) -> None:
     found = LossFinder()(lambda: module.training_step((x, y), 0), lambda loss: loss, 8, [x, y])
     kept = F.cross_entropy(module.model(x), y, reduction="none").topk(4).values.sum()
     torch.testing.assert_close(trim(found.losses, rank_by=found.scores), times * kept)
+
+
+MEANS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "of the samples' means": lambda losses, mask, weights: ((losses * mask).sum(1) / mask.sum(1)).mean(),
+    "with a factor": lambda losses, mask, weights: 0.3 * ((losses * mask).sum(1) / mask.sum(1)).mean(),
+    "weighted": lambda losses, mask, weights: (losses * mask * weights).sum() / (mask * weights).sum(),
+}
+
+
+@pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS)
+def test_a_weighted_mean_taken_by_the_step(mean: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """A mean of the samples' means kept the shortest, and was larger than any of them."""
+    logits, labels = torch.randn(6, 4, 3, requires_grad=True), torch.randint(0, 3, (6, 4))
+    mask = torch.arange(4) < torch.tensor([1, 4, 2, 3, 4, 1])[:, None]
+    weights = torch.rand(6, 4) + 0.5
+
+    def step(rows: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits[rows].transpose(1, 2), labels[rows], reduction="none")
+        return mean(losses, mask[rows], weights[rows])
+
+    every = torch.arange(6)
+    found = LossFinder()(lambda: step(every), lambda loss: loss, 6, [labels])
+    hardest = torch.stack([step(row[None]) for row in every]).topk(3).indices
+    torch.testing.assert_close(batchtrim.Trimmer(0.5)(found.losses, rank_by=found.scores), step(hardest))

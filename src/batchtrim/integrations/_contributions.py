@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchtrim.integrations._recorder import LossCall, LossPart, NotFound
 
-__all__ = ["compare", "near", "parts_of", "tolerance_of"]
+__all__ = ["compare", "near", "parts_of", "tolerance_of", "weights_of"]
 
 
 def parts_of(loss: Any, calls: list[LossCall], *, check: bool) -> list[LossPart]:
@@ -44,11 +44,32 @@ def _part(call: LossCall, factor: Tensor) -> LossPart:
     if call.divisor is None:  # the caller reduced the losses: dL/du_j shows how
         counted = factor != 0
         divisor = counted.sum().clamp(min=1)
-        return LossPart(call, call.values * (factor * divisor), counted, None, divisor)
+        return LossPart(call, call.values * (factor * divisor), counted, None, divisor, factor)
     counts = call.weights if call.weights is not None else call.counted
     divisor = call.values.new_tensor(call.values.numel()) if counts is None else counts.sum().to(call.values.dtype)
     divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
     return LossPart(call, call.values * (factor * divisor / call.divisor), call.counted, call.weights, divisor)
+
+
+def weights_of(part: LossPart, batch: int) -> Tensor | None:
+    """Return what each entry adds to the divisor of a part, or None for ones.
+
+    A caller that reduces the losses itself may take a weighted mean: ``(l * w).sum() / w.sum()``, or the mean of the
+    samples' means, in which an entry of a longer sample weighs less. Its factors then sum to 1, or to the same for
+    every sample that counts. Other factors belong to the losses.
+    """
+    factors = part.factors
+    if factors is None:
+        return part.weights
+    used = factors[factors != 0]
+    if not len(used) or used.amin() == used.amax():
+        return None
+    rows = factors.reshape(batch, -1)
+    sums, within = rows[(rows != 0).any(1)].sum(1), tolerance_of(factors.dtype)
+    total, equal = sums.sum(), sums.mean()
+    if bool((total - 1.0).abs() > within) and bool((sums - equal).abs().max() > within * equal.abs()):
+        return None
+    return factors * (part.divisor / total)
 
 
 def _has_other_leaves(loss: Tensor, leaves: list[Tensor]) -> bool:

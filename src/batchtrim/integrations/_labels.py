@@ -93,7 +93,7 @@ def countings_of(found: Found, labels: Sequence[Tensor]) -> list[Counting]:
     """Return how the batches of a model may be counted, from the losses found in one of them."""
     call = found.parts[0].call
     shifts = shifts_of(call, labels[0])
-    if call.counted is None or call.weights is not None or len(found.parts) > 1 or not shifts:
+    if call.counted is None or found.terms[0].weights is not None or len(found.parts) > 1 or not shifts:
         return [Counting()]
     return [Counting(call.ignored, shift) for shift in shifts]
 

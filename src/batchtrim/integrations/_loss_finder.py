@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchtrim.integrations._contributions import compare, parts_of
+from batchtrim.integrations._contributions import compare, parts_of, weights_of
 from batchtrim.integrations._recorder import LossPart, NotFound, Recorder
 from batchtrim.integrations._sample_rows import label_sizes, output_tensors, prove_rows, rows_of
 from batchtrim.integrations._terms import Term, merged
@@ -99,7 +99,7 @@ class LossFinder:
                 prove_rows(parts, rows, output_tensors(outputs, loss), labels)
             if bool(loss.isfinite()):  # NaN and inf prove nothing
                 self._proven.add(form)
-        terms = [Term(each, part.counted, part.weights) for part, each in zip(parts, rows, strict=True)]
+        terms = [Term(each, part.counted, weights_of(part, batch)) for part, each in zip(parts, rows, strict=True)]
         alike = _same_entries(parts, rows)
         losses, scores = merged(terms, alike, self.unit)
         if check:

@@ -78,6 +78,7 @@ class LossPart:
     Attributes:
         values: the call's, times their factor in L.
         weights: what each entry counts, or None for ones.
+        factors: dL/du_j, if the caller reduced the losses itself.
     """
 
     call: LossCall
@@ -85,6 +86,7 @@ class LossPart:
     counted: Tensor | None
     weights: Tensor | None
     divisor: Tensor
+    factors: Tensor | None = None
 
 
 class Recorder(TorchFunctionMode):
