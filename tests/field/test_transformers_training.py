@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 
 from hf_cases import arguments, data, new_model
-from transformers import BertForQuestionAnswering
+from transformers import BertForQuestionAnswering, Trainer
 
 import batchtrim
 from batchtrim.errors import ChooseLength
@@ -83,6 +83,30 @@ def test_a_custom_compute_loss_is_reported(tmp_path: Path) -> None:
     args = arguments(str(tmp_path))
     with pytest.raises(TypeError, match="expected Mine to leave `compute_loss` alone, got one that trims nothing"):
         Mine(model=new_model("sequence"), args=args, train_dataset=data("sequence", 5)).train()
+
+
+class Halves(Trainer):
+    """A trainer with a loss of its own, as TRL's are."""
+
+    def compute_loss(self, *args: Any, **named: Any) -> Any:
+        return super().compute_loss(*args, **named) / 2
+
+
+class TrimmedHalves(TrimmedTrainer, Halves):
+    pass
+
+
+class HalvesTrimmed(Halves, TrimmedTrainer):
+    pass
+
+
+def test_another_trainer_with_a_loss_of_its_own(tmp_path: Path) -> None:
+    """TRL's SFTTrainer(loss_type="dft"): its loss was silently the model's own."""
+    given = {"model": new_model("sequence"), "args": arguments(str(tmp_path)), "train_dataset": data("sequence", 5)}
+    with pytest.raises(TypeError, match="expected `per_sample_loss` beside Halves, which computes its loss itself"):
+        TrimmedHalves(**given)
+    TrimmedHalves(**given, per_sample_loss=lambda outputs, labels: outputs.logits.mean(1))
+    HalvesTrimmed(**given).train()
 
 
 def test_a_compute_loss_that_trims_by_itself(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from batchtrim._checks import check_choice, describe
@@ -16,7 +16,20 @@ from batchtrim.engine.trimmed_forward import ENGINES
 from batchtrim.integrations import build, load_state, total_of
 from batchtrim.keeplog import KeepLog
 
-__all__ = ["StateKeeper", "check_arguments", "check_smoothing"]
+__all__ = ["StateKeeper", "check_arguments", "check_bases", "check_smoothing"]
+
+
+def check_bases(found: type, ours: type, per_sample_loss: Any) -> None:
+    """Refuse a class in which another trainer's ``compute_loss`` would never be called, so that its loss is lost."""
+    behind = found.__mro__[found.__mro__.index(ours) + 1 :]
+    owner = next(each for each in behind if "compute_loss" in vars(each))
+    if owner is not Trainer and per_sample_loss is None:
+        raise TypeError(
+            f"expected `per_sample_loss` beside {owner.__name__}, which computes its loss itself, got None. "
+            f"{ours.__name__} comes first in the bases of {found.__name__}, so its compute_loss is used, with the "
+            f"model's own loss. Pass per_sample_loss=(outputs, labels) -> un-reduced losses; or put {owner.__name__} "
+            "first, if its compute_loss calls super().compute_loss."
+        )
 
 
 def check_arguments(

@@ -38,7 +38,7 @@ from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from batchtrim.integrations._trainer_loss import TrainerLoss  # noqa: E402
-from batchtrim.integrations._trainer_state import StateKeeper, check_arguments, check_smoothing  # noqa: E402
+from batchtrim.integrations._trainer_state import StateKeeper, check_arguments, check_bases, check_smoothing  # noqa: E402
 
 __all__ = ["TrimmedTrainer"]
 
@@ -97,6 +97,7 @@ class TrimmedTrainer(Trainer):
         check_arguments(kwargs.get("compute_loss_func"), over, engine, self.trim_options, keep_log)
         if per_sample_loss is not None:
             check_criterion("per_sample_loss", per_sample_loss)
+        check_bases(type(self), TrimmedTrainer, per_sample_loss)
         build(keep, 2, self.trim_options)  # report a wrong argument now, not when training starts
         super().__init__(*args, **kwargs)
         check_arguments(self.compute_loss_func, over, engine, self.trim_options, keep_log)
