@@ -157,6 +157,11 @@ class Criterion:
                 self._explain_arguments(inputs, error)
             if hooked(self.given):
                 error.add_note(f"batchtrim calls {self.name} with reduction='none': its hooks get un-reduced losses.")
+            elif "reduction" in self._settings and not self._torchs:
+                error.add_note(
+                    f"batchtrim calls {self.name} with reduction='none'. If it has another word for un-reduced losses, "
+                    "make it so, and pass a function: per_sample(lambda outputs, targets: criterion(outputs, targets))."
+                )
             raise
         if self.adaptive:
             values = -values.output

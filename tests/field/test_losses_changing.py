@@ -161,3 +161,26 @@ class TestACriterionChangedAfterItWasWrapped:
         own.reduction = "batchmean"
         with pytest.raises(ValueError, match="got 'batchmean', which divides by the number of samples"):
             wrapped(torch.randn(4, 3), torch.rand(4, 3))
+
+
+def test_a_criterion_with_another_word_for_unreduced_losses() -> None:
+    """coral_pytorch takes reduction=None, and its error for 'none' spoke of a word that the user did not write."""
+
+    class Ordinal(nn.Module):
+        def __init__(self, reduction: str | None = "mean") -> None:
+            super().__init__()
+            self.reduction = reduction
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            losses = (outputs - targets).square()
+            if self.reduction not in ("mean", None):
+                raise ValueError(f"Invalid value for `reduction`, got {self.reduction}")
+            return losses if self.reduction is None else losses.mean()
+
+    outputs, targets = torch.rand(4), torch.rand(4)
+    with pytest.raises(ValueError, match="Invalid value") as caught:
+        per_sample(Ordinal())(outputs, targets)
+    assert "reduction='none'. If it has another word for un-reduced losses" in caught.value.__notes__[0]
+    made = Ordinal(reduction=None)
+    found = per_sample(lambda outputs, targets: made(outputs, targets))(outputs, targets)
+    torch.testing.assert_close(found.mean(), Ordinal()(outputs, targets))
