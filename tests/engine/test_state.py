@@ -6,7 +6,7 @@ import copy
 import io
 import math
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from datetime import timedelta
 from fractions import Fraction
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim import per_sample
-from batchtrim.engine.contents import same_contents
+from batchtrim.engine.contents import copy_of, put_back, same_contents
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.model_facts import is_lazy, modules_of
 from batchtrim.engine.state import ModelState
@@ -184,6 +184,34 @@ def test_text_in_memory_is_put_back(make: Callable[[], Any]) -> None:
     assert (model.log is log, len(log.getvalue()), log.tell()) == (True, 1, 1)
     after.restore()
     assert (len(log.getvalue()), log.tell()) == (3, 3)
+
+
+class Makes(OrderedDict[str, Any]):
+    """transformers' ACT2FN: a name gives a new object of its class."""
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name)()
+
+    def update(self, *_: Any) -> None:  # type: ignore[override]
+        raise TypeError("A ModelOutput has no update")
+
+
+class Doubled(list[int]):
+    def __iter__(self) -> Any:
+        return (2 * each for each in super().__iter__())
+
+
+def test_containers_that_make_something_of_their_entries() -> None:
+    """A dictionary of classes was emptied, for the whole program, and then filled with objects."""
+    made, doubled = Makes(relu=nn.ReLU, gelu=nn.GELU), Doubled([1, 2])
+    copies = copy_of(made), copy_of(doubled)
+    made.move_to_end("relu")
+    made["new"] = nn.Tanh
+    doubled.append(3)
+    put_back(made, copies[0])
+    put_back(doubled, copies[1])
+    assert list(made.items()) == [("relu", nn.ReLU), ("gelu", nn.GELU)]
+    assert doubled == [1, 2]
 
 
 def test_tensors_that_grow_get_their_size_back() -> None:

@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -180,6 +180,10 @@ def copy_of(value: Any) -> Any:
         return value.tobytes()
     if in_place(type(value)):
         return _copy_of_rare(value)
+    if isinstance(value, dict):
+        return dict(_base(value).items(value))
+    if isinstance(value, (list, deque)):
+        return list(_base(value).__iter__(value))
     return value[:] if isinstance(value, (bytearray, array)) else value.copy()
 
 
@@ -209,11 +213,20 @@ def put_back(value: Any, copy: Any) -> None:
     elif in_place(type(value)):
         _put_back_rare(value, copy)
     elif isinstance(value, (list, deque)):
-        value.clear()
-        value.extend(copy)
+        _base(value).clear(value)
+        _base(value).extend(value, copy)
+    elif isinstance(value, dict):
+        _base(value).clear(value)
+        for name, each in copy.items():
+            _base(value).__setitem__(value, name, each)
     else:
         value.clear()
         value.update(copy)
+
+
+def _base(value: Any) -> Any:
+    """Return the class of Python's own that holds a container's entries: a subclass may make others of them."""
+    return next(each for each in (list, deque, OrderedDict, dict) if isinstance(value, each))
 
 
 def _put_back_variables(value: Any, copy: dict[str, str]) -> None:
