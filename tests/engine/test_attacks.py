@@ -59,7 +59,7 @@ def test_two_pass_is_never_silently_wrong(name: str) -> None:
 
 # Each takes seconds to trace: these few in every run, all of them among the slow tests.
 # Numbers of Python are drawn in test_between_steps.py.
-FEW = ("detached_if_compiled", "unknown_words_caught")
+FEW = ("detached_if_compiled", "unknown_words_caught", "channels_linked_by_a_sparse_buffer")
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.contents import in_double
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.gradients import gradients_without_hooks
+from batchtrim.engine.gradients import cosine_between, gradients_without_hooks
 
 if TYPE_CHECKING:
     from batchtrim.engine.sliced import Tape
@@ -43,6 +44,6 @@ def cosine_of(tape: Tape, loss: Tensor, rows: Tensor, parameters: Sequence[Tenso
     for approximate in (True, False):
         tape.cut(rows, approximate, again=True)
         gradients = gradients_without_hooks(loss, parameters, torch.ones_like(loss), keep=True)
-        found.append(torch.cat([g.flatten().double() for g in gradients if g is not None]))
+        found.append(torch.cat([in_double(g).flatten() for g in gradients if g is not None]))
     drawn.restore()  # a backward may draw
-    return float(torch.nn.functional.cosine_similarity(found[0], found[1], dim=0))
+    return cosine_between(found[0], found[1])

@@ -9,7 +9,7 @@ import random
 import sys
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -23,6 +23,7 @@ from batchtrim.engine.memory import is_array, write_values
 
 __all__ = [
     "copy_of",
+    "in_double",
     "in_place",
     "is_numpy_generator",
     "is_numpy_generator_class",
@@ -80,16 +81,48 @@ def _set_numpy_state(value: Any, state: Any) -> None:
 def relative_difference(exact: Tensor, other: Tensor) -> float:
     """Return ``||exact - other|| / ||exact||``; inf if shapes differ, 0 if both are not finite in the same way.
 
-    Tensors on the device "meta" have no values: their difference is 0.
+    Numbers that are not rounded (integers, bool, quantised) are the same or infinitely far apart, as is a sparse tensor
+    with other entries. Tensors on the device "meta" have no values: their difference is 0.
     """
-    if exact.shape != other.shape or exact.is_meta != other.is_meta:
+    if _kind(exact) != _kind(other):
         return float("inf")
-    if exact.is_meta or torch.equal(exact, other):
+    if exact.is_meta:
         return 0.0
-    exact, other = exact.double(), other.double()
+    if exact.is_nested or exact.layout != torch.strided:
+        ours, theirs = _stored(exact), _stored(other)
+        return max(map(relative_difference, ours, theirs), default=0.0) if len(ours) == len(theirs) else float("inf")
+    if not (exact.is_floating_point() or exact.is_complex()):
+        return 0.0 if torch.equal(exact, other) else float("inf")
+    exact, other = in_double(exact), in_double(other)
+    if torch.equal(exact, other):
+        return 0.0
     scale = float(exact.norm())
     difference = float((exact - other).norm())
     return difference / scale if scale else difference
+
+
+def in_double(value: Tensor) -> Tensor:
+    """Return a tensor in double precision; one of complex numbers stays complex."""
+    return value.to(torch.complex128) if value.is_complex() else value.double()
+
+
+def _kind(value: Tensor) -> tuple[Any, ...]:
+    shape = None if value.is_nested else value.shape
+    return shape, value.is_meta, value.is_nested, value.layout, value.is_complex()
+
+
+def _stored(value: Tensor) -> Sequence[Tensor]:
+    """Return the dense tensors that a sparse or nested one, or one of MKL-DNN's, holds."""
+    if value.is_nested:
+        return value.unbind()
+    if value.layout == torch.sparse_coo:
+        value = value.coalesce()
+        return value.indices(), value.values()
+    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return value.crow_indices(), value.col_indices(), value.values()
+    if value.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return value.ccol_indices(), value.row_indices(), value.values()
+    return (value.to_dense(),)
 
 
 def same_value(a: Any, b: Any, apart: float, deep: int = 4) -> bool:
@@ -102,8 +135,7 @@ def same_value(a: Any, b: Any, apart: float, deep: int = 4) -> bool:
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        strided = a.layout == b.layout == torch.strided
-        return a.shape == b.shape and bool(not strided or relative_difference(a.detach(), b.detach()) <= apart)
+        return _kind(a) == _kind(b) and relative_difference(a.detach(), b.detach()) <= apart
     if type(a) is not type(b):  # True is not 1, and 1 is not 1.0
         return False
     numpy: Any = sys.modules.get("numpy")

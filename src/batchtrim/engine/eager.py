@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from batchtrim._checks import in_one_line
 from batchtrim.engine.capture import CannotCapture
 from batchtrim.engine.compilation import run_uncompiled, uncompiled_calls
-from batchtrim.engine.contents import relative_difference, same_contents
+from batchtrim.engine.contents import in_double, relative_difference, same_contents
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import gradients_without_hooks
@@ -145,14 +145,14 @@ class EagerStep:
         except Exception as error:
             return f"its backward fails ({in_one_line(error)})"
         pairs = list(zip(self.parameters.values(), self.gradients, found, strict=True))
-        total = sum(float(own.double().norm()) ** 2 for _, own, _ in pairs if own is not None) ** 0.5
+        total = sum(float(in_double(own).norm()) ** 2 for _, own, _ in pairs if own is not None) ** 0.5
         apart = _COARSE_APART if coarse else _GRADIENT_APART
         for at, (name, own, theirs) in enumerate(pairs):
             if own is None or theirs is None:  # zero by way of a tensor that the model keeps
                 if own is not theirs and (theirs is None or theirs.any()):
                     return f"{name} has {'a' if own is None else 'no'} gradient"
                 continue
-            off, size = (own - theirs).double().norm(), max(float(own.double().norm()), _SMALL * total)
+            off, size = in_double(own - theirs).norm(), max(float(in_double(own).norm()), _SMALL * total)
             if off > apart * size and not (coarse and off <= self._rounding()[at] * size):  # not if one is NaN
                 return f"the gradient of {name} differs by {float(off) / size:.2g}"
         return None

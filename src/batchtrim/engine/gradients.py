@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["gradients_without_hooks"]
+__all__ = ["cosine_between", "gradients_without_hooks"]
 
 
 def gradients_without_hooks(
@@ -16,17 +16,40 @@ def gradients_without_hooks(
 ) -> list[Tensor | None]:
     """Return the gradient of ``sum(weights * losses)`` for each tensor; hooks of these do not see it.
 
+    A backward inside of the backward (of a reversible block) adds to ``.grad``, which is part of what is returned.
+
     Args:
         keep: keep the graph for another backward.
     """
-    with _without_hooks(tensors):
-        found = torch.autograd.grad(losses, tensors, weights, retain_graph=keep, allow_unused=True)
-    return [each.to_dense() if each is not None and each.is_sparse else each for each in found]
+    leaves = [each for each in tensors if each.is_leaf]
+    held = [each.grad for each in leaves]
+    try:
+        for each in leaves:
+            each.grad = None
+        with _without_hooks(tensors):
+            found = torch.autograd.grad(losses, tensors, weights, retain_graph=keep, allow_unused=True)
+        added = [each.grad if each.is_leaf else None for each in tensors]
+    finally:
+        for each, was in zip(leaves, held, strict=True):
+            each.grad = was
+    return [_sum(*parts) for parts in zip(found, added, strict=True)]
+
+
+def _sum(*gradients: Tensor | None) -> Tensor | None:
+    dense = [each.to_dense() if each.is_sparse else each for each in gradients if each is not None]
+    return sum(dense[1:], dense[0]) if dense else None
+
+
+def cosine_between(one: Tensor, other: Tensor) -> float:
+    """Return the cosine between two vectors; a complex number counts as two real ones."""
+    one, other = (torch.view_as_real(each).flatten() if each.is_complex() else each for each in (one, other))
+    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
 
 
 @contextmanager
 def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    held = [(each._backward_hooks, dict(each._backward_hooks)) for each in tensors if each._backward_hooks]
+    all_hooks = (hooks for each in tensors for hooks in (each._backward_hooks, each._post_accumulate_grad_hooks))
+    held = [(hooks, dict(hooks)) for hooks in all_hooks if hooks]
     for hooks, _ in held:
         hooks.clear()
     try:

@@ -155,7 +155,7 @@ def _constant(place: str, leaf: Any, batch: int) -> Any:
 
 def _rows_of(tensor: Tensor, dim: int, rows: Tensor, poisoned: Tensor | None) -> Tensor:
     taken = _selected(tensor, dim, rows.to(tensor.device))
-    if poisoned is not None and taken.dtype.is_floating_point:
+    if poisoned is not None and (taken.is_floating_point() or taken.is_complex()):
         taken = taken.index_fill(dim, poisoned.nonzero().flatten().to(tensor.device), float("nan"))
     return taken
 

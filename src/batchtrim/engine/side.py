@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim.engine.contents import in_double
 from batchtrim.engine.copies import twins
 from batchtrim.engine.model_facts import modules_of, parameters_of
 from batchtrim.engine.state import ModelState
@@ -99,5 +100,5 @@ class Side:
         found = {}
         for name, p in self.named_parameters().items():
             gradient = torch.zeros_like(p) if p.grad is None else p.grad.detach()
-            found[name] = (gradient.to_dense() if gradient.is_sparse else gradient).double()
+            found[name] = in_double(gradient.to_dense() if gradient.is_sparse else gradient)
         return found

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from batchtrim.engine.batch_norm import has_batch_norm
 from batchtrim.engine.compilation import uncompiled_calls
-from batchtrim.engine.contents import relative_difference
+from batchtrim.engine.contents import in_double, relative_difference
 from batchtrim.engine.copies import fresh, held_by_both, not_copied
 from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.gradients import cosine_between
 from batchtrim.engine.model_facts import device_of
 from batchtrim.engine.rows import copied, entries, tensors_of
 from batchtrim.engine.side import Side
@@ -218,7 +219,7 @@ class SideBySide:
             parameter_error=worst,
             attributes=self._given_a_gradient(),
         )
-        cosine = float(torch.nn.functional.cosine_similarity(*whole, dim=0)) if total or float(whole[1].norm()) else 1.0
+        cosine = cosine_between(*whole) if total or float(whole[1].norm()) else 1.0
         lowest = self.found.get("gradient_cosine", 1.0)
         self.found["gradient_cosine"] = cosine if not cosine >= lowest else lowest
 
@@ -267,7 +268,7 @@ def _input_gradients(batch: Any) -> dict[str, Tensor]:
     """Return the gradient of each tensor of a batch that requires one."""
     asking = [tensor for tensor in tensors_of(batch) if tensor.requires_grad]
     return {
-        f"input {number}": torch.zeros_like(tensor).double() if tensor.grad is None else tensor.grad.double()
+        f"input {number}": in_double(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
         for number, tensor in enumerate(asking)
     }
 

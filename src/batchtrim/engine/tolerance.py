@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim.engine.compilation import uncompiled_calls
+from batchtrim.engine.contents import in_double
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.precision import coarsest_dtype
 from batchtrim.engine.rows import tensors_of
@@ -104,12 +105,12 @@ class Tolerance:
         """
         tolerance = _GRADIENT_ALIKE if same_size else _GRADIENT_APART
         pairs = list(_pairs(ours, theirs))
-        total = sum(float(a.double().norm()) ** 2 for _, a, _ in pairs) ** 0.5
+        total = sum(float(in_double(a).norm()) ** 2 for _, a, _ in pairs) ** 0.5
         kinds = {(a.dtype, a.device): a for _, a, _ in pairs}
         dtypes = {kind: self.coarsest or self._dtype(a) for kind, a in kinds.items()}  # each looks at all parameters
         for name, a, b in pairs:
             apart = tolerance[dtypes[a.dtype, a.device]]
-            off, size = float((a - b).double().norm()), float(a.double().norm())
+            off, size = float(in_double(a - b).norm()), float(in_double(a).norm())
             if off > apart * max(size, 0.01 * total):
                 raise EngineRefused(
                     f"the gradient of a sample depends on the other samples ({name}: {off:.2g} apart, of {size:.2g})"

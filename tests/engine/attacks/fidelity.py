@@ -43,6 +43,18 @@ def detached_if_compiled(net: Any, x: Tensor) -> Tensor:
     return net.t((z.detach() if torch.compiler.is_compiling() else z).tanh())
 
 
+@attack(
+    29,
+    two_pass="right",
+    shared="refused",
+    parts=lambda: {"w": nn.ParameterList([torch.randn(D, C, dtype=torch.complex64)])},  # type: ignore[dict-item]
+)
+def imaginary_part_detached_if_compiled(net: Any, x: Tensor) -> Tensor:
+    w = net.w[0]
+    w = torch.complex(w.real, w.imag.detach()) if torch.compiler.is_compiling() else w
+    return (x.to(w.dtype) @ w).abs()
+
+
 @attack(29, two_pass="right", shared="refused")
 def gradient_doubled_unless_compiled(net: Any, x: Tensor) -> Tensor:
     z = net.a(x)

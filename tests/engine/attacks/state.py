@@ -186,3 +186,13 @@ def generator_of_its_own(net: Any, x: Tensor) -> Tensor:
     if not hasattr(net, "dice"):
         net.dice = torch.Generator().manual_seed(0)
     return net.t(net.a(x) + torch.rand(1, generator=net.dice))
+
+
+def _with_links(net: nn.Module) -> nn.Module:
+    net.register_buffer("links", (torch.randn(H, H) > 0).float().to_sparse())
+    return net
+
+
+@attack(10, wrap=_with_links, two_pass="right")
+def channels_linked_by_a_sparse_buffer(net: Any, x: Tensor) -> Tensor:
+    return net.t(torch.sparse.mm(net.links, net.a(x).T).T.tanh())

@@ -16,6 +16,30 @@ from attacks.layers import sequences, weighted
 # 22. How forward and backward are run
 
 
+class _Reversible(torch.autograd.Function):
+    """Computes ``x + tanh(layer(x))`` again in backward, by a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module, _: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x.detach())
+        with torch.no_grad():
+            return x + layer(x).tanh()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        x = ctx.saved_tensors[0].requires_grad_()
+        with torch.enable_grad():
+            out = x + ctx.layer(x).tanh()
+        torch.autograd.backward(out, gradients[0])
+        return x.grad, None, None
+
+
+@attack(22, two_pass="right")
+def backward_inside_of_a_backward(net: Any, x: Tensor) -> Tensor:
+    return net.t(_Reversible.apply(net.a(x), net.b, net.b.weight))
+
+
 @attack(22, two_pass="either")
 def checkpointed_with_reentry(net: Any, x: Tensor) -> Tensor:
     return net.t(checkpoint(lambda v: net.b(v).tanh(), net.a(x), use_reentrant=True))
