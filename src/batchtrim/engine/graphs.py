@@ -21,6 +21,7 @@ __all__ = [
     "with_gradients",
     "without_dead_draws",
     "without_passed_on",
+    "writes",
 ]
 
 
@@ -120,6 +121,11 @@ def any_strides(graph: fx.GraphModule) -> bool:
             return False
     graph.recompile()
     return True
+
+
+def writes(graph: fx.Graph) -> bool:
+    """True if an operator of a graph writes into one of its inputs."""
+    return any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in graph.nodes)
 
 
 def without_dead_draws(graph: fx.Graph) -> None:

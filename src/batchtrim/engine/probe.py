@@ -95,6 +95,7 @@ class Probe:
         with uncompiled_calls(self.forward), restored(before), _tried_on_cpu(before):
             if not redrawn and scored is not None:
                 self._ask(before, batch, rows, poisoned, scored)
+                self._look_for_moves(before, batch, rows)
                 return
             with _evaluation(before.model.modules):
                 known = self._evaluated(before)
@@ -171,7 +172,7 @@ class Probe:
             self.tolerance.compare_beside_others(losses[0], losses[1], rows[~poisoned])
 
     def _look_for_moves(self, before: Snapshot, batch: int, rows: Tensor) -> None:
-        """Refuse a model whose backward changes buffers or generators: two passes would do so by the kept rows."""
+        """Refuse a model whose backward changes state or generators: two passes would do so by the kept rows."""
         losses = self._losses(before, batch, rows)
         parameters = [p for p in self.forward.inner.parameters() if p.requires_grad]
         if not losses.requires_grad or not parameters or any(type(p) is not nn.Parameter for p in parameters):
@@ -180,8 +181,8 @@ class Probe:
         _differentiate(losses, parameters)
         if not generators.same(GeneratorStates(generators.device)):
             raise EngineRefused("its backward draws random numbers (a checkpoint with preserve_rng_state=False does)")
-        if state.difference(ModelState(*before.model.roots)) > 0:
-            raise EngineRefused("its backward changes buffers (BatchNorm in an activation checkpoint does)")
+        if (name := state.unlike(ModelState(*before.model.roots), 0.0)) is not None:
+            raise EngineRefused(f"its backward changes state ({name}), and would do so by the kept rows alone")
 
     def _named_gradients(self, losses: Tensor, before: Snapshot) -> dict[str, Tensor | None]:
         """Return the gradient of every parameter and of every batch tensor that requires one. Frees the graph."""

@@ -16,7 +16,7 @@ from batchtrim.engine.capture import CannotCapture, OneBatchSize, keeps_graph
 from batchtrim.engine.compiled import CompiledStep
 from batchtrim.engine.cost import Cost, cost_of_step, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
-from batchtrim.engine.graphs import any_strides, executable, pin, without_dead_draws, without_passed_on
+from batchtrim.engine.graphs import any_strides, executable, pin, without_dead_draws, without_passed_on, writes
 from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, RowLayout, exact_ratio, factor_of
 from batchtrim.engine.operators import expression_of
@@ -117,6 +117,8 @@ class SlicedStep:
         for node in label(joint.graph, self.symbols, tangents):
             pin(node)
         forward, backward = split()
+        if writes(backward.graph):
+            raise CannotCapture("its backward writes into a tensor (a hook or autograd function moves a buffer)")
         without_dead_draws(backward.graph)
         without_passed_on(backward.graph, self.losses, leaves)
         backward.recompile()

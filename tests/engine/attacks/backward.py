@@ -30,6 +30,39 @@ def hook_that_counts(net: Any, x: Tensor) -> Tensor:
     return net.t(z)
 
 
+@attack(4, shared="refused")
+def hook_that_moves_a_buffer(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x)
+
+    def note(g: Tensor) -> None:
+        net.seen.mul_(0.9).add_(g.abs().mean())
+
+    if z.requires_grad:
+        z.register_hook(note)
+    return net.t(z)
+
+
+class _Scaled(torch.autograd.Function):
+    """Rounds a gradient by the largest entry of the step before."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, largest: Tensor) -> Tensor:
+        ctx.largest = largest
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        unit = ctx.largest / 100 + 1e-6
+        rounded = (gradients[0] / unit).round() * unit
+        ctx.largest.copy_(gradients[0].abs().max())
+        return rounded, None
+
+
+@attack(4, shared="refused")
+def gradients_rounded_by_the_step_before(net: Any, x: Tensor) -> Tensor:
+    return net.t(_Scaled.apply(net.a(x), net.scale))
+
+
 @attack(4)
 def hook_that_centres(net: Any, x: Tensor) -> Tensor:
     z = net.a(x)

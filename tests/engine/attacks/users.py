@@ -200,7 +200,7 @@ def hook_on_a_node_of_the_graph(net: Any, x: Tensor) -> Tensor:
     return net.t(z.tanh())
 
 
-@attack(26, two_pass="right")
+@attack(26)
 def hook_on_two_gradients(net: Any, x: Tensor) -> Tensor:
     z = net.a(x)
     other = net.b(z)
