@@ -47,7 +47,13 @@ def test_exact_is_right(name: str) -> None:
     assert report.gradient_error == 0.0
 
 
-@pytest.mark.parametrize("name", few(ATTACKS, [*DEFAULT, "weak_signs_of_the_batch", "weak_mean_of_words_in_training"]))
+ALSO = (
+    "weak_signs_of_the_batch", "weak_mean_of_words_in_training", "backward_inside_of_a_backward",
+    "hook_that_moves_a_buffer",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", few(ATTACKS, [*DEFAULT, *ALSO]))
 def test_two_pass_is_never_silently_wrong(name: str) -> None:
     attack = ATTACKS[name]
     report = tried(attack, "two_pass")
@@ -59,7 +65,7 @@ def test_two_pass_is_never_silently_wrong(name: str) -> None:
 
 # Each takes seconds to trace: these few in every run, all of them among the slow tests.
 # Numbers of Python are drawn in test_between_steps.py.
-FEW = ("detached_if_compiled", "unknown_words_caught", "channels_linked_by_a_sparse_buffer")
+FEW = ("detached_if_compiled", "unknown_words_caught", "channels_linked_by_a_sparse_buffer", "hook_that_moves_a_buffer")
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -125,6 +131,7 @@ RIGHT_BY_LUCK = {
     "packed_sequence", "names_of_samples", "identity_over_the_batch",
     "weights_clipped_in_the_forward", "renormalised_embedding", "double_precision", "in_double_precision",
     "features_kept_with_their_graph", "likeness_of_all_views",
+    "gradients_rounded_by_the_step_before", "hook_on_two_gradients",
 }  # fmt: skip
 
 

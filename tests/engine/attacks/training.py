@@ -16,6 +16,11 @@ from attacks.layers import sequences, weighted
 # 22. How forward and backward are run
 
 
+@attack(22, two_pass="either")
+def checkpointed_with_reentry(net: Any, x: Tensor) -> Tensor:
+    return net.t(checkpoint(lambda v: net.b(v).tanh(), net.a(x), use_reentrant=True))
+
+
 class _Reversible(torch.autograd.Function):
     """Computes ``x + tanh(layer(x))`` again in backward, by a backward of its own."""
 
@@ -38,11 +43,6 @@ class _Reversible(torch.autograd.Function):
 @attack(22, two_pass="right")
 def backward_inside_of_a_backward(net: Any, x: Tensor) -> Tensor:
     return net.t(_Reversible.apply(net.a(x), net.b, net.b.weight))
-
-
-@attack(22, two_pass="either")
-def checkpointed_with_reentry(net: Any, x: Tensor) -> Tensor:
-    return net.t(checkpoint(lambda v: net.b(v).tanh(), net.a(x), use_reentrant=True))
 
 
 @attack(22)
