@@ -131,9 +131,12 @@ class TrimmingCallback(Callback):
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         self.trim = checks.mark(build(self.keep, self.clock.total(trainer, pl_module), self.options))
         self.logging.start(trainer)
-        if self._restored is not None:
-            self._load(self._restored, trainer)
-            if self._restored.get("epoch", trainer.current_epoch) < trainer.current_epoch:
+        if (state := self._restored) is not None:
+            if self.keep_log is not None and "keep_log" in state:
+                self.keep_log.load_state_dict(state["keep_log"])
+            self.logging.logged = state.get("logged")
+            self.clock.load(self.trim, state, self.resume_length, trainer)
+            if state.get("epoch", trainer.current_epoch) < trainer.current_epoch:
                 self._end_epoch(trainer, pl_module)  # saved after its last batch, where Lightning does not end it
             self._restored = None
         self._epochs = 0
@@ -194,10 +197,3 @@ class TrimmingCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:  # before training; on_train_start continues from it
             self._restored = state_dict
-
-    def _load(self, state: dict[str, Any], trainer: LightningTrainer) -> None:
-        assert self.trim is not None
-        if self.keep_log is not None and "keep_log" in state:
-            self.keep_log.load_state_dict(state["keep_log"])
-        self.logging.logged = state.get("logged")
-        self.clock.load(self.trim, state, self.resume_length, trainer)
