@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batchtrim.lab import compare
+from batchtrim.lab import compare, records
+from batchtrim.lab.task import own_code
 from batchtrim.lab.task.own_code import YourCodeFailed
 
 
@@ -39,6 +40,29 @@ def train(run):
     )
     with pytest.raises(YourCodeFailed, match=r"exit\(2\).* it has no command-line arguments: give those of argparse"):
         compare("parsing.py:train", ["full"], 1, epochs=1, out="there", quiet=True)
+
+
+def test_numbers_drawn_when_a_file_is_loaded_change_no_run(tmp_path: Path) -> None:
+    """The first run of each process loads the file after it was seeded: it was not paired with other methods' runs."""
+    (tmp_path / "drawing.py").write_text(
+        "import random, numpy, torch\n"
+        "data = torch.rand(()).item(), numpy.random.rand(), random.random()\n"
+        "torch.manual_seed(1), numpy.random.seed(2), random.seed(3)\n"
+        "def train(run):\n"
+        "    run.trim(torch.rand(8))\n"
+        "    return {'rmse': torch.rand(()).item(), 'seed': torch.initial_seed(), 'numpy': numpy.random.rand(),\n"
+        "            'random': random.random(), 'data': sum(data)}\n"
+    )
+    found = []
+    for first in ("a", "b"):  # as in two processes
+        own_code._loaded.clear()
+        for seed in (4, 5) if first == "a" else (5, 4):
+            compare(
+                str(tmp_path / "drawing.py:train"), ["full"], [seed], epochs=1, metric="rmse", out=first, quiet=True
+            )
+        found.append({row["config"]["seed"]: (row["value"], row["also"]) for row in records.read(first)})
+    assert found[0] == found[1]
+    assert {seed: also["seed"] for seed, (_, also) in found[0].items()} == {4: 4, 5: 5}
 
 
 def test_a_file_that_hides_a_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,7 @@ def test_a_network_that_ends_the_process_is_an_error(tmp_path: Path) -> None:
 
 
 BUILDS = """
+import torch
 from torch import nn
 
 def build(shape, classes):
@@ -98,6 +99,10 @@ def head(shape, classes):
 def frozen(shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 64).requires_grad_(False), nn.Linear(64, classes))
 
+def seeded(shape, classes):
+    torch.manual_seed(7)
+    return build(shape, classes)
+
 def soft(shape, classes):
     return nn.Sequential(build(shape, classes), nn.Softmax(1))
 """
@@ -109,6 +114,7 @@ def soft(shape, classes):
         ("again", "got weights that it returned before"),
         ("head", "got weights that it returned before"),
         ("network", "to be a function that makes a network, got a network. Each run needs its own"),
+        ("seeded", "leave torch's seed as it is, got a call that seeds it with 7: every run would start from the same"),
         ("soft", "to give logits, got probabilities, which add up to 1. Leave out the softmax"),
     ],
 )

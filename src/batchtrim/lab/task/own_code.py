@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -196,7 +197,7 @@ def _module(path: Path, source: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
-        with as_a_program(path):
+        with as_a_program(path), _drawing_apart():
             spec.loader.exec_module(module)
     except Exception as error:
         sys.modules.pop(spec.name, None)
@@ -209,6 +210,30 @@ def _module(path: Path, source: str) -> ModuleType:
         ) from error
     _loaded[known] = module
     return module
+
+
+@contextlib.contextmanager
+def _drawing_apart() -> Iterator[None]:
+    """Let a file draw the same numbers in every process, and leave the generators as they were.
+
+    The first run of a process runs the file after the run was seeded; later runs do not run it again.
+    """
+    import numpy as np
+    import torch
+
+    seed, on_gpu = torch.initial_seed(), torch.cuda.is_initialized()
+    drawn, drawn_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one)
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else []):
+            torch.default_generator.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(drawn_numpy)  # noqa: NPY002
+        if not on_gpu:
+            torch.cuda.manual_seed_all(seed)  # which a seed in the file has replaced; without a GPU it does nothing
 
 
 @contextlib.contextmanager

@@ -83,6 +83,7 @@ def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
                 f"expected {code.name} to be a function that makes a network, got a network. Each run needs its own: "
                 "def build(shape, classes): return ..."
             )
+        seed = torch.initial_seed()
         try:
             with as_a_program(code.path):
                 model = function(shape, classes)
@@ -92,6 +93,12 @@ def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
             raise YourCodeFailed(f"expected {code.name} to return a network, got exit({error.code}).") from error
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected {code.name} to return a torch.nn.Module, got {describe(model)}.")
+        if torch.initial_seed() != seed:
+            raise ValueError(
+                f"expected {code.name} to leave torch's seed as it is, got a call that seeds it with "
+                f"{torch.initial_seed()}: every run would start from the same weights. Leave that out; torch is seeded "
+                "with the run's seed before the call."
+            )
         _check_new(code.name, model)
     _try(known_as(name), model, shape, classes)
     return model
