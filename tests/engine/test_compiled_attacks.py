@@ -8,7 +8,7 @@ import pytest
 from attacks import ATTACKS
 
 import batchtrim
-from batchtrim.engine import side_by_side
+from batchtrim.engine.side import Side
 from batchtrim.testing import check_engine
 from tiers import in_part
 
@@ -35,10 +35,10 @@ ROUNDED = {"instance_normed": 5e-5}
 @pytest.fixture(autouse=True)
 def compiled_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile the model of the engine's side; the plain step runs as it is."""
-    side = side_by_side.SideBySide._side
+    copied = Side.copied
 
-    def compiled(self: Any, model: Any, loss: Any, engine: str, batch_dim: int) -> Any:
-        made = side(self, model, loss, engine, batch_dim)
+    def compiled(model: Any, loss: Any, engine: str, batch_dim: int) -> Any:
+        made = copied(model, loss, engine, batch_dim)
         if engine != "exact" and made.refused is None:
             own = made.step
             own.forward.model.compile()
@@ -47,7 +47,7 @@ def compiled_side(monkeypatch: pytest.MonkeyPatch) -> None:
             )
         return made
 
-    monkeypatch.setattr(side_by_side.SideBySide, "_side", compiled)
+    monkeypatch.setattr(Side, "copied", compiled)
 
 
 @pytest.mark.parametrize("name", in_part(TELLING))
