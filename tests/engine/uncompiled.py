@@ -9,7 +9,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from batchtrim.engine.graphs import any_strides
 from batchtrim.engine.inductor import without_strides
-from batchtrim.engine.operators import expression_of
+from batchtrim.engine.symbolic import expression_of
 
 
 class Uncompiled:

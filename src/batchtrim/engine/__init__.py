@@ -17,8 +17,9 @@ Fabric). ``rows.py`` cuts a batch to rows.
 
 A tour of the shared engine, in the order of a step:
 
-1. ``shared.py`` runs a step. ``capture.py`` traces model and loss into graphs; only it, ``operators.py`` (facts about
-   operators) and ``inductor.py`` use the private parts of torch's compiler. ``graphs.py`` prepares graphs to run.
+1. ``shared.py`` runs a step. ``capture.py`` traces model and loss into graphs. ``graphs.py`` prepares graphs to run.
+   The private parts of torch's compiler are asked in few places: ``capture.py``, ``inductor.py``, ``operators.py``
+   (facts about operators), ``symbolic.py`` (sizes that are symbols) and ``compilation.py``.
 2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
    graph (which operators may run on kept rows?), by the rules of ``rules.py`` and ``rules_*.py``, a file per kind of
    operator, over the layouts of ``layout.py``. ``split.py`` splits the backward into two graphs; ``cost.py`` counts
@@ -33,14 +34,14 @@ what activation checkpoints repeat in backward. ``batch_norm.py`` measures how f
 
 If the model's Python runs twice, ``reachable.py`` finds all that it may change, by the kinds of objects of ``kinds.py``
 and the names of ``names.py``; ``state.py``, ``contents.py`` (one object), ``generators.py`` and ``writes.py`` put that
-back. ``model_facts.py`` answers what engines ask of a model, ``compilation.py`` finds compiled parts and runs them as
-plain Python, ``gradients.py`` computes gradients that no hook sees, ``precision.py`` knows about TF32, and
-``operator_mode.py`` is the base of the modes that see every operator.
+back. ``model_facts.py`` answers what engines ask of a model. ``compilation.py`` finds what the user compiled, runs
+it as plain Python, or compiles a copy alike. ``gradients.py`` computes gradients that no hook sees, ``precision.py``
+knows about TF32, and ``operator_mode.py`` is the base of the modes that see every operator.
 
 ``two_pass.py`` has ``probe.py`` check on a few rows that samples do not interact, ``tolerance.py`` compare results
 within the model's precision, and ``memory.py`` find parts of the batch that share memory; on a GPU, operators that
-could end the process run on the CPU first (``cpu_first.py``).
-``side_by_side.py`` runs an engine beside a plain step (each a ``side.py``), for ``batchtrim.testing.check_engine``.
+could end the process run on the CPU first (``cpu_first.py``). For ``batchtrim.testing.check_engine``,
+``side_by_side.py`` runs an engine beside a plain step, each a ``side.py`` with a copy of the model by ``copies.py``.
 
 ``auto.py`` runs the first step that might pay with ``exact`` while ``cost.py`` counts it. It traces the model as soon
 as 100 steps would pay the trace back.

@@ -1,7 +1,5 @@
 """Capture a function as graphs, and run them.
 
-Only this file, ``operators.py`` and ``inductor.py`` use the private parts of torch's compiler.
-
 ``torch.compile``'s front end traces model and loss together, with guards that trace anew when something in Python
 changes. AOTAutograd turns the trace into one joint graph of forward and backward. :class:`Capture` passes the joint
 graph to a planner and runs the graphs that the planner returns. :func:`unfit` says which torch releases cannot be used.

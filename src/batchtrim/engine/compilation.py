@@ -1,10 +1,12 @@
-"""Find what is compiled in a model, and run it as plain Python."""
+"""Find what is compiled in a model, run it as plain Python, or compile a copy alike."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +18,11 @@ if TYPE_CHECKING:
     from batchtrim.engine.forward import Forward
 
 __all__ = [
+    "compile_alike",
     "compiled_forward",
     "compiled_part",
+    "compiler_of",
+    "context_of",
     "is_compiled",
     "nothing_compiled",
     "run_uncompiled",
@@ -104,3 +109,36 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """Return the module that the user gave to torch.compile. Fabric's wrapper, which has all attributes, is none."""
     held = module._modules  # a script module's has no get()
     return held["_orig_mod"] if "_orig_mod" in held else module  # type: ignore[return-value]  # noqa: SIM401
+
+
+def context_of(part: Any) -> Any:
+    """Return what compiled a module or a call, torch's context, or None."""
+    from torch._dynamo.eval_frame import _TorchDynamoContext
+
+    held = [cell.cell_contents for cell in getattr(part, "__closure__", None) or ()]
+    contexts = (each for each in (getattr(part, "dynamo_ctx", None), *held) if isinstance(each, _TorchDynamoContext))
+    return next(contexts, None)
+
+
+def compiler_of(module: nn.Module) -> Callable[[Any], Any]:
+    """Return torch.compile with the settings that a compiled module was compiled with."""
+    return _compiler(module if uncompiled(module) is not module else module._compiled_call_impl)
+
+
+def _compiler(part: Any) -> Callable[[Any], Any]:
+    """Return torch.compile with the settings that a module, a call or a forward was compiled with."""
+    return context_of(part) or torch.compile
+
+
+def compile_alike(copied: nn.Module, model: nn.Module) -> None:
+    """Compile in a deep copy what no copy keeps: a call that ``model.compile()`` compiled, and a compiled forward.
+
+    The copy of such a forward would run the model itself.
+    """
+    for own, module in zip(copied.modules(), model.modules(), strict=True):
+        if vars(module).get("_compiled_call_impl") is not None:
+            own._compiled_call_impl = compiler_of(module)(own._call_impl)
+        forward = compiled_forward(module) if "forward" in vars(module) else None
+        called = None if forward is None else inspect.unwrap(forward, stop=lambda each: isinstance(each, MethodType))
+        if isinstance(called, MethodType) and called.__self__ is module:
+            own.forward = _compiler(forward)(MethodType(called.__func__, own))

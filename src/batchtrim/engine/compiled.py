@@ -15,17 +15,9 @@ from torch import Tensor, fx
 
 from batchtrim.engine.backward import Runs, run_backward
 from batchtrim.engine.cutting import KeptRows, cut, gather, spread
-from batchtrim.engine.inductor import (
-    CannotCompile,
-    Compiled,
-    Inductor,
-    as_symbolic,
-    new_size,
-    restrided,
-    with_strides,
-    without_data,
-)
+from batchtrim.engine.inductor import CannotCompile, Compiled, Inductor, with_strides
 from batchtrim.engine.layout import RowLayout
+from batchtrim.engine.symbolic import as_symbolic, new_size, restrided, without_data
 from batchtrim.errors import EngineFallback
 
 if TYPE_CHECKING:

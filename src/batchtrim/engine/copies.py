@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.compilation import compiled_part
+from batchtrim.engine.compilation import compile_alike, compiled_part
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied, map_tensors, tensors_of
 
@@ -20,8 +20,6 @@ def twins(model: nn.Module, loss: Any) -> tuple[nn.Module, Any]:
     copies = copy.deepcopy((model, loss))  # together: a loss may hold a part of the model
     for given, own in zip((model, loss), copies, strict=True):
         if isinstance(given, nn.Module) and compiled_part(given) is not None:
-            from batchtrim.engine.inductor import compile_alike
-
             compile_alike(own, given)
     return copies
 

@@ -1,7 +1,5 @@
 """Compile a trace's graphs with Inductor.
 
-Only this file, ``capture.py`` and ``operators.py`` use the private parts of torch's compiler.
-
 A model that the user compiled runs compiled here too. The graphs of one trace become two functions, the forward and the
 backward of the kept rows. Sizes that change are symbols in both, so that a new batch size or a new k needs no new
 compilation. Before each call, the sizes are checked against what Inductor assumed of them.
@@ -11,36 +9,27 @@ from __future__ import annotations
 
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.eval_frame import _TorchDynamoContext
 
 from batchtrim._checks import in_one_line
-from batchtrim.engine.compilation import compiled_forward, compiled_part, uncompiled
+from batchtrim.engine.compilation import compiled_part, context_of
 from batchtrim.engine.graphs import graph_copy, in_traced_order
 from batchtrim.engine.layout import product
-from batchtrim.engine.operators import expression_of
+from batchtrim.engine.symbolic import expression_of
 
 __all__ = [
     "CannotCompile",
     "Compiled",
     "Inductor",
-    "as_symbolic",
-    "compile_alike",
-    "compiler_of",
     "inductor_of",
-    "new_size",
     "not_traced",
-    "restrided",
     "with_strides",
-    "without_data",
     "without_strides",
 ]
 
@@ -59,13 +48,10 @@ class CannotCompile(Exception):
     """Inductor cannot compile a graph; the message says why."""
 
 
-# --- what the user compiled ------------------------------------------------------------------------------------------
-
-
 def inductor_of(model: nn.Module) -> Inductor | None:
     """Return Inductor with the user's options if it compiles the model or a part of it; else None."""
     part = compiled_part(model)
-    backend: Any = getattr(_context_of(part), "callback", None)
+    backend: Any = getattr(context_of(part), "callback", None)
     while backend is not None and not isinstance(backend, torch._TorchCompileInductorWrapper):
         backend = next((getattr(backend, name) for name in _INSIDE if hasattr(backend, name)), None)
     if backend is not None:
@@ -82,46 +68,12 @@ def inductor_of(model: nn.Module) -> Inductor | None:
 _INSIDE = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")  # the second before torch 2.9
 
 
-def _context_of(part: Any) -> Any:
-    """Return what compiled a module or a call, torch's context, or None."""
-    held = [cell.cell_contents for cell in getattr(part, "__closure__", None) or ()]
-    contexts = (each for each in (getattr(part, "dynamo_ctx", None), *held) if isinstance(each, _TorchDynamoContext))
-    return next(contexts, None)
-
-
-def compiler_of(module: nn.Module) -> Callable[[Any], Any]:
-    """Return torch.compile with the settings that a compiled module was compiled with."""
-    return _compiler(module if uncompiled(module) is not module else module._compiled_call_impl)
-
-
-def _compiler(part: Any) -> Callable[[Any], Any]:
-    """Return torch.compile with the settings that a module, a call or a forward was compiled with."""
-    return _context_of(part) or torch.compile
-
-
-def compile_alike(copied: nn.Module, model: nn.Module) -> None:
-    """Compile in a deep copy what no copy keeps: a call that ``model.compile()`` compiled, and a compiled forward.
-
-    The copy of such a forward would run the model itself.
-    """
-    for own, module in zip(copied.modules(), model.modules(), strict=True):
-        if vars(module).get("_compiled_call_impl") is not None:
-            own._compiled_call_impl = compiler_of(module)(own._call_impl)
-        forward = compiled_forward(module) if "forward" in vars(module) else None
-        called = None if forward is None else inspect.unwrap(forward, stop=lambda each: isinstance(each, MethodType))
-        if isinstance(called, MethodType) and called.__self__ is module:
-            own.forward = _compiler(forward)(MethodType(called.__func__, own))
-
-
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
 # Call a function from a compiled one, without tracing it.
 not_traced: Callable[..., Any] = torch.compiler.disable(_call)
-
-
-# --- compiling -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -263,45 +215,6 @@ class Inductor:
 
 
 _STRIDED = "batchtrim_strided"  # in the meta of a node: it was an as_strided
-
-
-def new_size(like: Tensor, hint: int) -> tuple[Tensor, Any]:
-    """Return an int64 vector without data whose length is a new symbol, and that length."""
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-
-    mode = like.fake_mode
-    frozen, mode.shape_env.frozen = mode.shape_env.frozen, False
-    try:
-        rows = mode.from_tensor(
-            torch.empty(max(hint, 2), dtype=torch.int64, device=like.device),
-            symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC]),
-            source=ConstantSource("kept_rows"),
-        )
-    finally:
-        mode.shape_env.frozen = frozen
-    return rows, rows.shape[0]
-
-
-def as_symbolic(value: Any, like: Tensor) -> Any:
-    """Return an expression as a symbolic size of the trace that ``like`` belongs to."""
-    if not isinstance(value, sympy.Expr) or value.is_Integer:
-        return int(value)
-    return like.fake_mode.shape_env.create_symintnode(value, hint=None)
-
-
-def without_data(like: Tensor) -> Any:
-    """Return the mode in which operators make tensors without data, as those of a trace."""
-    return like.fake_mode
-
-
-def restrided(tensor: Tensor, strides: Sequence[Any] | None) -> Tensor:
-    """Return a tensor without data of the same size with other strides."""
-    if strides is None:
-        return tensor
-    with tensor.fake_mode:
-        steps = [as_symbolic(expression_of(each), tensor) for each in strides]
-        return torch.empty_strided(tensor.shape, steps, dtype=tensor.dtype, device=tensor.device)
 
 
 def without_strides(graph: fx.GraphModule) -> None:

@@ -1,4 +1,4 @@
-"""Ask torch about a symbolic size, and about an operator: its decomposition, and whether zeros give zeros."""
+"""Ask torch about an operator: its decomposition, and whether zeros give zeros."""
 
 from __future__ import annotations
 
@@ -7,21 +7,11 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["decomposed", "expression_of", "zeros_at_zero"]
-
-
-def expression_of(value: Any) -> Any:
-    """Return a symbolic number as a sympy expression, or as an int if it is one; anything else unchanged."""
-    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value
-    node = value.node
-    found = node.shape_env.replace(node.expr) if node.shape_env is not None else node.expr
-    return int(found) if isinstance(found, sympy.Integer) else found
+__all__ = ["decomposed", "zeros_at_zero"]
 
 
 def decomposed(

@@ -24,9 +24,10 @@ from batchtrim.engine import rules_attention, rules_nn, rules_products, rules_sh
 from batchtrim.engine.cutting import can_be_cut
 from batchtrim.engine.graphs import name_of
 from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, RowLayout, Whole
-from batchtrim.engine.operators import decomposed, expression_of
+from batchtrim.engine.operators import decomposed
 from batchtrim.engine.rules import Call, Value, alike, apply_rule, has_rule, holds, only_dim
 from batchtrim.engine.rules_attention import draws, draws_by_place
+from batchtrim.engine.symbolic import expression_of
 
 __all__ = ["LAYOUT", "NodeProof", "Proof", "by_shape", "label", "place_of", "prove"]
 

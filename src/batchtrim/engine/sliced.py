@@ -19,11 +19,11 @@ from batchtrim.engine.cutting import KeptRows, cut, put_back
 from batchtrim.engine.graphs import any_strides, executable, pin, without_dead_draws, without_passed_on, writes
 from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, RowLayout, exact_ratio, factor_of
-from batchtrim.engine.operators import expression_of
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.reasons import fixed_by
 from batchtrim.engine.rules_shape import view_axis
 from batchtrim.engine.split import Slices, split_backward
+from batchtrim.engine.symbolic import expression_of
 from batchtrim.engine.writes import memory_of
 
 __all__ = ["NewTrace", "SlicedStep", "Tape"]

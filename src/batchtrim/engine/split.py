@@ -21,8 +21,8 @@ from batchtrim.engine.capture import CannotCapture
 from batchtrim.engine.cost import is_costly
 from batchtrim.engine.graphs import executable, name_of
 from batchtrim.engine.layout import Layout, RowLayout
-from batchtrim.engine.operators import expression_of
 from batchtrim.engine.proof import Proof
+from batchtrim.engine.symbolic import expression_of
 
 __all__ = ["Crossing", "Part", "Slices", "split_backward"]
 

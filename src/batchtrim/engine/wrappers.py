@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from batchtrim.engine.compilation import is_compiled, uncompiled
+from batchtrim.engine.compilation import compiler_of, is_compiled, uncompiled
 
 __all__ = [
     "check_backward",
@@ -130,11 +130,7 @@ def in_wrapper(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[
 
 def _compiled_as(model: nn.Module, like: nn.Module) -> nn.Module:
     """Return a model compiled with the settings that another one is compiled with; unchanged if there is no need."""
-    if is_compiled(model) or not is_compiled(like):
-        return model
-    from batchtrim.engine.inductor import compiler_of  # it imports torch's compiler
-
-    return compiler_of(like)(model)
+    return model if is_compiled(model) or not is_compiled(like) else compiler_of(like)(model)
 
 
 def _is_fabric(model: nn.Module) -> bool:
