@@ -3,8 +3,8 @@
     batchtrim compare --task studies/entities.py:train records/2026-11-25-wnut-17/config.toml --out runs/wnut-17
 
 A word is the sum of what is learnt of it, of its ends and of its shape; a bidirectional GRU reads the sentence; the
-loss is a cross entropy a token, and tokens are the rows that are chosen among (``unit="element"``). The error is 1 - F1
-of whole entities on the test set: an entity counts where its words and its kind are right. ``BATCHTRIM_DATA`` names the
+loss is the cross-entropy of each token, and tokens are selected (``unit="element"``). The error is 1 - F1 of whole
+entities on the test set: an entity counts if its words and its kind are right. ``BATCHTRIM_DATA`` names the
 folder that holds wnut_17/{train,test}-*.parquet. ENTITIES_SPLIT=validation tests on another split.
 """
 

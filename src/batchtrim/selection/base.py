@@ -100,8 +100,8 @@ class Selection:
 class Rule(Protocol):
     """A selection rule. :class:`batchtrim.Trimmer` takes any callable with this signature, and checks its rows.
 
-    A rule whose k depends on the losses, not on ``keep`` alone, says so: ``k_follows_losses = True``. One that does not
-    read ``keep`` at all says ``reads_keep = False``: engines take ``keep`` 1 for the whole batch otherwise.
+    A rule whose k depends on the losses, not on ``keep`` alone, says so: ``k_follows_losses = True``. One that ignores
+    ``keep`` says ``reads_keep = False``; otherwise engines take a ``keep`` of 1 for the whole batch.
     """
 
     def __call__(self, losses: Tensor, keep: float, generator: torch.Generator | None = None) -> Selection:
@@ -136,7 +136,7 @@ def k_follows_losses(rule: object) -> bool:
 
 
 def reads_keep(rule: object) -> bool:
-    """Return True if a rule keeps as many samples as ``keep`` says; see :class:`Rule`."""
+    """Return True unless a rule ignores ``keep``; see :class:`Rule`."""
     return bool(getattr(rule, "reads_keep", True))
 
 
