@@ -17,7 +17,7 @@ NUMBER = re.compile(r"[\d.]+")  # differ from one machine to the next
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_is_light(path: Path) -> None:
+def test_a_notebook_is_small_and_was_run_in_order(path: Path) -> None:
     assert path.stat().st_size < MOST_BYTES
     cells = nbformat.read(path, as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]

@@ -237,19 +237,19 @@ BAD_LOSSES = [
 
 
 @pytest.mark.parametrize(("losses", "error", "message"), BAD_LOSSES)
-def test_bad_losses(losses: Any, error: type[Exception], message: str) -> None:
+def test_bad_losses_are_refused(losses: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
         Trimmer(0.5)(losses)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", [0, 1.5, -1, float("nan")])
-def test_bad_keep(keep: float) -> None:
+def test_bad_keep_is_refused(keep: float) -> None:
     with pytest.raises(ValueError, match=r"expected `keep` in \(0, 1\], got .* It is a fraction of the batch"):
         Trimmer(keep)
 
 
-def test_other_bad_arguments() -> None:
+def test_other_bad_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match=r"expected `keep` to be a schedule, a number .*, got '20%'"):
         Trimmer("20%")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected `total`, the number of times"):

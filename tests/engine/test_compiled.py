@@ -152,7 +152,7 @@ def test_the_cosine_of_batch_norm_is_measured(compiles: list[bool]) -> None:
 
 
 @pytest.mark.slow
-def test_autocast(compiles: list[bool]) -> None:
+def test_autocast_is_near_a_whole_backward(compiles: list[bool]) -> None:
     step = stepper(compiled(lambda: zoo.Residual(GROUP)))
     for _ in range(3):
         with torch.autocast("cpu", torch.bfloat16):
@@ -165,7 +165,7 @@ def test_autocast(compiles: list[bool]) -> None:
 @pytest.mark.parametrize(
     ("shift", "compiles"), [(False, "graphs"), (True, "graphs"), (True, "inductor")], indirect=["compiles"]
 )
-def test_tokens(shift: bool, compiles: list[bool]) -> None:
+def test_kept_tokens_of_a_compiled_model_equal_exact(shift: bool, compiles: list[bool]) -> None:
     """By default test_tokens.py has them, on a plain model."""
     torch.manual_seed(0)
     model = zoo.LanguageModel(30, layers=1)

@@ -94,7 +94,7 @@ def test_rows_that_meet_are_exact_and_whole_from_there_on(name: str) -> None:
 
 
 @pytest.mark.parametrize("keep", few([0.02, 0.2, 0.6, 0.95, 1.0], [1.0]))
-def test_any_keep(keep: float) -> None:
+def test_any_keep_equals_exact(keep: float) -> None:
     make, data = EXACT["group_norm"]
     agree(train(make, data, "exact", keep=keep), train(make, data, "shared", keep=keep))
 
@@ -107,7 +107,7 @@ def test_a_single_kept_row_may_have_any_memory_layout(keep: float) -> None:
 
 
 @pytest.mark.slow  # by default test_accumulation.py has a window of it
-def test_autocast() -> None:
+def test_autocast_equals_exact_up_to_bfloat16() -> None:
     make = lambda: zoo.Autocast(zoo.Residual(GROUP))  # noqa: E731
     agree(train(make, zoo.images, "exact"), train(make, zoo.images, "shared"), 2e-2)  # bf16 keeps 8 bits
 

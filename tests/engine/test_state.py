@@ -254,7 +254,7 @@ def test_modules_of_a_loss_are_found() -> None:
     assert model.layer in modules_of(model, None)
 
 
-def test_lazy() -> None:
+def test_a_model_is_lazy_until_its_first_forward() -> None:
     model = nn.Sequential(nn.LazyLinear(2))
     assert is_lazy(model)
     model(torch.ones(1, 3))

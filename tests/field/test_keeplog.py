@@ -290,7 +290,7 @@ def test_a_merged_log_counts_an_open_epoch() -> None:
         ("labels", torch.tensor([0, 1, 2, 2**32 + 1]), "expected `labels` from 0 to 2"),
     ],
 )
-def test_out_of_range(name: str, value: Tensor, message: str) -> None:
+def test_ids_and_labels_out_of_range_are_refused(name: str, value: Tensor, message: str) -> None:
     log = KeepLog(4, classes=3)
     given = {"ids": torch.arange(4), name: value}
     with pytest.raises(ValueError, match=message):

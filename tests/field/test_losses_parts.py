@@ -62,7 +62,7 @@ def test_a_tensor_added_to_a_sum(keep: float) -> None:
         torch.testing.assert_close(Trimmer(keep)(total), whole.topk(round(keep * 4)).values.sum())
 
 
-def test_factors() -> None:
+def test_a_learned_factor_of_shape_1_scales_losses() -> None:
     """A learned weight often has shape (1,): an error that named neither shape."""
     weight = nn.Parameter(torch.tensor([2.0]))
     losses = Losses(VALUES[0])

@@ -124,7 +124,7 @@ class TestAnotherForward:
 
 
 @pytest.mark.parametrize("criterion", [F.cross_entropy, nn.CrossEntropyLoss(weight=WEIGHT)])
-def test_pickled(criterion: Callable[..., Any]) -> None:
+def test_a_criterion_computes_the_same_after_pickling(criterion: Callable[..., Any]) -> None:
     outputs, labels = batch()
     again = pickle.loads(pickle.dumps(per_sample(criterion)))
     torch.testing.assert_close(again(outputs, labels).mean(), criterion(outputs, labels))

@@ -53,7 +53,7 @@ def test_a_setting_that_stays(make: Callable[[], Any], name: str, value: Any, cu
 
 
 @pytest.mark.parametrize("name", ["distributed", "warn"])
-def test_a_flag(name: str) -> None:
+def test_a_flag_set_to_text_is_refused(name: str) -> None:
     log = batchtrim.KeepLog(8)
     with pytest.raises(TypeError, match=f"`{name}` to be True or False, got 'no'"):
         setattr(log, name, "no")

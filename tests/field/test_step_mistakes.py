@@ -33,7 +33,7 @@ def test_what_nothing_has() -> None:
 
 
 @pytest.mark.parametrize("given", [(torch.rand(4, 3),), ((torch.rand(4, 3), torch.zeros(4, dtype=torch.int64)),)])
-def test_no_targets(given: tuple[object, ...]) -> None:
+def test_a_step_without_targets_says_so(given: tuple[object, ...]) -> None:
     with pytest.raises(TypeError) as raised:
         step()(*given)
     assert raised.value.__notes__ == ["batchtrim got no targets: step(x, y) gives x to the model, and y to the loss."]

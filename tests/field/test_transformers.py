@@ -258,7 +258,7 @@ def in_place(out: Tensor, y: Tensor, _: Any) -> Tensor:
         lambda out, y, _: F.cross_entropy(out.repeat_interleave(2, 0).view(len(y), 2, 3)[:, 0], y),
     ],
 )
-def test_a_custom_loss(loss: Any, tmp_path: Path) -> None:
+def test_a_custom_loss_trains_as_in_the_plain_trainer(loss: Any, tmp_path: Path) -> None:
     assert_trained_as(Weighted(loss), labelled(*torch.tensor([0, 2, 1, 2, 0])), tmp_path)
 
 

@@ -112,7 +112,7 @@ def last(trainer: TrimmedTrainer) -> Any:
     return step.last
 
 
-@pytest.mark.slow  # a trace takes seconds; by default test_a_custom_loss has one
+@pytest.mark.slow  # a trace takes seconds; by default test_shared_trains_a_custom_loss_as_exact_does has one
 @pytest.mark.parametrize("case", CASES)
 def test_the_shared_engine_runs(case: str, tmp_path: Path) -> None:
     """It was refused: a forward whose loss functions are being recorded cannot be traced."""
@@ -183,7 +183,7 @@ LOSSES: dict[str, Any] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", few(LOSSES, ["weights"]))
-def test_a_custom_loss(name: str, tmp_path: Path) -> None:
+def test_shared_trains_a_custom_loss_as_exact_does(name: str, tmp_path: Path) -> None:
     loss = LOSSES[name]
     plain, _ = trained(Head(loss), data("sequence", 40), None, tmp_path)
     shared, trainer = trained(Head(loss), data("sequence", 40), "shared", tmp_path)

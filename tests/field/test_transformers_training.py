@@ -59,7 +59,7 @@ def test_resuming_with_more_epochs_at_a_constant_keep(tmp_path: Path) -> None:
     assert trainer.state.global_step == 6
 
 
-def test_no_epochs(tmp_path: Path) -> None:
+def test_no_epochs_are_no_steps(tmp_path: Path) -> None:
     """It was said that the data set had no length."""
     args = arguments(str(tmp_path), max_steps=-1, num_train_epochs=0)
     trainer = TrimmedTrainer(model=new_model("sequence"), args=args, train_dataset=data("sequence", 10))

@@ -45,7 +45,7 @@ def test_gradients_as_functions(transform: Callable[..., Any], rule: Any) -> Non
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_an_ensemble(rule: Any, masked: bool) -> None:
+def test_vmap_over_an_ensemble_equals_a_loop(rule: Any, masked: bool) -> None:
     """torch's tutorial on ensembles: a stack of models, each with its own loss, in one call."""
     trim, stack = Trimmer(0.4, select=rule), torch.stack([W, 2.0 * W, -W])
     mask = Y != 1 if masked else None

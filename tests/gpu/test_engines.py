@@ -115,7 +115,7 @@ def test_cudnn_recurrence(device: torch.device, engine: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("engine", ["shared", "two_pass"])
-def test_autocast(device: torch.device, engine: str, dtype: torch.dtype) -> None:
+def test_autocast_is_no_further_off_than_exact(device: torch.device, engine: str, dtype: torch.dtype) -> None:
     if device.type != "cuda" and dtype == torch.float16:
         pytest.skip("autocast to float16 is the GPU's")
 

@@ -30,7 +30,7 @@ def test_every_method_trains(device: torch.device, method: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_precisions(device: torch.device, precision: str) -> None:
+def test_a_run_finishes_in_every_precision(device: torch.device, precision: str) -> None:
     if device.type != "cuda" and precision == "16-mixed":
         pytest.skip("a GPU's precision")
     row = train_run(settings(device, method="trim", precision=precision))
@@ -38,7 +38,7 @@ def test_precisions(device: torch.device, precision: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["exact", "two_pass", "shared", "auto"])
-def test_engines(device: torch.device, engine: str) -> None:
+def test_a_run_finishes_with_every_engine(device: torch.device, engine: str) -> None:
     row = train_run(settings(device, method="trim", engine=engine, norm="group"))
     assert row["status"] == "finished", row
 

@@ -37,7 +37,9 @@ def test_whitened_patches_are_uncorrelated(channels: int, kernel: int) -> None:
 @pytest.mark.parametrize("name", ["speed", "speed_lite"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_shapes(name: str, shape: tuple[int, int, int], norm: str) -> None:
+def test_any_shape_gives_logits_and_freezes_whitening_and_scales(
+    name: str, shape: tuple[int, int, int], norm: str
+) -> None:
     model = models.build(name, shape, 7, 8, norm)
     assert model(torch.randn(4, *shape)).shape == (4, 7)
     frozen = {each for each, parameter in model.named_parameters() if not parameter.requires_grad}
