@@ -29,7 +29,10 @@ LENGTH, WIDTH = 24, 64
 @cache
 def texts(split: str) -> tuple[list[list[str]], list[int]]:
     """Return the words and kinds (6) of the questions of a split."""
-    (path,) = Path(os.environ["BATCHTRIM_DATA"], "trec").glob(f"{split}-*.parquet")
+    folder = Path(os.environ.get("BATCHTRIM_DATA", "."), "trec")
+    path = next(folder.glob(f"{split}-*.parquet"), None)
+    if path is None:
+        raise FileNotFoundError(f"no {folder}/{split}-*.parquet. Set BATCHTRIM_DATA to the folder that holds trec")
     found = pyarrow.parquet.read_table(path)
     words = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in found["text"].to_pylist()]
     return words, found["coarse_label"].to_pylist()

@@ -20,7 +20,7 @@ train = runpy.run_path(str(Path(__file__).with_name("16_own_regression.py")))["t
 def main(trials: int = 12, epochs: int = 15, seeds: int = 5, out: str = "runs/optuna") -> float:
     def objective(trial: optuna.Trial) -> float:
         settings = {
-            "keep_end": trial.suggest_float("keep_end", 0.1, 1.0),
+            "keep_end": trial.suggest_float("keep_end", 0.1, 0.8),
             "schedule": trial.suggest_categorical("schedule", ["linear", "cosine", "step"]),
         }
         found = [run_once(train, "trim", seed, epochs=epochs, metric="rmse", **settings) for seed in (100, 101)]
