@@ -13,13 +13,14 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from batchtrim import __version__
 from batchtrim.lab import cli, records
 from batchtrim.lab.analyse import claims
 from batchtrim.lab.execute import grid
 from batchtrim.lab.methods.table import METHODS
+from commands import batchtrim, mistake
 
 TINY = ["--epochs", "2", "--train-size", "200", "--seeds", "2", "--workers", "1", "--threads", "1"]
 
@@ -28,19 +29,6 @@ TINY = ["--epochs", "2", "--train-size", "200", "--seeds", "2", "--workers", "1"
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BATCHTRIM_DATA", raising=False)
-
-
-def batchtrim(*words: str) -> Result:
-    return CliRunner().invoke(cli.app, list(words))
-
-
-def mistake(*words: str) -> str:
-    """Return the message of a wrong command on standard error; it must be short and end with code 2."""
-    done = batchtrim(*words)
-    assert done.exit_code == 2, done.output
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    return done.stderr.lstrip("\n")  # older releases of rich end an empty display with a newline
 
 
 def test_compare_writes_table_report_and_records(tmp_path: Path) -> None:

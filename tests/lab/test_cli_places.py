@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from batchtrim.lab import cli, terminal
 from batchtrim.lab.analyse import claims
 from batchtrim.lab.present import results
+from commands import batchtrim, mistake
 
 NUMBERS = "8 \N{PLUS-MINUS SIGN} 1, \N{MINUS SIGN}0.8 to \N{EN DASH}0.2"
 TINY = ["--epochs", "1", "--train-size", "100", "--seeds", "0,", "--workers", "1", "--threads", "1"]
@@ -24,10 +24,6 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BATCHTRIM_DATA", raising=False)
     monkeypatch.delenv("COLUMNS", raising=False)  # a terminal's width, which whoever runs the tests may have set
-
-
-def batchtrim(*words: str) -> Result:
-    return CliRunner().invoke(cli.app, list(words))
 
 
 def test_a_second_comparison_with_other_settings_goes_to_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -61,14 +57,6 @@ def test_lines_to_a_pipe_are_whole_and_times_are_distinguished() -> None:
 @pytest.mark.parametrize("command", [[], ["compare"], ["show"]])
 def test_h_is_help(command: list[str]) -> None:
     assert "Usage:" in batchtrim(*command, "-h").stdout
-
-
-def mistake(*words: str) -> str:
-    done = batchtrim(*words)
-    assert done.exit_code == 2, done.output
-    assert done.stdout == ""
-    assert "Errno" not in done.stderr
-    return done.stderr
 
 
 def write_row(folder: Path) -> None:

@@ -5,19 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import typer.testing
 
-from batchtrim.lab import cli
+from commands import batchtrim
 
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BATCHTRIM_CACHE", str(tmp_path / "cache"))
-
-
-def batchtrim(*words: str) -> typer.testing.Result:
-    return typer.testing.CliRunner().invoke(cli.app, list(words))
 
 
 def test_images_are_one_experiment_wherever_they_lie_and_the_command_is_given(

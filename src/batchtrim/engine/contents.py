@@ -24,9 +24,9 @@ from batchtrim.engine.memory import is_array, write_values
 __all__ = [
     "copy_of",
     "in_double",
-    "in_place",
     "is_numpy_generator",
     "is_numpy_generator_class",
+    "is_rare",
     "put_back",
     "relative_difference",
     "same_contents",
@@ -50,8 +50,8 @@ def is_numpy_generator_class(cls: type) -> bool:
     return numpy is not None and issubclass(cls, (numpy.Generator, numpy.RandomState, numpy.BitGenerator))
 
 
-def in_place(cls: type) -> bool:
-    """True for classes of rarely imported modules whose objects :func:`copy_of` and :func:`put_back` know."""
+def is_rare(cls: type) -> bool:
+    """True for a class of a rarely imported module; :func:`copy_of` and :func:`put_back` know its objects."""
     return cls is memoryview or any(issubclass(cls, each) for each in _rare())
 
 
@@ -210,7 +210,7 @@ def copy_of(value: Any) -> Any:
         return dict(value)
     if isinstance(value, memoryview):
         return value.tobytes()
-    if in_place(type(value)):
+    if is_rare(type(value)):
         return _copy_of_rare(value)
     if isinstance(value, dict):
         return dict(_base(value).items(value))
@@ -242,7 +242,7 @@ def put_back(value: Any, copy: Any) -> None:
         _put_back_variables(value, copy)
     elif isinstance(value, memoryview):
         value.cast("B")[:] = copy
-    elif in_place(type(value)):
+    elif is_rare(type(value)):
         _put_back_rare(value, copy)
     elif isinstance(value, (list, deque)):
         _base(value).clear(value)

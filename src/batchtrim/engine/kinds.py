@@ -1,4 +1,4 @@
-"""Tell by its class how the state of an object is found: what is copied, entered, followed, or cannot be put back."""
+"""Classify objects by their class: which are copied, entered or followed, and which cannot be put back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchtrim.engine.contents import in_place, is_numpy_generator_class
+from batchtrim.engine.contents import is_numpy_generator_class, is_rare
 from batchtrim.engine.names import CONTAINERS, FIXED, TOOLS, is_installed
 
 __all__ = ["WRAPPERS", "Kind", "changed_by", "is_entered", "kind_of"]
@@ -111,7 +111,7 @@ def kind_of(cls: type) -> Kind:
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None and issubclass(cls, numpy.ndarray):
         return Kind.ARRAY
-    if is_numpy_generator_class(cls) or in_place(cls):
+    if is_numpy_generator_class(cls) or is_rare(cls):
         return Kind.IN_PLACE
     if changed_by(cls):
         return Kind.CHANGING
