@@ -28,7 +28,7 @@ def by_name(function: Callable[P, T]) -> Callable[P, T]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         if len(args) > most:
             name = _name_of(function, args[0] if placed[0] == "self" else None)
-            raise TypeError(_message(name, placed[-1], named, args[most:], in_order))
+            raise TypeError(_message(name, placed, named, args[most:], in_order))
         return function(*args, **kwargs)
 
     return checked
@@ -41,11 +41,13 @@ def _name_of(function: Callable[..., Any], instance: object) -> str:
     return kind if function.__name__ in ("__init__", "__call__") else f"{kind}.{function.__name__}"
 
 
-def _message(name: str, last: str, named: Sequence[str], given: Sequence[object], in_order: bool) -> str:
+def _message(name: str, placed: Sequence[str], named: Sequence[str], given: Sequence[object], in_order: bool) -> str:
     """Return the error's text. ``in_order``: the values are probably meant for the names in their order."""
-    said = f"expected the arguments after `{last}` of {name} by name, got {len(given)} by position"
+    said = f"expected the arguments after `{placed[-1]}` of {name} by name, got {len(given)} by position"
     if in_order:
         written = [f"{each}={describe(value)}" for each, value in zip(named, given, strict=False)]
         more = "" if len(named) == 1 else f" The first names are {', '.join(named[:5])}."
         return f"{said}. Did you mean {', '.join(written)}?{more}"
-    return f"{said}: {', '.join(map(describe, given))}. The names are {', '.join(named)}."
+    order = [each for each in placed if each != "self"]
+    before = f" By position: {', '.join(order)}." if len(order) > 1 else ""
+    return f"{said}: {', '.join(map(describe, given))}. The names are {', '.join(named)}.{before}"

@@ -310,6 +310,10 @@ def test_one_thing_for_another(make: Callable[[], Any], says: str) -> None:
         (lambda: Trimmer(0.5).load_state_dict({}, "saved"), r"of Trimmer\.load_state_dict .*mean length='saved'\?"),
         (lambda: batchtrim.token_losses(VALUES, VALUES, -100, True), r"of token_losses .*ignore_index, shift"),
         (
+            lambda: batchtrim.testing.check_engine(nn.Linear(1, 1), nn.MSELoss(), VALUES, VALUES),
+            r"of check_engine by name, .*\. By position: model, batch, per_sample_loss\.",
+        ),
+        (
             lambda: batchtrim.TrimmedForward(nn.Identity(), nn.MSELoss(), Trimmer(0.5), "exact", 1),  # type: ignore[call-arg]
             r"after `engine` of TrimmedForward",
         ),
