@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from batchtrim.lab import process
 from batchtrim.lab.run import sanity
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.task import conditions, data, images, own_models
@@ -25,7 +24,7 @@ def prepare(config: RunConfig, data_dir: str | Path | None, cache_dir: str | Pat
     loaded = load_images(config, data_dir, cache_dir)
     sanity.check_network(config, loaded)
     if own_models.is_own_model(config.model):
-        with torch.random.fork_rng(devices=[]):
+        with process.restored():
             own_models.try_own(config.model, loaded.shape, loaded.classes)
     return (*loaded.notes, *loaded.local_notes, *sanity.notes_on(config, loaded))
 

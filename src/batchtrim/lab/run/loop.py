@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 
 import batchtrim
 from batchtrim import Choice, KeepLog
+from batchtrim.lab import process
 from batchtrim.lab.methods.base import RunInfo
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.run.config import RunConfig
@@ -62,7 +63,7 @@ class Training:
         self.ranks = Ranks.from_environment()
         self.fabric = self.ranks.fabric(config)
         self.device = self.fabric.device
-        torch.manual_seed(config.seed)
+        process.seed(config.seed)
         model = self._network(config.width)
         self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, config))
         self.labels = self.images.train_labels.to(self.device)
@@ -102,8 +103,8 @@ class Training:
 
     def _beside(self, width: int, seed: int) -> tuple[Any, torch.optim.Optimizer, Callable[[Tensor], None]]:
         """Return another network of the run's kind with fresh weights, its optimizer and its backward function."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with process.generators_kept():
+            process.seed(seed)
             model = self._network(width)
         return self.fabric.setup_module(model), make_optimizer(model, self.config), self.fabric.backward
 
@@ -112,7 +113,7 @@ class Training:
 
     def prepare(self) -> None:
         """Prepare the method before the first epoch; a resumed run has this in its checkpoint."""
-        with self._clock("seconds"):
+        with self._clock("seconds"), process.generators_kept():
             self.method.prepare(self._reference)
 
     def advance(self) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class Training:
         point = self.train_epoch()
         finite = math.isfinite(point["mean_loss"])
         due = not finite or self.epoch == self.epochs or self.epoch % self.config.eval_every == 0
-        with self._clock("seconds_eval"):
+        with self._clock("seconds_eval"), process.generators_kept():
             error = self.evaluate() if finite and due else math.nan
         point["test_error"] = error if due else None
         point["seconds"] = self.counts.seconds
@@ -239,6 +240,7 @@ class Training:
             "method": self.method.state_dict(),
             "batches": self.batches.state_dict(),
             "order": self.order.get_state(),
+            "drawn": process.drawn(self.device),
             "counts": vars(self.counts).copy(),
             "seconds_total": self.before + time.perf_counter() - self.begun,
             "curve": {name: list(values) for name, values in self.curve.items()},
@@ -265,6 +267,7 @@ class Training:
         self.method.load_state_dict(state["method"])
         self.batches.load_state_dict(state["batches"])
         self.order.set_state(state["order"])
+        process.set_drawn(state.get("drawn", {}))
         self.counts = Counts(**state["counts"])
         self.before = state.get("seconds_total", 0.0)
         self.curve = {name: list(values) for name, values in state["curve"].items()}

@@ -19,6 +19,7 @@ import torch
 
 from batchtrim import TrimmedForward, Trimmer
 from batchtrim._checks import describe
+from batchtrim.lab import process
 from batchtrim.lab.files import CannotWrite, writing
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.records import SCHEMA
@@ -42,7 +43,8 @@ SHORT = 60.0  # imports matter in runs of up to this many seconds
 def check_task(config: TaskConfig) -> None:
     """Load the function, to find a fault in its file before the first run."""
     assert config.code is not None
-    config.code.load()
+    with process.restored():
+        config.code.load()
 
 
 def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
     _import_ahead(config.engine)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begun = time.perf_counter()
+    out = out.absolute()  # the function may change the working folder
     run = Run(config, out / "tasks" / config.key, on_epoch)
     result: dict[str, Any]
     with seeded_and_restored(config.seed, config.threads) as changes:

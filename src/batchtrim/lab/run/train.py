@@ -7,9 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from batchtrim import KeepLog
+from batchtrim.lab import process
 from batchtrim.lab.files import writing
 from batchtrim.lab.records import SCHEMA
 from batchtrim.lab.run import checkpoint as checkpoints
@@ -48,10 +47,8 @@ def train_run(
     """
     config = config.resolved()
     started, begun = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with process.restored(config.threads):
             images = load_images(config, data_dir, cache_dir)
             several = Ranks.from_environment().world > 1
             n, classes = len(images.train_labels), images.classes
@@ -64,7 +61,6 @@ def train_run(
                     keep_log.parent.mkdir(exist_ok=True)
                     log.to_parquet(keep_log, label=images.train_labels.numpy())
     finally:
-        torch.set_num_threads(threads)
         Ranks.from_environment().leave()
     final = training.curve["test_error"][-1] if status == "finished" else None
     learnt = final is None or not sanity.no_better_than_chance(final, images.test_labels)

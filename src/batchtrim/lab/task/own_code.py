@@ -21,12 +21,14 @@ from types import ModuleType
 from typing import Any
 
 from batchtrim._checks import describe, import_extra, nearest
+from batchtrim.lab import process
 from batchtrim.lab.files import expanded
 from batchtrim.lab.task.fingerprint import PACKAGE, hash_of_function, hash_of_source, is_installed
 
 __all__ = ["Code", "YourCodeFailed", "as_a_program", "hash_of_file", "own_folders_hidden", "own_traceback"]
 
-_loaded: dict[tuple[str, str], ModuleType] = {}
+_loaded: dict[tuple[str, str], tuple[ModuleType, process.Changes]] = {}
+"""Modules, and what their files set in the process, which every run of them finds."""
 _folders: set[str] = set()
 """Folders put on ``sys.path`` here."""
 
@@ -181,10 +183,15 @@ def _leave_out_ours(told: traceback.TracebackException) -> None:
 
 
 def _module(path: Path, source: str) -> ModuleType:
-    """Return the file as a module; it runs once per process, and again after a change."""
+    """Return the file as a module; it runs once per process, and again after a change.
+
+    What it sets in the process, such as the default dtype, it sets at each call.
+    """
     known = str(path), source
     if known in _loaded:
-        return _loaded[known]
+        module, changes = _loaded[known]
+        process.apply(changes)
+        return module
     folder = str(path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -196,6 +203,7 @@ def _module(path: Path, source: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    before = process.settings()
     try:
         with as_a_program(path), _drawing_apart():
             spec.loader.exec_module(module)
@@ -208,7 +216,7 @@ def _module(path: Path, source: str) -> ModuleType:
             f"expected {path.name} to define a function, got exit({error.code}) when it was loaded. "
             "Put what it runs by itself under: if __name__ == '__main__'"
         ) from error
-    _loaded[known] = module
+    _loaded[known] = module, process.changes_since(before)
     return module
 
 
@@ -222,16 +230,13 @@ def _drawing_apart() -> Iterator[None]:
     import torch
 
     seed, on_gpu = torch.initial_seed(), torch.cuda.is_initialized()
-    drawn, drawn_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one)
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else []):
+        with process.generators_kept(), torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else []):
             torch.default_generator.manual_seed(0)
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002
             yield
     finally:
-        random.setstate(drawn)
-        np.random.set_state(drawn_numpy)  # noqa: NPY002
         if not on_gpu:
             torch.cuda.manual_seed_all(seed)  # which a seed in the file has replaced; without a GPU it does nothing
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim._checks import describe, import_extra, nearest
+from batchtrim.lab import process
 from batchtrim.lab.files import absolute, expanded
 from batchtrim.lab.task.names import known_as
 from batchtrim.lab.task.own_code import Code, YourCodeFailed, as_a_program, own_traceback
@@ -50,7 +51,8 @@ def check_own(name: str) -> None:
     if name.startswith("hf:"):
         _configuration(name)
     else:
-        Code.in_file(name, "model").load(arguments=2)
+        with process.restored():
+            Code.in_file(name, "model").load(arguments=2)
 
 
 def code_of(name: str) -> Code | None:
@@ -129,7 +131,7 @@ class Logits(nn.Module):
 def _try(name: str, model: nn.Module, shape: Shape, classes: int) -> None:
     """Run two images through the network, to report wrong shapes before training."""
     training = model.training
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with process.generators_kept(), torch.no_grad():
         model.eval()
         try:
             outputs = model(torch.zeros(2, *shape))

@@ -1,0 +1,112 @@
+"""Every run finds the process as the others do: its generators, and what the user's file sets at its top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchtrim import lab
+from batchtrim.lab import process
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.train import train_run
+from batchtrim.lab.task.own_code import Code
+
+NETWORK = """
+import random
+import numpy as np
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * (0.5 + random.random() if self.training else 1.0)
+
+def build(shape, classes):
+    net = Net(nn.Flatten(), nn.Linear(64, 8), nn.Dropout(0.5), nn.Linear(8, classes))
+    nn.init.constant_(net[1].bias, np.random.rand())
+    return net
+"""
+TASK = """
+import os
+import pathlib
+import torch
+import numpy as np
+
+pathlib.Path("data").mkdir(exist_ok=True)
+os.chdir("data")
+torch.set_default_dtype(torch.float64)
+torch.use_deterministic_algorithms(True)
+np.seterr(over="raise")
+
+def train(run):
+    run.trim(torch.ones(4, requires_grad=True)).backward()
+    run.trim.step()
+    log = run.keep_log(4)
+    log.record(run.trim.last, ids=torch.arange(4))
+    log.end_epoch()
+    bits = torch.zeros(()).itemsize * 8
+    sure = int(torch.are_deterministic_algorithms_enabled())
+    folder = int(pathlib.Path.cwd().name == "data")
+    return {"rmse": bits, "sure": sure, "folder": folder, "over": int(np.geterr()["over"] == "raise")}
+"""
+PRECISIONS = ["torch.backends.fp32_precision", "torch.backends.mkldnn.matmul.fp32_precision"]
+
+
+def test_a_network_that_draws_repeats_and_resumes(tmp_path: Path) -> None:
+    """From torch, NumPy and ``random``, in making it and in its forward."""
+    (tmp_path / "drawing.py").write_text(NETWORK)
+    config = RunConfig(model=f"{tmp_path / 'drawing.py'}:build", epochs=3, train_size=200, test_size=100)
+    straight = train_run(config)["curve"]
+    assert train_run(config)["curve"]["mean_loss"] == straight["mean_loss"]
+    assert train_run(RunConfig(**{**vars(config), "eval_every": 3}))["curve"]["mean_loss"] == straight["mean_loss"]
+    file = tmp_path / "checkpoints" / "run.pt"
+
+    def stop(point: dict) -> None:
+        if point["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_run(config, checkpoint=file, checkpoint_seconds=0, on_epoch=stop)
+    assert train_run(config, checkpoint=file)["curve"]["mean_loss"] == straight["mean_loss"]
+
+
+def test_every_run_finds_what_a_file_sets_at_its_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("set_at_the_top.py").write_text(TASK)
+    before = process.settings()
+    summary = lab.compare("set_at_the_top.py:train", ["full", "trim"], 2, out="runs", workers=1, quiet=True,
+                          epochs=1, metric="rmse")  # fmt: skip
+    for row in summary.rows:
+        assert (row["value"], row["also"]) == (64, {"sure": 1, "folder": 1, "over": 1})
+        assert Path(f"runs/keep/{row['key']}.parquet").is_file()  # `out` is not taken from the function's folder
+    assert process.settings() == before
+
+
+def test_a_file_sets_nothing_for_runs_without_it(tmp_path: Path) -> None:
+    (tmp_path / "double.py").write_text("import torch\ntorch.set_default_dtype(torch.float64)\ndef build(a, b): pass\n")
+    with process.restored():
+        Code.in_file(f"{tmp_path / 'double.py'}:build", "model").load(2)
+        assert torch.get_default_dtype() == torch.float64
+    assert torch.get_default_dtype() == torch.float32
+    with process.restored():
+        Code.in_file(f"{tmp_path / 'double.py'}:build", "model").load(2)
+        assert torch.get_default_dtype() == torch.float64
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_get_fp32_precision_getter"), reason="torch has the older interface alone")
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_precision_set_by_the_newer_interface_is_restored(name: str) -> None:
+    """After which torch refuses to tell it by the older one."""
+
+    def train(run):
+        exec(f"{name} = 'tf32'" if "mkldnn" not in name else f"{name} = 'bf16'")
+        run.trim(torch.ones(4, requires_grad=True)).backward()
+        run.trim.step()
+        return {"rmse": 1.0}
+
+    before = process.settings()
+    assert lab.run_once(train, epochs=2, metric="rmse", out="/dev/null/never") == 1.0
+    assert process.settings() == before
+    assert torch.get_float32_matmul_precision() == "highest"
