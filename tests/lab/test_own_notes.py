@@ -185,6 +185,24 @@ def test_an_array_that_a_run_changes_is_noted(shape: tuple[int, ...]) -> None:
     assert trim["notes"][0].startswith("the task changed labels, which it did not make")
 
 
+def test_data_shuffled_or_changed_in_place_are_noted() -> None:
+    """The next run draws its batches from what this one left; a list that collects results is not told."""
+    pandas = pytest.importorskip("pandas")
+    rows, nested, seen = list(range(2000)), {"train": ["a", "b", "c"]}, [0.5]
+    frame, texts = pandas.DataFrame({"x": [1.0, 2.0], "name": ["a", "b"]}), pandas.Series(["a", "b"])
+
+    def train(run: Run) -> dict[str, float]:
+        random.shuffle(rows)
+        nested["train"].reverse()
+        frame["x"] = frame["x"] / 2
+        seen.insert(0, float(len(texts)))
+        return stepping(1)(run)
+
+    compare(train, ["full"], 1, epochs=1, out="here", quiet=True)
+    (note,) = records.read("here")[0]["notes"]
+    assert note.startswith("the task changed frame, nested, rows, which it did not make: the next run in the process")
+
+
 def test_threads_that_are_left_behind_are_noted(capfd: pytest.CaptureFixture[str]) -> None:
     stop = threading.Event()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import random
+import sys
 import types
 import weakref
 import zlib
@@ -54,7 +55,7 @@ def _found(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     """Yield what a function can change, by name; of a list, a dictionary or a cache its entries, under its name."""
     seen: set[int] = set()
     for name, value in _names(function):
-        for each in list(_entries(value)):
+        for each in [value, *_entries(value)]:
             if id(each) not in seen and _state(each) is not None:
                 seen.add(id(each))
                 yield name, each
@@ -129,6 +130,29 @@ def _version(tensor: Tensor) -> int | None:
     return None if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
+class _Order:
+    """The order of a list's entries. It differs only if the same entries are in another one, as after a shuffle.
+
+    Many a list only collects results.
+    """
+
+    def __init__(self, entries: list[Any]) -> None:
+        self.entries = list(map(id, entries))
+
+    def __eq__(self, other: object) -> bool:
+        assert isinstance(other, _Order)
+        return self.entries == other.entries or sorted(self.entries) != sorted(other.entries)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _state_of_table(value: Any) -> object:
+    """Return the state of a data frame's numbers; of a series likewise."""
+    frame = value if value.ndim == 2 else value.to_frame()
+    columns = [frame.iloc[:, place].to_numpy() for place in range(frame.shape[1])]
+    return list(map(str, frame.columns)), [each.shape if each.dtype.hasobject else _checksum(each) for each in columns]
+
+
 def _state(value: Any) -> object:
     """Return what differs after an object was changed in place; None if it is not watched."""
     if isinstance(value, nn.Module):
@@ -139,6 +163,10 @@ def _state(value: Any) -> object:
         return value.get_state().tolist()
     if type(value) is np.ndarray:  # not one mapped from a file
         return None if value.dtype.hasobject else _checksum(value)
+    if type(value) is list:
+        return _Order(value)
+    if (pandas := sys.modules.get("pandas")) and isinstance(value, (pandas.DataFrame, pandas.Series)):
+        return _state_of_table(value)
     if isinstance(value, np.random.Generator):
         return repr(value.bit_generator.state)
     return value.getstate() if type(value) is random.Random else None
