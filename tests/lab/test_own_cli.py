@@ -336,6 +336,7 @@ def test_the_users_images_and_network(tmp_path: Path) -> None:
     [
         (["--model", "net.py:build"], "expected a file net.py for `model`, got nothing there"),
         (["--model", "hf:vitt"], "Did you mean 'hf:vit'?"),
+        (["--model", "hf:resnet:depths=1,1"], "with lists in brackets: hf:resnet:depths=[1,1]"),
         (["--model", "hf:vit:hidden_sise=8"], "Did you mean 'hidden_size'?"),
         (["--model", "hf:vit:hidden_size"], "to look like hidden_size=64, got 'hidden_size'"),
         (["--model", "my_task.py:train"], "expected my_task.py:train to take the image shape"),

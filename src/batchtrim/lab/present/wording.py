@@ -25,7 +25,8 @@ LEGEND = (
 TERMS = (
     "Backward samples: for how many samples the backward pass was computed, over the whole training. Holm: with "
     "several methods in a table every p is raised, so that the chance of one false finding among all of them stays at "
-    "5 %. Wilcoxon: a test of the same pairs by their ranks alone."
+    "5 %. A difference that could not have been seen reliably is that of one test, before Holm. Wilcoxon: a test of "
+    "the same pairs by their ranks alone."
 )
 
 
@@ -36,7 +37,7 @@ def legend(metric: Metric) -> str:
     sign = "above" if metric.higher_is_better else "below"
     points = ", in points" if metric.in_percent else ""
     return (
-        f"{capital(metric.title)}: mean ± standard deviation over seeds. Difference: method minus baseline on the same "
+        f"Mean ± standard deviation of {metric.title} over seeds. Difference: method minus baseline on the same "
         f"seed{points}, {sign} zero is better. The 95 % interval is not corrected. p: paired t-test, Holm-corrected "
         "over the methods of the table."
     )

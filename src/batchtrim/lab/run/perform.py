@@ -227,14 +227,15 @@ def _notes_on_keep(run: Run, explained: bool) -> list[str]:
             f"run.trim.step() was not called: if compiled steps call run.trim, all of them kept {run.trim.keep:g}"
         )
     elif schedule_moves and (run.trim.last is not None or counts.compiled):
+        often = "once" if run.trim.steps == 1 else f"{run.trim.steps} times"
         if run.trim.steps < run.epochs - 1:
             notes.append(
-                f"run.trim.step() was called {run.trim.steps} times in {run.epochs} epochs, so the schedule ended at "
+                f"run.trim.step() was called {often} in {run.epochs} epochs, so the schedule ended at "
                 f"keep {run.trim.keep:.2g}"
             )
         if run.trim.steps > run.epochs:
             notes.append(
-                f"run.trim.step() was called {run.trim.steps} times in {run.epochs} epochs, so the schedule was over "
+                f"run.trim.step() was called {often} in {run.epochs} epochs, so the schedule was over "
                 f"after {(run.epochs - 1) / run.trim.steps:.0%} of them"
             )
     if counts.counted and counts.kept == counts.seen and _may_drop(run):

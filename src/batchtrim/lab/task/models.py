@@ -162,7 +162,8 @@ def find_model(name: str) -> ModelRow:
     """Return the registry's row of that name, or one for the user's own network; an error suggests the nearest name."""
     if isinstance(name, str) and own_models.is_own_model(name):
         return ModelRow(lambda shape, classes, width, norm: own_models.build_own(name, shape, classes), None, False)
-    return look_up("model", name, MODELS, "FILE.py:FUNCTION or hf:ARCHITECTURE")
+    other = "FILE.py:FUNCTION or hf:ARCHITECTURE (with lists in brackets: hf:resnet:depths=[1,1])"
+    return look_up("model", name, MODELS, other)
 
 
 def build(
