@@ -12,6 +12,7 @@ import contextlib
 import copy
 import itertools
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +22,7 @@ from torch.torch_version import TorchVersion
 
 from batchtrim.engine.checkpoints import done_again
 from batchtrim.engine.graphs import boxed, executable, with_gradients
-from batchtrim.engine.reasons import cause_of, told
+from batchtrim.engine.reasons import cause_of, told, too_many
 
 if TYPE_CHECKING:
     from batchtrim.engine.inductor import Inductor
@@ -31,6 +32,7 @@ __all__ = [
     "Capture",
     "OneBatchSize",
     "Planner",
+    "TooManyTraces",
     "dynamic",
     "hindrance",
     "keeps_graph",
@@ -53,6 +55,10 @@ class CannotCapture(Exception):
 
 class OneBatchSize(CannotCapture):
     """A trace is valid for one batch size only."""
+
+
+class TooManyTraces(CannotCapture):
+    """Every state of the guards needs a trace of its own, and there are more than the limit."""
 
 
 class Planner(Protocol):
@@ -98,6 +104,7 @@ class Capture:
         make_planner: called once for every trace.
         limit: the most traces to make before giving up.
         compiler: what will compile the graphs, which are then decomposed into smaller operators.
+        counts: a whole number that changes in a module becomes an input of the graph, as other numbers do.
 
     Raises:
         CannotCapture: on call, before any part of the function has run.
@@ -111,6 +118,7 @@ class Capture:
         make_planner: Callable[[], Planner],
         limit: int = 8,
         compiler: Inductor | None = None,
+        counts: bool = False,
     ) -> None:
         # torch caches traces by code object, and facts on sizes by its name: each capture has its own
         name = f"{function.__name__}_{next(_numbers)}"
@@ -118,14 +126,19 @@ class Capture:
         own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
         self.make_planner = make_planner
         self.limit = limit
+        self.counts = counts
         self.compiler = compiler
         self.traces = 0
+        self.calls = 0
         self.running = False
-        self._compiled = torch.compile(own, backend=self._backend, fullgraph=True)
+        # torch keeps every backend for good, and code keeps its traces, unseen by Python's garbage collector
+        held = weakref.proxy(self)
+        self._compiled = torch.compile(own, backend=lambda graph, inputs: held._backend(graph, inputs), fullgraph=True)
 
     def __call__(self, *args: Any) -> Any:
         self.running = False
-        with _settings(self.limit):
+        self.calls += 1
+        with _settings(self.limit, self.counts):
             try:
                 return self._compiled(*args)
             except torch.OutOfMemoryError:
@@ -137,6 +150,7 @@ class Capture:
                 # Refused because of the graph, or not traced. Do not keep the error: it holds the model's frames.
                 reason = str(cause) if isinstance(cause, CannotCapture) else told(cause)
                 refusal = OneBatchSize if isinstance(cause, OneBatchSize) else CannotCapture
+                refusal = TooManyTraces if too_many(cause) else refusal
                 del cause
         raise refusal(reason)
 
@@ -148,7 +162,7 @@ class Capture:
             raise CannotCapture(reason)
         self.traces += 1
         Capture.traced = True
-        planner = self.make_planner()
+        planner, held = self.make_planner(), weakref.proxy(self)
         own = len(next(iter(graph.graph.find_nodes(op="output"))).args[0])  # type: ignore[arg-type]
         leaves = [isinstance(each, Tensor) and each.is_leaf for each in inputs]
 
@@ -161,7 +175,7 @@ class Capture:
             return planner.partition(joint, split, num_fwd_outputs, own, leaves)
 
         def run(args: list[Any]) -> Any:
-            self.running = True
+            held.running = True
             return planner.forward(args)
 
         def forward(_: fx.GraphModule, __: Any) -> Callable[..., Any]:
@@ -187,7 +201,7 @@ class Capture:
 
 
 @contextlib.contextmanager
-def _settings(limit: int) -> Iterator[None]:
+def _settings(limit: int, counts: bool) -> Iterator[None]:
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
     import torch.fx.experimental._config as shapes
@@ -197,6 +211,7 @@ def _settings(limit: int) -> Iterator[None]:
             recompile_limit=limit,
             fail_on_recompile_limit_hit=True,
             allow_rnn=True,
+            allow_unspec_int_on_nn_module=counts,
             optimize_ddp=False,
             skip_nnmodule_hook_guards=False,  # a hook added later changes the function
             use_numpy_random_stream=True,  # do not replace NumPy's random numbers by torch's

@@ -12,7 +12,7 @@ import sympy
 
 from batchtrim._checks import in_one_line
 
-__all__ = ["cause_of", "failure", "fixed_by", "line_of", "told"]
+__all__ = ["cause_of", "failure", "fixed_by", "line_of", "told", "too_many"]
 
 _NOT_THE_MODELS = ("/torch/", "/batchtrim/engine/")
 _STDLIB = sysconfig.get_path("stdlib").replace("\\", "/")
@@ -31,12 +31,15 @@ def cause_of(error: BaseException) -> BaseException:
     return error
 
 
+def too_many(cause: BaseException) -> bool:
+    """Return True if torch's tracer made as many traces as it may."""
+    return type(cause).__name__ == "FailOnRecompileLimitHit"
+
+
 def told(cause: BaseException) -> str:
     """Return the reason in one line, and the last line outside torch that the tracer reached."""
-    if type(cause).__name__ == "FailOnRecompileLimitHit":
-        return (
-            "its Python changes from step to step, each time with a new trace. Hold a number that changes as a tensor"
-        )
+    if too_many(cause):
+        return "its Python changes from step to step, each time with a new trace. Hold what changes in a tensor"
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if not lines:
         return f"it cannot be traced as one graph ({type(cause).__name__})"

@@ -6,6 +6,7 @@ See :mod:`batchtrim.engine` for a tour.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from types import GeneratorType
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from batchtrim.engine.capture import (
     CannotCapture,
     Capture,
     OneBatchSize,
+    TooManyTraces,
     dynamic,
     hindrance,
     no_new_traces,
@@ -54,6 +56,7 @@ _logger = logging.getLogger("batchtrim")
 
 WORTH = 0.96  # of a plain step's estimated cost; above it, the saving is too small
 _TRIES = 4  # how often one step is traced before the model is refused
+_LASTS = 20  # steps per trace: if they are more, training changes in phases, and new traces replace the old ones
 _CANNOT = "the shared engine cannot run this model: {}"
 _FEWEST = 4  # rows: smaller batches are not worth a trace (torch makes a separate one for a batch of 1)
 
@@ -171,11 +174,12 @@ class SharedEngine:
         self.compiler = inductor_of(self.forward.model)
         self.capture = self._capture()
 
-    def _capture(self) -> Capture:
-        return Capture(_step_of(self.forward, self.equates), self._planner, compiler=self.compiler)
+    def _capture(self, counts: bool = False) -> Capture:
+        return Capture(_step_of(self.forward, self.equates), self._planner, compiler=self.compiler, counts=counts)
 
     def _planner(self) -> SlicedStep:
-        return SlicedStep(lambda: self._tape, self.approximate, self.forward.unit, self.compiler)
+        held = weakref.proxy(self)  # as a capture holds itself
+        return SlicedStep(lambda: held._tape, self.approximate, self.forward.unit, self.compiler)
 
     def _forward(self, x: Any, y: Any) -> tuple[Tape, Losses, Any] | None:
         """Run the traced step; return its tape, the losses with their graph, and the model's outputs.
@@ -248,6 +252,10 @@ class SharedEngine:
                 self.unguarded.look()
                 made = True
             except CannotCapture as error:
+                lasting = self.capture.calls > _LASTS * self.capture.traces
+                if isinstance(error, TooManyTraces) and (lasting or not self.capture.counts):
+                    self.capture = self._capture(counts=True)
+                    continue
                 if isinstance(error, OneBatchSize) and self.trace is not None:
                     raise
                 if isinstance(error, OneBatchSize) and self.equates:
