@@ -136,6 +136,7 @@ TABLE: list[tuple[str, tuple[Any, ...]]] = [
     ("split.Tensor", (f(3 * a, b), a)),
     ("split.Tensor", (f(4 * a, b), 2 * a)),
     ("split.Tensor", (f(3 * a, b), 2)),
+    ("split.Tensor", (f(a, 2 * b), b, 1)), ("split_with_sizes", (f(b, 2 * a, c), [a, a], 1)),
     ("split_with_sizes", (f(3 * a, b), [a, 2 * a])),
     ("split_with_sizes", (f(3 * a, b), [a + 1, 2 * a - 1])),
     ("cat", ([i(a, 1), i(a, 2)], -1)),

@@ -214,7 +214,8 @@ def _no_count_as_number(call: Call) -> None:
 
 # arguments that are sizes, not numbers to compute with or positions
 _SIZES = (
-    "N", "end", "size", "length", "sizes", "shape", "repeats", "input_size", "input_sizes", "split_sizes", "self_size",
+    "N", "end", "size", "length", "sizes", "shape", "repeats", "input_size", "input_sizes", "split_size", "split_sizes",
+    "self_size",
 )  # fmt: skip
 _WITH_STRIDES = ("empty_strided", "new_empty_strided", "as_strided", "_reshape_alias")
 _WITH_GROUPS = ("convolution", "convolution_backward")

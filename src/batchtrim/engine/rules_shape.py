@@ -215,6 +215,8 @@ def split(call: Call) -> Layout | list[Layout]:
     not_along(layout, [at], value.ndim, "it takes the rows apart")
     if name_of(call.func) == "unbind":
         return layout.moved([dim - (dim > at) for dim in range(value.ndim)])
+    if holds([out.shape[at] for out in call.outputs if out is not None], call.symbols):
+        raise Mixes("it computes with the number of rows")
     return layout
 
 

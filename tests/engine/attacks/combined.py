@@ -130,6 +130,17 @@ def pairs_in_one_batch(net: Any, left: Tensor, right: Tensor) -> Tensor:
     return net.t((a - b).abs())
 
 
+def _views_with_crops(out: Any, y: Tensor) -> Tensor:
+    views, crops = out[0].softmax(1).detach().chunk(2), out[1].log_softmax(1).chunk(4)
+    return sum((-view * crop).sum(1) for view in views for crop in crops)  # type: ignore[return-value]
+
+
+@attack(26, loss=lambda: _views_with_crops, two_pass="right", shared="right")
+def every_view_with_every_crop(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    z = net.a(x)
+    return net.t(torch.cat([z, 2 * z])), net.t(torch.cat([z, -z, z.sin(), 3 * z]))
+
+
 @attack(26, two_pass="right")
 def repeated_row_by_row(net: Any, x: Tensor) -> Tensor:
     return net.t(net.b(net.a(x).repeat_interleave(3, 0)).view(-1, 3, H).mean(1))
