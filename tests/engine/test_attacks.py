@@ -49,7 +49,7 @@ def test_exact_is_right(name: str) -> None:
 
 ALSO = (
     "weak_signs_of_the_batch", "weak_mean_of_words_in_training", "backward_inside_of_a_backward",
-    "hook_that_moves_a_buffer",
+    "hook_that_moves_a_buffer", "hook_that_moves_a_weight", "tensor_of_a_parameter",
 )  # fmt: skip
 
 
@@ -65,7 +65,10 @@ def test_two_pass_is_never_silently_wrong(name: str) -> None:
 
 # Each takes seconds to trace: these few in every run, all of them among the slow tests.
 # Numbers of Python are drawn in test_between_steps.py.
-FEW = ("detached_if_compiled", "unknown_words_caught", "channels_linked_by_a_sparse_buffer", "hook_that_moves_a_buffer")
+FEW = (
+    "detached_if_compiled", "unknown_words_caught", "channels_linked_by_a_sparse_buffer", "hook_that_moves_a_buffer",
+    "list_of_a_parameter", "every_view_with_every_crop",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FEW)

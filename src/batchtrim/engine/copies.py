@@ -17,7 +17,11 @@ __all__ = ["fresh", "held_by_both", "in_float64", "not_copied", "twins"]
 
 def twins(model: nn.Module, loss: Any) -> tuple[nn.Module, Any]:
     """Return copies of a model and its loss, compiled where they are."""
-    copies = copy.deepcopy((model, loss))  # together: a loss may hold a part of the model
+    memo: dict[int, Any] = {}
+    copies = copy.deepcopy((model, loss), memo)  # together: a loss may hold a part of the model
+    for part in [each for each in (model, loss) if isinstance(each, nn.Module)]:
+        for parameter in [each for each in part.parameters() if id(each) in memo]:  # torch copies no attributes of it
+            vars(memo[id(parameter)]).update(copy.deepcopy(vars(parameter), memo))
     for given, own in zip((model, loss), copies, strict=True):
         if isinstance(given, nn.Module) and compiled_part(given) is not None:
             compile_alike(own, given)

@@ -34,6 +34,7 @@ __all__ = [
     "attributes_of",
     "beside_models",
     "chains_of",
+    "closure_of",
     "imported",
     "is_installed",
     "names_in",
@@ -133,6 +134,16 @@ def attributes_of(owner: Any) -> Names:
     """Return the attributes in an object's ``__dict__``."""
     held = vars(owner)
     return Names(owner, [], held.__getitem__, held.__setitem__, held)
+
+
+def closure_of(function: FunctionType) -> Names:
+    """Return the variables in a function's closure."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+    def fill(name: str, value: Any) -> None:
+        cells[name].cell_contents = value
+
+    return Names(function, list(cells), lambda name: cells[name].cell_contents, fill)
 
 
 def slots_of(value: Any) -> Names | None:

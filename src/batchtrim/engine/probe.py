@@ -22,6 +22,7 @@ from batchtrim.engine.gradients import gradients_without_hooks
 from batchtrim.engine.rows import copied, tensors_of
 from batchtrim.engine.state import ModelState, Snapshot, restored, without_graph
 from batchtrim.engine.tolerance import Tolerance
+from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 
 __all__ = ["Probe"]
@@ -178,7 +179,7 @@ class Probe:
         if not losses.requires_grad or not parameters or any(type(p) is not nn.Parameter for p in parameters):
             return
         state, generators = ModelState(*before.model.roots), GeneratorStates(before.generators.device)
-        _differentiate(losses, parameters)
+        self._differentiate(losses, parameters, before)
         if not generators.same(GeneratorStates(generators.device)):
             raise EngineRefused("its backward draws random numbers (a checkpoint with preserve_rng_state=False does)")
         if (name := state.unlike(ModelState(*before.model.roots), 0.0)) is not None:
@@ -193,7 +194,25 @@ class Probe:
         named += [(f"input {number}", tensor) for number, tensor in enumerate(asking)]
         if not named or not losses.requires_grad:
             return {}
-        return dict(zip([name for name, _ in named], _differentiate(losses, [p for _, p in named]), strict=True))
+        gradients = self._differentiate(losses, [tensor for _, tensor in named], before)
+        return dict(zip([name for name, _ in named], gradients, strict=True))
+
+    def _differentiate(self, losses: Tensor, tensors: list[Any], before: Snapshot) -> list[Tensor | None]:
+        writes = ParameterWrites(self.forward.inner, others=before.model.watched)
+        weights = torch.full_like(losses, 1 / max(1, losses.numel()))
+        try:
+            with writes:
+                found = gradients_without_hooks(losses, tensors, weights, keep=False)
+            written = writes.written()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise _CannotRun(f"its gradient cannot be asked for twice ({in_one_line(error)})") from error
+        finally:
+            writes.restore()
+        if written:
+            raise EngineRefused(f"its backward writes into {min(written)}, and would do so by the kept rows alone")
+        return found
 
     def _beside_nan(self, before: Snapshot, batch: int, rows: Tensor, poisoned: Tensor) -> Tensor | None:
         """Return the losses of the other rows if the poisoned ones are NaN; None if the model does not accept NaN."""
@@ -212,16 +231,6 @@ def _others(rows: Tensor, poisoned: Tensor) -> Tensor:
     others = rows.clone()
     others[poisoned] = rows[~poisoned][: int(poisoned.sum())]
     return others
-
-
-def _differentiate(losses: Tensor, parameters: list[Any]) -> list[Tensor | None]:
-    try:
-        weights = torch.full_like(losses, 1 / max(1, losses.numel()))
-        return gradients_without_hooks(losses, parameters, weights, keep=False)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise _CannotRun(f"its gradient cannot be asked for twice ({in_one_line(error)})") from error
 
 
 def _tried_on_cpu(snapshot: Snapshot) -> AbstractContextManager[Any]:

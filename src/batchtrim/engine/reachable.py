@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from batchtrim.engine.names import (
     attributes_of,
     beside_models,
     chains_of,
+    closure_of,
     imported,
     is_installed,
     names_in,
@@ -119,7 +120,14 @@ class Reachable:
         if value.grad_fn is not None:
             self.with_graph.append(name)
         (self.contents if own and not isinstance(value, nn.Parameter) else self.watched).append(value)
-        self.of_tensors.append(value)
+        self._of_tensor(value, name, deep)
+
+    def _of_tensor(self, tensor: Tensor, name: str, deep: int) -> None:
+        """Add a tensor and what its attributes hold, unless it is made of them (a DTensor)."""
+        self.of_tensors.append(tensor)
+        if deep and not hasattr(tensor, "__tensor_flatten__"):
+            for value in vars(tensor).values():
+                self._walk(value, name, deep - 1, own=False)
 
     def _array(self, value: Any, name: str, deep: int, own: bool) -> None:
         if is_array(value) or not hasattr(value, "dtype"):
@@ -227,10 +235,9 @@ class Reachable:
     def _module(self, module: nn.Module) -> None:
         self.modules.append(module)
         self.watched += [p for p in module._parameters.values() if p is not None and self._is_new(p)]
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        for tensor in [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]:
             self._is_new(tensor)
-            if tensor is not None:
-                self.of_tensors.append(tensor)
+            self._of_tensor(tensor, f"an attribute of a parameter or buffer of {type(module).__name__}", _DEEP)
         held = vars(module)
         for hook in [hook for hooks in HOOKS if held.get(hooks) for hook in held[hooks].values()]:
             self._walk(hook, f"a hook of {type(module).__name__}", _DEEP, own=False)
@@ -299,9 +306,7 @@ class Reachable:
 
     def _function(self, function: FunctionType) -> list[Any]:
         """Add the variables of a function's closure and the globals that it names; return their values."""
-        code = function.__code__
-        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-        spaces = [Names(function, list(cells), lambda name: cells[name].cell_contents, partial(_fill, cells))]
+        spaces = [closure_of(function)]
         if is_installed(function.__module__ or ""):
             own = vars(function)
             spaces.append(Names(function, list(own), own.__getitem__, own.__setitem__))
@@ -385,10 +390,6 @@ _BY_KIND: dict[Kind, Callable[[Reachable, Any, str, int, bool], None]] = {
     Kind.OPTIMIZER: Reachable._optimizer,
     Kind.OBJECT: Reachable._entered,
 }
-
-
-def _fill(cells: dict[str, CellType], name: str, value: Any) -> None:
-    cells[name].cell_contents = value
 
 
 def _decimal_context() -> Any:

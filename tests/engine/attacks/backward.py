@@ -42,6 +42,43 @@ def hook_that_moves_a_buffer(net: Any, x: Tensor) -> Tensor:
     return net.t(z)
 
 
+@attack(4, shared="refused")
+def hook_that_moves_a_weight(net: Any, x: Tensor) -> Tensor:
+    z = net.a(x)
+
+    def move(g: Tensor) -> None:
+        net.b.bias.data.sub_(g.sum(), alpha=0.1)
+
+    if z.requires_grad:
+        z.register_hook(move)
+    return net.t(net.b(z))
+
+
+class _Accumulates(torch.autograd.Function):
+    """Adds a weight's gradient to a tensor of the weight's own, as kernels for large models do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        x, weight = ctx.saved_tensors
+        weight.main_grad.add_(gradients[0].T @ x)
+        return gradients[0] @ weight, None
+
+
+def _with_main_grad(net: Any) -> Any:
+    net.b.weight.main_grad = torch.zeros(H, H)
+    return net
+
+
+@attack(4, wrap=_with_main_grad, shared="refused")
+def gradient_added_to_an_attribute(net: Any, x: Tensor) -> Tensor:
+    return net.t(_Accumulates.apply(net.a(x), net.b.weight))
+
+
 class _Scaled(torch.autograd.Function):
     """Rounds a gradient by the largest entry of the step before."""
 

@@ -130,6 +130,27 @@ def attribute_of_a_parameter(net: Any, x: Tensor) -> Tensor:
     return net.t(net.b(net.a(x)) / net.b.weight.uses)
 
 
+def _counted(net: Any) -> Any:
+    net.b.weight.uses, net.b.weight.log, net.seen.uses = torch.zeros(()), [], torch.zeros(())
+    return net
+
+
+@attack(25, wrap=_counted)
+def tensor_of_a_parameter(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.b(net.a(x)) / net.b.weight.uses.add_(1))
+
+
+@attack(25, wrap=_counted)
+def tensor_of_a_buffer(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.b(net.a(x)) / net.seen.uses.add_(1))
+
+
+@attack(25, wrap=_counted, two_pass="right")
+def list_of_a_parameter(net: Any, x: Tensor) -> Tensor:
+    net.b.weight.log.append(1)
+    return net.t(net.b(net.a(x)) / len(net.b.weight.log))
+
+
 @attack(25, parts=lambda: {"uses": weakref.WeakKeyDictionary()}, two_pass="right")  # type: ignore[dict-item]
 def weak_dictionary(net: Any, x: Tensor) -> Tensor:
     net.uses[net] = net.uses.get(net, 0) + 1
