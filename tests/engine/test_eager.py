@@ -122,3 +122,36 @@ def test_a_large_dictionary_that_is_read_and_a_small_one_are_traced(entries: int
     assert step.last is not None
     assert step.last.engine == "shared"
     assert model.tally[3] == changes
+
+
+_ran: list[str] = []
+
+
+@torch.library.custom_op("batchtrim_tests::noted", mutates_args=())
+def noted(x: Tensor) -> Tensor:
+    _ran.append("forward")
+    return x.clone()
+
+
+@torch.library.custom_op("batchtrim_tests::noted_backward", mutates_args=())
+def noted_backward(g: Tensor) -> Tensor:
+    _ran.append("backward")
+    return g.clone()
+
+
+noted.register_fake(torch.empty_like)
+noted_backward.register_fake(torch.empty_like)
+noted.register_autograd(lambda _, g: noted_backward(g))
+
+
+class Noted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return noted(super().forward(x))
+
+
+def test_operators_of_the_user_run_once() -> None:
+    model = nn.Sequential(Noted(8, 8), nn.Linear(8, 5))
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), "shared")
+    _ran.clear()
+    step(torch.randn(12, 8), torch.arange(12) % 5).backward()
+    assert _ran == ["forward", "backward"]

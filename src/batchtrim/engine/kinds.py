@@ -42,7 +42,9 @@ _PLACES = (
     weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, torch.quasirandom.SobolEngine,
 )  # fmt: skip
 _OF_PLACES = frozenset(("configparser", "contextlib", "csv", "hmac", "multiprocessing", "queue", "sched", "tempfile"))
-_OF_LIBRARIES = ("torch.distributions", "torch.amp", "torch.optim.lr_scheduler", "scipy.stats")
+_OF_LIBRARIES = (
+    "torch.distributions", "torch.amp", "torch.optim.lr_scheduler", "torch._library.custom_ops", "scipy.stats",
+)  # fmt: skip
 # Classes whose objects cannot be put back, by module: the methods by which they change. A prefix may end in a dot.
 _HASH = frozenset(("update",))
 _PACKS = frozenset(("compress", "decompress", "flush"))
