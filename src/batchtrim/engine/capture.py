@@ -211,11 +211,11 @@ def _settings(limit: int, counts: bool) -> Iterator[None]:
             recompile_limit=limit,
             fail_on_recompile_limit_hit=True,
             allow_rnn=True,
-            allow_unspec_int_on_nn_module=counts,
             optimize_ddp=False,
             skip_nnmodule_hook_guards=False,  # a hook added later changes the function
             use_numpy_random_stream=True,  # do not replace NumPy's random numbers by torch's
         ),
+        dynamo.patch(allow_unspec_int_on_nn_module=True) if counts else contextlib.nullcontext(),
         functorch.patch(donated_buffer=False),
         shapes.patch(use_duck_shape=False),  # sizes that are equal by chance stay separate
     ):
