@@ -75,3 +75,39 @@ def test_batches_dispatched_by_accelerate(tmp_path: Path) -> None:
     dataset = rows()
     config = {"dispatch_batches": True, "split_batches": False}
     check(logged(dataset, tmp_path, accelerator_config=config), dataset)
+
+
+class OutOfMemory(TrimmedTrainer):
+    """Fails in its third step, once."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        self.done = getattr(self, "done", 0) + 1
+        if self.done == 3:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+
+def test_batches_of_an_aborted_training_are_not_counted(tmp_path: Path) -> None:
+    """`auto_find_batch_size` trains anew with a smaller batch."""
+    log = batchtrim.KeepLog(ROWS)
+    args = arguments(str(tmp_path), max_steps=-1, num_train_epochs=2, auto_find_batch_size=True)
+    OutOfMemory(model=new_model("sequence"), args=args, train_dataset=rows(), keep=0.5, keep_log=log,
+                data_collator=default_data_collator).train()  # fmt: skip
+    assert log.table()["seen"].tolist() == [2] * ROWS
+    assert len(log.history) == 2
+
+
+def test_each_new_model_begins_the_log_anew(tmp_path: Path) -> None:
+    """A search makes one for each trial; without `model_init`, a second training goes on with the first model."""
+    args = arguments(str(tmp_path), max_steps=-1, num_train_epochs=1, per_device_train_batch_size=4)
+    seen = {}
+    for name in ("model", "model_init"):
+        log = batchtrim.KeepLog(ROWS)
+        made = new_model("sequence") if name == "model" else lambda: new_model("sequence")
+        trainer = TrimmedTrainer(**{name: made}, args=args, train_dataset=rows(), keep=0.5, keep_log=log,
+                                 data_collator=default_data_collator)  # fmt: skip
+        trainer.train()
+        trainer.train()
+        seen[name] = set(log.table()["seen"].tolist())
+    assert seen == {"model": {2}, "model_init": {1}}

@@ -27,8 +27,9 @@ def check_bases(found: type, ours: type, per_sample_loss: Any) -> None:
         raise TypeError(
             f"expected `per_sample_loss` beside {owner.__name__}, which computes its loss itself, got None. "
             f"{ours.__name__} comes first in the bases of {found.__name__}, so its compute_loss is used, with the "
-            f"model's own loss. Pass per_sample_loss=(outputs, labels) -> un-reduced losses; or put {owner.__name__} "
-            "first, if its compute_loss calls super().compute_loss."
+            "model's own loss. Pass per_sample_loss=(outputs, labels) -> un-reduced losses (for a causal model, "
+            f"batchtrim.token_losses(outputs.logits, labels, shift=True)); or put {owner.__name__} first, if its "
+            "compute_loss calls super().compute_loss and its __init__ passes further keywords on."
         )
 
 
@@ -70,6 +71,16 @@ class StateKeeper(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self._log: dict[str, Any] | None = None  # the keep log's state when training began
+
+    def mark_log(self) -> None:
+        """Remember the keep log before training, which may start again: ``auto_find_batch_size``, or a search's trials.
+
+        With ``model_init`` every training has a new model, so the log begins as it was before the first.
+        """
+        trainer = self.trainer
+        if trainer.keep_log is not None and (self._log is None or trainer.model_init is None):
+            self._log = trainer.keep_log.state_dict()
 
     def _path(self, folder: str) -> str:
         return os.path.join(folder, f"trimmer_{self.trainer.args.process_index}.pt")
@@ -81,6 +92,8 @@ class StateKeeper(TrainerCallback):
         trainer.trim = build(trainer.keep, total, trainer.trim_options)
         trainer.losses.start_training()
         trainer.accelerator.gradient_accumulation_steps = 1  # transformers 5.3 would divide by it a second time
+        if self._log is not None:
+            trainer.keep_log.load_state_dict(self._log)
         if trainer._checkpoint is None:
             return
         path = self._path(trainer._checkpoint)

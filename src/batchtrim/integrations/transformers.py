@@ -113,11 +113,13 @@ class TrimmedTrainer(Trainer):
         self.losses = TrainerLoss(self, per_sample_loss, over, engine)
         self.trim: Trimmer | None = None
         self._checkpoint: str | None = None
-        self.add_callback(StateKeeper(self))
+        self.keeper = StateKeeper(self)
+        self.add_callback(self.keeper)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         path = get_last_checkpoint(self.args.output_dir or ".") if resume_from_checkpoint is True else None
         self._checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else path
+        self.keeper.mark_log()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
