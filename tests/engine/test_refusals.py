@@ -299,3 +299,21 @@ def test_compilation_that_is_switched_off_for_now() -> None:
         step(x, y)
     step(x, y).backward()
     assert step.last.engine == "shared"
+
+
+class Graph:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+class OfGraphs(zoo.Mlp):
+    def forward(self, graph: Graph) -> torch.Tensor:
+        return super().forward(graph.x)
+
+
+def test_a_batch_whose_tensors_are_not_seen() -> None:
+    """As torch_geometric's: it ran with "exact", without a word."""
+    x, y = torch.randn(BATCH, 8), torch.zeros(BATCH, dtype=torch.int64)
+    step = batchtrim.TrimmedForward(OfGraphs(8), nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5), engine="shared")
+    with pytest.raises(EngineRefused, match="it finds no tensor of the batch in Graph"):
+        step(Graph(x), y)

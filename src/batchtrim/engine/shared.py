@@ -119,7 +119,10 @@ class SharedEngine:
         self._tape: Tape | None = None
 
     def __call__(self, x: Any, y: Any, selection: Selection | None = None) -> StepResult:
-        size = batch_size(x, self.forward.batch_dim) or 0
+        size = batch_size(x, self.forward.batch_dim)
+        if size is None:
+            reason = f"it finds no tensor of the batch in {type(x).__name__}. Pass the tensors in a tuple or dict"
+            raise EngineRefused(_CANNOT.format(reason))
         whole = asks_for_all(self.trim.rule, self.trim.keep) or size < _FEWEST or size in self.untraced
         lazy = self.trace is None and is_lazy(self.forward.inner)  # never again after a trace
         if whole or lazy or not is_training_step():
