@@ -8,13 +8,11 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from types import GeneratorType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 from batchtrim.engine.batch import StepResult, map_tensors, padded_rows
 from batchtrim.engine.batch_norm import cosine_of
@@ -28,11 +26,10 @@ from batchtrim.engine.capture import (
     no_new_traces,
     unfit,
 )
-from batchtrim.engine.compilation import uncompiled
 from batchtrim.engine.cost import TRACED_BELOW
 from batchtrim.engine.eager import EagerStep, is_large
 from batchtrim.engine.exact import ExactEngine, is_training_step
-from batchtrim.engine.forward import Forward, as_losses
+from batchtrim.engine.forward import Forward
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.model_facts import device_of, is_lazy, is_sharded, no_values
@@ -41,6 +38,7 @@ from batchtrim.engine.reasons import failure
 from batchtrim.engine.rows import batch_size, tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
+from batchtrim.engine.traced_function import row_sizes, traced_function
 from batchtrim.engine.unguarded import Unguarded
 from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper
 from batchtrim.errors import EngineFallback, EngineRefused
@@ -178,7 +176,9 @@ class SharedEngine:
         self.capture = self._capture()
 
     def _capture(self, counts: bool = False) -> Capture:
-        return Capture(_step_of(self.forward, self.equates), self._planner, compiler=self.compiler, counts=counts)
+        return Capture(
+            traced_function(self.forward, self.equates), self._planner, compiler=self.compiler, counts=counts
+        )
 
     def _planner(self) -> SlicedStep:
         held = weakref.proxy(self)  # as a capture holds itself
@@ -248,7 +248,7 @@ class SharedEngine:
             self._tape = tape
             drawn = GeneratorStates(device, of_numpy=False)  # no trace draws from NumPy's
             try:
-                with without_input_gradient(self.speech), dynamic(_row_sizes(x, y, self.forward)):
+                with without_input_gradient(self.speech), dynamic(row_sizes(x, y, self.forward)):
                     found = self.capture(x, y)
             except NewTrace:
                 drawn.restore()  # a trace draws Python's random numbers before its graph runs
@@ -328,75 +328,3 @@ def refusal(forward: Forward) -> str | None:
         if is_sharded(module):
             return f"{what} gathers its parameters in every forward"
     return None
-
-
-def _step_of(forward: Forward, equates: bool) -> Callable[..., Any]:
-    """Return the traced function: model, loss, and one loss per sample.
-
-    Args:
-        equates: treat sizes that are equal as one number; see :func:`_equate_sizes`.
-    """
-    model = uncompiled(forward.inner)
-    per_sample_loss, unit, dim = forward.per_sample_loss, forward.unit, forward.batch_dim
-
-    def step(x: Any, y: Any) -> Any:
-        if equates:
-            _equate_sizes(x, dim, y)
-        if isinstance(x, dict):
-            outputs = model(**x)
-        elif type(x) in (tuple, list):
-            outputs = model(*x)
-        else:
-            outputs = model(x)
-        if isinstance(outputs, GeneratorType):
-            raise CannotCapture("it returns a generator, which can be read only once. Return a list")
-        losses = as_losses(per_sample_loss(outputs, y), unit)
-        if losses.terms:
-            raise CannotCapture("its loss is a sum of terms whose entries count differently")
-        parts = losses.values, losses.mask, losses.weights, losses.counts, losses.unit, losses.reduction
-        return parts, _detached(outputs)
-
-    return step
-
-
-def _detached(outputs: Any) -> Any:
-    """Return the outputs without their graph, so that no gradient flows through them."""
-    return pytree.tree_map(lambda leaf: map_tensors(Tensor.detach, leaf), outputs)
-
-
-def _equate_sizes(x: Any, dim: int, y: Any) -> None:
-    """Compare the sizes that may be the batch size, so that a trace treats them as one number, with a guard."""
-    rows = None
-    for part, at in ((x, dim), (y, 0)):
-        for leaf in pytree.tree_leaves(part):
-            if isinstance(leaf, Tensor) and leaf.ndim > at:
-                if rows is None:
-                    rows = leaf.shape[at]
-                elif rows == leaf.shape[at]:
-                    continue  # the comparison itself makes the guard
-
-
-# --- the batch -------------------------------------------------------------------------------------------------------
-
-
-def _counts(size: int, batch: int) -> bool:
-    """True if there is one row per sample, several per sample, or one for several samples, such as a pair."""
-    return size == batch or (min(size, batch) > 1 and (size % batch == 0 or batch % size == 0))
-
-
-def _row_sizes(x: Any, y: Any, forward: Forward) -> list[tuple[Tensor, int]]:
-    """Return the tensors of a batch that hold rows, each with the dimension along which it holds them.
-
-    Tokens are counted by inputs or targets: a translation's source has another number of them than its target.
-    """
-    dim = forward.batch_dim
-    batch = batch_size(x, dim) or 0
-    tokens = {batch_size(x, 1), batch_size(y, 1)} if forward.unit == "element" else ()
-    found: list[tuple[Tensor, int]] = []
-    for part, at in ((x, dim), (y, 0)):
-        for tensor in tensors_of(part):
-            if tensor.ndim > at and _counts(tensor.shape[at], batch):
-                found.append((tensor, at))
-                if tensor.ndim > 1 and tensor.shape[1] in tokens:
-                    found.append((tensor, 1))
-    return found
