@@ -12,11 +12,15 @@ def batchtrim(*words: str) -> Result:
     return CliRunner().invoke(cli.app, list(words))
 
 
-def mistake(*words: str) -> str:
-    """Return the message of a wrong command: on standard error alone, with code 2 and no internals."""
+def mistake(*words: str, raised: bool = False) -> str:
+    """Return the message of a wrong command: on standard error alone, with code 2 and no internals.
+
+    Args:
+        raised: whether a file of the user's raised an error, whose traceback is then shown.
+    """
     done = batchtrim(*words)
     assert done.exit_code == 2, done.output
-    assert "Traceback" not in done.stderr
+    assert ("Traceback" in done.stderr) == raised
     assert "Errno" not in done.stderr
     assert done.stdout == ""
     return done.stderr.lstrip("\n")  # older releases of rich end an empty display with a newline

@@ -144,7 +144,8 @@ def test_commands_that_cannot_run(words: list[str], says: str) -> None:
     Path("exits.py").write_text("raise SystemExit(0)\n")
     Path("number.py").write_text("train = 3\n")
     Path("none.py").write_text("def train(): ...\n")
-    said = mistake("compare", *words, "--out", "here", "--seeds", "1", "--workers", "1", "-q")
+    raised = "raised when it was loaded" in says
+    said = mistake("compare", *words, "--out", "here", "--seeds", "1", "--workers", "1", "-q", raised=raised)
     assert says in said
     assert not Path("here/runs.jsonl").exists()
     if "raises.py:train" in words:
@@ -326,7 +327,7 @@ def test_the_users_images_and_network(tmp_path: Path) -> None:
     words[words.index("here")] = "there"
     said = mistake(*words, "--model", "net.py:wrong", "-q")
     assert "expected net.py:wrong to give logits (B, 2), one per class" in said
-    said = mistake(*words, "--model", "net.py:fails", "-q")
+    said = mistake(*words, "--model", "net.py:fails", "-q", raised=True)
     assert "NameError" in said
     assert "own_models.py" not in said
 

@@ -17,10 +17,10 @@ Fabric). ``rows.py`` cuts a batch to rows.
 
 A tour of the shared engine, in the order of a step:
 
-1. ``shared.py`` runs a step. ``capture.py`` traces model and loss (``traced_function.py``) into graphs, which ``graphs.py``
-  prepares to run.
-   The private parts of torch's compiler are asked in few places: ``capture.py``, ``inductor.py``, ``operators.py``
-   (facts about operators), ``symbolic.py`` (sizes that are symbols) and ``compilation.py``.
+1. ``shared.py`` runs a step. ``capture.py`` traces model and loss (``traced_function.py``) into graphs, which
+   ``graphs.py`` prepares to run. The private parts of torch's compiler are asked in few places: ``capture.py``,
+   ``inductor.py``, ``operators.py`` (facts about operators), ``symbolic.py`` (sizes that are symbols) and
+   ``compilation.py``.
 2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
    graph (which operators may run on kept rows?), by the rules of ``rules.py`` and ``rules_*.py``, a file per kind of
    operator, over the layouts of ``layout.py``. ``split.py`` splits the backward into two graphs; ``cost.py`` counts
