@@ -129,12 +129,14 @@ class Naive:
 
 
 # What two_pass refuses since it cannot tell, and the naive way of cutting happens to get right: the second line writes
-# into parameters what they hold already, the third keeps tensors with a graph, which are cut too.
+# into parameters what they hold already, the third keeps tensors with a graph, which are cut too. A gradient's
+# sum over the kept rows is that over all rows.
 RIGHT_BY_LUCK = {
     "packed_sequence", "names_of_samples", "identity_over_the_batch",
     "weights_clipped_in_the_forward", "renormalised_embedding", "double_precision", "in_double_precision",
     "features_kept_with_their_graph", "likeness_of_all_views",
-    "gradients_rounded_by_the_step_before", "hook_on_two_gradients",
+    "gradients_rounded_by_the_step_before", "hook_on_two_gradients", "hook_that_moves_a_weight",
+    "gradient_added_to_an_attribute",
 }  # fmt: skip
 
 
