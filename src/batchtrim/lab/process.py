@@ -47,13 +47,11 @@ def set_drawn(state: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
     """Leave the CPU's generators as they were."""
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    before = drawn(torch.device("cpu"))
     try:
-        with torch.random.fork_rng(devices=[]):
-            yield
+        yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
+        set_drawn(before)
 
 
 @contextlib.contextmanager
