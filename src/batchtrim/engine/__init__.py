@@ -19,15 +19,17 @@ A tour of the shared engine, in the order of a step:
 
 1. ``shared.py`` runs a step. ``capture.py`` traces model and loss (``traced_function.py``) into graphs, which
    ``graphs.py`` prepares to run. The private parts of torch's compiler are asked in few places: ``capture.py``,
-   ``inductor.py``, ``operators.py`` (facts about operators), ``symbolic.py`` (sizes that are symbols) and
-   ``compilation.py``.
+   ``inductor.py``, ``operators.py`` (facts about operators), ``symbolic.py`` (sizes that are symbols),
+   ``second_derivatives.py`` and ``compilation.py``.
 2. On a new trace, before it runs: ``proof.py`` labels the forward graph (where do rows lie?) and proves the backward
    graph (which operators may run on kept rows?), by the rules of ``rules.py`` and ``rules_*.py``, a file per kind of
    operator, over the layouts of ``layout.py``. ``split.py`` splits the backward into two graphs; ``cost.py`` counts
    what that saves. ``eager.py`` runs the model's own Python once, and compares the trace with it: losses, gradient,
    outputs and state.
-3. ``sliced.py`` runs the forward and puts what it saves onto a tape. ``Trimmer`` chooses. ``cutting.py`` cuts the tape.
+3. ``sliced.py`` runs the forward and puts what it saves onto a tape (``tape.py``). ``Trimmer`` chooses.
+   ``cutting.py`` cuts the tape.
 4. ``loss.backward()``: ``backward.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
+   With ``create_graph=True``, ``second_derivatives.py`` runs the traced function again under autograd.
 
 What may go wrong on the way: ``reasons.py`` explains why a model could not be traced, and ``speech_models.py`` makes
 one kind of model traceable. ``unguarded.py`` notices changes that the guards of a trace do not see, ``checkpoints.py``

@@ -153,25 +153,16 @@ class AutoEngine:
         return step
 
     def _watched(self, step: StepResult) -> StepResult:
-        """Return a step that notes whether second derivatives are asked of it, for which no trace can be used."""
+        """Return a step that notes whether second derivatives are asked of it, for which a trace runs twice."""
         if (self._open or step.engine == "shared") and step.loss.requires_grad:
             step.loss.register_hook(self._note_backward)
         return step
 
     def _note_backward(self, _: Tensor) -> None:
-        if not torch.is_grad_enabled():  # in a backward, that is create_graph=False
-            return
-        if self._open:
-            self._open = False
+        # in a backward, grad mode means create_graph=True
+        if torch.is_grad_enabled() and (self._open or self.saving is not None):
+            self._open, self.saving = False, None
             _log.info("engine 'auto' continues with 'exact': backward runs with create_graph=True")
-        elif self.saving is not None:
-            self.saving = None
-            warnings.warn(
-                "backward runs with create_graph=True, and a traced step has no second derivative: asking for it in "
-                "this step ends in torch's error about double backward. Continuing with engine='exact'.",
-                EngineFallback,
-                stacklevel=2,
-            )
 
     @property
     def running(self) -> Engine:

@@ -23,7 +23,7 @@ from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import cosine_between, gradients_without_hooks
 
 if TYPE_CHECKING:
-    from batchtrim.engine.sliced import Tape
+    from batchtrim.engine.tape import Tape
 
 __all__ = ["LEAST_COSINE", "cosine_of", "has_batch_norm"]
 

@@ -82,6 +82,10 @@ class Planner(Protocol):
         """Run the backward."""
         ...
 
+    def finish(self, run: Callable[..., Any], graph: fx.GraphModule) -> Callable[..., Any]:
+        """Return what runs in place of ``run``, the traced function; ``graph`` is the same, as autograd runs it."""
+        ...
+
 
 def unfit() -> str | None:
     """Return why this torch release cannot be used for capture, or None."""
@@ -197,7 +201,7 @@ class Capture:
         if not _KEEPS_CHECKS:
             fx.node.has_side_effect(torch.ops.aten._linalg_check_errors.default)
         with _draws_kept(), _nothing_donated():
-            return backend(with_gradients(graph), inputs)
+            return planner.finish(backend(with_gradients(graph), inputs), graph)
 
 
 @contextlib.contextmanager

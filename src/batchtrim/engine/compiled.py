@@ -21,8 +21,9 @@ from batchtrim.engine.symbolic import as_symbolic, new_size, restrided, without_
 from batchtrim.errors import EngineFallback
 
 if TYPE_CHECKING:
-    from batchtrim.engine.sliced import SlicedStep, Tape
+    from batchtrim.engine.sliced import SlicedStep
     from batchtrim.engine.split import Slices
+    from batchtrim.engine.tape import Tape
 
 __all__ = ["CompiledStep"]
 

@@ -36,8 +36,9 @@ from batchtrim.engine.model_facts import device_of, is_lazy, is_sharded, no_valu
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.reasons import failure
 from batchtrim.engine.rows import batch_size, tensors_of
-from batchtrim.engine.sliced import NewTrace, SlicedStep, Tape
+from batchtrim.engine.sliced import NewTrace, SlicedStep
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
+from batchtrim.engine.tape import Tape
 from batchtrim.engine.traced_function import row_sizes, traced_function
 from batchtrim.engine.unguarded import Unguarded
 from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper
@@ -244,9 +245,8 @@ class SharedEngine:
         eager: EagerStep | None = None
         device, made = device_of(self.forward.inner), False
         for _ in range(_TRIES):
-            tape, failed = Tape(compares=made), ""
-            self._tape = tape
-            drawn = GeneratorStates(device, of_numpy=False)  # no trace draws from NumPy's
+            drawn, failed = GeneratorStates(device, of_numpy=False), ""  # no trace draws from NumPy's
+            self._tape = tape = Tape(compares=made, generators=drawn)
             try:
                 with without_input_gradient(self.speech), dynamic(row_sizes(x, y, self.forward)):
                     found = self.capture(x, y)

@@ -1,4 +1,4 @@
-"""A traced step whose backward runs on the kept rows: what it saves, when it is cut, and how backward runs."""
+"""A traced step whose backward runs on the kept rows: when what it saved is cut, and how backward runs."""
 
 from __future__ import annotations
 
@@ -22,64 +22,17 @@ from batchtrim.engine.layout import Axis, Broken, Layout, RowLayout, exact_ratio
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
 from batchtrim.engine.reasons import fixed_by
 from batchtrim.engine.rules_shape import view_axis
+from batchtrim.engine.second_derivatives import with_second_derivatives
 from batchtrim.engine.split import Slices, split_backward
 from batchtrim.engine.symbolic import expression_of
+from batchtrim.engine.tape import Tape
 from batchtrim.engine.writes import memory_of
 
-__all__ = ["NewTrace", "SlicedStep", "Tape"]
+__all__ = ["NewTrace", "SlicedStep"]
 
 
 class NewTrace(Exception):
     """A trace that was never compared with the model is about to run; nothing has run yet."""
-
-
-class Tape:
-    """The tensors with rows that one forward saved for its backward.
-
-    Attributes:
-        chosen: the kept rows; None if backward runs on all rows.
-        approximate: True if BatchNorm's means are taken over the kept rows.
-        compiled: what ran the forward; None if it ran operator by operator.
-        late: True if backward is compiled too and cuts what it reads itself.
-        outputs: those of the forward that still exist, such as tensors that the model keeps.
-        compares: True if the run is compared with the model.
-    """
-
-    def __init__(self, compares: bool = False) -> None:
-        self.compares = compares
-        self.step: SlicedStep | None = None
-        self.saved: dict[int, Tensor] = {}
-        self.versions: dict[int, int] = {}
-        self.size = 0  # the number of losses
-        self.batch = 0  # and of samples
-        self.kept: dict[int, Tensor] = {}
-        self.chosen: KeptRows | None = None
-        self.approximate = False
-        self.compiled: CompiledStep | None = None
-        self.late = False
-        self.outputs: list[weakref.ref[Tensor]] = []
-
-    def cut(self, rows: Tensor, approximate: bool, again: bool = False) -> None:
-        """Keep the given rows of the saved tensors, and all rows of those that the lower part reads.
-
-        Args:
-            rows: int64 (k,), positions in the losses.
-            again: keep everything else too, so that it can be cut again.
-
-        A compiled backward itself cuts the tensors it reads; only the batch, which may change before that, is cut here.
-        """
-        assert self.step is not None
-        self.chosen, self.approximate = self.step.kept(rows, self.batch, self.size), approximate
-        self.late = self.compiled is not None and not again
-        slices = self.step.slices(approximate)
-        self.kept = {}
-        for place in sorted(self.saved, key=lambda place: self.saved[place].nbytes):  # small ones first, to free memory
-            layout = slices.cuts.get(place)
-            later = self.late and place not in self.step.given
-            if layout is not None and not later:
-                self.kept[place] = cut(self.saved[place], layout, self.chosen)
-            if place not in slices.whole and not again and (layout is None or not later):
-                del self.saved[place]
 
 
 class SlicedStep:
@@ -170,8 +123,21 @@ class SlicedStep:
         shown = {memory_of(each) for each in results[: self.outputs] if isinstance(each, Tensor)}
         return {place for at, place in self._stashed.items() if memory_of(results[at]) in shown}
 
+    def finish(self, run: Callable[..., Any], graph: fx.GraphModule) -> Callable[..., Any]:
+        return with_second_derivatives(run, graph, self)
+
+    @property
+    def own_outputs(self) -> list[fx.Node]:
+        """The outputs of the traced function itself: not what it writes into its inputs."""
+        (out,) = self.forward_graph.graph.find_nodes(op="output")
+        return [node for node in out.args[0][self._written : self.outputs] if isinstance(node, fx.Node)]
+
+    def tape_of(self, args: Sequence[Any]) -> Tape | None:
+        """Return the tape that a backward's arguments belong to; None if its forward had none."""
+        return next((args[place].tape for place in self._stashed.values() if hasattr(args[place], "tape")), None)
+
     def backward(self, args: list[Any]) -> Any:
-        tape = next((args[place].tape for place in self._stashed.values() if hasattr(args[place], "tape")), None)
+        tape = self.tape_of(args)
         if tape is None:
             return self._backward(args)
         _check_unasked(tape.outputs)
@@ -181,7 +147,8 @@ class SlicedStep:
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     "a batch, or the model's outputs, changed between forward and backward"
                 )
-        keep = keeps_graph()
+        if not (keep := keeps_graph()):
+            tape.inputs = None
         if tape.compiled is not None and tape.late:
             found = tape.compiled.backward(args, tape, keep)
             if found is not None:
@@ -212,6 +179,7 @@ class SlicedStep:
         batch = self.symbols[0]
         shapes = [tuple(map(expression_of, getattr(node.meta.get("val"), "shape", ()))) for node in inputs]
         self._batch_at = next(((at, shape.index(batch)) for at, shape in enumerate(shapes) if batch in shape), None)
+        self.tangents = [place for place, node in enumerate(self.places) if "tangents" in node.name]
         self.place = {node: place for place, node in enumerate(self.places)}
         self.multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
         self._stashed: dict[int, int] = {}

@@ -1,0 +1,197 @@
+"""Second derivatives of the loss of a traced step: those of the exact engine, or an error."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from attacks import ATTACKS
+from harness import BATCH, stepper
+from torch import Tensor, nn
+
+import batchtrim
+from batchtrim.engine.copies import fresh
+from batchtrim.errors import EngineRefused
+from tiers import few
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd models is not the subject
+
+NONE = "cannot be differentiated here"
+
+
+def derivatives(name: str, engine: str, steps: int = 3) -> tuple[list[Any], batchtrim.TrimmedForward]:
+    """The gradient of an attack and that of its square, after a step that is traced; and what the steps leave."""
+    attack = ATTACKS[name]
+    model, (batch, *_) = attack.make(), attack.batches()
+    step = batchtrim.TrimmedForward(model, attack.loss(), batchtrim.Trimmer(0.4), engine, **attack.options)
+    parameters = [each for each in step.forward.inner.parameters() if each.requires_grad]
+    found: list[Any] = []
+    for number in range(steps):
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(10 + number)
+        loss = step(*fresh(batch))
+        if number == 0:
+            loss.backward()
+            continue
+        first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        square = sum(_dense(each).square().sum() for each in first if each is not None)
+        if square.requires_grad:  # type: ignore[union-attr]
+            found += [*first, *torch.autograd.grad(square, parameters, allow_unused=True)]  # type: ignore[arg-type]
+        found += [*model.buffers(), torch.get_rng_state(), torch.tensor(random.getstate()[1])]
+    return [None if each is None else _dense(each).detach().double() for each in found], step
+
+
+def _dense(value: Tensor) -> Tensor:
+    return value.to_dense() if value.is_sparse else value
+
+
+# computed, not refused: state of many kinds, random numbers, several outputs with a gradient, a sparse gradient
+RIGHT = (
+    "two_checkpoints_with_dropout", "norm_in_a_list", "sparse_gradient", "three_dropouts_of_one_sample",
+    "spectral_norm_by_parametrization", "codebook_moved_before_use", "queue_filled_before_use",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", few(ATTACKS, RIGHT))
+def test_second_derivatives_are_right_or_an_error(name: str) -> None:
+    try:
+        exact, _ = derivatives(name, "exact")
+    except (RuntimeError, NotImplementedError):
+        pytest.skip("plain training has no second derivative")
+    try:
+        ours, step = derivatives(name, "shared")
+    except EngineRefused:
+        assert name not in RIGHT
+        return
+    except RuntimeError as error:
+        if NONE not in str(error):
+            raise
+        assert name not in RIGHT
+        return
+    assert step.last.engine == "shared"
+    for right, own in zip(exact, ours, strict=True):
+        if right is None or own is None:
+            assert right is own or not (own if right is None else right).any()
+            continue
+        assert torch.equal(right.isnan(), own.isnan())
+        right, own = right.nan_to_num(), own.nan_to_num()
+        assert (right - own).norm() <= 1e-4 * right.norm() + 1e-9
+
+
+def _penalty(step: batchtrim.TrimmedForward, batch: tuple[Tensor, Tensor], **options: Any) -> list[Tensor]:
+    parameters = list(step.forward.model.parameters())
+    gradients = torch.autograd.grad(step(*batch), parameters, create_graph=True)
+    return list(torch.autograd.grad(sum(each.square().sum() for each in gradients), parameters, **options))  # type: ignore[arg-type]
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    return zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))
+
+
+def test_hooks_run_as_often_as_in_plain_training() -> None:
+    batch = _batch()
+    exact, shared = (_calls_of_hooks(engine, batch) for engine in ("exact", "shared"))
+    assert [name for name, _ in exact] == [name for name, _ in shared]
+    torch.testing.assert_close([size for _, size in exact], [size for _, size in shared])
+
+
+def _calls_of_hooks(engine: str, batch: tuple[Tensor, Tensor]) -> list[tuple[str, float]]:
+    torch.manual_seed(0)
+    model, seen = zoo.Mlp(8), []
+    for name, each in model.named_parameters():
+        each.register_hook(lambda gradient, name=name: seen.append((name, float(gradient.norm()))))
+        each.register_post_accumulate_grad_hook(lambda each, name=name: seen.append((name, float(each.grad.norm()))))
+    stepper(model, engine)(*batch).backward(create_graph=True)
+    sum(each.grad.square().sum() for each in model.parameters()).backward()  # type: ignore[union-attr]
+    return sorted(seen)
+
+
+def test_running_statistics_move_once() -> None:
+    batch, found = _batch(), []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 5))
+        found.append([*_penalty(stepper(model, engine), batch), *model.buffers()])
+    torch.testing.assert_close(*found)
+
+
+def test_the_gradient_of_a_batch_that_another_network_made() -> None:
+    """The network below is upstream of the batch only; its second derivative passes through the trace once."""
+    found = []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        below, step = nn.Linear(8, 8), stepper(zoo.Mlp(8), engine)
+        x, y = _batch()
+        gradients = torch.autograd.grad(step(below(x).tanh(), y), [*below.parameters()], create_graph=True)
+        found.append(torch.autograd.grad(sum(each.square().sum() for each in gradients), [*below.parameters()]))  # type: ignore[arg-type]
+        assert step.last.engine == engine
+    torch.testing.assert_close(*found)
+
+
+class Swish(torch.autograd.Function):
+    """Saves what it computes, so that autograd itself takes it for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate := x.sigmoid())
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        x, gate = ctx.saved_tensors
+        return gradient * (gate + x * gate * (1 - gate))
+
+
+class Exponential(torch.autograd.Function):
+    """Saves its output, and returns something without a gradient beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        result, sign = x.exp(), x > 0
+        ctx.save_for_backward(x, result)
+        ctx.mark_non_differentiable(sign)
+        return result, sign
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
+        x, result = ctx.saved_tensors
+        return gradient * result + 0 * x
+
+
+class Applies(nn.Sequential):
+    def __init__(self, function: Any) -> None:
+        super().__init__(nn.Linear(8, 6), nn.Linear(6, 5))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.function(self[0](x).tanh())
+        return self[1](found[0] * found[1] if isinstance(found, tuple) else found)
+
+
+def test_an_autograd_function() -> None:
+    batch, found = _batch(), []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        found.append(_penalty(stepper(Applies(Exponential.apply), engine), batch))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_unused": True}])
+def test_what_cannot_run_again_is_an_error(options: dict[str, bool]) -> None:
+    """With allow_unused=True, None came back without a word."""
+    with pytest.raises(RuntimeError, match=f"{NONE}: it calls an autograd function"):
+        _penalty(stepper(Applies(Swish.apply)), _batch(), **options)
+
+
+def test_a_weight_written_into_before_backward_is_an_error() -> None:
+    model = zoo.Mlp(8)
+    loss = stepper(model)(*_batch())
+    with torch.no_grad():
+        next(each for each in model.parameters() if each.ndim == 1).add_(1)  # a bias, which no backward reads
+    gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{NONE}: an input or a weight was written into"):
+        sum(each.sum() for each in gradients).backward()  # type: ignore[union-attr]
