@@ -20,3 +20,7 @@ def test_engines_agree_on_two_ranks(tmp_path: Path) -> None:
         own, other = first[f"{engine} {scope}"], second[f"{engine} {scope}"]
         assert torch.equal(own[: len(other)], other), "gradients are averaged over the ranks"
         assert error(first[f"exact {scope}"], own) <= near
+    for engine in ("shared", "two_pass"):
+        own, other = first[f"apart {engine}"], second[f"apart {engine}"]
+        assert torch.equal(own[:-64], other[:-64])
+        assert error(first["apart exact"], own) <= 1e-5

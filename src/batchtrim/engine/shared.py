@@ -41,7 +41,7 @@ from batchtrim.engine.speech_models import speech_encoders, without_input_gradie
 from batchtrim.engine.tape import Tape
 from batchtrim.engine.traced_function import row_sizes, traced_function
 from batchtrim.engine.unguarded import Unguarded
-from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper
+from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper, inside_join, runs_again
 from batchtrim.errors import EngineFallback, EngineRefused
 from batchtrim.losses import Losses
 from batchtrim.reduction import reduce_kept
@@ -194,7 +194,11 @@ class SharedEngine:
         """
         if self.refused is not None:
             raise EngineRefused(self.refused)
-        if (reason := hindrance() or hooks_on_wrapper(self.forward.model) or no_values(self.forward.inner)) is not None:
+        model = self.forward.model
+        reason = hindrance() or hooks_on_wrapper(model) or no_values(self.forward.inner)
+        if inside_join(model):
+            reason = "inside DistributedDataParallel.join() it could not run a forward again. Use engine='exact'"
+        if reason is not None:
             raise EngineRefused(_CANNOT.format(reason))
         if (changed := self.unguarded.changed()) is not None:
             if self.resets == _TRIES:
@@ -203,11 +207,13 @@ class SharedEngine:
         x = dict(x) if isinstance(x, Mapping) else x  # such as a BatchEncoding; the model gets its entries
         refused: EngineRefused | None = None
         try:
-            with torch.enable_grad(), in_wrapper(self.forward.model, self._traced) as call:
+            with torch.enable_grad(), in_wrapper(model, self._traced) as call:
                 parts, outputs, tape, eager = call(x, y)
         except _SetsUp:
+            runs_again(model)
             return None
         except CannotCapture as error:
+            runs_again(model)
             if (refused := self._without_trace(error, x, y)) is None:
                 return None
         if refused is not None:  # raised here: in the handler, it would hold the model's frames
@@ -216,6 +222,7 @@ class SharedEngine:
         differs = None if eager is None else eager.difference(parts[0], outputs, coarse)
         if eager is not None and differs is not None:
             eager.restore()
+            runs_again(model)
             self._refuse(f"its trace differs from the model: {differs}")
         if tape.step is not None and eager is not None:
             tape.step.compared(again=eager.counts)

@@ -20,7 +20,7 @@ from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.rows import copied
 from batchtrim.engine.state import Snapshot, restored, without_graph
 from batchtrim.engine.tolerance import Tolerance
-from batchtrim.engine.wrappers import sync_buffers
+from batchtrim.engine.wrappers import runs_again, sync_buffers
 from batchtrim.engine.writes import ParameterWrites
 from batchtrim.errors import EngineRefused
 from batchtrim.losses import Losses
@@ -161,6 +161,7 @@ class TwoPassEngine:
         try:
             return self._train_on_kept(x, y, selection, first)
         except EngineRefused as refused:
+            runs_again(self.forward.model)
             reason = (first and self._other_losses(*first)) or refused
             raise EngineRefused(_CANNOT.format(reason), selection) from refused.__cause__
 

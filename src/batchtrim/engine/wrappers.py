@@ -12,17 +12,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchtrim.engine.compilation import compiler_of, is_compiled, uncompiled
+from batchtrim.errors import EngineRefused
 
 __all__ = [
     "check_backward",
     "hooks_on_wrapper",
     "in_wrapper",
+    "inside_join",
     "is_placed",
     "parallel_part",
+    "runs_again",
     "sync_buffers",
     "unwrapped",
 ]
@@ -86,9 +90,30 @@ def sync_buffers(model: nn.Module) -> None:
     Call it before a pass that runs the model without its wrapper, and so with the buffers of that next forward.
     """
     wrapper = parallel_part(model)
-    if wrapper is not None and wrapper._check_sync_bufs_pre_fwd() and not wrapper._join_config.enable:
-        wrapper._sync_buffers()
+    if wrapper is None or not wrapper._check_sync_bufs_pre_fwd():
+        return
+    if inside_join(model):
+        raise EngineRefused(
+            "a first pass needs the buffers that rank 0 sends, and inside DistributedDataParallel.join() they are sent "
+            "in DDP's own forward only. Use engine='exact', without a window"
+        )
+    if torch.is_grad_enabled() and wrapper.reducer._rebuild_buckets():  # before the buffers, as in DDP's forward
+        wrapper._has_rebuilt_buckets = True
+    wrapper._sync_buffers()
+    wrapper.require_forward_param_sync = False
+
+
+def runs_again(model: nn.Module) -> None:
+    """Have DDP's next forward repeat the last one, without the exchange of buffers, which other ranks do not repeat."""
+    wrapper = parallel_part(model)
+    if wrapper is not None and wrapper._check_sync_bufs_pre_fwd():
         wrapper.require_forward_param_sync = False
+
+
+def inside_join(model: nn.Module) -> bool:
+    """True inside ``DistributedDataParallel.join()``, where each forward of DDP's meets one of every other rank."""
+    wrapper = parallel_part(model)
+    return wrapper is not None and wrapper._join_config.enable
 
 
 def hooks_on_wrapper(model: nn.Module) -> str | None:
