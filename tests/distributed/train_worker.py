@@ -105,6 +105,17 @@ def fsdp(mesh: Any) -> nn.Module:
     return model
 
 
+def fewer_rows_on_one_rank(rank: int, mesh: Any) -> None:
+    """The forwards that check `two_pass` ran on the ranks that had four rows, and waited for the others."""
+    x, y = windows()[rank][rank]  # four rows, and two
+    found = []
+    for model, engine in ((DistributedDataParallel(new_model()), "exact"), (fsdp(mesh), "two_pass")):
+        step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(KEEP), engine)
+        step(x, y).backward()
+        found.append(gradient(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=1e-9)
+
+
 def main(rank: int, ranks: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -118,6 +129,7 @@ def main(rank: int, ranks: int) -> None:
             print(over, scope, "fsdp", flush=True)
             torch.testing.assert_close(trained(fsdp(mesh), rank, over, scope, "exact"), expected, rtol=1e-7, atol=1e-9)
     buffers_of_the_first_rank(rank)
+    fewer_rows_on_one_rank(rank, mesh)
     with_accelerate(rank)
     dist.barrier()
     dist.destroy_process_group()

@@ -19,6 +19,7 @@ from batchtrim.engine.cpu_first import CpuFirst
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import gradients_without_hooks
+from batchtrim.engine.model_facts import is_sharded
 from batchtrim.engine.rows import copied, tensors_of
 from batchtrim.engine.state import ModelState, Snapshot, restored, without_graph
 from batchtrim.engine.tolerance import Tolerance
@@ -27,6 +28,7 @@ from batchtrim.errors import EngineRefused
 
 __all__ = ["Probe"]
 
+_FEWEST = 4  # rows that are worth a check
 _ROWS = 8  # every second one of them is then run alone
 
 
@@ -71,8 +73,8 @@ class Probe:
             EngineRefused: the samples depend on one another.
         """
         self.calls += 1
-        if not self.is_due or batch < 4:
-            return
+        if not self.is_due or (batch < _FEWEST and not any(map(is_sharded, before.model.modules))):
+            return  # a sharded model's forwards wait for those of other ranks, which may have more rows
         for module in before.model.modules:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
                 raise EngineRefused("an embedding with scale_grad_by_freq counts how often the whole batch has a word")
