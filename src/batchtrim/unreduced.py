@@ -57,6 +57,7 @@ class Losses(NoTensor):
         reduction: "mean", or "sum" if the loss is the plain sum of what is kept.
         terms: the terms of a sum whose entries count differently (``ce + dice``, of which only one has class weights):
             each is divided by its own divisor over what is kept. Empty otherwise.
+        entries: how many entries each value is the mean of, without ``counts``. Micro-batches of a window may differ.
 
     Losses can be added and scaled: ``ce(out, y) + 0.4 * ce(aux, y)``. They are ranked by their sum. A tensor of the
     shape of ``values`` can be added too, and is reduced as they are; a factor is a number, or a tensor of that shape.
@@ -77,6 +78,7 @@ class Losses(NoTensor):
     unit: str | None = None
     reduction: str = "mean"
     terms: tuple[Losses, ...] = ()
+    entries: int = 1
 
     def __post_init__(self) -> None:
         self.check()
@@ -99,8 +101,7 @@ class Losses(NoTensor):
     def detach(self) -> Losses:
         """Return the same without a graph."""
         terms = tuple(term.detach() for term in self.terms) if self.terms else ()
-        values = self.values.detach()
-        return Losses(values, self.mask, self.weights, self.counts, self.unit, self.reduction, terms)
+        return replace(self, values=self.values.detach(), terms=terms)
 
     def masked(self, mask: Tensor) -> Losses:
         """Return the same with the entries where ``mask`` is False left out as well."""
@@ -348,7 +349,7 @@ def flatten(losses: Losses, unit: str) -> Losses:
     summing = losses.reduction == "sum"
     if mask is None and weights is None:
         means = (values.sum(1, dtype=total) if summing else values.mean(1, dtype=total)).to(values.dtype)
-        return replace(losses, values=means, unit=unit)
+        return replace(losses, values=means, unit=unit, entries=1 if summing else values.shape[1])
     mask = None if mask is None else mask.flatten(1)
     counted = mask if weights is None else weights.flatten(1)
     if mask is not None:

@@ -38,10 +38,11 @@ class FlatLosses(NamedTuple):
     weights: Tensor | None
     counts: Tensor | None
     scores: Tensor | None
+    entries: int = 1
 
     @property
     def losses(self) -> Losses:
-        return Losses(self.values, self.mask, self.weights, self.counts)
+        return Losses(self.values, self.mask, self.weights, self.counts, entries=self.entries)
 
 
 class ModelLosses:
@@ -107,7 +108,7 @@ class ModelLosses:
         else:
             found = self.find(model, inputs)
             outputs, flat, scores = found.outputs, found.losses, found.scores
-        return FlatLosses(outputs, flat.values, flat.mask, flat.weights, flat.counts, scores)
+        return FlatLosses(outputs, flat.values, flat.mask, flat.weights, flat.counts, scores, flat.entries)
 
     def one_mean(self, losses: Losses) -> Losses:
         """Return the losses as the vector to choose from.

@@ -1,0 +1,37 @@
+"""A window of micro-batches of which some have padding and others have none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import batchtrim
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 3), (2, 5, 3)], ids=["padded", "padded-and-shorter"])
+@pytest.mark.parametrize("unit", ["sample", "element"])
+def test_micro_batches_without_padding_count_all_their_entries(lengths: tuple[int, ...], unit: str) -> None:
+    def squares(outputs: Tensor, y: Tensor) -> batchtrim.Losses:
+        mask = y != 0
+        return batchtrim.Losses((outputs.squeeze(2) - y) ** 2, None if mask.all() else mask)
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    batches = [(torch.randn(4, t, 3), torch.rand(4, t) + 1) for t in lengths]
+    for sample in range(4):
+        batches[1][1][sample, sample + 1 :] = 0
+    step = batchtrim.TrimmedForward(model, squares, batchtrim.Trimmer(0.5, unit=unit), "exact")
+    got = 0.0
+    for loss in batchtrim.accumulate(step, batches):
+        loss.backward()
+        got += loss.item()
+    whole = [torch.cat([F.pad(part, (0,) * (2 * part.ndim - 3) + (5 - part.shape[1],)) for part in parts])
+             for parts in zip(*batches, strict=True)]  # fmt: skip
+    expected = batchtrim.Trimmer(0.5, unit=unit)(squares(model(whole[0]), whole[1]))
+    assert got == pytest.approx(expected.item(), rel=1e-6)
+    mine = model.weight.grad
+    model.weight.grad = None
+    expected.backward()
+    torch.testing.assert_close(mine, model.weight.grad)
