@@ -30,7 +30,7 @@ from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
 from batchtrim.selection.base import asks_for_all
 from batchtrim.trimmer import Trimmer
-from batchtrim.unreduced import accumulator
+from batchtrim.unreduced import counted
 
 __all__ = ["OVER", "accumulate", "first_pass", "join_losses", "select_window", "split", "waits_in_forward"]
 
@@ -242,7 +242,7 @@ def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Losses | 
 def join_losses(parts: Sequence[Losses]) -> Losses:
     """Concatenate losses. If only some parts have a mask, weights or counts, the others count as True, 1 or all."""
     if any(part.counts is not None or part.entries != parts[0].entries for part in parts):
-        parts = [_counted(part) for part in parts]
+        parts = [counted(part) for part in parts]
     joined: dict[str, Any] = {"values": torch.cat([part.values.detach() for part in parts])}
     for name in ("mask", "weights", "counts"):
         found = [getattr(part, name) for part in parts]
@@ -253,13 +253,6 @@ def join_losses(parts: Sequence[Losses]) -> Losses:
                 [torch.ones_like(p.values, dtype=given.dtype) if f is None else f for f, p in pairs]
             )
     return replace(parts[0], **joined)
-
-
-def _counted(part: Losses) -> Losses:
-    """Return losses with the number of entries that each value is the mean of."""
-    if part.counts is not None or part.reduction == "sum":
-        return part
-    return replace(part, counts=torch.full_like(part.values, part.entries, dtype=accumulator(part.values)))
 
 
 def split(selection: Selection, sizes: Sequence[int], weights: Tensor | None = None) -> list[Selection]:

@@ -26,7 +26,7 @@ from batchtrim.schedules import as_schedule, linear
 from batchtrim.selection import Rule, Selection, hardest
 from batchtrim.selection.base import changeable_keep, k_follows_losses, masked_choice, select_again, select_valid
 from batchtrim.stats import KeepStats
-from batchtrim.unreduced import UNITS, Losses, divisors, to_rank
+from batchtrim.unreduced import UNITS, Losses, counted, divisors, to_rank
 
 __all__ = ["Trimmer"]
 
@@ -361,6 +361,7 @@ class Trimmer(Copied):
     def _choose_jointly(self, flat: Losses, scores: Tensor) -> Selection:
         if flat.terms:
             raise ValueError(f"expected `losses` with one divisor and scope='global', got {SUM_OF_TERMS}")
+        flat = counted(flat)
         joined = select_over_ranks(
             self.rule, flat.values, scores, self.keep, mask=flat.mask, weights=divisors(flat), generator=self.generator,
             settings=(repr(self.schedule), self.total, self.scale, self.unit), steps=self.steps,

@@ -28,7 +28,7 @@ from batchtrim._checks import (
 from batchtrim._no_tensor import NoTensor
 from batchtrim.errors import PassUnreducedLosses
 
-__all__ = ["UNITS", "Losses", "accumulator", "divisors", "flatten", "losses_of", "nonzero", "to_rank"]
+__all__ = ["UNITS", "Losses", "accumulator", "counted", "divisors", "flatten", "losses_of", "nonzero", "to_rank"]
 
 UNITS = ("sample", "element")
 _REDUCTIONS = ("mean", "sum")
@@ -57,7 +57,8 @@ class Losses(NoTensor):
         reduction: "mean", or "sum" if the loss is the plain sum of what is kept.
         terms: the terms of a sum whose entries count differently (``ce + dice``, of which only one has class weights):
             each is divided by its own divisor over what is kept. Empty otherwise.
-        entries: how many entries each value is the mean of, without ``counts``. Micro-batches of a window may differ.
+        entries: how many entries each value is the mean of, if it is one and there are no ``counts``. Micro-batches and
+            ranks may differ in it.
 
     Losses can be added and scaled: ``ce(out, y) + 0.4 * ce(aux, y)``. They are ranked by their sum. A tensor of the
     shape of ``values`` can be added too, and is reduced as they are; a factor is a number, or a tensor of that shape.
@@ -78,7 +79,7 @@ class Losses(NoTensor):
     unit: str | None = None
     reduction: str = "mean"
     terms: tuple[Losses, ...] = ()
-    entries: int = 1
+    entries: int | None = None
 
     def __post_init__(self) -> None:
         self.check()
@@ -236,6 +237,15 @@ def _count_alike(one: Losses, other: Losses) -> bool:
     return True
 
 
+def counted(losses: Losses) -> Losses:
+    """Return losses with counts, if each value is the mean of several entries that all count."""
+    if losses.entries is None or losses.counts is not None:
+        return losses
+    return replace(
+        losses, counts=torch.full_like(losses.values, losses.entries, dtype=accumulator(losses.values)), entries=None
+    )
+
+
 def accumulator(values: Tensor) -> torch.dtype:
     """Return the dtype for sums of ``values``: at least float32. Half precision ends at 65,504."""
     return torch.promote_types(values.dtype, torch.float32)
@@ -349,7 +359,7 @@ def flatten(losses: Losses, unit: str) -> Losses:
     summing = losses.reduction == "sum"
     if mask is None and weights is None:
         means = (values.sum(1, dtype=total) if summing else values.mean(1, dtype=total)).to(values.dtype)
-        return replace(losses, values=means, unit=unit, entries=1 if summing else values.shape[1])
+        return replace(losses, values=means, unit=unit, entries=None if summing else values.shape[1])
     mask = None if mask is None else mask.flatten(1)
     counted = mask if weights is None else weights.flatten(1)
     if mask is not None:

@@ -134,6 +134,18 @@ def masked_on_one_rank(rank: int) -> None:
     assert math.isclose(mean(loss), joined.topk(4).values.mean(), rel_tol=1e-6)  # round(3.5) = 4
 
 
+def padded_on_one_rank(rank: int) -> None:
+    """Losses of several entries count by these; ranks differ in their number, and some may be masked."""
+    short, long = LOSSES[:, None].repeat(1, 2), torch.arange(1.0, 21.0).reshape(4, 5)
+    mask = torch.arange(5) < torch.tensor([[3], [5], [2], [1]])
+    for padding in (None, mask):
+        whole = torch.cat([F.pad(short, (0, 3)), long])
+        counts = torch.cat([F.pad(torch.ones(4, 2), (0, 3)) > 0, torch.ones(4, 5) > 0 if padding is None else padding])
+        for keep in (1.0, 0.5):
+            loss = joint(keep)(long, mask=padding) if rank else joint(keep)(short)
+            assert math.isclose(mean(loss), Trimmer(keep)(whole, mask=counts).item(), rel_tol=1e-6)
+
+
 def without_samples(rank: int) -> None:
     """A rank that has nothing to choose from may lack what the others have."""
     weights = torch.tensor([1.0, 2.0, 1.0, 4.0], dtype=torch.float64)

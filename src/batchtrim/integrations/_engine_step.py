@@ -112,4 +112,4 @@ class _WithLosses(nn.Module):
         self._losses = losses
 
     def forward(self, **inputs: Any) -> FlatLosses:
-        return self._losses(self.model, inputs)._replace(entries=1)  # a size is no output of a trace
+        return self._losses(self.model, inputs)._replace(entries=None)  # a size is no output of a trace

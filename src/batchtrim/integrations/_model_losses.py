@@ -38,7 +38,7 @@ class FlatLosses(NamedTuple):
     weights: Tensor | None
     counts: Tensor | None
     scores: Tensor | None
-    entries: int = 1
+    entries: int | None = None
 
     @property
     def losses(self) -> Losses:
