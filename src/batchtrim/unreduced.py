@@ -143,7 +143,8 @@ class Losses(NoTensor):
         if None not in (self.unit, other.unit) and self.unit != other.unit:
             raise ValueError(f"expected two terms of one unit, got {self.unit!r} and {other.unit!r}.")
         if _count_alike(self, other):
-            return replace(self, values=self.values + other.values, unit=self.unit or other.unit)
+            entries = self.entries if self.entries == other.entries else None
+            return replace(self, values=self.values + other.values, unit=self.unit or other.unit, entries=entries)
         return _sum((*(self.terms or (self,)), *(other.terms or (other,))), self.unit or other.unit)
 
     __radd__ = __add__
@@ -241,9 +242,8 @@ def counted(losses: Losses) -> Losses:
     """Return losses with counts, if each value is the mean of several entries that all count."""
     if losses.entries is None or losses.counts is not None:
         return losses
-    return replace(
-        losses, counts=torch.full_like(losses.values, losses.entries, dtype=accumulator(losses.values)), entries=None
-    )
+    counts = torch.full_like(losses.values, losses.entries, dtype=accumulator(losses.values))
+    return replace(losses, counts=counts, entries=None)
 
 
 def accumulator(values: Tensor) -> torch.dtype:

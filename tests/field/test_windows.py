@@ -35,3 +35,18 @@ def test_micro_batches_without_padding_count_all_their_entries(lengths: tuple[in
     model.weight.grad = None
     expected.backward()
     torch.testing.assert_close(mine, model.weight.grad)
+
+
+def test_the_order_of_two_terms_does_not_count() -> None:
+    entry, sample = batchtrim.per_sample(nn.MSELoss()), batchtrim.per_sample(nn.MSELoss())
+    batches = [(torch.arange(4.0 * t).reshape(4, t), torch.ones(4, t)) for t in (2, 5)]
+    found = []
+    for turned in (False, True):
+
+        def both(outputs: Tensor, y: Tensor, turned: bool = turned) -> batchtrim.Losses:
+            terms = entry(outputs, y), sample(outputs.mean(1), y[:, 0])
+            return terms[turned] + terms[not turned]
+
+        step = batchtrim.TrimmedForward(nn.Identity(), both, batchtrim.Trimmer(0.5), "exact")
+        found.append(sum(loss.item() for loss in batchtrim.accumulate(step, batches)))
+    assert found[0] == found[1]
