@@ -146,6 +146,17 @@ def padded_on_one_rank(rank: int) -> None:
             assert math.isclose(mean(loss), Trimmer(keep)(whole, mask=counts).item(), rel_tol=1e-6)
 
 
+def entries_of_a_trace(rank: int) -> None:
+    """The shared engine counts the entries of its losses, as the exact one does."""
+    model, x = nn.Linear(1, 1), torch.arange(1.0, 21.0).reshape(4, 5, 1)
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(model.bias)
+    x = x if rank else x[:, :2]
+    criterion, engine = batchtrim.per_sample(nn.L1Loss()), "shared" if rank else "exact"
+    loss = batchtrim.TrimmedForward(model, criterion, joint(0.5), engine)(x, torch.zeros_like(x))
+    assert math.isclose(mean(loss), (5 * (13 + 18) + 2 * (11.5 + 16.5)) / 14, rel_tol=1e-6)
+
+
 def without_samples(rank: int) -> None:
     """A rank that has nothing to choose from may lack what the others have."""
     weights = torch.tensor([1.0, 2.0, 1.0, 4.0], dtype=torch.float64)

@@ -41,7 +41,8 @@ def traced_function(forward: Forward, equates: bool) -> Callable[..., Any]:
         losses = as_losses(per_sample_loss(outputs, y), unit)
         if losses.terms:
             raise CannotCapture("its loss is a sum of terms whose entries count differently")
-        parts = losses.values, losses.mask, losses.weights, losses.counts, losses.unit, losses.reduction
+        counting = losses.mask, losses.weights, losses.counts, losses.unit, losses.reduction
+        parts = losses.values, *counting, (), losses.entries
         return parts, _detached(outputs)
 
     return step
