@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import locale
+import multiprocessing
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +39,7 @@ import pathlib
 import torch
 import numpy as np
 
+os.environ["SET_AT_THE_TOP"] = "yes"
 pathlib.Path("data").mkdir(exist_ok=True)
 os.chdir("data")
 torch.set_default_dtype(torch.float64)
@@ -48,7 +54,7 @@ def train(run):
     log.end_epoch()
     bits = torch.zeros(()).itemsize * 8
     sure = int(torch.are_deterministic_algorithms_enabled())
-    folder = int(pathlib.Path.cwd().name == "data")
+    folder = int(pathlib.Path.cwd().name == "data" and os.environ.pop("SET_AT_THE_TOP") == "yes")
     return {"rmse": bits, "sure": sure, "folder": folder, "over": int(np.geterr()["over"] == "raise")}
 """
 PRECISIONS = ["torch.backends.fp32_precision", "torch.backends.mkldnn.matmul.fp32_precision"]
@@ -93,6 +99,33 @@ def test_a_file_sets_nothing_for_runs_without_it(tmp_path: Path) -> None:
     with process.restored():
         Code.in_file(f"{tmp_path / 'double.py'}:build", "model").load(2)
         assert torch.get_default_dtype() == torch.float64
+
+
+def test_every_run_finds_the_process_as_the_first_did(tmp_path: Path) -> None:
+    """The second run read the first one's environment, rang at its alarm, and could not set a start method again."""
+    before, found = process.settings(), []
+
+    def train(run):
+        found.append(process.settings())
+        os.environ["SET_BY_A_RUN"] = os.environ.pop("SET_BEFORE")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        signal.setitimer(signal.ITIMER_REAL, 1000)
+        multiprocessing.set_start_method("spawn")
+        locale.setlocale(locale.LC_ALL, "C.UTF-8")
+        torch.autocast("cpu").__enter__()
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cudnn.deterministic = True
+        torch.set_flush_denormal(True)
+        run.trim(torch.ones(4, requires_grad=True)).backward()
+        run.trim.step()
+        return {"rmse": 1.0}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SET_BEFORE", "yes")
+        for seed in range(2):
+            lab.run_once(train, seed=seed, epochs=1, metric="rmse", out=tmp_path)
+    assert found[0] == found[1]
+    assert process.settings() == before
 
 
 @pytest.mark.skipif(not hasattr(torch._C, "_get_fp32_precision_getter"), reason="torch has the older interface alone")

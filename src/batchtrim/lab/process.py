@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import locale
+import multiprocessing
 import os
 import random
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,7 +69,7 @@ def restored(threads: int | None = None) -> Iterator[None]:
         with generators_kept():
             yield
     finally:
-        apply(_differing(before))
+        apply(_changes(settings(), before))
 
 
 def settings() -> list[Any]:
@@ -75,8 +80,7 @@ def settings() -> list[Any]:
 def changes_since(before: list[Any]) -> Changes:
     """Return the settings that differ from ``before``, for :func:`apply`; the number of threads is the lab's own."""
     torch.set_num_threads(before[0])
-    now = settings()
-    return [(write, value) for (_, write), old, value in zip(_STATE, before, now, strict=True) if value != old]
+    return _changes(before, settings())
 
 
 def apply(changes: Changes) -> None:
@@ -85,8 +89,16 @@ def apply(changes: Changes) -> None:
         write(value)
 
 
-def _differing(wanted: list[Any]) -> Changes:
-    return [(write, value) for (read, write), value in zip(_STATE, wanted, strict=True) if read() != value]
+def _changes(there: list[Any], wanted: list[Any]) -> Changes:
+    triples = zip(_STATE, there, wanted, strict=True)
+    return [(write, _difference(old, new)) for (_, write), old, new in triples if new != old]
+
+
+def _difference(old: Any, new: Any) -> Any:
+    """Return ``new``; of a table the entries that differ, None for one that it lacks, so that others stay."""
+    if not isinstance(new, dict):
+        return new
+    return {name: new.get(name) for name in (*old, *new) if old.get(name) != new.get(name)}
 
 
 def _default_device() -> str | None:
@@ -142,6 +154,46 @@ def _set_folder(folder: str | None) -> None:
         os.chdir(folder)
 
 
+def _set_environment(entries: Mapping[str, str | None]) -> None:
+    for name, value in entries.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _alarm() -> bool:
+    return hasattr(signal, "getitimer") and signal.getitimer(signal.ITIMER_REAL)[0] > 0
+
+
+def _set_alarm(on: bool) -> None:
+    if not on:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _handlers() -> dict[int, Any]:
+    """Return the handlers of signals, without that of ended children: libraries set it once, for the whole process."""
+    return {each: signal.getsignal(each) for each in signal.valid_signals() if each != getattr(signal, "SIGCHLD", None)}
+
+
+def _set_handlers(handlers: Mapping[int, Any]) -> None:
+    for each, handler in handlers.items():
+        if handler is not None and threading.current_thread() is threading.main_thread():  # None: not one of Python's
+            signal.signal(each, handler)
+
+
+def _set_start_method(name: str | None) -> None:
+    multiprocessing.set_start_method(name, force=True)  # type: ignore[arg-type]
+
+
+def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    return functools.partial(getattr, owner, name), functools.partial(setattr, owner, name)
+
+
+def _of_device(get: Callable[[str], Any], write: Callable[[str, Any], object], device: str) -> Any:
+    return functools.partial(get, device), functools.partial(write, device)
+
+
 _OPERATIONS = [
     ("generic", "all"),
     *((place, name) for place in ("cuda", "mkldnn") for name in ("all", "matmul", "conv", "rnn")),
@@ -158,6 +210,20 @@ _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (np.geterr, lambda held: np.seterr(**held)),
     (lambda: (sys.stdout, sys.stderr), _set_streams),
     (_errors, _set_errors),
+    *(_of_device(torch.is_autocast_enabled, torch.set_autocast_enabled, each) for each in ("cpu", "cuda")),
+    *(_of_device(torch.get_autocast_dtype, torch.set_autocast_dtype, each) for each in ("cpu", "cuda")),
+    *(_attribute(torch.backends.cudnn, each) for each in ("enabled", "benchmark", "deterministic")),
+    _attribute(torch.backends.mkldnn, "enabled"),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (lambda: sys.float_info.min / 2 == 0.0, torch.set_flush_denormal),
+    (lambda: multiprocessing.get_start_method(allow_none=True), _set_start_method),
+    (lambda: locale.setlocale(locale.LC_ALL), functools.partial(locale.setlocale, locale.LC_ALL)),
+    (lambda: dict(os.environ), _set_environment),
+    (_alarm, _set_alarm),  # before the handlers: without one, an alarm ends the process
+    (_handlers, _set_handlers),
     (_folder, _set_folder),
 )
 """Settings of the process that the user's code may change, as pairs of getter and setter."""

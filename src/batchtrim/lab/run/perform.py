@@ -57,8 +57,9 @@ def perform(config: TaskConfig, out: Path, on_epoch: OnEpoch | None = None) -> d
 
     Notes:
         torch, NumPy and ``random`` are seeded with the run's seed. What the function changes in the process (random
-        state, threads, default dtype and device, modes of torch and NumPy, working folder, standard streams, warnings
-        that it made errors) is restored. If the function forks a process that returns too, that process ends here.
+        state, threads, default dtype and device, modes of torch and NumPy, environment variables, signal handlers,
+        working folder, locale, standard streams, warnings that it made errors) is restored. If the function forks a
+        process that returns too, that process ends here.
     """
     assert config.code is not None
     _import_ahead(config.engine)

@@ -259,7 +259,7 @@ def own_folders_hidden() -> Iterator[None]:
 def as_a_program(path: str | Path | None) -> Iterator[None]:
     """Let code of a file see no command-line arguments, as if started without: ours are not for its argparse."""
     before = sys.argv
-    sys.argv = before if path is None else [str(path)]
+    sys.argv = list(before) if path is None else [str(path)]
     try:
         yield
     finally:
