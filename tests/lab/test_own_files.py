@@ -9,7 +9,7 @@ import pytest
 
 from batchtrim.lab import compare, records
 from batchtrim.lab.task import own_code
-from batchtrim.lab.task.own_code import YourCodeFailed
+from batchtrim.lab.task.own_code import Code, YourCodeFailed
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +75,18 @@ def test_a_file_that_hides_a_library_is_named(monkeypatch: pytest.MonkeyPatch) -
     ):
         compare("lightning.py:train", ["full"], 1, quiet=True, workers=1)
     monkeypatch.delitem(sys.modules, "lightning", raising=False)
+
+
+def test_a_module_of_another_program_is_not_taken_for_the_one_beside_a_file(tmp_path: Path) -> None:
+    """The second network was built from the layers of the first, and recorded as its own."""
+    for folder, text in (("one", "import my_layers\n"), ("two", "def train(run):\n    import my_layers\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "my_layers.py").write_text(f"name = {folder!r}\n")
+        (tmp_path / folder / f"net_{folder}.py").write_text(f"{text}def other(run): return {{'error': 0.1}}\n")
+    (tmp_path / "two" / "apart.py").write_text("def train(run): return {'error': 0.1}\n")
+    Code.in_file(f"{tmp_path}/one/net_one.py:other", "train").load()
+    Code.in_file(f"{tmp_path}/two/apart.py:train", "train").load()  # which imports none
+    with pytest.raises(YourCodeFailed, match=r"'my_layers' in net_two\.py:train to get .*two.my_layers\.py, got .*one"):
+        Code.in_file(f"{tmp_path}/two/net_two.py:train", "train").load()
+    sys.modules.pop("my_layers")
+    Code.in_file(f"{tmp_path}/two/net_two.py:train", "train").load()

@@ -6,6 +6,7 @@ with the user's lines only.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib.util
@@ -14,7 +15,7 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -91,10 +92,10 @@ class Code:
 
         Raises:
             ValueError, TypeError: there is no such function, or it does not take these arguments.
-            YourCodeFailed: the file raised an error when it ran.
+            YourCodeFailed: the file raised an error when it ran, or would get another program's module for its own.
         """
         function = self.function if self.path is None else self._in_module(_module(Path(self.path), self.source))
-        self.helpers()
+        self._refuse_namesakes(self.helpers())
         if not callable(function):
             raise TypeError(f"expected {self.name} to be a function, got {describe(function)}.")
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
@@ -133,6 +134,25 @@ class Code:
                 found[file.removeprefix(folder)] = helper
         return dict(sorted(found.items()))
 
+    def _refuse_namesakes(self, helpers: Collection[str]) -> None:
+        """Refuse a module beside the file if the process has another one of that name, which the file would get."""
+        if self.path is None:
+            return
+        folder, found = Path(self.path).parent, {}
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if isinstance(file, str) and "." not in name and not is_installed(file):
+                beside = [folder / f"{name}.py", folder / name / "__init__.py"]
+                own = next((each for each in beside if each.is_file()), None)
+                if own is not None and os.path.realpath(file) != os.path.realpath(own):
+                    found[name] = own, file
+        for name in sorted(_imports_of([Path(self.path), *(folder / each for each in helpers)])) if found else ():
+            if name in found:
+                raise YourCodeFailed(
+                    f"expected the import of {name!r} in {self.name} to get {found[name][0]}, got {found[name][1]}, "
+                    "which another program in this process imported before. Rename one, or use a process for each."
+                )
+
     def _in_module(self, module: ModuleType) -> Any:
         if hasattr(module, self.attribute):
             return getattr(module, self.attribute)
@@ -160,6 +180,18 @@ class Code:
                 state["function"]
             )
         vars(self).update(state)
+
+
+def _imports_of(files: Iterable[Path]) -> set[str]:
+    """Return the names of the modules that Python files import, also in their functions, without those of parts."""
+    names: list[str] = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names += (each.name for each in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.append(node.module or "")
+    return {name.partition(".")[0] for name in names}
 
 
 def own_traceback(error: BaseException) -> str:
