@@ -82,6 +82,8 @@ def test_a_network_that_ends_the_process_is_an_error(tmp_path: Path) -> None:
 
 
 BUILDS = """
+import random
+import numpy as np
 import torch
 from torch import nn
 
@@ -103,6 +105,16 @@ def seeded(shape, classes):
     torch.manual_seed(7)
     return build(shape, classes)
 
+def otherwise_seeded(shape, classes):
+    np.random.seed(7)
+    random.seed(7)
+    return build(shape, classes)
+
+def drawing(shape, classes):
+    np.random.seed(torch.initial_seed() + 1)
+    random.random()
+    return build(shape, classes)
+
 def soft(shape, classes):
     return nn.Sequential(build(shape, classes), nn.Softmax(1))
 """
@@ -115,6 +127,7 @@ def soft(shape, classes):
         ("head", "got weights that it returned before"),
         ("network", "to be a function that makes a network, got a network. Each run needs its own"),
         ("seeded", "leave torch's seed as it is, got a call that seeds it with 7: every run would start from the same"),
+        ("otherwise_seeded", "leave the seeds .* as they are, got a call that seeds numpy and random: every run would"),
         ("soft", "to give logits, got probabilities, which add up to 1. Leave out the softmax"),
     ],
 )
@@ -123,5 +136,5 @@ def test_networks_that_would_spoil_a_comparison_are_refused(function: str, says:
     (tmp_path / "shared.py").write_text(BUILDS)
     with pytest.raises((ValueError, TypeError), match=says):
         try_own(f"{tmp_path / 'shared.py'}:{function}", (1, 8, 8), 10)
-    for fine in ("build", "frozen"):
+    for fine in ("build", "frozen", "drawing"):
         try_own(f"{tmp_path / 'shared.py'}:{fine}", (1, 8, 8), 10)

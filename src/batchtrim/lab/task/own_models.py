@@ -62,10 +62,20 @@ def code_of(name: str) -> Code | None:
 
 def try_own(name: str, shape: Shape, classes: int) -> None:
     """Make the network as each run will, to find its faults before the first; raises as :func:`build_own`."""
-    first = build_own(name, shape, classes)
-    if not name.startswith("hf:"):
-        build_own(name, shape, classes)  # a function that returns one network again and again is refused here
-    del first
+    if name.startswith("hf:"):
+        build_own(name, shape, classes)
+        return
+    networks, drawn = [], []
+    for seed in (0, 1):
+        process.seed(seed)
+        networks.append(build_own(name, shape, classes))  # kept: one that returns them again is refused by the weights
+        drawn.append(process.drawn(torch.device("cpu")))
+    if alike := [each for each in ("numpy", "random") if drawn[0][each] == drawn[1][each]]:
+        raise ValueError(
+            f"expected {known_as(name)} to leave the seeds of torch, NumPy and `random` as they are, got a call that "
+            f"seeds {' and '.join(alike)}: every run would draw the same from there on. Leave that out; all three are "
+            "seeded with the run's seed before the call."
+        )
 
 
 def build_own(name: str, shape: Shape, classes: int) -> nn.Module:
