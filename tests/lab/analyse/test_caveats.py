@@ -102,6 +102,19 @@ def test_the_same_value_on_every_seed(make_row: MakeRow, task: bool) -> None:
     assert found(rows) == (expected if task else ())
 
 
+def test_one_method_by_two_names(make_row: MakeRow) -> None:
+    """Its p was doubled, and that of all others raised, without a word."""
+    rows = [*runs(make_row, {"full": [0, 1, 2]}), *runs(make_row, {"trim": [0, 1, 2]}, seconds=7.0)]
+    twin = [{**row, "config": {**row["config"], "keep_start": 0.7}, "key": f"twin{n}", "seconds": 9.0}
+            for n, row in enumerate(rows[3:])]  # fmt: skip
+    assert found([*rows, *twin]) == (Caveat(Kind.TWICE, "trim (keep_start 1)", (0, 1, 2), 0, "trim (keep_start 0.7)"),)
+    (group,) = comparison.summarize([*rows, *twin]).groups
+    assert caveat_texts(group)[0].startswith("trim (keep_start 1) and trim (keep_start 0.7) gave the same value on")
+    for change in ({"test_error": 0.19}, {"curve": {}}):
+        assert found([*rows, {**twin[0], **change}, *twin[1:]]) == ()
+    assert found([*rows, *({**row, "config": {**row["config"], "engine": "two_pass"}} for row in twin)]) == ()
+
+
 def test_notes_of_runs_are_listed_by_arm_or_once(make_row: MakeRow) -> None:
     rows = runs(make_row, {"full": [0, 1, 2], "trim": [0, 1, 2]})
     data = [{**row, "notes": ["5 images are on both sides"]} for row in rows]

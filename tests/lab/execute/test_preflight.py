@@ -25,6 +25,10 @@ def said(**settings: Any) -> str:
         ),
         ({"methods": ["trim"], "keep_start": 0.2, "keep_end": 0.8}, "keep_start 0.2 is below keep_end 0.8"),
         ({"methods": ["trim"], "schedule": "constant", "keep_start": 0.9}, "keep_start 0.9: without effect"),
+        (
+            {"methods": ["trim"], "schedule": ["constant", "linear"], "keep_start": 0.5, "keep_end": [0.5, 0.2]},
+            "trim constant 0.5-0.5 and trim linear 0.5-0.5: they keep the same in every epoch, and are run",
+        ),
         ({"lr": 1e9}, "lr 1e+09: hardly any network learns"),
         ({"momentum": 0.5}, "momentum 0.5: without effect with optimizer adam"),
         ({"norm": "group", "model": ["mlp", "vit"]}, "norm group: without effect with model mlp, vit"),

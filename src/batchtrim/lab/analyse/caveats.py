@@ -33,6 +33,8 @@ class Kind(Enum):
     """Every seed of the arm gave the same value, to the last bit."""
     UNUSED = "unused"
     """The arm dropped samples, and yet every seed gave the baseline's value, to the last bit."""
+    TWICE = "twice"
+    """The arm gave the values and curves of another one, named in ``note``, and both count in the correction of p."""
     FEW = "few"
     """Fewer pairs than a verdict needs: of one arm of several, or of all that are compared."""
     SOURCES = "sources"
@@ -49,7 +51,7 @@ class Caveat:
         arm: label of the arm; "" if it concerns the group.
         seeds: the seeds concerned.
         number: of pairs left, of versions, or the seed that was used.
-        note: as recorded; for versions, the module, or "" for the program itself.
+        note: as recorded; for versions, the module, or "" for the program itself; the label of another arm.
     """
 
     kind: Kind
@@ -61,7 +63,7 @@ class Caveat:
 
 def caveats(group: Group) -> tuple[Caveat, ...]:
     """Return the caveats on the group's verdict."""
-    found = (_few, _missing_pairs, _seeds, _unpaired, _unused, _sources, _notes)
+    found = (_few, _missing_pairs, _seeds, _unpaired, _unused, _twice, _sources, _notes)
     return tuple(itertools.chain.from_iterable(each(group) for each in found))
 
 
@@ -122,6 +124,25 @@ def _unused(group: Group) -> Iterator[Caveat]:
         dropped = arm.cost.get("samples_backward", 0.0) < arm.cost.get("samples_forward", 0.0)
         if dropped and not _same_on_every_seed(arm):
             yield Caveat(Kind.UNUSED, arm.label, paired.seeds, 0)
+
+
+def _twice(group: Group) -> Iterator[Caveat]:
+    compared = [arm for arm in group.arms if arm.paired]
+    for arm, other in itertools.combinations(compared, 2):
+        mine, others = _courses(arm), _courses(other)
+        alike = all(mine[seed] == others[seed] for seed in mine.keys() & others.keys())
+        several = len(mine.keys() & others.keys()) >= MIN_ALIKE and len(set(arm.errors.values())) > 1
+        if alike and several and arm.settings["engine"] == other.settings["engine"]:
+            yield Caveat(Kind.TWICE, arm.label, tuple(sorted(mine.keys() & others.keys())), 0, other.label)
+
+
+def _courses(arm: Arm) -> dict[int, object]:
+    """Return the result of each finished seed with its curves, but for times."""
+    curves = {int(row["config"]["seed"]): row.get("curve") or {} for row in arm.runs}
+    return {
+        seed: (error, {name: values for name, values in curves[seed].items() if name != "seconds"})
+        for seed, error in arm.errors.items()
+    }
 
 
 def _is_task(arm: Arm) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.methods.table import make_schedule
+from batchtrim.lab.run.config import RunConfig, arm_label
 from batchtrim.lab.run.remarks import remarks
 from batchtrim.lab.run.task_config import AnyConfig
 from batchtrim.lab.task.names import known_as
@@ -21,7 +23,7 @@ def warnings_for(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> l
     Those that concern single runs are in their records too.
     """
     of_runs = dict.fromkeys(text for config in configs for text in remarks(config))
-    return [*_repeats(settings), *_keep(settings, configs), *of_runs, *_unused(settings, configs)]
+    return [*_repeats(settings), *_keep(settings, configs), *_alike(configs), *of_runs, *_unused(settings, configs)]
 
 
 def copies(asked: Sequence[RunConfig], configs: Sequence[RunConfig]) -> list[str]:
@@ -55,6 +57,19 @@ def _keep(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str
                 f"({config.keep_end:g}) throughout"
             )
     return list(said.values())
+
+
+def _alike(configs: Sequence[AnyConfig]) -> list[str]:
+    """Return a line for arms that keep the same in every epoch, by different settings of the keep schedule."""
+    found: dict[tuple[str, tuple[float, ...]], dict[str, None]] = {}
+    for config in configs:
+        if config.schedule is not None:
+            keep = make_schedule(config.schedule, config.keep_start or 1.0, config.keep_end or 1.0)
+            course = tuple(keep(epoch / max(1, config.epochs - 1)) for epoch in range(config.epochs))
+            rest = replace(config, keep_start=None, keep_end=None, schedule=None)
+            found.setdefault((rest.key, course), {})[arm_label(config)] = None
+    alike = dict.fromkeys(" and ".join(arms) for arms in found.values() if len(arms) > 1)
+    return [f"{each}: they keep the same in every epoch, and are run and corrected for as several" for each in alike]
 
 
 def _unused(settings: Mapping[str, Any], configs: Sequence[AnyConfig]) -> list[str]:

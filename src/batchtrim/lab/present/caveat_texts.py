@@ -41,6 +41,10 @@ def _text(caveat: Caveat, group: Group) -> str:
             f"{arm} dropped samples, and gave the value of {group.baseline} on every seed, to the last bit. Does the "
             "task step on the loss that run.trim returns?"
         ),
+        Kind.TWICE: (
+            f"{arm} and {caveat.note} gave the same value on every seed, to the last bit, and are corrected for as two "
+            "methods. Do their options mean the same? Then leave one out."
+        ),
         Kind.FEW: (
             f"{f'{arm}: ' if arm else ''}{number} {'seed' if number == len(group.seeds) else 'pair'}"
             f"{'s are' if number != 1 else ' is'} too few: no verdict is given below {MIN_PAIRS}, and an interval over "
