@@ -10,6 +10,7 @@ import pytest
 from batchtrim.lab import files
 from batchtrim.lab.execute import grid
 from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.environment import environment
 from batchtrim.lab.task import own_models
 
 ROOT = Path(__file__).parents[3]
@@ -63,9 +64,26 @@ def test_an_architecture_in_a_folder_is_one_in_any_spelling(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     Path("vit").mkdir()
     Path("vit/config.json").write_text('{"model_type": "vit"}')
-    for spelling in ("vit", "./vit", f"{tmp_path}/vit"):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spelling in ("vit", "vit/", "./vit", "~/vit", f"{tmp_path}/vit"):
         assert own_models.one_spelling(f"hf:{spelling}:hidden_size=8") == f"hf:{tmp_path / 'vit'}:hidden_size=8"
     assert own_models.one_spelling("hf:swin:depths=[2, 2]") == "hf:swin:depths=[2, 2]"
+
+
+def test_an_architecture_in_a_folder_has_the_version_of_its_configuration(tmp_path: Path) -> None:
+    """Runs were told apart by the folder's path alone: moved, or on another machine, all were repeated."""
+
+    def source() -> str:
+        return environment(RunConfig(model=f"hf:{tmp_path}/vit:hidden_size=8"))["source"]
+
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit/config.json").write_text('{"model_type": "vit", "num_hidden_layers": 2}')
+    before = source()
+    (tmp_path / "vit/config.json").write_text('{"num_hidden_layers": 2,\n"model_type": "vit"}')
+    assert source() == before
+    (tmp_path / "vit/config.json").write_text('{"num_hidden_layers": 3, "model_type": "vit"}')
+    assert source() != before
+    assert "source" not in environment(RunConfig(model="hf:vit"))
 
 
 def test_runs_are_told_apart_by_name_and_contents_wherever_the_files_lie() -> None:
@@ -76,7 +94,8 @@ def test_runs_are_told_apart_by_name_and_contents_wherever_the_files_lie() -> No
     assert key(dataset="/home/me/photos", **mine) == key(dataset="/disk/photos", **mine | {"model": "net.py:build"})
     assert key(dataset="/home/me/photos", **mine) != key(dataset="/home/me/images", **mine)
     assert key(dataset="/home/me/photos") != key(dataset="/disk/photos")  # not read yet
-    assert key(model="hf:/a/vit") != key(model="hf:/b/vit")  # nothing records its version
+    assert key(model="hf:/a/vit:patch_size=4") == key(model="hf:/b/vit:patch_size=4") != key(model="hf:/a/vit")
+    assert key(model="hf:/a/vit") != key(model="hf:vit")  # the architecture of that name
     configs = [RunConfig(dataset=f"/{place}/photos", data_version="0123456789ab") for place in "ab"]
     assert len(grid.cells(configs)) == 1
 

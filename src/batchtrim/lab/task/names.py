@@ -53,7 +53,13 @@ def find_spec(name: str) -> Spec:
 
 
 def known_as(name: str) -> str:
-    """Return the name of a data set or network without the folders that it lies in: ``photos``, ``net.py:build``."""
+    """Return the name of a data set or network without the folders that it lies in: ``photos``, ``net.py:build``.
+
+    A folder with an architecture becomes ``hf:vit/``, other than the architecture ``hf:vit``.
+    """
+    kind, _, place = name.partition(":")
+    if kind == "hf" and Path(folder := place.partition(":")[0]).is_absolute():
+        return f"hf:{Path(folder).name}/{place.removeprefix(folder)}"
     return Path(name).name if Path(name).is_absolute() else name
 
 

@@ -9,6 +9,7 @@ default, as in ``hf:vit:hidden_size=64:num_hidden_layers=4``, or ``hf:FOLDER`` w
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import weakref
 from pathlib import Path
@@ -40,7 +41,7 @@ def one_spelling(name: str) -> str:
     """Return the name with its file or folder from the root, so that all spellings are one network."""
     if name.startswith("hf:"):
         folder, colon, settings = name.removeprefix("hf:").partition(":")
-        return f"hf:{absolute(folder)}{colon}{settings}" if (Path(folder) / "config.json").is_file() else name
+        return f"hf:{absolute(folder)}{colon}{settings}" if (expanded(folder) / "config.json").is_file() else name
     file, colon, function = name.rpartition(":")
     there = colon and is_own_model(name) and expanded(file).is_file()
     return f"{absolute(file)}:{function}" if there else name
@@ -56,8 +57,17 @@ def check_own(name: str) -> None:
 
 
 def code_of(name: str) -> Code | None:
-    """Return the function in a file, whose hash is the version; None for an architecture."""
-    return None if name.startswith("hf:") else Code.in_file(name, "model")
+    """Return the function in a file, or the configuration in a folder, whose hash is the version.
+
+    None for an architecture by name. A file that is gone raises an OSError.
+    """
+    if not name.startswith("hf:"):
+        return Code.in_file(name, "model")
+    folder = Path(name.split(":")[1])
+    if not folder.is_absolute():
+        return None
+    text = json.dumps(json.loads((folder / "config.json").read_text(encoding="utf-8")), sort_keys=True)
+    return Code(known_as(name), source=hashlib.sha256(text.encode()).hexdigest()[:12])
 
 
 def try_own(name: str, shape: Shape, classes: int) -> None:
