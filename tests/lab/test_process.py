@@ -17,6 +17,7 @@ from batchtrim.lab import process
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.train import train_run
 from batchtrim.lab.task.own_code import Code
+from launch import run_ranks
 
 NETWORK = """
 import random
@@ -76,6 +77,60 @@ def test_a_network_that_draws_repeats_and_resumes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train_run(config, checkpoint=file, checkpoint_seconds=0, on_epoch=stop)
     assert train_run(config, checkpoint=file)["curve"]["mean_loss"] == straight["mean_loss"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    """Of another version of the network, or on more processes: the rest was trained otherwise, without a word."""
+    (tmp_path / "drawing.py").write_text(f"import my_part\n{NETWORK}")
+    (tmp_path / "my_part.py").write_text("size = 8")
+    config = RunConfig(model=f"{tmp_path / 'drawing.py'}:build", epochs=2, train_size=200, test_size=100)
+    file = tmp_path / "checkpoints" / "run.pt"
+    train_run(config, checkpoint=file, checkpoint_seconds=0)
+    state = torch.load(file)
+    torch.save({**state, "ranks": 2 * state["ranks"]}, file)
+    with pytest.raises(ValueError, match=r"a run on 1 processes, got one on 2\. Start it on as many .* The file is"):
+        train_run(config, checkpoint=file)
+    torch.save(state, file)
+    for name in ("my_part.py", "drawing.py"):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(f"{before}\nother = 1")
+        with pytest.raises(ValueError, match=rf"the present {name}.*, got one of another version\. .* The file is"):
+            train_run(config, checkpoint=file)
+        (tmp_path / name).write_text(f"{before}  # only a comment")
+    assert train_run(config, checkpoint=file)["curve"]["epoch"] == [0, 1]
+
+
+RANKS = """
+import sys
+from pathlib import Path
+from batchtrim.lab.run.config import RunConfig
+from batchtrim.lab.run.train import train_run
+
+def stop(point):
+    if point["epoch"] == int(sys.argv[4]):
+        raise KeyboardInterrupt
+
+folder = Path(__file__).parent
+config = RunConfig(model=f"{folder}/dropping.py:build", method="random", epochs=3, train_size=301, batch_size=43)
+try:
+    row = train_run(config, checkpoint=folder / "checkpoints" / sys.argv[5], checkpoint_seconds=0, on_epoch=stop)
+except KeyboardInterrupt:
+    sys.exit()
+(folder / sys.argv[5]).write_text(repr(row["curve"]["mean_loss"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_on_two_processes_resumes_with_what_each_draws(tmp_path: Path) -> None:
+    """Both took the generators of the first, though the last batch is odd."""
+    (tmp_path / "dropping.py").write_text(
+        "from torch import nn\n"
+        "def build(shape, classes): return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, classes))\n"
+    )
+    (tmp_path / "main.py").write_text(RANKS)
+    for last, name in (("-1", "whole"), ("1", "resumed"), ("-1", "resumed")):
+        run_ranks(tmp_path / "main.py", 2, tmp_path, last, name)
+    assert (tmp_path / "whole").read_text() == (tmp_path / "resumed").read_text()
 
 
 def test_every_run_finds_what_a_file_sets_at_its_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

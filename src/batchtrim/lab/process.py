@@ -39,7 +39,7 @@ def drawn(device: torch.device) -> dict[str, Any]:
 
 
 def set_drawn(state: dict[str, Any]) -> None:
-    """Continue drawing from :func:`drawn`; what an older checkpoint lacks stays as it is."""
+    """Continue drawing from :func:`drawn`."""
     for name, value in state.items():
         if name == "random":
             random.setstate(value)

@@ -116,9 +116,9 @@ def train(run):
 """
 
 
-def _attempt(out: Path, *, stop: int, saved: bool = True) -> dict[str, Any]:
+def _attempt(out: Path, *, stop: int, saved: bool = True, error: float = 0.5) -> dict[str, Any]:
     Path("stop").write_text(str(stop))  # a file changed within a second may be imported as it was before
-    Path("resumes.py").write_text(_RESUMES.replace("SAVED", str(saved)))
+    Path("resumes.py").write_text(_RESUMES.replace("SAVED", str(saved)).replace("0.5", str(error)))
     code = Code.in_file("resumes.py:train", "train")
     return perform(TaskConfig(task="resumes", method="trim", epochs=5, code=code).resolved(), out)
 
@@ -151,6 +151,15 @@ def test_a_task_that_may_have_continued_without_the_counts_has_a_note(tmp_path: 
         note.startswith("the run's folder held files of an earlier attempt (checkpoint.pt): if the task continued")
         for note in second["notes"]
     )
+
+
+@pytest.mark.usefixtures("config")
+def test_a_task_that_continues_from_another_version_has_a_note(tmp_path: Path) -> None:
+    """It was recorded as a run of the new version alone."""
+    _attempt(tmp_path / "out", stop=1)
+    _attempt(tmp_path / "out", stop=2, error=0.4)
+    (note,) = _attempt(tmp_path / "out", stop=9, error=0.4)["notes"]
+    assert note.startswith("the run continued from a state that another version of the task saved")
 
 
 def test_a_state_of_another_run_or_of_a_plain_trimmer_brings_no_counts(tmp_path: Path) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from batchtrim.lab.records import DONE, Records, UseAnotherFolder
-from batchtrim.lab.run.environment import program_of
+from batchtrim.lab.run.environment import changed_since, hash_now, program_of
 from batchtrim.lab.run.task_config import AnyConfig
-from batchtrim.lab.task.own_code import Code, hash_of_file
 
 __all__ = ["check_program"]
 
@@ -24,10 +21,10 @@ def check_program(configs: Sequence[AnyConfig], records: Records) -> str:
     rows = {row["key"]: row for row in records.rows() if row["status"] in DONE}
     changed: dict[str, None] = {}
     others = 0
-    hash_now = functools.cache(_hash_now)  # many runs name the same few files
+    once = functools.cache(hash_now)  # many runs name the same few files
     for config in configs:
         code, row = program_of(config), rows.get(config.key)
-        if code is not None and row is not None and (found := _changed(code, row.get("environment") or {}, hash_now)):
+        if code is not None and row is not None and (found := changed_since(row.get("environment") or {}, code, once)):
             others += 1
             changed |= dict.fromkeys(found)
     if not others:
@@ -40,19 +37,3 @@ def check_program(configs: Sequence[AnyConfig], records: Records) -> str:
             f"batchtrim report {records.folder}"
         )
     return f"{others} of these runs were made by another version of {what}. To run one version, pass another --out"
-
-
-def _changed(code: Code, environment: Mapping[str, Any], hash_now: Callable[[Path], str]) -> list[str]:
-    """Return the names of the program, and of the modules beside it, that differ from those of a run."""
-    found = [code.name] if code.source and environment.get("source") not in (None, code.source) else []
-    helpers = environment.get("helpers")
-    if code.path is None or not isinstance(helpers, dict):
-        return found
-    return found + [name for name, then in helpers.items() if hash_now(Path(code.path).parent / name) != then]
-
-
-def _hash_now(file: Path) -> str:
-    try:
-        return hash_of_file(file)
-    except (OSError, ValueError):
-        return ""

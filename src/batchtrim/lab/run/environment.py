@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import batchtrim
 from batchtrim.lab.run.ranks import Ranks
 from batchtrim.lab.run.task_config import AnyConfig, TaskConfig
-from batchtrim.lab.task.own_code import Code
+from batchtrim.lab.task.own_code import Code, hash_of_file
 from batchtrim.lab.task.own_models import code_of, is_own_model
 
 
@@ -24,11 +25,11 @@ def environment(config: AnyConfig) -> dict[str, Any]:
         "threads": config.threads,
         "processes": Ranks.from_environment().world,
         "device": _device_name(config.device),
-        **_sources(config),
+        **sources(config),
     }
 
 
-def _sources(config: AnyConfig) -> dict[str, Any]:
+def sources(config: AnyConfig) -> dict[str, Any]:
     """Return hashes of the user's own code: its file, and the modules beside it that it imports."""
     code = program_of(config)
     if code is None:
@@ -47,6 +48,23 @@ def program_of(config: AnyConfig) -> Code | None:
         return code_of(config.model)
     except (OSError, ValueError):
         return None  # the file is gone
+
+
+def hash_now(file: Path) -> str:
+    """Return the hash of the program in a file; "" if there is none."""
+    try:
+        return hash_of_file(file)
+    except (OSError, ValueError):
+        return ""
+
+
+def changed_since(then: Mapping[str, Any], code: Code, hash_of: Callable[[Path], str] = hash_now) -> list[str]:
+    """Return the names of the program, and of the modules beside it, that differ from those of :func:`sources`."""
+    found = [code.name] if code.source and then.get("source") not in (None, code.source) else []
+    helpers = then.get("helpers")
+    if code.path is None or not isinstance(helpers, dict):
+        return found
+    return found + [name for name, source in helpers.items() if hash_of(Path(code.path).parent / name) != source]
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from batchtrim.lab.methods.base import RunInfo
 from batchtrim.lab.methods.table import find_method, make_schedule
 from batchtrim.lab.run.config import RunConfig
 from batchtrim.lab.run.counts import CountingLoss, Counts
+from batchtrim.lab.run.environment import changed_since, program_of, sources
 from batchtrim.lab.run.failed import CURVES
 from batchtrim.lab.run.optimizers import lr_factor, make_optimizer
 from batchtrim.lab.run.ranks import Ranks
@@ -231,16 +232,19 @@ class Training:
         return math.nan if all_broken else (len(self.test_labels) - sum(self.right)) / len(self.test_labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a run needs to continue bit for bit: tensors, numbers and strings only."""
+        """Return everything a run needs to continue bit for bit: tensors, numbers and strings only.
+
+        Under ``torchrun``, all processes call this, and each gets the state of the whole run.
+        """
         return {
             "key": self.config.key,
+            "program": sources(self.config),
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "method": self.method.state_dict(),
             "batches": self.batches.state_dict(),
             "order": self.order.get_state(),
-            "drawn": process.drawn(self.device),
+            "ranks": self.ranks.gather({"method": self.method.state_dict(), "drawn": process.drawn(self.device)}),
             "counts": vars(self.counts).copy(),
             "seconds_total": self.before + time.perf_counter() - self.begun,
             "curve": {name: list(values) for name, values in self.curve.items()},
@@ -254,20 +258,32 @@ class Training:
                 f"expected a checkpoint of run {self.config.key}, got one of {state['key']}. "
                 "Its settings differ: remove it, or pass its settings."
             )
+        code = program_of(self.config)
+        if code is not None and (changed := changed_since(state["program"], code)):
+            raise ValueError(
+                f"expected a checkpoint of the present {' and '.join(changed)}, got one of another version. "
+                "Undo the change, or remove the checkpoint to start from the beginning."
+            )
         if (self.log is None) != ("log" not in state):
             raise ValueError(
                 "expected a checkpoint of a run with the same --keep-log, got one without it, or the reverse. "
                 "Pass --keep-log as before, or remove the checkpoint."
             )
+        if len(state["ranks"]) != self.ranks.world:
+            raise ValueError(
+                f"expected a checkpoint of a run on {self.ranks.world} processes, got one on {len(state['ranks'])}. "
+                "Start it on as many as before, or remove the checkpoint."
+            )
+        mine = state["ranks"][self.ranks.rank]
         if self.log is not None:
             self.log.load_state_dict(state["log"])
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.method.load_state_dict(state["method"])
+        self.method.load_state_dict(mine["method"])
         self.batches.load_state_dict(state["batches"])
         self.order.set_state(state["order"])
-        process.set_drawn(state.get("drawn", {}))
+        process.set_drawn(mine["drawn"])
         self.counts = Counts(**state["counts"])
         self.before = state.get("seconds_total", 0.0)
         self.curve = {name: list(values) for name, values in state["curve"].items()}

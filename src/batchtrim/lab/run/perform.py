@@ -196,6 +196,11 @@ def _notes_on_run(
             f"{', ...' * (len(run.found) > 3)}): if the task continued from them, its time and samples are those of "
             "the last attempt alone. Save run.trim.state_dict() with them, and load it, to count all"
         )
+    if run.rule.counts.changed:
+        notes.append(
+            "the run continued from a state that another version of the task saved, so its parts are of two programs. "
+            "To run one, pass another --out"
+        )
     if changes.torch_seed != run.seed:
         more["torch_seed"] = changes.torch_seed  # judged together with other seeds in batchtrim.lab.analyse.caveats
     if seconds < SHORT and (names := changes.imported()):

@@ -1,7 +1,8 @@
 """One run on several processes: this rank under ``torchrun``, its part of a batch, sums over all ranks.
 
-Start it with ``torchrun --nproc-per-node 2 -m batchtrim.lab.cli train ...``. Every process draws the same numbers, so
-their generators stay equal, and works on its own part of each batch; DistributedDataParallel averages the gradients.
+Start it with ``torchrun --nproc-per-node 2 -m batchtrim.lab.cli train ...``. Every process draws the same order and
+augmentation, and works on its own part of each batch; DistributedDataParallel averages the gradients. What dropout and
+random methods draw depends on the part, so a checkpoint holds it for every process.
 """
 
 from __future__ import annotations
@@ -50,6 +51,17 @@ class Ranks:
         total = torch.tensor(numbers, dtype=torch.float64, device=device)
         torch.distributed.all_reduce(total)
         return total.tolist()
+
+    def agree(self, decision: bool, device: torch.device) -> bool:
+        """Return the first process's decision, in all of them."""
+        return bool(self.sum(float(decision and self.rank == 0), device=device)[0])
+
+    def gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what each process passes, by rank."""
+        found: list[Any] = [mine] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(found, mine)
+        return found
 
     def fabric(self, config: RunConfig) -> Any:
         """Return the Lightning Fabric, joined to all processes, that places the run's model and runs its backward."""

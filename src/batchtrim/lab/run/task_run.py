@@ -46,7 +46,9 @@ class RuleCounts:
         begun: when training began, in seconds of :func:`time.perf_counter`.
         curve: the points that the run logged.
         key: of the run.
+        source: the hash of the user's program.
         continued: they include those of an earlier attempt, from whose checkpoint the run continued.
+        changed: that attempt was made by another version of the program.
     """
 
     calls: int = 0
@@ -60,7 +62,9 @@ class RuleCounts:
     begun: float = field(default_factory=time.perf_counter)  # set again just before the function is called
     curve: dict[str, list[float | None]] = field(default_factory=dict)
     key: str = ""
+    source: str = ""
     continued: bool = False
+    changed: bool = False
 
     @property
     def used(self) -> bool:
@@ -78,19 +82,20 @@ class RuleCounts:
 
     def saved(self) -> str:
         """Return what a later attempt of the run continues from, as JSON."""
-        names = ("key", "calls", "seen", "kept", "repeated", "called", "compiled", "sent", "curve")
+        names = ("key", "calls", "seen", "kept", "repeated", "called", "compiled", "sent", "curve", "source", "changed")
         return json.dumps({name: getattr(self, name) for name in names} | {"seconds": time.perf_counter() - self.begun})
 
     def restore(self, saved: str) -> None:
         """Add an attempt of the same run in an earlier process, if this one has done nothing yet."""
         state = json.loads(saved)
-        seconds, curve = state.pop("seconds"), state.pop("curve")
+        seconds, curve, source = state.pop("seconds"), state.pop("curve"), state.pop("source", self.source)
         if state["key"] != self.key or self.used or self.curve or self.continued:
             return
         vars(self).update(state)
         self.curve.update(curve)
         self.begun -= seconds
         self.continued = True
+        self.changed = self.changed or source != self.source
 
 
 class WatchedRule:
@@ -182,7 +187,7 @@ class Run:
         self.method, self.params = config.method, dict(config.method_params)
         self.seed, self.epochs = config.seed, config.epochs
         self.device, self.threads = config.device, config.threads
-        counts = RuleCounts(key=config.key)
+        counts = RuleCounts(key=config.key, source=config.code.source if config.code else "")
         self.trim = RunTrimmer.of(config.trimmer(), counts)
         self.rule = cast(WatchedRule, self.trim.rule)
         self.keep = self.trim.schedule

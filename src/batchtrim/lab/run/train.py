@@ -98,7 +98,9 @@ def _to_the_end(training: Training, checkpoint: Path | None, every: float, on_ep
             return "diverged", str(error)
         if on_epoch:
             on_epoch({**point, "epochs": training.epochs})
-        if checkpoint and training.ranks.rank == 0 and time.monotonic() - saved >= every:
-            checkpoints.save(training.state_dict(), checkpoint)
+        if checkpoint and training.ranks.agree(time.monotonic() - saved >= every, training.device):
+            state = training.state_dict()
+            if training.ranks.rank == 0:
+                checkpoints.save(state, checkpoint)
             saved = time.monotonic()
     return "finished", ""
