@@ -164,6 +164,8 @@ class Capture:
 
         if (reason := done_again(graph)) is not None:
             raise CannotCapture(reason)
+        if any("invoke_subgraph" in str(node.target) for node in graph.graph.nodes):
+            raise CannotCapture("it has regions of nested_compile_region, which this torch release keeps apart")
         self.traces += 1
         Capture.traced = True
         planner, held = self.make_planner(), weakref.proxy(self)
@@ -210,6 +212,7 @@ def _settings(limit: int, counts: bool) -> Iterator[None]:
     import torch._functorch.config as functorch
     import torch.fx.experimental._config as shapes
 
+    regions = "inline_invoke_subgraph"  # the backward of a region (nested_compile_region) is then part of the graph
     with (
         dynamo.patch(
             recompile_limit=limit,
@@ -220,6 +223,7 @@ def _settings(limit: int, counts: bool) -> Iterator[None]:
             use_numpy_random_stream=True,  # do not replace NumPy's random numbers by torch's
         ),
         dynamo.patch(allow_unspec_int_on_nn_module=True) if counts else contextlib.nullcontext(),
+        dynamo.patch({regions: True}) if hasattr(dynamo, regions) else contextlib.nullcontext(),
         functorch.patch(donated_buffer=False),
         shapes.patch(use_duck_shape=False),  # sizes that are equal by chance stay separate
     ):

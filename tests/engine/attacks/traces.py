@@ -248,3 +248,32 @@ def _texts(batch: int) -> tuple[Tensor, Tensor]:
 )
 def padded_tokens(net: Any, x: Tensor) -> Tensor:
     return net.t(net.embed(x))
+
+
+# 22. How forward and backward are run
+
+
+# as in torch 2.8 and newer
+_once = getattr(torch.compiler, "nested_compile_region", lambda function: function)
+
+
+@_once
+def _weighted_sum(z: Tensor, weight: Tensor) -> Tensor:
+    return (z * weight).tanh().sum(1)
+
+
+@attack(22, two_pass="right")
+def two_calls_of_a_region_compiled_once(net: Any, x: Tensor) -> Tensor:
+    """Torch keeps such a region apart from the graph, and splits its backward from it: here that of one vector."""
+    z = net.a(x)
+    first, second = _weighted_sum(z, net.b.bias), _weighted_sum(2 * z, net.b.bias + 1)
+    return net.t(z * (first * second)[:, None])
+
+
+@attack(22)
+def two_calls_of_a_mixing_region(net: Any, x: Tensor) -> Tensor:
+    @_once
+    def centred(v: Tensor) -> Tensor:
+        return F.dropout(v - v.mean(0), 0.2).tanh()
+
+    return net.t(centred(centred(net.a(x))))
