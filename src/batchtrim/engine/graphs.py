@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ __all__ = [
     "executable",
     "graph_copy",
     "hinted",
+    "in_memory_of_their_own",
     "in_traced_order",
     "name_of",
     "pin",
@@ -168,6 +171,35 @@ def without_passed_on(graph: fx.Graph, losses: str, leaves: Sequence[bool]) -> N
     passed_on = {n for n in graph.find_nodes(op="placeholder") if "tangents" in n.name and n.name != losses}
     pairs = zip(output.args[0], leaves, strict=True)
     output.args = ([None if leaf and each in passed_on else each for each, leaf in pairs],)
+
+
+def in_memory_of_their_own(graph: fx.Graph) -> None:
+    """Copy each gradient that is a view of another one: what changes one in place, as clipping does, would change both.
+
+    In a plain step autograd copies it. It takes what a trace returns for new.
+    """
+    (output,) = graph.find_nodes(op="output")
+    gradients: list[Any] = list(output.args[0])
+    taken: set[fx.Node] = set()
+    for at, node in enumerate(gradients):
+        if isinstance(node, fx.Node):
+            source = _viewed(node)
+            if source in taken or source.op != "call_function":
+                with graph.inserting_before(output):
+                    gradients[at] = graph.call_function(torch.ops.aten.clone.default, (node,))
+                gradients[at].meta = copy.copy(node.meta)
+            taken.add(source)
+    output.args = (gradients,)
+
+
+def _viewed(node: Any) -> Any:
+    """Return the node whose memory a node shows."""
+    made = node.args[0] if node.target is operator.getitem else node
+    schema = getattr(made.target, "_schema", None)
+    views = schema is not None and schema.arguments and schema.arguments[0].alias_info is not None
+    if not views and name_of(made.target) != "_unsafe_view":
+        return node
+    return _viewed(made.args[0])
 
 
 def with_gradients(graph: fx.GraphModule) -> fx.GraphModule:

@@ -16,7 +16,15 @@ from batchtrim.engine.capture import CannotCapture, OneBatchSize, keeps_graph
 from batchtrim.engine.compiled import CompiledStep
 from batchtrim.engine.cost import Cost, cost_of_step, machine_of
 from batchtrim.engine.cutting import KeptRows, cut, put_back
-from batchtrim.engine.graphs import any_strides, executable, pin, without_dead_draws, without_passed_on, writes
+from batchtrim.engine.graphs import (
+    any_strides,
+    executable,
+    in_memory_of_their_own,
+    pin,
+    without_dead_draws,
+    without_passed_on,
+    writes,
+)
 from batchtrim.engine.inductor import Inductor, without_strides
 from batchtrim.engine.layout import Axis, Broken, Layout, RowLayout, exact_ratio, factor_of
 from batchtrim.engine.proof import LAYOUT, by_shape, label, place_of, prove
@@ -74,6 +82,7 @@ class SlicedStep:
             raise CannotCapture("its backward writes into a tensor (a hook or autograd function moves a buffer)")
         without_dead_draws(backward.graph)
         without_passed_on(backward.graph, self.losses, leaves)
+        in_memory_of_their_own(backward.graph)
         backward.recompile()
         self.outputs, self._written = outputs, outputs - own
         if self.compiled is not None and not any_strides(backward):
