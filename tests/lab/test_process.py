@@ -158,7 +158,9 @@ def test_a_file_sets_nothing_for_runs_without_it(tmp_path: Path) -> None:
 
 def test_every_run_finds_the_process_as_the_first_did(tmp_path: Path) -> None:
     """The second run read the first one's environment, rang at its alarm, and could not set a start method again."""
-    before, found = process.settings(), []
+    method, found = multiprocessing.get_start_method(allow_none=True), []
+    multiprocessing.set_start_method(None, force=True)  # another test may have set one
+    before = process.settings()
 
     def train(run):
         found.append(process.settings())
@@ -181,6 +183,7 @@ def test_every_run_finds_the_process_as_the_first_did(tmp_path: Path) -> None:
             lab.run_once(train, seed=seed, epochs=1, metric="rmse", out=tmp_path)
     assert found[0] == found[1]
     assert process.settings() == before
+    multiprocessing.set_start_method(method, force=True)
 
 
 @pytest.mark.skipif(not hasattr(torch._C, "_get_fp32_precision_getter"), reason="torch has the older interface alone")
