@@ -356,3 +356,10 @@ def test_numbers_of_very_good_and_very_short_runs(make_row):
     notes = [wording.view_note(view) for view in group.views]
     assert any(note.startswith("Read at 0.13 seconds of training") for note in notes), notes
     assert any(note.startswith("Read at 3,000 backward samples") for note in notes), notes
+
+
+@pytest.mark.parametrize(
+    ("value", "written"), [(999.4, "999"), (999.6, "1k"), (999_700, "1M"), (12_345, "12.3k"), (1e12, "1T"), (0, "0")]
+)
+def test_amounts_have_three_digits_and_a_letter(value, written):
+    assert formats.amount(value) == written

@@ -98,6 +98,8 @@ def test_invalid_labels(labels: list[str], says: str, mine: Path) -> None:
         ("image;label", "utf-8", "a.csv"),
         ("image\tlabel", "utf-8", "a.csv"),
         ("image , label", "utf-8-sig", "a.CSV"),
+        ("\n\nimage,label", "utf-8-sig", "a.csv"),  # had no column
+        ('"image", "label"', "utf-8", "a.csv"),
     ],
 )
 def test_tables_of_other_programs(head: str, encoding: str, name: str, mine: Path) -> None:
@@ -125,6 +127,7 @@ def test_splits_have_the_names_that_folders_may_have(mine: Path) -> None:
     assert (len(found.train_labels), len(found.test_labels), found.notes) == (2, 2, ())
     (note,) = load(csv(mine, ["x,train", "y,train", "x,Val", "y,Val"], head="image,label,split"), ImageOptions()).notes
     assert note == "a.csv: 'Val' is tested on"
+    assert "has a test split" in refusal(csv(mine, ["x,train", "y,train", "x,test"], head="image,label,Split"))
     path = csv(mine, ["x,train", "y,dev"], head="image,label,split")
     assert "expected train or test in column 'split'" in refusal(path, ImageOptions())
 
@@ -147,9 +150,15 @@ def test_tables_in_another_encoding(encoding: str, mine: Path) -> None:
     assert "to be text in UTF-8, got other bytes" in refusal(csv(mine, ["ä", "b"] * 2, encoding=encoding))
 
 
+def test_a_name_of_two_lines(mine: Path) -> None:
+    """The rows had "another number of columns"."""
+    assert load(csv(mine, ["a,", "b,"] * 2, 'image,label,"seen\nby"')).class_names == ("a", "b")
+
+
 def test_two_columns_of_one_name(mine: Path) -> None:
-    """A traceback for the label, the first of both for images of Parquet files."""
+    """A traceback for the label and the split, the first of both for images of Parquet files."""
     assert "Give them different names" in refusal(csv(mine, ["a,b", "b,a"] * 2, "image,label,label"))
+    assert "one split column" in refusal(csv(mine, ["a,train,test", "b,test,test"], "image,label,split,split"))
     held = pyarrow.array([pixels(1), pixels(2)] * 2)
     table = pyarrow.table([held, held, pyarrow.array(["a", "b"] * 2)], names=["image", "image", "label"])
     pyarrow.parquet.write_table(table, mine / "b.parquet")
@@ -185,6 +194,11 @@ def test_classes_whose_names_look_alike_are_noted(alike: tuple[str, str], mine: 
         pytest.skip("names that this file system does not tell apart")
     assert [note for note in notes if "are 2 classes, though their names differ" in note]
     assert not [note for note in notes if "dog" in note]
+
+
+def test_numbers_of_many_digits_and_names_with_a_line_do_not_look_alike(mine: Path) -> None:
+    found = load(tree(mine, "12345678901234567890", "12345678901234567891", "1_0", "10", "snan"))
+    assert "differ" not in str(found.notes)
 
 
 def test_images_in_no_class_are_noted(mine: Path) -> None:

@@ -78,7 +78,8 @@ def p_value(p: float | None) -> str:
 
 def amount(value: float) -> str:
     """Return a count or a time in three digits and a letter: 1.2M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    value = float(f"{value:.3g}")  # 999.6 is 1k
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"

@@ -6,6 +6,7 @@ import contextlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from batchtrim.lab.files import look_up
@@ -65,15 +66,22 @@ def known_as(name: str) -> str:
 
 def similar_names(names: Sequence[str], what: str = "classes") -> list[str]:
     """Return a note on names that probably mean the same class, or the same of something else."""
-    found: dict[str | float, list[str]] = {}
+    found: dict[str | Decimal, list[str]] = {}
     for name in names:
-        plain: str | float = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-        with contextlib.suppress(ValueError):
-            plain = float(plain)
-        found.setdefault(plain, []).append(name)
+        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        found.setdefault(_as_number(plain), []).append(name)
     return [
         f"{', '.join(map(ascii, alike))} are {len(alike)} {what}, though their names differ by case, spaces, zeros or "
         "the encoding of letters alone"
         for alike in found.values()
         if len(alike) > 1
     ][:MOST_ALIKE]
+
+
+def _as_number(text: str) -> str | Decimal:
+    """Return the number that a name is, with all its digits, or the name."""
+    with contextlib.suppress(InvalidOperation):
+        number = Decimal(text)
+        if number.is_finite() and "_" not in text:  # Python reads 1_0 as a number
+            return number
+    return text

@@ -63,7 +63,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, csv.Error, OSError) as error:
         raise ValueError(f"expected {path} to be a table that can be read, got {in_one_line(error)}.") from error
 
 
@@ -72,14 +72,16 @@ def _csv(path: Path, columns: dict[str, str | None]) -> Table:
     import pyarrow.csv
 
     with path.open(encoding="utf-8-sig", newline="") as file:
-        head = file.readline()
-    delimiter = max(",;\t", key=head.count)
-    names = [each.strip() for each in next(csv.reader([head], delimiter=delimiter), [])]
-    image, label, group = _names(names, columns, path)
+        head = next((line for line in file if line.strip()), "")
+        delimiter = max(",;\t", key=head.count)
+        file.seek(0)
+        lines = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
+        names = [each.strip() for each in next((line for line in lines if any(line)), [])]
+    image, label, group, split = _names(names, columns, path)
     kinds = dict.fromkeys(names, pyarrow.string())
     table = pyarrow.csv.read_csv(
         path,
-        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=1),
+        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=lines.line_num),
         parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(column_types=kinds, strings_can_be_null=False),
     )
@@ -87,7 +89,6 @@ def _csv(path: Path, columns: dict[str, str | None]) -> Table:
     def values(name: str | None) -> list[str] | None:
         return None if name is None else table.column(name).to_pylist()
 
-    split = "split" if "split" in names else None
     files = values(image) or []
     return Table(image, label, _classes(values(label) or []), files, files, values(group), values(split))
 
@@ -97,8 +98,8 @@ def _parquet(path: Path, columns: dict[str, str | None]) -> Table:
 
     with pyarrow.parquet.ParquetFile(path) as file:
         schema, counts = file.schema_arrow, file.metadata
-    image, label, group = _names(schema.names, columns, path)
-    wanted = list(dict.fromkeys(each for each in (label, group, "split") if each in schema.names))
+    image, label, group, split = _names(schema.names, columns, path)
+    wanted = list(dict.fromkeys(each for each in (label, group, split) if each in schema.names))
     table = pyarrow.parquet.read_table(path, columns=wanted)
     beside = _groups_with_paths(schema.field(image).type, counts, image)
     files = [each for cells in batches(path, image, beside) for each in map(content, cells) if isinstance(each, str)]
@@ -109,7 +110,7 @@ def _parquet(path: Path, columns: dict[str, str | None]) -> Table:
     told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = told.get("info", {}).get("features", {}).get(label, {})
     names = feature.get("names") if isinstance(feature, dict) else None
-    return Table(image, label, values(label) or [], None, files, values(group), values("split"), names)
+    return Table(image, label, values(label) or [], None, files, values(group), values(split), names)
 
 
 def _groups_with_paths(kind: Any, counts: Any, image: str) -> list[int]:
@@ -154,10 +155,15 @@ def content(cell: Any) -> Any:
     return cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
 
 
-def _names(there: Sequence[str], columns: dict[str, str | None], path: Path) -> tuple[str, str, str | None]:
-    """Return the names of the image, label and group columns."""
+def _names(there: Sequence[str], columns: dict[str, str | None], path: Path) -> tuple[str, str, str | None, str | None]:
+    """Return the names of the columns of images and labels, and of groups and splits if there are any."""
     image, label = (column(there, what, columns[what], path) for what in ("image", "label"))
-    return image, label, None if columns["group"] is None else column(there, "group", columns["group"], path)
+    split = next((name for name in there if name.casefold() == "split"), None)
+    group, split = (
+        None if asked is None else column(there, what, asked, path)
+        for what, asked in (("group", columns["group"]), ("split", split))
+    )
+    return image, label, group, split
 
 
 def column(there: Sequence[str], what: str, asked: str | None, path: Path) -> str:
