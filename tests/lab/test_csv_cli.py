@@ -171,3 +171,9 @@ def test_methods_whose_names_look_alike_are_noted(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("method,seed,f1\nfull,0,0.5\nFull ,1,0.75\nnew,0,0.5\n")
     (note,) = read_csv("results.csv")[0]["notes"]
     assert note.startswith("'full', 'Full' are 2 methods, though their names differ by case, spaces")
+
+
+def test_a_metric_may_be_called_line(tmp_path: Path) -> None:
+    """The table was said to have no such column."""
+    (tmp_path / "results.csv").write_text("method,seed,line\nfull,0,0.5\nfull,1,0.25\n")
+    assert [row["value"] for row in read_csv("results.csv", "line", False)] == [0.5, 0.25]

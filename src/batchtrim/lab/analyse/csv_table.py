@@ -55,37 +55,42 @@ def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool
     if names:
         _check_known(names, str(path))
     reader.fieldnames = names
-    rows = []
+    rows, places = [], []
     try:
         for row in reader:
             line = reader.line_num + blank
             if None in row or any(value is None for value in row.values()):
                 raise ValueError(f"expected {len(names)} columns in line {line} of {path}, got another number.")
             if any(value.strip() for value in row.values()):  # spreadsheets write empty rows at the end
-                rows.append({**{name: value for name, value in row.items() if name}, "line": line})
+                rows.append({name: value for name, value in row.items() if name})
+                places.append(f"line {line}")
     except csv.Error as error:
         at = reader.line_num + blank
         raise ValueError(f"expected {path} to be CSV, got {error} in line {at}.") from error
-    return to_records(rows, str(path), metric, higher_is_better)
+    return to_records(rows, str(path), metric, higher_is_better, places)
 
 
 def to_records(
-    rows: Sequence[Mapping[str, Any]], where: str, metric: str | None = None, higher_is_better: bool | None = None
+    rows: Sequence[Mapping[str, Any]],
+    where: str,
+    metric: str | None = None,
+    higher_is_better: bool | None = None,
+    places: Sequence[str] | None = None,
 ) -> list[Row]:
     """Convert the rows of a table to rows of ``runs.jsonl``; see :func:`read_csv`.
 
     Args:
         where: the table's name, for messages and the title.
+        places: of the rows in it, for messages.
     """
     if not rows:
         raise ValueError(f"expected at least one run in {where}, got none.")
-    names = [name for name in rows[0] if name != "line"]
+    names = list(rows[0])
     name = _metric_column(names, metric, where)
     found_metric = Metric.called(name, higher_is_better)
     time = next((each for each in TIMES if each in names and each != name), None)
     found: dict[tuple[str, int], Row] = {}
-    for number, row in enumerate(rows, 1):
-        place = f"line {row['line']}" if "line" in row else f"row {number}"
+    for place, row in zip(places or [f"row {number}" for number in range(1, len(rows) + 1)], rows, strict=True):
         record = _record(row, place, where, found_metric, time)
         at = record["config"]["method"], record["config"]["seed"]
         if at in found:
