@@ -18,6 +18,7 @@ HIGHER = (
 )  # fmt: skip
 FRACTIONS = (*(name for name in HIGHER if name not in ("bleu", "rouge")), "wer", "cer", "ece", "eer", "brier")
 MOST = 9  # decimals that are printed
+LARGE = 1e15  # from here on, numbers are printed with an exponent
 IN_PERCENT = ("error", "accuracy")  # fractions of the test samples, printed as percent and compared in points
 
 
@@ -110,8 +111,10 @@ class Metric:
         """
         if self.in_percent:
             return f"{100 * value:.{digits}f}"
-        if spread and math.isfinite(spread) and (decimals := max(0, 1 - math.floor(math.log10(abs(spread))))) < MOST:
-            return f"{value:.{decimals}f}"
+        if spread and math.isfinite(spread) and abs(value) < LARGE:
+            decimals = max(0, 1 - math.floor(math.log10(abs(spread))))
+            if decimals < MOST:
+                return f"{value:.{decimals}f}"
         return f"{value:.4g}"
 
     def text(self, value: float | None) -> str:

@@ -262,6 +262,7 @@ def test_decimals_of_other_metrics_follow_their_spread(make_row):
     assert formats.error(full) == "0.7797 ± 0.0046"
     assert formats.difference(trim.paired) == "+0.003"
     assert formats.signed_interval(trim.paired.moments.t, trim.metric) == "\N{MINUS SIGN}0.010 to +0.016"
+    assert trim.metric.number(1.25e30, spread=1e29) == "1.25e+30"  # had 31 digits
 
 
 def test_a_task_without_training_errors_has_no_empty_chart(make_row, tmp_path):

@@ -58,8 +58,9 @@ def test_a_sweep_has_a_grid_for_each_method_with_the_best_marked(swept: comparis
     ]
     assert best == [("cosine", "0.1")]
     assert "Picked out of 4 on the test set" in trim.said
+    assert random.said == "4 of 4 share the best mean of test error."  # named the first
     page = report.comparison_page(swept)
-    assert page.count("★") == 2
+    assert page.count("★") == 1 + 4
     assert "trim: schedule by end" in page
 
 
@@ -67,6 +68,7 @@ def test_the_headline_of_a_sweep_is_a_line(swept: comparison.Summary) -> None:
     said = wording.headline(swept)
     assert said.startswith("trim: ")
     assert "best: cosine to 0.1" in said
+    assert said.count("best") == 1  # all of random's are equal
     assert len(said) < 200
 
 

@@ -310,7 +310,7 @@ def _costs(group: Group, styles: dict[str, int]) -> list[Card]:
         ]
         if not dots and group.metric != ERROR:
             continue
-        best = {arm.label for arms in tables.by_method(group.arms).values() if (arm := wording.best_of(arms))}
+        best = {arm.label for arms in tables.by_method(group.arms).values() for arm in wording.best_of(arms)[:1]}
         chart = charts.scatter(
             dots, named=best if len(dots) > MOST_LABELS else None,
             x_label=label, y_label=group.metric.heading, x_fmt=formats.amount, fmt=_axis(group),

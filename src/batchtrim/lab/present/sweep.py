@@ -13,7 +13,7 @@ LEAST = 4  # cells; with fewer, the table of methods is enough
 
 @dataclass(frozen=True)
 class GridCell:
-    """The arm of a schedule and a final keep fraction; ``best`` marks the one with the best mean."""
+    """The arm of a schedule and a final keep fraction; ``best`` marks those with the best mean."""
 
     main: str
     small: str
@@ -52,22 +52,26 @@ def _grid(method: str, arms: Sequence[Arm]) -> Grid | None:
         method,
         tuple(f"{end:g}" for end in ends),
         tuple((schedule, tuple(_cell(cells.get((schedule, end)), best) for end in ends)) for schedule in schedules),
-        _best_said(best, len(cells)) if best else "No run finished.",
+        _best_said(best, len(cells)),
     )
 
 
-def _cell(arm: Arm | None, best: Arm | None) -> GridCell | None:
+def _cell(arm: Arm | None, best: Sequence[Arm]) -> GridCell | None:
     if arm is None:
         return None
     colour = wording.colour(arm.paired) if arm.paired else ""
-    return GridCell(formats.error(arm), formats.difference(arm.paired), colour, arm is best)
+    return GridCell(formats.error(arm), formats.difference(arm.paired), colour, arm in best)
 
 
-def _best_said(best: Arm, of: int) -> str:
+def _best_said(best: Sequence[Arm], of: int) -> str:
     """Return a sentence on the best of several arms, with a warning about picking it."""
-    unit = best.metric.unit
-    against = f", {formats.difference(best.paired)}{unit} against the baseline" if best.paired else ""
+    if not best:
+        return "No run finished."
+    arm, metric = best[0], best[0].metric
+    if len(best) > 1:
+        return f"{len(best)} of {of} share the best mean of {metric.title}."
+    against = f", {formats.difference(arm.paired)}{metric.unit} against the baseline" if arm.paired else ""
     return (
-        f"Best: {wording.place(best)}, {best.metric.title} {formats.error(best)}{against}. Picked out of {of} on the "
+        f"Best: {wording.place(arm)}, {metric.title} {formats.error(arm)}{against}. Picked out of {of} on the "
         "test set, so it looks better than it is: confirm it on fresh seeds."
     )

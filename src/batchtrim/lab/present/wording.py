@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import shlex
 from collections.abc import Iterable
 from typing import Any
@@ -138,17 +139,22 @@ def _sweep_verdict(compared: list[Arm], metric: Metric) -> str:
             continue
         found = ", ".join(f"{_found(name, metric)} in {count}" for name, count in tally.items())
         best = best_of(arms)
-        alone = best is not None and [place(arm) for arm in arms].count(place(best)) == 1
-        said = f" (best: {place(best) if alone else best.label})" if best else ""
+        said = ""
+        if len(best) == 1:
+            alone = [place(arm) for arm in arms].count(place(best[0])) == 1
+            said = f" (best: {place(best[0]) if alone else best[0].label})"
         lines.append(f"{method}: {found} of {len(arms)}{said}")
     return "; ".join(lines)
 
 
-def best_of(arms: Iterable[Arm]) -> Arm | None:
-    """Return the arm with the best mean; None if no run finished."""
-    known = [arm for arm in arms if arm.moments.mean is not None]
-    sign = -1.0 if known and known[0].metric.higher_is_better else 1.0
-    return min(known, key=lambda arm: sign * (arm.moments.mean or 0.0), default=None)
+def best_of(arms: Iterable[Arm]) -> list[Arm]:
+    """Return the arm with the best mean, or all that share it; none if no run finished."""
+    means = [(arm, arm.moments.mean) for arm in arms if arm.moments.mean is not None]
+    if not means:
+        return []
+    first = max if means[0][0].metric.higher_is_better else min
+    best = first(mean for _, mean in means)
+    return [arm for arm, mean in means if math.isclose(mean, best, rel_tol=1e-12)]
 
 
 def place(arm: Arm) -> str:
