@@ -180,7 +180,8 @@ def tensorboard_log(folder: Path) -> Iterator[OnEpoch]:
         def log(point: dict[str, Any]) -> None:
             with writing(folder):
                 for name, value in point.items():
-                    if name not in ("epoch", "epochs") and not isinstance(value, str):
+                    # None: not every epoch is tested
+                    if name not in ("epoch", "epochs") and value is not None and not isinstance(value, str):
                         writer.add_scalar(name, value, point["epoch"])
 
         try:

@@ -258,9 +258,10 @@ class Run:
             point["samples_backward"] = self.rule.counts.kept
         self._add(epoch, point)
         if self._on_epoch is not None:
+            named = {self.metric.name if name == self.metric.field else name: value for name, value in point.items()}
             self._on_epoch(
                 {
-                    **point, "epoch": epoch, "epochs": max(self.epochs, epoch + 1),
+                    **named, "epoch": epoch, "epochs": max(self.epochs, epoch + 1),
                     "said": self.metric.text(numbers.get(self.metric.field)),
                 }
             )  # fmt: skip
