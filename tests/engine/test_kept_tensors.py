@@ -174,3 +174,58 @@ def test_a_weight_computed_from_parameters_is_not_a_kept_tensor(change: Any, eng
             step(torch.randn(12, 6), torch.randint(0, 5, (12,))).backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+class Auxiliary(nn.Module):
+    """Keeps two tensors with parameters of their own, which only some losses use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.one, self.other = nn.Linear(8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x).tanh()
+        self.kept = self.one(z), self.other(z).view(-1, 2, 2)
+        return self.last(z)
+
+
+def backward_in_three_ways(engine: str, compiled: bool = False, hooked: bool = False) -> list[Tensor | None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Auxiliary()
+    if compiled:
+        model.compile()
+    if hooked:
+        model.one.weight.register_hook(lambda gradient: 2 * gradient)  # fails for None
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.4), engine)
+    found: list[Tensor | None] = []
+    for number, used in enumerate([(), (1,), (0, 1), ()]):
+        model.zero_grad()
+        loss = step(torch.randn(12, 6), torch.randint(0, 5, (12,)))
+        for at in used:
+            loss = loss + model.kept[at].square().mean()
+        parameters = list(model.parameters())
+        for doubly in [False] if compiled else [False, True]:
+            found += torch.autograd.grad(loss, parameters, retain_graph=True, create_graph=doubly, allow_unused=True)
+        (loss if number else model.kept[0].sum()).backward(retain_graph=True)
+        found += [None if each.grad is None else each.grad.clone() for each in parameters]
+        loss.backward()
+        found += [each.grad for each in parameters]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, when it compiles
+@pytest.mark.parametrize("compiled", few([False, True], [False]))
+def test_what_only_a_kept_tensor_uses_has_no_gradient_without_it(compiled: bool) -> None:
+    """Unless the model is compiled: then torch gives zeros, with any engine."""
+    exact, own = backward_in_three_ways("exact", compiled), backward_in_three_ways("shared", compiled)
+    assert [each is None for each in own] == [each is None for each in exact]
+    assert any(each is None for each in own) is not compiled
+    torch.testing.assert_close(own, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow  # without hooks by default
+def test_a_hook_gets_no_none() -> None:
+    for exact, own in zip(backward_in_three_ways("exact"), backward_in_three_ways("shared", hooked=True), strict=True):
+        assert (exact is None) >= (own is None)

@@ -29,7 +29,8 @@ A tour of the shared engine, in the order of a step:
 3. ``sliced.py`` runs the forward and puts what it saves onto a tape (``tape.py``). ``Trimmer`` chooses.
    ``cutting.py`` cuts the tape.
 4. ``loss.backward()``: ``backward.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
-   With ``create_graph=True``, ``second_derivatives.py`` runs the traced function again under autograd.
+   With ``create_graph=True``, ``second_derivatives.py`` runs the traced function again under autograd. ``unasked.py``
+   leaves out gradients of what the loss does not use.
 
 What may go wrong on the way: ``reasons.py`` explains why a model could not be traced, and ``speech_models.py`` makes
 one kind of model traceable. ``unguarded.py`` notices changes that the guards of a trace do not see, ``checkpoints.py``
@@ -44,7 +45,8 @@ knows about TF32, and ``operator_mode.py`` is the base of the modes that see eve
 ``two_pass.py`` has ``probe.py`` check on a few rows that samples do not interact, ``tolerance.py`` compare results
 within the model's precision, and ``memory.py`` find parts of the batch that share memory; on a GPU, operators that
 could end the process run on the CPU first (``cpu_first.py``). For ``batchtrim.testing.check_engine``,
-``side_by_side.py`` runs an engine beside a plain step, each a ``side.py`` with a copy of the model by ``copies.py``.
+``side_by_side.py`` runs an engine beside a plain step, each a ``side.py`` with a copy of the model by ``copies.py``;
+``left.py`` compares gradients as objects.
 
 ``auto.py`` runs the first step that might pay with ``exact`` while ``cost.py`` counts it. It traces the model as soon
 as 100 steps would pay the trace back.

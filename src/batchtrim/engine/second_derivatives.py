@@ -23,7 +23,7 @@ from batchtrim.engine.graphs import name_of
 if TYPE_CHECKING:
     from batchtrim.engine.sliced import SlicedStep
 
-__all__ = ["Inputs", "with_second_derivatives"]
+__all__ = ["Inputs", "function_of", "with_second_derivatives"]
 
 # How far the two gradients of an input may be apart, relative to its norm or to a hundredth of the largest.
 _APART, _COARSE_APART, _SMALL = 1e-3, 0.2, 1e-2
@@ -104,7 +104,7 @@ class _Again:
         if tape is None or tape.step is not self.step or tape.generators is None:
             return
         if self.function is None:
-            if (function := _function_of(found)) is None:
+            if (function := function_of(found)) is None:
                 return
             self.function, self.plain = function, function._double_backward
             function._double_backward = staticmethod(self._double_backward)
@@ -131,6 +131,8 @@ class _Again:
             approximate = tape.approximate and self.step.batch_norms
             if found is not None:  # constants of the function come first in the trace
                 found = [*[None] * (len(traced) - len(found)), *found]
+                if tape.arrivals is not None:
+                    found = tape.arrivals.without_unasked(found, self.step.tangents_of)
             if found is not None and (approximate or _alike(traced, found, coarse=self.step.coarse)):
                 return tuple(found)
             reason = "what ran again is another function (it writes into its batch or a weight, say)"
@@ -304,7 +306,7 @@ def _alike(traced: Sequence[Tensor | None], found: Sequence[Tensor | None], *, c
     return True
 
 
-def _function_of(found: Sequence[Any]) -> Any:
+def function_of(found: Sequence[Any]) -> Any:
     """Return the autograd function that returned a result, as AOTAutograd makes it, or None."""
     for each in found:
         function = getattr(getattr(each, "grad_fn", None), "_forward_cls", None)

@@ -34,6 +34,7 @@ from batchtrim.engine.second_derivatives import with_second_derivatives
 from batchtrim.engine.split import Slices, split_backward
 from batchtrim.engine.symbolic import expression_of
 from batchtrim.engine.tape import Tape
+from batchtrim.engine.unasked import noting_arrivals, tangents_of_each
 from batchtrim.engine.writes import memory_of
 
 __all__ = ["NewTrace", "SlicedStep"]
@@ -133,7 +134,7 @@ class SlicedStep:
         return {place for at, place in self._stashed.items() if memory_of(results[at]) in shown}
 
     def finish(self, run: Callable[..., Any], graph: fx.GraphModule) -> Callable[..., Any]:
-        return with_second_derivatives(run, graph, self)
+        return noting_arrivals(with_second_derivatives(run, graph, self), self)
 
     @property
     def own_outputs(self) -> list[fx.Node]:
@@ -149,6 +150,10 @@ class SlicedStep:
         tape = self.tape_of(args)
         if tape is None:
             return self._backward(args)
+        found = self._run_backward(args, tape)
+        return found if tape.arrivals is None else tape.arrivals.without_unasked(found, self.tangents_of)
+
+    def _run_backward(self, args: list[Any], tape: Tape) -> Any:
         _check_unasked(tape.outputs)
         for place, version in tape.versions.items():
             if place in tape.saved and tape.saved[place]._version != version:
@@ -189,6 +194,7 @@ class SlicedStep:
         shapes = [tuple(map(expression_of, getattr(node.meta.get("val"), "shape", ()))) for node in inputs]
         self._batch_at = next(((at, shape.index(batch)) for at, shape in enumerate(shapes) if batch in shape), None)
         self.tangents = [place for place, node in enumerate(self.places) if "tangents" in node.name]
+        self.tangents_of = tangents_of_each(backward.graph, [self.places[place] for place in self.tangents])
         self.place = {node: place for place, node in enumerate(self.places)}
         self.multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
         self._stashed: dict[int, int] = {}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from batchtrim.engine.compiled import CompiledStep
     from batchtrim.engine.second_derivatives import Inputs
     from batchtrim.engine.sliced import SlicedStep
+    from batchtrim.engine.unasked import Arrivals
 
 __all__ = ["Tape"]
 
@@ -27,6 +28,7 @@ class Tape:
         compiled: what ran the forward; None if it ran operator by operator.
         late: True if backward is compiled too and cuts what it reads itself.
         outputs: those of the forward that still exist, such as tensors that the model keeps.
+        arrivals: which gradients arrive in backward; None where that makes no difference, or is not known.
         compares: True if the run is compared with the model.
         generators: as they were before the forward.
         inputs: what it ran on; None if its gradient cannot be differentiated.
@@ -47,6 +49,7 @@ class Tape:
         self.compiled: CompiledStep | None = None
         self.late = False
         self.outputs: list[weakref.ref[Tensor]] = []
+        self.arrivals: Arrivals | None = None
 
     def cut(self, rows: Tensor, approximate: bool, again: bool = False) -> None:
         """Keep the given rows of the saved tensors, and all rows of those that the lower part reads.
