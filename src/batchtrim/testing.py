@@ -48,7 +48,8 @@ class EngineReport:
         parameter: the name of that parameter.
         gradient_cosine: cosine between the two gradients.
         buffer_error: largest difference of a buffer, or of a parameter after the step, relative to its norm.
-        attributes: plain attributes of modules (counters, flags) that differ from those after a plain step.
+        attributes: plain attributes of modules (counters, flags) that differ from those after a plain step; and
+            gradients that differ as objects: one that a plain step leaves at None, other strides, two in one memory.
         same_generators: True if the generators of torch, Python and NumPy ended in the same state.
         same_batch: True if the batch was left as a plain step leaves it.
         steps: how many steps were compared.
@@ -182,7 +183,8 @@ def check_engine(
 
     A plain step is one forward with a graph and the mean of the kept losses. Both copies start from the same state and
     the same random numbers in every step, and both are updated by the plain gradient, so that errors do not accumulate.
-    Batches, batch sizes and keep fractions change from step to step.
+    Batches, batch sizes and keep fractions change from step to step. Every third step adds its gradient to that of the
+    step before.
 
     Args:
         model: not changed; two copies are made.

@@ -18,6 +18,7 @@ from batchtrim.engine.contents import in_double, relative_difference
 from batchtrim.engine.copies import fresh, held_by_both, not_copied
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import cosine_between
+from batchtrim.engine.left import differences, overlaps
 from batchtrim.engine.model_facts import device_of
 from batchtrim.engine.rows import copied, entries, tensors_of
 from batchtrim.engine.side import Side
@@ -32,6 +33,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, tor
 # A parameter's gradient below this share of the whole is judged against the share: the key bias of an attention has a
 # gradient of zero, up to rounding.
 _SMALL = 1e-2
+_ACCUMULATED = 3  # the gradient of every third step is added to that of the step before
 
 
 @contextmanager
@@ -110,6 +112,9 @@ class SideBySide:
             return False
         ours, theirs = fresh(batch), fresh(batch)
         before = self.own.state(), fresh(batch), self.own.parameters()
+        if number % _ACCUMULATED != _ACCUMULATED - 1:  # in the others, gradients add up
+            self.own.zero_grad()
+            self.plain.zero_grad()
         value, error = self._run_engine(number, ours, keep)
         for description, tensor, _ in self.shared:
             if tensor.grad is not None:
@@ -134,7 +139,6 @@ class SideBySide:
     def _run_engine(self, number: int, batch: Any, keep: float) -> tuple[Tensor | None, Exception | None]:
         side = self.own
         side.keep(keep)
-        side.zero_grad()
         _seed(number)
         try:
             with warnings.catch_warnings():
@@ -158,7 +162,6 @@ class SideBySide:
         """
         side = self.plain
         side.keep(keep)
-        side.zero_grad()
         _seed(number)
         started = GeneratorStates(device_of(side.model))
         losses, outputs = side.step.forward(*batch)
@@ -217,18 +220,27 @@ class SideBySide:
             loss_error=relative_difference(self.loss.detach(), value),
             gradient_error=relative_difference(*whole),
             parameter_error=worst,
-            attributes=self._given_a_gradient(),
+            attributes=self._unlike_gradients(ours, theirs),
         )
         cosine = cosine_between(*whole) if total or float(whole[1].norm()) else 1.0
         lowest = self.found.get("gradient_cosine", 1.0)
         self.found["gradient_cosine"] = cosine if not cosine >= lowest else lowest
 
-    def _given_a_gradient(self) -> tuple[str, ...]:
-        """Return what has a gradient only after the engine, not after a plain step: weight decay would change it."""
-        own, plain = self.own.named_parameters(), self.plain.named_parameters()
-        return tuple(
-            f"{name}.grad" for name, p in plain.items() if name in own and p.grad is None and own[name].grad is not None
-        )
+    def _unlike_gradients(self, ours: Any, theirs: Any) -> tuple[str, ...]:
+        """Return how gradients differ as objects from those of a plain step: what follows the step changes them.
+
+        Weight decay moves a parameter with a gradient of zeros and none without a gradient; clipping changes two
+        gradients in one memory twice.
+        """
+        found = []
+        sides = [_given(self.own, ours), _given(self.plain, theirs)]
+        (own, own_others), (plain, plain_others) = sides
+        found += sorted(own.keys() - plain.keys())
+        if self.own.step.last.engine != "two_pass":  # type: ignore[union-attr]  # it never sees what dropped samples use
+            found += [f"{name} (missing)" for name in sorted(plain.keys() - own.keys())]
+        found += sorted(differences(own, plain))
+        shared = overlaps(own, own_others) - overlaps(plain, plain_others)
+        return (*found, *(f"{one} in the memory of {other}" for one, other in sorted(shared)))
 
     def _note(self, **errors: Any) -> None:
         """Keep the worst value over the steps; NaN is the worst."""
@@ -262,6 +274,18 @@ class SideBySide:
         if torch.is_autocast_enabled(device):
             seen.append(torch.get_autocast_dtype(device))
         return max(TOLERANCE[dtype] for dtype in seen)
+
+
+def _given(side: Side, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the gradients that a side has, by name, and what they must not share memory with."""
+    held = {f"{name}.grad": p.grad for name, p in side.named_parameters().items() if p.grad is not None}
+    given = tensors_of(batch)
+    held |= {f"input {n}.grad": each.grad for n, each in enumerate(given) if each.is_leaf and each.grad is not None}
+    others = {name: p for name, p in side.named_parameters().items() if not nn.parameter.is_lazy(p)}
+    others |= dict(side.model.named_buffers()) | {f"input {n}": each for n, each in enumerate(given)}
+    if side.step.last is not None:
+        others["the losses"] = side.step.last.losses
+    return held, others
 
 
 def _input_gradients(batch: Any) -> dict[str, Tensor]:
