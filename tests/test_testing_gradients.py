@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from batchtrim.engine import ENGINES
 from batchtrim.engine.exact import ExactEngine
@@ -88,3 +89,11 @@ def test_it_finds(fault: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch)
     report = check_engine(Network(), batch, nn.CrossEntropyLoss(), engine="faulty", verbose=False)
     assert report.verdict == "wrong", report
     assert not EXPECTED[fault] or EXPECTED[fault] in report.attributes, report
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_tensors_made_of_others_share_no_memory() -> None:
+    model = Network()
+    model.one.weight = nn.Parameter(TwoTensor(torch.randn(6, 6), torch.randn(6, 6)))
+    batch = torch.randn(12, 6), torch.randint(0, 5, (12,))
+    assert check_engine(model, batch, nn.CrossEntropyLoss(), engine="exact", verbose=False).verdict == "right"

@@ -27,7 +27,8 @@ def derivatives(name: str, engine: str, steps: int = 3) -> tuple[list[Any], batc
     """The gradient of an attack and that of its square, after a step that is traced; and what the steps leave."""
     attack = ATTACKS[name]
     model, (batch, *_) = attack.make(), attack.batches()
-    step = batchtrim.TrimmedForward(model, attack.loss(), batchtrim.Trimmer(0.4), engine, **attack.options)
+    options = {name: each for name, each in attack.options.items() if name != "keep"}
+    step = batchtrim.TrimmedForward(model, attack.loss(), batchtrim.Trimmer(0.4), engine, **options)
     parameters = [each for each in step.forward.inner.parameters() if each.requires_grad]
     found: list[Any] = []
     for number in range(steps):

@@ -49,7 +49,9 @@ def _span(tensor: Tensor) -> tuple[int, int] | None:
         return None
     try:
         start = tensor.data_ptr()
-    except RuntimeError:  # made of other tensors, or without data
+    except RuntimeError:  # without data
+        return None
+    if not start:  # made of other tensors
         return None
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return start, start + tensor.element_size() * (1 + sum((size - 1) * stride for size, stride in steps))
