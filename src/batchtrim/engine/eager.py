@@ -77,7 +77,7 @@ class EagerStep:
                 self.parameters = self._parameters()
                 # its own gradient may not be asked for like this
                 with suppress(Exception), uncompiled_calls(forward):
-                    self.gradients = self._gradients_of(losses.values)
+                    self.gradients = self._gradients_of(losses.values, keep=_has_histories((x, y)))
         self.restore()
         if draws:
             raise CannotCapture("it draws from a random.Random of its own, whose numbers a trace repeats")
@@ -221,9 +221,14 @@ def is_large(value: Any) -> bool:
     return isinstance(value, (dict, list, set, deque)) and len(value) > _MANY
 
 
+def _has_histories(batch: Any) -> bool:
+    """True if a batch has a graph of its own, which a backward to the parameters may pass through (MAML)."""
+    return any(each.requires_grad and not each.is_leaf for each in tensors_of(batch))
+
+
 def _without_histories(batch: Any) -> Any:
     """Return a batch in which tensors made by other networks are copies, since a write would change their graph."""
-    if not any(each.requires_grad and not each.is_leaf for each in tensors_of(batch)):
+    if not _has_histories(batch):
         return batch
     return map_tensors(lambda each: each.clone() if each.requires_grad and not each.is_leaf else each, batch)
 

@@ -114,7 +114,8 @@ class SlicedStep:
         tape.compiled = self.compiled if compiled else None
         if not self.checked:
             self._shown = self._places_shown(results)
-        mark = torch.empty(0)
+        # torch before 2.13 looks for a graph of the gradient only where something saved requires one
+        mark = torch.empty(0, requires_grad=True)
         mark.tape = tape  # type: ignore[attr-defined]
         for at, place in self._stashed.items():
             tape.saved[place] = results[at]
