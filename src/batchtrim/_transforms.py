@@ -113,4 +113,5 @@ def plain_losses(losses: Losses, scores: Tensor, what: str) -> tuple[Losses, Ten
     """Return losses and scores as plain tensors, which a rule can choose from; see :func:`unwrapped`."""
     parts = {name: getattr(losses, name) for name in ("values", "mask", "weights", "counts")}
     found = {name: None if part is None else unwrapped(part, what) for name, part in parts.items()}
-    return replace(losses, **found), unwrapped(scores, what)
+    terms = tuple(plain_losses(term, term.values, what)[0] for term in losses.terms)
+    return replace(losses, **found, terms=terms), unwrapped(scores, what)

@@ -30,7 +30,7 @@ from batchtrim.reduction import kept_divisor
 from batchtrim.selection import Selection
 from batchtrim.selection.base import asks_for_all
 from batchtrim.trimmer import Trimmer
-from batchtrim.unreduced import counted
+from batchtrim.unreduced import counted, sum_of
 
 __all__ = ["OVER", "accumulate", "first_pass", "join_losses", "select_window", "split", "waits_in_forward"]
 
@@ -236,11 +236,22 @@ def select_window(trim: Trimmer, parts: list[Losses], scores: Sequence[Losses | 
     check_has_values("losses", window.values, "a window")
     ranked = [score for score in scores if score is not None]
     selection = trim.select(window, rank_by=join_losses(ranked) if ranked else None)
-    return split(selection, [len(part.values) for part in parts], window.weights)
+    sizes = [len(part.values) for part in parts]
+    terms = [split(each, sizes) for each in selection.terms]
+    found = split(selection, sizes, window.weights)
+    return [replace(each, terms=tuple(term[m] for term in terms)) for m, each in enumerate(found)]
 
 
 def join_losses(parts: Sequence[Losses]) -> Losses:
     """Concatenate losses. If only some parts have a mask, weights or counts, the others count as True, 1 or all."""
+    if any(part.terms for part in parts):
+        number = [len(part.terms) or 1 for part in parts]
+        if len(set(number)) > 1:
+            raise ValueError(
+                f"expected the losses of all micro-batches to be a sum of as many terms, got {number}. Add the same "
+                "ones up in each, with a mask in every micro-batch or in none."
+            )
+        return sum_of([join_losses(each) for each in zip(*(part.terms for part in parts), strict=True)], parts[0].unit)
     if any(part.counts is not None or part.entries != parts[0].entries for part in parts):
         parts = [counted(part) for part in parts]
     joined: dict[str, Any] = {"values": torch.cat([part.values.detach() for part in parts])}

@@ -51,7 +51,7 @@ R = TypeVar("R")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What ranks meet for. Every meeting begins with a header of one size: gloo aborts the process if sizes differ.
 _MEETINGS = ("choice of samples", "number of micro-batches", "number of totals", "keep log")
-_HEADER_SIZE = 12
+_HEADER_SIZE = 13
 # The header of a choice: what must agree on every rank; what must agree on every rank with samples; their number.
 _SAME = (
     "settings (rule, schedule, total, scale, unit)",
@@ -65,6 +65,8 @@ _SAME_WITH_SAMPLES = (
     "presence of `rank_by`",
     "dtype of what is ranked by",
     "reduction",
+    "number of terms",
+    "reduction of the terms",
 )
 _CURE = "Make the trimmer with the same arguments on every rank, and call it and its step() equally often."
 # Sums in another order differ in their last digits; any real disagreement is larger.
@@ -84,11 +86,13 @@ class Joined:
         selection: this rank's part: rows of its own losses, and divisors that make the mean over ranks right.
         chosen: the same choice as rows of ``values``.
         values: (N,), all ranks' losses that count, detached.
+        terms: of a sum of terms, the divisors of each at scales "kept" and "batch".
     """
 
     selection: Selection
     chosen: Selection
     values: Tensor
+    terms: tuple[tuple[float, float], ...] = ()
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -135,6 +139,7 @@ def select_over_ranks(
     settings: tuple[Any, ...] = (),
     steps: int = 0,
     summed: bool = False,
+    terms: Sequence[Tensor | None] = (),
     group: dist.ProcessGroup | None = None,
 ) -> Joined:
     """Apply ``rule`` to the joined losses of every rank of ``group``. Every rank must call it.
@@ -149,6 +154,7 @@ def select_over_ranks(
         generator: for rules that draw; in the same state on every rank, so that all draw the same.
         settings, steps, summed: what else must agree between ranks. ``summed``, whether the kept losses are added up,
             must agree only between ranks that have something to choose from.
+        terms: what each loss adds to the divisor of each term of a sum, (B,); None for a term of reduction "sum".
         group: the ranks that average their gradients; all of them by default.
 
     Returns:
@@ -170,20 +176,17 @@ def select_over_ranks(
     ranks = world_size(group)
     valid = None if mask is None else mask.nonzero().squeeze(1)
     rows = [scores, values.detach()] + ([] if weights is None else [weights.detach()])
+    rows += [torch.zeros_like(values) if each is None else each for each in terms]
     if valid is not None:
         rows = [row[valid] for row in rows]
     own = rows[0].shape[0]
-    common = [
-        _fingerprint(rule, *settings),
-        steps,
-        *struct.unpack("<q", struct.pack("<d", keep)),
-        0 if generator is None else zlib.crc32(bytes(generator.get_state().numpy())),
-    ]
+    drawn = 0 if generator is None else zlib.crc32(bytes(generator.get_state().numpy()))
+    common = [_fingerprint(rule, *settings), steps, *struct.unpack("<q", struct.pack("<d", keep)), drawn]
     ranked = not scores.is_set_to(values)
     sampled = [_DTYPES.index(values.dtype), int(weights is not None), int(ranked), _DTYPES.index(scores.dtype)]
-    sampled.append(int(summed))
+    sampled += [int(summed), len(terms), sum(1 << at for at, each in enumerate(terms) if each is None)]
     headers = meet("choice of samples", [*common, *sampled, own], values.device, group)
-    sizes = [header[len(_SAME + _SAME_WITH_SAMPLES)] for header in headers]
+    sizes = [header[-1] for header in headers]
     holders = [rank for rank, size in enumerate(sizes) if size]
     _check_header(headers, holders)
     if not holders:
@@ -191,15 +194,12 @@ def select_over_ranks(
         empty = Selection(nothing, values.shape[0], 0)
         return Joined(empty, Selection(nothing, 0, 0), values.detach()[:0])
 
-    of_values, weighted, _, of_scores, _ = headers[holders[0]][len(_SAME) : len(_SAME + _SAME_WITH_SAMPLES)]
-    joined = _joined(rows, 2 + weighted, sizes, group)
+    of_values, weighted, _, of_scores, _, count, sums = headers[holders[0]][len(_SAME) : -1]
+    joined = _joined(rows, 2 + weighted + count, sizes, group)
     joined_weights = joined[2] if weighted else None
+    scored = joined[0].to(_DTYPES[of_scores])
     chosen, divisor = _choose_alike(
-        lambda: choose(rule, joined[0].to(_DTYPES[of_scores]), keep, generator),
-        joined_weights,
-        values.device,
-        ranks,
-        group,
+        lambda: choose(rule, scored, keep, generator), joined_weights, values.device, ranks, group
     )
     before = sum(sizes[: dist.get_rank(group)])
     selection = dataclasses.replace(
@@ -207,7 +207,16 @@ def select_over_ranks(
         normalizer=divisor / ranks,
         batch_normalizer=(sum(sizes) if joined_weights is None else float(joined_weights.sum())) / ranks,
     )
-    return Joined(selection, chosen, joined[1].to(_DTYPES[of_values]))
+    pairs = [
+        (1.0, 1.0) if sums >> at & 1 else _divisors(chosen, each) for at, each in enumerate(joined[2 + weighted :])
+    ]
+    divided = tuple((kept / ranks, everything / ranks) for kept, everything in pairs)
+    return Joined(selection, chosen, joined[1].to(_DTYPES[of_values]), divided)
+
+
+def _divisors(chosen: Selection, term: Tensor) -> tuple[float, float]:
+    """Return a term's divisors at scales "kept" and "batch"; ``term`` holds what each loss adds to them, (N,)."""
+    return kept_divisor(dataclasses.replace(chosen, normalizer=None), term) or 1.0, float(term.sum()) or 1.0
 
 
 def _joined(rows: list[Tensor], count: int, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:

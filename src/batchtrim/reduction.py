@@ -8,6 +8,7 @@ Sums, weights and divisors are computed in float32 at least. The result has the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,30 +16,27 @@ from torch import Tensor
 
 from batchtrim._checks import check_choice, check_like, describe
 from batchtrim.selection import Selection
-from batchtrim.unreduced import Losses, accumulator, divisors, nonzero
+from batchtrim.unreduced import Losses, accumulator, as_one, counted, divisors, flatten, nonzero
 
 __all__ = [
     "SCALES",
-    "SUM_OF_TERMS",
     "kept_divisor",
     "normalized",
     "reduce",
     "reduce_kept",
     "reduce_mask",
-    "reduce_terms",
+    "reduce_rows",
+    "term_divisors",
+    "with_terms",
 ]
 
 SCALES = ("kept", "batch")
 # A dot product sums in the losses' own dtype, in sequence: its error is 4e-6 for 65,536 losses, 1e-3 for 20 million.
 _DOT_TO = 1 << 14
 _DOT_IN = (torch.float32, torch.float64)
-SUM_OF_TERMS = (
-    "a sum of terms that count differently (one is masked, weighted or summed, the other is not). Only trim(losses) on "
-    "one process takes that; elsewhere add plain values, a.values + b.values, so that each sample counts the same."
-)
 
 
-def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: Tensor | None = None) -> Tensor:
+def reduce(losses: Tensor | Losses, selection: Selection, scale: str = "kept", weights: Tensor | None = None) -> Tensor:
     """Return the loss to call backward on: the mean of the kept ``losses``.
 
     kept:  ``L = sum_kept(w_i * l_i) / sum_kept(w_i)``, and with no weights ``(1 / k) * sum_kept(l_i)``
@@ -49,7 +47,8 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
     losses are weighted, replaces these divisors.
 
     Args:
-        losses: (B,), with a graph.
+        losses: (B,), with a graph. Or :class:`batchtrim.Losses`, which hold their weights; a sum of terms that count
+            differently has to be given so.
         selection: the samples to keep.
         scale: "kept" or "batch".
         weights: (B,), per-sample weights a criterion has already multiplied into ``losses`` (class weights); the
@@ -63,6 +62,19 @@ def reduce(losses: Tensor, selection: Selection, scale: str = "kept", weights: T
     if not isinstance(selection, Selection):
         hint = "A rule gives one: batchtrim.hardest()(losses, keep)."
         raise TypeError(f"expected `selection` to be a batchtrim.Selection, got {describe(selection)}. {hint}")
+    if isinstance(losses, Losses):
+        unit = losses.unit or ("sample" if losses.values.shape[:1] == (selection.size,) else "element")
+        losses = flatten(losses, unit)
+        losses = losses if selection.terms else as_one(losses)
+        if losses.terms and losses.values.shape == (selection.size,):
+            selection = selection if selection.terms else with_terms(selection, losses)
+            return reduce_rows(losses, selection.indices, selection, scale)
+        losses, weights = losses.values, losses.weights if weights is None else weights
+    if selection.terms:
+        raise ValueError(
+            f"expected `losses` to be the `Losses` that the selection was made from, a sum of {len(selection.terms)} "
+            f"terms that count differently, got {describe(losses)}. Pass them whole: reduce(losses, selection)."
+        )
     if not isinstance(losses, Tensor) or losses.shape != (selection.size,):
         raise ValueError(
             f"expected `losses` of shape ({selection.size},), which the selection was made from, "
@@ -144,16 +156,53 @@ def normalized(selection: Selection, losses: Losses) -> Selection:
     )
 
 
-def reduce_terms(losses: Losses, selection: Selection, scale: str) -> Tensor:
-    """Return :func:`reduce` of a sum of terms, each with its own divisor over the kept entries."""
-    parts = []
+def with_terms(selection: Selection, losses: Losses, joint: Sequence[tuple[float, float]] = ()) -> Selection:
+    """Return a selection with one for each term of ``losses``, with its own divisor over the kept entries.
+
+    Args:
+        joint: the divisors of each term over the joined batch of all ranks, at scales "kept" and "batch".
+    """
+    terms = [_all_counted(term) for term in losses.terms]
+    terms = [normalized(selection, counted(term) if joint else term) for term in terms]
+    if joint and selection.k:
+        pairs = zip(terms, joint, strict=True)
+        terms = [replace(term, normalizer=kept, batch_normalizer=whole) for term, (kept, whole) in pairs]
+    return replace(selection, terms=tuple(terms))
+
+
+def term_divisors(losses: Losses) -> list[Tensor | None]:
+    """Return what each entry adds to the divisor of each term, (B,); None for a term that is a sum."""
+    found = []
     for term in losses.terms:
-        if term.mask is not None:
-            ones = torch.ones_like(term.values, dtype=accumulator(term.values))
-            counts = torch.where(term.mask, ones if term.counts is None else term.counts, torch.zeros_like(ones))
-            term = replace(term, values=torch.where(term.mask, term.values, 0.0), mask=None, counts=counts)
-        parts.append(reduce(term.values, normalized(selection, term), scale, term.weights))
-    return torch.stack(parts).sum()
+        part = divisors(counted(_all_counted(term)))
+        part = torch.ones_like(term.values, dtype=accumulator(term.values)) if part is None else part
+        found.append(None if term.reduction == "sum" else part.detach())
+    return found
+
+
+def reduce_rows(losses: Losses, rows: Tensor | slice, selection: Selection, scale: str) -> Tensor:
+    """Return :func:`reduce` from the losses at ``rows``, those of ``selection.indices`` in their order."""
+    losses = losses if selection.terms else as_one(losses)
+    if len(losses.terms) != len(selection.terms):
+        raise ValueError(
+            f"expected `losses` of {len(selection.terms) or 1} terms, as the selection was made from, got "
+            f"{len(losses.terms) or 1}. Make every batch's losses by the same sum."
+        )
+    if losses.terms:
+        pairs = zip(losses.terms, selection.terms, strict=True)
+        return torch.stack([reduce_rows(_all_counted(each), rows, part, scale) for each, part in pairs]).sum()
+    return reduce_kept(losses.values[rows], selection, scale, None if losses.weights is None else losses.weights[rows])
+
+
+def _all_counted(term: Losses) -> Losses:
+    """Return a term without a mask: the entries that it leaves out are 0 and count 0 times."""
+    if term.mask is None:
+        return term
+    counts = term.counts
+    if counts is None:
+        counts = torch.full_like(term.values, term.entries or 1, dtype=accumulator(term.values))
+    values, counts = (torch.where(term.mask, part, torch.zeros_like(part)) for part in (term.values, counts))
+    return replace(term, values=values, mask=None, counts=counts)
 
 
 def kept_divisor(selection: Selection, weights: Tensor | None = None) -> float:

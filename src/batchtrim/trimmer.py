@@ -21,12 +21,12 @@ from batchtrim.choice import Choice
 from batchtrim.clock import Clock
 from batchtrim.distributed import select_over_ranks, world_size
 from batchtrim.errors import NothingToChoose
-from batchtrim.reduction import SCALES, SUM_OF_TERMS, normalized, reduce, reduce_mask, reduce_terms
+from batchtrim.reduction import SCALES, normalized, reduce, reduce_mask, term_divisors, with_terms
 from batchtrim.schedules import as_schedule, linear
 from batchtrim.selection import Rule, Selection, hardest
 from batchtrim.selection.base import changeable_keep, k_follows_losses, masked_choice, select_again, select_valid
 from batchtrim.stats import KeepStats
-from batchtrim.unreduced import UNITS, Losses, counted, divisors, to_rank
+from batchtrim.unreduced import UNITS, Losses, as_one, counted, divisors, to_rank
 
 __all__ = ["Trimmer"]
 
@@ -171,7 +171,7 @@ class Trimmer(Copied):
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim")
         if flat.terms:
-            return reduce_terms(flat, selection, self.scale)
+            return reduce(flat, selection, self.scale)
         return reduce(flat.values, selection, self.scale, flat.weights)
 
     @fixed_method("The rule is trim.rule.")
@@ -186,9 +186,9 @@ class Trimmer(Copied):
     ) -> Selection:
         """Choose as :meth:`__call__` does, and count it in ``stats``; :func:`batchtrim.reduce` then gives the loss."""
         flat, scores = self._flatten(losses, rank_by, mask)
-        if flat.terms:
-            raise ValueError(f"expected `losses` with one divisor, got {SUM_OF_TERMS}")
         selection = self._choose(flat, scores, rank_by is None)
+        if flat.terms and not selection.terms:
+            selection = with_terms(selection, flat)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim.select")
         return selection
@@ -335,7 +335,8 @@ class Trimmer(Copied):
     ) -> tuple[Losses, Tensor]:
         """Return the vector there is to choose from, and the scores to rank it by."""
         check_live()
-        return to_rank(losses, rank_by, mask, self.unit, allow_empty=self.scope == "global")
+        flat, scores = to_rank(losses, rank_by, mask, self.unit, allow_empty=self.scope == "global")
+        return as_one(flat) if flat.terms and self.scope == "local" else flat, scores
 
     def _choose(self, flat: Losses, scores: Tensor, ranked_by_itself: bool) -> Selection:
         if transforming() and not compiling():
@@ -359,13 +360,11 @@ class Trimmer(Copied):
         return selection
 
     def _choose_jointly(self, flat: Losses, scores: Tensor) -> Selection:
-        if flat.terms:
-            raise ValueError(f"expected `losses` with one divisor and scope='global', got {SUM_OF_TERMS}")
         flat = counted(flat)
         joined = select_over_ranks(
             self.rule, flat.values, scores, self.keep, mask=flat.mask, weights=divisors(flat), generator=self.generator,
             settings=(repr(self.schedule), self.total, self.scale, self.unit), steps=self.steps,
-            summed=flat.reduction == "sum", group=self.process_group,
+            summed=flat.reduction == "sum", terms=term_divisors(flat), group=self.process_group,
         )  # fmt: skip
         selection = joined.selection
         if flat.reduction == "sum":
@@ -374,6 +373,8 @@ class Trimmer(Copied):
         if flat.counts is not None:
             counts = flat.counts[selection.indices]
             selection = replace(selection, weights=counts if selection.weights is None else selection.weights * counts)
+        if flat.terms:
+            selection = with_terms(selection, flat, joined.terms)
         self.last = Choice(flat.values.detach(), selection, flat.mask)
         self.stats.record(joined.values, joined.chosen)
         return selection

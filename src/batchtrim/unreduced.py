@@ -9,7 +9,7 @@ Legend: B batch, P further positions of a sample (pixels, tokens), j one of them
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,12 +23,23 @@ from batchtrim._checks import (
     check_losses,
     describe,
     is_number,
-    without_values,
 )
 from batchtrim._no_tensor import NoTensor
 from batchtrim.errors import PassUnreducedLosses
 
-__all__ = ["UNITS", "Losses", "accumulator", "counted", "divisors", "flatten", "losses_of", "nonzero", "to_rank"]
+__all__ = [
+    "UNITS",
+    "Losses",
+    "accumulator",
+    "as_one",
+    "counted",
+    "divisors",
+    "flatten",
+    "losses_of",
+    "nonzero",
+    "sum_of",
+    "to_rank",
+]
 
 UNITS = ("sample", "element")
 _REDUCTIONS = ("mean", "sum")
@@ -55,16 +66,12 @@ class Losses(NoTensor):
             value contributes the same.
         unit: what each value is, "sample" or "element"; None leaves it to the trimmer.
         reduction: "mean", or "sum" if the loss is the plain sum of what is kept.
-        terms: the terms of a sum whose entries count differently (``ce + dice``, of which only one has class weights):
-            each is divided by its own divisor over what is kept. Empty otherwise.
-        entries: how many entries each value is the mean of, if it is one and there are no ``counts``. Micro-batches and
-            ranks may differ in it.
+        terms: the terms of a sum whose entries may count differently (``ce + dice``, of which only one has class
+            weights): each is divided by its own divisor over what is kept. Empty otherwise.
+        entries: how many entries each value is the mean of, if there are no ``counts``; batches may differ in it.
 
     Losses can be added and scaled: ``ce(out, y) + 0.4 * ce(aux, y)``. They are ranked by their sum. A tensor of the
     shape of ``values`` can be added too, and is reduced as they are; a factor is a number, or a tensor of that shape.
-
-    Notes:
-        Adding compares masks, weights and counts, which syncs the device if there are any.
 
     Example:
         >>> main, aux = Losses(torch.tensor([1.0, 3.0])), Losses(torch.tensor([0.0, 1.0]))
@@ -145,7 +152,7 @@ class Losses(NoTensor):
         if _count_alike(self, other):
             entries = self.entries if self.entries == other.entries else None
             return replace(self, values=self.values + other.values, unit=self.unit or other.unit, entries=entries)
-        return _sum((*(self.terms or (self,)), *(other.terms or (other,))), self.unit or other.unit)
+        return sum_of((*(self.terms or (self,)), *(other.terms or (other,))), self.unit or other.unit)
 
     __radd__ = __add__
 
@@ -208,34 +215,27 @@ class Losses(NoTensor):
         return other
 
 
-def _sum(terms: tuple[Losses, ...], unit: str | None) -> Losses:
+def sum_of(terms: Sequence[Losses], unit: str | None) -> Losses:
     """Return the sum of terms that count differently. An entry counts if it counts in one of them."""
     values = [term.values if term.mask is None else torch.where(term.mask, term.values, 0.0) for term in terms]
     masks = [term.mask for term in terms if term.mask is not None]
     mask = torch.stack(masks).any(0) if len(masks) == len(terms) else None
-    return Losses(torch.stack(values).sum(0), mask, unit=unit, terms=terms)
+    return Losses(torch.stack(values).sum(0), mask, unit=unit, terms=tuple(terms))
 
 
 def _count_alike(one: Losses, other: Losses) -> bool:
-    """Return True if two terms certainly have the same divisor whatever is kept."""
-    if one.terms or other.terms or one.reduction != other.reduction:
+    """Return True if two terms have the same divisor in any batch, whatever is kept."""
+    if one.terms or other.terms or (one.reduction, one.entries) != (other.reduction, other.entries):
         return False
-    pairs = [(one.mask, other.mask), (one.weights, other.weights), (one.counts, other.counts)]
-    if all(part is others for part, others in pairs):
-        return True
-    if torch.compiler.is_compiling() or _transforming() or without_values(one.values):  # nothing can be read
-        return False
-    for part, others in pairs:
-        given = part if part is not None else others
-        if given is None:
-            continue
-        # a missing mask is all True; missing weights and counts are all the same
-        part, others = (torch.ones_like(given) if each is None else each for each in (part, others))
-        if part is one.counts or others is other.counts:
-            part, others = part / part.amax(), others / others.amax()
-        if not torch.equal(part, others):
-            return False
-    return True
+    return one.mask is other.mask and one.weights is other.weights and one.counts is other.counts
+
+
+def as_one(losses: Losses) -> Losses:
+    """Return a sum of means over all entries as one term: in one batch they have one divisor, the samples kept."""
+    parts = [part for term in losses.terms for part in (term.mask, term.weights, term.counts) if part is not None]
+    if not losses.terms or parts or any(term.reduction != "mean" for term in losses.terms):
+        return losses
+    return Losses(losses.values, unit=losses.unit)
 
 
 def counted(losses: Losses) -> Losses:
@@ -344,7 +344,7 @@ def flatten(losses: Losses, unit: str) -> Losses:
             f"Give both the same: per_sample(criterion, unit={unit!r}), or Trimmer(unit={losses.unit!r})."
         )
     if losses.terms:
-        return _sum(tuple(flatten(term, unit) for term in losses.terms), unit)
+        return sum_of(tuple(flatten(term, unit) for term in losses.terms), unit)
     values, mask, weights = losses.values, losses.mask, losses.weights
     if values.ndim == 1:
         return losses

@@ -146,6 +146,24 @@ def padded_on_one_rank(rank: int) -> None:
             assert math.isclose(mean(loss), Trimmer(keep)(whole, mask=counts).item(), rel_tol=1e-6)
 
 
+def terms_of_a_sum(rank: int) -> None:
+    """Each term of a sum is divided by its own divisor over all ranks."""
+    values, mask = torch.arange(1.0, 9.0), torch.tensor([False, True, True, False, True, True, False, True])
+    weights = torch.tensor([1.0, 2.0, 1.0, 4.0, 1.0, 1.0, 3.0, 1.0])
+    own = slice(0, 3) if rank else slice(3, 8)
+
+    def added(part: slice) -> Losses:
+        weighted = Losses(values[part] * weights[part], None, weights[part])
+        return Losses(values[part], mask[part]) + weighted + Losses(values[part], reduction="sum") + values[part]
+
+    for scale in ("kept", "batch"):
+        alone = Trimmer(0.5, scale=scale)(added(slice(0, 8))).item()
+        assert math.isclose(mean(joint(0.5, scale=scale)(added(own))), alone, rel_tol=1e-6)
+    disagree(
+        lambda: joint()(added(own) if rank else Losses(values)), r"the same number of terms on every rank, got \[0, 4\]"
+    )
+
+
 def entries_of_a_trace(rank: int) -> None:
     """The shared engine counts the entries of its losses, as the exact one does."""
     model, x = nn.Linear(1, 1), torch.arange(1.0, 21.0).reshape(4, 5, 1)

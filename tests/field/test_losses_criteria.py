@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -209,8 +210,9 @@ class TestSums:
             right = plain(main, labels) + 0.4 * plain(aux, labels)
             torch.testing.assert_close(losses.mean(), right)
             torch.testing.assert_close(Trimmer(1.0, unit=unit)(losses), right)
-            assert not losses.terms, "alike: any engine takes it"
-            assert Trimmer(0.5, unit=unit).select(losses).k
+            values = ce(main, labels).values + 0.4 * ce(aux, labels).values
+            alike = replace(ce(main, labels), values=values)
+            torch.testing.assert_close(Trimmer(0.5, unit=unit)(losses), Trimmer(0.5, unit=unit)(alike))
 
     @pytest.mark.parametrize("scale", ["kept", "batch"])
     @pytest.mark.parametrize("weight", [None, WEIGHT])
@@ -230,8 +232,10 @@ class TestSums:
         loss = trim(losses)
         kept = trim.last.selection.indices
         torch.testing.assert_close(loss, plain(logits[kept], labels[kept]) + dice(logits[kept], labels[kept]).mean())
-        with pytest.raises(ValueError, match="a sum of terms that count differently"):
-            trim.select(losses)
+        selection = trim.select(losses)
+        torch.testing.assert_close(batchtrim.reduce(losses, selection), loss)
+        with pytest.raises(ValueError, match=r"a sum of 2 terms .* Pass them whole: reduce\(losses, selection\)"):
+            batchtrim.reduce(losses.values, selection)
 
     def test_losses_add_up_and_scale(self) -> None:
         one, two = Losses(torch.tensor([1.0, 2.0])), Losses(torch.tensor([3.0, 5.0]))

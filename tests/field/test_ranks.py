@@ -18,8 +18,8 @@ WORKER = Path(__file__).parent.parent / "distributed" / "field_worker.py"
 @pytest.mark.parametrize(
     "cases",
     [
-        "first_call results failing_rule arguments masked_on_one_rank padded_on_one_rank without_samples foreign_group "
-        "half_precision",
+        "first_call results failing_rule arguments masked_on_one_rank padded_on_one_rank terms_of_a_sum "
+        "without_samples foreign_group half_precision",
         pytest.param(
             "entries_of_a_trace half_precision_windows empty_micro_batches uneven_windows other_collectives keep_logs "
             "other_numbers_of_calls other_groups",

@@ -10,7 +10,7 @@ from torch import Tensor
 from batchtrim._deprecated import old_name
 from batchtrim.engine.rows import map_tensors, tensors_of
 from batchtrim.losses import Losses
-from batchtrim.reduction import reduce_kept
+from batchtrim.reduction import reduce_rows
 from batchtrim.selection import Selection
 from batchtrim.trimmer import Trimmer
 
@@ -67,8 +67,4 @@ def padded_rows(selection: Selection, companions: int = 0) -> Tensor:
 
 def kept_loss(kept: Losses, selection: Selection, trim: Trimmer) -> Tensor:
     """Return the loss of the kept rows, from a forward over :func:`padded_rows`."""
-    values, weights = kept.values, kept.weights
-    if values.shape[0] != selection.k:
-        values = values[: selection.k]
-        weights = None if weights is None else weights[: selection.k]
-    return reduce_kept(values, selection, trim.scale, weights)
+    return reduce_rows(kept, slice(selection.k), selection, trim.scale)

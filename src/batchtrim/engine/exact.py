@@ -33,7 +33,7 @@ class ExactEngine:
         losses, outputs = self.forward(x, y)
         if selection is None:
             selection = self.trim.select(losses, rank_by=self.forward.scores(losses, outputs, y))
-        loss = reduce(losses.values, selection, self.trim.scale, losses.weights)
+        loss = reduce(losses, selection, self.trim.scale)
         outputs = outputs.detach() if type(outputs) is Tensor else map_tensors(Tensor.detach, outputs)
         return StepResult(loss, losses.values.detach(), outputs, selection, engine=self.name)
 

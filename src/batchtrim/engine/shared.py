@@ -39,7 +39,7 @@ from batchtrim.engine.rows import batch_size, tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
 from batchtrim.engine.tape import Tape
-from batchtrim.engine.traced_function import row_sizes, traced_function
+from batchtrim.engine.traced_function import OF_TERMS, row_sizes, traced_function
 from batchtrim.engine.unguarded import Unguarded
 from batchtrim.engine.wrappers import check_backward, hooks_on_wrapper, in_wrapper, inside_join, runs_again
 from batchtrim.errors import EngineFallback, EngineRefused
@@ -126,6 +126,8 @@ class SharedEngine:
         lazy = self.trace is None and is_lazy(self.forward.inner)  # never again after a trace
         if whole or lazy or not is_training_step():
             return self.exact(x, y, selection)
+        if selection is not None and selection.terms:
+            raise EngineRefused(_CANNOT.format(OF_TERMS))
         found = self._forward(x, y)
         if found is None:
             return self.exact(x, y, selection)
@@ -178,7 +180,10 @@ class SharedEngine:
 
     def _capture(self, counts: bool = False) -> Capture:
         return Capture(
-            traced_function(self.forward, self.equates), self._planner, compiler=self.compiler, counts=counts
+            traced_function(self.forward, self.equates, self.trim.scope),
+            self._planner,
+            compiler=self.compiler,
+            counts=counts,
         )
 
     def _planner(self) -> SlicedStep:

@@ -23,7 +23,7 @@ from batchtrim.engine.model_facts import device_of
 from batchtrim.engine.rows import copied, entries, tensors_of
 from batchtrim.engine.side import Side
 from batchtrim.errors import EngineFallback, EngineRefused
-from batchtrim.reduction import reduce_kept
+from batchtrim.reduction import reduce_rows
 from batchtrim.selection import Selection
 
 __all__ = ["TOLERANCE", "SideBySide", "draws_of_torch", "generators_kept", "max_or_nan"]
@@ -174,8 +174,7 @@ class SideBySide:
             near = kept.shape == expected.shape and torch.allclose(kept, expected, rtol=1e-6, atol=1e-7)
             self._note(same_samples=near)
             right = selection if near else right
-        weights = None if losses.weights is None else losses.weights[right.indices]
-        self.loss = reduce_kept(losses.values[right.indices], right, side.step.trim.scale, weights)
+        self.loss = reduce_rows(losses, right.indices, right, side.step.trim.scale)
         self.loss.backward()
         return started
 

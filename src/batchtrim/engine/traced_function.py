@@ -14,15 +14,19 @@ from batchtrim.engine.capture import CannotCapture
 from batchtrim.engine.compilation import uncompiled
 from batchtrim.engine.forward import Forward, as_losses
 from batchtrim.engine.rows import batch_size, tensors_of
+from batchtrim.unreduced import as_one
 
-__all__ = ["row_sizes", "traced_function"]
+__all__ = ["OF_TERMS", "row_sizes", "traced_function"]
+
+OF_TERMS = "its loss is a sum of terms whose entries count differently"
 
 
-def traced_function(forward: Forward, equates: bool) -> Callable[..., Any]:
+def traced_function(forward: Forward, equates: bool, scope: str) -> Callable[..., Any]:
     """Return a function of (x, y) that runs the model and returns one loss per sample, and the outputs.
 
     Args:
         equates: treat sizes that are equal as one number; see :func:`_equate_sizes`.
+        scope: the trimmer's. On one rank, means over all entries have one divisor.
     """
     model = uncompiled(forward.inner)
     per_sample_loss, unit, dim = forward.per_sample_loss, forward.unit, forward.batch_dim
@@ -39,8 +43,9 @@ def traced_function(forward: Forward, equates: bool) -> Callable[..., Any]:
         if isinstance(outputs, GeneratorType):
             raise CannotCapture("it returns a generator, which can be read only once. Return a list")
         losses = as_losses(per_sample_loss(outputs, y), unit)
+        losses = as_one(losses) if scope == "local" else losses
         if losses.terms:
-            raise CannotCapture("its loss is a sum of terms whose entries count differently")
+            raise CannotCapture(OF_TERMS)
         counting = losses.mask, losses.weights, losses.counts, losses.unit, losses.reduction
         parts = losses.values, *counting, (), losses.entries
         return parts, _detached(outputs)

@@ -15,7 +15,7 @@ from torch import Tensor
 from batchtrim.distributed import sum_over_ranks, world_size
 from batchtrim.integrations._loss_finder import Found
 from batchtrim.integrations._sample_rows import items_of, shifts_of
-from batchtrim.unreduced import Losses, divisors, flatten
+from batchtrim.unreduced import Losses, counted, divisors, flatten
 
 __all__ = [
     "Counting",
@@ -154,14 +154,16 @@ def check_own(losses: Losses, labels: Sequence[Tensor], unit: str) -> None:
 
 
 def plain_sums(losses: Losses) -> Tensor:
-    """Return (2,) float64: the sum of all losses that count, and its divisor, their number or weights."""
-    flat = flatten(losses, losses.unit or "element")
+    """Return (t, 2) float64, t terms: the sum of all losses that count, and its divisor, their number or weights."""
+    if losses.terms:
+        return torch.cat([plain_sums(term) for term in losses.terms])
+    flat = counted(flatten(losses, losses.unit or "element"))
     divisor = divisors(flat)
     counts = torch.ones_like(flat.values) if divisor is None else divisor
     values = flat.values if flat.counts is None else flat.values * flat.counts
     if flat.mask is not None:
         values, counts = values[flat.mask], counts[flat.mask]
-    return torch.stack([values.detach().double().sum(), counts.double().sum()])
+    return torch.stack([values.detach().double().sum(), counts.double().sum()])[None]
 
 
 def shares(counts: Tensor, over: str, scope: str, across: bool) -> list[Tensor]:

@@ -32,7 +32,7 @@ class Interception:
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self.finder = LossFinder(options.get("unit", "sample"))
+        self.finder = LossFinder(options.get("unit", "sample"), apart=True)
         self._module: Any = None
 
     def start(self, trim: Trimmer, module: Any) -> None:
@@ -72,7 +72,7 @@ class Interception:
                 f"expected a training_step whose loss is made of one loss per sample, got one where {reason}. "
                 "Call self.trim(losses) in it, without `intercept`."
             ) from reason
-        loss = trim(found.losses, rank_by=found.scores)
+        loss = trim(found.losses)
         return {**found.outputs, "loss": loss} if isinstance(found.outputs, Mapping) else loss
 
 

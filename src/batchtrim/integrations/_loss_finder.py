@@ -21,7 +21,7 @@ from torch import Tensor
 from batchtrim.integrations._contributions import compare, parts_of, weights_of
 from batchtrim.integrations._recorder import LossPart, NotFound, Recorder
 from batchtrim.integrations._sample_rows import label_sizes, output_tensors, prove_rows, rows_of
-from batchtrim.integrations._terms import Term, merged
+from batchtrim.integrations._terms import Term, merged, summed
 from batchtrim.unreduced import Losses
 
 __all__ = ["Found", "LossFinder"]
@@ -59,10 +59,12 @@ class LossFinder:
         unit: "sample": one loss per sample, weighted by its entries that count, so that keeping all gives L even if
             samples have different numbers of tokens. "element": one loss per entry.
         smoothing: label smoothing to add to the model's cross-entropy.
+        apart: divide terms that count differently each by its own divisor over what is kept; otherwise by that of the
+            whole batch.
     """
 
-    def __init__(self, unit: str = "sample", smoothing: float = 0.0) -> None:
-        self.unit, self.smoothing = unit, smoothing
+    def __init__(self, unit: str = "sample", smoothing: float = 0.0, apart: bool = False) -> None:
+        self.unit, self.smoothing, self.apart = unit, smoothing, apart
         self._proven: set[Any] = set()
         self._calls = 0
 
@@ -101,7 +103,7 @@ class LossFinder:
                 self._proven.add(form)
         terms = [Term(each, part.counted, weights_of(part, batch)) for part, each in zip(parts, rows, strict=True)]
         alike = _same_entries(parts, rows)
-        losses, scores = merged(terms, alike, self.unit)
+        losses, scores = (summed(terms, alike, self.unit), None) if self.apart else merged(terms, alike, self.unit)
         if check:
             compare(loss, losses.mean(), "the loss with everything kept")
         return Found(losses, scores, loss.detach(), outputs, parts, terms, alike)

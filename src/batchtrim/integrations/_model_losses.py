@@ -39,10 +39,11 @@ class FlatLosses(NamedTuple):
     counts: Tensor | None
     scores: Tensor | None
     entries: int | None = None
+    terms: tuple[Losses, ...] = ()
 
     @property
     def losses(self) -> Losses:
-        return Losses(self.values, self.mask, self.weights, self.counts, entries=self.entries)
+        return Losses(self.values, self.mask, self.weights, self.counts, terms=self.terms, entries=self.entries)
 
 
 class ModelLosses:
@@ -108,7 +109,7 @@ class ModelLosses:
         else:
             found = self.find(model, inputs)
             outputs, flat, scores = found.outputs, found.losses, found.scores
-        return FlatLosses(outputs, flat.values, flat.mask, flat.weights, flat.counts, scores, flat.entries)
+        return FlatLosses(outputs, flat.values, flat.mask, flat.weights, flat.counts, scores, flat.entries, flat.terms)
 
     def one_mean(self, losses: Losses) -> Losses:
         """Return the losses as the vector to choose from.
@@ -117,8 +118,8 @@ class ModelLosses:
             ValueError: their reduction is "sum".
         """
         flat = flatten(losses, self.unit)
-        if flat.terms or flat.reduction != "mean":
-            raise ValueError("expected `per_sample_loss` to return losses of one mean, got a sum. Average them.")
+        if any(each.reduction != "mean" for each in flat.terms or (flat,)):
+            raise ValueError("expected `per_sample_loss` to return losses of a mean, got a sum. Average them.")
         return flat
 
     def _compiled(self, model: nn.Module, inputs: Any) -> tuple[Losses, Tensor | None, Any] | None:

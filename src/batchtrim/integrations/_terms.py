@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from batchtrim.integrations._recorder import NotFound
-from batchtrim.unreduced import Losses, flatten, nonzero
+from batchtrim.unreduced import Losses, flatten, nonzero, sum_of
 
-__all__ = ["Term", "merged"]
+__all__ = ["Term", "merged", "summed"]
 
 
 class Term(NamedTuple):
@@ -35,6 +35,13 @@ class Term(NamedTuple):
         counts = self.counted if self.weights is None else self.weights
         counts = torch.ones_like(self.values) if counts is None else counts
         return counts.reshape(self.values.shape).sum(1).to(self.values.dtype)
+
+
+def summed(terms: Sequence[Term], alike: bool, unit: str) -> Losses:
+    """Return the losses to choose from, with the terms apart if they are not ``alike``; see :func:`merged`."""
+    if alike or (unit == "element" and any(term.values.shape[1] > 1 for term in terms)):
+        return merged(terms, alike, unit)[0]
+    return sum_of([_of_one(term, unit) for term in terms], unit)
 
 
 def merged(terms: Sequence[Term], alike: bool, unit: str) -> tuple[Losses, Tensor | None]:

@@ -97,7 +97,7 @@ class TrainerLoss:
             found = self.model_losses(model, inputs)
             outputs = found.outputs
             if selection is not None:
-                loss = reduce(found.values, selection, trim.scale, found.weights)
+                loss = reduce(found.losses, selection, trim.scale)
             else:
                 loss = trim(found.losses, rank_by=found.scores)
                 self._record(trim.last, ids, inputs, outputs)
@@ -147,7 +147,7 @@ class TrainerLoss:
     def mean_evaluated(self) -> float:
         """Return the mean over all entries (not batches) that :meth:`plain` saw, on all ranks."""
         total = self.trainer.accelerator.reduce(torch.stack(self.evaluated).sum(0), reduction="sum")
-        return float(total[0] / total[1].clamp(min=torch.finfo(total.dtype).tiny))
+        return float((total[:, 0] / total[:, 1].clamp(min=torch.finfo(total.dtype).tiny)).sum())
 
     def _engine_step(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
         if self._step is None:

@@ -47,6 +47,8 @@ class Selection:
         weights: (k,), or None if every kept sample counts the same.
         normalizer: the divisor of the weighted sum, a number or a 0-d tensor; None means k.
         batch_normalizer: the same for scale "batch"; None means ``candidates``.
+        terms: of a sum of terms that count differently, one selection per term: the same rows, with its own weights
+            and divisors. Empty otherwise.
     """
 
     indices: Tensor
@@ -55,6 +57,7 @@ class Selection:
     weights: Tensor | None = None
     normalizer: float | Tensor | None = None
     batch_normalizer: float | Tensor | None = None
+    terms: tuple[Selection, ...] = ()
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Selection:
         weights: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         batch_normalizer: float | Tensor | None = None,
+        terms: tuple[Selection, ...] = (),
     ) -> None:
         # one is made per batch; a frozen dataclass would set its fields one by one, at twice the cost
         vars(self).update(
@@ -73,6 +77,7 @@ class Selection:
             weights=weights,
             normalizer=normalizer,
             batch_normalizer=batch_normalizer,
+            terms=terms,
         )
 
     @property
@@ -89,7 +94,8 @@ class Selection:
         """Return the selection with its rows in ascending order, which is cheaper to slice by."""
         indices, order = torch.sort(self.indices)
         weights = None if self.weights is None else self.weights[order]
-        return Selection(indices, self.size, self.candidates, weights, self.normalizer, self.batch_normalizer)
+        terms = tuple(term.rising() for term in self.terms)
+        return Selection(indices, self.size, self.candidates, weights, self.normalizer, self.batch_normalizer, terms)
 
     def mask(self) -> Tensor:
         """Return bool (B,), True for kept samples."""
