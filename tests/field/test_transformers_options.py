@@ -337,3 +337,20 @@ def test_a_loss_that_is_not_a_mean_over_samples_is_refused(make: Any, engine: st
 def test_a_resume_length_is_checked_when_the_trainer_is_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected `resume_length` to be one of 'stretch', 'saved', got 'strech'"):
         TrimmedTrainer(model=new_model("sequence"), args=arguments(str(tmp_path)), resume_length="strech")
+
+
+def of_classes_twice(outputs: Any, labels: Tensor) -> batchtrim.Losses:
+    weighted = batchtrim.per_sample(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])))
+    return weighted(outputs.logits, labels) + batchtrim.per_sample(nn.CrossEntropyLoss())(outputs.logits, labels)
+
+
+@pytest.mark.parametrize("engine", [None, "exact"])
+def test_micro_batches_have_no_weight_for_a_sum_of_terms(engine: str | None, tmp_path: Path) -> None:
+    """Weighted by one count for all terms, weights after a step were off by up to 0.06."""
+    options = {"keep": 0.5, "per_sample_loss": of_classes_twice, "engine": engine}
+    train(TrimmedTrainer, new_model("sequence"), data("sequence", 10), tmp_path, **options)
+    with pytest.raises(ValueError, match="under gradient accumulation, got a sum of 2 terms that count differently"):
+        train(
+            TrimmedTrainer, new_model("sequence"), data("sequence", 10), tmp_path, **options,
+            gradient_accumulation_steps=2,
+        )  # fmt: skip

@@ -177,7 +177,7 @@ def test_tensorboard_gets_what_is_logged() -> None:
     (folder,) = Path("here/tensorboard").iterdir()
     events = event_accumulator.EventAccumulator(str(folder))
     events.Reload()
-    assert {"value", "keep", "kept_loss", "ratio"} <= set(events.Tags()["scalars"])
+    assert {"rmse", "keep", "kept_loss", "ratio"} <= set(events.Tags()["scalars"])
     assert [round(each.value, 3) for each in events.Scalars("keep")] == [1.0, 0.625, 0.188], "10 and 3 of 16"
 
 

@@ -86,22 +86,29 @@ class TrainerLoss:
     def trimmed(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
         """Return the loss of a micro-batch, times its share of the window and the window's length, and the outputs.
 
+        A sum of terms that count differently has no such share: ranks are averaged as in plain training.
         A ``compute_loss`` that runs the model twice, as R-Drop does, asks for it twice.
         """
         self.waits = False
         trim = self.trainer.trim
         share, selection = self._share()
         if self.engine is not None:
-            loss, outputs = self._engine_step(model, inputs, ids)
+            loss, outputs, terms = self._engine_step(model, inputs, ids)
         else:
             found = self.model_losses(model, inputs)
-            outputs = found.outputs
+            outputs, terms = found.outputs, len(found.terms)
             if selection is not None:
                 loss = reduce(found.losses, selection, trim.scale)
             else:
                 loss = trim(found.losses, rank_by=found.scores)
                 self._record(trim.last, ids, inputs, outputs)
-        if share is not None:
+        if terms and self.trainer.current_gradient_accumulation_steps > 1:
+            raise ValueError(
+                "expected `per_sample_loss` to return losses of one mean under gradient accumulation, got a sum of "
+                f"{terms} terms that count differently, by which micro-batches have no common weight. Average them to "
+                "one loss per sample, or set gradient_accumulation_steps=1."
+            )
+        if share is not None and not terms:
             loss = loss * (share * self.trainer.current_gradient_accumulation_steps).to(loss)
         return loss, outputs
 
@@ -149,14 +156,14 @@ class TrainerLoss:
         total = self.trainer.accelerator.reduce(torch.stack(self.evaluated).sum(0), reduction="sum")
         return float((total[:, 0] / total[:, 1].clamp(min=torch.finfo(total.dtype).tiny)).sum())
 
-    def _engine_step(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any]:
+    def _engine_step(self, model: nn.Module, inputs: Any, ids: Tensor | None) -> tuple[Tensor, Any, int]:
         if self._step is None:
             self._step = EngineStep(self.model_losses, self.trainer.trim, self.engine or "auto")
         loss = self._step(model, dict(inputs))
         assert self._step.last is not None
         outputs = self._step.last.outputs
         self._record(self.trainer.trim.last, ids, inputs, outputs)
-        return loss, outputs
+        return loss, outputs, len(self._step.last.selection.terms)
 
     def _choose_window(self, model: nn.Module) -> None:
         """Choose from all micro-batches of the window; training repeats the random numbers of the scoring pass."""
