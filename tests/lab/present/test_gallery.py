@@ -61,6 +61,14 @@ def images():
     return torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8, generator=generator)
 
 
+@pytest.mark.parametrize(("most", "dtype"), [(32767, "<i2"), (32768, "<i4"), (40000, "<i4")])
+def test_classes_beyond_two_bytes_are_kept(most, dtype):
+    """Class 40,000 became -25,536."""
+    packed = gallery._packed(gallery._classes(torch.tensor([most, -1, 0])))
+    assert packed["type"] == {"<i2": "Int16Array", "<i4": "Int32Array"}[dtype]
+    assert np.frombuffer(base64.b64decode(packed["data"]), dtype).tolist() == [most, -1, 0]
+
+
 def test_page_holds_the_log(tmp_path, images):
     log, labels, _ = _log(300, 3)
     samples = gallery.Samples(labels, ["a", "b", NASTY], images=images, title=NASTY)

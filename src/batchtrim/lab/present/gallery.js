@@ -1,6 +1,6 @@
 {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const types = {Uint8Array, Uint16Array, Int16Array, Uint32Array, Float32Array};
+  const types = {Uint8Array, Uint16Array, Int16Array, Int32Array, Uint32Array, Float32Array};
   const unpack = ({type, data}) => new types[type](Uint8Array.from(atob(data), c => c.charCodeAt(0)).buffer);
   const col = Object.fromEntries(Object.entries(data.columns).map(([name, packed]) => [name, unpack(packed)]));
   const shown = unpack(data.shown);

@@ -228,8 +228,8 @@ def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
     confidence = table["confidence"] if samples.confidence is None else samples.confidence
     return {
         "id": ids.numpy().astype(np.uint32),
-        "label": samples.labels[ids].numpy().astype(np.int16),
-        "predicted": predicted[ids].cpu().numpy().astype(np.int16),
+        "label": _classes(samples.labels[ids]),
+        "predicted": _classes(predicted[ids]),
         "confidence": _percent(confidence[ids].float()),
         "keep": _percent(table["keep_rate"][ids]),
         "score": _percent(scores),
@@ -238,6 +238,12 @@ def _columns(log: KeepLog, samples: Samples) -> dict[str, np.ndarray]:
         "spread": table["variance"][ids].sqrt().numpy().astype(np.float32),
         "last": table["last"][ids].numpy().astype(np.float32),
     }
+
+
+def _classes(values: Tensor) -> np.ndarray:
+    """Return classes in two bytes each, or in four if there are too many for two."""
+    fits = not (values > np.iinfo(np.int16).max).any()
+    return values.cpu().numpy().astype(np.int16 if fits else np.int32)
 
 
 def _percent(values: Tensor) -> np.ndarray:
@@ -263,9 +269,9 @@ def _loss_scale(columns: dict[str, np.ndarray]) -> float:
 
 
 def _packed(values: np.ndarray) -> dict[str, str]:
-    kinds = {"u1": "Uint8Array", "u2": "Uint16Array", "i2": "Int16Array", "u4": "Uint32Array", "f4": "Float32Array"}
+    kinds = {"u1": "Uint8", "u2": "Uint16", "i2": "Int16", "i4": "Int32", "u4": "Uint32", "f4": "Float32"}
     little = values.astype(values.dtype.newbyteorder("<"))
-    return {"type": kinds[values.dtype.str[1:]], "data": base64.b64encode(little.tobytes()).decode()}
+    return {"type": kinds[values.dtype.str[1:]] + "Array", "data": base64.b64encode(little.tobytes()).decode()}
 
 
 def _sheets(images: Tensor) -> tuple[list[str], dict[str, int]]:
