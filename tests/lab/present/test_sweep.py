@@ -47,6 +47,25 @@ def test_the_verdict_of_a_sweep_names_the_best_arm_of_several(make_row: MakeRow)
     )
 
 
+def test_a_best_arm_with_diverged_runs_is_told_as_such(make_row: MakeRow) -> None:
+    """It was named best without a word: its mean is over fewer seeds, perhaps the easier ones."""
+    rows = [make_row("full", seed, 0.10 + seed / 1000) for seed in range(4)]
+    for schedule in ("linear", "cosine"):
+        for end in (0.1, 0.5):
+            error = 0.05 if (schedule, end) == ("cosine", 0.1) else 0.09
+            rows += [make_row("trim", s, error + s * 3 % 5 / 500, schedule=schedule, keep_end=end) for s in range(4)]
+    for row in rows:
+        if row["config"]["seed"] == 3 and row["test_error"] is not None and row["test_error"] < 0.08:
+            row |= {"status": "diverged", "test_error": None}
+    (group,) = comparison.summarize(rows).groups
+    (grid,) = sweep.grids(group)
+    assert ", over the 3 of 4 runs that did not diverge. Picked" in grid.said
+    for end in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        rows += [make_row("random", s, 0.1 + s * 3 % 5 / 500, schedule="linear", keep_end=end) for s in range(4)]
+    (group,) = comparison.summarize(rows).groups
+    assert "(best: cosine to 0.1 (some diverged))" in wording.group_verdict(group)
+
+
 def test_a_sweep_has_a_grid_for_each_method_with_the_best_marked(swept: comparison.Summary) -> None:
     trim, random = sweep.grids(swept.groups[0])
     assert (trim.method, random.method, trim.ends) == ("trim", "random", ("0.1", "0.5"))

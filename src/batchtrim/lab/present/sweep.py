@@ -71,7 +71,8 @@ def _best_said(best: Sequence[Arm], of: int) -> str:
     if len(best) > 1:
         return f"{len(best)} of {of} share the best mean of {metric.title}."
     against = f", {formats.difference(arm.paired)}{metric.unit} against the baseline" if arm.paired else ""
+    lost = f", over the {len(arm.errors)} of {len(arm.runs)} runs that did not diverge" if arm.diverged else ""
     return (
-        f"Best: {wording.place(arm)}, {metric.title} {formats.error(arm)}{against}. Picked out of {of} on the "
+        f"Best: {wording.place(arm)}, {metric.title} {formats.error(arm)}{against}{lost}. Picked out of {of} on the "
         "test set, so it looks better than it is: confirm it on fresh seeds."
     )

@@ -124,7 +124,7 @@ def group_verdict(group: Group) -> str:
         return _sweep_verdict(compared, group.metric)
     labels: dict[str, list[str]] = {name: [] for name in FINDINGS}
     for arm in compared:
-        labels[kind(arm.paired)].append(arm.label + (" (some diverged)" if arm.diverged and arm.errors else ""))
+        labels[kind(arm.paired)].append(arm.label + _some_diverged(arm))
     return "; ".join(f"{_found(name, group.metric)}: {', '.join(each)}" for name, each in labels.items() if each)
 
 
@@ -142,9 +142,14 @@ def _sweep_verdict(compared: list[Arm], metric: Metric) -> str:
         said = ""
         if len(best) == 1:
             alone = [place(arm) for arm in arms].count(place(best[0])) == 1
-            said = f" (best: {place(best[0]) if alone else best[0].label})"
+            said = f" (best: {place(best[0]) if alone else best[0].label}{_some_diverged(best[0])})"
         lines.append(f"{method}: {found} of {len(arms)}{said}")
     return "; ".join(lines)
+
+
+def _some_diverged(arm: Arm) -> str:
+    """Return a remark on an arm whose mean is over fewer seeds than it was run with."""
+    return " (some diverged)" if arm.diverged and arm.errors else ""
 
 
 def best_of(arms: Iterable[Arm]) -> list[Arm]:
