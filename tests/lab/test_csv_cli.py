@@ -39,6 +39,22 @@ def test_a_csv_of_results_is_reported(tmp_path: Path) -> None:
     assert "Run it again" not in Path("results/report.md").read_text()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("first", ["", "sep={}\r\n"])
+def test_files_that_excel_writes_are_read(tmp_path: Path, encoding: str, separator: str, first: str) -> None:
+    """A first line sep=; was taken for the header, and text in UTF-16 refused."""
+    lines = table(tmp_path / "plain.csv")
+    text = first.format(separator) + "\r\n".join(lines).replace(",", separator)
+    (tmp_path / "results.csv").write_bytes(text.encode(encoding))
+    read, plain = (read_csv(tmp_path / name, "error") for name in ("results.csv", "plain.csv"))
+    assert [row["test_error"] for row in read] == [row["test_error"] for row in plain]
+    wrong = text.replace(f"full{separator}1", f"full{separator}x")
+    (tmp_path / "results.csv").write_bytes(wrong.encode(encoding))
+    with pytest.raises(ValueError, match="whole number in line 4 " if first else "whole number in line 3 "):
+        read_csv(tmp_path / "results.csv")
+
+
 def test_missing_pairs_are_named_and_the_others_compared(tmp_path: Path) -> None:
     lines = table(tmp_path / "results.csv")
     del lines[2]  # full, seed 1
@@ -127,7 +143,7 @@ def test_report_takes_a_folder_or_a_table() -> None:
     assert "got neither" in mistake("report")
     assert "got both" in mistake("report", "here", "--csv", "x.csv")
     assert "expected a CSV file x.csv, got nothing there" in mistake("report", "--csv", "x.csv")
-    Path("bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
+    Path("bytes.csv").write_bytes(b"\xff\x00\x01")
     assert "to be text in UTF-8" in mistake("report", "--csv", "bytes.csv")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
 import math
 import numbers
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ __all__ = ["read_csv", "to_records"]
 
 KNOWN = ("method", "seed")
 TIMES = ("time", "seconds")
+SEPARATOR = re.compile(r"\s*\"?sep=([,;\t])\"?[,;\t ]*\n\s*")
+"""A first line that tells Excel how columns are separated."""
 MOST_NAMED, LONGEST_NAME = 12, 40  # in a message: the most columns, and characters of each
 
 
@@ -36,16 +40,12 @@ def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool
     path = Path(path)
     if path.suffix == ".jsonl" or path.is_dir():
         raise ValueError(f"expected a CSV file, got {path}. The report on runs of the lab: batchtrim report FOLDER")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"expected a CSV file {path}, got nothing there.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected {path} to be text in UTF-8, got other bytes ({error.reason}).") from error
-    begin = len(text) - len(text.lstrip())
+    text = _text(path)
+    named = SEPARATOR.match(text)
+    begin = named.end() if named else len(text) - len(text.lstrip())
     blank = text.count("\n", 0, begin)
     first = text[begin:].partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
+    delimiter = named[1] if named else max(",;\t", key=first.count)
     lines = io.StringIO(text[begin:], newline="")
     reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     names = [(name or "").strip() for name in reader.fieldnames or []]
@@ -68,6 +68,21 @@ def read_csv(path: str | Path, metric: str | None = None, higher_is_better: bool
         at = reader.line_num + blank
         raise ValueError(f"expected {path} to be CSV, got {error} in line {at}.") from error
     return to_records(rows, str(path), metric, higher_is_better, places)
+
+
+def _text(path: Path) -> str:
+    """Return the text of a file in UTF-8, or in UTF-16 with a mark, which Excel writes as "Unicode text"."""
+    try:
+        data = path.read_bytes()
+        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if marked else "utf-8-sig")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"expected a CSV file {path}, got nothing there.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected {path} to be text in UTF-8, got other bytes ({error.reason}). Save it as CSV in UTF-8."
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def to_records(
