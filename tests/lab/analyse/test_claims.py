@@ -234,6 +234,12 @@ def test_engines_tell_arms_of_one_method_apart(tmp_path: Path) -> None:
             "`margin` to be positive and finite, got -1. In points",
         ),
         (CLAIMS.replace('"random"', '"radnom"'), "'radnom' with 'full'"),
+        (
+            CLAIMS.replace('"random"', '"trim"'),
+            r"each `method` of a claim once, got \['trim', 'trim'\]",
+        ),  # Holm counted both
+        ("effect = 0.5\nclaim = [1, 2]", "`claim` to be tables"),  # an AttributeError
+        (CLAIMS + "seed = 1", "got 'seed' beside them in .*claims.toml(?!.*mean 'seed')"),
     ],
 )
 def test_wrong_claims_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -249,7 +249,7 @@ def _parsed(values: Mapping[str, Any], path: Path) -> tuple[str, str, float, boo
         raise ValueError(f"expected {', '.join(_TOP)} in {path}, got {strange!r}.{nearest(strange, _TOP)}")
     effect = check_positive("effect", values.get("effect"), "The smallest difference of interest, in points.") / 100
     tables = values.get("claim")
-    if not isinstance(tables, list) or not tables:
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise ValueError(
             f"expected `claim` to be tables, each under a line [[claim]], got {describe(tables)} in {path}."
         )
@@ -268,7 +268,7 @@ def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:
     missing = [name for name in _KEYS if name not in table]
     if strange or missing:
         what = f"{strange[0]!r} beside them" if strange else f"none called {missing[0]!r}"
-        near = nearest(strange[0], {**SETTINGS, **dict.fromkeys(_KEYS)}) if strange else ""
+        near = nearest(strange[0], [name for name in (*SETTINGS, *_KEYS) if name != strange[0]]) if strange else ""
         raise ValueError(
             f"expected a claim to have {', '.join(_KEYS)} and settings of runs, got {what} in {path}.{near}"
         )
@@ -286,6 +286,8 @@ def _claims(table: Mapping[str, Any], path: Path) -> list[Claim]:
     for method in (*methods, table["against"]):
         if not isinstance(method, str):
             raise TypeError(f"expected the methods of a claim to be names, got {describe(method)} in {path}.")
+    if len(set(methods)) < len(methods):  # p-values would be corrected for a finding too many
+        raise ValueError(f"expected each `method` of a claim once, got {describe(methods)} in {path}.")
     return [_claim(table, method) for method in methods]
 
 
