@@ -273,6 +273,7 @@ def test_the_models_own_error_is_raised() -> None:
     [
         ({"keep": 1.5}, r"expected `keep` in \(0, 1\], got 1.5"),
         ({"keep": [0.5, "a"]}, "expected `keep` to be a number, got 'a'"),
+        ({"keep": []}, "expected `keep` to hold at least one fraction, got none"),
         ({"more": [torch.ones(3)]}, r"expected `more` to be \(x, y\), got a tensor"),
         ({"tolerance": -1.0}, "expected `tolerance` to be positive"),
         ({"lr": float("nan")}, "expected `lr` to be positive"),

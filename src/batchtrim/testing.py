@@ -221,6 +221,8 @@ def check_engine(
     """
     batches = [_checked("batch", batch), *(_checked("more", each) for each in more)]
     keeps = [check_keep("keep", each) for each in (keep if isinstance(keep, (tuple, list)) else [keep])]
+    if not keeps:
+        raise ValueError("expected `keep` to hold at least one fraction, got none.")
     check_count("steps", steps)
     check_positive("lr", lr)
     if tolerance is not None:
