@@ -48,6 +48,8 @@ def test_arguments_that_are_not_flag_table_or_summary_are_refused() -> None:
         summarize([{"method": "full", "seed": 0, "score": 0.1}], higher_is_better="yes")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"expected `params` to be a mapping of methods .*got 5"):
         run_once(calls(), params=5)
+    with pytest.raises(TypeError, match=r"to take one argument, the run"):
+        run_once(lambda: None)  # type: ignore[arg-type, misc]
     with pytest.raises(TypeError, match="expected `summary` to be what compare or summarize returns, got 5"):
         headline(5)  # type: ignore[arg-type]
 

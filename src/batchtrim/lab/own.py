@@ -29,7 +29,7 @@ from batchtrim.lab.execute import cores, grid, local, preflight, progress, sched
 from batchtrim.lab.metric import Metric
 from batchtrim.lab.present import report, tables
 from batchtrim.lab.present.wording import headline
-from batchtrim.lab.run.perform import perform
+from batchtrim.lab.run.perform import check_task, perform
 from batchtrim.lab.run.task_config import TaskConfig
 from batchtrim.lab.run.task_run import Run, TaskMistake
 from batchtrim.lab.task.own_code import Code, YourCodeFailed
@@ -133,7 +133,7 @@ def run_once(
             ``runs/once``.
 
     Raises:
-        TaskMistake, YourCodeFailed: as in :func:`compare`. ArithmeticError: the run diverged.
+        TaskMistake, YourCodeFailed, ValueError, TypeError: as in :func:`compare`. ArithmeticError: the run diverged.
     """
     out = Path(settings.pop("out", "runs/once"))
     code = Code.in_file(train, "train") if isinstance(train, str) else Code.of(train)
@@ -145,6 +145,7 @@ def run_once(
         TaskConfig.from_dict({"task": code.name, "method": method, "seed": seed, **settings}),
         method_params=params, code=code,
     ).resolved()  # fmt: skip
+    check_task(config)
     row = perform(config, out)
     if row["status"] == "finished":
         return float(row[Metric.of(row["config"]).field])

@@ -107,9 +107,9 @@ class Code:
             return function  # some callables have no signature
         try:
             signature.bind(*[None] * arguments)
-        except TypeError as error:
+        except TypeError:
             wanted = {1: "one argument, the run", 2: "the image shape and the number of classes"}[arguments]
-            raise TypeError(f"expected {self.name} to take {wanted}, got {self.attribute}{signature}.") from error
+            raise TypeError(f"expected {self.name} to take {wanted}, got {self.attribute}{signature}.") from None
         return function
 
     def helpers(self) -> dict[str, str]:
