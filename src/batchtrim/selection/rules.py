@@ -117,7 +117,8 @@ class between:
 class uniform:
     """Keep k samples drawn uniformly without replacement: the control that separates selection from smaller batches.
 
-    Source: a strong baseline in arXiv 2111.12621. It draws from ``generator``, never from the global one.
+    Source: a strong baseline in arXiv 2111.12621. A trimmer passes its own generator; called without one, the rule
+    draws from torch's.
 
     Args:
         like: a rule that sets k in each step, for rules whose k depends on the losses: the control of ``loss_mass`` is
