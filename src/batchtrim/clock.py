@@ -47,7 +47,7 @@ class Clock:
 
     def step(self, n: int, accuracy: float | None) -> None:
         """Advance by n. The first step beyond ``total`` warns if the keep fraction depends on progress."""
-        n = check_count("n", n, 0, "It is how many steps to advance; a handler may be called with something else.")
+        n = check_count("n", n, 0, "It is how many steps to advance. As an event handler: lambda *_: trim.step().")
         if accuracy is not None:
             accuracy = check_part("accuracy", accuracy, "It is a fraction, not a percentage.")
         elif self.reads_accuracy:

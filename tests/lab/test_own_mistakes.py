@@ -46,7 +46,7 @@ def test_a_method_no_trimmer_drives_is_refused_before_the_first_run(method: str)
         (0.3, "got 0.3"),
         ([0.3], "got [0.3]"),
         ({}, "got nothing in it"),
-        ({"accuracy": 0.3}, "got accuracy. --metric names the number to compare"),
+        ({"accuracy": 0.3}, "got accuracy. To compare by another number, name it: --metric, or metric= in Python"),
         ({"error": "low"}, "expected `error` to be a number, got 'low'"),
         ({"error": True}, "expected `error` to be a number, got True"),
         ({"error": None}, "expected `error` to be a number, got None"),

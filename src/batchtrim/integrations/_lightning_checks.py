@@ -22,9 +22,10 @@ def check_arguments(log: Any, keep_log: Any, attribute: Any, intercept: bool, op
         given = describe(keep_log if isinstance(log, bool) else log)
         raise TypeError(f"expected `log` to be a bool and `keep_log` to be a batchtrim.KeepLog, got {given}.")
     if intercept and (keep_log is not None or options.get("scope", "local") != "local"):
+        given = "`keep_log`" if keep_log is not None else "`scope` 'global'"
         raise ValueError(
-            "expected `scope` 'local' and no `keep_log` with `intercept`, which has no ids and asks no other rank, "
-            "got one of them. Call self.trim(losses) in training_step."
+            f"expected no {given} with `intercept`, got it: the callback knows no ids, and chooses on each rank alone. "
+            "Leave `intercept` out, and call self.trim(losses) in training_step."
         )
     if not isinstance(attribute, str) or not attribute.isidentifier():
         raise ValueError(f"expected `attribute` to be the name of an attribute, got {describe(attribute)}.")

@@ -168,7 +168,8 @@ def write(log: KeepLog, samples: Samples, out: str | Path) -> Path:
     if len(samples.labels) != log.n:
         raise ValueError(f"expected {log.n} labels, one per sample of the log, got {len(samples.labels)}.")
     if (samples.images is None) == (samples.rows is None):
-        raise ValueError("expected either `images` or `rows` of the samples, got both or neither.")
+        got = "neither" if samples.rows is None else "both"
+        raise ValueError(f"expected either `images` or `rows` of the samples, got {got}.")
     for name in ("images", "rows", "predicted", "confidence"):
         value = getattr(samples, name)
         if value is not None and len(value) != log.n:

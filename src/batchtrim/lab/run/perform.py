@@ -139,7 +139,8 @@ def _value(returned: Any, metric: Metric) -> dict[str, Any]:
     if metric.name not in returned:
         there = ", ".join(map(str, returned)) or "nothing in it"
         raise TaskMistake(
-            f"expected the task to {example} in every run, got {there}. --metric names the number to compare."
+            f"expected the task to {example} in every run, got {there}. "
+            "To compare by another number, name it: --metric, or metric= in Python."
         )
     try:
         value = as_number(metric.name, returned[metric.name])
