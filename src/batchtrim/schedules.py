@@ -248,8 +248,8 @@ def as_schedule(keep: Any, name: str = "keep") -> Callable[[float], float]:
     trimmer = hasattr(keep, "expected_keep")
     if (counted := _first_argument(keep)) in _COUNTED:
         raise TypeError(
-            f"expected `{name}` to be a callable of progress, from 0 to 1, got one of `{counted}`. Divide by the "
-            f"length of training; or if `{counted}` is that fraction already, rename the argument to progress."
+            f"expected `{name}` to be a callable of progress, from 0 to 1, got one of `{counted}`. Write it in "
+            f"terms of progress, the fraction of training done; if `{counted}` is that, rename it to progress."
         )
     if callable(keep) and not isinstance(keep, type) and takes(keep, 1) and not trimmer:
         return keep  # pyright: ignore[reportReturnType]
