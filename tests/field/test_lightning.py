@@ -150,7 +150,7 @@ def test_what_interception_cannot_do_is_refused(tmp_path: Path) -> None:
         assert "training_step" not in vars(module)
     with pytest.raises(ValueError, match="expected automatic optimization with `intercept`"):
         trained(Manual(), TrimmingCallback(0.5, intercept=True), tmp_path)
-    with pytest.raises(ValueError, match="expected `scope` 'local' and no `keep_log` with `intercept`"):
+    with pytest.raises(ValueError, match="expected no `scope` 'global' with `intercept`"):
         TrimmingCallback(intercept=True, scope="global")
 
 
