@@ -183,6 +183,11 @@ def test_every_run_finds_the_process_as_the_first_did(tmp_path: Path) -> None:
             lab.run_once(train, seed=seed, epochs=1, metric="rmse", out=tmp_path)
     assert found[0] == found[1]
     assert process.settings() == before
+    layer, x = torch.nn.Linear(1, 1), torch.ones(1, 1)
+    for weight in (1.0, 2.0):
+        torch.nn.init.constant_(layer.weight, weight - float(layer.bias.detach()))
+        with torch.autocast("cpu"):
+            assert float(layer(x).detach()) == pytest.approx(weight, rel=0.02), "a region cast the weights anew"
     multiprocessing.set_start_method(method, force=True)
 
 

@@ -186,6 +186,18 @@ def _set_start_method(name: str | None) -> None:
     multiprocessing.set_start_method(name, force=True)  # type: ignore[arg-type]
 
 
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _set_autocast_depth(depth: int) -> None:
+    """Leave what was entered: only the outermost region forgets the weights that it has cast."""
+    for _ in range(_autocast_depth() - depth):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+
+
 def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
     return functools.partial(getattr, owner, name), functools.partial(setattr, owner, name)
 
@@ -213,6 +225,7 @@ _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     *(_of_device(torch.is_autocast_enabled, torch.set_autocast_enabled, each) for each in ("cpu", "cuda")),
     *(_of_device(torch.get_autocast_dtype, torch.set_autocast_dtype, each) for each in ("cpu", "cuda")),
     *(_attribute(torch.backends.cudnn, each) for each in ("enabled", "benchmark", "deterministic")),
+    (_autocast_depth, _set_autocast_depth),
     _attribute(torch.backends.mkldnn, "enabled"),
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
