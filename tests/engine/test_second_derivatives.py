@@ -232,3 +232,23 @@ def test_a_weight_written_into_before_backward_is_an_error() -> None:
     gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     with pytest.raises(RuntimeError, match=f"{NONE}: an input or a weight was written into"):
         sum(each.sum() for each in gradients).backward()  # type: ignore[union-attr]
+
+
+def test_a_buffer_made_in_inference_mode() -> None:
+    """Its writes are not counted. ``shared`` refused the model."""
+    batch, found = _batch(), []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 5), Shifts())
+        found.append(_penalty(stepper(model, engine), batch))
+    torch.testing.assert_close(*found)
+
+
+class Shifts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.inference_mode():
+            self.register_buffer("shift", torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchtrim._checks import without_values
 
-__all__ = ["SharedMemory", "clones", "is_array", "write_values"]
+__all__ = ["SharedMemory", "clones", "is_array", "version_of", "write_values"]
 
 
 @dataclass
@@ -44,12 +44,12 @@ class SharedMemory:
         together = {id(part) for group in _groups(parts) if len(group) > 1 for part in group}
         self._others = [part for part in parts if id(part) in together]
         self._shared = [part for part in self._own if id(part) in together or _repeats_memory(part.value)]
-        self._noted = [(_version(part.value), _copy(part.value)) for part in self._shared]
+        self._noted = [(version_of(part.value), _copy(part.value)) for part in self._shared]
 
     def written(self) -> str | None:
         """Return which part was written into since construction, and what it shares its memory with; or None."""
         for part, (version, copy) in zip(self._shared, self._noted, strict=True):
-            if _version(part.value) != version or not _equal(part.value, copy):
+            if version_of(part.value) != version or not _equal(part.value, copy):
                 if _repeats_memory(part.value):
                     return f"`{part.place}`, whose elements share memory"
                 for other in self._others:
@@ -167,7 +167,8 @@ def _repeats_memory(value: Any) -> bool:
     return False
 
 
-def _version(value: Any) -> int:
+def version_of(value: Any) -> int:
+    """Return the number that a write in place raises (but not one through ``.data``); 0 if torch does not count."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from batchtrim.engine.contents import in_double
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.graphs import name_of
+from batchtrim.engine.memory import version_of
 
 if TYPE_CHECKING:
     from batchtrim.engine.sliced import SlicedStep
@@ -39,11 +40,11 @@ class Inputs:
     def __init__(self, args: Sequence[Any], fixed: Sequence[int], generators: GeneratorStates) -> None:
         self.args = args
         self.generators = generators
-        self.versions = {at: args[at]._version for at in fixed if isinstance(args[at], Tensor)}
+        self.versions = {at: version_of(args[at]) for at in fixed}
 
     def changed(self) -> bool:
         """True if an input that the run itself leaves alone was written into since."""
-        return any(self.args[at]._version != version for at, version in self.versions.items())
+        return any(version_of(self.args[at]) != version for at, version in self.versions.items())
 
 
 def with_second_derivatives(run: Callable[..., Any], graph: fx.GraphModule, step: SlicedStep) -> Callable[..., Any]:

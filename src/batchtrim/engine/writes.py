@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchtrim.engine.compilation import compiled_part
+from batchtrim.engine.memory import version_of
 from batchtrim.engine.model_facts import is_sharded
 from batchtrim.engine.operator_mode import OperatorMode
 from batchtrim.engine.reachable import Reachable
@@ -95,8 +96,8 @@ def memory_of(tensor: Tensor) -> int:
 
 
 def _mark(parameter: Tensor) -> tuple[int, int]:
-    """Return what an assignment changes, and what a write in place raises (but not one through ``p.data``)."""
-    return memory_of(parameter), 0 if parameter.is_inference() else parameter._version
+    """Return what an assignment changes, and what a write in place raises."""
+    return memory_of(parameter), version_of(parameter)
 
 
 _written: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # by the first forwards of each model
