@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from batchtrim.engine.memory import touching
+
 __all__ = ["differences", "overlaps"]
 
 
@@ -30,28 +32,5 @@ def _facts(tensor: Tensor) -> tuple[object, ...]:
 
 def overlaps(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> set[tuple[str, str]]:
     """Return the pairs that share memory: of tensors, and of a tensor and one of the others."""
-    spans = sorted(
-        (*span, name) for name, each in (*others.items(), *tensors.items()) if (span := _span(each)) is not None
-    )
-    found: set[tuple[str, str]] = set()
-    reach, last = -1, ""  # the span so far that ends last
-    for start, end, name in spans:
-        if start < reach and not (name in others and last in others):
-            found.add((last, name))
-        if end > reach:
-            reach, last = end, name
-    return found
-
-
-def _span(tensor: Tensor) -> tuple[int, int] | None:
-    """Return the addresses between which a tensor lies, if it has any."""
-    if tensor.layout != torch.strided or not tensor.numel() or tensor.untyped_storage().nbytes() == 0:
-        return None
-    try:
-        start = tensor.data_ptr()
-    except RuntimeError:  # without data
-        return None
-    if not start:  # made of other tensors
-        return None
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return start, start + tensor.element_size() * (1 + sum((size - 1) * stride for size, stride in steps))
+    pairs = touching({**others, **tensors})
+    return {pair for pair in pairs if not others.keys() >= set(pair)}

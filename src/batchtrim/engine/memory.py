@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchtrim._checks import without_values
 
-__all__ = ["SharedMemory", "clones", "is_array", "version_of", "write_values"]
+__all__ = ["SharedMemory", "clones", "is_array", "touching", "version_of", "write_values"]
 
 
 @dataclass
@@ -139,6 +139,15 @@ def _groups(parts: list[_Part]) -> list[list[_Part]]:
         found[-1].append(part)
         end = max(end, part.end)
     return found
+
+
+def touching(named: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Yield the name of each tensor whose addresses another one reaches into, after the name of that one."""
+    for group in _groups([part for name, value in named.items() if (part := _part(value, name)) is not None]):
+        furthest = group[0]
+        for part in group[1:]:
+            yield furthest.place, part.place
+            furthest = max(furthest, part, key=lambda each: each.end)
 
 
 def _overlap(part: _Part, other: _Part) -> bool:
