@@ -112,7 +112,8 @@ class _Again:
             facts = function.metadata.input_info[-len(args) :]
             self.written = [at for at, each in enumerate(facts) if each.mutates_data]
             self.read = [at for at in self.read if at in self.written]
-            self.fixed = [at for at in range(len(args)) if at not in self.written]
+            if self.hindrance is None:  # otherwise nothing runs again
+                self.fixed = [at for at in range(len(args)) if at not in self.written]
         if self.read:
             args = [before.get(at, each) if at in self.read else each for at, each in enumerate(args)]
         tape.inputs = Inputs(args, self.fixed, tape.generators)

@@ -195,7 +195,6 @@ class SlicedStep:
         shapes = [tuple(map(expression_of, getattr(node.meta.get("val"), "shape", ()))) for node in inputs]
         self._batch_at = next(((at, shape.index(batch)) for at, shape in enumerate(shapes) if batch in shape), None)
         self.tangents = [place for place, node in enumerate(self.places) if "tangents" in node.name]
-        self.tangents_of = tangents_of_each(backward.graph, [self.places[place] for place in self.tangents])
         self.place = {node: place for place, node in enumerate(self.places)}
         self.multiples = {place for place, node in enumerate(self.places) if self._counts_rows(node.meta.get("val"))}
         self._stashed: dict[int, int] = {}
@@ -223,7 +222,8 @@ class SlicedStep:
 
     def _split(self, approximate: bool) -> Slices:
         graph = self.backward_graph.graph
-        tangents = {n: self._tangent(n.meta["val"], n.name == self.losses) for n in self.places if "tangents" in n.name}
+        given = [self.places[place] for place in self.tangents]
+        tangents = {n: self._tangent(n.meta["val"], n.name == self.losses) for n in given}
         batch_norm = approximate and self.unit == "sample"
         proof = prove(graph, self.symbols, tangents, batch_norm=batch_norm, lost=self.lost)
         return split_backward(self.backward_graph, proof, self.places, self.symbols)
@@ -271,6 +271,11 @@ class SlicedStep:
             return None
         verdict = proof.verdicts[node]
         return verdict.unkept or place_of(node), str(verdict.reason)
+
+    @functools.cached_property
+    def tangents_of(self) -> list[frozenset[int]]:
+        """On which tangents each gradient depends, by their positions among the tangents."""
+        return tangents_of_each(self.backward_graph.graph, [self.places[place] for place in self.tangents])
 
     @functools.cached_property
     def coarse(self) -> bool:
