@@ -198,9 +198,8 @@ def _all_counted(term: Losses) -> Losses:
     """Return a term without a mask: the entries that it leaves out are 0 and count 0 times."""
     if term.mask is None:
         return term
-    counts = term.counts
-    if counts is None:
-        counts = torch.full_like(term.values, term.entries or 1, dtype=accumulator(term.values))
+    counts = counted(replace(term, entries=term.entries or 1)).counts
+    assert counts is not None
     values, counts = (torch.where(term.mask, part, torch.zeros_like(part)) for part in (term.values, counts))
     return replace(term, values=values, mask=None, counts=counts)
 

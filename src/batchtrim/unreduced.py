@@ -150,8 +150,7 @@ class Losses(NoTensor):
         if None not in (self.unit, other.unit) and self.unit != other.unit:
             raise ValueError(f"expected two terms of one unit, got {self.unit!r} and {other.unit!r}.")
         if _count_alike(self, other):
-            entries = self.entries if self.entries == other.entries else None
-            return replace(self, values=self.values + other.values, unit=self.unit or other.unit, entries=entries)
+            return replace(self, values=self.values + other.values, unit=self.unit or other.unit)
         return sum_of((*(self.terms or (self,)), *(other.terms or (other,))), self.unit or other.unit)
 
     __radd__ = __add__

@@ -127,13 +127,13 @@ def _unused(group: Group) -> Iterator[Caveat]:
 
 
 def _twice(group: Group) -> Iterator[Caveat]:
-    compared = [arm for arm in group.arms if arm.paired]
-    for arm, other in itertools.combinations(compared, 2):
-        mine, others = _courses(arm), _courses(other)
-        alike = all(mine[seed] == others[seed] for seed in mine.keys() & others.keys())
-        several = len(mine.keys() & others.keys()) >= MIN_ALIKE and len(set(arm.errors.values())) > 1
+    compared = [(arm, _courses(arm)) for arm in group.arms if arm.paired]
+    for (arm, mine), (other, others) in itertools.combinations(compared, 2):
+        seeds = sorted(mine.keys() & others.keys())
+        alike = all(mine[seed] == others[seed] for seed in seeds)
+        several = len(seeds) >= MIN_ALIKE and len(set(arm.errors.values())) > 1
         if alike and several and arm.settings["engine"] == other.settings["engine"]:
-            yield Caveat(Kind.TWICE, arm.label, tuple(sorted(mine.keys() & others.keys())), 0, other.label)
+            yield Caveat(Kind.TWICE, arm.label, tuple(seeds), 0, other.label)
 
 
 def _courses(arm: Arm) -> dict[int, object]:
