@@ -21,7 +21,7 @@ from batchtrim.engine.compilation import run_uncompiled, uncompiled_calls
 from batchtrim.engine.contents import in_double, relative_difference, same_contents
 from batchtrim.engine.forward import Forward
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.gradients import gradients_without_hooks
+from batchtrim.engine.gradients import distance, gradients_without_hooks
 from batchtrim.engine.model_facts import parameters_of
 from batchtrim.engine.precision import coarsest_dtype, uses_tf32
 from batchtrim.engine.rows import copied, entries, map_tensors, tensors_of
@@ -32,7 +32,6 @@ from batchtrim.losses import Losses
 __all__ = ["EagerStep", "is_large"]
 
 _GRADIENT_APART, _COARSE_APART = 1e-2, 0.2  # of a parameter's gradient, or of a hundredth of the whole
-_SMALL = 1e-2
 _MANY = 2000  # entries of a container: torch's tracer needs time with the square of them, and seconds in each step here
 # Rounding elsewhere may move a gradient by this multiple of what rounding of the weights does, but not by as much as it
 # would move if it were lost.
@@ -154,9 +153,9 @@ class EagerStep:
                 if own is not theirs and (theirs is None or theirs.any()):
                     return f"{name} has {'a' if own is None else 'no'} gradient"
                 continue
-            off, size = in_double(own - theirs).norm(), max(float(in_double(own).norm()), _SMALL * total)
-            if off > apart * size and not (coarse and off <= self._rounding()[at] * size):  # not if one is NaN
-                return f"the gradient of {name} differs by {float(off) / size:.2g}"
+            off = distance(own, theirs, total)
+            if off > apart and not (coarse and off <= self._rounding()[at]):  # not if one is NaN
+                return f"the gradient of {name} differs by {off:.2g}"
         return None
 
     def _rounding(self) -> list[float]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["cosine_between", "gradients_without_hooks"]
+from batchtrim.engine.contents import in_double
+
+__all__ = ["cosine_between", "distance", "gradients_without_hooks"]
+
+_SMALL = 1e-2  # a gradient below this share of the whole is judged against the share
 
 
 def gradients_without_hooks(
@@ -38,6 +43,12 @@ def gradients_without_hooks(
 def _sum(*gradients: Tensor | None) -> Tensor | None:
     dense = [each.to_dense() if each.is_sparse else each for each in gradients if each is not None]
     return sum(dense[1:], dense[0]) if dense else None
+
+
+def distance(exact: Tensor, other: Tensor, whole: float) -> float:
+    """Return how far a gradient is off, relative to its norm or to a hundredth of ``whole``, the norm of all."""
+    off, size = in_double(exact - other.detach()).norm(), max(float(in_double(exact).norm()), _SMALL * whole)
+    return float(off) / size if size else math.inf if off else 0.0
 
 
 def cosine_between(one: Tensor, other: Tensor) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from batchtrim.engine.contents import in_double
 from batchtrim.engine.generators import GeneratorStates
+from batchtrim.engine.gradients import distance
 from batchtrim.engine.graphs import name_of
 from batchtrim.engine.memory import version_of
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Inputs", "function_of", "with_second_derivatives"]
 
 # How far the two gradients of an input may be apart, relative to its norm or to a hundredth of the largest.
-_APART, _COARSE_APART, _SMALL = 1e-3, 0.2, 1e-2
+_APART, _COARSE_APART = 1e-3, 0.2
 # Forms of BatchNorm, and how many of their results need no running statistics in training; these are arguments 3 and 4.
 _NORMS = {"_native_batch_norm_legit_functional": 3, "cudnn_batch_norm": 4, "_batch_norm_with_update_functional": 4}
 
@@ -301,9 +302,7 @@ def _alike(traced: Sequence[Tensor | None], found: Sequence[Tensor | None], *, c
         if own is None or other is None:
             if own is not other and (other if own is None else own).any():  # type: ignore[union-attr]
                 return False
-            continue
-        size = max(float(in_double(own).norm()), _SMALL * largest)
-        if not float((in_double(own) - in_double(other.detach())).norm()) <= apart * size:
+        elif not distance(own, other, largest) <= apart:  # nor if one is NaN
             return False
     return True
 
