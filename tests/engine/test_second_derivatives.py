@@ -54,6 +54,7 @@ def _dense(value: Tensor) -> Tensor:
 RIGHT = (
     "two_checkpoints_with_dropout", "norm_in_a_list", "sparse_gradient", "three_dropouts_of_one_sample",
     "spectral_norm_by_parametrization", "codebook_moved_before_use", "queue_filled_before_use",
+    "momentum_encoder", "renormalised_embedding", "average_of_the_weights_beside",
 )  # fmt: skip
 
 
@@ -138,6 +139,27 @@ def test_the_gradient_of_a_batch_that_another_network_made() -> None:
         x, y = _batch()
         gradients = torch.autograd.grad(step(below(x).tanh(), y), [*below.parameters()], create_graph=True)
         found.append(torch.autograd.grad(sum(each.square().sum() for each in gradients), [*below.parameters()]))  # type: ignore[arg-type]
+        assert step.last.engine == engine
+    torch.testing.assert_close(*found)
+
+
+class WritesIntoItsBatch(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2).tanh_())
+
+
+@pytest.mark.parametrize("also", [0.0, 1.0])
+def test_a_batch_that_the_forward_writes_into(also: float) -> None:
+    """``also``: the share of a loss that reads the batch as the forward left it."""
+    found = []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        below, step = nn.Linear(8, 8), stepper(WritesIntoItsBatch(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)), engine)
+        (x, y), asked = _batch(), [*below.parameters(), *step.model.parameters()]
+        batch = below(x) * 1.0
+        loss = step(batch, y) + also * batch.square().mean()
+        gradients = torch.autograd.grad(loss, asked, create_graph=True)
+        found.append([*gradients, *torch.autograd.grad(sum(each.square().sum() for each in gradients), asked)])  # type: ignore[arg-type]
         assert step.last.engine == engine
     torch.testing.assert_close(*found)
 

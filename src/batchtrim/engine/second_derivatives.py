@@ -38,8 +38,11 @@ _function = torch.ops.higher_order.autograd_function_apply
 class Inputs:
     """The inputs that one run of a trace had, in the order of the traced function, and the generators before it."""
 
-    def __init__(self, args: Sequence[Any], fixed: Sequence[int], generators: GeneratorStates) -> None:
+    def __init__(
+        self, args: Sequence[Any], fixed: Sequence[int], generators: GeneratorStates, before: dict[int, Tensor]
+    ) -> None:
         self.args = args
+        self.before = before  # copies of those that the run writes over
         self.generators = generators
         self.versions = {at: version_of(args[at]) for at in fixed}
 
@@ -98,7 +101,7 @@ class _Again:
         """Return copies of the inputs whose values a run needs and writes over."""
         if self.hindrance is not None:
             return {}
-        return {at: args[at].clone() for at in self.read if isinstance(args[at], Tensor) and not args[at].requires_grad}
+        return {at: args[at].clone() for at in self.read if isinstance(args[at], Tensor)}
 
     def note(self, args: Sequence[Any], before: dict[int, Tensor], found: Sequence[Any]) -> None:
         """Note the inputs of a run that has ended."""
@@ -115,9 +118,7 @@ class _Again:
             self.read = [at for at in self.read if at in self.written]
             if self.hindrance is None:  # otherwise nothing runs again
                 self.fixed = [at for at in range(len(args)) if at not in self.written]
-        if self.read:
-            args = [before.get(at, each) if at in self.read else each for at, each in enumerate(args)]
-        tape.inputs = Inputs(args, self.fixed, tape.generators)
+        tape.inputs = Inputs(args, self.fixed, tape.generators, {at: before[at] for at in self.read if at in before})
 
     def _double_backward(self, context: Any, run: Callable[[], Any], args: list[Any]) -> Any:
         """Return the gradient with its graph. It replaces AOTAutograd's own method, which raises an error later."""
@@ -146,8 +147,8 @@ class _Again:
         """Return the gradient of each input, with its graph; None if the outputs are not as the trace has them."""
 
         def given(at: int, value: Any) -> Any:
-            if at in self.written:
-                return value.clone()
+            if at in inputs.before:
+                return inputs.before[at]
             # an alias has the gradient of this use alone, and calls no hooks
             asks = isinstance(value, Tensor) and value.requires_grad
             return torch.ops.aten.alias.default(value) if asks else value
@@ -157,15 +158,18 @@ class _Again:
             with torch.enable_grad(), ExitStack() as stack:
                 for device, dtype, enabled in self.autocast:
                     stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
-                args = [given(*each) for each in enumerate(inputs.args)]
+                own = [given(*each) for each in enumerate(inputs.args)]
+                args = [each.clone() if at in self.written else each for at, each in enumerate(own)]
                 inputs.generators.restore()
-                outputs = [each for each in self.graph(*args) if isinstance(each, Tensor) and each.requires_grad]
+                # like a trace, first what it writes into, as it leaves it
+                outputs = [*(args[at] for at in self.written), *self.graph(*args)]
+                outputs = [each for each in outputs if isinstance(each, Tensor) and each.requires_grad]
         finally:
             now.restore()
         if [each.shape for each in outputs] != [each.shape for each in tangents]:
             return None
-        asks = [isinstance(each, Tensor) and each.requires_grad for each in args]
-        asked = [each for each, asked in zip(args, asks, strict=True) if asked]
+        asks = [isinstance(each, Tensor) and each.requires_grad for each in own]
+        asked = [each for each, asked in zip(own, asks, strict=True) if asked]
         found = iter(torch.autograd.grad(outputs, asked, tangents, create_graph=True, allow_unused=True))
         return [next(found) if asked else None for asked in asks]
 
