@@ -55,6 +55,7 @@ RIGHT = (
     "two_checkpoints_with_dropout", "norm_in_a_list", "sparse_gradient", "three_dropouts_of_one_sample",
     "spectral_norm_by_parametrization", "codebook_moved_before_use", "queue_filled_before_use",
     "momentum_encoder", "renormalised_embedding", "average_of_the_weights_beside",
+    "hook_that_counts", "function_that_remembers_the_batch", "scanned_with_a_captured_weight",
 )  # fmt: skip
 
 
@@ -230,20 +231,86 @@ class Applies(nn.Sequential):
         return self[1](found[0] * found[1] if isinstance(found, tuple) else found)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="older traces need not tell what an autograd function saves")
-def test_an_autograd_function() -> None:
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(
+            Exponential,
+            marks=pytest.mark.skipif(
+                torch.__version__ < "2.12", reason="older traces need not tell what an autograd function saves"
+            ),
+        ),
+        Swish,  # the model's own Python runs again
+    ],
+)
+def test_an_autograd_function(function: Any) -> None:
     batch, found = _batch(), []
     for engine in ("exact", "shared"):
         torch.manual_seed(0)
-        found.append(_penalty(stepper(Applies(Exponential), engine), batch))
+        found.append(_penalty(stepper(Applies(function), engine), batch))
     torch.testing.assert_close(*found)
+
+
+class Grows(Applies):
+    """Computes something else in each of its calls, and so cannot run again."""
+
+    def __init__(self) -> None:
+        super().__init__(Swish)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x * self.calls)
 
 
 @pytest.mark.parametrize("options", [{}, {"allow_unused": True}])
 def test_what_cannot_run_again_is_an_error(options: dict[str, bool]) -> None:
     """With allow_unused=True, None came back without a word."""
-    with pytest.raises(RuntimeError, match=f"{NONE}: it calls an autograd function"):
-        _penalty(stepper(Applies(Swish)), _batch(), **options)
+    model = Grows()
+    with pytest.raises(RuntimeError, match=f"{NONE}: it calls an autograd function.*; its losses are others"):
+        _penalty(stepper(model), _batch(), **options)
+    assert model.calls == 1
+
+
+def test_a_model_that_runs_again_leaves_no_mark() -> None:
+    """Its Python runs twice; the state is that after one forward."""
+    found = []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        model = nn.Sequential(Applies(Swish), nn.Dropout(), nn.BatchNorm1d(5), Notes())
+        step, batch = stepper(model, engine), _batch()
+        gradients = [*_penalty(step, batch), *_penalty(step, batch)]
+        found.append([*gradients, *model.buffers(), torch.get_rng_state(), *model[-1].seen])
+    torch.testing.assert_close(*found)
+
+
+class Notes(nn.Module):
+    """Keeps what its inputs were on average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach().mean())
+        return x
+
+
+def test_a_layer_frozen_between_forward_and_backward() -> None:
+    found = []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        model, (x, y) = zoo.Mlp(8), _batch()
+        step, x = stepper(model, engine), x.requires_grad_()
+        loss = step(x, y)
+        first = next(model.children())
+        first.requires_grad_(False)
+        (gradient,) = torch.autograd.grad(loss, [x], create_graph=True)
+        gradient.square().sum().backward()
+        found.append([x.grad, *(each.grad for each in model.parameters())])
+        assert not next(first.parameters()).requires_grad
+        assert step.last.engine == engine
+    torch.testing.assert_close(*found)
 
 
 def test_a_weight_written_into_before_backward_is_an_error() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchtrim.engine.contents import in_double
 
-__all__ = ["cosine_between", "distance", "gradients_without_hooks"]
+__all__ = ["cosine_between", "distance", "gradients_without_hooks", "without_hooks"]
 
 _SMALL = 1e-2  # a gradient below this share of the whole is judged against the share
 
@@ -31,7 +31,7 @@ def gradients_without_hooks(
     try:
         for each in leaves:
             each.grad = None
-        with _without_hooks(tensors):
+        with without_hooks(tensors):
             found = torch.autograd.grad(losses, tensors, weights, retain_graph=keep, allow_unused=True)
         added = [each.grad if each.is_leaf else None for each in tensors]
     finally:
@@ -58,7 +58,8 @@ def cosine_between(one: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Call no hook of these tensors inside the block."""
     all_hooks = (hooks for each in tensors for hooks in (each._backward_hooks, each._post_accumulate_grad_hooks))
     held = [(hooks, dict(hooks)) for hooks in all_hooks if hooks]
     for hooks, _ in held:

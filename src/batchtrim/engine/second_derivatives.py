@@ -1,29 +1,34 @@
 """Give the gradient of a traced step a graph of its own, where backward runs with ``create_graph=True``.
 
 A trace has no second derivative, and whether one is asked for shows only when backward runs. The traced function then
-runs again, operator by operator and under autograd, from the inputs and the random numbers that the step had. Where it
-cannot, the gradient raises an error once its own gradient is asked for.
+runs again, operator by operator and under autograd, from the inputs and the random numbers that the step had. Where
+that is not the same function, the model's own Python runs again (``rerun.py``). The gradient is compared with that of
+the trace. If neither is alike, the gradient raises an error once its own gradient is asked for.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
+from batchtrim._checks import in_one_line
 from batchtrim.engine.contents import in_double
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.gradients import distance
+from batchtrim.engine.gradients import distance, without_hooks
 from batchtrim.engine.graphs import name_of
 from batchtrim.engine.memory import version_of
+from batchtrim.engine.rerun import CannotRepeat
 
 if TYPE_CHECKING:
+    from batchtrim.engine.rerun import OwnPython
     from batchtrim.engine.sliced import SlicedStep
+    from batchtrim.engine.tape import Tape
 
 __all__ = ["Inputs", "function_of", "with_second_derivatives"]
 
@@ -36,19 +41,51 @@ _function = torch.ops.higher_order.autograd_function_apply
 
 
 class Inputs:
-    """The inputs that one run of a trace had, in the order of the traced function, and the generators before it."""
+    """What one run of a trace ran on: the inputs of the traced function, in their order, and the generators.
+
+    Attributes:
+        python: the model's own Python, as it ran.
+        asks: which of the inputs required a gradient.
+        before: copies of those that the run writes over.
+    """
 
     def __init__(
-        self, args: Sequence[Any], fixed: Sequence[int], generators: GeneratorStates, before: dict[int, Tensor]
+        self, args: Sequence[Any], copied: Sequence[int], generators: GeneratorStates, python: OwnPython
     ) -> None:
         self.args = args
-        self.before = before  # copies of those that the run writes over
         self.generators = generators
-        self.versions = {at: version_of(args[at]) for at in fixed}
+        self.python = python
+        self.asks = [isinstance(each, Tensor) and each.requires_grad for each in args]
+        self.before = {at: args[at].clone() for at in copied if isinstance(args[at], Tensor)}
+        self.versions = [version_of(each) for each in args]
 
-    def changed(self) -> bool:
-        """True if an input that the run itself leaves alone was written into since."""
-        return any(version_of(self.args[at]) != version for at, version in self.versions.items())
+    def changed(self, but: Container[int]) -> bool:
+        """True if one of them was written into since; ``but``: the positions of those that the run itself writes."""
+        return any(
+            version_of(each) != version
+            for at, (each, version) in enumerate(zip(self.args, self.versions, strict=True))
+            if at not in but
+        )
+
+    def for_this_use(self) -> list[Any]:
+        """Return them as they were, where none depends on another: each has the gradient of this use alone."""
+        apart = any(asks and not each.is_leaf for each, asks in zip(self.args, self.asks, strict=True))
+        return [
+            self.before.get(at, torch.ops.aten.alias.default(each) if apart and asks else each)
+            for at, (each, asks) in enumerate(zip(self.args, self.asks, strict=True))
+        ]
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Have the leaves require a gradient that did, though they were frozen since."""
+        frozen = [each for each, asks in zip(self.args, self.asks, strict=True) if asks and not each.requires_grad]
+        try:
+            for each in frozen:
+                each.requires_grad_(True)
+            yield
+        finally:
+            for each in frozen:
+                each.requires_grad_(False)
 
 
 def with_second_derivatives(run: Callable[..., Any], graph: fx.GraphModule, step: SlicedStep) -> Callable[..., Any]:
@@ -62,9 +99,10 @@ def with_second_derivatives(run: Callable[..., Any], graph: fx.GraphModule, step
     again = _Again(graph, step)
 
     def call(*args: Any) -> Any:
-        before = again.copies(args)
+        inputs = again.inputs(args)
         found = run(*args)
-        again.note(args, before, found)
+        if inputs is not None:
+            again.note(inputs, found)
         return found
 
     return call
@@ -75,8 +113,9 @@ class _Again:
 
     Attributes:
         function: the autograd function that AOTAutograd made of the trace; ``plain`` is its own method.
-        written, fixed: the positions of the inputs that the traced function writes into, and of the others.
-        read: the positions of those that its outputs depend on and that it writes into, as far as that is known.
+        written: the positions of the inputs that the traced function writes into.
+        read: those of them that its outputs depend on; before its first run, all that may be.
+        hindrance: why the graph cannot run again, or None.
     """
 
     def __init__(self, graph: fx.GraphModule, step: SlicedStep) -> None:
@@ -93,32 +132,34 @@ class _Again:
             if torch.amp.is_autocast_available(each)
         ]
         self.written: list[int] = []
-        self.fixed: list[int] = []
-        self.read = [at for at, node in enumerate(inputs[len(inputs) - own :]) if node in needed]
         self.hindrance = _hindrance(self.graph, step)
+        self.read = []
+        if step.compiled is None:  # which has no second derivative in plain training either
+            given = enumerate(inputs[len(inputs) - own :])
+            self.read = [at for at, node in given if node in needed and step.may_write_into(node)]
 
-    def copies(self, args: Sequence[Any]) -> dict[int, Tensor]:
-        """Return copies of the inputs whose values a run needs and writes over."""
-        if self.hindrance is not None:
-            return {}
-        return {at: args[at].clone() for at in self.read if isinstance(args[at], Tensor)}
+    def inputs(self, args: Sequence[Any]) -> Inputs | None:
+        """Return the inputs of a run that is about to begin; None if nothing will run again."""
+        tape = self.step.current()
+        if tape is None or tape.generators is None or tape.python is None:
+            return None
+        return Inputs(args, self.read, tape.generators, tape.python)
 
-    def note(self, args: Sequence[Any], before: dict[int, Tensor], found: Sequence[Any]) -> None:
+    def note(self, inputs: Inputs, found: Sequence[Any]) -> None:
         """Note the inputs of a run that has ended."""
         tape = self.step.current()
-        if tape is None or tape.step is not self.step or tape.generators is None:
+        if tape is None or tape.step is not self.step:
             return
         if self.function is None:
             if (function := function_of(found)) is None:
                 return
             self.function, self.plain = function, function._double_backward
             function._double_backward = staticmethod(self._double_backward)
-            facts = function.metadata.input_info[-len(args) :]
+            facts = function.metadata.input_info[-len(inputs.args) :]
             self.written = [at for at, each in enumerate(facts) if each.mutates_data]
             self.read = [at for at in self.read if at in self.written]
-            if self.hindrance is None:  # otherwise nothing runs again
-                self.fixed = [at for at in range(len(args)) if at not in self.written]
-        tape.inputs = Inputs(args, self.fixed, tape.generators, {at: before[at] for at in self.read if at in before})
+            inputs.before = {at: each for at, each in inputs.before.items() if at in self.read}
+        tape.inputs = inputs
 
     def _double_backward(self, context: Any, run: Callable[[], Any], args: list[Any]) -> Any:
         """Return the gradient with its graph. It replaces AOTAutograd's own method, which raises an error later."""
@@ -128,56 +169,72 @@ class _Again:
         tangents = [args[place] for place in self.step.tangents]
         with torch.no_grad():
             traced = run()
-        if (reason := self.hindrance) is None and inputs.changed():
-            reason = "an input or a weight was written into between forward and backward"
-        if reason is None:
-            found = self._gradients(inputs, tangents)
-            approximate = tape.approximate and self.step.batch_norms
-            if found is not None:  # constants of the function come first in the trace
-                found = [*[None] * (len(traced) - len(found)), *found]
-                if tape.arrivals is not None:
-                    found = tape.arrivals.without_unasked(found, self.step.tangents_of)
-            if found is not None and (approximate or _alike(traced, found, coarse=self.step.coarse)):
-                return tuple(found)
-            reason = "what ran again is another function (it writes into its batch or a weight, say)"
+        reasons = []
+        if self.step.compiled is not None:
+            reasons.append("its model is compiled, which has no second derivative in plain training either")
+        elif inputs.changed(self.written):
+            reasons.append("an input or a weight was written into between forward and backward")
+        else:
+            for runs in (self._run_graph, self._run_python):
+                try:
+                    return self._checked(tape, traced, self._gradients(inputs, tangents, runs))
+                except CannotRepeat as error:
+                    reasons.append(str(error))
         asking = [each for each in inputs.args if isinstance(each, Tensor) and each.requires_grad]
-        return _NoSecondDerivative.apply(reason, len(asking), *asking, *traced)
+        return _NoSecondDerivative.apply("; ".join(reasons), len(asking), *asking, *traced)
 
-    def _gradients(self, inputs: Inputs, tangents: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """Return the gradient of each input, with its graph; None if the outputs are not as the trace has them."""
+    def _checked(self, tape: Tape, traced: Sequence[Any], found: list[Any]) -> tuple[Any, ...]:
+        """Return the gradients that backward returns, compared with those of the trace."""
+        found = [*[None] * (len(traced) - len(found)), *found]  # constants of the function come first in the trace
+        if tape.arrivals is not None:
+            found = tape.arrivals.without_unasked(found, self.step.tangents_of)
+        approximate = tape.approximate and self.step.batch_norms
+        if not (approximate or _alike(traced, found, coarse=self.step.coarse)):
+            raise CannotRepeat("it computes something else when it runs again")
+        return tuple(found)
 
-        def given(at: int, value: Any) -> Any:
-            if at in inputs.before:
-                return inputs.before[at]
-            # an alias has the gradient of this use alone, and calls no hooks
-            asks = isinstance(value, Tensor) and value.requires_grad
-            return torch.ops.aten.alias.default(value) if asks else value
-
+    def _gradients(self, inputs: Inputs, tangents: Sequence[Tensor], runs: Callable[..., Any]) -> list[Tensor | None]:
+        """Return the gradient of each input, with its graph."""
         now = GeneratorStates(inputs.generators.device)
         try:
-            with torch.enable_grad(), ExitStack() as stack:
+            with torch.enable_grad(), inputs.asking(), ExitStack() as stack:
+                own = inputs.for_this_use()
+                written = {at: own[at].clone() for at in self.written}
                 for device, dtype, enabled in self.autocast:
                     stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
-                own = [given(*each) for each in enumerate(inputs.args)]
-                args = [each.clone() if at in self.written else each for at, each in enumerate(own)]
                 inputs.generators.restore()
-                # like a trace, first what it writes into, as it leaves it
-                outputs = [*(args[at] for at in self.written), *self.graph(*args)]
+                outputs = [*written.values(), *runs(inputs, [written.get(at, each) for at, each in enumerate(own)])]
+                stack.close()
+                # like those of a trace, in front of its outputs what it writes into, as it leaves it
                 outputs = [each for each in outputs if isinstance(each, Tensor) and each.requires_grad]
+                if [each.shape for each in outputs] != [each.shape for each in tangents]:
+                    raise CannotRepeat("it has other outputs when it runs again")
+                asked = [each for each, asks in zip(own, inputs.asks, strict=True) if asks]
+                with without_hooks(asked):
+                    found = iter(torch.autograd.grad(outputs, asked, tangents, create_graph=True, allow_unused=True))
+        except (CannotRepeat, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise CannotRepeat(f"it fails when it runs again ({in_one_line(error)})") from None
         finally:
             now.restore()
-        if [each.shape for each in outputs] != [each.shape for each in tangents]:
-            return None
-        asks = [isinstance(each, Tensor) and each.requires_grad for each in own]
-        asked = [each for each, asked in zip(own, asks, strict=True) if asked]
-        found = iter(torch.autograd.grad(outputs, asked, tangents, create_graph=True, allow_unused=True))
-        return [next(found) if asked else None for asked in asks]
+        return [next(found) if asks else None for asks in inputs.asks]
+
+    def _run_graph(self, _: Inputs, args: list[Any]) -> Sequence[Any]:
+        if self.hindrance is not None:
+            raise CannotRepeat(self.hindrance)
+        return self.graph(*args)
+
+    def _run_python(self, inputs: Inputs, args: list[Any]) -> Sequence[Any]:
+        others = {id(given): own for given, own in zip(inputs.args, args, strict=True) if own is not given}
+        found = inputs.python.run(others)
+        if not _alike([inputs.python.losses], [found], coarse=self.step.coarse):
+            raise CannotRepeat("its losses are others when the model's own Python runs again")
+        return [found]
 
 
 def _hindrance(graph: fx.GraphModule, step: SlicedStep) -> str | None:
     """Return why a traced function cannot run again, or None."""
-    if step.compiled is not None:
-        return "its model is compiled, which has no second derivative in plain training either"
     for node in _nodes(graph):
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             own = "an autograd function that saves what it computes" if node.target is _function else node.target

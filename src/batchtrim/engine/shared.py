@@ -35,6 +35,7 @@ from batchtrim.engine.inductor import inductor_of
 from batchtrim.engine.model_facts import device_of, is_lazy, is_sharded, no_values
 from batchtrim.engine.reachable import Reachable
 from batchtrim.engine.reasons import failure
+from batchtrim.engine.rerun import OwnPython
 from batchtrim.engine.rows import batch_size, tensors_of
 from batchtrim.engine.sliced import NewTrace, SlicedStep
 from batchtrim.engine.speech_models import speech_encoders, without_input_gradient
@@ -258,7 +259,8 @@ class SharedEngine:
         device, made = device_of(self.forward.inner), False
         for _ in range(_TRIES):
             drawn, failed = GeneratorStates(device, of_numpy=False), ""  # no trace draws from NumPy's
-            self._tape = tape = Tape(compares=made, generators=drawn)
+            again = OwnPython(self.forward, self.trim.scope, x, y)
+            self._tape = tape = Tape(compares=made, generators=drawn, python=again)
             try:
                 with without_input_gradient(self.speech), dynamic(row_sizes(x, y, self.forward)):
                     found = self.capture(x, y)
@@ -289,6 +291,7 @@ class SharedEngine:
                 drawn.restore()
                 failed = failure(error)
             else:
+                again.losses = found[0][0].detach()
                 return *found, tape, eager
             finally:
                 self._tape = None

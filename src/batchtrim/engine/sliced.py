@@ -163,7 +163,7 @@ class SlicedStep:
                     "a batch, or the model's outputs, changed between forward and backward"
                 )
         if not (keep := keeps_graph()):
-            tape.inputs = None
+            tape.inputs = tape.python = None
         if tape.compiled is not None and tape.late:
             found = tape.compiled.backward(args, tape, keep)
             if found is not None:
@@ -201,13 +201,18 @@ class SlicedStep:
         self.given: set[int] = set()  # positions of saved parts of the batch itself
         self.saved_at = {by_name[node.name]: at for at, node in enumerate(saved, start=self.outputs)}
         # a write into an input after the forward must not change what backward reads of it
-        alike = {_kind(node) for node in output.args[0][: self._written]}
-        self._copied = [at for at, node in enumerate(saved, self.outputs) if node in inputs and _kind(node) in alike]
+        self._written_kinds = {_kind(node) for node in output.args[0][: self._written]}
+        saved_at = enumerate(saved, self.outputs)
+        self._copied = [at for at, node in saved_at if node in inputs and self.may_write_into(node)]
         for at, node in enumerate(saved, start=self.outputs):
             if isinstance(node.meta.get("val"), Tensor) and isinstance(_layout(node), (RowLayout, Broken)):
                 self._stashed[at] = by_name[node.name]
                 if node in inputs:
                     self.given.add(by_name[node.name])
+
+    def may_write_into(self, node: fx.Node) -> bool:
+        """True if an input may be one that the forward writes into."""
+        return _kind(node) in self._written_kinds
 
     def _counts_rows(self, value: Any) -> bool:
         """True if a saved number is a multiple of the number of rows."""

@@ -12,6 +12,7 @@ from batchtrim.engine.generators import GeneratorStates
 
 if TYPE_CHECKING:
     from batchtrim.engine.compiled import CompiledStep
+    from batchtrim.engine.rerun import OwnPython
     from batchtrim.engine.second_derivatives import Inputs
     from batchtrim.engine.sliced import SlicedStep
     from batchtrim.engine.unasked import Arrivals
@@ -31,12 +32,19 @@ class Tape:
         arrivals: which gradients arrive in backward; None where that makes no difference, or is not known.
         compares: True if the run is compared with the model.
         generators: as they were before the forward.
+        python: the model's own Python, to run again.
         inputs: what it ran on; None if its gradient cannot be differentiated.
     """
 
-    def __init__(self, compares: bool = False, generators: GeneratorStates | None = None) -> None:
+    def __init__(
+        self,
+        compares: bool = False,
+        generators: GeneratorStates | None = None,
+        python: OwnPython | None = None,
+    ) -> None:
         self.compares = compares
         self.generators = generators
+        self.python = python
         self.inputs: Inputs | None = None
         self.step: SlicedStep | None = None
         self.saved: dict[int, Tensor] = {}
