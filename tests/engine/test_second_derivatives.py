@@ -191,6 +191,27 @@ def test_weights_that_a_step_made_are_trained_through_it() -> None:
     torch.testing.assert_close(*found)
 
 
+class WithBothWeights(WithWeights):
+    def forward(self, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        return self.net(x) + super().forward(x, weights)
+
+
+def test_weights_that_depend_on_other_weights_of_the_step() -> None:
+    """The gradient by way of the first step is not part of the second one's."""
+    found = []
+    for engine in ("exact", "shared"):
+        torch.manual_seed(0)
+        step = stepper(model := WithBothWeights(), engine)
+        x, y = _batch()
+        weights = dict(model.net.named_parameters())
+        gradients = torch.autograd.grad(step((x, weights), y), [*weights.values()], create_graph=True)
+        fast = {name: each - 0.1 * own for (name, each), own in zip(weights.items(), gradients, strict=True)}
+        gradients = torch.autograd.grad(step((x, fast), y), [*weights.values()], create_graph=True)
+        found.append(torch.autograd.grad(sum(each.square().sum() for each in gradients), [*weights.values()]))  # type: ignore[arg-type]
+        assert step.last.engine == engine
+    torch.testing.assert_close(*found)
+
+
 class Swish(torch.autograd.Function):
     """Saves what it computes, so that autograd itself takes it for a constant."""
 

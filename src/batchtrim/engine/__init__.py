@@ -29,8 +29,8 @@ A tour of the shared engine, in the order of a step:
 3. ``sliced.py`` runs the forward and puts what it saves onto a tape (``tape.py``). ``Trimmer`` chooses.
    ``cutting.py`` cuts the tape.
 4. ``loss.backward()``: ``backward.py`` runs the upper graph on the kept rows, puts gradients back, runs the lower one.
-   With ``create_graph=True``, ``second_derivatives.py`` runs the traced function again under autograd. ``unasked.py``
-   leaves out gradients of what the loss does not use.
+   With ``create_graph=True``, ``second_derivatives.py`` runs the traced function again under autograd, or has
+   ``rerun.py`` run the model's own Python. ``unasked.py`` leaves out gradients of what the loss does not use.
 
 What may go wrong on the way: ``reasons.py`` explains why a model could not be traced, and ``speech_models.py`` makes
 one kind of model traceable. ``unguarded.py`` notices changes that the guards of a trace do not see, ``checkpoints.py``
