@@ -56,6 +56,7 @@ RIGHT = (
     "spectral_norm_by_parametrization", "codebook_moved_before_use", "queue_filled_before_use",
     "momentum_encoder", "renormalised_embedding", "average_of_the_weights_beside",
     "hook_that_counts", "function_that_remembers_the_batch", "scanned_with_a_captured_weight",
+    "branch_of_the_batch_by_cond",
 )  # fmt: skip
 
 
