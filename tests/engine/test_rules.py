@@ -119,3 +119,10 @@ def test_a_pad_takes_rows_along_every_dimension_that_it_leaves_alone() -> None:
     for rows in ((S, 2), (1, S)):
         assert violation(Sample(func, [Spec((*rows, 7)), Spec((*rows, 4)), [1, 2]], {}), (S,), k=3) == ""
     assert violation(Sample(func, [Spec((2, 2, S + 3)), Spec((2, 2, S)), [1, 2]], {}), (S,), k=3) is None
+
+
+def test_rows_that_are_all_alike_lie_along_one_dimension() -> None:
+    """``torch.ones(2 * B, 1).expand(2 * B, 2 * B).sum(1)`` counts the rows, and backward may compute it."""
+    alike = Spec((2 * S, 1), factors=(None, 1))
+    assert violation(Sample(torch.ops.aten.expand.default, [alike, [2 * S, 6]], {}), (S,), k=3) == ""
+    assert violation(Sample(torch.ops.aten.expand.default, [alike, [2 * S, 2 * S]], {}), (S,), k=3) is None

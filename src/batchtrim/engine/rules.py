@@ -158,14 +158,12 @@ def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbo
             fits = not holds(output.shape, (symbol,))
         elif not 0 <= axis.dim < output.ndim:
             fits = False
+        elif holds([size for dim, size in enumerate(output.shape) if dim != axis.dim], (symbol,)):
+            raise Mixes("it makes a tensor with rows along two dimensions")
         elif axis.outer is None:
             fits = holds(output.shape[axis.dim], (symbol,))
         else:
-            expected = axis.outer * (symbol - axis.lost) * axis.inner
-            rest = [size for dim, size in enumerate(output.shape) if dim != axis.dim]
-            if holds(rest, (symbol,)):
-                raise Mixes("it makes a tensor with rows along two dimensions")
-            fits = exact_ratio(output.shape[axis.dim], expected) == 1
+            fits = exact_ratio(output.shape[axis.dim], axis.outer * (symbol - axis.lost) * axis.inner) == 1
         if not fits:
             raise Mixes("it gives rows a shape that its rule does not know")
     if isinstance(layout, RowLayout) and not layout.dims:

@@ -30,6 +30,13 @@ def hook_that_counts(net: Any, x: Tensor) -> Tensor:
     return net.t(z)
 
 
+@attack(4)
+def hook_that_counts_by_summing_ones(net: Any, x: Tensor) -> Tensor:
+    z = net.a(torch.cat([x, 0.5 * x]))
+    z.register_hook(lambda g: g * g.new_ones(len(g), 1).expand(len(g), len(g)).sum(1, keepdim=True))
+    return sum(net.t(z).chunk(2))
+
+
 @attack(4, shared="refused")
 def hook_that_moves_a_buffer(net: Any, x: Tensor) -> Tensor:
     z = net.a(x)
