@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -30,3 +31,13 @@ def test_a_difference_of_tensors_is_seen(pair: Callable[[], tuple[Tensor, Tensor
     one, other = pair()
     assert relative_difference(one, one.clone()) == 0
     assert relative_difference(one, other) > 0.1
+
+
+def test_what_is_not_finite_in_the_same_places_is_the_same() -> None:
+    """A buffer of missing values; models that hold one train with every engine."""
+    one = torch.tensor([math.nan, math.inf, -math.inf, 3.0, 4.0])
+    assert relative_difference(one, one.clone()) == 0
+    assert relative_difference(one, torch.tensor([math.nan, math.inf, -math.inf, 3.0, 4.5])) == pytest.approx(0.1)
+    for at in range(5):
+        assert not relative_difference(one, one.index_fill(0, torch.tensor(at), 1.0)) <= 0.1
+        assert not relative_difference(one.index_fill(0, torch.tensor(at), 1.0), one) <= 0.1

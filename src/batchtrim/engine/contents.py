@@ -79,7 +79,7 @@ def _set_numpy_state(value: Any, state: Any) -> None:
 
 
 def relative_difference(exact: Tensor, other: Tensor) -> float:
-    """Return ``||exact - other|| / ||exact||``; inf if shapes differ, 0 if both are not finite in the same way.
+    """Return ``||exact - other|| / ||exact||`` over the entries that differ; NaN is NaN. Return inf if shapes differ.
 
     Numbers that are not rounded (integers, bool, quantised) are the same or infinitely far apart, as is a sparse tensor
     with other entries. Tensors on the device "meta" have no values: their difference is 0.
@@ -94,10 +94,11 @@ def relative_difference(exact: Tensor, other: Tensor) -> float:
     if not (exact.is_floating_point() or exact.is_complex()):
         return 0.0 if torch.equal(exact, other) else float("inf")
     exact, other = in_double(exact), in_double(other)
-    if torch.equal(exact, other):
+    same = (exact == other) | (exact.isnan() & other.isnan())
+    if same.all():
         return 0.0
-    scale = float(exact.norm())
-    difference = float((exact - other).norm())
+    scale = float(exact[exact.isfinite()].norm())
+    difference = float((exact - other)[~same].norm())
     return difference / scale if scale else difference
 
 
