@@ -219,7 +219,10 @@ def violation(sample: Sample, symbols: tuple[sympy.Symbol, ...] = (S,), k: int =
         return f"it cannot run on the kept rows: {str(error).splitlines()[0]}"
     random_ = torch.Tag.nondeterministic_seeded in sample.func.tags
     for at, layout in enumerate(layouts):
-        found = _wrong(layout, whole[at], part[at], chosen, random_)
+        try:
+            found = _wrong(layout, whole[at], part[at], chosen, random_)
+        except (RuntimeError, IndexError) as error:
+            found = f"no rows of this layout can be taken from it: {str(error).splitlines()[0]}"
         if found:
             return f"output {at}: {found}"
     return ""

@@ -199,14 +199,13 @@ def _no_count_as_number(call: Call) -> None:
         value = call.args.get(argument.name)
         if isinstance(value, Value) or not holds(value, call.symbols):
             continue
-        numeric = any(kind in str(argument.type) for kind in ("number", "float", "Tensor"))
         placed = {
             "stride": _WITH_STRIDES,
             "start": ("slice", "slice_backward") if call.rows else (),
             "groups": _WITH_GROUPS,
             "bias_sizes": _WITH_GROUPS,
         }
-        if name != "arange" and (numeric or not (argument.name in _SIZES or name in placed.get(argument.name, ()))):
+        if name != "arange" and argument.name not in _SIZES and name not in placed.get(argument.name, ()):
             raise Mixes("it computes with the number of rows")
 
 

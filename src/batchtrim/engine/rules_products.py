@@ -25,14 +25,9 @@ def contraction(call: Call) -> Layout:
     values = call.values
     bias = values.pop(0) if name.startswith(("add", "badd")) else None
     layout = contract(call.symbols, inputs.split(","), out, values)
-    if bias is None or isinstance(bias.layout, Whole):
-        if bias is not None and isinstance(layout, RowLayout) and not bias.zero:
-            return replace(layout, vanish=False)
+    if bias is None or not isinstance(layout, RowLayout):
         return layout
-    if not isinstance(layout, RowLayout):
-        raise Mixes("it combines different rows")
-    product_ = Value(call.out.shape, layout)
-    return RowLayout(aligned(call, call.out, [bias, product_]), layout.vanish and bias.zero)
+    return RowLayout(aligned(call, call.out, [bias, Value(call.out.shape, layout)]), layout.vanish and bias.zero)
 
 
 @rule("_cdist_forward")

@@ -250,8 +250,6 @@ def create(call: Call) -> Layout:
         only_dim(call.out.shape, s, call.symbols) if holds(call.out.shape, (s,)) else None for s in call.symbols
     )
     name = name_of(call.func)
-    if name in ("rand", "randn", "randint") and any(axis is not None and axis.outer is None for axis in axes):
-        raise Mixes("it draws random numbers for a shape that does not tell where the rows are")
     return RowLayout(axes, "zeros" in name or (name in ("full", "new_full") and call["fill_value"] == 0))
 
 
@@ -273,16 +271,9 @@ def pad(call: Call) -> Layout:
     return replace(layout, vanish=layout.vanish and not call["value"])
 
 
-@rule("view_as_real")
-def view_as_real(call: Call) -> Layout:
-    return one_with_rows(call)[1]  # two numbers per entry, after all dimensions
-
-
-@rule("view_as_complex")
-def view_as_complex(call: Call) -> Layout:
-    value, layout = one_with_rows(call)
-    not_along(layout, [-1], value.ndim, "it combines two rows into one number")
-    return layout
+@rule("view_as_real", "view_as_complex")
+def view_as_numbers(call: Call) -> Layout:
+    return one_with_rows(call)[1]  # the two numbers of an entry lie after all dimensions
 
 
 @rule("diagonal", "unfold", "as_strided", "as_strided_scatter")
