@@ -66,7 +66,7 @@ class Spec:
                 axes.append(Axis(dim, 1, T) if symbol is S else Axis(dim, S, 1))
                 continue
             outer = self.factors[dim] if self.factors else 1
-            axes.append(Axis(dim, None, None) if outer is None else Axis(dim, outer, rest // outer))
+            axes.append(Axis(dim, None) if outer is None else Axis(dim, outer, rest // outer))
         return RowLayout(tuple(axes), self.zero, self.iota) if any(axes) else Whole(self.zero)
 
     def tensor(self, sizes: dict[Any, int]) -> Tensor:
@@ -243,8 +243,10 @@ def _wrong(layout: Layout, whole: Any, part: Any, chosen: KeptRows, random_: boo
     elif not random_ and not _same(cut(whole, layout, chosen), part):
         return "its kept rows are others than from the kept rows alone"
     for axis in layout.axes:
-        if axis is not None and axis.outer is None and not _same(whole, whole.narrow(axis.dim, 0, 1).expand_as(whole)):
-            return "its rows are not alike"
+        if axis is not None and axis.outer is None:
+            blocks = whole.unflatten(axis.dim, (-1, axis.inner))
+            if not _same(blocks, blocks.narrow(axis.dim, 0, 1).expand_as(blocks)):
+                return "its rows are not alike"
     whole = whole.nan_to_num() if whole.is_floating_point() else whole  # 0 / 0 is nobody's gradient
     if layout.vanish and (alike(layout) or None in layout.axes):
         return "it is not zero" if whole.any() else None

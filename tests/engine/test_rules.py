@@ -20,6 +20,7 @@ from batchtrim.engine import (  # noqa: F401  (they enter their rules)
     rules_shape,
 )
 from batchtrim.engine.graphs import name_of
+from batchtrim.engine.layout import Axis, Mixes
 from tiers import few
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says about odd calls is not the subject
@@ -126,3 +127,19 @@ def test_rows_that_are_all_alike_lie_along_one_dimension() -> None:
     alike = Spec((2 * S, 1), factors=(None, 1))
     assert violation(Sample(torch.ops.aten.expand.default, [alike, [2 * S, 6]], {}), (S,), k=3) == ""
     assert violation(Sample(torch.ops.aten.expand.default, [alike, [2 * S, 2 * S]], {}), (S,), k=3) is None
+
+
+def test_rows_that_are_all_alike_stay_in_blocks_when_dimensions_are_merged() -> None:
+    """``scale.expand(2 * B, 3).reshape(6 * B)`` repeats three values, which no other order of its factors keeps."""
+    func = torch.ops.aten.view.default
+    for inside, shape in ((3, [6 * S]), (3, [2 * S, 1, 3]), (6, [S, 12]), (1, [2 * S]), (3, [2, 3 * S])):
+        assert violation(Sample(func, [Spec((2 * S, inside), factors=(None, 1)), shape], {}), (S,), k=3) == ""
+    for inside, shape in ((3, [3, 2 * S]), (4, [8, S])):
+        assert violation(Sample(func, [Spec((2 * S, inside), factors=(None, 1)), shape], {}), (S,), k=3) is None
+    merged = rules_shape.view_axis(Axis(0, None), S, (2 * S, 3), (6 * S,))
+    for other in (Axis(0, 2, 3), Axis(0, None, 6), Axis(0, 1, 6)):
+        assert rules.same_axis(merged, other) == rules.same_axis(other, merged) == other
+    for other in (Axis(0, 6, 1), Axis(0, 3, 2), Axis(0, None, 2)):
+        for pair in ((merged, other), (other, merged)):
+            with pytest.raises(Mixes, match="it combines different rows"):
+                rules.same_axis(*pair)

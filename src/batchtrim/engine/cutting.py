@@ -49,7 +49,7 @@ def can_be_cut(layout: RowLayout, symbols: int) -> bool:
     """
     if symbols == 1:
         (axis,) = layout.axes
-        return axis is not None and (axis.outer is None or isinstance(axis.inner, int) or isinstance(axis.outer, int))
+        return axis is not None and (isinstance(axis.inner, int) or isinstance(axis.outer, int))
     sample, token = layout.axes
     if sample is None or layout.iota:
         return False
@@ -133,10 +133,9 @@ def _take_or_zero(value: Tensor, dim: int, from_row: Tensor) -> Tensor:
 def _factors(layout: RowLayout, size: int, batch: int) -> tuple[int, int, int]:
     axis = layout.axes[0]
     assert axis is not None
-    if axis.outer is None:
-        return axis.dim, size // batch, 1
     if isinstance(axis.inner, int):
         return axis.dim, size // (batch * axis.inner), axis.inner
+    assert axis.outer is not None
     return axis.dim, int(axis.outer), size // (batch * int(axis.outer))
 
 

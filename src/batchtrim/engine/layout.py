@@ -28,13 +28,13 @@ class Mixes(Exception):
 class Axis:
     """The position of one row symbol: dimension ``dim``, between factors ``outer`` and ``inner``.
 
-    ``outer`` is None if every row holds the same values, so that any order of factors is right. ``lost`` counts the
-    rows that a slice has cut off the end.
+    ``outer`` is None if every block of ``inner`` entries holds the same values: then any order of factors is right
+    whose own ``inner`` is a multiple. ``lost`` counts the rows that a slice has cut off the end.
     """
 
     dim: int
     outer: Size | None = 1
-    inner: Size | None = 1
+    inner: Size = 1
     lost: Size = 0
 
     @property

@@ -161,7 +161,7 @@ def _checked(layout: Layout, output: Value | None, symbols: Sequence[sympy.Symbo
         elif holds([size for dim, size in enumerate(output.shape) if dim != axis.dim], (symbol,)):
             raise Mixes("it makes a tensor with rows along two dimensions")
         elif axis.outer is None:
-            fits = holds(output.shape[axis.dim], (symbol,))
+            fits = exact_ratio(output.shape[axis.dim], symbol * axis.inner) is not None
         else:
             fits = exact_ratio(output.shape[axis.dim], axis.outer * (symbol - axis.lost) * axis.inner) == 1
         if not fits:
@@ -294,9 +294,10 @@ def same_axis(a: Axis | None, b: Axis) -> Axis:
         return b
     if a.dim != b.dim or a.lost != b.lost:
         raise Mixes("it combines different rows")
-    if a.outer is None:
-        return b
-    if b.outer is not None and (a.outer, a.inner) != (b.outer, b.inner):
+    if a.outer is None and (b.outer is not None or exact_ratio(b.inner, a.inner) is not None):
+        a, b = b, a
+    fits = exact_ratio(a.inner, b.inner) is not None if b.outer is None else (a.outer, a.inner) == (b.outer, b.inner)
+    if not fits:
         raise Mixes("it combines different rows")
     return a
 
@@ -312,7 +313,7 @@ def only_dim(shape: Sequence[Size], symbol: sympy.Symbol, symbols: Sequence[symp
         return Axis(dims[0], lost=int(lost))
     if factor is None:
         raise Mixes("it makes a tensor whose size is no multiple of the number of rows")
-    return Axis(dims[0], *((1, 1) if factor == 1 else (None, None)))
+    return Axis(dims[0], 1 if factor == 1 else None)
 
 
 def _vanishes(call: Call, name: str) -> bool:

@@ -42,7 +42,7 @@ def view(call: Call) -> Layout:
 def view_axis(axis: Axis, symbol: sympy.Symbol, before: Sequence[Size], after: Sequence[Size]) -> Axis:
     """Return where an axis lies once a tensor of one shape is viewed as another."""
     if axis.outer is None:
-        return only_dim(after, symbol, (symbol,))
+        return _view_alike(axis, symbol, before, after)
     major = product(before[: axis.dim]) * axis.outer
     minor = axis.inner * product(before[axis.dim + 1 :])
     left: Size = 1
@@ -55,6 +55,18 @@ def view_axis(axis: Axis, symbol: sympy.Symbol, before: Sequence[Size], after: S
             return Axis(dim, outer, inner, axis.lost)
         left = left * size
     raise Mixes("it splits the dimension of the rows")
+
+
+def _view_alike(axis: Axis, symbol: sympy.Symbol, before: Sequence[Size], after: Sequence[Size]) -> Axis:
+    """Return where rows that are all alike lie: values repeat along the new dimension as often as along the old one."""
+    dim = only_dim(after, symbol, (symbol,)).dim
+    period, step = axis.inner * product(before[axis.dim + 1 :]), product(after[dim + 1 :])
+    inner = 1 if exact_ratio(step, period) is not None else exact_ratio(period, step)
+    within = exact_ratio(product(after[:dim]), product(before[: axis.dim])) is not None
+    copies = None if inner is None else exact_ratio(after[dim], symbol * inner)
+    if copies is None or not within:
+        raise Mixes("it splits the dimension of the rows")
+    return Axis(dim, 1 if copies == 1 else None, inner)
 
 
 @rule("permute")

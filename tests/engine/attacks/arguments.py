@@ -155,6 +155,13 @@ def scales_of_instance_norm(net: Any, x: Tensor) -> Tensor:
     return net.t(F.batch_norm(z, None, None, net.t.bias[:2].repeat(len(x)), training=True).view(len(x), H))
 
 
+@attack(16, two_pass="right")
+def values_repeated_for_two_views(net: Any, x: Tensor) -> Tensor:
+    z = net.a(torch.cat([x, 0.5 * x]))
+    gate = net.b.weight.detach()[:2, :4].expand(len(z), 2, 4).reshape(-1, 4) @ net.b.weight.detach()[:4, :4]
+    return sum(net.t((z.view(-1, 4) * gate.exp()).view(-1, H)).chunk(2))
+
+
 @attack(16)
 def bucketized_by_the_batch(net: Any, x: Tensor) -> Tensor:
     z = net.a(x)
