@@ -94,6 +94,7 @@ def _make_row(
             "mean_loss": mean_loss,
             "lr": [0.001] * epochs,
             "seconds": [seconds * (e + 1) / epochs for e in range(epochs)],
+            "samples_backward": backward,
         },
         "environment": dict(ENVIRONMENT),
         "started": "2026-01-02T03:04:05+00:00",

@@ -30,15 +30,9 @@ def error_at(row: Row, budget: float, axis: str) -> float | None:
 def spent_curve(row: Row, axis: str) -> tuple[list[float], list[float]]:
     """Return what a run had spent at each evaluation, and the test error there, if there was one."""
     curve = row.get("curve") or {}
-    if axis == "seconds" or curve.get(axis):
-        spent = list(curve.get(axis) or [])
-    else:  # older rows: spread the total over epochs by the fraction kept in each
-        keep = np.nan_to_num(np.asarray(curve.get("keep") or [], dtype=np.float64), nan=1.0)
-        total = keep.sum()
-        spent = (row[axis] * keep.cumsum() / total).tolist() if total > 0 and row.get(axis) is not None else []
     points = [
         (x, y)
-        for x, y in zip(spent, curve.get(Metric.of(row["config"]).field) or [], strict=False)
+        for x, y in zip(curve.get(axis) or [], curve.get(Metric.of(row["config"]).field) or [], strict=False)
         if is_finite(x) and is_finite(y)
     ]
     return [x for x, _ in points], [y for _, y in points]
