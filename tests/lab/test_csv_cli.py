@@ -41,7 +41,7 @@ def test_a_csv_of_results_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-@pytest.mark.parametrize("first", ["", "sep={}\r\n"])
+@pytest.mark.parametrize("first", ["", "sep={}\r\n", "\r\n"])
 def test_files_that_excel_writes_are_read(tmp_path: Path, encoding: str, separator: str, first: str) -> None:
     """A first line sep=; was taken for the header, and text in UTF-16 refused."""
     lines = table(tmp_path / "plain.csv")

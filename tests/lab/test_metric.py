@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from batchtrim.lab import headline, summarize
 from batchtrim.lab.analyse.csv_table import to_records
@@ -87,6 +89,34 @@ def test_numbers_are_written_as_the_metric_asks() -> None:
     assert ERROR.text(0.0213) == "error 2.13 %"
     assert Metric.called("rmse").text(0.45123) == "rmse 0.4512"
     assert ERROR.text(None) == "error unknown"
+
+
+def test_the_numbers_of_a_row_are_scipy_s(tmp_path: Path) -> None:
+    """Values above 1, which intervals of errors are cut to; the last run of trim is missing."""
+    full, trim, random = (31.0, 29.0, 33.0, 30.0, 36.0), (24.0, 22.0, 29.0, 21.0), (32.0, 28.0, 35.0, 33.0, 35.0)
+    table = [
+        {"method": method, "seed": seed, "rmse": values[seed] if seed < len(values) else None}
+        for method, values in (("full", full), ("trim", trim), ("random", random))
+        for seed in range(5)
+    ]
+    report.write_report(to_records(table, "results.csv"), tmp_path)
+    lines = [line.split(" | ") for line in (tmp_path / "report.md").read_text().splitlines() if " | " in line]
+    cells = {line[0].strip("| "): [each.replace("\N{MINUS SIGN}", "-") for each in line[1:7]] for line in lines}
+    tests = {
+        name: stats.ttest_rel(values, full[: len(values)]) for name, values in (("trim", trim), ("random", random))
+    }
+    holm = {"trim": 2 * tests["trim"].pvalue, "random": tests["random"].pvalue}
+    for name, values, runs in (("trim", trim, "4, 1 failed"), ("random", random, "5")):
+        differences = np.subtract(values, full[: len(values)])
+        low, high = tests[name].confidence_interval()
+        assert cells[name] == [
+            runs,
+            f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}",
+            f"{np.mean(differences):+.1f}",
+            f"{low:+.1f} to {high:+.1f}",
+            f"{holm[name]:.3f}",
+            f"{stats.wilcoxon(differences.round(12)).pvalue:.3f}",
+        ]
 
 
 def test_a_thousand_rows_report_in_seconds(tmp_path: Path) -> None:

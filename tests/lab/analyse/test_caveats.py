@@ -10,6 +10,7 @@ import pytest
 from batchtrim.lab.analyse import comparison, csv_table
 from batchtrim.lab.analyse.caveats import Caveat, Kind, caveats
 from batchtrim.lab.present.caveat_texts import caveat_texts
+from batchtrim.lab.present.wording import group_verdict
 
 Row = dict[str, Any]
 MakeRow = Callable[..., Row]
@@ -57,6 +58,7 @@ def test_a_lack_of_pairs_names_the_arm_that_lacks_them(make_row: MakeRow) -> Non
     assert found(rows) == (Caveat(Kind.FEW, "trim", (), 2),)
     (group,) = comparison.summarize(rows).groups
     assert caveat_texts(group)[0].startswith("trim: 2 pairs are too few: no verdict is given below 3")
+    assert group_verdict(group) == "no difference seen: random; no verdict: trim (some diverged)"
     (group,) = comparison.summarize(runs(make_row, {"full": [0, 1, 2], "trim": [3, 4, 5]})).groups
     assert (
         caveat_texts(group)[0] == "trim has no finished run with seeds 0, 1, 2: not compared, since no pair is there."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tracemalloc
 
@@ -69,6 +70,16 @@ def test_wilcoxon_by_hand_and_against_scipy():
         assert inference.wilcoxon(data) == pytest.approx(scipy_stats.wilcoxon(data, method="exact").pvalue)
 
 
+def test_wilcoxon_with_ties_against_all_signs():
+    rng = np.random.default_rng(0)
+    for n in range(2, 9):
+        data = rng.integers(1, 5, n) * rng.choice([-1.0, 1.0], n)
+        ranks = scipy_stats.rankdata(abs(data))
+        sums = np.array([ranks @ signs for signs in itertools.product((0, 1), repeat=n)])
+        rarer = min((sums <= ranks[data > 0].sum()).mean(), (sums >= ranks[data > 0].sum()).mean())
+        assert inference.wilcoxon([*data, 0.0]) == pytest.approx(min(1.0, 2 * rarer)), data
+
+
 def test_holm_by_hand():
     # Sorted 0.01, 0.02, 0.04 times 3, 2, 1: 0.03, 0.04, 0.04; the None is no test.
     assert inference.holm([0.04, 0.01, None, 0.02]) == pytest.approx([0.04, 0.03, None, 0.04])
@@ -82,6 +93,18 @@ def test_detectable_effect_from_tables_and_simulation():
     assert inference.detectable_effect(10) == pytest.approx(0.996, abs=0.002)
     draws = np.random.default_rng(0).normal(inference.detectable_effect(5), 1.0, (40_000, 5))
     assert (scipy_stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_two_pairs_have_tests_but_no_detectable_difference():
+    assert inference.paired_t([0.1, 0.3]) == pytest.approx(scipy_stats.ttest_1samp([0.1, 0.3], 0).pvalue)
+    assert inference.wilcoxon([0.1, 0.3]) == 0.5
+    assert inference.detectable(inference.moments([0.1, 0.3])) is None
+    three = inference.detectable(inference.moments([0.1, 0.2, 0.3]))
+    assert three == pytest.approx(0.1 * inference.detectable_effect(3))
+
+
+def test_the_unit_is_the_largest_value_s():
+    assert [inference.unit_of(each) for each in ([1e-3, -1000.0, math.nan], [0.3, 0.0], [0.0], [])] == [512, 0.25, 1, 1]
 
 
 def test_wilcoxon_of_many_pairs_takes_no_minutes():

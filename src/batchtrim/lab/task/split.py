@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from batchtrim._checks import check_fraction
-
 __all__ = ["split_rows"]
 
 
@@ -32,8 +30,6 @@ def split_rows(
     Raises:
         ValueError: nothing would be left on one side.
     """
-    if check_fraction("test_split", fraction) == 0.0:
-        raise ValueError("expected `test_split` in (0, 1), got 0. It is the part of the images to test on.")
     random = np.random.default_rng(seed)
     test = np.zeros(len(labels), dtype=bool)
     if groups is None:
