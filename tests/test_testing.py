@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from batchtrim.engine import ENGINES
 from batchtrim.engine.exact import ExactEngine
 from batchtrim.testing import EngineReport, check_engine
 from tiers import few
+
+MODELS: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -343,6 +346,23 @@ class TestWhatIsNotCopied:
             return nn.functional.cross_entropy(outputs, wanted, reduction="none")
 
         assert check_engine(model(), batch(), loss, engine="exact", verbose=False).verdict == "right"
+
+    @pytest.mark.parametrize("engine", ["exact", "shared"])
+    def test_a_registry_of_all_models_leads_to_the_other_copy(self, engine: str) -> None:
+        """As in spikingjelly: it was a KeyError, or attributes that differ."""
+
+        class Registered(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(6, 3)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                MODELS[self] = [self.layer]
+                return self.layer(x)
+
+        network = Registered()
+        network(batch()[0])
+        assert check_engine(network, batch(), nn.CrossEntropyLoss(), engine=engine, verbose=False).verdict == "right"
 
     @staticmethod
     def refused(network: nn.Module, loss: Any, what: str) -> None:

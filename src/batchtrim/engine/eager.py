@@ -79,7 +79,7 @@ class EagerStep:
                     self.gradients = self._gradients_of(losses.values, keep=_has_histories((x, y)))
         self.restore()
         if draws:
-            raise CannotCapture("it draws from a random.Random of its own, whose numbers a trace repeats")
+            raise CannotCapture("it draws Python's random numbers, which a trace repeats")
 
     def _run(self, x: Any, y: Any) -> tuple[Losses, Any]:
         """Run the forward; an error leaves the state as in a plain step."""

@@ -45,9 +45,9 @@ def no_values(model: nn.Module) -> str | None:
     return "its parameters have a shape only (meta device, FakeTensorMode). Use engine='exact', which reads no values"
 
 
-def modules_of(*roots: Any) -> list[nn.Module]:
+def modules_of(*roots: Any, passed: Iterable[Any] = ()) -> list[nn.Module]:
     """Return the modules of a model and of what computes its loss, each once; see :class:`Reachable`."""
-    return Reachable(*roots).modules
+    return Reachable(*roots, passed=passed).modules
 
 
 def parameters_of(model: nn.Module, beside: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Parameter]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,12 +39,14 @@ class Side:
     Attributes:
         refused: the error of an engine that refused the model at once; ``step`` then has the engine "exact".
         named: what :meth:`named_parameters` found since the model ran.
+        passed: the modules of the other side. A registry of all models leads to them, and they are left out.
     """
 
     step: TrimmedForward
     schedule: _SetKeep
     refused: EngineRefused | None = None
     named: dict[str, nn.Parameter] | None = None
+    passed: list[nn.Module] = field(default_factory=list)
 
     @classmethod
     def copied(cls, model: nn.Module, loss: Any, engine: str, batch_dim: int) -> Side:
@@ -77,7 +79,7 @@ class Side:
 
     def state(self) -> ModelState:
         """Return a copy of what a forward may change."""
-        return ModelState(self.model, self.step.forward.per_sample_loss)
+        return ModelState(self.model, self.step.forward.per_sample_loss, passed=self.passed)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the model, of its loss, and of modules that are not submodules."""
@@ -86,7 +88,7 @@ class Side:
         return self.named
 
     def _find_parameters(self) -> dict[str, nn.Parameter]:
-        held = modules_of(self.model, self.step.forward.per_sample_loss)
+        held = modules_of(self.model, self.step.forward.per_sample_loss, passed=self.passed)
         beside = ((f"{type(module).__name__} {number}", module) for number, module in enumerate(held))
         return dict(parameters_of(self.model, beside))
 

@@ -81,6 +81,7 @@ class SideBySide:
         self.found: dict[str, Any] = {"batch_norm": has_batch_norm(list(model.modules()))}
         self.plain = Side.copied(model, loss, "exact", batch_dim)
         self.own = Side.copied(model, loss, engine, batch_dim)
+        self.plain.passed, self.own.passed = list(self.own.model.modules()), list(self.plain.model.modules())
         self.name = engine
         sides = [(side.step.forward.inner, side.step.forward.per_sample_loss) for side in (self.own, self.plain)]
         self.shared = [(name, tensor, tensor.grad) for name, tensor in held_by_both(*sides)]
