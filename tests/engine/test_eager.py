@@ -10,6 +10,7 @@ import batchtrim
 from batchtrim.engine.eager import EagerStep
 from batchtrim.engine.shared import SharedEngine
 from batchtrim.errors import EngineRefused
+from batchtrim.testing import check_engine
 
 
 class Sensitive(nn.Module):
@@ -155,3 +156,22 @@ def test_operators_of_the_user_run_once() -> None:
     _ran.clear()
     step(torch.randn(12, 8), torch.arange(12) % 5).backward()
     assert _ran == ["forward", "backward"]
+
+
+def test_a_method_under_autocast_is_traced_again() -> None:
+    """As in diffusion libraries: what the decorator had noted of torch's cache was taken for the model's state."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        @torch.autocast("cpu", enabled=False)
+        def scaled(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.scaled(x))
+
+    batch = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    assert check_engine(Model(), batch, nn.CrossEntropyLoss(), steps=2, verbose=False).verdict == "right"

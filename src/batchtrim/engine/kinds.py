@@ -99,6 +99,7 @@ _BY_BASE: list[tuple[Any, Kind]] = [
     ((MappingProxyType, type({}.keys()), type({}.values()), type({}.items())), Kind.THROUGH),
     (ContextVar, Kind.VARIABLE),
     (torch.optim.Optimizer, Kind.OPTIMIZER),
+    (torch.autocast, Kind.NOTHING),  # what it notes, it notes anew at each entry
 ]
 
 
