@@ -24,7 +24,7 @@ from batchtrim import (
     uniform,
 )
 from batchtrim.selection import above
-from batchtrim.selection.base import rank_mask, select_valid, top_indices
+from batchtrim.selection.base import asks_for_all, select_valid, top_indices
 from tiers import often
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -49,8 +49,12 @@ def test_against_the_oracle(values: list[float], keep: float, dtype: torch.dtype
     assert rows(hardest()(losses, keep)) == oracles.hardest(seen, keep)
     assert rows(easiest()(losses, keep)) == oracles.easiest(seen, keep)
     assert rows(between(skip)(losses, keep)) == oracles.between(seen, keep, skip)
-    k = torch.tensor(float(keep_count(keep, len(values))))
-    assert set(rank_mask(losses, k).nonzero().flatten().tolist()) == oracles.hardest(seen, keep)
+    fixed = torch.tensor(keep, dtype=torch.float64)
+    for rule, expected in (
+        (hardest(), oracles.hardest(seen, keep)),
+        (between(skip), oracles.between(seen, keep, skip)),
+    ):
+        assert set(rule.compiled_mask(losses, fixed, len(values)).nonzero().flatten().tolist()) == expected
 
 
 test_against_the_oracle_often = often(drawn, test_against_the_oracle, 300)
@@ -132,6 +136,7 @@ def test_keep_count_rounds_half_to_even(keep: float, n: int, k: int) -> None:
 def test_above_keeps_all_over_the_threshold_and_min_keep() -> None:
     losses = torch.tensor([0.1, 3.0, 2.0, 0.5, float("nan")])
     assert rows(above(1.0)(losses, 1.0)) == {1, 2, 4}
+    assert rows(above(2.0)(losses, 1.0)) == {1, 4}, "2.0 is not above it"
     assert rows(above(10.0, min_keep=2)(losses, 1.0)) == {1, 4}
     assert rows(above(10.0, min_keep=9)(losses, 1.0)) == {0, 1, 2, 3, 4}
 
@@ -145,6 +150,8 @@ def test_uniform_is_uniform_and_uses_its_own_generator() -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert counts.sum() == 6000
     assert (counts - 600).abs().max() < 5 * np.sqrt(2000 * 0.3 * 0.7)
+    assert asks_for_all(uniform(), 1.0)
+    assert not asks_for_all(uniform(like=above(0.5)), 1.0), "whatever `keep`, the other rule sets k"
 
 
 def test_percentile_keeps_by_rank_among_recent_losses() -> None:
@@ -160,7 +167,17 @@ def test_percentile_keeps_by_rank_among_recent_losses() -> None:
     twin.load_state_dict(state)
     draws = [r(losses, 1.0, torch.Generator().manual_seed(3)).indices for r in (rule, twin)]
     assert torch.equal(*draws)
-    assert percentile(beta=50.0)(torch.rand(20), 1.0, generator).k >= 1
+
+
+def test_percentile_refers_to_its_history_and_keeps_at_least_the_hardest() -> None:
+    rule, generator = percentile(beta=500.0, history=4), torch.Generator().manual_seed(0)
+    assert rows(rule(torch.tensor([9.0, 9.0, 9.0]), 1.0, generator)) == {0, 1, 2}
+    assert rows(rule(torch.tensor([1.0, 3.0, 2.0]), 1.0, generator)) == {1}, "below a 9 all are unlikely"
+    assert rows(rule(torch.tensor([1.0, 3.0, 2.0, 3.0]), 1.0, generator)) == {1, 3}, "every 9 is forgotten"
+    shorter = percentile(history=2)
+    shorter.load_state_dict(rule.state_dict())
+    assert shorter.state_dict()["recent"].tolist() == [2.0, 3.0]
+    assert percentile(beta=0)(torch.rand(20), 1.0, generator).k == 20
 
 
 def test_percentile_topk_draws_k_and_favours_hard_samples() -> None:

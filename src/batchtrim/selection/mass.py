@@ -61,9 +61,10 @@ def smoothing_floor(label_smoothing: float, classes: int) -> float:
     smoothing = check_part("label_smoothing", label_smoothing)
     classes = check_count("classes", classes, minimum=2)
     rest = smoothing / classes
+    if not rest:
+        return 0.0
     right = 1.0 - smoothing + rest
-    others = (classes - 1) * rest * math.log(rest) if rest else 0.0
-    return -right * math.log(right) - others if smoothing else 0.0
+    return -right * math.log(right) - (classes - 1) * rest * math.log(rest)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class loss_mass:
         place = torch.arange(losses.shape[0], device=losses.device)
         share = keep.to(losses.device, _wide(losses))
         size = torch.ones_like(share) * n
-        skipped = torch.minimum(torch.round(self.skip * size), size - 1).clamp(min=0)
+        skipped = torch.minimum(torch.round(self.skip * size), size - 1)
         lowest = self.offset - _tolerance(self.offset, losses.dtype)
         counted = place < size
         torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
@@ -223,9 +224,7 @@ class loss_mass:
             held = torch.bincount(bins, mass, minlength=_BINS).flip(0).cumsum(0)
             inside = min(int((held < wanted).sum()), _BINS - 1)  # this many bins from the top do not reach it
             wanted -= float(held[inside - 1]) if inside else 0.0
-            rows = (bins == _BINS - 1 - inside).nonzero().squeeze(1)
-            if rows.shape[0] == values.shape[0]:
-                break
+            rows = (bins == _BINS - 1 - inside).nonzero().squeeze(1)  # fewer: the lowest and the highest are apart
             values, mass = values[rows], mass[rows]
             low, high = (float(end) for end in values.aminmax())
         ordered, rows = torch.sort(values, descending=True)

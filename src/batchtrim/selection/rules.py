@@ -110,7 +110,7 @@ class between:
 
     def compiled_mask(self, losses: Tensor, keep: Tensor, n: Tensor | int) -> Tensor:
         skipped = torch.minimum(torch.round(torch.ones_like(keep) * self.skip * n), torch.ones_like(keep) * n - 1)
-        return rank_mask(losses, keep_count_tensor(keep, n), skipped.clamp(min=0))
+        return rank_mask(losses, keep_count_tensor(keep, n), skipped)
 
 
 @dataclass(frozen=True)
