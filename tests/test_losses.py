@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import batchtrim
 from batchtrim import Losses, Trimmer, focal, per_sample, superloss, token_losses
 from batchtrim.errors import PassUnreducedLosses
 from batchtrim.losses import flatten, lambert_w
@@ -157,3 +159,23 @@ def test_losses_detach() -> None:
     losses = Losses(torch.rand(3, requires_grad=True) * 2, torch.ones(3, dtype=torch.bool))
     assert not losses.detach().values.requires_grad
     assert losses.detach().weights is None
+
+
+@pytest.mark.parametrize("scale", ["kept", "batch"])
+@pytest.mark.parametrize("rule", [batchtrim.hardest(), batchtrim.superquantile()], ids=repr)
+@pytest.mark.parametrize("arguments", [{}, {"reduction": "sum"}, {"weight": torch.tensor([0.2, 1.0, 3.0])}], ids=str)
+def test_the_selection_of_a_rule_itself_is_reduced_as_the_trimmers(
+    scale: str, rule: Any, arguments: dict[str, Any]
+) -> None:
+    logits, labels = torch.randn(7, 3, 4), torch.randint(3, (7, 4))
+    labels[2, 1:] = labels[5, 2:] = -100
+    criterion = nn.CrossEntropyLoss(**arguments)
+    for losses in (per_sample(criterion)(logits, labels), per_sample(criterion)(logits[..., 0], labels[:, 0])):
+        own = rule(losses.values, 0.4)
+        torch.testing.assert_close(batchtrim.reduce(losses, own, scale), Trimmer(0.4, select=rule, scale=scale)(losses))
+        torch.testing.assert_close(batchtrim.reduce(losses, batchtrim.hardest()(losses.values, 1.0)), losses.mean())
+    if losses.weights is not None:
+        rows, factors = own.indices, 1.0 if own.weights is None else own.weights
+        divisor = losses.weights.sum() if scale == "batch" else (losses.weights[rows] * factors).sum()
+        expected = (losses.values[rows] * factors).sum() / divisor
+        torch.testing.assert_close(batchtrim.reduce(losses.values, own, scale, losses.weights), expected)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from batchtrim._checks import check_choice, check_like, describe
 from batchtrim.selection import Selection
-from batchtrim.unreduced import Losses, accumulator, as_one, counted, divisors, flatten, nonzero
+from batchtrim.unreduced import Losses, accumulator, as_one, counted, divisors, flatten, losses_of, nonzero
 
 __all__ = [
     "SCALES",
@@ -47,8 +47,8 @@ def reduce(losses: Tensor | Losses, selection: Selection, scale: str = "kept", w
     losses are weighted, replaces these divisors.
 
     Args:
-        losses: (B,), with a graph. Or :class:`batchtrim.Losses`, which hold their weights; a sum of terms that count
-            differently has to be given so.
+        losses: (B,), with a graph. Or :class:`batchtrim.Losses`, which hold their weights, counts and reduction; a sum
+            of terms that count differently has to be given so.
         selection: the samples to keep.
         scale: "kept" or "batch".
         weights: (B,), per-sample weights a criterion has already multiplied into ``losses`` (class weights); the
@@ -62,14 +62,15 @@ def reduce(losses: Tensor | Losses, selection: Selection, scale: str = "kept", w
     if not isinstance(selection, Selection):
         hint = "A rule gives one: batchtrim.hardest()(losses, keep)."
         raise TypeError(f"expected `selection` to be a batchtrim.Selection, got {describe(selection)}. {hint}")
-    if isinstance(losses, Losses):
-        unit = losses.unit or ("sample" if losses.values.shape[:1] == (selection.size,) else "element")
-        losses = flatten(losses, unit)
-        losses = losses if selection.terms else as_one(losses)
-        if losses.terms and losses.values.shape == (selection.size,):
-            selection = selection if selection.terms else with_terms(selection, losses)
-            return reduce_rows(losses, selection.indices, selection, scale)
-        losses, weights = losses.values, losses.weights if weights is None else weights
+    whole = losses
+    if isinstance(whole, Losses):
+        unit = whole.unit or ("sample" if whole.values.shape[:1] == (selection.size,) else "element")
+        whole = flatten(whole, unit)
+        whole = whole if selection.terms else as_one(whole)
+        if whole.terms and whole.values.shape == (selection.size,):
+            selection = selection if selection.terms else with_terms(selection, whole)
+            return reduce_rows(whole, selection.indices, selection, scale)
+        losses = whole.values
     if selection.terms:
         raise ValueError(
             f"expected `losses` to be the `Losses` that the selection was made from, a sum of {len(selection.terms)} "
@@ -82,9 +83,12 @@ def reduce(losses: Tensor | Losses, selection: Selection, scale: str = "kept", w
         )
     if weights is not None:
         check_like("weights", weights, losses)
+        whole = replace(whole, weights=weights) if isinstance(whole, Losses) else losses_of(losses, weights=weights)
+    if isinstance(whole, Losses) and selection.batch_normalizer is None:  # a rule's own, which counts samples
+        selection = normalized(selection, whole)
     rows, size = selection.indices, selection.size
     k = rows.shape[0]
-    if weights is None and selection.weights is None and 0 < k < size and _dot_is_exact(losses, size):
+    if selection.weights is None and 0 < k < size and _dot_is_exact(losses, size):
         divisor = selection.normalizer if scale == "kept" else selection.batch_normalizer
         if divisor is None:
             divisor = k if scale == "kept" else selection.candidates
@@ -93,12 +97,7 @@ def reduce(losses: Tensor | Losses, selection: Selection, scale: str = "kept", w
         value = loss.item()
         if value == value:
             return loss
-    if not selection.everything:
-        if weights is not None and scale == "batch" and selection.batch_normalizer is None:
-            selection = replace(selection, batch_normalizer=weights.sum(dtype=accumulator(losses)))
-        losses = losses.index_select(0, selection.indices)
-        weights = None if weights is None else weights.index_select(0, selection.indices)
-    return reduce_kept(losses, selection, scale, weights)
+    return reduce_kept(losses if selection.everything else losses.index_select(0, rows), selection, scale)
 
 
 def _dot_is_exact(losses: Tensor, size: int) -> bool:
@@ -110,18 +109,16 @@ def _dot_is_exact(losses: Tensor, size: int) -> bool:
     return size <= _DOT_TO and losses.is_cpu and losses.dtype in _DOT_IN and type(losses) is Tensor
 
 
-def reduce_kept(kept: Tensor, selection: Selection, scale: str = "kept", weights: Tensor | None = None) -> Tensor:
+def reduce_kept(kept: Tensor, selection: Selection, scale: str = "kept") -> Tensor:
     """Return :func:`reduce` from the losses of the kept rows alone: (k,), in the order of ``selection.indices``."""
     if selection.k == 0:
         return kept.sum()  # 0 with a graph: a step that changes nothing, under DDP too
     dtype, total = kept.dtype, accumulator(kept)
     normalizer = selection.batch_normalizer if scale == "batch" else selection.normalizer
-    if normalizer is None and weights is None and selection.weights is None and scale == "kept":
-        return kept.mean()
-    if normalizer is None and weights is not None:
-        normalizer = nonzero(_times(weights, selection.weights).sum(dtype=total))
     if normalizer is None and scale == "kept":
-        normalizer = selection.weights.sum(dtype=total)  # type: ignore[union-attr]
+        if selection.weights is None:
+            return kept.mean()
+        normalizer = selection.weights.sum(dtype=total)
     kept = _times(kept, selection.weights)
     return (kept.sum(dtype=total) / (selection.candidates if normalizer is None else normalizer)).to(dtype)
 
@@ -191,7 +188,7 @@ def reduce_rows(losses: Losses, rows: Tensor | slice, selection: Selection, scal
     if losses.terms:
         pairs = zip(losses.terms, selection.terms, strict=True)
         return torch.stack([reduce_rows(_all_counted(each), rows, part, scale) for each, part in pairs]).sum()
-    return reduce_kept(losses.values[rows], selection, scale, None if losses.weights is None else losses.weights[rows])
+    return reduce_kept(losses.values[rows], selection, scale)
 
 
 def _all_counted(term: Losses) -> Losses:

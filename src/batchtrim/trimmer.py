@@ -170,9 +170,7 @@ class Trimmer(Copied):
         selection = self._choose(flat, scores, rank_by is None)
         if logged or self.log is not None:
             record_as_before(self.log, self.last, logged, "trim")
-        if flat.terms:
-            return reduce(flat, selection, self.scale)
-        return reduce(flat.values, selection, self.scale, flat.weights)
+        return reduce(flat if flat.terms else flat.values, selection, self.scale)
 
     @fixed_method("The rule is trim.rule.")
     @by_name

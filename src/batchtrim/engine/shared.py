@@ -138,11 +138,8 @@ class SharedEngine:
             selection = self.trim.select(detached, rank_by=self.forward.scores(detached, outputs, y)).rising()
         batch = tape.size = losses.values.shape[0]
         rows = padded_rows(selection)
-        values, weights = losses.values, losses.weights
-        if not selection.everything:
-            values = values.index_select(0, selection.indices)
-            weights = None if weights is None else weights.index_select(0, selection.indices)
-        loss = reduce_kept(values, selection, self.trim.scale, weights)
+        values = losses.values if selection.everything else losses.values.index_select(0, selection.indices)
+        loss = reduce_kept(values, selection, self.trim.scale)
         approximate = None
         if tape.step is not None and rows.shape[0] < batch:
             self._cut(tape, loss, rows.sort().values)
