@@ -75,6 +75,14 @@ def test_mask_leaves_samples_out():
     assert log.end_epoch()["seen"] == 2
 
 
+def test_masked_entries_are_not_compared_with_earlier_ones():
+    log, mask = KeepLog(4), torch.tensor([True, True, False, False])
+    for losses in ([1.0, 2.0, 9.0, 9.0], [2.0, 1.0, 9.0, 9.0]):
+        record(log, torch.arange(4), torch.tensor(losses), choice([0, 1], 4), mask=mask)
+        log.end_epoch()
+    assert (log.history[-1]["compared"], log.history[-1]["stay_hard"]) == (1, 0.0)
+
+
 def test_last_prediction_and_its_confidence():
     log = KeepLog(3)
     outputs = torch.log(torch.tensor([[0.1, 0.9], [0.75, 0.25]]))
@@ -97,9 +105,19 @@ def test_epoch_line_counts_by_class():
     assert log.end_epoch()["class_seen"] == [1, 0, 0]
 
 
+def test_samples_without_a_label_and_masked_ones_are_not_in_doubt():
+    log, mask = KeepLog(5, classes=2), torch.tensor([True, True, True, True, False])
+    outputs = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 9.0], [0.0, 9.0], [9.0, 0.0]])
+    labels = torch.tensor([0, 1, -1, -1, 1])
+    record(log, torch.arange(5), torch.ones(5), choice([0, 2, 4], 5), mask=mask, outputs=outputs, labels=labels)
+    line = log.end_epoch()
+    assert (line["doubt"], line["doubt_kept"], line["class_seen"]) == (0.0, 0.0, [1, 1])
+
+
 def test_merge_is_as_if_recorded_one_after_the_other():
     batches = list(random_batches(40, 30, 12))
-    whole, first, second = KeepLog(40), KeepLog(40), KeepLog(40)
+    batches.append((torch.tensor([40]), torch.tensor([5.0]), choice([0], 1)))  # a sample that the first log lacks
+    whole, first, second = KeepLog(41), KeepLog(41), KeepLog(41)
     for i, batch in enumerate(batches):
         record(whole, *batch)
         record(first if i < 17 else second, *batch)

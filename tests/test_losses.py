@@ -179,3 +179,12 @@ def test_the_selection_of_a_rule_itself_is_reduced_as_the_trimmers(
         divisor = losses.weights.sum() if scale == "batch" else (losses.weights[rows] * factors).sum()
         expected = (losses.values[rows] * factors).sum() / divisor
         torch.testing.assert_close(batchtrim.reduce(losses.values, own, scale, losses.weights), expected)
+
+
+def test_sums_keep_their_unit_and_the_mean_of_nothing_is_0() -> None:
+    plain, element = Losses(torch.ones(2)), Losses(torch.ones(2), unit="element")
+    masked = Losses(torch.ones(2), torch.tensor([True, False]))
+    for losses in (plain + element, element + plain, masked + element, element + masked):
+        assert losses.unit == "element"
+    assert (torch.tensor([4.0, 3.0]) - plain).values.tolist() == [3.0, 2.0]
+    assert Losses(torch.zeros(0)).mean() == 0.0

@@ -241,7 +241,7 @@ class TestSums:
         one, two = Losses(torch.tensor([1.0, 2.0])), Losses(torch.tensor([3.0, 5.0]))
         assert (one + two).values.tolist() == [4.0, 7.0]
         assert (two - one).values.tolist() == [2.0, 3.0]
-        assert (-one / 2).values.tolist() == [-0.5, -1.0]
+        assert (-one / 2).values.tolist() == (one / torch.tensor(-2.0)).values.tolist() == [-0.5, -1.0]
         assert (torch.tensor(2.0) * one).values.tolist() == [2.0, 4.0]
         assert sum([one, two, two]).values.tolist() == [7.0, 12.0]  # type: ignore[union-attr]
         assert (one + two.values).values.tolist() == [4.0, 7.0]

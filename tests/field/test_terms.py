@@ -57,6 +57,16 @@ def right(names: tuple[str, ...], model: nn.Module, parts: list[tuple[Tensor, Te
     return total
 
 
+def test_what_a_mask_leaves_out_of_a_sum_is_neither_ranked_nor_counted() -> None:
+    one = Losses(torch.tensor([1.0, 5.0, 2.0, 7.0]))
+    other = Losses(torch.tensor([9.0, 1.0, 1.0, 3.0]), torch.tensor([False, True, True, True]))
+    losses = one + other
+    assert losses.values.tolist() == [1.0, 6.0, 3.0, 10.0]
+    trim = Trimmer(0.6, unit="element")
+    torch.testing.assert_close(trim(losses, mask=torch.tensor([True, True, True, False])), torch.tensor(4.5))
+    torch.testing.assert_close(losses.masked(other.mask).mean(), one.values[1:].mean() + other.values[1:].mean())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("names", SUMS, ids=" + ".join)
 @pytest.mark.parametrize(
     ("engine", "lengths"), [("exact", (3,)), ("two_pass", (3,)), ("exact", (3, 2)), ("two_pass", (3, 5, 2))]

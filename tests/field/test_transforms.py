@@ -98,6 +98,15 @@ def test_limits_under_vmap_are_reported(rule: Any) -> None:
         torch.vmap(lambda weight: Trimmer(0.4).select(losses(weight)).indices)(torch.stack([W, -W]))
 
 
+def test_a_mapped_trimmer_follows_its_clock_and_a_loaded_state() -> None:
+    trim, resumed = (Trimmer(batchtrim.linear(1.0, 0.25), total=2) for _ in range(2))
+    trim.step()
+    resumed.load_state_dict(trim.state_dict())
+    batches = torch.rand(3, 8)
+    for each in (trim, resumed):
+        torch.testing.assert_close(torch.vmap(each)(batches), batches.topk(2).values.mean(1))
+
+
 def test_a_criterion_that_was_never_looked_at() -> None:
     class Squared(nn.Module):
         reduction = "mean"
