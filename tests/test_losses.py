@@ -188,3 +188,5 @@ def test_sums_keep_their_unit_and_the_mean_of_nothing_is_0() -> None:
         assert losses.unit == "element"
     assert (torch.tensor([4.0, 3.0]) - plain).values.tolist() == [3.0, 2.0]
     assert Losses(torch.zeros(0)).mean() == 0.0
+    with pytest.raises(ValueError, match=r"expected a term of shape \(2,\)"):
+        plain + Losses(torch.ones(1))

@@ -50,3 +50,23 @@ def test_the_order_of_two_terms_does_not_count() -> None:
         step = batchtrim.TrimmedForward(nn.Identity(), both, batchtrim.Trimmer(0.5), "exact")
         found.append(sum(loss.item() for loss in batchtrim.accumulate(step, batches)))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("over", ["micro", "window"])
+def test_empty_micro_batches_alone_and_beside_others(over: str) -> None:
+    """A rank whose data have run out, in a window in which every rank's may have."""
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.arange(4) % 2
+    step = batchtrim.TrimmedForward(model, nn.CrossEntropyLoss(), batchtrim.Trimmer(0.5, scope="global"), "exact")
+    assert [loss.item() for loss in batchtrim.accumulate(step, [(x[:0], y[:0])], over)] == [0.0]
+    right = F.cross_entropy(model(x), y, reduction="none").topk(2).values.mean()
+    torch.testing.assert_close(sum(batchtrim.accumulate(step, [(x[:0], y[:0]), (x, y)], over)), right)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_a_mean_over_samples_whose_lengths_differ(keep: float) -> None:
+    """Distillation: with "batchmean" a longer sample counts as much as a shorter one."""
+    model = nn.Sequential(nn.PReLU(), nn.LogSoftmax(-1))
+    batches = [(torch.randn(4, t), torch.rand(4, t).softmax(-1)) for t in (3, 5)]
+    losses = torch.cat([F.kl_div(model(x), y, reduction="none").sum(1) for x, y in batches])
+    step = batchtrim.TrimmedForward(model, nn.KLDivLoss(reduction="batchmean"), batchtrim.Trimmer(keep), "exact")
+    torch.testing.assert_close(sum(batchtrim.accumulate(step, batches)), losses.topk(int(8 * keep)).values.mean())
