@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import batchtrim
 from batchtrim import Losses, TrimmedForward, Trimmer, accumulate, per_sample
+from batchtrim.integrations._labels import plain_sums
 from batchtrim.integrations._loss_finder import LossFinder
 
 WEIGHT = torch.tensor([0.2, 1.0, 3.0])
@@ -123,3 +124,13 @@ def test_terms_that_are_read_from_a_training_step(names: tuple[str, ...]) -> Non
     assert trim.last is not None
     kept = trim.last.selection.indices
     torch.testing.assert_close(loss, torch.stack([TERMS[name][1](model(x[kept]), y[kept]) for name in names]).sum())
+
+
+@pytest.mark.parametrize("names", [*SUMS, ("padded",), ("weighted",), ("of samples",)], ids=" + ".join)
+def test_evaluation_adds_up_each_term_over_its_batches(names: tuple[str, ...]) -> None:
+    parts = [(torch.randn(len(y), y.shape[1], 3), y) for _, y in batches((4, 4))]
+    sums = torch.stack([plain_sums(added(names)(*part)) for part in parts]).sum(0)
+    whole = added(names)(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    torch.testing.assert_close((sums[:, 0] / sums[:, 1]).sum(), whole.mean().double())
+    masked = Losses(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
+    assert plain_sums(masked).tolist() == [[3.0, 2.0]]
