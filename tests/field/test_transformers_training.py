@@ -244,13 +244,16 @@ def weights(kind: type[TrimmedTrainer], rows: list[Any], folder: Path, **extra: 
     return torch.cat([each.detach().flatten() for each in trainer.model.parameters()])
 
 
-def by_hand(rows: list[Any]) -> Tensor:
-    """The same with everything kept: the mean over all tokens of a step."""
+def by_hand(rows: list[Any], of_samples: bool = False) -> Tensor:
+    """The same with everything kept: the mean over all tokens of a step, or over its samples' own means."""
     model = new_model("causal").train()
     for window in (rows[:12], rows[12:]):
         batch = {name: torch.stack([row[name] for row in window]) for name in window[0]}
         labels = batch.pop("labels")[:, 1:]
-        loss = F.cross_entropy(model(**batch).logits[:, :-1].transpose(1, 2), labels)
+        logits = model(**batch).logits[:, :-1]
+        loss = F.cross_entropy(logits.transpose(1, 2), labels)
+        if of_samples:
+            loss = torch.stack([F.cross_entropy(*each) for each in zip(logits, labels, strict=True)]).mean()
         model.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -278,6 +281,19 @@ def test_micro_batches_count_by_their_tokens(own: Any, first: str, tmp_path: Pat
             row.update({name: torch.ones(9, dtype=torch.int64) for name in row})
     found = weights(TrimmedTrainer, rows, tmp_path, keep=1.0, per_sample_loss=own)
     torch.testing.assert_close(found, by_hand(rows), rtol=1e-4, atol=1e-6)
+
+
+def means_of_samples(outputs: Any, labels: Tensor) -> Tensor:
+    losses = next_tokens(outputs, labels)
+    return (losses.values * losses.mask).sum(1) / losses.mask.sum(1)  # type: ignore[union-attr]
+
+
+def test_micro_batches_of_samples_means_count_by_their_samples(tmp_path: Path) -> None:
+    rows = data("causal", 20)
+    for place, row in enumerate(rows):
+        row["labels"] = torch.where(torch.arange(9) < 3 + place // 4, row["labels"], -100)
+    found = weights(TrimmedTrainer, rows, tmp_path, keep=1.0, per_sample_loss=means_of_samples)
+    torch.testing.assert_close(found, by_hand(rows, of_samples=True), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("over", ["micro", "window"])
