@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import sys
@@ -141,9 +142,17 @@ def padded_on_one_rank(rank: int) -> None:
     for padding in (None, mask):
         whole = torch.cat([F.pad(short, (0, 3)), long])
         counts = torch.cat([F.pad(torch.ones(4, 2), (0, 3)) > 0, torch.ones(4, 5) > 0 if padding is None else padding])
-        for keep in (1.0, 0.5):
-            loss = joint(keep)(long, mask=padding) if rank else joint(keep)(short)
-            assert math.isclose(mean(loss), Trimmer(keep)(whole, mask=counts).item(), rel_tol=1e-6)
+        own = Losses(long, padding) if rank else Losses(short)
+        for keep, rule in ((1.0, batchtrim.hardest()), (0.5, batchtrim.hardest()), (0.45, batchtrim.superquantile())):
+            for reduction in ("mean", "sum"):
+                own.reduction = reduction
+                alone = Trimmer(keep, select=rule)(Losses(whole, counts, reduction=reduction))
+                assert math.isclose(mean(joint(keep, select=rule)(own)), alone.item(), rel_tol=1e-6)
+            own.reduction = "mean"
+            added = batchtrim.losses.flatten(own, "sample") + Losses(LOSSES)
+            expected = batchtrim.losses.flatten(Losses(whole, counts), "sample") + Losses(LOSSES.repeat(2))
+            alone = Trimmer(keep, select=rule)(expected)
+            assert math.isclose(mean(joint(keep, select=rule)(added)), alone.item(), rel_tol=1e-6)
 
 
 def terms_of_a_sum(rank: int) -> None:
@@ -156,9 +165,9 @@ def terms_of_a_sum(rank: int) -> None:
         weighted = Losses(values[part] * weights[part], None, weights[part])
         return Losses(values[part], mask[part]) + weighted + Losses(values[part], reduction="sum") + values[part]
 
-    for scale in ("kept", "batch"):
-        alone = Trimmer(0.5, scale=scale)(added(slice(0, 8))).item()
-        assert math.isclose(mean(joint(0.5, scale=scale)(added(own))), alone, rel_tol=1e-6)
+    for scale, rule in itertools.product(("kept", "batch"), (batchtrim.hardest(), batchtrim.superquantile())):
+        alone = Trimmer(0.45, scale=scale, select=rule)(added(slice(0, 8))).item()
+        assert math.isclose(mean(joint(0.45, scale=scale, select=rule)(added(own))), alone, rel_tol=1e-6)
     disagree(
         lambda: joint()(added(own) if rank else Losses(values)), r"the same number of terms on every rank, got \[0, 4\]"
     )
