@@ -24,7 +24,7 @@ class Sums(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.one + self.turned.t() + self.flat.view(6, 8) + sum(self.layers)
-        return self.last((x @ weight + torch.cat(list(self.parts))).tanh())
+        return self.last((x @ weight + torch.cat([part for part in self.parts])).tanh())
 
 
 class MixedSums(Sums):

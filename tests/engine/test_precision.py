@@ -19,6 +19,7 @@ def switches() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("switches")
+@pytest.mark.filterwarnings("ignore:Please use the new API")  # torch 2.9's own
 def test_tf32_is_seen_through_torchs_older_and_newer_switches() -> None:
     assert not uses_tf32(GPU)
     torch.backends.cudnn.allow_tf32 = True

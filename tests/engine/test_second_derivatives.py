@@ -285,6 +285,7 @@ class Grows(Applies):
         return super().forward(x * self.calls)
 
 
+@pytest.mark.skipif("2.11" <= torch.__version__ < "2.12", reason="there this one can run again")
 @pytest.mark.parametrize("options", [{}, {"allow_unused": True}])
 def test_what_cannot_run_again_is_an_error(options: dict[str, bool]) -> None:
     """With allow_unused=True, None came back without a word."""

@@ -41,6 +41,10 @@ class Dividing(Trainer):
 
     loss_is_scaled_for_ga = False
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = False  # the same, for transformers 5.0
+
 
 class LowRank(nn.Module):
     """LoRA by hand: a frozen layer and two thin ones beside it."""
