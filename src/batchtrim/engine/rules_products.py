@@ -40,7 +40,8 @@ def distances(call: Call) -> Layout:
 @rule("_cdist_backward")
 def distances_backward(call: Call) -> Layout:
     """Sum ``grad[p, r] * f(x1[p], x2[r])`` over r, where f is a distance's derivative; only ``grad`` makes it zero."""
-    values = [call["grad"], *(_not_zero(call[name]) for name in ("x1", "x2", "cdist"))]
+    grad, *others = call.values  # torch 2.14 calls the first grad_output
+    values = [grad, *map(_not_zero, others)]
     return contract(call.symbols, _letters(values, "pr", "pm", "rm", "pr"), _letters([call.out], "pm")[0], values)
 
 
