@@ -205,6 +205,14 @@ def test_a_loss_without_a_standard_form(tmp_path: Path) -> None:
     torch.testing.assert_close(auto, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_reentrant_checkpoints_are_named(tmp_path: Path) -> None:
+    model: Any = bert("ForSequenceClassification", num_labels=3)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(EngineRefused, match=r"without backward\(\) \(RuntimeError: When use_reentrant=True"):
+        trained(model, data("sequence", 40), "shared", tmp_path)
+
+
 def changing(out: Tensor, y: Tensor, model: Head) -> Tensor:
     """Twice the loss, from the second step on."""
     return (1.0 + (model.head.bias.detach() != model.first).any()) * F.cross_entropy(out, y)

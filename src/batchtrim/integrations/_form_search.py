@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchtrim._checks import in_one_line
 from batchtrim.integrations._contributions import tolerance_of
 from batchtrim.integrations._forms import OF_CLASSES, OF_NUMBERS, Form, FormCall
 from batchtrim.integrations._loss_finder import Found
-from batchtrim.integrations._recorder import LossPart
+from batchtrim.integrations._recorder import LossPart, NotFound
 from batchtrim.integrations._terms import Term, merged
 from batchtrim.unreduced import Losses
 
@@ -29,6 +30,9 @@ def find_form(
         unit: what is chosen.
         smoothing: added label smoothing.
         parameters: of the model, to compare the gradient.
+
+    Raises:
+        NotFound: the gradients cannot be compared.
     """
     outputs = found.outputs
     calls = [next(_matching(part, outputs, labels), None) for part in found.parts]
@@ -125,8 +129,8 @@ def _same_gradient(one: Losses, other: Losses, parameters: list[nn.Parameter]) -
         sums.append(values @ weights)
     try:
         pairs = [torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True) for each in sums]
-    except RuntimeError:  # the model cannot be differentiated twice: nothing is proven
-        return False
+    except RuntimeError as error:  # nothing is proven; such as activation checkpoints that are reentrant
+        raise NotFound(f"its gradient cannot be computed without backward() ({in_one_line(error)})") from error
     size, apart = 0.0, 0.0
     for mine, theirs in zip(*pairs, strict=True):
         if (mine is None) != (theirs is None):

@@ -94,13 +94,13 @@ class Forms:
         with left_as_found(eager), torch.enable_grad():
             try:
                 found = losses.find(eager, inputs)
+                for form in self._known:
+                    if fits(form, found, labels, parameters):
+                        return form
+                form = find_form(found, labels, losses.unit, losses.smoothing, parameters)
             except NotFound as reason:
                 self.reason = str(reason)
                 return None
-            for form in self._known:
-                if fits(form, found, labels, parameters):
-                    return form
-            form = find_form(found, labels, losses.unit, losses.smoothing, parameters)
         if form is None:
             self.reason = "its loss has none of the standard forms"
             return None
