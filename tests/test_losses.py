@@ -95,6 +95,15 @@ def test_a_criterion_that_averages_by_itself() -> None:
         per_sample(F.mse_loss, unit="token")
 
 
+@pytest.mark.parametrize(("given", "computed"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_token_losses_are_in_at_least_float32(given: torch.dtype, computed: torch.dtype) -> None:
+    logits, labels = torch.randn(2, 3, 5, dtype=given), torch.randint(0, 5, (2, 3))
+    expected = F.cross_entropy(logits.to(computed).transpose(1, 2), labels)
+    torch.testing.assert_close(
+        token_losses(logits, labels).mean(), expected, rtol=1e-12 if given == computed else 1e-6, atol=0.0
+    )
+
+
 def test_token_losses_mask_padding_and_shift() -> None:
     logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
     labels[1, 3:] = -100

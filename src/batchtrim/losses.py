@@ -221,13 +221,14 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, sh
         shift: for causal language models, whose logits at t predict the label at t + 1: the result is (B, T - 1).
 
     Returns:
-        Losses with ``values`` (B, T) in fp32 and ``mask`` (B, T).
+        Losses with ``values`` (B, T), in at least float32, and ``mask`` (B, T).
     """
     _check_tokens(logits, labels)
     ignore_index = check_count("ignore_index", ignore_index, minimum=-(2**63))
     if check_flag("shift", shift):
         logits, labels = logits[:, :-1], labels[:, 1:]
-    values = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none", ignore_index=ignore_index)
+    logits = logits.transpose(1, 2).to(torch.promote_types(logits.dtype, torch.float32))
+    values = F.cross_entropy(logits, labels, reduction="none", ignore_index=ignore_index)
     return Losses(values, labels != ignore_index)
 
 
