@@ -78,7 +78,7 @@ def gather(tensor: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     if kept.tokens is None:
         dim, outer, inner = _factors(layout, tensor.shape[sample.dim], kept.batch)
         if layout.iota:
-            return tensor.narrow(dim, 0, outer * kept.k * inner)
+            return _first_samples(tensor, dim, (outer, kept.batch, inner), kept.k)
         if outer == 1 and inner == 1:
             return _take(tensor, {dim: kept.rows})
         return _take(tensor.unflatten(dim, (outer, kept.batch, inner)), {dim + 1: kept.rows}).flatten(dim, dim + 2)
@@ -149,7 +149,9 @@ def _cut_samples(tensor: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
     dim, outer, inner = _factors(layout, tensor.shape[axis.dim], kept.batch)
     size = outer * kept.k * inner
     strides = tensor.stride()
-    if layout.iota or strides[dim] == 0:
+    if layout.iota:
+        return _first_samples(tensor, dim, (outer, kept.batch, inner), kept.k)
+    if strides[dim] == 0:
         return tensor.narrow(dim, 0, size)
     if contiguous:
         before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
@@ -171,6 +173,11 @@ def _cut_samples(tensor: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
         shape[dim] = size
         result = result.expand(shape)
     return result
+
+
+def _first_samples(tensor: Tensor, dim: int, factors: tuple[int, int, int], k: int) -> Tensor:
+    """Return the first k samples: the positions that kept samples have among themselves."""
+    return tensor.unflatten(dim, factors).narrow(dim + 1, 0, k).flatten(dim, dim + 2)
 
 
 def _put_samples(value: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:

@@ -105,6 +105,12 @@ def number_gathered(net: Any, x: Tensor) -> Tensor:
     return net.t(net.a(x) * places.gather(1, net.a(x)[:, :1].gt(0).long()) * 0.1)
 
 
+@attack(16, two_pass="right")
+def number_of_each_copy(net: Any, x: Tensor) -> Tensor:
+    places = torch.arange(len(x)).expand(2, len(x)).reshape(-1)
+    return net.t(net.a(x).tanh()[places].sin().view(2, len(x), H).sum(0))
+
+
 @attack(16, two_pass="either")
 def noise_of_many_rows(net: Any, x: Tensor) -> Tensor:
     """Rows lie sample by sample in ``z``, and nothing but ``z`` tells where they lie in the noise."""
