@@ -336,6 +336,17 @@ def test_a_layer_frozen_between_forward_and_backward() -> None:
     torch.testing.assert_close(*found)
 
 
+def test_a_layer_thawed_between_forward_and_backward_is_an_error() -> None:
+    model = zoo.Mlp(8)
+    first = next(model.children()).requires_grad_(False)
+    loss = stepper(model)(*_batch())
+    first.requires_grad_(True)
+    others = [each for each in model.parameters() if id(each) not in set(map(id, first.parameters()))]
+    gradients = torch.autograd.grad(loss, others, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{NONE}: an input or a weight began to require a gradient"):
+        sum(each.square().sum() for each in gradients).backward()  # type: ignore[union-attr]
+
+
 def test_a_weight_written_into_before_backward_is_an_error() -> None:
     model = zoo.Mlp(8)
     loss = stepper(model)(*_batch())
