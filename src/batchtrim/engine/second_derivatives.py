@@ -67,10 +67,13 @@ class Inputs:
             if at not in but
         )
 
-    def asks_since(self) -> bool:
+    def asks_since(self, but: Container[int]) -> bool:
         """True if one of them began to require a gradient since: plain training follows it in part of its graph."""
-        pairs = zip(self.args, self.asks, strict=True)
-        return any(isinstance(each, Tensor) and each.requires_grad and not asks for each, asks in pairs)
+        return any(
+            isinstance(each, Tensor) and each.requires_grad and not asks
+            for at, (each, asks) in enumerate(zip(self.args, self.asks, strict=True))
+            if at not in but
+        )
 
     def for_this_use(self) -> list[Any]:
         """Return them as they were, where none depends on another: each has the gradient of this use alone."""
@@ -179,7 +182,7 @@ class _Again:
             reasons.append("its model is compiled, which has no second derivative in plain training either")
         elif inputs.changed(self.written):
             reasons.append("an input or a weight was written into between forward and backward")
-        elif inputs.asks_since():
+        elif inputs.asks_since(self.written):
             reasons.append("an input or a weight began to require a gradient between forward and backward")
         else:
             for runs in (self._run_graph, self._run_python):
