@@ -55,6 +55,32 @@ def test_a_language_model_is_exact_and_cut_down_to_its_last_attention(shift: boo
     assert upper.count("aten.mm.default") >= 2 + 2 * 3, "the head and the last block's three layers"
 
 
+class Heads(nn.Module):
+    """Two heads, merged with samples and tokens into one dimension: between a sample and its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.each, self.head = nn.Embedding(WORDS, 8), nn.Linear(4, 4), nn.Linear(8, WORDS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.embed(x).unflatten(2, (2, 4)).transpose(1, 2)
+        z = self.each(z.reshape(-1, 4)).tanh().view(z.shape)
+        return self.head(z.transpose(1, 2).flatten(2))
+
+
+def test_tokens_of_several_heads_in_one_dimension() -> None:
+    """Its backward failed: it was given one head's rows."""
+    torch.manual_seed(0)
+    model, found = Heads(), []
+    for engine in ("exact", "shared"):
+        model.zero_grad()
+        step = batchtrim.TrimmedForward(model, batchtrim.token_losses, batchtrim.Trimmer(0.4, unit="element"), engine)
+        x, y = torch.arange(54).view(6, 9) % WORDS, torch.arange(54).view(6, 9) % 7
+        step(x, y).backward()
+        found.append(gradient(model))
+    assert error(*found) <= 1e-5
+
+
 class Translator(nn.Module):
     """An encoder and a decoder; a recurrent layer instead has a trace for one length only."""
 

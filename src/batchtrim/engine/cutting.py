@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -45,7 +46,8 @@ def can_be_cut(layout: RowLayout, symbols: int) -> bool:
     """True if rows in this layout can be taken and put back.
 
     Samples can, in any layout in which one factor is a number. Tokens can, if samples and tokens are separate
-    dimensions or one dimension, sample by sample; or if all tokens of a sample hold the same values.
+    dimensions or one dimension, sample by sample and with nothing in between (such as heads); or if all tokens of a
+    sample hold the same values.
     """
     if symbols == 1:
         (axis,) = layout.axes
@@ -55,7 +57,7 @@ def can_be_cut(layout: RowLayout, symbols: int) -> bool:
         return False
     if token is None or token.dim != sample.dim:
         return sample.plain and (token is None or token.plain)
-    return sample.outer == 1 and token.inner == 1
+    return sample.outer == 1 and token.inner == 1 and isinstance(token.outer, sympy.Symbol)  # the number of samples
 
 
 def cut(tensor: Tensor, layout: RowLayout, kept: KeptRows) -> Tensor:
