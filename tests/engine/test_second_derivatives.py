@@ -336,6 +336,25 @@ def test_a_layer_frozen_between_forward_and_backward() -> None:
     torch.testing.assert_close(*found)
 
 
+class HoldsWeight(nn.Sequential):
+    """A weight in a list, which is no parameter, and a model whose own Python has to run again."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 5))
+        self.held = [torch.ones(5, requires_grad=True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Swish.apply(super().forward(x)) * self.held[0]
+
+
+def test_a_gradient_that_is_lost_where_batch_norm_is_approximate_is_an_error() -> None:
+    model, below, (x, y) = HoldsWeight(), nn.Linear(8, 8), _batch()
+    loss = stepper(model)(below(x), y)
+    gradients = torch.autograd.grad(loss, [*model.parameters(), *model.held], create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{NONE}: .*something else"):
+        sum(each.square().sum() for each in gradients).backward()  # type: ignore[union-attr]
+
+
 def test_a_layer_thawed_between_forward_and_backward_is_an_error() -> None:
     model = zoo.Mlp(8)
     first = next(model.children()).requires_grad_(False)

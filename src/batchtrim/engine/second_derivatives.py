@@ -9,6 +9,7 @@ the trace. If neither is alike, the gradient raises an error once its own gradie
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -198,10 +199,14 @@ class _Again:
         found = [*[None] * (len(traced) - len(found)), *found]  # constants of the function come first in the trace
         if tape.arrivals is not None:
             found = tape.arrivals.without_unasked(found, self.step.tangents_of)
-        approximate = tape.approximate and self.step.batch_norms
-        if not (approximate or _alike(traced, found, coarse=self.step.coarse)):
+        approximate = tape.approximate and self.step.batch_norms  # then the same gradients exist, with other values
+        if not _alike(traced, found, math.inf if approximate else self._apart):
             raise CannotRepeat("it computes something else when it runs again")
         return tuple(found)
+
+    @property
+    def _apart(self) -> float:
+        return _COARSE_APART if self.step.coarse else _APART
 
     def _gradients(self, inputs: Inputs, tangents: Sequence[Tensor], runs: Callable[..., Any]) -> list[Tensor | None]:
         """Return the gradient of each input, with its graph."""
@@ -238,7 +243,7 @@ class _Again:
     def _run_python(self, inputs: Inputs, args: list[Any]) -> Sequence[Any]:
         others = {id(given): own for given, own in zip(inputs.args, args, strict=True) if own is not given}
         found = inputs.python.run(others)
-        if not _alike([inputs.python.losses], [found], coarse=self.step.coarse):
+        if not _alike([inputs.python.losses], [found], self._apart):
             raise CannotRepeat("its losses are others when the model's own Python runs again")
         return [found]
 
@@ -363,12 +368,11 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _alike(traced: Sequence[Tensor | None], found: Sequence[Tensor | None], *, coarse: bool) -> bool:
-    """True if two gradients are the same up to rounding."""
+def _alike(traced: Sequence[Tensor | None], found: Sequence[Tensor | None], apart: float) -> bool:
+    """True if two gradients are at most that far apart, and both lack the same."""
     if len(traced) != len(found):
         return False
     largest = max((float(in_double(each).norm()) for each in traced if each is not None), default=0.0)
-    apart = _COARSE_APART if coarse else _APART
     for own, other in zip(traced, found, strict=True):
         if own is None or other is None:
             if own is not other and (other if own is None else own).any():  # type: ignore[union-attr]
