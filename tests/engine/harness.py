@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import zoo
 from torch import Tensor, nn
 
 import batchtrim
@@ -128,3 +129,15 @@ def near(whole: list[Tensor], kept: list[Tensor], tolerance: float = 1e-5) -> No
     total = sum(float(each.norm()) ** 2 for each in whole) ** 0.5
     for exact, ours in zip(whole, kept, strict=True):
         assert float((exact - ours).norm()) <= tolerance * max(float(exact.norm()), 1e-2 * total)
+
+
+def penalty(step: batchtrim.TrimmedForward, batch: tuple[Tensor, Tensor], **options: Any) -> list[Tensor]:
+    """Return the gradient of the squared norm of a step's gradient."""
+    parameters = list(step.forward.model.parameters())
+    gradients = torch.autograd.grad(step(*batch), parameters, create_graph=True)
+    return list(torch.autograd.grad(sum(each.square().sum() for each in gradients), parameters, **options))  # type: ignore[arg-type]
+
+
+def vectors() -> tuple[Tensor, Tensor]:
+    """Return a batch for ``zoo.Mlp(8)``."""
+    return zoo.vectors(BATCH), torch.randint(0, 5, (BATCH,))

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,15 +23,13 @@ from batchtrim.engine.contents import in_double
 from batchtrim.engine.generators import GeneratorStates
 from batchtrim.engine.gradients import distance, without_hooks
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.memory import version_of
-from batchtrim.engine.rerun import CannotRepeat
+from batchtrim.engine.rerun import CannotRepeat, Inputs
 
 if TYPE_CHECKING:
-    from batchtrim.engine.rerun import OwnPython
     from batchtrim.engine.sliced import SlicedStep
     from batchtrim.engine.tape import Tape
 
-__all__ = ["Inputs", "function_of", "with_second_derivatives"]
+__all__ = ["function_of", "with_second_derivatives"]
 
 # How far the two gradients of an input may be apart, relative to its norm or to a hundredth of the largest.
 _APART, _COARSE_APART = 1e-3, 0.2
@@ -39,62 +37,6 @@ _APART, _COARSE_APART = 1e-3, 0.2
 _NORMS = {"_native_batch_norm_legit_functional": 3, "cudnn_batch_norm": 4, "_batch_norm_with_update_functional": 4}
 
 _function = torch.ops.higher_order.autograd_function_apply
-
-
-class Inputs:
-    """What one run of a trace ran on: the inputs of the traced function, in their order, and the generators.
-
-    Attributes:
-        python: the model's own Python, as it ran.
-        asks: which of the inputs required a gradient.
-        before: copies of those that the run writes over.
-    """
-
-    def __init__(
-        self, args: Sequence[Any], copied: Sequence[int], generators: GeneratorStates, python: OwnPython
-    ) -> None:
-        self.args = args
-        self.generators = generators
-        self.python = python
-        self.asks = [isinstance(each, Tensor) and each.requires_grad for each in args]
-        self.before = {at: args[at].clone() for at in copied if isinstance(args[at], Tensor)}
-        self.versions = [version_of(each) for each in args]
-
-    def changed(self, but: Container[int]) -> bool:
-        """True if one of them was written into since; ``but``: the positions of those that the run itself writes."""
-        return any(
-            version_of(each) != version
-            for at, (each, version) in enumerate(zip(self.args, self.versions, strict=True))
-            if at not in but
-        )
-
-    def asks_since(self, but: Container[int]) -> bool:
-        """True if one of them began to require a gradient since: plain training follows it in part of its graph."""
-        return any(
-            isinstance(each, Tensor) and each.requires_grad and not asks
-            for at, (each, asks) in enumerate(zip(self.args, self.asks, strict=True))
-            if at not in but
-        )
-
-    def for_this_use(self) -> list[Any]:
-        """Return them as they were, where none depends on another: each has the gradient of this use alone."""
-        apart = any(asks and not each.is_leaf for each, asks in zip(self.args, self.asks, strict=True))
-        return [
-            self.before.get(at, torch.ops.aten.alias.default(each) if apart and asks else each)
-            for at, (each, asks) in enumerate(zip(self.args, self.asks, strict=True))
-        ]
-
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        """Have the leaves require a gradient that did, though they were frozen since."""
-        frozen = [each for each, asks in zip(self.args, self.asks, strict=True) if asks and not each.requires_grad]
-        try:
-            for each in frozen:
-                each.requires_grad_(True)
-            yield
-        finally:
-            for each in frozen:
-                each.requires_grad_(False)
 
 
 def with_second_derivatives(run: Callable[..., Any], graph: fx.GraphModule, step: SlicedStep) -> Callable[..., Any]:
@@ -372,14 +314,28 @@ def _alike(traced: Sequence[Tensor | None], found: Sequence[Tensor | None], apar
     """True if two gradients are at most that far apart, and both lack the same."""
     if len(traced) != len(found):
         return False
-    largest = max((float(in_double(each).norm()) for each in traced if each is not None), default=0.0)
+    largest = max((float(_dense(each).nan_to_num(0, 0, 0).norm()) for each in traced if each is not None), default=0.0)
     for own, other in zip(traced, found, strict=True):
         if own is None or other is None:
             if own is not other and (other if own is None else own).any():  # type: ignore[union-attr]
                 return False
-        elif not distance(own, other, largest) <= apart:  # nor if one is NaN
+        elif not distance(*_without_overflow(own, other), largest) <= apart:  # nor if one alone is NaN
             return False
     return True
+
+
+def _without_overflow(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two gradients, as far as both are finite where neither is so everywhere: GradScaler skips such a step."""
+    own, other = _dense(own), _dense(other)
+    if own.isfinite().all() or other.isfinite().all():
+        return own, other
+    fits = own.isfinite() & other.isfinite()
+    return own.where(fits, 0.0), other.where(fits, 0.0)
+
+
+def _dense(value: Tensor) -> Tensor:
+    value = value.detach()
+    return in_double(value.to_dense() if value.is_sparse else value)
 
 
 def function_of(found: Sequence[Any]) -> Any:

@@ -12,8 +12,7 @@ from batchtrim.engine.generators import GeneratorStates
 
 if TYPE_CHECKING:
     from batchtrim.engine.compiled import CompiledStep
-    from batchtrim.engine.rerun import OwnPython
-    from batchtrim.engine.second_derivatives import Inputs
+    from batchtrim.engine.rerun import Inputs, OwnPython
     from batchtrim.engine.sliced import SlicedStep
     from batchtrim.engine.unasked import Arrivals
 
