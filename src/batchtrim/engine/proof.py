@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from batchtrim.engine import rules_attention, rules_nn, rules_products, rules_shape  # noqa: F401  (they enter their rules)
 from batchtrim.engine.cutting import can_be_cut
 from batchtrim.engine.graphs import name_of
-from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, RowLayout, Whole
+from batchtrim.engine.layout import Axis, Broken, Layout, Mixes, RowLayout, Whole, factor_of
 from batchtrim.engine.operators import decomposed
 from batchtrim.engine.rules import Call, Value, alike, apply_rule, has_rule, holds, only_dim
 from batchtrim.engine.rules_attention import draws, draws_by_place
@@ -32,6 +32,7 @@ from batchtrim.engine.symbolic import expression_of
 __all__ = ["LAYOUT", "NodeProof", "Proof", "by_shape", "label", "place_of", "prove"]
 
 _UNCUT: Layout = Broken("its rows lie where they cannot be cut")
+_COUNTS: Layout = Broken("it computes with the number of rows")
 LAYOUT = "batchtrim_layout"  # key in a node's meta
 
 
@@ -299,6 +300,8 @@ def prove(
                 isinstance(each, RowLayout) and not can_be_cut(each, len(symbols)) for each in layouts
             ):
                 layouts = [_UNCUT]
+            if _counts_otherwise(node, symbols):
+                layouts = [_COUNTS]
             verdict = NodeProof(node in tangents, layouts)
             if verdict.gradient and not verdict.vanishes:
                 verdict.unkept = _OUTLIVES
@@ -311,6 +314,12 @@ def prove(
         walk.layouts[node] = verdict.layouts
         proof.verdicts[node] = verdict
     return proof
+
+
+def _counts_otherwise(node: fx.Node, symbols: tuple[sympy.Symbol, ...]) -> bool:
+    """True for a saved size that depends on the number of samples and is no multiple of it: none is known for k."""
+    size = _as_expressions(node.meta.get("val"))
+    return len(symbols) == 1 and holds(size, symbols) and factor_of(size, symbols[0]) is None
 
 
 def _prove_node(node: fx.Node, walk: _Walk, proof: Proof, batch_norm: bool) -> NodeProof:

@@ -111,6 +111,12 @@ def number_of_each_copy(net: Any, x: Tensor) -> Tensor:
     return net.t(net.a(x).tanh()[places].sin().view(2, len(x), H).sum(0))
 
 
+@attack(16, shared="either", two_pass="refused")
+def size_of_a_square(net: Any, x: Tensor) -> Tensor:
+    z = torch.cat([net.a(x).expand(len(x), len(x), H)] * 2, 2) @ net.b.weight.detach().repeat(2, 2)
+    return net.t(sum(z.unbind(2)).sum(0).reshape(len(x), -1).expand(len(x), H))
+
+
 @attack(16, two_pass="either")
 def noise_of_many_rows(net: Any, x: Tensor) -> Tensor:
     """Rows lie sample by sample in ``z``, and nothing but ``z`` tells where they lie in the noise."""
