@@ -303,6 +303,7 @@ def test_a_missing_cluster_is_reported(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # on a busy machine Ray needs minutes to start workers anew
 @pytest.mark.filterwarnings("default")
 def test_a_cluster_that_loses_a_node_does_every_run_once(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
