@@ -202,8 +202,8 @@ class SlicedStep:
         self.saved_at = {by_name[node.name]: at for at, node in enumerate(saved, start=self.outputs)}
         # a write into an input after the forward must not change what backward reads of it
         self._written_kinds = {_kind(node) for node in output.args[0][: self._written]}
-        saved_at = enumerate(saved, self.outputs)
-        self._copied = [at for at, node in saved_at if node in inputs and self.may_write_into(node)]
+        given = [(at, node) for at, node in enumerate(saved, self.outputs) if node in inputs]
+        self._copied = [at for at, node in given if self.may_write_into(node)]
         for at, node in enumerate(saved, start=self.outputs):
             if isinstance(node.meta.get("val"), Tensor) and isinstance(_layout(node), (RowLayout, Broken)):
                 self._stashed[at] = by_name[node.name]
