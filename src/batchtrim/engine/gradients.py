@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchtrim.engine.contents import in_double
 
-__all__ = ["cosine_between", "distance", "gradients_without_hooks", "without_hooks"]
+__all__ = ["cosine_between", "dense", "distance", "gradients_without_hooks", "without_hooks"]
 
 _SMALL = 1e-2  # a gradient below this share of the whole is judged against the share
 
@@ -41,8 +41,13 @@ def gradients_without_hooks(
 
 
 def _sum(*gradients: Tensor | None) -> Tensor | None:
-    dense = [each.to_dense() if each.is_sparse else each for each in gradients if each is not None]
-    return sum(dense[1:], dense[0]) if dense else None
+    parts = [dense(each) for each in gradients if each is not None]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Return a gradient as a dense tensor; an embedding may have a sparse one."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def distance(exact: Tensor, other: Tensor, whole: float) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from batchtrim.engine.contents import in_double
 from batchtrim.engine.copies import twins
+from batchtrim.engine.gradients import dense
 from batchtrim.engine.model_facts import modules_of, parameters_of
 from batchtrim.engine.state import ModelState
 from batchtrim.engine.trimmed_forward import TrimmedForward
@@ -102,5 +103,5 @@ class Side:
         found = {}
         for name, p in self.named_parameters().items():
             gradient = torch.zeros_like(p) if p.grad is None else p.grad.detach()
-            found[name] = in_double(gradient.to_dense() if gradient.is_sparse else gradient)
+            found[name] = in_double(dense(gradient))
         return found
