@@ -28,11 +28,13 @@ class OwnPython:
     """What ran in a traced step: the model's own Python, on its batch.
 
     Attributes:
+        generators: as they were before the step.
         losses: what the trace found, detached, (B,).
     """
 
-    def __init__(self, forward: Forward, scope: str, x: Any, y: Any) -> None:
+    def __init__(self, forward: Forward, scope: str, x: Any, y: Any, generators: GeneratorStates) -> None:
         self.forward = forward
+        self.generators = generators
         self.function = traced_function(forward, False, scope)
         self.x, self.y = x, y
         self.losses: Tensor | None = None
@@ -69,23 +71,25 @@ class OwnPython:
 
 
 class Inputs:
-    """What one run of a trace ran on: the inputs of the traced function, in their order, and the generators.
+    """What one run of a trace ran on: the inputs of the traced function, in their order.
 
     Attributes:
         python: the model's own Python, as it ran.
         asks: which of the inputs required a gradient.
         before: copies of those that the run writes over.
+
+    Args:
+        copied: the positions of inputs to copy.
+        again: False if nothing can run again; then nothing is noted but the inputs.
     """
 
-    def __init__(
-        self, args: Sequence[Any], copied: Sequence[int], generators: GeneratorStates, python: OwnPython
-    ) -> None:
+    def __init__(self, args: Sequence[Any], copied: Sequence[int], python: OwnPython, *, again: bool) -> None:
         self.args = args
-        self.generators = generators
         self.python = python
-        self.asks = [isinstance(each, Tensor) and each.requires_grad for each in args]
+        noted = args if again else ()
+        self.asks = [isinstance(each, Tensor) and each.requires_grad for each in noted]
         self.before = {at: args[at].clone() for at in copied if isinstance(args[at], Tensor)}
-        self.versions = [version_of(each) for each in args]
+        self.versions = [version_of(each) for each in noted]
 
     def changed(self, but: Container[int]) -> bool:
         """True if one of them was written into since; ``but``: the positions of those that the run itself writes."""

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from batchtrim._checks import in_one_line
 from batchtrim.engine.contents import in_double
 from batchtrim.engine.generators import GeneratorStates
-from batchtrim.engine.gradients import distance, without_hooks
+from batchtrim.engine.gradients import dense, distance, without_hooks
 from batchtrim.engine.graphs import name_of
 from batchtrim.engine.rerun import CannotRepeat, Inputs
 
@@ -92,9 +92,9 @@ class _Again:
     def inputs(self, args: Sequence[Any]) -> Inputs | None:
         """Return the inputs of a run that is about to begin; None if nothing will run again."""
         tape = self.step.current()
-        if tape is None or tape.generators is None or tape.python is None:
+        if tape is None or tape.python is None:
             return None
-        return Inputs(args, self.read, tape.generators, tape.python)
+        return Inputs(args, self.read, tape.python, again=self.step.compiled is None)
 
     def note(self, inputs: Inputs, found: Sequence[Any]) -> None:
         """Note the inputs of a run that has ended."""
@@ -152,16 +152,17 @@ class _Again:
 
     def _gradients(self, inputs: Inputs, tangents: Sequence[Tensor], runs: Callable[..., Any]) -> list[Tensor | None]:
         """Return the gradient of each input, with its graph."""
-        now = GeneratorStates(inputs.generators.device)
+        before = inputs.python.generators
+        now = GeneratorStates(before.device)
         try:
-            with torch.enable_grad(), inputs.asking(), ExitStack() as stack:
+            with torch.enable_grad(), inputs.asking():
                 own = inputs.for_this_use()
                 written = {at: own[at].clone() for at in self.written}
-                for device, dtype, enabled in self.autocast:
-                    stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
-                inputs.generators.restore()
-                outputs = [*written.values(), *runs(inputs, [written.get(at, each) for at, each in enumerate(own)])]
-                stack.close()
+                with ExitStack() as stack:
+                    for device, dtype, enabled in self.autocast:
+                        stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
+                    before.restore()
+                    outputs = [*written.values(), *runs(inputs, [written.get(at, each) for at, each in enumerate(own)])]
                 # like those of a trace, in front of its outputs what it writes into, as it leaves it
                 outputs = [each for each in outputs if isinstance(each, Tensor) and each.requires_grad]
                 if [each.shape for each in outputs] != [each.shape for each in tangents]:
@@ -314,7 +315,10 @@ def _alike(traced: Sequence[Tensor | None], found: Sequence[Tensor | None], apar
     """True if two gradients are at most that far apart, and both lack the same."""
     if len(traced) != len(found):
         return False
-    largest = max((float(_dense(each).nan_to_num(0, 0, 0).norm()) for each in traced if each is not None), default=0.0)
+    largest = max(
+        (float(in_double(dense(each.detach())).nan_to_num(0, 0, 0).norm()) for each in traced if each is not None),
+        default=0.0,
+    )
     for own, other in zip(traced, found, strict=True):
         if own is None or other is None:
             if own is not other and (other if own is None else own).any():  # type: ignore[union-attr]
@@ -326,16 +330,11 @@ def _alike(traced: Sequence[Tensor | None], found: Sequence[Tensor | None], apar
 
 def _without_overflow(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Return two gradients, as far as both are finite where neither is so everywhere: GradScaler skips such a step."""
-    own, other = _dense(own), _dense(other)
+    own, other = in_double(dense(own.detach())), in_double(dense(other.detach()))
     if own.isfinite().all() or other.isfinite().all():
         return own, other
     fits = own.isfinite() & other.isfinite()
     return own.where(fits, 0.0), other.where(fits, 0.0)
-
-
-def _dense(value: Tensor) -> Tensor:
-    value = value.detach()
-    return in_double(value.to_dense() if value.is_sparse else value)
 
 
 def function_of(found: Sequence[Any]) -> Any:

@@ -256,8 +256,8 @@ class SharedEngine:
         device, made = device_of(self.forward.inner), False
         for _ in range(_TRIES):
             drawn, failed = GeneratorStates(device, of_numpy=False), ""  # no trace draws from NumPy's
-            again = OwnPython(self.forward, self.trim.scope, x, y)
-            self._tape = tape = Tape(compares=made, generators=drawn, python=again)
+            again = OwnPython(self.forward, self.trim.scope, x, y, drawn)
+            self._tape = tape = Tape(compares=made, python=again)
             try:
                 with without_input_gradient(self.speech), dynamic(row_sizes(x, y, self.forward)):
                     found = self.capture(x, y)

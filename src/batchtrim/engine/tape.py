@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from batchtrim.engine.cutting import KeptRows, cut
-from batchtrim.engine.generators import GeneratorStates
 
 if TYPE_CHECKING:
     from batchtrim.engine.compiled import CompiledStep
@@ -30,19 +29,12 @@ class Tape:
         outputs: those of the forward that still exist, such as tensors that the model keeps.
         arrivals: which gradients arrive in backward; None where that makes no difference, or is not known.
         compares: True if the run is compared with the model.
-        generators: as they were before the forward.
         python: the model's own Python, to run again.
         inputs: what it ran on; None if its gradient cannot be differentiated.
     """
 
-    def __init__(
-        self,
-        compares: bool = False,
-        generators: GeneratorStates | None = None,
-        python: OwnPython | None = None,
-    ) -> None:
+    def __init__(self, compares: bool = False, python: OwnPython | None = None) -> None:
         self.compares = compares
-        self.generators = generators
         self.python = python
         self.inputs: Inputs | None = None
         self.step: SlicedStep | None = None
